@@ -1,0 +1,1 @@
+"""Benchmarks of saliency_fast against its peers."""

@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op family; imports torch and triton only."""

@@ -1,0 +1,29 @@
+"""Every exception of the library. Each is also the built-in type that plain code would catch."""
+
+
+class SaliencyError(Exception):
+    """Base of everything this library raises on purpose."""
+
+
+class InputError(SaliencyError, ValueError):
+    """An input, baseline, target or option has the wrong shape, value or range."""
+
+
+class InputTypeError(SaliencyError, TypeError):
+    """An argument has the wrong type."""
+
+
+class ModelError(SaliencyError, RuntimeError):
+    """The model's output cannot be explained: no tensor, not finite, or not differentiable."""
+
+
+class BudgetError(SaliencyError, RuntimeError):
+    """One point alone does not fit the memory budget or the device."""
+
+
+class BackendError(SaliencyError, RuntimeError):
+    """A fast version was asked for that is not built, or one that is built does not load."""
+
+
+class RecordError(SaliencyError, ValueError):
+    """An attribution record is truncated, altered, or written under another schema."""

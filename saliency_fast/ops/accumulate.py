@@ -1,0 +1,146 @@
+"""Accumulate: gradients of a launch folded into float32 (float64 for float64) accumulators.
+
+Row r goes to accumulator slot[r]. Rows are folded in their order, so an element's sum does not
+depend on how rows were split into launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from saliency_fast.ops.points import random_line, random_line_samples
+from saliency_fast.ops.registry import Op, Sample, define, rows_of
+
+KINDS = ("sum", "square", "absolute")
+
+
+def _accumulate(total: Tensor, grads: Tensor, slot: Tensor, weight: Tensor, kind: str) -> None:
+    terms = grads.to(total.dtype)
+    if kind == "square":
+        terms = terms * terms
+    elif kind == "absolute":
+        terms = terms.abs()
+    elif kind != "sum":
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}: got {kind!r}")
+    total.index_add_(0, slot, rows_of(weight.to(total.dtype), total.dim()) * terms)
+
+
+def _fake_in_place(*_: object) -> None:
+    return None
+
+
+def _samples() -> Iterator[Sample]:
+    slot, weight = torch.tensor([0, 2, 2, 0, 1]), torch.rand(5).double() - 0.3
+    for kind in KINDS:
+        for dtype in (torch.float32, torch.float64):
+            for shape in ((1,), (3, 5, 7), (4099,)):
+                total, grads = torch.randn(3, *shape).to(dtype), torch.randn(5, *shape).to(dtype)
+                yield Sample((total, grads, slot, weight, kind), note=f"{kind} {shape} {dtype}")
+        strided = torch.randn(5, 6, 8, 3).permute(0, 3, 1, 2)
+        yield Sample((torch.randn(3, 3, 6, 8), strided, slot, weight, kind), note=f"{kind} strided")
+        for half in (torch.float16, torch.bfloat16):
+            grads = torch.randn(5, 33).to(half)
+            yield Sample((torch.randn(3, 33), grads, slot, weight, kind), note=f"{kind} {half}")
+
+
+accumulate = define(
+    Op(
+        schema="accumulate(Tensor(a!) total, Tensor grads, Tensor slot, Tensor weight, str kind)"
+        " -> ()",
+        reference=_accumulate,
+        fake=_fake_in_place,
+        samples=_samples,
+        moved=lambda total, grads, *_: (
+            grads.numel() * grads.element_size() + 2 * total.numel() * total.element_size()
+        ),
+        triton="saliency_fast.kernels.accumulate:accumulate",
+    )
+)
+"""accumulate(total [S, *], grads [R, *], slot int64 [R], weight float64 [R], kind): adds
+weight * g, weight * g**2 or weight * |g| of each row to total[slot], in place."""
+
+
+def _moments(mean: Tensor, spread: Tensor, count: Tensor, grads: Tensor, slot: Tensor) -> None:
+    for row, place in enumerate(slot.tolist()):
+        gradient = grads[row].to(mean.dtype)
+        count[place] += 1
+        before = gradient - mean[place]
+        mean[place] += before / count[place].to(mean.dtype)
+        spread[place] += before * (gradient - mean[place])
+
+
+def _moment_samples() -> Iterator[Sample]:
+    slot = torch.tensor([0, 2, 2, 0, 1, 2, 2])
+    for dtype in (torch.float32, torch.float64):
+        for shape in ((1,), (3, 5, 7), (4099,)):
+            mean, spread = torch.randn(3, *shape).to(dtype), torch.rand(3, *shape).to(dtype)
+            count = torch.tensor([4.0, 0.0, 1.0]).double()
+            grads = torch.randn(7, *shape).to(dtype) + 3.0
+            yield Sample((mean, spread, count, grads, slot), note=f"{shape} {dtype}")
+
+
+accumulate_moments = define(
+    Op(
+        schema="accumulate_moments(Tensor(a!) mean, Tensor(b!) spread, Tensor(c!) count,"
+        " Tensor grads, Tensor slot) -> ()",
+        reference=_moments,
+        fake=_fake_in_place,
+        samples=_moment_samples,
+        moved=lambda mean, spread, count, grads, *_: (
+            grads.numel() * grads.element_size() + 4 * mean.numel() * mean.element_size()
+        ),
+        triton="saliency_fast.kernels.accumulate:accumulate_moments",
+    )
+)
+"""accumulate_moments(mean [S, *], spread [S, *], count float64 [S], grads [R, *], slot int64 [R]):
+Welford's update (1962), in place; spread / count is the variance."""
+
+
+def _random_lines(
+    total: Tensor,
+    grads: Tensor,
+    slot: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    baselines: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    item: Tensor,
+    sample: Tensor,
+    first_element: int,
+) -> None:
+    start, end, _ = random_line(x, baselines, sigma, seed, item, sample, first_element)
+    terms = grads.to(total.dtype) * (end - start).to(total.dtype)
+    total.index_add_(0, slot, rows_of(weight.to(total.dtype), total.dim()) * terms)
+
+
+def _random_line_samples() -> Iterator[Sample]:
+    slot, weight = torch.tensor([0, 2, 2, 0, 1]), torch.rand(5).double()
+    for sample in random_line_samples():
+        x = sample.args[0]
+        total, grads = torch.randn(3, *x.shape[1:]).to(x), torch.randn(5, *x.shape[1:]).to(x)
+        yield Sample((total, grads, slot, weight, *sample.args), note=sample.note)
+
+
+accumulate_random_lines = define(
+    Op(
+        schema="accumulate_random_lines(Tensor(a!) total, Tensor grads, Tensor slot,"
+        " Tensor weight, Tensor x, Tensor baselines, Tensor sigma, Tensor seed, Tensor item,"
+        " Tensor sample, int first_element) -> ()",
+        reference=_random_lines,
+        fake=_fake_in_place,
+        samples=_random_line_samples,
+        moved=lambda total, grads, slot, weight, x, baselines, *_: (
+            grads.numel() * grads.element_size()
+            + 2 * total.numel() * total.element_size()
+            + (x.numel() + min(len(baselines), len(grads)) * x[0].numel()) * x.element_size()
+        ),
+        triton="saliency_fast.kernels.accumulate:accumulate_random_lines",
+    )
+)
+"""accumulate_random_lines(total [S, *], grads [R, *], slot, weight [R], then the arguments of
+`random_line_points`): adds weight * g * (end - start) of each row's random line to total[slot],
+in place. The lines are drawn again, not stored."""

@@ -1,0 +1,101 @@
+"""Which version of an op runs where: built or not, and forced by SALIENCY_FAST_BACKEND."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from saliency_fast.errors import BackendError
+
+VARIABLE = "SALIENCY_FAST_BACKEND"
+NAMES = ("reference", "native", "triton", "cuda")
+_PACKAGE = Path(__file__).resolve().parent.parent
+CUDA_LIBRARY = _PACKAGE / "libsaliency_fast_cuda.so"
+
+
+def forced() -> str | None:
+    """The backend that the environment forces, if any."""
+    name = os.environ.get(VARIABLE) or None
+    if name is not None and name not in NAMES:
+        raise BackendError(f"{VARIABLE} must be one of {', '.join(NAMES)}: got {name!r}")
+    return name
+
+
+@cache
+def native_library() -> Path | None:
+    """The compiled CPU ops beside the package, or None where they were not built."""
+    found = sorted(_PACKAGE.glob("_C*.so")) + sorted(_PACKAGE.glob("_C*.pyd"))
+    return found[0] if found else None
+
+
+def load_native() -> None:
+    """Loads the CPU ops where they are built and wanted; what is built but broken raises."""
+    choice = forced()
+    if choice not in (None, "native"):
+        return
+    path = native_library()
+    if path is None:
+        if choice == "native":
+            raise not_built("the CPU ops", "native")
+        return
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise BackendError(
+            f"{path.name} is built but does not load with torch {torch.__version__}: {error}; "
+            f"build it again (pip install --no-build-isolation -e .) or set {VARIABLE}=reference"
+        ) from error
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def for_gpu(*, has_cuda: bool) -> str:
+    """The backend that an op uses on a GPU; `has_cuda`: it has a CUDA C++ version in csrc/."""
+    choice = forced()
+    if choice == "reference":
+        return "reference"
+    if choice == "cuda" and not CUDA_LIBRARY.exists():
+        raise not_built("the CUDA ops", "cuda")
+    if choice == "triton" and not _has_triton():
+        raise not_built("the Triton ops", "triton")
+    if choice != "triton" and has_cuda and CUDA_LIBRARY.exists() and torch.version.cuda:
+        return "cuda"
+    return "triton" if _has_triton() else "reference"
+
+
+def not_built(what: str, backend: str) -> BackendError:
+    cure = {
+        "native": "install with a C++ compiler (pip install --no-build-isolation -e .)",
+        "cuda": "install with FORCE_CUDA=1 and nvcc (pip install --no-build-isolation -e .)",
+        "triton": "pip install triton",
+    }[backend]
+    return BackendError(f"{what}: the {backend} version is not built here; {cure}")
+
+
+def backends() -> dict[str, str]:
+    """What each device runs, in words: {"cpu": ..., "cuda": ..., "forced": ...}."""
+    native = native_library()
+    choice = forced()
+    cpu = "native C++ ops"
+    if native is None:
+        cpu = "reference (the C++ ops are not built)"
+    elif choice not in (None, "native"):
+        cpu = f"reference ({VARIABLE}={choice})"
+    gpu = "no GPU seen by PyTorch"
+    if torch.cuda.is_available():
+        gpu = f"{for_gpu(has_cuda=True)} and {for_gpu(has_cuda=False)} kernels"
+    built = "built" if CUDA_LIBRARY.exists() else "not built"
+    return {
+        "cpu": cpu,
+        "cuda": gpu,
+        "triton": "installed" if _has_triton() else "not installed",
+        "cuda ops": built,
+        "forced": choice or "nothing",
+    }

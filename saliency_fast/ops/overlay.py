@@ -1,0 +1,100 @@
+"""Overlay: a map made visible. Percentile scale, colour and blend into uint8 frames."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from saliency_fast.ops.registry import Op, Sample, define
+
+
+def rank(count: int, percentile: float) -> int:
+    """Number of the order statistic (0 the smallest) at `percentile` of `count` values."""
+    return min(count - 1, math.ceil(percentile / 100.0 * (count - 1)))
+
+
+def _percentile(values: Tensor, percentile: float) -> Tensor:
+    ordered = values.flatten(1).abs().sort(dim=1).values
+    return ordered[:, rank(ordered.shape[1], percentile)].clone()
+
+
+def _fake_percentile(values: Tensor, percentile: float) -> Tensor:
+    return values.new_empty(values.shape[0])
+
+
+def _percentile_samples() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.float64):
+        for shape in ((1, 1), (3, 7), (2, 64, 65), (1, 100_003)):
+            for percentile in (0.0, 50.0, 99.0, 100.0):
+                values = torch.randn(shape).to(dtype)
+                yield Sample((values, percentile), note=f"{shape} {dtype} {percentile}")
+    yield Sample((torch.zeros(2, 50), 99.0), note="zeros")
+    yield Sample((torch.randn(2, 500).round(), 90.0), note="ties")
+
+
+magnitude_percentile = define(
+    Op(
+        schema="magnitude_percentile(Tensor values, float percentile) -> Tensor",
+        reference=_percentile,
+        fake=_fake_percentile,
+        samples=_percentile_samples,
+        moved=lambda values, percentile: values.numel() * values.element_size(),
+        triton="saliency_fast.kernels.overlay:magnitude_percentile",
+        cuda="saliency_fast.ops.cuda:magnitude_percentile",
+    )
+)
+"""magnitude_percentile(values [B, *], percentile in [0, 100]) -> [B]: the order statistic of
+|values| at ceil(percentile / 100 (n - 1)), an element of the map itself and so equal bit for bit
+on every backend."""
+
+
+def _overlay(
+    image: Tensor, values: Tensor, scale: Tensor, colors: Tensor, signed: bool, opacity: float
+) -> Tensor:
+    ratio = (values / scale.clamp_min(torch.finfo(scale.dtype).tiny)[:, None]).clamp(-1.0, 1.0)
+    ratio = ratio.float()
+    shade = 0.5 + 0.5 * ratio if signed else ratio.abs()
+    color = colors[torch.floor(shade * 255.0 + 0.5).long()].float()
+    blend = (opacity * ratio.abs())[..., None]
+    return torch.floor(image.float() * (1.0 - blend) + color * blend + 0.5).to(torch.uint8)
+
+
+def _fake_overlay(
+    image: Tensor, values: Tensor, scale: Tensor, colors: Tensor, signed: bool, opacity: float
+) -> Tensor:
+    return torch.empty_like(image)
+
+
+def _overlay_samples() -> Iterator[Sample]:
+    colors = torch.randint(0, 256, (256, 3), dtype=torch.uint8)
+    for shape in ((1, 1), (3, 7), (2, 4099)):
+        for signed in (False, True):
+            for dtype in (torch.float32, torch.float64):
+                image = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
+                values = torch.randn(shape).to(dtype)
+                scale = values.abs().amax(1) * 0.7
+                args = (image, values, scale, colors, signed, 0.8)
+                yield Sample(args, note=f"{shape} {dtype} signed={signed}")
+    image = torch.randint(0, 256, (2, 9, 3), dtype=torch.uint8)
+    yield Sample((image, torch.zeros(2, 9), torch.zeros(2), colors, True, 1.0), note="empty map")
+
+
+overlay = define(
+    Op(
+        schema="overlay(Tensor image, Tensor values, Tensor scale, Tensor colors, bool signed,"
+        " float opacity) -> Tensor",
+        reference=_overlay,
+        fake=_fake_overlay,
+        samples=_overlay_samples,
+        moved=lambda image, values, *_: (
+            2 * image.numel() + values.numel() * values.element_size()
+        ),
+        triton="saliency_fast.kernels.overlay:overlay",
+    )
+)
+"""overlay(image uint8 [B, P, 3], values [B, P], scale [B], colors uint8 [256, 3], signed, opacity
+in [0, 1]) -> uint8 [B, P, 3]: colours value / scale (signed: -1 is the first colour and 1 the
+last; else by magnitude) and lays it over the image the more opaquely the larger it is."""

@@ -1,0 +1,186 @@
+"""Points: the inputs of a launch, written in one pass from the batch they explain.
+
+A launch is a table of rows. Row r is one point of example item[r]; its other columns (alpha or
+sample) say which. Any rows, in any order, may share a launch: steps of one example, examples of
+one batch, or requests of many callers. Points are written contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from saliency_fast.ops import philox
+from saliency_fast.ops.registry import Op, Sample, define, rows_of
+
+
+def _line(x: Tensor, baseline: Tensor, item: Tensor, alpha: Tensor) -> Tensor:
+    start = baseline[item % baseline.shape[0]]
+    return (start + rows_of(alpha.to(x.dtype), x.dim()) * (x[item] - start)).contiguous()
+
+
+def _fake_line(x: Tensor, baseline: Tensor, item: Tensor, alpha: Tensor) -> Tensor:
+    return x.new_empty((item.shape[0], *x.shape[1:]))
+
+
+def _line_samples() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.float64):
+        for shape in ((1, 1), (3, 7), (2, 3, 5, 9), (2, 4099)):
+            x, baseline = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+            item = torch.arange(5) % shape[0]
+            alpha = torch.linspace(0, 1, 5, dtype=torch.float64)
+            yield Sample((x, baseline, item, alpha), note=f"{shape} {dtype}")
+            yield Sample((x, baseline[:1], item, alpha), note=f"{shape} {dtype}, one baseline")
+    x = torch.randn(2, 6, 8, 3).permute(0, 3, 1, 2)
+    yield Sample((x, x.flip(2), torch.tensor([1, 0, 1]), torch.rand(3).double()), note="strided")
+
+
+def _point_bytes(x: Tensor, item: Tensor, reads: int) -> int:
+    """Every example read once per tensor in `reads`, every point written once."""
+    return x.element_size() * (reads * x.numel() + item.numel() * x[0].numel())
+
+
+line_points = define(
+    Op(
+        schema="line_points(Tensor x, Tensor baseline, Tensor item, Tensor alpha) -> Tensor",
+        reference=_line,
+        fake=_fake_line,
+        samples=_line_samples,
+        moved=lambda x, baseline, item, alpha: (
+            _point_bytes(x, item, 1) + baseline.element_size() * baseline.numel()
+        ),
+        triton="saliency_fast.kernels.points:line_points",
+    )
+)
+"""line_points(x [B, *], baseline [B | 1, *], item int64 [R], alpha float64 [R]) -> [R, *]:
+baseline + alpha (x - baseline), the straight line of Integrated Gradients (Sundararajan, 2017)."""
+
+
+def _noise(
+    x: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    item: Tensor,
+    sample: Tensor,
+    antithetic: bool,
+    first_element: int,
+) -> Tensor:
+    drawn = sample // 2 if antithetic else sample
+    sign = 1.0 - 2.0 * (sample % 2) if antithetic else torch.ones_like(sample).double()
+    noise = philox.normals(seed[item], drawn, x[0].numel(), first_element)
+    noise = noise * (sign * sigma[item])[:, None]
+    return (x[item] + noise.to(x.dtype).view(-1, *x.shape[1:])).contiguous()
+
+
+def _fake_noise(
+    x: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    item: Tensor,
+    sample: Tensor,
+    antithetic: bool,
+    first_element: int,
+) -> Tensor:
+    return x.new_empty((item.shape[0], *x.shape[1:]))
+
+
+def _noise_samples() -> Iterator[Sample]:
+    item, sample = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 5, 2**32 - 1])
+    sigma, seed = torch.tensor([0.3, 2.0]).double(), torch.tensor([3, 2**40 + 1])
+    for dtype in (torch.float32, torch.float64):
+        for shape, first in (((2, 1), 0), ((2, 3, 5, 7), 2), ((2, 4099), 2**33 + 1)):
+            for antithetic in (False, True):
+                x = torch.randn(shape, dtype=dtype)
+                args = (x, sigma, seed, item, sample, antithetic, first)
+                yield Sample(args, note=f"{shape} {dtype} antithetic={antithetic}")
+
+
+noise_points = define(
+    Op(
+        schema="noise_points(Tensor x, Tensor sigma, Tensor seed, Tensor item, Tensor sample,"
+        " bool antithetic, int first_element) -> Tensor",
+        reference=_noise,
+        fake=_fake_noise,
+        samples=_noise_samples,
+        moved=lambda x, sigma, seed, item, *_: _point_bytes(x, item, 1),
+        triton="saliency_fast.kernels.points:noise_points",
+        cuda="saliency_fast.ops.cuda:noise_points",
+    )
+)
+"""noise_points(x [B, *], sigma float64 [B], seed int64 [B], item, sample int64 [R], antithetic,
+first_element) -> [R, *]: x + sigma * normal, the noisy copies of SmoothGrad (Smilkov, 2017).
+Antithetic samples 2s and 2s + 1 share one draw with opposite signs. `first_element` is the number
+of x's first element: the inputs of a tuple are numbered on from one to the next."""
+
+
+def random_line(
+    x: Tensor,
+    baselines: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    item: Tensor,
+    sample: Tensor,
+    first_element: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The drawn line of each row: (start [R, *], noisy end [R, *], alpha float64 [R])."""
+    row, alpha = philox.line_draw(seed[item], sample, baselines.shape[0])
+    end = _noise(x, sigma, seed, item, sample, False, first_element)
+    return baselines[row], end, alpha
+
+
+def _random_line_points(
+    x: Tensor,
+    baselines: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    item: Tensor,
+    sample: Tensor,
+    first_element: int,
+) -> Tensor:
+    start, end, alpha = random_line(x, baselines, sigma, seed, item, sample, first_element)
+    return (start + rows_of(alpha.to(x.dtype), x.dim()) * (end - start)).contiguous()
+
+
+def _fake_random_line(
+    x: Tensor,
+    baselines: Tensor,
+    sigma: Tensor,
+    seed: Tensor,
+    item: Tensor,
+    sample: Tensor,
+    first_element: int,
+) -> Tensor:
+    return x.new_empty((item.shape[0], *x.shape[1:]))
+
+
+def random_line_samples() -> Iterator[Sample]:
+    """Calls of `random_line_points`; the accumulator of the same lines is tested on them too."""
+    item, sample = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 5, 2**32 - 1])
+    seed = torch.tensor([3, 2**40 + 1])
+    for dtype in (torch.float32, torch.float64):
+        for shape, first in (((2, 1), 0), ((2, 3, 5, 7), 2), ((2, 4099), 2**33 + 1)):
+            for sigma in (torch.zeros(2).double(), torch.tensor([0.3, 2.0]).double()):
+                x = torch.randn(shape, dtype=dtype)
+                baselines = torch.randn(7, *shape[1:], dtype=dtype)
+                args = (x, baselines, sigma, seed, item, sample, first)
+                yield Sample(args, note=f"{shape} {dtype} sigma={sigma.tolist()}")
+
+
+random_line_points = define(
+    Op(
+        schema="random_line_points(Tensor x, Tensor baselines, Tensor sigma, Tensor seed,"
+        " Tensor item, Tensor sample, int first_element) -> Tensor",
+        reference=_random_line_points,
+        fake=_fake_random_line,
+        samples=random_line_samples,
+        moved=lambda x, baselines, sigma, seed, item, *_: _point_bytes(x, item, 1)
+        + baselines.element_size() * min(len(baselines), len(item)) * x[0].numel(),
+        triton="saliency_fast.kernels.points:random_line_points",
+    )
+)
+"""random_line_points(x [B, *], baselines [M, *], sigma float64 [B], seed int64 [B], item, sample
+int64 [R], first_element) -> [R, *]: start + alpha (x + sigma * normal - start) with a random row
+of the baselines as start and a random alpha, as in expected gradients (Erion, 2021). sigma = 0
+adds no noise. `accumulate_random_lines` draws the same lines again."""

@@ -1,0 +1,97 @@
+"""One definition per op: schema, reference, fake, samples, and where its fast versions live."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.ops import backends
+
+_LIBRARY = torch.library.Library("saliency_fast", "DEF")
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one call, as tests and benchmarks make it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of the library; calling it dispatches by the device of its tensors.
+
+    `reference` is the slow, obvious version and the judge of all others; `samples` yields calls
+    with every awkward size; `moved` counts the bytes a perfect kernel must read and write;
+    `triton` and `cuda` name launchers as "module:function"; `native` says that csrc/cpu has it.
+    """
+
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    samples: Callable[[], Iterator[Sample]]
+    moved: Callable[..., int]
+    triton: str
+    cuda: str | None = None
+    native: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.schema.split("(", 1)[0]
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The registered operator, for `torch.library.opcheck`."""
+        packet: torch._ops.OpOverloadPacket = getattr(torch.ops.saliency_fast, self.name)
+        return packet.default
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.overload(*args, **kwargs)
+
+    def launcher(self, backend: str) -> Callable[..., Any]:
+        """The function behind `backend` ("reference", "triton" or "cuda"), imported now."""
+        if backend == "reference":
+            return self.reference
+        place = {"triton": self.triton, "cuda": self.cuda}[backend]
+        if place is None:
+            raise backends.not_built(self.name, backend)
+        module, function = place.split(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return found
+
+
+def define(op: Op) -> Op:
+    """Registers `op` with PyTorch's dispatcher and returns it."""
+    _LIBRARY.define(op.schema)
+    _LIBRARY.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"saliency_fast::{op.name}", op.fake, lib=_LIBRARY)
+    backend = backends.for_gpu(has_cuda=op.cuda is not None)
+    if backend != "reference":
+        _LIBRARY.impl(op.name, _lazily(op, backend), "CUDA")
+    OPS[op.name] = op
+    return op
+
+
+def _lazily(op: Op, backend: str) -> Callable[..., Any]:
+    """A stand-in that imports the fast version when it is first called."""
+    found: list[Callable[..., Any]] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not found:
+            found.append(op.launcher(backend))
+        return found[0](*args, **kwargs)
+
+    return call
+
+
+def rows_of(table: Tensor, width: int) -> Tensor:
+    """Views a per-row column [R] so that it broadcasts against [R, *] of `width` dimensions."""
+    return table.view(-1, *(1,) * (width - 1))

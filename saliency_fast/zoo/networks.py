@@ -1,0 +1,128 @@
+"""Two small classifiers of cluttered digits, one of each kind that attribution meets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_DATA = Path(__file__).parent / "data"
+
+
+class DigitsCNN(nn.Module):
+    """Strided convolutions, BatchNorm, ReLU and max-pooling: [B, 1, 64, 64] to logits [B, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            _convolution(1, 16),
+            nn.MaxPool2d(2),
+            _convolution(16, 32),
+            _convolution(32, 48, stride=2),
+            _convolution(48, 64),
+            _convolution(64, 96, stride=2),
+            _convolution(96, 112),
+        )
+        self.pool = nn.AdaptiveMaxPool2d(1)
+        self.head = nn.Linear(112, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.pool(self.features(images)).flatten(1))
+        return logits
+
+
+class DigitsViT(nn.Module):
+    """Convolutional stem, 64 tokens and a class token: [B, 1, 64, 64] to logits [B, 10].
+
+    Pre-LayerNorm blocks and GELU (Dosovitskiy et al., 2021), stem after Xiao et al. (2021).
+    """
+
+    def __init__(self, width: int = 64, depth: int = 5, heads: int = 4) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 16, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(32, width, 4, stride=2, padding=1),
+        )
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.positions = nn.Parameter(torch.zeros(1, 65, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 10)
+        nn.init.trunc_normal_(self.class_token, std=0.02)
+        nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.stem(images).flatten(2).transpose(1, 2)
+        first = self.class_token.expand(len(images), -1, -1)
+        tokens = self.blocks(torch.cat([first, patches], dim=1) + self.positions)
+        logits: Tensor = self.head(self.norm(tokens[:, 0]))
+        return logits
+
+
+class Block(nn.Module):
+    """One pre-LayerNorm transformer block: tokens [B, T, D] to [B, T, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        tokens = tokens + self.attention(self.norm_attention(tokens))
+        mixed: Tensor = tokens + self.mlp(self.norm_mlp(tokens))
+        return mixed
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: tokens [B, T, D] to [B, T, D]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # [B, T, 3 D] -> three of [B, heads, T, D / heads]
+        qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+def digits_cnn() -> nn.Module:
+    """The trained `DigitsCNN` in eval mode: [B, 1, 64, 64] float32 in [0, 1] to logits [B, 10]."""
+    return _trained(DigitsCNN(), "digits_cnn.safetensors")
+
+
+def digits_vit() -> nn.Module:
+    """The trained `DigitsViT` in eval mode: [B, 1, 64, 64] float32 in [0, 1] to logits [B, 10]."""
+    return _trained(DigitsViT(), "digits_vit.safetensors")
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"digits": digits_cnn, "digits-vit": digits_vit}
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        # BatchNorm's shift makes a bias here redundant.
+        nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(),
+    )
+
+
+def _trained(model: nn.Module, file: str) -> nn.Module:
+    model.load_state_dict(load_file(_DATA / file))
+    return model.eval()
