@@ -12,11 +12,10 @@ from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 __all__ = [
-    "WORKLOADS",
     "MLP",
+    "WORKLOADS",
     "ResNet",
     "UNet3d",
     "VisionTransformer",
@@ -112,7 +111,7 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
         out: Tensor = self.proj(y.transpose(1, 2).reshape(batch, tokens, dim))
         return out
 
@@ -233,7 +232,7 @@ class MLP(nn.Sequential):
 
 def resnet50(num_classes: int = 1000, *, seed: int = 0) -> ResNet:
     """ResNet-50 v1.5: [B, 3, H, W] to [B, num_classes], 25.6 M parameters at 1000 classes."""
-    return _built(lambda: ResNet(num_classes=num_classes), seed, (4, 3, 128, 128))
+    return _built(lambda: ResNet(num_classes=num_classes), seed, (4, 3, 96, 96))
 
 
 def vit_b16(
@@ -260,7 +259,8 @@ def _digits() -> nn.Module:
     # Late, so that the other workloads need nothing of the library they measure.
     from saliency_fast.zoo import digits_cnn
 
-    return digits_cnn()
+    model: nn.Module = digits_cnn()
+    return model
 
 
 def _built(

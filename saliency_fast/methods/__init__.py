@@ -1,0 +1,66 @@
+"""Named recipes: each method is a small frozen dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from saliency_fast.engine.recipe import Method
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.expected_gradients import ExpectedGradients
+from saliency_fast.methods.gradient import Gradient, InputXGradient
+from saliency_fast.methods.integrated_gradients import IntegratedGradients
+from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
+
+METHODS: dict[str, type[Any]] = {
+    method.name: method
+    for method in (
+        Gradient,
+        InputXGradient,
+        IntegratedGradients,
+        SmoothGrad,
+        SmoothGradSquared,
+        VarGrad,
+        ExpectedGradients,
+    )
+}
+
+
+def read_method(method: Method | str) -> Method:
+    """A method from itself or its name; an unknown name lists the valid ones."""
+    if isinstance(method, str):
+        return make_method(method, {})
+    if isinstance(method, type) or not callable(getattr(method, "recipe", None)):
+        raise InputTypeError(
+            f"method must be a name or a method such as IntegratedGradients(): got {method!r}"
+        )
+    return method
+
+
+def make_method(name: str, parameters: dict[str, Any]) -> Method:
+    """A method by name with its fields, as a record or the command line gives them."""
+    if name not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}: got {name!r}")
+    kind = METHODS[name]
+    valid = tuple(field.name for field in dataclasses.fields(kind))
+    for given in parameters:
+        if given not in valid:
+            raise InputError(
+                f"{name} has no field {given!r}: expected one of {', '.join(valid) or 'none'}"
+            )
+    made: Method = kind(**parameters)
+    return made
+
+
+__all__ = [
+    "METHODS",
+    "ExpectedGradients",
+    "Gradient",
+    "InputXGradient",
+    "IntegratedGradients",
+    "SmoothGrad",
+    "SmoothGradSquared",
+    "VarGrad",
+    "make_method",
+    "read_method",
+]

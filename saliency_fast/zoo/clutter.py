@@ -68,19 +68,20 @@ def split_glyphs(seed: int = 0, held_out: float = 0.2) -> tuple[Glyphs, Glyphs]:
         cut = round(held_out * len(members))
         rest.append(members[:cut])
         train.append(members[cut:])
-    chosen = torch.cat(train), torch.cat(rest)
-    return Glyphs(images[chosen[0]], labels[chosen[0]]), Glyphs(images[chosen[1]], labels[chosen[1]])
+    kept, left = torch.cat(train), torch.cat(rest)
+    return Glyphs(images[kept], labels[kept]), Glyphs(images[left], labels[left])
 
 
-def hide(glyphs: Glyphs, which: Tensor, seed: int) -> Samples:
+def hide(glyphs: Glyphs, which: Tensor, seed: int, strength: float = 1.0) -> Samples:
     """Hide `glyphs[which]`, one per scene, in clutter cut from the same set of glyphs.
 
     `which` is [N] int64. The same glyphs, `which` and seed give the same scenes. Clutter comes
     from `glyphs` alone, so scenes of held-out glyphs show nothing of the training glyphs.
+    `strength` in [0, 1] dims the clutter; at 1 its strokes are as bright as the digit's.
     """
     generator = torch.Generator().manual_seed(seed)
     digits, boxes = _place_digits(glyphs.images[which], generator)
-    clutter = _clutter(glyphs.images, boxes, generator)
+    clutter = strength * _clutter(glyphs.images, boxes, generator)
     images = torch.maximum(digits, clutter).unsqueeze(1)
     return Samples(images, glyphs.labels[which], boxes)
 
@@ -179,24 +180,23 @@ def _clutter(glyphs: Tensor, boxes: Tensor, generator: torch.Generator) -> Tenso
     jitter = _uniform(generator, -0.5, 0.5, 2, count, parts)
     rows = (cell // CELLS + 0.5 + jitter[0]) * pitch
     columns = (cell % CELLS + 0.5 + jitter[1]) * pitch
-    keep = _keep(rows, columns, boxes, generator)
+    keep = _outside(rows, columns, boxes)
     patches = patches.view(count, parts, FRAGMENT, FRAGMENT) * keep[:, :, None, None]
     half = FRAGMENT / 2
     return _paste(patches, (rows - half).round().long(), (columns - half).round().long())
 
 
-def _keep(rows: Tensor, columns: Tensor, boxes: Tensor, generator: torch.Generator) -> Tensor:
-    """Which fragments [N, K] stay: most of those centred well inside the digit's box go.
+def _outside(rows: Tensor, columns: Tensor, boxes: Tensor) -> Tensor:
+    """Which fragments, centred at [N, K] rows and columns, lie outside their scene's box.
 
-    The digit's own ink stands in for them, so the box is about as bright as its surroundings;
-    fragments still reach into it from every side, and a few cross the digit.
+    The digit's own ink stands in for those inside, so that the box is not crowded; fragments
+    still reach half their width into it from every side.
     """
     top, left, bottom, right = boxes.unsqueeze(-1).unbind(1)
-    margin = 1
-    inner = (rows > top + margin) & (rows < bottom - margin)
-    inner &= (columns > left + margin) & (columns < right - margin)
-    spared = torch.rand(rows.shape, generator=generator) < 0.0
-    return ~inner | spared
+    # One pixel of grace on each side keeps the dim rim around the digit narrow.
+    down = (rows > top + 1) & (rows < bottom - 1)
+    across = (columns > left + 1) & (columns < right - 1)
+    return ~(down & across)
 
 
 def _soft_disc(side: int) -> Tensor:

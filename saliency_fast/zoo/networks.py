@@ -36,7 +36,7 @@ class DigitsCNN(nn.Module):
 
 
 class DigitsViT(nn.Module):
-    """Convolutional stem, 64 tokens and a class token: [B, 1, 64, 64] to logits [B, 10].
+    """Convolutional stem, 64 tokens, maximum over tokens: [B, 1, 64, 64] to logits [B, 10].
 
     Pre-LayerNorm blocks and GELU (Dosovitskiy et al., 2021), stem after Xiao et al. (2021).
     """
@@ -44,26 +44,43 @@ class DigitsViT(nn.Module):
     def __init__(self, width: int = 64, depth: int = 5, heads: int = 4) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(1, 16, 3, stride=2, padding=1),
+            nn.Conv2d(1, 24, 3, stride=2, padding=1),
+            ChannelNorm(24),
             nn.GELU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.Conv2d(24, 48, 3, stride=2, padding=1),
+            ChannelNorm(48),
             nn.GELU(),
-            nn.Conv2d(32, width, 4, stride=2, padding=1),
+            nn.Conv2d(48, width, 4, stride=2, padding=1),
         )
-        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(torch.zeros(1, 65, width))
+        self.norm_patches = nn.LayerNorm(width)
+        self.positions = nn.Parameter(torch.empty(1, 64, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
-        nn.init.trunc_normal_(self.class_token, std=0.02)
         nn.init.trunc_normal_(self.positions, std=0.02)
+        for layer in self.stem:
+            if isinstance(layer, nn.Conv2d):
+                # torch's default shrinks the strokes below its own random biases, layer by layer.
+                nn.init.kaiming_normal_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.stem(images).flatten(2).transpose(1, 2)
-        first = self.class_token.expand(len(images), -1, -1)
-        tokens = self.blocks(torch.cat([first, patches], dim=1) + self.positions)
-        logits: Tensor = self.head(self.norm(tokens[:, 0]))
+        tokens = self.blocks(self.norm_patches(patches) + self.positions)
+        logits: Tensor = self.head(self.norm(tokens).amax(dim=1))
         return logits
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of each pixel: [B, C, H, W] to [B, C, H, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        normed: Tensor = self.norm(maps.movedim(1, -1)).movedim(-1, 1)
+        return normed
 
 
 class Block(nn.Module):

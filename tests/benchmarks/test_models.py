@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -69,15 +70,18 @@ def test_output_and_input_gradient(name: str, dtype: torch.dtype) -> None:
         y, gradient = input_gradient(model, torch.randn(shape, generator=generator).to(dtype))
     finally:
         model.float()
-    assert y.shape == out_shape and y.dtype == dtype
+    assert y.shape == out_shape
+    assert y.dtype == dtype
     assert y.isfinite().all()
     # Neither dead nor exploding: logits of order one, and different for different inputs.
     assert 0.05 < y.std().item() < 20.0
     assert not torch.allclose(y[0], y[1], rtol=1e-3)
-    assert gradient.shape == shape and gradient.dtype == dtype
+    assert gradient.shape == shape
+    assert gradient.dtype == dtype
     assert gradient.isfinite().all()
     per_item = gradient.flatten(1).norm(dim=1)
-    assert (per_item > 1e-3).all() and (per_item < 1e4).all()
+    assert (per_item > 1e-3).all()
+    assert (per_item < 1e4).all()
     assert (gradient != 0).float().mean() > 0.9
 
 
@@ -97,7 +101,8 @@ def test_batch_norm_in_eval_mode_changes_its_input(name: str) -> None:
     assert norms
     for norm in norms:
         mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None and variance is not None
+        assert mean is not None
+        assert variance is not None
         assert norm.momentum == 0.1
         assert (variance > 0).all()
         assert (variance - 1).abs().max() > 0.05
@@ -107,13 +112,14 @@ def test_batch_norm_in_eval_mode_changes_its_input(name: str) -> None:
 @pytest.mark.parametrize("name", ["resnet50", "unet3d-batch"])
 def test_running_statistics_fit_random_inputs(name: str) -> None:
     """With fitting statistics, eval mode and train mode give nearly the same output."""
-    model = CASES[name][0]()
-    shape = (8, 3, 128, 128) if name == "resnet50" else (8, 1, 16, 16, 16)
+    model = deepcopy(built(name))
+    shape = (4, 3, 96, 96) if name == "resnet50" else (8, 1, 16, 16, 16)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         in_eval = model(x)
         in_train = model.train()(x)
-    assert (in_eval - in_train).norm() < 0.5 * in_train.norm()
+    # Batch noise alone is a few tenths; statistics left at their start differ by more than 1.
+    assert (in_eval - in_train).norm() < 0.6 * in_train.norm()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -133,7 +139,8 @@ def test_seed_changes_the_weights() -> None:
 
 def test_relu_is_in_place_as_in_torchvision() -> None:
     relus = [module for module in built("resnet50").modules() if isinstance(module, nn.ReLU)]
-    assert len(relus) == 17 and all(relu.inplace for relu in relus)
+    assert len(relus) == 17
+    assert all(relu.inplace for relu in relus)
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -158,7 +165,8 @@ def test_inputs_repeat_and_leave_the_global_generator(name: str) -> None:
     before = torch.get_rng_state()
     x = workload.inputs(3)
     assert torch.equal(torch.get_rng_state(), before)
-    assert x.shape == (3, *workload.shape) and x.dtype == torch.float32
+    assert x.shape == (3, *workload.shape)
+    assert x.dtype == torch.float32
     assert torch.equal(workload.inputs(3), x)
     assert torch.equal(workload.inputs(1), x[:1])
     assert not torch.equal(x[0], x[1])
@@ -179,7 +187,8 @@ def test_targets_exist(name: str) -> None:
     with torch.device("meta"):
         y = makes[name]().eval()(torch.empty(1, *workload.shape))
     index = workload.target if isinstance(workload.target, tuple) else (workload.target,)
-    assert y[(slice(None), *index)].shape[0] == 1
+    picked = (slice(None), *index)
+    assert y[picked].shape[0] == 1
 
 
 def test_digits_workload() -> None:
@@ -189,5 +198,7 @@ def test_digits_workload() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert not model.training
     y, gradient = input_gradient(model, workload.inputs(2))
-    assert y.shape == (2, 10) and y.isfinite().all()
-    assert gradient.isfinite().all() and (gradient != 0).any()
+    assert y.shape == (2, 10)
+    assert y.isfinite().all()
+    assert gradient.isfinite().all()
+    assert (gradient != 0).any()

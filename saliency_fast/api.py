@@ -1,0 +1,286 @@
+"""The public face: `explain` for one call, `Engine` for many."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saliency_fast import record
+from saliency_fast.attribution import Attribution, Provenance
+from saliency_fast.engine.baselines import Baseline
+from saliency_fast.engine.bind import PRECISIONS, Call, bind
+from saliency_fast.engine.memory import resident_bytes
+from saliency_fast.engine.plan import Plan
+from saliency_fast.engine.prepare import Limits, baselines_of, make_plan, probe
+from saliency_fast.engine.recipe import Method, Recipe
+from saliency_fast.engine.run import Moment, Outcome, Run, average, need_finite
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods import read_method
+from saliency_fast.model.function import Inputs, PointFunction
+from saliency_fast.model.guard import untouched
+from saliency_fast.model.targets import Target
+from saliency_fast.specs import describe_baseline, describe_target
+
+VERSION = "0.1.0"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A call ready to run."""
+
+    call: Call
+    recipe: Recipe
+    baselines: list[Inputs]
+    plan: Plan
+
+
+class Engine:
+    """A model and a method, ready to explain many inputs from many threads.
+
+    model: any callable from input tensors to an output. method: a name or a method. precision:
+    the models' arithmetic, "float32" (float64 inputs stay float64). memory_budget: bytes or text
+    such as "8GiB" over what is in use, 80 % of what is free unless given. points_per_launch: an
+    upper bound, for those who know better than the plan. progress: shows a bar. hashes: whether
+    results carry SHA-256 of inputs and weights, which reads both once.
+
+    The model is explained in evaluation mode and left as it was, whatever happens.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        method: Method | str = "integrated_gradients",
+        *,
+        precision: str = "float32",
+        memory_budget: int | str | None = None,
+        points_per_launch: int | None = None,
+        progress: bool = False,
+        hashes: bool = True,
+    ) -> None:
+        if not callable(model):
+            raise InputTypeError(f"model must be callable: got {type(model).__name__}")
+        if precision not in PRECISIONS:
+            raise InputError(f"precision must be one of {', '.join(PRECISIONS)}: got {precision!r}")
+        self.model, self.method = model, read_method(method)
+        self.precision, self.progress, self.hashes = precision, progress, hashes
+        self.limits = Limits(memory_budget, points_per_launch)
+        self._recipe = self.method.recipe()
+        self._probed: dict[tuple[object, ...], int] = {}
+
+    def plan(
+        self,
+        inputs: Tensor | Inputs,
+        target: Target = None,
+        baseline: Baseline = None,
+        *,
+        forward_args: Any = (),
+        forward_kwargs: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """How a call would run. Takes one point's gradient to learn what it needs."""
+        call = bind(inputs, target, forward_args, forward_kwargs)
+        with untouched(self.model, call.device):
+            return self._prepare(call, baseline).plan
+
+    def __call__(
+        self,
+        inputs: Tensor | Inputs,
+        target: Target = None,
+        baseline: Baseline = None,
+        *,
+        forward_args: Any = (),
+        forward_kwargs: Mapping[str, Any] | None = None,
+    ) -> Attribution:
+        """Explains `inputs`; see `explain` for the arguments."""
+        started, resident = time.perf_counter(), resident_bytes()
+        call = bind(inputs, target, forward_args, forward_kwargs)
+        with untouched(self.model, call.device) as training:
+            job = self._prepare(call, baseline)
+            with tqdm(
+                total=job.plan.points * len(job.baselines),
+                disable=not self.progress,
+                desc=self.method.name,
+                unit="point",
+            ) as bar:
+                for moment in self._moments(job):
+                    bar.update(moment.done - bar.n)
+            outcome = moment.outcome()
+            need_finite(outcome)
+            usage = _usage(job.plan, resident, time.perf_counter() - started)
+            return self._attribution(job, outcome, baseline, training, usage)
+
+    def stream(
+        self,
+        inputs: Tensor | Inputs,
+        target: Target = None,
+        baseline: Baseline = None,
+        *,
+        forward_args: Any = (),
+        forward_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[Attribution]:
+        """Yields the map after every launch, each with its estimated error; the last is the answer.
+
+        Points are visited so that any beginning of them is spread over the path or the noise.
+        """
+        started, resident = time.perf_counter(), resident_bytes()
+        call = bind(inputs, target, forward_args, forward_kwargs)
+        with untouched(self.model, call.device):
+            job = self._prepare(call, baseline)
+        moments = self._moments(job)
+        while True:
+            # The guard is entered anew for each launch: nothing is held while the caller works.
+            with untouched(self.model, call.device) as training:
+                moment = next(moments, None)
+                if moment is None:
+                    return
+                outcome = moment.outcome()
+                if moment.done == moment.of:
+                    need_finite(outcome)
+                usage = _usage(job.plan, resident, time.perf_counter() - started)
+                partial = self._attribution(job, outcome, baseline, training, usage)
+            yield partial
+
+    def _prepare(self, call: Call, baseline: Baseline) -> _Job:
+        recipe = self._recipe
+        baselines = baselines_of(call, recipe, baseline)
+        shapes = tuple((x.shape[1:], x.dtype, x.device) for x in call.inputs)
+        key = (shapes, call.targets.count)
+        if key not in self._probed:
+            self._probed[key] = probe(self._function(call), call, recipe, baselines[0])
+        plan = make_plan(
+            self.method, recipe, call, baselines[0], self._probed[key], self.limits
+        )
+        return _Job(call, recipe, baselines, plan)
+
+    def _function(self, call: Call) -> PointFunction:
+        return PointFunction(self.model, call.targets, call.args, call.kwargs)
+
+    def _moments(self, job: _Job) -> Iterator[Moment]:
+        """The moments of one run for each baseline; outcomes average over those so far."""
+        finished: list[Outcome] = []
+        for number, baselines in enumerate(job.baselines):
+            run = Run(self._function(job.call), job.call, baselines, job.recipe, job.plan)
+            last = None
+            for last in run.moments():
+                before = tuple(finished)
+                yield Moment(
+                    last.done + number * last.of,
+                    last.of * len(job.baselines),
+                    lambda last=last, before=before: average([*before, last.outcome()]),  # type: ignore[misc]
+                )
+            if last is not None and number + 1 < len(job.baselines):
+                finished.append(last.outcome())
+
+    def _attribution(
+        self, job: _Job, outcome: Outcome, baseline: Baseline, training: bool, usage: dict[str, Any]
+    ) -> Attribution:
+        call, squeeze = job.call, not job.call.targets.many
+        target, kept = describe_target(call.targets)
+        baseline_spec, baseline_kept = describe_baseline(baseline)
+        provenance = Provenance(
+            method=self.method.name,
+            parameters=_parameters(self.method),
+            target=target,
+            baseline=baseline_spec,
+            precision=self.precision,
+            dtype=job.plan.dtype,
+            device=job.plan.device,
+            backend=job.plan.backend,
+            versions=_versions(),
+            input_sha256=[record.tensor_sha256(x) for x in call.inputs] if self.hashes else None,
+            weights_sha256=record.weights_sha256(self.model) if self.hashes else None,
+            trained_mode=training,
+            points_per_launch=job.plan.points_per_launch,
+            halvings=outcome.halvings,
+            **usage,
+        )
+        values = tuple(one[:, 0] if squeeze else one for one in outcome.values)
+        return Attribution(
+            values=values if call.is_tuple else values[0],
+            scores=_column(outcome.scores, squeeze),
+            baseline_scores=_column(outcome.baseline_scores, squeeze),
+            delta=_column(outcome.delta, squeeze),
+            error=_column(outcome.error, squeeze),
+            classes=_column(outcome.classes, squeeze),
+            points=outcome.points,
+            converged=outcome.converged,
+            provenance=provenance,
+            kept=kept | baseline_kept,
+        )
+
+
+def explain(
+    model: Callable[..., Any],
+    inputs: Tensor | Inputs,
+    *,
+    target: Target = None,
+    method: Method | str = "integrated_gradients",
+    baseline: Baseline = None,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
+    precision: str = "float32",
+    memory_budget: int | str | None = None,
+    points_per_launch: int | None = None,
+    progress: bool = False,
+) -> Attribution:
+    """Explains what `model` says of `inputs`.
+
+    inputs: a tensor [B, *] of float32 or float64, or a tuple of them for a model of several inputs.
+    target: None (the model gives one number per example), a class, one class per example,
+    [B, K] classes (K maps per example from shared forward passes), a tuple index into the output
+    behind its batch axis, summed over what it leaves, with a mask as its last element if wanted,
+    one tuple of ints per example in a list, "predicted", or a function `outputs -> [B]`.
+    baseline: None (zeros), a number, a tensor that broadcasts, "blur", "mean", "uniform", a tuple
+    (one per input), or a list of these: Integrated Gradients averages over it, expected gradients
+    draw from it. forward_args, forward_kwargs: further arguments of the model; tensors with the
+    batch's length belong to the examples. Other arguments: see `Engine`.
+
+    Raises InputError, InputTypeError, ModelError or BudgetError with what was got, what is
+    expected and the cure.
+    """
+    engine = Engine(
+        model,
+        method,
+        precision=precision,
+        memory_budget=memory_budget,
+        points_per_launch=points_per_launch,
+        progress=progress,
+    )
+    return engine(
+        inputs, target, baseline, forward_args=forward_args, forward_kwargs=forward_kwargs
+    )
+
+
+def _column(found: Any, squeeze: bool) -> Any:
+    return found[:, 0] if squeeze and found is not None else found
+
+
+def _parameters(method: Method) -> dict[str, Any]:
+    return dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {}  # type: ignore[arg-type]
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "saliency_fast": VERSION,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
+
+
+def _usage(plan: Plan, resident: tuple[int, int], seconds: float) -> dict[str, Any]:
+    """Wall time and peak memory. A high-water mark that did not rise tells nothing, and then the
+    plan's prediction stands in."""
+    peak = resident_bytes()[1]
+    measured = plan.device == "cpu" and peak > resident[1]
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak - resident[0] if measured else plan.peak_bytes,
+        "peak_measured": measured,
+    }

@@ -1,0 +1,156 @@
+"""Baselines: what an input is compared with, from None, a number, a tensor or a name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.function import Inputs
+from saliency_fast.ops import philox, random_bits
+
+Baseline = float | str | Tensor | tuple[Any, ...] | list[Any] | None
+
+
+def blur(x: Tensor, number: int) -> Tensor:
+    """Gaussian blur over the axes behind the channels, sigma 5 % of each axis (11 at 224)."""
+    if x.dim() < 3:
+        raise InputError(
+            f"baseline='blur' needs axes behind the channels: got {list(x.shape)}; pass a number, "
+            "a tensor or 'mean'"
+        )
+    for axis in range(2, x.dim()):
+        x = _blur_axis(x, axis)
+    return x
+
+
+def _blur_axis(x: Tensor, axis: int) -> Tensor:
+    size = x.shape[axis]
+    sigma = 0.05 * size
+    reach = min(math.ceil(4.0 * sigma), size - 1)
+    if reach < 1:
+        return x
+    offset = torch.arange(-reach, reach + 1, dtype=torch.float64, device=x.device)
+    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(x.dtype)
+    lanes = x.movedim(axis, -1)
+    padded = functional.pad(lanes.reshape(-1, 1, size), (reach, reach), mode="replicate")
+    blurred = functional.conv1d(padded, kernel.view(1, 1, -1))
+    return blurred.view(lanes.shape).movedim(-1, axis).contiguous()
+
+
+def mean(x: Tensor, number: int) -> Tensor:
+    """Each example's mean per channel; over all features where there are no further axes."""
+    axes = tuple(range(2, x.dim())) if x.dim() > 2 else (1,)
+    return x.mean(axes, keepdim=True).expand_as(x).contiguous()
+
+
+def uniform(x: Tensor, number: int) -> Tensor:
+    """Uniform noise within each example's own range, the same for any batch; `number` varies it."""
+    rows = torch.zeros(1, dtype=torch.int64, device=x.device)
+    bits = random_bits(rows, rows + number, x[0].numel(), 0, philox.BASELINE)
+    share = ((bits >> 8).double() * 2.0**-24).view(1, *x.shape[1:])
+    low, high = torch.aminmax(x.flatten(1), dim=1)
+    shape = (-1, *(1,) * (x.dim() - 1))
+    return (low.view(shape) + (high - low).view(shape) * share).to(x.dtype).contiguous()
+
+
+NAMED: dict[str, Callable[[Tensor, int], Tensor]] = {"blur": blur, "mean": mean, "uniform": uniform}
+
+
+def choices(baseline: Baseline) -> list[Any]:
+    """The baselines to average over: a list holds several, anything else is one."""
+    if not isinstance(baseline, list):
+        return [baseline]
+    if not baseline:
+        raise InputError("baseline is an empty list: pass None for zeros, or at least one baseline")
+    return baseline
+
+
+def read_baselines(baseline: Any, inputs: Inputs, number: int = 0) -> Inputs:
+    """One baseline [B | 1, *] per input; a tuple gives each input its own."""
+    parts = _per_input(baseline, inputs)
+    return tuple(_one(part, x, number) for part, x in zip(parts, inputs, strict=True))
+
+
+def read_baseline_set(baseline: Baseline, inputs: Inputs) -> Inputs:
+    """A set of baselines [M, *] per input, the same M for all, shared by the examples."""
+    if isinstance(baseline, list):
+        sets = [read_baseline_set(one, inputs) for one in choices(baseline)]
+        return tuple(torch.cat(parts) for parts in zip(*sets, strict=True))
+    found = tuple(
+        _rows_of_set(part, x)
+        for part, x in zip(_per_input(baseline, inputs), inputs, strict=True)
+    )
+    if len({len(one) for one in found}) > 1:
+        raise InputError(
+            "baseline: every input needs the same number of baselines: got "
+            f"{[len(one) for one in found]}"
+        )
+    return found
+
+
+def _rows_of_set(part: Any, x: Tensor) -> Tensor:
+    if isinstance(part, Tensor) and part.dim() == x.dim() and part.shape[1:] == x.shape[1:]:
+        return _like(part, x)
+    one = _one(part, x[:1] if not isinstance(part, str) else x, 0)
+    if len(one) > 1:
+        raise InputError(
+            f"baseline={part!r} differs between examples, and a set of baselines is shared by "
+            "them; pass a tensor [M, ...], or one example at a time"
+        )
+    return one
+
+
+def _per_input(baseline: Any, inputs: Inputs) -> Sequence[Any]:
+    if not isinstance(baseline, tuple):
+        return [baseline] * len(inputs)
+    if len(baseline) != len(inputs):
+        raise InputError(
+            f"baseline: a tuple holds one baseline per input: got {len(baseline)}, expected "
+            f"{len(inputs)}; a set of baselines is a list"
+        )
+    return baseline
+
+
+def _one(part: Any, x: Tensor, number: int) -> Tensor:
+    if isinstance(part, str):
+        if part not in NAMED:
+            raise InputError(f"baseline: the names are {', '.join(NAMED)}: got {part!r}")
+        return NAMED[part](x, number)
+    if part is None or (isinstance(part, (int, float)) and not isinstance(part, bool)):
+        value = 0.0 if part is None else float(part)
+        if not math.isfinite(value):
+            raise InputError(f"baseline must be finite: got {value}")
+        return torch.full_like(x[:1], value, memory_format=torch.contiguous_format)
+    if not isinstance(part, Tensor):
+        raise InputTypeError(
+            f"baseline must be None, a number, a tensor, a tuple (one per input), a list (a set) "
+            f"or one of {', '.join(NAMED)}: got {type(part).__name__}"
+        )
+    part = _like(part, x)
+    batched = part.dim() == x.dim() and len(part) != 1
+    try:
+        return part.expand_as(x if batched else x[:1]).contiguous()
+    except RuntimeError as error:
+        raise InputError(
+            f"baseline must match x or broadcast to it: got {list(part.shape)}, x is "
+            f"{list(x.shape)}; pass baseline=None for zeros"
+        ) from error
+
+
+def _like(part: Tensor, x: Tensor) -> Tensor:
+    if part.device != x.device:
+        raise InputError(
+            f"baseline is on another device: got {part.device}, x is on {x.device}; move it with "
+            ".to(x.device)"
+        )
+    part = part.detach().to(x.dtype)
+    if not bool(torch.isfinite(part).all()):
+        raise InputError("baseline must be finite: it holds NaN or infinity")
+    return part.contiguous()

@@ -1,0 +1,92 @@
+"""Bind: a call's inputs validated and brought into the form that the engine runs on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.function import Inputs
+from saliency_fast.model.targets import Target, Targets, read_targets
+
+PRECISIONS = ("float32",)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call explains: inputs [B, *] each, contiguous and detached, and its targets."""
+
+    inputs: Inputs
+    is_tuple: bool
+    targets: Targets
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def batch(self) -> int:
+        return len(self.inputs[0])
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
+
+def bind(
+    inputs: Tensor | tuple[Tensor, ...],
+    target: Target,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+) -> Call:
+    """Validates a call; raises InputError or InputTypeError with what, got, expected and cure."""
+    parts = read_inputs(inputs)
+    targets = read_targets(target, len(parts[0])).to(parts[0].device)
+    args = args if isinstance(args, tuple) else (args,)
+    return Call(parts, isinstance(inputs, (tuple, list)), targets, args, dict(kwargs or {}))
+
+
+def read_inputs(inputs: Tensor | tuple[Tensor, ...]) -> Inputs:
+    parts = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if not parts:
+        raise InputError("inputs is an empty tuple: pass at least one tensor")
+    for number, x in enumerate(parts):
+        name = f"input {number}" if len(parts) > 1 else "the input"
+        _check(x, name)
+        if x.device != parts[0].device:
+            raise InputError(
+                f"inputs are on different devices: input {number} on {x.device}, input 0 on "
+                f"{parts[0].device}; move them with .to()"
+            )
+        if len(x) != len(parts[0]):
+            raise InputError(
+                f"inputs have different batch sizes: input {number} has {len(x)}, input 0 "
+                f"{len(parts[0])}"
+            )
+    return tuple(x.detach().contiguous() for x in parts)
+
+
+def _check(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise InputTypeError(f"{name} must be a tensor: got {type(x).__name__}; use torch.as_tensor")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise InputTypeError(
+            f"{name} must be float32 or float64: got {x.dtype}; use .float(), or pass token ids "
+            "and the like through forward_args and explain their embeddings"
+        )
+    if x.dim() < 2:
+        raise InputError(
+            f"{name} must have a batch axis and at least one more: got {list(x.shape)}; use "
+            "x[None] for one example"
+        )
+    if x.numel() == 0:
+        raise InputError(f"{name} is empty: got {list(x.shape)}, expected at least one element")
+    # The sum of finite numbers may overflow, so only a suspicious one is looked at closely.
+    if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x.detach()).all()):
+        raise InputError(
+            f"{name} holds NaN or infinity: expected finite numbers; look at "
+            "torch.isfinite(x).logical_not().nonzero()"
+        )

@@ -1,0 +1,152 @@
+"""Accumulators of a call, their two folds, and the error estimate that folds give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saliency_fast import ops
+from saliency_fast.engine.recipe import Recipe, Rows, Source
+from saliency_fast.model.function import Inputs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Maps so far: values [S, *] per input, sums float64 [S], relative error float64 [S]."""
+
+    values: Inputs
+    sums: Tensor
+    error: Tensor
+
+
+WORKING_COPIES = 4
+"""Maps that `Folds.estimate` holds beside the accumulators while it works."""
+
+
+class Folds:
+    """Accumulators of S = B * K maps, each in two folds; slot 2s + fold belongs to map s.
+
+    With one level the folds are two rules of half the points each, and half their difference
+    estimates the error of their mean. With several, fold 0 holds the map of the earlier levels and
+    fold 1 the new one, and the error is what the level changed. A recipe that looks at the input
+    alone has one fold and no error.
+    """
+
+    def __init__(self, recipe: Recipe, inputs: Inputs, baselines: Inputs, maps: int) -> None:
+        self.recipe, self.inputs, self.baselines, self.maps = recipe, inputs, baselines, maps
+        self.batch = len(inputs[0])
+        self.width = 1 if recipe.at_input else 2
+        self.nested = len(recipe.levels) > 1
+        self.totals = tuple(self._accumulator(x) for x in inputs)
+        moments = recipe.reduction == "variance"
+        self.means = tuple(torch.zeros_like(total) for total in self.totals) if moments else ()
+        self.counts = tuple(self._per_slot() for _ in self.means)
+        self.weight = self._per_slot()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(total.nbytes for total in self.totals + self.means)
+
+    def _accumulator(self, x: Tensor) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        slots = self.batch * self.maps * self.width
+        return torch.zeros(slots, *x.shape[1:], dtype=dtype, device=x.device)
+
+    def _per_slot(self) -> Tensor:
+        slots = self.batch * self.maps * self.width
+        return torch.zeros(slots, dtype=torch.float64, device=self.inputs[0].device)
+
+    def begin(self, keep: float, active: Tensor) -> None:
+        """Starts a level for the examples `active`: the earlier map counts `keep` times in it."""
+        for pair in self._pairs() if self.nested else ():
+            pair[active, :, 0] = pair[active, :, 1]
+            pair[active, :, 1] *= keep
+
+    def add(self, rows: Rows, grads: list[Inputs], source: Source) -> None:
+        """Folds a launch in; grads holds for each of K targets the gradients [R, *] per input."""
+        fold = torch.ones_like(rows.fold) if self.nested else rows.fold
+        for k, one in enumerate(grads):
+            slot = (rows.item * self.maps + k) * self.width + fold
+            self.weight.index_add_(0, slot, rows.weight)
+            for number, gradient in enumerate(one):
+                self._fold(number, gradient, slot, rows, source)
+
+    def _fold(
+        self, number: int, gradient: Tensor, slot: Tensor, rows: Rows, source: Source
+    ) -> None:
+        total = self.totals[number]
+        if self.recipe.reduction == "variance":
+            count = self.counts[number]
+            ops.accumulate_moments(self.means[number], total, count, gradient, slot)
+        elif self.recipe.factor == "line":
+            lines = source.lines(number, rows)
+            ops.accumulate_random_lines(total, gradient, slot, rows.weight, *lines)
+        else:
+            ops.accumulate(total, gradient, slot, rows.weight, self.recipe.reduction)
+
+    def estimate(self) -> Estimate:
+        """The maps from all that was folded in so far, each scaled to the weight it has seen."""
+        values, sums, squares, gaps = [], [], [], []
+        for number in range(len(self.totals)):
+            whole, gap = self._whole_and_gap(number)
+            value, total = self._multiplied(number, whole)
+            values.append(value)
+            sums.append(total)
+            if gap is not None:
+                squares.append(_square_norm(value))
+                gaps.append(_square_norm(self._multiplied(number, gap)[0]))
+        sum_of_all = torch.stack(sums).sum(0)
+        if not gaps:
+            return Estimate(tuple(values), sum_of_all, torch.zeros_like(sum_of_all))
+        norm, gap_norm = torch.stack(squares).sum(0), torch.stack(gaps).sum(0)
+        error = torch.sqrt(gap_norm / norm.clamp_min(torch.finfo(torch.float64).tiny))
+        if not self.nested:
+            empty = (self.weight.view(-1, 2) == 0).any(1)
+            error = torch.where(empty, torch.nan, error)
+        return Estimate(tuple(values), sum_of_all, error)
+
+    def _whole_and_gap(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """A map and the difference that tells its error, before the factor: [S, *] each."""
+        total = self.totals[number]
+        if self.width == 1:
+            return total, None
+        zero, one = total.view(-1, 2, *total.shape[1:]).unbind(1)
+        if self.nested:
+            return one.contiguous(), one - zero
+        shape = (-1, 2, *(1,) * (total.dim() - 1))
+        if self.recipe.reduction == "variance":
+            mean = self.means[number].view(-1, 2, *total.shape[1:])
+            return _variances(mean, zero, one, self.counts[number].view(shape).to(total.dtype))
+        weight = self.weight.view(shape)
+        whole = (zero + one).mul_(weight.sum(1).reciprocal().to(total.dtype))
+        # An empty fold gives NaN here, and its error is reported as unknown.
+        share = (0.5 / weight).to(total.dtype)
+        return whole, (zero * share[:, 0]).addcmul_(one, share[:, 1], value=-1)
+
+    def _multiplied(self, number: int, part: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.inputs[number] if self.recipe.factor in ("input", "difference") else None
+        baseline = self.baselines[number] if self.recipe.factor == "difference" else None
+        values, sums = ops.finish(part, x, baseline, "none")
+        return values, sums
+
+    def _pairs(self) -> list[Tensor]:
+        """Views [B, K, 2, *] of the accumulators."""
+        shape = (self.batch, self.maps, self.width)
+        return [total.view(*shape, *total.shape[1:]) for total in self.totals]
+
+
+def _variances(
+    mean: Tensor, zero: Tensor, one: Tensor, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Chan's merge (1983) of two folds' moments, and half the difference of their variances."""
+    first, second = count.unbind(1)
+    both = first + second
+    shift = mean[:, 1] - mean[:, 0]
+    spread = zero + one + shift * shift * (first * second / both)
+    return spread / both, 0.5 * (zero / first - one / second)
+
+
+def _square_norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64).square()

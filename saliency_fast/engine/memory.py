@@ -1,0 +1,128 @@
+"""Memory: what a budget says, what is free, and what one point needs."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from saliency_fast.errors import InputError, InputTypeError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)}
+FREE_SHARE = 0.8
+
+
+def read_budget(budget: int | str | None, device: torch.device) -> int:
+    """Bytes that a call may use; None is 80 % of what is free on `device` now."""
+    if budget is None:
+        return int(FREE_SHARE * free_bytes(device))
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?)B?\s*", budget.upper())
+        try:
+            budget = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+        except (KeyError, ValueError):
+            budget = 0
+    elif isinstance(budget, bool) or not isinstance(budget, int):
+        raise InputTypeError(f"memory_budget: expected bytes or text: got {type(budget).__name__}")
+    if budget <= 0:
+        raise InputError(
+            "memory_budget must be a positive number of bytes or text such as '8GiB' or '500MB'"
+        )
+    return budget
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of `device`, with what PyTorch's own cache could hand out again."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + cached)
+    available = _field(Path("/proc/meminfo"), "MemAvailable") or 4 * 1024**3
+    limit, used = (_number(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current"))
+    return min(available, limit - used) if limit and used else available
+
+
+def resident_bytes() -> tuple[int, int]:
+    """(resident now, its high-water mark) of this process, (0, 0) where the system tells not."""
+    status = Path("/proc/self/status")
+    return _field(status, "VmRSS"), _field(status, "VmHWM")
+
+
+def _field(path: Path, name: str) -> int:
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+def _number(path: Path) -> int:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return 0
+    return int(text) if text.isdigit() else 0
+
+
+def bytes_text(count: float) -> str:
+    """`count` bytes for people: "1.4 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the bytes of tensors that live at the same time inside its `with`.
+
+    Works on any device and for one thread alone, unlike the allocators' own counters; what an
+    operator takes for itself while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._watch(value.untyped_storage())
+        return result
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key in self._seen:
+            return
+        size = storage.nbytes()
+
+        def gone(_: object) -> None:
+            self.live -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is an allocator's, on any device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,110 @@
+"""What a method hands the engine: where the points lie, what they weigh, how they are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from saliency_fast.model.function import Inputs
+
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The table of a launch: one row per point.
+
+    item int64 [R]: the example; place [R]: float64 alpha on a line or int64 number of a sample;
+    weight float64 [R]; fold int64 [R]: 0 or 1.
+    """
+
+    item: Tensor
+    place: Tensor
+    weight: Tensor
+    fold: Tensor
+
+
+class Source(Protocol):
+    """A family of points bound to the inputs of a call."""
+
+    def write(self, rows: Rows) -> Inputs:
+        """The points of `rows`: for each input a fresh tensor [R, *]."""
+
+    def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
+        """The arguments that draw the rows' random lines of input `number` again."""
+
+
+class Family(Protocol):
+    """A family of points, as a method names it: data, bound to tensors by the engine."""
+
+    def bind(self, inputs: Inputs, baselines: Inputs) -> Source: ...
+
+
+
+@dataclass(frozen=True)
+class Level:
+    """Points that every example gets in one go: place [P], weight float64 [P], fold int64 [P].
+
+    `keep` is the share of the earlier levels' sum in the new one: a nested rule that doubles its
+    points keeps half. Places are in the order in which they are visited.
+    """
+
+    place: Tensor
+    weight: Tensor
+    fold: Tensor
+    keep: float = 0.0
+
+    @property
+    def count(self) -> int:
+        return self.place.numel()
+
+    def to(self, device: torch.device) -> Level:
+        return Level(
+            self.place.to(device), self.weight.to(device), self.fold.to(device), self.keep
+        )
+
+    def rows(self, active: Tensor, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop` of this level for the examples `active`, points outermost."""
+        row = torch.arange(start, stop, device=active.device)
+        point = torch.div(row, active.numel(), rounding_mode="floor")
+        return Rows(
+            active[row % active.numel()], self.place[point], self.weight[point], self.fold[point]
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method as data: factor * reduction of the weighted gradients of its levels.
+
+    reduction: "sum", "square" (of the gradients), "absolute" or "variance". factor: "none",
+    "input", "difference" (input - baseline) or "line" (each row's own random line). baseline:
+    "none", "one" (a path's start) or "set" (rows to draw from). A level's weights, with what it
+    keeps, sum to one. With one level the map's error is estimated from its two folds, rules of
+    their own; with several from what each level changed, and an example stops when that and its
+    completeness are within `tolerance`. `at_input`: the only point is the input itself.
+    """
+
+    family: Family
+    levels: Sequence[Level]
+    reduction: str = "sum"
+    factor: str = "none"
+    baseline: str = "none"
+    tolerance: float | None = None
+    at_input: bool = False
+
+    @property
+    def count(self) -> int:
+        """The most points that one example may get."""
+        return sum(level.count for level in self.levels)
+
+
+class Method(Protocol):
+    """What the engine knows of a method: its recipe and the name it prints."""
+
+    @property
+    def name(self) -> str: ...
+
+    def recipe(self) -> Recipe: ...

@@ -1,0 +1,228 @@
+"""Run: points, forward, vector-Jacobian product, accumulate; one loop for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.bind import Call
+from saliency_fast.engine.folds import Folds
+from saliency_fast.engine.memory import bytes_text, is_out_of_memory
+from saliency_fast.engine.plan import Plan
+from saliency_fast.engine.recipe import Recipe, Rows, Source
+from saliency_fast.errors import BudgetError, ModelError
+from saliency_fast.model.function import Inputs, PointFunction
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The engine's answer for B examples with K maps each.
+
+    values: per input [B, K, *]. scores, baseline_scores, sums (of the values), error (relative L2,
+    estimated): float64 [B, K]; classes int64 [B, K] where targets are classes. points int64 [B]
+    visited, converged bool [B] where a tolerance was asked for.
+    """
+
+    values: Inputs
+    scores: Tensor
+    baseline_scores: Tensor | None
+    sums: Tensor
+    error: Tensor
+    points: Tensor
+    converged: Tensor | None
+    classes: Tensor | None
+    halvings: int = 0
+
+    @property
+    def delta(self) -> Tensor | None:
+        """Completeness: the sum of the values less what the score gained over the baseline."""
+        if self.baseline_scores is None:
+            return None
+        return self.sums - (self.scores - self.baseline_scores)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A launch is done: `done` of at most `of` points; `outcome()` is the map so far."""
+
+    done: int
+    of: int
+    outcome: Callable[[], Outcome]
+
+
+class Run:
+    """One call on its way: the state that launches share. `moments` is the loop."""
+
+    def __init__(
+        self, function: PointFunction, call: Call, baselines: Inputs, recipe: Recipe, plan: Plan
+    ) -> None:
+        self.function, self.call, self.recipe, self.plan = function, call, recipe, plan
+        self.baselines = baselines
+        self.size, self.halvings = plan.points_per_launch, 0
+        shape, device = (call.batch, function.targets.count), call.device
+        self.everyone = torch.arange(call.batch, device=device)
+        self.scores = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+        self.baseline_scores: Tensor | None = None
+        self.classes = function.targets.classes
+        self.points = torch.zeros(call.batch, dtype=torch.int64, device=device)
+        self.folds: Folds | None = None
+        self.converged: Tensor | None = None
+
+    def moments(self) -> Iterator[Moment]:
+        """Runs every level launch by launch; the last moment's outcome is the answer."""
+        self._ends()
+        inputs, recipe = self.call.inputs, self.recipe
+        source = recipe.family.bind(inputs, self.baselines)
+        folds = self.folds = Folds(recipe, inputs, self.baselines, self.scores.shape[1])
+        active, done, of = self.everyone, 0, recipe.count * self.call.batch
+        for level in recipe.levels:
+            here = level.to(self.call.device)
+            folds.begin(level.keep, active)
+            start, stop = 0, level.count * active.numel()
+            while start < stop:
+                rows = here.rows(active, start, min(start + self.size, stop))
+                grads = self._launch(source, rows)
+                if grads is None:
+                    continue
+                folds.add(rows, grads, source)
+                start += rows.item.numel()
+                done += rows.item.numel()
+                if not folds.nested:
+                    yield Moment(done, of, self.outcome)
+            self.points[active] += level.count
+            if folds.nested:
+                active = self._unfinished(active)
+                yield Moment(of if active.numel() == 0 else done, of, self.outcome)
+            if active.numel() == 0:
+                break
+
+    def _launch(self, source: Source, rows: Rows) -> list[Inputs] | None:
+        """The gradients of one launch; None where it must be tried again with half the points."""
+        try:
+            scores, classes, grads = self.function.gradients(source.write(rows), rows.item)
+        except (RuntimeError, MemoryError) as error:
+            self._halve(error)
+            return None
+        if self.recipe.at_input:
+            self._note_scores(rows.item, scores, classes)
+        return grads
+
+    def _halve(self, error: BaseException) -> None:
+        if not is_out_of_memory(error):
+            raise error
+        if self.size == 1:
+            raise BudgetError(
+                f"one point alone does not fit in memory: the plan expected "
+                f"{bytes_text(self.plan.bytes_per_point)} a point; explain fewer examples or a "
+                f"smaller input at once ({error})"
+            ) from error
+        self.size, self.halvings = (self.size + 1) // 2, self.halvings + 1
+        if self.call.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _ends(self) -> None:
+        """Scores at the inputs and at the baselines, where launches do not bring them along."""
+        if self.recipe.at_input:
+            return
+        scores, classes = self._score(self.call.inputs, self.everyone, self.everyone)
+        self._note_scores(self.everyone, scores, classes)
+        if self.classes is not None:
+            self.function.targets = replace(self.function.targets, classes=self.classes)
+        batch, rows = self.call.batch, len(self.baselines[0])
+        if self.recipe.baseline == "one":
+            place = [one.expand_as(x) for one, x in zip(self.baselines, self.call.inputs)]
+            self.baseline_scores, _ = self._score(tuple(place), self.everyone, self.everyone)
+        elif self.recipe.baseline == "set" and rows <= self.recipe.count:
+            item = self.everyone.repeat_interleave(rows)
+            row = torch.arange(rows, device=item.device).repeat(batch)
+            found, _ = self._score(self.baselines, row, item)
+            self.baseline_scores = found.view(batch, rows, -1).mean(1)
+
+    def _score(self, table: Inputs, row: Tensor, item: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores float64 [R, K] and classes of table rows `row` [R] as inputs of `item` [R]."""
+        scores, classes, start = [], [], 0
+        while start < row.numel():
+            part = slice(start, start + self.size)
+            try:
+                # Indexing copies, so a model that works in place spares the user's tensors.
+                points = tuple(one[row[part]] for one in table)
+                score, chosen = self.function.scores(points, item[part])
+            except (RuntimeError, MemoryError) as error:
+                self._halve(error)
+                continue
+            scores.append(score.double())
+            classes.append(chosen)
+            start += score.shape[0]
+        known = [chosen for chosen in classes if chosen is not None]
+        return torch.cat(scores), torch.cat(known) if known else None
+
+    def _note_scores(self, item: Tensor, scores: Tensor, classes: Tensor | None) -> None:
+        self.scores[item] = scores.double()
+        if classes is not None:
+            if self.classes is None:
+                self.classes = torch.zeros_like(self.scores, dtype=torch.int64)
+            self.classes[item] = classes
+
+    def _unfinished(self, active: Tensor) -> Tensor:
+        """The examples whose map or completeness is not yet within the tolerance."""
+        tolerance = self.recipe.tolerance
+        outcome = self.outcome()
+        delta = outcome.delta
+        good = outcome.error <= (tolerance or 0.0)
+        if delta is not None and self.baseline_scores is not None:
+            gain = (self.scores - self.baseline_scores).abs()
+            floor = 1e-6 * torch.maximum(self.scores.abs(), self.baseline_scores.abs())
+            good &= delta.abs() <= (tolerance or 0.0) * torch.maximum(gain, floor)
+        self.converged = good.all(1)
+        return active[~self.converged[active]]
+
+    def outcome(self) -> Outcome:
+        """The answer from what was visited so far."""
+        assert self.folds is not None
+        found = self.folds.estimate()
+        shape = self.scores.shape
+        return Outcome(
+            tuple(one.view(*shape, *one.shape[1:]) for one in found.values),
+            self.scores,
+            self.baseline_scores,
+            found.sums.view(shape),
+            found.error.view(shape),
+            self.points,
+            self.converged,
+            self.classes,
+            self.halvings,
+        )
+
+
+def average(outcomes: list[Outcome]) -> Outcome:
+    """The mean over several baselines; errors add up at most, so their mean bounds them."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    share, last = 1.0 / len(outcomes), outcomes[-1]
+    baseline_scores = [one.baseline_scores for one in outcomes if one.baseline_scores is not None]
+    converged = [one.converged for one in outcomes if one.converged is not None]
+    return replace(
+        last,
+        values=tuple(sum(parts[1:], parts[0]) * share for parts in zip(*(o.values for o in outcomes))),
+        sums=torch.stack([one.sums for one in outcomes]).mean(0),
+        error=torch.stack([one.error for one in outcomes]).mean(0),
+        baseline_scores=torch.stack(baseline_scores).mean(0) if baseline_scores else None,
+        converged=torch.stack(converged).all(0) if converged else None,
+        points=torch.stack([one.points for one in outcomes]).sum(0),
+        halvings=max(one.halvings for one in outcomes),
+    )
+
+
+def need_finite(outcome: Outcome) -> None:
+    """Raises ModelError where the model gave NaN or infinity."""
+    for name, found in (("scores", outcome.scores), ("attributions", outcome.sums)):
+        bad = ~torch.isfinite(found).all(1)
+        if bool(bad.any()):
+            raise ModelError(
+                f"the model gives NaN or infinite {name} for examples "
+                f"{bad.nonzero().flatten().tolist()[:8]}: expected finite numbers; check the "
+                "model's output and gradient there (torch.autograd.set_detect_anomaly helps)"
+            )

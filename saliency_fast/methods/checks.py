@@ -1,0 +1,33 @@
+"""Validation of a method's own fields, when it is made."""
+
+from __future__ import annotations
+
+import math
+
+from saliency_fast.errors import InputError, InputTypeError
+
+
+def whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputTypeError(f"{name} must be a whole number: got {value!r}")
+    if value < least:
+        raise InputError(f"{name} must be at least {least}: got {value}")
+
+
+def positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputTypeError(f"{name} must be a number: got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise InputError(f"{name} must be a positive finite number: got {value}")
+
+
+def choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise InputError(f"{name} must be one of {', '.join(valid)}: got {value!r}")
+
+
+def seed(value: object) -> None:
+    """One int, or one for each example."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, bool) or not isinstance(one, int) or not -(2**63) <= one < 2**63:
+            raise InputTypeError(f"seed must be a 64-bit int or a tuple of them: got {value!r}")

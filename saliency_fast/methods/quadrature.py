@@ -1,0 +1,100 @@
+"""Quadrature on [0, 1]: each rule is its points and weights; a nested one says how it is refined."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saliency_fast.engine.recipe import Level
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """points(n) gives alphas and weights [n], the weights summing to one.
+
+    A nested rule reaches `refined(n)` points by adding to its n, which are every `old` of them
+    and whose sum keeps the share `keep`.
+    """
+
+    points: Callable[[int], tuple[Array, Array]]
+    least: int = 1
+    refined: Callable[[int], int] | None = None
+    keep: float = 0.0
+    old: slice | None = None
+
+
+def _midpoint(n: int) -> tuple[Array, Array]:
+    return (np.arange(n) + 0.5) / n, np.full(n, 1.0 / n)
+
+
+def _left(n: int) -> tuple[Array, Array]:
+    return np.arange(n) / n, np.full(n, 1.0 / n)
+
+
+def _right(n: int) -> tuple[Array, Array]:
+    return np.arange(1, n + 1) / n, np.full(n, 1.0 / n)
+
+
+def _trapezoid(n: int) -> tuple[Array, Array]:
+    weight = np.full(n, 1.0 / (n - 1))
+    weight[[0, -1]] /= 2.0
+    return np.linspace(0.0, 1.0, n), weight
+
+
+def _gauss_legendre(n: int) -> tuple[Array, Array]:
+    nodes, weight = np.polynomial.legendre.leggauss(n)
+    return (nodes + 1.0) / 2.0, weight / weight.sum()
+
+
+RULES = {
+    "midpoint": Rule(_midpoint, refined=lambda n: 3 * n, keep=1.0 / 3.0, old=slice(1, None, 3)),
+    "trapezoid": Rule(
+        _trapezoid, least=2, refined=lambda n: 2 * n - 1, keep=0.5, old=slice(0, None, 2)
+    ),
+    "gauss_legendre": Rule(_gauss_legendre),
+    "left": Rule(_left),
+    "right": Rule(_right),
+}
+NESTED = tuple(name for name, rule in RULES.items() if rule.refined)
+
+
+def level(rule: Rule, steps: int) -> Level:
+    """One level of `steps` points, in two folds that are rules of their own.
+
+    Neighbours are shared out by the Thue-Morse sequence, so that neither fold leans to one side;
+    they are visited in bit-reversed order, so that any beginning is spread over the path.
+    """
+    alpha, weight = rule.points(steps)
+    order = _bit_reversed(steps)
+    fold = torch.tensor([int(i).bit_count() % 2 for i in range(steps)])
+    return Level(_tensor(alpha)[order], _tensor(weight)[order], fold[order])
+
+
+def nested_levels(rule: Rule, steps: int, most: int) -> Iterator[Level]:
+    """A first level of `steps` points and its refinements, as far as `most` points in all reach."""
+    assert rule.refined is not None
+    alpha, weight = rule.points(steps)
+    yield Level(_tensor(alpha), _tensor(weight), torch.ones(steps, dtype=torch.int64))
+    while (finer := rule.refined(steps)) <= most:
+        alpha, weight = rule.points(finer)
+        new = np.ones(finer, dtype=bool)
+        new[rule.old] = False
+        fold = torch.ones(finer - steps, dtype=torch.int64)
+        yield Level(_tensor(alpha[new]), _tensor(weight[new]), fold, rule.keep)
+        steps = finer
+
+
+def _bit_reversed(n: int) -> Tensor:
+    width = max(1, (n - 1).bit_length())
+    return torch.tensor(sorted(range(n), key=lambda i: f"{i:0{width}b}"[::-1]))
+
+
+def _tensor(values: Array) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))

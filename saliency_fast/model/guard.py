@@ -1,0 +1,64 @@
+"""Leaves no trace: evaluation mode, random state and autograd modes are restored whatever happens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+_LOCK = threading.Lock()
+_ENTERED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def untouched(model: Callable[..., Any], device: torch.device) -> Iterator[bool]:
+    """Runs its body with the model in evaluation mode; yields whether it was in training mode.
+
+    Restores modes and random states on the way out, also after an exception or Ctrl-C. Threads
+    may share a model: its modes come back when the last of them leaves.
+    """
+    state = torch.random.get_rng_state()
+    gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        with (
+            _evaluating(model) as was_training,
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield was_training
+    finally:
+        # A model that draws nothing leaves the state alone, and so do we.
+        if not torch.equal(state, torch.random.get_rng_state()):
+            torch.random.set_rng_state(state)
+        if gpu_state is not None and not torch.equal(gpu_state, torch.cuda.get_rng_state(device)):
+            torch.cuda.set_rng_state(gpu_state, device)
+
+
+@contextmanager
+def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
+    if not isinstance(model, nn.Module):
+        yield False
+        return
+    with _LOCK:
+        count, training = _ENTERED.get(model, (0, []))
+        if count == 0:
+            training = [module for module in model.modules() if module.training]
+            for module in training:
+                module.training = False
+        _ENTERED[model] = (count + 1, training)
+    try:
+        yield bool(training)
+    finally:
+        with _LOCK:
+            count, training = _ENTERED.pop(model)
+            if count > 1:
+                _ENTERED[model] = (count - 1, training)
+            else:
+                for module in training:
+                    module.training = True

@@ -1,0 +1,242 @@
+"""Targets: which scalar of the model's output is explained, per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.errors import InputError, InputTypeError, ModelError
+
+Target = int | str | Tensor | Sequence[Any] | tuple[Any, ...] | Callable[[Any], Tensor] | None
+PREDICTED = "predicted"
+
+
+@dataclass(frozen=True)
+class Targets:
+    """K scalars per example, read from the output of a batch of points.
+
+    `classes` int64 [B, K] names columns of an output [R, C]; `places` int64 [B, D] names one
+    element of an output [R, ...] per example; `index` is a tuple into the output behind its batch
+    axis, summed over what it leaves; `mask` weights what `index` leaves; `function` is the user's
+    own. All of them None is the scalar output. `predicted` waits for the first forward pass at
+    the inputs.
+    """
+
+    batch: int
+    classes: Tensor | None = None
+    places: Tensor | None = None
+    index: tuple[Any, ...] | None = None
+    mask: Tensor | None = None
+    function: Callable[[Any], Tensor] | None = None
+    predicted: bool = False
+    many: bool = False
+
+    @property
+    def count(self) -> int:
+        """K, the number of maps per example."""
+        return 1 if self.classes is None else self.classes.shape[1]
+
+    def to(self, device: torch.device) -> Targets:
+        moved = {
+            name: value.to(device)
+            for name in ("classes", "places", "mask")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
+
+    def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores [R, K] of the rows of examples `item` [R], and the classes [R, K] chosen."""
+        if self.function is not None:
+            return self._call(raw, item), None
+        output = tensor_of(raw)
+        if output.dim() == 0 or output.shape[0] != item.numel():
+            raise ModelError(
+                f"the model must return one row per input row: got {list(output.shape)} for a "
+                f"batch of {item.numel()}; scalars over the whole batch cannot be explained"
+            )
+        if self.predicted and self.classes is None:
+            _need_matrix(output, "target='predicted'")
+            classes = output.detach().argmax(1, keepdim=True)
+            return output.gather(1, classes), classes
+        if self.classes is not None:
+            _need_matrix(output, "an integer target")
+            classes = self.classes[item]
+            return output.gather(1, classes), classes
+        return self._structured(output, item)[:, None], None
+
+    def check(self, raw: Any) -> None:
+        """Raises where classes or indices lie outside the output; once, on the first output."""
+        if self.function is not None:
+            return
+        shape = tensor_of(raw).shape[1:]
+        if self.classes is not None and len(shape) == 1:
+            _in_range(self.classes, shape[0])
+        if self.places is not None:
+            if self.places.shape[1] != len(shape):
+                raise InputError(
+                    f"target: each tuple must index the whole output {list(shape)} of an example: "
+                    f"got {self.places.shape[1]} numbers, expected {len(shape)}"
+                )
+            for axis, size in enumerate(shape):
+                _in_range(self.places[:, axis], size)
+
+    def _structured(self, output: Tensor, item: Tensor) -> Tensor:
+        if self.places is not None:
+            rows = torch.arange(len(item), device=item.device)
+            return output[(rows, *self.places[item].unbind(1))]
+        if self.index is None:
+            if output[0].numel() != 1:
+                raise InputError(
+                    "target is missing: the model returns "
+                    f"{list(output.shape[1:])} numbers per example, expected one; pass target=int, "
+                    "one int per example, a tuple index, 'predicted', or a function of the output"
+                )
+            return output.reshape(-1)
+        try:
+            picked = output[(slice(None), *self.index)]
+        except IndexError as error:
+            raise InputError(
+                f"target {self.index!r} does not index an output of shape "
+                f"{list(output.shape[1:])} per example: {error}"
+            ) from error
+        if self.mask is not None:
+            mask = self.mask[item] if self.mask.dim() == picked.dim() else self.mask
+            if mask.shape[-picked.dim() + 1 :] != picked.shape[1:]:
+                raise InputError(
+                    f"target's mask must match what the index leaves: got {list(self.mask.shape)}, "
+                    f"expected {list(picked.shape[1:])}, or that with a leading batch axis"
+                )
+            picked = picked * mask
+        return picked.reshape(len(item), -1).sum(1)
+
+    def _call(self, raw: Any, item: Tensor) -> Tensor:
+        assert self.function is not None
+        scores = self.function(raw)
+        if not isinstance(scores, Tensor) or scores.shape != item.shape:
+            got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(
+                f"target: a function of the output must return one score per row: got {got}, "
+                f"expected [{item.numel()}]"
+            )
+        return scores[:, None]
+
+
+def tensor_of(raw: Any) -> Tensor:
+    """The tensor to explain in a model's output: itself, or its `logits` or `out`."""
+    if isinstance(raw, Tensor):
+        return raw
+    for name in ("logits", "out"):
+        found = raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
+        if isinstance(found, Tensor):
+            return found
+    raise ModelError(
+        f"the model must return a tensor (or an output with .logits): got {type(raw).__name__}; "
+        "pass target=function to pick one from a structured output"
+    )
+
+
+def read_targets(target: Target, batch: int) -> Targets:
+    """Validates `target` for a batch; raises InputError or InputTypeError with the cure."""
+    if target is None:
+        return Targets(batch)
+    if isinstance(target, str):
+        if target != PREDICTED:
+            raise InputError(f"target: the only name is 'predicted': got {target!r}")
+        return Targets(batch, predicted=True)
+    if isinstance(target, bool):
+        raise InputTypeError("target must be an int, a sequence, a tuple or a function: got bool")
+    if isinstance(target, int):
+        return Targets(batch, classes=_classes(torch.full((batch, 1), target)))
+    if isinstance(target, Tensor):
+        return _per_example(target, batch)
+    if isinstance(target, tuple):
+        return _index(target, batch)
+    if callable(target):
+        return Targets(batch, function=target)
+    if isinstance(target, Sequence):
+        return _sequence(target, batch)
+    raise InputTypeError(
+        "target must be None, an int, one int per example, a tuple, 'predicted' or a function: "
+        f"got {type(target).__name__}"
+    )
+
+
+def _sequence(target: Sequence[Any], batch: int) -> Targets:
+    if target and all(isinstance(one, tuple) for one in target):
+        _need_length(len(target), batch)
+        if len({len(one) for one in target}) != 1:
+            raise InputError("target: the tuples of a list must have one length")
+        return Targets(batch, places=_classes(torch.tensor(target)))
+    try:
+        numbers = torch.as_tensor(target)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"target: a list must hold one int per example, or K ints for each: {error}"
+        ) from error
+    return _per_example(numbers, batch)
+
+
+def _per_example(target: Tensor, batch: int) -> Targets:
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise InputTypeError(f"target: a tensor must hold integers: got {target.dtype}")
+    if target.dim() == 0:
+        target = target.expand(batch)
+    _need_length(len(target), batch)
+    if target.dim() > 2 or target.numel() == 0:
+        raise InputError(
+            f"target: a tensor must be [B] or [B, K]: got {list(target.shape)} for B = {batch}"
+        )
+    many = target.dim() == 2
+    return Targets(batch, classes=_classes(target.reshape(batch, -1)), many=many)
+
+
+def _index(target: tuple[Any, ...], batch: int) -> Targets:
+    mask = target[-1] if target and isinstance(target[-1], Tensor) else None
+    index = target if mask is None else target[:-1]
+    for part in index:
+        if isinstance(part, bool) or not isinstance(part, (int, slice, type(Ellipsis))):
+            raise InputTypeError(
+                "target: a tuple holds ints, slices and ... behind the batch axis, and last a "
+                f"mask: got {type(part).__name__}"
+            )
+    return Targets(batch, index=tuple(index), mask=mask)
+
+
+def _classes(target: Tensor) -> Tensor:
+    if bool((target < 0).any()):
+        raise InputError(
+            f"target out of range: got {int(target.min())}, expected 0 or more; count from the "
+            "front"
+        )
+    return target.to(torch.int64).contiguous()
+
+
+def _in_range(classes: Tensor, size: int) -> None:
+    largest = int(classes.max())
+    if largest >= size:
+        raise InputError(f"target out of range: got {largest}, expected 0 to {size - 1}")
+
+
+def _need_length(length: int, batch: int) -> None:
+    if length != batch:
+        cure = "; for several maps of one example pass [[...]]" if batch == 1 else ""
+        raise InputError(
+            f"target has the wrong length: got {length}, expected one for each of {batch} "
+            f"examples{cure}"
+        )
+
+
+def _need_matrix(output: Tensor, what: str) -> None:
+    if output.dim() == 1:
+        raise InputError(
+            f"{what} needs classes, and the model returns one number per example; pass target=None"
+        )
+    if output.dim() != 2:
+        raise InputError(
+            f"{what} needs an output [B, classes]: got {list(output.shape)}; pass a tuple such as "
+            "(class,), which sums over the other axes, or (class, mask)"
+        )

@@ -1,0 +1,97 @@
+"""Replay: compute a record again and say whether it agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saliency_fast import record
+from saliency_fast.api import Engine
+from saliency_fast.attribution import Attribution, load, relative_l2
+from saliency_fast.methods import make_method
+from saliency_fast.model.function import Inputs
+from saliency_fast.specs import restore_baseline, restore_target
+
+TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
+"""Relative L2 distance within which two runs agree: rounding, amplified by a model's kinks."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Whether a record agrees with the attribution computed again, and if not, why.
+
+    error: relative L2 distance of the maps. input_matches, weights_match: by SHA-256; None where
+    the record holds no hash.
+    """
+
+    agrees: bool
+    error: float
+    tolerance: float
+    input_matches: bool | None
+    weights_match: bool | None
+    again: Attribution
+
+    def __bool__(self) -> bool:
+        return self.agrees
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'agrees' if self.agrees else 'DISAGREES'}: relative L2 distance {self.error:.2e}, "
+            f"tolerance {self.tolerance:.0e}"
+        ]
+        for what, same in (("input", self.input_matches), ("weights", self.weights_match)):
+            word = {True: "the same", False: "NOT the same", None: "not recorded"}[same]
+            lines.append(f"{what}: {word}")
+        return "\n".join(lines)
+
+
+def replay(
+    recorded: Attribution | str | Path,
+    model: Callable[..., Any],
+    inputs: Tensor | Inputs,
+    *,
+    target: Any = None,
+    forward_args: Any = (),
+    forward_kwargs: Mapping[str, Any] | None = None,
+    memory_budget: int | str | None = None,
+) -> Replay:
+    """Computes a record's attribution again with `model` on `inputs` and compares.
+
+    target: only for records whose target was a function, which a record cannot hold. It agrees
+    when inputs and weights are the recorded ones and the maps differ by rounding alone.
+    """
+    old = recorded if isinstance(recorded, Attribution) else load(recorded)
+    past = old.provenance
+    device = (inputs if isinstance(inputs, Tensor) else inputs[0]).device
+    if target is None:
+        target = restore_target(past.target, old.classes, old.many, old.kept)
+    parameters = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in past.parameters.items()
+    }
+    engine = Engine(
+        model,
+        make_method(past.method, parameters),
+        precision=past.precision,
+        memory_budget=memory_budget,
+    )
+    again = engine(
+        inputs,
+        target,
+        restore_baseline(past.baseline, old.kept, device),
+        forward_args=forward_args,
+        forward_kwargs=forward_kwargs,
+    )
+    same_input = _same(past.input_sha256, again.provenance.input_sha256)
+    same_weights = _same(past.weights_sha256, record.weights_sha256(model))
+    error, tolerance = relative_l2(again, old), TOLERANCE[past.dtype]
+    agrees = error <= tolerance and same_input is not False and same_weights is not False
+    return Replay(agrees, error, tolerance, same_input, same_weights, again)
+
+
+def _same(recorded: object, found: object) -> bool | None:
+    return None if recorded is None else recorded == found
