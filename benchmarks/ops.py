@@ -127,7 +127,7 @@ def outcome(function: Callable[..., Any], op: Op, args: Args, *, double: bool) -
     def fresh(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return value.double() if double and value.is_floating_point() else value.clone()
+        return value.clone().double() if double and value.is_floating_point() else value.clone()
 
     copies = tuple(fresh(value) for value in args)
     out = function(*copies)
@@ -222,13 +222,13 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         " reference error |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for row in rows:
-        lines.append(
-            f"| `{row['op']}` | {row['size']} | {row['megabytes']:.0f} | {row['fast_ms']:.2f} |"
-            f" {row['reference_ms']:.1f} | {row['speed_up']:.1f}x |"
-            f" {row['gigabytes_per_second']:.1f} | {row['share_of_copy']:.0%} |"
-            f" {row['error']:.1e} | {row['reference_error']:.1e} |"
-        )
+    lines += [
+        f"| `{row['op']}` | {row['size']} | {row['megabytes']:.0f} | {row['fast_ms']:.2f} |"
+        f" {row['reference_ms']:.1f} | {row['speed_up']:.1f}x |"
+        f" {row['gigabytes_per_second']:.1f} | {row['share_of_copy']:.0%} |"
+        f" {row['error']:.1e} | {row['reference_error']:.1e} |"
+        for row in rows
+    ]
     return "\n".join(lines) + "\n"
 
 

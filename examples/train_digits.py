@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saliency_fast.zoo.clutter import Glyphs, hide, save_samples, split_glyphs
+from saliency_fast.zoo.clutter import Glyphs, Samples, hide, save_samples, split_glyphs
 from saliency_fast.zoo.networks import DigitsCNN, DigitsViT
 
 SHIPPED = Path(__file__).parents[1] / "saliency_fast" / "zoo" / "data"
@@ -49,7 +49,7 @@ class Plan:
 
 PLANS = {
     "cnn": Plan(DigitsCNN, epochs=20, rate=4e-3, decay=0.05),
-    "vit": Plan(DigitsViT, epochs=32, rate=1.2e-3, decay=0.05),
+    "vit": Plan(DigitsViT, epochs=30, rate=1.2e-3, decay=0.05),
 }
 
 
@@ -88,7 +88,7 @@ def train(plan: Plan, glyphs: Glyphs, epochs: int, seed: int) -> nn.Module:
 def correct(model: nn.Module, glyphs: Glyphs, which: Tensor) -> Tensor:
     """Which scenes [N] of `glyphs[which]` in fresh clutter `model` reads right, as bool."""
     right = []
-    for part, chunk in enumerate(which.split(500)):
+    for part, chunk in enumerate(torch.split(which, 500)):
         scenes = hide(glyphs, chunk, EVALUATION_SEED + part)
         right.append(model(scenes.images).argmax(1) == scenes.labels)
     return torch.cat(right)
@@ -123,6 +123,17 @@ def write_samples(glyphs: Glyphs, path: Path) -> None:
     save_samples(hide(glyphs, torch.stack(which, 1).flatten(), SAMPLES_SEED), path)
 
 
+def brightness(scenes: Samples) -> dict[str, float]:
+    """Mean brightness within the digits' boxes, up to 4 px around them, and farther away."""
+    steps = torch.arange(scenes.images.shape[-1])
+    top, left, bottom, right = scenes.boxes[:, :, None].unbind(1)
+    down = torch.maximum(top - steps, steps - bottom + 1)
+    across = torch.maximum(left - steps, steps - right + 1)
+    distance = torch.maximum(down[:, :, None], across[:, None, :]).unsqueeze(1)
+    parts = {"box": distance <= 0, "rim": (distance > 0) & (distance <= 4), "away": distance > 4}
+    return {name: round(float(scenes.images[part].mean()), 3) for name, part in parts.items()}
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train and measure the zoo's digit models.")
     parser.add_argument("--model", choices=sorted(PLANS))
@@ -152,6 +163,8 @@ def main() -> None:
     train_glyphs, held_out_glyphs = split_glyphs()
     if args.samples:
         write_samples(held_out_glyphs, args.out / "held_out.safetensors")
+        every = torch.arange(len(held_out_glyphs))
+        print("mean brightness", brightness(hide(held_out_glyphs, every, EVALUATION_SEED)))
     if args.model is None:
         return
     plan, weights = PLANS[args.model], args.out / f"digits_{args.model}.safetensors"

@@ -16,7 +16,7 @@ AHEAD = 4
 
 
 @triton.jit
-def _any_of(slot, mine, first, rows, AHEAD: tl.constexpr):
+def any_of(slot, mine, first, rows, AHEAD: tl.constexpr):
     """Whether any of the next AHEAD rows belongs to the slot `mine`."""
     found = tl.load(slot + first) == mine
     for ahead in tl.static_range(1, AHEAD):
@@ -36,7 +36,7 @@ def _accumulate(total, grads, slot, weight, slots, rows, numel, KIND: tl.constex
     wide = tl.cast(numel, tl.int64)
     kept = tl.load(total + mine * wide + at, mask=inside)
     for first in range(0, rows, AHEAD):
-        if _any_of(slot, mine, first, rows, AHEAD):
+        if any_of(slot, mine, first, rows, AHEAD):
             for ahead in tl.static_range(AHEAD):
                 row = first + ahead
                 chosen = tl.load(slot + row, mask=row < rows, other=-1) == mine
@@ -64,7 +64,7 @@ def _moments(mean, spread, before, count, grads, slot, slots, rows, numel, AHEAD
     squares = tl.load(spread + mine * wide + at, mask=inside)
     seen = tl.load(before + mine)
     for first in range(0, rows, AHEAD):
-        if _any_of(slot, mine, first, rows, AHEAD):
+        if any_of(slot, mine, first, rows, AHEAD):
             for ahead in tl.static_range(AHEAD):
                 row = first + ahead
                 chosen = tl.load(slot + row, mask=row < rows, other=-1) == mine

@@ -11,6 +11,7 @@ from .launch import WARPS, on, tile
 # Triton counts a histogram with warp votes, whose work grows with the bins: 8 bits a pass.
 BITS = 8
 TILES = 4
+ACCESSES = 2
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def magnitude_percentile(values, percentile):
     prefix = torch.zeros(rows, dtype=integer, device=values.device)
     shifts = range(8 * integer.itemsize - BITS, -1, -BITS)
     counts = left.new_zeros((len(shifts), rows, 1 << BITS))
-    block = tile(integer, 2)
+    block = tile(integer, ACCESSES)
     grid = (rows * triton.cdiv(numel, TILES * block),)
     with on(values):
         for found, shift in zip(counts, shifts, strict=True):

@@ -1,6 +1,5 @@
 """Exact attribution for PyTorch: Integrated Gradients, SmoothGrad and their family, fused."""
 
-from saliency_fast.api import VERSION as __version__
 from saliency_fast.api import Engine, explain
 from saliency_fast.attribution import Attribution, load
 from saliency_fast.engine import Plan
@@ -15,6 +14,7 @@ from saliency_fast.methods import (
 )
 from saliency_fast.ops import backends
 from saliency_fast.replay import Replay, replay
+from saliency_fast.version import __version__
 
 __all__ = [
     "Attribution",

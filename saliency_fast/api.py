@@ -28,8 +28,7 @@ from saliency_fast.model.function import Inputs, PointFunction
 from saliency_fast.model.guard import untouched
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import describe_baseline, describe_target
-
-VERSION = "0.1.0"
+from saliency_fast.version import __version__
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,7 @@ class Engine:
         key = (shapes, call.targets.count)
         if key not in self._probed:
             self._probed[key] = probe(self._function(call), call, recipe, baselines[0])
-        plan = make_plan(
-            self.method, recipe, call, baselines[0], self._probed[key], self.limits
-        )
+        plan = make_plan(self.method, recipe, call, baselines[0], self._probed[key], self.limits)
         return _Job(call, recipe, baselines, plan)
 
     def _function(self, call: Call) -> PointFunction:
@@ -263,20 +260,19 @@ def _column(found: Any, squeeze: bool) -> Any:
 
 
 def _parameters(method: Method) -> dict[str, Any]:
-    return dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {}  # type: ignore[arg-type]
+    return dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {}
 
 
 def _versions() -> dict[str, str]:
     return {
-        "saliency_fast": VERSION,
+        "saliency_fast": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
 
 
 def _usage(plan: Plan, resident: tuple[int, int], seconds: float) -> dict[str, Any]:
-    """Wall time and peak memory. A high-water mark that did not rise tells nothing, and then the
-    plan's prediction stands in."""
+    """Wall time and peak memory; the plan's where the high-water mark did not rise."""
     peak = resident_bytes()[1]
     measured = plan.device == "cpu" and peak > resident[1]
     return {

@@ -128,7 +128,7 @@ class Attribution:
         return frames if isinstance(self.values, tuple) else frames[0]
 
     def save(self, path: str | Path) -> Path:
-        """Writes the record (safetensors with JSON metadata; docs/record.md) and returns its path."""
+        """Writes the record (safetensors with JSON metadata, docs/record.md); returns its path."""
         tensors = {f"values.{number}": one for number, one in enumerate(self._parts())}
         for name in _OPTIONAL:
             if (value := getattr(self, name)) is not None:

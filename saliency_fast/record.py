@@ -1,4 +1,4 @@
-"""Records on disk: safetensors with JSON metadata, a schema version and a hash; see docs/record.md."""
+"""Records on disk: safetensors with JSON metadata, a schema version and a hash (docs/record.md)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError as error:
         raise RecordError(f"record {path} does not exist") from error
     except (SafetensorError, OSError) as error:
-        raise RecordError(f"record {path} is truncated or not a safetensors file: {error}") from error
+        raise RecordError(
+            f"record {path} is truncated or not a safetensors file: {error}"
+        ) from error
     if KEY not in header or "sha256" not in header:
         raise RecordError(
             f"record {path} has no {KEY!r} metadata: got the keys {sorted(header)}; it was not "
@@ -105,4 +107,4 @@ def _version(tensor: Tensor) -> int:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return memoryview(flat.numpy())
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

@@ -200,7 +200,7 @@ std::tuple<at::Tensor, at::Tensor> finish(const at::Tensor& total,
   const int64_t channels = reduction == Reduction::none ? 1 : total.size(1);
   std::vector<int64_t> shape = total.sizes().vec();
   if (reduction != Reduction::none) shape.erase(shape.begin() + 1);
-  at::Tensor values = at::empty(shape, total.options(), at::MemoryFormat::Contiguous);
+  at::Tensor values = empty_output(shape, total.options());
   at::Tensor sums = at::empty({slots}, total.options().dtype(at::kDouble));
   const int64_t examples = ends.defined() ? std::max<int64_t>(1, ends.size(0)) : 1;
   const bool shared = starts.defined() && starts.size(0) == 1;

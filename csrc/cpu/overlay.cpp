@@ -262,7 +262,7 @@ at::Tensor overlay(const at::Tensor& image, const at::Tensor& values, const at::
   for (int64_t i = 0; i < 256; ++i) {
     std::memcpy(&packed[i], palette.const_data_ptr<uint8_t>() + 3 * i, 3);
   }
-  at::Tensor out = at::empty(image.sizes(), image.options(), at::MemoryFormat::Contiguous);
+  at::Tensor out = empty_output(image.sizes(), image.options());
   const int64_t pixels = image.size(1);
   const int64_t tiles = ceil_div(pixels, kPixels);
   AT_DISPATCH_FLOATING_TYPES(type, "overlay", [&] {

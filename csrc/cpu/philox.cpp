@@ -75,7 +75,7 @@ at::Tensor random_bits(const at::Tensor& seed, const at::Tensor& sample, int64_t
   TORCH_CHECK(count >= 0 && first_element >= 0, op,
               ": count and first_element must not be negative: got ", count, " and ",
               first_element);
-  at::Tensor out = at::empty({rows, count}, seed.options().dtype(at::kLong));
+  at::Tensor out = empty_output({rows, count}, seed.options().dtype(at::kLong));
   int64_t* const words = out.mutable_data_ptr<int64_t>();
   for_tiles(rows, count, [&](int64_t row, int64_t last_row, int64_t first, int64_t last) {
     alignas(64) uint32_t word[4][kGroup];

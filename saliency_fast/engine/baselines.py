@@ -57,7 +57,8 @@ def uniform(x: Tensor, number: int) -> Tensor:
     share = ((bits >> 8).double() * 2.0**-24).view(1, *x.shape[1:])
     low, high = torch.aminmax(x.flatten(1), dim=1)
     shape = (-1, *(1,) * (x.dim() - 1))
-    return (low.view(shape) + (high - low).view(shape) * share).to(x.dtype).contiguous()
+    noise: Tensor = low.view(shape) + (high - low).view(shape) * share
+    return noise.to(x.dtype).contiguous()
 
 
 NAMED: dict[str, Callable[[Tensor, int], Tensor]] = {"blur": blur, "mean": mean, "uniform": uniform}
@@ -84,8 +85,7 @@ def read_baseline_set(baseline: Baseline, inputs: Inputs) -> Inputs:
         sets = [read_baseline_set(one, inputs) for one in choices(baseline)]
         return tuple(torch.cat(parts) for parts in zip(*sets, strict=True))
     found = tuple(
-        _rows_of_set(part, x)
-        for part, x in zip(_per_input(baseline, inputs), inputs, strict=True)
+        _rows_of_set(part, x) for part, x in zip(_per_input(baseline, inputs), inputs, strict=True)
     )
     if len({len(one) for one in found}) > 1:
         raise InputError(
@@ -136,12 +136,13 @@ def _one(part: Any, x: Tensor, number: int) -> Tensor:
     part = _like(part, x)
     batched = part.dim() == x.dim() and len(part) != 1
     try:
-        return part.expand_as(x if batched else x[:1]).contiguous()
+        spread: Tensor = part.expand_as(x if batched else x[:1])
     except RuntimeError as error:
         raise InputError(
             f"baseline must match x or broadcast to it: got {list(part.shape)}, x is "
             f"{list(x.shape)}; pass baseline=None for zeros"
         ) from error
+    return spread.contiguous()
 
 
 def _like(part: Tensor, x: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ def read_inputs(inputs: Tensor | tuple[Tensor, ...]) -> Inputs:
 
 def _check(x: Any, name: str) -> None:
     if not isinstance(x, Tensor):
-        raise InputTypeError(f"{name} must be a tensor: got {type(x).__name__}; use torch.as_tensor")
+        raise InputTypeError(
+            f"{name} must be a tensor: got {type(x).__name__}; use torch.as_tensor"
+        )
     if x.dtype not in (torch.float32, torch.float64):
         raise InputTypeError(
             f"{name} must be float32 or float64: got {x.dtype}; use .float(), or pass token ids "

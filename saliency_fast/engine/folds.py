@@ -137,9 +137,7 @@ class Folds:
         return [total.view(*shape, *total.shape[1:]) for total in self.totals]
 
 
-def _variances(
-    mean: Tensor, zero: Tensor, one: Tensor, count: Tensor
-) -> tuple[Tensor, Tensor]:
+def _variances(mean: Tensor, zero: Tensor, one: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Chan's merge (1983) of two folds' moments, and half the difference of their variances."""
     first, second = count.unbind(1)
     both = first + second
@@ -149,4 +147,5 @@ def _variances(
 
 
 def _square_norm(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64).square()
+    norm: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
+    return norm.square()

@@ -46,7 +46,9 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + cached)
     available = _field(Path("/proc/meminfo"), "MemAvailable") or 4 * 1024**3
-    limit, used = (_number(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current"))
+    limit, used = (
+        _number(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current")
+    )
     return min(available, limit - used) if limit and used else available
 
 
@@ -81,7 +83,7 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-class MemoryMeter(TorchDispatchMode):
+class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that live at the same time inside its `with`.
 
     Works on any device and for one thread alone, unlike the allocators' own counters; what an
@@ -89,7 +91,7 @@ class MemoryMeter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
 

@@ -51,8 +51,8 @@ class Plan:
     def __str__(self) -> str:
         lines = [
             f"plan       {self.method} on {self.device}, {self.dtype}, {self.backend} kernels",
-            f"work       {self.examples} examples x {self.maps} maps: up to {self.points} points in "
-            f"{self.launches} launches of {self.points_per_launch}",
+            f"work       {self.examples} examples x {self.maps} maps: up to {self.points} points "
+            f"in {self.launches} launches of {self.points_per_launch}",
             f"memory     {bytes_text(self.peak_bytes)} of {bytes_text(self.budget)}: "
             f"{bytes_text(self.bytes_per_point)} a point, {bytes_text(self.fixed_bytes)} fixed",
         ]
@@ -77,8 +77,8 @@ def points_per_launch(
         raise BudgetError(
             f"memory_budget is smaller than one point: got {bytes_text(budget)}, expected at least "
             f"{bytes_text(least)} ({bytes_text(fixed)} for baselines and accumulators, "
-            f"{bytes_text(bytes_per_point)} for a point, {bytes_text(finish)} for the result); explain fewer examples at "
-            "once or raise the budget"
+            f"{bytes_text(bytes_per_point)} for a point, {bytes_text(finish)} for the result); "
+            "explain fewer examples at once or raise the budget"
         )
     paying = max(1, ENOUGH.get(device, ENOUGH["cuda"]) // max(bytes_per_point, 1))
     return min(fitting, points, paying if wanted is None else wanted)

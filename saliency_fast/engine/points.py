@@ -40,8 +40,9 @@ class _BoundLine:
 
 @dataclass(frozen=True)
 class Noise:
-    """Noisy copies of the input; `sigma` is absolute and wins over `noise_level`, a share of each
-    example's own range."""
+    """Noisy copies of the input; `sigma` is absolute and wins over `noise_level`, a share of the
+    example's own range.
+    """
 
     noise_level: float
     sigma: float | None

@@ -55,7 +55,8 @@ def probe(function: PointFunction, call: Call, recipe: Recipe, baselines: Inputs
         raise BudgetError(
             f"one point alone does not fit in memory; explain a smaller input at once ({error})"
         ) from error
-    return meter.peak
+    peak: int = meter.peak
+    return peak
 
 
 def make_plan(

@@ -12,7 +12,6 @@ from torch import Tensor
 from saliency_fast.model.function import Inputs
 
 
-
 @dataclass(frozen=True)
 class Rows:
     """The table of a launch: one row per point.
@@ -43,7 +42,6 @@ class Family(Protocol):
     def bind(self, inputs: Inputs, baselines: Inputs) -> Source: ...
 
 
-
 @dataclass(frozen=True)
 class Level:
     """Points that every example gets in one go: place [P], weight float64 [P], fold int64 [P].
@@ -62,9 +60,7 @@ class Level:
         return self.place.numel()
 
     def to(self, device: torch.device) -> Level:
-        return Level(
-            self.place.to(device), self.weight.to(device), self.fold.to(device), self.keep
-        )
+        return Level(self.place.to(device), self.weight.to(device), self.fold.to(device), self.keep)
 
     def rows(self, active: Tensor, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` of this level for the examples `active`, points outermost."""

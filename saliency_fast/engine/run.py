@@ -133,7 +133,9 @@ class Run:
             self.function.targets = replace(self.function.targets, classes=self.classes)
         batch, rows = self.call.batch, len(self.baselines[0])
         if self.recipe.baseline == "one":
-            place = [one.expand_as(x) for one, x in zip(self.baselines, self.call.inputs)]
+            place = [
+                one.expand_as(x) for one, x in zip(self.baselines, self.call.inputs, strict=True)
+            ]
             self.baseline_scores, _ = self._score(tuple(place), self.everyone, self.everyone)
         elif self.recipe.baseline == "set" and rows <= self.recipe.count:
             item = self.everyone.repeat_interleave(rows)
@@ -206,7 +208,10 @@ def average(outcomes: list[Outcome]) -> Outcome:
     converged = [one.converged for one in outcomes if one.converged is not None]
     return replace(
         last,
-        values=tuple(sum(parts[1:], parts[0]) * share for parts in zip(*(o.values for o in outcomes))),
+        values=tuple(
+            sum(parts[1:], parts[0]) * share
+            for parts in zip(*(o.values for o in outcomes), strict=True)
+        ),
         sums=torch.stack([one.sums for one in outcomes]).mean(0),
         error=torch.stack([one.error for one in outcomes]).mean(0),
         baseline_scores=torch.stack(baseline_scores).mean(0) if baseline_scores else None,

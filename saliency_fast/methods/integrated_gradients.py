@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saliency_fast.engine.points import Line
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Level, Recipe
 from saliency_fast.errors import InputError
 from saliency_fast.methods import checks
 from saliency_fast.methods.quadrature import NESTED, RULES, level, nested_levels
@@ -50,9 +50,7 @@ class IntegratedGradients:
     def recipe(self) -> Recipe:
         rule = RULES[self._rule]
         if self.tolerance is None:
-            levels = (level(rule, self.steps),)
+            levels: tuple[Level, ...] = (level(rule, self.steps),)
         else:
             levels = tuple(nested_levels(rule, self.steps, self.max_steps))
-        return Recipe(
-            Line(), levels, factor="difference", baseline="one", tolerance=self.tolerance
-        )
+        return Recipe(Line(), levels, factor="difference", baseline="one", tolerance=self.tolerance)

@@ -1,4 +1,4 @@
-"""Quadrature on [0, 1]: each rule is its points and weights; a nested one says how it is refined."""
+"""Quadrature on [0, 1]: a rule is its points and weights; a nested one says how it is refined."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,16 +48,14 @@ class PointFunction:
         with torch.no_grad():
             return self._forward(points, item)
 
-    def gradients(
-        self, points: Inputs, item: Tensor
-    ) -> tuple[Tensor, Tensor | None, list[Inputs]]:
+    def gradients(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None, list[Inputs]]:
         """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points.
 
         One forward pass serves all targets; each has its own backward pass. The points are handed
         over: the model may overwrite them.
         """
         anchor = torch.zeros((), requires_grad=True)
-        entered = tuple(_Enter.apply(one, anchor) for one in points)
+        entered = tuple(_Enter.apply(one, anchor) for one in points)  # type: ignore[no-untyped-call]
         edges = [get_gradient_edge(one) for one in entered]
         scores, classes = self._forward(entered, item)
         del entered
@@ -68,9 +66,7 @@ class PointFunction:
             )
         last = scores.shape[1] - 1
         found = [
-            torch.autograd.grad(
-                scores[:, k].sum(), edges, retain_graph=k < last, allow_unused=True
-            )
+            torch.autograd.grad(scores[:, k].sum(), edges, retain_graph=k < last, allow_unused=True)
             for k in range(scores.shape[1])
         ]
         return scores.detach(), classes, _complete(found, points, edges)
@@ -91,7 +87,7 @@ class PointFunction:
 
 
 def _complete(
-    found: list[tuple[Tensor | None, ...]], points: Inputs, edges: list[GradientEdge]
+    found: Sequence[tuple[Tensor | None, ...]], points: Inputs, edges: list[GradientEdge]
 ) -> list[Inputs]:
     """Zeros where one target does not see an input; an input that none sees is an error."""
     for number in range(len(edges)):

@@ -1,4 +1,4 @@
-"""Leaves no trace: evaluation mode, random state and autograd modes are restored whatever happens."""
+"""Leaves no trace: evaluation mode, random state and autograd modes come back in any event."""
 
 from __future__ import annotations
 

@@ -1,15 +1,15 @@
 """The fused ops: each defined once here, dispatched by device."""
 
-from saliency_fast.ops import backends as _backends
+from saliency_fast.ops import dispatch as _dispatch
 from saliency_fast.ops.accumulate import accumulate, accumulate_moments, accumulate_random_lines
-from saliency_fast.ops.backends import backends
+from saliency_fast.ops.dispatch import backends
 from saliency_fast.ops.finish import REDUCTIONS, finish
 from saliency_fast.ops.overlay import magnitude_percentile, overlay
 from saliency_fast.ops.philox import random_bits
 from saliency_fast.ops.points import line_points, noise_points, random_line_points
 from saliency_fast.ops.registry import OPS, Op, Sample
 
-_backends.load_native()
+_dispatch.load_native()
 
 __all__ = [
     "OPS",

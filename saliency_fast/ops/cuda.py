@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import BackendError, InputTypeError
-from saliency_fast.ops import backends
+from saliency_fast.ops.dispatch import CUDA_LIBRARY, VARIABLE, not_built
 from saliency_fast.ops.overlay import rank
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -23,11 +23,10 @@ _ARGUMENTS = {
 @cache
 def library() -> ctypes.CDLL:
     """The shared library with its launchers declared; what is missing or broken raises."""
-    path = backends.CUDA_LIBRARY
-    if not path.exists():
-        raise backends.not_built("the CUDA ops", "cuda")
+    if not CUDA_LIBRARY.exists():
+        raise not_built("the CUDA ops", "cuda")
     try:
-        found = ctypes.CDLL(str(path))
+        found = ctypes.CDLL(str(CUDA_LIBRARY))
         for name, arguments in _ARGUMENTS.items():
             for suffix in _SUFFIXES.values():
                 launcher = getattr(found, f"saliency_fast_{name}_{suffix}")
@@ -36,9 +35,9 @@ def library() -> ctypes.CDLL:
         found.saliency_fast_percentile_state.restype = _INT64
     except (OSError, AttributeError) as error:
         raise BackendError(
-            f"{path.name} is built but does not load: {error}; build it again "
+            f"{CUDA_LIBRARY.name} is built but does not load: {error}; build it again "
             "(FORCE_CUDA=1 pip install --no-build-isolation -e .) or set "
-            f"{backends.VARIABLE}=triton"
+            f"{VARIABLE}=triton"
         ) from error
     return found
 

@@ -89,9 +89,7 @@ overlay = define(
         reference=_overlay,
         fake=_fake_overlay,
         samples=_overlay_samples,
-        moved=lambda image, values, *_: (
-            2 * image.numel() + values.numel() * values.element_size()
-        ),
+        moved=lambda image, values, *_: 2 * image.numel() + values.numel() * values.element_size(),
         triton="saliency_fast.kernels.overlay:overlay",
     )
 )

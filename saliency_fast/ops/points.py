@@ -175,8 +175,10 @@ random_line_points = define(
         reference=_random_line_points,
         fake=_fake_random_line,
         samples=random_line_samples,
-        moved=lambda x, baselines, sigma, seed, item, *_: _point_bytes(x, item, 1)
-        + baselines.element_size() * min(len(baselines), len(item)) * x[0].numel(),
+        moved=lambda x, baselines, sigma, seed, item, *_: (
+            _point_bytes(x, item, 1)
+            + baselines.element_size() * min(len(baselines), len(item)) * x[0].numel()
+        ),
         triton="saliency_fast.kernels.points:random_line_points",
     )
 )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.ops import backends
+from saliency_fast.ops import dispatch
 
-_LIBRARY = torch.library.Library("saliency_fast", "DEF")
+_LIBRARY = torch.library.Library("saliency_fast", "DEF")  # type: ignore[no-untyped-call]
 OPS: dict[str, Op] = {}
 
 
@@ -62,7 +62,7 @@ class Op:
             return self.reference
         place = {"triton": self.triton, "cuda": self.cuda}[backend]
         if place is None:
-            raise backends.not_built(self.name, backend)
+            raise dispatch.not_built(self.name, backend)
         module, function = place.split(":")
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
         return found
@@ -70,12 +70,13 @@ class Op:
 
 def define(op: Op) -> Op:
     """Registers `op` with PyTorch's dispatcher and returns it."""
-    _LIBRARY.define(op.schema)
-    _LIBRARY.impl(op.name, op.reference, "CompositeExplicitAutograd")
+    _implement: Callable[..., None] = _LIBRARY.impl
+    _LIBRARY.define(op.schema)  # type: ignore[no-untyped-call]
+    _implement(op.name, op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"saliency_fast::{op.name}", op.fake, lib=_LIBRARY)
-    backend = backends.for_gpu(has_cuda=op.cuda is not None)
+    backend = dispatch.for_gpu(has_cuda=op.cuda is not None)
     if backend != "reference":
-        _LIBRARY.impl(op.name, _lazily(op, backend), "CUDA")
+        _implement(op.name, _lazily(op, backend), "CUDA")
     OPS[op.name] = op
     return op
 

@@ -78,7 +78,10 @@ def picture(x: Tensor) -> Tensor:
 
     Three or four channels are red, green and blue; one or two are grey, as is the mean of more.
     """
-    channels = x[:, :3] if x.shape[1] in (3, 4) else x[:, :1] if x.shape[1] <= 2 else x.mean(1, True)
+    if x.shape[1] in (3, 4):
+        channels = x[:, :3]
+    else:
+        channels = x[:, :1] if x.shape[1] <= 2 else x.mean(1, keepdim=True)
     low, high = torch.aminmax(channels.flatten(1), dim=1)
     shape = (-1, *(1,) * (x.dim() - 1))
     span = (high - low).clamp_min(torch.finfo(x.dtype).tiny).view(shape)

@@ -62,7 +62,8 @@ class DigitsViT(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 # torch's default shrinks the strokes below its own random biases, layer by layer.
                 nn.init.kaiming_normal_(layer.weight)
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.stem(images).flatten(2).transpose(1, 2)

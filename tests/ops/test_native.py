@@ -20,7 +20,7 @@ from checking import (
 
 from saliency_fast import ops
 from saliency_fast.ops import OPS, Op, Sample, philox
-from saliency_fast.ops.backends import VARIABLE, forced, native_library
+from saliency_fast.ops.dispatch import VARIABLE, forced, native_library
 
 pytestmark = pytest.mark.skipif(
     native_library() is None or forced() not in (None, "native"),

@@ -43,7 +43,7 @@ def load_native() -> None:
             raise not_built("the CPU ops", "native")
         return
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise BackendError(
             f"{path.name} is built but does not load with torch {torch.__version__}: {error}; "

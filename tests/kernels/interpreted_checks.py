@@ -1,0 +1,65 @@
+"""Run by test_interpreted.py in a process of its own: TRITON_INTERPRET must be set before triton
+is imported. Alone: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_checks.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checking import assert_close_to_reference, every_sample, poisoned, results
+from triton.runtime import interpreter
+
+from saliency_fast.ops import OPS, Op, Sample
+
+
+@pytest.fixture(autouse=True)
+def numpy_scalars(monkeypatch):
+    """Triton 3.6 makes a loop bound by int() of a one-element array, which NumPy 2.4 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.mark.parametrize(("op", "sample"), every_sample())
+def test_sample(op: Op, sample: Sample):
+    with poisoned():
+        got = results(op, sample, op.launcher("triton"))
+    assert_close_to_reference(op, sample, got)
+
+
+def test_rows_split_over_launches_give_the_same_bits():
+    slot, weight = torch.tensor([0, 2, 2, 0, 1, 2, 1, 0, 0]), torch.rand(9).double()
+    total, grads = torch.randn(3, 33), torch.randn(9, 33)
+    launcher = OPS["accumulate"].launcher("triton")
+    whole, split = total.clone(), total.clone()
+    launcher(whole, grads, slot, weight, "sum")
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 9)):
+        launcher(split, grads[rows], slot[rows], weight[rows], "sum")
+    assert torch.equal(whole, split)
+
+
+@pytest.mark.parametrize("name", ["accumulate", "accumulate_moments", "accumulate_random_lines"])
+def test_strided_totals_change_in_place(name: str):
+    op = OPS[name]
+    sample = next(s for s in op.samples() if s.args[0].dim() > 2)
+    strided = tuple(
+        a.transpose(1, 2).contiguous().transpose(1, 2) if i == 0 else a
+        for i, a in enumerate(sample.args)
+    )
+    sample = Sample(strided, note=f"{sample.note}, strided total")
+    assert_close_to_reference(op, sample, results(op, sample, op.launcher("triton")))
+
+
+@pytest.mark.parametrize("name", ["noise_points", "line_points"])
+def test_no_rows_make_no_points(name: str):
+    op = OPS[name]
+    item = next(i for i, a in enumerate(op.overload._schema.arguments) if a.name == "item")
+    args = list(next(op.samples()).args)
+    for column in range(item, len(args)):
+        if isinstance(args[column], torch.Tensor):
+            args[column] = args[column][:0]
+    assert op.launcher("triton")(*args).shape == (0, *args[0].shape[1:])
