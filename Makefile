@@ -1,0 +1,55 @@
+# Two commands: `make demo` explains real inputs into out/, `make test` runs every check.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
+
+.PHONY: demo test lint types imports unit bench bench-gpu format clean
+
+demo: $(VENV)/installed
+	$(BIN)/saliency-fast demo --out out
+
+test: lint types imports unit
+
+lint: $(VENV)/test-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/test-installed
+	$(BIN)/mypy
+
+imports: $(VENV)/test-installed
+	$(BIN)/lint-imports
+
+unit: $(VENV)/test-installed
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest benchmarks --benchmark-disable
+
+bench: $(VENV)/test-installed
+	$(BIN)/python -m benchmarks.ops
+	$(BIN)/python -m benchmarks.end_to_end --device cpu
+	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.tables
+
+# Uses the Python that runs it, so that a GPU machine's own PyTorch is measured.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu --out benchmarks/results
+
+format: $(VENV)/test-installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info saliency_fast/*.so .pytest_cache .ruff_cache .mypy_cache
+
+# Building against the installed torch needs it in the environment, hence no build isolation.
+$(VENV)/installed: $(SOURCES)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy setuptools wheel ninja
+	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/test-installed: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable ".[test,benchmark]"
+	touch $@
