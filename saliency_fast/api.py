@@ -19,7 +19,7 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import PRECISIONS, Call, bind
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.plan import Plan
-from saliency_fast.engine.prepare import Limits, baselines_of, make_plan, probe
+from saliency_fast.engine.prepare import Limits, Probe, baselines_of, make_plan, probe
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.run import Moment, Outcome, Run, average, need_finite
 from saliency_fast.errors import InputError, InputTypeError
@@ -72,7 +72,7 @@ class Engine:
         self.precision, self.progress, self.hashes = precision, progress, hashes
         self.limits = Limits(memory_budget, points_per_launch)
         self._recipe = self.method.recipe()
-        self._probed: dict[tuple[object, ...], int] = {}
+        self._probed: dict[tuple[object, ...], Probe] = {}
 
     def plan(
         self,
@@ -153,7 +153,7 @@ class Engine:
         key = (shapes, call.targets.count)
         if key not in self._probed:
             self._probed[key] = probe(self._function(call), call, recipe, baselines[0])
-        plan = make_plan(self.method, recipe, call, baselines[0], self._probed[key], self.limits)
+        plan = make_plan(self.method, recipe, call, baselines, self._probed[key], self.limits)
         return _Job(call, recipe, baselines, plan)
 
     def _function(self, call: Call) -> PointFunction:

@@ -97,7 +97,16 @@ def read_baseline_set(baseline: Baseline, inputs: Inputs) -> Inputs:
 
 def _rows_of_set(part: Any, x: Tensor) -> Tensor:
     if isinstance(part, Tensor) and part.dim() == x.dim() and part.shape[1:] == x.shape[1:]:
+        if len(part) == 0:
+            raise InputError(
+                f"baseline: the set is empty: got {list(part.shape)}, expected at least one row"
+            )
         return _like(part, x)
+    if isinstance(part, Tensor) and part.dim() == x.dim() and len(part) > 1:
+        raise InputError(
+            f"baseline: a set must be [M, *] with the shape of an example behind M: got "
+            f"{list(part.shape)}, expected {['M', *x.shape[1:]]}"
+        )
     one = _one(part, x[:1] if not isinstance(part, str) else x, 0)
     if len(one) > 1:
         raise InputError(

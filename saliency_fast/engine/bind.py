@@ -44,9 +44,17 @@ def bind(
 ) -> Call:
     """Validates a call; raises InputError or InputTypeError with what, got, expected and cure."""
     parts = read_inputs(inputs)
-    targets = read_targets(target, len(parts[0])).to(parts[0].device)
-    args = args if isinstance(args, tuple) else (args,)
-    return Call(parts, isinstance(inputs, (tuple, list)), targets, args, dict(kwargs or {}))
+    # Else these would be inference tensors, which no gradient may pass, where the caller is in
+    # inference mode.
+    with torch.inference_mode(False):
+        targets = read_targets(target, len(parts[0])).to(parts[0].device)
+        args = tuple(_plain(one) for one in (args if isinstance(args, tuple) else (args,)))
+        kwargs = {name: _plain(one) for name, one in (kwargs or {}).items()}
+    return Call(parts, isinstance(inputs, (tuple, list)), targets, args, kwargs)
+
+
+def _plain(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def read_inputs(inputs: Tensor | tuple[Tensor, ...]) -> Inputs:
@@ -66,6 +74,8 @@ def read_inputs(inputs: Tensor | tuple[Tensor, ...]) -> Inputs:
                 f"inputs have different batch sizes: input {number} has {len(x)}, input 0 "
                 f"{len(parts[0])}"
             )
+    for number, x in enumerate(parts):
+        _check_finite(x, f"input {number}" if len(parts) > 1 else "the input")
     return tuple(x.detach().contiguous() for x in parts)
 
 
@@ -86,6 +96,9 @@ def _check(x: Any, name: str) -> None:
         )
     if x.numel() == 0:
         raise InputError(f"{name} is empty: got {list(x.shape)}, expected at least one element")
+
+
+def _check_finite(x: Tensor, name: str) -> None:
     # The sum of finite numbers may overflow, so only a suspicious one is looked at closely.
     if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x.detach()).all()):
         raise InputError(

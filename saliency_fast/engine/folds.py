@@ -142,10 +142,12 @@ def _variances(mean: Tensor, zero: Tensor, one: Tensor, count: Tensor) -> tuple[
     first, second = count.unbind(1)
     both = first + second
     shift = mean[:, 1] - mean[:, 0]
-    spread = zero + one + shift * shift * (first * second / both)
-    return spread / both, 0.5 * (zero / first - one / second)
+    spread = shift.square_().mul_(first * second / both).add_(zero).add_(one)
+    return spread.div_(both), (zero / first).sub_(one / second).mul_(0.5)
 
 
 def _square_norm(values: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1, dtype=torch.float64)
-    return norm.square()
+    # In pieces of 2**22 elements, since on CPUs PyTorch first casts what it is given to float64.
+    pieces = values.flatten(1).split(max(1, 2**22 // len(values)), dim=1)
+    norms = [torch.linalg.vector_norm(one, dim=1, dtype=torch.float64) for one in pieces]
+    return torch.stack(norms).square().sum(0)

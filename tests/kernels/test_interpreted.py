@@ -48,7 +48,9 @@ def judged(outcomes: dict[str, str | None], beginning: str) -> int:
 
 @pytest.mark.parametrize("name", list(OPS))
 def test_every_sample_of(name: str, outcomes: dict[str, str | None]):
-    assert judged(outcomes, f"test_sample[{name}-") == len(list(OPS[name].samples()))
+    # interpreted_checks.small_enough leaves out the largest maps.
+    left_out = 7 if name == "magnitude_percentile" else 0
+    assert judged(outcomes, f"test_sample[{name}-") == len(list(OPS[name].samples())) - left_out
 
 
 def test_everything_else(outcomes: dict[str, str | None]):

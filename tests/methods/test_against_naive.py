@@ -98,9 +98,7 @@ def test_expected_gradients(kind: type[nn.Module], noise: float) -> None:
     for i in range(2):
         sigma = [noise * float(x[i].max() - x[i].min())]
         one = (x[i : i + 1],)
-        expected.append(
-            naive.expected_gradients(model, column(0), one, (rows,), 9, 4, sigma)[0]
-        )
+        expected.append(naive.expected_gradients(model, column(0), one, (rows,), 9, 4, sigma)[0])
     check(found.values, expected)
     gain = model(x)[:, 0] - model(rows)[:, 0].mean()
     torch.testing.assert_close(found.delta, found.values.flatten(1).sum(1) - gain)
