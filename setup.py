@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -45,10 +45,8 @@ def build_cuda(target: Path) -> None:
         number = arch.replace(".", "").removesuffix("+PTX")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
     sources = sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
-    subprocess.check_call(
-        ["nvcc", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}"]
-        + [*flags, *sources, "-o", str(target)]
-    )
+    options = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}"]
+    subprocess.check_call(["nvcc", *options, *flags, *sources, "-o", str(target)])
 
 
 def build_command(base: type) -> type:
@@ -96,13 +94,7 @@ if torch_build is not None:
 
 setup(
     packages=[
-        "saliency_fast",
-        "saliency_fast.ops",
-        "saliency_fast.model",
-        "saliency_fast.engine",
-        "saliency_fast.methods",
-        "saliency_fast.render",
-        "saliency_fast.zoo",
+        *find_packages(include=["saliency_fast", "saliency_fast.*"]),
         "saliency_fast.kernels",
     ],
     package_dir={"saliency_fast": "saliency_fast", "saliency_fast.kernels": "kernels"},

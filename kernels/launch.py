@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 WARPS = 4
-"""Warps of a program. Four programs' worth of registers and loads keep a multiprocessor busy."""
+"""Warps of a program, of 32 threads (64 on AMD)."""
 
 
 def on(tensor):

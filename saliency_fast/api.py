@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -102,15 +101,9 @@ class Engine:
         call = bind(inputs, target, forward_args, forward_kwargs)
         with untouched(self.model, call.device) as training:
             job = self._prepare(call, baseline)
-            with tqdm(
-                total=job.plan.points * len(job.baselines),
-                disable=not self.progress,
-                desc=self.method.name,
-                unit="point",
-            ) as bar:
-                for moment in self._moments(job):
-                    bar.update(moment.done - bar.n)
-            outcome = moment.outcome()
+            for moment in self._shown(job):
+                last = moment
+            outcome = last.outcome()
             need_finite(outcome)
             usage = _usage(job.plan, resident, time.perf_counter() - started)
             return self._attribution(job, outcome, baseline, training, usage)
@@ -174,6 +167,17 @@ class Engine:
                 )
             if last is not None and number + 1 < len(job.baselines):
                 finished.append(last.outcome())
+
+    def _shown(self, job: _Job) -> Iterator[Moment]:
+        """The moments, with a bar beside them where one is wanted."""
+        if not self.progress:
+            yield from self._moments(job)
+            return
+        total = job.plan.points * len(job.baselines)
+        with tqdm(total=total, desc=self.method.name, unit="point") as bar:
+            for moment in self._moments(job):
+                bar.update(moment.done - bar.n)
+                yield moment
 
     def _attribution(
         self, job: _Job, outcome: Outcome, baseline: Baseline, training: bool, usage: dict[str, Any]
@@ -260,7 +264,7 @@ def _column(found: Any, squeeze: bool) -> Any:
 
 
 def _parameters(method: Method) -> dict[str, Any]:
-    return dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {}
+    return {name: getattr(method, name) for name in getattr(method, "__dataclass_fields__", {})}
 
 
 def _versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops, record, render
-from saliency_fast.errors import InputError
+from saliency_fast.errors import InputError, RecordError
 from saliency_fast.model.function import Inputs
 
 
@@ -152,10 +152,15 @@ _OPTIONAL = (
 def load(path: str | Path) -> Attribution:
     """Reads a record; raises RecordError where it is truncated, altered or of another schema."""
     tensors, metadata = record.read(path)
-    parts = tuple(
-        tensors[f"values.{number}"]
-        for number in range(sum(name.startswith("values.") for name in tensors))
-    )
+    try:
+        return _assembled(tensors, metadata)
+    except (KeyError, TypeError, IndexError) as error:
+        raise RecordError(f"record {path} lacks a part of its schema: {error!r}") from error
+
+
+def _assembled(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Attribution:
+    count = sum(name.startswith("values.") for name in tensors)
+    parts = tuple(tensors[f"values.{number}"] for number in range(count))
     kept = {
         name.removeprefix("kept."): value
         for name, value in tensors.items()

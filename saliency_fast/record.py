@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from saliency_fast.errors import RecordError
@@ -32,7 +32,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     text = json.dumps({"schema": SCHEMA, **metadata}, sort_keys=True)
     header = {KEY: text, "sha256": _digest(text, stored)}
     path = Path(path)
-    save_file(stored, str(path), metadata=header)
+    path.write_bytes(save(stored, metadata=header))
     return path
 
 
@@ -53,7 +53,10 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"record {path} has no {KEY!r} metadata: got the keys {sorted(header)}; it was not "
             "written by Attribution.save"
         )
-    metadata = json.loads(header[KEY])
+    try:
+        metadata = dict(json.loads(header[KEY]))
+    except ValueError as error:
+        raise RecordError(f"record {path} has metadata that is no JSON: {error}") from error
     if metadata.get("schema") != SCHEMA:
         raise RecordError(
             f"record {path} has another schema: got {metadata.get('schema')!r}, expected {SCHEMA}; "

@@ -15,16 +15,13 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError
 from saliency_fast.model import untouched
-from tests.traces import Net, unchanged
+from tests.traces import Net, one_thread, unchanged
 
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """These models are tiny: waiting for a second thread would take most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 METHODS = (
@@ -72,10 +69,10 @@ IN_PLACE = {
 }
 
 
-class Forward(Exception): ...
+class ForwardError(Exception): ...
 
 
-class Backward(Exception): ...
+class BackwardError(Exception): ...
 
 
 class _FailsBackward(torch.autograd.Function):
@@ -85,7 +82,7 @@ class _FailsBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise Backward
+        raise BackwardError
 
 
 class Fails:
@@ -98,7 +95,7 @@ class Fails:
         self.calls += 1
         if self.calls != self.at:
             return y
-        if self.error is Backward:
+        if self.error is BackwardError:
             return _FailsBackward.apply(y)
         raise self.error
 
@@ -122,9 +119,13 @@ PROBE, ENDS, MIDDLE = 1, 3, 6
 @pytest.mark.parametrize(
     ("error", "at"),
     [
-        *((error, at) for error in (Forward, KeyboardInterrupt) for at in (PROBE, ENDS, MIDDLE)),
-        (Backward, PROBE),
-        (Backward, MIDDLE),
+        *(
+            (error, at)
+            for error in (ForwardError, KeyboardInterrupt)
+            for at in (PROBE, ENDS, MIDDLE)
+        ),
+        (BackwardError, PROBE),
+        (BackwardError, MIDDLE),
     ],
 )
 def test_after_a_failure(error: type[BaseException], at: int) -> None:
@@ -204,7 +205,7 @@ def test_under_the_callers_modes(method: Any, mode: Callable[[], Any]) -> None:
 
 
 def test_targets_and_arguments_made_in_inference_mode() -> None:
-    x = image()
+    x, net = image(), Net()
 
     def model(x: Tensor, rows: Tensor, shared: Tensor) -> Tensor:
         return x.sin() * rows[:, None, None, None] * shared
@@ -217,9 +218,9 @@ def test_targets_and_arguments_made_in_inference_mode() -> None:
     expected = call()
     with torch.inference_mode():
         found = call()
-        classes = sf.explain(Net(), x, target=torch.tensor([1, 2, 3]), method="gradient")
-        with unchanged(None, x), pytest.raises(InputError):
-            sf.explain(Net(), x, target=torch.tensor([1, 2, 9]), method="gradient")
+        classes = sf.explain(net, x, target=torch.tensor([1, 2, 3]), method="gradient")
+        with unchanged(net, x), pytest.raises(InputError):
+            sf.explain(net, x, target=torch.tensor([1, 2, 9]), method="gradient")
     assert torch.equal(found.values, expected.values)
     assert torch.equal(classes.classes, torch.tensor([1, 2, 3]))
 

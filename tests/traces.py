@@ -39,6 +39,17 @@ class Net(nn.Module):
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """For tiny models: waiting for a second thread would take most of their time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def unchanged(model: Any, *tensors: Tensor) -> Iterator[None]:
     """Asserts that its body changes nothing of `model`, of `tensors` or of the process."""
     before = _picture(model, tensors)
@@ -86,7 +97,7 @@ def _process() -> dict[str, Any]:
     return {
         "torch random state": _bytes(torch.random.get_rng_state()),
         "python random state": random.getstate(),
-        "numpy random state": str(np.random.get_state()),  # noqa: NPY002
+        "numpy random state": str(np.random.get_state()),
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),

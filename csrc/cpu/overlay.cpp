@@ -82,74 +82,67 @@ Key select(std::vector<Key>& keys, int64_t rank, int shift) {
   return keys[rank];
 }
 
-// Chunks of a row, so that one large map uses all threads as well.
-struct Chunks {
-  int64_t rows, count, per_row, size;
-
-  Chunks(int64_t rows, int64_t count) : rows(rows), count(count) {
-    const int64_t threads = std::max<int64_t>(1, ceil_div(at::get_num_threads(), rows));
-    const int64_t most = std::max<int64_t>(1, count / kMinimumWork);
-    per_row = std::max(std::min(threads, most), ceil_div(count, int64_t{1} << 31));
-    size = ceil_div(count, per_row);
+// Copies to `found` the `expected` keys whose digit is `wanted`. It writes before it knows, which
+// is safe because it ends with the last of them.
+template <typename T, typename Key>
+void collect(const T* values, int64_t count, int64_t wanted, int shift, Key* found,
+             int64_t expected) {
+  int64_t number = 0;
+  for (int64_t i = 0; i < count && number < expected; ++i) {
+    const Key key = key_of(values[i]);
+    found[number] = key;
+    number += static_cast<int64_t>(static_cast<int64_t>(key >> shift) == wanted);
   }
+}
 
-  // Calls f(task, first, end) for every chunk; task / per_row is its row.
-  template <typename F>
-  void each(const F& f) const {
-    at::parallel_for(0, rows * per_row, ceil_div(kMinimumWork, size), [&](int64_t a, int64_t b) {
-      for (int64_t task = a; task < b; ++task) {
-        const int64_t first = std::min(count, (task % per_row) * size);
-        f(task, first, std::min(count, first + size));
+// The order statistic of one row. Its chunks run in parallel, unless rows already do.
+template <typename T>
+T percentile_row(const T* values, int64_t count, int64_t rank) {
+  using Key = typename Keys<T>::Key;
+  constexpr int kShift = 8 * static_cast<int>(sizeof(T)) - 1 - kDigit;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t most = std::max<int64_t>(1, count / kMinimumWork);
+  const int64_t chunks = std::max(std::min(threads, most), ceil_div(count, int64_t{1} << 31));
+  const int64_t size = ceil_div(count, chunks);
+  std::vector<Histogram> histograms(static_cast<size_t>(chunks));
+  const auto each_chunk = [&](const auto& f) {
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t first = std::min(count, chunk * size);
+        f(chunk, first, std::min(count, first + size));
       }
     });
+  };
+  each_chunk([&](int64_t chunk, int64_t first, int64_t end) {
+    const auto read = [&](int64_t i) { return key_of(values[first + i]); };
+    count_digits(end - first, kShift, read, histograms[chunk]);
+  });
+  Histogram all{};
+  for (const Histogram& histogram : histograms) {
+    for (int64_t bin = 0; bin < kBins; ++bin) all[bin] += histogram[bin];
   }
-};
+  const int64_t wanted = find_bin(all, rank);
+  std::vector<int64_t> places(static_cast<size_t>(chunks + 1));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    places[chunk + 1] = places[chunk] + histograms[chunk][wanted];
+  }
+  std::vector<Key> candidates(static_cast<size_t>(places[chunks]));
+  each_chunk([&](int64_t chunk, int64_t first, int64_t end) {
+    collect(values + first, end - first, wanted, kShift, candidates.data() + places[chunk],
+            histograms[chunk][wanted]);
+  });
+  const Key key = select(candidates, rank, kShift);
+  T found;
+  std::memcpy(&found, &key, sizeof found);
+  return found;
+}
 
 template <typename T>
 void percentile_rows(const T* values, int64_t rows, int64_t count, int64_t rank, T* out) {
-  using Key = typename Keys<T>::Key;
-  constexpr int kShift = 8 * static_cast<int>(sizeof(T)) - 1 - kDigit;
-  const Chunks chunks(rows, count);
-  std::vector<Histogram> histograms(static_cast<size_t>(rows * chunks.per_row));
-  chunks.each([&](int64_t task, int64_t first, int64_t end) {
-    const T* const row = values + (task / chunks.per_row) * count + first;
-    count_digits(end - first, kShift, [&](int64_t i) { return key_of(row[i]); }, histograms[task]);
-  });
-  std::vector<int64_t> bins(static_cast<size_t>(rows)), ranks(static_cast<size_t>(rows), rank);
-  std::vector<std::vector<Key>> candidates(static_cast<size_t>(rows));
-  std::vector<int64_t> offsets(static_cast<size_t>(rows * chunks.per_row));
-  for (int64_t row = 0; row < rows; ++row) {
-    Histogram all{};
-    const int64_t task = row * chunks.per_row;
-    for (int64_t part = 0; part < chunks.per_row; ++part) {
-      for (int64_t bin = 0; bin < kBins; ++bin) all[bin] += histograms[task + part][bin];
-    }
-    bins[row] = find_bin(all, ranks[row]);
-    int64_t total = 0;
-    for (int64_t part = 0; part < chunks.per_row; ++part) {
-      offsets[task + part] = total;
-      total += histograms[task + part][bins[row]];
-    }
-    // One more: the branch-free collection below writes before it knows.
-    candidates[row].resize(static_cast<size_t>(total + 1));
-  }
-  chunks.each([&](int64_t task, int64_t first, int64_t end) {
-    const int64_t row = task / chunks.per_row;
-    const T* const read = values + row * count;
-    Key* const found = candidates[row].data() + offsets[task];
-    const int64_t expected = histograms[task][bins[row]];
-    int64_t number = 0;
-    for (int64_t i = first; i < end && number < expected; ++i) {
-      const Key key = key_of(read[i]);
-      found[number] = key;
-      number += static_cast<int64_t>(static_cast<int64_t>(key >> kShift) == bins[row]);
-    }
-  });
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+  const int64_t shared = rows >= at::get_num_threads() ? ceil_div(kMinimumWork, count) : rows;
+  at::parallel_for(0, rows, shared, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      candidates[row].pop_back();
-      const Key key = select(candidates[row], ranks[row], kShift);
-      std::memcpy(out + row, &key, sizeof key);
+      out[row] = percentile_row(values + row * count, count, rank);
     }
   });
 }

@@ -5,33 +5,12 @@
 #include <torch/library.h>
 
 #include "cpu/launch.h"
+#include "cpu/philox_words.h"
 #include "cpu/random_rows.h"
 #include "cpu/simd.h"
 
 namespace saliency_fast {
 namespace {
-
-// Words and numbers of so many blocks are kept transposed: loops over them vectorise.
-constexpr int64_t kGroup = 64;
-
-struct Counter {
-  uint32_t low, high, sample, stream, key0, key1;
-};
-
-Counter counter(uint64_t seed, uint64_t block, uint32_t sample, uint32_t stream) {
-  return {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), sample, stream,
-          static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-}
-
-SALIENCY_FAST_CLONES
-void group_words(Counter at, uint32_t (*word)[kGroup]) {
-  for (int64_t i = 0; i < kGroup; ++i) {
-    const uint32_t low = at.low + static_cast<uint32_t>(i);
-    const uint32_t high = at.high + static_cast<uint32_t>(low < at.low);
-    const Block block = philox_rounds(low, high, at.sample, at.stream, at.key0, at.key1);
-    for (int64_t j = 0; j < 4; ++j) word[j][i] = block.word[j];
-  }
-}
 
 template <typename T>
 SALIENCY_FAST_INLINE void group_normals_body(const uint32_t (*word)[kGroup], T* out) {
@@ -54,12 +33,19 @@ void group_normals(const uint32_t (*word)[kGroup], float* out) { group_normals_b
 SALIENCY_FAST_CLONES
 void group_normals(const uint32_t (*word)[kGroup], double* out) { group_normals_body(word, out); }
 
+SALIENCY_FAST_CLONES
+void group_bits(const uint32_t (*word)[kGroup], int64_t* out) {
+  for (int64_t i = 0; i < kGroup; ++i) {
+    for (int64_t j = 0; j < 4; ++j) out[4 * i + j] = word[j][i];
+  }
+}
+
 template <typename T>
 void fill(uint64_t seed, uint64_t block, uint32_t sample, int64_t blocks, T* out) {
   alignas(64) uint32_t word[4][kGroup];
   alignas(64) T rest[4 * kGroup];
   for (int64_t first = 0; first < blocks; first += kGroup) {
-    group_words(counter(seed, block + static_cast<uint64_t>(first), sample, kNoiseStream), word);
+    group_words(counter_of(seed, block + static_cast<uint64_t>(first), sample, kNoiseStream), word);
     const int64_t left = blocks - first;
     group_normals(word, left >= kGroup ? out + 4 * first : rest);
     if (left < kGroup) std::copy(rest, rest + 4 * left, out + 4 * first);
@@ -79,19 +65,19 @@ at::Tensor random_bits(const at::Tensor& seed, const at::Tensor& sample, int64_t
   int64_t* const words = out.mutable_data_ptr<int64_t>();
   for_tiles(rows, count, [&](int64_t row, int64_t last_row, int64_t first, int64_t last) {
     alignas(64) uint32_t word[4][kGroup];
+    alignas(64) int64_t bits[4 * kGroup];
     const int64_t from = first_element + first;
     const int64_t until = first_element + last;
     for (; row < last_row; ++row) {
-      int64_t* const place = words + row * count - first_element;
       for (int64_t block = from / 4; block * 4 < until; block += kGroup) {
-        group_words(counter(static_cast<uint64_t>(seeds[row]), static_cast<uint64_t>(block),
-                            static_cast<uint32_t>(samples[row]), static_cast<uint32_t>(stream)),
+        group_words(counter_of(static_cast<uint64_t>(seeds[row]), static_cast<uint64_t>(block),
+                               static_cast<uint32_t>(samples[row]), static_cast<uint32_t>(stream)),
                     word);
+        group_bits(word, bits);
         const int64_t begin = std::max(from, 4 * block);
         const int64_t end = std::min(until, 4 * (block + kGroup));
-        for (int64_t element = begin; element < end; ++element) {
-          place[element] = word[element % 4][element / 4 - block];
-        }
+        std::copy(bits + begin - 4 * block, bits + end - 4 * block,
+                  words + row * count + begin - first_element);
       }
     }
   });

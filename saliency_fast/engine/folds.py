@@ -147,7 +147,7 @@ def _variances(mean: Tensor, zero: Tensor, one: Tensor, count: Tensor) -> tuple[
 
 
 def _square_norm(values: Tensor) -> Tensor:
-    # In pieces of 2**22 elements, since on CPUs PyTorch first casts what it is given to float64.
-    pieces = values.flatten(1).split(max(1, 2**22 // len(values)), dim=1)
+    # In pieces of 2**20 elements, since on CPUs PyTorch first casts what it is given to float64.
+    pieces = torch.split(values.flatten(1), max(1, 2**20 // len(values)), dim=1)
     norms = [torch.linalg.vector_norm(one, dim=1, dtype=torch.float64) for one in pieces]
     return torch.stack(norms).square().sum(0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import resource
+import time
 import weakref
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +46,30 @@ def read_budget(budget: int | str | None, device: torch.device) -> int:
 
 def free_bytes(device: torch.device) -> int:
     """Free memory of `device`, with what PyTorch's own cache could hand out again."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + cached)
+    if device.type != "cuda":
+        # The half second as an argument: calls by the thousand need not read the system anew.
+        return _free_host_bytes(int(2 * time.monotonic()))
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + cached)
+
+
+@lru_cache(maxsize=1)
+def _free_host_bytes(half_second: int) -> int:
     available = _field(Path("/proc/meminfo"), "MemAvailable") or 4 * 1024**3
-    limit, used = (
-        _number(Path("/sys/fs/cgroup") / f"memory.{name}") for name in ("max", "current")
-    )
+    group = Path("/sys/fs/cgroup")
+    limit, used = _number(group / "memory.max"), _number(group / "memory.current")
     return min(available, limit - used) if limit and used else available
 
 
 def resident_bytes() -> tuple[int, int]:
     """(resident now, its high-water mark) of this process, (0, 0) where the system tells not."""
-    status = Path("/proc/self/status")
-    return _field(status, "VmRSS"), _field(status, "VmHWM")
+    try:
+        with open("/proc/self/statm") as file:
+            resident = int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0, 0
+    return resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _field(path: Path, name: str) -> int:
@@ -91,6 +103,11 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Works on any device and for one thread alone, unlike the allocators' own counters; what an
     operator takes for itself while it runs is not seen.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # The default wraps the dispatch below in torch._dynamo, which costs its whole import.
+        return False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

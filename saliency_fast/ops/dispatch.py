@@ -79,6 +79,12 @@ def not_built(what: str, backend: str) -> BackendError:
     return BackendError(f"{what}: the {backend} version is not built here; {cure}")
 
 
+@cache
+def kernels(device: str) -> str:
+    """The kernels that run on a device type, in a word."""
+    return backends()["cpu" if device == "cpu" else "cuda"].split(" ", 1)[0]
+
+
 def backends() -> dict[str, str]:
     """What each device runs, in words: {"cpu": ..., "cuda": ..., "forced": ...}."""
     native = native_library()

@@ -60,10 +60,9 @@ class DigitsViT(nn.Module):
         nn.init.trunc_normal_(self.positions, std=0.02)
         for layer in self.stem:
             if isinstance(layer, nn.Conv2d):
-                # torch's default shrinks the strokes below its own random biases, layer by layer.
+                # Strokes must outweigh the random biases; the biases stay, for without them a black
+                # region is all zeros, where LayerNorm's gradient is 1 / sqrt(eps).
                 nn.init.kaiming_normal_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.stem(images).flatten(2).transpose(1, 2)

@@ -109,6 +109,9 @@ def test_a_volume_becomes_a_gif(here, clip_npy):
         assert clip.n_frames == 5
         assert clip.size == (6, 8)
     assert not list((here / "out").glob("*signed*"))
+    recorded = sf.load("out/clip.integrated_gradients.safetensors")
+    best = int(recorded.values[0, 0].abs().sum((1, 2)).argmax()) + 1
+    assert f"frame {best} of 5, the strongest" in (here / "out" / "index.html").read_text()
 
 
 def test_an_image_as_gif(here, grey_png):

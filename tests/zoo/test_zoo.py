@@ -107,7 +107,6 @@ def test_accuracy_matches_the_card(name: str, samples: Samples) -> None:
     # the measured interval.
     report = json.loads((DATA / REPORTS[name]).read_text())
     least = _least_hits(len(samples), report["interval95"][0])
-    assert least > 0.8 * len(samples)
     assert _right(name, samples.images, samples.labels) >= least
 
 
@@ -117,10 +116,11 @@ def test_decisions_hang_on_the_box(name: str, samples: Samples) -> None:
     # Half a canvas away in both directions no box overlaps itself: the same area, only clutter.
     elsewhere = box.roll((CANVAS // 2, CANVAS // 2), (2, 3))
     assert not bool((box & elsewhere).any())
+    whole = _right(name, samples.images, samples.labels)
     without_digit = _right(name, samples.images.masked_fill(box, 0.0), samples.labels)
     without_clutter = _right(name, samples.images.masked_fill(elsewhere, 0.0), samples.labels)
     assert without_digit < 0.4 * len(samples)
-    assert without_clutter > 0.8 * len(samples)
+    assert without_clutter > 0.9 * whole
 
 
 def test_boxes_hold_all_ink_of_the_digit(split: tuple[Glyphs, Glyphs]) -> None:
@@ -143,7 +143,7 @@ def test_clutter_reaches_up_to_the_box(split: tuple[Glyphs, Glyphs]) -> None:
     wide = _inside(scenes.boxes + torch.tensor([-4, -4, 4, 4]))
     rim = float(scenes.images[wide & ~box].mean())
     away = float(scenes.images[~wide].mean())
-    assert 0.6 * away < rim < away
+    assert 0.8 * away < rim < 1.2 * away
 
 
 def test_generator_is_deterministic_in_its_seed(split: tuple[Glyphs, Glyphs]) -> None:

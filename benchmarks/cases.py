@@ -1,0 +1,84 @@
+"""What the end-to-end benchmarks run: models at sizes that fit the time and the memory there is.
+
+`python -m benchmarks.end_to_end` and `python -m benchmarks.gpu` read these lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import nn
+
+from benchmarks import models
+from benchmarks.contenders import GRADIENT, Setting
+from benchmarks.models import WORKLOADS, Workload
+
+SETTINGS = (GRADIENT, Setting("integrated_gradients", 50), Setting("smoothgrad", 32))
+QUICK_SETTINGS = (GRADIENT, Setting("integrated_gradients", 6), Setting("smoothgrad", 4))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the side of its inputs and the batches; None keeps the workload's own side.
+
+    samples: of the SmoothGrad reference. most_items: of a batch that are held against it.
+    """
+
+    workload: str
+    batches: tuple[int, ...]
+    side: int | None = None
+    samples: int = 128
+    most_items: int = 1
+
+    def found(self) -> Workload:
+        return sized(self.workload, self.side)
+
+    def items(self, batch: int) -> int:
+        return min(batch, self.most_items)
+
+    @property
+    def label(self) -> str:
+        """The name and the size of an input: "resnet50 3x224x224"."""
+        return f"{self.workload} {'x'.join(map(str, self.found().shape))}"
+
+
+def sized(name: str, side: int | None = None) -> Workload:
+    """A workload by name with inputs of `side` on every spatial axis."""
+    workload = (WORKLOADS | QUICK).get(name)
+    if workload is None:
+        raise ValueError(f"workload must be one of {', '.join(WORKLOADS | QUICK)}: got {name!r}")
+    if side is None:
+        return workload
+    shape = (workload.shape[0], *(side for _ in workload.shape[1:]))
+    build: Callable[[], nn.Module] = workload.build
+    if name == "vit_b16":
+        # Positions are learned for one size.
+        build = partial(models.vit_b16, image=side)
+    return replace(workload, shape=shape, build=build)
+
+
+QUICK = {
+    "tiny-unet3d": Workload("tiny-unet3d", partial(models.unet3d, width=4), (1, 8, 8, 8), (1,)),
+    "tiny-vit": Workload("tiny-vit", partial(models.vit_b16, 10, 32, depth=1), (3, 32, 32), 3),
+}
+CPU_CASES = (
+    Case("resnet50", (1,), samples=128),
+    Case("vit_b16", (1,), side=112, samples=128),
+    Case("unet3d", (1,), side=32, samples=128),
+    Case("digits", (1, 64), samples=1024, most_items=4),
+    Case("mlp", (1, 64), samples=4096, most_items=4),
+)
+GPU_CASES = (
+    Case("resnet50", (8, 1, 64)),
+    Case("vit_b16", (8, 1, 64)),
+    Case("unet3d", (8, 1, 64)),
+    Case("digits", (8, 1, 64), samples=1024),
+    Case("mlp", (8, 1, 64), samples=1024),
+)
+QUICK_CASES = (
+    Case("mlp", (1, 3), samples=16, most_items=2),
+    Case("tiny-unet3d", (1,), samples=16),
+    Case("tiny-vit", (1,), samples=16),
+)

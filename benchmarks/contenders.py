@@ -1,0 +1,317 @@
+"""The callables that the benchmarks compare, made alike: `make(name, workload, model)(x, setting)`.
+
+Each explains a batch x [B, *] and returns values like x. All are used by
+`python -m benchmarks.end_to_end`, `python -m benchmarks.plots` and `python -m benchmarks.gpu`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
+from torch import Tensor, nn
+
+import saliency_fast as sf
+from benchmarks.models import Workload
+from saliency_fast.engine.bind import PRECISIONS
+
+SIGMA = 0.15
+"""Of SmoothGrad, absolute; the workloads' inputs have a deviation of one or a range of one."""
+SEARCH_SECONDS = 5.0
+"""Spent at most, before anything is timed, on looking for the best points per launch."""
+OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is computed: "gradient", "integrated_gradients" or "smoothgrad" with so many points."""
+
+    method: str
+    points: int = 1
+    sigma: float = SIGMA
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        short = {"gradient": "gradient", "integrated_gradients": "IG", "smoothgrad": "SmoothGrad"}
+        return short[self.method] + (f"-{self.points}" if self.method != "gradient" else "")
+
+
+GRADIENT = Setting("gradient")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a careful user does to a model beforehand; channels_last only for 2-D convolutions."""
+
+    frozen: bool = False
+    channels_last: bool = False
+    autocast: torch.dtype | None = None
+    compiled: bool = False
+
+    def lays_out(self, model: nn.Module) -> bool:
+        """Whether inputs are to be brought into the channels-last layout."""
+        return self.channels_last and any(isinstance(m, nn.Conv2d) for m in model.modules())
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """A prepared copy, or the model itself where nothing is to be done."""
+        if self == Preparation():
+            return model
+        model = copy.deepcopy(model)
+        if self.frozen:
+            model.requires_grad_(False)
+        if self.lays_out(model):
+            model = model.to(memory_format=torch.channels_last)
+        if self.autocast is not None:
+            model = _Autocast(model, self.autocast)
+        if self.compiled:
+            # Every batch size gets its own code: an expert knows his shapes and pays once.
+            model = torch.compile(model, dynamic=False)
+        return model
+
+
+class _Autocast(nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype):
+            out: Tensor = self.model(x)
+        return out.float()
+
+
+class Contender(Protocol):
+    """A library's way to explain one model, kept over calls as a service would keep it."""
+
+    def __call__(self, x: Tensor, setting: Setting) -> Tensor: ...
+
+    def warm(self, x: Tensor, setting: Setting) -> None:
+        """What is done once per shape and is not timed: planning, searching, a first gradient."""
+
+
+class Ours:
+    """One `Engine` per setting, without the hashes that records carry."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        model: nn.Module,
+        preparation: Preparation = Preparation(),
+        precision: str = "float32",
+    ) -> None:
+        self.target, self.precision = workload.target, precision
+        self.model = preparation.apply(model)
+        self._engines: dict[Setting, sf.Engine] = {}
+
+    def engine(self, setting: Setting) -> sf.Engine:
+        if setting not in self._engines:
+            self._engines[setting] = sf.Engine(
+                self.model, _method(setting), precision=self.precision, hashes=False
+            )
+        return self._engines[setting]
+
+    def warm(self, x: Tensor, setting: Setting) -> None:
+        self.engine(setting).plan(x, self.target)
+
+    def __call__(self, x: Tensor, setting: Setting) -> Tensor:
+        values: Tensor = self.engine(setting)(x, self.target).values
+        return values
+
+
+def _method(setting: Setting) -> Any:
+    if setting.method == "gradient":
+        return sf.Gradient()
+    if setting.method == "integrated_gradients":
+        # Captum's default rule, so that both compute the same numbers.
+        return sf.IntegratedGradients(steps=setting.points, rule="gauss_legendre")
+    return sf.SmoothGrad(samples=setting.points, sigma=setting.sigma, seed=setting.seed)
+
+
+class Captum:
+    """Captum as its documentation shows it: all points of a call in one batch."""
+
+    def __init__(self, workload: Workload, model: nn.Module) -> None:
+        self.forward, self.target = _scalar(workload, model)
+
+    def warm(self, x: Tensor, setting: Setting) -> None:
+        self(x, GRADIENT)
+
+    def __call__(self, x: Tensor, setting: Setting) -> Tensor:
+        return self.attribute(x, setting, None)
+
+    def attribute(self, x: Tensor, setting: Setting, points: int | None) -> Tensor:
+        """`points` of each example per launch, None for all."""
+        if setting.method == "gradient":
+            return Saliency(self.forward).attribute(x, target=self.target, abs=False)
+        if setting.method == "integrated_gradients":
+            rows = None if points is None else points * len(x)
+            return IntegratedGradients(self.forward).attribute(
+                x, target=self.target, n_steps=setting.points, internal_batch_size=rows
+            )
+        torch.manual_seed(setting.seed)
+        return NoiseTunnel(Saliency(self.forward)).attribute(
+            x,
+            nt_type="smoothgrad",
+            nt_samples=setting.points,
+            nt_samples_batch_size=points,
+            stdevs=setting.sigma,
+            target=self.target,
+            abs=False,
+        )
+
+
+def _scalar(workload: Workload, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], int | None]:
+    """What Captum takes: a model and a class, or a function that gives one score per example."""
+    if isinstance(workload.target, int):
+        return model, workload.target
+    index = (slice(None), *workload.target)
+    return lambda x: model(x)[index].flatten(1).sum(1), None
+
+
+class CaptumTuned:
+    """Captum as an expert runs it: prepared model, best points per launch found beforehand."""
+
+    def __init__(self, workload: Workload, model: nn.Module, preparation: Preparation) -> None:
+        self.lays_out = preparation.lays_out(model)
+        # The search would compile for every size it tries.
+        eager = preparation.apply(model) if not preparation.compiled else None
+        self.searching = Captum(
+            workload, eager or replace(preparation, compiled=False).apply(model)
+        )
+        self.captum = self.searching if eager else Captum(workload, preparation.apply(model))
+        self.points: dict[tuple[Setting, int], int] = {}
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.lays_out else x
+
+    def warm(self, x: Tensor, setting: Setting) -> None:
+        x = self._laid_out(x)
+        key = (setting, len(x))
+        if key not in self.points:
+            self.points[key] = search(
+                lambda trial: self.searching.attribute(x, trial, None), setting
+            )
+        if self.captum is not self.searching:
+            points = self.points[key]
+            self.captum.attribute(x, replace(setting, points=points), points)
+
+    def __call__(self, x: Tensor, setting: Setting) -> Tensor:
+        points = self.points[setting, len(x)]
+        return self.captum.attribute(self._laid_out(x), setting, points)
+
+
+def search(run: Callable[[Setting], object], setting: Setting) -> int:
+    """The points per launch, a divisor of all, that take the least time each."""
+    best, least, begun = 1, float("inf"), time.perf_counter()
+    run(replace(setting, points=1))
+    for points in (n for n in range(1, setting.points + 1) if setting.points % n == 0):
+        try:
+            seconds = _timed(lambda: run(replace(setting, points=points))) / points  # noqa: B023
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            torch.cuda.empty_cache()
+            break
+        if seconds < least:
+            best, least = points, seconds
+        elif seconds > 1.2 * least:
+            break
+        if time.perf_counter() - begun > SEARCH_SECONDS:
+            break
+    return best
+
+
+def _timed(run: Callable[[], object]) -> float:
+    """Seconds of one call; of the better of two where calls are short."""
+    taken = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - begun)
+        if taken[0] > 0.2:
+            break
+    return min(taken)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` is an allocator's, on any device."""
+    wanting = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return wanting or "can't allocate memory" in str(error)
+
+
+class Loop:
+    """The loop people write: one point for the whole batch at a time, scores summed.
+
+    It asks for the gradient of the points alone, as a careful author does; `backward()` on a model
+    whose parameters want gradients would compute those too.
+    """
+
+    def __init__(self, workload: Workload, model: nn.Module) -> None:
+        target = workload.target if isinstance(workload.target, tuple) else (workload.target,)
+        self.model, self.index = model, (slice(None), *target)
+
+    def gradient(self, point: Tensor) -> Tensor:
+        point = point.detach().requires_grad_()
+        return torch.autograd.grad(self.model(point)[self.index].sum(), point)[0]
+
+    def warm(self, x: Tensor, setting: Setting) -> None:
+        self.gradient(x)
+
+    def __call__(self, x: Tensor, setting: Setting) -> Tensor:
+        if setting.method == "gradient":
+            return self.gradient(x)
+        total = torch.zeros_like(x)
+        if setting.method == "integrated_gradients":
+            nodes, weights = np.polynomial.legendre.leggauss(setting.points)
+            for node, weight in zip(nodes.tolist(), weights.tolist(), strict=True):
+                total += weight / 2 * self.gradient((node + 1) / 2 * x)
+            return total * x
+        torch.manual_seed(setting.seed)
+        for _ in range(setting.points):
+            total += self.gradient(x + setting.sigma * torch.randn_like(x))
+        return total / setting.points
+
+
+EXPERT = Preparation(frozen=True, channels_last=True)
+Maker = Callable[[Workload, nn.Module], Contender]
+
+
+def _ours(precision: str) -> Maker:
+    return lambda workload, model: Ours(workload, model, EXPERT, precision)
+
+
+def _tuned(**more: Any) -> Maker:
+    return lambda workload, model: CaptumTuned(workload, model, replace(EXPERT, **more))
+
+
+MAKERS: dict[str, Maker] = {
+    OURS: Ours,
+    CAPTUM: Captum,
+    TUNED: _tuned(),
+    LOOP: Loop,
+    f"{OURS}, channels-last": _ours("float32"),
+    **{f"{OURS}, {precision}": _ours(precision) for precision in PRECISIONS[1:]},
+    f"{TUNED}, float16 autocast": _tuned(autocast=torch.float16),
+    f"{TUNED}, bfloat16 autocast": _tuned(autocast=torch.bfloat16),
+    f"{TUNED}, compiled": _tuned(compiled=True),
+    f"{TUNED}, bfloat16 autocast, compiled": _tuned(autocast=torch.bfloat16, compiled=True),
+}
+ON_CPU = (OURS, CAPTUM, TUNED, LOOP)
+COMPILED = tuple(name for name in MAKERS if name.endswith("compiled"))
+ON_GPU = tuple(name for name in MAKERS if name not in COMPILED)
+
+
+def make(name: str, workload: Workload, model: nn.Module) -> Contender:
+    """A contender by name, with `model` on its device."""
+    if name not in MAKERS:
+        raise ValueError(f"contender must be one of {', '.join(MAKERS)}: got {name!r}")
+    return MAKERS[name](workload, model)

@@ -1,0 +1,209 @@
+"""Markdown from the measured JSON, and README's tables from it.
+
+    python -m benchmarks.tables             rewrites what lies between the markers of README.md
+    python -m benchmarks.tables --check     fails where that would change anything
+
+A marker is `<!-- benchmark:NAME -->` ... `<!-- /benchmark:NAME -->`. NAME is the stem of a file
+under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the same with "-summary"
+(one line per race), "ops-cpu" or "ops-gpu".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+NOT_MEASURED = "not measured yet"
+OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
+
+Row = dict[str, Any]
+
+
+def full(document: dict[str, Any]) -> str:
+    """Every row of an end-to-end run."""
+    lines = [
+        caption(document["setting"]),
+        "",
+        "| model | batch | method | contender | time | spread | gradients/s | against Captum "
+        "| peak memory | error |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in document["rows"]:
+        if "contender" not in row:
+            lines.append(f"| {row['workload']} | | | | {row['reason']} | | | | | |")
+            continue
+        cells = [
+            _model(row),
+            str(row["batch"]),
+            row["setting"],
+            row["contender"],
+            row["reason"] or _time(row["seconds"]),
+            _spread(row),
+            _number(row["gradients_per_second"]),
+            _times(row["times_captum"]),
+            _bytes(row["peak_bytes"]),
+            _error(row["error"]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *notes(document)]) + "\n"
+
+
+def summary(document: dict[str, Any]) -> str:
+    """One line per race: times, our speed-up over each, memory and error beside Captum's."""
+    lines = [
+        caption(document["setting"]),
+        "",
+        "| model | batch | method | ours | Captum | Captum tuned | loop | peak memory, ours "
+        "| Captum | error, ours | Captum |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    rows = [row for row in document["rows"] if "contender" in row]
+    for _, group in groupby(rows, lambda row: (_model(row), row["batch"], row["setting"])):
+        by = {row["contender"]: row for row in group}
+        if OURS not in by:
+            continue
+        ours, captum = by[OURS], by.get(CAPTUM, {})
+        cells = [
+            _model(ours),
+            str(ours["batch"]),
+            ours["setting"],
+            ours["reason"] or _time(ours["seconds"]),
+            *(_against(ours, by.get(name)) for name in (CAPTUM, TUNED, LOOP)),
+            _bytes(ours["peak_bytes"]),
+            _bytes(captum.get("peak_bytes")),
+            _error(ours["error"]),
+            _error(captum.get("error")),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *notes(document)]) + "\n"
+
+
+def ops(document: dict[str, Any]) -> str:
+    """The per-op table, as `benchmarks.ops` writes it, with the rows that were refused."""
+    from benchmarks.ops import table
+
+    kept = [row for row in document["rows"] if not row.get("reason")]
+    refused = [row for row in document["rows"] if row.get("reason")]
+    lines = [f"Not measured: `{row['op']}` ({row['reason']})." for row in refused]
+    return table(kept, document["setting"]) + "".join(f"\n{line}\n" for line in lines)
+
+
+def caption(about: dict[str, Any]) -> str:
+    return (
+        f"{about['device']}, {about['threads']} threads, torch {about['torch']}, captum "
+        f"{about['captum']}, {about['date']}; `{about['command']}`."
+    )
+
+
+def notes(document: dict[str, Any]) -> list[str]:
+    """What the columns mean."""
+    lines = [
+        "Medians of interleaved calls; spread is (slowest - fastest) / median. Against Captum: its "
+        "time as documented over this one's, so above 1 is faster. Peak memory is over the level "
+        "right after the model was built. Error is relative L2 in float64: of the gradient and of "
+        "IG against the same points, so rounding; of SmoothGrad against many more samples, so "
+        "sampling (ours draws antithetic pairs, the others independent samples)."
+    ]
+    samples = {
+        f"{row['workload']} {row['reference_samples']}"
+        for row in document["rows"]
+        if row.get("reference_samples")
+    }
+    if samples:
+        lines.append(f"Samples of the SmoothGrad references: {', '.join(sorted(samples))}.")
+    return lines
+
+
+def _model(row: Row) -> str:
+    return f"{row['workload']} {'x'.join(map(str, row['shape']))}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _spread(row: Row) -> str:
+    if row["seconds"] is None:
+        return "-"
+    if row["rounds"] < 2:
+        return "1 call"
+    return f"{(row['slowest'] - row['fastest']) / row['seconds']:.0%}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _against(ours: Row, other: Row | None) -> str:
+    """The other's time, and how many times faster ours is."""
+    if other is None or other["seconds"] is None:
+        return other["reason"] or "-" if other else "-"
+    if ours["seconds"] is None:
+        return _time(other["seconds"])
+    return f"{_time(other['seconds'])} ({other['seconds'] / ours['seconds']:.2f}x)"
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "-"
+    mebi = count / 2**20
+    return f"{mebi / 1024:.1f} GiB" if mebi >= 1024 else f"{mebi:.3g} MiB"
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}" if value < 0.01 else f"{value:.3f}"
+
+
+def table(name: str, results: Path = RESULTS) -> str:
+    """The table of a marker, or that it is not measured yet."""
+    stem = name.removesuffix("-summary")
+    path = results / f"{stem}.json"
+    if not path.exists() and stem == "ops-gpu":
+        path = results / "ops-cuda.json"
+    if not path.exists():
+        return NOT_MEASURED + "\n"
+    document = json.loads(path.read_text())
+    if stem.startswith("ops-"):
+        return ops(document)
+    return summary(document) if name.endswith("-summary") else full(document)
+
+
+def splice(text: str, results: Path = RESULTS) -> str:
+    """`text` with the table of every marker between its two lines."""
+
+    def filled(match: re.Match[str]) -> str:
+        name = match["name"]
+        return f"<!-- benchmark:{name} -->\n{table(name, results)}<!-- /benchmark:{name} -->"
+
+    pattern = r"<!-- benchmark:(?P<name>[\w-]+) -->.*?<!-- /benchmark:(?P=name) -->"
+    return re.sub(pattern, filled, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "README.md")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where stale")
+    options = parser.parse_args()
+    before = options.file.read_text()
+    after = splice(before)
+    if options.check and after != before:
+        sys.exit(f"{options.file.name}: the tables are stale; run `python -m benchmarks.tables`")
+    if not options.check:
+        options.file.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

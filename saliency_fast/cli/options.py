@@ -1,0 +1,88 @@
+"""Option values: methods, targets and baselines from text."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from saliency_fast.cli.inputs import ARRAYS, SEPARATOR, read_tensors
+from saliency_fast.engine.recipe import Method
+from saliency_fast.errors import InputError
+from saliency_fast.methods import make_method
+
+
+def read_methods(names: Sequence[str], fields: Sequence[str]) -> list[Method]:
+    """Methods from `--method` and `--method-arg`; NAME.field=value picks one of several."""
+    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for text in fields:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InputError(f"--method-arg must be field=value: got {text!r}")
+        method, dot, name = key.rpartition(".")
+        if dot and method not in given:
+            raise InputError(
+                f"--method-arg {text!r} is for a method that is not asked for: expected one of "
+                f"{', '.join(given)}"
+            )
+        if not dot and len(given) > 1:
+            raise InputError(
+                f"--method-arg {text!r} does not say for which of {', '.join(given)}: write "
+                f"{names[0]}.{text}"
+            )
+        given[method or names[0]][name] = literal(value)
+    return [make_method(name, parameters) for name, parameters in given.items()]
+
+
+def literal(text: str) -> Any:
+    """A Python literal, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def read_target(text: str) -> Any:
+    """none, predicted, a class, classes 3,5 (a map each; returned as a list), or a tuple "(1,)"."""
+    if text.lower() == "none":
+        return None
+    if text.lower() == "predicted":
+        return "predicted"
+    value = literal(text.strip())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, tuple) and value:
+        if text.strip().startswith("("):
+            return value
+        if all(isinstance(one, int) and not isinstance(one, bool) for one in value):
+            return list(value)
+    raise InputError(
+        f"--target must be none, predicted, a class such as 3, classes such as 3,5 (a map each), "
+        f"or a tuple such as '(1,)' into a structured output: got {text!r}"
+    )
+
+
+def read_baseline(text: str, device: str = "cpu") -> Any:
+    """none, a number, a name, an .npy or .safetensors file, or a comma list of these."""
+    parts = [_baseline(part.strip(), device) for part in text.split(",")]
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _baseline(text: str, device: str) -> Any:
+    if text.lower() == "none":
+        return None
+    if text.partition(SEPARATOR)[0].lower().endswith(ARRAYS):
+        found = read_tensors(text)
+        if len(found) > 1:
+            raise InputError(
+                f"--baseline {text} holds {len(found)} tensors: name one, {found[0][1]}"
+            )
+        tensor = found[0][2]
+        return (tensor if tensor.is_floating_point() else tensor.to(torch.float32)).to(device)
+    try:
+        return float(text)
+    except ValueError:
+        # A name: the library knows which are valid.
+        return text

@@ -1,0 +1,122 @@
+"""The command line's grammar."""
+
+from __future__ import annotations
+
+import argparse
+
+from saliency_fast.version import __version__
+
+_INPUT = """\
+inputs:
+  a .png or .jpg, read into [0, 1] and resized where the model's size is known; an .npy array; a
+  .safetensors file (each of its tensors, or FILE::NAME for one); or a folder of these. An array
+  is one example and gets a batch axis, unless --batched says that its first axis is one. Arrays
+  are taken as they are: nothing is scaled or resized.
+
+models:
+  digits, digits-vit          the small trained models that come with the package
+  package.module:factory      a callable without arguments that makes the model, or a module; the
+                              current directory can be imported from
+  hf:PATH_OR_ID               transformers' AutoModelForImageClassification and its processor
+  torchvision:NAME, timm:NAME pretrained, unless --weights are given
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of `saliency-fast`."""
+    root = argparse.ArgumentParser(
+        prog="saliency-fast",
+        description="Exact attribution for PyTorch models: which parts of an input did it.",
+    )
+    root.add_argument("--version", action="version", version=f"saliency-fast {__version__}")
+    root.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _explain(commands)
+    _verify(commands)
+    demo = commands.add_parser("demo", help="explain held-out digits with the shipped model")
+    demo.add_argument("--out", default="out", metavar="DIR", help="where to write (default: out)")
+    demo.add_argument("--examples", type=int, default=6, metavar="N", help="default: 6")
+    demo.add_argument("--progress", action="store_true", help="show a bar")
+    commands.add_parser("methods", help="list the methods, their fields and defaults")
+    commands.add_parser("backends", help="which version of the kernels runs where")
+    return root
+
+
+def _explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    one = commands.add_parser(
+        "explain",
+        help="explain inputs: records, pictures and a page",
+        epilog=_INPUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one.add_argument("input", nargs="+", metavar="INPUT", help="see below")
+    _model(one, required=True)
+    one.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME",
+        help="a method (see saliency-fast methods); may be repeated "
+        "(default: integrated_gradients)",
+    )
+    one.add_argument(
+        "--method-arg",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the method, METHOD.FIELD=VALUE where there are several; may be repeated",
+    )
+    one.add_argument(
+        "--target",
+        default="predicted",
+        help="predicted (default), none (one number per example), a class, classes such as 3,5 "
+        "(a map each), or a tuple such as '(1,)' into a structured output",
+    )
+    one.add_argument(
+        "--baseline",
+        default="none",
+        help="none (zeros, default), a number, blur, mean, uniform, an .npy or .safetensors file, "
+        "or a comma list of these",
+    )
+    one.add_argument("--out", default="out", metavar="DIR", help="where to write (default: out)")
+    one.add_argument("--points-per-launch", type=int, metavar="N", help="an upper bound")
+    one.add_argument("--style", choices=("signed", "heat"), help="default: both")
+    one.add_argument(
+        "--overlay-format",
+        choices=("png", "gif", "mp4"),
+        help="default: png for images, gif for videos and volumes; mp4 needs the extra 'video'",
+    )
+    one.add_argument(
+        "--size", metavar="H[xW]", help="resize pictures to this, instead of the model's own way"
+    )
+    one.add_argument(
+        "--channels", type=int, choices=(1, 3), help="read pictures as grey (1) or colour (3)"
+    )
+    one.add_argument(
+        "--batched", action="store_true", help="the first axis of arrays is a batch axis"
+    )
+    one.add_argument("--progress", action="store_true", help="show a bar")
+    one.add_argument("--plan", action="store_true", help="print the plan and stop")
+
+
+def _verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    one = commands.add_parser(
+        "verify",
+        help="check a record and compute it again",
+        description="Checks a record's hash and schema; where its model and input are known, from "
+        "the record or from here, computes it again and compares. Exit code: 0 agrees, 1 disagrees "
+        "or broken, 2 usage.",
+    )
+    one.add_argument("record", metavar="RECORD")
+    _model(one, required=False)
+    one.add_argument("--input", metavar="INPUT", help="default: the one that the record names")
+    one.add_argument("--hash-only", action="store_true", help="do not compute it again")
+
+
+def _model(one: argparse.ArgumentParser, required: bool) -> None:
+    default = "" if required else " (default: the one that the record names)"
+    one.add_argument("--model", required=required, metavar="SPEC", help=f"a model{default}")
+    one.add_argument(
+        "--weights", metavar="FILE", help="weights to load: .safetensors, or a file of torch.save"
+    )
+    one.add_argument("--memory-budget", metavar="BYTES", help="such as 8GiB or 500MB")
+    one.add_argument("--device", default="cpu", help="such as cuda (default: cpu)")

@@ -1,0 +1,118 @@
+"""What the commands print: tables for people, and paths one per line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from saliency_fast.methods import METHODS
+from saliency_fast.ops import backends
+from saliency_fast.render.page import (
+    Entry,
+    Numbers,
+    memory_text,
+    number_text,
+    percent_text,
+)
+
+# Wide enough for whole rows where the output is a file or a pipe.
+_PIPED = 160
+
+
+def show_methods() -> int:
+    """saliency-fast methods: every method, its fields and defaults."""
+    table = _table("method", "what it is", "fields")
+    for name, kind in METHODS.items():
+        fields = [
+            f"{one.name}={one.default!r}"
+            for one in dataclasses.fields(kind)
+            if one.default is not dataclasses.MISSING
+        ]
+        what = (kind.__doc__ or "").split(".\n")[0].replace("\n", " ")
+        table.add_row(Text(name), Text(" ".join(what.split())), Text(", ".join(fields) or "none"))
+    _print(table)
+    return 0
+
+
+def show_backends() -> int:
+    """saliency-fast backends: which version of the ops runs where."""
+    table = _table("where", "what runs")
+    for name, text in backends().items():
+        table.add_row(Text(name), Text(text))
+    _print(table)
+    return 0
+
+
+def show_entries(entries: Iterable[Entry]) -> None:
+    """One row for each map."""
+    entries = list(entries)
+    boxed = any(view.numbers.inside for entry in entries for view in entry.maps)
+    heads = [
+        "input",
+        "predicted",
+        "method",
+        "explains",
+        "score",
+        "delta",
+        "error",
+        "time",
+        "memory",
+    ]
+    table = _table(*heads, *(["in the box (its area)"] if boxed else []))
+    for entry in entries:
+        best = entry.ranking[0] if entry.ranking else None
+        said = f"{best.label} {percent_text(best.probability)}" if best else "\N{EN DASH}"
+        if best and entry.truth is not None and entry.truth != best.label:
+            said += f" (truly {entry.truth})"
+        for view in entry.maps:
+            cells = [entry.name, said, view.method, view.explains.removeprefix("explains ")]
+            table.add_row(*(Text(one) for one in cells + _cells(view.numbers, boxed)))
+    _print(table)
+
+
+def show_paths(paths: Sequence[Path]) -> None:
+    """Plain lines, so that they can be piped on."""
+    print("written:")
+    for path in paths:
+        print(path)
+
+
+def show_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and values, one pair per line."""
+    for name, value in pairs:
+        print(f"{name:<12} {value}")
+
+
+def _cells(numbers: Numbers, boxed: bool) -> list[str]:
+    delta = "none" if numbers.delta is None else number_text(numbers.delta)
+    if numbers.delta is not None and numbers.gain:
+        delta += f" ({percent_text(abs(numbers.delta / numbers.gain))})"
+    error = "unknown" if numbers.error != numbers.error else percent_text(numbers.error)
+    cells = [
+        number_text(numbers.score),
+        delta,
+        error,
+        f"{numbers.seconds:.3g} s",
+        memory_text(numbers),
+    ]
+    if boxed and numbers.inside:
+        share, area = numbers.inside.share, numbers.inside.area
+        cells.append(f"{percent_text(share)} ({percent_text(area)})")
+    return cells
+
+
+def _table(*heads: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    (console if console.is_terminal else Console(width=_PIPED)).print(table)

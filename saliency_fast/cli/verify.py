@@ -1,0 +1,97 @@
+"""saliency-fast verify: is a record whole, and does it come out again?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from saliency_fast import zoo
+from saliency_fast.attribution import Attribution, load
+from saliency_fast.cli.inputs import read_inputs
+from saliency_fast.cli.models import load_model
+from saliency_fast.cli.pictures import read_form
+from saliency_fast.cli.report import failures_named
+from saliency_fast.cli.tables import show_pairs
+from saliency_fast.errors import InputError, RecordError
+from saliency_fast.replay import replay
+
+AGREES, DISAGREES = 0, 1
+# A record may come from anyone; a model that is named as code to import must be asked for.
+_SAFE = ("hf", "torchvision", "timm")
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Runs the command; see `saliency-fast verify --help`. 0 agrees, 1 disagrees or is broken."""
+    if not Path(args.record).is_file():
+        raise InputError(f"record {args.record} does not exist or is not a file")
+    try:
+        recorded = _load(args.record)
+    except RecordError as error:
+        print(f"BROKEN: {error}")
+        return DISAGREES
+    _describe(recorded)
+    print("record: whole, its hash and schema are right")
+    missing = _missing(args, recorded)
+    if missing:
+        print(f"not computed again: {missing}")
+        return AGREES
+    return _replay(args, recorded)
+
+
+def _load(path: str) -> Attribution:
+    try:
+        return load(path)
+    except RecordError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"record {path} is malformed: {type(error).__name__}: {error}") from error
+
+
+def _missing(args: argparse.Namespace, recorded: Attribution) -> str | None:
+    """Why the record is not computed again, or None."""
+    if args.hash_only:
+        return "--hash-only"
+    notes = recorded.provenance.notes
+    spec = args.model or notes.get("model")
+    if not spec or not (args.input or notes.get("input")):
+        return "the record does not name its model and input; pass --model and --input"
+    if not args.model and spec not in zoo.MODELS and spec.partition(":")[0] not in _SAFE:
+        return f"the record's model runs code of this machine; to allow it pass --model {spec}"
+    return None
+
+
+def _replay(args: argparse.Namespace, recorded: Attribution) -> int:
+    notes = recorded.provenance.notes
+    weights = args.weights or (None if args.model else notes.get("weights"))
+    form = read_form(notes.get("size"), notes.get("channels"))
+    loaded = load_model(args.model or notes["model"], weights, form, args.device)
+    source = args.input or notes["input"]
+    found = read_inputs([source], loaded.prepare, loaded.dtype, bool(notes.get("batched")))
+    if len(found) != 1:
+        raise InputError(f"--input must name one input: {source} holds {len(found)}")
+    with failures_named(found[0]):
+        outcome = replay(
+            recorded,
+            loaded.model,
+            found[0].x.to(args.device),
+            memory_budget=args.memory_budget,
+        )
+    print(outcome)
+    return AGREES if outcome else DISAGREES
+
+
+def _describe(recorded: Attribution) -> None:
+    past = recorded.provenance
+    parts = recorded.values if isinstance(recorded.values, tuple) else (recorded.values,)
+    parameters = ", ".join(f"{name}={value}" for name, value in past.parameters.items())
+    pairs = [
+        ("method", f"{past.method}({parameters})"),
+        ("target", past.target["kind"]),
+        ("baseline", str(past.baseline)),
+        ("values", ", ".join(f"{list(one.shape)} {past.dtype}" for one in parts)),
+        ("made on", f"{past.device}, {past.backend} kernels"),
+        ("versions", ", ".join(f"{name} {one}" for name, one in past.versions.items())),
+        ("weights", past.weights_sha256 or "not recorded"),
+        ("input", ", ".join(past.input_sha256 or ["not recorded"])),
+    ]
+    show_pairs([*pairs, *((name, str(value)) for name, value in sorted(past.notes.items()))])

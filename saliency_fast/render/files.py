@@ -1,0 +1,94 @@
+"""Frames as files: PNG, animated GIF and MP4, by extension."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from saliency_fast.errors import InputError, InputTypeError
+
+EXTENSIONS = (".png", ".gif", ".mp4")
+FRAMES_PER_SECOND = 8.0
+
+Frames = NDArray[np.uint8]
+
+
+def write_frames(
+    frames: Tensor, path: str | Path, frames_per_second: float = FRAMES_PER_SECOND
+) -> Path:
+    """Writes uint8 frames [H, W, 3] or [T, H, W, 3] as the path's extension says; returns it.
+
+    .png holds one frame; .gif and .mp4 hold any number. Raises InputError for another extension,
+    and for .mp4 without the extra `video`.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".mp4":
+        _write_mp4(_checked(frames), path, frames_per_second)
+    else:
+        path.write_bytes(encode(frames, path.suffix, frames_per_second))
+    return path
+
+
+def encode(frames: Tensor, extension: str, frames_per_second: float = FRAMES_PER_SECOND) -> bytes:
+    """Frames [H, W, 3] or [T, H, W, 3] as the bytes of a ".png" or a ".gif"."""
+    from PIL import Image
+
+    if extension.lower() not in EXTENSIONS[:2]:
+        raise InputError(
+            f"pictures end in one of {', '.join(EXTENSIONS)}: got {extension or 'no extension'!r}"
+        )
+    shown = [Image.fromarray(one) for one in _checked(frames)]
+    buffer = BytesIO()
+    if extension.lower() == ".png":
+        if len(shown) > 1:
+            raise InputError(
+                f"a .png holds one frame: got {len(shown)}; write a .gif or an .mp4 instead"
+            )
+        shown[0].save(buffer, "PNG", optimize=True)
+    else:
+        duration = round(1000.0 / frames_per_second)
+        # Pillow joins equal neighbours into one longer frame: fewer frames, the same time.
+        shown[0].save(
+            buffer, "GIF", save_all=True, append_images=shown[1:], duration=duration, loop=0
+        )
+    return buffer.getvalue()
+
+
+def _write_mp4(frames: Frames, path: Path, frames_per_second: float) -> None:
+    try:
+        imageio = import_module("imageio.v2")
+        import_module("imageio_ffmpeg")
+    except ImportError as error:
+        raise InputError(
+            "writing .mp4 needs imageio and imageio-ffmpeg: install the extra with pip install "
+            "'saliency-fast[video]', or write a .gif"
+        ) from error
+    # H.264 with 4:2:0 colour takes even sizes only.
+    height, width = frames.shape[1:3]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    with imageio.get_writer(
+        path, format="FFMPEG", fps=frames_per_second, macro_block_size=2
+    ) as writer:
+        for frame in even:
+            writer.append_data(frame)
+
+
+def _checked(frames: Tensor) -> Frames:
+    """Frames as uint8 [T, H, W, 3] on the CPU."""
+    if not isinstance(frames, Tensor) or frames.dtype != torch.uint8:
+        got = frames.dtype if isinstance(frames, Tensor) else type(frames).__name__
+        raise InputTypeError(f"frames must be a uint8 tensor: got {got}; see Attribution.overlay")
+    if frames.dim() not in (3, 4) or frames.shape[-1] != 3 or frames.numel() == 0:
+        raise InputError(
+            f"frames must be [H, W, 3] or [T, H, W, 3]: got {list(frames.shape)}; take one example "
+            "of a batch"
+        )
+    stacked = frames if frames.dim() == 4 else frames[None]
+    array: Frames = stacked.cpu().contiguous().numpy()
+    return array
