@@ -30,6 +30,7 @@ bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.end_to_end --device cpu
 	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.tables
 
 # Uses the Python that runs it, so that a GPU machine's own PyTorch is measured.

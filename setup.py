@@ -75,8 +75,8 @@ if torch_build is not None:
             "saliency_fast._C",
             sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp")),
             include_dirs=[str(ROOT / "csrc")],
-            # No contraction into fused multiply-adds: every instruction set gives the same bits.
             depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h")),
+            # No contraction into fused multiply-adds: every instruction set gives the same bits.
             extra_compile_args=[
                 "-O3",
                 "-g0",

@@ -16,11 +16,6 @@ import saliency_fast as sf
 from saliency_fast.errors import RecordError
 from saliency_fast.record import KEY, SCHEMA
 
-BROKEN_JSON = pytest.mark.xfail(
-    raises=json.JSONDecodeError,
-    strict=True,
-    reason="record.read parses the metadata before it trusts it",
-)
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -128,8 +123,8 @@ def edit(old: str, new: str) -> Callable[[dict[str, Any]], None]:
         edit('"steps": 3', '"steps": 4'),
         edit("integrated_gradients", "smoothgrad"),
         edit('"trained_mode": false', '"trained_mode": true'),
-        pytest.param(edit('"steps": 3', '"steps": three'), marks=BROKEN_JSON),
-        pytest.param(edit("{", ""), marks=BROKEN_JSON),
+        edit('"steps": 3', '"steps": three'),
+        edit("{", ""),
     ],
 )
 def test_altered_metadata(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -146,7 +141,6 @@ def test_an_altered_tensor(path: Path) -> None:
         refused(path, "altered")
 
 
-@BROKEN_JSON
 def test_any_altered_byte_is_refused_or_without_effect(path: Path) -> None:
     """Alignment padding and other metadata that a record does not use may change."""
     whole, before = path.read_bytes(), sf.load(path)
@@ -161,3 +155,11 @@ def test_any_altered_byte_is_refused_or_without_effect(path: Path) -> None:
         assert found.provenance == before.provenance
         assert torch.equal(found.values, values)
     assert kept < 16
+
+
+@pytest.mark.xfail(reason="read hands out tensors mapped from the file, and write writes into it")
+def test_a_loaded_record_keeps_its_numbers_when_its_file_is_written_again(path: Path) -> None:
+    found = sf.load(path)
+    values = found.values.clone()
+    sf.explain(lambda x: x.sum(1), X + 1.0, method="gradient").save(path)
+    assert torch.equal(found.values, values)

@@ -10,10 +10,6 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace saliency_fast {
 
 // Elements of a tile. One tile of x, baseline and a point lie in the first-level cache.
@@ -83,18 +79,8 @@ inline std::vector<int64_t> places(const at::Tensor& tensor, int64_t rows, int64
   return found;
 }
 
-// A contiguous output. The first write to fresh memory costs more than the op itself where pages
-// have 4 KB, so large outputs ask for huge ones; it is a hint, and may be refused.
 inline at::Tensor empty_output(at::IntArrayRef shape, const at::TensorOptions& options) {
-  at::Tensor out = at::empty(shape, options, at::MemoryFormat::Contiguous);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.mutable_data_ptr());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t last = (begin + out.nbytes()) / kHugePage * kHugePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-  return out;
+  return at::empty(shape, options, at::MemoryFormat::Contiguous);
 }
 
 // An output of `rows` rows, each like a row of `like`.

@@ -36,7 +36,7 @@ def demo(args: argparse.Namespace, argv: Sequence[str]) -> int:
     loaded = load_model("digits")
     engines = [
         Engine(loaded.model, method, progress=args.progress)
-        for method in (IntegratedGradients(), SmoothGrad())
+        for method in (IntegratedGradients(), SmoothGrad(samples=256, noise_level=0.05))
     ]
     out = out_folder(args.out)
     reporter = Reporter(loaded, engines, "predicted", None, out, notes={"model": "digits"})

@@ -1,0 +1,87 @@
+"""The house itself: public surface, floors that the import contract cannot see, light imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saliency_fast as sf
+from saliency_fast.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = [
+    "Attribution",
+    "Engine",
+    "ExpectedGradients",
+    "Gradient",
+    "InputXGradient",
+    "IntegratedGradients",
+    "Plan",
+    "Replay",
+    "SmoothGrad",
+    "SmoothGradSquared",
+    "VarGrad",
+    "__version__",
+    "backends",
+    "explain",
+    "load",
+    "replay",
+]
+
+
+def test_public_surface() -> None:
+    assert sf.__all__ == PUBLIC
+    assert all(hasattr(sf, name) for name in PUBLIC)
+    assert {method.__name__ for method in METHODS.values()} <= set(PUBLIC)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)
+def test_kernels_import_torch_and_triton_only(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [str(node.module)]
+        else:
+            continue
+        for name in names:
+            root = name.split(".")[0]
+            assert root in {"torch", "triton"} or root in sys.stdlib_module_names
+
+
+def test_importing_needs_no_triton_compiler_or_heavy_library() -> None:
+    heavy = (
+        "triton",
+        "torch._dynamo",
+        "transformers",
+        "PIL",
+        "rich",
+        "matplotlib",
+        "captum",
+        "sklearn",
+    )
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import saliency_fast as sf
+sf.explain(torch.nn.Linear(3, 2), torch.ones(2, 3), target=0)
+print([name for name in {heavy!r} if name in sys.modules and name not in before])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_files_stay_small() -> None:
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.py", "*.cpp", "*.cu", "*.h"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.split()
+    lengths = {name: len((ROOT / name).read_text().splitlines()) for name in tracked}
+    assert {name: lines for name, lines in lengths.items() if lines > 420} == {}
