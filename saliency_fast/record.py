@@ -32,7 +32,10 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     text = json.dumps({"schema": SCHEMA, **metadata}, sort_keys=True)
     header = {KEY: text, "sha256": _digest(text, stored)}
     path = Path(path)
-    path.write_bytes(save(stored, metadata=header))
+    # First beside it, so that a record is whole or not there.
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(save(stored, metadata=header))
+    partial.replace(path)
     return path
 
 
@@ -41,7 +44,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies, since what the file hands out is mapped and changes with it.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise RecordError(f"record {path} does not exist") from error
     except (SafetensorError, OSError) as error:

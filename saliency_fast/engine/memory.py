@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import time
 import weakref
 from collections.abc import Mapping
@@ -56,7 +55,7 @@ def free_bytes(device: torch.device) -> int:
 
 @lru_cache(maxsize=1)
 def _free_host_bytes(half_second: int) -> int:
-    available = _field(Path("/proc/meminfo"), "MemAvailable") or 4 * 1024**3
+    available = _field(_read(Path("/proc/meminfo")), "MemAvailable") or 4 * 1024**3
     group = Path("/sys/fs/cgroup")
     limit, used = _number(group / "memory.max"), _number(group / "memory.current")
     return min(available, limit - used) if limit and used else available
@@ -64,27 +63,25 @@ def _free_host_bytes(half_second: int) -> int:
 
 def resident_bytes() -> tuple[int, int]:
     """(resident now, its high-water mark) of this process, (0, 0) where the system tells not."""
-    try:
-        with open("/proc/self/statm") as file:
-            resident = int(file.read().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0, 0
-    return resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its mark is inherited from the process that started this one.
+    status = _read(Path("/proc/self/status"))
+    return _field(status, "VmRSS"), _field(status, "VmHWM")
 
 
-def _field(path: Path, name: str) -> int:
+def _read(path: Path) -> str:
     try:
-        found = re.search(rf"^{name}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
+        return path.read_text()
     except OSError:
-        return 0
+        return ""
+
+
+def _field(text: str, name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
 
 
 def _number(path: Path) -> int:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return 0
+    text = _read(path).strip()
     return int(text) if text.isdigit() else 0
 
 
@@ -152,4 +149,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is an allocator's, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -123,6 +124,8 @@ class Run:
             ) from error
         self.size, self.halvings = (self.size + 1) // 2, self.halvings + 1
         if self.call.device.type == "cuda":
+            # The failed launch lives on in the frames that the error holds.
+            traceback.clear_frames(error.__traceback__)
             torch.cuda.empty_cache()
 
     def _ends(self) -> None:

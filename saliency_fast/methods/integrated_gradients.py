@@ -37,10 +37,11 @@ class IntegratedGradients:
             checks.positive("tolerance", self.tolerance)
             if self.tolerance >= 1:
                 raise InputError(f"tolerance is a relative error under 1: got {self.tolerance}")
-            if self.max_steps < 2 * self.steps:
+            refine = RULES[self._rule].refined
+            if refine and self.max_steps < (needed := refine(self.steps)):
                 raise InputError(
                     f"max_steps leaves no room to refine {self.steps} steps: got {self.max_steps}, "
-                    f"expected at least {3 * self.steps}"
+                    f"expected at least {needed}"
                 )
 
     @property

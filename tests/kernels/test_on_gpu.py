@@ -11,9 +11,9 @@ from checking import assert_close_to_reference, every_sample, poisoned, results
 from saliency_fast.ops import OPS, Op, Sample
 from saliency_fast.ops.dispatch import CUDA_LIBRARY
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="torch.cuda.is_available() is False: no GPU here"
-)
+if not torch.cuda.is_available():
+    pytest.skip("torch.cuda.is_available() is False: no GPU here", allow_module_level=True)
+
 SAMPLES = every_sample()
 
 
