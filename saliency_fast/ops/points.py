@@ -7,7 +7,7 @@ one batch, or requests of many callers. Points are written contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,13 +16,18 @@ from saliency_fast.ops import philox
 from saliency_fast.ops.registry import Op, Sample, define, rows_of
 
 
+def _rows_of_argument(item: int) -> Callable[..., Tensor]:
+    """The fake of a points op whose argument number `item` is the column of examples."""
+
+    def fake(*args: Tensor) -> Tensor:
+        return args[0].new_empty((args[item].shape[0], *args[0].shape[1:]))
+
+    return fake
+
+
 def _line(x: Tensor, baseline: Tensor, item: Tensor, alpha: Tensor) -> Tensor:
     start = baseline[item % baseline.shape[0]]
     return (start + rows_of(alpha.to(x.dtype), x.dim()) * (x[item] - start)).contiguous()
-
-
-def _fake_line(x: Tensor, baseline: Tensor, item: Tensor, alpha: Tensor) -> Tensor:
-    return x.new_empty((item.shape[0], *x.shape[1:]))
 
 
 def _line_samples() -> Iterator[Sample]:
@@ -46,7 +51,7 @@ line_points = define(
     Op(
         schema="line_points(Tensor x, Tensor baseline, Tensor item, Tensor alpha) -> Tensor",
         reference=_line,
-        fake=_fake_line,
+        fake=_rows_of_argument(2),
         samples=_line_samples,
         moved=lambda x, baseline, item, alpha: (
             _point_bytes(x, item, 1) + baseline.element_size() * baseline.numel()
@@ -74,18 +79,6 @@ def _noise(
     return (x[item] + noise.to(x.dtype).view(-1, *x.shape[1:])).contiguous()
 
 
-def _fake_noise(
-    x: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    item: Tensor,
-    sample: Tensor,
-    antithetic: bool,
-    first_element: int,
-) -> Tensor:
-    return x.new_empty((item.shape[0], *x.shape[1:]))
-
-
 def _noise_samples() -> Iterator[Sample]:
     item, sample = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 5, 2**32 - 1])
     sigma, seed = torch.tensor([0.3, 2.0]).double(), torch.tensor([3, 2**40 + 1])
@@ -102,7 +95,7 @@ noise_points = define(
         schema="noise_points(Tensor x, Tensor sigma, Tensor seed, Tensor item, Tensor sample,"
         " bool antithetic, int first_element) -> Tensor",
         reference=_noise,
-        fake=_fake_noise,
+        fake=_rows_of_argument(3),
         samples=_noise_samples,
         moved=lambda x, sigma, seed, item, *_: _point_bytes(x, item, 1),
         triton="saliency_fast.kernels.points:noise_points",
@@ -143,18 +136,6 @@ def _random_line_points(
     return (start + rows_of(alpha.to(x.dtype), x.dim()) * (end - start)).contiguous()
 
 
-def _fake_random_line(
-    x: Tensor,
-    baselines: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    item: Tensor,
-    sample: Tensor,
-    first_element: int,
-) -> Tensor:
-    return x.new_empty((item.shape[0], *x.shape[1:]))
-
-
 def random_line_samples() -> Iterator[Sample]:
     """Calls of `random_line_points`; the accumulator of the same lines is tested on them too."""
     item, sample = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 5, 2**32 - 1])
@@ -173,7 +154,7 @@ random_line_points = define(
         schema="random_line_points(Tensor x, Tensor baselines, Tensor sigma, Tensor seed,"
         " Tensor item, Tensor sample, int first_element) -> Tensor",
         reference=_random_line_points,
-        fake=_fake_random_line,
+        fake=_rows_of_argument(4),
         samples=random_line_samples,
         moved=lambda x, baselines, sigma, seed, item, *_: (
             _point_bytes(x, item, 1)
