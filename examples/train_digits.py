@@ -49,7 +49,7 @@ class Plan:
 
 PLANS = {
     "cnn": Plan(DigitsCNN, epochs=20, rate=4e-3, warm_up=0.15),
-    "vit": Plan(DigitsViT, epochs=16, rate=1.2e-3, warm_up=0.03),
+    "vit": Plan(DigitsViT, epochs=45, rate=1.2e-3, warm_up=0.03),
 }
 
 
