@@ -32,7 +32,7 @@ class SmoothGrad:
 
     noise_level: standard deviation as a share of each example's own range; sigma: the same in
     units of the input, and wins. antithetic: samples come in pairs of opposite noise, which
-    reaches the same error with about half the samples. seed: an int, or one per example.
+    lowers the error for the same number of them. seed: an int, or one per example.
     """
 
     samples: int = 32
