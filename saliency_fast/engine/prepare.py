@@ -46,7 +46,8 @@ def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
             "baseline: this method compares with nothing: got a baseline; leave it out, or use "
             "IntegratedGradients or ExpectedGradients"
         )
-    return [read_baselines(None, call.inputs)]
+    # Zeros without memory: the methods that compare with nothing hardly look at them.
+    return [tuple(x.new_zeros(()).expand(1, *x.shape[1:]) for x in call.inputs)]
 
 
 def probe(function: PointFunction, call: Call, recipe: Recipe, baselines: Inputs) -> Probe:
@@ -80,7 +81,8 @@ def make_plan(
     map_bytes = sum(maps * x[0].numel() * x.element_size() for x in call.inputs)
     copies = (1 if recipe.at_input else 2) * (2 if recipe.reduction == "variance" else 1)
     # Baselines count twice: the record keeps a copy.
-    fixed = copies * map_bytes + 2 * sum(one.nbytes for several in baselines for one in several)
+    held = sum(one.nbytes for several in baselines for one in several)
+    fixed = copies * map_bytes + (0 if recipe.baseline == "none" else 2 * held)
     if len(baselines) > 1:
         # The map of each, and the accumulators of the one before until the next has a launch.
         fixed += (copies + len(baselines) - 1) * map_bytes

@@ -89,13 +89,13 @@ class Run:
                 if grads is None:
                     continue
                 folds.add(rows, grads, source)
+                self.points.index_add_(0, rows.item, torch.ones_like(rows.item))
                 start += rows.item.numel()
                 done += rows.item.numel()
                 # Else they would stay alive through the next launch.
                 del grads
                 if not folds.nested:
                     yield Moment(done, of, self.outcome)
-            self.points[active] += level.count
             if folds.nested:
                 active = self._unfinished(active)
                 yield Moment(of if active.numel() == 0 else done, of, self.outcome)
@@ -205,11 +205,11 @@ class Run:
         shape = self.scores.shape
         return Outcome(
             tuple(one.view(*shape, *one.shape[1:]) for one in found.values),
-            self.scores,
+            self.scores.clone(),
             self.baseline_scores,
             found.sums.view(shape),
             found.error.view(shape),
-            self.points,
+            self.points.clone(),
             self.converged,
             self.classes,
             self.halvings,

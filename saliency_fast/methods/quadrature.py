@@ -69,8 +69,9 @@ def level(rule: Rule, steps: int) -> Level:
     """One level of `steps` points, in two folds that are rules of their own.
 
     Neighbours take turns; half the folds' difference is 1 to 3.6 times the error of the whole rule
-    on the built-in CNN, and cautious on smooth networks, where half the points err more. Pairs of neighbours are visited in bit-reversed order, so that any
-    beginning is spread over the path and serves both folds.
+    on the built-in CNN, and cautious on smooth networks, where half the points err more. Pairs of
+    neighbours are visited in bit-reversed order, so that any beginning is spread over the path and
+    serves both folds.
     """
     alpha, weight = rule.points(steps)
     pairs = _bit_reversed((steps + 1) // 2)
