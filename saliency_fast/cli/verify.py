@@ -25,7 +25,7 @@ def verify(args: argparse.Namespace) -> int:
     if not Path(args.record).is_file():
         raise InputError(f"record {args.record} does not exist or is not a file")
     try:
-        recorded = _load(args.record)
+        recorded = load(args.record)
     except RecordError as error:
         print(f"BROKEN: {error}")
         return DISAGREES
@@ -36,15 +36,6 @@ def verify(args: argparse.Namespace) -> int:
         print(f"not computed again: {missing}")
         return AGREES
     return _replay(args, recorded)
-
-
-def _load(path: str) -> Attribution:
-    try:
-        return load(path)
-    except RecordError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecordError(f"record {path} is malformed: {type(error).__name__}: {error}") from error
 
 
 def _missing(args: argparse.Namespace, recorded: Attribution) -> str | None:
