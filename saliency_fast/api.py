@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from saliency_fast import record
@@ -71,7 +72,7 @@ class Engine:
         self.precision, self.progress, self.hashes = precision, progress, hashes
         self.limits = Limits(memory_budget, points_per_launch)
         self._recipe = self.method.recipe()
-        self._probed: dict[tuple[object, ...], Probe] = {}
+        self._probed = _probes_of(model)
 
     def plan(
         self,
@@ -142,7 +143,8 @@ class Engine:
     def _prepare(self, call: Call, baseline: Baseline) -> _Job:
         recipe = self._recipe
         baselines = baselines_of(call, recipe, baseline)
-        shapes = tuple((x.shape[1:], x.dtype, x.device) for x in call.inputs)
+        further = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
+        shapes = tuple((x.shape[1:], x.dtype, x.device) for x in (*call.inputs, *further))
         key = (shapes, call.targets.count)
         if key not in self._probed:
             self._probed[key] = probe(self._function(call), call, recipe, baselines[0])
@@ -215,6 +217,14 @@ class Engine:
             provenance=provenance,
             kept=kept | baseline_kept,
         )
+
+
+_PROBED: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Probe]] = WeakKeyDictionary()
+
+
+def _probes_of(model: Callable[..., Any]) -> dict[tuple[object, ...], Probe]:
+    """What points of a model took, by their shapes; engines of one module share it."""
+    return _PROBED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
 
 
 def explain(
