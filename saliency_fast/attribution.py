@@ -43,7 +43,7 @@ class Provenance:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
     """Maps and what is known of them.
 
@@ -65,7 +65,17 @@ class Attribution:
     points: Tensor
     converged: Tensor | None
     provenance: Provenance
-    kept: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: method, shapes, and the worst that is known of the maps."""
+        shapes = ", ".join(str(list(one.shape)) for one in self._parts())
+        facts = [f"{self.provenance.method} {shapes}", f"error <= {float(self.error.max()):.2g}"]
+        if self.delta is not None:
+            facts.append(f"|delta| <= {float(self.delta.abs().max()):.2g}")
+        if self.converged is not None and not bool(self.converged.all()):
+            facts.append(f"{int((~self.converged).sum())} not converged")
+        return f"<Attribution {'; '.join(facts)}>"
 
     @property
     def many(self) -> bool:

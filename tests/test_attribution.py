@@ -53,6 +53,13 @@ class TestMap:
             found.map(channel_axis=7)
 
 
+def test_it_prints_in_one_line() -> None:
+    _, _, found = image_attribution(method=sf.IntegratedGradients(4, tolerance=1e-9, max_steps=9))
+    assert repr(found).startswith("<Attribution integrated_gradients [3, 3, 12, 12]; error <= ")
+    assert "|delta| <= " in repr(found)
+    assert repr(found).endswith("; 3 not converged>")
+
+
 class TestOverlay:
     @pytest.mark.parametrize("style", ["signed", "heat"])
     def test_frames(self, style: str) -> None:
