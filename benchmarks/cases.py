@@ -67,7 +67,7 @@ CPU_CASES = (
     Case("resnet50", (1,), samples=128),
     Case("vit_b16", (1,), side=112, samples=128),
     Case("unet3d", (1,), side=32, samples=128),
-    Case("digits", (1, 64), samples=1024, most_items=4),
+    Case("digits", (1, 16), samples=512, most_items=2),
     Case("mlp", (1, 64), samples=4096, most_items=4),
 )
 GPU_CASES = (
