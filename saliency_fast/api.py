@@ -107,7 +107,8 @@ class Engine:
             outcome = last.outcome()
             need_finite(outcome)
             usage = _usage(job.plan, resident, time.perf_counter() - started)
-            return self._attribution(job, outcome, baseline, training, usage)
+            facts = usage | self._hashes(call)
+            return self._attribution(job, outcome, baseline, training, facts)
 
     def stream(
         self,
@@ -126,6 +127,7 @@ class Engine:
         call = bind(inputs, target, forward_args, forward_kwargs)
         with untouched(self.model, call.device):
             job = self._prepare(call, baseline)
+            hashes = self._hashes(call)
         moments = self._moments(job)
         while True:
             # The guard is entered anew for each launch: nothing is held while the caller works.
@@ -137,7 +139,8 @@ class Engine:
                 if moment.done == moment.of:
                     need_finite(outcome)
                 usage = _usage(job.plan, resident, time.perf_counter() - started)
-                partial = self._attribution(job, outcome, baseline, training, usage)
+                facts = usage | hashes
+                partial = self._attribution(job, outcome, baseline, training, facts)
             yield partial
 
     def _prepare(self, call: Call, baseline: Baseline) -> _Job:
@@ -150,6 +153,13 @@ class Engine:
             self._probed[key] = probe(self._function(call), call, recipe, baselines[0])
         plan = make_plan(self.method, recipe, call, baselines, self._probed[key], self.limits)
         return _Job(call, recipe, baselines, plan)
+
+    def _hashes(self, call: Call) -> dict[str, Any]:
+        wanted = self.hashes
+        return {
+            "input_sha256": [record.tensor_sha256(x) for x in call.inputs] if wanted else None,
+            "weights_sha256": record.weights_sha256(self.model) if wanted else None,
+        }
 
     def _function(self, call: Call) -> PointFunction:
         return PointFunction(self.model, call.targets, call.args, call.kwargs)
@@ -182,7 +192,7 @@ class Engine:
                 yield moment
 
     def _attribution(
-        self, job: _Job, outcome: Outcome, baseline: Baseline, training: bool, usage: dict[str, Any]
+        self, job: _Job, outcome: Outcome, baseline: Baseline, training: bool, facts: dict[str, Any]
     ) -> Attribution:
         call, squeeze = job.call, not job.call.targets.many
         target, kept = describe_target(call.targets)
@@ -197,12 +207,10 @@ class Engine:
             device=job.plan.device,
             backend=job.plan.backend,
             versions=_versions(),
-            input_sha256=[record.tensor_sha256(x) for x in call.inputs] if self.hashes else None,
-            weights_sha256=record.weights_sha256(self.model) if self.hashes else None,
             trained_mode=training,
             points_per_launch=job.plan.points_per_launch,
             halvings=outcome.halvings,
-            **usage,
+            **facts,
         )
         values = tuple(one[:, 0] if squeeze else one for one in outcome.values)
         return Attribution(

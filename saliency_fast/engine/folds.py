@@ -95,8 +95,8 @@ class Folds:
             values.append(value)
             sums.append(total)
             if gap is not None:
-                squares.append(_square_norm(value))
-                gaps.append(_square_norm(self._multiplied(number, gap)[0]))
+                squares.append(square_norm(value))
+                gaps.append(square_norm(self._multiplied(number, gap)[0]))
         sum_of_all = torch.stack(sums).sum(0)
         if not gaps:
             return Estimate(tuple(values), sum_of_all, torch.zeros_like(sum_of_all))
@@ -146,7 +146,8 @@ def _variances(mean: Tensor, zero: Tensor, one: Tensor, count: Tensor) -> tuple[
     return spread.div_(both), (zero / first).sub_(one / second).mul_(0.5)
 
 
-def _square_norm(values: Tensor) -> Tensor:
+def square_norm(values: Tensor) -> Tensor:
+    """Squared L2 norm of each map: float64 [S]."""
     # In pieces of 2**20 elements, since on CPUs PyTorch first casts what it is given to float64.
     pieces = torch.split(values.flatten(1), max(1, 2**20 // len(values)), dim=1)
     norms = [torch.linalg.vector_norm(one, dim=1, dtype=torch.float64) for one in pieces]

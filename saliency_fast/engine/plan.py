@@ -8,8 +8,7 @@ from saliency_fast.engine.memory import bytes_text
 from saliency_fast.errors import BudgetError, InputError, InputTypeError
 
 # Where a launch no longer gets cheaper per point. On CPUs when its largest tensor falls out of the
-# caches (measured on five networks: 4 to 8 points of a ResNet-50, 16 to 64 of a small CNN, 1 of a
-# 3-D U-Net); on GPUs far above what keeps the device busy.
+# caches; on GPUs far above what keeps the device busy.
 CPU_TENSOR = 20 * 1024**2
 GPU_LAUNCH = 8 * 1024**3
 # Operators' own scratch space and the allocator's slack, on top of the tensors that are counted.

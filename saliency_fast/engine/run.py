@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.bind import Call
-from saliency_fast.engine.folds import Folds
+from saliency_fast.engine.folds import Folds, square_norm
 from saliency_fast.engine.memory import bytes_text, is_out_of_memory
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.recipe import Recipe, Rows, Source
@@ -98,7 +98,9 @@ class Run:
                     yield Moment(done, of, self.outcome)
             if folds.nested:
                 active = self._unfinished(active)
-                yield Moment(of if active.numel() == 0 else done, of, self.outcome)
+                # What is over counts as all of it, also where examples stopped early.
+                over = active.numel() == 0 or level is recipe.levels[-1]
+                yield Moment(of if over else done, of, self.outcome)
             if active.numel() == 0:
                 break
 
@@ -217,25 +219,35 @@ class Run:
 
 
 def average(outcomes: list[Outcome]) -> Outcome:
-    """The mean over several baselines; errors add up at most, so their mean bounds them."""
+    """The mean over several baselines; its error is at most the mean of theirs, by the triangle
+    inequality: absolute errors add up, and the mean map may be smaller than each.
+    """
     if len(outcomes) == 1:
         return outcomes[0]
     share, last = 1.0 / len(outcomes), outcomes[-1]
     baseline_scores = [one.baseline_scores for one in outcomes if one.baseline_scores is not None]
     converged = [one.converged for one in outcomes if one.converged is not None]
+    values = tuple(
+        sum(parts[1:], parts[0]) * share
+        for parts in zip(*(one.values for one in outcomes), strict=True)
+    )
+    gaps = torch.stack([one.error * _norm(one.values) for one in outcomes]).mean(0)
     return replace(
         last,
-        values=tuple(
-            sum(parts[1:], parts[0]) * share
-            for parts in zip(*(o.values for o in outcomes), strict=True)
-        ),
+        values=values,
         sums=torch.stack([one.sums for one in outcomes]).mean(0),
-        error=torch.stack([one.error for one in outcomes]).mean(0),
+        error=gaps / _norm(values).clamp_min(torch.finfo(torch.float64).tiny),
         baseline_scores=torch.stack(baseline_scores).mean(0) if baseline_scores else None,
         converged=torch.stack(converged).all(0) if converged else None,
         points=torch.stack([one.points for one in outcomes]).sum(0),
         halvings=max(one.halvings for one in outcomes),
     )
+
+
+def _norm(values: Inputs) -> Tensor:
+    """L2 norm of each map over all inputs: float64 [B, K]."""
+    squares = [square_norm(one.flatten(0, 1)).view(one.shape[:2]) for one in values]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def need_finite(outcome: Outcome) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import saliency_fast as sf
+from saliency_fast.errors import ModelError
 from saliency_fast.methods import METHODS
 from tests import models, naive
 from tests.models import make, randn
@@ -111,6 +112,15 @@ def test_a_stream_approaches_the_answer() -> None:
     assert float(partial[7].error.max()) < float(partial[0].error.max())
 
 
+def test_a_stream_does_not_end_in_nan() -> None:
+    """One example stops early and the other is NaN: the end of the stream must say so."""
+    x = torch.tensor([[1.0, 1.0], [-1.0, 1.0]]).double()
+    method = sf.IntegratedGradients(4, tolerance=0.5, max_steps=40)
+    engine = sf.Engine(lambda z: (z + 1e-3).sqrt().sum(1), method)
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        list(engine.stream(x))
+
+
 class TestTargets:
     x = randn(2, 3, 12, 12)
 
@@ -209,6 +219,9 @@ class TestBaselines:
         assert naive.relative_l2(found.values, expected) < 1e-12
         torch.testing.assert_close(found.delta, sum(part.delta for part in parts) / 3)
         assert found.points.tolist() == [150, 150]
+        # The triangle inequality, also where the maps of the baselines cancel.
+        gaps = sum(p.error * p.values.flatten(1).norm(dim=1) for p in parts) / 3
+        torch.testing.assert_close(found.error, gaps / found.values.flatten(1).norm(dim=1))
 
 
 class TestTolerance:
