@@ -29,6 +29,7 @@ unit: $(VENV)/test-installed
 bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.end_to_end --device cpu
+	$(BIN)/python -m benchmarks.lean
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.tables
 

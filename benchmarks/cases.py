@@ -1,6 +1,6 @@
 """What the end-to-end benchmarks run: models at sizes that fit the time and the memory there is.
 
-`python -m benchmarks.end_to_end` and `python -m benchmarks.gpu` read these lists.
+`python -m benchmarks.end_to_end`, `benchmarks.gpu` and `benchmarks.lean` read these lists.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class Case:
 
 def sized(name: str, side: int | None = None) -> Workload:
     """A workload by name with inputs of `side` on every spatial axis."""
-    workload = (WORKLOADS | QUICK).get(name)
+    known = WORKLOADS | VOLUMES | QUICK
+    workload = known.get(name)
     if workload is None:
-        raise ValueError(f"workload must be one of {', '.join(WORKLOADS | QUICK)}: got {name!r}")
+        raise ValueError(f"workload must be one of {', '.join(known)}: got {name!r}")
     if side is None:
         return workload
     shape = (workload.shape[0], *(side for _ in workload.shape[1:]))
@@ -59,6 +60,12 @@ def sized(name: str, side: int | None = None) -> Workload:
     return replace(workload, shape=shape, build=build)
 
 
+VOLUMES = {
+    "unet3d-instance": Workload(
+        "unet3d-instance", partial(models.unet3d, norm="instance"), (1, 64, 64, 64), (1,)
+    ),
+    "volume": Workload("volume", models.volume_net, (1, 48, 48, 48), 1),
+}
 QUICK = {
     "tiny-unet3d": Workload("tiny-unet3d", partial(models.unet3d, width=4), (1, 8, 8, 8), (1,)),
     "tiny-vit": Workload("tiny-vit", partial(models.vit_b16, 10, 32, depth=1), (3, 32, 32), 3),

@@ -1,12 +1,14 @@
 """The callables that the benchmarks compare, made alike: `make(name, workload, model)(x, setting)`.
 
 Each explains a batch x [B, *] and returns values like x. All are used by
-`python -m benchmarks.end_to_end`, `python -m benchmarks.plots` and `python -m benchmarks.gpu`.
+`python -m benchmarks.` `end_to_end`, `lean`, `plots` or `gpu`.
 """
 
 from __future__ import annotations
 
 import copy
+import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,13 +21,17 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from benchmarks.models import Workload
+from saliency_fast.engine import hoist
 from saliency_fast.engine.bind import PRECISIONS
+from saliency_fast.engine.plan import Plan
 
 SIGMA = 0.15
 """Of SmoothGrad, absolute; the workloads' inputs have a deviation of one or a range of one."""
 SEARCH_SECONDS = 5.0
 """Spent at most, before anything is timed, on looking for the best points per launch."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
+ONE_LAUNCH, LEAN_OFF = f"{OURS}, one launch", f"{OURS}, one launch, lean off"
+NO_PREFIX = f"{OURS}, no prefix"
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,10 @@ class Contender(Protocol):
 
 
 class Ours:
-    """One `Engine` per setting, without the hashes that records carry."""
+    """One `Engine` per setting, without the hashes that records carry.
+
+    one_launch: all points of an example at once. limits: further arguments of `Engine`.
+    """
 
     def __init__(
         self,
@@ -105,20 +114,28 @@ class Ours:
         model: nn.Module,
         preparation: Preparation = Preparation(),
         precision: str = "float32",
+        *,
+        one_launch: bool = False,
+        **limits: Any,
     ) -> None:
-        self.target, self.precision = workload.target, precision
+        self.target, self.one_launch = workload.target, one_launch
+        self.limits = {"precision": precision, "hashes": False} | limits
         self.model = preparation.apply(model)
         self._engines: dict[Setting, sf.Engine] = {}
 
     def engine(self, setting: Setting) -> sf.Engine:
         if setting not in self._engines:
+            points = setting.points if self.one_launch else None
             self._engines[setting] = sf.Engine(
-                self.model, _method(setting), precision=self.precision, hashes=False
+                self.model, _method(setting), points_per_launch=points, **self.limits
             )
         return self._engines[setting]
 
+    def plan(self, x: Tensor, setting: Setting) -> Plan:
+        return self.engine(setting).plan(x, self.target)
+
     def warm(self, x: Tensor, setting: Setting) -> None:
-        self.engine(setting).plan(x, self.target)
+        self.plan(x, setting)
 
     def __call__(self, x: Tensor, setting: Setting) -> Tensor:
         values: Tensor = self.engine(setting)(x, self.target).values
@@ -293,6 +310,17 @@ def _tuned(**more: Any) -> Maker:
     return lambda workload, model: CaptumTuned(workload, model, replace(EXPERT, **more))
 
 
+def _no_prefix(workload: Workload, model: nn.Module) -> Contender:
+    # For the whole process: a contender that has none of its own must not use this.
+    hoist.LEAST_POINTS = sys.maxsize
+    return Ours(workload, model)
+
+
+def budgeted(mebibytes: int) -> str:
+    """The name of ours under a memory budget."""
+    return f"{OURS}, {mebibytes} MiB"
+
+
 MAKERS: dict[str, Maker] = {
     OURS: Ours,
     CAPTUM: Captum,
@@ -305,6 +333,12 @@ MAKERS: dict[str, Maker] = {
     f"{TUNED}, compiled": _tuned(compiled=True),
     f"{TUNED}, bfloat16 autocast, compiled": _tuned(autocast=torch.bfloat16, compiled=True),
 }
+APART: dict[str, Maker] = {
+    ONE_LAUNCH: lambda workload, model: Ours(workload, model, one_launch=True),
+    LEAN_OFF: lambda workload, model: Ours(workload, model, one_launch=True, lean=False),
+    NO_PREFIX: _no_prefix,
+}
+"""Ours with one thing changed, for `python -m benchmarks.lean`; see also `budgeted`."""
 ON_CPU = (OURS, CAPTUM, TUNED, LOOP)
 COMPILED = tuple(name for name in MAKERS if name.endswith("compiled"))
 ON_GPU = tuple(name for name in MAKERS if name not in COMPILED)
@@ -312,6 +346,9 @@ ON_GPU = tuple(name for name in MAKERS if name not in COMPILED)
 
 def make(name: str, workload: Workload, model: nn.Module) -> Contender:
     """A contender by name, with `model` on its device."""
-    if name not in MAKERS:
-        raise ValueError(f"contender must be one of {', '.join(MAKERS)}: got {name!r}")
-    return MAKERS[name](workload, model)
+    if budget := re.fullmatch(rf"{OURS}, (\d+ MiB)", name):
+        return Ours(workload, model, memory_budget=budget[1])
+    known = MAKERS | APART
+    if name not in known:
+        raise ValueError(f"contender must be one of {', '.join(known)}: got {name!r}")
+    return known[name](workload, model)

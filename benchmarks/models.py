@@ -19,11 +19,13 @@ __all__ = [
     "ResNet",
     "UNet3d",
     "VisionTransformer",
+    "VolumeNet",
     "Workload",
     "mlp",
     "resnet50",
     "unet3d",
     "vit_b16",
+    "volume_net",
 ]
 
 Norm = Literal["batch", "instance"]
@@ -230,6 +232,23 @@ class MLP(nn.Sequential):
         )
 
 
+class VolumeNet(nn.Sequential):
+    """One-channel volumes through a wide stem: [B, 1, D, H, W] to logits [B, classes]."""
+
+    def __init__(self, classes: int = 4, width: int = 32) -> None:
+        super().__init__(
+            nn.Conv3d(1, width, 7, stride=2, padding=3),
+            nn.GELU(),
+            nn.Conv3d(width, width, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv3d(width, 2 * width, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.AdaptiveAvgPool3d(1),
+            nn.Flatten(),
+            nn.Linear(2 * width, classes),
+        )
+
+
 def resnet50(num_classes: int = 1000, *, seed: int = 0) -> ResNet:
     """ResNet-50 v1.5: [B, 3, H, W] to [B, num_classes], 25.6 M parameters at 1000 classes."""
     return _built(lambda: ResNet(num_classes=num_classes), seed, (4, 3, 96, 96))
@@ -253,6 +272,11 @@ def unet3d(
 def mlp(features: int = 64, classes: int = 10, *, seed: int = 0) -> MLP:
     """Three hidden layers of 256: [B, features] to [B, classes]."""
     return _built(lambda: MLP(features, classes), seed)
+
+
+def volume_net(classes: int = 4, width: int = 32, *, seed: int = 0) -> VolumeNet:
+    """A 7x7x7 stem over one channel, which is most of its work: [B, 1, D, H, W] to [B, classes]."""
+    return _built(lambda: VolumeNet(classes, width), seed)
 
 
 def _digits() -> nn.Module:

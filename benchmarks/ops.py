@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -107,6 +108,45 @@ def frames(device: str) -> list[Call]:
     ]
 
 
+def activations(device: str) -> list[Call]:
+    """Batch 8 of 64 x 112 x 112, a residual network's first."""
+    x, residual = (torch.randn(8, 64, 112, 112, device=device) for _ in range(2))
+    last = x.contiguous(memory_format=torch.channels_last)
+    scale, shift = torch.randn(2, 64, device=device)
+    size = "8 x 64x112x112"
+    plain, parts = (None, None, None, 0.0, math.inf), (scale, shift, residual, 0.0, math.inf)
+    _, mask = ops.relu_mask(x, *plain)
+    standard, guided = (0.0, "standard", False), (0.0, "guided", True)
+    return [
+        Call(ops.relu_mask, size, (x, *plain)),
+        Call(ops.relu_mask, f"{size}, bfloat16", (x.bfloat16(), *plain)),
+        Call(ops.relu_mask_, f"{size}, scale and residual", (x.clone(), *parts)),
+        Call(ops.relu_mask_, f"{size}, scale, channels last", (last, scale, shift, None, 0.0, 6.0)),
+        Call(ops.relu_mask_backward, size, (residual, mask, None, *standard, False)),
+        Call(ops.relu_mask_backward, f"{size}, scale", (residual, mask, scale, *standard, False)),
+        Call(ops.relu_mask_backward, f"{size}, both", (residual, mask, scale, *guided, False)),
+        Call(ops.pack_mask, size, (x > 0,)),
+    ]
+
+
+def pooled(device: str) -> list[Call]:
+    """The pools of batch 8 of 64 x 112 x 112, and of volumes, in both layouts."""
+    picture = torch.randn(8, 64, 112, 112, device=device)
+    volume = torch.randn(2, 16, 32, 64, 64, device=device)
+    calls = []
+    for x, last, size, window in (
+        (picture, torch.channels_last, "8 x 64x112x112", ((3, 3), (2, 2), (1, 1), (1, 1))),
+        (volume, torch.channels_last_3d, "2 x 16x32x64x64", ([2] * 3, [2] * 3, [0] * 3, [1] * 3)),
+    ):
+        for form, note in ((torch.contiguous_format, ""), (last, ", channels last")):
+            laid = x.contiguous(memory_format=form)
+            grad, index = ops.maxpool_index(laid, *window, False)
+            back = (grad, index, list(x.shape[2:]), *window)
+            calls.append(Call(ops.maxpool_index, size + note, (laid, *window, False)))
+            calls.append(Call(ops.maxpool_index_backward, size + note, back))
+    return calls
+
+
 def timed(function: Callable[[], object], device: str) -> float:
     """Seconds of one call."""
     if device == "cpu":
@@ -191,7 +231,7 @@ def measure_call(call: Call, device: str) -> dict[str, Any]:
 def measure(device: str) -> list[dict[str, Any]]:
     """One row per op and size on `device`, "cpu" or "cuda"."""
     rows = []
-    for make in (pictures, volumes, frames):
+    for make in (pictures, volumes, frames, activations, pooled):
         torch.manual_seed(0)
         rows += [measure_call(call, device) for call in make(device)]
     return rows

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import sized
-from benchmarks.contenders import Setting, make, out_of_memory
+from benchmarks.contenders import Ours, Setting, make, out_of_memory
+from saliency_fast.engine.plan import Plan
 
 _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -33,10 +34,13 @@ class ContenderError(Exception):
 
 @dataclass(frozen=True)
 class Sample:
-    """One call: its seconds, its peak over the idle level where asked for, its first items."""
+    """One call: its seconds, its first items where asked for, and so its peak: over the idle level,
+    and over the level right before the call, which what was planned and prepared has raised.
+    """
 
     seconds: float
     peak_bytes: int | None = None
+    rise_bytes: int | None = None
     values: Tensor | None = None
 
 
@@ -79,20 +83,27 @@ class Worker:
         self._try(lambda: self.contender.warm(self.x, setting))
         self._synchronize()
 
+    def plan(self, setting: Setting) -> Plan | None:
+        """How ours runs it; None for whoever does not plan."""
+        found = self.contender
+        return self._try(lambda: found.plan(self.x, setting)) if isinstance(found, Ours) else None
+
     def run(self, setting: Setting, memory: bool = False, keep: int = 0) -> Sample:
         """One call, timed; with its peak memory, and its first `keep` items, where asked for."""
         if memory:
             _tidy(self.device)
             tracked = _reset_peak(self.device)
+        before = self._above_idle()
         self._synchronize()
         begun = time.perf_counter()
         values = self._try(lambda: self.contender(self.x, setting))
         self._synchronize()
         seconds = time.perf_counter() - begun
         peak = self._peak() if memory and tracked else None
+        rise = None if peak is None else max(0, peak - before)
         # The engine may hand out views of larger tensors, and pickling takes them whole.
         kept = values[:keep].detach().cpu().contiguous().clone() if keep else None
-        return Sample(seconds, peak, kept)
+        return Sample(seconds, peak, rise, kept)
 
     def close(self) -> None:
         del self.contender, self.x
@@ -102,6 +113,10 @@ class Worker:
         if self.device == "cpu":
             return max(0, _level("VmHWM") - self.idle)
         return torch.cuda.max_memory_allocated() - self.started
+
+    def _above_idle(self) -> int:
+        """What is in use now over the level from which peaks count."""
+        return _level("VmRSS") - self.idle if self.device == "cpu" else 0
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
@@ -142,6 +157,10 @@ class Child:
 
     def warm(self, setting: Setting) -> None:
         self._ask("warm", setting)
+
+    def plan(self, setting: Setting) -> Plan | None:
+        plan: Plan | None = self._ask("plan", setting)
+        return plan
 
     def run(self, setting: Setting, memory: bool = False, keep: int = 0) -> Sample:
         sample: Sample = self._ask("run", setting, memory, keep)

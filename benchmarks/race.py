@@ -49,6 +49,7 @@ class Entry:
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
+    rise_bytes: int | None = None
     error: float | None = None
     reason: str = ""
 
@@ -106,7 +107,8 @@ def _first(runner: Runner, setting: Setting, reference: Tensor | None, entry: En
     except ContenderError as failed:
         entry.reason = str(failed)
         return
-    entry.seconds, entry.peak_bytes = [sample.seconds], sample.peak_bytes
+    entry.seconds = [sample.seconds]
+    entry.peak_bytes, entry.rise_bytes = sample.peak_bytes, sample.rise_bytes
     if reference is not None and sample.values is not None:
         entry.error = relative_error(sample.values, reference)
 

@@ -5,7 +5,7 @@
 
 A marker is `<!-- benchmark:NAME -->` ... `<!-- /benchmark:NAME -->`. NAME is the stem of a file
 under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the same with "-summary"
-(one line per race), "ops-cpu" or "ops-gpu".
+(one line per race), "lean-cpu", "lean-gpu", "ops-cpu" or "ops-gpu".
 """
 
 from __future__ import annotations
@@ -95,6 +95,92 @@ def ops(document: dict[str, Any]) -> str:
     return table(kept, document["setting"]) + "".join(f"\n{line}\n" for line in lines)
 
 
+def lean(document: dict[str, Any]) -> str:
+    """What `benchmarks.lean` measured: launches, saved bytes, the prefix."""
+    parts: dict[str, list[Row]] = {"launch": [], "saved": [], "prefix": []}
+    for row in document["rows"]:
+        parts[row["part"]].append(row)
+    off, captum = "saliency_fast, one launch, lean off", CAPTUM
+    foreseen = "planned, over peak, of the call, planned over it"
+    launch = [
+        [
+            _model(row), row["setting"], row["contender"], _number(row["points_per_launch"]),
+            row["reason"] or _time(row["seconds"]), _spread(row), _ratio(row, captum, "time"),
+            _ratio(row, off, "time"), _bytes(row["peak_bytes"]), _ratio(row, captum, "memory"),
+            _ratio(row, off, "memory"), *_foreseen(row), _error(row["error"]),
+        ]
+        for row in parts["launch"]
+    ]  # fmt: skip
+    saved = [
+        [_model(row), *(_bytes(row[key]) for key in ("saved_before", "saved_after")),
+         row["reason"] or _times(row["times_less"])]
+        for row in parts["saved"]
+    ]  # fmt: skip
+    prefix = [
+        [
+            _model(row), row["setting"], row["contender"], row["reason"] or _time(row["seconds"]),
+            _spread(row), _ratio(row, "saliency_fast, no prefix", "time"),
+            row["prefix"] or "-", _bytes(row["peak_bytes"]),
+            _ratio(row, "saliency_fast, no prefix", "memory"), *_foreseen(row),
+            _error(row["error"]),
+        ]
+        for row in parts["prefix"]
+    ]  # fmt: skip
+    lines = [
+        caption(document["setting"]),
+        "",
+        *_rows(
+            "model, method, contender:, a launch, time, spread, against Captum, against lean off, "
+            f"peak memory, Captum's over it, lean off's over it, {foreseen}, error",
+            launch,
+        ),
+        "",
+        "Bytes that autograd keeps of one point from forward to backward (counted, not timed):",
+        "",
+        *_rows("model, as the model is, lean, times less", saved),
+        "",
+        "The affine prefix, taken once instead of for every point where the plan says it pays:",
+        "",
+        *_rows(
+            "model, method, contender:, time, spread, against no prefix, what the plan takes once:,"
+            f" peak memory, no prefix's over it, {foreseen}, error",
+            prefix,
+        ),
+        "",
+        "Times are medians of interleaved calls; ratios above 1 are in favour of the row. Peak "
+        "memory is the high-water mark of a call over the level right after the model was built, "
+        "in a process of its own; planning and warming come before it. Of the call is the same "
+        "mark over the level right before it, so without prepared weights and loaded modules; that "
+        "is what a plan foretells. Error is relative L2 "
+        "against the same points in float64.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _foreseen(row: Row) -> list[str]:
+    """What was planned, what the call alone took, and how the plan compares."""
+    return [
+        _bytes(row["planned_bytes"]),
+        _times(row["planned_over_peak"]),
+        _bytes(row["rise_bytes"]),
+        _times(row["planned_over_rise"]),
+    ]
+
+
+def _rows(header: str, rows: list[list[str]]) -> list[str]:
+    """A table; columns named "model", "method" or with a colon behind are flush left."""
+    names = header.split(", ")
+    left = [name in ("model", "method") or name.endswith(":") for name in names]
+    lines = [[name.rstrip(":") for name in names], *rows]
+    found = ["| " + " | ".join(cells) + " |" for cells in lines]
+    return [found[0], "|" + "|".join("---" if one else "---:" for one in left) + "|", *found[1:]]
+
+
+def _ratio(row: Row, other: str, kind: str) -> str:
+    """What another contender took over what this row takes."""
+    return _times(row["against"].get(other, {}).get(kind))
+
+
 def caption(about: dict[str, Any]) -> str:
     return (
         f"{about['device']}, {about['threads']} threads, torch {about['torch']}, captum "
@@ -178,6 +264,8 @@ def table(name: str, results: Path = RESULTS) -> str:
     document = json.loads(path.read_text())
     if stem.startswith("ops-"):
         return ops(document)
+    if stem.startswith("lean-"):
+        return lean(document)
     return summary(document) if name.endswith("-summary") else full(document)
 
 

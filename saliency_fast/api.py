@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,18 +15,23 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from saliency_fast import record
-from saliency_fast.attribution import Attribution, Provenance
+from saliency_fast.attribution import REGION_MASK, Attribution, Provenance
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import PRECISIONS, Call, bind
-from saliency_fast.engine.memory import resident_bytes
+from saliency_fast.engine.hoist import hoistable
+from saliency_fast.engine.memory import read_budget, resident_bytes
 from saliency_fast.engine.plan import Plan
-from saliency_fast.engine.prepare import Limits, Probe, baselines_of, make_plan, probe
+from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
+from saliency_fast.engine.probe import Probe, fitted, probe
 from saliency_fast.engine.recipe import Method, Recipe
+from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.run import Moment, Outcome, Run, average, need_finite
+from saliency_fast.engine.trial import Trial
+from saliency_fast.engine.way import Way
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import read_method
-from saliency_fast.model.function import Inputs, PointFunction
 from saliency_fast.model.guard import untouched
+from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import describe_baseline, describe_target
 from saliency_fast.version import __version__
@@ -38,7 +44,9 @@ class _Job:
     call: Call
     recipe: Recipe
     baselines: list[Inputs]
+    way: Way
     plan: Plan
+    part: Part | None
 
 
 class Engine:
@@ -47,8 +55,9 @@ class Engine:
     model: any callable from input tensors to an output. method: a name or a method. precision:
     the models' arithmetic, "float32" (float64 inputs stay float64). memory_budget: bytes or text
     such as "8GiB" over what is in use, 80 % of what is free unless given. points_per_launch: an
-    upper bound, for those who know better than the plan. progress: shows a bar. hashes: whether
-    results carry SHA-256 of inputs and weights, which reads both once.
+    upper bound, for those who know better than the plan. lean: whether points keep only what their
+    gradients need from forward to backward, with the same maps to rounding. progress: shows a
+    bar. hashes: whether results carry SHA-256 of inputs and weights, which reads both once.
 
     The model is explained in evaluation mode and left as it was, whatever happens.
     """
@@ -61,6 +70,7 @@ class Engine:
         precision: str = "float32",
         memory_budget: int | str | None = None,
         points_per_launch: int | None = None,
+        lean: bool = True,
         progress: bool = False,
         hashes: bool = True,
     ) -> None:
@@ -69,7 +79,8 @@ class Engine:
         if precision not in PRECISIONS:
             raise InputError(f"precision must be one of {', '.join(PRECISIONS)}: got {precision!r}")
         self.model, self.method = model, read_method(method)
-        self.precision, self.progress, self.hashes = precision, progress, hashes
+        self.precision, self.lean = precision, lean
+        self.progress, self.hashes = progress, hashes
         self.limits = Limits(memory_budget, points_per_launch)
         self._recipe = self.method.recipe()
         self._probed = _probes_of(model)
@@ -82,11 +93,12 @@ class Engine:
         *,
         forward_args: Any = (),
         forward_kwargs: Mapping[str, Any] | None = None,
+        region: Region = None,
     ) -> Plan:
         """How a call would run. Takes one point's gradient to learn what it needs."""
         call = bind(inputs, target, forward_args, forward_kwargs)
         with untouched(self.model, call.device):
-            return self._prepare(call, baseline).plan
+            return self._prepare(call, baseline, region).plan
 
     def __call__(
         self,
@@ -96,12 +108,13 @@ class Engine:
         *,
         forward_args: Any = (),
         forward_kwargs: Mapping[str, Any] | None = None,
+        region: Region = None,
     ) -> Attribution:
         """Explains `inputs`; see `explain` for the arguments."""
         started, resident = time.perf_counter(), resident_bytes()
         call = bind(inputs, target, forward_args, forward_kwargs)
         with untouched(self.model, call.device) as training:
-            job = self._prepare(call, baseline)
+            job = self._prepare(call, baseline, region)
             for moment in self._shown(job):
                 last = moment
             outcome = last.outcome()
@@ -118,6 +131,7 @@ class Engine:
         *,
         forward_args: Any = (),
         forward_kwargs: Mapping[str, Any] | None = None,
+        region: Region = None,
     ) -> Iterator[Attribution]:
         """Yields the map after every launch, each with its estimated error; the last is the answer.
 
@@ -126,7 +140,7 @@ class Engine:
         started, resident = time.perf_counter(), resident_bytes()
         call = bind(inputs, target, forward_args, forward_kwargs)
         with untouched(self.model, call.device):
-            job = self._prepare(call, baseline)
+            job = self._prepare(call, baseline, region)
             hashes = self._hashes(call)
         moments = self._moments(job)
         while True:
@@ -143,16 +157,24 @@ class Engine:
                 partial = self._attribution(job, outcome, baseline, training, facts)
             yield partial
 
-    def _prepare(self, call: Call, baseline: Baseline) -> _Job:
-        recipe = self._recipe
+    def _prepare(self, call: Call, baseline: Baseline, region: Region) -> _Job:
+        recipe, part = self._recipe, read_region(region, call)
         baselines = baselines_of(call, recipe, baseline)
         further = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
         shapes = tuple((x.shape[1:], x.dtype, x.device) for x in (*call.inputs, *further))
-        key = (shapes, call.targets.count)
-        if key not in self._probed:
-            self._probed[key] = probe(self._function(call), call, recipe, baselines[0])
-        plan = make_plan(self.method, recipe, call, baselines, self._probed[key], self.limits)
-        return _Job(call, recipe, baselines, plan)
+        # The prefix differs between methods whose points lie on lines and others.
+        kind = (recipe.family.straight, hoistable(recipe))
+        key = (shapes, call.targets.count, self.lean, kind)
+        probed = self._probed.get(key)
+        budget = read_budget(self.limits.memory_budget, call.device)
+        if probed is None or not probed.holds(self.model, call):
+            probed = probe(self.model, call, recipe, baselines[0], lean=self.lean, budget=budget)
+            self._probed[key] = probed
+        trial = Trial(call, baselines[0], recipe)
+        planned = partial(make_plan, self.method, recipe, call, baselines, limits=self.limits)
+        probed, plan = fitted(probed, self.model, trial, budget, planned)
+        way = probed.way if part is None else probed.way.within(part.box)
+        return _Job(call, recipe, baselines, way, plan, part)
 
     def _hashes(self, call: Call) -> dict[str, Any]:
         wanted = self.hashes
@@ -161,14 +183,11 @@ class Engine:
             "weights_sha256": record.weights_sha256(self.model) if wanted else None,
         }
 
-    def _function(self, call: Call) -> PointFunction:
-        return PointFunction(self.model, call.targets, call.args, call.kwargs)
-
     def _moments(self, job: _Job) -> Iterator[Moment]:
         """The moments of one run for each baseline; outcomes average over those so far."""
         finished: list[Outcome] = []
         for number, baselines in enumerate(job.baselines):
-            run = Run(self._function(job.call), job.call, baselines, job.recipe, job.plan)
+            run = Run(job.way, self.model, job.call, baselines, job.recipe, job.plan)
             last = None
             for last in run.moments():
                 before = tuple(finished)
@@ -210,20 +229,25 @@ class Engine:
             trained_mode=training,
             points_per_launch=job.plan.points_per_launch,
             halvings=outcome.halvings,
+            lean=self.lean,
+            way=str(job.way),
+            region=None if job.part is None else [list(span) for span in job.part.box],
             **facts,
         )
-        values = tuple(one[:, 0] if squeeze else one for one in outcome.values)
+        whole = outcome.values if job.part is None else tuple(map(job.part.kept, outcome.values))
+        values = tuple(one[:, 0] if squeeze else one for one in whole)
         return Attribution(
             values=values if call.is_tuple else values[0],
             scores=_column(outcome.scores, squeeze),
             baseline_scores=_column(outcome.baseline_scores, squeeze),
-            delta=_column(outcome.delta, squeeze),
+            # Of a part, the values do not add up to the score.
+            delta=_column(outcome.delta, squeeze) if job.part is None else None,
             error=_column(outcome.error, squeeze),
             classes=_column(outcome.classes, squeeze),
             points=outcome.points,
             converged=outcome.converged,
             provenance=provenance,
-            kept=kept | baseline_kept,
+            kept=kept | baseline_kept | _mask(job.part),
         )
 
 
@@ -247,6 +271,8 @@ def explain(
     precision: str = "float32",
     memory_budget: int | str | None = None,
     points_per_launch: int | None = None,
+    lean: bool = True,
+    region: Region = None,
     progress: bool = False,
 ) -> Attribution:
     """Explains what `model` says of `inputs`.
@@ -259,7 +285,9 @@ def explain(
     baseline: None (zeros), a number, a tensor that broadcasts, "blur", "mean", "uniform", a tuple
     (one per input), or a list of these: Integrated Gradients averages over it, expected gradients
     draw from it. forward_args, forward_kwargs: further arguments of the model; tensors with the
-    batch's length belong to the examples. Other arguments: see `Engine`.
+    batch's length belong to the examples. region: the part of an input [B, C, *spatial] that is
+    asked about, as a bool mask [*spatial] or one slice per spatial axis; values are zero elsewhere,
+    and what they do not need is not computed. Other arguments: see `Engine`.
 
     Raises InputError, InputTypeError, ModelError or BudgetError with what was got, what is
     expected and the cure.
@@ -270,11 +298,22 @@ def explain(
         precision=precision,
         memory_budget=memory_budget,
         points_per_launch=points_per_launch,
+        lean=lean,
         progress=progress,
     )
     return engine(
-        inputs, target, baseline, forward_args=forward_args, forward_kwargs=forward_kwargs
+        inputs,
+        target,
+        baseline,
+        forward_args=forward_args,
+        forward_kwargs=forward_kwargs,
+        region=region,
     )
+
+
+def _mask(part: Part | None) -> dict[str, Tensor]:
+    """What a record keeps of a region beside its box."""
+    return {} if part is None or part.mask is None else {REGION_MASK: part.mask}
 
 
 def _column(found: Any, squeeze: bool) -> Any:

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from saliency_fast import ops, record, render
 from saliency_fast.errors import InputError, RecordError
-from saliency_fast.model.function import Inputs
+from saliency_fast.model.routes import Inputs
+
+REGION_MASK = "region.mask"
+"""The name under which `kept` holds a region's mask."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Provenance:
 
     sha256 fields are None where hashing was turned off or the model is a plain function. peak_bytes
     is over what was in use before the call; `peak_measured` tells a measured one from the plan's.
+    way: how points went through the model. region: (start, stop) per spatial axis.
     """
 
     method: str
@@ -40,6 +44,9 @@ class Provenance:
     peak_measured: bool
     points_per_launch: int
     halvings: int
+    lean: bool = True
+    way: str = ""
+    region: list[list[int]] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 

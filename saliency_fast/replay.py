@@ -11,9 +11,9 @@ from torch import Tensor
 
 from saliency_fast import record
 from saliency_fast.api import Engine
-from saliency_fast.attribution import Attribution, load, relative_l2
+from saliency_fast.attribution import REGION_MASK, Attribution, load, relative_l2
 from saliency_fast.methods import make_method
-from saliency_fast.model.function import Inputs
+from saliency_fast.model.routes import Inputs
 from saliency_fast.specs import restore_baseline, restore_target
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
@@ -78,13 +78,18 @@ def replay(
         make_method(past.method, parameters),
         precision=past.precision,
         memory_budget=memory_budget,
+        lean=past.lean,
     )
+    region: Any = old.kept.get(REGION_MASK)
+    if region is None and past.region is not None:
+        region = [(start, stop) for start, stop in past.region]
     again = engine(
         inputs,
         target,
         restore_baseline(past.baseline, old.kept, device),
         forward_args=forward_args,
         forward_kwargs=forward_kwargs,
+        region=region,
     )
     same_input = _same(past.input_sha256, again.provenance.input_sha256)
     same_weights = _same(past.weights_sha256, record.weights_sha256(model))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.model.function import Inputs
+from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
 
 Baseline = float | str | Tensor | tuple[Any, ...] | list[Any] | None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.model.function import Inputs
+from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target, Targets, read_targets
 
 PRECISIONS = ("float32",)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast.engine.hoist import Hoist
 from saliency_fast.engine.recipe import Recipe, Rows, Source
-from saliency_fast.model.function import Inputs
+from saliency_fast.model.routes import Inputs
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,24 @@ class Folds:
     With one level the folds are two rules of half the points each, and half their difference
     estimates the error of their mean. With several, fold 0 holds the map of the earlier levels and
     fold 1 the new one, and the error is what the level changed. A recipe that looks at the input
-    alone has one fold and no error.
+    alone has one fold and no error. With `hoist` gradients are summed behind the model's prefix.
     """
 
-    def __init__(self, recipe: Recipe, inputs: Inputs, baselines: Inputs, maps: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        inputs: Inputs,
+        baselines: Inputs,
+        maps: int,
+        hoist: Hoist | None = None,
+    ) -> None:
         self.recipe, self.inputs, self.baselines, self.maps = recipe, inputs, baselines, maps
+        self.hoist = hoist
         self.batch = len(inputs[0])
         self.width = 1 if recipe.at_input else 2
         self.nested = len(recipe.levels) > 1
-        self.totals = tuple(self._accumulator(x) for x in inputs)
+        shapes = [x.shape[1:] for x in inputs] if hoist is None else hoist.shapes
+        self.totals = tuple(self._accumulator(shape) for shape in shapes)
         moments = recipe.reduction == "variance"
         self.means = tuple(torch.zeros_like(total) for total in self.totals) if moments else ()
         self.counts = tuple(self._per_slot() for _ in self.means)
@@ -49,10 +60,11 @@ class Folds:
     def nbytes(self) -> int:
         return sum(total.nbytes for total in self.totals + self.means)
 
-    def _accumulator(self, x: Tensor) -> Tensor:
+    def _accumulator(self, shape: Sequence[int]) -> Tensor:
+        x = self.inputs[0]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         slots = self.batch * self.maps * self.width
-        return torch.zeros(slots, *x.shape[1:], dtype=dtype, device=x.device)
+        return torch.zeros(slots, *shape, dtype=dtype, device=x.device)
 
     def _per_slot(self) -> Tensor:
         slots = self.batch * self.maps * self.width
@@ -89,8 +101,7 @@ class Folds:
     def estimate(self) -> Estimate:
         """The maps from all that was folded in so far, each scaled to the weight it has seen."""
         values, sums, squares, gaps = [], [], [], []
-        for number in range(len(self.totals)):
-            whole, gap = self._whole_and_gap(number)
+        for number, (whole, gap) in enumerate(self._wholes_and_gaps()):
             value, total = self._multiplied(number, whole)
             values.append(value)
             sums.append(total)
@@ -106,6 +117,17 @@ class Folds:
             empty = (self.weight.view(-1, 2) == 0).any(1)
             error = torch.where(empty, torch.nan, error)
         return Estimate(tuple(values), sum_of_all, error)
+
+    def _wholes_and_gaps(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """For each input what `_whole_and_gap` gives, at the input."""
+        numbers = range(len(self.totals))
+        if self.hoist is None:
+            yield from map(self._whole_and_gap, numbers)
+            return
+        wholes, gaps = zip(*map(self._whole_and_gap, numbers), strict=True)
+        known = [gap for gap in gaps if gap is not None]
+        lowered = self.hoist.lower(tuple(known)) if known else (None,) * len(self.inputs)
+        yield from zip(self.hoist.lower(wholes), lowered, strict=True)
 
     def _whole_and_gap(self, number: int) -> tuple[Tensor, Tensor | None]:
         """A map and the difference that tells its error, before the factor: [S, *] each."""

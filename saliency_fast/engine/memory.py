@@ -110,6 +110,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.largest = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
         self,
@@ -123,6 +124,11 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         self._watch(result, new=True)
         return result
+
+    def size_of(self, tensor: Tensor) -> tuple[int, int]:
+        """A key of the tensor's memory, and its bytes where they are new inside the `with`."""
+        key = id(tensor.untyped_storage())
+        return key, self._sizes.get(key, 0)
 
     def _watch(self, values: object, *, new: bool) -> None:
         for value in tree_iter(values):
@@ -138,8 +144,10 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def gone(_: object) -> None:
             self.live -= size
             self._seen.pop(key, None)
+            self._sizes.pop(key, None)
 
         self._seen[key] = weakref.ref(storage, gone)
+        self._sizes[key] = size
         self.live += size
         self.peak = max(self.peak, self.live)
         self.largest = max(self.largest, size)
@@ -151,3 +159,22 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+class Ledger(torch.autograd.graph.saved_tensors_hooks):
+    """Notes what autograd keeps for the backward pass: `kept` bytes by the name in `label`.
+
+    Memory is counted once, and not at all where `meter` has not seen it made: weights, inputs.
+    """
+
+    def __init__(self, meter: MemoryMeter) -> None:
+        super().__init__(self._note, lambda tensor: tensor)
+        self.meter, self._known = meter, set[int]()
+        self.label, self.kept = "", dict[str, int]()
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        key, size = self.meter.size_of(tensor)
+        if size and key not in self._known:
+            self._known.add(key)
+            self.kept[self.label] = self.kept.get(self.label, 0) + size
+        return tensor

@@ -22,7 +22,10 @@ class Plan:
     bytes_per_point is what each point of a launch adds, from one that was probed; fixed_bytes is
     what baselines and accumulators take, finish_bytes what the result takes when the launches are
     over. `points` is the most that the recipe may visit over all examples; a tolerance may stop
-    it earlier.
+    it earlier. lean says how points go through the model; of the bytes that autograd keeps of a
+    point from forward to backward, saved_before are what the model as it is would take, saved_after
+    what this plan takes, and `left` the calls that no lean version serves.
+    prefix names the calls at the model's beginning that are taken once for all points.
     """
 
     method: str
@@ -37,6 +40,11 @@ class Plan:
     fixed_bytes: int
     finish_bytes: int
     budget: int
+    lean: str = "off"
+    saved_before: int = 0
+    saved_after: int = 0
+    left: tuple[tuple[str, int], ...] = ()
+    prefix: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,6 +65,16 @@ class Plan:
             f"memory     {bytes_text(self.peak_bytes)} of {bytes_text(self.budget)}: "
             f"{bytes_text(self.bytes_per_point)} a point, {bytes_text(self.fixed_bytes)} fixed",
         ]
+        if self.saved_before:
+            lines.append(
+                f"lean       {self.lean}: keeps {bytes_text(self.saved_after)} of a point from "
+                f"forward to backward, as it is {bytes_text(self.saved_before)}"
+            )
+        if self.left:
+            calls = ", ".join(f"{name} {bytes_text(size)}" for name, size in self.left[:6])
+            lines.append(f"autograd's {calls}")
+        if self.prefix:
+            lines.append(f"prefix     {self.prefix}")
         return "\n".join(lines + [f"note       {note}" for note in self.notes])
 
 

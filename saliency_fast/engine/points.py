@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast.engine.recipe import Rows
 from saliency_fast.errors import InputError
-from saliency_fast.model.function import Inputs
+from saliency_fast.model.routes import Inputs
 
 Seed = int | tuple[int, ...]
 
@@ -18,6 +19,8 @@ Seed = int | tuple[int, ...]
 @dataclass(frozen=True)
 class Line:
     """Points on the straight line from the baseline (alpha 0) to the input (alpha 1)."""
+
+    straight: ClassVar[bool] = True
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundLine:
         return _BoundLine(inputs, baselines)
@@ -48,6 +51,7 @@ class Noise:
     sigma: float | None
     seed: Seed
     antithetic: bool
+    straight: ClassVar[bool] = False
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundNoise:
         return _BoundNoise(
@@ -83,6 +87,7 @@ class RandomLine:
 
     noise_level: float
     seed: Seed
+    straight: ClassVar[bool] = False
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundRandomLine:
         return _BoundRandomLine(

@@ -1,29 +1,25 @@
-"""Prepare: from a call and a recipe to baselines, one probed point and a plan."""
+"""Prepare: from a call, a recipe and a probed point to baselines and a plan."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import WORKING_COPIES
-from saliency_fast.engine.memory import MemoryMeter, is_out_of_memory, read_budget
+from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.plan import MARGIN, Plan, points_per_launch
+from saliency_fast.engine.probe import Probe
 from saliency_fast.engine.recipe import Method, Recipe
-from saliency_fast.errors import BudgetError, InputError
-from saliency_fast.model.function import Inputs, PointFunction
+from saliency_fast.errors import InputError
+from saliency_fast.model.fusion import rectified
+from saliency_fast.model.lean import LEAN
+from saliency_fast.model.prefix import Prefix
+from saliency_fast.model.routes import Inputs
 from saliency_fast.ops.dispatch import kernels
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What one point took: bytes of tensors that lived at once, and of the largest one."""
-
-    peak: int
-    largest: int
 
 
 @dataclass(frozen=True)
@@ -50,23 +46,6 @@ def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
     return [tuple(x.new_zeros(()).expand(1, *x.shape[1:]) for x in call.inputs)]
 
 
-def probe(function: PointFunction, call: Call, recipe: Recipe, baselines: Inputs) -> Probe:
-    """Takes one point's gradient under a meter."""
-    source = recipe.family.bind(call.inputs, baselines)
-    item = torch.zeros(1, dtype=torch.int64, device=call.device)
-    rows = recipe.levels[0].to(call.device).rows(item, 0, 1)
-    try:
-        with MemoryMeter() as meter:
-            function.gradients(source.write(rows), item)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise BudgetError(
-            f"one point alone does not fit in memory; explain a smaller input at once ({error})"
-        ) from error
-    return Probe(meter.peak, meter.largest)
-
-
 def make_plan(
     method: Method,
     recipe: Recipe,
@@ -78,23 +57,31 @@ def make_plan(
     """Chooses the points per launch; raises BudgetError where one point does not fit."""
     budget = read_budget(limits.memory_budget, call.device)
     maps = call.batch * call.targets.count
-    map_bytes = sum(maps * x[0].numel() * x.element_size() for x in call.inputs)
+    size_of = call.inputs[0].element_size()
+    map_bytes = sum(maps * x[0].numel() * size_of for x in call.inputs)
+    # Behind a prefix, sums are held where it ends; on lines inputs and baselines are too.
+    prefix = probed.way.prefix
+    place = 0 if prefix is None else size_of * sum(map(math.prod, prefix.shapes))
+    sum_bytes = map_bytes if prefix is None else maps * place
     copies = (1 if recipe.at_input else 2) * (2 if recipe.reduction == "variance" else 1)
     # Baselines count twice: the record keeps a copy.
     held = sum(one.nbytes for several in baselines for one in several)
-    fixed = copies * map_bytes + (0 if recipe.baseline == "none" else 2 * held)
+    fixed = copies * sum_bytes + (0 if recipe.baseline == "none" else 2 * held)
+    if recipe.family.straight and prefix is not None:
+        fixed += (call.batch + max(len(several[0]) for several in baselines)) * place
     if len(baselines) > 1:
         # The map of each, and the accumulators of the one before until the next has a launch.
-        fixed += (copies + len(baselines) - 1) * map_bytes
-    finish = WORKING_COPIES * map_bytes
+        fixed += copies * sum_bytes + (len(baselines) - 1) * map_bytes
+    finish = WORKING_COPIES * map_bytes + (0 if prefix is None else 2 * sum_bytes)
     points = recipe.count * call.batch
     # Convolutions of volumes copy their largest operand while they run.
-    each = max(int(MARGIN * probed.peak), probed.peak + probed.largest)
+    cost = probed.cost
+    each = max(int(MARGIN * cost.peak), cost.peak + cost.largest)
     size = points_per_launch(
         limits.points_per_launch,
         points,
         each,
-        probed.largest,
+        cost.largest,
         fixed,
         finish,
         budget,
@@ -113,12 +100,32 @@ def make_plan(
         fixed_bytes=fixed,
         finish_bytes=finish,
         budget=budget,
-        notes=_notes(recipe, size, limits),
+        lean=str(probed.way),
+        saved_before=probed.plain.saved,
+        saved_after=cost.saved,
+        left=_left(cost.kept) if probed.way.program else (),
+        prefix=_calls(prefix, recipe),
+        notes=_notes(recipe, size, limits, probed.reason),
     )
 
 
-def _notes(recipe: Recipe, size: int, limits: Limits) -> tuple[str, ...]:
-    notes = []
+def _calls(prefix: Prefix | None, recipe: Recipe) -> str:
+    """What is taken once instead of for every point."""
+    if prefix is None:
+        return ""
+    passes = "forward and back" if recipe.family.straight else "back"
+    return f"{', '.join(dict.fromkeys(prefix.calls))}: {passes} once in all"
+
+
+def _left(kept: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    """Calls that autograd keeps something for, the largest first."""
+    mine = {call.__name__ for call in LEAN} | {rectified.__name__}
+    left = [(name, size) for name, size in kept.items() if name not in mine]
+    return tuple(sorted(left, key=lambda one: -one[1]))
+
+
+def _notes(recipe: Recipe, size: int, limits: Limits, reason: str | None) -> tuple[str, ...]:
+    notes = [] if reason is None else [f"lean: {reason}"]
     if recipe.tolerance is not None:
         notes.append(f"stops early where the estimated error is within {recipe.tolerance:g}")
     if limits.points_per_launch is not None and size < limits.points_per_launch:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from saliency_fast.model.function import Inputs
+from saliency_fast.model.routes import Inputs
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,13 @@ class Source(Protocol):
 
 
 class Family(Protocol):
-    """A family of points, as a method names it: data, bound to tensors by the engine."""
+    """A family of points, as a method names it: data, bound to tensors by the engine.
+
+    straight: every point is a weighted mean of the input and its baseline.
+    """
+
+    @property
+    def straight(self) -> bool: ...
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> Source: ...
 

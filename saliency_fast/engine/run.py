@@ -14,8 +14,9 @@ from saliency_fast.engine.folds import Folds, square_norm
 from saliency_fast.engine.memory import bytes_text, is_out_of_memory
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.recipe import Recipe, Rows, Source
+from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError, ModelError
-from saliency_fast.model.function import Inputs, PointFunction
+from saliency_fast.model.routes import Inputs
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,13 @@ class Run:
     """One call on its way: the state that launches share. `moments` is the loop."""
 
     def __init__(
-        self, function: PointFunction, call: Call, baselines: Inputs, recipe: Recipe, plan: Plan
+        self, way: Way, model: Model, call: Call, baselines: Inputs, recipe: Recipe, plan: Plan
     ) -> None:
-        self.function, self.call, self.recipe, self.plan = function, call, recipe, plan
-        self.baselines = baselines
+        self.call, self.recipe, self.plan, self.baselines = call, recipe, plan, baselines
+        self.function = way.function(model, call)
+        self.hoist = way.hoist(call, recipe, plan.points_per_launch)
+        self.behind = self.function if self.hoist is None else way.function_behind(call, recipe)
+        function = self.function
         self.size, self.halvings = plan.points_per_launch, 0
         shape, device = (call.batch, function.targets.count), call.device
         self.everyone = torch.arange(call.batch, device=device)
@@ -76,8 +80,8 @@ class Run:
         """Runs every level launch by launch; the last moment's outcome is the answer."""
         self._ends()
         inputs, recipe = self.call.inputs, self.recipe
-        source = recipe.family.bind(inputs, self.baselines)
-        folds = self.folds = Folds(recipe, inputs, self.baselines, self.scores.shape[1])
+        folds = self.folds = Folds(recipe, inputs, self.baselines, self.scores.shape[1], self.hoist)
+        source = recipe.family.bind(*self._ends_of_lines())
         active, done, of = self.everyone, 0, recipe.count * self.call.batch
         for level in recipe.levels:
             here = level.to(self.call.device)
@@ -104,10 +108,17 @@ class Run:
             if active.numel() == 0:
                 break
 
+    def _ends_of_lines(self) -> tuple[Inputs, Inputs]:
+        """Inputs and baselines as points are written from them: behind the prefix for lines."""
+        inputs, baselines = self.call.inputs, self.baselines
+        if self.hoist is None or not self.hoist.line:
+            return inputs, baselines
+        return self.hoist.lift(inputs), self.hoist.lift(baselines)
+
     def _launch(self, source: Source, rows: Rows) -> list[Inputs] | None:
         """The gradients of one launch; None where it must be tried again with half the points."""
         try:
-            scores, classes, grads = self.function.gradients(source.write(rows), rows.item)
+            scores, classes, grads = self.behind.gradients(source.write(rows), rows.item)
         except (RuntimeError, MemoryError) as error:
             self._halve(error)
             return None
@@ -144,6 +155,7 @@ class Run:
         self._note_scores(self.everyone, scores[:batch], None if both else classes)
         if self.classes is not None:
             self.function.targets = replace(self.function.targets, classes=self.classes)
+            self.behind.targets = self.function.targets
         if both:
             self.baseline_scores = scores[batch:]
         elif starts:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
 from saliency_fast.errors import ModelError
+from saliency_fast.model.prefix import Prefix
+from saliency_fast.model.routes import Inputs, Route, tensors_among
 from saliency_fast.model.targets import Targets
-
-Inputs = tuple[Tensor, ...]
 
 
 class _Enter(torch.autograd.Function):
@@ -31,22 +31,25 @@ class _Enter(torch.autograd.Function):
 
 @dataclass
 class PointFunction:
-    """`model` with its further arguments and targets, on rows of a launch.
+    """The model, by one of its routes, with its further arguments and targets, on a launch's rows.
 
     Further arguments that are tensors with the batch's length on their first axis belong to the
-    examples and follow them into the rows; all others are passed as they are.
+    examples and follow them into the rows; all others are passed as they are. With `prefix` the
+    route is its rest, and gradients are taken at its places; `lifted`: points are places already.
     """
 
-    model: Callable[..., Any]
+    route: Route
     targets: Targets
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    prefix: Prefix | None = None
+    lifted: bool = False
     _checked: bool = False
 
     def scores(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] without gradients, and the classes [R, K] they belong to."""
         with torch.no_grad():
-            return self._forward(points, item)
+            return self.forward(points, item)
 
     def gradients(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None, list[Inputs]]:
         """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points.
@@ -54,11 +57,19 @@ class PointFunction:
         One forward pass serves all targets; each has its own backward pass. The points are handed
         over: the model may overwrite them.
         """
+        if self.prefix is not None:
+            if not self.lifted:
+                points = self.prefix.lift(points, tensors_among(*self.rows(item)))
+            points = self.prefix.turned(points)
         anchor = torch.zeros((), requires_grad=True)
-        entered = tuple(_Enter.apply(one, anchor) for one in points)  # type: ignore[no-untyped-call]
+        # Shapes alone: behind a prefix points are as large as activations, and must not outlive
+        # the calls that take them. A list, so that a program can let go of them for all.
+        like = [torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape) for p in points]
+        entered = [_Enter.apply(one, anchor) for one in points]  # type: ignore[no-untyped-call]
+        del points
         edges = [get_gradient_edge(one) for one in entered]
-        scores, classes = self._forward(entered, item)
-        del entered
+        scores, classes = self.forward(entered, item)
+        entered.clear()
         if not scores.requires_grad:
             raise ModelError(
                 "the model is not differentiable in its input: its output carries no gradient; "
@@ -69,16 +80,25 @@ class PointFunction:
             torch.autograd.grad(scores[:, k].sum(), edges, retain_graph=k < last, allow_unused=True)
             for k in range(scores.shape[1])
         ]
-        return scores.detach(), classes, _complete(found, points, edges)
+        if self.prefix is None:
+            _check_seen(found)
+        grads = [_filled(one, like) for one in found]
+        if self.prefix is not None:
+            return scores.detach(), classes, [self.prefix.turned_back(one) for one in grads]
+        return scores.detach(), classes, [tuple(g.contiguous() for g in one) for one in grads]
 
-    def _forward(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
-        args = [self._rows(value, item) for value in self.args]
-        kwargs = {name: self._rows(value, item) for name, value in self.kwargs.items()}
-        raw = self.model(*points, *args, **kwargs)
+    def forward(self, points: Sequence[Tensor], item: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores [R, K] and classes [R, K] as autograd sees them."""
+        raw = self.route(points, *self.rows(item))
         if not self._checked:
             self.targets.check(raw)
             self._checked = True
         return self.targets.read(raw, item)
+
+    def rows(self, item: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The further arguments of the rows of examples `item` [R]."""
+        args = tuple(self._rows(value, item) for value in self.args)
+        return args, {name: self._rows(value, item) for name, value in self.kwargs.items()}
 
     def _rows(self, value: Any, item: Tensor) -> Any:
         if isinstance(value, Tensor) and value.dim() and len(value) == self.targets.batch:
@@ -86,20 +106,17 @@ class PointFunction:
         return value
 
 
-def _complete(
-    found: Sequence[tuple[Tensor | None, ...]], points: Inputs, edges: list[GradientEdge]
-) -> list[Inputs]:
-    """Zeros where one target does not see an input; an input that none sees is an error."""
-    for number in range(len(edges)):
-        if all(grads[number] is None for grads in found):
+def _check_seen(found: Sequence[tuple[Tensor | None, ...]]) -> None:
+    """An input that none of the targets sees is an error."""
+    for number, grads in enumerate(zip(*found, strict=True)):
+        if all(grad is None for grad in grads):
             raise ModelError(
                 f"the model is not differentiable in input {number}: the target does not depend on "
                 "it; pass what needs no attribution through forward_args"
             )
-    return [
-        tuple(
-            torch.zeros_like(point) if grad is None else grad.contiguous()
-            for grad, point in zip(grads, points, strict=True)
-        )
-        for grads in found
-    ]
+
+
+def _filled(grads: tuple[Tensor | None, ...], like: Sequence[Tensor]) -> Inputs:
+    """Zeros where a target does not see an input."""
+    pairs = zip(grads, like, strict=True)
+    return tuple(one.new_zeros(one.shape) if grad is None else grad for grad, one in pairs)

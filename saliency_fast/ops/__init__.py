@@ -4,9 +4,11 @@ from saliency_fast.ops import dispatch as _dispatch
 from saliency_fast.ops.accumulate import accumulate, accumulate_moments, accumulate_random_lines
 from saliency_fast.ops.dispatch import backends
 from saliency_fast.ops.finish import REDUCTIONS, finish
+from saliency_fast.ops.masks import pack_mask, relu_mask, relu_mask_, relu_mask_backward
 from saliency_fast.ops.overlay import magnitude_percentile, overlay
 from saliency_fast.ops.philox import random_bits
 from saliency_fast.ops.points import line_points, noise_points, random_line_points
+from saliency_fast.ops.pools import maxpool_index, maxpool_index_backward
 from saliency_fast.ops.registry import OPS, Op, Sample
 
 _dispatch.load_native()
@@ -23,8 +25,14 @@ __all__ = [
     "finish",
     "line_points",
     "magnitude_percentile",
+    "maxpool_index",
+    "maxpool_index_backward",
     "noise_points",
     "overlay",
+    "pack_mask",
     "random_bits",
     "random_line_points",
+    "relu_mask",
+    "relu_mask_",
+    "relu_mask_backward",
 ]

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from saliency_fast.errors import BackendError, InputTypeError
+from saliency_fast.ops import masks
 from saliency_fast.ops.dispatch import CUDA_LIBRARY, VARIABLE, not_built
 from saliency_fast.ops.overlay import rank
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
+_DOUBLE = ctypes.c_double
+_FLOATS = {torch.float32: "f32", torch.float64: "f64"}
+_ALL_FLOATS = {**_FLOATS, torch.bfloat16: "bf16", torch.float16: "f16"}
+_SUFFIXES = {
+    "noise_points": _FLOATS,
+    "magnitude_percentile": _FLOATS,
+    "relu_mask": _ALL_FLOATS,
+    "relu_mask_backward": _ALL_FLOATS,
+    "pack_mask": {torch.bool: "u8"},
+}
 _ARGUMENTS = {
     "noise_points": [_POINTER] * 6 + [_INT64, _INT64, _INT, _INT64, _POINTER],
     "magnitude_percentile": [_POINTER] * 3 + [_INT64, _INT64, _INT64, _POINTER],
+    "relu_mask": [_POINTER] * 6 + [_INT64] * 3 + [_DOUBLE, _DOUBLE, _POINTER],
+    "relu_mask_backward": [_POINTER] * 5 + [_INT64] * 3 + [_DOUBLE, _INT, _POINTER],
+    "pack_mask": [_POINTER, _POINTER, _INT64, _POINTER],
 }
 
 
@@ -28,7 +42,7 @@ def library() -> ctypes.CDLL:
     try:
         found = ctypes.CDLL(str(CUDA_LIBRARY))
         for name, arguments in _ARGUMENTS.items():
-            for suffix in _SUFFIXES.values():
+            for suffix in _SUFFIXES[name].values():
                 launcher = getattr(found, f"saliency_fast_{name}_{suffix}")
                 launcher.argtypes, launcher.restype = arguments, _INT
         found.saliency_fast_percentile_state.argtypes = []
@@ -44,11 +58,11 @@ def library() -> ctypes.CDLL:
 
 def _launch(name: str, tensor: Tensor, *arguments: object) -> None:
     """Calls `name` for the tensor's dtype, on its device and that device's current stream."""
-    suffix = _SUFFIXES.get(tensor.dtype)
+    suffixes = _SUFFIXES[name]
+    suffix = suffixes.get(tensor.dtype)
     if suffix is None:
-        raise InputTypeError(
-            f"{name} takes float32 or float64 on a GPU: got {tensor.dtype}; pass x.float()"
-        )
+        taken = " or ".join(str(dtype).removeprefix("torch.") for dtype in suffixes)
+        raise InputTypeError(f"{name} takes {taken} on a GPU: got {tensor.dtype}; pass x.float()")
     with torch.cuda.device(tensor.device):
         stream = torch.cuda.current_stream().cuda_stream
         values = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
@@ -85,3 +99,92 @@ def magnitude_percentile(values: Tensor, percentile: float) -> Tensor:
     place = rank(numel, percentile)
     _launch("magnitude_percentile", values, values, state, out, rows, numel, place)
     return out
+
+
+def _planes(x: Tensor, layout: torch.memory_format | None) -> tuple[int, int, int]:
+    """(elements, elements of a plane, channels) of x in the memory order of `layout`."""
+    if x.dim() < 2:
+        return x.numel(), 1, 1
+    inner = x.shape[2:].numel() if layout is torch.contiguous_format else 1
+    return x.numel(), inner, x.shape[1]
+
+
+def relu_mask(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+    upper: float,
+) -> tuple[Tensor, Tensor]:
+    """The op `relu_mask`: (y like x, mask)."""
+    x = x.contiguous() if masks.layout_of(x) is None else x
+    y = torch.empty_like(x)
+    return y, _rectify(x, scale, shift, residual, slope, upper, y)
+
+
+def relu_mask_(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+    upper: float,
+) -> Tensor:
+    """The op `relu_mask_`: the mask; y is written over x."""
+    masks.check_in_place(x)
+    return _rectify(x, scale, shift, residual, slope, upper, x)
+
+
+def _rectify(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    slope: float,
+    upper: float,
+    y: Tensor,
+) -> Tensor:
+    masks.check_rectifier(slope, upper)
+    masks.check_parts(x, scale, shift, residual)
+    layout = masks.layout_of(x) or torch.contiguous_format
+    channels = [None if t is None else t.contiguous() for t in (scale, shift)]
+    added = None if residual is None else residual.contiguous(memory_format=layout)
+    mask = masks.empty_mask(x)
+    planes = _planes(x, layout)
+    _launch("relu_mask", x, x, *channels, added, y, mask, *planes, slope, upper)
+    return mask
+
+
+def relu_mask_backward(
+    grad: Tensor,
+    mask: Tensor,
+    scale: Tensor | None,
+    slope: float,
+    rule: str,
+    both: bool,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op `relu_mask_backward`: (scale m, m or empty [0])."""
+    masks.check_rule(rule)
+    masks.check_rectifier(slope, math.inf)
+    masks.check_mask(grad, mask, scale)
+    layout = masks.layout_named(grad, channels_last)
+    grad, both = grad.contiguous(memory_format=layout), both and scale is not None
+    scaled = torch.empty_like(grad, memory_format=layout)
+    plain = torch.empty_like(scaled) if both else grad.new_empty(0)
+    bits = None if rule == "deconv" else mask.contiguous()
+    factor = None if scale is None else scale.contiguous()
+    leak, positive = (slope, False) if rule == "standard" else (0.0, True)
+    second = plain if both else None
+    planes = _planes(grad, layout)
+    _launch("relu_mask_backward", grad, grad, bits, factor, scaled, second, *planes, leak, positive)
+    return scaled, plain
+
+
+def pack_mask(flags: Tensor) -> Tensor:
+    """The op `pack_mask`: the mask of bool flags."""
+    flags = flags.contiguous() if masks.layout_of(flags) is None else flags
+    mask = masks.empty_mask(flags)
+    _launch("pack_mask", flags, flags, mask, flags.numel())
+    return mask

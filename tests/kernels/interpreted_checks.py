@@ -4,8 +4,12 @@ is imported. Alone: TRITON_INTERPRET=1 python -m pytest tests/kernels/interprete
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from checking import assert_close_to_reference, every_sample, poisoned, results
 from triton.runtime import interpreter
 
@@ -22,6 +26,19 @@ def numpy_scalars(monkeypatch):
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.fixture(autouse=True)
+def rounded_bfloat16(monkeypatch):
+    """Triton 3.6's interpreter cuts float32 to bfloat16, where GPUs round to the nearest."""
+    convert = interpreter._convert_float
+
+    def patched(values, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, mode)
+        return torch.from_numpy(np.array(values)).bfloat16().view(torch.uint16).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", patched)
 
 
 def small_enough(op: Op, sample: Sample) -> bool:
@@ -70,3 +87,25 @@ def test_no_rows_make_no_points(name: str):
         if isinstance(args[column], torch.Tensor):
             args[column] = args[column][:0]
     assert op.launcher("triton")(*args).shape == (0, *args[0].shape[1:])
+
+
+@pytest.mark.parametrize("name", ["relu_mask", "relu_mask_", "relu_mask_backward", "pack_mask"])
+def test_masks_of_more_elements_than_32_bits_count(name: str, monkeypatch):
+    """Every sample, as if it were that large."""
+    op = OPS[name]
+    launcher = op.launcher("triton")
+    monkeypatch.setattr(sys.modules[launcher.__module__], "NARROW", 0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for sample in op.samples():
+            assert_close_to_reference(op, sample, results(op, sample, launcher))
+
+
+@pytest.mark.parametrize("name", ["maxpool_index", "maxpool_index_backward"])
+def test_pools_of_more_elements_than_32_bits_count(name: str, monkeypatch):
+    """Some samples, as if they were that large."""
+    op = OPS[name]
+    launcher = op.launcher("triton")
+    monkeypatch.setattr(sys.modules[launcher.__module__], "NARROW", 0)
+    for sample in list(op.samples())[::4]:
+        assert_close_to_reference(op, sample, results(op, sample, launcher))

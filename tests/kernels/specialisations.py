@@ -11,21 +11,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from saliency_fast.kernels import accumulate, finish, overlay, philox, points
+from saliency_fast.kernels import accumulate, finish, masks, overlay, philox, points, pools
 from saliency_fast.kernels.launch import WARPS, tile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-MODULES = (accumulate, finish, overlay, philox, points)
+MODULES = (accumulate, finish, masks, overlay, philox, points, pools)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-DTYPES = {"float32": ("fp32", "i32"), "float64": ("fp64", "i64"), "int64": ("i64", "i64")}
-DIVISIBLE = ("numel", "positions", "count", "skip")
+DTYPES = {
+    "float32": ("fp32", "i32"),
+    "float64": ("fp64", "i64"),
+    "int64": ("i64", "i64"),
+    "bfloat16": ("bf16", "i16"),
+    "float16": ("fp16", "i16"),
+    "bool": ("u8", "u8"),
+}
+DIVISIBLE = ("inner", "numel", "positions", "count", "skip")
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,9 @@ class Specialisation:
 
     @property
     def name(self) -> str:
-        kind = [str(self.constants[k]) for k in ("KIND", "REDUCTION") if k in self.constants]
+        names = ("KIND", "REDUCTION", "AFFINE", "RULE")
+        kind = [str(self.constants[k]) for k in names if k in self.constants]
+        kind += ["wide"] if self.constants.get("WIDE") else []
         half = ["bfloat16"] if "bf16" in self.types else []
         return "-".join([self.kernel.__name__.lstrip("_"), *kind, *half, self.dtype])
 
@@ -69,6 +78,12 @@ def specialisations() -> Iterator[Specialisation]:
         philox._bits, "int64", "*i64 *i64 *i64 i32 i32 i64 i32",
         {"STREAM": 0, "BLOCKS": WARPS * 32},
     )  # fmt: skip
+    for dtype in ("float32", "float64", "bfloat16", "float16"):
+        yield from _masks(dtype)
+        yield from _pools(dtype)
+    yield Specialisation(
+        masks._pack, "bool", "*T *T i32", {"WIDE": False, "GROUPS": masks.FLAG_GROUPS}
+    )
 
 
 def _points(dtype: str) -> Iterator[Specialisation]:
@@ -126,3 +141,41 @@ def _finish_and_overlay(dtype: str) -> Iterator[Specialisation]:
         {"TINY": torch.finfo(data).tiny, "SIGNED": True, "BLOCK": tile(torch.float32, 1)},
         {"num_warps": WARPS, "enable_fp_fusion": False},
     )  # fmt: skip
+
+
+def _masks(dtype: str) -> Iterator[Specialisation]:
+    options = {"num_warps": WARPS, "enable_fp_fusion": False}
+    places = " i32" * 6
+    for affine, rule, wide in (
+        ("one", "standard", False),
+        ("row", "guided", False),
+        ("any", "deconv", False),
+        ("any", "guided", True),
+    ):
+        size = " i64" if wide else " i32"
+        if dtype == "float16" and rule != "deconv":
+            continue  # compiled like bfloat16
+        same = {"AFFINE": affine, "SLOPE": 0.0, "WIDE": wide, "GROUPS": masks.GROUPS}
+        yield Specialisation(
+            masks._forward, dtype, "*T *T *T *T *T *u8" + size + places,
+            {**same, "RESIDUAL": True, "UPPER": 6.0}, options,
+        )  # fmt: skip
+        yield Specialisation(
+            masks._backward, dtype, "*T *u8 *T *T *T" + size + places,
+            {**same, "RULE": rule, "BOTH": True}, options,
+        )  # fmt: skip
+
+
+def _pools(dtype: str) -> Iterator[Specialisation]:
+    """Contiguous pictures and, with 64-bit places, volumes with their channels last."""
+    picture = {
+        "inner": 1, "in_d": 1, "out_d": 1, "KERNEL": (1, 3, 3), "STRIDE": (1, 2, 2),
+        "PADDING": (0, 1, 1), "DILATION": (1, 1, 1), "WIDE": False, "BLOCK": pools.BLOCK,
+    }  # fmt: skip
+    volume = {
+        "KERNEL": (2, 2, 3), "STRIDE": (2, 2, 1), "PADDING": (0, 0, 1), "DILATION": (1, 2, 1),
+        "WIDE": True, "BLOCK": pools.BLOCK,
+    }  # fmt: skip
+    for kernel, types in ((pools._maxpool, "*T *T *u8"), (pools._maxpool_backward, "*T *u8 *T")):
+        yield Specialisation(kernel, dtype, f"{types} i32 {'i32 ' * 4}", picture)
+        yield Specialisation(kernel, dtype, f"{types} i64 {'i32 ' * 7}", volume)

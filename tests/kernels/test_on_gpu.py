@@ -55,3 +55,21 @@ def test_points_beyond_32_bit_offsets(backend: str):
     many = launcher(x, sigma, seed, item, sample, False, 0)
     alone = launcher(x, sigma, seed, item[-1:], sample[-1:], False, 0)
     assert torch.equal(many[-1:], alone)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_masks_beyond_32_bit_offsets(backend: str):
+    """The last example begins past element 2**31; it equals the same example alone."""
+    if torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("less than 8 GiB of GPU memory is free")
+    if backend == "cuda" and not CUDA_LIBRARY.exists():
+        pytest.skip("the CUDA ops are not built here (FORCE_CUDA=1)")
+    launcher = OPS["relu_mask_"].launcher(backend)
+    x = torch.zeros(17, 8, 2**24, device="cuda", dtype=torch.bfloat16)
+    x[-1].normal_()
+    scale, shift = torch.randn(2, 8, device="cuda").bfloat16()
+    alone = x[-1:].clone()
+    wanted = launcher(alone, scale, shift, None, 0.0, 6.0)
+    mask = launcher(x, scale, shift, None, 0.0, 6.0)
+    assert torch.equal(x[-1:], alone)
+    assert torch.equal(mask[-len(wanted) :], wanted)

@@ -1,0 +1,183 @@
+"""Probe: one point taken through the model as it is and through its lean route.
+
+Tells what a point costs either way, and lets a lean route serve only where both agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.bind import Call
+from saliency_fast.engine.hoist import hoistable
+from saliency_fast.engine.memory import bytes_text
+from saliency_fast.engine.plan import MARGIN, Plan
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.trial import Cost, Trial
+from saliency_fast.engine.way import Model, Way
+from saliency_fast.errors import BudgetError
+from saliency_fast.model.calls import NotLeanError
+from saliency_fast.model.fingerprint import fingerprint
+from saliency_fast.model.fusion import fused, with_rectifiers
+from saliency_fast.model.lean.convolutions import LEAN as CONVOLUTIONS
+from saliency_fast.model.prefix import prefix_of
+from saliency_fast.model.recorder import Recording, unified
+from saliency_fast.model.routes import Inputs, Plain
+
+LEAN_FROM = 256 * 1024
+"""Bytes of a point from which lean pays: below, its calls cost more than what they spare."""
+MOST = 512
+"""Times its own bytes that a point takes as it is, at most, as a rule."""
+FREELY = 256 * 1024**2
+"""Bytes that the model as it is may take for one point without being foreseen on shapes first."""
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2}
+"""Relative L2 by which rounding may move one gradient, through the kinks that it crosses. What is
+wrong in structure is off by its own size."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The way that serves, what a point costs by it, and what it costs as it is.
+
+    reason: why no better way serves. mark: the model's fingerprint where a program stands for it.
+    """
+
+    way: Way
+    cost: Cost
+    plain: Cost
+    reason: str | None = None
+    mark: tuple[object, ...] | None = None
+
+    def holds(self, model: Callable[..., Any], call: Call) -> bool:
+        """Whether the model is still the one that was probed."""
+        return self.mark is None or self.mark == _mark(model, call)
+
+
+def probe(
+    model: Model, call: Call, recipe: Recipe, baselines: Inputs, *, lean: bool, budget: int
+) -> Probe:
+    """Takes one point's gradient as it is and, with `lean`, by the best way that agrees.
+
+    Where a point might take much memory as it is, that is foreseen on shapes alone first.
+    """
+    trial = Trial(call, baselines, recipe)
+    if lean and MOST * sum(x[0].nbytes for x in call.inputs) > min(budget, FREELY):
+        found = _foreseen(model, trial, budget)
+        if found is not None:
+            return found
+    return _probed(model, trial, lean=lean)
+
+
+def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
+    recording = Recording(model)
+    plain = trial.plain(recording if lean else Plain(model))
+    if not lean or plain.cost.peak < LEAN_FROM:
+        reason = "a point is too small for it to pay" if lean else None
+        return Probe(Way(), plain.cost, plain.cost, reason)
+    mark, reasons = _mark(model, trial.call), []
+    ways, refusal = _ways(model, trial, recording)
+    if refusal:
+        reasons.append(refusal)
+    for way in ways:
+        try:
+            taken = trial.take(way, model)
+        except BudgetError:
+            raise
+        except Exception as error:
+            # Whatever a lean version does not serve: the model itself has just run.
+            reasons.append(str(error).split("\n")[0] or type(error).__name__)
+            continue
+        gap = taken.gap(plain)
+        if gap <= AGREEMENT[trial.call.inputs[0].dtype]:
+            reason = "; ".join(reasons) or None
+            return Probe(way, taken.cost, plain.cost, reason, mark if way.program else None)
+        reasons.append(f"{way}: the gradient is off by {gap:.1g}")
+    return Probe(Way(), plain.cost, plain.cost, "; ".join(reasons))
+
+
+def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
+    """What shapes tell of a point that takes much as it is; None where it does not, or they fail.
+
+    The way must have agreed with the model on a smaller input.
+    """
+    shapes, recording = replace(trial, foreseen=True), Recording(model)
+    try:
+        plain = shapes.plain(recording)
+        if MARGIN * plain.cost.peak <= min(budget, FREELY):
+            return None
+        way = _ways(model, shapes, recording)[0][0]
+        cost = shapes.take(way, model).cost
+    except Exception:
+        # Shapes alone do not carry every model: it is run for real then, at its own risk.
+        return None
+    note = _verified(model, trial, way, budget)
+    if note is None and MARGIN * plain.cost.peak <= budget:
+        return None
+    if note is None:
+        raise BudgetError(
+            f"memory_budget is smaller than one point: got {bytes_text(budget)}, expected at least "
+            f"{bytes_text(MARGIN * plain.cost.peak)}, since no way that takes less could be "
+            "verified on a corner or by its scores; raise the budget or explain a smaller input"
+        )
+    return Probe(way, cost, plain.cost, note, _mark(model, trial.call))
+
+
+def _verified(model: Model, trial: Trial, way: Way, budget: int) -> str | None:
+    """How a way was found to agree with a model whose gradient does not fit; None: it was not."""
+    with suppress(Exception):
+        small = _probed(model, trial.smaller(), lean=True)
+        if small.way.program is not None and small.reason is None:
+            return "verified on a corner: a point as it is takes much memory"
+    as_it_is = Way().function(model, trial.call)
+    if MARGIN * replace(trial, foreseen=True).scores(as_it_is).cost.peak <= budget:
+        gap = trial.scores(way.function(model, trial.call)).gap(trial.scores(as_it_is))
+        if gap <= AGREEMENT[trial.call.inputs[0].dtype]:
+            return "verified by its scores: a point as it is takes much memory"
+    return None
+
+
+def fitted(
+    probed: Probe, model: Model, trial: Trial, budget: int, plan: Callable[[Probe], Plan]
+) -> tuple[Probe, Plan]:
+    """The first way, from what was probed to what takes least memory, that the plan can afford."""
+    try:
+        return probed, plan(probed)
+    except BudgetError as error:
+        shapes = replace(trial, foreseen=True)
+        for way in probed.way.smaller(budget, trial.call.device):
+            with suppress(BudgetError, NotLeanError):
+                found = replace(probed, way=way, cost=shapes.take(way, model).cost)
+                return found, plan(found)
+        raise error
+
+
+def _ways(model: Model, trial: Trial, recording: Recording) -> tuple[list[Way], str | None]:
+    """Lean ways, the best first, and why the model has no program."""
+    watched = Way(watched=True)
+    try:
+        whole = unified(recording.program, trial.second(model))
+    except NotLeanError as refusal:
+        return [watched], str(refusal)
+    program, apart, recipe = fused(whole), with_rectifiers(whole), trial.recipe
+    images = any(step.varying and step.func in CONVOLUTIONS for step in whole.steps)
+    ways = []
+    # Views that copy must not be written through.
+    for channels_last in (True, False) if images and not whole.aliased else (False,):
+        ordered = program.innermost() if channels_last else program
+        if hoistable(recipe):
+            prefix = prefix_of(whole, channels_last=channels_last, line=recipe.family.straight)
+            ways += [] if prefix is None else [Way(ordered, prefix=prefix, unfolded=apart)]
+        ways.append(Way(ordered, unfolded=apart))
+    return [*ways, watched], None
+
+
+def _mark(model: Callable[..., Any], call: Call) -> tuple[object, ...]:
+    """What a program depends on beside tensors: the model and the call's other arguments."""
+    others = [None if isinstance(one, Tensor) else one for one in call.args]
+    named = {name: None if isinstance(one, Tensor) else one for name, one in call.kwargs.items()}
+    return fingerprint(model, others, named)

@@ -1,0 +1,174 @@
+"""Trial: one point of a call taken through the model by one way or another, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.bind import Call
+from saliency_fast.engine.memory import Ledger, MemoryMeter, is_out_of_memory
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.way import Model, Way
+from saliency_fast.errors import BudgetError
+from saliency_fast.model.calls import NotLeanError
+from saliency_fast.model.function import PointFunction
+from saliency_fast.model.meta import OnMeta, shapes_only
+from saliency_fast.model.prefix import check_affine
+from saliency_fast.model.program import Program
+from saliency_fast.model.recorder import Recording
+from saliency_fast.model.routes import Inputs, Route
+
+CORNER = 64
+"""Sides of the images and volumes on which ways are verified that larger ones cannot afford."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of the tensors of a point that live at once, of the largest one, and of those that
+    autograd keeps from forward to backward, by the call that asked for them.
+    """
+
+    peak: int
+    largest: int
+    kept: Mapping[str, int]
+
+    @property
+    def saved(self) -> int:
+        return sum(self.kept.values())
+
+
+@dataclass(frozen=True)
+class Taken:
+    scores: Tensor
+    grads: list[Inputs]
+    cost: Cost
+
+    def gap(self, other: Taken) -> float:
+        """The largest relative difference, of scores or of a gradient."""
+        pairs = [(self.scores, other.scores)]
+        for mine, theirs in zip(self.grads, other.grads, strict=True):
+            pairs += zip(mine, theirs, strict=True)
+        return max(_relative(a, b) for a, b in pairs)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    gap, scale = float((a - b).double().norm()), float(b.double().norm())
+    if math.isnan(gap):
+        return math.inf
+    return gap / scale if scale else math.inf if gap else 0.0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The first point of a call's first example, taken by one way after another.
+
+    foreseen: on shapes alone, for what it would cost; scores and gradients are meta tensors then.
+    """
+
+    call: Call
+    baselines: Inputs
+    recipe: Recipe
+    foreseen: bool = False
+
+    def smaller(self) -> Trial:
+        """The same call on a corner of its images or volumes."""
+
+        def corner(x: Tensor) -> Tensor:
+            keep = [slice(None), slice(None), *[slice(CORNER)] * (x.dim() - 2)]
+            return x[tuple(keep)].contiguous() if x.dim() > 3 else x
+
+        call = replace(self.call, inputs=tuple(map(corner, self.call.inputs)))
+        return replace(self, call=call, baselines=tuple(map(corner, self.baselines)))
+
+    def plain(self, route: Route) -> Taken:
+        """By the model as it is."""
+        ledger = Ledger(MemoryMeter())
+        return self._measured(ledger, lambda: self._function(route).gradients(*self._points(1)))
+
+    def scores(self, function: PointFunction) -> Taken:
+        """Scores alone, without gradients."""
+
+        def scores() -> Any:
+            return *function.scores(*self._points(1)), []
+
+        return self._measured(Ledger(MemoryMeter()), scores)
+
+    def take(self, way: Way, model: Model) -> Taken:
+        """By a lean way; raises where its prefix is not affine."""
+        ledger = Ledger(MemoryMeter())
+        way = way.noted(ledger)
+        hoist = way.hoist(self.call, self.recipe, 1)
+        if hoist is None:
+            function = way.function(model, self.call)
+            return self._measured(ledger, lambda: function.gradients(*self._points(1)))
+        if not self.foreseen:
+            check_affine(hoist.prefix, *hoist.first())
+        behind = way.function_behind(self.call, self.recipe)
+
+        with self._place():
+            given, item = self._points(1)
+            # Once for all points, so no part of what one costs.
+            given = hoist.lift(given, item) if hoist.line else given
+
+        def gradients() -> Any:
+            return behind.gradients(tuple(one.clone() for one in given), item)
+
+        taken = self._measured(ledger, gradients)
+        if self.foreseen:
+            return taken
+        return replace(taken, grads=[hoist.lower(one) for one in taken.grads])
+
+    def _measured(self, ledger: Ledger, gradients: Callable[[], Any]) -> Taken:
+        try:
+            with self._place(), _same_draws(), ledger.meter, ledger:
+                scores, _, grads = gradients()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise BudgetError(
+                f"one point alone does not fit in memory; explain a smaller input at once ({error})"
+            ) from error
+        cost = Cost(ledger.meter.peak, ledger.meter.largest, ledger.kept)
+        return Taken(scores, grads, cost)
+
+    def second(self, model: Callable[..., Any]) -> Program:
+        """A recording of the model with two rows, without gradients; raises NotLeanError."""
+        recording = Recording(model)
+        state = torch.random.get_rng_state()
+        with self._place(), _same_draws():
+            self._function(recording).forward(*self._points(2))
+            drawn = not torch.equal(state, torch.random.get_rng_state())
+        if drawn:
+            # Other memory formats and parts taken once would draw in another order.
+            raise NotLeanError("the model draws random numbers")
+        return recording.program
+
+    def _place(self) -> AbstractContextManager[object]:
+        return OnMeta(self.call.device) if self.foreseen else nullcontext()
+
+    def _function(self, route: Route) -> PointFunction:
+        return PointFunction(route, self.call.targets, self.call.args, self.call.kwargs)
+
+    def _points(self, rows: int) -> tuple[Inputs, Tensor]:
+        item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        if self.foreseen:
+            return shapes_only(self.call.inputs, rows), item
+        level = self.recipe.levels[0].to(self.call.device)
+        source = self.recipe.family.bind(self.call.inputs, self.baselines)
+        return source.write(level.rows(item, 0, rows)), item
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Whatever a model draws inside, it draws again afterwards."""
+    state = torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)

@@ -1,0 +1,127 @@
+"""Way: how the points of a call go through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from saliency_fast.engine.bind import Call
+from saliency_fast.engine.hoist import Hoist
+from saliency_fast.engine.memory import Ledger
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.errors import BudgetError
+from saliency_fast.model.calls import NotLeanError
+from saliency_fast.model.function import PointFunction
+from saliency_fast.model.local import Box
+from saliency_fast.model.prefix import Prefix
+from saliency_fast.model.program import Program, Step
+from saliency_fast.model.routes import Offloaded, Plain, Recorded, Route, Watched
+from saliency_fast.model.tiles import Tiled, local_stem, tile_sizes
+
+Model = Callable[..., Any]
+
+
+TILE_SHARES = (2, 4, 8, 16, 32)
+"""Shares of the budget that a tile's working set is given, one after another."""
+WORTH = 0.6
+"""The share of the local calls up to which a region's own forward and backward pay."""
+PIECES = (2, 4, 8, 16)
+"""Numbers of pieces that are tried where a point does not fit."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """By a program, else call by call in lean versions, else as it is.
+
+    prefix: the program in two, where the sum of gradients is taken behind its affine beginning.
+    tiled: the program with its local beginning tile by tile. offloaded: what is kept from forward
+    to backward waits in the host's memory. unfolded: the program with its layers apart, for tiles.
+    """
+
+    program: Program | None = None
+    watched: bool = False
+    prefix: Prefix | None = None
+    tiled: Tiled | None = None
+    offloaded: bool = False
+    unfolded: Program | None = field(default=None, repr=False)
+
+    def function(self, model: Model, call: Call) -> PointFunction:
+        """From points at the inputs to scores and gradients there."""
+        return PointFunction(self._route(model), call.targets, call.args, call.kwargs)
+
+    def hoist(self, call: Call, recipe: Recipe, rows: int) -> Hoist | None:
+        """The prefix at work, `rows` at a time."""
+        if self.prefix is None:
+            return None
+        return Hoist(self.prefix, call, recipe.family.straight, rows)
+
+    def function_behind(self, call: Call, recipe: Recipe) -> PointFunction:
+        """From points, behind the prefix where they lie on lines, to gradients behind it."""
+        assert self.prefix is not None
+        rest, lifted = Recorded(self.prefix.rest), recipe.family.straight
+        return PointFunction(rest, call.targets, call.args, call.kwargs, self.prefix, lifted)
+
+    def smaller(self, budget: int, device: torch.device) -> Iterator[Way]:
+        """Ways that take less memory and more time, in the order in which they are to be tried."""
+        if self.program is None:
+            return
+        if self.prefix is not None:
+            yield replace(self, prefix=None)
+        for count in PIECES:
+            yield Way(self.program.in_pieces(count))
+        with suppress(NotLeanError, BudgetError):
+            stem = local_stem(self.unfolded or self.program)
+            for share in TILE_SHARES:
+                yield Way(self.program, tiled=Tiled(stem, tile_sizes(stem, budget // share)))
+        if device.type != "cpu":
+            yield Way(self.program.in_pieces(PIECES[-1]), offloaded=True)
+
+    def within(self, region: Box | None) -> Way:
+        """A way that computes what a box of the input needs, where that spares anything."""
+        if region is None or self.program is None:
+            return self
+        try:
+            stem = local_stem(self.unfolded or self.program)
+        except NotLeanError:
+            return self
+        tile = stem.size(stem.input) if self.tiled is None else self.tiled.tile
+        tiled = Tiled(stem, tile, region)
+        return Way(self.program, tiled=tiled) if self.tiled or tiled.share < WORTH else self
+
+    def noted(self, ledger: Ledger) -> Way:
+        """The same way, which tells `ledger` which call is running."""
+
+        def note(step: Step) -> None:
+            ledger.label = step.name
+
+        prefix = self.prefix
+        return Way(
+            None if self.program is None else replace(self.program, note=note),
+            self.watched,
+            None if prefix is None else replace(prefix, rest=replace(prefix.rest, note=note)),
+            self.tiled,
+            self.offloaded,
+        )
+
+    def _route(self, model: Model) -> Route:
+        if self.tiled is not None:
+            return self.tiled
+        if self.program is not None:
+            return Offloaded(self.program) if self.offloaded else Recorded(self.program)
+        return Watched(model) if self.watched else Plain(model)
+
+    def __str__(self) -> str:
+        if self.program is None:
+            return "call by call" if self.watched else "off"
+        order = ", channels last" if self.program.channels_last else ""
+        pieces = len(self.program.pieces) + 1
+        again = f", computed again in {pieces} pieces" if pieces > 1 else ""
+        if self.tiled is not None:
+            sizes = " x ".join(map(str, self.tiled.tile))
+            again, order = f", in tiles of {sizes}", ""
+        host = ", kept in host memory" if self.offloaded else ""
+        return f"recorded, {len(self.program.steps)} calls{order}{again}{host}"

@@ -1,0 +1,195 @@
+"""Tells whether a model is still the one that was recorded."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_PLAIN = (int, float, complex, str, bytes, range, type(None), np.generic, torch.dtype, torch.device)
+_FREQUENT = frozenset((int, float, bool, str, type(None)))
+_TABLES = frozenset((dict, OrderedDict, list, tuple, set))
+_OTHERS = frozenset(("torch", "numpy", *sys.stdlib_module_names))
+"""Packages whose own code is taken to stay what it is."""
+_OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
+"""Packages whose objects no answer depends on."""
+_DEPTH = 4
+"""How far it follows objects that are neither modules nor containers of PyTorch's."""
+_ARRAY = 2**16
+"""Bytes up to which an array of NumPy's counts by its numbers."""
+_HOOKS = [one for name, one in sorted(vars(nn.modules.module).items()) if name.endswith("_hooks")]
+
+
+def fingerprint(*values: object) -> tuple[object, ...]:
+    """Equal for equal modules, settings and code: parameters and buffers by identity, numbers and
+    text by value, functions by their code and what they close over or read by name.
+
+    Numbers inside tensors do not count, a program reads them anew.
+    """
+    walk = _Walk()
+    for value in (*values, *_HOOKS):
+        walk.visit(value, _DEPTH)
+    return tuple(walk.found)
+
+
+class _Walk:
+    def __init__(self) -> None:
+        self.found: list[object] = []
+        # With the values, so that none is gone and its id another's while the walk lasts.
+        self.seen: dict[int, tuple[int, object]] = {}
+
+    def visit(self, value: Any, depth: int) -> None:
+        if isinstance(value, _PLAIN):
+            # True and 1 are equal, and not the same setting.
+            self.found.append((type(value), value))
+        elif isinstance(value, (Tensor, ModuleType)):
+            self.found.append(id(value))
+        elif isinstance(value, (type, BuiltinFunctionType)):
+            self.found.append(value)
+        elif self.is_new(value):
+            # Not by its id: containers and bound methods may be made anew for every call.
+            self.found.append(type(value))
+            if isinstance(value, nn.Module):
+                # A module costs no depth: its parts count however deep they lie.
+                self.member(type(value), "forward", depth)
+                self.mapping(vars(value), depth)
+            elif depth:
+                self.parts(value, depth - 1)
+            else:
+                self.found.append(id(value))
+
+    def is_new(self, value: object) -> bool:
+        found = self.seen.get(id(value))
+        if found is None:
+            self.seen[id(value)] = len(self.seen), value
+            return True
+        self.found.append(("again", found[0]))
+        return False
+
+    def parts(self, value: Any, depth: int) -> None:
+        if isinstance(value, dict):
+            self.mapping(value, depth + 1)
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            self.found.append(len(value))
+            self.all(value, depth + 1)
+        elif isinstance(value, FunctionType):
+            self.function(value, None, depth)
+        elif isinstance(value, MethodType):
+            self.all((value.__func__, value.__self__), depth + 1)
+        elif isinstance(value, functools.partial):
+            self.all((value.func, value.args, value.keywords), depth + 1)
+        elif _home(type(value)) in _OPAQUE:
+            self.found.append(id(value))
+        elif isinstance(value, np.ndarray) and value.nbytes <= _ARRAY:
+            self.found += (value.dtype.str, value.shape, value.tobytes())
+        else:
+            self.thing(value, depth)
+
+    def thing(self, value: object, depth: int) -> None:
+        """An object of a class that is not known here, by its attributes."""
+        held = dict(_slots(value)) | getattr(value, "__dict__", {})
+        if not held:
+            self.found.append(id(value))
+        self.member(type(value), "__call__", depth)
+        for kind in _own(type(value)):
+            shared = {n: one for n, one in vars(kind).items() if type(one) in _FREQUENT}
+            self.mapping(shared, depth)
+        self.mapping(held, depth)
+
+    def function(self, value: FunctionType, owner: type | None, depth: int) -> None:
+        """By its code and what that reads: its globals, its cells, and what `owner` has of it."""
+        self.found.append(value.__code__)
+        if _is_other(value):
+            return
+        names = _names(value.__code__)
+        for name in names:
+            if name in value.__globals__:
+                self.named(value.__globals__[name], names, depth)
+            if owner is not None:
+                self.member(owner, name, depth)
+        self.all(map(_content, value.__closure__ or ()), depth)
+        self.all((*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()), depth)
+
+    def named(self, value: Any, names: tuple[str, ...], depth: int) -> None:
+        """A global; of a module or class the attributes that go by one of `names`."""
+        if not isinstance(value, (ModuleType, type)) or _is_other(value):
+            self.visit(value, depth)
+        elif depth:
+            held = vars(value)
+            for name in names:
+                if name in held:
+                    self.named(held[name], names, depth - 1)
+
+    def member(self, owner: type, name: str, depth: int) -> None:
+        """An attribute of a class, and what it reads if it is code."""
+        found = next((vars(kind)[name] for kind in owner.__mro__ if name in vars(kind)), None)
+        code = found.fget if isinstance(found, property) else getattr(found, "__func__", found)
+        if isinstance(code, FunctionType):
+            if self.is_new(code):
+                self.function(code, owner, depth)
+        elif found is not None and type(found) not in _DESCRIPTORS:
+            self.visit(found, depth)
+
+    def mapping(self, value: Mapping[Any, object], depth: int) -> None:
+        self.found.append(len(value))
+        for name, part in value.items():
+            kind = type(part)
+            self.found.append(name if type(name) in _FREQUENT else id(name))
+            # Modules have dozens of settings and empty tables each: most of the walk's time.
+            if kind in _FREQUENT:
+                self.found += (kind, part)
+            elif kind not in _TABLES or part:
+                self.visit(part, depth)
+
+    def all(self, values: Iterable[object], depth: int) -> None:
+        for value in values:
+            self.visit(value, depth)
+
+
+_DESCRIPTORS = frozenset(
+    (type(int.real), type(int.__add__), type(int.from_bytes), type(FunctionType.__code__))
+)
+"""Attributes of classes that are written in C."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: CodeType) -> tuple[str, ...]:
+    """The names of globals and attributes in a function's code, and in what it defines inside."""
+    inner = [one for one in code.co_consts if isinstance(one, CodeType)]
+    return tuple(dict.fromkeys([*code.co_names, *(name for one in inner for name in _names(one))]))
+
+
+def _content(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None  # not filled yet
+
+
+def _own(kind: type) -> Iterator[type]:
+    return (one for one in kind.__mro__ if not _is_other(one))
+
+
+def _is_other(value: Any) -> bool:
+    """Whether a module, class or function belongs to a package of `_OTHERS`."""
+    return _home(value) in _OTHERS
+
+
+def _home(value: Any) -> str:
+    home = value.__name__ if isinstance(value, ModuleType) else value.__module__
+    return (home or "").partition(".")[0]
+
+
+def _slots(value: object) -> Iterator[tuple[str, object]]:
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if hasattr(value, name):
+                yield name, getattr(value, name)

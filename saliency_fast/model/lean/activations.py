@@ -1,0 +1,160 @@
+"""Piecewise linear activations that keep one bit per element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saliency_fast import ops
+from saliency_fast.ops.masks import DTYPES, layout_of
+
+
+class _Ramp(torch.autograd.Function):
+    """relu_mask: 0 < scale x + shift + residual < upper lets gradients pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        slope: float,
+        upper: float,
+        inplace: bool,
+    ) -> Tensor:
+        args = (scale, shift, residual, slope, upper)
+        if inplace and layout_of(x) is not None:
+            y, mask = x, ops.relu_mask_(x, *args)
+        else:
+            y, mask = ops.relu_mask(x, *args)
+        ctx.channels_last, ctx.slope = not y.is_contiguous(), slope
+        if inplace:
+            y = x if y is x else x.copy_(y)
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(mask, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask, scale = ctx.saved_tensors
+        both = scale is not None and ctx.needs_input_grad[3]
+        found, passed = ops.relu_mask_backward(
+            grad, mask, scale, ctx.slope, "standard", both, ctx.channels_last
+        )
+        residual = (passed if both else found) if ctx.needs_input_grad[3] else None
+        return found, None, None, residual, None, None, None
+
+
+def ramp(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    slope: float = 0.0,
+    upper: float = math.inf,
+    inplace: bool = False,
+) -> Any:
+    """ReLU and its kin of scale x + shift + residual; `inplace` writes into `x`."""
+    if x.dtype not in DTYPES or x.dim() == 0:
+        return NotImplemented
+    return _Ramp.apply(x, scale, shift, residual, slope, upper, inplace)  # type: ignore[no-untyped-call]
+
+
+def _leaky(inplace: bool) -> Callable[..., Any]:
+    def leaky_relu(input: Tensor, negative_slope: float = 0.01) -> Any:
+        return ramp(input, slope=negative_slope, inplace=inplace)
+
+    return leaky_relu
+
+
+def _fixed(upper: float, inplace: bool) -> Callable[..., Any]:
+    def relu(input: Tensor) -> Any:
+        return ramp(input, upper=upper, inplace=inplace)
+
+    return relu
+
+
+class _Gate(torch.autograd.Function):
+    """An activation whose gradient is 1 where `flags` are set and `slope` elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, flags: Tensor, slope: Tensor | None) -> Tensor:
+        if layout_of(flags) is None:
+            flags = flags.contiguous()
+        ctx.channels_last = not flags.is_contiguous()
+        ctx.save_for_backward(ops.pack_mask(flags), slope)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask, slope = ctx.saved_tensors
+        found, _ = ops.relu_mask_backward(
+            grad, mask, None, 0.0, "standard", False, ctx.channels_last
+        )
+        if slope is not None:
+            # grad where the bit is set, slope * grad elsewhere.
+            found = found + slope * (grad - found)
+        return found, None, None, None
+
+
+def _gate(x: Tensor, apply: Callable[[Tensor], Tensor], flags: Tensor, slope: Any = None) -> Any:
+    if x.dtype not in DTYPES or not x.requires_grad:
+        return NotImplemented
+    with torch.no_grad():
+        y = apply(x)
+    return _Gate.apply(x, y, flags, slope)  # type: ignore[no-untyped-call]
+
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Any:
+    plain = input.detach()
+    flags = (plain > min_val) & (plain < max_val)
+    return _gate(input, lambda x: torch.clamp(x, min_val, max_val), flags)
+
+
+def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Any:
+    if isinstance(min, Tensor) or isinstance(max, Tensor) or (min is None and max is None):
+        return NotImplemented
+    plain = input.detach()
+    flags = torch.ones_like(plain, dtype=torch.bool) if min is None else plain >= min
+    if max is not None:
+        flags &= plain <= max
+    return _gate(input, lambda x: torch.clamp(x, min, max), flags)
+
+
+def _threshold(input: Tensor, threshold: float, value: float) -> Any:
+    flags = input.detach() > threshold
+    return _gate(input, lambda x: torch.threshold(x, threshold, value), flags)
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Any:
+    if weight.requires_grad:
+        return NotImplemented
+    wide = weight.view(-1, *(1,) * (input.dim() - 2)) if weight.numel() > 1 else weight.view(())
+    return _gate(input, lambda x: torch.prelu(x, weight), input.detach() > 0, wide)
+
+
+LEAN: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.relu: _fixed(math.inf, False),
+    Tensor.relu: _fixed(math.inf, False),
+    torch.relu_: _fixed(math.inf, True),
+    Tensor.relu_: _fixed(math.inf, True),
+    torch._C._nn.relu6: _fixed(6.0, False),
+    torch._C._nn.relu6_: _fixed(6.0, True),
+    torch._C._nn.leaky_relu: _leaky(False),
+    torch._C._nn.leaky_relu_: _leaky(True),
+    torch._C._nn.hardtanh: _hardtanh,
+    torch.clamp: _clamp,
+    Tensor.clamp: _clamp,
+    torch.threshold: _threshold,
+    torch.prelu: _prelu,
+    Tensor.prelu: _prelu,
+}

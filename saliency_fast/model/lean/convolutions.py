@@ -1,0 +1,137 @@
+"""Convolutions that keep their weight alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Sizes = int | tuple[int, ...] | list[int]
+_convolution = torch.ops.aten.convolution
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+    ) -> Any:
+        ctx.save_for_backward(weight)
+        ctx.size = x.shape[2:]
+        ctx.options = (stride, padding, dilation, transposed, groups)
+        options = (stride, padding, dilation, transposed, output_padding, groups)
+        return _convolution(x, weight, bias, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return _transpose(grad, weight, ctx.size, *ctx.options), *(None,) * 8
+
+
+def _transpose(
+    grad: Tensor,
+    weight: Tensor,
+    size: torch.Size,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    groups: int,
+) -> Any:
+    """The convolution's transpose, itself a convolution: unlike the backward operator it asks for
+    no input, and its result has the memory format of `grad`.
+    """
+    extra = [0] * len(stride)
+    if not transposed:
+        # What the strides do not reach at the far end, so that the sizes agree.
+        extra = [
+            s - ((g - 1) * t - 2 * p + d * (k - 1) + 1)
+            for s, g, t, p, d, k in zip(
+                size, grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+            )
+        ]
+    options = (stride, padding, dilation, not transposed, extra, groups)
+    found = _convolution(grad, weight, None, *options)
+    # Output padding may exceed the stride where the kernel is dilated, and then reach one step on.
+    return found if found.shape[2:] == size else found[(..., *map(slice, size))]
+
+
+def _lean(axes: int) -> Callable[..., Any]:
+    def convolution(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+    ) -> Any:
+        if not _served(input, weight, bias, axes):
+            return NotImplemented
+        steps, holes = _each(stride, axes), _each(dilation, axes)
+        if isinstance(padding, str):
+            sides = [d * (k - 1) for d, k in zip(holes, weight.shape[2:], strict=True)]
+            if padding != "valid" and any(both % 2 for both in sides):
+                return NotImplemented
+            padding = [0] * axes if padding == "valid" else [both // 2 for both in sides]
+        edges = _each(padding, axes)
+        return _Convolve.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, steps, edges, holes, False, [0] * axes, groups
+        )
+
+    return convolution
+
+
+def _lean_transposed(axes: int) -> Callable[..., Any]:
+    def transposed_convolution(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        dilation: Sizes = 1,
+    ) -> Any:
+        if not _served(input, weight, bias, axes):
+            return NotImplemented
+        steps, edges, holes = _each(stride, axes), _each(padding, axes), _each(dilation, axes)
+        return _Convolve.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, steps, edges, holes, True, _each(output_padding, axes), groups
+        )
+
+    return transposed_convolution
+
+
+def _served(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int) -> bool:
+    """Batches of numbers through weights that do not depend on the points."""
+    moving = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return x.dim() == axes + 2 and x.is_floating_point() and x.requires_grad and not moving
+
+
+def _each(value: Sizes, axes: int) -> list[int]:
+    """One number per axis."""
+    given = [value] if isinstance(value, int) else list(value)
+    return given * axes if len(given) == 1 else given
+
+
+LEAN: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.conv1d: _lean(1),
+    torch.conv2d: _lean(2),
+    torch.conv3d: _lean(3),
+    torch.conv_transpose1d: _lean_transposed(1),
+    torch.conv_transpose2d: _lean_transposed(2),
+    torch.conv_transpose3d: _lean_transposed(3),
+}

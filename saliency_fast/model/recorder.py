@@ -1,0 +1,365 @@
+"""Records a model's calls as a program, from one run with one row and one with two."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from saliency_fast.model.calls import INNER_GRADIENTS, Calls, NotLeanError
+from saliency_fast.model.program import (
+    PerRow,
+    Program,
+    Ref,
+    Step,
+    Value,
+    refs_in,
+    tensors_in,
+)
+from saliency_fast.model.routes import tensors_among
+
+# Answers that are no tensors and say nothing of the numbers inside one.
+_SHAPES = frozenset(
+    (
+        "__get__",
+        "__len__",
+        "__hash__",
+        "dim",
+        "ndimension",
+        "size",
+        "stride",
+        "numel",
+        "nelement",
+        "element_size",
+        "get_device",
+        "storage_offset",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "is_signed",
+        "is_conj",
+        "is_neg",
+        "is_inference",
+        "is_same_size",
+        "is_tensor",
+        "type",
+        "result_type",
+        "promote_types",
+        "can_cast",
+        "broadcast_shapes",
+        "_is_view",
+        "has_names",
+        "is_shared",
+        "is_pinned",
+        "is_nested",
+    )
+)
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
+
+
+# Calls whose results have a size that the numbers in their arguments tell.
+_SIZED = frozenset(
+    (
+        "nonzero",
+        "argwhere",
+        "masked_select",
+        "bincount",
+        "unique",
+        "unique_consecutive",
+        "_unique",
+        "_unique2",
+        "unique_dim",
+    )
+)
+
+
+_SPLITS = frozenset(("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split"))
+
+
+@dataclass(frozen=True)
+class _Before:
+    """A call's arguments before it runs."""
+
+    template: Any
+    tensors: list[Tensor]
+    versions: list[int]
+
+    def changed(self) -> list[Tensor]:
+        pairs = zip(self.tensors, self.versions, strict=True)
+        return [one for one, version in pairs if one._version != version]
+
+
+class Recorder(Calls):
+    """Notes every call while it runs as it is; `program` is what it saw.
+
+    A model that cannot be recorded runs to its end all the same.
+    """
+
+    def __init__(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._refusal: str | None = None
+        self._steps: list[Step] = []
+        self._values: dict[int, Value] = {}
+        self._seen: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
+        self._overwritten: set[int] = set()
+        self._inputs = [self._number(one, varying=True) for one in points]
+        self._extras = [self._number(one, varying=False) for one in extras]
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if func is Tensor.__iter__:
+            return iter(self.call(Tensor.unbind, args, kwargs))
+        if func in INNER_GRADIENTS:
+            self._kept(_refuse, "the model takes gradients of its own")
+        before = self._kept(self._before, args, kwargs)
+        result = func(*args, **kwargs)
+        self._kept(self._note, func, before, result)
+        return result
+
+    def _kept(self, note: Callable[..., Any], *args: Any) -> Any:
+        """Runs `note`, unless the recording was refused; remembers why it is."""
+        if self._refusal is None:
+            # As text: an error holds the frames that it passed, and they the model's tensors.
+            try:
+                return note(*args)
+            except NotLeanError as refusal:
+                self._refusal = str(refusal)
+            except Exception as error:
+                # Tensors without memory or a version of their own: the model runs on all the same.
+                self._refusal = f"the model has tensors that cannot be followed ({_line(error)})"
+        return None
+
+    def _before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Before:
+        given = list(tensors_in((args, kwargs)))
+        template = self._template((args, dict(kwargs)))
+        return _Before(template, given, [one._version for one in given])
+
+    def program(self, raw: Any) -> Program:
+        """The program that ends in `raw`, the model's return value; raises NotLeanError."""
+        if self._refusal is not None:
+            raise NotLeanError(self._refusal)
+        leaves, tree = tree_flatten(raw)
+        outputs = tuple(self._template(leaves))
+        if any(isinstance(one, Tensor) or not isinstance(one, (Ref, *_PLAIN)) for one in outputs):
+            raise NotLeanError("the model returns what no recorded call made")
+        inputs, extras = tuple(self._inputs), tuple(self._extras)
+        return Program(tuple(self._steps), inputs, extras, outputs, tree, self._values)
+
+    def _note(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
+        made, changed = list(tensors_in(result)), given.changed()
+        if not (made or changed):
+            if given.tensors and getattr(func, "__name__", "") not in _SHAPES:
+                raise NotLeanError(f"the model reads numbers out of its tensors ({_name(func)})")
+            return
+        if _inside_a_mode():
+            raise NotLeanError("the model switches autocast or inference mode on inside")
+        if self._sized_by_numbers(func, *given.template):
+            raise NotLeanError(f"the model's shapes depend on numbers in tensors ({_name(func)})")
+        if not torch.is_grad_enabled() and any(one.requires_grad for one in changed):
+            raise NotLeanError(f"the model overwrites without gradients ({_name(func)})")
+        args, kwargs = given.template
+        varying = any(self._values[one.number].varying for one in refs_in(given.template))
+        before = [self._known(one) for one in changed]
+        if any(one is None for one in before):
+            raise NotLeanError(f"the model changes its own state ({_name(func)})")
+        outputs = tuple(self._number(one, varying=varying) for one in made)
+        fresh = set(outputs)
+        after = []
+        self._overwritten |= {one.untyped_storage()._cdata for one in changed}
+        for one in changed:
+            number = self._known(one)
+            after.append(number if number in fresh else self._number(one, varying=varying))
+        self._steps.append(
+            Step(
+                func,
+                args,
+                kwargs,
+                outputs,
+                varying,
+                not torch.is_grad_enabled(),
+                tuple(zip(before, after, strict=True)),  # type: ignore[arg-type]
+            )
+        )
+
+    def _template(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            number = self._known(value)
+            if not (value.is_leaf if number is None else self._as_noted(value, number)):
+                raise NotLeanError("the model computes outside of PyTorch's own calls")
+            return value if number is None else Ref(number)
+        if isinstance(value, (tuple, list)):
+            parts = [self._template(one) for one in value]
+            return tuple(parts) if isinstance(value, tuple) else parts
+        if type(value) is dict:
+            return {name: self._template(one) for name, one in value.items()}
+        if isinstance(value, slice):
+            return slice(*[self._template(one) for one in (value.start, value.stop, value.step)])
+        return value
+
+    def _known(self, tensor: Tensor) -> int | None:
+        reference, number, _ = self._seen.get(id(tensor), (None, None, None))
+        return number if reference is not None and reference() is tensor else None
+
+    def _as_noted(self, tensor: Tensor, number: int) -> bool:
+        """Whether gradients pass a tensor as they did: a custom function's result is one that its
+        forward made without them. Writing to a view changes the others, too.
+        """
+        same = tensor.requires_grad == self._seen[id(tensor)][2]
+        return same or self._values[number].memory in self._overwritten
+
+    def _sized_by_numbers(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+        name = _name(func)
+        if name == "__getitem__":
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            inside = [one for one in parts if isinstance(one, slice)]
+            masks = [one for one in parts if isinstance(one, Ref)]
+            kinds = {self._values[one.number].dtype for one in masks}
+            return any(refs_in(tuple(inside))) or bool(kinds & {torch.bool, torch.uint8})
+        if name == "repeat_interleave":
+            return any(refs_in((args[1:], kwargs.get("repeats"))))
+        return name in _SIZED or (name == "where" and len(args) + len(kwargs) == 1)
+
+    def _number(self, tensor: Tensor, *, varying: bool) -> int:
+        number = len(self._values)
+        # Weak: a recording must not keep a launch's activations alive.
+        self._seen[id(tensor)] = weakref.ref(tensor), number, tensor.requires_grad
+        memory = tensor.untyped_storage()._cdata
+        self._values[number] = Value(tuple(tensor.shape), tensor.dtype, False, varying, memory)
+        return number
+
+
+class Recording:
+    """A route that runs the model as it is and records it."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        self._model = model
+        self._found: Program | str = "the model has not run"
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        recorder = Recorder(points, tensors_among(args, kwargs))
+        with recorder:
+            raw = self._model(*points, *args, **kwargs)
+        try:
+            self._found = recorder.program(raw)
+        except NotLeanError as refusal:
+            self._found = str(refusal)
+        return raw
+
+    @property
+    def program(self) -> Program:
+        """What the last run recorded; raises NotLeanError where it could not be."""
+        if isinstance(self._found, str):
+            raise NotLeanError(self._found)
+        return self._found
+
+
+def unified(one: Program, two: Program) -> Program:
+    """The program for any number of rows, from recordings with one row and with two."""
+    if len(one.steps) != len(two.steps) or one.tree != two.tree:
+        raise NotLeanError("the model's calls depend on the number of rows")
+    steps = tuple(
+        Step(
+            a.func,
+            _merged(a.args, b.args),
+            _merged(a.kwargs, b.kwargs),
+            a.outputs,
+            a.varying,
+            a.detached,
+            a.changed,
+        )
+        for a, b in zip(one.steps, two.steps, strict=True)
+        if _same_call(a, b)
+    )
+    outputs = _merged(one.outputs, two.outputs)
+    values = {
+        number: replace(
+            value,
+            rowwise=_rowwise(value.shape, two.values[number].shape),
+            growth=_growth(value.shape, two.values[number].shape),
+        )
+        for number, value in one.values.items()
+    }
+    tree: TreeSpec = one.tree
+    for step in steps:
+        if _parts_of_rows(step, values):
+            raise NotLeanError(f"the model takes rows in parts of a fixed size ({step.name})")
+    return Program(steps, one.inputs, one.extras, outputs, tree, values)
+
+
+def _same_call(a: Step, b: Step) -> bool:
+    if a.func != b.func or (a.outputs, a.varying, a.detached, a.changed) != (
+        b.outputs,
+        b.varying,
+        b.detached,
+        b.changed,
+    ):
+        raise NotLeanError(f"the model's calls depend on the number of rows ({a.name})")
+    return True
+
+
+def _merged(a: Any, b: Any) -> Any:
+    """One template from two; integers that differ follow the rows."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        if a is b:
+            return a
+    elif type(a) is int and type(b) is int and a != b:
+        return PerRow(2 * a - b, b - a)
+    elif isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b):
+        parts = [_merged(x, y) for x, y in zip(a, b, strict=True)]
+        return tuple(parts) if isinstance(a, tuple) else parts
+    elif type(a) is dict and type(b) is dict and a.keys() == b.keys():
+        return {name: _merged(a[name], b[name]) for name in a}
+    elif isinstance(a, slice) and isinstance(b, slice):
+        ends = zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True)
+        return slice(*[_merged(x, y) for x, y in ends])
+    elif type(a) is type(b) and (a is b or bool(a == b)):
+        return a
+    raise NotLeanError("the model's calls depend on the number of rows, or use tensors made anew")
+
+
+def _rowwise(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
+    return bool(one) and one[0] == 1 and two == (2, *one[1:])
+
+
+def _parts_of_rows(step: Step, values: Mapping[int, Value]) -> bool:
+    """Whether a call takes some of a launch's rows by numbers that hold for one and for two."""
+    first = (*step.args, None)[0]
+    if not isinstance(first, Ref) or not values[first.number].rowwise:
+        return False
+    if step.name == "__getitem__":
+        index = step.args[1][0] if isinstance(step.args[1], tuple) else step.args[1]
+        ends = (index.start, index.stop, index.step) if isinstance(index, slice) else ()
+        return any(type(one) is int and one not in (0, 1) for one in ends)
+    axis = step.kwargs.get("dim", (*step.args, 0, 0)[2])
+    return step.name in _SPLITS and axis in (0, -len(values[first.number].shape))
+
+
+def _growth(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[int, ...]:
+    if len(one) != len(two):
+        raise NotLeanError("the model's shapes depend on the number of rows")
+    return tuple(b - a for a, b in zip(one, two, strict=True))
+
+
+def _refuse(reason: str) -> None:
+    raise NotLeanError(reason)
+
+
+def _inside_a_mode() -> bool:
+    inside = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return inside or torch.is_inference_mode_enabled()
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return str(getattr(func, "__name__", func))

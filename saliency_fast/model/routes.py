@@ -1,0 +1,98 @@
+"""Routes: the ways in which a launch's points go through the model, all with the same answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from saliency_fast.model.calls import Calls
+from saliency_fast.model.program import Program
+
+Inputs = tuple[Tensor, ...]
+
+
+class Route(Protocol):
+    """What the model returns for the points of a launch and its further arguments.
+
+    Points in a list may be let go of, and the list be empty afterwards.
+    """
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The model as it is; autograd keeps what it keeps."""
+
+    model: Callable[..., Any]
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        return self.model(*points, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The model as it is, call by call in lean versions: for models that cannot be recorded."""
+
+    model: Callable[..., Any]
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        with Calls():
+            return self.model(*points, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The model's program, fused; the model's Python does not run."""
+
+    program: Program
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        return self.program(points, tensors_among(args, kwargs))
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """A program of which what autograd keeps waits in the host's memory, apart from weights."""
+
+    program: Program
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        weights = self.program.memories
+        with torch.autograd.graph.saved_tensors_hooks(partial(_to_host, weights), _from_host):
+            return self.program(points, tensors_among(args, kwargs))
+
+
+def _to_host(weights: frozenset[int], tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+    if tensor.untyped_storage().data_ptr() in weights:
+        return tensor
+    pinned = tensor.is_cuda
+    host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+    return tensor.device, host.copy_(tensor, non_blocking=pinned)
+
+
+def _from_host(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    device, host = kept
+    return host.to(device, non_blocking=True)
+
+
+def tensors_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among further arguments, as programs number them."""
+    return [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]

@@ -1,0 +1,34 @@
+"""Models that lean routes could get wrong, against a naive loop of autograd in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import saliency_fast as sf
+from tests.model.answers import METHODS, always_lean, check, way_of, why
+from tests.model.lean_layers import CASES
+
+
+@pytest.fixture(autouse=True)
+def _always_lean():
+    with always_lean():
+        yield
+
+
+BEYOND_THE_ENGINE = {
+    "func.grad": "torch.func.grad refuses saved-tensor hooks, by which a probe counts bytes",
+    "sparse": "the meter of a probe asks sparse tensors for their storage",
+}
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["line", "noise"])
+@pytest.mark.parametrize("name", CASES)
+def test_against_autograd(name: str, method: Any, request: pytest.FixtureRequest) -> None:
+    if name in BEYOND_THE_ENGINE:
+        request.applymarker(pytest.mark.xfail(reason=BEYOND_THE_ENGINE[name], strict=True))
+    case = CASES[name]
+    engine = sf.Engine(case.make(), method, points_per_launch=case.launch)
+    check(engine, case)
+    assert way_of(engine) == case.way, why(engine)
