@@ -30,6 +30,7 @@ from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Way
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import read_method
+from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.guard import untouched
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target
@@ -37,9 +38,9 @@ from saliency_fast.specs import describe_baseline, describe_target
 from saliency_fast.version import __version__
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
-    """A call ready to run."""
+    """A call ready to run. key: what its probe is known by."""
 
     call: Call
     recipe: Recipe
@@ -47,6 +48,7 @@ class _Job:
     way: Way
     plan: Plan
     part: Part | None
+    key: tuple[object, ...]
 
 
 class Engine:
@@ -174,7 +176,19 @@ class Engine:
         planned = partial(make_plan, self.method, recipe, call, baselines, limits=self.limits)
         probed, plan = fitted(probed, self.model, trial, budget, planned)
         way = probed.way if part is None else probed.way.within(part.box)
-        return _Job(call, recipe, baselines, way, plan, part)
+        return _Job(call, recipe, baselines, way, plan, part, key)
+
+    def _as_it_is(self, job: _Job, refusal: NotLeanError) -> None:
+        """Turns to the model as it is, in this call and later ones: a launch did what no probe did.
+
+        Raises BudgetError where that does not fit.
+        """
+        probed = self._probed[job.key].as_it_is(f"given up in a launch: {refusal}")
+        self._probed[job.key] = probed
+        job.way = probed.way
+        job.plan = make_plan(
+            self.method, job.recipe, job.call, job.baselines, probed, limits=self.limits
+        )
 
     def _hashes(self, call: Call) -> dict[str, Any]:
         wanted = self.hashes
@@ -184,6 +198,14 @@ class Engine:
         }
 
     def _moments(self, job: _Job) -> Iterator[Moment]:
+        """The moments of a call, from the beginning again where its way turns out not to hold."""
+        try:
+            yield from self._moments_by(job)
+        except NotLeanError as refusal:
+            self._as_it_is(job, refusal)
+            yield from self._moments_by(job)
+
+    def _moments_by(self, job: _Job) -> Iterator[Moment]:
         """The moments of one run for each baseline; outcomes average over those so far."""
         finished: list[Outcome] = []
         for number, baselines in enumerate(job.baselines):

@@ -177,4 +177,5 @@ class Ledger(torch.autograd.graph.saved_tensors_hooks):
         if size and key not in self._known:
             self._known.add(key)
             self.kept[self.label] = self.kept.get(self.label, 0) + size
-        return tensor
+        # A graph that holds its own results is never let go of where no backward pass runs.
+        return tensor.detach()

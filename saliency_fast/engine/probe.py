@@ -57,6 +57,10 @@ class Probe:
         """Whether the model is still the one that was probed."""
         return self.mark is None or self.mark == _mark(model, call)
 
+    def as_it_is(self, reason: str) -> Probe:
+        """The same point through the model as it is."""
+        return Probe(Way(), self.plain, self.plain, reason)
+
 
 def probe(
     model: Model, call: Call, recipe: Recipe, baselines: Inputs, *, lean: bool, budget: int
@@ -90,7 +94,7 @@ def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
             raise
         except Exception as error:
             # Whatever a lean version does not serve: the model itself has just run.
-            reasons.append(str(error).split("\n")[0] or type(error).__name__)
+            reasons.append(_line(error))
             continue
         gap = taken.gap(plain)
         if gap <= AGREEMENT[trial.call.inputs[0].dtype]:
@@ -161,8 +165,9 @@ def _ways(model: Model, trial: Trial, recording: Recording) -> tuple[list[Way], 
     watched = Way(watched=True)
     try:
         whole = unified(recording.program, trial.second(model))
-    except NotLeanError as refusal:
-        return [watched], str(refusal)
+    except Exception as refusal:
+        # Also what a model raises that takes one row alone, or two no longer: launches of one fit.
+        return [watched], _line(refusal)
     program, apart, recipe = fused(whole), with_rectifiers(whole), trial.recipe
     images = any(step.varying and step.func in CONVOLUTIONS for step in whole.steps)
     ways = []
@@ -174,6 +179,10 @@ def _ways(model: Model, trial: Trial, recording: Recording) -> tuple[list[Way], 
             ways += [] if prefix is None else [Way(ordered, prefix=prefix, unfolded=apart)]
         ways.append(Way(ordered, unfolded=apart))
     return [*ways, watched], None
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def _mark(model: Callable[..., Any], call: Call) -> tuple[object, ...]:
