@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import Folds, square_norm
 from saliency_fast.engine.memory import bytes_text, is_out_of_memory
@@ -67,6 +68,7 @@ class Run:
         self.behind = self.function if self.hoist is None else way.function_behind(call, recipe)
         function = self.function
         self.size, self.halvings = plan.points_per_launch, 0
+        self.arena = Arena(call.device)
         shape, device = (call.batch, function.targets.count), call.device
         self.everyone = torch.arange(call.batch, device=device)
         self.scores = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
@@ -78,6 +80,12 @@ class Run:
 
     def moments(self) -> Iterator[Moment]:
         """Runs every level launch by launch; the last moment's outcome is the answer."""
+        try:
+            yield from self._moments()
+        finally:
+            self.arena.close()
+
+    def _moments(self) -> Iterator[Moment]:
         self._ends()
         inputs, recipe = self.call.inputs, self.recipe
         folds = self.folds = Folds(recipe, inputs, self.baselines, self.scores.shape[1], self.hoist)
@@ -118,7 +126,8 @@ class Run:
     def _launch(self, source: Source, rows: Rows) -> list[Inputs] | None:
         """The gradients of one launch; None where it must be tried again with half the points."""
         try:
-            scores, classes, grads = self.behind.gradients(source.write(rows), rows.item)
+            with self.arena.inside():
+                scores, classes, grads = self.behind.gradients(source.write(rows), rows.item)
         except (RuntimeError, MemoryError) as error:
             self._halve(error)
             return None
@@ -182,7 +191,8 @@ class Run:
             try:
                 # Indexing copies, so a model that works in place spares the user's tensors.
                 points = tuple(one[row[part]] for one in table)
-                score, chosen = self.function.scores(points, item[part])
+                with self.arena.inside():
+                    score, chosen = self.function.scores(points, item[part])
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
                 continue
