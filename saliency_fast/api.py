@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,37 +16,20 @@ from saliency_fast import record
 from saliency_fast.attribution import REGION_MASK, Attribution, Provenance
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import PRECISIONS, Call, bind
-from saliency_fast.engine.hoist import hoistable
-from saliency_fast.engine.memory import read_budget, resident_bytes
+from saliency_fast.engine.job import Job, Known, prepare
+from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.plan import Plan
-from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
-from saliency_fast.engine.probe import Probe, fitted, probe
-from saliency_fast.engine.recipe import Method, Recipe
-from saliency_fast.engine.region import Part, Region, read_region
-from saliency_fast.engine.run import Moment, Outcome, Run, average, need_finite
-from saliency_fast.engine.trial import Trial
-from saliency_fast.engine.way import Way
+from saliency_fast.engine.prepare import Limits
+from saliency_fast.engine.recipe import Method
+from saliency_fast.engine.region import Part, Region
+from saliency_fast.engine.run import Moment, Outcome, need_finite
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import read_method
-from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.guard import untouched
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import describe_baseline, describe_target
 from saliency_fast.version import __version__
-
-
-@dataclass
-class _Job:
-    """A call ready to run. key: what its probe is known by."""
-
-    call: Call
-    recipe: Recipe
-    baselines: list[Inputs]
-    way: Way
-    plan: Plan
-    part: Part | None
-    key: tuple[object, ...]
 
 
 class Engine:
@@ -97,10 +78,15 @@ class Engine:
         forward_kwargs: Mapping[str, Any] | None = None,
         region: Region = None,
     ) -> Plan:
-        """How a call would run. Takes one point's gradient to learn what it needs."""
+        """How a call would run, with the memory and the time that it would take.
+
+        Takes a few points' gradients to learn that, once for all calls with inputs of one shape.
+        """
         call = bind(inputs, target, forward_args, forward_kwargs)
         with untouched(self.model, call.device):
-            return self._prepare(call, baseline, region).plan
+            job = self._prepare(call, baseline, region)
+            job.time()
+            return job.plan
 
     def __call__(
         self,
@@ -144,7 +130,7 @@ class Engine:
         with untouched(self.model, call.device):
             job = self._prepare(call, baseline, region)
             hashes = self._hashes(call)
-        moments = self._moments(job)
+        moments = job.moments()
         while True:
             # The guard is entered anew for each launch: nothing is held while the caller works.
             with untouched(self.model, call.device) as training:
@@ -159,35 +145,10 @@ class Engine:
                 partial = self._attribution(job, outcome, baseline, training, facts)
             yield partial
 
-    def _prepare(self, call: Call, baseline: Baseline, region: Region) -> _Job:
-        recipe, part = self._recipe, read_region(region, call)
-        baselines = baselines_of(call, recipe, baseline)
-        further = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
-        shapes = tuple((x.shape[1:], x.dtype, x.device) for x in (*call.inputs, *further))
-        # The prefix differs between methods whose points lie on lines and others.
-        kind = (recipe.family.straight, hoistable(recipe))
-        key = (shapes, call.targets.count, self.lean, kind)
-        probed = self._probed.get(key)
-        budget = read_budget(self.limits.memory_budget, call.device)
-        if probed is None or not probed.holds(self.model, call):
-            probed = probe(self.model, call, recipe, baselines[0], lean=self.lean, budget=budget)
-            self._probed[key] = probed
-        trial = Trial(call, baselines[0], recipe)
-        planned = partial(make_plan, self.method, recipe, call, baselines, limits=self.limits)
-        probed, plan = fitted(probed, self.model, trial, budget, planned)
-        way = probed.way if part is None else probed.way.within(part.box)
-        return _Job(call, recipe, baselines, way, plan, part, key)
-
-    def _as_it_is(self, job: _Job, refusal: NotLeanError) -> None:
-        """Turns to the model as it is, in this call and later ones: a launch did what no probe did.
-
-        Raises BudgetError where that does not fit.
-        """
-        probed = self._probed[job.key].as_it_is(f"given up in a launch: {refusal}")
-        self._probed[job.key] = probed
-        job.way = probed.way
-        job.plan = make_plan(
-            self.method, job.recipe, job.call, job.baselines, probed, limits=self.limits
+    def _prepare(self, call: Call, baseline: Baseline, region: Region) -> Job:
+        recipe, limits, known = self._recipe, self.limits, self._probed
+        return prepare(
+            self.model, self.method, recipe, call, baseline, region, limits, known, lean=self.lean
         )
 
     def _hashes(self, call: Call) -> dict[str, Any]:
@@ -197,43 +158,19 @@ class Engine:
             "weights_sha256": record.weights_sha256(self.model) if wanted else None,
         }
 
-    def _moments(self, job: _Job) -> Iterator[Moment]:
-        """The moments of a call, from the beginning again where its way turns out not to hold."""
-        try:
-            yield from self._moments_by(job)
-        except NotLeanError as refusal:
-            self._as_it_is(job, refusal)
-            yield from self._moments_by(job)
-
-    def _moments_by(self, job: _Job) -> Iterator[Moment]:
-        """The moments of one run for each baseline; outcomes average over those so far."""
-        finished: list[Outcome] = []
-        for number, baselines in enumerate(job.baselines):
-            run = Run(job.way, self.model, job.call, baselines, job.recipe, job.plan)
-            last = None
-            for last in run.moments():
-                before = tuple(finished)
-                yield Moment(
-                    last.done + number * last.of,
-                    last.of * len(job.baselines),
-                    lambda last=last, before=before: average([*before, last.outcome()]),  # type: ignore[misc]
-                )
-            if last is not None and number + 1 < len(job.baselines):
-                finished.append(last.outcome())
-
-    def _shown(self, job: _Job) -> Iterator[Moment]:
+    def _shown(self, job: Job) -> Iterator[Moment]:
         """The moments, with a bar beside them where one is wanted."""
         if not self.progress:
-            yield from self._moments(job)
+            yield from job.moments()
             return
         total = job.plan.points * len(job.baselines)
         with tqdm(total=total, desc=self.method.name, unit="point") as bar:
-            for moment in self._moments(job):
+            for moment in job.moments():
                 bar.update(moment.done - bar.n)
                 yield moment
 
     def _attribution(
-        self, job: _Job, outcome: Outcome, baseline: Baseline, training: bool, facts: dict[str, Any]
+        self, job: Job, outcome: Outcome, baseline: Baseline, training: bool, facts: dict[str, Any]
     ) -> Attribution:
         call, squeeze = job.call, not job.call.targets.many
         target, kept = describe_target(call.targets)
@@ -273,10 +210,10 @@ class Engine:
         )
 
 
-_PROBED: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Probe]] = WeakKeyDictionary()
+_PROBED: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
 
 
-def _probes_of(model: Callable[..., Any]) -> dict[tuple[object, ...], Probe]:
+def _probes_of(model: Callable[..., Any]) -> Known:
     """What points of a model took, by their shapes; engines of one module share it."""
     return _PROBED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
 

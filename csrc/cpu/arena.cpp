@@ -1,7 +1,11 @@
-// An arena: one reservation of memory that the large tensors of a call's launches share. Pages are
-// touched once for all launches, and what one tensor gives back another takes, so that the process
-// grows by little more than the tensors that live at once. malloc maps and clears tensors of tens
-// of megabytes anew each time, and leaves holes between smaller ones.
+// An arena: one reservation of memory that the tensors of a call's launches share. Pages are touched
+// once for all launches, and what one tensor gives back another takes. malloc maps and clears
+// tensors of tens of megabytes anew each time, and leaves holes between smaller ones.
+//
+// Launches of one call make the same tensors in the same order. Where an earlier one was traced,
+// each tensor has a place of its own that was found for all of them together, and the process grows
+// by no more than what lives at once. What comes unexpected goes into a hole: small memory, which
+// often lives from forward to backward, from the far end.
 //
 // PyTorch's own allocator stays in charge of everything else: ours stands before it and serves only
 // threads that have entered an arena. Memory is known by its address, so that a tensor may outlive
@@ -17,7 +21,7 @@
 #include <iterator>
 #include <map>
 #include <mutex>
-#include <new>
+#include <numeric>
 #include <shared_mutex>
 #include <unordered_map>
 #include <utility>
@@ -30,10 +34,12 @@
 namespace saliency_fast {
 namespace {
 
-// Smaller ones are malloc's, whose heap keeps them well.
-constexpr size_t kLeast = size_t{64} << 10;
-constexpr size_t kGrain = 4096;
+constexpr size_t kGrain = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
+// Memory is small that takes less than this share of the largest so far.
+constexpr size_t kSmall = 16;
+// How far from the next expected piece another is looked for, where some came that were not.
+constexpr size_t kAway = 16;
 
 size_t rounded(size_t bytes, size_t grain) { return (bytes + grain - 1) / grain * grain; }
 
@@ -61,27 +67,86 @@ void unmap(char* start, size_t bytes) {
 #endif
 }
 
+// One piece of memory of a launch: its bytes, and the events (memory taken or given back) of the
+// launch between which it lives.
+struct Life {
+  uint64_t bytes, from, until;
+};
+constexpr uint64_t kForever = ~uint64_t{0};
+
+// Places for `lives` such that no two that live at once overlap: the largest first, each as low as
+// it can lie. Gives the end of the highest.
+size_t place(const Life* lives, size_t count, size_t* starts) {
+  std::vector<size_t> order(count), placed;
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return lives[a].bytes > lives[b].bytes; });
+  size_t extent = 0;
+  for (const size_t one : order) {
+    const size_t bytes = rounded(lives[one].bytes, kGrain);
+    size_t start = 0;
+    // `placed` is ordered by start: the first gap that is wide enough.
+    for (const size_t other : placed) {
+      if (lives[other].until < lives[one].from || lives[one].until < lives[other].from) continue;
+      if (starts[other] >= start + bytes) break;
+      start = std::max(start, starts[other] + rounded(lives[other].bytes, kGrain));
+    }
+    starts[one] = start;
+    extent = std::max(extent, start + bytes);
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), start,
+                                   [&](size_t at, size_t other) { return at < starts[other]; }),
+                  one);
+  }
+  return extent;
+}
+
 class Arena {
  public:
-  Arena(char* base, size_t size) : base_(base), size_(size), holes_{{0, size}} {}
+  Arena(char* base, size_t size, size_t least)
+      : base_(base), size_(size), least_(least), far_(size), holes_{{0, size}} {}
   ~Arena() { unmap(base_, size_); }
 
-  // Memory from the smallest hole that is large enough, the lowest among equals; null without one.
+  // Smaller memory is malloc's, whose heap keeps it well.
+  size_t least() const { return least_; }
+
+  // A launch begins: from now on lives are noted, and expected ones looked for from the first.
+  void begin() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    seen_.clear();
+    born_.clear();
+    for (Slot& slot : expected_) slot.taken = false;
+    next_ = 0;
+    event_ = 0;
+  }
+
+  void expect(const Life* lives, size_t count) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<size_t> starts(count);
+    floor_ = place(lives, count, starts.data());
+    expected_.clear();
+    for (size_t one = 0; one < count; ++one) expected_.push_back({starts[one], lives[one].bytes});
+  }
+
+  std::vector<Life> seen() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return seen_;
+  }
+
+  // Null where there is no room.
   void* take(size_t wanted) {
     const size_t bytes = rounded(wanted, kGrain);
     const std::lock_guard<std::mutex> lock(mutex_);
-    auto best = holes_.end();
-    for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
-      if (hole->second >= bytes && (best == holes_.end() || hole->second < best->second)) {
-        best = hole;
-      }
-    }
-    if (best == holes_.end()) return nullptr;
-    const auto [start, size] = *best;
-    holes_.erase(best);
-    if (size > bytes) holes_.emplace(start + bytes, size - bytes);
+    size_t start = 0;
+    if (!take_expected(wanted, bytes, &start) && !take_any(bytes, &start)) return nullptr;
     blocks_.emplace(start, bytes);
-    extent_ = std::max(extent_, start + bytes);
+    largest_ = std::max(largest_, bytes);
+    if (start < size_ / 2) {
+      extent_ = std::max(extent_, start + bytes);
+    } else {
+      far_ = std::min(far_, start);
+    }
+    born_[start] = seen_.size();
+    seen_.push_back({wanted, event_++, kForever});
     return base_ + start;
   }
 
@@ -96,6 +161,11 @@ class Arena {
     const auto block = blocks_.find(static_cast<size_t>(static_cast<char*>(memory) - base_));
     auto [start, bytes] = *block;
     blocks_.erase(block);
+    if (const auto born = born_.find(start); born != born_.end()) {
+      seen_[born->second].until = event_;
+      born_.erase(born);
+    }
+    ++event_;
     if (closed_) forget(base_ + start, bytes);
     auto after = holes_.lower_bound(start);
     if (after != holes_.end() && after->first == start + bytes) {
@@ -118,23 +188,86 @@ class Arena {
     const std::lock_guard<std::mutex> lock(mutex_);
     closed_ = true;
     for (const auto& [start, bytes] : holes_) {
-      if (start < extent_) forget(base_ + start, std::min(bytes, extent_ - start));
+      const size_t end = start + bytes;
+      if (start < extent_) forget(base_ + start, std::min(end, extent_) - start);
+      if (end > far_) forget(base_ + std::max(start, far_), end - std::max(start, far_));
     }
     return blocks_.empty();
   }
 
   size_t extent() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return extent_;
+    return extent_ + size_ - far_;
   }
 
  private:
+  struct Slot {
+    size_t start, bytes;
+    bool taken = false;
+  };
+
+  // The place of an expected piece of just this size, the nearest to the next one, if nothing else
+  // lies there.
+  bool take_expected(size_t wanted, size_t bytes, size_t* start) {
+    const size_t next = next_++;
+    for (size_t away = 0; away <= kAway; ++away) {
+      for (const size_t one : {next + away, next - away}) {
+        if (one >= expected_.size() || expected_[one].taken || expected_[one].bytes != wanted) {
+          continue;
+        }
+        expected_[one].taken = true;
+        *start = expected_[one].start;
+        auto hole = holes_.upper_bound(*start);
+        if (hole == holes_.begin()) return false;
+        --hole;
+        if (hole->first + hole->second < *start + bytes) return false;
+        cut(hole, *start, bytes);
+        return true;
+      }
+    }
+    return false;
+  }
+
+  // The smallest hole, the lowest among equals; for small memory the end of the highest. What is
+  // expected keeps its places.
+  bool take_any(size_t bytes, size_t* start) {
+    const bool small = bytes < largest_ / kSmall;
+    auto best = holes_.end();
+    size_t room = 0;
+    for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
+      const size_t end = hole->first + hole->second;
+      const size_t from = std::max(hole->first, floor_);
+      if (end < from + bytes) continue;
+      if (best == holes_.end() || small || end - from < room) {
+        best = hole;
+        room = end - from;
+      }
+    }
+    if (best == holes_.end()) return false;
+    *start = small ? best->first + best->second - bytes : std::max(best->first, floor_);
+    cut(best, *start, bytes);
+    return true;
+  }
+
+  void cut(std::map<size_t, size_t>::iterator hole, size_t start, size_t bytes) {
+    const auto [from, size] = *hole;
+    holes_.erase(hole);
+    if (start > from) holes_.emplace(from, start - from);
+    if (from + size > start + bytes) holes_.emplace(start + bytes, from + size - start - bytes);
+  }
+
   char* base_;
-  size_t size_, extent_ = 0;
+  size_t size_, least_;
+  // Memory was touched below the one and above the other.
+  size_t extent_ = 0, far_;
+  size_t largest_ = 0, floor_ = 0;
   bool closed_ = false;
   std::mutex mutex_;
   std::map<size_t, size_t> holes_;  // start to bytes, never two that touch
-  std::unordered_map<size_t, size_t> blocks_;
+  std::unordered_map<size_t, size_t> blocks_, born_;
+  std::vector<Life> seen_;
+  std::vector<Slot> expected_;
+  size_t next_ = 0, event_ = 0;
 };
 
 thread_local Arena* entered = nullptr;
@@ -188,7 +321,7 @@ void let_go(void* memory) {
 
 struct Front final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    if (entered != nullptr && bytes >= kLeast) {
+    if (entered != nullptr && bytes >= entered->least()) {
       if (void* memory = entered->take(bytes)) {
         return {memory, memory, &let_go, c10::Device(c10::DeviceType::CPU)};
       }
@@ -219,35 +352,55 @@ bool in_front() {
 
 #define SALIENCY_FAST_EXPORT extern "C" __attribute__((visibility("default")))
 
-// A new arena of at most `bytes`; null where the system does not give one.
-SALIENCY_FAST_EXPORT void* saliency_fast_arena_open(size_t bytes) {
-  using namespace saliency_fast;
-  if (!in_front()) return nullptr;
-  const size_t size = rounded(bytes, kHugePage);
-  char* base = reserve(size);
+using saliency_fast::Arena;
+using saliency_fast::Life;
+
+// A new arena of at most `bytes`, for memory from `least` bytes on; null where the system gives none.
+SALIENCY_FAST_EXPORT Arena* saliency_fast_arena_open(size_t bytes, size_t least) {
+  if (!saliency_fast::in_front()) return nullptr;
+  const size_t size = saliency_fast::rounded(bytes, saliency_fast::kHugePage);
+  char* base = saliency_fast::reserve(size);
   if (base == nullptr) return nullptr;
-  auto* arena = new (std::nothrow) Arena(base, size);
-  if (arena == nullptr) {
-    unmap(base, size);
-  } else {
-    arenas().add(arena);
-  }
+  auto* arena = new Arena(base, size, least);
+  saliency_fast::arenas().add(arena);
   return arena;
 }
 
-// The calling thread's large tensors come from `arena`, or from malloc where it is null; gives what
-// was entered before.
-SALIENCY_FAST_EXPORT void* saliency_fast_arena_enter(void* arena) {
-  return std::exchange(saliency_fast::entered, static_cast<saliency_fast::Arena*>(arena));
+// The calling thread's tensors come from `arena`, and a launch begins; null: from malloc again.
+// Gives what was entered before.
+SALIENCY_FAST_EXPORT Arena* saliency_fast_arena_enter(Arena* arena) {
+  if (arena != nullptr) arena->begin();
+  return std::exchange(saliency_fast::entered, arena);
 }
 
-// The bytes from the arena's beginning to the end of what was ever taken.
-SALIENCY_FAST_EXPORT size_t saliency_fast_arena_extent(void* arena) {
-  return static_cast<saliency_fast::Arena*>(arena)->extent();
+SALIENCY_FAST_EXPORT void saliency_fast_arena_leave(Arena* before) {
+  saliency_fast::entered = before;
+}
+
+// The bytes that were ever touched, holes between them included.
+SALIENCY_FAST_EXPORT size_t saliency_fast_arena_extent(Arena* arena) { return arena->extent(); }
+
+// Writes at most `room` lives of the last launch, in the order in which they began; gives their
+// number.
+SALIENCY_FAST_EXPORT size_t saliency_fast_arena_seen(Arena* arena, Life* lives, size_t room) {
+  const std::vector<Life> seen = arena->seen();
+  std::copy_n(seen.begin(), std::min(room, seen.size()), lives);
+  return seen.size();
+}
+
+// Finds a place for each of the lives of the launches to come.
+SALIENCY_FAST_EXPORT void saliency_fast_arena_expect(Arena* arena, const Life* lives,
+                                                     size_t count) {
+  arena->expect(lives, count);
+}
+
+// The bytes that a launch with these lives takes.
+SALIENCY_FAST_EXPORT size_t saliency_fast_arena_needed(const Life* lives, size_t count) {
+  std::vector<size_t> starts(count);
+  return saliency_fast::place(lives, count, starts.data());
 }
 
 // The arena ends with the last tensor in it; nobody may enter it any more.
-SALIENCY_FAST_EXPORT void saliency_fast_arena_close(void* arena) {
-  auto* mine = static_cast<saliency_fast::Arena*>(arena);
-  if (mine->close()) saliency_fast::arenas().remove(mine);
+SALIENCY_FAST_EXPORT void saliency_fast_arena_close(Arena* arena) {
+  if (arena->close()) saliency_fast::arenas().remove(arena);
 }

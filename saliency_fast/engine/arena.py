@@ -1,11 +1,12 @@
-"""Arena: memory that the launches of a call share, on the CPU."""
+"""Arena: memory that the launches of a call share, on the CPU, and traces of what they take."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -14,43 +15,128 @@ from saliency_fast.ops.dispatch import forced, native_library
 
 RESERVED = 64 * 1024**3
 """Bytes of addresses that an arena reserves; memory is what its tensors touch."""
+LEAST = 64 * 1024
+"""Bytes from which a tensor's memory is the arena's."""
+LEAST_TRACED = 1024
+"""Bytes from which a trace notes memory: with more rows it may grow into the arena's."""
+
+
+class _Life(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("bytes", "start", "stop")]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The memory that a launch takes, piece by piece in the order in which it is asked for.
+
+    lives: (bytes, from, until) with the events of the launch between which a piece lives.
+    """
+
+    lives: tuple[tuple[int, int, int], ...] = ()
+
+    @cached_property
+    def needed(self) -> int:
+        """The bytes that a launch takes when every piece lies where it fits best."""
+        lives = self.array()
+        return int(_library().saliency_fast_arena_needed(lives, len(lives)))
+
+    def array(self) -> Any:
+        large = [_Life(*life) for life in self.lives if life[0] >= LEAST]
+        return (_Life * len(large))(*large)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What launches of one call take: traces by their rows, and for more rows what two of them
+    foretell: pieces grow by as much with every row.
+    """
+
+    known: Mapping[int, Trace]
+    _found: dict[int, Trace | None] = field(default_factory=dict, compare=False, repr=False)
+
+    def of(self, rows: int) -> Trace | None:
+        """The trace of a launch of `rows`; the same object for every one of them."""
+        if rows not in self._found:
+            self._found[rows] = self._grown(rows)
+        return self._found[rows]
+
+    def bytes_of(self, rows: int) -> int | None:
+        """What a launch of `rows` takes at most; None where that is not known."""
+        least = min((size for size in self.known if size >= rows), default=rows)
+        trace = self.of(least)
+        return None if trace is None else trace.needed
+
+    def _grown(self, rows: int) -> Trace | None:
+        if rows in self.known or len(self.known) < 2:
+            return self.known.get(rows)
+        (few, one), (more, other) = sorted(self.known.items())
+        if rows < few:
+            return None
+        pairs = zip(one.lives, other.lives, strict=True)
+        return Trace(
+            tuple(
+                (size + (larger - size) * (rows - few) // (more - few), start, stop)
+                for (size, start, stop), (larger, _, _) in pairs
+            )
+        )
+
+    @property
+    def alike(self) -> bool:
+        """Whether all take the same pieces, one after another."""
+        kinds = {tuple(life[1:] for life in trace.lives) for trace in self.known.values()}
+        return len(kinds) == 1
 
 
 class Arena:
-    """Gives a launch's large tensors the memory that an earlier launch has let go of.
+    """Gives a launch's tensors the memory that an earlier launch has let go of.
 
-    Inside `inside()` the tensors that this thread makes come from it; they may outlive it. Nothing
+    Inside `launch()` the tensors that this thread makes come from it; they may outlive it. Nothing
     changes where the C++ ops are not built, or on other devices.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._library = _library() if device.type == "cpu" else None
-        self._handle = self._library and self._library.saliency_fast_arena_open(RESERVED)
+    def __init__(self, device: torch.device, least: int = LEAST) -> None:
+        self._library: Any = _library() if device.type == "cpu" else None
+        self._handle: int | None = None
+        self._expected: Trace | None = None
+        if self._library is not None:
+            self._handle = self._library.saliency_fast_arena_open(RESERVED, least)
 
     @property
     def extent(self) -> int:
         """The bytes that it has taken from the system, at most."""
-        if not self._handle:
-            return 0
-        return int(self._library.saliency_fast_arena_extent(self._handle))  # type: ignore[union-attr]
+        return int(self._library.saliency_fast_arena_extent(self._handle)) if self._handle else 0
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
+    def launch(self, expected: Trace | None = None) -> Iterator[None]:
+        """Inside, memory is the arena's; with places found beforehand for what is expected."""
         if not self._handle:
             yield
             return
-        enter = self._library.saliency_fast_arena_enter  # type: ignore[union-attr]
-        before = enter(self._handle)
+        if expected is not self._expected:
+            lives = (expected or Trace()).array()
+            self._library.saliency_fast_arena_expect(self._handle, lives, len(lives))
+            self._expected = expected
+        before = self._library.saliency_fast_arena_enter(self._handle)
         try:
             yield
         finally:
-            enter(before)
+            self._library.saliency_fast_arena_leave(before)
+
+    def trace(self) -> Trace | None:
+        """What the last launch took; None where nothing is known."""
+        if not self._handle:
+            return None
+        seen = self._library.saliency_fast_arena_seen
+        count = seen(self._handle, None, 0)
+        lives = (_Life * count)()
+        seen(self._handle, lives, count)
+        return Trace(tuple((one.bytes, one.start, one.stop) for one in lives))
 
     def close(self) -> None:
         """Gives back what no tensor lives in; the rest goes when its tensors go."""
         handle, self._handle = self._handle, None
         if handle:
-            self._library.saliency_fast_arena_close(handle)  # type: ignore[union-attr]
+            self._library.saliency_fast_arena_close(handle)
 
 
 @cache
@@ -60,11 +146,15 @@ def _library() -> Any:
     if path is None or forced() not in (None, "native"):
         return None
     library = ctypes.CDLL(str(path))
-    place, size = ctypes.c_void_p, ctypes.c_size_t
+    place, size, lives = ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(_Life)
     for name, gives, takes in (
-        ("open", place, [size]),
+        ("open", place, [size, size]),
         ("enter", place, [place]),
+        ("leave", None, [place]),
         ("extent", size, [place]),
+        ("seen", size, [place, lives, size]),
+        ("expect", None, [place, lives, size]),
+        ("needed", size, [lives, size]),
         ("close", None, [place]),
     ):
         function = getattr(library, f"saliency_fast_arena_{name}")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from saliency_fast.engine.memory import bytes_text
 from saliency_fast.errors import BudgetError, InputError, InputTypeError
 
-# Where a launch no longer gets cheaper per point. On CPUs when its largest tensor falls out of the
-# caches; on GPUs far above what keeps the device busy.
-CPU_TENSOR = 20 * 1024**2
+# Where a launch no longer gets cheaper per point. On CPUs when its largest tensor, or all of them,
+# are far out of the caches; on GPUs far above what keeps the device busy.
+CPU_TENSOR = 40 * 1024**2
+CPU_LAUNCH = 256 * 1024**2
 GPU_LAUNCH = 8 * 1024**3
 # Operators' own scratch space and the allocator's slack, on top of the tensors that are counted.
 MARGIN = 1.25
@@ -19,12 +22,14 @@ MARGIN = 1.25
 class Plan:
     """Points per launch and what they cost; nothing is run by looking at it.
 
-    bytes_per_point is what each point of a launch adds, from one that was probed; fixed_bytes is
-    what baselines and accumulators take, finish_bytes what the result takes when the launches are
-    over. `points` is the most that the recipe may visit over all examples; a tolerance may stop
-    it earlier. lean says how points go through the model; of the bytes that autograd keeps of a
-    point from forward to backward, saved_before are what the model as it is would take, saved_after
-    what this plan takes, and `left` the calls that no lean version serves.
+    launch_bytes is what a launch takes: as traced where launches were, else by the tensors of one
+    point. fixed_bytes is what baselines and accumulators take, finish_bytes what the result takes
+    when the launches are over. seconds_per_point is what a point took in the last such call or,
+    before one, on trial; None where none has run. `points` is the most that the recipe may visit
+    over all examples; a tolerance may stop it earlier. lean says how points go through the model;
+    of the bytes that autograd keeps of a point from forward to backward, saved_before are what the
+    model as it is would take, saved_after what this plan takes, and `left` the calls that no lean
+    version serves.
     prefix names the calls at the model's beginning that are taken once for all points.
     """
 
@@ -36,7 +41,7 @@ class Plan:
     maps: int
     points: int
     points_per_launch: int
-    bytes_per_point: int
+    launch_bytes: int
     fixed_bytes: int
     finish_bytes: int
     budget: int
@@ -46,6 +51,7 @@ class Plan:
     left: tuple[tuple[str, int], ...] = ()
     prefix: str = ""
     notes: tuple[str, ...] = ()
+    seconds_per_point: float | None = None
 
     @property
     def launches(self) -> int:
@@ -54,8 +60,17 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Predicted peak over what was in use before the call."""
-        launch = self.bytes_per_point * self.points_per_launch
-        return self.fixed_bytes + max(launch, self.finish_bytes)
+        return self.fixed_bytes + max(self.launch_bytes, self.finish_bytes)
+
+    @property
+    def bytes_per_point(self) -> int:
+        return -(-self.launch_bytes // self.points_per_launch)
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted time of the launches, where every point is visited."""
+        each = self.seconds_per_point
+        return None if each is None else each * self.points
 
     def __str__(self) -> str:
         lines = [
@@ -63,8 +78,10 @@ class Plan:
             f"work       {self.examples} examples x {self.maps} maps: up to {self.points} points "
             f"in {self.launches} launches of {self.points_per_launch}",
             f"memory     {bytes_text(self.peak_bytes)} of {bytes_text(self.budget)}: "
-            f"{bytes_text(self.bytes_per_point)} a point, {bytes_text(self.fixed_bytes)} fixed",
+            f"{bytes_text(self.launch_bytes)} a launch, {bytes_text(self.fixed_bytes)} fixed",
         ]
+        if self.seconds is not None and self.seconds_per_point is not None:
+            lines.append(f"time       {self.seconds:.3g} s: {self.seconds_per_point:.3g} s a point")
         if self.saved_before:
             lines.append(
                 f"lean       {self.lean}: keeps {bytes_text(self.saved_after)} of a point from "
@@ -81,28 +98,34 @@ class Plan:
 def points_per_launch(
     wanted: int | None,
     points: int,
-    bytes_per_point: int,
+    bytes_of: Callable[[int], int],
     largest_tensor: int,
     fixed: int,
     finish: int,
     budget: int,
     device: str,
 ) -> int:
-    """The most points that fit the budget, that pay, and that there are."""
+    """The most points that fit the budget, that pay, and that there are.
+
+    bytes_of: what a launch of so many points takes; never less for more of them.
+    """
     if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int)):
         raise InputTypeError(f"points_per_launch must be a whole number: got {wanted!r}")
     if wanted is not None and wanted < 1:
         raise InputError(f"points_per_launch must be at least 1: got {wanted}")
-    fitting = (budget - fixed) // max(bytes_per_point, 1)
-    if fitting < 1 or fixed + finish > budget:
-        least = fixed + max(bytes_per_point, finish)
+    one = max(bytes_of(1), 1)
+    if fixed + max(one, finish) > budget:
         raise BudgetError(
             f"memory_budget is smaller than one point: got {bytes_text(budget)}, expected at least "
-            f"{bytes_text(least)} ({bytes_text(fixed)} for baselines and accumulators, "
-            f"{bytes_text(bytes_per_point)} for a point, {bytes_text(finish)} for the result); "
+            f"{bytes_text(fixed + max(one, finish))} ({bytes_text(fixed)} for baselines and "
+            f"accumulators, {bytes_text(one)} for a point, {bytes_text(finish)} for the result); "
             "explain fewer examples at once or raise the budget"
         )
-    if wanted is None:
-        on_cpu = CPU_TENSOR // max(largest_tensor, 1)
-        wanted = max(1, on_cpu if device == "cpu" else GPU_LAUNCH // max(bytes_per_point, 1))
-    return min(fitting, points, wanted)
+    room = budget - fixed
+    if wanted is None and device == "cpu":
+        wanted = max(1, CPU_TENSOR // max(largest_tensor, 1))
+        room = min(room, max(one, CPU_LAUNCH))
+    elif wanted is None:
+        wanted = max(1, GPU_LAUNCH // one)
+    most = min(points, wanted)
+    return bisect_right(range(1, most + 1), room, key=bytes_of)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import WORKING_COPIES
@@ -53,8 +54,12 @@ def make_plan(
     baselines: list[Inputs],
     probed: Probe,
     limits: Limits,
+    launches: Launches | None = None,
 ) -> Plan:
-    """Chooses the points per launch; raises BudgetError where one point does not fit."""
+    """Chooses the points per launch; raises BudgetError where one point does not fit.
+
+    launches: what they take, where they were traced.
+    """
     budget = read_budget(limits.memory_budget, call.device)
     maps = call.batch * call.targets.count
     size_of = call.inputs[0].element_size()
@@ -74,13 +79,18 @@ def make_plan(
         fixed += copies * sum_bytes + (len(baselines) - 1) * map_bytes
     finish = WORKING_COPIES * map_bytes + (0 if prefix is None else 2 * sum_bytes)
     points = recipe.count * call.batch
-    # Convolutions of volumes copy their largest operand while they run.
     cost = probed.cost
+    # Convolutions of volumes copy their largest operand while they run.
     each = max(int(MARGIN * cost.peak), cost.peak + cost.largest)
+
+    def bytes_of(rows: int) -> int:
+        known = None if launches is None else launches.bytes_of(rows)
+        return each * rows if known is None else known
+
     size = points_per_launch(
         limits.points_per_launch,
         points,
-        each,
+        bytes_of,
         cost.largest,
         fixed,
         finish,
@@ -96,7 +106,7 @@ def make_plan(
         maps=call.targets.count,
         points=points,
         points_per_launch=size,
-        bytes_per_point=each,
+        launch_bytes=bytes_of(size),
         fixed_bytes=fixed,
         finish_bytes=finish,
         budget=budget,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.hoist import hoistable
 from saliency_fast.engine.memory import bytes_text
@@ -45,6 +46,8 @@ class Probe:
     """The way that serves, what a point costs by it, and what it costs as it is.
 
     reason: why no better way serves. mark: the model's fingerprint where a program stands for it.
+    launches: what they take, and seconds: what a point takes in them, by way and size; filled as
+    they become known.
     """
 
     way: Way
@@ -52,6 +55,8 @@ class Probe:
     plain: Cost
     reason: str | None = None
     mark: tuple[object, ...] | None = None
+    launches: dict[tuple[str, int], Launches | None] = field(default_factory=dict, repr=False)
+    seconds: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was probed."""

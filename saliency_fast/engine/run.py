@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.arena import Arena
+from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import Folds, square_norm
 from saliency_fast.engine.memory import bytes_text, is_out_of_memory
@@ -60,7 +60,14 @@ class Run:
     """One call on its way: the state that launches share. `moments` is the loop."""
 
     def __init__(
-        self, way: Way, model: Model, call: Call, baselines: Inputs, recipe: Recipe, plan: Plan
+        self,
+        way: Way,
+        model: Model,
+        call: Call,
+        baselines: Inputs,
+        recipe: Recipe,
+        plan: Plan,
+        launches: Launches | None = None,
     ) -> None:
         self.call, self.recipe, self.plan, self.baselines = call, recipe, plan, baselines
         self.function = way.function(model, call)
@@ -68,7 +75,7 @@ class Run:
         self.behind = self.function if self.hoist is None else way.function_behind(call, recipe)
         function = self.function
         self.size, self.halvings = plan.points_per_launch, 0
-        self.arena = Arena(call.device)
+        self.arena, self.launches = Arena(call.device), launches
         shape, device = (call.batch, function.targets.count), call.device
         self.everyone = torch.arange(call.batch, device=device)
         self.scores = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
@@ -126,7 +133,8 @@ class Run:
     def _launch(self, source: Source, rows: Rows) -> list[Inputs] | None:
         """The gradients of one launch; None where it must be tried again with half the points."""
         try:
-            with self.arena.inside():
+            expected = self.launches.of(rows.item.numel()) if self.launches else None
+            with self.arena.launch(expected):
                 scores, classes, grads = self.behind.gradients(source.write(rows), rows.item)
         except (RuntimeError, MemoryError) as error:
             self._halve(error)
@@ -134,6 +142,14 @@ class Run:
         if self.recipe.at_input:
             self._note_scores(rows.item, scores, classes)
         return grads
+
+    def try_launch(self, rows: int, arena: Arena) -> None:
+        """A launch of the first point, `rows` times, in `arena`; nothing is kept of it."""
+        item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        level = self.recipe.levels[0].to(self.call.device)
+        source = self.recipe.family.bind(*self._ends_of_lines())
+        with arena.launch():
+            self.behind.gradients(source.write(level.rows(item, 0, rows)), item)
 
     def _halve(self, error: BaseException) -> None:
         if not is_out_of_memory(error):
@@ -191,7 +207,7 @@ class Run:
             try:
                 # Indexing copies, so a model that works in place spares the user's tensors.
                 points = tuple(one[row[part]] for one in table)
-                with self.arena.inside():
+                with self.arena.launch():
                     score, chosen = self.function.scores(points, item[part])
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)

@@ -126,7 +126,7 @@ class Trial:
 
     def _measured(self, ledger: Ledger, gradients: Callable[[], Any]) -> Taken:
         try:
-            with self._place(), _same_draws(), ledger.meter, ledger:
+            with self._place(), same_draws(), ledger.meter, ledger:
                 scores, _, grads = gradients()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -141,7 +141,7 @@ class Trial:
         """A recording of the model with two rows, without gradients; raises NotLeanError."""
         recording = Recording(model)
         state = torch.random.get_rng_state()
-        with self._place(), _same_draws():
+        with self._place(), same_draws():
             self._function(recording).forward(*self._points(2))
             drawn = not torch.equal(state, torch.random.get_rng_state())
         if drawn:
@@ -165,7 +165,7 @@ class Trial:
 
 
 @contextmanager
-def _same_draws() -> Iterator[None]:
+def same_draws() -> Iterator[None]:
     """Whatever a model draws inside, it draws again afterwards."""
     state = torch.random.get_rng_state()
     try:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.engine.memory import resident_bytes
-from saliency_fast.errors import SaliencyError
 from tests import models
 from tests.model.answers import METHODS, always_lean, check, explain, way_of, why
 from tests.model.lean_models import CASES, Case, Net, seeded
