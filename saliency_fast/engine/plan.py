@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from saliency_fast.engine.memory import bytes_text
 from saliency_fast.errors import BudgetError, InputError, InputTypeError
@@ -51,7 +51,7 @@ class Plan:
     left: tuple[tuple[str, int], ...] = ()
     prefix: str = ""
     notes: tuple[str, ...] = ()
-    seconds_per_point: float | None = None
+    seconds_per_point: float | None = field(default=None, compare=False)
 
     @property
     def launches(self) -> int:

@@ -36,7 +36,8 @@ def prepared(module: nn.Module) -> nn.Module:
     """In float64 and for evaluation, with statistics that batch normalisation would have learnt."""
     for part in module.modules():
         if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
-            nn.init.uniform_(part.weight, -1, 2)
+            if part.affine:
+                nn.init.uniform_(part.weight, -1, 2)
             nn.init.normal_(part.running_mean)
             nn.init.uniform_(part.running_var, 0.5, 2)
     return module.double().eval()
