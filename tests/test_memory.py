@@ -144,7 +144,7 @@ def test_a_plan_before_anything_runs() -> None:
         "integrated_gradients on cpu, float32",
         f"4 examples x 1 maps: up to 36 points in {plan.launches} launches",
         f"{bytes_text(plan.peak_bytes)} of 1.0 GiB",
-        f"{bytes_text(plan.bytes_per_point)} a point",
+        f"{bytes_text(plan.launch_bytes)} a launch",
     ):
         assert word in text
     assert plan.points == 36

@@ -36,8 +36,12 @@ namespace {
 
 constexpr size_t kGrain = 64;
 constexpr size_t kHugePage = size_t{2} << 20;
-// Memory is small that takes less than this share of the largest so far.
+// Bytes of addresses that are worth asking for.
+constexpr size_t kFewest = size_t{1} << 30;
+// Memory is small that takes less than this share of the largest so far, where that is large: the
+// far end costs a page of its own.
 constexpr size_t kSmall = 16;
+constexpr size_t kLarge = size_t{32} << 20;
 // How far from the next expected piece another is looked for, where some came that were not.
 constexpr size_t kAway = 16;
 
@@ -197,7 +201,7 @@ class Arena {
 
   size_t extent() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return extent_ + size_ - far_;
+    return rounded(extent_, kHugePage) + rounded(size_ - far_, kHugePage);
   }
 
  private:
@@ -231,7 +235,7 @@ class Arena {
   // The smallest hole, the lowest among equals; for small memory the end of the highest. What is
   // expected keeps its places.
   bool take_any(size_t bytes, size_t* start) {
-    const bool small = bytes < largest_ / kSmall;
+    const bool small = largest_ >= kLarge && bytes < largest_ / kSmall;
     auto best = holes_.end();
     size_t room = 0;
     for (auto hole = holes_.begin(); hole != holes_.end(); ++hole) {
@@ -358,8 +362,13 @@ using saliency_fast::Life;
 // A new arena of at most `bytes`, for memory from `least` bytes on; null where the system gives none.
 SALIENCY_FAST_EXPORT Arena* saliency_fast_arena_open(size_t bytes, size_t least) {
   if (!saliency_fast::in_front()) return nullptr;
-  const size_t size = saliency_fast::rounded(bytes, saliency_fast::kHugePage);
+  size_t size = saliency_fast::rounded(bytes, saliency_fast::kHugePage);
   char* base = saliency_fast::reserve(size);
+  // Some systems limit addresses, too.
+  while (base == nullptr && size > saliency_fast::kFewest) {
+    size /= 2;
+    base = saliency_fast::reserve(size);
+  }
   if (base == nullptr) return nullptr;
   auto* arena = new Arena(base, size, least);
   saliency_fast::arenas().add(arena);
@@ -377,7 +386,7 @@ SALIENCY_FAST_EXPORT void saliency_fast_arena_leave(Arena* before) {
   saliency_fast::entered = before;
 }
 
-// The bytes that were ever touched, holes between them included.
+// The bytes of the pages that were ever touched, holes between them included.
 SALIENCY_FAST_EXPORT size_t saliency_fast_arena_extent(Arena* arena) { return arena->extent(); }
 
 // Writes at most `room` lives of the last launch, in the order in which they began; gives their
@@ -394,10 +403,11 @@ SALIENCY_FAST_EXPORT void saliency_fast_arena_expect(Arena* arena, const Life* l
   arena->expect(lives, count);
 }
 
-// The bytes that a launch with these lives takes.
+// The bytes of the pages that a launch with these lives takes.
 SALIENCY_FAST_EXPORT size_t saliency_fast_arena_needed(const Life* lives, size_t count) {
   std::vector<size_t> starts(count);
-  return saliency_fast::place(lives, count, starts.data());
+  return saliency_fast::rounded(saliency_fast::place(lives, count, starts.data()),
+                                saliency_fast::kHugePage);
 }
 
 // The arena ends with the last tensor in it; nobody may enter it any more.

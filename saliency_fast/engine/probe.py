@@ -34,8 +34,10 @@ LEAN_FROM = 256 * 1024
 """Bytes of a point from which lean pays: below, its calls cost more than what they spare."""
 MOST = 512
 """Times its own bytes that a point takes as it is, at most, as a rule."""
+UNSEEN = 512 * 1024**2
+"""Bytes that the model as it is might take for one point without being foreseen on shapes first."""
 FREELY = 256 * 1024**2
-"""Bytes that the model as it is may take for one point without being foreseen on shapes first."""
+"""Bytes that it may take where that was foreseen."""
 AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2}
 """Relative L2 by which rounding may move one gradient, through the kinks that it crosses. What is
 wrong in structure is off by its own size."""
@@ -75,7 +77,7 @@ def probe(
     Where a point might take much memory as it is, that is foreseen on shapes alone first.
     """
     trial = Trial(call, baselines, recipe)
-    if lean and MOST * sum(x[0].nbytes for x in call.inputs) > min(budget, FREELY):
+    if lean and MOST * sum(x[0].nbytes for x in call.inputs) > min(budget, UNSEEN):
         found = _foreseen(model, trial, budget)
         if found is not None:
             return found

@@ -141,7 +141,9 @@ KINDS: dict[str, Callable[[int, random.Random], nn.Module]] = {
     "gate": lambda axes, draw: Called(lambda x, a: x * torch.sigmoid(a(x)), _same(axes, draw)),
     "halves": lambda axes, draw: Called(_halves),
     "shifted": lambda axes, draw: Called(_shifted),
-    "arithmetic": lambda axes, draw: Called(lambda x: 2 - x / (1 + x.square()) + (0.1 + x.abs()).sqrt()),
+    "arithmetic": lambda axes, draw: Called(
+        lambda x: 2 - x / (1 + x.square()) + (0.1 + x.abs()).sqrt()
+    ),
     "attention": lambda axes, draw: Called(
         _attention, nn.Linear(CHANNELS, 3 * CHANNELS), nn.Linear(CHANNELS, CHANNELS)
     ),

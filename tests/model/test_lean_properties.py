@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.model.fusion import fused, with_rectifiers
@@ -36,10 +36,18 @@ def gradient(model: Model, x: Tensor) -> Tensor:
     return torch.autograd.grad(model(leaf * 1)[:, 1].sum(), leaf)[0]
 
 
+def drawn_network(axes: int, kinds: list[str], seed: int) -> tuple[nn.Module, Tensor]:
+    """Not one whose gradient rounding decides: normalised constants, and what cancels out."""
+    model, x = network(axes, kinds, seed)
+    here = gradient(model, x)
+    assume(naive.relative_l2(gradient(model, x * (1 + 1e-14)), here) <= TOLERANCE / 100)
+    return model, x
+
+
 @settings(max_examples=400, deadline=None, derandomize=True)
 @drawn
 def test_gradients(axes: int, kinds: list[str], seed: int) -> None:
-    model, x = network(axes, kinds, seed)
+    model, x = drawn_network(axes, kinds, seed)
     engine = sf.Engine(model, sf.Gradient(), hashes=False)
     found, expected = engine(x, 1).values, gradient(model, x)
     # The engine would fall back where a program is wrong, and the map be right all the same.
@@ -52,7 +60,7 @@ def test_gradients(axes: int, kinds: list[str], seed: int) -> None:
 @drawn
 def test_prefixes(axes: int, kinds: list[str], seed: int) -> None:
     """Sums behind an affine beginning."""
-    model, x = network(axes, kinds, seed)
+    model, x = drawn_network(axes, kinds, seed)
     for method in METHODS:
         engine = sf.Engine(model, method, hashes=False)
         found = engine(x, 1).values
@@ -65,7 +73,7 @@ def test_prefixes(axes: int, kinds: list[str], seed: int) -> None:
 @drawn
 def test_pieces(axes: int, kinds: list[str], seed: int) -> None:
     """Programs as they are and fused, of which parts are computed again on the way back."""
-    model, x = network(axes, kinds, seed)
+    model, x = drawn_network(axes, kinds, seed)
     whole, expected = record(model, x), gradient(model, x)
     for program in (fused(whole), whole, with_rectifiers(whole).innermost()):
         if program.channels_last and whole.aliased:
@@ -80,7 +88,7 @@ def test_pieces(axes: int, kinds: list[str], seed: int) -> None:
 @drawn
 def test_by_hand(axes: int, kinds: list[str], seed: int) -> None:
     """Against the naive loop, which shares nothing with the engine."""
-    model, x = network(axes, kinds, seed)
+    model, x = drawn_network(axes, kinds, seed)
     method = sf.IntegratedGradients(steps=3, rule="midpoint")
     found = sf.Engine(model, method, hashes=False)(x[:1], 1).values
     (expected,) = by_hand(model, score_of(1), (x[:1],), method)
