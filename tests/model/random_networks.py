@@ -105,7 +105,7 @@ KINDS: dict[str, Callable[[int, random.Random], nn.Module]] = {
     "instance norm": lambda axes, draw: INSTANCE[axes](CHANNELS, affine=draw.random() < 0.5),
     "group norm": lambda axes, draw: nn.GroupNorm(2, CHANNELS),
     "layer norm": lambda axes, draw: Called(_over_channels, nn.LayerNorm(CHANNELS)),
-    "rms norm": lambda axes, draw: Called(_over_channels, nn.RMSNorm(CHANNELS)),
+    "rms norm": lambda axes, draw: Called(_over_channels, nn.RMSNorm(CHANNELS, 1e-3)),
     "rectifier": lambda axes, draw: draw.choice(
         (
             *(nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.LeakyReLU(0.1, inplace=True)),

@@ -65,7 +65,9 @@ def test_prefixes(axes: int, kinds: list[str], seed: int) -> None:
         engine = sf.Engine(model, method, hashes=False)
         found = engine(x, 1).values
         assert way_of(engine) == "program", why(engine)
-        expected = sf.Engine(model, method, hashes=False, lean=False)(x, 1).values
+        plain = sf.Engine(model, method, hashes=False, lean=False)
+        expected = plain(x, 1).values
+        assume(naive.relative_l2(plain(x * (1 + 1e-14), 1).values, expected) <= TOLERANCE / 100)
         assert naive.relative_l2(found, expected) <= TOLERANCE
 
 
