@@ -106,6 +106,23 @@ def test_tensors_outlive_their_arena(where: str) -> None:
     kept.clear()
 
 
+def test_what_outlives_an_arena_stays_whole() -> None:
+    """Beside memory that goes back to the system, by pages: tensors begin and end within them."""
+    sizes = [LEAST + 1000 * number for number in range(1, 60)]
+    for kept_of in (0, 1):
+        arena = Arena(CPU)
+        with arena.launch():
+            made = [filled(number, size) for number, size in enumerate(sizes)]
+        kept = dict(enumerate(made[kept_of::2]))
+        made.clear()
+        arena.close()
+        for number in (*range(0, len(kept), 3), *range(1, len(kept), 3)):
+            del kept[number]
+            for other, x in kept.items():
+                assert (x.numpy() == 2 * other + kept_of).all()
+        assert kept
+
+
 def test_memory_goes_back_to_the_system() -> None:
     def live(size: int) -> int:
         return resident_bytes()[0] - before

@@ -29,6 +29,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace saliency_fast {
@@ -59,9 +60,12 @@ char* reserve(size_t bytes) {
 #endif
 }
 
-void forget(char* start, size_t bytes) {
+// Gives back the pages that lie in `bytes` from `start` as a whole: others live in the rest.
+void forget(char* base, size_t start, size_t bytes) {
 #if defined(__linux__)
-  madvise(start, bytes, MADV_DONTNEED);
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t first = rounded(start, page), last = (start + bytes) / page * page;
+  if (first < last) madvise(base + first, last - first, MADV_DONTNEED);
 #endif
 }
 
@@ -170,7 +174,7 @@ class Arena {
       born_.erase(born);
     }
     ++event_;
-    if (closed_) forget(base_ + start, bytes);
+    if (closed_) forget(base_, start, bytes);
     auto after = holes_.lower_bound(start);
     if (after != holes_.end() && after->first == start + bytes) {
       bytes += after->second;
@@ -193,8 +197,8 @@ class Arena {
     closed_ = true;
     for (const auto& [start, bytes] : holes_) {
       const size_t end = start + bytes;
-      if (start < extent_) forget(base_ + start, std::min(end, extent_) - start);
-      if (end > far_) forget(base_ + std::max(start, far_), end - std::max(start, far_));
+      if (start < extent_) forget(base_, start, std::min(end, extent_) - start);
+      if (end > far_) forget(base_, std::max(start, far_), end - std::max(start, far_));
     }
     return blocks_.empty();
   }

@@ -96,6 +96,9 @@ class Job:
     def time(self) -> None:
         """Tells the plan what a point takes: in an earlier call, else on trial."""
         seconds = self._probed.seconds
+        if self.way.tiled is not None and self._kind not in seconds:
+            # To try a single tile tells nothing, and to try them all is the call itself.
+            return
         if self._kind not in seconds:
             found = seconds_per_point(self.run(), self.plan)
             if found is None:

@@ -20,6 +20,7 @@ from saliency_fast.model.fusion import rectified
 from saliency_fast.model.lean import LEAN
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs
+from saliency_fast.model.tiles import tile_bytes
 from saliency_fast.ops.dispatch import kernels
 
 
@@ -77,11 +78,15 @@ def make_plan(
     if len(baselines) > 1:
         # The map of each, and the accumulators of the one before until the next has a launch.
         fixed += copies * sum_bytes + (len(baselines) - 1) * map_bytes
-    finish = WORKING_COPIES * map_bytes + (0 if prefix is None else 2 * sum_bytes)
+    finish = (1 if recipe.at_input else WORKING_COPIES) * map_bytes + (
+        0 if prefix is None else 2 * sum_bytes
+    )
     points = recipe.count * call.batch
     cost = probed.cost
-    # Convolutions of volumes copy their largest operand while they run.
     each = max(int(MARGIN * cost.peak), cost.peak + cost.largest)
+    if (tiled := probed.way.tiled) is not None:
+        # What operators take for themselves is at most what a tile takes, not a whole map.
+        each = int(MARGIN * cost.peak) + tile_bytes(tiled.stem, tiled.tile)
 
     def bytes_of(rows: int) -> int:
         known = None if launches is None else launches.bytes_of(rows)

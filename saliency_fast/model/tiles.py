@@ -326,9 +326,7 @@ def _called(rule: Local, args: Any, kwargs: Any, alike: list[int], pads: list[Sp
     # Where a window sees padding alone, more is cut off than there is: pad first.
     for amounts in ([max(0, one) for one in flat], [min(0, one) for one in flat]):
         x = F.pad(x, amounts, value=rule.fill) if any(amounts) else x
-    if torch.is_grad_enabled():
-        return lean_call(rule.func, (x, *others), kwargs)
-    return rule.func(x, *others, **kwargs)
+    return lean_call(rule.func, (x, *others), kwargs)
 
 
 def tile_bytes(stem: Stem, tile: Sequence[int]) -> int:

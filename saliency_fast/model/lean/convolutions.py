@@ -11,6 +11,81 @@ from torch.autograd.function import once_differentiable
 
 Sizes = int | tuple[int, ...] | list[int]
 _convolution = torch.ops.aten.convolution
+_ONEDNN = bool(torch._C._has_mkldnn)
+
+
+def convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Any:
+    """`aten::convolution`, by oneDNN also where PyTorch has another opinion.
+
+    For one small row it unfolds the input instead, which takes up to 27 times its memory and ten
+    times as long for a volume.
+    """
+    options = (stride, padding, dilation, transposed, output_padding, groups)
+    if _by_onednn(x) and _plain(x, weight, bias, *options):
+        # As `aten::convolution` hands them on.
+        layout = _layout(x)
+        x, weight = [one.contiguous(memory_format=layout) for one in (x, weight)]
+        if transposed:
+            return torch.ops.mkldnn._convolution_transpose_pointwise(
+                *(x, weight, bias, padding, output_padding, stride, dilation, groups),
+                *("none", [], ""),
+            )
+        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+    return _convolution(x, weight, bias, *options)
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> bool:
+    """Whether the sizes are such that oneDNN, which does not check them, takes them well."""
+    wide = weight.shape[0] if transposed else weight.shape[1] * groups
+    if weight.dim() != x.dim() or x.shape[1] != wide or not weight.is_contiguous():
+        return False
+    axes = zip(
+        x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True
+    )
+    for size, kernel, s, p, d, o in axes:
+        reach = d * (kernel - 1)
+        # oneDNN fails on kernels that lie in the padding as a whole.
+        if min(s, d) < 1 or not 0 <= p <= reach or o >= s:
+            return False
+        out = (size - 1) * s - 2 * p + reach + o if transposed else size + 2 * p - reach - 1
+        if out < 0:
+            return False
+    return True
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    innermost = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return innermost if x.is_contiguous(memory_format=innermost) else torch.contiguous_format
+
+
+def _by_onednn(x: Tensor) -> bool:
+    few = _ONEDNN and len(x) == 1 and x.dim() in (4, 5) and x.numel() > 0
+    if not few or x.dtype != torch.float32 or type(x) is not Tensor:
+        return False
+    # Shapes alone answer that they are where the model's tensors would be.
+    with torch._C.DisableTorchFunction():
+        here = x.device.type == "cpu"
+    return here and torch._C._get_mkldnn_enabled()
 
 
 class _Convolve(torch.autograd.Function):
@@ -31,7 +106,7 @@ class _Convolve(torch.autograd.Function):
         ctx.size = x.shape[2:]
         ctx.options = (stride, padding, dilation, transposed, groups)
         options = (stride, padding, dilation, transposed, output_padding, groups)
-        return _convolution(x, weight, bias, *options)
+        return convolved(x, weight, bias, *options)
 
     @staticmethod
     @once_differentiable
@@ -63,7 +138,7 @@ def _transpose(
             )
         ]
     options = (stride, padding, dilation, not transposed, extra, groups)
-    found = _convolution(grad, weight, None, *options)
+    found = convolved(grad, weight, None, *options)
     # Output padding may exceed the stride where the kernel is dilated, and then reach one step on.
     return found if found.shape[2:] == size else found[(..., *map(slice, size))]
 
@@ -118,7 +193,8 @@ def _lean_transposed(axes: int) -> Callable[..., Any]:
 def _served(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int) -> bool:
     """Batches of numbers through weights that do not depend on the points."""
     moving = weight.requires_grad or (bias is not None and bias.requires_grad)
-    return x.dim() == axes + 2 and x.is_floating_point() and x.requires_grad and not moving
+    wanted = (x.requires_grad and not moving) or _by_onednn(x)
+    return x.dim() == axes + 2 and x.is_floating_point() and wanted
 
 
 def _each(value: Sizes, axes: int) -> list[int]:
