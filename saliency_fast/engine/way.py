@@ -20,7 +20,8 @@ from saliency_fast.model.local import Box
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.program import Program, Step
 from saliency_fast.model.routes import Offloaded, Plain, Recorded, Route, Watched
-from saliency_fast.model.tiles import Tiled, local_stem, tile_sizes
+from saliency_fast.model.stem import local_stem
+from saliency_fast.model.tiles import Tiled, tile_sizes
 
 Model = Callable[..., Any]
 

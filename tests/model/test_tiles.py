@@ -20,14 +20,8 @@ from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.fusion import with_rectifiers
 from saliency_fast.model.local import Window
 from saliency_fast.model.recorder import Recorder
-from saliency_fast.model.tiles import (
-    Stem,
-    Tiled,
-    inside,
-    local_stem,
-    tile_bytes,
-    tile_sizes,
-)
+from saliency_fast.model.stem import Stem, inside, local_stem
+from saliency_fast.model.tiles import Tiled, tile_bytes, tile_sizes
 from tests.model.recording import (
     IMAGES,
     KERNEL,
