@@ -6,6 +6,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.engine import traced
-from saliency_fast.engine.arena import LEAST, Arena, Launches, Trace
+from saliency_fast.engine.arena import LEAST, RESERVED, Arena, Launches, Trace
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.ops.dispatch import backends
 from tests.models import randn
@@ -271,6 +272,45 @@ def test_a_plan_tells_what_launches_take(
     other = sf.Engine(Volume().eval(), method, points_per_launch=9, lean=lean, hashes=False)
     other.model.load_state_dict(model.state_dict())
     assert torch.equal(other(x, 1).values, found.values)
+
+
+def reservations() -> int:
+    found = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(end, 16) for end in line.split()[0].split("-"))
+        found += stop - start >= RESERVED
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell")
+def test_nothing_stays_reserved() -> None:
+    """Of calls, of plans, of streams that are left, and of errors."""
+
+    class Fails(Volume):
+        fails = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fails:
+                raise ZeroDivisionError
+            return super().forward(x)
+
+    model, x = Fails().eval(), randn(1, 1, 40, 40, 40).float()
+    gc.collect()
+    before = reservations()
+    for lean in (True, False):
+        engine = sf.Engine(model, sf.IntegratedGradients(steps=9), lean=lean, hashes=False)
+        engine.plan(x, 1)
+        engine(x, 1)
+        stream = engine.stream(x, 1)
+        next(stream)
+        stream.close()
+        model.fails = True
+        engine._probed.clear()
+        with pytest.raises(ZeroDivisionError):
+            engine(x, 1)
+        model.fails = False
+    gc.collect()
+    assert reservations() == before
 
 
 def test_a_plan_tells_the_time() -> None:

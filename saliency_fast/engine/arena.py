@@ -7,14 +7,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from saliency_fast.ops.dispatch import forced, native_library
 
-RESERVED = 64 * 1024**3
-"""Bytes of addresses that an arena reserves; memory is what its tensors touch."""
+RESERVED = 8 * 1024**3
+"""Bytes of addresses that an arena reserves at least; memory is what its tensors touch."""
 LEAST = 64 * 1024
 """Bytes from which a tensor's memory is the arena's."""
 LEAST_TRACED = 1024
@@ -94,12 +95,13 @@ class Arena:
     changes where the C++ ops are not built, or on other devices.
     """
 
-    def __init__(self, device: torch.device, least: int = LEAST) -> None:
+    def __init__(self, device: torch.device, least: int = LEAST, about: int = 0) -> None:
+        """least: bytes from which memory is its own; about: what a launch is thought to take."""
         self._library: Any = _library() if device.type == "cpu" else None
         self._handle: int | None = None
         self._expected: Trace | None = None
         if self._library is not None:
-            self._handle = self._library.saliency_fast_arena_open(RESERVED, least)
+            self._handle = self._library.saliency_fast_arena_open(max(RESERVED, 4 * about), least)
 
     @property
     def extent(self) -> int:
@@ -139,12 +141,14 @@ class Arena:
             self._library.saliency_fast_arena_close(handle)
 
 
-@cache
 def _library() -> Any:
     """The C++ ops' library, or None where they are not built or not wanted."""
     path = native_library()
-    if path is None or forced() not in (None, "native"):
-        return None
+    return None if path is None or forced() not in (None, "native") else _loaded(path)
+
+
+@cache
+def _loaded(path: Path) -> Any:
     library = ctypes.CDLL(str(path))
     place, size, lives = ctypes.c_void_p, ctypes.c_size_t, ctypes.POINTER(_Life)
     for name, gives, takes in (

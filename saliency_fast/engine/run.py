@@ -75,7 +75,7 @@ class Run:
         self.behind = self.function if self.hoist is None else way.function_behind(call, recipe)
         function = self.function
         self.size, self.halvings = plan.points_per_launch, 0
-        self.arena, self.launches = Arena(call.device), launches
+        self.launches = launches
         shape, device = (call.batch, function.targets.count), call.device
         self.everyone = torch.arange(call.batch, device=device)
         self.scores = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
@@ -87,10 +87,11 @@ class Run:
 
     def moments(self) -> Iterator[Moment]:
         """Runs every level launch by launch; the last moment's outcome is the answer."""
+        self._arena = Arena(self.call.device, about=self.plan.launch_bytes)
         try:
             yield from self._moments()
         finally:
-            self.arena.close()
+            self._arena.close()
 
     def _moments(self) -> Iterator[Moment]:
         self._ends()
@@ -134,7 +135,7 @@ class Run:
         """The gradients of one launch; None where it must be tried again with half the points."""
         try:
             expected = self.launches.of(rows.item.numel()) if self.launches else None
-            with self.arena.launch(expected):
+            with self._arena.launch(expected):
                 scores, classes, grads = self.behind.gradients(source.write(rows), rows.item)
         except (RuntimeError, MemoryError) as error:
             self._halve(error)
@@ -207,7 +208,7 @@ class Run:
             try:
                 # Indexing copies, so a model that works in place spares the user's tensors.
                 points = tuple(one[row[part]] for one in table)
-                with self.arena.launch():
+                with self._arena.launch():
                     score, chosen = self.function.scores(points, item[part])
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)

@@ -32,7 +32,7 @@ def launches_of(run: Run, plan: Plan) -> Launches | None:
 def seconds_per_point(run: Run, plan: Plan) -> float | None:
     """What a point takes in a launch of the plan's size, about."""
     rows, found = min(plan.points_per_launch, TIMED_ROWS), None
-    arena = Arena(run.call.device)
+    arena = Arena(run.call.device, about=plan.launch_bytes)
     try:
         # As below.
         with suppress(Exception), same_draws():
@@ -49,7 +49,7 @@ def seconds_per_point(run: Run, plan: Plan) -> float | None:
 
 def _trace(run: Run, rows: int) -> Trace | None:
     """What a launch of `rows` takes, from one that is thrown away."""
-    arena = Arena(run.call.device, LEAST_TRACED)
+    arena = Arena(run.call.device, LEAST_TRACED, run.plan.launch_bytes)
     try:
         # Whatever goes wrong here goes wrong in a launch again, and is told there.
         with suppress(Exception), same_draws():
