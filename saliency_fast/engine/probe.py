@@ -34,7 +34,7 @@ LEAN_FROM = 256 * 1024
 """Bytes of a point from which lean pays: below, its calls cost more than what they spare."""
 MOST = 512
 """Times its own bytes that a point takes as it is, at most, as a rule."""
-UNSEEN = 512 * 1024**2
+UNSEEN = 1536 * 1024**2
 """Bytes that the model as it is might take for one point without being foreseen on shapes first."""
 FREELY = 256 * 1024**2
 """Bytes that it may take where that was foreseen."""
