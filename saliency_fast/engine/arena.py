@@ -88,6 +88,11 @@ class Launches:
         return len(kinds) == 1
 
 
+def served(device: torch.device) -> bool:
+    """Whether launches on a device have an arena."""
+    return device.type == "cpu" and _library() is not None
+
+
 class Arena:
     """Gives a launch's tensors the memory that an earlier launch has let go of.
 
@@ -97,7 +102,7 @@ class Arena:
 
     def __init__(self, device: torch.device, least: int = LEAST, about: int = 0) -> None:
         """least: bytes from which memory is its own; about: what a launch is thought to take."""
-        self._library: Any = _library() if device.type == "cpu" else None
+        self._library: Any = _library() if served(device) else None
         self._handle: int | None = None
         self._expected: Trace | None = None
         if self._library is not None:

@@ -20,7 +20,7 @@ from saliency_fast.engine.probe import Probe, fitted, probe
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.run import Moment, Outcome, Run, average
-from saliency_fast.engine.traced import launches_of, seconds_per_point
+from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
 from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.model.calls import NotLeanError
@@ -63,6 +63,8 @@ class Job:
             while True:
                 started = time.perf_counter()
                 moment = next(moments, None)
+                if moment is None:
+                    wait_for(self.call.device)
                 seconds += time.perf_counter() - started
                 if moment is None:
                     break

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 
-from saliency_fast.engine.arena import LEAST_TRACED, Arena, Launches, Trace
+import torch
+
+from saliency_fast.engine.arena import LEAST_TRACED, Arena, Launches, Trace, served
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.trial import same_draws
@@ -20,7 +22,7 @@ LONG = 2.0
 
 def launches_of(run: Run, plan: Plan) -> Launches | None:
     """What launches up to the plan's size take; None where that cannot be told, or is little."""
-    if plan.launch_bytes < TRACED_FROM:
+    if plan.launch_bytes < TRACED_FROM or not served(run.call.device):
         return None
     # One row often goes another way through PyTorch; from two on pieces grow evenly.
     sizes = (2, 3) if plan.points_per_launch > 3 else (plan.points_per_launch,)
@@ -39,12 +41,19 @@ def seconds_per_point(run: Run, plan: Plan) -> float | None:
             for _ in range(2):
                 started = time.perf_counter()
                 run.try_launch(rows, arena)
+                wait_for(run.call.device)
                 found = time.perf_counter() - started
                 if found > LONG:
                     break
     finally:
         arena.close()
     return None if found is None else found / rows
+
+
+def wait_for(device: torch.device) -> None:
+    """Until what was asked of a device is done: GPUs answer before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _trace(run: Run, rows: int) -> Trace | None:

@@ -25,10 +25,10 @@ def convolved(
     output_padding: list[int],
     groups: int,
 ) -> Any:
-    """`aten::convolution`, by oneDNN also where PyTorch has another opinion.
+    """`aten::convolution`, by oneDNN also for one small volume.
 
-    For one small row it unfolds the input instead, which takes up to 27 times its memory and ten
-    times as long for a volume.
+    PyTorch unfolds its input instead, which takes up to 27 times the memory and 10 to 100 times as
+    long.
     """
     options = (stride, padding, dilation, transposed, output_padding, groups)
     if _by_onednn(x) and _plain(x, weight, bias, *options):
@@ -74,12 +74,12 @@ def _plain(
 
 
 def _layout(x: Tensor) -> torch.memory_format:
-    innermost = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    innermost = torch.channels_last_3d
     return innermost if x.is_contiguous(memory_format=innermost) else torch.contiguous_format
 
 
 def _by_onednn(x: Tensor) -> bool:
-    few = _ONEDNN and len(x) == 1 and x.dim() in (4, 5) and x.numel() > 0
+    few = _ONEDNN and len(x) == 1 and x.dim() == 5 and x.numel() > 0
     if not few or x.dtype != torch.float32 or type(x) is not Tensor:
         return False
     # Shapes alone answer that they are where the model's tensors would be.

@@ -1,4 +1,4 @@
-"""One row's convolutions in float32, which go to oneDNN by themselves, against float64."""
+"""Convolutions of one volume in float32, which go to oneDNN directly, against float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYOUTS = {2: torch.channels_last, 3: torch.channels_last_3d}
 def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
     """Input, weight and bias of one row, and the options of a convolution."""
     draw, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
-    axes, groups = draw.choice((2, 3)), draw.choice((1, 1, 2, 4))
+    axes, groups = draw.choice((2, 3, 3, 3)), draw.choice((1, 1, 2, 4))
     taken, made = (groups * draw.choice((1, 2, 3)) for _ in range(2))
     kernel = [draw.choice((1, 2, 3, 4)) for _ in range(axes)]
     stride, dilation = ([draw.choice((1, 1, 2, 3)) for _ in range(axes)] for _ in range(2))
