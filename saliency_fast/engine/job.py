@@ -16,13 +16,14 @@ from saliency_fast.engine.hoist import hoistable
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
-from saliency_fast.engine.probe import Probe, fitted, probe
+from saliency_fast.engine.probe import Probe, fitting, probe
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.run import Moment, Outcome, Run, average
 from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
 from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Model, Way
+from saliency_fast.errors import BudgetError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.routes import Inputs
 
@@ -138,10 +139,19 @@ def prepare(
         known[key] = known[key].as_it_is(reason)
         return known[key], planned(known[key])
 
-    probed, plan = fitted(probed, model, Trial(call, baselines[0], recipe), budget, planned)
-    way = probed.way if part is None else probed.way.within(part.box)
-    job = Job(model, call, recipe, baselines, part, way, plan, None, probed, as_it_is)
-    if way.tiled is None:
-        # Tiles are laid out by a budget of their own.
-        job.trace(planned)
-    return job
+    refusal: BudgetError | None = None
+    trial = Trial(call, baselines[0], recipe)
+    for found, plan in fitting(probed, model, trial, budget, planned):
+        way = found.way if part is None else found.way.within(part.box)
+        job = Job(model, call, recipe, baselines, part, way, plan, None, found, as_it_is)
+        try:
+            # Tiles are laid out by a budget of their own.
+            if way.tiled is None:
+                job.trace(planned)
+        except BudgetError as error:
+            # Its launches take more than its tensors told.
+            refusal = error
+        else:
+            return job
+    assert refusal is not None
+    raise refusal

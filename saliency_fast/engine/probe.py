@@ -5,7 +5,7 @@ Tells what a point costs either way, and lets a lean route serve only where both
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -152,19 +152,30 @@ def _verified(model: Model, trial: Trial, way: Way, budget: int) -> str | None:
     return None
 
 
-def fitted(
+def fitting(
     probed: Probe, model: Model, trial: Trial, budget: int, plan: Callable[[Probe], Plan]
-) -> tuple[Probe, Plan]:
-    """The first way, from what was probed to what takes least memory, that the plan can afford."""
+) -> Iterator[tuple[Probe, Plan]]:
+    """Ways that the plan can afford, from what was probed to what takes least memory; raises
+    BudgetError where there is none.
+    """
     try:
-        return probed, plan(probed)
+        first = plan(probed)
     except BudgetError as error:
-        shapes = replace(trial, foreseen=True)
-        for way in probed.way.smaller(budget, trial.call.device):
-            with suppress(BudgetError, NotLeanError):
-                found = replace(probed, way=way, cost=shapes.take(way, model).cost)
-                return found, plan(found)
-        raise error
+        refusal: BudgetError | None = error
+    else:
+        refusal = None
+        yield probed, first
+    shapes, found = replace(trial, foreseen=True), refusal is None
+    for way in probed.way.smaller(budget, trial.call.device):
+        try:
+            smaller = replace(probed, way=way, cost=shapes.take(way, model).cost)
+            planned = plan(smaller)
+        except (BudgetError, NotLeanError):
+            continue
+        found = True
+        yield smaller, planned
+    if refusal is not None and not found:
+        raise refusal
 
 
 def _ways(model: Model, trial: Trial, recording: Recording) -> tuple[list[Way], str | None]:
