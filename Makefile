@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint types imports unit bench bench-gpu accuracy format clean
+.PHONY: demo test lint types imports unit bench bench-gpu larger accuracy format clean
 
 demo: $(VENV)/installed
 	$(BIN)/saliency-fast demo --out out
@@ -32,6 +32,10 @@ bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.lean
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.tables
+
+# Inputs larger than memory: three minutes and 14 GiB.
+larger: $(VENV)/test-installed
+	$(BIN)/python -m benchmarks.larger
 
 # How far maps are off, and how well the estimate tells it: two minutes more.
 accuracy: $(VENV)/test-installed
