@@ -8,6 +8,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "cpu/halves.h"
 #include "cpu/launch.h"
 #include "cpu/random_rows.h"
 #include "cpu/simd.h"
@@ -23,39 +24,6 @@ Kind kind_of(std::string_view name) {
   if (name == "absolute") return Kind::absolute;
   TORCH_CHECK_VALUE(false, "kind must be one of sum, square, absolute: got '", name, "'");
 }
-
-// Bits of a half-precision number; the conversion has no branch, so that it vectorises.
-struct Half {
-  uint16_t bits;
-};
-struct Brain {
-  uint16_t bits;
-};
-
-SALIENCY_FAST_INLINE float as_float(uint32_t bits) {
-  float number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
-SALIENCY_FAST_INLINE float widen(Brain number) {
-  return as_float(static_cast<uint32_t>(number.bits) << 16);
-}
-
-SALIENCY_FAST_INLINE float widen(Half number) {
-  const uint32_t bits = static_cast<uint32_t>(number.bits) << 16;
-  const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  // Moved to float's place the exponent is 112 too small, or that of infinity and NaN 224.
-  const float normal = as_float((magnitude >> 3) + (0xE0u << 23)) * 0x1.0p-112f;
-  const float subnormal = as_float((magnitude >> 16) | (126u << 23)) - 0.5f;
-  const float chosen = magnitude < (0x0400u << 16) ? subnormal : normal;
-  uint32_t found;
-  std::memcpy(&found, &chosen, sizeof found);
-  return as_float(found | (bits & 0x80000000u));
-}
-
-SALIENCY_FAST_INLINE float widen(float number) { return number; }
-SALIENCY_FAST_INLINE double widen(double number) { return number; }
 
 template <Kind kKind, typename T, typename G>
 SALIENCY_FAST_INLINE void fold_as(T* total, const G* grads, T weight, int64_t count) {

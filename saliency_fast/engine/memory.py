@@ -127,12 +127,15 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def size_of(self, tensor: Tensor) -> tuple[int, int]:
         """A key of the tensor's memory, and its bytes where they are new inside the `with`."""
+        if tensor.layout != torch.strided:
+            return id(tensor), 0
         key = id(tensor.untyped_storage())
         return key, self._sizes.get(key, 0)
 
     def _watch(self, values: object, *, new: bool) -> None:
         for value in tree_iter(values):
-            if isinstance(value, Tensor):
+            # Sparse tensors have no memory of their own; their parts are seen when they are made.
+            if isinstance(value, Tensor) and value.layout == torch.strided:
                 self._watch_storage(value.untyped_storage(), new)
 
     def _watch_storage(self, storage: torch.UntypedStorage, new: bool) -> None:
@@ -164,13 +167,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Ledger(torch.autograd.graph.saved_tensors_hooks):
     """Notes what autograd keeps for the backward pass: `kept` bytes by the name in `label`.
 
+    accepted: False where the model does not take its hooks.
     Memory is counted once, and not at all where `meter` has not seen it made: weights, inputs.
     """
 
     def __init__(self, meter: MemoryMeter) -> None:
         super().__init__(self._note, lambda tensor: tensor)
         self.meter, self._known = meter, set[int]()
-        self.label, self.kept = "", dict[str, int]()
+        self.label, self.kept, self.accepted = "", dict[str, int](), True
 
     def _note(self, tensor: Tensor) -> Tensor:
         key, size = self.meter.size_of(tensor)

@@ -125,10 +125,16 @@ class Trial:
         return replace(taken, grads=[hoist.lower(one) for one in taken.grads])
 
     def _measured(self, ledger: Ledger, gradients: Callable[[], Any]) -> Taken:
+        hooks: AbstractContextManager[object] = ledger if ledger.accepted else nullcontext()
         try:
-            with self._place(), same_draws(), ledger.meter, ledger:
+            with self._place(), same_draws(), ledger.meter, hooks:
                 scores, _, grads = gradients()
         except (RuntimeError, MemoryError) as error:
+            if ledger.accepted and _refuses_hooks(error):
+                # What autograd keeps of such a model is not counted; all else is.
+                again = Ledger(MemoryMeter())
+                again.accepted = False
+                return self._measured(again, gradients)
             if not is_out_of_memory(error):
                 raise
             raise BudgetError(
@@ -162,6 +168,11 @@ class Trial:
         level = self.recipe.levels[0].to(self.call.device)
         source = self.recipe.family.bind(self.call.inputs, self.baselines)
         return source.write(level.rows(item, 0, rows)), item
+
+
+def _refuses_hooks(error: BaseException) -> bool:
+    """Whether the model uses torch.func, whose transforms take no saved-tensor hooks."""
+    return "saved tensor hooks" in str(error)
 
 
 @contextmanager

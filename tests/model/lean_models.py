@@ -262,7 +262,9 @@ case("checkpoint", "off")(
 )
 case("vmap", "off")(lambda m, x: torch.vmap(lambda one: m.first(one[None])[0].relu())(x))
 case("vmap of sines", "watched")(lambda m, x: torch.vmap(torch.sin)(m.first(x)))
-case("func.grad", "off")(lambda m, x: torch.func.grad(lambda y: m.first(y).sin().sum())(x))
+case("func.grad", "off")(
+    lambda m, x: m.first(torch.func.grad(lambda y: m.first(y).sin().sum())(x) + x)
+)
 case("sparse", "watched")(
     lambda m, x: m.first(x) * x[0, 0].detach().to_sparse().to_dense().shape[0]
 )

@@ -17,17 +17,9 @@ def _always_lean():
         yield
 
 
-BEYOND_THE_ENGINE = {
-    "func.grad": "torch.func.grad refuses saved-tensor hooks, by which a probe counts bytes",
-    "sparse": "the meter of a probe asks sparse tensors for their storage",
-}
-
-
 @pytest.mark.parametrize("method", METHODS, ids=["line", "noise"])
 @pytest.mark.parametrize("name", CASES)
-def test_against_autograd(name: str, method: Any, request: pytest.FixtureRequest) -> None:
-    if name in BEYOND_THE_ENGINE:
-        request.applymarker(pytest.mark.xfail(reason=BEYOND_THE_ENGINE[name], strict=True))
+def test_against_autograd(name: str, method: Any) -> None:
     case = CASES[name]
     engine = sf.Engine(case.make(), method, points_per_launch=case.launch)
     check(engine, case)

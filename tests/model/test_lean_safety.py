@@ -112,8 +112,6 @@ REFUSED = [name for name, one in CASES.items() if one.way == "watched"]
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_nothing_is_left_of_a_refusal(name: str) -> None:
-    if name == "sparse":
-        pytest.skip("the engine does not get so far")
     case = CASES[name]
     engine = sf.Engine(case.make(), NOISE, hashes=False, points_per_launch=1)
     gc.disable()

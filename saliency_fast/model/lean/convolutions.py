@@ -14,24 +14,14 @@ _convolution = torch.ops.aten.convolution
 _ONEDNN = bool(torch._C._has_mkldnn)
 
 
-def convolved(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> Any:
-    """`aten::convolution`, by oneDNN also for one small volume.
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
+    """`aten::convolution` with its options, by oneDNN also for one small volume.
 
     PyTorch unfolds its input instead, which takes up to 27 times the memory and 10 to 100 times as
     long.
     """
-    options = (stride, padding, dilation, transposed, output_padding, groups)
-    if _by_onednn(x) and _plain(x, weight, bias, *options):
+    if _by_onednn(x) and _plain(x, weight, *options):
+        stride, padding, dilation, transposed, output_padding, groups = options
         # As `aten::convolution` hands them on.
         layout = _layout(x)
         x, weight = [one.contiguous(memory_format=layout) for one in (x, weight)]
@@ -47,7 +37,6 @@ def convolved(
 def _plain(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
     stride: list[int],
     padding: list[int],
     dilation: list[int],
@@ -90,22 +79,11 @@ def _by_onednn(x: Tensor) -> bool:
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        transposed: bool,
-        output_padding: list[int],
-        groups: int,
-    ) -> Any:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
+        stride, padding, dilation, transposed, _, groups = options
         ctx.save_for_backward(weight)
         ctx.size = x.shape[2:]
         ctx.options = (stride, padding, dilation, transposed, groups)
-        options = (stride, padding, dilation, transposed, output_padding, groups)
         return convolved(x, weight, bias, *options)
 
     @staticmethod
