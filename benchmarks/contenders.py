@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from benchmarks.models import Workload
 from saliency_fast.engine import hoist
-from saliency_fast.engine.bind import PRECISIONS
 from saliency_fast.engine.plan import Plan
+from saliency_fast.model.precision import PRECISIONS
 
 SIGMA = 0.15
 """Of SmoothGrad, absolute; the workloads' inputs have a deviation of one or a range of one."""
@@ -327,7 +327,7 @@ MAKERS: dict[str, Maker] = {
     TUNED: _tuned(),
     LOOP: Loop,
     f"{OURS}, channels-last": _ours("float32"),
-    **{f"{OURS}, {precision}": _ours(precision) for precision in PRECISIONS[1:]},
+    **{f"{OURS}, {precision}": _ours(precision) for precision in list(PRECISIONS)[1:]},
     f"{TUNED}, float16 autocast": _tuned(autocast=torch.float16),
     f"{TUNED}, bfloat16 autocast": _tuned(autocast=torch.bfloat16),
     f"{TUNED}, compiled": _tuned(compiled=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from saliency_fast import record
 from saliency_fast.attribution import REGION_MASK, Attribution, Provenance
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.engine.bind import PRECISIONS, Call, bind
+from saliency_fast.engine.bind import Call, bind
 from saliency_fast.engine.job import Job, Known, prepare
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.plan import Plan
@@ -26,6 +27,7 @@ from saliency_fast.engine.run import Moment, Outcome, need_finite
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import read_method
 from saliency_fast.model.guard import untouched
+from saliency_fast.model.precision import AUTO, PRECISIONS
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import describe_baseline, describe_target
@@ -35,8 +37,12 @@ from saliency_fast.version import __version__
 class Engine:
     """A model and a method, ready to explain many inputs from many threads.
 
-    model: any callable from input tensors to an output. method: a name or a method. precision:
-    the models' arithmetic, "float32" (float64 inputs stay float64). memory_budget: bytes or text
+    model: any callable from input tensors to an output. method: a name or a method. precision: of
+    the model's convolutions and matrix products: "float32" (float64 inputs stay float64),
+    "bfloat16" and, on GPUs, "tf32" or "float16"; what it costs a map is measured on some of its
+    points and part of `Attribution.error`. "auto" is the fastest that costs no more than
+    `tolerance`, relative L2: .01, or half of the method's own tolerance, unless given.
+    memory_budget: bytes or text
     such as "8GiB" over what is in use, 80 % of what is free unless given. points_per_launch: an
     upper bound, for those who know better than the plan. lean: whether points keep only what their
     gradients need from forward to backward, with the same maps to rounding. progress: shows a
@@ -51,6 +57,7 @@ class Engine:
         method: Method | str = "integrated_gradients",
         *,
         precision: str = "float32",
+        tolerance: float | None = None,
         memory_budget: int | str | None = None,
         points_per_launch: int | None = None,
         lean: bool = True,
@@ -59,10 +66,13 @@ class Engine:
     ) -> None:
         if not callable(model):
             raise InputTypeError(f"model must be callable: got {type(model).__name__}")
-        if precision not in PRECISIONS:
-            raise InputError(f"precision must be one of {', '.join(PRECISIONS)}: got {precision!r}")
+        if precision not in (*PRECISIONS, AUTO):
+            names = ", ".join((*PRECISIONS, AUTO))
+            raise InputError(f"precision must be one of {names}: got {precision!r}")
+        if tolerance is not None and not 0.0 < tolerance < math.inf:
+            raise InputError(f"tolerance must be a positive number: got {tolerance!r}")
         self.model, self.method = model, read_method(method)
-        self.precision, self.lean = precision, lean
+        self.precision, self.tolerance, self.lean = precision, tolerance, lean
         self.progress, self.hashes = progress, hashes
         self.limits = Limits(memory_budget, points_per_launch)
         self._recipe = self.method.recipe()
@@ -148,7 +158,10 @@ class Engine:
     def _prepare(self, call: Call, baseline: Baseline, region: Region) -> Job:
         recipe, limits, known = self._recipe, self.limits, self._probed
         return prepare(
-            self.model, self.method, recipe, call, baseline, region, limits, known, lean=self.lean
+            *(self.model, self.method, recipe, call, baseline, region, limits, known),
+            lean=self.lean,
+            precision=self.precision,
+            tolerance=self.tolerance,
         )
 
     def _hashes(self, call: Call) -> dict[str, Any]:
@@ -172,7 +185,7 @@ class Engine:
     def _attribution(
         self, job: Job, outcome: Outcome, baseline: Baseline, training: bool, facts: dict[str, Any]
     ) -> Attribution:
-        call, squeeze = job.call, not job.call.targets.many
+        call, squeeze, lost = job.call, not job.call.targets.many, outcome.precision_error
         target, kept = describe_target(call.targets)
         baseline_spec, baseline_kept = describe_baseline(baseline)
         provenance = Provenance(
@@ -180,7 +193,7 @@ class Engine:
             parameters=_parameters(self.method),
             target=target,
             baseline=baseline_spec,
-            precision=self.precision,
+            precision=job.plan.precision,
             dtype=job.plan.dtype,
             device=job.plan.device,
             backend=job.plan.backend,
@@ -191,6 +204,7 @@ class Engine:
             lean=self.lean,
             way=str(job.way),
             region=None if job.part is None else [list(span) for span in job.part.box],
+            notes={} if lost is None else {"underflow": outcome.underflow},
             **facts,
         )
         whole = outcome.values if job.part is None else tuple(map(job.part.kept, outcome.values))
@@ -202,6 +216,7 @@ class Engine:
             # Of a part, the values do not add up to the score.
             delta=_column(outcome.delta, squeeze) if job.part is None else None,
             error=_column(outcome.error, squeeze),
+            precision_error=_column(lost, squeeze),
             classes=_column(outcome.classes, squeeze),
             points=outcome.points,
             converged=outcome.converged,
@@ -228,6 +243,7 @@ def explain(
     forward_args: Any = (),
     forward_kwargs: Mapping[str, Any] | None = None,
     precision: str = "float32",
+    tolerance: float | None = None,
     memory_budget: int | str | None = None,
     points_per_launch: int | None = None,
     lean: bool = True,
@@ -255,6 +271,7 @@ def explain(
         model,
         method,
         precision=precision,
+        tolerance=tolerance,
         memory_budget=memory_budget,
         points_per_launch=points_per_launch,
         lean=lean,

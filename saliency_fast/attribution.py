@@ -60,7 +60,8 @@ class Attribution:
     exact methods and NaN where it is unknown. delta: sum of the values - (scores -
     baseline_scores), None for methods without completeness. classes int64: the explained class.
     points [B]: gradients taken. converged [B]: whether a tolerance was met, None without one.
-    kept: tensors that a replay needs (baselines, masks).
+    kept: tensors that a replay needs (baselines, masks). precision_error: what of the error is the
+    precision's, as measured on some of the points; None for float32.
     """
 
     values: Tensor | Inputs
@@ -73,6 +74,7 @@ class Attribution:
     converged: Tensor | None
     provenance: Provenance
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    precision_error: Tensor | None = None
 
     def __repr__(self) -> str:
         """One line: method, shapes, and the worst that is known of the maps."""
@@ -163,6 +165,7 @@ _OPTIONAL = (
     "classes",
     "points",
     "converged",
+    "precision_error",
 )
 
 

@@ -16,8 +16,9 @@ from saliency_fast.methods import make_method
 from saliency_fast.model.routes import Inputs
 from saliency_fast.specs import restore_baseline, restore_target
 
-TOLERANCE = {"float32": 1e-4, "float64": 1e-9}
-"""Relative L2 distance within which two runs agree: rounding, amplified by a model's kinks."""
+TOLERANCE = {"float32": 1e-4, "float64": 1e-9, "float16": 1e-2, "bfloat16": 5e-2}
+"""Relative L2 distance within which two runs agree, by the model's type: rounding, amplified by a
+model's kinks. A precision may move a map as far as it was found to."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def replay(
     same_input = _same(past.input_sha256, again.provenance.input_sha256)
     same_weights = _same(past.weights_sha256, record.weights_sha256(model))
     error, tolerance = relative_l2(again, old), TOLERANCE[past.dtype]
+    if old.precision_error is not None:
+        tolerance = max(tolerance, float(old.precision_error.max()))
     agrees = error <= tolerance and same_input is not False and same_weights is not False
     return Replay(agrees, error, tolerance, same_input, same_weights, again)
 

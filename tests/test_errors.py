@@ -81,9 +81,13 @@ def with_value(index: int, value: float) -> Tensor:
 
 
 INPUTS = {
-    "integers": asked("float32 or float64|got torch.int32|.float()", InputTypeError, X.int()),
-    "half": asked("float32 or float64|got torch.float16|.float()", InputTypeError, X.half()),
-    "booleans": asked("float32 or float64|got torch.bool", InputTypeError, X > 0),
+    "integers": asked(
+        "float32, float64, float16 or bfloat16|got torch.int32|.float()", InputTypeError, X.int()
+    ),
+    "half": asked("got float16|weights are float32|.float()", InputTypeError, X.half()),
+    "booleans": asked(
+        "float32, float64, float16 or bfloat16|got torch.bool", InputTypeError, X > 0
+    ),
     "no tensor": asked("must be a tensor|got float|torch.as_tensor", InputTypeError, 3.0),
     "nan": asked("NaN or infinity|expected finite|isfinite", InputError, with_value(7, NAN)),
     "infinity": asked("NaN or infinity|expected finite", InputError, with_value(-1, INF)),

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.precision import HALVES
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target, Targets, read_targets
-
-PRECISIONS = ("float32",)
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one call explains: inputs [B, *] each, contiguous and detached, and its targets."""
+    """What one call explains: inputs [B, *] each, contiguous and detached, and its targets.
+
+    dtypes: what the model takes. Inputs in half types are float32 here: points are written, and
+    gradients added up, in float32 whatever the model's type.
+    """
 
     inputs: Inputs
+    dtypes: tuple[torch.dtype, ...]
     is_tuple: bool
     targets: Targets
     args: tuple[Any, ...]
@@ -30,6 +34,11 @@ class Call:
     @property
     def batch(self) -> int:
         return len(self.inputs[0])
+
+    @property
+    def halves(self) -> bool:
+        """Whether the model takes half types."""
+        return any(one in HALVES for one in self.dtypes)
 
     @property
     def device(self) -> torch.device:
@@ -43,21 +52,24 @@ def bind(
     kwargs: Mapping[str, Any] | None,
 ) -> Call:
     """Validates a call; raises InputError or InputTypeError with what, got, expected and cure."""
-    parts = read_inputs(inputs)
+    parts, dtypes = read_inputs(inputs)
     # Else these would be inference tensors, which no gradient may pass, where the caller is in
     # inference mode.
     with torch.inference_mode(False):
         targets = read_targets(target, len(parts[0])).to(parts[0].device)
         args = tuple(_plain(one) for one in (args if isinstance(args, tuple) else (args,)))
         kwargs = {name: _plain(one) for name, one in (kwargs or {}).items()}
-    return Call(parts, isinstance(inputs, (tuple, list)), targets, args, kwargs)
+    return Call(parts, dtypes, isinstance(inputs, (tuple, list)), targets, args, kwargs)
 
 
 def _plain(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def read_inputs(inputs: Tensor | tuple[Tensor, ...]) -> Inputs:
+def read_inputs(
+    inputs: Tensor | tuple[Tensor, ...],
+) -> tuple[Inputs, tuple[torch.dtype, ...]]:
+    """The inputs, float32 where they were half, and the types that they had."""
     parts = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if not parts:
         raise InputError("inputs is an empty tuple: pass at least one tensor")
@@ -76,7 +88,8 @@ def read_inputs(inputs: Tensor | tuple[Tensor, ...]) -> Inputs:
             )
     for number, x in enumerate(parts):
         _check_finite(x, f"input {number}" if len(parts) > 1 else "the input")
-    return tuple(x.detach().contiguous() for x in parts)
+    wide = [x.float() if x.dtype in HALVES else x for x in parts]
+    return tuple(x.detach().contiguous() for x in wide), tuple(x.dtype for x in parts)
 
 
 def _check(x: Any, name: str) -> None:
@@ -84,10 +97,10 @@ def _check(x: Any, name: str) -> None:
         raise InputTypeError(
             f"{name} must be a tensor: got {type(x).__name__}; use torch.as_tensor"
         )
-    if x.dtype not in (torch.float32, torch.float64):
+    if x.dtype not in (torch.float32, torch.float64, *HALVES):
         raise InputTypeError(
-            f"{name} must be float32 or float64: got {x.dtype}; use .float(), or pass token ids "
-            "and the like through forward_args and explain their embeddings"
+            f"{name} must be float32, float64, float16 or bfloat16: got {x.dtype}; use .float(), "
+            "or pass token ids and the like through forward_args and explain their embeddings"
         )
     if x.dim() < 2:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,9 +44,15 @@ class Folds:
         baselines: Inputs,
         maps: int,
         hoist: Hoist | None = None,
+        among: Tensor | None = None,
     ) -> None:
-        self.recipe, self.inputs, self.baselines, self.maps = recipe, inputs, baselines, maps
-        self.hoist = hoist
+        """among: the examples int64 [E] that maps are of, which may repeat; all, unless given."""
+        self.recipe, self.maps, self.hoist, self.among = recipe, maps, hoist, among
+        if among is not None:
+            inputs = tuple(x[among] for x in inputs)
+            if recipe.baseline == "one":
+                baselines = tuple(one if len(one) == 1 else one[among] for one in baselines)
+        self.inputs, self.baselines = inputs, baselines
         self.batch = len(inputs[0])
         self.width = 1 if recipe.at_input else 2
         self.nested = len(recipe.levels) > 1
@@ -76,27 +83,47 @@ class Folds:
             pair[active, :, 0] = pair[active, :, 1]
             pair[active, :, 1] *= keep
 
-    def add(self, rows: Rows, grads: list[Inputs], source: Source) -> None:
-        """Folds a launch in; grads holds for each of K targets the gradients [R, *] per input."""
+    def add(
+        self,
+        rows: Rows,
+        grads: list[Inputs],
+        source: Source,
+        scale: float = 1.0,
+        place: Tensor | None = None,
+    ) -> None:
+        """Folds a launch in; grads holds for each of K targets the gradients [R, *] per input,
+        `scale` times as large as they are. place: the rows' places among the maps, their examples'
+        unless given.
+        """
         fold = torch.ones_like(rows.fold) if self.nested else rows.fold
+        place = rows.item if place is None else place
         for k, one in enumerate(grads):
-            slot = (rows.item * self.maps + k) * self.width + fold
+            slot = (place * self.maps + k) * self.width + fold
             self.weight.index_add_(0, slot, rows.weight)
             for number, gradient in enumerate(one):
-                self._fold(number, gradient, slot, rows, source)
+                self._fold(number, gradient, slot, rows, source, scale)
 
     def _fold(
-        self, number: int, gradient: Tensor, slot: Tensor, rows: Rows, source: Source
+        self,
+        number: int,
+        gradient: Tensor,
+        slot: Tensor,
+        rows: Rows,
+        source: Source,
+        scale: float,
     ) -> None:
-        total = self.totals[number]
+        total, weight = self.totals[number], rows.weight
         if self.recipe.reduction == "variance":
             count = self.counts[number]
+            gradient = gradient if scale == 1.0 else gradient.to(total.dtype) / scale
             ops.accumulate_moments(self.means[number], total, count, gradient, slot)
         elif self.recipe.factor == "line":
             lines = source.lines(number, rows)
-            ops.accumulate_random_lines(total, gradient, slot, rows.weight, *lines)
+            ops.accumulate_random_lines(total, gradient, slot, weight / scale, *lines)
         else:
-            ops.accumulate(total, gradient, slot, rows.weight, self.recipe.reduction)
+            if scale != 1.0:
+                weight = weight / (scale**2 if self.recipe.reduction == "square" else scale)
+            ops.accumulate(total, gradient, slot, weight, self.recipe.reduction)
 
     def estimate(self) -> Estimate:
         """The maps from all that was folded in so far, each scaled to the weight it has seen."""
@@ -126,8 +153,9 @@ class Folds:
             return
         wholes, gaps = zip(*map(self._whole_and_gap, numbers), strict=True)
         known = [gap for gap in gaps if gap is not None]
-        lowered = self.hoist.lower(tuple(known)) if known else (None,) * len(self.inputs)
-        yield from zip(self.hoist.lower(wholes), lowered, strict=True)
+        lower = partial(self.hoist.lower, among=self.among)
+        lowered = lower(tuple(known)) if known else (None,) * len(self.inputs)
+        yield from zip(lower(wholes), lowered, strict=True)
 
     def _whole_and_gap(self, number: int) -> tuple[Tensor, Tensor | None]:
         """A map and the difference that tells its error, before the factor: [S, *] each."""
@@ -174,3 +202,8 @@ def square_norm(values: Tensor) -> Tensor:
     pieces = torch.split(values.flatten(1), max(1, 2**20 // len(values)), dim=1)
     norms = [torch.linalg.vector_norm(one, dim=1, dtype=torch.float64) for one in pieces]
     return torch.stack(norms).square().sum(0)
+
+
+def norm_of(values: Inputs) -> Tensor:
+    """L2 norm of each map over all inputs: float64 [S]."""
+    return torch.stack([square_norm(one) for one in values]).sum(0).sqrt()

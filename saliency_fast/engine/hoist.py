@@ -11,6 +11,7 @@ from torch import Tensor
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.model.function import PointFunction
+from saliency_fast.model.precision import FLOAT32, arithmetic
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs, Recorded, tensors_among
 
@@ -51,17 +52,23 @@ class Hoist:
         parts = []
         for part in self._parts(item.numel()):
             extras = self._extras(item[part])
-            parts.append(self.prefix.lift(tuple(one[part] for one in table), extras))
+            with arithmetic(FLOAT32, item.device):
+                parts.append(self.prefix.lift(tuple(one[part] for one in table), extras))
         return _joined(parts)
 
-    def lower(self, sums: Inputs) -> Inputs:
-        """Sums of gradients [S, *] at the places, as they are at the inputs; S = B * K slots."""
+    def lower(self, sums: Inputs, among: Tensor | None = None) -> Inputs:
+        """Sums of gradients [S, *] at the places, as they are at the inputs; S = B * K slots, or
+        those of the examples `among` alone.
+        """
         parts = []
-        each = max(1, len(sums[0]) // self.call.batch)
+        if among is None:
+            among = torch.arange(self.call.batch, device=sums[0].device)
+        each = max(1, len(sums[0]) // len(among))
         for part in self._parts(len(sums[0])):
-            item = torch.arange(part.start, part.stop, device=sums[0].device) // each
-            rows = tuple(one[part] for one in sums)
-            parts.append(self.prefix.lower(rows, self.call.inputs, self._extras(item)))
+            slot = torch.arange(part.start, part.stop, device=sums[0].device)
+            rows, item = tuple(one[part] for one in sums), among[slot // each]
+            with arithmetic(FLOAT32, sums[0].device):
+                parts.append(self.prefix.lower(rows, self.call.inputs, self._extras(item)))
         return _joined(parts)
 
     def first(self) -> tuple[Inputs, list[Tensor]]:

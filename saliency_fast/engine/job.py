@@ -2,38 +2,61 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.hoist import hoistable
+from saliency_fast.engine.loss import Loss
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
-from saliency_fast.engine.probe import Probe, fitting, probe
+from saliency_fast.engine.probe import Probe, fitting, in_precision, probe
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.run import Moment, Outcome, Run, average
 from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
 from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Model, Way
-from saliency_fast.errors import BudgetError
+from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
 from saliency_fast.model.calls import NotLeanError
+from saliency_fast.model.precision import (
+    AUTO,
+    FLOAT32,
+    OF_DEVICE,
+    PRECISIONS,
+    Precision,
+    read_precision,
+)
 from saliency_fast.model.routes import Inputs
 
+ALLOWED = 0.01
+"""Relative L2 that precision "auto" may cost a map, unless the user says otherwise."""
+FASTER = 0.9
+"""Of a float32 point's time, what a precision may take to count as faster."""
 Known = dict[tuple[object, ...], Probe]
 """What points of a model took, by their shapes and by what they were asked for."""
 
 
+class _CostlyError(Exception):
+    """A precision costs a map more than it may."""
+
+
 @dataclass
 class Job:
-    """A call ready to run. way, plan and launches change where a launch does what no probe did."""
+    """A call ready to run. way, plan and launches change where a launch does what no probe did.
+
+    otherwise: the same call in another precision, where this one costs its maps more than `limit`.
+    """
 
     model: Model
     call: Call
@@ -45,21 +68,31 @@ class Job:
     launches: Launches | None
     _probed: Probe
     _as_it_is: Callable[[str], tuple[Probe, Plan]]
+    otherwise: Callable[[str], Job] | None = None
+    limit: float = math.inf
 
     def moments(self) -> Iterator[Moment]:
-        """The moments of the call, from the beginning again where its way turns out not to hold."""
+        """The moments of the call, from the beginning again where its way turns out not to hold, or
+        a precision to cost more than it may.
+        """
         try:
             yield from self._moments()
         except NotLeanError as refusal:
             self._probed, self.plan = self._as_it_is(f"given up in a launch: {refusal}")
-            self.way, self.launches = self._probed.way, None
+            self.way, self.launches = self._probed.way.of_now(), None
             yield from self._moments()
+        except _CostlyError as found:
+            assert self.otherwise is not None
+            # All but the call itself: its plan and its way are another precision's.
+            self.__dict__.update(self.otherwise(str(found)).__dict__)
+            yield from self.moments()
 
     def _moments(self) -> Iterator[Moment]:
         """The moments of one run for each baseline; outcomes average over those so far."""
         finished: list[Outcome] = []
         for number in range(len(self.baselines)):
-            run, last, seconds = self.run(number), None, 0.0
+            known = self._known()
+            run, last, seconds = self.run(number, known), None, 0.0
             moments = run.moments()
             while True:
                 started = time.perf_counter()
@@ -69,6 +102,8 @@ class Job:
                 seconds += time.perf_counter() - started
                 if moment is None:
                     break
+                if last is None and run.loss is not None:
+                    self._judge(moment.outcome(), new=known is None)
                 last, before = moment, tuple(finished)
                 yield Moment(
                     last.done + number * last.of,
@@ -79,10 +114,28 @@ class Job:
                 self._probed.seconds[self._kind] = seconds / max(1, last.done)
                 finished.append(last.outcome())
 
-    def run(self, number: int = 0) -> Run:
+    def _judge(self, outcome: Outcome, *, new: bool) -> None:
+        """Takes note of what the precision costs; raises where that is more than it may."""
+        assert outcome.precision_error is not None
+        if new:
+            self._probed.losses.note(outcome.precision_error, outcome.underflow)
+        worst = float(outcome.precision_error.max())
+        # Not `>`: what is not known may be anything.
+        if self.otherwise is not None and not worst <= self.limit:
+            name = self.way.precision.name
+            raise _CostlyError(f"{name} would cost {worst:.2g}, and {self.limit:.2g} is allowed")
+
+    def _known(self) -> Loss | None:
+        """What is known of the precision's cost."""
+        if self.way.precision.exact:
+            return None
+        maps, points = self.call.targets.count, self.plan.points
+        return self._probed.losses.known(points, maps, self.call.device)
+
+    def run(self, number: int = 0, known: Loss | None = None) -> Run:
         """A run over the baseline of that number."""
-        baselines, plan = self.baselines[number], self.plan
-        return Run(self.way, self.model, self.call, baselines, self.recipe, plan, self.launches)
+        baselines, plan, way = self.baselines[number], self.plan, self.way
+        return Run(way, self.model, self.call, baselines, self.recipe, plan, self.launches, known)
 
     @property
     def _kind(self) -> tuple[str, int]:
@@ -110,6 +163,109 @@ class Job:
         self.plan = replace(self.plan, seconds_per_point=seconds[self._kind])
 
 
+@dataclass(frozen=True)
+class _Preparation:
+    """What the jobs of one call have in common, whatever their precision."""
+
+    model: Model
+    method: Method
+    recipe: Recipe
+    call: Call
+    baselines: list[Inputs]
+    part: Part | None
+    limits: Limits
+    known: Known
+    lean: bool
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        call, recipe = self.call, self.recipe
+        further = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
+        tensors = (*call.inputs, *further)
+        shapes = (call.dtypes, *((x.shape[1:], x.dtype, x.device) for x in tensors))
+        # The prefix differs between methods whose points lie on lines and others.
+        kind = (recipe.family.straight, hoistable(recipe))
+        return shapes, call.targets.count, self.lean, kind
+
+    @property
+    def _trial(self) -> Trial:
+        return Trial(self.call, self.baselines[0], self.recipe)
+
+    def probed(self, precision: Precision) -> Probe:
+        """What is known of a point, or is found out now."""
+        key = (*self._key, precision.name)
+        found = self.known.get(key)
+        if found is not None and found.holds(self.model, self.call):
+            return found
+        if precision.exact:
+            budget, first = read_budget(self.limits.memory_budget, self.call.device), self.baselines
+            trial = (self.model, self.call, self.recipe, first[0])
+            found = probe(*trial, lean=self.lean, budget=budget)
+        else:
+            exact = self.probed(FLOAT32)
+            found = in_precision(exact, precision, self.model, self._trial)
+        self.known[key] = found
+        return found
+
+    def job(self, precision: Precision, said: str | None = None) -> Job:
+        """A job by the first way that the plan affords; `said`: why not in another precision."""
+        probed, key = self.probed(precision), (*self._key, precision.name)
+        budget = read_budget(self.limits.memory_budget, self.call.device)
+        planned = partial(self._planned, said)
+
+        def as_it_is(reason: str) -> tuple[Probe, Plan]:
+            self.known[key] = self.known[key].as_it_is(reason)
+            return self.known[key], planned(self.known[key])
+
+        refusal: BudgetError | None = None
+        for found, plan in fitting(probed, self.model, self._trial, budget, planned):
+            way = (found.way if self.part is None else found.way.within(self.part.box)).of_now()
+            parts = (self.call, self.recipe, self.baselines, self.part)
+            job = Job(self.model, *parts, way, plan, None, found, as_it_is)
+            try:
+                # Tiles are laid out by a budget of their own.
+                if way.tiled is None:
+                    job.trace(planned)
+            except BudgetError as error:
+                # Its launches take more than its tensors told.
+                refusal = error
+            else:
+                return job
+        assert refusal is not None
+        raise refusal
+
+    def fastest(self, limit: float) -> Job:
+        """A job in the fastest precision whose maps are off by `limit` at most."""
+        exact = self.probed(FLOAT32)
+        if not exact.order:
+            exact.order.extend(self._order())
+        return self._among(tuple(exact.order), limit, None)
+
+    def _among(self, names: Sequence[str], limit: float, said: str | None) -> Job:
+        job = self.job(PRECISIONS[names[0]], said)
+        if len(names) > 1:
+            job.limit, job.otherwise = limit, partial(self._among, names[1:], limit)
+        return job
+
+    def _order(self) -> list[str]:
+        """Precisions that are faster than float32 here, the fastest first, and float32."""
+        found = {}
+        for name in OF_DEVICE.get(self.call.device.type, (FLOAT32.name,)):
+            with suppress(ModelError, BudgetError):
+                job = self.job(PRECISIONS[name])
+                job.time()
+                found[name] = job.plan.seconds_per_point or math.inf
+        least = FASTER * found.get(FLOAT32.name, math.inf)
+        faster = [name for name, seconds in found.items() if seconds <= least]
+        others = sorted((one for one in faster if one != FLOAT32.name), key=lambda n: found[n])
+        return [*others, FLOAT32.name]
+
+    def _planned(self, said: str | None, probed: Probe, launches: Launches | None = None) -> Plan:
+        call, recipe, limits = self.call, self.recipe, self.limits
+        plan = make_plan(self.method, recipe, call, self.baselines, probed, limits, launches)
+        return plan if said is None else replace(plan, notes=(*plan.notes, f"precision: {said}"))
+
+
 def prepare(
     model: Model,
     method: Method,
@@ -121,37 +277,40 @@ def prepare(
     known: Known,
     *,
     lean: bool,
+    precision: str = FLOAT32.name,
+    tolerance: float | None = None,
 ) -> Job:
-    """Probes what is not known yet, and plans; raises BudgetError where one point does not fit."""
+    """Probes what is not known yet, and plans; raises BudgetError where one point does not fit.
+
+    tolerance: what precision "auto" may cost a map; half of the method's own unless given.
+    """
     part, baselines = read_region(region, call), baselines_of(call, recipe, baseline)
-    further = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
-    shapes = tuple((x.shape[1:], x.dtype, x.device) for x in (*call.inputs, *further))
-    # The prefix differs between methods whose points lie on lines and others.
-    kind = (recipe.family.straight, hoistable(recipe))
-    key = (shapes, call.targets.count, lean, kind)
-    probed, budget = known.get(key), read_budget(limits.memory_budget, call.device)
-    if probed is None or not probed.holds(model, call):
-        probed = probe(model, call, recipe, baselines[0], lean=lean, budget=budget)
-        known[key] = probed
-    planned = partial(make_plan, method, recipe, call, baselines, limits=limits)
+    about = _Preparation(model, method, recipe, call, baselines, part, limits, known, lean)
+    if call.halves:
+        _need_alike(model, call.dtypes)
+    other = next((one for one in call.dtypes if one != torch.float32), None)
+    if precision == AUTO:
+        if other is not None:
+            return about.job(FLOAT32)
+        if tolerance is None:
+            tolerance = ALLOWED if recipe.tolerance is None else recipe.tolerance / 2
+        return about.fastest(tolerance)
+    if other is not None and precision != FLOAT32.name:
+        kind = str(other).removeprefix("torch.")
+        raise InputError(
+            f"precision={precision!r} is for float32 inputs: got {kind}; use .float() on inputs "
+            f"and model, or precision='float32', which keeps {kind} as it is"
+        )
+    return about.job(read_precision(precision, call.device))
 
-    def as_it_is(reason: str) -> tuple[Probe, Plan]:
-        known[key] = known[key].as_it_is(reason)
-        return known[key], planned(known[key])
 
-    refusal: BudgetError | None = None
-    trial = Trial(call, baselines[0], recipe)
-    for found, plan in fitting(probed, model, trial, budget, planned):
-        way = found.way if part is None else found.way.within(part.box)
-        job = Job(model, call, recipe, baselines, part, way, plan, None, found, as_it_is)
-        try:
-            # Tiles are laid out by a budget of their own.
-            if way.tiled is None:
-                job.trace(planned)
-        except BudgetError as error:
-            # Its launches take more than its tensors told.
-            refusal = error
-        else:
-            return job
-    assert refusal is not None
-    raise refusal
+def _need_alike(model: Model, dtypes: Sequence[torch.dtype]) -> None:
+    """Raises InputTypeError where inputs are in a half type and none of the weights are."""
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    kinds = {one.dtype for one in weights if one.is_floating_point()}
+    if kinds and kinds.isdisjoint(dtypes):
+        given, own = [str(one).removeprefix("torch.") for one in (dtypes[0], min(kinds, key=str))]
+        raise InputTypeError(
+            f"the input must have the type of the model's weights: got {given}, the weights are "
+            f"{own}; use .float(), and precision= for the model's arithmetic"
+        )

@@ -30,7 +30,8 @@ class Plan:
     of the bytes that autograd keeps of a point from forward to backward, saved_before are what the
     model as it is would take, saved_after what this plan takes, and `left` the calls that no lean
     version serves.
-    prefix names the calls at the model's beginning that are taken once for all points.
+    prefix names the calls at the model's beginning that are taken once for all points. precision:
+    of the model's products; `looked_at` points are taken in float32 too, to tell what it costs.
     """
 
     method: str
@@ -50,6 +51,8 @@ class Plan:
     saved_after: int = 0
     left: tuple[tuple[str, int], ...] = ()
     prefix: str = ""
+    precision: str = "float32"
+    looked_at: int = 0
     notes: tuple[str, ...] = ()
     seconds_per_point: float | None = field(default=None, compare=False)
 
@@ -73,8 +76,9 @@ class Plan:
         return None if each is None else each * self.points
 
     def __str__(self) -> str:
+        kind = self.dtype if self.precision == "float32" else f"{self.dtype} by {self.precision}"
         lines = [
-            f"plan       {self.method} on {self.device}, {self.dtype}, {self.backend} kernels",
+            f"plan       {self.method} on {self.device}, {kind}, {self.backend} kernels",
             f"work       {self.examples} examples x {self.maps} maps: up to {self.points} points "
             f"in {self.launches} launches of {self.points_per_launch}",
             f"memory     {bytes_text(self.peak_bytes)} of {bytes_text(self.budget)}: "

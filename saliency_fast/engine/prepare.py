@@ -11,10 +11,12 @@ from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import WORKING_COPIES
+from saliency_fast.engine.loss import looked_at
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.plan import MARGIN, Plan, points_per_launch
 from saliency_fast.engine.probe import Probe
 from saliency_fast.engine.recipe import Method, Recipe
+from saliency_fast.engine.trial import Cost
 from saliency_fast.errors import InputError
 from saliency_fast.model.fusion import rectified
 from saliency_fast.model.lean import LEAN
@@ -82,8 +84,10 @@ def make_plan(
         0 if prefix is None else 2 * sum_bytes
     )
     points = recipe.count * call.batch
-    cost = probed.cost
-    each = max(int(MARGIN * cost.peak), cost.peak + cost.largest)
+    cost, exact = probed.cost, _each(probed.exact) if probed.exact else 0
+    each, (examples, of_each) = _each(cost), looked_at(recipe, call.batch) if exact else (0, 0)
+    # Weights in a half type, and the maps of the points that are taken in both.
+    fixed += probed.way.lowered_bytes + 3 * (sum_bytes // call.batch) * examples * of_each
     if (tiled := probed.way.tiled) is not None:
         # What operators take for themselves is at most what a tile takes, not a whole map.
         each = int(MARGIN * cost.peak) + tile_bytes(tiled.stem, tiled.tile)
@@ -102,16 +106,20 @@ def make_plan(
         budget,
         call.device.type,
     )
+    launch = bytes_of(size)
+    fits = bool(exact) and fixed + max(exact, finish) <= budget
+    # As many of each example as a launch in float32 may have.
+    few = examples * min(of_each, launch // (exact * examples)) or 1 if fits else 0
     return Plan(
         method=method.name,
         device=str(call.device),
-        dtype=str(call.inputs[0].dtype).removeprefix("torch."),
+        dtype=str(call.dtypes[0]).removeprefix("torch."),
         backend=kernels(call.device.type),
         examples=call.batch,
         maps=call.targets.count,
         points=points,
         points_per_launch=size,
-        launch_bytes=bytes_of(size),
+        launch_bytes=max(launch, few * exact),
         fixed_bytes=fixed,
         finish_bytes=finish,
         budget=budget,
@@ -120,8 +128,15 @@ def make_plan(
         saved_after=cost.saved,
         left=_left(cost.kept) if probed.way.program else (),
         prefix=_calls(prefix, recipe),
+        precision=probed.way.precision.name,
+        looked_at=few,
         notes=_notes(recipe, size, limits, probed.reason),
     )
+
+
+def _each(cost: Cost) -> int:
+    """What a point takes at most, as its tensors tell."""
+    return max(int(MARGIN * cost.peak), cost.peak + cost.largest)
 
 
 def _calls(prefix: Prefix | None, recipe: Recipe) -> str:

@@ -16,16 +16,18 @@ from torch import Tensor
 from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.hoist import hoistable
+from saliency_fast.engine.loss import Losses
 from saliency_fast.engine.memory import bytes_text
 from saliency_fast.engine.plan import MARGIN, Plan
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.trial import Cost, Trial
 from saliency_fast.engine.way import Model, Way
-from saliency_fast.errors import BudgetError
+from saliency_fast.errors import BudgetError, ModelError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.fingerprint import fingerprint
 from saliency_fast.model.fusion import fused, with_rectifiers
 from saliency_fast.model.lean.convolutions import LEAN as CONVOLUTIONS
+from saliency_fast.model.precision import Precision
 from saliency_fast.model.prefix import prefix_of
 from saliency_fast.model.recorder import Recording, unified
 from saliency_fast.model.routes import Inputs, Plain
@@ -38,7 +40,7 @@ UNSEEN = 1536 * 1024**2
 """Bytes that the model as it is might take for one point without being foreseen on shapes first."""
 FREELY = 256 * 1024**2
 """Bytes that it may take where that was foreseen."""
-AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2}
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2, torch.float16: 0.2, torch.bfloat16: 0.5}
 """Relative L2 by which rounding may move one gradient, through the kinks that it crosses. What is
 wrong in structure is off by its own size."""
 
@@ -47,9 +49,11 @@ wrong in structure is off by its own size."""
 class Probe:
     """The way that serves, what a point costs by it, and what it costs as it is.
 
-    reason: why no better way serves. mark: the model's fingerprint where a program stands for it.
-    launches: what they take, and seconds: what a point takes in them, by way and size; filled as
-    they become known.
+    exact: what a point costs in float32, where the way's precision is another one. reason: why no
+    better way serves. mark: the model's fingerprint where a program stands for it. foreseen: on
+    shapes alone. launches: what they take, and seconds: what a point takes in them, by way and
+    size; losses: what the precision costs, and order: precisions, the fastest first; filled as they
+    become known.
     """
 
     way: Way
@@ -57,8 +61,12 @@ class Probe:
     plain: Cost
     reason: str | None = None
     mark: tuple[object, ...] | None = None
+    exact: Cost | None = None
+    foreseen: bool = False
     launches: dict[tuple[str, int], Launches | None] = field(default_factory=dict, repr=False)
     seconds: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
+    losses: Losses = field(default_factory=Losses, repr=False)
+    order: list[str] = field(default_factory=list, repr=False)
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was probed."""
@@ -66,7 +74,30 @@ class Probe:
 
     def as_it_is(self, reason: str) -> Probe:
         """The same point through the model as it is."""
-        return Probe(Way(), self.plain, self.plain, reason)
+        way, exact = Way(precision=self.way.precision), self.exact and self.plain
+        return Probe(way, self.plain, self.plain, reason, exact=exact)
+
+
+def in_precision(probed: Probe, precision: Precision, model: Model, trial: Trial) -> Probe:
+    """The same point in another precision; raises ModelError where the model does not run in it."""
+    reasons = [] if probed.reason is None else [probed.reason]
+    ways = [replace(probed.way, precision=precision)]
+    if probed.way.program is not None and precision.half is not None:
+        ways.append(Way(precision=precision))
+    for way in ways:
+        try:
+            cost = replace(trial, foreseen=probed.foreseen).take(way, model).cost
+        except BudgetError:
+            raise
+        except Exception as error:
+            reasons.append(f"{way}: {_line(error)}")
+            continue
+        reason, mark = "; ".join(reasons) or None, probed.mark if way.program else None
+        return Probe(way, cost, probed.plain, reason, mark, probed.cost, probed.foreseen)
+    raise ModelError(
+        f"the model does not run in precision={precision.name!r}: {reasons[-1]}; use "
+        "precision='float32'"
+    )
 
 
 def probe(
@@ -104,7 +135,7 @@ def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
             reasons.append(_line(error))
             continue
         gap = taken.gap(plain)
-        if gap <= AGREEMENT[trial.call.inputs[0].dtype]:
+        if gap <= AGREEMENT[trial.call.dtypes[0]]:
             reason = "; ".join(reasons) or None
             return Probe(way, taken.cost, plain.cost, reason, mark if way.program else None)
         reasons.append(f"{way}: the gradient is off by {gap:.1g}")
@@ -135,7 +166,7 @@ def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
             f"{bytes_text(MARGIN * plain.cost.peak)}, since no way that takes less could be "
             "verified on a corner or by its scores; raise the budget or explain a smaller input"
         )
-    return Probe(way, cost, plain.cost, note, _mark(model, trial.call))
+    return Probe(way, cost, plain.cost, note, _mark(model, trial.call), foreseen=True)
 
 
 def _verified(model: Model, trial: Trial, way: Way, budget: int) -> str | None:
@@ -147,7 +178,7 @@ def _verified(model: Model, trial: Trial, way: Way, budget: int) -> str | None:
     as_it_is = Way().function(model, trial.call)
     if MARGIN * replace(trial, foreseen=True).scores(as_it_is).cost.peak <= budget:
         gap = trial.scores(way.function(model, trial.call)).gap(trial.scores(as_it_is))
-        if gap <= AGREEMENT[trial.call.inputs[0].dtype]:
+        if gap <= AGREEMENT[trial.call.dtypes[0]]:
             return "verified by its scores: a point as it is takes much memory"
     return None
 
@@ -192,7 +223,7 @@ def _ways(model: Model, trial: Trial, recording: Recording) -> tuple[list[Way], 
     # Views that copy must not be written through.
     for channels_last in (True, False) if images and not whole.aliased else (False,):
         ordered = program.innermost() if channels_last else program
-        if hoistable(recipe):
+        if hoistable(recipe) and not trial.call.halves:
             prefix = prefix_of(whole, channels_last=channels_last, line=recipe.family.straight)
             ways += [] if prefix is None else [Way(ordered, prefix=prefix, unfolded=apart)]
         ways.append(Way(ordered, unfolded=apart))

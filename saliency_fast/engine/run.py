@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,13 +12,27 @@ from torch import Tensor
 
 from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.engine.bind import Call
-from saliency_fast.engine.folds import Folds, square_norm
+from saliency_fast.engine.folds import Folds, norm_of
+from saliency_fast.engine.loss import (
+    LEAST_SCALE,
+    Loss,
+    everywhere,
+    finite,
+    first_scale,
+    looked_at,
+    loss_of,
+    spread,
+)
 from saliency_fast.engine.memory import bytes_text, is_out_of_memory
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.recipe import Recipe, Rows, Source
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError, ModelError
+from saliency_fast.model.function import PointFunction
 from saliency_fast.model.routes import Inputs
+
+LOWER = 16.0
+"""What a scale is divided by where half types overflow."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +41,9 @@ class Outcome:
 
     values: per input [B, K, *]. scores, baseline_scores, sums (of the values), error (relative L2,
     estimated): float64 [B, K]; classes int64 [B, K] where targets are classes. points int64 [B]
-    visited, converged bool [B] where a tolerance was asked for.
+    visited, converged bool [B] where a tolerance was asked for. precision_error [B, K]: what of
+    the error its precision costs, where that is not float32, and `underflow` the share of gradients
+    that it could not hold.
     """
 
     values: Inputs
@@ -38,6 +55,8 @@ class Outcome:
     converged: Tensor | None
     classes: Tensor | None
     halvings: int = 0
+    precision_error: Tensor | None = None
+    underflow: float = 0.0
 
     @property
     def delta(self) -> Tensor | None:
@@ -68,12 +87,19 @@ class Run:
         recipe: Recipe,
         plan: Plan,
         launches: Launches | None = None,
+        known: Loss | None = None,
     ) -> None:
+        """known: what the precision costs, where an earlier call has told."""
         self.call, self.recipe, self.plan, self.baselines = call, recipe, plan, baselines
+        self.way = way
         self.function = way.function(model, call)
         self.hoist = way.hoist(call, recipe, plan.points_per_launch)
-        self.behind = self.function if self.hoist is None else way.function_behind(call, recipe)
+        self.behind = way.launched(model, call, recipe)
+        self.exact = None if way.precision.exact else way.exact().launched(model, call, recipe)
         function = self.function
+        if self.exact is not None and plan.looked_at == 0:
+            known = everywhere(math.nan, function.targets.count, call.device)
+        self.loss = known
         self.size, self.halvings = plan.points_per_launch, 0
         self.launches = launches
         shape, device = (call.batch, function.targets.count), call.device
@@ -108,7 +134,7 @@ class Run:
                 grads = self._launch(source, rows)
                 if grads is None:
                     continue
-                folds.add(rows, grads, source)
+                folds.add(rows, grads, source, self.behind.scale)
                 self.points.index_add_(0, rows.item, torch.ones_like(rows.item))
                 start += rows.item.numel()
                 done += rows.item.numel()
@@ -134,15 +160,45 @@ class Run:
     def _launch(self, source: Source, rows: Rows) -> list[Inputs] | None:
         """The gradients of one launch; None where it must be tried again with half the points."""
         try:
+            if self.exact is not None and self.loss is None:
+                self._look(self.exact, source)
             expected = self.launches.of(rows.item.numel()) if self.launches else None
             with self._arena.launch(expected):
                 scores, classes, grads = self.behind.gradients(source.write(rows), rows.item)
         except (RuntimeError, MemoryError) as error:
             self._halve(error)
             return None
+        if self.way.precision.scaled and not finite(grads) and self._lower():
+            return None
         if self.recipe.at_input:
             self._note_scores(rows.item, scores, classes)
         return grads
+
+    def _look(self, exact: PointFunction, source: Source) -> None:
+        """Takes some points in float32 too: what the precision costs, and its first scale."""
+        assert self.folds is not None
+        examples, _ = looked_at(self.recipe, self.call.batch)
+        level = self.recipe.levels[0].to(self.call.device)
+        # As many points of each example as one launch of them in float32 may have.
+        rows = spread(level, self.everyone[:examples], self.plan.looked_at // examples)
+        with self._arena.launch():
+            _, _, theirs = exact.gradients(source.write(rows), rows.item)
+        if self.way.precision.scaled and self.behind.scale == 1.0:
+            self.behind.scale = first_scale(theirs)
+        while True:
+            with self._arena.launch():
+                _, _, mine = self.behind.gradients(source.write(rows), rows.item)
+            if finite(mine) or not self._lower():
+                break
+        half, inputs = (mine, self.behind.scale), self.call.inputs
+        self.loss = loss_of(self.folds, inputs, source, rows, half, theirs)
+
+    def _lower(self) -> bool:
+        """Lowers the scale of cotangents that half types cannot hold; False where it cannot be."""
+        if not self.way.precision.scaled or self.behind.scale <= LEAST_SCALE:
+            return False
+        self.behind.scale /= LOWER
+        return True
 
     def try_launch(self, rows: int, arena: Arena) -> None:
         """A launch of the first point, `rows` times, in `arena`; nothing is kept of it."""
@@ -244,16 +300,24 @@ class Run:
         assert self.folds is not None
         found = self.folds.estimate()
         shape = self.scores.shape
+        error, lost = found.error.view(shape), None
+        if self.loss is not None:
+            # A variance is no mean of what its points give, and tells nothing of their size.
+            whole = norm_of(found.values).view(shape)
+            lost = self.loss.error(whole * (self.recipe.reduction != "variance"))
         return Outcome(
             tuple(one.view(*shape, *one.shape[1:]) for one in found.values),
             self.scores.clone(),
             self.baseline_scores,
             found.sums.view(shape),
-            found.error.view(shape),
+            # Of the rule, and of the precision: errors add up at most.
+            error if lost is None else error + lost,
             self.points.clone(),
             self.converged,
             self.classes,
             self.halvings,
+            lost,
+            0.0 if self.loss is None else self.loss.underflow,
         )
 
 
@@ -270,23 +334,31 @@ def average(outcomes: list[Outcome]) -> Outcome:
         sum(parts[1:], parts[0]) * share
         for parts in zip(*(one.values for one in outcomes), strict=True)
     )
-    gaps = torch.stack([one.error * _norm(one.values) for one in outcomes]).mean(0)
+    tiny = torch.finfo(torch.float64).tiny
+    norms, norm = [_norm(one.values) for one in outcomes], _norm(values).clamp_min(tiny)
+
+    def relative(errors: list[Tensor]) -> Tensor:
+        pairs = zip(errors, norms, strict=True)
+        return torch.stack([error * size for error, size in pairs]).mean(0) / norm
+
+    lost = [one.precision_error for one in outcomes if one.precision_error is not None]
     return replace(
         last,
         values=values,
         sums=torch.stack([one.sums for one in outcomes]).mean(0),
-        error=gaps / _norm(values).clamp_min(torch.finfo(torch.float64).tiny),
+        error=relative([one.error for one in outcomes]),
         baseline_scores=torch.stack(baseline_scores).mean(0) if baseline_scores else None,
         converged=torch.stack(converged).all(0) if converged else None,
         points=torch.stack([one.points for one in outcomes]).sum(0),
         halvings=max(one.halvings for one in outcomes),
+        precision_error=relative(lost) if lost else None,
+        underflow=max(one.underflow for one in outcomes),
     )
 
 
 def _norm(values: Inputs) -> Tensor:
     """L2 norm of each map over all inputs: float64 [B, K]."""
-    squares = [square_norm(one.flatten(0, 1)).view(one.shape[:2]) for one in values]
-    return torch.stack(squares).sum(0).sqrt()
+    return norm_of(tuple(one.flatten(0, 1) for one in values)).view(values[0].shape[:2])
 
 
 def need_finite(outcome: Outcome) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.memory import Ledger, MemoryMeter, is_out_of_memory
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.way import Model, Way
+from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.function import PointFunction
@@ -104,12 +104,11 @@ class Trial:
         ledger = Ledger(MemoryMeter())
         way = way.noted(ledger)
         hoist = way.hoist(self.call, self.recipe, 1)
+        behind = way.launched(model, self.call, self.recipe)
         if hoist is None:
-            function = way.function(model, self.call)
-            return self._measured(ledger, lambda: function.gradients(*self._points(1)))
+            return self._measured(ledger, lambda: behind.gradients(*self._points(1)))
         if not self.foreseen:
             check_affine(hoist.prefix, *hoist.first())
-        behind = way.function_behind(self.call, self.recipe)
 
         with self._place():
             given, item = self._points(1)
@@ -148,7 +147,8 @@ class Trial:
         recording = Recording(model)
         state = torch.random.get_rng_state()
         with self._place(), same_draws():
-            self._function(recording).forward(*self._points(2))
+            function, (points, item) = self._function(recording), self._points(2)
+            function.forward(function.taken(points), item)
             drawn = not torch.equal(state, torch.random.get_rng_state())
         if drawn:
             # Other memory formats and parts taken once would draw in another order.
@@ -159,7 +159,7 @@ class Trial:
         return OnMeta(self.call.device) if self.foreseen else nullcontext()
 
     def _function(self, route: Route) -> PointFunction:
-        return PointFunction(route, self.call.targets, self.call.args, self.call.kwargs)
+        return function_of(route, self.call)
 
     def _points(self, rows: int) -> tuple[Inputs, Tensor]:
         item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,9 +18,18 @@ from saliency_fast.errors import BudgetError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.local import Box
+from saliency_fast.model.precision import FLOAT32, Precision, lowered, lowered_bytes
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.program import Program, Step
-from saliency_fast.model.routes import Offloaded, Plain, Recorded, Route, Watched
+from saliency_fast.model.routes import (
+    Autocast,
+    Offloaded,
+    Plain,
+    Recorded,
+    Route,
+    Watched,
+    Widened,
+)
 from saliency_fast.model.stem import local_stem
 from saliency_fast.model.tiles import Tiled, tile_sizes
 
@@ -34,10 +44,17 @@ PIECES = (2, 4, 8, 16)
 """Numbers of pieces that are tried where a point does not fit."""
 
 
+def function_of(route: Route, call: Call) -> PointFunction:
+    """A route with the arguments and targets of a call."""
+    dtypes = call.dtypes if call.halves else None
+    return PointFunction(route, call.targets, call.args, call.kwargs, dtypes=dtypes)
+
+
 @dataclass(frozen=True)
 class Way:
     """By a program, else call by call in lean versions, else as it is.
 
+    precision: of the launches; see `model/precision.py`.
     prefix: the program in two, where the sum of gradients is taken behind its affine beginning.
     tiled: the program with its local beginning tile by tile. offloaded: what is kept from forward
     to backward waits in the host's memory. unfolded: the program with its layers apart, for tiles.
@@ -49,10 +66,48 @@ class Way:
     tiled: Tiled | None = None
     offloaded: bool = False
     unfolded: Program | None = field(default=None, repr=False)
+    precision: Precision = FLOAT32
 
     def function(self, model: Model, call: Call) -> PointFunction:
-        """From points at the inputs to scores and gradients there."""
-        return PointFunction(self._route(model), call.targets, call.args, call.kwargs)
+        """From points at the inputs to scores and gradients there, in float32."""
+        return function_of(self._route(model), call)
+
+    def launched(self, model: Model, call: Call, recipe: Recipe) -> PointFunction:
+        """From points as launches write them to gradients as they sum them, in its precision."""
+        if self.half is None:
+            route = self._route(model) if self.prefix is None else Recorded(self.prefix.rest)
+        elif self._lowered is None:
+            route = Widened(Autocast(model, self.half))
+        else:
+            recorded = Offloaded(self._lowered) if self.offloaded else Recorded(self._lowered)
+            route = Widened(recorded)
+        lifted = self.prefix is not None and recipe.family.straight
+        found = function_of(route, call)
+        return replace(found, prefix=self.prefix, lifted=lifted, precision=self.precision)
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The type of its products, None where that is the points'; tiles keep theirs."""
+        return None if self.tiled is not None else self.precision.half
+
+    @property
+    def lowered_bytes(self) -> int:
+        """What copies of the weights in a half type take, for the time of a call."""
+        whole = self.program if self.prefix is None else self.prefix.rest
+        return 0 if self.half is None or whole is None else lowered_bytes(whole)
+
+    @cached_property
+    def _lowered(self) -> Program | None:
+        whole = self.program if self.prefix is None else self.prefix.rest
+        return None if self.half is None or whole is None else lowered(whole, self.half)
+
+    def of_now(self) -> Way:
+        """The same way for one call: weights in a half type are copied at its first launch."""
+        return replace(self)
+
+    def exact(self) -> Way:
+        """The same way in float32."""
+        return replace(self, precision=FLOAT32)
 
     def hoist(self, call: Call, recipe: Recipe, rows: int) -> Hoist | None:
         """The prefix at work, `rows` at a time."""
@@ -60,26 +115,23 @@ class Way:
             return None
         return Hoist(self.prefix, call, recipe.family.straight, rows)
 
-    def function_behind(self, call: Call, recipe: Recipe) -> PointFunction:
-        """From points, behind the prefix where they lie on lines, to gradients behind it."""
-        assert self.prefix is not None
-        rest, lifted = Recorded(self.prefix.rest), recipe.family.straight
-        return PointFunction(rest, call.targets, call.args, call.kwargs, self.prefix, lifted)
-
     def smaller(self, budget: int, device: torch.device) -> Iterator[Way]:
         """Ways that take less memory and more time, in the order in which they are to be tried."""
         if self.program is None:
             return
         if self.prefix is not None:
             yield replace(self, prefix=None)
+        precision = self.precision
         for count in PIECES:
-            yield Way(self.program.in_pieces(count))
+            yield Way(self.program.in_pieces(count), precision=precision)
         with suppress(NotLeanError, BudgetError):
             stem = local_stem(self.unfolded or self.program)
             for share in TILE_SHARES:
-                yield Way(self.program, tiled=Tiled(stem, tile_sizes(stem, budget // share)))
+                tiled = Tiled(stem, tile_sizes(stem, budget // share))
+                yield Way(self.program, tiled=tiled, precision=precision)
         if device.type != "cpu":
-            yield Way(self.program.in_pieces(PIECES[-1]), offloaded=True)
+            pieces = self.program.in_pieces(PIECES[-1])
+            yield Way(pieces, offloaded=True, precision=precision)
 
     def within(self, region: Box | None) -> Way:
         """A way that computes what a box of the input needs, where that spares anything."""
@@ -91,7 +143,8 @@ class Way:
             return self
         tile = stem.size(stem.input) if self.tiled is None else self.tiled.tile
         tiled = Tiled(stem, tile, region)
-        return Way(self.program, tiled=tiled) if self.tiled or tiled.share < WORTH else self
+        found = Way(self.program, tiled=tiled, precision=self.precision)
+        return found if self.tiled or tiled.share < WORTH else self
 
     def noted(self, ledger: Ledger) -> Way:
         """The same way, which tells `ledger` which call is running."""
@@ -106,6 +159,7 @@ class Way:
             None if prefix is None else replace(prefix, rest=replace(prefix.rest, note=note)),
             self.tiled,
             self.offloaded,
+            precision=self.precision,
         )
 
     def _route(self, model: Model) -> Route:
@@ -117,7 +171,8 @@ class Way:
 
     def __str__(self) -> str:
         if self.program is None:
-            return "call by call" if self.watched else "off"
+            named = "call by call" if self.watched else "off"
+            return named if self.half is None else f"off, {self.precision.name} by autocast"
         order = ", channels last" if self.program.channels_last else ""
         pieces = len(self.program.pieces) + 1
         again = f", computed again in {pieces} pieces" if pieces > 1 else ""
@@ -125,4 +180,7 @@ class Way:
             sizes = " x ".join(map(str, self.tiled.tile))
             again, order = f", in tiles of {sizes}", ""
         host = ", kept in host memory" if self.offloaded else ""
-        return f"recorded, {len(self.program.steps)} calls{order}{again}{host}"
+        kind = "" if self.precision.exact else f", {self.precision.name}"
+        if self.tiled is not None and self.precision.half is not None:
+            kind = ", float32"
+        return f"recorded, {len(self.program.steps)} calls{order}{again}{host}{kind}"

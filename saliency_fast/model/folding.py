@@ -17,6 +17,8 @@ from saliency_fast.model.lean.norms import affine_of
 from saliency_fast.model.patterns import is_norm, norm_parameters, only_maker, quiet
 from saliency_fast.model.program import Program, Ref, Step
 
+Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
+"""(weight, bias, mean, variance, eps) of a batch normalisation with frozen statistics."""
 CONVOLUTIONS = frozenset((torch.conv1d, torch.conv2d, torch.conv3d))
 SMALLER = 8
 """Times that a weight must be smaller than what its convolution writes for a row, to be folded
@@ -29,14 +31,19 @@ def folded_convolution(
     bias: Tensor | None,
     convolution: Callable[..., Any],
     options: tuple[Any, ...],
-    norm: tuple[Tensor | None, Tensor | None, Tensor, Tensor, float],
+    norm: Norm,
 ) -> Any:
     """The batch normalisation `norm` of a convolution, as one convolution."""
+    wide, shift = folded_weights(weight, bias, norm)
+    return lean_call(convolution, (x, wide, shift, *options), {})
+
+
+def folded_weights(weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of a convolution and the batch normalisation behind it in one."""
     scale, shift = affine_of(*norm)
     if bias is not None:
         shift = torch.addcmul(shift, bias, scale)
-    wide = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
-    return lean_call(convolution, (x, wide, shift, *options), {})
+    return weight * scale.view(-1, *(1,) * (weight.dim() - 1)), shift
 
 
 def partial_convolution(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from saliency_fast.errors import ModelError
+from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs, Route, tensors_among
 from saliency_fast.model.targets import Targets
@@ -36,6 +37,8 @@ class PointFunction:
     Further arguments that are tensors with the batch's length on their first axis belong to the
     examples and follow them into the rows; all others are passed as they are. With `prefix` the
     route is its rest, and gradients are taken at its places; `lifted`: points are places already.
+    dtypes: what the model takes, where points are not written so.
+    scale: what the cotangent is multiplied with, and gradients with it, where half types underflow.
     """
 
     route: Route
@@ -44,12 +47,15 @@ class PointFunction:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     prefix: Prefix | None = None
     lifted: bool = False
+    precision: Precision = FLOAT32
+    scale: float = 1.0
+    dtypes: tuple[torch.dtype, ...] | None = None
     _checked: bool = False
 
     def scores(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] without gradients, and the classes [R, K] they belong to."""
-        with torch.no_grad():
-            return self.forward(points, item)
+        with torch.no_grad(), arithmetic(self.precision, item.device):
+            return self.forward(self.taken(points), item)
 
     def gradients(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None, list[Inputs]]:
         """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points.
@@ -57,10 +63,17 @@ class PointFunction:
         One forward pass serves all targets; each has its own backward pass. The points are handed
         over: the model may overwrite them.
         """
+        with arithmetic(self.precision, item.device):
+            return self._gradients(points, item)
+
+    def _gradients(
+        self, points: Inputs, item: Tensor
+    ) -> tuple[Tensor, Tensor | None, list[Inputs]]:
         if self.prefix is not None:
             if not self.lifted:
                 points = self.prefix.lift(points, tensors_among(*self.rows(item)))
             points = self.prefix.turned(points)
+        points = self.taken(points)
         anchor = torch.zeros((), requires_grad=True)
         # Shapes alone: behind a prefix points are as large as activations, and must not outlive
         # the calls that take them. A list, so that a program can let go of them for all.
@@ -76,8 +89,11 @@ class PointFunction:
                 "look for detach(), no_grad(), .item(), NumPy or integer steps inside it"
             )
         last = scores.shape[1] - 1
+        cotangent = None if self.scale == 1.0 else scores.new_full((), self.scale)
         found = [
-            torch.autograd.grad(scores[:, k].sum(), edges, retain_graph=k < last, allow_unused=True)
+            torch.autograd.grad(
+                *(scores[:, k].sum(), edges, cotangent), retain_graph=k < last, allow_unused=True
+            )
             for k in range(scores.shape[1])
         ]
         if self.prefix is None:
@@ -94,6 +110,12 @@ class PointFunction:
             self.targets.check(raw)
             self._checked = True
         return self.targets.read(raw, item)
+
+    def taken(self, points: Inputs) -> Inputs:
+        """The points in the types that the model takes."""
+        if self.dtypes is None:
+            return points
+        return tuple(one.to(dtype) for one, dtype in zip(points, self.dtypes, strict=True))
 
     def rows(self, item: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The further arguments of the rows of examples `item` [R]."""

@@ -56,7 +56,13 @@ def rectified(
     inplace: bool,
 ) -> Tensor:
     """The rectifier of norm(x) + residual; `inplace` writes into x."""
-    scale, shift = (None, None) if norm is None else affine_of(*norm)
+    if residual is not None and residual.dtype != x.dtype:
+        # As an addition would: where half types meet float32, float32 remains.
+        common = torch.promote_types(residual.dtype, x.dtype)
+        inplace = inplace and common == x.dtype
+        x, residual = x.to(common), residual.to(common)
+    affine = (None, None) if norm is None else affine_of(*norm)
+    scale, shift = [None if one is None else one.to(x.dtype) for one in affine]
     found = ramp(x, scale, shift, residual, slope=slope, upper=upper, inplace=inplace)
     if found is NotImplemented:
         raise TypeError(f"no fused rectifier for {x.dtype}")

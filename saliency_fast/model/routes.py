@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.program import Program
@@ -62,6 +63,36 @@ class Recorded:
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         return self.program(points, tensors_among(args, kwargs))
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The model as it is, with products in a half type as PyTorch's autocast has them."""
+
+    model: Callable[..., Any]
+    half: torch.dtype
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        with torch.autocast(points[0].device.type, self.half):
+            return self.model(*points, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Widened:
+    """A route of which what it returns in half types is float32, for targets to be read from."""
+
+    route: Route
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        return tree_map_only(Tensor, _widened, self.route(points, args, kwargs))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @dataclass(frozen=True)
