@@ -18,12 +18,13 @@ from saliency_fast.attribution import REGION_MASK, Attribution, Provenance
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call, bind
 from saliency_fast.engine.job import Job, Known, prepare
+from saliency_fast.engine.launch import Moment
 from saliency_fast.engine.memory import resident_bytes
+from saliency_fast.engine.outcome import Outcome, need_finite
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits
 from saliency_fast.engine.recipe import Method
 from saliency_fast.engine.region import Part, Region
-from saliency_fast.engine.run import Moment, Outcome, need_finite
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import read_method
 from saliency_fast.model.guard import untouched

@@ -13,17 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saliency_fast.engine.arena import Launches
+from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.hoist import hoistable
+from saliency_fast.engine.launch import Moment, Steps, alone
 from saliency_fast.engine.loss import Loss
 from saliency_fast.engine.memory import read_budget
+from saliency_fast.engine.outcome import Outcome, average
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
 from saliency_fast.engine.probe import Probe, fitting, in_precision, probe
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part, Region, read_region
-from saliency_fast.engine.run import Moment, Outcome, Run, average
+from saliency_fast.engine.run import Run
 from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
 from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Model, Way
@@ -72,28 +74,11 @@ class Job:
     limit: float = math.inf
 
     def moments(self) -> Iterator[Moment]:
-        """The moments of the call, from the beginning again where its way turns out not to hold, or
-        a precision to cost more than it may.
-        """
+        """The moments of the call, run on its own."""
+        last, seconds = None, 0.0
+        arena = Arena(self.call.device, about=self.plan.launch_bytes)
+        moments = alone(self.steps(), arena)
         try:
-            yield from self._moments()
-        except NotLeanError as refusal:
-            self._probed, self.plan = self._as_it_is(f"given up in a launch: {refusal}")
-            self.way, self.launches = self._probed.way.of_now(), None
-            yield from self._moments()
-        except _CostlyError as found:
-            assert self.otherwise is not None
-            # All but the call itself: its plan and its way are another precision's.
-            self.__dict__.update(self.otherwise(str(found)).__dict__)
-            yield from self.moments()
-
-    def _moments(self) -> Iterator[Moment]:
-        """The moments of one run for each baseline; outcomes average over those so far."""
-        finished: list[Outcome] = []
-        for number in range(len(self.baselines)):
-            known = self._known()
-            run, last, seconds = self.run(number, known), None, 0.0
-            moments = run.moments()
             while True:
                 started = time.perf_counter()
                 moment = next(moments, None)
@@ -102,17 +87,53 @@ class Job:
                 seconds += time.perf_counter() - started
                 if moment is None:
                     break
-                if last is None and run.loss is not None:
-                    self._judge(moment.outcome(), new=known is None)
-                last, before = moment, tuple(finished)
-                yield Moment(
-                    last.done + number * last.of,
-                    last.of * len(self.baselines),
-                    lambda last=last, before=before: average([*before, last.outcome()]),  # type: ignore[misc]
-                )
-            if last is not None:
-                self._probed.seconds[self._kind] = seconds / max(1, last.done)
-                finished.append(last.outcome())
+                last = moment
+                yield moment
+        finally:
+            moments.close()
+            arena.close()
+        if last is not None:
+            self._probed.seconds[self._kind] = seconds / max(1, last.done)
+
+    def steps(self) -> Steps:
+        """The steps of the call, from the beginning again where its way turns out not to hold, or a
+        precision to cost more than it may.
+        """
+        try:
+            yield from self._steps()
+        except NotLeanError as refusal:
+            self._probed, self.plan = self._as_it_is(f"given up in a launch: {refusal}")
+            self.way, self.launches = self._probed.way.of_now(), None
+            yield from self._steps()
+        except _CostlyError as found:
+            assert self.otherwise is not None
+            # All but the call itself: its plan and its way are another precision's.
+            self.__dict__.update(self.otherwise(str(found)).__dict__)
+            yield from self.steps()
+
+    def _steps(self) -> Steps:
+        """The steps of one run for each baseline; outcomes average over those so far."""
+        finished: list[Outcome] = []
+        for number in range(len(self.baselines)):
+            known = self._known()
+            run = self.run(number, known)
+            yield from run.steps(partial(self._moment, run, tuple(finished), known is None))
+            if number < len(self.baselines) - 1:
+                finished.append(run.outcome())
+
+    def _moment(
+        self, run: Run, finished: tuple[Outcome, ...], new: bool, done: int, of: int
+    ) -> Moment:
+        """A moment of the call from one of a run; `new`: whether that looked at its precision."""
+        if run.loss is not None and not run.judged:
+            run.judged = True
+            self._judge(run.outcome(), new=new)
+        several, before = len(self.baselines), len(finished)
+
+        def outcome() -> Outcome:
+            return average([*finished, run.outcome()])
+
+        return Moment(done + before * of, of * several, outcome)
 
     def _judge(self, outcome: Outcome, *, new: bool) -> None:
         """Takes note of what the precision costs; raises where that is more than it may."""

@@ -25,6 +25,15 @@ class Rows:
     weight: Tensor
     fold: Tensor
 
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of the rows."""
+        own = slice(start, stop)
+        return Rows(self.item[own], self.place[own], self.weight[own], self.fold[own])
+
+    def first(self, count: int) -> Rows:
+        """The first so many rows; all of them as they are."""
+        return self if count >= self.item.numel() else self.part(0, count)
+
 
 class Source(Protocol):
     """A family of points bound to the inputs of a call."""

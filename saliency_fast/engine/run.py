@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import Folds, norm_of
+from saliency_fast.engine.launch import Answer, Moment, Steps, Want
 from saliency_fast.engine.loss import (
     LEAST_SCALE,
     Loss,
@@ -24,10 +25,11 @@ from saliency_fast.engine.loss import (
     spread,
 )
 from saliency_fast.engine.memory import bytes_text, is_out_of_memory
+from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.plan import Plan
-from saliency_fast.engine.recipe import Recipe, Rows, Source
+from saliency_fast.engine.recipe import Level, Recipe, Rows, Source
 from saliency_fast.engine.way import Model, Way
-from saliency_fast.errors import BudgetError, ModelError
+from saliency_fast.errors import BudgetError
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.routes import Inputs
 
@@ -35,48 +37,8 @@ LOWER = 16.0
 """What a scale is divided by where half types overflow."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The engine's answer for B examples with K maps each.
-
-    values: per input [B, K, *]. scores, baseline_scores, sums (of the values), error (relative L2,
-    estimated): float64 [B, K]; classes int64 [B, K] where targets are classes. points int64 [B]
-    visited, converged bool [B] where a tolerance was asked for. precision_error [B, K]: what of
-    the error its precision costs, where that is not float32, and `underflow` the share of gradients
-    that it could not hold.
-    """
-
-    values: Inputs
-    scores: Tensor
-    baseline_scores: Tensor | None
-    sums: Tensor
-    error: Tensor
-    points: Tensor
-    converged: Tensor | None
-    classes: Tensor | None
-    halvings: int = 0
-    precision_error: Tensor | None = None
-    underflow: float = 0.0
-
-    @property
-    def delta(self) -> Tensor | None:
-        """Completeness: the sum of the values less what the score gained over the baseline."""
-        if self.baseline_scores is None:
-            return None
-        return self.sums - (self.scores - self.baseline_scores)
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A launch is done: `done` of at most `of` points; `outcome()` is the map so far."""
-
-    done: int
-    of: int
-    outcome: Callable[[], Outcome]
-
-
 class Run:
-    """One call on its way: the state that launches share. `moments` is the loop."""
+    """One call on its way: the state that launches share. `steps` is the loop."""
 
     def __init__(
         self,
@@ -99,7 +61,7 @@ class Run:
         function = self.function
         if self.exact is not None and plan.looked_at == 0:
             known = everywhere(math.nan, function.targets.count, call.device)
-        self.loss = known
+        self.loss, self.judged = known, False
         self.size, self.halvings = plan.points_per_launch, 0
         self.launches = launches
         shape, device = (call.batch, function.targets.count), call.device
@@ -111,16 +73,13 @@ class Run:
         self.folds: Folds | None = None
         self.converged: Tensor | None = None
 
-    def moments(self) -> Iterator[Moment]:
-        """Runs every level launch by launch; the last moment's outcome is the answer."""
-        self._arena = Arena(self.call.device, about=self.plan.launch_bytes)
-        try:
-            yield from self._moments()
-        finally:
-            self._arena.close()
+    def steps(self, moment: Callable[[int, int], Moment]) -> Steps:
+        """Runs every level launch by launch, with a moment after each; at the end `outcome` is the
+        answer.
 
-    def _moments(self) -> Iterator[Moment]:
-        self._ends()
+        Whoever runs it sends the answer to each `Want` back in, or throws what went wrong.
+        """
+        yield from self._ends()
         inputs, recipe = self.call.inputs, self.recipe
         folds = self.folds = Folds(recipe, inputs, self.baselines, self.scores.shape[1], self.hoist)
         source = recipe.family.bind(*self._ends_of_lines())
@@ -130,23 +89,17 @@ class Run:
             folds.begin(level.keep, active)
             start, stop = 0, level.count * active.numel()
             while start < stop:
-                rows = here.rows(active, start, min(start + self.size, stop))
-                grads = self._launch(source, rows)
-                if grads is None:
+                count = yield from self._launch(source, here, active, start, stop)
+                start, done = start + count, done + count
+                if count == 0:
                     continue
-                folds.add(rows, grads, source, self.behind.scale)
-                self.points.index_add_(0, rows.item, torch.ones_like(rows.item))
-                start += rows.item.numel()
-                done += rows.item.numel()
-                # Else they would stay alive through the next launch.
-                del grads
                 if not folds.nested:
-                    yield Moment(done, of, self.outcome)
+                    yield moment(done, of)
             if folds.nested:
                 active = self._unfinished(active)
                 # What is over counts as all of it, also where examples stopped early.
                 over = active.numel() == 0 or level is recipe.levels[-1]
-                yield Moment(of if over else done, of, self.outcome)
+                yield moment(of if over else done, of)
             if active.numel() == 0:
                 break
 
@@ -157,37 +110,43 @@ class Run:
             return inputs, baselines
         return self.hoist.lift(inputs), self.hoist.lift(baselines)
 
-    def _launch(self, source: Source, rows: Rows) -> list[Inputs] | None:
-        """The gradients of one launch; None where it must be tried again with half the points."""
+    def _launch(
+        self, source: Source, level: Level, active: Tensor, start: int, stop: int
+    ) -> Generator[Want, Answer, int]:
+        """Folds in the next launch of a level; returns how many points it had, 0 where it must be
+        tried again.
+        """
+        rows = level.rows(active, start, min(start + self.size, stop))
         try:
             if self.exact is not None and self.loss is None:
-                self._look(self.exact, source)
-            expected = self.launches.of(rows.item.numel()) if self.launches else None
-            with self._arena.launch(expected):
-                scores, classes, grads = self.behind.gradients(source.write(rows), rows.item)
+                yield from self._look(self.exact, source)
+            want = _wanted(self.behind, source, rows, self.launches)
+            answer = yield want
         except (RuntimeError, MemoryError) as error:
             self._halve(error)
-            return None
-        if self.way.precision.scaled and not finite(grads) and self._lower():
-            return None
+            return 0
+        if self.way.precision.scaled and not finite(answer.grads) and self._lower():
+            return 0
+        rows = rows.first(want.taken)
         if self.recipe.at_input:
-            self._note_scores(rows.item, scores, classes)
-        return grads
+            self._note_scores(rows.item, answer.scores, answer.classes)
+        assert self.folds is not None
+        self.folds.add(rows, answer.grads, source, self.behind.scale)
+        self.points.index_add_(0, rows.item, torch.ones_like(rows.item))
+        return want.taken
 
-    def _look(self, exact: PointFunction, source: Source) -> None:
+    def _look(self, exact: PointFunction, source: Source) -> Generator[Want, Answer, None]:
         """Takes some points in float32 too: what the precision costs, and its first scale."""
         assert self.folds is not None
         examples, _ = looked_at(self.recipe, self.call.batch)
         level = self.recipe.levels[0].to(self.call.device)
         # As many points of each example as one launch of them in float32 may have.
         rows = spread(level, self.everyone[:examples], self.plan.looked_at // examples)
-        with self._arena.launch():
-            _, _, theirs = exact.gradients(source.write(rows), rows.item)
+        theirs = yield from _all_of(exact, source, rows)
         if self.way.precision.scaled and self.behind.scale == 1.0:
             self.behind.scale = first_scale(theirs)
         while True:
-            with self._arena.launch():
-                _, _, mine = self.behind.gradients(source.write(rows), rows.item)
+            mine = yield from _all_of(self.behind, source, rows)
             if finite(mine) or not self._lower():
                 break
         half, inputs = (mine, self.behind.scale), self.call.inputs
@@ -223,7 +182,7 @@ class Run:
             traceback.clear_frames(error.__traceback__)
             torch.cuda.empty_cache()
 
-    def _ends(self) -> None:
+    def _ends(self) -> Generator[Want, Answer, None]:
         """Scores at the inputs and at the baselines, where launches do not bring them along."""
         if self.recipe.at_input:
             return
@@ -233,7 +192,7 @@ class Run:
         table, row = self.call.inputs, self.everyone
         if both:
             table, row = self._inputs_and_starts(), torch.arange(2 * batch, device=row.device)
-        scores, classes = self._score(table, row, row % batch)
+        scores, classes = yield from self._score(table, row, row % batch)
         self._note_scores(self.everyone, scores[:batch], None if both else classes)
         if self.classes is not None:
             self.function.targets = replace(self.function.targets, classes=self.classes)
@@ -244,34 +203,41 @@ class Run:
             table = tuple(
                 one.expand_as(x) for one, x in zip(self.baselines, self.call.inputs, strict=True)
             )
-            self.baseline_scores, _ = self._score(table, self.everyone, self.everyone)
+            found = yield from self._score(table, self.everyone, self.everyone)
+            self.baseline_scores = found[0]
         elif self.recipe.baseline == "set" and rows <= self.recipe.count:
             item = self.everyone.repeat_interleave(rows)
             row = torch.arange(rows, device=item.device).repeat(batch)
-            found, _ = self._score(self.baselines, row, item)
-            self.baseline_scores = found.view(batch, rows, -1).mean(1)
+            drawn, _ = yield from self._score(self.baselines, row, item)
+            self.baseline_scores = drawn.view(batch, rows, -1).mean(1)
 
     def _inputs_and_starts(self) -> Inputs:
         """Inputs and baselines in one table [2B, *], where one launch can score both."""
         pairs = zip(self.call.inputs, self.baselines, strict=True)
         return tuple(torch.cat([x, baseline.expand_as(x)]) for x, baseline in pairs)
 
-    def _score(self, table: Inputs, row: Tensor, item: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _score(
+        self, table: Inputs, row: Tensor, item: Tensor
+    ) -> Generator[Want, Answer, tuple[Tensor, Tensor | None]]:
         """Scores float64 [R, K] and classes of table rows `row` [R] as inputs of `item` [R]."""
         scores, classes, start = [], [], 0
         while start < row.numel():
-            part = slice(start, start + self.size)
-            try:
+
+            def write(count: int, start: int = start) -> tuple[Inputs, Tensor]:
                 # Indexing copies, so a model that works in place spares the user's tensors.
-                points = tuple(one[row[part]] for one in table)
-                with self._arena.launch():
-                    score, chosen = self.function.scores(points, item[part])
+                part = slice(start, start + count)
+                return tuple(one[row[part]] for one in table), item[part]
+
+            rows = min(self.size, row.numel() - start)
+            want = Want(self.function, rows, write, gradients=False)
+            try:
+                answer = yield want
             except (RuntimeError, MemoryError) as error:
                 self._halve(error)
                 continue
-            scores.append(score.double())
-            classes.append(chosen)
-            start += score.shape[0]
+            scores.append(answer.scores.double())
+            classes.append(answer.classes)
+            start += want.taken
         known = [chosen for chosen in classes if chosen is not None]
         return torch.cat(scores), torch.cat(known) if known else None
 
@@ -321,56 +287,28 @@ class Run:
         )
 
 
-def average(outcomes: list[Outcome]) -> Outcome:
-    """The mean over several baselines; its error is at most the mean of theirs, by the triangle
-    inequality: absolute errors add up, and the mean map may be smaller than each.
-    """
-    if len(outcomes) == 1:
-        return outcomes[0]
-    share, last = 1.0 / len(outcomes), outcomes[-1]
-    baseline_scores = [one.baseline_scores for one in outcomes if one.baseline_scores is not None]
-    converged = [one.converged for one in outcomes if one.converged is not None]
-    values = tuple(
-        sum(parts[1:], parts[0]) * share
-        for parts in zip(*(one.values for one in outcomes), strict=True)
-    )
-    tiny = torch.finfo(torch.float64).tiny
-    norms, norm = [_norm(one.values) for one in outcomes], _norm(values).clamp_min(tiny)
+def _wanted(
+    function: PointFunction, source: Source, rows: Rows, launches: Launches | None = None
+) -> Want:
+    """The gradients of a table of rows."""
 
-    def relative(errors: list[Tensor]) -> Tensor:
-        pairs = zip(errors, norms, strict=True)
-        return torch.stack([error * size for error, size in pairs]).mean(0) / norm
+    def write(count: int) -> tuple[Inputs, Tensor]:
+        part = rows.first(count)
+        return source.write(part), part.item
 
-    lost = [one.precision_error for one in outcomes if one.precision_error is not None]
-    return replace(
-        last,
-        values=values,
-        sums=torch.stack([one.sums for one in outcomes]).mean(0),
-        error=relative([one.error for one in outcomes]),
-        baseline_scores=torch.stack(baseline_scores).mean(0) if baseline_scores else None,
-        converged=torch.stack(converged).all(0) if converged else None,
-        points=torch.stack([one.points for one in outcomes]).sum(0),
-        halvings=max(one.halvings for one in outcomes),
-        precision_error=relative(lost) if lost else None,
-        underflow=max(one.underflow for one in outcomes),
-    )
+    return Want(function, rows.item.numel(), write, launches=launches)
 
 
-def _norm(values: Inputs) -> Tensor:
-    """L2 norm of each map over all inputs: float64 [B, K]."""
-    return norm_of(tuple(one.flatten(0, 1) for one in values)).view(values[0].shape[:2])
-
-
-def need_finite(outcome: Outcome) -> None:
-    """Raises ModelError where the model gave NaN or infinity."""
-    found = {"scores": outcome.scores, "attributions": outcome.sums}
-    if outcome.baseline_scores is not None:
-        found["scores at the baseline"] = outcome.baseline_scores
-    for name, numbers in found.items():
-        bad = ~torch.isfinite(numbers).all(1)
-        if bool(bad.any()):
-            raise ModelError(
-                f"the model gives NaN or infinite {name} for examples "
-                f"{bad.nonzero().flatten().tolist()[:8]}: expected finite numbers; check the "
-                "model's output and gradient there (torch.autograd.set_detect_anomaly helps)"
-            )
+def _all_of(
+    function: PointFunction, source: Source, rows: Rows
+) -> Generator[Want, Answer, list[Inputs]]:
+    """The gradients of all rows, in as many launches as it takes."""
+    found, start, count = [], 0, rows.item.numel()
+    while start < count:
+        want = _wanted(function, source, rows.part(start, count))
+        answer = yield want
+        found.append(answer.grads)
+        start += want.taken
+    if len(found) == 1:
+        return found[0]
+    return [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(*found, strict=True)]

@@ -44,10 +44,10 @@ PIECES = (2, 4, 8, 16)
 """Numbers of pieces that are tried where a point does not fit."""
 
 
-def function_of(route: Route, call: Call) -> PointFunction:
+def function_of(route: Route, call: Call, kind: tuple[object, ...] = ()) -> PointFunction:
     """A route with the arguments and targets of a call."""
     dtypes = call.dtypes if call.halves else None
-    return PointFunction(route, call.targets, call.args, call.kwargs, dtypes=dtypes)
+    return PointFunction(route, call.targets, call.args, call.kwargs, dtypes=dtypes, kind=kind)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Way:
 
     def function(self, model: Model, call: Call) -> PointFunction:
         """From points at the inputs to scores and gradients there, in float32."""
-        return function_of(self._route(model), call)
+        return function_of(self._route(model), call, (*self._kind(model), "whole"))
 
     def launched(self, model: Model, call: Call, recipe: Recipe) -> PointFunction:
         """From points as launches write them to gradients as they sum them, in its precision."""
@@ -82,8 +82,13 @@ class Way:
             recorded = Offloaded(self._lowered) if self.offloaded else Recorded(self._lowered)
             route = Widened(recorded)
         lifted = self.prefix is not None and recipe.family.straight
-        found = function_of(route, call)
+        found = function_of(route, call, (*self._kind(model), self.precision.name))
         return replace(found, prefix=self.prefix, lifted=lifted, precision=self.precision)
+
+    def _kind(self, model: Model) -> tuple[object, ...]:
+        """Equal for copies of one way."""
+        parts = (model, self.program, self.prefix, self.tiled)
+        return (*map(id, parts), self.watched, self.offloaded)
 
     @property
     def half(self) -> torch.dtype | None:

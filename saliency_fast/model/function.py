@@ -16,6 +16,11 @@ from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs, Route, tensors_among
 from saliency_fast.model.targets import Targets
 
+NO_GRADIENT = (
+    "the model is not differentiable in its input: its output carries no gradient; look for "
+    "detach(), no_grad(), .item(), NumPy or integer steps inside it"
+)
+
 
 class _Enter(torch.autograd.Function):
     """Makes plain points differentiable without a copy, so that a model may work in place."""
@@ -37,8 +42,9 @@ class PointFunction:
     Further arguments that are tensors with the batch's length on their first axis belong to the
     examples and follow them into the rows; all others are passed as they are. With `prefix` the
     route is its rest, and gradients are taken at its places; `lifted`: points are places already.
-    dtypes: what the model takes, where points are not written so.
-    scale: what the cotangent is multiplied with, and gradients with it, where half types underflow.
+    dtypes: what the model takes, where points are not written so. scale: what the cotangent is
+    multiplied with, and gradients with it, where half types underflow; a number, or one per row.
+    kind: equal for functions that take points through the model in the same way.
     """
 
     route: Route
@@ -50,6 +56,7 @@ class PointFunction:
     precision: Precision = FLOAT32
     scale: float = 1.0
     dtypes: tuple[torch.dtype, ...] | None = None
+    kind: tuple[object, ...] = ()
     _checked: bool = False
 
     def scores(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -84,15 +91,12 @@ class PointFunction:
         scores, classes = self.forward(entered, item)
         entered.clear()
         if not scores.requires_grad:
-            raise ModelError(
-                "the model is not differentiable in its input: its output carries no gradient; "
-                "look for detach(), no_grad(), .item(), NumPy or integer steps inside it"
-            )
+            raise ModelError(NO_GRADIENT)
         last = scores.shape[1] - 1
-        cotangent = None if self.scale == 1.0 else scores.new_full((), self.scale)
+        cotangent = torch.ones_like(scores[:, 0]) * self.scale
         found = [
             torch.autograd.grad(
-                *(scores[:, k].sum(), edges, cotangent), retain_graph=k < last, allow_unused=True
+                *(scores[:, k], edges, cotangent), retain_graph=k < last, allow_unused=True
             )
             for k in range(scores.shape[1])
         ]
@@ -105,7 +109,10 @@ class PointFunction:
 
     def forward(self, points: Sequence[Tensor], item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
-        raw = self.route(points, *self.rows(item))
+        return self.read(self.route(points, *self.rows(item)), item)
+
+    def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores [R, K] and classes [R, K] of what the model returned."""
         if not self._checked:
             self.targets.check(raw)
             self._checked = True
@@ -123,9 +130,11 @@ class PointFunction:
         return args, {name: self._rows(value, item) for name, value in self.kwargs.items()}
 
     def _rows(self, value: Any, item: Tensor) -> Any:
-        if isinstance(value, Tensor) and value.dim() and len(value) == self.targets.batch:
-            return value[item]
-        return value
+        return value[item] if isinstance(value, Tensor) and self.follows(value) else value
+
+    def follows(self, argument: Tensor) -> bool:
+        """Whether a further argument belongs to the examples."""
+        return argument.dim() > 0 and len(argument) == self.targets.batch
 
 
 def _check_seen(found: Sequence[tuple[Tensor | None, ...]]) -> None:

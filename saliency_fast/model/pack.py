@@ -1,0 +1,123 @@
+"""Pack: points of several calls as one launch, whose targets and arguments are each call's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from saliency_fast.errors import ModelError
+from saliency_fast.model.function import NO_GRADIENT, PointFunction
+from saliency_fast.model.routes import Inputs
+
+
+@dataclass
+class Pack:
+    """Takes the place of `Targets` where the rows of a launch belong to several functions.
+
+    Each function reads its own rows of the model's output, as it would alone. What goes wrong for
+    one of them is kept in `errors`, and its rows count nothing.
+    """
+
+    functions: Sequence[PointFunction]
+    items: Sequence[Tensor]
+    classes: list[Tensor | None] = field(default_factory=list)
+    errors: dict[int, Exception] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [item.numel() for item in self.items]
+
+    @property
+    def batch(self) -> int:
+        """Rows are examples of their own here."""
+        return sum(self.sizes)
+
+    def check(self, raw: Any) -> None:
+        """Each function checks what is its own, in `read`."""
+
+    def read(self, raw: Any, item: Tensor) -> tuple[Tensor, None]:
+        """Scores [R, K] of all rows."""
+        found, start = [], 0
+        for number, (function, own) in enumerate(zip(self.functions, self.items, strict=True)):
+            part = slice(start, start + own.numel())
+            start = part.stop
+            scores, classes = self._own(number, function, own, _rows_of(raw, part, self.batch))
+            found.append(scores)
+            self.classes.append(classes)
+        return torch.cat(found), None
+
+    def _own(
+        self, number: int, function: PointFunction, item: Tensor, raw: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        try:
+            scores, classes = function.read(raw, item)
+            if torch.is_grad_enabled() and not scores.requires_grad:
+                raise ModelError(NO_GRADIENT)
+        except Exception as error:
+            self.errors[number] = error
+            count = self.functions[0].targets.count
+            return torch.zeros(item.numel(), count, device=item.device), None
+        return scores, classes
+
+
+def packed(
+    functions: Sequence[PointFunction], points: Sequence[Inputs], items: Sequence[Tensor]
+) -> tuple[PointFunction, Inputs, Tensor, Pack]:
+    """(function, points, item, pack): several functions of one kind as one, on all their points."""
+    first, pack = functions[0], Pack(functions, items)
+    own = [function.rows(item) for function, item in zip(functions, items, strict=True)]
+    args = tuple(
+        _joined(first.args[n], [one[0][n] for one in own], first) for n in range(len(first.args))
+    )
+    kwargs = {
+        name: _joined(value, [one[1][name] for one in own], first)
+        for name, value in first.kwargs.items()
+    }
+    scales = [
+        torch.full((size,), function.scale)
+        for function, size in zip(functions, pack.sizes, strict=True)
+    ]
+    scaled = any(function.scale != 1.0 for function in functions)
+    scale: Any = torch.cat(scales).to(items[0].device) if scaled else 1.0
+    # A pack does for its rows what targets do.
+    targets: Any = pack
+    together = replace(first, targets=targets, args=args, kwargs=kwargs, scale=scale)
+    joined = tuple(torch.cat(parts) for parts in zip(*points, strict=True))
+    return together, joined, torch.arange(pack.batch, device=items[0].device), pack
+
+
+def alike(function: PointFunction) -> tuple[object, ...]:
+    """Equal for functions whose points may share a launch."""
+    others = (*function.args, *sorted(function.kwargs.items()))
+    shared = tuple(_kind(value, function) for value in others)
+    dtypes, count = function.dtypes, function.targets.count
+    return (function.kind, function.lifted, count, dtypes, len(function.args), shared)
+
+
+def _kind(value: Any, function: PointFunction) -> object:
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
+        return value[0], _kind(value[1], function)
+    if isinstance(value, Tensor) and function.follows(value):
+        return "rows", value.shape[1:], value.dtype
+    if isinstance(value, (int, float, str, bool, type(None))):
+        return type(value), value
+    return id(value)
+
+
+def _joined(value: Any, parts: list[Any], function: PointFunction) -> Any:
+    follows = isinstance(value, Tensor) and function.follows(value)
+    return torch.cat(parts) if follows else value
+
+
+def _rows_of(raw: Any, part: slice, rows: int) -> Any:
+    """Those rows of whatever a model returns; what has no rows is left, to be refused."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor[part] if tensor.dim() and len(tensor) == rows else tensor
+
+    return tree_map_only(Tensor, own, raw)
