@@ -25,5 +25,13 @@ class BackendError(SaliencyError, RuntimeError):
     """A fast version was asked for that is not built, or one that is built does not load."""
 
 
+class BusyError(SaliencyError, RuntimeError):
+    """Too many requests wait for an engine."""
+
+
+class ClosedError(SaliencyError, RuntimeError):
+    """An engine that was closed takes no more requests."""
+
+
 class RecordError(SaliencyError, ValueError):
     """An attribution record is truncated, altered, or written under another schema."""

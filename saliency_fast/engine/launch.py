@@ -70,7 +70,7 @@ def alone(steps: Steps, arena: Arena) -> Generator[Moment, None, None]:
             yield step
             step = next(steps, None)
         else:
-            step = answered(steps, launch([(step, step.rows)], arena))
+            step = answered(steps, [launch(step, step.rows, arena)])
 
 
 def answered(steps: Steps, answers: list[Answer | Exception]) -> Want | Moment | None:
@@ -85,27 +85,21 @@ def answered(steps: Steps, answers: list[Answer | Exception]) -> Want | Moment |
         return None
 
 
-def launch(wants: Sequence[tuple[Want, int]], arena: Arena) -> list[Answer | Exception]:
-    """The answers to wants of one kind, so many points of each, or why there is none."""
-    if len(wants) > 1:
-        try:
-            return _together(wants, arena)
-        except Exception:
-            # Whose fault it is shows when each is on its own.
-            return [launch([one], arena)[0] for one in wants]
-    ((want, rows),) = wants
+def launch(want: Want, rows: int, arena: Arena) -> Answer | Exception:
+    """The answer to a want, for so many of its points, or why there is none."""
     try:
         expected = want.launches.of(min(rows, want.rows)) if want.launches else None
         with arena.launch(expected):
             points, item = want.take(rows)
             if not want.gradients:
-                return [Answer(*want.function.scores(points, item))]
-            return [Answer(*want.function.gradients(points, item))]
+                return Answer(*want.function.scores(points, item))
+            return Answer(*want.function.gradients(points, item))
     except Exception as error:
-        return [error]
+        return error
 
 
-def _together(wants: Sequence[tuple[Want, int]], arena: Arena) -> list[Answer | Exception]:
+def together(wants: Sequence[tuple[Want, int]], arena: Arena) -> list[Answer | Exception]:
+    """The answers to wants of one kind, so many points of each, by one launch."""
     first = wants[0][0]
     total = sum(min(rows, want.rows) for want, rows in wants)
     expected = first.launches.of(total) if first.launches else None

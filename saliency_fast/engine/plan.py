@@ -32,6 +32,7 @@ class Plan:
     version serves.
     prefix names the calls at the model's beginning that are taken once for all points. precision:
     of the model's products; `looked_at` points are taken in float32 too, to tell what it costs.
+    most: points that a launch may have where other calls fill it.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Plan:
     prefix: str = ""
     precision: str = "float32"
     looked_at: int = 0
+    most: int = 0
     notes: tuple[str, ...] = ()
     seconds_per_point: float | None = field(default=None, compare=False)
 
@@ -101,7 +103,6 @@ class Plan:
 
 def points_per_launch(
     wanted: int | None,
-    points: int,
     bytes_of: Callable[[int], int],
     largest_tensor: int,
     fixed: int,
@@ -109,7 +110,7 @@ def points_per_launch(
     budget: int,
     device: str,
 ) -> int:
-    """The most points that fit the budget, that pay, and that there are.
+    """The most points that fit the budget and that pay.
 
     bytes_of: what a launch of so many points takes; never less for more of them.
     """
@@ -131,5 +132,4 @@ def points_per_launch(
         room = min(room, max(one, CPU_LAUNCH))
     elif wanted is None:
         wanted = max(1, GPU_LAUNCH // one)
-    most = min(points, wanted)
-    return bisect_right(range(1, most + 1), room, key=bytes_of)
+    return bisect_right(range(1, wanted + 1), room, key=bytes_of)

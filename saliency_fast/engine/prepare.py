@@ -96,9 +96,8 @@ def make_plan(
         known = None if launches is None else launches.bytes_of(rows)
         return each * rows if known is None else known
 
-    size = points_per_launch(
+    most = points_per_launch(
         limits.points_per_launch,
-        points,
         bytes_of,
         cost.largest,
         fixed,
@@ -106,6 +105,7 @@ def make_plan(
         budget,
         call.device.type,
     )
+    size = min(most, points)
     launch = bytes_of(size)
     fits = bool(exact) and fixed + max(exact, finish) <= budget
     # As many of each example as a launch in float32 may have.
@@ -130,6 +130,7 @@ def make_plan(
         prefix=_calls(prefix, recipe),
         precision=probed.way.precision.name,
         looked_at=few,
+        most=most,
         notes=_notes(recipe, size, limits, probed.reason),
     )
 

@@ -17,21 +17,23 @@ _HELD: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @contextmanager
-def untouched(model: Callable[..., Any], device: torch.device) -> Iterator[bool]:
+def untouched(
+    model: Callable[..., Any], device: torch.device, *, draws: bool = True
+) -> Iterator[bool]:
     """Runs its body with the model in evaluation mode; yields whether it was in training mode.
 
     Restores modes and random states on the way out, also after an exception or Ctrl-C. Threads
-    may share a model, or parts of one: modes come back when the last of them leaves.
+    may share a model, or parts of one: modes come back when the last of them leaves. draws: whether
+    random states are restored, which are the whole process's: not where other threads work on.
     """
+    if not draws:
+        with _quiet(model, device) as was_training:
+            yield was_training
+        return
     state = torch.random.get_rng_state()
     gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
-        with (
-            _evaluating(model) as was_training,
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
+        with _quiet(model, device) as was_training:
             yield was_training
     finally:
         # A model that draws nothing leaves the state alone, and so do we.
@@ -39,6 +41,17 @@ def untouched(model: Callable[..., Any], device: torch.device) -> Iterator[bool]
             torch.random.set_rng_state(state)
         if gpu_state is not None and not torch.equal(gpu_state, torch.cuda.get_rng_state(device)):
             torch.cuda.set_rng_state(gpu_state, device)
+
+
+@contextmanager
+def _quiet(model: Callable[..., Any], device: torch.device) -> Iterator[bool]:
+    with (
+        _evaluating(model) as was_training,
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield was_training
 
 
 @contextmanager
