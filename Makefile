@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint types imports unit bench bench-gpu larger accuracy format clean
+.PHONY: demo test lint types imports unit bench bench-gpu kernels larger accuracy format clean
 
 demo: $(VENV)/installed
 	$(BIN)/saliency-fast demo --out out
@@ -31,6 +31,11 @@ bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.end_to_end --device cpu
 	$(BIN)/python -m benchmarks.lean
 	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.tables
+
+# What compilers make of the GPU kernels: needs nvcc and Triton, and no GPU.
+kernels: $(VENV)/test-installed
+	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.tables
 
 # Inputs larger than memory: three minutes and 14 GiB.

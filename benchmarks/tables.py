@@ -5,7 +5,9 @@
 
 A marker is `<!-- benchmark:NAME -->` ... `<!-- /benchmark:NAME -->`. NAME is the stem of a file
 under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the same with "-summary"
-(one line per race), "lean-cpu", "lean-gpu", "ops-cpu" or "ops-gpu".
+(one line per race), "lean-cpu", "lean-gpu", "ops-cpu" or "ops-gpu"; "kernels" (what compilers make
+of every kernel), "kernels-summary" (one line per kernel), "kernels-gpu" (what was timed) or the
+same with "-summary" (only what is checked in or to be).
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured yet"
+GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
+"""The files of per-op rows on a GPU, by `benchmarks.gpu` and by `benchmarks.ops`."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
 
 Row = dict[str, Any]
@@ -157,6 +161,17 @@ def lean(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def kernels(name: str, document: dict[str, Any], results: Path) -> str:
+    """What `benchmarks.kernels` wrote, with the bandwidths that `benchmarks.ops` measured."""
+    from benchmarks.kernels import full, summary, tuned
+
+    if name.startswith("kernels-gpu"):
+        return tuned(document, brief=name.endswith("-summary"))
+    measured = [path for path in map(results.joinpath, GPU_OPS) if path.exists()]
+    speeds = json.loads(measured[0].read_text()) if measured else None
+    return summary(document, speeds) if name.endswith("-summary") else full(document)
+
+
 def _foreseen(row: Row) -> list[str]:
     """What was planned, what the call alone took, and how the plan compares."""
     return [
@@ -257,11 +272,13 @@ def table(name: str, results: Path = RESULTS) -> str:
     """The table of a marker, or that it is not measured yet."""
     stem = name.removesuffix("-summary")
     path = results / f"{stem}.json"
-    if not path.exists() and stem == "ops-gpu":
-        path = results / "ops-cuda.json"
+    if stem == "ops-gpu":
+        path = next((p for p in map(results.joinpath, GPU_OPS) if p.exists()), path)
     if not path.exists():
         return NOT_MEASURED + "\n"
     document = json.loads(path.read_text())
+    if stem.startswith("kernels"):
+        return kernels(name, document, results)
     if stem.startswith("ops-"):
         return ops(document)
     if stem.startswith("lean-"):

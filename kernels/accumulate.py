@@ -8,11 +8,10 @@ their loads in flight together; a load of another slot's row is masked and moves
 import triton
 import triton.language as tl
 
-from .launch import WARPS, contiguous, on, tile
+from .configurations import configuration
+from .launch import contiguous, on
 from .philox import place
 from .points import random_line
-
-AHEAD = 4
 
 
 @triton.jit
@@ -105,23 +104,24 @@ def _random_lines(total, grads, slot, weight, x, baselines, sigma, seed, item, s
 def accumulate(total, grads, slot, weight, kind):
     """The op `accumulate`: adds to total in place."""
     slots, rows, numel = len(total), len(grads), total[0].numel()
-    block = tile(grads.dtype, 1)
-    grid = (slots * triton.cdiv(numel, block),)
+    chosen = configuration("accumulate.accumulate", grads)
+    grid = (slots * triton.cdiv(numel, chosen.elements),)
     with on(total), contiguous(total) as (kept,):
         _accumulate[grid](kept, grads.contiguous(), slot.contiguous(), weight.contiguous(), slots,
-                          rows, numel, KIND=kind, AHEAD=AHEAD, BLOCK=block,
-                          num_warps=WARPS)  # fmt: skip
+                          rows, numel, KIND=kind, AHEAD=chosen.ahead, BLOCK=chosen.elements,
+                          num_warps=chosen.warps)  # fmt: skip
 
 
 def accumulate_moments(mean, spread, count, grads, slot):
     """The op `accumulate_moments`: updates mean, spread and count in place."""
     slots, rows, numel = len(mean), len(grads), mean[0].numel()
-    block = tile(grads.dtype, 1)
-    grid = (slots * triton.cdiv(numel, block),)
+    chosen = configuration("accumulate.moments", grads)
+    grid = (slots * triton.cdiv(numel, chosen.elements),)
     with on(mean), contiguous(mean, spread, count) as (center, squares, seen):
         # Programs of a slot start from its old count at any time, so the new one lies apart.
         _moments[grid](center, squares, seen.clone(), seen, grads.contiguous(), slot.contiguous(),
-                       slots, rows, numel, AHEAD=AHEAD, BLOCK=block, num_warps=WARPS)  # fmt: skip
+                       slots, rows, numel, AHEAD=chosen.ahead, BLOCK=chosen.elements,
+                       num_warps=chosen.warps)  # fmt: skip
 
 
 def accumulate_random_lines(total, grads, slot, weight, x, baselines, sigma, seed, item, sample,
@@ -129,11 +129,11 @@ def accumulate_random_lines(total, grads, slot, weight, x, baselines, sigma, see
     """The op `accumulate_random_lines`: adds to total in place."""
     slots, rows, numel = len(total), len(grads), total[0].numel()
     first_block, skip = divmod(first_element, 4)
-    block = tile(x.dtype, 1)
-    grid = (slots * triton.cdiv(numel + skip, block),)
+    chosen = configuration("accumulate.random_lines", x)
+    grid = (slots * triton.cdiv(numel + skip, chosen.elements),)
     with on(total), contiguous(total) as (kept,):
         _random_lines[grid](kept, grads.contiguous(), slot.contiguous(), weight.contiguous(),
                             x.contiguous(), baselines.contiguous(), sigma.contiguous(),
                             seed.contiguous(), item.contiguous(), sample.contiguous(), slots, rows,
-                            len(baselines), numel, first_block, skip, BLOCKS=block // 4,
-                            num_warps=WARPS)  # fmt: skip
+                            len(baselines), numel, first_block, skip, BLOCKS=chosen.elements // 4,
+                            num_warps=chosen.warps)  # fmt: skip

@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import WARPS, on, tile
-
-ACCESSES = 2
+from .configurations import configuration
+from .launch import on
 
 
 @triton.jit
@@ -58,8 +57,8 @@ def finish(total, x, baseline, reduction):
     shape = total.shape if reduction == "none" else (slots, *total.shape[2:])
     values = torch.empty(shape, dtype=total.dtype, device=total.device)
     positions = values[0].numel()
-    block = tile(total.dtype, ACCESSES)
-    tiles = triton.cdiv(positions, block)
+    chosen = configuration("finish.finish", total)
+    tiles = triton.cdiv(positions, chosen.elements)
     partial = torch.empty((slots, tiles), dtype=torch.float64, device=total.device)
     with on(total):
         _finish[slots * tiles,](
@@ -67,6 +66,6 @@ def finish(total, x, baseline, reduction):
             partial, slots, 1 if x is None else slots // len(x),
             1 if baseline is None else len(baseline), 1 if reduction == "none" else channels,
             positions, SCALED=x is not None, SHIFTED=baseline is not None, REDUCTION=reduction,
-            BLOCK=block, num_warps=WARPS,
+            BLOCK=chosen.elements, num_warps=chosen.warps,
         )  # fmt: skip
     return values, partial.sum(1)

@@ -1,21 +1,13 @@
-"""What every launcher shares: its device, contiguous stand-ins of totals, and the tile's size."""
+"""What every launcher shares: its device, and contiguous stand-ins of totals."""
 
 import contextlib
 
 import torch
 
-WARPS = 4
-"""Warps of a program, of 32 threads (64 on AMD)."""
-
 
 def on(tensor):
     """Makes the tensor's GPU current; on a CPU (the interpreter) there is nothing to do."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def tile(dtype, accesses):
-    """Elements of a program in which each of its threads makes `accesses` of 16 bytes."""
-    return WARPS * 32 * 16 * accesses // dtype.itemsize
 
 
 @contextlib.contextmanager

@@ -9,12 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import WARPS, on
+from .configurations import configuration
+from .launch import on
 
-GROUPS = WARPS * 32
-"""Groups of a program: a thread of 32-thread warps has one, in accesses of 16 bytes."""
-FLAG_GROUPS = 4 * GROUPS
-"""Groups of a program that reads but a byte per element."""
 NARROW = 2**31 - 2**16
 """Elements below which 32-bit numbers tell them apart, tiles that overhang included."""
 RULES = ("standard", "guided", "deconv")
@@ -175,12 +172,13 @@ def relu_mask_backward(grad, mask, scale, slope, rule, both, channels_last):
     plain = torch.empty_like(scaled) if both else grad.new_empty(0)
     if grad.numel() > 0:
         affine, places = _places(grad, layout, scale)
+        chosen = configuration("masks.backward", grad)
         with on(grad):
-            _backward[triton.cdiv(grad.numel(), 8 * GROUPS),](
+            _backward[triton.cdiv(grad.numel(), chosen.elements),](
                 grad, mask.contiguous(), grad if scale is None else scale.contiguous(), scaled,
                 plain if both else scaled, grad.numel(), *places, AFFINE=affine, RULE=rule,
                 SLOPE=slope if rule == "standard" else 0.0, BOTH=both,
-                WIDE=grad.numel() > NARROW, GROUPS=GROUPS, num_warps=WARPS,
+                WIDE=grad.numel() > NARROW, GROUPS=chosen.elements // 8, num_warps=chosen.warps,
                 enable_fp_fusion=False,
             )  # fmt: skip
     return scaled, plain
@@ -191,10 +189,11 @@ def pack_mask(flags):
     flags = flags.contiguous() if _layout(flags) is None else flags
     mask, numel = _empty_mask(flags), flags.numel()
     if numel > 0:
+        chosen = configuration("masks.pack", flags)
         with on(flags):
-            _pack[triton.cdiv(numel, 8 * FLAG_GROUPS),](
-                flags.view(torch.uint8), mask, numel, WIDE=numel > NARROW, GROUPS=FLAG_GROUPS,
-                num_warps=WARPS,
+            _pack[triton.cdiv(numel, chosen.elements),](
+                flags.view(torch.uint8), mask, numel, WIDE=numel > NARROW,
+                GROUPS=chosen.elements // 8, num_warps=chosen.warps,
             )  # fmt: skip
     return mask
 
@@ -208,13 +207,14 @@ def _rectify(x, scale, shift, residual, slope, upper, y):
     affine, places = _places(x, layout, scale)
     scale, shift = (x if t is None else t.contiguous() for t in (scale, shift))
     added = x if residual is None else residual.contiguous(memory_format=layout)
+    chosen = configuration("masks.forward", x)
     with on(x):
         # Without fused multiply-adds the bits equal the reference's.
-        _forward[triton.cdiv(numel, 8 * GROUPS),](
+        _forward[triton.cdiv(numel, chosen.elements),](
             x, scale, shift, added, y, mask, numel, *places, AFFINE=affine,
             RESIDUAL=residual is not None, SLOPE=slope,
-            UPPER=upper if math.isfinite(upper) else None, WIDE=numel > NARROW, GROUPS=GROUPS,
-            num_warps=WARPS, enable_fp_fusion=False,
+            UPPER=upper if math.isfinite(upper) else None, WIDE=numel > NARROW,
+            GROUPS=chosen.elements // 8, num_warps=chosen.warps, enable_fp_fusion=False,
         )  # fmt: skip
     return mask
 

@@ -6,12 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import WARPS, on, tile
+from .configurations import configuration
+from .launch import on
 
 # Triton counts a histogram with warp votes, whose work grows with the bins: 8 bits a pass.
 BITS = 8
-TILES = 4
-ACCESSES = 2
 
 
 @triton.jit
@@ -89,14 +88,14 @@ def magnitude_percentile(values, percentile):
     prefix = torch.zeros(rows, dtype=integer, device=values.device)
     shifts = range(8 * integer.itemsize - BITS, -1, -BITS)
     counts = left.new_zeros((len(shifts), rows, 1 << BITS))
-    block = tile(integer, ACCESSES)
-    grid = (rows * triton.cdiv(numel, TILES * block),)
+    chosen, narrow = (configuration(f"overlay.{name}", bits) for name in ("count", "narrow"))
+    grid = (rows * triton.cdiv(numel, chosen.tiles * chosen.elements),)
     with on(values):
         for found, shift in zip(counts, shifts, strict=True):
             _count[grid](bits, prefix, found, rows, numel, SHIFT=shift,
-                         MAGNITUDE=torch.iinfo(integer).max, BITS=BITS, TILES=TILES, BLOCK=block,
-                         num_warps=WARPS)  # fmt: skip
-            _narrow[rows,](prefix, left, found, BITS=BITS, num_warps=WARPS)
+                         MAGNITUDE=torch.iinfo(integer).max, BITS=BITS, TILES=chosen.tiles,
+                         BLOCK=chosen.elements, num_warps=chosen.warps)  # fmt: skip
+            _narrow[rows,](prefix, left, found, BITS=BITS, num_warps=narrow.warps)
     return prefix.view(values.dtype)
 
 
@@ -105,12 +104,12 @@ def overlay(image, values, scale, colors, signed, opacity):
     values = values.contiguous()
     out = torch.empty(image.shape, dtype=torch.uint8, device=image.device)
     rows, positions = values.shape
-    block = tile(torch.float32, 1)
-    grid = (rows * triton.cdiv(positions, block),)
+    chosen = configuration("overlay.overlay", values)
+    grid = (rows * triton.cdiv(positions, chosen.elements),)
     with on(image):
         # Without fused multiply-adds the bytes equal the reference's.
         _overlay[grid](image.contiguous(), values, scale.contiguous(), colors.contiguous(), out,
                        rows, positions, opacity, TINY=torch.finfo(values.dtype).tiny,
-                       SIGNED=signed, BLOCK=block, num_warps=WARPS,
+                       SIGNED=signed, BLOCK=chosen.elements, num_warps=chosen.warps,
                        enable_fp_fusion=False)  # fmt: skip
     return out

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import WARPS, on
+from .configurations import configuration
+from .launch import on
 
 NOISE = tl.constexpr(0)
 LINE = tl.constexpr(1)
@@ -154,9 +155,9 @@ def random_bits(seed, sample, count, first_element, stream):
     """The op `random_bits`: int64 [R, count]."""
     out = torch.empty((seed.numel(), count), dtype=torch.int64, device=seed.device)
     first_block, skip = divmod(first_element, 4)
-    blocks = WARPS * 32
-    grid = (len(out) * triton.cdiv(count + skip, 4 * blocks),)
+    chosen = configuration("philox.bits", out)
+    grid = (len(out) * triton.cdiv(count + skip, chosen.elements),)
     with on(seed):
         _bits[grid](seed.contiguous(), sample.contiguous(), out, len(out), count, first_block, skip,
-                    STREAM=stream, BLOCKS=blocks, num_warps=WARPS)  # fmt: skip
+                    STREAM=stream, BLOCKS=chosen.elements // 4, num_warps=chosen.warps)  # fmt: skip
     return out

@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import WARPS, on, tile
+from .configurations import configuration
+from .launch import on
 from .philox import line_draw, normals, place
-
-ACCESSES = 2
 
 
 @triton.jit
@@ -80,11 +79,12 @@ def line_points(x, baseline, item, alpha):
     """The op `line_points`: [R, *]."""
     x, baseline = x.contiguous(), baseline.contiguous()
     out, numel = _points(x, item)
-    block = tile(x.dtype, ACCESSES)
-    grid = (len(out) * triton.cdiv(numel, block),)
+    chosen = configuration("points.line", x)
+    grid = (len(out) * triton.cdiv(numel, chosen.elements),)
     with on(x):
         _line[grid](x, baseline, item.contiguous(), alpha.contiguous(), out, len(out),
-                    len(baseline), numel, BLOCK=block, num_warps=WARPS)  # fmt: skip
+                    len(baseline), numel, BLOCK=chosen.elements,
+                    num_warps=chosen.warps)  # fmt: skip
     return out
 
 
@@ -93,12 +93,13 @@ def noise_points(x, sigma, seed, item, sample, antithetic, first_element):
     x = x.contiguous()
     out, numel = _points(x, item)
     first_block, skip = divmod(first_element, 4)
-    block = tile(x.dtype, ACCESSES)
-    grid = (len(out) * triton.cdiv(numel + skip, block),)
+    chosen = configuration("points.noise", x)
+    grid = (len(out) * triton.cdiv(numel + skip, chosen.elements),)
     with on(x):
         _noise[grid](x, sigma.contiguous(), seed.contiguous(), item.contiguous(),
                      sample.contiguous(), out, len(out), numel, first_block, skip,
-                     ANTITHETIC=antithetic, BLOCKS=block // 4, num_warps=WARPS)  # fmt: skip
+                     ANTITHETIC=antithetic, BLOCKS=chosen.elements // 4,
+                     num_warps=chosen.warps)  # fmt: skip
     return out
 
 
@@ -107,12 +108,12 @@ def random_line_points(x, baselines, sigma, seed, item, sample, first_element):
     x, baselines = x.contiguous(), baselines.contiguous()
     out, numel = _points(x, item)
     first_block, skip = divmod(first_element, 4)
-    block = tile(x.dtype, ACCESSES)
-    grid = (len(out) * triton.cdiv(numel + skip, block),)
+    chosen = configuration("points.random_line", x)
+    grid = (len(out) * triton.cdiv(numel + skip, chosen.elements),)
     with on(x):
         _random_line[grid](x, baselines, sigma.contiguous(), seed.contiguous(), item.contiguous(),
                            sample.contiguous(), out, len(out), len(baselines), numel, first_block,
-                           skip, BLOCKS=block // 4, num_warps=WARPS)  # fmt: skip
+                           skip, BLOCKS=chosen.elements // 4, num_warps=chosen.warps)  # fmt: skip
     return out
 
 

@@ -8,10 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import WARPS, on
+from .configurations import configuration
+from .launch import on
 
-BLOCK = 4 * 32 * WARPS
-"""Elements of a program: four to a thread, so that their places stay in registers."""
 NARROW = 2**31 - 2**16
 """Elements below which 32-bit numbers tell them apart, tiles that overhang included."""
 PLACES = 256
@@ -121,11 +120,12 @@ def maxpool_index(x, kernel, stride, padding, dilation, ceil_mode):
     x = x.contiguous(memory_format=form)
     values = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
     index = torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=form)
+    chosen = configuration("pools.maxpool", x)
     with on(x):
-        _maxpool[triton.cdiv(values.numel(), BLOCK),](
+        _maxpool[triton.cdiv(values.numel(), chosen.elements),](
             x, values, index, values.numel(), *_sizes(x, values, form),
-            *_window(kernel, stride, padding, dilation), WIDE=_wide(x, values), BLOCK=BLOCK,
-            num_warps=WARPS,
+            *_window(kernel, stride, padding, dilation), WIDE=_wide(x, values),
+            BLOCK=chosen.elements, num_warps=chosen.warps,
         )  # fmt: skip
     return values, index
 
@@ -139,11 +139,12 @@ def maxpool_index_backward(grad, index, size, kernel, stride, padding, dilation)
     out = torch.empty(
         (*grad.shape[:2], *size), dtype=grad.dtype, device=grad.device, memory_format=form
     )
+    chosen = configuration("pools.maxpool_backward", grad)
     with on(grad):
-        _maxpool_backward[triton.cdiv(out.numel(), BLOCK),](
+        _maxpool_backward[triton.cdiv(out.numel(), chosen.elements),](
             grad, index, out, out.numel(), *_sizes(out, grad, form),
-            *_window(kernel, stride, padding, dilation), WIDE=_wide(out, grad), BLOCK=BLOCK,
-            num_warps=WARPS,
+            *_window(kernel, stride, padding, dilation), WIDE=_wide(out, grad),
+            BLOCK=chosen.elements, num_warps=chosen.warps,
         )  # fmt: skip
     return out
 

@@ -13,6 +13,9 @@ import triton.language as tl
 from checking import assert_close_to_reference, every_sample, poisoned, results
 from triton.runtime import interpreter
 
+from benchmarks import tuning
+from benchmarks.ops import Call
+from saliency_fast.kernels.configurations import TABLE, Configuration
 from saliency_fast.ops import OPS, Op, Sample
 
 
@@ -109,3 +112,48 @@ def test_pools_of_more_elements_than_32_bits_count(name: str, monkeypatch):
     monkeypatch.setattr(sys.modules[launcher.__module__], "NARROW", 0)
     for sample in list(op.samples())[::4]:
         assert_close_to_reference(op, sample, results(op, sample, launcher))
+
+
+@pytest.mark.parametrize("kernel", TABLE)
+@pytest.mark.parametrize("numbers", [(64, 1, 1, 1), (2048, 8, 8, 4)], ids=str)
+def test_any_configuration_gives_the_same_results(kernel: str, numbers: tuple[int, ...]):
+    op = OPS[tuning.OP_OF[kernel]]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        small = [sample for sample in op.samples() if op.moved(*sample.args) < 50_000]
+    sample = max(small, key=lambda one: op.moved(*one.args))
+    with tuning.using(kernel, Configuration(*numbers)), poisoned():
+        got = results(op, sample, op.launcher("triton"))
+    assert_close_to_reference(op, sample, got)
+
+
+def test_tuning_judges_every_candidate_by_the_reference(monkeypatch):
+    """A kernel that leaves out what its first tile does not hold is right in large tiles only."""
+    op = OPS["line_points"]
+    sample = list(op.samples())[2]
+    numel = sample.args[0][0].numel()
+    launcher = op.launcher("triton")
+
+    def first_tile(x, *others):
+        out = launcher(x, *others)
+        block = TABLE["points.line"].at(4).elements
+        out.flatten(1)[:, block:] = float("nan")
+        return out
+
+    monkeypatch.setattr(sys.modules[launcher.__module__], "line_points", first_tile)
+    monkeypatch.setattr(tuning, "spilling", lambda *_: "")
+    monkeypatch.setattr(tuning, "call_for", lambda *_: Call(op, sample.note, sample.args))
+    sizes = [Configuration(2**n) for n in (1, 3, 8, 9)]
+    monkeypatch.setattr(tuning, "candidates", lambda *_: sizes)
+    timed = []
+
+    def timer(functions):
+        timed.extend(functions)
+        return {name: 1.0 + number for number, name in enumerate(functions)}
+
+    rows = tuning.tune("points.line", 4, "sm_90", "cpu", timer)
+    right = [one.elements >= numel for one in sizes]
+    assert [not row["refused"] for row in rows] == right
+    assert set(right) == {True, False}
+    assert timed == [row["label"] for row, ok in zip(rows, right, strict=True) if ok] + ["copy"]
+    assert tuning.winner(rows) is rows[right.index(True)]

@@ -4,11 +4,11 @@ bytes at a time.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
@@ -16,10 +16,18 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
-from specialisations import MODULES, TARGETS, Specialisation, specialisations  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+from benchmarks import compiled, kernels, tuning  # noqa: E402
+from benchmarks.specialisations import (  # noqa: E402
+    MODULES,
+    TARGETS,
+    Specialisation,
+    key,
+    specialisations,
+)
+from saliency_fast.kernels.configurations import TABLE, Configuration  # noqa: E402
+
 ALL = list(specialisations())
 ODD_TARGETS = ("sm_90", "gfx942")
 STREAMING = (".points", ".accumulate", ".finish", ".masks")
@@ -33,32 +41,11 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
         yield
 
 
-def compiled(special: Specialisation, target: str, *, odd: bool = False):
-    source = special.source(odd=odd)
-    return triton.compile(source, target=TARGETS[target], options=special.options)
-
-
-def local_memory(kernel, target: str, directory: Path) -> dict[str, int]:
-    """What the compiler keeps in local memory instead of registers, by its own counters."""
-    if "amdgcn" in kernel.asm:
-        names = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
-        found = {n: re.search(rf"\.{n}:\s+(\d+)", kernel.asm["amdgcn"]) for n in names}
-    else:
-        cubin = directory / f"{target}.cubin"
-        cubin.write_bytes(kernel.asm["cubin"])
-        command = [str(CUOBJDUMP), "--dump-resource-usage", str(cubin)]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        # The stack holds the spills, so it bounds them.
-        found = {name: re.search(rf"\b{name}:(\d+)", usage) for name in ("STACK", "LOCAL")}
-    assert all(found.values()), f"the counters are not where they were: {found}"
-    return {name: int(match.group(1)) for name, match in found.items()}
-
-
 @each_kernel
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_register_spills(special: Specialisation, target: str, tmp_path: Path):
+def test_no_register_spills(special: Specialisation, target: str):
     for odd in (False, True) if target in ODD_TARGETS else (False,):
-        used = local_memory(compiled(special, target, odd=odd), target, tmp_path)
+        used = compiled.spills(special.compiled(target, odd=odd))
         assert not any(used.values()), f"{special.name} for {target}, odd={odd}: {used}"
 
 
@@ -68,21 +55,96 @@ def test_no_register_spills(special: Specialisation, target: str, tmp_path: Path
     ids=lambda special: special.name,
 )
 def test_data_moves_in_16_byte_accesses(special: Specialisation):
-    text = compiled(special, "sm_90").asm["ptx"]
+    text = special.compiled("sm_90").asm["ptx"]
     stores = re.findall(r"st\.global\S*", text)
     wide = [store for store in stores if store in ("st.global.v4.b32", "st.global.v2.b64")]
     # One scalar may be stored beside the data: a count, a partial sum, or a byte of a mask.
     assert wide, f"{special.name} stores by {sorted(set(stores))}"
     assert len(stores) - len(wide) <= 1, f"{special.name} stores by {sorted(set(stores))}"
     assert re.search(r"ld\.global\S*\.v[24]\.b", text), f"{special.name} loads one by one"
+    amd = compiled.of_triton(special.compiled("gfx942"))
+    assert amd.load == amd.store == 16, f"{special.name} for gfx942: {amd}"
 
 
 def test_the_table_names_every_kernel():
-    """Kernels begin with an underscore; other jitted functions are parts of them."""
-    kernels = {
+    """Of configurations and of specialisations. Kernels begin with an underscore; other jitted
+    functions are parts of them.
+    """
+    jitted = {
         value
         for module in MODULES
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.startswith("_")
     }
-    assert kernels == {special.kernel for special in ALL}
+    assert jitted == {special.kernel for special in ALL}
+    assert {key(kernel) for kernel in jitted} == set(TABLE)
+    for special in ALL:
+        assert special.width in TABLE[special.key].widths, special.name
+
+
+def written() -> dict:
+    return json.loads((kernels.RESULTS / "kernels.json").read_text())
+
+
+def test_the_results_have_every_kernel_in_its_configuration():
+    """After a change of the table or of a kernel: `python -m benchmarks.kernels`."""
+    sizes = ("elements", "warps", "ahead", "tiles")
+    found = {
+        (row["variant"], row["target"]): tuple(row[size] for size in sizes)
+        for row in written()["rows"]
+        if row["language"] == "Triton"
+    }
+    assert found == {
+        (special.name, target): tuple(
+            getattr(special.configuration(target), size) for size in sizes
+        )
+        for special in ALL
+        for target in TARGETS
+    }
+    assert {name: one["reason"] for name, one in written()["reasons"].items()} == {
+        name: one["reason"] for name, one in kernels.reasons().items()
+    }
+
+
+@pytest.mark.parametrize("kernel", ["points.line", "overlay.count", "masks.pack"])
+def test_the_results_are_what_is_compiled(kernel: str):
+    if written()["setting"]["triton"] != triton.__version__:
+        pytest.skip("the results were written by another Triton")
+    rows = [row for row in written()["rows"] if row["kernel"] == kernel]
+    assert rows == kernels.triton_rows(kernel)
+
+
+def test_candidates_that_spill_are_refused():
+    assert tuning.spilling("points.line", 4, "sm_90") == ""
+    with tuning.using("points.line", Configuration(4096, warps=1)):
+        assert tuning.spilling("points.line", 4, "sm_90").startswith("spills: stack ")
+
+
+def test_resident_warps_are_what_llvm_finds():
+    """By registers; of shared memory LLVM sees none here."""
+    for special in ALL[::4]:
+        kernel = special.compiled("gfx942")
+        waves = re.search(r"; Occupancy: (\d+)", kernel.asm["amdgcn"])
+        counters = replace(compiled.of_triton(kernel), shared=0)
+        assert compiled.resident_warps(counters, 4, "gfx942") == 4 * int(waves.group(1))
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "target", "resident"),
+    [
+        (32, 0, 4, "sm_90", 64),
+        (33, 0, 4, "sm_90", 48),
+        (40, 0, 8, "sm_80", 48),
+        (168, 0, 4, "sm_80", 12),
+        (255, 0, 8, "sm_100", 8),
+        (16, 0, 1, "sm_90", 32),  # as many blocks as there may be
+        (32, 163 * 1024, 4, "sm_80", 4),
+        (32, 48 * 1024, 4, "sm_80", 12),
+    ],
+)
+def test_resident_warps_on_nvidia(
+    registers: int, shared: int, warps: int, target: str, resident: int
+):
+    """As NVIDIA's occupancy calculator has them."""
+    counters = compiled.Counters(registers, 0, {}, shared, 16, 16)
+    assert compiled.resident_warps(counters, warps, target) == resident

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
-import subprocess
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from benchmarks import kernels
+from benchmarks.compiled import ARCHES, SOURCES, code_for, nvcc
 from saliency_fast.errors import BackendError, InputTypeError
 from saliency_fast.ops import OPS, cuda
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHES = ("80", "90a")
-FLAGS = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Werror", "all-warnings"]
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton, whose cuobjdump reads counters, is not installed"
+)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-
-
-def code_for(arch: str) -> str:
-    return f"-gencode=arch=compute_{arch},code=sm_{arch}"
-
-
-def nvcc(*arguments: object) -> str:
-    """Runs nvcc and returns what it says; a failure shows it."""
-    command = ["nvcc", *FLAGS, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @needs_nvcc
@@ -39,6 +30,34 @@ def test_no_register_spills(source: Path, arch: str, tmp_path: Path):
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", said)
     assert used, said
     assert all(numbers == ("0", "0", "0") for numbers in used), said
+
+
+@cache
+def rows() -> list[dict]:
+    return kernels.cuda_rows()
+
+
+@needs_nvcc
+@needs_triton
+def test_aligned_data_moves_in_16_byte_accesses():
+    moving = ("noise_points<float, true>", "noise_points<double, true>", "rectify", "gradient")
+    found = {
+        (row["variant"], row["target"]): (row["load"], row["store"])
+        for row in rows()
+        if row["variant"].startswith(moving)
+    }
+    assert len(found) == 2 * 34
+    assert set(found.values()) == {(16, 16)}, found
+
+
+@needs_nvcc
+@needs_triton
+def test_the_results_are_what_is_compiled():
+    """After a change of a source: `python -m benchmarks.kernels`."""
+    written = json.loads((kernels.RESULTS / "kernels.json").read_text())
+    if written["setting"]["nvcc"] not in nvcc("--version"):
+        pytest.skip("the results were written by another nvcc")
+    assert [row for row in written["rows"] if row["language"] == "CUDA C++"] == rows()
 
 
 @needs_nvcc

@@ -1,0 +1,233 @@
+"""Every kernel as its launcher compiles it: argument types, constants, options.
+
+T stands for the data's type and I for the integer of its width. The integers named in DIVISIBLE
+are multiples of 16 for common shapes, which Triton specialises on; odd sizes are compiled too.
+Needs Triton, and no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from saliency_fast.kernels import accumulate, finish, masks, overlay, philox, points, pools
+from saliency_fast.kernels.configurations import TABLE, Configuration
+
+MODULES = (accumulate, finish, masks, overlay, philox, points, pools)
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DTYPES = {
+    "float32": ("fp32", "i32"),
+    "float64": ("fp64", "i64"),
+    "int64": ("i64", "i64"),
+    "bfloat16": ("bf16", "i16"),
+    "float16": ("fp16", "i16"),
+    "bool": ("u8", "u8"),
+}
+DIVISIBLE = ("inner", "numel", "positions", "count", "skip")
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """Triton's target of a name as in TARGETS; AMD's warps have 64 threads on gfx9 alone."""
+    if name.startswith("sm_"):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
+
+def key(kernel: JITFunction) -> str:
+    """The kernel's name in the table of configurations: "points.line"."""
+    return f"{kernel.__module__.rsplit('.', 1)[-1]}.{kernel.__name__.lstrip('_')}"
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    """One compilation: `types` are those of the arguments that are no constants, in order.
+
+    `size` names the constants of the program's size as functions of its configuration; `width` is
+    the bytes of the elements for which the launcher chooses it, `dtype`'s where not given.
+    """
+
+    kernel: JITFunction
+    dtype: str
+    types: str
+    fixed: dict[str, Any]
+    size: Callable[[Configuration], dict[str, int]]
+    fused: bool = True
+    given_width: int = 0
+
+    @property
+    def key(self) -> str:
+        return key(self.kernel)
+
+    @property
+    def width(self) -> int:
+        return self.given_width or getattr(torch, self.dtype).itemsize
+
+    def configuration(self, target: str) -> Configuration:
+        found: Configuration = TABLE[self.key].at(self.width, target)
+        return found
+
+    def constants(self, target: str) -> dict[str, Any]:
+        return self.fixed | self.size(self.configuration(target))
+
+    def compiled(self, target: str, *, odd: bool = False) -> CompiledKernel:
+        """The kernel for `target` in the configuration that the table has for it."""
+        options = {"num_warps": self.configuration(target).warps, "enable_fp_fusion": self.fused}
+        source = self.source(target, odd=odd)
+        return triton.compile(source, target=gpu_target(target), options=options)
+
+    @property
+    def name(self) -> str:
+        names = ("KIND", "REDUCTION", "AFFINE", "RULE")
+        kind = [str(self.fixed[k]) for k in names if k in self.fixed]
+        kind += ["wide"] if self.fixed.get("WIDE") else []
+        half = ["bfloat16"] if "bf16" in self.types else []
+        return "-".join([self.kernel.__name__.lstrip("_"), *kind, *half, self.dtype])
+
+    def source(self, target: str, *, odd: bool) -> ASTSource:
+        """The kernel's source with its types; `odd` leaves out what is known of sizes."""
+        data, integer = DTYPES[self.dtype]
+        types = iter(self.types.replace("T", data).replace("I", integer).split())
+        constants = self.constants(target)
+        signature = {
+            name: "constexpr" if name in constants else next(types)
+            for name in self.kernel.arg_names
+        }
+        hints = {
+            (place,): [["tt.divisibility", 16]]
+            for place, (name, kind) in enumerate(signature.items())
+            if kind.startswith("*") or (name in DIVISIBLE and not odd)
+        }
+        return ASTSource(self.kernel, signature, constants, hints)
+
+
+def _block(chosen: Configuration) -> dict[str, int]:
+    return {"BLOCK": chosen.elements}
+
+
+def _blocks(chosen: Configuration) -> dict[str, int]:
+    """Of four elements each, as Philox draws them."""
+    return {"BLOCKS": chosen.elements // 4}
+
+
+def _groups(chosen: Configuration) -> dict[str, int]:
+    """Of eight elements each, a byte of a mask."""
+    return {"GROUPS": chosen.elements // 8}
+
+
+def _rows(chosen: Configuration) -> dict[str, int]:
+    return {"AHEAD": chosen.ahead, "BLOCK": chosen.elements}
+
+
+def _tiles(chosen: Configuration) -> dict[str, int]:
+    return {"TILES": chosen.tiles, "BLOCK": chosen.elements}
+
+
+def _nothing(chosen: Configuration) -> dict[str, int]:
+    return {}
+
+
+def specialisations() -> Iterator[Specialisation]:
+    for dtype in ("float32", "float64"):
+        yield from _points(dtype)
+        yield from _accumulate(dtype)
+        yield from _finish_and_overlay(dtype)
+    yield Specialisation(
+        philox._bits, "int64", "*i64 *i64 *i64 i32 i32 i64 i32", {"STREAM": 0}, _blocks
+    )
+    for dtype in ("float32", "float64", "bfloat16", "float16"):
+        yield from _masks(dtype)
+        yield from _pools(dtype)
+    yield Specialisation(masks._pack, "bool", "*T *T i32", {"WIDE": False}, _groups)
+
+
+def _points(dtype: str) -> Iterator[Specialisation]:
+    yield Specialisation(points._line, dtype, "*T *T *i64 *fp64 *T i32 i32 i32", {}, _block)
+    yield Specialisation(
+        points._noise, dtype, "*T *fp64 *i64 *i64 *i64 *T i32 i32 i64 i32",
+        {"ANTITHETIC": True}, _blocks,
+    )  # fmt: skip
+    yield Specialisation(
+        points._random_line, dtype, "*T *T *fp64 *i64 *i64 *i64 *T i32 i32 i32 i64 i32",
+        {}, _blocks,
+    )  # fmt: skip
+
+
+def _accumulate(dtype: str) -> Iterator[Specialisation]:
+    types = "*T *T *i64 *fp64 i32 i32 i32"
+    yield Specialisation(accumulate._accumulate, dtype, types, {"KIND": "square"}, _rows)
+    if dtype == "float32":
+        yield Specialisation(
+            accumulate._accumulate, dtype, types.replace("*T *T", "*T *bf16"),
+            {"KIND": "sum"}, _rows, given_width=2,
+        )  # fmt: skip
+    yield Specialisation(
+        accumulate._moments, dtype, "*T *T *fp64 *fp64 *T *i64 i32 i32 i32", {}, _rows
+    )
+    yield Specialisation(
+        accumulate._random_lines, dtype,
+        "*T *T *i64 *fp64 *T *T *fp64 *i64 *i64 *i64 i32 i32 i32 i32 i64 i32",
+        {}, _blocks,
+    )  # fmt: skip
+
+
+def _finish_and_overlay(dtype: str) -> Iterator[Specialisation]:
+    data = getattr(torch, dtype)
+    for reduction in ("none", "l2"):
+        yield Specialisation(
+            finish._finish, dtype, "*T *T *T *T *fp64 i32 i32 i32 i32 i32",
+            {"SCALED": True, "SHIFTED": True, "REDUCTION": reduction}, _block,
+        )  # fmt: skip
+    magnitude = 2 ** (8 * data.itemsize - 1) - 1
+    yield Specialisation(
+        overlay._count, dtype, "*I *I *i64 i32 i32",
+        {"SHIFT": 8, "MAGNITUDE": magnitude, "BITS": overlay.BITS}, _tiles,
+    )  # fmt: skip
+    yield Specialisation(overlay._narrow, dtype, "*I *i64 *i64", {"BITS": overlay.BITS}, _nothing)
+    yield Specialisation(
+        overlay._overlay, dtype, "*u8 *T *T *u8 *u8 i32 i32 fp32",
+        {"TINY": torch.finfo(data).tiny, "SIGNED": True}, _block, fused=False,
+    )  # fmt: skip
+
+
+def _masks(dtype: str) -> Iterator[Specialisation]:
+    places = " i32" * 6
+    for affine, rule, wide in (
+        ("one", "standard", False),
+        ("row", "guided", False),
+        ("any", "deconv", False),
+        ("any", "guided", True),
+    ):
+        size = " i64" if wide else " i32"
+        if dtype == "float16" and rule != "deconv":
+            continue  # compiled like bfloat16
+        same = {"AFFINE": affine, "SLOPE": 0.0, "WIDE": wide}
+        yield Specialisation(
+            masks._forward, dtype, "*T *T *T *T *T *u8" + size + places,
+            {**same, "RESIDUAL": True, "UPPER": 6.0}, _groups, fused=False,
+        )  # fmt: skip
+        yield Specialisation(
+            masks._backward, dtype, "*T *u8 *T *T *T" + size + places,
+            {**same, "RULE": rule, "BOTH": True}, _groups, fused=False,
+        )  # fmt: skip
+
+
+def _pools(dtype: str) -> Iterator[Specialisation]:
+    """Contiguous pictures and, with 64-bit places, volumes with their channels last."""
+    picture = {
+        "inner": 1, "in_d": 1, "out_d": 1, "KERNEL": (1, 3, 3), "STRIDE": (1, 2, 2),
+        "PADDING": (0, 1, 1), "DILATION": (1, 1, 1), "WIDE": False,
+    }  # fmt: skip
+    volume = {
+        "KERNEL": (2, 2, 3), "STRIDE": (2, 2, 1), "PADDING": (0, 0, 1), "DILATION": (1, 2, 1),
+        "WIDE": True,
+    }  # fmt: skip
+    for kernel, types in ((pools._maxpool, "*T *T *u8"), (pools._maxpool_backward, "*T *u8 *T")):
+        yield Specialisation(kernel, dtype, f"{types} i32 {'i32 ' * 4}", picture, _block)
+        yield Specialisation(kernel, dtype, f"{types} i64 {'i32 ' * 7}", volume, _block)
