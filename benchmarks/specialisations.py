@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 import triton
+from saliency_fast.kernels import accumulate, finish, masks, overlay, philox, points, pools
+from saliency_fast.kernels.configurations import TABLE, Configuration
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
-
-from saliency_fast.kernels import accumulate, finish, masks, overlay, philox, points, pools
-from saliency_fast.kernels.configurations import TABLE, Configuration
 
 MODULES = (accumulate, finish, masks, overlay, philox, points, pools)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")

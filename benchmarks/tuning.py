@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from saliency_fast.kernels.configurations import TABLE, Choice, Configuration
 from torch import Tensor
 
 from benchmarks.ops import (
@@ -29,7 +30,6 @@ from benchmarks.ops import (
     relative_error,
     volumes,
 )
-from saliency_fast.kernels.configurations import TABLE, Choice, Configuration
 from saliency_fast.ops import OPS
 from saliency_fast.ops.dispatch import CUDA_LIBRARY
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,9 +25,11 @@ from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.outcome import Outcome, need_finite
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits
-from saliency_fast.engine.recipe import Method
+from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part, Region
-from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.engine.service import Request, Service, Statistics
+from saliency_fast.engine.traced import wait_for
+from saliency_fast.errors import InputError, InputTypeError, SaliencyError
 from saliency_fast.methods import read_method
 from saliency_fast.model.guard import untouched
 from saliency_fast.model.precision import AUTO, PRECISIONS
@@ -43,11 +47,12 @@ class Engine:
     "bfloat16" and, on GPUs, "tf32" or "float16"; what it costs a map is measured on some of its
     points and part of `Attribution.error`. "auto" is the fastest that costs no more than
     `tolerance`, relative L2: .01, or half of the method's own tolerance, unless given.
-    memory_budget: bytes or text
-    such as "8GiB" over what is in use, 80 % of what is free unless given. points_per_launch: an
-    upper bound, for those who know better than the plan. lean: whether points keep only what their
-    gradients need from forward to backward, with the same maps to rounding. progress: shows a
-    bar. hashes: whether results carry SHA-256 of inputs and weights, which reads both once.
+    memory_budget: bytes or text such as "8GiB" over what is in use, 80 % of what is free unless
+    given. points_per_launch: an upper bound, for those who know better than the plan. lean: whether
+    points keep only what their gradients need from forward to backward, with the same maps to
+    rounding. progress: shows a bar. hashes: whether results carry SHA-256 of inputs and weights,
+    which reads both once. waiting: how many requests `submit` takes in before it blocks. latency:
+    seconds that the first of them waits, at most, for others to share its launch.
 
     The model is explained in evaluation mode and left as it was, whatever happens.
     """
@@ -64,12 +69,18 @@ class Engine:
         lean: bool = True,
         progress: bool = False,
         hashes: bool = True,
+        waiting: int = 1024,
+        latency: float = 0.002,
     ) -> None:
         if not callable(model):
             raise InputTypeError(f"model must be callable: got {type(model).__name__}")
         if precision not in (*PRECISIONS, AUTO):
             names = ", ".join((*PRECISIONS, AUTO))
             raise InputError(f"precision must be one of {names}: got {precision!r}")
+        if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 1:
+            raise InputError(f"waiting must be a whole number, 1 or more: got {waiting!r}")
+        if not 0.0 <= latency < math.inf:
+            raise InputError(f"latency must be seconds, 0 or more: got {latency!r}")
         if tolerance is not None and not 0.0 < tolerance < math.inf:
             raise InputError(f"tolerance must be a positive number: got {tolerance!r}")
         self.model, self.method = model, read_method(method)
@@ -78,6 +89,12 @@ class Engine:
         self.limits = Limits(memory_budget, points_per_launch)
         self._recipe = self.method.recipe()
         self._probed = _probes_of(model)
+        self._service: Service[Attribution] = Service(
+            partial(untouched, model, draws=False),
+            capacity=waiting,
+            latency=latency,
+            memory_budget=memory_budget,
+        )
 
     def plan(
         self,
@@ -110,8 +127,9 @@ class Engine:
         region: Region = None,
     ) -> Attribution:
         """Explains `inputs`; see `explain` for the arguments."""
-        started, resident = time.perf_counter(), resident_bytes()
+        started = time.perf_counter()
         call = bind(inputs, target, forward_args, forward_kwargs)
+        resident = _resident(call)
         with untouched(self.model, call.device) as training:
             job = self._prepare(call, baseline, region)
             for moment in self._shown(job):
@@ -136,8 +154,9 @@ class Engine:
 
         Points are visited so that any beginning of them is spread over the path or the noise.
         """
-        started, resident = time.perf_counter(), resident_bytes()
+        started = time.perf_counter()
         call = bind(inputs, target, forward_args, forward_kwargs)
+        resident = _resident(call)
         with untouched(self.model, call.device):
             job = self._prepare(call, baseline, region)
             hashes = self._hashes(call)
@@ -156,10 +175,108 @@ class Engine:
                 partial = self._attribution(job, outcome, baseline, training, facts)
             yield partial
 
-    def _prepare(self, call: Call, baseline: Baseline, region: Region) -> Job:
-        recipe, limits, known = self._recipe, self.limits, self._probed
+    def submit(
+        self,
+        inputs: Tensor | Inputs,
+        target: Target = None,
+        baseline: Baseline = None,
+        *,
+        method: Method | str | None = None,
+        forward_args: Any = (),
+        forward_kwargs: Mapping[str, Any] | None = None,
+        region: Region = None,
+        block: bool = True,
+        timeout: float | None = None,
+    ) -> Future[Attribution]:
+        """Hands a call in, from any thread, and returns at once: its future has the `Attribution`.
+
+        Points of all that is handed in share launches where models take them alike, whatever their
+        targets, baselines, seeds, steps and tolerances; every answer is the one that the call alone
+        gives, to rounding. method: another one than the engine's. A future may be cancelled until
+        it is done. block: whether to wait, for `timeout` seconds at most, where too many wait.
+
+        Raises BusyError where there is no place, ClosedError after `close`, and what is wrong with
+        the arguments; what goes wrong later is the future's.
+        """
+        started = time.perf_counter()
+        chosen = self.method if method is None else read_method(method)
+        recipe = self._recipe if method is None else chosen.recipe()
+        call = bind(inputs, target, forward_args, forward_kwargs)
+        training = isinstance(self.model, nn.Module) and self.model.training
+        ready = _ready(call.device)
+
+        def job() -> Job:
+            ready()
+            return self._prepare(call, baseline, region, chosen, recipe)
+
+        def finish(job: Job, last: Moment) -> Attribution:
+            outcome = last.outcome()
+            need_finite(outcome)
+            # Others use memory at the same time, so that its peak tells nothing.
+            usage = _usage(job.plan, None, time.perf_counter() - started)
+            facts = usage | self._hashes(call)
+            found = self._attribution(job, outcome, baseline, training, facts)
+            wait_for(call.device)
+            return found
+
+        return self._service.submit(Request(call.device, job, finish), block=block, timeout=timeout)
+
+    def explain_many(
+        self, requests: Iterable[Asked], *, return_exceptions: bool = False
+    ) -> list[Attribution | BaseException]:
+        """Explains many calls at once, in launches that they share; answers in their order.
+
+        requests: inputs alone, or mappings of the arguments of `submit` by name. The first error is
+        raised, and what has not begun is cancelled; with `return_exceptions` errors stand in the
+        place of answers, and the others are finished.
+        """
+        futures: list[Future[Attribution]] = []
+        try:
+            futures.extend(self._submitted(one, return_exceptions) for one in requests)
+            if return_exceptions:
+                return [future.exception() or future.result() for future in futures]
+            return [future.result() for future in futures]
+        finally:
+            # Also where Ctrl-C came while it waited.
+            for future in futures:
+                future.cancel()
+
+    def _submitted(self, asked: Asked, keep_error: bool) -> Future[Attribution]:
+        try:
+            return self.submit(**asked) if isinstance(asked, Mapping) else self.submit(asked)
+        except (SaliencyError, TypeError) as error:
+            if not keep_error:
+                raise
+            failed: Future[Attribution] = Future()
+            failed.set_exception(error)
+            return failed
+
+    @property
+    def statistics(self) -> Statistics:
+        """What `submit` and `explain_many` have done so far."""
+        return self._service.statistics
+
+    def close(self) -> None:
+        """Finishes what was handed in, and takes no more requests; calls alone still run."""
+        self._service.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(
+        self,
+        call: Call,
+        baseline: Baseline,
+        region: Region,
+        method: Method | None = None,
+        recipe: Recipe | None = None,
+    ) -> Job:
+        recipe, limits, known = recipe or self._recipe, self.limits, self._probed
         return prepare(
-            *(self.model, self.method, recipe, call, baseline, region, limits, known),
+            *(self.model, method or self.method, recipe, call, baseline, region, limits, known),
             lean=self.lean,
             precision=self.precision,
             tolerance=self.tolerance,
@@ -190,8 +307,8 @@ class Engine:
         target, kept = describe_target(call.targets)
         baseline_spec, baseline_kept = describe_baseline(baseline)
         provenance = Provenance(
-            method=self.method.name,
-            parameters=_parameters(self.method),
+            method=job.method.name,
+            parameters=_parameters(job.method),
             target=target,
             baseline=baseline_spec,
             precision=job.plan.precision,
@@ -224,6 +341,19 @@ class Engine:
             provenance=provenance,
             kept=kept | baseline_kept | _mask(job.part),
         )
+
+
+Asked = Tensor | Inputs | Mapping[str, Any]
+"""A request of `explain_many`."""
+
+
+def _ready(device: torch.device) -> Callable[[], None]:
+    """Waits, on another thread's stream, for what this thread has asked of a GPU so far."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return lambda: torch.cuda.current_stream(device).wait_event(event)
 
 
 _PROBED: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
@@ -309,12 +439,22 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _usage(plan: Plan, resident: tuple[int, int], seconds: float) -> dict[str, Any]:
+MEASURED = 64 * 1024
+"""Bytes of an input from which memory is measured: below, to ask the system takes too long."""
+
+
+def _resident(call: Call) -> tuple[int, int] | None:
+    """Resident bytes before a call and their high-water mark, where they are to be measured."""
+    worth = call.device.type == "cpu" and sum(x[0].nbytes for x in call.inputs) >= MEASURED
+    return resident_bytes() if worth else None
+
+
+def _usage(plan: Plan, resident: tuple[int, int] | None, seconds: float) -> dict[str, Any]:
     """Wall time and peak memory; the plan's where the high-water mark did not rise."""
-    peak = resident_bytes()[1]
-    measured = plan.device == "cpu" and peak > resident[1]
+    peak = resident_bytes()[1] if resident is not None else 0
+    measured = resident is not None and peak > resident[1]
     return {
         "seconds": seconds,
-        "peak_bytes": peak - resident[0] if measured else plan.peak_bytes,
+        "peak_bytes": peak - resident[0] if resident and measured else plan.peak_bytes,
         "peak_measured": measured,
     }

@@ -18,6 +18,8 @@ RESERVED = 8 * 1024**3
 """Bytes of addresses that an arena reserves at least; memory is what its tensors touch."""
 LEAST = 64 * 1024
 """Bytes from which a tensor's memory is the arena's."""
+WORTH = 16 * LEAST
+"""Bytes of a launch from which an arena is opened for it."""
 LEAST_TRACED = 1024
 """Bytes from which a trace notes memory: with more rows it may grow into the arena's."""
 
@@ -100,9 +102,9 @@ class Arena:
     changes where the C++ ops are not built, or on other devices.
     """
 
-    def __init__(self, device: torch.device, least: int = LEAST, about: int = 0) -> None:
+    def __init__(self, device: torch.device, least: int = LEAST, about: int = WORTH) -> None:
         """least: bytes from which memory is its own; about: what a launch is thought to take."""
-        self._library: Any = _library() if served(device) else None
+        self._library: Any = _library() if about >= WORTH and served(device) else None
         self._handle: int | None = None
         self._expected: Trace | None = None
         if self._library is not None:

@@ -22,7 +22,7 @@ from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.outcome import Outcome, average
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
-from saliency_fast.engine.probe import Probe, fitting, in_precision, probe
+from saliency_fast.engine.probe import Probe, fitting, in_precision, probe, settings
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.run import Run
@@ -45,6 +45,8 @@ ALLOWED = 0.01
 """Relative L2 that precision "auto" may cost a map, unless the user says otherwise."""
 FASTER = 0.9
 """Of a float32 point's time, what a precision may take to count as faster."""
+MOST_KNOWN = 256
+"""Kinds of points that are remembered of a model."""
 Known = dict[tuple[object, ...], Probe]
 """What points of a model took, by their shapes and by what they were asked for."""
 
@@ -61,6 +63,7 @@ class Job:
     """
 
     model: Model
+    method: Method
     call: Call
     recipe: Recipe
     baselines: list[Inputs]
@@ -166,9 +169,10 @@ class Job:
         """Learns what launches take, once for all calls, and plans with it."""
         kind, known = self._kind, self._probed.launches
         if kind not in known:
-            known[kind] = launches_of(self.run(), self.plan)
+            known[kind] = launches_of(self.run(), self.plan, draws=self._probed.cost.drew)
         self.launches = known[kind]
-        self.plan = planned(self._probed, launches=self.launches)
+        if self.launches is not None:
+            self.plan = planned(self._probed, launches=self.launches)
 
     def time(self) -> None:
         """Tells the plan what a point takes: in an earlier call, else on trial."""
@@ -177,7 +181,7 @@ class Job:
             # To try a single tile tells nothing, and to try them all is the call itself.
             return
         if self._kind not in seconds:
-            found = seconds_per_point(self.run(), self.plan)
+            found = seconds_per_point(self.run(), self.plan, draws=self._probed.cost.drew)
             if found is None:
                 return
             seconds[self._kind] = found
@@ -206,7 +210,7 @@ class _Preparation:
         shapes = (call.dtypes, *((x.shape[1:], x.dtype, x.device) for x in tensors))
         # The prefix differs between methods whose points lie on lines and others.
         kind = (recipe.family.straight, hoistable(recipe))
-        return shapes, call.targets.count, self.lean, kind
+        return shapes, call.targets.count, self.lean, kind, settings(call)
 
     @property
     def _trial(self) -> Trial:
@@ -225,6 +229,9 @@ class _Preparation:
         else:
             exact = self.probed(FLOAT32)
             found = in_precision(exact, precision, self.model, self._trial)
+        # Arguments that are new in every call must not pile up.
+        while len(self.known) >= MOST_KNOWN:
+            self.known.pop(next(iter(self.known)))
         self.known[key] = found
         return found
 
@@ -235,14 +242,14 @@ class _Preparation:
         planned = partial(self._planned, said)
 
         def as_it_is(reason: str) -> tuple[Probe, Plan]:
-            self.known[key] = self.known[key].as_it_is(reason)
-            return self.known[key], planned(self.known[key])
+            self.known[key] = found = probed.as_it_is(reason)
+            return found, planned(found)
 
         refusal: BudgetError | None = None
         for found, plan in fitting(probed, self.model, self._trial, budget, planned):
             way = (found.way if self.part is None else found.way.within(self.part.box)).of_now()
             parts = (self.call, self.recipe, self.baselines, self.part)
-            job = Job(self.model, *parts, way, plan, None, found, as_it_is)
+            job = Job(self.model, self.method, *parts, way, plan, None, found, as_it_is)
             try:
                 # Tiles are laid out by a budget of their own.
                 if way.tiled is None:

@@ -98,7 +98,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that live at the same time inside its `with`, and the largest.
 
     Works on any device and for one thread alone, unlike the allocators' own counters; what an
-    operator takes for itself while it runs is not seen.
+    operator takes for itself while it runs is not seen. drew: whether one asked for random numbers.
     """
 
     @classmethod
@@ -109,6 +109,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.largest = 0
+        self.drew = False
         self._seen: dict[int, weakref.ref[Any]] = {}
         self._sizes: dict[int, int] = {}
 
@@ -121,6 +122,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         # What an operator is given and was not seen here is not new: weights, buffers, inputs.
         self._watch((args, kwargs), new=False)
+        self.drew |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         result = func(*args, **(kwargs or {}))
         self._watch(result, new=True)
         return result

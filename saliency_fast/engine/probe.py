@@ -24,7 +24,7 @@ from saliency_fast.engine.trial import Cost, Trial
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError, ModelError
 from saliency_fast.model.calls import NotLeanError
-from saliency_fast.model.fingerprint import fingerprint
+from saliency_fast.model.fingerprint import fingerprint, same_model
 from saliency_fast.model.fusion import fused, with_rectifiers
 from saliency_fast.model.lean.convolutions import LEAN as CONVOLUTIONS
 from saliency_fast.model.precision import Precision
@@ -236,6 +236,13 @@ def _line(error: Exception) -> str:
 
 def _mark(model: Callable[..., Any], call: Call) -> tuple[object, ...]:
     """What a program depends on beside tensors: the model and the call's other arguments."""
+    return *same_model(model), *settings(call)
+
+
+def settings(call: Call) -> tuple[object, ...]:
+    """What tells the arguments of a call apart that are no tensors."""
+    if not (call.args or call.kwargs):
+        return ()
     others = [None if isinstance(one, Tensor) else one for one in call.args]
     named = {name: None if isinstance(one, Tensor) else one for name, one in call.kwargs.items()}
-    return fingerprint(model, others, named)
+    return fingerprint(others, named)

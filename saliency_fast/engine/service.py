@@ -22,6 +22,7 @@ from saliency_fast.engine.job import Job
 from saliency_fast.engine.launch import Answer, Moment, Steps, Want, answered, launch, together
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.errors import BusyError, ClosedError
+from saliency_fast.model.fingerprint import unchanging
 
 Result = TypeVar("Result")
 REFUSALS = 3
@@ -195,7 +196,9 @@ class Service(Generic[Result]):
     def _burst(self, device: torch.device) -> None:
         """Runs until nothing waits that runs on the device, and nothing runs."""
         while True:
-            self._admit(device)
+            # What waits begins at one moment: the model is looked at once.
+            with unchanging():
+                self._admit(device)
             self._drop_cancelled()
             if self._running:
                 self._launch()
@@ -258,13 +261,17 @@ class Service(Generic[Result]):
         # Each is let go of before the next launch: see `answered`.
         answers.reverse()
         for request, _ in chosen:
-            try:
-                assert request.steps is not None
-                step = answered(request.steps, answers)
-            except BaseException as error:
-                self._fail(request, error)
-            else:
-                self._on(request, step)
+            self._take_on(request, answers)
+
+    def _take_on(self, request: Request[Result], answers: list[Answer | Exception]) -> None:
+        """Gives a request its answer, the last one."""
+        try:
+            assert request.steps is not None
+            step = answered(request.steps, answers)
+        except BaseException as error:
+            self._fail(request, error)
+        else:
+            self._on(request, step)
 
     def _chosen(self) -> tuple[list[tuple[Request[Result], int]], int]:
         """Requests and how many of their points the next launch has, and its places."""

@@ -20,24 +20,24 @@ LONG = 2.0
 """Seconds from which a launch is not run again for the time it takes when all is warm."""
 
 
-def launches_of(run: Run, plan: Plan) -> Launches | None:
+def launches_of(run: Run, plan: Plan, *, draws: bool) -> Launches | None:
     """What launches up to the plan's size take; None where that cannot be told, or is little."""
     if plan.launch_bytes < TRACED_FROM or not served(run.call.device):
         return None
     # One row often goes another way through PyTorch; from two on pieces grow evenly.
     sizes = (2, 3) if plan.points_per_launch > 3 else (plan.points_per_launch,)
-    known = {rows: _trace(run, rows) for rows in sizes}
+    known = {rows: _trace(run, rows, draws) for rows in sizes}
     found = Launches({rows: trace for rows, trace in known.items() if trace is not None})
     return found if len(found.known) == len(sizes) and found.alike else None
 
 
-def seconds_per_point(run: Run, plan: Plan) -> float | None:
+def seconds_per_point(run: Run, plan: Plan, *, draws: bool) -> float | None:
     """What a point takes in a launch of the plan's size, about."""
     rows, found = min(plan.points_per_launch, TIMED_ROWS), None
     arena = Arena(run.call.device, about=plan.launch_bytes)
     try:
         # As below.
-        with suppress(Exception), same_draws():
+        with suppress(Exception), same_draws(lambda: draws):
             for _ in range(2):
                 started = time.perf_counter()
                 run.try_launch(rows, arena)
@@ -56,12 +56,12 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _trace(run: Run, rows: int) -> Trace | None:
+def _trace(run: Run, rows: int, draws: bool) -> Trace | None:
     """What a launch of `rows` takes, from one that is thrown away."""
     arena = Arena(run.call.device, LEAST_TRACED, run.plan.launch_bytes)
     try:
         # Whatever goes wrong here goes wrong in a launch again, and is told there.
-        with suppress(Exception), same_draws():
+        with suppress(Exception), same_draws(lambda: draws):
             run.try_launch(rows, arena)
             return arena.trace()
         return None

@@ -31,12 +31,14 @@ CORNER = 64
 @dataclass(frozen=True)
 class Cost:
     """Bytes of the tensors of a point that live at once, of the largest one, and of those that
-    autograd keeps from forward to backward, by the call that asked for them.
+    autograd keeps from forward to backward, by the call that asked for them. drew: whether it took
+    random numbers.
     """
 
     peak: int
     largest: int
     kept: Mapping[str, int]
+    drew: bool = False
 
     @property
     def saved(self) -> int:
@@ -126,7 +128,7 @@ class Trial:
     def _measured(self, ledger: Ledger, gradients: Callable[[], Any]) -> Taken:
         hooks: AbstractContextManager[object] = ledger if ledger.accepted else nullcontext()
         try:
-            with self._place(), same_draws(), ledger.meter, hooks:
+            with self._place(), same_draws(lambda: ledger.meter.drew), ledger.meter, hooks:
                 scores, _, grads = gradients()
         except (RuntimeError, MemoryError) as error:
             if ledger.accepted and _refuses_hooks(error):
@@ -139,18 +141,20 @@ class Trial:
             raise BudgetError(
                 f"one point alone does not fit in memory; explain a smaller input at once ({error})"
             ) from error
-        cost = Cost(ledger.meter.peak, ledger.meter.largest, ledger.kept)
+        meter = ledger.meter
+        cost = Cost(meter.peak, meter.largest, ledger.kept, meter.drew)
         return Taken(scores, grads, cost)
 
     def second(self, model: Callable[..., Any]) -> Program:
         """A recording of the model with two rows, without gradients; raises NotLeanError."""
-        recording = Recording(model)
-        state = torch.random.get_rng_state()
-        with self._place(), same_draws():
+        recording, meter = Recording(model), MemoryMeter()
+        with self._place(), same_draws(lambda: meter.drew), meter:
+            state = torch.random.get_rng_state()
             function, (points, item) = self._function(recording), self._points(2)
             function.forward(function.taken(points), item)
             drawn = not torch.equal(state, torch.random.get_rng_state())
-        if drawn:
+        # Attention counts as drawing where it drops nothing out; other threads may draw, too.
+        if meter.drew and drawn:
             # Other memory formats and parts taken once would draw in another order.
             raise NotLeanError("the model draws random numbers")
         return recording.program
@@ -176,10 +180,13 @@ def _refuses_hooks(error: BaseException) -> bool:
 
 
 @contextmanager
-def same_draws() -> Iterator[None]:
-    """Whatever a model draws inside, it draws again afterwards."""
+def same_draws(drew: Callable[[], bool]) -> Iterator[None]:
+    """Whatever a model draws inside, it draws again afterwards. drew: whether it did; else random
+    numbers are other threads' business, since the state is the whole process's.
+    """
     state = torch.random.get_rng_state()
     try:
         yield
     finally:
-        torch.random.set_rng_state(state)
+        if drew():
+            torch.random.set_rng_state(state)

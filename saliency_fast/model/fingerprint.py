@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -37,6 +39,29 @@ def fingerprint(*values: object) -> tuple[object, ...]:
     for value in (*values, *_HOOKS):
         walk.visit(value, _DEPTH)
     return tuple(walk.found)
+
+
+def same_model(model: object) -> tuple[object, ...]:
+    """The fingerprint of a model; inside `unchanging` what was found there first."""
+    known: dict[int, tuple[object, ...]] | None = getattr(_HELD, "known", None)
+    if known is None:
+        return fingerprint(model)
+    if id(model) not in known:
+        known[id(model)] = fingerprint(model)
+    return known[id(model)]
+
+
+@contextmanager
+def unchanging() -> Iterator[None]:
+    """Inside, this thread takes models to stay as they are: for calls that begin at once."""
+    _HELD.known = {}
+    try:
+        yield
+    finally:
+        _HELD.known = None
+
+
+_HELD = threading.local()
 
 
 class _Walk:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ class Pack:
     classes: list[Tensor | None] = field(default_factory=list)
     errors: dict[int, Exception] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         return [item.numel() for item in self.items]
 
-    @property
+    @cached_property
     def batch(self) -> int:
         """Rows are examples of their own here."""
         return sum(self.sizes)
