@@ -88,7 +88,7 @@ class Folds:
         rows: Rows,
         grads: list[Inputs],
         source: Source,
-        scale: float = 1.0,
+        scale: float | Tensor = 1.0,
         place: Tensor | None = None,
     ) -> None:
         """Folds a launch in; grads holds for each of K targets the gradients [R, *] per input,
@@ -110,18 +110,20 @@ class Folds:
         slot: Tensor,
         rows: Rows,
         source: Source,
-        scale: float,
+        scale: float | Tensor,
     ) -> None:
         total, weight = self.totals[number], rows.weight
+        # Not `scale != 1.0` alone: of a tensor that would wait for its device.
+        scaled = isinstance(scale, Tensor) or scale != 1.0
         if self.recipe.reduction == "variance":
             count = self.counts[number]
-            gradient = gradient if scale == 1.0 else gradient.to(total.dtype) / scale
+            gradient = gradient.to(total.dtype) / scale if scaled else gradient
             ops.accumulate_moments(self.means[number], total, count, gradient, slot)
         elif self.recipe.factor == "line":
             lines = source.lines(number, rows)
             ops.accumulate_random_lines(total, gradient, slot, weight / scale, *lines)
         else:
-            if scale != 1.0:
+            if scaled:
                 weight = weight / (scale**2 if self.recipe.reduction == "square" else scale)
             ops.accumulate(total, gradient, slot, weight, self.recipe.reduction)
 

@@ -40,6 +40,11 @@ LOWER = 16.0
 class Run:
     """One call on its way: the state that launches share. `steps` is the loop."""
 
+    folds: Folds
+    source: Source
+    level: Level
+    active: Tensor
+
     def __init__(
         self,
         way: Way,
@@ -70,7 +75,6 @@ class Run:
         self.baseline_scores: Tensor | None = None
         self.classes = function.targets.classes
         self.points = torch.zeros(call.batch, dtype=torch.int64, device=device)
-        self.folds: Folds | None = None
         self.converged: Tensor | None = None
 
     def steps(self, moment: Callable[[int, int], Moment]) -> Steps:
@@ -79,17 +83,15 @@ class Run:
 
         Whoever runs it sends the answer to each `Want` back in, or throws what went wrong.
         """
-        yield from self._ends()
-        inputs, recipe = self.call.inputs, self.recipe
-        folds = self.folds = Folds(recipe, inputs, self.baselines, self.scores.shape[1], self.hoist)
-        source = recipe.family.bind(*self._ends_of_lines())
+        yield from self.begin()
+        folds, recipe = self.folds, self.recipe
         active, done, of = self.everyone, 0, recipe.count * self.call.batch
         for level in recipe.levels:
-            here = level.to(self.call.device)
             folds.begin(level.keep, active)
             start, stop = 0, level.count * active.numel()
+            self.enter(level.to(self.call.device), active)
             while start < stop:
-                count = yield from self._launch(source, here, active, start, stop)
+                count = yield from self.launch(start, min(start + self.size, stop))
                 start, done = start + count, done + count
                 if count == 0:
                     continue
@@ -103,6 +105,17 @@ class Run:
             if active.numel() == 0:
                 break
 
+    def begin(self) -> Generator[Want, Answer, None]:
+        """What comes before the first point: scores at the ends, accumulators, the source."""
+        yield from self._ends()
+        maps = self.scores.shape[1]
+        self.folds = Folds(self.recipe, self.call.inputs, self.baselines, maps, self.hoist)
+        self.source = self.recipe.family.bind(*self._ends_of_lines())
+
+    def enter(self, level: Level, active: Tensor) -> None:
+        """A level begins, for the examples `active`."""
+        self.level, self.active = level, active
+
     def _ends_of_lines(self) -> tuple[Inputs, Inputs]:
         """Inputs and baselines as points are written from them: behind the prefix for lines."""
         inputs, baselines = self.call.inputs, self.baselines
@@ -110,35 +123,34 @@ class Run:
             return inputs, baselines
         return self.hoist.lift(inputs), self.hoist.lift(baselines)
 
-    def _launch(
-        self, source: Source, level: Level, active: Tensor, start: int, stop: int
-    ) -> Generator[Want, Answer, int]:
-        """Folds in the next launch of a level; returns how many points it had, 0 where it must be
-        tried again.
+    def launch(self, start: int, stop: int) -> Generator[Want, Answer, int]:
+        """Folds in a launch of rows `start` to `stop` of the level; returns how many it had, 0
+        where it must be tried again.
         """
-        rows = level.rows(active, start, min(start + self.size, stop))
+        rows = self.level.rows(self.active, start, stop)
         try:
             if self.exact is not None and self.loss is None:
-                yield from self._look(self.exact, source)
-            want = _wanted(self.behind, source, rows, self.launches)
+                yield from self.look(self.exact)
+            want = _wanted(self.behind, self.source, rows, self.launches)
             answer = yield want
         except (RuntimeError, MemoryError) as error:
             self._halve(error)
             return 0
         if self.way.precision.scaled and not finite(answer.grads) and self._lower():
             return 0
-        rows = rows.first(want.taken)
-        if self.recipe.at_input:
-            self._note_scores(rows.item, answer.scores, answer.classes)
-        assert self.folds is not None
-        self.folds.add(rows, answer.grads, source, self.behind.scale)
-        self.points.index_add_(0, rows.item, torch.ones_like(rows.item))
+        self.fold_in(rows.first(want.taken), answer)
         return want.taken
 
-    def _look(self, exact: PointFunction, source: Source) -> Generator[Want, Answer, None]:
+    def fold_in(self, rows: Rows, answer: Answer) -> None:
+        """Adds what a launch of `rows` gave."""
+        if self.recipe.at_input:
+            self._note_scores(rows.item, answer.scores, answer.classes)
+        self.folds.add(rows, answer.grads, self.source, self.behind.scale)
+        self.points.index_add_(0, rows.item, torch.ones_like(rows.item))
+
+    def look(self, exact: PointFunction) -> Generator[Want, Answer, None]:
         """Takes some points in float32 too: what the precision costs, and its first scale."""
-        assert self.folds is not None
-        examples, _ = looked_at(self.recipe, self.call.batch)
+        source, examples = self.source, looked_at(self.recipe, self.call.batch)[0]
         level = self.recipe.levels[0].to(self.call.device)
         # As many points of each example as one launch of them in float32 may have.
         rows = spread(level, self.everyone[:examples], self.plan.looked_at // examples)
@@ -196,7 +208,9 @@ class Run:
         self._note_scores(self.everyone, scores[:batch], None if both else classes)
         if self.classes is not None:
             self.function.targets = replace(self.function.targets, classes=self.classes)
-            self.behind.targets = self.function.targets
+            for function in (self.behind, self.exact):
+                if function is not None:
+                    function.targets = self.function.targets
         if both:
             self.baseline_scores = scores[batch:]
         elif starts:
@@ -263,7 +277,6 @@ class Run:
 
     def outcome(self) -> Outcome:
         """The answer from what was visited so far."""
-        assert self.folds is not None
         found = self.folds.estimate()
         shape = self.scores.shape
         error, lost = found.error.view(shape), None

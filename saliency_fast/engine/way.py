@@ -18,7 +18,7 @@ from saliency_fast.errors import BudgetError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.local import Box
-from saliency_fast.model.precision import FLOAT32, Precision, lowered, lowered_bytes
+from saliency_fast.model.precision import FLOAT32, Lowered, Precision, lowered, lowered_bytes
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.program import Program, Step
 from saliency_fast.model.routes import (
@@ -79,8 +79,8 @@ class Way:
         elif self._lowered is None:
             route = Widened(Autocast(model, self.half))
         else:
-            recorded = Offloaded(self._lowered) if self.offloaded else Recorded(self._lowered)
-            route = Widened(recorded)
+            program = self._lowered.program
+            route = Widened(Offloaded(program) if self.offloaded else Recorded(program))
         lifted = self.prefix is not None and recipe.family.straight
         found = function_of(route, call, (*self._kind(model), self.precision.name))
         return replace(found, prefix=self.prefix, lifted=lifted, precision=self.precision)
@@ -102,9 +102,14 @@ class Way:
         return 0 if self.half is None or whole is None else lowered_bytes(whole)
 
     @cached_property
-    def _lowered(self) -> Program | None:
+    def _lowered(self) -> Lowered | None:
         whole = self.program if self.prefix is None else self.prefix.rest
         return None if self.half is None or whole is None else lowered(whole, self.half)
+
+    def refresh(self) -> None:
+        """Copies weights in a half type anew, for a way that outlives a call."""
+        if self._lowered is not None:
+            self._lowered.refresh()
 
     def of_now(self) -> Way:
         """The same way for one call: weights in a half type are copied at its first launch."""

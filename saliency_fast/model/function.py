@@ -44,7 +44,8 @@ class PointFunction:
     route is its rest, and gradients are taken at its places; `lifted`: points are places already.
     dtypes: what the model takes, where points are not written so. scale: what the cotangent is
     multiplied with, and gradients with it, where half types underflow; a number, or one per row.
-    kind: equal for functions that take points through the model in the same way.
+    kind: equal for functions that take points through the model in the same way. shape: of an
+    example's output, once it is known.
     """
 
     route: Route
@@ -57,6 +58,7 @@ class PointFunction:
     scale: float = 1.0
     dtypes: tuple[torch.dtype, ...] | None = None
     kind: tuple[object, ...] = ()
+    shape: torch.Size | None = None
     _checked: bool = False
 
     def scores(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -114,8 +116,7 @@ class PointFunction:
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] of what the model returned."""
         if not self._checked:
-            self.targets.check(raw)
-            self._checked = True
+            self.shape, self._checked = self.targets.check(raw), True
         return self.targets.read(raw, item)
 
     def taken(self, points: Inputs) -> Inputs:

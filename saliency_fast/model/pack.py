@@ -38,8 +38,9 @@ class Pack:
         """Rows are examples of their own here."""
         return sum(self.sizes)
 
-    def check(self, raw: Any) -> None:
-        """Each function checks what is its own, in `read`."""
+    def check(self, raw: Any) -> torch.Size | None:
+        """Nothing: each function checks what is its own, in `read`."""
+        return None
 
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, None]:
         """Scores [R, K] of all rows."""

@@ -140,23 +140,29 @@ def cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
     return value
 
 
-def lowered(program: Program, half: torch.dtype) -> Program:
-    """The program with its products in a half type, and copies of its weights as they are now.
+@dataclass(frozen=True)
+class Lowered:
+    """A program with its products in a half type, and copies of its weights as they were then.
+
+    copies: for each what it is a copy of, and the copy.
+    """
+
+    program: Program
+    copies: tuple[tuple[Callable[[], Tensor], Tensor], ...]
+
+    def refresh(self) -> None:
+        """Copies the weights again, to the same places."""
+        with torch.no_grad():
+            for made, copy in self.copies:
+                copy.copy_(made())
+
+
+def lowered(program: Program, half: torch.dtype) -> Lowered:
+    """The program with its products in a half type.
 
     Batch normalisations are folded into the convolutions before them, in float32.
     """
-    norms = dict(_norms(program))
-    copies: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def weights(value: Any) -> Any:
-        # One copy of what several calls share, kept with the original: ids are used again.
-        if isinstance(value, Tensor) and value.dtype == torch.float32:
-            known = copies.setdefault(id(value), (value, value.detach().to(half)))
-            return known[1]
-        if type(value) in (tuple, list):
-            return type(value)([weights(one) for one in value])
-        return value
-
+    norms, copies = dict(_norms(program)), _Copies(half)
     steps = []
     for place, step in enumerate(program.steps):
         if not step.varying:
@@ -167,13 +173,47 @@ def lowered(program: Program, half: torch.dtype) -> Program:
             step = replace(step, args=(x, None, *others))
         if step.func is folded_convolution:
             x, weight, bias, func, options, norm = step.args
-            with torch.no_grad():
-                wide, shift = folded_weights(weight, bias, norm)
-            step = replace(step, func=func, args=(x, wide.to(half), shift.to(half), *options))
+            step = replace(step, func=func, args=(x, *copies.folded(weight, bias, norm), *options))
         elif place in norms:
-            step = _with_norm(step, program.steps[norms[place]].args[1], half)
-        steps.append(_cast(step, half, weights))
-    return replace(program, steps=tuple(steps))
+            x, weight, *others = step.args
+            bias, norm = others[0] if others else None, program.steps[norms[place]].args[1]
+            args = (x, *copies.folded(weight, bias, norm), *others[1:])
+            step = replace(step, args=args)
+        steps.append(_cast(step, half, copies.of))
+    return Lowered(replace(program, steps=tuple(steps)), tuple(copies.made))
+
+
+class _Copies:
+    """Copies of weights in a half type, one of what several calls share."""
+
+    def __init__(self, half: torch.dtype) -> None:
+        self.half, self.made = half, list[tuple[Callable[[], Tensor], Tensor]]()
+        # With the originals: the ids of what is gone are used again.
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, value: Any) -> Any:
+        """`value` with its float32 tensors in the half type."""
+        if isinstance(value, Tensor) and value.dtype == torch.float32:
+            if id(value) not in self._known:
+                self._known[id(value)] = value, self._copy(value.detach)
+            return self._known[id(value)][1]
+        if type(value) in (tuple, list):
+            return type(value)([self.of(one) for one in value])
+        return value
+
+    def folded(self, *layer: Any) -> tuple[Tensor, Tensor]:
+        """(weight, bias) of a convolution and the normalisation behind it."""
+        return (
+            self._copy(lambda: folded_weights(*layer)[0]),
+            self._copy(lambda: folded_weights(*layer)[1]),
+        )
+
+    def _copy(self, made: Callable[[], Tensor]) -> Tensor:
+        with torch.no_grad():
+            # Never the weight itself, where it is in the half type already.
+            copy = made().to(self.half, copy=True)
+        self.made.append((made, copy))
+        return copy
 
 
 def lowered_bytes(program: Program) -> int:
@@ -199,14 +239,6 @@ def _norms(program: Program) -> Iterator[tuple[int, int]]:
         frozen = all(isinstance(one, Tensor) for one in made.args[1:3] if one is not None)
         if frozen and len(made.args) > 1 and not made.kwargs and made.varying and not made.detached:
             yield maker, place
-
-
-def _with_norm(step: Step, norm: Any, half: torch.dtype) -> Step:
-    x, weight, *others = step.args
-    bias = others[0] if others else None
-    with torch.no_grad():
-        wide, shift = folded_weights(weight, bias, norm)
-    return replace(step, args=(x, wide.to(half), shift.to(half), *others[1:]))
 
 
 def _cast(step: Step, half: torch.dtype, weights: Callable[[Any], Any]) -> Step:

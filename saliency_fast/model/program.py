@@ -165,7 +165,14 @@ class Program:
             return tuple(own.values())
 
         # The second pass runs the same steps; to compare shapes again proves nothing.
-        found = checkpoint(piece, *env.values(), use_reentrant=False, determinism_check="none")
+        found = checkpoint(
+            piece,
+            *env.values(),
+            use_reentrant=False,
+            determinism_check="none",
+            # No recorded model draws.
+            preserve_rng_state=False,
+        )
         return dict(zip(left, found, strict=True))
 
     def enter(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> Env:

@@ -69,11 +69,19 @@ class Targets:
             return output.gather(1, classes), classes
         return self._structured(output, item)[:, None], None
 
-    def check(self, raw: Any) -> None:
-        """Raises where classes or indices lie outside the output; once, on the first output."""
+    def check(self, raw: Any) -> torch.Size | None:
+        """Raises where classes or indices lie outside the output; once, on the first output.
+
+        Returns the shape of an example's output, for `fit`; None where a function reads it.
+        """
         if self.function is not None:
-            return
+            return None
         shape = tensor_of(raw).shape[1:]
+        self.fit(shape)
+        return shape
+
+    def fit(self, shape: torch.Size) -> None:
+        """Raises where classes or indices lie outside an example's output of that shape."""
         if self.classes is not None and len(shape) == 1:
             _in_range(self.classes, shape[0])
         if self.places is not None:

@@ -158,7 +158,7 @@ def test_products_alone_are_lowered():
     with torch.enable_grad():
         recording([x[:1].requires_grad_() * 1], (), {})
         second([x[:2].requires_grad_() * 1], (), {})
-    program = lowered(unified(recording.program, second.program), torch.bfloat16)
+    program = lowered(unified(recording.program, second.program), torch.bfloat16).program
     seen: dict[str, set[torch.dtype]] = {}
 
     class Spy(Calls):
