@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast import zoo
+from saliency_fast.engine import choose as choices
 from saliency_fast.engine import job as jobs
 from saliency_fast.engine import probe as probes
 from saliency_fast.engine import run as runs
@@ -260,7 +261,7 @@ def test_error_of_examples_that_were_not_looked_at():
 class TestAuto:
     def test_takes_the_fastest_that_is_allowed(self, monkeypatch):
         net, x = seeded(*SMOOTH["image"])
-        monkeypatch.setattr(jobs._Preparation, "_order", lambda _: ["bfloat16", "float32"])
+        monkeypatch.setattr(choices.Choice, "_order", lambda _: ["bfloat16", "float32"])
         free = sf.explain(net, x, target=1, precision="auto", tolerance=0.5)
         assert free.provenance.precision == "bfloat16"
         strict = sf.Engine(net, precision="auto", tolerance=1e-6)
@@ -271,7 +272,7 @@ class TestAuto:
 
     def test_the_methods_tolerance_counts(self, monkeypatch):
         net, x = seeded(*SMOOTH["image"])
-        monkeypatch.setattr(jobs._Preparation, "_order", lambda _: ["bfloat16", "float32"])
+        monkeypatch.setattr(choices.Choice, "_order", lambda _: ["bfloat16", "float32"])
         for tolerance, name in ((0.5, "bfloat16"), (1e-5, "float32")):
             method = sf.IntegratedGradients(tolerance=tolerance, max_steps=200)
             found = sf.explain(net, x, target=1, method=method, precision="auto")
@@ -295,7 +296,7 @@ class TestAuto:
     def test_the_choice_holds_for_later_calls(self, monkeypatch):
         net, x = seeded(*SMOOTH["image"])
         orders = iter((["bfloat16", "float32"], ["float32"]))
-        monkeypatch.setattr(jobs._Preparation, "_order", lambda _: next(orders))
+        monkeypatch.setattr(choices.Choice, "_order", lambda _: next(orders))
         engine = sf.Engine(net, precision="auto", tolerance=0.9)
         assert {engine(x, k).provenance.precision for k in range(3)} == {"bfloat16"}
 
@@ -306,7 +307,7 @@ class TestAuto:
 
     def test_streams_begin_again(self, monkeypatch):
         net, x = seeded(*SMOOTH["image"])
-        monkeypatch.setattr(jobs._Preparation, "_order", lambda _: ["bfloat16", "float32"])
+        monkeypatch.setattr(choices.Choice, "_order", lambda _: ["bfloat16", "float32"])
         engine = sf.Engine(net, precision="auto", tolerance=1e-6, points_per_launch=40)
         parts = list(engine.stream(x, 1))
         assert {part.provenance.precision for part in parts} == {"float32"}
