@@ -49,8 +49,10 @@ class Engine:
     given. points_per_launch: an upper bound, for those who know better than the plan. lean: whether
     points keep only what their gradients need from forward to backward, with the same maps to
     rounding. progress: shows a bar. hashes: whether results carry SHA-256 of inputs and weights,
-    which reads both once. graphs: whether launches are recorded and replayed on GPUs. waiting: how
-    many requests `submit` takes in before it blocks. latency: seconds that the first of them waits,
+    which reads both once. graphs: whether launches are recorded and replayed on GPUs. compile:
+    whether `torch.compile` makes the model's kernels, instead of the lean way; "auto" does where
+    measurements say that it pays, which is nowhere so far (docs/precision.md). waiting: how many
+    requests `submit` takes in before it blocks. latency: seconds that the first of them waits,
     at most, for others to share its launch.
 
     The model is explained in evaluation mode and left as it was, whatever happens.
@@ -69,6 +71,7 @@ class Engine:
         progress: bool = False,
         hashes: bool = True,
         graphs: bool = True,
+        compile: bool | str = "auto",
         waiting: int = 1024,
         latency: float = 0.002,
     ) -> None:
@@ -83,12 +86,17 @@ class Engine:
             raise InputError(f"latency must be seconds, 0 or more: got {latency!r}")
         if tolerance is not None and not 0.0 < tolerance < math.inf:
             raise InputError(f"tolerance must be a positive number: got {tolerance!r}")
+        if compile not in (True, False, "auto"):
+            raise InputError(f"compile must be True, False or 'auto': got {compile!r}")
         self.model, self.method = model, read_method(method)
+        self.compile = compile is True
+        # A wrapper: the user's model stays as it is.
+        self._called: Callable[..., Any] = torch.compile(model) if self.compile else model
         self.precision, self.tolerance, self.lean = precision, tolerance, lean
         self.progress, self.hashes, self.graphs = progress, hashes, graphs
         self.limits = Limits(memory_budget, points_per_launch)
         self._recipe = self.method.recipe()
-        self._probed = _probes_of(model)
+        self._probed = _probes_of(self._called)
         self._service: Service[Attribution] = Service(
             partial(untouched, model, draws=False),
             capacity=waiting,
@@ -280,8 +288,8 @@ class Engine:
     ) -> Job:
         recipe, limits, known = recipe or self._recipe, self.limits, self._probed
         job = prepare(
-            *(self.model, method or self.method, recipe, call, baseline, region, limits, known),
-            lean=self.lean,
+            *(self._called, method or self.method, recipe, call, baseline, region, limits, known),
+            lean=self.lean and not self.compile,
             precision=self.precision,
             tolerance=self.tolerance,
         )
