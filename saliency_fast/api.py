@@ -268,15 +268,17 @@ class Engine:
         """What `submit` and `explain_many` have done so far."""
         return self._service.statistics
 
-    def close(self) -> None:
-        """Finishes what was handed in, and takes no more requests; calls alone still run."""
-        self._service.close()
+    def close(self, *, cancel: bool = False) -> None:
+        """Finishes what was handed in, or cancels it, and takes no more requests; calls alone still
+        run.
+        """
+        self._service.close(cancel=cancel)
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(cancel=kind is not None)
 
     def _prepare(
         self,

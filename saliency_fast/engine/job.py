@@ -106,42 +106,42 @@ class Job:
         """The steps of one run for each baseline; outcomes average over those so far."""
         finished: list[Outcome] = []
         for number in range(len(self.baselines)):
-            known, before = self._known(), tuple(finished)
-            try:
-                last = yield from self._captured_steps(number, known, before)
-            except OverflowedError:
-                last = None
-            if last is None:
-                run = self.run(number, known)
-                yield from run.steps(partial(self._moment, run, before, known is None))
-                last = run.outcome if number < len(self.baselines) - 1 else None
-            if last is not None:
-                finished.append(last())
+            known = self._known()
+            if (yield from self._captured_steps(number, known, finished)):
+                continue
+            run = self.run(number, known)
+            yield from run.steps(partial(self._moment, run, tuple(finished), known is None))
+            if number < len(self.baselines) - 1:
+                finished.append(run.outcome())
 
     def _captured_steps(
-        self, number: int, known: Loss | None, before: tuple[Outcome, ...]
-    ) -> Generator[Want | Moment, Any, Callable[[], Outcome] | None]:
-        """The steps of a run by recorded launches, and what gives its outcome; None where there is
-        no such run.
+        self, number: int, known: Loss | None, finished: list[Outcome]
+    ) -> Generator[Want | Moment, Any, bool]:
+        """The steps of a run by recorded launches, whose outcome it adds to `finished`; False where
+        there is no such run, or it came to nothing.
         """
         run, key = self._captured(number), self._capture_key(number)
         if run is None:
-            return None
+            return False
         owner, cache = self._probed.captures, cache_of(self.call.device)
         try:
             run.load(self.call, self.baselines[number], self.recipe, self.plan, known)
-            yield from run.steps(partial(self._moment, run, before, known is None))
+            yield from run.steps(partial(self._moment, run, tuple(finished), known is None))
         except NotRecordedError as refusal:
             if not isinstance(refusal.__cause__, SaliencyError):
                 owner[key] = str(refusal)
-            return None
+            return False
+        except OverflowedError:
+            cache.put(owner, key, run)
+            return False
         except SaliencyError:
             cache.put(owner, key, run)
             raise
-        found = run.outcome()
+        if number < len(self.baselines) - 1:
+            finished.append(run.outcome())
         run.release()
         cache.put(owner, key, run)
-        return lambda: found
+        return True
 
     def _captured(self, number: int) -> CapturedRun | None:
         """A run by recorded launches that nobody else uses now."""
