@@ -144,7 +144,7 @@ class Engine:
             for moment in self._shown(job):
                 last = moment
             outcome = last.outcome()
-            need_finite(outcome)
+            need_finite(outcome, job.plan.precision)
             usage = usage_of(job.plan, resident, time.perf_counter() - started)
             facts = usage | self._hashes(call)
             return self._attribution(job, outcome, baseline, training, facts)
@@ -178,7 +178,7 @@ class Engine:
                     return
                 outcome = moment.outcome()
                 if moment.done == moment.of:
-                    need_finite(outcome)
+                    need_finite(outcome, job.plan.precision)
                 usage = usage_of(job.plan, resident, time.perf_counter() - started)
                 facts = usage | hashes
                 partial = self._attribution(job, outcome, baseline, training, facts)
@@ -223,7 +223,7 @@ class Engine:
 
         def finish(job: Job, last: Moment) -> Attribution:
             outcome = last.outcome()
-            need_finite(outcome)
+            need_finite(outcome, job.plan.precision)
             # Others use memory at the same time, so that its peak tells nothing.
             usage = usage_of(job.plan, None, time.perf_counter() - started)
             facts = usage | self._hashes(call)

@@ -19,7 +19,7 @@ from saliency_fast.engine import choose as choices
 from saliency_fast.engine import job as jobs
 from saliency_fast.engine import probe as probes
 from saliency_fast.engine import run as runs
-from saliency_fast.engine.loss import Loss, finite, first_scale
+from saliency_fast.engine.loss import Loss, everywhere, finite, first_scale
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.model import precision as precisions
 from saliency_fast.model.calls import Calls
@@ -175,7 +175,9 @@ def test_products_alone_are_lowered():
         assert seen[name] == {torch.bfloat16}, seen
 
 
-def test_numbers_that_half_types_cannot_hold_stay_float32(way: str):
+@pytest.mark.usefixtures("offered")
+@pytest.mark.parametrize("name", CLOSE)
+def test_numbers_that_half_types_cannot_hold_stay_float32(way: str, name: str):
     class Exponential(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -186,8 +188,13 @@ def test_numbers_that_half_types_cannot_hold_stay_float32(way: str):
 
     net, x = seeded(Exponential, (6,))
     expected = sf.explain(net, x, target=0)
-    found = sf.explain(net, x, target=0, precision="bfloat16")
-    assert distance(found.values, expected.values) < CLOSE["bfloat16"]
+    if (name, way) == ("float16", "as it is"):
+        # PyTorch's own autocast leaves it in half types on CPUs.
+        with pytest.raises(ModelError, match=r"or precision='float32' instead of 'float16'"):
+            sf.explain(net, x, target=0, precision=name)
+        return
+    found = sf.explain(net, x, target=0, precision=name)
+    assert distance(found.values, expected.values) < CLOSE[name]
 
 
 @pytest.mark.usefixtures("offered")
@@ -223,8 +230,12 @@ def test_a_launch_that_overflows_is_tried_again(monkeypatch, way: str):
         scales.append(run.behind.scale)
         return lower(run)
 
-    # The points that are looked at are small; those near the input are not.
-    monkeypatch.setattr(runs, "first_scale", lambda _: 2.0**20)
+    def unlooked(run: Any, exact: Any) -> Any:
+        """A first scale that nobody has tried."""
+        run.behind.scale, run.loss = 2.0**20, everywhere(0.0, 1, run.call.device)
+        yield from ()
+
+    monkeypatch.setattr(runs.Run, "look", unlooked)
     monkeypatch.setattr(runs.Run, "_lower", counted)
     method = sf.IntegratedGradients(12)
     found = sf.explain(net, x, target=2, method=method, precision="float16", points_per_launch=5)
