@@ -158,7 +158,12 @@ class CapturedRun(Run):
             self.source = replace(self.source, seed=self._seed)  # type: ignore[type-var]
 
     def enter(self, level: Level, active: Tensor) -> None:
+        before = getattr(self, "level", None), getattr(self, "active", None)
         super().enter(level, active)
+        self._offset.zero_()
+        if self._table is not None and before[0] is level and before[1] is active:
+            # The next call of a method with one level, for all examples: the table is the same.
+            return
         rows = level.rows(active, 0, level.count * active.numel())
         if self._table is None or self._table.item.numel() < rows.item.numel():
             # What was recorded reads the old one.
@@ -169,7 +174,7 @@ class CapturedRun(Run):
         sizes = {min(self.size, rows.item.numel()), rows.item.numel() % self.size or self.size}
         if not sizes <= self._launches.keys() and len(self._launches) < MOST_SIZES:
             self._record(sizes)
-        self._offset.zero_()
+            self._offset.zero_()
 
     def _record(self, sizes: set[int]) -> None:
         """Records launches of these sizes; what that adds up is undone by beginning again."""

@@ -120,7 +120,7 @@ class Job:
         """The steps of a run by recorded launches, whose outcome it adds to `finished`; False where
         there is no such run, or it came to nothing.
         """
-        run, key = self._captured(number), self._capture_key(number)
+        run, key = self._captured(number)
         if run is None:
             return False
         owner, cache = self._probed.captures, cache_of(self.call.device)
@@ -143,19 +143,19 @@ class Job:
         cache.put(owner, key, run)
         return True
 
-    def _captured(self, number: int) -> CapturedRun | None:
-        """A run by recorded launches that nobody else uses now."""
+    def _captured(self, number: int) -> tuple[CapturedRun | None, Any]:
+        """A run by recorded launches that nobody else uses now, and its key."""
         if not self.graphs or self.call.device.type not in RECORDERS or self._not_captured():
-            return None
+            return None, None
         key, owner, device = self._capture_key(number), self._probed.captures, self.call.device
         if isinstance(owner.get(key), str):
-            return None
+            return None, key
         run: CapturedRun | None = cache_of(device).take(owner, key)
         if run is None:
             recorder, parts = RECORDERS[device.type](device), (self.model, self.call)
             way, baselines = self.way.of_now(), self.baselines[number]
             run = CapturedRun(way, *parts, baselines, self.recipe, self.plan, recorder)
-        return run
+        return run, key
 
     def _not_captured(self) -> str | None:
         return refusal(self.way, self.call, self.recipe, self.plan)
