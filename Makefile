@@ -31,6 +31,9 @@ bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.end_to_end --device cpu
 	$(BIN)/python -m benchmarks.lean
 	$(BIN)/python -m benchmarks.plots
+	$(BIN)/python -m benchmarks.precision
+	$(BIN)/python -m benchmarks.requests
+	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.tables
 
 # What compilers make of the GPU kernels: needs nvcc and Triton, and no GPU.
@@ -42,9 +45,12 @@ kernels: $(VENV)/test-installed
 larger: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.larger
 
-# How far maps are off, and how well the estimate tells it: two minutes more.
+# How far maps are off, and how well the estimate tells it: two minutes more. Then how many samples
+# Captum takes for the same error: half an hour more.
 accuracy: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.smoothgrad
+	$(BIN)/python -m benchmarks.tables
 
 # Uses the Python that runs it, so that a GPU machine's own PyTorch is measured.
 bench-gpu:

@@ -1,13 +1,15 @@
-"""Markdown from the measured JSON, and README's tables from it.
+"""Markdown from the measured JSON, and the tables of README and docs from it.
 
-    python -m benchmarks.tables             rewrites what lies between the markers of README.md
+    python -m benchmarks.tables             rewrites what lies between the markers of README.md and
+                                            of the pages under docs/
     python -m benchmarks.tables --check     fails where that would change anything
 
 A marker is `<!-- benchmark:NAME -->` ... `<!-- /benchmark:NAME -->`. NAME is the stem of a file
 under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the same with "-summary"
 (one line per race), "lean-cpu", "lean-gpu", "ops-cpu" or "ops-gpu"; "kernels" (what compilers make
 of every kernel), "kernels-summary" (one line per kernel), "kernels-gpu" (what was timed) or the
-same with "-summary" (only what is checked in or to be).
+same with "-summary" (only what is checked in or to be); "precision-cpu", "precision-gpu",
+"requests-cpu", "requests-gpu" (both also with "-summary"), "smoothgrad" or "startup".
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import re
 import sys
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured yet"
 GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 """The files of per-op rows on a GPU, by `benchmarks.gpu` and by `benchmarks.ops`."""
+OWN_TABLES = ("precision", "requests", "smoothgrad", "startup")
+"""Modules beside this one whose `table` makes what they measured into Markdown."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
 
 Row = dict[str, Any]
@@ -44,16 +49,16 @@ def full(document: dict[str, Any]) -> str:
             lines.append(f"| {row['workload']} | | | | {row['reason']} | | | | | |")
             continue
         cells = [
-            _model(row),
+            model_text(row),
             str(row["batch"]),
             row["setting"],
             row["contender"],
-            row["reason"] or _time(row["seconds"]),
+            row["reason"] or time_text(row["seconds"]),
             _spread(row),
             _number(row["gradients_per_second"]),
-            _times(row["times_captum"]),
+            times_text(row["times_captum"]),
             _bytes(row["peak_bytes"]),
-            _error(row["error"]),
+            error_text(row["error"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *notes(document)]) + "\n"
@@ -69,21 +74,21 @@ def summary(document: dict[str, Any]) -> str:
         "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     rows = [row for row in document["rows"] if "contender" in row]
-    for _, group in groupby(rows, lambda row: (_model(row), row["batch"], row["setting"])):
+    for _, group in groupby(rows, lambda row: (model_text(row), row["batch"], row["setting"])):
         by = {row["contender"]: row for row in group}
         if OURS not in by:
             continue
         ours, captum = by[OURS], by.get(CAPTUM, {})
         cells = [
-            _model(ours),
+            model_text(ours),
             str(ours["batch"]),
             ours["setting"],
-            ours["reason"] or _time(ours["seconds"]),
+            ours["reason"] or time_text(ours["seconds"]),
             *(_against(ours, by.get(name)) for name in (CAPTUM, TUNED, LOOP)),
             _bytes(ours["peak_bytes"]),
             _bytes(captum.get("peak_bytes")),
-            _error(ours["error"]),
-            _error(captum.get("error")),
+            error_text(ours["error"]),
+            error_text(captum.get("error")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *notes(document)]) + "\n"
@@ -108,32 +113,33 @@ def lean(document: dict[str, Any]) -> str:
     foreseen = "planned, over peak, of the call, planned over it"
     launch = [
         [
-            _model(row), row["setting"], row["contender"], _number(row["points_per_launch"]),
-            row["reason"] or _time(row["seconds"]), _spread(row), _ratio(row, captum, "time"),
+            model_text(row), row["setting"], row["contender"], _number(row["points_per_launch"]),
+            row["reason"] or time_text(row["seconds"]), _spread(row), _ratio(row, captum, "time"),
             _ratio(row, off, "time"), _bytes(row["peak_bytes"]), _ratio(row, captum, "memory"),
-            _ratio(row, off, "memory"), *_foreseen(row), _error(row["error"]),
+            _ratio(row, off, "memory"), *_foreseen(row), error_text(row["error"]),
         ]
         for row in parts["launch"]
     ]  # fmt: skip
     saved = [
-        [_model(row), *(_bytes(row[key]) for key in ("saved_before", "saved_after")),
-         row["reason"] or _times(row["times_less"])]
+        [model_text(row), *(_bytes(row[key]) for key in ("saved_before", "saved_after")),
+         row["reason"] or times_text(row["times_less"])]
         for row in parts["saved"]
     ]  # fmt: skip
     prefix = [
         [
-            _model(row), row["setting"], row["contender"], row["reason"] or _time(row["seconds"]),
-            _spread(row), _ratio(row, "saliency_fast, no prefix", "time"),
+            model_text(row), row["setting"], row["contender"],
+            row["reason"] or time_text(row["seconds"]), _spread(row),
+            _ratio(row, "saliency_fast, no prefix", "time"),
             row["prefix"] or "-", _bytes(row["peak_bytes"]),
             _ratio(row, "saliency_fast, no prefix", "memory"), *_foreseen(row),
-            _error(row["error"]),
+            error_text(row["error"]),
         ]
         for row in parts["prefix"]
     ]  # fmt: skip
     lines = [
         caption(document["setting"]),
         "",
-        *_rows(
+        *aligned(
             "model, method, contender:, a launch, time, spread, against Captum, against lean off, "
             f"peak memory, Captum's over it, lean off's over it, {foreseen}, error",
             launch,
@@ -141,11 +147,11 @@ def lean(document: dict[str, Any]) -> str:
         "",
         "Bytes that autograd keeps of one point from forward to backward (counted, not timed):",
         "",
-        *_rows("model, as the model is, lean, times less", saved),
+        *aligned("model, as the model is, lean, times less", saved),
         "",
         "The affine prefix, taken once instead of for every point where the plan says it pays:",
         "",
-        *_rows(
+        *aligned(
             "model, method, contender:, time, spread, against no prefix, what the plan takes once:,"
             f" peak memory, no prefix's over it, {foreseen}, error",
             prefix,
@@ -176,13 +182,13 @@ def _foreseen(row: Row) -> list[str]:
     """What was planned, what the call alone took, and how the plan compares."""
     return [
         _bytes(row["planned_bytes"]),
-        _times(row["planned_over_peak"]),
+        times_text(row["planned_over_peak"]),
         _bytes(row["rise_bytes"]),
-        _times(row["planned_over_rise"]),
+        times_text(row["planned_over_rise"]),
     ]
 
 
-def _rows(header: str, rows: list[list[str]]) -> list[str]:
+def aligned(header: str, rows: list[list[str]]) -> list[str]:
     """A table; columns named "model", "method" or with a colon behind are flush left."""
     names = header.split(", ")
     left = [name in ("model", "method") or name.endswith(":") for name in names]
@@ -193,7 +199,7 @@ def _rows(header: str, rows: list[list[str]]) -> list[str]:
 
 def _ratio(row: Row, other: str, kind: str) -> str:
     """What another contender took over what this row takes."""
-    return _times(row["against"].get(other, {}).get(kind))
+    return times_text(row["against"].get(other, {}).get(kind))
 
 
 def caption(about: dict[str, Any]) -> str:
@@ -222,11 +228,11 @@ def notes(document: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _model(row: Row) -> str:
+def model_text(row: Row) -> str:
     return f"{row['workload']} {'x'.join(map(str, row['shape']))}"
 
 
-def _time(seconds: float | None) -> str:
+def time_text(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
@@ -244,7 +250,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _times(value: float | None) -> str:
+def times_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}x"
 
 
@@ -253,8 +259,8 @@ def _against(ours: Row, other: Row | None) -> str:
     if other is None or other["seconds"] is None:
         return other["reason"] or "-" if other else "-"
     if ours["seconds"] is None:
-        return _time(other["seconds"])
-    return f"{_time(other['seconds'])} ({other['seconds'] / ours['seconds']:.2f}x)"
+        return time_text(other["seconds"])
+    return f"{time_text(other['seconds'])} ({other['seconds'] / ours['seconds']:.2f}x)"
 
 
 def _bytes(count: int | None) -> str:
@@ -264,7 +270,7 @@ def _bytes(count: int | None) -> str:
     return f"{mebi / 1024:.1f} GiB" if mebi >= 1024 else f"{mebi:.3g} MiB"
 
 
-def _error(value: float | None) -> str:
+def error_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.1e}" if value < 0.01 else f"{value:.3f}"
 
 
@@ -283,6 +289,10 @@ def table(name: str, results: Path = RESULTS) -> str:
         return ops(document)
     if stem.startswith("lean-"):
         return lean(document)
+    if (short := stem.removesuffix("-cpu").removesuffix("-gpu")) in OWN_TABLES:
+        module = import_module(f"benchmarks.{short}")
+        found: str = (module.summary if name.endswith("-summary") else module.table)(document)
+        return found
     return summary(document) if name.endswith("-summary") else full(document)
 
 
@@ -297,17 +307,26 @@ def splice(text: str, results: Path = RESULTS) -> str:
     return re.sub(pattern, filled, text, flags=re.DOTALL)
 
 
+def pages(root: Path = ROOT) -> list[Path]:
+    """README and what lies under docs/."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, nargs="?", default=ROOT / "README.md")
+    parser.add_argument("files", type=Path, nargs="*", help="README.md and docs/*.md, unless given")
     parser.add_argument("--check", action="store_true", help="change nothing, fail where stale")
     options = parser.parse_args()
-    before = options.file.read_text()
-    after = splice(before)
-    if options.check and after != before:
-        sys.exit(f"{options.file.name}: the tables are stale; run `python -m benchmarks.tables`")
-    if not options.check:
-        options.file.write_text(after)
+    stale = []
+    for path in options.files or pages():
+        before = path.read_text()
+        after = splice(before)
+        if after != before and options.check:
+            stale.append(path.name)
+        elif after != before:
+            path.write_text(after)
+    if stale:
+        sys.exit(f"{', '.join(stale)}: stale tables; run `python -m benchmarks.tables`")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,338 @@
+"""Maps per second for many callers at once: submit, the engine alone, Captum.
+
+    python -m benchmarks.requests             about three minutes on two cores
+    python -m benchmarks.requests --quick     seconds; a tiny model, for tests
+
+Every caller is a thread that asks for one map after another, each of an input of its own. The ways
+take turns in one process, on one model. "at once" hands many requests in together. Writes
+requests-cpu or requests-gpu, JSON and Markdown, under benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import tables
+from benchmarks.cases import sized
+from benchmarks.contenders import CAPTUM, GRADIENT, Captum, Ours, Setting
+from benchmarks.end_to_end import RESULTS, machine, save
+from benchmarks.race import Clock
+from benchmarks.reference import relative_error
+from saliency_fast.engine.service import Statistics
+
+ALONE, SUBMIT = "engine(x)", "engine.submit(x)"
+ONE_BY_ONE, MANY, BATCH = "one by one", "explain_many", "one batch"
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of a model: callers, calls of all of them (one each at least), rounds."""
+
+    workload: str
+    setting: Setting
+    callers: tuple[int, ...]
+    calls: int
+    rounds: int = 2
+    at_once: int | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.workload} {self.setting.label}"
+
+
+def _ig(steps: int) -> Setting:
+    return Setting("integrated_gradients", steps)
+
+
+CALLERS = (1, 4, 16, 64)
+LOADS = (
+    Load("digits", GRADIENT, CALLERS, 64, at_once=64),
+    Load("digits", _ig(8), CALLERS, 64, at_once=64),
+    Load("digits", _ig(50), CALLERS, 16, at_once=64),
+    Load("resnet50", GRADIENT, CALLERS, 8, rounds=1),
+    # Captum would keep 64 times 8 points of 82 MiB at the same time.
+    Load("resnet50", _ig(8), CALLERS[:3], 4, rounds=1),
+)
+QUICK_LOADS = (Load("mlp", _ig(4), (1, 3), 6, rounds=1, at_once=5),)
+
+
+@dataclass
+class Drive:
+    """What one way has shown: calls per second of each round, seconds of each call, and what the
+    service counted meanwhile.
+    """
+
+    speeds: list[float]
+    latencies: list[float]
+    counted: dict[str, float]
+
+
+class Ways:
+    """A model, an input for each caller, and the ways to explain it."""
+
+    def __init__(self, load: Load, device: str) -> None:
+        workload = sized(load.workload)
+        model = workload.build().to(device)
+        most = max(*load.callers, load.at_once or 1)
+        self.device, self.target, self.setting = device, workload.target, load.setting
+        self.inputs = workload.inputs(most).to(device).split(1)
+        ours = Ours(workload, model)
+        self.engine, captum = ours.engine(load.setting), Captum(workload, model)
+        self.calls: dict[str, Callable[[Tensor], Tensor]] = {
+            ALONE: lambda x: self.engine(x, self.target).values,
+            SUBMIT: lambda x: self.engine.submit(x, self.target).result().values,
+            CAPTUM: lambda x: captum(x, load.setting),
+        }
+
+    def call(self, way: str, number: int) -> Tensor:
+        """The map of a caller's input."""
+        values = self.calls[way](self.inputs[number])
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return values
+
+    def disagreement(self) -> dict[str, float]:
+        """How far each way's first map is from Captum's; also warms them."""
+        expected = self.call(CAPTUM, 0)
+        return {way: relative_error(self.call(way, 0), expected) for way in self.calls}
+
+    def at_once(self, how: str, count: int) -> float:
+        """Seconds for so many requests."""
+        begun, inputs = time.perf_counter(), self.inputs[:count]
+        if how == ONE_BY_ONE:
+            for x in inputs:
+                self.engine(x, self.target)
+        elif how == MANY:
+            self.engine.explain_many([{"inputs": x, "target": self.target} for x in inputs])
+        else:
+            self.engine(torch.cat(inputs), self.target)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begun
+
+
+def drive(
+    call: Callable[[int], object], pool: ThreadPoolExecutor, callers: int, each: int
+) -> tuple[float, list[float]]:
+    """Seconds until `callers` threads of the pool had `each` answers, and those of every call."""
+    start = threading.Barrier(callers + 1)
+
+    def caller(number: int) -> list[float]:
+        start.wait()
+        latencies = []
+        for _ in range(each):
+            begun = time.perf_counter()
+            call(number)
+            latencies.append(time.perf_counter() - begun)
+        return latencies
+
+    futures = [pool.submit(caller, number) for number in range(callers)]
+    start.wait()
+    begun = time.perf_counter()
+    latencies = [one for future in futures for one in future.result()]
+    return time.perf_counter() - begun, latencies
+
+
+def race(ways: Ways, load: Load, callers: int) -> dict[str, Drive]:
+    """All ways in turn, round by round, with the same threads."""
+    each = -(-max(load.calls, callers) // callers)
+    drives = {way: Drive([], [], {}) for way in ways.calls}
+    with ThreadPoolExecutor(callers) as pool:
+        # Threads that have run no parallel loop yet would start their helpers while timed.
+        drive(lambda _: torch.ones(2**17).add_(1), pool, callers, 1)
+        for _ in range(load.rounds):
+            for way, found in drives.items():
+                before = ways.engine.statistics
+                seconds, latencies = drive(lambda n: ways.call(way, n), pool, callers, each)  # noqa: B023
+                found.speeds.append(callers * each / seconds)
+                found.latencies += latencies
+                for name, value in counted(before, ways.engine.statistics).items():
+                    found.counted[name] = found.counted.get(name, 0) + value
+    return drives
+
+
+def counted(before: Statistics, after: Statistics) -> dict[str, float]:
+    """What was counted in between."""
+    names = [field.name for field in fields(Statistics) if field.name != "longest_queue"]
+    return {name: getattr(after, name) - getattr(before, name) for name in names}
+
+
+def percentile(seconds: Iterable[float], share: float) -> float:
+    """The least of them that a share so large is not above."""
+    ordered = sorted(seconds)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def rows(load: Load, callers: int, drives: dict[str, Drive]) -> list[dict[str, Any]]:
+    """A row for every way."""
+    captum = statistics.median(drives[CAPTUM].speeds)
+    found = []
+    for way, one in drives.items():
+        speed, service = statistics.median(one.speeds), one.counted
+        row = {
+            "part": "callers", "workload": load.workload, "method": load.setting.label,
+            "callers": callers, "way": way, "calls": len(one.latencies),
+            "maps_per_second": speed, "times_captum": speed / captum,
+            "median_seconds": statistics.median(one.latencies),
+            "slow_seconds": percentile(one.latencies, 0.95),
+        }  # fmt: skip
+        if service["begun"]:
+            row |= {
+                "queue_seconds": service["queue_seconds"] / service["begun"],
+                "fill": service["points"] / service["places"],
+                "launches": service["launches"],
+                "points": service["points"],
+            }
+        found.append(row)
+    return found
+
+
+def together(ways: Ways, load: Load, count: int) -> list[dict[str, Any]]:
+    """A row for every way to have many maps at once."""
+    seconds: dict[str, list[float]] = {how: [] for how in (ONE_BY_ONE, MANY, BATCH)}
+    for how in seconds:
+        ways.at_once(how, count)
+    for _ in range(load.rounds):
+        for how, taken in seconds.items():
+            taken.append(ways.at_once(how, count))
+    alone = statistics.median(seconds[ONE_BY_ONE])
+    return [
+        {
+            "part": "at once", "workload": load.workload, "method": load.setting.label,
+            "requests": count, "way": how, "seconds": statistics.median(taken),
+            "maps_per_second": count / statistics.median(taken),
+            "times_one_by_one": alone / statistics.median(taken),
+        }
+        for how, taken in seconds.items()
+    ]  # fmt: skip
+
+
+def measure(
+    *, device: str = "cpu", quick: bool = False, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """The document of a run."""
+    # Captum says at every call that it had to make its input want gradients.
+    warnings.filterwarnings("ignore", message="Input Tensor .* did not already require")
+    clock, found = Clock(None), []
+    for load in QUICK_LOADS if quick else LOADS:
+        ways = Ways(load, device)
+        disagreement = ways.disagreement()
+        for callers in load.callers:
+            new = rows(load, callers, race(ways, load, callers))
+            found += [row | {"from_captum": disagreement[row["way"]]} for row in new]
+            say(f"{clock.spent:4.0f} s  {load.label} {callers}: " + _brief(new))
+        if load.at_once is not None:
+            new = together(ways, load, load.at_once)
+            found += new
+            say(f"{clock.spent:4.0f} s  {load.label} at once: " + _brief(new))
+        ways.engine.close()
+    about = machine(device) | {"quick": quick, "seconds_taken": round(clock.spent)}
+    return {"setting": about, "rows": found}
+
+
+def _brief(new: list[dict[str, Any]]) -> str:
+    return ", ".join(f"{row['way']} {row['maps_per_second']:.3g}/s" for row in new)
+
+
+def table(document: dict[str, Any]) -> str:
+    """Callers first, then what was handed in at once."""
+    callers, at_once = [], []
+    for row in document["rows"]:
+        name = [row["workload"], row["method"]]
+        if row["part"] == "at once":
+            cells = [str(row["requests"]), row["way"], tables.time_text(row["seconds"])]
+            speeds = [f"{row['maps_per_second']:.3g}", tables.times_text(row["times_one_by_one"])]
+            at_once.append([*name, *cells, *speeds])
+            continue
+        queue = tables.time_text(row.get("queue_seconds"))
+        launches, fill = ["-", "-"]
+        if "fill" in row:
+            launches, fill = f"{row['launches'] / row['calls']:.2f}", f"{row['fill']:.1%}"
+        callers.append([
+            *name, str(row["callers"]), row["way"], f"{row['maps_per_second']:.3g}",
+            tables.times_text(row["times_captum"]), tables.time_text(row["median_seconds"]),
+            tables.time_text(row["slow_seconds"]), queue, launches, fill,
+        ])  # fmt: skip
+    lines = [
+        tables.caption(document["setting"]),
+        "",
+        *tables.aligned(
+            "model:, method, callers, way:, maps/s, against Captum, median latency, 95th "
+            "percentile, queued, launches a map, fill",
+            callers,
+        ),
+        "",
+        "Many requests at once, of one thread:",
+        "",
+        *tables.aligned(
+            "model:, method, requests, way:, time, maps/s, against one by one", at_once
+        ),
+        "",
+        NOTES,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def summary(document: dict[str, Any]) -> str:
+    """A line for every number of callers: maps a second of each way, and how submit made them."""
+    by: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in (one for one in document["rows"] if one["part"] == "callers"):
+        by.setdefault((row["workload"], row["method"], row["callers"]), {})[row["way"]] = row
+    lines = []
+    for (workload, method, callers), ways in by.items():
+        ours, theirs = ways[SUBMIT], ways[CAPTUM]
+        cells = [workload, method, str(callers)]
+        cells += [f"{ways[way]['maps_per_second']:.3g}" for way in (SUBMIT, ALONE, CAPTUM)]
+        cells += [tables.times_text(ours["times_captum"])]
+        for key in ("median_seconds", "slow_seconds"):
+            cells += [f"{tables.time_text(ours[key])}; {tables.time_text(theirs[key])}"]
+        cells += [f"{ours['launches'] / ours['calls']:.2f}", f"{ours['fill']:.1%}"]
+        lines.append(cells)
+    header = (
+        "model:, method, callers, submit: maps/s, engine(x), Captum, against Captum, median "
+        "latency; Captum's, 95th percentile; Captum's, launches a map, fill"
+    )
+    about = tables.caption(document["setting"])
+    return "\n".join([about, "", *tables.aligned(header, lines), "", NOTES]) + "\n"
+
+
+NOTES = (
+    "Every caller is a thread that asks for the next map when it has the last one, so latencies "
+    "grow with the callers. Maps per second are medians over rounds in which the ways take turns. "
+    "Queued is the mean time until a launch with a request's points began; fill is the share of "
+    "the places in launches that had a point. All ways take the same points; ours without the "
+    "hashes that records carry."
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it works")
+    parser.add_argument("--out", type=Path, help="a directory; without one, --quick writes nothing")
+    options = parser.parse_args()
+    document = measure(
+        device=options.device, quick=options.quick, say=lambda line: print(line, flush=True)
+    )
+    out = options.out or (None if options.quick else RESULTS)
+    text = table(document)
+    if out is not None:
+        save(document, text, out, f"requests-{'gpu' if options.device == 'cuda' else 'cpu'}")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
