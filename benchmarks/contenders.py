@@ -327,6 +327,7 @@ MAKERS: dict[str, Maker] = {
     TUNED: _tuned(),
     LOOP: Loop,
     f"{OURS}, channels-last": _ours("float32"),
+    f"{OURS}, no graphs": lambda workload, model: Ours(workload, model, graphs=False),
     **{f"{OURS}, {precision}": _ours(precision) for precision in list(PRECISIONS)[1:]},
     f"{TUNED}, float16 autocast": _tuned(autocast=torch.float16),
     f"{TUNED}, bfloat16 autocast": _tuned(autocast=torch.bfloat16),

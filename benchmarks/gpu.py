@@ -47,13 +47,16 @@ SECONDS = 480.0
 SHARE_OF_CHECKS = 0.35
 SECONDS_OF_COMPILING = 90.0
 """Kept back for the compiled models, which come last."""
-CHECKS = {"cuda": "tests/kernels/test_on_gpu.py", "cpu": "tests/ops/test_native.py"}
+CHECKS = {
+    "cuda": ("tests/kernels/test_on_gpu.py", "tests/graphs/test_on_gpu.py"),
+    "cpu": ("tests/ops/test_native.py",),
+}
 _RESULT = re.compile(r"^(?P<test>\S*::.*?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")
 
 
 def check_ops(device: str, seconds: float) -> dict[str, str]:
     """For every op "passed", or why its rows are refused; for "all", why the run itself failed."""
-    command = [sys.executable, "-m", "pytest", CHECKS[device], "-v", "-o", "addopts=", "--tb=line"]
+    command = [sys.executable, "-m", "pytest", *CHECKS[device], "-v", "-o", "addopts=", "--tb=line"]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     failure = ""
     try:

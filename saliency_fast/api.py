@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
@@ -16,17 +15,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from saliency_fast import record
-from saliency_fast.attribution import REGION_MASK, Attribution, Provenance
+from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call, bind
-from saliency_fast.engine.job import Job, Known, prepare
+from saliency_fast.engine.choose import Known, prepare
+from saliency_fast.engine.job import Job
 from saliency_fast.engine.launch import Moment
-from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.outcome import Outcome, need_finite
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits
 from saliency_fast.engine.recipe import Method, Recipe
-from saliency_fast.engine.region import Part, Region
+from saliency_fast.engine.region import Region
 from saliency_fast.engine.service import Request, Service, Statistics
 from saliency_fast.engine.traced import wait_for
 from saliency_fast.errors import InputError, InputTypeError, SaliencyError
@@ -35,8 +34,7 @@ from saliency_fast.model.guard import untouched
 from saliency_fast.model.precision import AUTO, PRECISIONS
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target
-from saliency_fast.specs import describe_baseline, describe_target
-from saliency_fast.version import __version__
+from saliency_fast.result import attribution, resident_before, usage_of
 
 
 class Engine:
@@ -51,8 +49,11 @@ class Engine:
     given. points_per_launch: an upper bound, for those who know better than the plan. lean: whether
     points keep only what their gradients need from forward to backward, with the same maps to
     rounding. progress: shows a bar. hashes: whether results carry SHA-256 of inputs and weights,
-    which reads both once. waiting: how many requests `submit` takes in before it blocks. latency:
-    seconds that the first of them waits, at most, for others to share its launch.
+    which reads both once. graphs: whether launches are recorded and replayed on GPUs. compile:
+    whether `torch.compile` makes the model's kernels, instead of the lean way; "auto" does where
+    measurements say that it pays, which is nowhere so far (docs/precision.md). waiting: how many
+    requests `submit` takes in before it blocks. latency: seconds that the first of them waits,
+    at most, for others to share its launch.
 
     The model is explained in evaluation mode and left as it was, whatever happens.
     """
@@ -69,6 +70,8 @@ class Engine:
         lean: bool = True,
         progress: bool = False,
         hashes: bool = True,
+        graphs: bool = True,
+        compile: bool | str = "auto",
         waiting: int = 1024,
         latency: float = 0.002,
     ) -> None:
@@ -83,12 +86,17 @@ class Engine:
             raise InputError(f"latency must be seconds, 0 or more: got {latency!r}")
         if tolerance is not None and not 0.0 < tolerance < math.inf:
             raise InputError(f"tolerance must be a positive number: got {tolerance!r}")
+        if compile not in (True, False, "auto"):
+            raise InputError(f"compile must be True, False or 'auto': got {compile!r}")
         self.model, self.method = model, read_method(method)
+        self.compile = compile is True
+        # A wrapper: the user's model stays as it is.
+        self._called: Callable[..., Any] = torch.compile(model) if self.compile else model
         self.precision, self.tolerance, self.lean = precision, tolerance, lean
-        self.progress, self.hashes = progress, hashes
+        self.progress, self.hashes, self.graphs = progress, hashes, graphs
         self.limits = Limits(memory_budget, points_per_launch)
         self._recipe = self.method.recipe()
-        self._probed = _probes_of(model)
+        self._probed = _probes_of(self._called)
         self._service: Service[Attribution] = Service(
             partial(untouched, model, draws=False),
             capacity=waiting,
@@ -114,6 +122,7 @@ class Engine:
         with untouched(self.model, call.device):
             job = self._prepare(call, baseline, region)
             job.time()
+            job.tell_graphs()
             return job.plan
 
     def __call__(
@@ -129,14 +138,14 @@ class Engine:
         """Explains `inputs`; see `explain` for the arguments."""
         started = time.perf_counter()
         call = bind(inputs, target, forward_args, forward_kwargs)
-        resident = _resident(call)
+        resident = resident_before(call)
         with untouched(self.model, call.device) as training:
             job = self._prepare(call, baseline, region)
             for moment in self._shown(job):
                 last = moment
             outcome = last.outcome()
-            need_finite(outcome)
-            usage = _usage(job.plan, resident, time.perf_counter() - started)
+            need_finite(outcome, job.plan.precision)
+            usage = usage_of(job.plan, resident, time.perf_counter() - started)
             facts = usage | self._hashes(call)
             return self._attribution(job, outcome, baseline, training, facts)
 
@@ -156,7 +165,7 @@ class Engine:
         """
         started = time.perf_counter()
         call = bind(inputs, target, forward_args, forward_kwargs)
-        resident = _resident(call)
+        resident = resident_before(call)
         with untouched(self.model, call.device):
             job = self._prepare(call, baseline, region)
             hashes = self._hashes(call)
@@ -169,8 +178,8 @@ class Engine:
                     return
                 outcome = moment.outcome()
                 if moment.done == moment.of:
-                    need_finite(outcome)
-                usage = _usage(job.plan, resident, time.perf_counter() - started)
+                    need_finite(outcome, job.plan.precision)
+                usage = usage_of(job.plan, resident, time.perf_counter() - started)
                 facts = usage | hashes
                 partial = self._attribution(job, outcome, baseline, training, facts)
             yield partial
@@ -207,13 +216,16 @@ class Engine:
 
         def job() -> Job:
             ready()
-            return self._prepare(call, baseline, region, chosen, recipe)
+            job = self._prepare(call, baseline, region, chosen, recipe)
+            # Recorded launches are one call's alone.
+            job.graphs = False
+            return job
 
         def finish(job: Job, last: Moment) -> Attribution:
             outcome = last.outcome()
-            need_finite(outcome)
+            need_finite(outcome, job.plan.precision)
             # Others use memory at the same time, so that its peak tells nothing.
-            usage = _usage(job.plan, None, time.perf_counter() - started)
+            usage = usage_of(job.plan, None, time.perf_counter() - started)
             facts = usage | self._hashes(call)
             found = self._attribution(job, outcome, baseline, training, facts)
             wait_for(call.device)
@@ -256,15 +268,17 @@ class Engine:
         """What `submit` and `explain_many` have done so far."""
         return self._service.statistics
 
-    def close(self) -> None:
-        """Finishes what was handed in, and takes no more requests; calls alone still run."""
-        self._service.close()
+    def close(self, *, cancel: bool = False) -> None:
+        """Finishes what was handed in, or cancels it, and takes no more requests; calls alone still
+        run.
+        """
+        self._service.close(cancel=cancel)
 
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.close(cancel=kind is not None)
 
     def _prepare(
         self,
@@ -275,12 +289,19 @@ class Engine:
         recipe: Recipe | None = None,
     ) -> Job:
         recipe, limits, known = recipe or self._recipe, self.limits, self._probed
-        return prepare(
-            *(self.model, method or self.method, recipe, call, baseline, region, limits, known),
-            lean=self.lean,
+        job = prepare(
+            *(self._called, method or self.method, recipe, call, baseline, region, limits, known),
+            lean=self.lean and not self.compile,
             precision=self.precision,
             tolerance=self.tolerance,
         )
+        job.graphs = self.graphs
+        return job
+
+    def _attribution(
+        self, job: Job, outcome: Outcome, baseline: Baseline, training: bool, facts: dict[str, Any]
+    ) -> Attribution:
+        return attribution(job, outcome, baseline, training=training, lean=self.lean, facts=facts)
 
     def _hashes(self, call: Call) -> dict[str, Any]:
         wanted = self.hashes
@@ -299,48 +320,6 @@ class Engine:
             for moment in job.moments():
                 bar.update(moment.done - bar.n)
                 yield moment
-
-    def _attribution(
-        self, job: Job, outcome: Outcome, baseline: Baseline, training: bool, facts: dict[str, Any]
-    ) -> Attribution:
-        call, squeeze, lost = job.call, not job.call.targets.many, outcome.precision_error
-        target, kept = describe_target(call.targets)
-        baseline_spec, baseline_kept = describe_baseline(baseline)
-        provenance = Provenance(
-            method=job.method.name,
-            parameters=_parameters(job.method),
-            target=target,
-            baseline=baseline_spec,
-            precision=job.plan.precision,
-            dtype=job.plan.dtype,
-            device=job.plan.device,
-            backend=job.plan.backend,
-            versions=_versions(),
-            trained_mode=training,
-            points_per_launch=job.plan.points_per_launch,
-            halvings=outcome.halvings,
-            lean=self.lean,
-            way=str(job.way),
-            region=None if job.part is None else [list(span) for span in job.part.box],
-            notes={} if lost is None else {"underflow": outcome.underflow},
-            **facts,
-        )
-        whole = outcome.values if job.part is None else tuple(map(job.part.kept, outcome.values))
-        values = tuple(one[:, 0] if squeeze else one for one in whole)
-        return Attribution(
-            values=values if call.is_tuple else values[0],
-            scores=_column(outcome.scores, squeeze),
-            baseline_scores=_column(outcome.baseline_scores, squeeze),
-            # Of a part, the values do not add up to the score.
-            delta=_column(outcome.delta, squeeze) if job.part is None else None,
-            error=_column(outcome.error, squeeze),
-            precision_error=_column(lost, squeeze),
-            classes=_column(outcome.classes, squeeze),
-            points=outcome.points,
-            converged=outcome.converged,
-            provenance=provenance,
-            kept=kept | baseline_kept | _mask(job.part),
-        )
 
 
 Asked = Tensor | Inputs | Mapping[str, Any]
@@ -416,45 +395,3 @@ def explain(
         forward_kwargs=forward_kwargs,
         region=region,
     )
-
-
-def _mask(part: Part | None) -> dict[str, Tensor]:
-    """What a record keeps of a region beside its box."""
-    return {} if part is None or part.mask is None else {REGION_MASK: part.mask}
-
-
-def _column(found: Any, squeeze: bool) -> Any:
-    return found[:, 0] if squeeze and found is not None else found
-
-
-def _parameters(method: Method) -> dict[str, Any]:
-    return {name: getattr(method, name) for name in getattr(method, "__dataclass_fields__", {})}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "saliency_fast": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-
-
-MEASURED = 64 * 1024
-"""Bytes of an input from which memory is measured: below, to ask the system takes too long."""
-
-
-def _resident(call: Call) -> tuple[int, int] | None:
-    """Resident bytes before a call and their high-water mark, where they are to be measured."""
-    worth = call.device.type == "cpu" and sum(x[0].nbytes for x in call.inputs) >= MEASURED
-    return resident_bytes() if worth else None
-
-
-def _usage(plan: Plan, resident: tuple[int, int] | None, seconds: float) -> dict[str, Any]:
-    """Wall time and peak memory; the plan's where the high-water mark did not rise."""
-    peak = resident_bytes()[1] if resident is not None else 0
-    measured = resident is not None and peak > resident[1]
-    return {
-        "seconds": seconds,
-        "peak_bytes": peak - resident[0] if resident and measured else plan.peak_bytes,
-        "peak_measured": measured,
-    }

@@ -113,5 +113,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    dense = tensor.detach().cpu().contiguous()
+    # A single number may have any stride and counts as contiguous.
+    flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]

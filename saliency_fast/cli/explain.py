@@ -30,6 +30,8 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
             method,
             memory_budget=args.memory_budget,
             points_per_launch=args.points_per_launch,
+            precision=args.precision,
+            tolerance=args.tolerance,
             progress=args.progress,
         )
         for method in methods

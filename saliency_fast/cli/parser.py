@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from saliency_fast.model.precision import AUTO, PRECISIONS
 from saliency_fast.version import __version__
 
 _INPUT = """\
@@ -79,6 +80,16 @@ def _explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     one.add_argument("--out", default="out", metavar="DIR", help="where to write (default: out)")
     one.add_argument("--points-per-launch", type=int, metavar="N", help="an upper bound")
+    one.add_argument(
+        "--precision",
+        default="float32",
+        choices=(*PRECISIONS, AUTO),
+        help="of the model's products (default: float32); what another one costs is measured; auto "
+        "is the fastest whose maps are off by --tolerance at most",
+    )
+    one.add_argument(
+        "--tolerance", type=float, metavar="T", help="relative L2, for --precision auto"
+    )
     one.add_argument("--style", choices=("signed", "heat"), help="default: both")
     one.add_argument(
         "--overlay-format",

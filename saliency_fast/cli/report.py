@@ -115,7 +115,9 @@ class Reporter:
     def _explain(self, engine: Engine, read: Read, x: Tensor) -> _Result:
         with failures_named(read):
             found = engine(x, target_rows(self.target, x), self.baseline)
-        self.last = replace(found.provenance, notes={**self.notes, "input": read.source})
+        self.last = replace(
+            found.provenance, notes=found.provenance.notes | {**self.notes, "input": read.source}
+        )
         found = replace(found, provenance=self.last)
         record = f"{read.name}.{self.last.method}.safetensors"
         self.written.append(found.save(self.out / record))

@@ -4,51 +4,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.engine.bind import Call
-from saliency_fast.engine.hoist import hoistable
-from saliency_fast.engine.launch import Moment, Steps, alone
+from saliency_fast.engine.captured import (
+    CapturedRun,
+    NotRecordedError,
+    OverflowedError,
+    kind_of,
+    refusal,
+)
+from saliency_fast.engine.graphs import RECORDERS, cache_of
+from saliency_fast.engine.launch import Moment, Steps, Want, alone
 from saliency_fast.engine.loss import Loss
-from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.outcome import Outcome, average
 from saliency_fast.engine.plan import Plan
-from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
-from saliency_fast.engine.probe import Probe, fitting, in_precision, probe, settings
+from saliency_fast.engine.probe import Probe
 from saliency_fast.engine.recipe import Method, Recipe
-from saliency_fast.engine.region import Part, Region, read_region
+from saliency_fast.engine.region import Part
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
-from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Model, Way
-from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
-from saliency_fast.model.calls import NotLeanError
-from saliency_fast.model.precision import (
-    AUTO,
-    FLOAT32,
-    OF_DEVICE,
-    PRECISIONS,
-    Precision,
-    read_precision,
+from saliency_fast.errors import (
+    SaliencyError,
 )
+from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.routes import Inputs
-
-ALLOWED = 0.01
-"""Relative L2 that precision "auto" may cost a map, unless the user says otherwise."""
-FASTER = 0.9
-"""Of a float32 point's time, what a precision may take to count as faster."""
-MOST_KNOWN = 256
-"""Kinds of points that are remembered of a model."""
-Known = dict[tuple[object, ...], Probe]
-"""What points of a model took, by their shapes and by what they were asked for."""
 
 
 class _CostlyError(Exception):
@@ -73,6 +58,7 @@ class Job:
     launches: Launches | None
     _probed: Probe
     _as_it_is: Callable[[str], tuple[Probe, Plan]]
+    graphs: bool = True
     otherwise: Callable[[str], Job] | None = None
     limit: float = math.inf
 
@@ -111,7 +97,9 @@ class Job:
         except _CostlyError as found:
             assert self.otherwise is not None
             # All but the call itself: its plan and its way are another precision's.
+            graphs = self.graphs
             self.__dict__.update(self.otherwise(str(found)).__dict__)
+            self.graphs = graphs
             yield from self.steps()
 
     def _steps(self) -> Steps:
@@ -119,10 +107,75 @@ class Job:
         finished: list[Outcome] = []
         for number in range(len(self.baselines)):
             known = self._known()
+            if (yield from self._captured_steps(number, known, finished)):
+                continue
             run = self.run(number, known)
             yield from run.steps(partial(self._moment, run, tuple(finished), known is None))
             if number < len(self.baselines) - 1:
                 finished.append(run.outcome())
+
+    def _captured_steps(
+        self, number: int, known: Loss | None, finished: list[Outcome]
+    ) -> Generator[Want | Moment, Any, bool]:
+        """The steps of a run by recorded launches, whose outcome it adds to `finished`; False where
+        there is no such run, or it came to nothing.
+        """
+        run, key = self._captured(number)
+        if run is None:
+            return False
+        owner, cache = self._probed.captures, cache_of(self.call.device)
+        try:
+            run.load(self.call, self.baselines[number], self.recipe, self.plan, known)
+            yield from run.steps(partial(self._moment, run, tuple(finished), known is None))
+        except NotRecordedError as refusal:
+            if not isinstance(refusal.__cause__, SaliencyError):
+                owner[key] = str(refusal)
+            return False
+        except OverflowedError:
+            cache.put(owner, key, run)
+            return False
+        except SaliencyError:
+            cache.put(owner, key, run)
+            raise
+        if number < len(self.baselines) - 1:
+            finished.append(run.outcome())
+        run.release()
+        cache.put(owner, key, run)
+        return True
+
+    def _captured(self, number: int) -> tuple[CapturedRun | None, Any]:
+        """A run by recorded launches that nobody else uses now, and its key."""
+        if not self.graphs or self.call.device.type not in RECORDERS or self._not_captured():
+            return None, None
+        key, owner, device = self._capture_key(number), self._probed.captures, self.call.device
+        if isinstance(owner.get(key), str):
+            return None, key
+        run: CapturedRun | None = cache_of(device).take(owner, key)
+        if run is None:
+            recorder, parts = RECORDERS[device.type](device), (self.model, self.call)
+            way, baselines = self.way.of_now(), self.baselines[number]
+            run = CapturedRun(way, *parts, baselines, self.recipe, self.plan, recorder)
+        return run, key
+
+    def _not_captured(self) -> str | None:
+        return refusal(self.way, self.call, self.recipe, self.plan)
+
+    def _capture_key(self, number: int) -> Any:
+        if self.call.device.type not in RECORDERS or self.way.program is None:
+            return None
+        baselines = self.baselines[number]
+        return str(self.way), kind_of(self.way, self.call, baselines, self.recipe, self.plan)
+
+    def tell_graphs(self) -> None:
+        """Writes into the plan whether launches are recorded."""
+        if self.call.device.type not in RECORDERS:
+            return
+        found = self._probed.captures.get(self._capture_key(0))
+        reason = self._not_captured() or (found if isinstance(found, str) else None)
+        if not self.graphs:
+            reason = "not wanted"
+        text = f"one for launches of {self.plan.points_per_launch}" if reason is None else reason
+        self.plan = replace(self.plan, graphs=text if reason is None else f"off: {reason}")
 
     def _moment(
         self, run: Run, finished: tuple[Outcome, ...], new: bool, done: int, of: int
@@ -132,9 +185,11 @@ class Job:
             run.judged = True
             self._judge(run.outcome(), new=new)
         several, before = len(self.baselines), len(finished)
+        # Recorded launches are another call's when this one is over.
+        over = run.outcome() if isinstance(run, CapturedRun) and done == of else None
 
         def outcome() -> Outcome:
-            return average([*finished, run.outcome()])
+            return average([*finished, over or run.outcome()])
 
         return Moment(done + before * of, of * several, outcome)
 
@@ -186,159 +241,3 @@ class Job:
                 return
             seconds[self._kind] = found
         self.plan = replace(self.plan, seconds_per_point=seconds[self._kind])
-
-
-@dataclass(frozen=True)
-class _Preparation:
-    """What the jobs of one call have in common, whatever their precision."""
-
-    model: Model
-    method: Method
-    recipe: Recipe
-    call: Call
-    baselines: list[Inputs]
-    part: Part | None
-    limits: Limits
-    known: Known
-    lean: bool
-
-    @property
-    def _key(self) -> tuple[object, ...]:
-        call, recipe = self.call, self.recipe
-        further = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
-        tensors = (*call.inputs, *further)
-        shapes = (call.dtypes, *((x.shape[1:], x.dtype, x.device) for x in tensors))
-        # The prefix differs between methods whose points lie on lines and others.
-        kind = (recipe.family.straight, hoistable(recipe))
-        return shapes, call.targets.count, self.lean, kind, settings(call)
-
-    @property
-    def _trial(self) -> Trial:
-        return Trial(self.call, self.baselines[0], self.recipe)
-
-    def probed(self, precision: Precision) -> Probe:
-        """What is known of a point, or is found out now."""
-        key = (*self._key, precision.name)
-        found = self.known.get(key)
-        if found is not None and found.holds(self.model, self.call):
-            return found
-        if precision.exact:
-            budget, first = read_budget(self.limits.memory_budget, self.call.device), self.baselines
-            trial = (self.model, self.call, self.recipe, first[0])
-            found = probe(*trial, lean=self.lean, budget=budget)
-        else:
-            exact = self.probed(FLOAT32)
-            found = in_precision(exact, precision, self.model, self._trial)
-        # Arguments that are new in every call must not pile up.
-        while len(self.known) >= MOST_KNOWN:
-            self.known.pop(next(iter(self.known)))
-        self.known[key] = found
-        return found
-
-    def job(self, precision: Precision, said: str | None = None) -> Job:
-        """A job by the first way that the plan affords; `said`: why not in another precision."""
-        probed, key = self.probed(precision), (*self._key, precision.name)
-        budget = read_budget(self.limits.memory_budget, self.call.device)
-        planned = partial(self._planned, said)
-
-        def as_it_is(reason: str) -> tuple[Probe, Plan]:
-            self.known[key] = found = probed.as_it_is(reason)
-            return found, planned(found)
-
-        refusal: BudgetError | None = None
-        for found, plan in fitting(probed, self.model, self._trial, budget, planned):
-            way = (found.way if self.part is None else found.way.within(self.part.box)).of_now()
-            parts = (self.call, self.recipe, self.baselines, self.part)
-            job = Job(self.model, self.method, *parts, way, plan, None, found, as_it_is)
-            try:
-                # Tiles are laid out by a budget of their own.
-                if way.tiled is None:
-                    job.trace(planned)
-            except BudgetError as error:
-                # Its launches take more than its tensors told.
-                refusal = error
-            else:
-                return job
-        assert refusal is not None
-        raise refusal
-
-    def fastest(self, limit: float) -> Job:
-        """A job in the fastest precision whose maps are off by `limit` at most."""
-        exact = self.probed(FLOAT32)
-        if not exact.order:
-            exact.order.extend(self._order())
-        return self._among(tuple(exact.order), limit, None)
-
-    def _among(self, names: Sequence[str], limit: float, said: str | None) -> Job:
-        job = self.job(PRECISIONS[names[0]], said)
-        if len(names) > 1:
-            job.limit, job.otherwise = limit, partial(self._among, names[1:], limit)
-        return job
-
-    def _order(self) -> list[str]:
-        """Precisions that are faster than float32 here, the fastest first, and float32."""
-        found = {}
-        for name in OF_DEVICE.get(self.call.device.type, (FLOAT32.name,)):
-            with suppress(ModelError, BudgetError):
-                job = self.job(PRECISIONS[name])
-                job.time()
-                found[name] = job.plan.seconds_per_point or math.inf
-        least = FASTER * found.get(FLOAT32.name, math.inf)
-        faster = [name for name, seconds in found.items() if seconds <= least]
-        others = sorted((one for one in faster if one != FLOAT32.name), key=lambda n: found[n])
-        return [*others, FLOAT32.name]
-
-    def _planned(self, said: str | None, probed: Probe, launches: Launches | None = None) -> Plan:
-        call, recipe, limits = self.call, self.recipe, self.limits
-        plan = make_plan(self.method, recipe, call, self.baselines, probed, limits, launches)
-        return plan if said is None else replace(plan, notes=(*plan.notes, f"precision: {said}"))
-
-
-def prepare(
-    model: Model,
-    method: Method,
-    recipe: Recipe,
-    call: Call,
-    baseline: Any,
-    region: Region,
-    limits: Limits,
-    known: Known,
-    *,
-    lean: bool,
-    precision: str = FLOAT32.name,
-    tolerance: float | None = None,
-) -> Job:
-    """Probes what is not known yet, and plans; raises BudgetError where one point does not fit.
-
-    tolerance: what precision "auto" may cost a map; half of the method's own unless given.
-    """
-    part, baselines = read_region(region, call), baselines_of(call, recipe, baseline)
-    about = _Preparation(model, method, recipe, call, baselines, part, limits, known, lean)
-    if call.halves:
-        _need_alike(model, call.dtypes)
-    other = next((one for one in call.dtypes if one != torch.float32), None)
-    if precision == AUTO:
-        if other is not None:
-            return about.job(FLOAT32)
-        if tolerance is None:
-            tolerance = ALLOWED if recipe.tolerance is None else recipe.tolerance / 2
-        return about.fastest(tolerance)
-    if other is not None and precision != FLOAT32.name:
-        kind = str(other).removeprefix("torch.")
-        raise InputError(
-            f"precision={precision!r} is for float32 inputs: got {kind}; use .float() on inputs "
-            f"and model, or precision='float32', which keeps {kind} as it is"
-        )
-    return about.job(read_precision(precision, call.device))
-
-
-def _need_alike(model: Model, dtypes: Sequence[torch.dtype]) -> None:
-    """Raises InputTypeError where inputs are in a half type and none of the weights are."""
-    weights = model.parameters() if isinstance(model, nn.Module) else ()
-    kinds = {one.dtype for one in weights if one.is_floating_point()}
-    if kinds and kinds.isdisjoint(dtypes):
-        given, own = [str(one).removeprefix("torch.") for one in (dtypes[0], min(kinds, key=str))]
-        raise InputTypeError(
-            f"the input must have the type of the model's weights: got {given}, the weights are "
-            f"{own}; use .float(), and precision= for the model's arithmetic"
-        )

@@ -48,7 +48,7 @@ class Loss:
         norm = torch.maximum(self.norm, whole[self.among])
         found = self.gap / norm.clamp_min(torch.finfo(torch.float64).tiny)
         other = found.max() if self.other is None else found.new_tensor(self.other)
-        error = other.expand(whole.shape).clone()
+        error = torch.ones_like(whole) * other
         error[self.among] = found
         return error
 

@@ -83,8 +83,9 @@ def _norm(values: Inputs) -> Tensor:
     return norm_of(tuple(one.flatten(0, 1) for one in values)).view(values[0].shape[:2])
 
 
-def need_finite(outcome: Outcome) -> None:
+def need_finite(outcome: Outcome, precision: str = "float32") -> None:
     """Raises ModelError where the model gave NaN or infinity."""
+    half = "" if precision == "float32" else f", or precision='float32' instead of {precision!r}"
     found = {"scores": outcome.scores, "attributions": outcome.sums}
     if outcome.baseline_scores is not None:
         found["scores at the baseline"] = outcome.baseline_scores
@@ -96,5 +97,5 @@ def need_finite(outcome: Outcome) -> None:
             raise ModelError(
                 f"the model gives NaN or infinite {name} for examples "
                 f"{bad.nonzero().flatten().tolist()[:8]}: expected finite numbers; check the "
-                "model's output and gradient there (torch.autograd.set_detect_anomaly helps)"
+                f"model's output and gradient there (torch.autograd.set_detect_anomaly helps){half}"
             )

@@ -32,7 +32,8 @@ class Plan:
     version serves.
     prefix names the calls at the model's beginning that are taken once for all points. precision:
     of the model's products; `looked_at` points are taken in float32 too, to tell what it costs.
-    most: points that a launch may have where other calls fill it.
+    most: points that a launch may have where other calls fill it. graphs: whether launches are
+    recorded and replayed, on devices that can.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Plan:
     precision: str = "float32"
     looked_at: int = 0
     most: int = 0
+    graphs: str = ""
     notes: tuple[str, ...] = ()
     seconds_per_point: float | None = field(default=None, compare=False)
 
@@ -98,6 +100,8 @@ class Plan:
             lines.append(f"autograd's {calls}")
         if self.prefix:
             lines.append(f"prefix     {self.prefix}")
+        if self.graphs:
+            lines.append(f"graphs     {self.graphs}")
         return "\n".join(lines + [f"note       {note}" for note in self.notes])
 
 

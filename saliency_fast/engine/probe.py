@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.bind import Call
+from saliency_fast.engine.graphs import RECORDERS, Captures
 from saliency_fast.engine.hoist import hoistable
 from saliency_fast.engine.loss import Losses
 from saliency_fast.engine.memory import bytes_text
@@ -53,7 +54,7 @@ class Probe:
     better way serves. mark: the model's fingerprint where a program stands for it. foreseen: on
     shapes alone. launches: what they take, and seconds: what a point takes in them, by way and
     size; losses: what the precision costs, and order: precisions, the fastest first; filled as they
-    become known.
+    become known. captures: recorded launches by kind, or why there are none.
     """
 
     way: Way
@@ -67,6 +68,7 @@ class Probe:
     seconds: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
     losses: Losses = field(default_factory=Losses, repr=False)
     order: list[str] = field(default_factory=list, repr=False)
+    captures: Captures = field(default_factory=Captures, repr=False)
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was probed."""
@@ -118,7 +120,9 @@ def probe(
 def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
     recording = Recording(model)
     plain = trial.plain(recording if lean else Plain(model))
-    if not lean or plain.cost.peak < LEAN_FROM:
+    # Recorded launches have no calls that cost time, and need a program.
+    least = 0 if trial.call.device.type in RECORDERS else LEAN_FROM
+    if not lean or plain.cost.peak < least:
         reason = "a point is too small for it to pay" if lean else None
         return Probe(Way(), plain.cost, plain.cost, reason)
     mark, reasons = _mark(model, trial.call), []

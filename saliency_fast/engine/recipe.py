@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -69,13 +69,20 @@ class Level:
     weight: Tensor
     fold: Tensor
     keep: float = 0.0
+    _elsewhere: dict[torch.device, Level] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
         return self.place.numel()
 
     def to(self, device: torch.device) -> Level:
-        return Level(self.place.to(device), self.weight.to(device), self.fold.to(device), self.keep)
+        """The level on a device; the same object every time."""
+        if self.place.device == device:
+            return self
+        if device not in self._elsewhere:
+            place, weight, fold = (one.to(device) for one in (self.place, self.weight, self.fold))
+            self._elsewhere[device] = Level(place, weight, fold, self.keep)
+        return self._elsewhere[device]
 
     def rows(self, active: Tensor, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` of this level for the examples `active`, points outermost."""

@@ -141,11 +141,12 @@ class Run:
         self.fold_in(rows.first(want.taken), answer)
         return want.taken
 
-    def fold_in(self, rows: Rows, answer: Answer) -> None:
-        """Adds what a launch of `rows` gave."""
+    def fold_in(self, rows: Rows, answer: Answer, scale: Tensor | None = None) -> None:
+        """Adds what a launch of `rows` gave; scale: of its gradients, where it is a tensor."""
         if self.recipe.at_input:
             self._note_scores(rows.item, answer.scores, answer.classes)
-        self.folds.add(rows, answer.grads, self.source, self.behind.scale)
+        own = self.behind.scale if scale is None else scale
+        self.folds.add(rows, answer.grads, self.source, own)
         self.points.index_add_(0, rows.item, torch.ones_like(rows.item))
 
     def look(self, exact: PointFunction) -> Generator[Want, Answer, None]:

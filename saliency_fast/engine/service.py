@@ -1,7 +1,9 @@
 """Service: calls of many threads, whose points share launches.
 
-One thread of its own runs them: it takes in what waits, gives the oldest call's points their places
-in the next launch, fills it with those of younger ones, and hands out answers as calls finish.
+One thread of its own runs them: it takes in what waits, fills a launch with points of calls that go
+together, and hands out answers as calls finish. Launches are led in turn by the oldest call, so
+that none waits for ever, and by the one with the fewest points left, so that none waits long for
+a large one. Who leads gets half of the places, and what others leave.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Statistics:
         return (
             f"requests   {self.finished} finished, {self.failed} failed, {self.cancelled} "
             f"cancelled, {self.waiting} waiting, {self.running} running\n"
-            f"launches   {self.launches} with {self.points} points, {self.fill:.0%} full\n"
+            f"launches   {self.launches} of {self.points / max(1, self.launches):.1f} points on "
+            f"average, {self.fill:.0%} full\n"
             f"queue      {self.mean_queue_seconds * 1e3:.1f} ms, {self.longest_queue * 1e3:.1f} ms "
             "at most"
         )
@@ -73,7 +76,9 @@ class Statistics:
 
 @dataclass(eq=False)
 class Request(Generic[Result]):
-    """A call that waits for its launches. prepare: makes its job; finish: its result."""
+    """A call that waits for its launches. prepare: makes its job; finish: its result. left: points
+    that it may still want.
+    """
 
     device: torch.device
     prepare: Callable[[], Job]
@@ -85,6 +90,7 @@ class Request(Generic[Result]):
     want: Want | None = None
     last: Moment | None = None
     begun: bool = False
+    left: int = 0
 
     @property
     def held(self) -> int:
@@ -117,6 +123,7 @@ class Service(Generic[Result]):
         self._closed = False
         self._counts: dict[str, float] = dict.fromkeys(Statistics.__dataclass_fields__, 0)
         self._arena: Arena | None = None
+        self._turn = False
         # How often in a row points of a kind could not share a launch.
         self._refused: dict[tuple[object, ...], int] = {}
 
@@ -141,10 +148,12 @@ class Service(Generic[Result]):
             self._changed.notify_all()
         return request.future
 
-    def close(self) -> None:
-        """Finishes what was handed in and takes no more."""
+    def close(self, *, cancel: bool = False) -> None:
+        """Finishes what was handed in, or cancels it, and takes no more."""
         with self._changed:
             self._closed = True
+            for request in [*self._waiting, *self._running] if cancel else ():
+                request.future.cancel()
             self._changed.notify_all()
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -218,6 +227,7 @@ class Service(Generic[Result]):
                 continue
             try:
                 job = request.job = request.prepare()
+                request.left = job.plan.points * len(job.baselines)
                 request.steps = job.steps()
                 step = next(request.steps, None)
             except BaseException as error:
@@ -249,8 +259,10 @@ class Service(Generic[Result]):
         return sum(request.held for request in self._running)
 
     def _launch(self) -> None:
-        """One launch: the oldest request's points, and those of others that go with them."""
-        chosen, places = self._chosen()
+        """One launch, of points that go together."""
+        self._turn = not self._turn
+        lead = self._running[0] if self._turn else min(self._running, key=lambda one: one.left)
+        chosen, places = self._chosen(lead)
         self._note_launch(chosen, places)
         wants = [(request.want, rows) for request, rows in chosen if request.want is not None]
         if self._arena is None:
@@ -273,23 +285,25 @@ class Service(Generic[Result]):
         else:
             self._on(request, step)
 
-    def _chosen(self) -> tuple[list[tuple[Request[Result], int]], int]:
+    def _chosen(self, lead: Request[Result]) -> tuple[list[tuple[Request[Result], int]], int]:
         """Requests and how many of their points the next launch has, and its places."""
-        oldest = self._running[0]
-        assert oldest.want is not None
-        plan, kind = _job(oldest).plan, oldest.want.kind
+        plan, kind = _job(lead).plan, _want(lead).kind
         places = plan.most
         if self.memory_budget is not None:
-            room = read_budget(self.memory_budget, oldest.device) - self._held
+            room = read_budget(self.memory_budget, lead.device) - self._held
             places = max(1, min(places, room // max(1, plan.bytes_per_point)))
-        chosen, left = [(oldest, min(places, oldest.want.rows))], places - oldest.want.rows
-        alone = self._refused.get(kind, 0) >= REFUSALS
-        for request in self._running[1:]:
-            want = request.want
-            if left > 0 and not alone and want is not None and want.kind == kind:
-                chosen.append((request, min(left, want.rows)))
-                left -= want.rows
-        return chosen, places
+        wanted = _want(lead).rows
+        if self._refused.get(kind, 0) >= REFUSALS:
+            return [(lead, min(places, wanted))], places
+        others = [one for one in self._running if one is not lead and _want(one).kind == kind]
+        own = min(wanted, places // 2 if others and places > 1 else places)
+        chosen, left = list[tuple[Request[Result], int]](), places - own
+        for request in sorted(others, key=lambda one: one.left):
+            rows = min(left, _want(request).rows)
+            if rows > 0:
+                chosen.append((request, rows))
+                left -= rows
+        return [(lead, min(wanted, own + left)), *chosen], places
 
     def _answers(self, wants: list[tuple[Want, int]], arena: Arena) -> list[Answer | Exception]:
         if len(wants) == 1:
@@ -357,6 +371,8 @@ class Service(Generic[Result]):
                 self._counts["longest_queue"] = max(self._counts["longest_queue"], waited)
         first = chosen[0][0].want
         if first is not None and first.gradients:
+            for request, rows in chosen:
+                request.left -= rows
             points = sum(rows for _, rows in chosen)
             self._count(launches=1, points=points, places=max(places, points))
 
@@ -364,6 +380,11 @@ class Service(Generic[Result]):
         with self._changed:
             for name, value in more.items():
                 self._counts[name] += value
+
+
+def _want(request: Request[Any]) -> Want:
+    assert request.want is not None
+    return request.want
 
 
 def _job(request: Request[Any]) -> Job:

@@ -282,20 +282,25 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
 
 
 class _Switches:
-    """PyTorch's switches for TF32, and what they were."""
+    """PyTorch's switches for TF32 and for choosing convolutions by their time, and what they were.
+
+    Launches repeat their shapes, so that a choice pays; with `torch.backends.cudnn.deterministic`
+    cuDNN chooses among those that give the same bits every time.
+    """
 
     def __init__(self) -> None:
-        self._before: tuple[bool, bool] | None = None
+        self._before: tuple[bool, bool, bool] | None = None
 
     def set(self, allowed: bool) -> None:
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        self._before = (matmul.allow_tf32, cudnn.allow_tf32)
+        self._before = (matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark)
         matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+        cudnn.benchmark = True
 
     def restore(self) -> None:
         matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
         assert self._before is not None
-        matmul.allow_tf32, cudnn.allow_tf32 = self._before
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = self._before
         self._before = None
 
 

@@ -203,8 +203,12 @@ class Program:
     @cached_property
     def memories(self) -> frozenset[int]:
         """Where the model's own tensors lie."""
-        constants = tensors_in([(step.args, step.kwargs) for step in self.steps])
-        return frozenset(one.untyped_storage().data_ptr() for one in constants)
+        return frozenset(one.untyped_storage().data_ptr() for one in self.constants)
+
+    @cached_property
+    def constants(self) -> tuple[Tensor, ...]:
+        """The model's own tensors that calls take."""
+        return tuple(tensors_in([(step.args, step.kwargs) for step in self.steps]))
 
     @cached_property
     def over(self) -> tuple[tuple[int, ...], ...]:

@@ -177,3 +177,21 @@ def test_labels_of_probabilities_are_those_of_the_model(here, tiny, grey_png):
     page = (here / "out" / "index.html").read_text()
     best, share = int(shares.argmax()), float(shares.max())
     assert f"predicted <strong>class {best}</strong>, {100 * share:.1f} %" in page
+
+
+def test_a_precision_stands_in_the_record(here, grey_png):
+    options = ("--model", "tiny:grey", "--precision", "bfloat16", "--out", "o", *FAST)
+    assert run("explain", grey_png, *options) == 0
+    recorded = sf.load(here / "o" / "grey.integrated_gradients.safetensors")
+    assert recorded.provenance.precision == "bfloat16"
+    assert float(recorded.precision_error.max()) > 0
+    assert recorded.provenance.notes["model"] == "tiny:grey"
+    assert recorded.provenance.notes["underflow"] == 0
+    assert run("verify", here / "o" / "grey.integrated_gradients.safetensors") == 0
+
+
+def test_auto_needs_no_more_than_its_name(here, grey_png):
+    options = ("--model", "tiny:grey", "--precision", "auto", "--tolerance", "1e-6", *FAST)
+    assert run("explain", grey_png, *options, "--out", "o") == 0
+    recorded = sf.load(here / "o" / "grey.integrated_gradients.safetensors")
+    assert recorded.provenance.precision == "float32"

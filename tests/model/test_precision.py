@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,14 +13,13 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast import zoo
-from saliency_fast.engine import job as jobs
 from saliency_fast.engine import probe as probes
 from saliency_fast.engine import run as runs
-from saliency_fast.engine.loss import Loss, finite, first_scale
+from saliency_fast.engine.loss import Loss, everywhere, finite, first_scale
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.model import precision as precisions
 from saliency_fast.model.calls import Calls
-from saliency_fast.model.precision import FLOAT32, PRECISIONS, arithmetic, lowered
+from saliency_fast.model.precision import lowered
 from saliency_fast.model.recorder import Recording, unified
 from tests.models import Audio, Image, Segmenter, Tabular, Tokens, Video
 
@@ -174,7 +171,9 @@ def test_products_alone_are_lowered():
         assert seen[name] == {torch.bfloat16}, seen
 
 
-def test_numbers_that_half_types_cannot_hold_stay_float32(way: str):
+@pytest.mark.usefixtures("offered")
+@pytest.mark.parametrize("name", CLOSE)
+def test_numbers_that_half_types_cannot_hold_stay_float32(way: str, name: str):
     class Exponential(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -185,8 +184,13 @@ def test_numbers_that_half_types_cannot_hold_stay_float32(way: str):
 
     net, x = seeded(Exponential, (6,))
     expected = sf.explain(net, x, target=0)
-    found = sf.explain(net, x, target=0, precision="bfloat16")
-    assert distance(found.values, expected.values) < CLOSE["bfloat16"]
+    if (name, way) == ("float16", "as it is"):
+        # PyTorch's own autocast leaves it in half types on CPUs.
+        with pytest.raises(ModelError, match=r"or precision='float32' instead of 'float16'"):
+            sf.explain(net, x, target=0, precision=name)
+        return
+    found = sf.explain(net, x, target=0, precision=name)
+    assert distance(found.values, expected.values) < CLOSE[name]
 
 
 @pytest.mark.usefixtures("offered")
@@ -222,8 +226,12 @@ def test_a_launch_that_overflows_is_tried_again(monkeypatch, way: str):
         scales.append(run.behind.scale)
         return lower(run)
 
-    # The points that are looked at are small; those near the input are not.
-    monkeypatch.setattr(runs, "first_scale", lambda _: 2.0**20)
+    def unlooked(run: Any, exact: Any) -> Any:
+        """A first scale that nobody has tried."""
+        run.behind.scale, run.loss = 2.0**20, everywhere(0.0, 1, run.call.device)
+        yield from ()
+
+    monkeypatch.setattr(runs.Run, "look", unlooked)
     monkeypatch.setattr(runs.Run, "_lower", counted)
     method = sf.IntegratedGradients(12)
     found = sf.explain(net, x, target=2, method=method, precision="float16", points_per_launch=5)
@@ -255,62 +263,6 @@ def test_error_of_examples_that_were_not_looked_at():
     loss = Loss(among, torch.tensor([[0.2], [0.1]]).double(), one)
     whole = torch.tensor([[0.5], [1.0], [4.0]]).double()
     assert loss.error(whole).flatten().tolist() == pytest.approx([0.1, 0.1, 0.05])
-
-
-class TestAuto:
-    def test_takes_the_fastest_that_is_allowed(self, monkeypatch):
-        net, x = seeded(*SMOOTH["image"])
-        monkeypatch.setattr(jobs._Preparation, "_order", lambda _: ["bfloat16", "float32"])
-        free = sf.explain(net, x, target=1, precision="auto", tolerance=0.5)
-        assert free.provenance.precision == "bfloat16"
-        strict = sf.Engine(net, precision="auto", tolerance=1e-6)
-        found = strict(x, 1)
-        assert found.provenance.precision == "float32"
-        assert found.precision_error is None
-        assert torch.equal(found.values, sf.explain(net, x, target=1).values)
-
-    def test_the_methods_tolerance_counts(self, monkeypatch):
-        net, x = seeded(*SMOOTH["image"])
-        monkeypatch.setattr(jobs._Preparation, "_order", lambda _: ["bfloat16", "float32"])
-        for tolerance, name in ((0.5, "bfloat16"), (1e-5, "float32")):
-            method = sf.IntegratedGradients(tolerance=tolerance, max_steps=200)
-            found = sf.explain(net, x, target=1, method=method, precision="auto")
-            assert found.provenance.precision == name
-
-    def test_what_is_slower_is_not_tried(self, monkeypatch):
-        net, x = seeded(*SMOOTH["image"])
-        seconds = {"bfloat16": 1.0, "float32": 1.05}
-
-        def time(job: Any) -> None:
-            each = seconds[job.plan.precision]
-            job.plan = jobs.replace(job.plan, seconds_per_point=each)
-
-        monkeypatch.setattr(jobs.Job, "time", time)
-        engine = sf.Engine(net, precision="auto", tolerance=0.9)
-        assert engine(x, 1).provenance.precision == "float32"
-        seconds["bfloat16"] = 0.5
-        other = sf.Engine(copy.deepcopy(net), precision="auto", tolerance=0.9)
-        assert other(x, 1).provenance.precision == "bfloat16"
-
-    def test_the_choice_holds_for_later_calls(self, monkeypatch):
-        net, x = seeded(*SMOOTH["image"])
-        orders = iter((["bfloat16", "float32"], ["float32"]))
-        monkeypatch.setattr(jobs._Preparation, "_order", lambda _: next(orders))
-        engine = sf.Engine(net, precision="auto", tolerance=0.9)
-        assert {engine(x, k).provenance.precision for k in range(3)} == {"bfloat16"}
-
-    def test_float64_stays(self):
-        net, x = seeded(*SMOOTH["image"])
-        found = sf.explain(net.double(), x.double(), target=1, precision="auto")
-        assert (found.provenance.precision, found.values.dtype) == ("float32", torch.float64)
-
-    def test_streams_begin_again(self, monkeypatch):
-        net, x = seeded(*SMOOTH["image"])
-        monkeypatch.setattr(jobs._Preparation, "_order", lambda _: ["bfloat16", "float32"])
-        engine = sf.Engine(net, precision="auto", tolerance=1e-6, points_per_launch=40)
-        parts = list(engine.stream(x, 1))
-        assert {part.provenance.precision for part in parts} == {"float32"}
-        assert torch.equal(parts[-1].values, sf.explain(net, x, target=1).values)
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
@@ -366,79 +318,6 @@ class TestNothingIsLeftBehind:
         for name, one in net.state_dict(keep_vars=True).items():
             assert one is before[name][0]
             assert torch.equal(one, before[name][1])
-
-
-class TestBadInput:
-    def test_names(self):
-        with pytest.raises(InputError, match=r"must be one of float32, tf32, .*got 'float8'"):
-            sf.Engine(Tabular(), precision="float8")
-
-    @pytest.mark.parametrize("name", ["float16", "tf32"])
-    def test_what_the_device_does_not_offer(self, name: str):
-        with pytest.raises(InputError, match=r"not offered on cpu: expected one of bfloat16"):
-            sf.explain(Tabular().eval(), torch.randn(2, 7), target=1, precision=name)
-
-    def test_float64(self):
-        with pytest.raises(InputError, match=r"got float64; use .float\(\)"):
-            sf.explain(
-                Tabular().double(), torch.randn(2, 7).double(), target=1, precision="bfloat16"
-            )
-
-    @pytest.mark.parametrize("tolerance", [0, -1.0, float("nan"), float("inf")])
-    def test_tolerances(self, tolerance: float):
-        with pytest.raises(InputError, match="tolerance must be a positive number"):
-            sf.Engine(Tabular(), precision="auto", tolerance=tolerance)
-
-    def test_models_that_do_not_run_in_it(self, monkeypatch):
-        class Picky(nn.Module):
-            def forward(self, x: Tensor) -> Tensor:
-                if torch.is_autocast_enabled("cpu"):
-                    raise RuntimeError("this layer has no half version")
-                return x.tanh().sum(1)
-
-        with pytest.raises(ModelError, match=r"no half version; use precision='float32'"):
-            sf.explain(Picky(), torch.randn(2, 7), precision="bfloat16")
-
-
-class TestSwitches:
-    """TF32 is allowed by switches that hold for a whole process."""
-
-    GPU = torch.device("cuda")
-
-    def allowed(self) -> tuple[bool, bool]:
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
-    def test_are_set_and_come_back(self):
-        before = self.allowed()
-        with arithmetic(PRECISIONS["tf32"], self.GPU):
-            assert self.allowed() == (True, True)
-            with arithmetic(PRECISIONS["tf32"], self.GPU):
-                pass
-            assert self.allowed() == (True, True)
-        assert self.allowed() == before
-        with arithmetic(FLOAT32, self.GPU):
-            assert self.allowed() == (False, False)
-        with suppress(KeyError), arithmetic(PRECISIONS["tf32"], self.GPU):
-            raise KeyError
-        assert self.allowed() == before
-
-    def test_threads_that_want_others_wait(self):
-        before, seen = self.allowed(), []
-
-        def work(name: str) -> None:
-            wanted = PRECISIONS[name]
-            for _ in range(200):
-                with arithmetic(wanted, self.GPU):
-                    seen.append(self.allowed() == (wanted.tf32, wanted.tf32))
-
-        threads = [threading.Thread(target=work, args=(n,)) for n in ("tf32", "float32") * 4]
-        for one in threads:
-            one.start()
-        for one in threads:
-            one.join()
-        assert len(seen) == 1600
-        assert all(seen)
-        assert self.allowed() == before
 
 
 def test_records(tmp_path):

@@ -7,10 +7,12 @@ import threading
 import time
 import weakref
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import saliency_fast as sf
 from saliency_fast.engine import service as services
@@ -112,6 +114,45 @@ class TestQueue:
             engine.submit(x[:1], 1)
         engine.close()
         assert engine(x[:1], 1).values.shape == (1, 7)
+
+    def test_an_error_in_its_block_cancels_what_waits(self, gate: Gate):
+        net, x = seeded(Tabular, 7)
+        with suppress(ZeroDivisionError), sf.Engine(net, waiting=8) as engine:
+            futures = [gate.shut(engine, x[:1])]
+            futures += [engine.submit(x[:1], 1) for _ in range(4)]
+            threading.Timer(0.1, gate.open.set).start()
+            raise ZeroDivisionError
+        assert all(one.cancelled() for one in futures)
+        assert engine.statistics.cancelled == 5
+
+    def test_small_requests_pass_large_ones_and_none_waits_for_ever(self, gate: Gate):
+        net, x = seeded(Tabular, 7)
+        large, small = sf.IntegratedGradients(60), sf.IntegratedGradients(2)
+        done: list[str] = []
+        with sf.Engine(net, points_per_launch=4) as engine:
+            futures = [gate.shut(engine, x[:1])]
+            for name, method in [("large", large), *[("small", small)] * 6, ("large", large)]:
+                futures.append(engine.submit(x[1:2], 1, method=method))
+                futures[-1].add_done_callback(lambda _, name=name: done.append(name))
+            gate.open.set()
+            for one, method in zip(futures[1:], [large, *[small] * 6, large], strict=True):
+                same(one.result(timeout=60), sf.explain(net, x[1:2], target=1, method=method))
+        assert done[:6] == ["small"] * 6
+
+    def test_kinds_that_cannot_share_take_turns(self, gate: Gate):
+        """A long request of one shape does not hold up a short one of another."""
+        net = nn.Sequential(nn.Conv1d(2, 3, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+        done: list[int] = []
+        with sf.Engine(net.double(), points_per_launch=2) as engine:
+            futures = [gate.shut(engine, torch.randn(1, 2, 9).double())]
+            for length, steps in ((9, 80), (11, 2)):
+                x, method = torch.randn(1, 2, length).double(), sf.IntegratedGradients(steps)
+                futures.append(engine.submit(x, 1, method=method))
+                futures[-1].add_done_callback(lambda _, steps=steps: done.append(steps))
+            gate.open.set()
+            for one in futures:
+                one.result(timeout=60)
+        assert done == [2, 80]
 
     def test_its_thread_ends_and_begins_again(self, monkeypatch):
         monkeypatch.setattr(services, "IDLE", 0.05)

@@ -1,0 +1,201 @@
+"""Choose: a call's job, by the way and in the precision that suit it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saliency_fast.engine.arena import Launches
+from saliency_fast.engine.bind import Call
+from saliency_fast.engine.hoist import hoistable
+from saliency_fast.engine.job import Job
+from saliency_fast.engine.memory import read_budget
+from saliency_fast.engine.plan import Plan
+from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
+from saliency_fast.engine.probe import Probe, fitting, in_precision, probe, settings
+from saliency_fast.engine.recipe import Method, Recipe
+from saliency_fast.engine.region import Part, Region, read_region
+from saliency_fast.engine.trial import Trial
+from saliency_fast.engine.way import Model
+from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
+from saliency_fast.model.precision import (
+    AUTO,
+    FLOAT32,
+    OF_DEVICE,
+    PRECISIONS,
+    Precision,
+    read_precision,
+)
+from saliency_fast.model.routes import Inputs
+
+ALLOWED = 0.01
+"""Relative L2 that precision "auto" may cost a map, unless the user says otherwise."""
+FASTER = 0.9
+"""Of a float32 point's time, what a precision may take to count as faster."""
+MOST_KNOWN = 256
+"""Kinds of points that are remembered of a model."""
+Known = dict[tuple[object, ...], Probe]
+"""What points of a model took, by their shapes and by what they were asked for."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the jobs of one call have in common, whatever their precision."""
+
+    model: Model
+    method: Method
+    recipe: Recipe
+    call: Call
+    baselines: list[Inputs]
+    part: Part | None
+    limits: Limits
+    known: Known
+    lean: bool
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        call, recipe = self.call, self.recipe
+        further = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
+        tensors = (*call.inputs, *further)
+        shapes = (call.dtypes, *((x.shape[1:], x.dtype, x.device) for x in tensors))
+        # The prefix differs between methods whose points lie on lines and others.
+        kind = (recipe.family.straight, hoistable(recipe))
+        return shapes, call.targets.count, self.lean, kind, settings(call)
+
+    @property
+    def _trial(self) -> Trial:
+        return Trial(self.call, self.baselines[0], self.recipe)
+
+    def probed(self, precision: Precision) -> Probe:
+        """What is known of a point, or is found out now."""
+        key = (*self._key, precision.name)
+        found = self.known.get(key)
+        if found is not None and found.holds(self.model, self.call):
+            return found
+        if precision.exact:
+            budget, first = read_budget(self.limits.memory_budget, self.call.device), self.baselines
+            trial = (self.model, self.call, self.recipe, first[0])
+            found = probe(*trial, lean=self.lean, budget=budget)
+        else:
+            exact = self.probed(FLOAT32)
+            found = in_precision(exact, precision, self.model, self._trial)
+        # Arguments that are new in every call must not pile up.
+        while len(self.known) >= MOST_KNOWN:
+            self.known.pop(next(iter(self.known)))
+        self.known[key] = found
+        return found
+
+    def job(self, precision: Precision, said: str | None = None) -> Job:
+        """A job by the first way that the plan affords; `said`: why not in another precision."""
+        probed, key = self.probed(precision), (*self._key, precision.name)
+        budget = read_budget(self.limits.memory_budget, self.call.device)
+        planned = partial(self._planned, said)
+
+        def as_it_is(reason: str) -> tuple[Probe, Plan]:
+            self.known[key] = found = probed.as_it_is(reason)
+            return found, planned(found)
+
+        refusal: BudgetError | None = None
+        for found, plan in fitting(probed, self.model, self._trial, budget, planned):
+            way = (found.way if self.part is None else found.way.within(self.part.box)).of_now()
+            parts = (self.call, self.recipe, self.baselines, self.part)
+            job = Job(self.model, self.method, *parts, way, plan, None, found, as_it_is)
+            try:
+                # Tiles are laid out by a budget of their own.
+                if way.tiled is None:
+                    job.trace(planned)
+            except BudgetError as error:
+                # Its launches take more than its tensors told.
+                refusal = error
+            else:
+                return job
+        assert refusal is not None
+        raise refusal
+
+    def fastest(self, limit: float) -> Job:
+        """A job in the fastest precision whose maps are off by `limit` at most."""
+        exact = self.probed(FLOAT32)
+        if not exact.order:
+            exact.order.extend(self._order())
+        return self._among(tuple(exact.order), limit, None)
+
+    def _among(self, names: Sequence[str], limit: float, said: str | None) -> Job:
+        job = self.job(PRECISIONS[names[0]], said)
+        if len(names) > 1:
+            job.limit, job.otherwise = limit, partial(self._among, names[1:], limit)
+        return job
+
+    def _order(self) -> list[str]:
+        """Precisions that are faster than float32 here, the fastest first, and float32."""
+        found = {}
+        for name in OF_DEVICE.get(self.call.device.type, (FLOAT32.name,)):
+            with suppress(ModelError, BudgetError):
+                job = self.job(PRECISIONS[name])
+                job.time()
+                found[name] = job.plan.seconds_per_point or math.inf
+        least = FASTER * found.get(FLOAT32.name, math.inf)
+        faster = [name for name, seconds in found.items() if seconds <= least]
+        others = sorted((one for one in faster if one != FLOAT32.name), key=lambda n: found[n])
+        return [*others, FLOAT32.name]
+
+    def _planned(self, said: str | None, probed: Probe, launches: Launches | None = None) -> Plan:
+        call, recipe, limits = self.call, self.recipe, self.limits
+        plan = make_plan(self.method, recipe, call, self.baselines, probed, limits, launches)
+        return plan if said is None else replace(plan, notes=(*plan.notes, f"precision: {said}"))
+
+
+def prepare(
+    model: Model,
+    method: Method,
+    recipe: Recipe,
+    call: Call,
+    baseline: Any,
+    region: Region,
+    limits: Limits,
+    known: Known,
+    *,
+    lean: bool,
+    precision: str = FLOAT32.name,
+    tolerance: float | None = None,
+) -> Job:
+    """Probes what is not known yet, and plans; raises BudgetError where one point does not fit.
+
+    tolerance: what precision "auto" may cost a map; half of the method's own unless given.
+    """
+    part, baselines = read_region(region, call), baselines_of(call, recipe, baseline)
+    about = Choice(model, method, recipe, call, baselines, part, limits, known, lean)
+    if call.halves:
+        _need_alike(model, call.dtypes)
+    other = next((one for one in call.dtypes if one != torch.float32), None)
+    if precision == AUTO:
+        if other is not None:
+            return about.job(FLOAT32)
+        if tolerance is None:
+            tolerance = ALLOWED if recipe.tolerance is None else recipe.tolerance / 2
+        return about.fastest(tolerance)
+    if other is not None and precision != FLOAT32.name:
+        kind = str(other).removeprefix("torch.")
+        raise InputError(
+            f"precision={precision!r} is for float32 inputs: got {kind}; use .float() on inputs "
+            f"and model, or precision='float32', which keeps {kind} as it is"
+        )
+    return about.job(read_precision(precision, call.device))
+
+
+def _need_alike(model: Model, dtypes: Sequence[torch.dtype]) -> None:
+    """Raises InputTypeError where inputs are in a half type and none of the weights are."""
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    kinds = {one.dtype for one in weights if one.is_floating_point()}
+    if kinds and kinds.isdisjoint(dtypes):
+        given, own = [str(one).removeprefix("torch.") for one in (dtypes[0], min(kinds, key=str))]
+        raise InputTypeError(
+            f"the input must have the type of the model's weights: got {given}, the weights are "
+            f"{own}; use .float(), and precision= for the model's arithmetic"
+        )

@@ -1,0 +1,157 @@
+"""Which precision a call takes, and what it may ask for."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import saliency_fast as sf
+from saliency_fast.engine import choose as choices
+from saliency_fast.engine import job as jobs
+from saliency_fast.errors import InputError, ModelError
+from saliency_fast.model.precision import FLOAT32, PRECISIONS, arithmetic
+from tests.models import Image, Tabular
+
+IMAGE = (Image, (3, 9, 9))
+
+
+def seeded(
+    kind: type[nn.Module], shape: tuple[int, ...], batch: int = 3
+) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return kind().eval(), torch.randn(batch, *shape)
+
+
+class TestAuto:
+    def test_takes_the_fastest_that_is_allowed(self, monkeypatch):
+        net, x = seeded(*IMAGE)
+        monkeypatch.setattr(choices.Choice, "_order", lambda _: ["bfloat16", "float32"])
+        free = sf.explain(net, x, target=1, precision="auto", tolerance=0.5)
+        assert free.provenance.precision == "bfloat16"
+        strict = sf.Engine(net, precision="auto", tolerance=1e-6)
+        found = strict(x, 1)
+        assert found.provenance.precision == "float32"
+        assert found.precision_error is None
+        assert torch.equal(found.values, sf.explain(net, x, target=1).values)
+
+    def test_the_methods_tolerance_counts(self, monkeypatch):
+        net, x = seeded(*IMAGE)
+        monkeypatch.setattr(choices.Choice, "_order", lambda _: ["bfloat16", "float32"])
+        for tolerance, name in ((0.5, "bfloat16"), (1e-5, "float32")):
+            method = sf.IntegratedGradients(tolerance=tolerance, max_steps=200)
+            found = sf.explain(net, x, target=1, method=method, precision="auto")
+            assert found.provenance.precision == name
+
+    def test_what_is_slower_is_not_tried(self, monkeypatch):
+        net, x = seeded(*IMAGE)
+        seconds = {"bfloat16": 1.0, "float32": 1.05}
+
+        def time(job: Any) -> None:
+            each = seconds[job.plan.precision]
+            job.plan = jobs.replace(job.plan, seconds_per_point=each)
+
+        monkeypatch.setattr(jobs.Job, "time", time)
+        engine = sf.Engine(net, precision="auto", tolerance=0.9)
+        assert engine(x, 1).provenance.precision == "float32"
+        seconds["bfloat16"] = 0.5
+        other = sf.Engine(copy.deepcopy(net), precision="auto", tolerance=0.9)
+        assert other(x, 1).provenance.precision == "bfloat16"
+
+    def test_the_choice_holds_for_later_calls(self, monkeypatch):
+        net, x = seeded(*IMAGE)
+        orders = iter((["bfloat16", "float32"], ["float32"]))
+        monkeypatch.setattr(choices.Choice, "_order", lambda _: next(orders))
+        engine = sf.Engine(net, precision="auto", tolerance=0.9)
+        assert {engine(x, k).provenance.precision for k in range(3)} == {"bfloat16"}
+
+    def test_float64_stays(self):
+        net, x = seeded(*IMAGE)
+        found = sf.explain(net.double(), x.double(), target=1, precision="auto")
+        assert (found.provenance.precision, found.values.dtype) == ("float32", torch.float64)
+
+    def test_streams_begin_again(self, monkeypatch):
+        net, x = seeded(*IMAGE)
+        monkeypatch.setattr(choices.Choice, "_order", lambda _: ["bfloat16", "float32"])
+        engine = sf.Engine(net, precision="auto", tolerance=1e-6, points_per_launch=40)
+        parts = list(engine.stream(x, 1))
+        assert {part.provenance.precision for part in parts} == {"float32"}
+        assert torch.equal(parts[-1].values, sf.explain(net, x, target=1).values)
+
+
+class TestBadInput:
+    def test_names(self):
+        with pytest.raises(InputError, match=r"must be one of float32, tf32, .*got 'float8'"):
+            sf.Engine(Tabular(), precision="float8")
+
+    @pytest.mark.parametrize("name", ["float16", "tf32"])
+    def test_what_the_device_does_not_offer(self, name: str):
+        with pytest.raises(InputError, match=r"not offered on cpu: expected one of bfloat16"):
+            sf.explain(Tabular().eval(), torch.randn(2, 7), target=1, precision=name)
+
+    def test_float64(self):
+        with pytest.raises(InputError, match=r"got float64; use .float\(\)"):
+            sf.explain(
+                Tabular().double(), torch.randn(2, 7).double(), target=1, precision="bfloat16"
+            )
+
+    @pytest.mark.parametrize("tolerance", [0, -1.0, float("nan"), float("inf")])
+    def test_tolerances(self, tolerance: float):
+        with pytest.raises(InputError, match="tolerance must be a positive number"):
+            sf.Engine(Tabular(), precision="auto", tolerance=tolerance)
+
+    def test_models_that_do_not_run_in_it(self, monkeypatch):
+        class Picky(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                if torch.is_autocast_enabled("cpu"):
+                    raise RuntimeError("this layer has no half version")
+                return x.tanh().sum(1)
+
+        with pytest.raises(ModelError, match=r"no half version; use precision='float32'"):
+            sf.explain(Picky(), torch.randn(2, 7), precision="bfloat16")
+
+
+class TestSwitches:
+    """TF32 is allowed by switches that hold for a whole process."""
+
+    GPU = torch.device("cuda")
+
+    def allowed(self) -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def test_are_set_and_come_back(self):
+        before = self.allowed()
+        with arithmetic(PRECISIONS["tf32"], self.GPU):
+            assert self.allowed() == (True, True)
+            with arithmetic(PRECISIONS["tf32"], self.GPU):
+                pass
+            assert self.allowed() == (True, True)
+        assert self.allowed() == before
+        with arithmetic(FLOAT32, self.GPU):
+            assert self.allowed() == (False, False)
+        with suppress(KeyError), arithmetic(PRECISIONS["tf32"], self.GPU):
+            raise KeyError
+        assert self.allowed() == before
+
+    def test_threads_that_want_others_wait(self):
+        before, seen = self.allowed(), []
+
+        def work(name: str) -> None:
+            wanted = PRECISIONS[name]
+            for _ in range(200):
+                with arithmetic(wanted, self.GPU):
+                    seen.append(self.allowed() == (wanted.tf32, wanted.tf32))
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in ("tf32", "float32") * 4]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join()
+        assert len(seen) == 1600
+        assert all(seen)
+        assert self.allowed() == before

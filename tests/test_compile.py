@@ -1,0 +1,58 @@
+"""compile=True: torch.compile's kernels of the user's model, which stays as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import saliency_fast as sf
+from saliency_fast.errors import InputError
+from tests.models import Image
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[Any]:
+    """What was handed to torch.compile, which a compiler of no kernels takes apart."""
+    found: list[Any] = []
+    compile = torch.compile
+
+    def noted(model: Any, **options: Any) -> Any:
+        found.append(model)
+        return compile(model, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", noted)
+    return found
+
+
+@pytest.mark.parametrize("method", [sf.IntegratedGradients(6), sf.SmoothGrad(5)])
+def test_same_maps(compiled, method):
+    torch.manual_seed(0)
+    net, x = Image().train(), torch.randn(3, 3, 9, 9)
+    expected = sf.explain(net, x, target=1, method=method)
+    forward = net.forward
+    engine = sf.Engine(net, method, compile=True, points_per_launch=4)
+    found = engine(x, 1)
+    assert compiled == [net]
+    assert engine.model is net
+    assert net.forward == forward
+    assert net.training
+    assert "forward" not in vars(net)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-6)
+    assert found.provenance.way == "off"
+    assert found.provenance.weights_sha256 == expected.provenance.weights_sha256
+    assert engine.explain_many([{"inputs": x, "target": 1}])[0].values.shape == x.shape
+    engine.close()
+
+
+@pytest.mark.parametrize("wanted", [False, "auto"])
+def test_is_off_unless_asked_for(compiled, wanted):
+    net, x = Image().eval(), torch.randn(1, 3, 9, 9)
+    sf.Engine(net, compile=wanted)(x, 1)
+    assert compiled == []
+
+
+def test_bad_input():
+    with pytest.raises(InputError, match="compile must be True, False or 'auto': got 'max'"):
+        sf.Engine(Image(), compile="max")
