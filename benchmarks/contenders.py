@@ -302,8 +302,8 @@ EXPERT = Preparation(frozen=True, channels_last=True)
 Maker = Callable[[Workload, nn.Module], Contender]
 
 
-def _ours(precision: str) -> Maker:
-    return lambda workload, model: Ours(workload, model, EXPERT, precision)
+def _in(precision: str) -> Maker:
+    return lambda workload, model: Ours(workload, model, precision=precision)
 
 
 def _tuned(**more: Any) -> Maker:
@@ -326,9 +326,9 @@ MAKERS: dict[str, Maker] = {
     CAPTUM: Captum,
     TUNED: _tuned(),
     LOOP: Loop,
-    f"{OURS}, channels-last": _ours("float32"),
+    f"{OURS}, channels-last": lambda workload, model: Ours(workload, model, EXPERT),
     f"{OURS}, no graphs": lambda workload, model: Ours(workload, model, graphs=False),
-    **{f"{OURS}, {precision}": _ours(precision) for precision in list(PRECISIONS)[1:]},
+    **{f"{OURS}, {precision}": _in(precision) for precision in list(PRECISIONS)[1:]},
     f"{TUNED}, float16 autocast": _tuned(autocast=torch.float16),
     f"{TUNED}, bfloat16 autocast": _tuned(autocast=torch.bfloat16),
     f"{TUNED}, compiled": _tuned(compiled=True),
@@ -340,7 +340,9 @@ APART: dict[str, Maker] = {
     NO_PREFIX: _no_prefix,
 }
 """Ours with one thing changed, for `python -m benchmarks.lean`; see also `budgeted`."""
-ON_CPU = (OURS, CAPTUM, TUNED, LOOP)
+HALF = f"{OURS}, bfloat16"
+"""Ours with products in bfloat16, of the model as it is handed over."""
+ON_CPU = (OURS, HALF, CAPTUM, TUNED, LOOP)
 COMPILED = tuple(name for name in MAKERS if name.endswith("compiled"))
 ON_GPU = tuple(name for name in MAKERS if name not in COMPILED)
 

@@ -31,6 +31,7 @@ GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 OWN_TABLES = ("precision", "requests", "smoothgrad", "startup")
 """Modules beside this one whose `table` makes what they measured into Markdown."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
+HALF = "saliency_fast, bfloat16"
 
 Row = dict[str, Any]
 
@@ -69,29 +70,40 @@ def summary(document: dict[str, Any]) -> str:
     lines = [
         caption(document["setting"]),
         "",
-        "| model | batch | method | ours | Captum | Captum tuned | loop | peak memory, ours "
-        "| Captum | error, ours | Captum |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| model | batch | method | ours | Captum | Captum tuned | loop | ours, bfloat16 "
+        "| peak memory, ours | Captum | error, ours | Captum | ours, bfloat16 |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     rows = [row for row in document["rows"] if "contender" in row]
     for _, group in groupby(rows, lambda row: (model_text(row), row["batch"], row["setting"])):
         by = {row["contender"]: row for row in group}
         if OURS not in by:
             continue
-        ours, captum = by[OURS], by.get(CAPTUM, {})
+        ours, captum, half = by[OURS], by.get(CAPTUM, {}), by.get(HALF)
         cells = [
             model_text(ours),
             str(ours["batch"]),
             ours["setting"],
             ours["reason"] or time_text(ours["seconds"]),
             *(_against(ours, by.get(name)) for name in (CAPTUM, TUNED, LOOP)),
+            _half(half, captum),
             _bytes(ours["peak_bytes"]),
             _bytes(captum.get("peak_bytes")),
             error_text(ours["error"]),
             error_text(captum.get("error")),
+            error_text(half["error"] if half else None),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *notes(document)]) + "\n"
+
+
+def _half(half: Row | None, captum: Row) -> str:
+    """Our time in a half type, and how many times Captum's it is the speed of."""
+    if half is None or not half.get("seconds"):
+        return "-"
+    theirs = captum.get("seconds")
+    against = f" ({theirs / half['seconds']:.2f}x Captum)" if theirs else ""
+    return time_text(half["seconds"]) + against
 
 
 def ops(document: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ class Engine:
     the model's convolutions and matrix products: "float32" (float64 inputs stay float64),
     "bfloat16" and, on GPUs, "tf32" or "float16"; what it costs a map is measured on some of its
     points and part of `Attribution.error`. "auto" is the fastest that costs no more than
-    `tolerance`, relative L2: .01, or half of the method's own tolerance, unless given.
+    `tolerance`, relative L2: .02, or half of the method's own tolerance, unless given.
     memory_budget: bytes or text such as "8GiB" over what is in use, 80 % of what is free unless
     given. points_per_launch: an upper bound, for those who know better than the plan. lean: whether
     points keep only what their gradients need from forward to backward, with the same maps to

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError
 from tests.models import Image
+
+GRAPHS: list[Any] = []
+"""What was compiled."""
 
 
 @pytest.fixture
@@ -18,9 +22,16 @@ def compiled(monkeypatch) -> list[Any]:
     found: list[Any] = []
     compile = torch.compile
 
+    def counted(graph: Any, inputs: Any) -> Any:
+        GRAPHS.append(graph)
+        return graph.forward
+
     def noted(model: Any, **options: Any) -> Any:
         found.append(model)
-        return compile(model, backend="eager", **options)
+        return compile(model, backend=counted, **options)
+
+    GRAPHS.clear()
+    torch._dynamo.reset()
 
     monkeypatch.setattr(torch, "compile", noted)
     return found
@@ -35,6 +46,7 @@ def test_same_maps(compiled, method):
     engine = sf.Engine(net, method, compile=True, points_per_launch=4)
     found = engine(x, 1)
     assert compiled == [net]
+    assert GRAPHS
     assert engine.model is net
     assert net.forward == forward
     assert net.training
@@ -51,6 +63,17 @@ def test_is_off_unless_asked_for(compiled, wanted):
     net, x = Image().eval(), torch.randn(1, 3, 9, 9)
     sf.Engine(net, compile=wanted)(x, 1)
     assert compiled == []
+
+
+def test_a_model_that_the_user_compiled_stays_compiled(compiled):
+    x = torch.randn(1, 3, 9, 9)
+    for lean in (False, True):
+        torch._dynamo.reset()
+        GRAPHS.clear()
+        net = torch.compile(Image().eval())
+        sf.explain(net, x, target=1, lean=lean)
+        net(torch.randn(5, 3, 9, 9))
+        assert GRAPHS, "the model was given up"
 
 
 def test_bad_input():

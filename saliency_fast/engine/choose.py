@@ -35,7 +35,7 @@ from saliency_fast.model.precision import (
 )
 from saliency_fast.model.routes import Inputs
 
-ALLOWED = 0.01
+ALLOWED = 0.02
 """Relative L2 that precision "auto" may cost a map, unless the user says otherwise."""
 FASTER = 0.9
 """Of a float32 point's time, what a precision may take to count as faster."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import os
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +16,23 @@ from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.pack import alike, packed
 from saliency_fast.model.routes import Inputs
+
+AT_ONCE = max(4, os.cpu_count() or 1)
+"""Launches that threads run at the same time: more of them halve what a processor gets done."""
+PATIENCE = 1.0
+"""Seconds after which a launch begins all the same: whoever holds a place may wait for it."""
+_PLACES = threading.BoundedSemaphore(AT_ONCE)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Waits until not too many launches run."""
+    held = _PLACES.acquire(timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        if held:
+            _PLACES.release()
 
 
 @dataclass
@@ -89,7 +109,7 @@ def launch(want: Want, rows: int, arena: Arena) -> Answer | Exception:
     """The answer to a want, for so many of its points, or why there is none."""
     try:
         expected = want.launches.of(min(rows, want.rows)) if want.launches else None
-        with arena.launch(expected):
+        with _turn(), arena.launch(expected):
             points, item = want.take(rows)
             if not want.gradients:
                 return Answer(*want.function.scores(points, item))
@@ -103,7 +123,7 @@ def together(wants: Sequence[tuple[Want, int]], arena: Arena) -> list[Answer | E
     first = wants[0][0]
     total = sum(min(rows, want.rows) for want, rows in wants)
     expected = first.launches.of(total) if first.launches else None
-    with arena.launch(expected):
+    with _turn(), arena.launch(expected):
         points, items = zip(*(want.take(rows) for want, rows in wants), strict=True)
         functions = [want.function for want, _ in wants]
         function, joined, item, pack = packed(functions, points, items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -128,7 +129,8 @@ class Trial:
     def _measured(self, ledger: Ledger, gradients: Callable[[], Any]) -> Taken:
         hooks: AbstractContextManager[object] = ledger if ledger.accepted else nullcontext()
         try:
-            with self._place(), same_draws(lambda: ledger.meter.drew), ledger.meter, hooks:
+            drew = same_draws(lambda: ledger.meter.drew)
+            with self._place(), drew, uncompiled(), ledger.meter, hooks:
                 scores, _, grads = gradients()
         except (RuntimeError, MemoryError) as error:
             if ledger.accepted and _refuses_hooks(error):
@@ -148,7 +150,7 @@ class Trial:
     def second(self, model: Callable[..., Any]) -> Program:
         """A recording of the model with two rows, without gradients; raises NotLeanError."""
         recording, meter = Recording(model), MemoryMeter()
-        with self._place(), same_draws(lambda: meter.drew), meter:
+        with self._place(), same_draws(lambda: meter.drew), uncompiled(), meter:
             state = torch.random.get_rng_state()
             function, (points, item) = self._function(recording), self._points(2)
             function.forward(function.taken(points), item)
@@ -177,6 +179,17 @@ class Trial:
 def _refuses_hooks(error: BaseException) -> bool:
     """Whether the model uses torch.func, whose transforms take no saved-tensor hooks."""
     return "saved tensor hooks" in str(error)
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Inside, models of torch.compile run as they are: it would try to compile what counts them,
+    and give up the model for good.
+    """
+    # What was never imported has compiled nothing, and takes a second to import.
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager
