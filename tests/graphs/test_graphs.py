@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import captured, graphs
+from saliency_fast.engine import captured, choose, graphs
 from saliency_fast.engine import run as runs
+from saliency_fast.engine.way import Way
 from saliency_fast.errors import InputError
 from saliency_fast.model import precision as precisions
 from tests.graphs.tape import Tape
@@ -363,3 +365,23 @@ class TestCache:
             engine.explain_many([{"inputs": one, "target": 1} for one in x.split(1)])
             assert engine.statistics.launches < 16
         assert Tape.replayed == 0
+
+
+def test_pieces_that_are_computed_again(monkeypatch):
+    """Checkpoints inside of a recorded launch."""
+
+    def fitting(probed: Any, model: Any, trial: Any, budget: Any, plan: Any) -> Any:
+        pieces = probed.way.program.in_pieces(3)
+        found = replace(probed, way=Way(pieces, precision=probed.way.precision))
+        yield found, plan(found)
+
+    monkeypatch.setattr(choose, "fitting", fitting)
+    net, x = seeded(Image, 3, 9, 9)
+    engine = sf.Engine(net, sf.IntegratedGradients(6))
+    for k in range(2):
+        found = engine(x[k : k + 2], k)
+        assert "computed again in 3 pieces" in found.provenance.way
+        expected = sf.Engine(net, sf.IntegratedGradients(6), graphs=False)(x[k : k + 2], k)
+        same(found, expected)
+    recorded(engine)
+    assert Tape.made == 3

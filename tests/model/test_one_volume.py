@@ -42,6 +42,10 @@ def drawn(seed: int) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
         x = x.contiguous(memory_format=draw.choice((torch.contiguous_format, LAYOUTS[axes])))
     shape = (taken, made // groups) if transposed else (made, taken // groups)
     weight = torch.randn(*shape, *kernel, generator=numbers)
+    if draw.random() < 0.3:
+        # Part of a larger one, as where a concatenation is taken apart.
+        larger = torch.randn(shape[0], 2 * shape[1], *kernel, generator=numbers)
+        weight = larger.narrow(1, shape[1], shape[1])
     bias = torch.randn(made, generator=numbers) if draw.random() < 0.5 else None
     return x, weight, bias, (stride, padding, dilation, transposed, extra, groups)
 

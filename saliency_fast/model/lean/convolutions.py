@@ -46,7 +46,7 @@ def _plain(
 ) -> bool:
     """Whether the sizes are such that oneDNN, which does not check them, takes them well."""
     wide = weight.shape[0] if transposed else weight.shape[1] * groups
-    if weight.dim() != x.dim() or x.shape[1] != wide or not weight.is_contiguous():
+    if weight.dim() != x.dim() or x.shape[1] != wide:
         return False
     axes = zip(
         x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True
