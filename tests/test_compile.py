@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -79,3 +81,22 @@ def test_a_model_that_the_user_compiled_stays_compiled(compiled):
 def test_bad_input():
     with pytest.raises(InputError, match="compile must be True, False or 'auto': got 'max'"):
         sf.Engine(Image(), compile="max")
+
+
+def test_threads_that_probe_leave_no_stance(compiled):
+    from torch._dynamo.eval_frame import _stance
+
+    before = _stance.stance
+    barrier = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        for turn in range(4):
+            net, x = Image().eval(), torch.randn(1, 3, 9 + number % 3, 9)
+            barrier.wait()
+            sf.explain(net, x, target=turn)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    from torch._dynamo.eval_frame import _stance as after
+
+    assert after.stance == before == "default"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -181,15 +182,30 @@ def _refuses_hooks(error: BaseException) -> bool:
     return "saved tensor hooks" in str(error)
 
 
-def uncompiled() -> AbstractContextManager[object]:
+_EAGER = threading.Lock()
+_STANCES: list[Any] = []
+"""PyTorch's stance, which is the whole process's, once for every thread inside `uncompiled`."""
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """Inside, models of torch.compile run as they are: it would try to compile what counts them,
     and give up the model for good.
     """
     # What was never imported has compiled nothing, and takes a second to import.
     if "torch._dynamo" not in sys.modules:
-        return nullcontext()
-    stance: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
-    return stance
+        yield
+        return
+    with _EAGER:
+        # Set by being made; each alone would bring back what the others have set.
+        _STANCES.append(_STANCES[0] if _STANCES else torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _EAGER:
+            last = _STANCES.pop()
+            if not _STANCES:
+                last.__exit__(None, None, None)
 
 
 @contextmanager
