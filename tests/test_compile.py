@@ -100,3 +100,15 @@ def test_threads_that_probe_leave_no_stance(compiled):
     from torch._dynamo.eval_frame import _stance as after
 
     assert after.stance == before == "default"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_inside_of_a_compiled_function():
+    net, x = Image().eval(), torch.randn(2, 3, 9, 9)
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return sf.explain(net, x * 2, target=1).values
+
+    torch.testing.assert_close(doubled(x), sf.explain(net, x * 2, target=1).values)

@@ -6,7 +6,7 @@ import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,15 +196,18 @@ def uncompiled() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:
         yield
         return
-    with _EAGER:
+    held = False
+    # Refused inside of a function that is being compiled, where the model is no frame of its own.
+    with _EAGER, suppress(RuntimeError):
         # Set by being made; each alone would bring back what the others have set.
         _STANCES.append(_STANCES[0] if _STANCES else torch.compiler.set_stance("force_eager"))
+        held = True
     try:
         yield
     finally:
         with _EAGER:
-            last = _STANCES.pop()
-            if not _STANCES:
+            last = _STANCES.pop() if held else None
+            if last is not None and not _STANCES:
                 last.__exit__(None, None, None)
 
 
