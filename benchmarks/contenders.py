@@ -329,6 +329,7 @@ MAKERS: dict[str, Maker] = {
     f"{OURS}, channels-last": lambda workload, model: Ours(workload, model, EXPERT),
     f"{OURS}, no graphs": lambda workload, model: Ours(workload, model, graphs=False),
     **{f"{OURS}, {precision}": _in(precision) for precision in list(PRECISIONS)[1:]},
+    f"{OURS}, compiled": lambda workload, model: Ours(workload, model, compile=True),
     f"{TUNED}, float16 autocast": _tuned(autocast=torch.float16),
     f"{TUNED}, bfloat16 autocast": _tuned(autocast=torch.bfloat16),
     f"{TUNED}, compiled": _tuned(compiled=True),

@@ -155,6 +155,29 @@ def save(document: dict[str, Any], text: str, out: Path, name: str) -> None:
     (out / f"{name}.md").write_text(text)
 
 
+def command(
+    about: str,
+    tiny: str,
+    measure: Callable[..., dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+    stem: str,
+) -> None:
+    """Runs a benchmark of a device from the command line, and writes what it measured."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help=f"{tiny}, to see that it works")
+    parser.add_argument("--out", type=Path, help="a directory; without one, --quick writes nothing")
+    options = parser.parse_args()
+    document = measure(
+        device=options.device, quick=options.quick, say=lambda line: print(line, flush=True)
+    )
+    out = options.out or (None if options.quick else RESULTS)
+    text = table(document)
+    if out is not None:
+        save(document, text, out, f"{stem}-{'gpu' if options.device == 'cuda' else 'cpu'}")
+    print(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

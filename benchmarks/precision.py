@@ -11,12 +11,10 @@ under benchmarks/results/; docs/precision.md shows the table.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from benchmarks import tables
 from benchmarks.accuracy import distances
 from benchmarks.cases import sized
 from benchmarks.contenders import SIGMA
-from benchmarks.end_to_end import RESULTS, machine, save
+from benchmarks.end_to_end import command, machine
 from benchmarks.race import Clock
 from saliency_fast import zoo
 from saliency_fast.errors import SaliencyError
@@ -260,19 +258,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny models, to see that it works")
-    parser.add_argument("--out", type=Path, help="a directory; without one, --quick writes nothing")
-    options = parser.parse_args()
-    document = measure(
-        device=options.device, quick=options.quick, say=lambda line: print(line, flush=True)
-    )
-    out = options.out or (None if options.quick else RESULTS)
-    text = table(document)
-    if out is not None:
-        save(document, text, out, f"precision-{'gpu' if options.device == 'cuda' else 'cpu'}")
-    print(text)
+    command(__doc__, "tiny models", measure, table, "precision")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ requests-cpu or requests-gpu, JSON and Markdown, under benchmarks/results/.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import threading
@@ -19,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from torch import Tensor
 from benchmarks import tables
 from benchmarks.cases import sized
 from benchmarks.contenders import CAPTUM, GRADIENT, Captum, Ours, Setting
-from benchmarks.end_to_end import RESULTS, machine, save
+from benchmarks.end_to_end import command, machine
 from benchmarks.race import Clock
 from benchmarks.reference import relative_error
 from saliency_fast.engine.service import Statistics
@@ -319,19 +317,7 @@ NOTES = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it works")
-    parser.add_argument("--out", type=Path, help="a directory; without one, --quick writes nothing")
-    options = parser.parse_args()
-    document = measure(
-        device=options.device, quick=options.quick, say=lambda line: print(line, flush=True)
-    )
-    out = options.out or (None if options.quick else RESULTS)
-    text = table(document)
-    if out is not None:
-        save(document, text, out, f"requests-{'gpu' if options.device == 'cuda' else 'cpu'}")
-    print(text)
+    command(__doc__, "a tiny model", measure, table, "requests")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class Choice:
     known: Known
     lean: bool
 
-    @property
+    @cached_property
     def _key(self) -> tuple[object, ...]:
         call, recipe = self.call, self.recipe
         further = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
@@ -69,7 +69,7 @@ class Choice:
         kind = (recipe.family.straight, hoistable(recipe))
         return shapes, call.targets.count, self.lean, kind, settings(call)
 
-    @property
+    @cached_property
     def _trial(self) -> Trial:
         return Trial(self.call, self.baselines[0], self.recipe)
 
@@ -80,12 +80,11 @@ class Choice:
         if found is not None and found.holds(self.model, self.call):
             return found
         if precision.exact:
-            budget, first = read_budget(self.limits.memory_budget, self.call.device), self.baselines
-            trial = (self.model, self.call, self.recipe, first[0])
-            found = probe(*trial, lean=self.lean, budget=budget)
+            budget = read_budget(self.limits.memory_budget, self.call.device)
+            about = (self.model, self.call, self.recipe, self.baselines[0])
+            found = probe(*about, lean=self.lean, budget=budget)
         else:
-            exact = self.probed(FLOAT32)
-            found = in_precision(exact, precision, self.model, self._trial)
+            found = in_precision(self.probed(FLOAT32), precision, self.model, self._trial)
         # Arguments that are new in every call must not pile up.
         while len(self.known) >= MOST_KNOWN:
             self.known.pop(next(iter(self.known)))

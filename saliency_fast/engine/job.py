@@ -171,10 +171,10 @@ class Job:
         if self.call.device.type not in RECORDERS:
             return
         found = self._probed.captures.get(self._capture_key(0))
-        reason = self._not_captured() or (found if isinstance(found, str) else None)
-        if not self.graphs:
-            reason = "not wanted"
-        text = f"one for launches of {self.plan.points_per_launch}" if reason is None else reason
+        reason = self._not_captured() if self.graphs else "not wanted"
+        if reason is None and isinstance(found, str):
+            reason = found
+        text = f"one for launches of {self.plan.points_per_launch}"
         self.plan = replace(self.plan, graphs=text if reason is None else f"off: {reason}")
 
     def _moment(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Losses:
 
     last: float | None = None
     underflow: float = 0.0
-    since: int = field(default=0)
+    since: int = 0
 
     def known(self, points: int, maps: int, device: torch.device) -> Loss | None:
         """What is known for a call of so many points; None where it is to look for itself."""

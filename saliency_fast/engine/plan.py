@@ -31,7 +31,7 @@ class Plan:
     model as it is would take, saved_after what this plan takes, and `left` the calls that no lean
     version serves.
     prefix names the calls at the model's beginning that are taken once for all points. precision:
-    of the model's products; `looked_at` points are taken in float32 too, to tell what it costs.
+    of the model's products; `looked_at` points at a time are taken in float32 too.
     most: points that a launch may have where other calls fill it. graphs: whether launches are
     recorded and replayed, on devices that can.
     """

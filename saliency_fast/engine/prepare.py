@@ -108,8 +108,7 @@ def make_plan(
     size = min(most, points)
     launch = bytes_of(size)
     fits = bool(exact) and fixed + max(exact, finish) <= budget
-    # As many of each example as a launch in float32 may have.
-    few = examples * min(of_each, launch // (exact * examples)) or 1 if fits else 0
+    few = min(examples * of_each, size, max(1, launch // exact)) if fits else 0
     return Plan(
         method=method.name,
         device=str(call.device),

@@ -72,7 +72,7 @@ class Probe:
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was probed."""
-        return self.mark is None or self.mark == _mark(model, call)
+        return self.mark is None or self.mark == (*same_model(model), *settings(call))
 
     def as_it_is(self, reason: str) -> Probe:
         """The same point through the model as it is."""
@@ -239,8 +239,10 @@ def _line(error: Exception) -> str:
 
 
 def _mark(model: Callable[..., Any], call: Call) -> tuple[object, ...]:
-    """What a program depends on beside tensors: the model and the call's other arguments."""
-    return *same_model(model), *settings(call)
+    """What a program depends on beside tensors: the model and the call's other arguments. The model
+    has just run, and may have noted it.
+    """
+    return *same_model(model, anew=True), *settings(call)
 
 
 def settings(call: Call) -> tuple[object, ...]:

@@ -151,15 +151,15 @@ class Run:
 
     def look(self, exact: PointFunction) -> Generator[Want, Answer, None]:
         """Takes some points in float32 too: what the precision costs, and its first scale."""
-        source, examples = self.source, looked_at(self.recipe, self.call.batch)[0]
+        source, most = self.source, self.plan.looked_at
+        examples, of_each = looked_at(self.recipe, self.call.batch)
         level = self.recipe.levels[0].to(self.call.device)
-        # As many points of each example as one launch of them in float32 may have.
-        rows = spread(level, self.everyone[:examples], self.plan.looked_at // examples)
-        theirs = yield from _all_of(exact, source, rows)
+        rows = spread(level, self.everyone[:examples], of_each)
+        theirs = yield from _all_of(exact, source, rows, most)
         if self.way.precision.scaled and self.behind.scale == 1.0:
             self.behind.scale = first_scale(theirs)
         while True:
-            mine = yield from _all_of(self.behind, source, rows)
+            mine = yield from _all_of(self.behind, source, rows, most)
             if finite(mine) or not self._lower():
                 break
         half, inputs = (mine, self.behind.scale), self.call.inputs
@@ -314,12 +314,12 @@ def _wanted(
 
 
 def _all_of(
-    function: PointFunction, source: Source, rows: Rows
+    function: PointFunction, source: Source, rows: Rows, most: int
 ) -> Generator[Want, Answer, list[Inputs]]:
-    """The gradients of all rows, in as many launches as it takes."""
+    """The gradients of all rows, in launches of `most`."""
     found, start, count = [], 0, rows.item.numel()
     while start < count:
-        want = _wanted(function, source, rows.part(start, count))
+        want = _wanted(function, source, rows.part(start, min(start + most, count)))
         answer = yield want
         found.append(answer.grads)
         start += want.taken

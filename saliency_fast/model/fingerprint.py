@@ -41,12 +41,12 @@ def fingerprint(*values: object) -> tuple[object, ...]:
     return tuple(walk.found)
 
 
-def same_model(model: object) -> tuple[object, ...]:
-    """The fingerprint of a model; inside `unchanging` what was found there first."""
+def same_model(model: object, *, anew: bool = False) -> tuple[object, ...]:
+    """The fingerprint of a model; inside `unchanging` what was found there last."""
     known: dict[int, tuple[object, ...]] | None = getattr(_HELD, "known", None)
     if known is None:
         return fingerprint(model)
-    if id(model) not in known:
+    if anew or id(model) not in known:
         known[id(model)] = fingerprint(model)
     return known[id(model)]
 

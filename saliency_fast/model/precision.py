@@ -23,6 +23,7 @@ from saliency_fast.model.fusion import rectified
 from saliency_fast.model.patterns import only_maker
 from saliency_fast.model.program import Program, Step
 
+Tensors = tuple[Tensor, ...]
 HALVES = (torch.float16, torch.bfloat16)
 _nn = torch._C._nn
 _PRODUCTS = frozenset(
@@ -148,13 +149,14 @@ class Lowered:
     """
 
     program: Program
-    copies: tuple[tuple[Callable[[], Tensor], Tensor], ...]
+    copies: tuple[tuple[Callable[[], Tensors], Tensors], ...]
 
     def refresh(self) -> None:
         """Copies the weights again, to the same places."""
         with torch.no_grad():
-            for made, copy in self.copies:
-                copy.copy_(made())
+            for made, copies in self.copies:
+                for copy, one in zip(copies, made(), strict=True):
+                    copy.copy_(one)
 
 
 def lowered(program: Program, half: torch.dtype) -> Lowered:
@@ -187,7 +189,7 @@ class _Copies:
     """Copies of weights in a half type, one of what several calls share."""
 
     def __init__(self, half: torch.dtype) -> None:
-        self.half, self.made = half, list[tuple[Callable[[], Tensor], Tensor]]()
+        self.half, self.made = half, list[tuple[Callable[[], Tensors], Tensors]]()
         # With the originals: the ids of what is gone are used again.
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -195,25 +197,21 @@ class _Copies:
         """`value` with its float32 tensors in the half type."""
         if isinstance(value, Tensor) and value.dtype == torch.float32:
             if id(value) not in self._known:
-                self._known[id(value)] = value, self._copy(value.detach)
+                self._known[id(value)] = value, self._copies(lambda: (value.detach(),))[0]
             return self._known[id(value)][1]
         if type(value) in (tuple, list):
             return type(value)([self.of(one) for one in value])
         return value
 
-    def folded(self, *layer: Any) -> tuple[Tensor, Tensor]:
+    def folded(self, *layer: Any) -> Tensors:
         """(weight, bias) of a convolution and the normalisation behind it."""
-        return (
-            self._copy(lambda: folded_weights(*layer)[0]),
-            self._copy(lambda: folded_weights(*layer)[1]),
-        )
+        return self._copies(lambda: folded_weights(*layer))
 
-    def _copy(self, made: Callable[[], Tensor]) -> Tensor:
+    def _copies(self, made: Callable[[], Tensors]) -> Tensors:
         with torch.no_grad():
-            # Never the weight itself, where it is in the half type already.
-            copy = made().to(self.half, copy=True)
-        self.made.append((made, copy))
-        return copy
+            copies = tuple(one.to(self.half) for one in made())
+        self.made.append((made, copies))
+        return copies
 
 
 def lowered_bytes(program: Program) -> int:

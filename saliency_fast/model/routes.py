@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from saliency_fast.model.calls import Calls
+from saliency_fast.model.precision import HALVES
 from saliency_fast.model.program import Program
 
 Inputs = tuple[Tensor, ...]
@@ -92,7 +93,7 @@ class Widened:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in HALVES else tensor
 
 
 @dataclass(frozen=True)

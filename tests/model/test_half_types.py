@@ -338,3 +338,15 @@ def test_plans_tell_it():
     assert plan.looked_at > 0
     assert "float32 by bfloat16" in str(plan)
     assert "bfloat16" in plan.lean
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_launches_smaller_than_what_is_looked_at(limit: int, way: str):
+    net, x = seeded(*SMOOTH["image"])
+    x = x.repeat(3, 1, 1, 1)
+    method = sf.IntegratedGradients(50)
+    engine = sf.Engine(net, method, precision="bfloat16", points_per_launch=limit)
+    assert engine.plan(x, 1).looked_at <= limit
+    found, expected = engine(x, 1), sf.explain(net, x, target=1, method=method)
+    assert distance(found.values, expected.values) < CLOSE["bfloat16"]
+    assert torch.all(found.precision_error > 0)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast.engine import choose
 from saliency_fast.errors import InputError, ModelError
 from tests.models import Image, Segmenter, Tabular, Tokens
 from tests.service.asking import LATENCY, alone, asked, same, seeded
@@ -204,3 +205,29 @@ class TestNeighbours:
         expected = alone(net, [{**one, "method": method} for one in requests])
         for mine, theirs in zip(found, expected, strict=True):
             same(mine, theirs)
+
+
+def test_a_model_that_counts_its_calls_is_probed_once(monkeypatch, way: str):
+    """What it notes while it is probed is no change of the model."""
+    net, x = seeded(Tabular, 7)
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.calls = net, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.net(x)
+
+    probed = []
+    original = choose.probe
+    monkeypatch.setattr(choose, "probe", lambda *a, **b: (probed.append(a), original(*a, **b))[1])
+    model = Counting()
+    with sf.Engine(model, latency=LATENCY) as engine:
+        for _ in range(2):
+            engine.explain_many([{"inputs": one, "target": 1} for one in x.split(1)])
+            # Between bursts it is another one.
+            model.calls += 1
+    if way == "recorded":
+        assert len(probed) == 2
