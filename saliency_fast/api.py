@@ -2,345 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
-from saliency_fast import record
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.engine.bind import Call, bind
-from saliency_fast.engine.choose import Known, prepare
-from saliency_fast.engine.job import Job
-from saliency_fast.engine.launch import Moment
-from saliency_fast.engine.outcome import Outcome, need_finite
-from saliency_fast.engine.plan import Plan
-from saliency_fast.engine.prepare import Limits
-from saliency_fast.engine.recipe import Method, Recipe
+from saliency_fast.engine.features import Features
+from saliency_fast.engine.recipe import Method
 from saliency_fast.engine.region import Region
-from saliency_fast.engine.service import Request, Service, Statistics
-from saliency_fast.engine.traced import wait_for
-from saliency_fast.errors import InputError, InputTypeError, SaliencyError
-from saliency_fast.methods import read_method
-from saliency_fast.model.guard import untouched
-from saliency_fast.model.precision import AUTO, PRECISIONS
+from saliency_fast.engines import Engine
+from saliency_fast.model.layers import At
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target
-from saliency_fast.result import attribution, resident_before, usage_of
 
-
-class Engine:
-    """A model and a method, ready to explain many inputs from many threads.
-
-    model: any callable from input tensors to an output. method: a name or a method. precision: of
-    the model's convolutions and matrix products: "float32" (float64 inputs stay float64),
-    "bfloat16" and, on GPUs, "tf32" or "float16"; what it costs a map is measured on some of its
-    points and part of `Attribution.error`. "auto" is the fastest that costs no more than
-    `tolerance`, relative L2: .02, or half of the method's own tolerance, unless given.
-    memory_budget: bytes or text such as "8GiB" over what is in use, 80 % of what is free unless
-    given. points_per_launch: an upper bound, for those who know better than the plan. lean: whether
-    points keep only what their gradients need from forward to backward, with the same maps to
-    rounding. progress: shows a bar. hashes: whether results carry SHA-256 of inputs and weights,
-    which reads both once. graphs: whether launches are recorded and replayed on GPUs. compile:
-    whether `torch.compile` makes the model's kernels, instead of the lean way; "auto" does where
-    measurements say that it pays, which is nowhere so far (docs/precision.md). waiting: how many
-    requests `submit` takes in before it blocks. latency: seconds that the first of them waits,
-    at most, for others to share its launch.
-
-    The model is explained in evaluation mode and left as it was, whatever happens.
-    """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        method: Method | str = "integrated_gradients",
-        *,
-        precision: str = "float32",
-        tolerance: float | None = None,
-        memory_budget: int | str | None = None,
-        points_per_launch: int | None = None,
-        lean: bool = True,
-        progress: bool = False,
-        hashes: bool = True,
-        graphs: bool = True,
-        compile: bool | str = "auto",
-        waiting: int = 1024,
-        latency: float = 0.002,
-    ) -> None:
-        if not callable(model):
-            raise InputTypeError(f"model must be callable: got {type(model).__name__}")
-        if precision not in (*PRECISIONS, AUTO):
-            names = ", ".join((*PRECISIONS, AUTO))
-            raise InputError(f"precision must be one of {names}: got {precision!r}")
-        if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 1:
-            raise InputError(f"waiting must be a whole number, 1 or more: got {waiting!r}")
-        if not 0.0 <= latency < math.inf:
-            raise InputError(f"latency must be seconds, 0 or more: got {latency!r}")
-        if tolerance is not None and not 0.0 < tolerance < math.inf:
-            raise InputError(f"tolerance must be a positive number: got {tolerance!r}")
-        if compile not in (True, False, "auto"):
-            raise InputError(f"compile must be True, False or 'auto': got {compile!r}")
-        self.model, self.method = model, read_method(method)
-        self.compile = compile is True
-        # A wrapper: the user's model stays as it is.
-        self._called: Callable[..., Any] = torch.compile(model) if self.compile else model
-        self.precision, self.tolerance, self.lean = precision, tolerance, lean
-        self.progress, self.hashes, self.graphs = progress, hashes, graphs
-        self.limits = Limits(memory_budget, points_per_launch)
-        self._recipe = self.method.recipe()
-        self._probed = _probes_of(self._called)
-        self._service: Service[Attribution] = Service(
-            partial(untouched, model, draws=False),
-            capacity=waiting,
-            latency=latency,
-            memory_budget=memory_budget,
-        )
-
-    def plan(
-        self,
-        inputs: Tensor | Inputs,
-        target: Target = None,
-        baseline: Baseline = None,
-        *,
-        forward_args: Any = (),
-        forward_kwargs: Mapping[str, Any] | None = None,
-        region: Region = None,
-    ) -> Plan:
-        """How a call would run, with the memory and the time that it would take.
-
-        Takes a few points' gradients to learn that, once for all calls with inputs of one shape.
-        """
-        call = bind(inputs, target, forward_args, forward_kwargs)
-        with untouched(self.model, call.device):
-            job = self._prepare(call, baseline, region)
-            job.time()
-            job.tell_graphs()
-            return job.plan
-
-    def __call__(
-        self,
-        inputs: Tensor | Inputs,
-        target: Target = None,
-        baseline: Baseline = None,
-        *,
-        forward_args: Any = (),
-        forward_kwargs: Mapping[str, Any] | None = None,
-        region: Region = None,
-    ) -> Attribution:
-        """Explains `inputs`; see `explain` for the arguments."""
-        started = time.perf_counter()
-        call = bind(inputs, target, forward_args, forward_kwargs)
-        resident = resident_before(call)
-        with untouched(self.model, call.device) as training:
-            job = self._prepare(call, baseline, region)
-            for moment in self._shown(job):
-                last = moment
-            outcome = last.outcome()
-            need_finite(outcome, job.plan.precision)
-            usage = usage_of(job.plan, resident, time.perf_counter() - started)
-            facts = usage | self._hashes(call)
-            return self._attribution(job, outcome, baseline, training, facts)
-
-    def stream(
-        self,
-        inputs: Tensor | Inputs,
-        target: Target = None,
-        baseline: Baseline = None,
-        *,
-        forward_args: Any = (),
-        forward_kwargs: Mapping[str, Any] | None = None,
-        region: Region = None,
-    ) -> Iterator[Attribution]:
-        """Yields the map after every launch, each with its estimated error; the last is the answer.
-
-        Points are visited so that any beginning of them is spread over the path or the noise.
-        """
-        started = time.perf_counter()
-        call = bind(inputs, target, forward_args, forward_kwargs)
-        resident = resident_before(call)
-        with untouched(self.model, call.device):
-            job = self._prepare(call, baseline, region)
-            hashes = self._hashes(call)
-        moments = job.moments()
-        while True:
-            # The guard is entered anew for each launch: nothing is held while the caller works.
-            with untouched(self.model, call.device) as training:
-                moment = next(moments, None)
-                if moment is None:
-                    return
-                outcome = moment.outcome()
-                if moment.done == moment.of:
-                    need_finite(outcome, job.plan.precision)
-                usage = usage_of(job.plan, resident, time.perf_counter() - started)
-                facts = usage | hashes
-                partial = self._attribution(job, outcome, baseline, training, facts)
-            yield partial
-
-    def submit(
-        self,
-        inputs: Tensor | Inputs,
-        target: Target = None,
-        baseline: Baseline = None,
-        *,
-        method: Method | str | None = None,
-        forward_args: Any = (),
-        forward_kwargs: Mapping[str, Any] | None = None,
-        region: Region = None,
-        block: bool = True,
-        timeout: float | None = None,
-    ) -> Future[Attribution]:
-        """Hands a call in, from any thread, and returns at once: its future has the `Attribution`.
-
-        Points of all that is handed in share launches where models take them alike, whatever their
-        targets, baselines, seeds, steps and tolerances; every answer is the one that the call alone
-        gives, to rounding. method: another one than the engine's. A future may be cancelled until
-        it is done. block: whether to wait, for `timeout` seconds at most, where too many wait.
-
-        Raises BusyError where there is no place, ClosedError after `close`, and what is wrong with
-        the arguments; what goes wrong later is the future's.
-        """
-        started = time.perf_counter()
-        chosen = self.method if method is None else read_method(method)
-        recipe = self._recipe if method is None else chosen.recipe()
-        call = bind(inputs, target, forward_args, forward_kwargs)
-        training = isinstance(self.model, nn.Module) and self.model.training
-        ready = _ready(call.device)
-
-        def job() -> Job:
-            ready()
-            job = self._prepare(call, baseline, region, chosen, recipe)
-            # Recorded launches are one call's alone.
-            job.graphs = False
-            return job
-
-        def finish(job: Job, last: Moment) -> Attribution:
-            outcome = last.outcome()
-            need_finite(outcome, job.plan.precision)
-            # Others use memory at the same time, so that its peak tells nothing.
-            usage = usage_of(job.plan, None, time.perf_counter() - started)
-            facts = usage | self._hashes(call)
-            found = self._attribution(job, outcome, baseline, training, facts)
-            wait_for(call.device)
-            return found
-
-        return self._service.submit(Request(call.device, job, finish), block=block, timeout=timeout)
-
-    def explain_many(
-        self, requests: Iterable[Asked], *, return_exceptions: bool = False
-    ) -> list[Attribution | BaseException]:
-        """Explains many calls at once, in launches that they share; answers in their order.
-
-        requests: inputs alone, or mappings of the arguments of `submit` by name. The first error is
-        raised, and what has not begun is cancelled; with `return_exceptions` errors stand in the
-        place of answers, and the others are finished.
-        """
-        futures: list[Future[Attribution]] = []
-        try:
-            futures.extend(self._submitted(one, return_exceptions) for one in requests)
-            if return_exceptions:
-                return [future.exception() or future.result() for future in futures]
-            return [future.result() for future in futures]
-        finally:
-            # Also where Ctrl-C came while it waited.
-            for future in futures:
-                future.cancel()
-
-    def _submitted(self, asked: Asked, keep_error: bool) -> Future[Attribution]:
-        try:
-            return self.submit(**asked) if isinstance(asked, Mapping) else self.submit(asked)
-        except (SaliencyError, TypeError) as error:
-            if not keep_error:
-                raise
-            failed: Future[Attribution] = Future()
-            failed.set_exception(error)
-            return failed
-
-    @property
-    def statistics(self) -> Statistics:
-        """What `submit` and `explain_many` have done so far."""
-        return self._service.statistics
-
-    def close(self, *, cancel: bool = False) -> None:
-        """Finishes what was handed in, or cancels it, and takes no more requests; calls alone still
-        run.
-        """
-        self._service.close(cancel=cancel)
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self.close(cancel=kind is not None)
-
-    def _prepare(
-        self,
-        call: Call,
-        baseline: Baseline,
-        region: Region,
-        method: Method | None = None,
-        recipe: Recipe | None = None,
-    ) -> Job:
-        recipe, limits, known = recipe or self._recipe, self.limits, self._probed
-        job = prepare(
-            *(self._called, method or self.method, recipe, call, baseline, region, limits, known),
-            lean=self.lean and not self.compile,
-            precision=self.precision,
-            tolerance=self.tolerance,
-        )
-        job.graphs = self.graphs
-        return job
-
-    def _attribution(
-        self, job: Job, outcome: Outcome, baseline: Baseline, training: bool, facts: dict[str, Any]
-    ) -> Attribution:
-        return attribution(job, outcome, baseline, training=training, lean=self.lean, facts=facts)
-
-    def _hashes(self, call: Call) -> dict[str, Any]:
-        wanted = self.hashes
-        return {
-            "input_sha256": [record.tensor_sha256(x) for x in call.inputs] if wanted else None,
-            "weights_sha256": record.weights_sha256(self.model) if wanted else None,
-        }
-
-    def _shown(self, job: Job) -> Iterator[Moment]:
-        """The moments, with a bar beside them where one is wanted."""
-        if not self.progress:
-            yield from job.moments()
-            return
-        total = job.plan.points * len(job.baselines)
-        with tqdm(total=total, desc=self.method.name, unit="point") as bar:
-            for moment in job.moments():
-                bar.update(moment.done - bar.n)
-                yield moment
-
-
-Asked = Tensor | Inputs | Mapping[str, Any]
-"""A request of `explain_many`."""
-
-
-def _ready(device: torch.device) -> Callable[[], None]:
-    """Waits, on another thread's stream, for what this thread has asked of a GPU so far."""
-    if device.type != "cuda":
-        return lambda: None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return lambda: torch.cuda.current_stream(device).wait_event(event)
-
-
-_PROBED: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
-
-
-def _probes_of(model: Callable[..., Any]) -> Known:
-    """What points of a model took, by their shapes; engines of one module share it."""
-    return _PROBED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
+__all__ = ["Engine", "explain"]
 
 
 def explain(
@@ -354,10 +31,13 @@ def explain(
     forward_kwargs: Mapping[str, Any] | None = None,
     precision: str = "float32",
     tolerance: float | None = None,
+    at: At | None = None,
+    layer_input: bool = False,
     memory_budget: int | str | None = None,
     points_per_launch: int | None = None,
     lean: bool = True,
     region: Region = None,
+    features: Features = None,
     progress: bool = False,
 ) -> Attribution:
     """Explains what `model` says of `inputs`.
@@ -372,7 +52,10 @@ def explain(
     draw from it. forward_args, forward_kwargs: further arguments of the model; tensors with the
     batch's length belong to the examples. region: the part of an input [B, C, *spatial] that is
     asked about, as a bool mask [*spatial] or one slice per spatial axis; values are zero elsewhere,
-    and what they do not need is not computed. Other arguments: see `Engine`.
+    and what they do not need is not computed. features: segments for methods that take features
+    away together: numbers [B | 1, *] like an input (any integers, equal ones belong together; for
+    several inputs a tuple), "slic" or "grid:8"; None: every element is one. Other arguments: see
+    `Engine`.
 
     Raises InputError, InputTypeError, ModelError or BudgetError with what was got, what is
     expected and the cure.
@@ -382,6 +65,8 @@ def explain(
         method,
         precision=precision,
         tolerance=tolerance,
+        at=at,
+        layer_input=layer_input,
         memory_budget=memory_budget,
         points_per_launch=points_per_launch,
         lean=lean,
@@ -394,4 +79,5 @@ def explain(
         forward_args=forward_args,
         forward_kwargs=forward_kwargs,
         region=region,
+        features=features,
     )

@@ -24,7 +24,8 @@ class Provenance:
 
     sha256 fields are None where hashing was turned off or the model is a plain function. peak_bytes
     is over what was in use before the call; `peak_measured` tells a measured one from the plan's.
-    way: how points went through the model. region: (start, stop) per spatial axis.
+    way: how points went through the model. region: (start, stop) per spatial axis. at: the layers
+    that the map belongs to, where that is not the inputs; layer_input: at what they take.
     """
 
     method: str
@@ -47,6 +48,8 @@ class Provenance:
     lean: bool = True
     way: str = ""
     region: list[list[int]] | None = None
+    at: list[str] | None = None
+    layer_input: bool = False
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,7 +64,8 @@ class Attribution:
     baseline_scores), None for methods without completeness. classes int64: the explained class.
     points [B]: gradients taken. converged [B]: whether a tolerance was met, None without one.
     kept: tensors that a replay needs (baselines, masks). precision_error: what of the error is the
-    precision's, as measured on some of the points; None for float32.
+    precision's, as measured on some of the points; None for float32. extras: further results of
+    the method by name, [B, *] or [B, K, *].
     """
 
     values: Tensor | Inputs
@@ -75,6 +79,7 @@ class Attribution:
     provenance: Provenance
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     precision_error: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """One line: method, shapes, and the worst that is known of the maps."""
@@ -153,6 +158,7 @@ class Attribution:
             if (value := getattr(self, name)) is not None:
                 tensors[name] = value
         tensors |= {f"kept.{name}": value for name, value in self.kept.items()}
+        tensors |= {f"extras.{name}": value for name, value in self.extras.items()}
         metadata = {"tuple": isinstance(self.values, tuple), "provenance": asdict(self.provenance)}
         return record.write(path, tensors, metadata)
 
@@ -181,15 +187,16 @@ def load(path: str | Path) -> Attribution:
 def _assembled(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Attribution:
     count = sum(name.startswith("values.") for name in tensors)
     parts = tuple(tensors[f"values.{number}"] for number in range(count))
-    kept = {
-        name.removeprefix("kept."): value
-        for name, value in tensors.items()
-        if name.startswith("kept.")
-    }
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        own = [name for name in tensors if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensors[name] for name in own}
+
     return Attribution(
         values=parts if metadata["tuple"] else parts[0],
         provenance=Provenance(**metadata["provenance"]),
-        kept=kept,
+        kept=under("kept."),
+        extras=under("extras."),
         **{name: tensors.get(name) for name in _OPTIONAL},  # type: ignore[arg-type]
     )
 

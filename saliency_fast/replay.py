@@ -80,6 +80,8 @@ def replay(
         precision=past.precision,
         memory_budget=memory_budget,
         lean=past.lean,
+        at=past.at,
+        layer_input=past.layer_input,
     )
     region: Any = old.kept.get(REGION_MASK)
     if region is None and past.region is not None:

@@ -29,9 +29,11 @@ def attribution(
     training: bool,
     lean: bool,
     facts: dict[str, Any],
+    at: list[str] | None = None,
+    layer_input: bool = False,
 ) -> Attribution:
     """The attribution of a job. training: whether the model was in training mode; facts: what else
-    its provenance says.
+    its provenance says; at: names of the layers that it is about.
     """
     call, squeeze, lost = job.call, not job.call.targets.many, outcome.precision_error
     target, kept = describe_target(call.targets)
@@ -52,6 +54,8 @@ def attribution(
         lean=lean,
         way=str(job.way),
         region=None if job.part is None else [list(span) for span in job.part.box],
+        at=at,
+        layer_input=layer_input,
         notes={} if lost is None else {"underflow": outcome.underflow},
         **facts,
     )
@@ -70,6 +74,7 @@ def attribution(
         converged=outcome.converged,
         provenance=provenance,
         kept=kept | baseline_kept | _mask(job.part),
+        extras={name: _column(one, squeeze) for name, one in outcome.extras.items()},
     )
 
 

@@ -262,7 +262,7 @@ def test_a_plan_tells_what_launches_take(
 
     engine = sf.Engine(model, method, points_per_launch=9, lean=lean, hashes=False)
     plan = engine.plan(x, 1)
-    (launches,) = next(iter(engine._probed.values())).launches.values()
+    (launches,) = next(iter(engine._place.known.values())).launches.values()
     assert launches is not None
     monkeypatch.setattr(Arena, "close", closed)
     found = engine(x, 1)
@@ -305,7 +305,7 @@ def test_nothing_stays_reserved() -> None:
         next(stream)
         stream.close()
         model.fails = True
-        engine._probed.clear()
+        engine._place.known.clear()
         with pytest.raises(ZeroDivisionError):
             engine(x, 1)
         model.fails = False

@@ -126,6 +126,6 @@ def test_less_is_computed() -> None:
 
     engine = sf.Engine(model, sf.Gradient())
     engine(X, 2, region=BOX)
-    way = next(iter(engine._probed.values())).way.within(((4, 13), (30, 48)))
+    way = next(iter(engine._place.known.values())).way.within(((4, 13), (30, 48)))
     assert way.tiled is not None
     assert way.tiled.share < 0.4

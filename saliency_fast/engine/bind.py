@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.model.precision import HALVES
@@ -21,7 +21,8 @@ class Call:
     """What one call explains: inputs [B, *] each, contiguous and detached, and its targets.
 
     dtypes: what the model takes. Inputs in half types are float32 here: points are written, and
-    gradients added up, in float32 whatever the model's type.
+    gradients added up, in float32 whatever the model's type. features: int64 [B | 1, *] per input,
+    numbers of its segments; layers: where the method looks inside of the model.
     """
 
     inputs: Inputs
@@ -30,6 +31,8 @@ class Call:
     targets: Targets
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    features: Inputs = ()
+    layers: tuple[nn.Module, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -50,9 +53,14 @@ def bind(
     target: Target,
     args: Any,
     kwargs: Mapping[str, Any] | None,
+    *,
+    integers: bool = False,
 ) -> Call:
-    """Validates a call; raises InputError or InputTypeError with what, got, expected and cure."""
-    parts, dtypes = read_inputs(inputs)
+    """Validates a call; raises InputError or InputTypeError with what, got, expected and cure.
+
+    integers: whether inputs may be integers, where no gradient is taken at them.
+    """
+    parts, dtypes = read_inputs(inputs, integers=integers)
     # Else these would be inference tensors, which no gradient may pass, where the caller is in
     # inference mode.
     with torch.inference_mode(False):
@@ -67,7 +75,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_inputs(
-    inputs: Tensor | tuple[Tensor, ...],
+    inputs: Tensor | tuple[Tensor, ...], *, integers: bool = False
 ) -> tuple[Inputs, tuple[torch.dtype, ...]]:
     """The inputs, float32 where they were half, and the types that they had."""
     parts = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -75,7 +83,7 @@ def read_inputs(
         raise InputError("inputs is an empty tuple: pass at least one tensor")
     for number, x in enumerate(parts):
         name = f"input {number}" if len(parts) > 1 else "the input"
-        _check(x, name)
+        _check(x, name, integers)
         if x.device != parts[0].device:
             raise InputError(
                 f"inputs are on different devices: input {number} on {x.device}, input 0 on "
@@ -87,22 +95,25 @@ def read_inputs(
                 f"{len(parts[0])}"
             )
     for number, x in enumerate(parts):
-        _check_finite(x, f"input {number}" if len(parts) > 1 else "the input")
+        if x.is_floating_point():
+            _check_finite(x, f"input {number}" if len(parts) > 1 else "the input")
     wide = [x.float() if x.dtype in HALVES else x for x in parts]
     return tuple(x.detach().contiguous() for x in wide), tuple(x.dtype for x in parts)
 
 
-def _check(x: Any, name: str) -> None:
+def _check(x: Any, name: str, integers: bool) -> None:
     if not isinstance(x, Tensor):
         raise InputTypeError(
             f"{name} must be a tensor: got {type(x).__name__}; use torch.as_tensor"
         )
-    if x.dtype not in (torch.float32, torch.float64, *HALVES):
+    whole = integers and not x.is_floating_point() and not x.is_complex()
+    if x.dtype not in (torch.float32, torch.float64, *HALVES) and not whole:
         raise InputTypeError(
             f"{name} must be float32, float64, float16 or bfloat16: got {x.dtype}; use .float(), "
-            "or pass token ids and the like through forward_args and explain their embeddings"
+            "or explain the embeddings of token ids and the like: at='embeddings'"
         )
-    if x.dim() < 2:
+    # One number per example is no input to take gradients at, but token ids may be.
+    if x.dim() < (1 if whole else 2):
         raise InputError(
             f"{name} must have a batch axis and at least one more: got {list(x.shape)}; use "
             "x[None] for one example"

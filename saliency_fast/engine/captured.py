@@ -45,6 +45,8 @@ class NotRecordedError(Exception):
 
 def refusal(way: Way, call: Call, recipe: Recipe, plan: Plan) -> str | None:
     """Why launches of a call are not to be recorded; None where they are."""
+    if recipe.rounds is not None:
+        return "the method looks at answers before it goes on"
     if way.program is None:
         return "the model was not recorded"
     if way.tiled is not None or way.offloaded:

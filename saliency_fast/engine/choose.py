@@ -66,7 +66,7 @@ class Choice:
         tensors = (*call.inputs, *further)
         shapes = (call.dtypes, *((x.shape[1:], x.dtype, x.device) for x in tensors))
         # The prefix differs between methods whose points lie on lines and others.
-        kind = (recipe.family.straight, hoistable(recipe))
+        kind = (recipe.family.straight, hoistable(recipe), recipe.gradients, repr(recipe.rules))
         return shapes, call.targets.count, self.lean, kind, settings(call)
 
     @cached_property
@@ -173,6 +173,13 @@ def prepare(
     if call.halves:
         _need_alike(model, call.dtypes)
     other = next((one for one in call.dtypes if one != torch.float32), None)
+    if recipe.rounds is not None or recipe.rules is not None:
+        if precision not in (AUTO, FLOAT32.name):
+            raise InputError(
+                f"precision={precision!r} is for sums of gradients, whose error can be measured: "
+                f"got the method {method.name}; use precision='float32'"
+            )
+        return about.job(FLOAT32)
     if precision == AUTO:
         if other is not None:
             return about.job(FLOAT32)

@@ -26,6 +26,7 @@ from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.probe import Probe
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part
+from saliency_fast.engine.rounds import RoundsRun
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
 from saliency_fast.engine.way import Model, Way
@@ -214,7 +215,8 @@ class Job:
     def run(self, number: int = 0, known: Loss | None = None) -> Run:
         """A run over the baseline of that number."""
         baselines, plan, way = self.baselines[number], self.plan, self.way
-        return Run(way, self.model, self.call, baselines, self.recipe, plan, self.launches, known)
+        kind = Run if self.recipe.rounds is None else RoundsRun
+        return kind(way, self.model, self.call, baselines, self.recipe, plan, self.launches, known)
 
     @property
     def _kind(self) -> tuple[str, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class Outcome:
     estimated): float64 [B, K]; classes int64 [B, K] where targets are classes. points int64 [B]
     visited, converged bool [B] where a tolerance was asked for. precision_error [B, K]: what of
     the error its precision costs, where that is not float32, and `underflow` the share of gradients
-    that it could not hold.
+    that it could not hold. extras: further results [B, K, *] by name.
     """
 
     values: Inputs
@@ -34,6 +35,7 @@ class Outcome:
     halvings: int = 0
     precision_error: Tensor | None = None
     underflow: float = 0.0
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def delta(self) -> Tensor | None:
@@ -75,6 +77,10 @@ def average(outcomes: list[Outcome]) -> Outcome:
         halvings=max(one.halvings for one in outcomes),
         precision_error=relative(lost) if lost else None,
         underflow=max(one.underflow for one in outcomes),
+        extras={
+            name: torch.stack([one.extras[name].double() for one in outcomes]).mean(0)
+            for name in last.extras
+        },
     )
 
 

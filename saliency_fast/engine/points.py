@@ -1,4 +1,4 @@
-"""The families of points: lines, noisy copies, random lines."""
+"""The families of points: the input itself, lines, noisy copies, random lines."""
 
 from __future__ import annotations
 
@@ -14,6 +14,27 @@ from saliency_fast.errors import InputError
 from saliency_fast.model.routes import Inputs
 
 Seed = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Itself:
+    """The input, whatever its type."""
+
+    straight: ClassVar[bool] = False
+
+    def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundItself:
+        return _BoundItself(inputs)
+
+
+@dataclass(frozen=True)
+class _BoundItself:
+    inputs: Inputs
+
+    def write(self, rows: Rows) -> Inputs:
+        return tuple(x[rows.item] for x in self.inputs)
+
+    def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
+        raise TypeError("the input itself lies on no line")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from saliency_fast.engine.plan import MARGIN, Plan
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.trial import Cost, Trial
 from saliency_fast.engine.way import Model, Way
-from saliency_fast.errors import BudgetError, ModelError
+from saliency_fast.errors import BudgetError, InputError, ModelError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.fingerprint import fingerprint, same_model
 from saliency_fast.model.fusion import fused, with_rectifiers
@@ -33,6 +33,7 @@ from saliency_fast.model.prefix import prefix_of
 from saliency_fast.model.recorder import Recording, unified
 from saliency_fast.model.routes import Inputs, Plain
 
+NOTHING = Cost(0, 0, {})
 LEAN_FROM = 256 * 1024
 """Bytes of a point from which lean pays: below, its calls cost more than what they spare."""
 MOST = 512
@@ -110,11 +111,34 @@ def probe(
     Where a point might take much memory as it is, that is foreseen on shapes alone first.
     """
     trial = Trial(call, baselines, recipe)
+    if recipe.rules is not None:
+        return _ruled(model, trial, Way(rules=recipe.rules))
+    if not recipe.gradients:
+        return _scored(model, trial, lean=lean, budget=budget)
     if lean and MOST * sum(x[0].nbytes for x in call.inputs) > min(budget, UNSEEN):
         found = _foreseen(model, trial, budget)
         if found is not None:
             return found
     return _probed(model, trial, lean=lean)
+
+
+def _ruled(model: Model, trial: Trial, way: Way) -> Probe:
+    """A point under backward rules: they need every call as the model makes it."""
+    cost = trial.take(way, model).cost
+    return Probe(way, cost, cost, "backward rules look at every call")
+
+
+def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
+    """A point's score alone, by a lean way where the model has a gradient that proves it."""
+    found = Probe(Way(), NOTHING, NOTHING, "scores alone keep nothing")
+    if lean and all(x.is_floating_point() for x in trial.call.inputs):
+        asked = replace(trial, recipe=replace(trial.recipe, gradients=True))
+        with suppress(ModelError, BudgetError, InputError, RuntimeError):
+            about = (asked.call, asked.recipe, asked.baselines)
+            found = probe(model, *about, lean=lean, budget=budget)
+    as_it_is = trial.scores(Way().function(model, trial.call)).cost
+    cost = trial.scores(found.way.function(model, trial.call)).cost
+    return replace(found, cost=cost, plain=as_it_is)
 
 
 def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
@@ -217,7 +241,7 @@ def _ways(model: Model, trial: Trial, recording: Recording) -> tuple[list[Way], 
     """Lean ways, the best first, and why the model has no program."""
     watched = Way(watched=True)
     try:
-        whole = unified(recording.program, trial.second(model))
+        whole = unified(recording.program, trial.second(model)).pruned()
     except Exception as refusal:
         # Also what a model raises that takes one row alone, or two no longer: launches of one fit.
         return [watched], _line(refusal)

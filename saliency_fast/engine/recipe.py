@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from saliency_fast.model.routes import Inputs
+from saliency_fast.model.routes import Inputs, Rules
+
+if TYPE_CHECKING:
+    from saliency_fast.engine.rounds import Asked, Rounds
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,11 @@ class Recipe:
     keeps, sum to one. With one level the map's error is estimated from its two folds, rules of
     their own; with several from what each level changed, and an example stops when that and its
     completeness are within `tolerance`. `at_input`: the only point is the input itself.
+
+    rules: the backward rules that the model runs under. rounds: for methods that are no such sum:
+    they ask for points, look at the answers and go on (`engine/rounds.py`); gradients: whether any
+    of them asks for more than scores, points: how many an example gets, about; layers: where they
+    look inside of the model, "auto" for its last spatial layer.
     """
 
     family: Family
@@ -112,11 +120,16 @@ class Recipe:
     baseline: str = "none"
     tolerance: float | None = None
     at_input: bool = False
+    rules: Rules | None = None
+    rounds: Callable[[Asked], Rounds] | None = None
+    gradients: bool = True
+    points: int | None = None
+    layers: str | tuple[str, ...] | None = None
 
     @property
     def count(self) -> int:
         """The most points that one example may get."""
-        return sum(level.count for level in self.levels)
+        return sum(level.count for level in self.levels) if self.points is None else self.points
 
 
 class Method(Protocol):

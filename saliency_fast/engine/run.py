@@ -58,10 +58,10 @@ class Run:
     ) -> None:
         """known: what the precision costs, where an earlier call has told."""
         self.call, self.recipe, self.plan, self.baselines = call, recipe, plan, baselines
-        self.way = way
+        self.way, self.model = way, model
         self.function = way.function(model, call)
         self.hoist = way.hoist(call, recipe, plan.points_per_launch)
-        self.behind = way.launched(model, call, recipe)
+        self.behind = way.launched(model, call, recipe, baselines)
         self.exact = None if way.precision.exact else way.exact().launched(model, call, recipe)
         function = self.function
         if self.exact is not None and plan.looked_at == 0:

@@ -108,7 +108,7 @@ class Trial:
         ledger = Ledger(MemoryMeter())
         way = way.noted(ledger)
         hoist = way.hoist(self.call, self.recipe, 1)
-        behind = way.launched(model, self.call, self.recipe)
+        behind = way.launched(model, self.call, self.recipe, self.baselines)
         if hoist is None:
             return self._measured(ledger, lambda: behind.gradients(*self._points(1)))
         if not self.foreseen:

@@ -23,10 +23,13 @@ from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.program import Program, Step
 from saliency_fast.model.routes import (
     Autocast,
+    Inputs,
     Offloaded,
     Plain,
     Recorded,
     Route,
+    Ruled,
+    Rules,
     Watched,
     Widened,
 )
@@ -58,6 +61,7 @@ class Way:
     prefix: the program in two, where the sum of gradients is taken behind its affine beginning.
     tiled: the program with its local beginning tile by tile. offloaded: what is kept from forward
     to backward waits in the host's memory. unfolded: the program with its layers apart, for tiles.
+    rules: backward rules, under which the model runs call by call.
     """
 
     program: Program | None = None
@@ -67,13 +71,19 @@ class Way:
     offloaded: bool = False
     unfolded: Program | None = field(default=None, repr=False)
     precision: Precision = FLOAT32
+    rules: Rules | None = None
 
     def function(self, model: Model, call: Call) -> PointFunction:
         """From points at the inputs to scores and gradients there, in float32."""
         return function_of(self._route(model), call, (*self._kind(model), "whole"))
 
-    def launched(self, model: Model, call: Call, recipe: Recipe) -> PointFunction:
-        """From points as launches write them to gradients as they sum them, in its precision."""
+    def launched(
+        self, model: Model, call: Call, recipe: Recipe, baselines: Inputs | None = None
+    ) -> PointFunction:
+        """From points as launches write them to gradients as they sum them, in its precision.
+
+        baselines: what backward rules compare with, where they do.
+        """
         if self.half is None:
             route = self._route(model) if self.prefix is None else Recorded(self.prefix.rest)
         elif self._lowered is None:
@@ -83,11 +93,17 @@ class Way:
             route = Widened(Offloaded(program) if self.offloaded else Recorded(program))
         lifted = self.prefix is not None and recipe.family.straight
         found = function_of(route, call, (*self._kind(model), self.precision.name))
-        return replace(found, prefix=self.prefix, lifted=lifted, precision=self.precision)
+        found = replace(found, prefix=self.prefix, lifted=lifted, precision=self.precision)
+        if self.rules is None:
+            return found
+        references = baselines if self.rules.references else None
+        return replace(found, references=references, relevance=self.rules.relevance)
 
     def _kind(self, model: Model) -> tuple[object, ...]:
         """Equal for copies of one way."""
-        parts = (model, self.program, self.prefix, self.tiled)
+        # Rules with references belong to one call's baselines.
+        rules = object() if self.rules is not None and self.rules.references else self.rules
+        parts = (model, self.program, self.prefix, self.tiled, rules)
         return (*map(id, parts), self.watched, self.offloaded)
 
     @property
@@ -173,6 +189,8 @@ class Way:
         )
 
     def _route(self, model: Model) -> Route:
+        if self.rules is not None:
+            return Ruled(model, self.rules)
         if self.tiled is not None:
             return self.tiled
         if self.program is not None:
@@ -180,6 +198,8 @@ class Way:
         return Watched(model) if self.watched else Plain(model)
 
     def __str__(self) -> str:
+        if self.rules is not None:
+            return f"off, call by call under {self.rules.name} rules"
         if self.program is None:
             named = "call by call" if self.watched else "off"
             return named if self.half is None else f"off, {self.precision.name} by autocast"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_map_only
 
 from saliency_fast.errors import ModelError
 from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
@@ -45,7 +46,8 @@ class PointFunction:
     dtypes: what the model takes, where points are not written so. scale: what the cotangent is
     multiplied with, and gradients with it, where half types underflow; a number, or one per row.
     kind: equal for functions that take points through the model in the same way. shape: of an
-    example's output, once it is known.
+    example's output, once it is known. references: rows [B | 1, *] that go through the model behind
+    the points, one for each; relevance: the cotangent is the score itself: see `Rules`.
     """
 
     route: Route
@@ -59,6 +61,8 @@ class PointFunction:
     dtypes: tuple[torch.dtype, ...] | None = None
     kind: tuple[object, ...] = ()
     shape: torch.Size | None = None
+    references: Inputs | None = None
+    relevance: bool = False
     _checked: bool = False
 
     def scores(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -98,7 +102,9 @@ class PointFunction:
         cotangent = torch.ones_like(scores[:, 0]) * self.scale
         found = [
             torch.autograd.grad(
-                *(scores[:, k], edges, cotangent), retain_graph=k < last, allow_unused=True
+                *(scores[:, k], edges, scores[:, k].detach() if self.relevance else cotangent),
+                retain_graph=k < last,
+                allow_unused=True,
             )
             for k in range(scores.shape[1])
         ]
@@ -111,7 +117,12 @@ class PointFunction:
 
     def forward(self, points: Sequence[Tensor], item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
-        return self.read(self.route(points, *self.rows(item)), item)
+        if self.references is None:
+            return self.read(self.route(points, *self.rows(item)), item)
+        pairs = zip(points, self.references, strict=True)
+        both = [torch.cat([one, rows[item % len(rows)]]) for one, rows in pairs]
+        raw = self.route(both, *self.rows(torch.cat([item, item])))
+        return self.read(tree_map_only(Tensor, lambda one: one[: len(item)], raw), item)
 
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] of what the model returned."""

@@ -246,6 +246,10 @@ class Program:
                         found.add(memory)
         return frozenset(found)
 
+    def pruned(self) -> Program:
+        """The program without calls that its outputs do not need: behind layers, what led there."""
+        return self.part(self.inputs, self.outputs, self.tree)
+
     def innermost(self) -> Program:
         """The program on channels-last images and volumes, which views may have to copy."""
         steps = tuple(

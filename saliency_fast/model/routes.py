@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,57 @@ class Watched:
     ) -> Any:
         with Calls():
             return self.model(*points, *args, **kwargs)
+
+
+class Rules(Protocol):
+    """Backward rules that a model runs under, instead of the chain rule; see `model/rules`.
+
+    references: points are followed by a row of the baseline for each; relevance: what flows back
+    is the score itself, not its derivative. met: whether a run did anything that has a rule.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def references(self) -> bool: ...
+
+    @property
+    def relevance(self) -> bool: ...
+
+    def calls(self) -> RuledCalls: ...
+
+
+class RuledCalls(Protocol):
+    """A function mode for one run of a model. met: how many calls had a rule."""
+
+    met: int
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """The model as it is, call by call under backward rules."""
+
+    model: Callable[..., Any]
+    rules: Rules
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        calls = self.rules.calls()
+        with calls:
+            raw = self.model(*points, *args, **kwargs)
+        if calls.met == 0:
+            warnings.warn(
+                f"saliency_fast: the model has no call that the {self.rules.name} rules change, so "
+                "these are its plain gradients",
+                stacklevel=2,
+            )
+        return raw
 
 
 @dataclass(frozen=True)

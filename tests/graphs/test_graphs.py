@@ -47,7 +47,7 @@ def both(net: Any, x: Any, *args: Any, method: Any, limit: int | None = None, **
 
 def recorded(engine: sf.Engine) -> None:
     """All that was tried could be recorded."""
-    found = [one for probe in engine._probed.values() for one in probe.captures.values()]
+    found = [one for probe in engine._place.known.values() for one in probe.captures.values()]
     assert found
     assert all(isinstance(one, captured.CapturedRun) for one in found), found
 

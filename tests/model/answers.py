@@ -32,13 +32,13 @@ def always_lean() -> Iterator[None]:
 
 def way_of(engine: sf.Engine) -> str:
     """What served last: one of WAYS."""
-    (*_, last) = engine._probed.values()
+    (*_, last) = engine._place.known.values()
     way = last.way
     return WAYS[0] if way.program is not None else WAYS[1] if way.watched else WAYS[2]
 
 
 def why(engine: sf.Engine) -> str:
-    return "; ".join(f"{one.way}: {one.reason}" for one in engine._probed.values())
+    return "; ".join(f"{one.way}: {one.reason}" for one in engine._place.known.values())
 
 
 def expected(model: Any, case: Case, method: Any) -> list[Tensor]:

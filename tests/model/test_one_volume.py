@@ -110,7 +110,7 @@ def test_no_unfolded_copies() -> None:
     model.float()
     call = bind(x, 1, (), None)
     arena = Arena(CPU, LEAST_TRACED)
-    engine._prepare(call, None, None).run().try_launch(1, arena)
+    engine._prepare(call, None, None)[0].run().try_launch(1, arena)
     trace = arena.trace()
     arena.close()
     if trace is not None:

@@ -54,7 +54,7 @@ def forced() -> Iterator[None]:
 
 
 def probed(engine: sf.Engine) -> probe.Probe:
-    (found,) = engine._probed.values()
+    (found,) = engine._place.known.values()
     return found
 
 
@@ -220,7 +220,7 @@ def test_targets_that_see_a_part_of_the_places() -> None:
             with forced():
                 found = engine(x, target)
             check(found, plain(x, target))
-    assert [one.way.prefix is not None for one in engine._probed.values()].count(True) == 2
+    assert [one.way.prefix is not None for one in engine._place.known.values()].count(True) == 2
 
 
 @pytest.mark.parametrize("method", ["midpoint", "smoothgrad"])
@@ -385,5 +385,5 @@ def test_random_stems(case: tuple[Chain, Tensor, int], method: str, size: int) -
     prefix = probed(engine).way.prefix
     assert (prefix is not None) == (affine > 0)
     plain = sf.Engine(model, METHODS[method], points_per_launch=size, lean=False)
-    plain._probed = {}
+    plain._place.known = {}
     check(found, plain(x, 1))

@@ -1,0 +1,145 @@
+"""At: a call moved from the inputs of a model to layers inside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
+from saliency_fast.engine.bind import Call, read_inputs
+from saliency_fast.engine.choose import Known
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.way import Model, function_of
+from saliency_fast.errors import InputError
+from saliency_fast.model.function import PointFunction
+from saliency_fast.model.layers import At, Behind, Read, find_layers
+from saliency_fast.model.routes import Inputs, Plain
+from saliency_fast.model.spatial import last_spatial
+
+ROWS = 32
+"""Examples whose activations are read at a time."""
+AUTO = "auto"
+
+
+@dataclass
+class Place:
+    """Where an engine explains: at a model's inputs, or `at` layers, at what they give or, with
+    `of_input`, what they take. known: of points at the inputs.
+    """
+
+    model: Model
+    at: At | None
+    of_input: bool
+    known: Known
+    _behind: dict[tuple[int, ...], tuple[Behind, Known]] = field(default_factory=dict)
+
+    def taken(
+        self, call: Call, recipe: Recipe, baseline: Any
+    ) -> tuple[Model, Call, Any, Known, tuple[nn.Module, ...]]:
+        """(model, call, baseline, what is known, layers) to run in the place of a call."""
+        at = recipe.layers if self.at is None else self.at
+        if at is None:
+            return self.model, call, baseline, self.known, ()
+        layers = self._layers(at, call)
+        if recipe.layers is not None:
+            return self.model, replace(call, layers=layers), baseline, self.known, layers
+        values, counts = self._values(call.inputs, call, layers, torch.arange(call.batch))
+        key = (*map(id, layers), *counts)
+        if key not in self._behind:
+            self._behind[key] = Behind(self.model, layers, self.of_input, counts), {}
+        behind, known = self._behind[key]
+        # A baseline that the method has no use for is refused where others are.
+        if recipe.baseline != "none":
+            baseline = self._baseline(baseline, call, layers, recipe)
+        return behind, _moved(call, values), baseline, known, layers
+
+    def _layers(self, at: At, call: Call) -> tuple[nn.Module, ...]:
+        if at != AUTO:
+            return find_layers(self.model, at)
+        first = torch.zeros(1, dtype=torch.int64, device=call.device)
+        function, rows = _function(self.model, call), tuple(x[:1] for x in call.inputs)
+        return (last_spatial(self.model, _forward(function, rows, first)),)
+
+    def _values(
+        self, rows: Inputs, call: Call, layers: tuple[nn.Module, ...], item: Tensor
+    ) -> tuple[Inputs, tuple[int, ...]]:
+        """What the layers give for `rows` of the inputs, with the arguments of examples `item`, and
+        how many tensors each layer gives.
+        """
+        function, parts = _function(self.model, call), []
+        counts: tuple[int, ...] = ()
+        item = item.to(call.device)
+        for start in range(0, len(item), ROWS):
+            own = slice(start, start + ROWS)
+            part = tuple(one[own] for one in rows)
+            found = Read(layers, self.of_input).run(_forward(function, part, item[own]))
+            counts = tuple(map(len, found))
+            for tensor in (flat := [one for several in found for one in several]):
+                if tensor.dim() == 0 or len(tensor) != len(item[own]):
+                    raise InputError(
+                        f"at: the layer's tensor must have the batch on its first axis: got "
+                        f"{list(tensor.shape)} for {len(item[own])} examples; name another layer"
+                    )
+            parts.append(flat)
+        return tuple(map(torch.cat, zip(*parts, strict=True))), counts
+
+    def _baseline(
+        self, baseline: Any, call: Call, layers: tuple[nn.Module, ...], recipe: Recipe
+    ) -> Any:
+        """A baseline of the inputs as the layers give it; one of the layers as it is."""
+        if isinstance(baseline, list) and recipe.baseline == "one":
+            return [self._baseline(one, call, layers, recipe) for one in choices(baseline)]
+        if not _of_inputs(baseline, call.inputs):
+            return baseline
+        if recipe.baseline == "set":
+            rows = read_baseline_set(baseline, call.inputs)
+        else:
+            rows = read_baselines(baseline, call.inputs)
+        function, item = _function(self.model, call), torch.zeros(len(rows[0]), dtype=torch.int64)
+        further = (*call.args, *call.kwargs.values())
+        if any(isinstance(one, Tensor) and function.follows(one) for one in further):
+            if recipe.baseline == "set":
+                raise InputError(
+                    "baseline: a set is shared by the examples, and further arguments of the model "
+                    "are each example's own: explain one example at a time"
+                )
+            rows = tuple(one.expand(call.batch, *one.shape[1:]) for one in rows)
+            item = torch.arange(call.batch)
+        return self._values(rows, call, layers, item)[0]
+
+
+def _of_inputs(baseline: Any, inputs: Inputs) -> bool:
+    """Whether a baseline is one of the model's inputs, and not of what layers give: integers, such
+    as token ids, have no zero to compare with, so that numbers are the layer's there.
+    """
+    if all(x.is_floating_point() for x in inputs):
+        return True
+    parts = baseline if isinstance(baseline, tuple) else (baseline,)
+    return all(isinstance(one, Tensor) and not one.is_floating_point() for one in parts)
+
+
+def _moved(call: Call, values: Inputs) -> Call:
+    """The call with layers' values as inputs; the model's own inputs follow as arguments."""
+    inputs, dtypes = read_inputs(values)
+    own = tuple(x.to(dtype) for x, dtype in zip(call.inputs, call.dtypes, strict=True))
+    args, several = (*own, *call.args), len(values) > 1
+    return replace(call, inputs=inputs, dtypes=dtypes, is_tuple=several, args=args)
+
+
+def _function(model: Model, call: Call) -> PointFunction:
+    return function_of(Plain(model), call)
+
+
+def _forward(function: PointFunction, rows: Inputs, item: Tensor) -> Callable[[], Any]:
+    """A run of the model on rows of its inputs."""
+
+    def run() -> Any:
+        args, kwargs = function.rows(item)
+        # Copies: a model may work in place.
+        return function.route([one.clone() for one in function.taken(rows)], args, kwargs)
+
+    return run

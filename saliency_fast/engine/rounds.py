@@ -1,0 +1,241 @@
+"""Rounds: methods that look at answers before they go on, run by the same launches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saliency_fast.engine.arena import Arena
+from saliency_fast.engine.launch import Answer, Moment, Steps, Want
+from saliency_fast.engine.outcome import Outcome
+from saliency_fast.engine.points import Itself
+from saliency_fast.engine.recipe import Level, Recipe
+from saliency_fast.engine.run import Run
+from saliency_fast.engine.way import function_of
+from saliency_fast.model.function import PointFunction
+from saliency_fast.model.layers import Taps
+from saliency_fast.model.routes import Inputs, Plain, Route, Ruled, Rules, Watched
+from saliency_fast.model.tapped import TappedFunction
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What rounds are given.
+
+    inputs [B, *] and baselines [B | 1 | M, *] of the call (zeros where it has none); scores at the
+    inputs, float64 [B, K], NaN where the recipe is `at_input` and the first round brings them;
+    baseline_scores at the baselines, where they are one per example. size: points of a launch.
+    features: int64 [B | 1, *] per input, numbers of segments counted over all inputs; layers:
+    those that `at` or the recipe names.
+    """
+
+    inputs: Inputs
+    baselines: Inputs
+    scores: Tensor
+    baseline_scores: Tensor | None
+    size: int
+    features: Inputs = ()
+    layers: tuple[nn.Module, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The answers to a round: scores float64 [R, K]; for each of K targets the gradients [R, *] at
+    the inputs, or at the taps, whose activations [R, *] are `taps`.
+    """
+
+    scores: Tensor
+    grads: list[Inputs] = field(default_factory=list)
+    taps: Inputs = ()
+
+
+@dataclass(frozen=True)
+class Round:
+    """Points that a method wants answered before it goes on.
+
+    write(item [R'], place [R']) makes the points of some rows, in fresh memory; item int64 [R]: the
+    example of each row; place [R]: whatever `write` wants to know of it. gradients: or scores
+    alone. taps: gradients there instead of at the inputs. rules: backward rules of the model.
+    each(rows, found) takes the answers of a launch's rows as they come; without it all of them are
+    sent back in one `Found`.
+    """
+
+    write: Callable[[Tensor, Tensor], Inputs]
+    item: Tensor
+    place: Tensor
+    gradients: bool = False
+    taps: Taps | None = None
+    rules: Rules | None = None
+    each: Callable[[slice, Found], None] | None = None
+
+
+@dataclass(frozen=True)
+class Maps:
+    """The maps that rounds end with, or have so far: per input [B, K, *].
+
+    error: relative L2, estimated [B, K]; None is exact. sums [B, K]: what counts for completeness
+    where values repeat. extras: further results [B, K, *] by name.
+    """
+
+    values: Inputs
+    error: Tensor | None = None
+    sums: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Rounds = Generator[Round | Maps, Found, Maps]
+"""A method at work: yields rounds and gets what was found; may yield maps so far on the way."""
+
+
+def in_rounds(rounds: Callable[[Asked], Rounds], points: int | None, **fields: Any) -> Recipe:
+    """The recipe of a method that asks in rounds, for about so many points of each example.
+
+    fields: `baseline`, `gradients`, `rules`, `layers` and `at_input` of a `Recipe`.
+    """
+    one = torch.ones(1, dtype=torch.float64)
+    level = Level(one, one, torch.zeros(1, dtype=torch.int64))
+    return Recipe(Itself(), (level,), rounds=rounds, points=points, **fields)
+
+
+class RoundsRun(Run):
+    """A run of a recipe whose points follow from earlier answers."""
+
+    maps: Maps
+
+    def steps(self, moment: Callable[[int, int], Moment]) -> Steps:
+        """Answers one round after another, with a moment for every map on the way and the last."""
+        yield from self._ends()
+        assert self.recipe.rounds is not None
+        rounds = self.recipe.rounds(self._asked())
+        of, found = self.recipe.count * self.call.batch, None
+        while True:
+            try:
+                step = next(rounds) if found is None else rounds.send(found)
+            except StopIteration as over:
+                self.maps = over.value
+                break
+            if isinstance(step, Maps):
+                self.maps, found = step, None
+                yield moment(min(int(self.points.sum()), of - 1), of)
+            else:
+                found = yield from self._answered(step)
+        yield moment(of, of)
+
+    def _asked(self) -> Asked:
+        call = self.call
+        return Asked(
+            call.inputs,
+            self.baselines,
+            self.scores,
+            self.baseline_scores,
+            self.size,
+            call.features,
+            call.layers,
+        )
+
+    def _answered(self, step: Round) -> Generator[Want, Answer, Found]:
+        """The answers to a round, launch by launch."""
+        function, start, parts = self._function(step), 0, []
+        while start < step.item.numel():
+
+            def write(count: int, start: int = start) -> tuple[Inputs, Tensor]:
+                part = slice(start, start + count)
+                return step.write(step.item[part], step.place[part]), step.item[part]
+
+            rows = min(self.size, step.item.numel() - start)
+            want = Want(function, rows, write, gradients=step.gradients or step.taps is not None)
+            try:
+                answer = yield want
+            except (RuntimeError, MemoryError) as error:
+                self._halve(error)
+                continue
+            own = slice(start, start + want.taken)
+            item, start = step.item[own], own.stop
+            self._noted(item, answer)
+            found = _found(answer, tapped=step.taps is not None)
+            del answer
+            if step.each is None:
+                parts.append(found)
+            else:
+                step.each(own, found)
+        if len(parts) == 1:
+            return parts[0]
+        return _together(parts, self.scores)
+
+    def _noted(self, item: Tensor, answer: Answer) -> None:
+        if self.recipe.at_input and not bool(self.scores.isfinite().all()):
+            # The first round of such a recipe is at the inputs, and chooses the classes.
+            self._note_scores(item, answer.scores, answer.classes)
+            if self.classes is not None and bool(self.scores.isfinite().all()):
+                targets = replace(self.function.targets, classes=self.classes)
+                self.function.targets = targets
+        self.points.index_add_(0, item, torch.ones_like(item))
+
+    def _function(self, step: Round) -> PointFunction:
+        """The model as a round wants it."""
+        if step.taps is None and step.rules is None:
+            return self.function
+        lean = self.way.program is not None or self.way.watched
+        route: Route = Watched(self.model) if lean else Plain(self.model)
+        if step.rules is not None:
+            route = Ruled(self.model, step.rules)
+        function = replace(function_of(route, self.call), targets=self.function.targets)
+        if step.taps is not None:
+            function = TappedFunction.of(function, step.taps)
+        # Equal to no other: such launches are a call's own.
+        return replace(function, kind=(id(function), id(step)))
+
+    def try_launch(self, rows: int, arena: Arena) -> None:
+        """A launch of the first example, `rows` times, in `arena`; nothing is kept of it."""
+        item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        points = tuple(x[item] for x in self.call.inputs)
+        with arena.launch():
+            if self.recipe.gradients and self.recipe.rules is None:
+                self.function.gradients(points, item)
+            else:
+                self.function.scores(points, item)
+
+    def outcome(self) -> Outcome:
+        """The answer from the maps so far."""
+        maps = self.maps
+        sums = maps.sums
+        if sums is None:
+            sums = torch.stack([one.double().flatten(2).sum(2) for one in maps.values]).sum(0)
+        exact = torch.zeros_like(self.scores)
+        return Outcome(
+            maps.values,
+            self.scores.clone(),
+            self.baseline_scores,
+            sums,
+            exact if maps.error is None else maps.error,
+            self.points.clone(),
+            None,
+            self.classes,
+            self.halvings,
+            extras=maps.extras,
+        )
+
+
+def _found(answer: Answer, *, tapped: bool) -> Found:
+    scores, grads = answer.scores.double(), answer.grads
+    return Found(scores, grads[1:], grads[0]) if tapped else Found(scores, grads)
+
+
+def _together(parts: list[Found], like: Tensor) -> Found:
+    """The answers of all launches in the order of their rows."""
+    if not parts:
+        return Found(like.new_zeros((0, like.shape[1])))
+
+    def joined(several: Any) -> Inputs:
+        return tuple(torch.cat(one) for one in zip(*several, strict=True))
+
+    grads = zip(*(one.grads for one in parts), strict=True)
+    return Found(
+        torch.cat([one.scores for one in parts]),
+        [joined(one) for one in grads],
+        joined([one.taps for one in parts]),
+    )

@@ -1,0 +1,255 @@
+"""Layers of a model: found by name, tapped, or answered in place of, for the time of one run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from saliency_fast.errors import InputError, InputTypeError, ModelError
+from saliency_fast.model.routes import Inputs
+
+At = str | nn.Module | Sequence[str | nn.Module]
+"""Layers: by name, or themselves."""
+EMBEDDINGS = "embeddings"
+
+
+class Taps(Protocol):
+    """Tensors inside of a model at which gradients are taken."""
+
+    def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+        """What `call` returns, and the tapped tensors [R, *], on autograd's graph."""
+
+
+def find_layers(model: object, at: At) -> tuple[nn.Module, ...]:
+    """The layers that `at` names, in its order; raises InputError with near names."""
+    parts = list(at) if isinstance(at, (tuple, list)) else [at]
+    if not parts:
+        raise InputError("at is empty: expected a layer, its name, or several of these")
+    module = module_of(model)
+    return tuple(_find(module, one) for one in parts)
+
+
+def module_of(model: object) -> nn.Module:
+    """The module whose layers are meant; that of `torch.compile` is the one it was made from."""
+    inner: object = getattr(model, "_orig_mod", model)
+    if not isinstance(inner, nn.Module):
+        raise InputTypeError(
+            f"at needs a model with layers, a torch.nn.Module: got {type(model).__name__}; pass "
+            "the module instead of a function around it"
+        )
+    return inner
+
+
+def names_of(model: object, layers: Sequence[nn.Module]) -> list[str]:
+    """The names of layers, as `named_modules` has them."""
+    known = {id(layer): name for name, layer in module_of(model).named_modules()}
+    return [known.get(id(layer), type(layer).__name__) for layer in layers]
+
+
+def _find(model: nn.Module, at: object) -> nn.Module:
+    if isinstance(at, nn.Module):
+        layer: nn.Module = getattr(at, "_orig_mod", at)
+        if not any(one is layer for one in model.modules()):
+            raise InputError(
+                f"at: the {type(layer).__name__} is no layer of this {type(model).__name__}; pass "
+                "one of its own modules, or a name from named_modules()"
+            )
+        return layer
+    if not isinstance(at, str):
+        raise InputTypeError(
+            f"at must be a layer, its name, or several of these: got {type(at).__name__}"
+        )
+    named = model.named_modules(remove_duplicate=False)
+    layers: dict[str, nn.Module] = {name: one for name, one in named if name}
+    if at in layers:
+        return layers[at]
+    if at == EMBEDDINGS:
+        return _embeddings(model, layers)
+    near = get_close_matches(at, layers, n=5, cutoff=0.4)
+    ends = [name for name in layers if name.endswith(f".{at}")][:5]
+    hint = (
+        f"did you mean {', '.join(map(repr, ends or near))}?"
+        if ends or near
+        else (f"its layers are {', '.join(map(repr, list(layers)[:20]))}")
+    )
+    raise InputError(f"at: the model has no layer {at!r}; {hint}")
+
+
+def _embeddings(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """The layer that turns token ids into vectors."""
+    if callable(found := getattr(model, "get_input_embeddings", None)):
+        layer = found()
+        if isinstance(layer, nn.Module):
+            return layer
+    for layer in layers.values():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            return layer
+    raise InputError(
+        "at='embeddings': the model has no torch.nn.Embedding and no get_input_embeddings(); name "
+        "the layer that makes vectors of tokens"
+    )
+
+
+@contextmanager
+def hooked(
+    layers: Sequence[nn.Module], seen: Callable[[int, Any], Any], *, of_input: bool = False
+) -> Iterator[None]:
+    """Inside, `seen(number, value)` gets what each layer gives, or what it takes, and answers what
+    goes on instead (None: as it is). Runs of other threads pass by; nothing stays behind.
+    """
+    thread = threading.get_ident()
+
+    def after(number: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, __: Any, output: Any) -> Any:
+            return seen(number, output) if threading.get_ident() == thread else None
+
+        return hook
+
+    def before(number: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return seen(number, (args, kwargs)) if threading.get_ident() == thread else None
+
+        return hook
+
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            if of_input:
+                handle = layer.register_forward_pre_hook(before(number), with_kwargs=True)
+            else:
+                handle = layer.register_forward_hook(after(number))
+            stack.callback(handle.remove)
+        yield
+
+
+def _floats(value: Any) -> list[Tensor]:
+    """The tensors in what a layer takes or gives that points can take the place of."""
+    flat = [one for one in tree_flatten(value)[0] if isinstance(one, Tensor)]
+    return [one for one in flat if one.is_floating_point()]
+
+
+def _with_floats(value: Any, found: Sequence[Tensor]) -> Any:
+    """`value` with those tensors replaced, in their order."""
+    flat, tree = tree_flatten(value)
+    rest = iter(found)
+    changed = [
+        next(rest) if isinstance(one, Tensor) and one.is_floating_point() else one for one in flat
+    ]
+    return tree_unflatten(changed, tree)
+
+
+@dataclass(frozen=True)
+class LayerTaps:
+    """What layers give, or take, as taps: one for each tensor of each layer."""
+
+    layers: tuple[nn.Module, ...]
+    of_input: bool = False
+
+    def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+        """What `call` returns, and the tensors at the layers."""
+        found: dict[int, list[Tensor]] = {}
+
+        def seen(number: int, value: Any) -> Any:
+            _need_once(self.layers[number], number in found)
+            # A mode may be watching the model's calls; these are none of them.
+            with torch._C.DisableTorchFunction(), torch.enable_grad():
+                # The first tap cuts the graph: nothing before it is kept for a way back. A later
+                # one may depend on it.
+                own = [
+                    one if any(found.values()) and one.requires_grad else _leaf(one)
+                    for one in _floats(value)
+                ]
+                found[number] = own
+                # The model may go on to overwrite what it gets.
+                return _with_floats(value, [one.clone() for one in own])
+
+        with hooked(self.layers, seen, of_input=self.of_input):
+            raw = call()
+        return raw, [one for number in _all_of(self.layers, found) for one in found[number]]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_()
+
+
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """What comes behind layers, as a model of its own: `behind(*points, *inputs, **kwargs)` is what
+    the model says of its inputs with `points` in the place of what the layers give (or take).
+
+    counts: tensors of each layer.
+    """
+
+    model: Callable[..., Any]
+    layers: tuple[nn.Module, ...]
+    of_input: bool
+    counts: tuple[int, ...]
+
+    def __call__(self, *values: Any, **kwargs: Any) -> Any:
+        count = sum(self.counts)
+        points, inputs = values[:count], values[count:]
+        found: dict[int, bool] = {}
+
+        def seen(number: int, value: Any) -> Any:
+            _need_once(self.layers[number], number in found)
+            found[number] = True
+            first = sum(self.counts[:number])
+            return _with_floats(value, points[first : first + self.counts[number]])
+
+        with hooked(self.layers, seen, of_input=self.of_input):
+            raw = self.model(*inputs, **kwargs)
+        _all_of(self.layers, found)
+        return raw
+
+
+@dataclass
+class Read:
+    """What layers gave, or took, in one run: per layer its tensors."""
+
+    layers: tuple[nn.Module, ...]
+    of_input: bool = False
+    found: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def run(self, call: Callable[[], Any]) -> list[Inputs]:
+        """The tensors at the layers while `call` runs, as plain copies."""
+
+        def seen(number: int, value: Any) -> None:
+            _need_once(self.layers[number], number in self.found)
+            self.found[number] = [one.detach().clone() for one in _floats(value)]
+
+        with hooked(self.layers, seen, of_input=self.of_input), torch.no_grad():
+            call()
+        values = [tuple(self.found[number]) for number in _all_of(self.layers, self.found)]
+        for layer, own in zip(self.layers, values, strict=True):
+            if not own:
+                side = "takes" if self.of_input else "gives"
+                raise InputError(
+                    f"at: the layer {type(layer).__name__} {side} no floating point tensor, so "
+                    "nothing can be attributed to it; name a layer around it"
+                )
+        return values
+
+
+def _all_of(layers: Sequence[nn.Module], found: Mapping[int, object]) -> range:
+    for number, layer in enumerate(layers):
+        if number not in found:
+            raise ModelError(
+                f"at: the layer {type(layer).__name__} did not run when the model did; name one "
+                "that the model calls for these inputs"
+            )
+    return range(len(layers))
+
+
+def _need_once(layer: nn.Module, again: bool) -> None:
+    if again:
+        raise ModelError(
+            f"at: the layer {type(layer).__name__} runs more than once for one input, so it has no "
+            "single output; name a layer that runs once, such as the one around it"
+        )

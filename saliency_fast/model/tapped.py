@@ -1,0 +1,47 @@
+"""The model as a function from points to scores and gradients at taps inside of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from saliency_fast.errors import ModelError
+from saliency_fast.model.function import NO_GRADIENT, PointFunction
+from saliency_fast.model.layers import Taps
+from saliency_fast.model.routes import Inputs
+
+
+@dataclass
+class TappedFunction(PointFunction):
+    """A point function whose gradients are those at the taps."""
+
+    taps: Taps | None = None
+
+    @classmethod
+    def of(cls, function: PointFunction, taps: Taps) -> TappedFunction:
+        """`function` with taps."""
+        given = {one.name: getattr(function, one.name) for one in fields(function)}
+        return cls(**given, taps=taps)
+
+    def _gradients(
+        self, points: Inputs, item: Tensor
+    ) -> tuple[Tensor, Tensor | None, list[Inputs]]:
+        """Scores, classes, and in the list the activations first, then each target's gradients."""
+        assert self.taps is not None
+        call = partial(self.route, list(self.taken(points)), *self.rows(item))
+        raw, tapped = self.taps.run(call)
+        scores, classes = self.read(raw, item)
+        if not scores.requires_grad:
+            raise ModelError(NO_GRADIENT)
+        last, ones = scores.shape[1] - 1, torch.ones_like(scores[:, 0])
+        grads = []
+        for k in range(scores.shape[1]):
+            found = torch.autograd.grad(
+                scores[:, k], tapped, ones, retain_graph=k < last, allow_unused=True
+            )
+            pairs = zip(found, tapped, strict=True)
+            grads.append(tuple(torch.zeros_like(t) if g is None else g for g, t in pairs))
+        return scores.detach(), classes, [tuple(one.detach() for one in tapped), *grads]
