@@ -102,10 +102,11 @@ class Recipe:
 
     reduction: "sum", "square" (of the gradients), "absolute" or "variance". factor: "none",
     "input", "difference" (input - baseline) or "line" (each row's own random line). baseline:
-    "none", "one" (a path's start) or "set" (rows to draw from). A level's weights, with what it
-    keeps, sum to one. With one level the map's error is estimated from its two folds, rules of
-    their own; with several from what each level changed, and an example stops when that and its
-    completeness are within `tolerance`. `at_input`: the only point is the input itself.
+    "none", "one" (a path's start), "fill" (what comes where something is taken away; its score is
+    not asked for) or "set" (rows to draw from). A level's weights, with what it keeps, sum to one.
+    With one level the map's error is estimated from its two folds, rules of their own; with several
+    from what each level changed, and an example stops when that and its completeness are within
+    `tolerance`. `at_input`: the only point is the input itself.
 
     rules: the backward rules that the model runs under. rounds: for methods that are no such sum:
     they ask for points, look at the answers and go on (`engine/rounds.py`); gradients: whether any

@@ -7,10 +7,15 @@ from typing import Any
 
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.ablation import FeatureAblation, FeaturePermutation
 from saliency_fast.methods.expected_gradients import ExpectedGradients
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
+from saliency_fast.methods.occlusion import Occlusion
+from saliency_fast.methods.rise import Rise
+from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
+from saliency_fast.methods.surrogates import KernelShap, Lime
 
 METHODS: dict[str, type[Any]] = {
     method.name: method
@@ -22,6 +27,14 @@ METHODS: dict[str, type[Any]] = {
         SmoothGradSquared,
         VarGrad,
         ExpectedGradients,
+        Occlusion,
+        FeatureAblation,
+        FeaturePermutation,
+        Rise,
+        Lime,
+        KernelShap,
+        ShapleySampling,
+        ShapleyValues,
     )
 }
 
@@ -55,9 +68,17 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 __all__ = [
     "METHODS",
     "ExpectedGradients",
+    "FeatureAblation",
+    "FeaturePermutation",
     "Gradient",
     "InputXGradient",
     "IntegratedGradients",
+    "KernelShap",
+    "Lime",
+    "Occlusion",
+    "Rise",
+    "ShapleySampling",
+    "ShapleyValues",
     "SmoothGrad",
     "SmoothGradSquared",
     "VarGrad",
