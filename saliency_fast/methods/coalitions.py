@@ -82,10 +82,12 @@ class Game:
 
     def maps(self, values: Tensor, variance: Tensor | None, *, sums: bool) -> Maps:
         """Maps from values [B, K, F], every element with its feature's; variance of the values'
-        sampling errors [B, K, F]; sums: whether they add up to the gain.
+        sampling errors [B, K, F]; sums: whether they add up to the gain. Where the call has
+        features, their values are an extra result.
         """
         total = values.sum(2) if sums else None
-        return Maps(self.spread(values), self._error(values, variance), total)
+        extras = {"features": values} if self.asked.features else {}
+        return Maps(self.spread(values), self._error(values, variance), total, extras)
 
     def spread(self, values: Tensor) -> Inputs:
         """Every element with its feature's value, per input [B, K, *]."""

@@ -73,13 +73,22 @@ class Grid:
 
         values: float64 [*, *grid]. Boxes are separable: the sum is taken axis by axis.
         """
-        counts, lead = [], values.dim() - len(shape)
-        for axis, ((start, stop), size) in enumerate(zip(self.bounds, shape, strict=True)):
-            place = torch.arange(size, device=start.device)
-            covers = ((place >= start[:, None]) & (place < stop[:, None])).double()
-            counts.append(covers.sum(0))
+        lead = values.dim() - len(shape)
+        for axis, covers in enumerate(self._covers(shape)):
             values = (values.movedim(lead + axis, -1) @ covers).movedim(-1, lead + axis)
-        return values / _outer(counts)
+        return values / self.covering(shape)
+
+    def covering(self, shape: tuple[int, ...]) -> Tensor:
+        """How many windows cover each element of `shape`, float64."""
+        return _outer([covers.sum(0) for covers in self._covers(shape)])
+
+    def _covers(self, shape: tuple[int, ...]) -> list[Tensor]:
+        """For each axis 1 where a window covers a place, float64 [windows, places]."""
+        found = []
+        for (start, stop), size in zip(self.bounds, shape, strict=True):
+            place = torch.arange(size, device=start.device)
+            found.append(((place >= start[:, None]) & (place < stop[:, None])).double())
+        return found
 
 
 def _last_of_two(stop: Tensor) -> Tensor:
