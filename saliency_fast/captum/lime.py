@@ -20,7 +20,7 @@ from saliency_fast.captum.lime_base import (
     toss,
 )
 from saliency_fast.captum.perturbation import read_masks
-from saliency_fast.captum.perturbed import Asked, Maps, parsed, perturbed
+from saliency_fast.captum.perturbed import Asked, Draws, Maps, parsed, perturbed
 from saliency_fast.captum.run import kept
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.features import numbered
@@ -101,20 +101,22 @@ class Lime(LimeBase):
     def _on_engine(self, asked: Asked, count: int, samples: int) -> Tensor:
         """Slopes float32 [N, F], from Captum's draws."""
         known = torch.unique(torch.cat([one.flatten() for one in asked.features or ()]))
-        found = perturbed(self._method(samples, known, count), asked)
+        draws = Draws()
+        found = perturbed(self._method(samples, known, count, draws), asked, draws)
         _check_outputs(found, asked)
         assert found.features is not None
         slopes = found.features.new_zeros(len(found.features), count)
         slopes[:, known] = found.features
         return slopes.float()
 
-    def _method(self, samples: int, known: Tensor, count: int) -> _Fitted:
+    def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
         def table(device: Any) -> Tensor:
             tosses = [toss(count, device) for _ in range(samples)]
             return torch.cat(tosses).bool()
 
         def draw(game: Game) -> Tensor:
-            return _by_example(game, table)[..., known]
+            with draws.taken():
+                return _by_example(game, table)[..., known]
 
         return _Fitted(draw, _by_distance, "lasso", 0.01, samples)
 
@@ -231,9 +233,10 @@ class KernelShap(Lime):
         self.interpretable_model = Linear("linear", 0.0)
         self.inf_weight = INFINITE
 
-    def _method(self, samples: int, known: Tensor, count: int) -> _Fitted:
+    def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
         def draw(game: Game) -> Tensor:
-            tables = _by_example(game, lambda _: kernel_coalitions(samples, count))
+            with draws.taken():
+                tables = _by_example(game, lambda _: kernel_coalitions(samples, count))
             return tables.to(game.device)[..., known]
 
         def weigh(game: Game, present: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from saliency_fast.captum.contract import (
     like_inputs,
     public,
 )
-from saliency_fast.captum.perturbed import Asked, Maps, check_at_once, perturbed
+from saliency_fast.captum.perturbed import Asked, Draws, Maps, check_at_once, perturbed
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
@@ -261,7 +261,9 @@ class FeaturePermutation(FeatureAblation):
             at_once=perturbations_per_eval,
             progress=show_progress,
         )
-        found = perturbed(_Permuted(self.perm_func, parts, perturbations_per_eval), asked)
+        draws = Draws()
+        method = _Permuted(self.perm_func, parts, perturbations_per_eval, draws)
+        found = perturbed(method, asked, draws)
         return like_inputs(inputs, _typed(found))
 
 
@@ -272,6 +274,7 @@ class _Permuted:
     permute: Callable[[Tensor, Tensor], Tensor]
     inputs: Inputs
     together: int
+    draws: Draws
     name = "feature_permutation"
 
     def recipe(self) -> Recipe:
@@ -292,7 +295,8 @@ class _Permuted:
                 if feature not in kept:
                     # Drawn in Captum's order: so many features at once, one input after another.
                     kept.clear()
-                    kept.update(self._drawn(game, feature))
+                    with self.draws.taken():
+                        kept.update(self._drawn(game, feature))
                 tables.append(kept[feature])
             found = []
             for number, x in enumerate(asked.inputs):

@@ -7,6 +7,8 @@ each number that comes back is one of its targets.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,13 +64,29 @@ class Maps:
     dtype: torch.dtype
 
 
+class Draws:
+    """What a method draws from PyTorch's global generator, which the engine puts back after a call:
+    the state that the method leaves it in.
+    """
+
+    def __init__(self) -> None:
+        self.state = torch.get_rng_state()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Draws go on from where they were."""
+        torch.set_rng_state(self.state)
+        yield
+        self.state = torch.get_rng_state()
+
+
 def check_at_once(count: Any, words: str) -> None:
     """Raises where perturbations_per_eval is no positive whole number."""
     if not isinstance(count, int) or count < 1:
         raise ContractError(f"{words} Got {count!r}; pass perturbations_per_eval=1")
 
 
-def perturbed(method: Method, asked: Asked) -> Maps:
+def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
     """The maps of a method; `asked.at_once` only bounds what is held at once."""
     check_target(asked.target, len(asked.inputs[0]))
     owner = _owner(asked.forward)
@@ -81,6 +99,11 @@ def perturbed(method: Method, asked: Asked) -> Maps:
         if alike and first.shape == batch and not mixes and not asked.whole:
             found = _by_rows(method, asked)
         values, features = found or _as_one(method, asked, first)
+    if draws is not None:
+        torch.set_rng_state(draws.state)
+    if owner is not None and owner.training:
+        # The next call must not drop out the same.
+        torch.rand(1)
     return Maps(values, features, first.shape, first.dtype)
 
 

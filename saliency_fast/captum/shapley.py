@@ -19,7 +19,7 @@ from saliency_fast.captum.contract import (
     public,
 )
 from saliency_fast.captum.perturbation import read_masks
-from saliency_fast.captum.perturbed import Asked, check_at_once, perturbed
+from saliency_fast.captum.perturbed import Asked, Draws, check_at_once, perturbed
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.recipe import Method, Recipe
@@ -54,7 +54,7 @@ class ShapleyValueSampling(PerturbationAttribution):
                 "performance, make sure each consecutive integer corresponds to a feature.",
                 stacklevel=3,
             )
-        method = _Walked(n_samples, known, count)
+        method = _Walked(n_samples, known, count, Draws())
         return self._maps(
             *(method, masks, inputs, baselines, target, additional_forward_args),
             perturbations_per_eval,
@@ -81,7 +81,7 @@ class ShapleyValueSampling(PerturbationAttribution):
             at_once=at_once,
             progress=progress,
         )
-        found = perturbed(method, asked)
+        found = perturbed(method, asked, getattr(method, "draws", None))
         shape = found.shape or (1,)
         values = tuple(
             one.float().view(*shape, *x.shape[1:])
@@ -137,6 +137,7 @@ class _Walked:
     orders: int
     known: list[int]
     count: int
+    draws: Draws
     name = "shapley_sampling"
 
     def recipe(self) -> Recipe:
@@ -152,7 +153,8 @@ def _ranks(method: _Walked, game: Game) -> Callable[[int, int], Tensor]:
     known = torch.tensor(method.known) - min(0, method.known[0])
 
     def ranks(start: int, stop: int) -> Tensor:
-        orders = torch.stack([torch.randperm(method.count) for _ in range(start, stop)])
+        with method.draws.taken():
+            orders = torch.stack([torch.randperm(method.count) for _ in range(start, stop)])
         place = orders.argsort(dim=1)[:, known]
         return place.argsort(dim=1).argsort(dim=1)[None].to(game.device)
 
