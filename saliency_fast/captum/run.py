@@ -62,25 +62,27 @@ class _Engine(Engine):
 
 def explained(method: Method, asked: Asked) -> Inputs:
     """The maps of a method, like the inputs."""
-    owner = _owner(asked.forward)
-    with kept(owner):
-        found = _explained(method, asked, owner)
-    if owner is not None and owner.training:
+    owner, known, alone = _owner(asked.forward), _known(asked.forward), Known()
+    with kept(asked.forward):
+        found = _explained(method, asked, owner, known, alone)
+    if any(probe.cost.drew for probe in (*known.values(), *alone.values())):
         # The engine puts random states back: the next call must not drop out the same.
         torch.rand_like(asked.inputs[0], dtype=torch.float32)
     return found
 
 
-def _explained(method: Method, asked: Asked, owner: nn.Module | None) -> Inputs:
+def _explained(
+    method: Method, asked: Asked, owner: nn.Module | None, known: Known, alone: Known
+) -> Inputs:
     if not _is_by_rows(asked, owner):
-        return _as_one(method, asked)
+        return _as_one(method, asked, alone)
     try:
-        return _by_rows(method, asked)
+        return _by_rows(method, asked, known)
     except (ContractError, ModelError, BudgetError):
         raise
     except Exception:
         # One row alone may be what the model does not take; what is wrong otherwise shows again.
-        return _as_one(method, asked)
+        return _as_one(method, asked, alone)
 
 
 def _is_by_rows(asked: Asked, owner: nn.Module | None) -> bool:
@@ -94,14 +96,14 @@ def _mixes_rows(module: nn.Module) -> bool:
     return norm and (module.training or module.running_mean is None)
 
 
-def _by_rows(method: Method, asked: Asked) -> Inputs:
+def _by_rows(method: Method, asked: Asked, known: Known) -> Inputs:
     inputs = asked.inputs
     flat = tuple(x.dim() == 1 for x in inputs)
     baselines = asked.baselines
     if baselines is not None:
         baselines = tuple(map(_deep, baselines, flat))
     model = partial(_rowwise, asked.forward, flat)
-    engine = _Engine(model, method, _known(asked.forward), points_per_launch=_points(asked))
+    engine = _Engine(model, method, known, points_per_launch=_points(asked))
     target = _target(asked.target, len(inputs[0]))
     deep = tuple(x[:, None] if one else x for x, one in zip(inputs, flat, strict=True))
     found = engine(deep, target, baselines, forward_args=as_args(asked.further))
@@ -142,7 +144,7 @@ def _points(asked: Asked) -> int | None:
     return None if asked.points_per_launch is None else max(1, asked.points_per_launch)
 
 
-def _as_one(method: Method, asked: Asked) -> Inputs:
+def _as_one(method: Method, asked: Asked, known: Known) -> Inputs:
     """The batch as one example, whose points are batches."""
     inputs, seed = asked.inputs, getattr(method, "seed", None)
     if isinstance(seed, tuple):
@@ -152,7 +154,7 @@ def _as_one(method: Method, asked: Asked) -> Inputs:
         baselines = tuple(one[None] for one in filled(inputs, asked.baselines))
     model = partial(_whole, asked)
     limit = None if most is None else max(1, most // len(inputs[0]))
-    engine = _Engine(model, method, {}, points_per_launch=limit, lean=False)
+    engine = _Engine(model, method, known, points_per_launch=limit, lean=False)
     found = engine(tuple(x[None] for x in inputs), None, baselines)
     return _like(found.values, inputs)
 
@@ -222,9 +224,9 @@ def _owner(forward: Callable[..., Any]) -> nn.Module | None:
 
 
 @contextmanager
-def kept(owner: nn.Module | Callable[..., Any] | None) -> Iterator[None]:
+def kept(forward: Callable[..., Any]) -> Iterator[None]:
     """Running statistics come back as they were: a module in training mode stays in it."""
-    module = _owner(owner) if owner is not None else None
+    module = _owner(forward)
     training = [] if module is None else [one for one in module.modules() if one.training]
     held = [b for one in training for b in one._buffers.values() if b is not None]
     before = [one.clone() for one in held]

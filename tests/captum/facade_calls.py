@@ -150,8 +150,10 @@ def _tunnels() -> list[Call]:
             how = {"nt_type": kind, "nt_samples": 5, "nt_samples_batch_size": size, "stdevs": 0.0}
             note = f"tunnel {kind} by {size}"
             plain = {"target": [0, 2, 1]}
-            for name in ("Saliency", "InputXGradient"):
-                calls.append(Call(note, Tabular, name, randn(3, 7), plain, tunnel=how))
+            calls += [
+                Call(note, Tabular, name, randn(3, 7), plain, tunnel=how)
+                for name in ("Saliency", "InputXGradient")
+            ]
             path = {"n_steps": 4, "baselines": randn(3, 7, seed=5), **DELTA}
             calls.append(
                 Call(note, Tabular, "IntegratedGradients", randn(3, 7), plain | path, tunnel=how)
