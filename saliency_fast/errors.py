@@ -9,6 +9,14 @@ class InputError(SaliencyError, ValueError):
     """An input, baseline, target or option has the wrong shape, value or range."""
 
 
+class ContractError(InputError, AssertionError):
+    """An argument that Captum refuses by an assertion, in `saliency_fast.captum`."""
+
+
+class TargetRangeError(ContractError, IndexError, RuntimeError):
+    """A target outside of the output, in `saliency_fast.captum`: Captum lets PyTorch raise it."""
+
+
 class InputTypeError(SaliencyError, TypeError):
     """An argument has the wrong type."""
 

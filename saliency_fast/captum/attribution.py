@@ -1,0 +1,121 @@
+"""Base classes, as Captum has them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saliency_fast.captum.contract import (
+    as_args,
+    as_baselines,
+    as_tuple,
+    check_baselines,
+    check_target,
+    filled,
+    public,
+)
+from saliency_fast.captum.forward import compute_gradients, run_forward
+from saliency_fast.captum.run import Asked, kept
+from saliency_fast.errors import ContractError
+
+
+class Attribution:
+    """A method of attribution on a function of tensors, read anew at every call."""
+
+    attribute: Callable[..., Any]
+    compute_convergence_delta: Callable[..., Any]
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        self.forward_func = forward_func
+
+    def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises NotImplementedError: maps are returned, not promised."""
+        name = type(self).__name__
+        raise NotImplementedError(f"attribute_future is not implemented for {name}")
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        """Whether maps are multiplied by the inputs, or their distance from a baseline."""
+        return False
+
+    def has_convergence_delta(self) -> bool:
+        """Whether `attribute` takes return_convergence_delta."""
+        return False
+
+    @classmethod
+    def get_name(cls) -> str:
+        """The class's name in words: "Integrated Gradients"."""
+        return re.sub(r"(?<!^)([^a-z])", r" \1", cls.__name__)
+
+
+class GradientAttribution(Attribution):
+    """A method that takes gradients at the inputs.
+
+    gradient_func(forward_fn, inputs, target_ind, additional_forward_args): an instance may be given
+    another one, which then takes the place of the model's gradients.
+    """
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        super().__init__(forward_func)
+        self.gradient_func: Callable[..., tuple[Tensor, ...]] = compute_gradients
+
+    def _asked(self, inputs: tuple[Tensor, ...], target: Any, further: Any, **more: Any) -> Asked:
+        return Asked(
+            *(self.forward_func, inputs, target, further), gradient_func=self.gradient_func, **more
+        )
+
+    @public
+    def compute_convergence_delta(
+        self,
+        attributions: Tensor | tuple[Tensor, ...],
+        start_point: Any,
+        end_point: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+    ) -> Tensor:
+        """The sum of the attributions less F(end_point) - F(start_point), for each example [B]."""
+        ends, maps = as_tuple(end_point), as_tuple(attributions)
+        starts = filled(ends, as_baselines(start_point, ends))
+        for one, end in zip(maps, ends, strict=False):
+            if len(one) != len(end):
+                raise ContractError(
+                    "Attributions tensor and the end_point must match on the first dimension but "
+                    f"found attribution: {len(one)} and end_point: {len(end)}"
+                )
+        check_baselines(ends, starts)
+        check_target(target, len(ends[0]))
+        further = as_args(additional_forward_args)
+        with torch.no_grad(), kept(self.forward_func):
+            start = run_forward(self.forward_func, starts, target, further)
+            end = run_forward(self.forward_func, ends, target, further)
+            total = torch.stack([_rows(one) for one in maps]).sum(0)
+            return total - (_rows(end) - _rows(start))
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1).sum(1)
+
+
+class PerturbationAttribution(Attribution):
+    """A method that changes inputs and looks at what the function returns."""
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return True
+
+
+class InternalAttribution(Attribution):
+    """A method on a layer within a model; `device_ids` is kept for those who read it."""
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+    ) -> None:
+        super().__init__(forward_func)
+        self.layer, self.device_ids = layer, device_ids

@@ -1,0 +1,256 @@
+"""Run: a facade's call on the engine.
+
+Captum runs all rows at once and leaves the model's mode as it is. The engine is handed a function
+around the user's, so that nothing is switched, and rows in whatever launches suit. Where rows are
+not each their own (batch norm in training mode, one number for a whole batch, inputs of several
+lengths, a gradient function of the user's), the whole batch is one example: its points hold all
+rows, as Captum's do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from saliency_fast.api import Engine
+from saliency_fast.captum.contract import Baselines, as_args, filled
+from saliency_fast.captum.forward import (
+    compute_gradients,
+    need_one_number,
+    run_forward,
+    selected,
+)
+from saliency_fast.engine.choose import Known
+from saliency_fast.engine.recipe import Method
+from saliency_fast.errors import BudgetError, ContractError, ModelError
+from saliency_fast.model.routes import Inputs
+from saliency_fast.model.targets import tensor_of
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asks of the engine. gradient_func: an instance's own."""
+
+    forward: Callable[..., Any]
+    inputs: Inputs
+    target: Any = None
+    further: Any = None
+    baselines: Baselines | None = None
+    gradient_func: Callable[..., Inputs] = compute_gradients
+    points_per_launch: int | None = None
+
+
+class _NotByRowsError(Exception):
+    """Rows of a call are not each their own."""
+
+
+class _Engine(Engine):
+    """An engine that shares what points took with others of the same user's function."""
+
+    def __init__(self, model: Callable[..., Any], method: Method, known: Known, **of: Any) -> None:
+        super().__init__(model, method, hashes=False, **of)
+        self._place.known = known
+
+
+def explained(method: Method, asked: Asked) -> Inputs:
+    """The maps of a method, like the inputs."""
+    owner, known, alone = _owner(asked.forward), _known(asked.forward), Known()
+    with kept(asked.forward):
+        found = _explained(method, asked, owner, known, alone)
+    if any(probe.cost.drew for probe in (*known.values(), *alone.values())):
+        # The engine puts random states back: the next call must not drop out the same.
+        torch.rand_like(asked.inputs[0], dtype=torch.float32)
+    return found
+
+
+def _explained(
+    method: Method, asked: Asked, owner: nn.Module | None, known: Known, alone: Known
+) -> Inputs:
+    if not _is_by_rows(asked, owner):
+        return _as_one(method, asked, alone)
+    for target in _targets(asked.target, len(asked.inputs[0])):
+        if (found := _tried(partial(_by_rows, method, asked, target, known))) is not None:
+            return found
+    return _as_one(method, asked, alone)
+
+
+def _tried(call: Callable[[], Inputs]) -> Inputs | None:
+    """None where something is wrong that another form of the call may be free of: the engine's
+    targets are not all that Captum allows, and one row alone may not be what a model takes. What
+    is wrong otherwise shows again, in the last form.
+    """
+    try:
+        return call()
+    except (ContractError, ModelError, BudgetError):
+        raise
+    except Exception:
+        return None
+
+
+def _is_by_rows(asked: Asked, owner: nn.Module | None) -> bool:
+    mixes = owner is not None and any(map(_mixes_rows, owner.modules()))
+    alike = len({x.shape[:1] for x in asked.inputs}) == 1 and asked.inputs[0].dim() > 0
+    return alike and not mixes and asked.gradient_func is compute_gradients
+
+
+def _mixes_rows(module: nn.Module) -> bool:
+    norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return norm and (module.training or module.running_mean is None)
+
+
+def _by_rows(method: Method, asked: Asked, target: Any, known: Known) -> Inputs:
+    inputs = asked.inputs
+    flat = tuple(x.dim() == 1 for x in inputs)
+    baselines = asked.baselines
+    if baselines is not None:
+        baselines = tuple(map(_deep, baselines, flat))
+    model = partial(_rowwise, asked.forward, flat)
+    engine = _Engine(model, method, known, points_per_launch=_points(asked))
+    deep = tuple(x[:, None] if one else x for x, one in zip(inputs, flat, strict=True))
+    found = engine(deep, target, baselines, forward_args=as_args(asked.further))
+    return _like(found.values, inputs)
+
+
+def _deep(baseline: Any, flat: bool) -> Any:
+    return baseline[:, None] if flat and isinstance(baseline, Tensor) else baseline
+
+
+def _rowwise(forward: Callable[..., Any], flat: tuple[bool, ...], *given: Any) -> Any:
+    """The user's function on the rows of a launch; inputs [B] are columns to the engine."""
+    count = len(flat)
+    points = (x[:, 0] if one else x for x, one in zip(given[:count], flat, strict=True))
+    raw, rows = forward(*points, *given[count:]), len(given[0])
+    if tensor_of(raw).shape[:1] != (rows,):
+        raise _NotByRowsError
+    return raw
+
+
+def _targets(target: Any, batch: int) -> Iterator[Any]:
+    """A target as the engine takes it: by numbers, then by a function, which allows all forms but
+    serves no recorded launches.
+    """
+    if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1):
+        if len(target) == batch:
+            yield target
+        return
+    if isinstance(target, Tensor) and isinstance(target.item(), int):
+        target = int(target.item())
+    index = target if isinstance(target, tuple) else (target,)
+    if target is None:
+        yield None
+    elif all(isinstance(one, int) and one >= 0 for one in index):
+        yield int(target) if isinstance(target, int) else [target] * batch
+    yield partial(_scores, target)
+
+
+def _scores(target: Any, raw: Any) -> Tensor:
+    scores = selected(tensor_of(raw), target)
+    need_one_number(scores)
+    return scores.reshape(-1)
+
+
+def _points(asked: Asked) -> int | None:
+    return None if asked.points_per_launch is None else max(1, asked.points_per_launch)
+
+
+def _as_one(method: Method, asked: Asked, known: Known) -> Inputs:
+    """The batch as one example, whose points are batches."""
+    inputs, seed = asked.inputs, getattr(method, "seed", None)
+    if isinstance(seed, tuple):
+        method = replace(method, seed=seed[:1])  # type: ignore[type-var]
+    most, baselines = _points(asked), None
+    if asked.baselines is not None:
+        baselines = tuple(one[None] for one in filled(inputs, asked.baselines))
+    model = partial(_whole, asked)
+    limit = None if most is None else max(1, most // len(inputs[0]))
+    engine = _Engine(model, method, known, points_per_launch=limit, lean=False)
+    found = engine(tuple(x[None] for x in inputs), None, baselines)
+    return _like(found.values, inputs)
+
+
+def _whole(asked: Asked, *points: Tensor) -> Tensor:
+    """Scores of points [R, B, *]: sums over their rows; of what all have in common, shares."""
+    count = len(points[0])
+    rows = tuple(x.flatten(0, 1) for x in points)
+    target, further = _repeated(asked.target, count), as_args(asked.further)
+    further = tuple(_repeated(one, count) if isinstance(one, Tensor) else one for one in further)
+    if asked.gradient_func is compute_gradients:
+        scores = run_forward(asked.forward, rows, target, further)
+        need_one_number(scores)
+    else:
+        scores = _Given.apply(asked, target, further, *rows)  # type: ignore[no-untyped-call]
+    if scores.dim() and len(scores) % count == 0:
+        return scores.reshape(count, -1).sum(1)
+    return (scores.sum() / count).expand(count)
+
+
+def _repeated(value: Any, count: int) -> Any:
+    if isinstance(value, list):
+        return value * count
+    many = isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 1
+    return torch.cat([value] * count) if many else value
+
+
+class _Given(torch.autograd.Function):
+    """A score whose gradients a function of the user's gives."""
+
+    @staticmethod
+    def forward(ctx: Any, asked: Asked, target: Any, further: Any, *rows: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_() for x in rows)
+            found = asked.gradient_func(asked.forward, leaves, target, further or None)
+        ctx.save_for_backward(*(one.detach() for one in found))
+        return rows[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *cotangent: Tensor) -> Any:
+        return None, None, None, *(one * cotangent[0] for one in ctx.saved_tensors)
+
+
+def _like(values: Tensor | Inputs, inputs: Inputs) -> Inputs:
+    parts = values if isinstance(values, tuple) else (values,)
+    return tuple(one.view(x.shape) for one, x in zip(parts, inputs, strict=True))
+
+
+_KNOWN: WeakKeyDictionary[Any, dict[str, Known]] = WeakKeyDictionary()
+
+
+def _known(forward: Callable[..., Any]) -> Known:
+    """What points of a user's function took, for as long as it lives."""
+    owner: Any = forward
+    name = ""
+    if isinstance(forward, MethodType):
+        owner, name = forward.__self__, forward.__name__
+    try:
+        return _KNOWN.setdefault(owner, {}).setdefault(name, {})
+    except TypeError:
+        return {}
+
+
+def _owner(forward: Callable[..., Any]) -> nn.Module | None:
+    owner = forward.__self__ if isinstance(forward, MethodType) else forward
+    return owner if isinstance(owner, nn.Module) else None
+
+
+@contextmanager
+def kept(forward: Callable[..., Any]) -> Iterator[None]:
+    """Running statistics come back as they were: a module in training mode stays in it."""
+    module = _owner(forward)
+    training = [] if module is None else [one for one in module.modules() if one.training]
+    held = [b for one in training for b in one._buffers.values() if b is not None]
+    before = [one.clone() for one in held]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for one, was in zip(held, before, strict=True):
+                if not torch.equal(one, was):
+                    one.copy_(was)
