@@ -57,7 +57,7 @@ class _Engine(Engine):
 
     def __init__(self, model: Callable[..., Any], method: Method, known: Known, **of: Any) -> None:
         super().__init__(model, method, hashes=False, **of)
-        self._place.known = known
+        self._place.knowns = {(): known}
 
 
 def explained(method: Method, asked: Asked) -> Inputs:
