@@ -348,10 +348,19 @@ COMPILED = tuple(name for name in MAKERS if name.endswith("compiled"))
 ON_GPU = tuple(name for name in MAKERS if name not in COMPILED)
 
 
+CALLED = ("saliency_fast.captum", "captum.attr")
+"""Code written for Captum with either library, for `python -m benchmarks.methods`."""
+
+
 def make(name: str, workload: Workload, model: nn.Module) -> Contender:
     """A contender by name, with `model` on its device."""
     if budget := re.fullmatch(rf"{OURS}, (\d+ MiB)", name):
         return Ours(workload, model, memory_budget=budget[1])
+    if name in CALLED:
+        # It knows the settings of this module.
+        from benchmarks.calls import Called
+
+        return Called(name, workload, model)
     known = MAKERS | APART
     if name not in known:
         raise ValueError(f"contender must be one of {', '.join(known)}: got {name!r}")

@@ -28,7 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured yet"
 GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 """The files of per-op rows on a GPU, by `benchmarks.gpu` and by `benchmarks.ops`."""
-OWN_TABLES = ("precision", "requests", "smoothgrad", "startup")
+OWN_TABLES = ("methods", "precision", "requests", "smoothgrad", "startup")
 """Modules beside this one whose `table` makes what they measured into Markdown."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
 HALF = "saliency_fast, bfloat16"
@@ -58,7 +58,7 @@ def full(document: dict[str, Any]) -> str:
             _spread(row),
             _number(row["gradients_per_second"]),
             times_text(row["times_captum"]),
-            _bytes(row["peak_bytes"]),
+            bytes_text(row["peak_bytes"]),
             error_text(row["error"]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -87,8 +87,8 @@ def summary(document: dict[str, Any]) -> str:
             ours["reason"] or time_text(ours["seconds"]),
             *(_against(ours, by.get(name)) for name in (CAPTUM, TUNED, LOOP)),
             _half(half, captum),
-            _bytes(ours["peak_bytes"]),
-            _bytes(captum.get("peak_bytes")),
+            bytes_text(ours["peak_bytes"]),
+            bytes_text(captum.get("peak_bytes")),
             error_text(ours["error"]),
             error_text(captum.get("error")),
             error_text(half["error"] if half else None),
@@ -127,13 +127,13 @@ def lean(document: dict[str, Any]) -> str:
         [
             model_text(row), row["setting"], row["contender"], _number(row["points_per_launch"]),
             row["reason"] or time_text(row["seconds"]), _spread(row), _ratio(row, captum, "time"),
-            _ratio(row, off, "time"), _bytes(row["peak_bytes"]), _ratio(row, captum, "memory"),
+            _ratio(row, off, "time"), bytes_text(row["peak_bytes"]), _ratio(row, captum, "memory"),
             _ratio(row, off, "memory"), *_foreseen(row), error_text(row["error"]),
         ]
         for row in parts["launch"]
     ]  # fmt: skip
     saved = [
-        [model_text(row), *(_bytes(row[key]) for key in ("saved_before", "saved_after")),
+        [model_text(row), *(bytes_text(row[key]) for key in ("saved_before", "saved_after")),
          row["reason"] or times_text(row["times_less"])]
         for row in parts["saved"]
     ]  # fmt: skip
@@ -142,7 +142,7 @@ def lean(document: dict[str, Any]) -> str:
             model_text(row), row["setting"], row["contender"],
             row["reason"] or time_text(row["seconds"]), _spread(row),
             _ratio(row, "saliency_fast, no prefix", "time"),
-            row["prefix"] or "-", _bytes(row["peak_bytes"]),
+            row["prefix"] or "-", bytes_text(row["peak_bytes"]),
             _ratio(row, "saliency_fast, no prefix", "memory"), *_foreseen(row),
             error_text(row["error"]),
         ]
@@ -193,9 +193,9 @@ def kernels(name: str, document: dict[str, Any], results: Path) -> str:
 def _foreseen(row: Row) -> list[str]:
     """What was planned, what the call alone took, and how the plan compares."""
     return [
-        _bytes(row["planned_bytes"]),
+        bytes_text(row["planned_bytes"]),
         times_text(row["planned_over_peak"]),
-        _bytes(row["rise_bytes"]),
+        bytes_text(row["rise_bytes"]),
         times_text(row["planned_over_rise"]),
     ]
 
@@ -275,7 +275,7 @@ def _against(ours: Row, other: Row | None) -> str:
     return f"{time_text(other['seconds'])} ({other['seconds'] / ours['seconds']:.2f}x)"
 
 
-def _bytes(count: int | None) -> str:
+def bytes_text(count: int | None) -> str:
     if count is None:
         return "-"
     mebi = count / 2**20

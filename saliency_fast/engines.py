@@ -380,9 +380,9 @@ def _ready(device: torch.device) -> Callable[[], None]:
     return lambda: torch.cuda.current_stream(device).wait_event(event)
 
 
-_PROBED: WeakKeyDictionary[nn.Module, Known] = WeakKeyDictionary()
+_PROBED: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Known]] = WeakKeyDictionary()
 
 
-def _probes_of(model: Callable[..., Any]) -> Known:
-    """What points of a model took, by their shapes; engines of one module share it."""
+def _probes_of(model: Callable[..., Any]) -> dict[tuple[object, ...], Known]:
+    """What points of a model took, by where they are; engines of one module share it."""
     return _PROBED.setdefault(model, {}) if isinstance(model, nn.Module) else {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -118,6 +120,26 @@ def test_a_recorded_model_leaves_out_what_leads_to_the_layer() -> None:
     assert relative_l2(found.values, plain.values) < 1e-5
 
 
+def test_a_function_around_a_model_takes_layers_themselves() -> None:
+    model, x = convolutional().double(), images()
+    found = sf.explain(lambda x: model(x)[:, 1], x, at=model[2], method="gradient")
+    expected = sf.explain(model, x, target=1, at="2", method="gradient")
+    torch.testing.assert_close(found.values, expected.values)
+
+
+def test_what_points_took_is_known_to_later_engines_and_goes_with_the_model() -> None:
+    model, x = convolutional(), images().float()
+    sf.explain(model, x, target=1, at="2")
+    (found,) = (one for key, one in sf.Engine(model)._place.knowns.items() if key)
+    probes = list(found.values())
+    sf.explain(model, x, target=1, at="2")
+    assert all(one is other for one, other in zip(probes, found.values(), strict=True))
+    gone = weakref.ref(model)
+    del model, found, probes
+    gc.collect()
+    assert gone() is None
+
+
 def test_token_ids_are_explained_at_their_embeddings() -> None:
     model, ids = Words().double(), torch.randint(0, 30, (2, 7))
     mask = torch.ones(2, 7).double()
@@ -189,8 +211,10 @@ def test_errors() -> None:
         sf.explain(model, x, target=0, at=nn.Linear(2, 2))
     with pytest.raises(InputTypeError, match="at must be a layer"):
         sf.explain(model, x, target=0, at=3)  # type: ignore[arg-type]
-    with pytest.raises(InputTypeError, match=r"needs a model with layers"):
+    with pytest.raises(InputTypeError, match=r"at names layers of a torch\.nn\.Module"):
         sf.explain(lambda x: x.sum((1, 2, 3)), x, at="2")
+    with pytest.raises(ModelError, match="the layer Linear did not run"):
+        sf.explain(lambda x: x.sum((1, 2, 3)), x, at=model[6])
     with pytest.raises(InputError, match="at is empty"):
         sf.explain(model, x, target=0, at=[])
     with pytest.raises(InputError, match=r"no torch\.nn\.Embedding"):

@@ -3,7 +3,6 @@
 from saliency_fast.captum.attribution import (
     Attribution,
     GradientAttribution,
-    InternalAttribution,
     PerturbationAttribution,
 )
 from saliency_fast.captum.gradient import InputXGradient, Saliency
@@ -23,7 +22,6 @@ __all__ = [
     "GradientShap",
     "InputXGradient",
     "IntegratedGradients",
-    "InternalAttribution",
     "KernelShap",
     "Lime",
     "LimeBase",

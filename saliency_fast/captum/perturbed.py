@@ -23,22 +23,23 @@ from saliency_fast.captum.run import (
     _Engine,
     _known,
     _mixes_rows,
-    _NotByRowsError,
     _owner,
     _rowwise,
-    _target,
+    _targets,
+    _tried,
     kept,
 )
+from saliency_fast.engine.choose import Known
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.recipe import Method
-from saliency_fast.errors import BudgetError, ContractError, ModelError
+from saliency_fast.errors import ContractError
 from saliency_fast.model.routes import Inputs
 
 
 @dataclass(frozen=True)
 class Asked:
     """What a call asks of the engine. features: masks that broadcast to their inputs [1 | B, *];
-    at_once: perturbations per call of the function; whole: the batch is one example in any case.
+    at_once: perturbations per call of the function.
     """
 
     forward: Any
@@ -49,7 +50,6 @@ class Asked:
     features: Inputs | None = None
     at_once: int = 1
     progress: bool = False
-    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,11 @@ class Draws:
     """
 
     def __init__(self) -> None:
-        self.state = torch.get_rng_state()
+        self.start = self.state = torch.get_rng_state()
+
+    def again(self) -> None:
+        """As if nothing had been drawn."""
+        self.state = self.start
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -89,19 +93,25 @@ def check_at_once(count: Any, words: str) -> None:
 def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
     """The maps of a method; `asked.at_once` only bounds what is held at once."""
     check_target(asked.target, len(asked.inputs[0]))
-    owner = _owner(asked.forward)
+    owner, known, alone = _owner(asked.forward), _known(asked.forward), Known()
     with kept(asked.forward):
         first = _first(asked)
         batch = asked.inputs[0].shape[:1]
         alike = len({x.shape[:1] for x in asked.inputs}) == 1 and len(batch) == 1
         mixes = owner is not None and any(map(_mixes_rows, owner.modules()))
+        calls = []
+        if alike and first.shape == batch and not mixes:
+            targets = _targets(asked.target, len(asked.inputs[0]))
+            calls = [partial(_by_rows, method, asked, one, known) for one in targets]
         found = None
-        if alike and first.shape == batch and not mixes and not asked.whole:
-            found = _by_rows(method, asked)
-        values, features = found or _as_one(method, asked, first)
+        for call in calls:
+            found = found or _tried(call)
+            if found is None and draws is not None:
+                draws.again()
+        values, features = found or _as_one(method, asked, first, alone)
     if draws is not None:
         torch.set_rng_state(draws.state)
-    if owner is not None and owner.training:
+    if any(probe.cost.drew for probe in (*known.values(), *alone.values())):
         # The next call must not drop out the same.
         torch.rand(1)
     return Maps(values, features, first.shape, first.dtype)
@@ -125,8 +135,10 @@ def _first(asked: Asked) -> Tensor:
     return parsed(raw, asked.target)
 
 
-def _by_rows(method: Method, asked: Asked) -> tuple[Inputs, Tensor | None] | None:
-    """Maps by rows; nothing where it turns out that rows are not each their own."""
+def _by_rows(
+    method: Method, asked: Asked, target: Any, known: Known
+) -> tuple[Inputs, Tensor | None]:
+    """Maps by rows."""
     inputs, flat = asked.inputs, tuple(x.dim() == 1 for x in asked.inputs)
     baselines, features = asked.baselines, asked.features
     if baselines is not None:
@@ -138,26 +150,20 @@ def _by_rows(method: Method, asked: Asked) -> tuple[Inputs, Tensor | None] | Non
     engine = _Engine(
         partial(_rowwise, asked.forward, flat),
         method,
-        _known(asked.forward),
+        known,
         points_per_launch=None if asked.at_once == 1 else asked.at_once * len(inputs[0]),
         progress=asked.progress,
     )
     deep = tuple(x[:, None] if one else x for x, one in zip(inputs, flat, strict=True))
-    target = _target(asked.target, len(inputs[0]))
-    try:
-        found = engine(
-            deep, target, baselines, forward_args=as_args(asked.further), features=features
-        )
-    except (ContractError, ModelError, BudgetError):
-        raise
-    except _NotByRowsError:
-        return None
+    found = engine(deep, target, baselines, forward_args=as_args(asked.further), features=features)
     values = found.values if isinstance(found.values, tuple) else (found.values,)
     same = tuple(one.view(x.shape) for one, x in zip(values, inputs, strict=True))
     return same, found.extras.get("features")
 
 
-def _as_one(method: Method, asked: Asked, first: Tensor) -> tuple[Inputs, Tensor | None]:
+def _as_one(
+    method: Method, asked: Asked, first: Tensor, known: Known
+) -> tuple[Inputs, Tensor | None]:
     """The batch as one example, whose points are batches: one call of the function for each."""
     inputs, baselines = asked.inputs, None
     batch = len(inputs[0])
@@ -175,7 +181,7 @@ def _as_one(method: Method, asked: Asked, first: Tensor) -> tuple[Inputs, Tensor
     own = any(one.dim() == x.dim() and len(one) > 1 for one, x in pairs)
     features = tuple(one.expand(x.shape)[None] for one, x in pairs)
     engine = _Engine(
-        *(partial(_whole, asked), method, {}),
+        *(partial(_whole, asked), method, known),
         points_per_launch=1,
         lean=False,
         progress=asked.progress,

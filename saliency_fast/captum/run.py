@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,6 +48,9 @@ class Asked:
     points_per_launch: int | None = None
 
 
+Found = TypeVar("Found")
+
+
 class _NotByRowsError(Exception):
     """Rows of a call are not each their own."""
 
@@ -57,7 +60,7 @@ class _Engine(Engine):
 
     def __init__(self, model: Callable[..., Any], method: Method, known: Known, **of: Any) -> None:
         super().__init__(model, method, hashes=False, **of)
-        self._probed = known
+        self._place.knowns = {(): known}
 
 
 def explained(method: Method, asked: Asked) -> Inputs:
@@ -76,13 +79,23 @@ def _explained(
 ) -> Inputs:
     if not _is_by_rows(asked, owner):
         return _as_one(method, asked, alone)
+    for target in _targets(asked.target, len(asked.inputs[0])):
+        if (found := _tried(partial(_by_rows, method, asked, target, known))) is not None:
+            return found
+    return _as_one(method, asked, alone)
+
+
+def _tried(call: Callable[[], Found]) -> Found | None:
+    """None where something is wrong that another form of the call may be free of: the engine's
+    targets are not all that Captum allows, and one row alone may not be what a model takes. What
+    is wrong otherwise shows again, in the last form.
+    """
     try:
-        return _by_rows(method, asked, known)
+        return call()
     except (ContractError, ModelError, BudgetError):
         raise
     except Exception:
-        # One row alone may be what the model does not take; what is wrong otherwise shows again.
-        return _as_one(method, asked, alone)
+        return None
 
 
 def _is_by_rows(asked: Asked, owner: nn.Module | None) -> bool:
@@ -96,7 +109,7 @@ def _mixes_rows(module: nn.Module) -> bool:
     return norm and (module.training or module.running_mean is None)
 
 
-def _by_rows(method: Method, asked: Asked, known: Known) -> Inputs:
+def _by_rows(method: Method, asked: Asked, target: Any, known: Known) -> Inputs:
     inputs = asked.inputs
     flat = tuple(x.dim() == 1 for x in inputs)
     baselines = asked.baselines
@@ -104,7 +117,6 @@ def _by_rows(method: Method, asked: Asked, known: Known) -> Inputs:
         baselines = tuple(map(_deep, baselines, flat))
     model = partial(_rowwise, asked.forward, flat)
     engine = _Engine(model, method, known, points_per_launch=_points(asked))
-    target = _target(asked.target, len(inputs[0]))
     deep = tuple(x[:, None] if one else x for x, one in zip(inputs, flat, strict=True))
     found = engine(deep, target, baselines, forward_args=as_args(asked.further))
     return _like(found.values, inputs)
@@ -124,14 +136,22 @@ def _rowwise(forward: Callable[..., Any], flat: tuple[bool, ...], *given: Any) -
     return raw
 
 
-def _target(target: Any, batch: int) -> Any:
-    """A target as the engine takes it."""
-    many = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
-    if not many:
-        return partial(_scores, target)
-    if len(target) != batch:
-        raise _NotByRowsError
-    return target
+def _targets(target: Any, batch: int) -> Iterator[Any]:
+    """A target as the engine takes it: by numbers, then by a function, which allows all forms but
+    serves no recorded launches.
+    """
+    if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1):
+        if len(target) == batch:
+            yield target
+        return
+    if isinstance(target, Tensor) and isinstance(target.item(), int):
+        target = int(target.item())
+    index = target if isinstance(target, tuple) else (target,)
+    if target is None:
+        yield None
+    elif all(isinstance(one, int) and one >= 0 for one in index):
+        yield int(target) if isinstance(target, int) else [target] * batch
+    yield partial(_scores, target)
 
 
 def _scores(target: Any, raw: Any) -> Tensor:

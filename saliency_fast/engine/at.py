@@ -28,14 +28,20 @@ AUTO = "auto"
 @dataclass
 class Place:
     """Where an engine explains: at a model's inputs, or `at` layers, at what they give or, with
-    `of_input`, what they take. known: of points at the inputs.
+    `of_input`, what they take. knowns: what points took, at the inputs under (), at layers by
+    their ids; engines of one model share it.
     """
 
     model: Model
     at: At | None
     of_input: bool
-    known: Known
-    _behind: dict[tuple[int, ...], tuple[Behind, Known]] = field(default_factory=dict)
+    knowns: dict[tuple[object, ...], Known]
+    _behind: dict[tuple[object, ...], Behind] = field(default_factory=dict)
+
+    @property
+    def known(self) -> Known:
+        """What points at the inputs took."""
+        return self.knowns.setdefault((), {})
 
     def taken(
         self, call: Call, recipe: Recipe, baseline: Any
@@ -48,10 +54,10 @@ class Place:
         if recipe.layers is not None:
             return self.model, replace(call, layers=layers), baseline, self.known, layers
         values, counts = self._values(call.inputs, call, layers, torch.arange(call.batch))
-        key = (*map(id, layers), *counts)
+        key = (self.of_input, *map(id, layers), *counts)
         if key not in self._behind:
-            self._behind[key] = Behind(self.model, layers, self.of_input, counts), {}
-        behind, known = self._behind[key]
+            self._behind[key] = Behind(self.model, layers, self.of_input, counts)
+        behind, known = self._behind[key], self.knowns.setdefault(key, {})
         # A baseline that the method has no use for is refused where others are.
         if recipe.baseline != "none":
             baseline = self._baseline(baseline, call, layers, recipe)

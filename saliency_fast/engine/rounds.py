@@ -15,7 +15,7 @@ from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Level, Recipe
 from saliency_fast.engine.run import Run
-from saliency_fast.engine.way import function_of
+from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import Taps
 from saliency_fast.model.routes import Inputs, Plain, Route, Ruled, Rules, Watched
@@ -105,6 +105,10 @@ class RoundsRun(Run):
     """A run of a recipe whose points follow from earlier answers."""
 
     maps: Maps
+
+    def __init__(self, way: Way, model: Model, *about: Any) -> None:
+        super().__init__(way, model, *about)
+        self.model = model
 
     def steps(self, moment: Callable[[int, int], Moment]) -> Steps:
         """Answers one round after another, with a moment for every map on the way and the last."""

@@ -58,7 +58,7 @@ class Run:
     ) -> None:
         """known: what the precision costs, where an earlier call has told."""
         self.call, self.recipe, self.plan, self.baselines = call, recipe, plan, baselines
-        self.way, self.model = way, model
+        self.way = way
         self.function = way.function(model, call)
         self.hoist = way.hoist(call, recipe, plan.points_per_launch)
         self.behind = way.launched(model, call, recipe, baselines)

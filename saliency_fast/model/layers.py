@@ -33,8 +33,16 @@ def find_layers(model: object, at: At) -> tuple[nn.Module, ...]:
     parts = list(at) if isinstance(at, (tuple, list)) else [at]
     if not parts:
         raise InputError("at is empty: expected a layer, its name, or several of these")
+    own = tuple(one for one in parts if isinstance(one, nn.Module))
+    if len(own) == len(parts) and not _is_module(model):
+        # A function around a model: whether the layers run shows when it does.
+        return own
     module = module_of(model)
     return tuple(_find(module, one) for one in parts)
+
+
+def _is_module(model: object) -> bool:
+    return isinstance(getattr(model, "_orig_mod", model), nn.Module)
 
 
 def module_of(model: object) -> nn.Module:
@@ -42,15 +50,16 @@ def module_of(model: object) -> nn.Module:
     inner: object = getattr(model, "_orig_mod", model)
     if not isinstance(inner, nn.Module):
         raise InputTypeError(
-            f"at needs a model with layers, a torch.nn.Module: got {type(model).__name__}; pass "
-            "the module instead of a function around it"
+            f"at names layers of a torch.nn.Module: got {type(model).__name__}; pass the module "
+            "instead of a function around it, or the layers themselves"
         )
     return inner
 
 
 def names_of(model: object, layers: Sequence[nn.Module]) -> list[str]:
     """The names of layers, as `named_modules` has them."""
-    known = {id(layer): name for name, layer in module_of(model).named_modules()}
+    named = module_of(model).named_modules() if _is_module(model) else ()
+    known = {id(layer): name for name, layer in named}
     return [known.get(id(layer), type(layer).__name__) for layer in layers]
 
 

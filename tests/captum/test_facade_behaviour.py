@@ -186,6 +186,16 @@ def test_models_are_let_go() -> None:
     assert gone() is None
 
 
+@pytest.mark.parametrize(
+    "target", [1, (1,), torch.tensor(1), torch.tensor([0, 1])], ids=["int", "tuple", "one", "many"]
+)
+def test_targets_that_recorded_launches_serve(target: Any) -> None:
+    """The engine gets numbers, and a function only for what it has no form for."""
+    first = next(run._targets(target, 2))
+    assert not callable(first)
+    assert all(map(callable, run._targets((-1,), 2)))
+
+
 def test_facts_of_instances() -> None:
     method = facade.IntegratedGradients(len, multiply_by_inputs=False)
     assert not method.multiplies_by_inputs

@@ -385,5 +385,5 @@ def test_random_stems(case: tuple[Chain, Tensor, int], method: str, size: int) -
     prefix = probed(engine).way.prefix
     assert (prefix is not None) == (affine > 0)
     plain = sf.Engine(model, METHODS[method], points_per_launch=size, lean=False)
-    plain._place.known = {}
+    plain._place.knowns = {}
     check(found, plain(x, 1))
