@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from saliency_fast.captum.attribution import PerturbationAttribution
@@ -138,6 +138,8 @@ class Linear:
     def fit(self, train_data: DataLoader[Any]) -> None:
         """Fits the slopes to samples, outputs and weights."""
         z, y, weight = (torch.cat(one) for one in zip(*train_data, strict=True))
+        # A linear layer's first weights, which Captum's model draws here.
+        nn.Linear(z.shape[1], 1)
         slopes = fit(z, y.double()[:, None], weight.double(), self.how, self.alpha)
         self.slopes = slopes.values.T.float()
 

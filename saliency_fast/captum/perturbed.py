@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.captum.contract import Baselines, as_args, check_target, filled
+from saliency_fast.captum.contract import Baselines, as_args, filled
 from saliency_fast.captum.forward import selected
 from saliency_fast.captum.run import (
     _deep,
@@ -92,7 +92,6 @@ def check_at_once(count: Any, words: str) -> None:
 
 def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
     """The maps of a method; `asked.at_once` only bounds what is held at once."""
-    check_target(asked.target, len(asked.inputs[0]))
     owner, known, alone = _owner(asked.forward), _known(asked.forward), Known()
     with kept(asked.forward):
         first = _first(asked)
