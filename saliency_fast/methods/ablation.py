@@ -13,9 +13,8 @@ from saliency_fast.engine.rounds import Asked, Found, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import checks
 from saliency_fast.methods.coalitions import POINTS, Game
-from saliency_fast.methods.standins import segment_points
 from saliency_fast.model.routes import Inputs
-from saliency_fast.ops import philox, random_bits
+from saliency_fast.ops import philox, random_bits, segment_points
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.points import Seed, seeds
 from saliency_fast.engine.rounds import Asked, Maps, Round
-from saliency_fast.methods.standins import segment_points
 from saliency_fast.model.routes import Inputs
+from saliency_fast.ops import segment_points
 
 POINTS = 1024
 """Points that an example is taken to get where only the call tells."""

@@ -13,9 +13,9 @@ from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_ro
 from saliency_fast.errors import InputError
 from saliency_fast.methods import checks
 from saliency_fast.methods.coalitions import POINTS
-from saliency_fast.methods.standins import window_points
 from saliency_fast.methods.windows import Grid, check_whole, read_windows
 from saliency_fast.model.routes import Inputs
+from saliency_fast.ops import window_points
 
 Window = int | tuple[int, ...] | tuple[int | tuple[int, ...] | None, ...] | None
 

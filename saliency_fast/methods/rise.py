@@ -15,9 +15,8 @@ from saliency_fast.engine.superpixels import spatial_axes
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import checks
 from saliency_fast.methods.coalitions import own_seeds
-from saliency_fast.methods.standins import mask_points
 from saliency_fast.model.routes import Inputs
-from saliency_fast.ops import philox, random_bits
+from saliency_fast.ops import mask_points, philox, random_bits
 
 LOOKS = 16
 """Maps so far that a call gives on the way."""
