@@ -147,6 +147,43 @@ def pooled(device: str) -> list[Call]:
     return calls
 
 
+def perturbed(device: str) -> list[Call]:
+    """One picture of 3 x 224 x 224 with parts of it replaced, in 64 rows."""
+    x, fill = torch.randn(1, 3, 224, 224, device=device), torch.zeros(1, 3, 224, 224, device=device)
+    item, place = torch.zeros(64, dtype=torch.int64, device=device), torch.arange(64, device=device)
+    corner = torch.stack([0 * place, place // 8 * 25, place % 8 * 25], 1)
+    window = torch.tensor([3, 32, 32], device=device)
+    segment = torch.arange(224 * 224, device=device).view(1, -1)
+    segment = segment // 224 // 16 * 14 + segment % 224 // 16
+    present = torch.rand(64, 196, device=device) < 0.5
+    mask = torch.rand(64, 224 * 224, device=device)
+    size = "3x224x224, 64 rows"
+    return [
+        Call(ops.window_points, size, (x, fill, item, corner, corner + window)),
+        Call(ops.segment_points, size, (x, fill, segment, present, item, place)),
+        Call(ops.mask_points, size, (x, fill, mask, item, place)),
+    ]
+
+
+def maps(device: str) -> list[Call]:
+    """The last layers of residual networks, of a picture and of a volume, at the input's size."""
+    calls = []
+    for shape, size in (
+        ((8, 2048, 7, 7), (224, 224)),
+        ((8, 256, 14, 14), (224, 224)),
+        ((1, 256, 16, 16, 16), (128, 128, 128)),
+    ):
+        values, weights = (torch.randn(shape, device=device) for _ in range(2))
+        named = f"{shape[0]} x {'x'.join(map(str, shape[1:]))} to {'x'.join(map(str, size))}"
+        means = weights.flatten(2).mean(2)
+        calls.append(Call(ops.cam, named, (values, means, size, True)))
+        calls.append(Call(ops.cam, f"{named}, weights everywhere", (values, weights, size, True)))
+    return calls
+
+
+SIZES = (pictures, volumes, frames, activations, pooled, perturbed, maps)
+
+
 def timed(function: Callable[[], object], device: str) -> float:
     """Seconds of one call."""
     if device == "cpu":
@@ -231,7 +268,7 @@ def measure_call(call: Call, device: str) -> dict[str, Any]:
 def measure(device: str) -> list[dict[str, Any]]:
     """One row per op and size on `device`, "cpu" or "cuda"."""
     rows = []
-    for make in (pictures, volumes, frames, activations, pooled):
+    for make in SIZES:
         torch.manual_seed(0)
         rows += [measure_call(call, device) for call in make(device)]
     return rows

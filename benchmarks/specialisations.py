@@ -13,13 +13,24 @@ from typing import Any
 
 import torch
 import triton
-from saliency_fast.kernels import accumulate, finish, masks, overlay, philox, points, pools
+from saliency_fast.kernels import (
+    accumulate,
+    cam,
+    finish,
+    masks,
+    overlay,
+    philox,
+    points,
+    pools,
+    segments,
+    windows,
+)
 from saliency_fast.kernels.configurations import TABLE, Configuration
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-MODULES = (accumulate, finish, masks, overlay, philox, points, pools)
+MODULES = (accumulate, cam, finish, masks, overlay, philox, points, pools, segments, windows)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {
     "float32": ("fp32", "i32"),
@@ -83,9 +94,9 @@ class Specialisation:
 
     @property
     def name(self) -> str:
-        names = ("KIND", "REDUCTION", "AFFINE", "RULE")
+        names = ("KIND", "REDUCTION", "AFFINE", "RULE", "AXES")
         kind = [str(self.fixed[k]) for k in names if k in self.fixed]
-        kind += ["wide"] if self.fixed.get("WIDE") else []
+        kind += [name.lower() for name in ("WIDE", "EACH") if self.fixed.get(name)]
         half = ["bfloat16"] if "bf16" in self.types else []
         return "-".join([self.kernel.__name__.lstrip("_"), *kind, *half, self.dtype])
 
@@ -128,6 +139,10 @@ def _tiles(chosen: Configuration) -> dict[str, int]:
     return {"TILES": chosen.tiles, "BLOCK": chosen.elements}
 
 
+def _channels(chosen: Configuration) -> dict[str, int]:
+    return {"TILES": chosen.tiles, "AHEAD": chosen.ahead, "BLOCK": chosen.elements}
+
+
 def _nothing(chosen: Configuration) -> dict[str, int]:
     return {}
 
@@ -137,6 +152,12 @@ def specialisations() -> Iterator[Specialisation]:
         yield from _points(dtype)
         yield from _accumulate(dtype)
         yield from _finish_and_overlay(dtype)
+        yield from _cam(dtype)
+        yield Specialisation(
+            segments._mask, dtype, "*T *T *T *i64 *i64 *T i32 i32 i32 i32", {}, _block
+        )
+    for dtype in ("float32", "float64", "int64"):
+        yield from _perturbed(dtype)
     yield Specialisation(
         philox._bits, "int64", "*i64 *i64 *i64 i32 i32 i64 i32", {"STREAM": 0}, _blocks
     )
@@ -156,6 +177,31 @@ def _points(dtype: str) -> Iterator[Specialisation]:
         points._random_line, dtype, "*T *T *fp64 *i64 *i64 *i64 *T i32 i32 i32 i64 i32",
         {}, _blocks,
     )  # fmt: skip
+
+
+def _perturbed(dtype: str) -> Iterator[Specialisation]:
+    """Windows of pictures and, with 64-bit places, of volumes with channels and time; segments."""
+    picture, volume = {"size_b": 1, "AXES": 3, "WIDE": False}, {"AXES": 5, "WIDE": True}
+    types = "*T *T *i64 *i64 *i64 *T i32 i32"
+    yield Specialisation(windows._window, dtype, f"{types} i32{' i32' * 3}", picture, _tiles)
+    yield Specialisation(windows._window, dtype, f"{types} i64{' i32' * 4}", volume, _tiles)
+    yield Specialisation(
+        segments._segment, dtype, "*T *T *i64 *u8 *i64 *i64 *T i32 i32 i32 i32 i32 i32", {}, _block
+    )
+
+
+def _cam(dtype: str) -> Iterator[Specialisation]:
+    for each in (False, True):
+        yield Specialisation(cam._weigh, dtype, "*T *T *fp64 i32 i32", {"EACH": each}, _channels)
+    if dtype == "float32":
+        yield Specialisation(
+            cam._weigh, dtype, "*bf16 *bf16 *fp64 i32 i32", {"EACH": True}, _channels,
+            given_width=2,
+        )  # fmt: skip
+    picture = {"in_d": 1, "out_d": 1, "AXES": 2, "RECTIFY": True, "WIDE": False}
+    yield Specialisation(cam._resize, dtype, "*fp64 *T i32 i32 i32 i32 i32", picture, _block)
+    volume = {"AXES": 3, "RECTIFY": True, "WIDE": True}
+    yield Specialisation(cam._resize, dtype, "*fp64 *T i64" + " i32" * 6, volume, _block)
 
 
 def _accumulate(dtype: str) -> Iterator[Specialisation]:

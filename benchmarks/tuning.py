@@ -20,16 +20,7 @@ import torch
 from saliency_fast.kernels.configurations import TABLE, Choice, Configuration
 from torch import Tensor
 
-from benchmarks.ops import (
-    Call,
-    activations,
-    frames,
-    outcome,
-    pictures,
-    pooled,
-    relative_error,
-    volumes,
-)
+from benchmarks.ops import SIZES, Call, outcome, relative_error
 from saliency_fast.ops import OPS
 from saliency_fast.ops.dispatch import CUDA_LIBRARY
 
@@ -37,6 +28,8 @@ OP_OF = {
     "accumulate.accumulate": "accumulate",
     "accumulate.moments": "accumulate_moments",
     "accumulate.random_lines": "accumulate_random_lines",
+    "cam.resize": "cam",
+    "cam.weigh": "cam",
     "finish.finish": "finish",
     "masks.forward": "relu_mask",
     "masks.backward": "relu_mask_backward",
@@ -50,6 +43,9 @@ OP_OF = {
     "points.random_line": "random_line_points",
     "pools.maxpool": "maxpool_index",
     "pools.maxpool_backward": "maxpool_index_backward",
+    "segments.mask": "mask_points",
+    "segments.segment": "segment_points",
+    "windows.window": "window_points",
 }
 """The op by which a kernel is timed and its bytes are counted."""
 WORTH = 0.02
@@ -86,8 +82,7 @@ class Entry:
 
 def call_for(op: str, width: int, device: str) -> Call:
     """The op's first call of the benchmark, its numbers in the type of `width` bytes."""
-    calls = (call for make in (pictures, volumes, frames, activations, pooled)
-             for call in make(device) if call.op.name == op)  # fmt: skip
+    calls = (call for make in SIZES for call in make(device) if call.op.name == op)
     call = next(calls)
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}.get(width)
     # Totals keep their precision when gradients are short.

@@ -73,6 +73,14 @@ TABLE = {
         "one 16-byte access a thread: gradient, line, draw and total are in registers at once",
         accesses(1), {"gfx9": accesses(2)},
     ),
+    "cam.resize": Choice(
+        "four outputs a thread, whose neighbours in the small map stay in registers", same(512)
+    ),
+    "cam.weigh": Choice(
+        "one position a thread, as maps of a layer are small; four channels in flight, and few"
+        " enough a program that many channels occupy a GPU",
+        same(128, ahead=4, tiles=16), free=("elements", "warps", "ahead", "tiles"),
+    ),
     "finish.finish": Choice(
         "two 16-byte accesses a thread: a program writes one sum, so larger tiles write fewer",
         accesses(2),
@@ -114,6 +122,15 @@ TABLE = {
     ),
     "pools.maxpool_backward": Choice(
         "four elements a thread, whose places in windows stay in registers", same(512)
+    ),
+    "segments.mask": Choice("two 16-byte accesses a thread: four loads in flight", accesses(2)),
+    "segments.segment": Choice(
+        "two 16-byte accesses a thread: four loads in flight beside the coalition's", accesses(2)
+    ),
+    "windows.window": Choice(
+        "one 16-byte access a thread, whose places along the axes stay in registers; four rows"
+        " share the divisions that find them",
+        accesses(1, tiles=4), {"gfx9": accesses(2, tiles=4)}, ("elements", "warps", "tiles"),
     ),
 }  # fmt: skip
 

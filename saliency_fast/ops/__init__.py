@@ -2,6 +2,7 @@
 
 from saliency_fast.ops import dispatch as _dispatch
 from saliency_fast.ops.accumulate import accumulate, accumulate_moments, accumulate_random_lines
+from saliency_fast.ops.cam import cam
 from saliency_fast.ops.dispatch import backends
 from saliency_fast.ops.finish import REDUCTIONS, finish
 from saliency_fast.ops.masks import pack_mask, relu_mask, relu_mask_, relu_mask_backward
@@ -10,6 +11,8 @@ from saliency_fast.ops.philox import random_bits
 from saliency_fast.ops.points import line_points, noise_points, random_line_points
 from saliency_fast.ops.pools import maxpool_index, maxpool_index_backward
 from saliency_fast.ops.registry import OPS, Op, Sample
+from saliency_fast.ops.segments import mask_points, segment_points
+from saliency_fast.ops.windows import window_points
 
 _dispatch.load_native()
 
@@ -22,9 +25,11 @@ __all__ = [
     "accumulate_moments",
     "accumulate_random_lines",
     "backends",
+    "cam",
     "finish",
     "line_points",
     "magnitude_percentile",
+    "mask_points",
     "maxpool_index",
     "maxpool_index_backward",
     "noise_points",
@@ -35,4 +40,6 @@ __all__ = [
     "relu_mask",
     "relu_mask_",
     "relu_mask_backward",
+    "segment_points",
+    "window_points",
 ]

@@ -16,7 +16,7 @@ from saliency_fast.ops import philox
 from saliency_fast.ops.registry import Op, Sample, define, rows_of
 
 
-def _rows_of_argument(item: int) -> Callable[..., Tensor]:
+def fake_points(item: int) -> Callable[..., Tensor]:
     """The fake of a points op whose argument number `item` is the column of examples."""
 
     def fake(*args: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _line_samples() -> Iterator[Sample]:
     yield Sample((x, x.flip(2), torch.tensor([1, 0, 1]), torch.rand(3).double()), note="strided")
 
 
-def _point_bytes(x: Tensor, item: Tensor, reads: int) -> int:
+def point_bytes(x: Tensor, item: Tensor, reads: int) -> int:
     """Every example read once per tensor in `reads`, every point written once."""
     return x.element_size() * (reads * x.numel() + item.numel() * x[0].numel())
 
@@ -51,10 +51,10 @@ line_points = define(
     Op(
         schema="line_points(Tensor x, Tensor baseline, Tensor item, Tensor alpha) -> Tensor",
         reference=_line,
-        fake=_rows_of_argument(2),
+        fake=fake_points(2),
         samples=_line_samples,
         moved=lambda x, baseline, item, alpha: (
-            _point_bytes(x, item, 1) + baseline.element_size() * baseline.numel()
+            point_bytes(x, item, 1) + baseline.element_size() * baseline.numel()
         ),
         triton="saliency_fast.kernels.points:line_points",
     )
@@ -95,9 +95,9 @@ noise_points = define(
         schema="noise_points(Tensor x, Tensor sigma, Tensor seed, Tensor item, Tensor sample,"
         " bool antithetic, int first_element) -> Tensor",
         reference=_noise,
-        fake=_rows_of_argument(3),
+        fake=fake_points(3),
         samples=_noise_samples,
-        moved=lambda x, sigma, seed, item, *_: _point_bytes(x, item, 1),
+        moved=lambda x, sigma, seed, item, *_: point_bytes(x, item, 1),
         triton="saliency_fast.kernels.points:noise_points",
         cuda="saliency_fast.ops.cuda:noise_points",
     )
@@ -154,10 +154,10 @@ random_line_points = define(
         schema="random_line_points(Tensor x, Tensor baselines, Tensor sigma, Tensor seed,"
         " Tensor item, Tensor sample, int first_element) -> Tensor",
         reference=_random_line_points,
-        fake=_rows_of_argument(4),
+        fake=fake_points(4),
         samples=random_line_samples,
         moved=lambda x, baselines, sigma, seed, item, *_: (
-            _point_bytes(x, item, 1)
+            point_bytes(x, item, 1)
             + baselines.element_size() * min(len(baselines), len(item)) * x[0].numel()
         ),
         triton="saliency_fast.kernels.points:random_line_points",

@@ -81,7 +81,7 @@ def test_strided_totals_change_in_place(name: str):
     assert_close_to_reference(op, sample, results(op, sample, op.launcher("triton")))
 
 
-@pytest.mark.parametrize("name", ["noise_points", "line_points"])
+@pytest.mark.parametrize("name", [name for name in OPS if name.endswith("_points")])
 def test_no_rows_make_no_points(name: str):
     op = OPS[name]
     item = next(i for i, a in enumerate(op.overload._schema.arguments) if a.name == "item")
@@ -104,8 +104,10 @@ def test_masks_of_more_elements_than_32_bits_count(name: str, monkeypatch):
             assert_close_to_reference(op, sample, results(op, sample, launcher))
 
 
-@pytest.mark.parametrize("name", ["maxpool_index", "maxpool_index_backward"])
-def test_pools_of_more_elements_than_32_bits_count(name: str, monkeypatch):
+@pytest.mark.parametrize(
+    "name", ["maxpool_index", "maxpool_index_backward", "window_points", "cam"]
+)
+def test_tensors_of_more_elements_than_32_bits_count(name: str, monkeypatch):
     """Some samples, as if they were that large."""
     op = OPS[name]
     launcher = op.launcher("triton")

@@ -37,10 +37,15 @@ TOLERANCES: dict[str, tuple[Tolerance, ...]] = {
     "line_points": (FEW_ROUNDINGS,),
     "noise_points": (NOISE,),
     "random_line_points": (NOISE,),
+    "window_points": (EXACT,),
+    "segment_points": (EXACT,),
+    "mask_points": (FEW_ROUNDINGS,),
     "accumulate": (FEW_ROUNDINGS,),
     # Deviations from a mean cancel, and their squares grow: several roundings per row.
     "accumulate_moments": (Tolerance(8, 16), Tolerance(16, 64), EXACT),
     "accumulate_random_lines": (NOISE,),
+    # A sum and, for each axis, three roundings.
+    "cam": (FEW_ROUNDINGS,),
     "finish": (FEW_ROUNDINGS, SUMS),
     "magnitude_percentile": (EXACT,),
     "relu_mask": (EXACT, EXACT),

@@ -75,7 +75,7 @@ def _large() -> dict[str, Sample]:
         "magnitude_percentile": (x, 98.0),
         "overlay": (image, x.flatten(1), torch.tensor([1.0, 2.0, 3.0]), colors, True, 0.7),
     }
-    calls |= _large_masks(generator) | _large_pools(generator)
+    calls |= _large_masks(generator) | _large_pools(generator) | _large_parts(x, item, generator)
     return {name: Sample(args, note="large") for name, args in calls.items()}
 
 
@@ -102,6 +102,25 @@ def _large_pools(generator: torch.Generator) -> dict[str, tuple[Any, ...]]:
     return {
         "maxpool_index": (x, *window, True),
         "maxpool_index_backward": (grad, index, [21, 22, 23], *window),
+    }
+
+
+def _large_parts(
+    x: torch.Tensor, item: torch.Tensor, generator: torch.Generator
+) -> dict[str, tuple[Any, ...]]:
+    """Windows that begin and end within lines and tiles, segments and masks of both channels."""
+    start = torch.tensor([[0, 0], [1, 4095], [0, 5000], [-3, 19_000], [0, 9], [1, 1], [0, 4096]])
+    stop = start + torch.tensor([[2, 3], [1, 2], [2, 9000], [9, 9999], [0, 9], [1, 20_000], [1, 1]])
+    segment = torch.randint(0, 50, (3, 20_011), generator=generator)
+    present = torch.rand(6, 50, generator=generator) < 0.5
+    place = torch.tensor([5, 0, 1, 1, 3, 2, 4])
+    mask = torch.rand(6, 20_011, generator=generator)
+    activations, weights = torch.randn(2, 3, 70, 13, 11, 17, generator=generator)
+    return {
+        "window_points": (x, -x[:1], item, start, stop),
+        "segment_points": (x, -x, segment, present, item, place),
+        "mask_points": (x, -x[:1], mask, item, place),
+        "cam": (activations, weights[..., 0, 0, 0], [35, 40, 31], True),
     }
 
 
@@ -170,14 +189,15 @@ def test_bits_do_not_depend_on_the_split_into_calls(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole, split, strict=True))
 
 
-@pytest.mark.parametrize("name", ["noise_points", "random_line_points", "line_points"])
+@pytest.mark.parametrize("name", [name for name in OPS if name.endswith("_points")])
 def test_points_do_not_depend_on_other_rows(name: str) -> None:
     op, sample = OPS[name], LARGE[name]
     names = [argument.name for argument in op.overload._schema.arguments]
+    columns = ("item", "sample", "alpha", "place", "start", "stop")
     whole = op(*sample.args)
     for row in range(len(whole)):
         args = [
-            value[row : row + 1] if n in ("item", "sample", "alpha") else value
+            value[row : row + 1] if n in columns else value
             for n, value in zip(names, sample.args, strict=True)
         ]
         assert torch.equal(op(*args)[0], whole[row])

@@ -1,0 +1,128 @@
+"""Segments: points that keep some parts of an example and take the others from elsewhere.
+
+Segments and masks number the last P elements of an example; an example of more has a multiple of
+P, and its leading axes (channels) repeat them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from saliency_fast.ops.points import fake_points, point_bytes
+from saliency_fast.ops.registry import Op, Sample, define
+
+
+def _repeated(rows: Tensor, x: Tensor) -> Tensor:
+    """Rows [R, P] along the elements of points like x: [R, *]."""
+    numel = x[0].numel()
+    return rows.repeat(1, numel // rows.shape[1]).view(-1, *x.shape[1:])
+
+
+def _segments(
+    x: Tensor, fill: Tensor, segment: Tensor, present: Tensor, item: Tensor, place: Tensor
+) -> Tensor:
+    kept = present[place].gather(1, segment[item % len(segment)])
+    return torch.where(_repeated(kept, x), x[item], fill[item % len(fill)]).contiguous()
+
+
+_SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (
+    # shape of x, elements that are numbered
+    ((1, 1), 1),
+    ((3, 7), 7),
+    ((2, 3, 5, 9), 45),
+    ((2, 3, 5, 9), 135),
+    ((2, 6, 1), 2),
+    ((2, 4099), 4099),
+    ((2, 2, 2053), 2053),
+)
+_PLACE = (0, 3, 1, 3, 2, 0, 1)
+
+
+def _segment_samples() -> Iterator[Sample]:
+    place = torch.tensor(_PLACE)
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        for shape, positions in _SHAPES:
+            x = (100 * torch.randn(shape)).to(dtype)
+            item = torch.arange(len(place)) % len(x)
+            features = min(positions, 11)
+            segment = torch.randint(0, features, (len(x), positions))
+            present = torch.rand(4, features) < 0.5
+            args = (x, -x, segment, present, item, place)
+            yield Sample(args, note=f"{shape} by {positions} {dtype}")
+            args = (x, -x[:1], segment[:1], present, item, place)
+            yield Sample(args, note=f"{shape} by {positions} {dtype}, one fill and segments")
+    x = torch.randn(2, 5, 8, 3).permute(0, 3, 1, 2)
+    segment = (torch.arange(80).view(40, 2).T) // 7
+    present = (torch.rand(12, 4) < 0.5).T
+    item, place = torch.tensor([1, 0, 1]), torch.tensor([2, 3, 0])
+    yield Sample((x, x.flip(2), segment, present, item, place), note="strided")
+    half = torch.randn(2, 3, 40).bfloat16()
+    yield Sample((half, -half, segment, present, item, place), note="bfloat16")
+
+
+segment_points = define(
+    Op(
+        schema="segment_points(Tensor x, Tensor fill, Tensor segment, Tensor present,"
+        " Tensor item, Tensor place) -> Tensor",
+        reference=_segments,
+        fake=fake_points(4),
+        samples=_segment_samples,
+        moved=lambda x, fill, segment, present, item, place: (
+            point_bytes(x, item, 1)
+            + fill.element_size() * fill.numel()
+            + segment.element_size() * segment.numel()
+            + present.numel()
+        ),
+        triton="saliency_fast.kernels.segments:segment_points",
+    )
+)
+"""segment_points(x [B, *], fill [B | 1, *], segment int64 [B | 1, P], present bool [M, F], item,
+place int64 [R]) -> [R, *]: element e of row r is example item[r]'s where the segment of e % P is
+present in coalition place[r], else the fill's, as feature ablation, LIME (Ribeiro, 2016) and
+Shapley values (Lundberg and Lee, 2017) ask for. Segments lie in [0, F). x and fill have one type,
+of any kind: elements are copied."""
+
+
+def _masks(x: Tensor, fill: Tensor, mask: Tensor, item: Tensor, place: Tensor) -> Tensor:
+    base = fill[item % len(fill)]
+    kept = _repeated(mask[place].to(x.dtype), x)
+    return (base + kept * (x[item] - base)).contiguous()
+
+
+def _mask_samples() -> Iterator[Sample]:
+    place = torch.tensor(_PLACE)
+    for dtype in (torch.float32, torch.float64):
+        for shape, positions in _SHAPES:
+            x = torch.randn(shape, dtype=dtype)
+            item = torch.arange(len(place)) % len(x)
+            mask = torch.rand(4, positions, dtype=dtype)
+            args = (x, x.flip(0) / 2, mask, item, place)
+            yield Sample(args, note=f"{shape} by {positions} {dtype}")
+            args = (x, 0 * x[:1], mask.double(), item, place)
+            yield Sample(args, note=f"{shape} by {positions} {dtype}, zeros and a float64 mask")
+    x = torch.randn(2, 5, 8, 3).permute(0, 3, 1, 2)
+    item, place = torch.tensor([1, 0, 1]), torch.tensor([2, 3, 0])
+    yield Sample((x, x.flip(2), torch.rand(40, 4).T, item, place), note="strided")
+
+
+mask_points = define(
+    Op(
+        schema="mask_points(Tensor x, Tensor fill, Tensor mask, Tensor item, Tensor place)"
+        " -> Tensor",
+        reference=_masks,
+        fake=fake_points(3),
+        samples=_mask_samples,
+        moved=lambda x, fill, mask, item, place: (
+            point_bytes(x, item, 1)
+            + fill.element_size() * fill.numel()
+            + mask.element_size() * mask.numel()
+        ),
+        triton="saliency_fast.kernels.segments:mask_points",
+    )
+)
+"""mask_points(x [B, *], fill [B | 1, *], mask floating [M, P], item, place int64 [R]) -> [R, *]:
+fill + mask[place[r], e % P] * (x - fill) at element e, example item[r] seen through a smooth mask,
+as in RISE (Petsiuk, 2018) and Score-CAM (Wang, 2020)."""
