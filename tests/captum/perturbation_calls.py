@@ -48,6 +48,14 @@ class Chosen(nn.Module):
         return self.head(x).argmax(1)
 
 
+class Mixed(nn.Sequential):
+    """Rows that depend on each other."""
+
+    def __init__(self) -> None:
+        norm = nn.BatchNorm1d(9, track_running_stats=False)
+        super().__init__(nn.Linear(7, 9), norm, nn.Tanh(), nn.Linear(9, 4))
+
+
 GRID = (torch.arange(12)[:, None] // 4 * 3 + torch.arange(12) // 4)[None, None]
 IDS = torch.arange(15).view(3, 5)
 # Masks with gaps, below zero, and with numbers that both inputs have.
@@ -101,6 +109,12 @@ def _ablations() -> list[Call]:
             {"target": -1, "additional_forward_args": SENTENCE},
         ),
     ]
+    rows = torch.arange(21).view(3, 7) % 5
+    for name in ("FeatureAblation", "ShapleyValueSampling", "FeaturePermutation"):
+        for note, mask in {"none": None, "shared": rows[:1], "own": rows}.items():
+            if (name, note) != ("FeaturePermutation", "own"):
+                of = {"target": 1, "feature_mask": mask}
+                calls.append(Call(f"mixed rows, {note}", Mixed, name, randn(3, 7), of))
     return calls
 
 
