@@ -24,7 +24,7 @@ from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import ablation, occlusion
-from saliency_fast.methods.coalitions import POINTS, Game
+from saliency_fast.methods.coalitions import Game, players
 from saliency_fast.methods.windows import read_windows
 from saliency_fast.model.routes import Inputs
 
@@ -148,18 +148,23 @@ class _Occluded:
     name = "occlusion"
 
     def recipe(self) -> Recipe:
-        return engine.in_rounds(self._rounds, POINTS, baseline="fill", gradients=False)
+        return engine.in_rounds(self._rounds, self._points, baseline="fill", gradients=False)
 
     def _rounds(self, asked: engine.Asked) -> engine.Rounds:
+        return (yield from occlusion.occluded(asked, self._method(asked.inputs)))
+
+    def _points(self, inputs: Inputs, features: Inputs) -> int:
+        return self._method(inputs).points(inputs, features)
+
+    def _method(self, inputs: Inputs) -> occlusion.Occlusion:
         window, stride = [], []
-        for x, width, step in zip(asked.inputs, self.window, self.stride, strict=True):
+        for x, width, step in zip(inputs, self.window, self.stride, strict=True):
             more = x.dim() - 1 - len(width)
             # A column that stands for [B] has a window of one; a batch in one is hidden as a whole.
             before = tuple(x.shape[1 : 1 + more])
             window.append((*before, *width))
             stride.append((*before, *step))
-        method = occlusion.Occlusion(tuple(window), tuple(stride))
-        return (yield from occlusion.occluded(asked, method))
+        return occlusion.Occlusion(tuple(window), tuple(stride))
 
 
 def _read_windows(
@@ -278,7 +283,7 @@ class _Permuted:
     name = "feature_permutation"
 
     def recipe(self) -> Recipe:
-        return engine.in_rounds(self._rounds, POINTS, gradients=False)
+        return engine.in_rounds(self._rounds, players, gradients=False)
 
     def _rounds(self, asked: engine.Asked) -> engine.Rounds:
         game = Game.of(asked)

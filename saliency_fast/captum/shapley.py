@@ -24,7 +24,7 @@ from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.methods import shapley
-from saliency_fast.methods.coalitions import POINTS, Game
+from saliency_fast.methods.coalitions import Game
 from saliency_fast.model.routes import Inputs
 
 AT_ONCE = "Ablations per evaluation must be at least 1."
@@ -141,7 +141,7 @@ class _Walked:
     name = "shapley_sampling"
 
     def recipe(self) -> Recipe:
-        points = POINTS * max(1, self.orders)
+        points = max(1, self.orders * (len(self.known) - 1))
         return engine.in_rounds(self._rounds, points, baseline="one", gradients=False)
 
     def _rounds(self, asked: engine.Asked) -> engine.Rounds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -96,6 +96,10 @@ class Level:
         )
 
 
+Points = Callable[[Inputs, Inputs], int]
+"""From inputs and features to about how many points each example gets."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A method as data: factor * reduction of the weighted gradients of its levels.
@@ -110,8 +114,9 @@ class Recipe:
 
     rules: the backward rules that the model runs under. rounds: for methods that are no such sum:
     they ask for points, look at the answers and go on (`engine/rounds.py`); gradients: whether any
-    of them asks for more than scores, points: how many an example gets, about; layers: where they
-    look inside of the model, "auto" for its last spatial layer.
+    of them asks for more than scores; points: how many an example gets, about, or what tells it of
+    a call's inputs and features; layers: where they look inside of the model, "auto" for its last
+    spatial layer.
     """
 
     family: Family
@@ -124,13 +129,22 @@ class Recipe:
     rules: Rules | None = None
     rounds: Callable[[Asked], Rounds] | None = None
     gradients: bool = True
-    points: int | None = None
+    points: int | Points | None = None
     layers: str | tuple[str, ...] | None = None
 
     @property
     def count(self) -> int:
         """The most points that one example may get."""
-        return sum(level.count for level in self.levels) if self.points is None else self.points
+        if self.points is None:
+            return sum(level.count for level in self.levels)
+        assert isinstance(self.points, int), "the recipe of a call knows its points"
+        return self.points
+
+    def of(self, inputs: Inputs, features: Inputs) -> Recipe:
+        """The recipe of a call, which knows how many points there are."""
+        if self.points is None or isinstance(self.points, int):
+            return self
+        return replace(self, points=max(1, self.points(inputs, features)))
 
 
 class Method(Protocol):

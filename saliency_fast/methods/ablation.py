@@ -12,7 +12,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import checks
-from saliency_fast.methods.coalitions import POINTS, Game
+from saliency_fast.methods.coalitions import Game, players
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits, segment_points
 
@@ -28,7 +28,7 @@ class FeatureAblation:
     name = "feature_ablation"
 
     def recipe(self) -> Recipe:
-        return in_rounds(_ablated, POINTS, baseline="fill", gradients=False)
+        return in_rounds(_ablated, players, baseline="fill", gradients=False)
 
 
 def _ablated(asked: Asked) -> Rounds:
@@ -74,7 +74,11 @@ class FeaturePermutation:
 
     def recipe(self) -> Recipe:
         rounds = partial(_permuted, repeats=self.repeats, seed=self.seed)
-        return in_rounds(rounds, POINTS * self.repeats, gradients=False)
+
+        def points(inputs: Inputs, features: Inputs) -> int:
+            return self.repeats * players(inputs, features)
+
+        return in_rounds(rounds, points, gradients=False)
 
 
 def _permuted(asked: Asked, repeats: int, seed: int) -> Rounds:

@@ -14,8 +14,6 @@ from saliency_fast.engine.rounds import Asked, Maps, Round
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import segment_points
 
-POINTS = 1024
-"""Points that an example is taken to get where only the call tells."""
 Write = Callable[[Tensor, Tensor], Inputs]
 Members = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(item [R], place [R]) -> (bool [M, F], row [R]): the coalitions of a launch, each row's own."""
@@ -32,7 +30,7 @@ class Game:
     @staticmethod
     def of(asked: Asked) -> Game:
         segments = asked.features or numbered(None, asked.inputs)
-        return Game(asked, segments, 1 + max(int(one.max()) for one in segments))
+        return Game(asked, segments, players(asked.inputs, segments))
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +105,13 @@ class Game:
         weight = self.elements()[:, None]
         norm = (weight * values.square()).sum(2).clamp_min(torch.finfo(torch.float64).tiny)
         return ((weight * variance).sum(2) / norm).sqrt()
+
+
+def players(inputs: Inputs, features: Inputs) -> int:
+    """How many features a call has."""
+    if not features:
+        return sum(x[:1].numel() for x in inputs)
+    return 1 + max(int(one.max()) for one in features)
 
 
 def own_seeds(seed: Seed, asked: Asked) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,8 +14,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods import checks
-from saliency_fast.methods.coalitions import POINTS
-from saliency_fast.methods.windows import Grid, check_whole, read_windows
+from saliency_fast.methods.windows import Grid, check_whole, hierarchy, read_windows
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import window_points
 
@@ -51,17 +52,28 @@ class Occlusion:
 
     def recipe(self) -> Recipe:
         rounds = partial(occluded, method=self)
-        return in_rounds(rounds, POINTS, baseline="fill", gradients=False)
+        return in_rounds(rounds, self.points, baseline="fill", gradients=False)
+
+    def points(self, inputs: Inputs, features: Inputs) -> int:
+        """Windows of an example, the most where there is a hierarchy."""
+        total = 0
+        for grid in read_windows(self.window, self.stride, [x.shape for x in inputs]):
+            levels = hierarchy(grid, self.hierarchy)[::-1]
+            total += (looked := levels[0].count)
+            for coarse, fine in itertools.pairwise(levels):
+                axes = sum(n > m for n, m in zip(fine.shape, coarse.shape, strict=True))
+                split = math.ceil(self.keep * looked) * 2**axes
+                total += (looked := min(fine.count, split))
+        return total
 
 
 def occluded(asked: Asked, method: Occlusion) -> Rounds:
     """The rounds of occlusion: one, or one for each level of windows, coarse ones first."""
     device, batch = asked.scores.device, len(asked.scores)
     grids = read_windows(method.window, method.stride, [x.shape for x in asked.inputs])
-    levels = [[grid.to(device) for grid in grids]]
-    for _ in range(method.hierarchy):
-        levels.append([grid.coarser() for grid in levels[-1]])
-    coarse: list[Grid] = []
+    each = [hierarchy(grid.to(device), method.hierarchy) for grid in grids]
+    levels = list(zip(*each, strict=True))
+    coarse: tuple[Grid, ...] = ()
     chosen: list[Tensor] = []
     effects: list[Tensor] = []
     for level in reversed(levels):
@@ -88,7 +100,9 @@ def occluded(asked: Asked, method: Occlusion) -> Rounds:
     return Maps(values)
 
 
-def _round(asked: Asked, grids: list[Grid], chosen: list[Tensor], effects: list[Tensor]) -> Round:
+def _round(
+    asked: Asked, grids: tuple[Grid, ...], chosen: list[Tensor], effects: list[Tensor]
+) -> Round:
     """Points without the chosen windows [B, n] of each input; `effects` [B, K, n] takes answers."""
     first, pairs = 0, []
     firsts = []

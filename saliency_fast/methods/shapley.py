@@ -14,7 +14,8 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods import checks
-from saliency_fast.methods.coalitions import POINTS, Game, own_seeds
+from saliency_fast.methods.coalitions import Game, own_seeds, players
+from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
 
 MOST = 20
@@ -34,7 +35,7 @@ class ShapleyValues:
     name = "shapley_values"
 
     def recipe(self) -> Recipe:
-        return in_rounds(_exact, POINTS, baseline="one", gradients=False)
+        return in_rounds(_exact, _coalitions, baseline="one", gradients=False)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ class ShapleySampling:
         checks.seed(self.seed)
 
     def recipe(self) -> Recipe:
-        points = POINTS * self.permutations
+        def points(inputs: Inputs, features: Inputs) -> int:
+            count = players(inputs, features)
+            return min((1 << count) - 2, self.permutations * (count - 1))
+
         return in_rounds(self._rounds, points, baseline="one", gradients=False)
 
     def _rounds(self, asked: Asked) -> Rounds:
@@ -71,17 +75,23 @@ class ShapleySampling:
         return (yield from walked(game, self.permutations, ranks, 2 if self.antithetic else 1))
 
 
+def _coalitions(inputs: Inputs, features: Inputs) -> int:
+    """How many there are but none and all."""
+    count = players(inputs, features)
+    if count > MOST:
+        raise InputError(
+            f"exact Shapley values take 2^F points: got {count} features, expected at most "
+            f"{MOST}; use ShapleySampling or KernelShap, or fewer features"
+        )
+    return (1 << count) - 2
+
+
 def _exact(asked: Asked) -> Rounds:
     return (yield from exact_rounds(Game.of(asked)))
 
 
 def exact_rounds(game: Game) -> Rounds:
     """All coalitions but none and all, whose scores are known."""
-    if game.count > MOST:
-        raise InputError(
-            f"exact Shapley values take 2^F points: got {game.count} features, expected at most "
-            f"{MOST}; use ShapleySampling or KernelShap, or fewer features"
-        )
     number = torch.arange(2**game.count, device=game.device)
     present = ((number[:, None] >> torch.arange(game.count, device=game.device)) & 1).bool()
     asked = game.asked

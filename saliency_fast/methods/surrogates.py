@@ -13,9 +13,10 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods import checks
-from saliency_fast.methods.coalitions import Game, own_seeds
+from saliency_fast.methods.coalitions import Game, own_seeds, players
 from saliency_fast.methods.regression import FITS, Slopes, fit, fit_shares
 from saliency_fast.methods.shapley import exact_rounds
+from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
 
 Draw = Callable[[Game], Tensor]
@@ -85,7 +86,10 @@ class KernelShap:
         checks.seed(self.seed)
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self.samples, baseline="one", gradients=False)
+        def points(inputs: Inputs, features: Inputs) -> int:
+            return min((1 << players(inputs, features)) - 2, self.samples)
+
+        return in_rounds(self._rounds, points, baseline="one", gradients=False)
 
     def _rounds(self, asked: Asked) -> Rounds:
         game = Game.of(asked)

@@ -99,6 +99,14 @@ def _outer(factors: list[Tensor]) -> Tensor:
     return reduce(lambda whole, one: whole[..., None] * one, factors)
 
 
+def hierarchy(grid: Grid, levels: int) -> list[Grid]:
+    """A grid, and so many coarser ones."""
+    found = [grid]
+    for _ in range(levels):
+        found.append(found[-1].coarser())
+    return found
+
+
 def read_windows(window: Any, stride: Any, shapes: list[torch.Size]) -> list[Grid]:
     """The grid of each input [B, *] from what the user gave: an int or None for all, or a tuple of
     ints (one input), or a tuple with an entry per input.

@@ -51,6 +51,15 @@ def test_the_rest_of_the_batch_does_not_matter(method: Any, more: dict[str, Any]
 
 
 @pytest.mark.parametrize(("method", "more"), METHODS, ids=IDS)
+def test_the_plan_knows_how_many_points_there_are(method: Any, more: dict[str, Any]) -> None:
+    model, x = make(Image), randn(3, *SHAPES[Image])
+    engine = sf.Engine(model, method)
+    planned, found = engine.plan(x, 1, **more).points, engine(x, 1, **more).points
+    exact = not getattr(method, "hierarchy", 0)
+    assert int(found.sum()) == planned if exact else planned // 2 < int(found.sum()) <= planned
+
+
+@pytest.mark.parametrize(("method", "more"), METHODS, ids=IDS)
 def test_float32_is_close_to_float64(method: Any, more: dict[str, Any]) -> None:
     model, x = make(Image), randn(2, *SHAPES[Image])
     exact = sf.explain(model, x, target=1, method=method, **more)
