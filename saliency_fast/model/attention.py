@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from saliency_fast.errors import ModelError
 from saliency_fast.model.calls import Calls
+from saliency_fast.model.guard import uncompiled
 
 LOOKED_FOR = (
     "looked for scaled_dot_product_attention, nn.MultiheadAttention, and softmax over the last "
@@ -55,7 +56,7 @@ class AttentionTaps:
         """
         mode = _Watched()
         try:
-            with mode:
+            with uncompiled(), mode:
                 raw = call()
         except Exception as error:
             # FlexAttention compiles itself, and cannot with a mode that watches.
