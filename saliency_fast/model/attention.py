@@ -192,9 +192,11 @@ class _Watched(Calls):
         if id(weights) in self._tapped:
             return self._tapped[id(weights)][1]
         given = weights
-        if torch.is_grad_enabled() and not weights.requires_grad:
-            anchor = torch.zeros((), requires_grad=True)
-            weights = _OnGraph.apply(weights, anchor)  # type: ignore[no-untyped-call]
+        if not weights.requires_grad:
+            # Also where another mode runs what does not depend on points without autograd.
+            with torch.enable_grad():
+                anchor = torch.zeros((), requires_grad=True)
+                weights = _OnGraph.apply(weights, anchor)  # type: ignore[no-untyped-call]
         if weights.dim() == 4:
             self.found.append(weights)
         else:
