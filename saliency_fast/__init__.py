@@ -11,8 +11,11 @@ try:
     from saliency_fast.attribution import Attribution, load
     from saliency_fast.engine import Plan
     from saliency_fast.methods import (
+        AttentionRollout,
+        AttentionWeights,
         ExpectedGradients,
         Gradient,
+        GradientAttention,
         InputXGradient,
         IntegratedGradients,
         SmoothGrad,
@@ -21,26 +24,33 @@ try:
     )
     from saliency_fast.ops import backends
     from saliency_fast.replay import Replay, replay
+    from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.version import __version__
 finally:
     if _collects:
         gc.enable()
 
 __all__ = [
+    "AttentionRollout",
+    "AttentionWeights",
     "Attribution",
     "Engine",
     "ExpectedGradients",
     "Gradient",
+    "GradientAttention",
     "InputXGradient",
     "IntegratedGradients",
     "Plan",
     "Replay",
+    "Similarity",
     "SmoothGrad",
     "SmoothGradSquared",
+    "TokenAttribution",
     "VarGrad",
     "__version__",
     "backends",
     "explain",
+    "explain_tokens",
     "load",
     "replay",
 ]

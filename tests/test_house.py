@@ -14,20 +14,26 @@ from saliency_fast.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
+    "AttentionRollout",
+    "AttentionWeights",
     "Attribution",
     "Engine",
     "ExpectedGradients",
     "Gradient",
+    "GradientAttention",
     "InputXGradient",
     "IntegratedGradients",
     "Plan",
     "Replay",
+    "Similarity",
     "SmoothGrad",
     "SmoothGradSquared",
+    "TokenAttribution",
     "VarGrad",
     "__version__",
     "backends",
     "explain",
+    "explain_tokens",
     "load",
     "replay",
 ]

@@ -7,6 +7,11 @@ from typing import Any
 
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.attention import (
+    AttentionRollout,
+    AttentionWeights,
+    GradientAttention,
+)
 from saliency_fast.methods.expected_gradients import ExpectedGradients
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
@@ -22,6 +27,9 @@ METHODS: dict[str, type[Any]] = {
         SmoothGradSquared,
         VarGrad,
         ExpectedGradients,
+        AttentionWeights,
+        AttentionRollout,
+        GradientAttention,
     )
 }
 
@@ -54,8 +62,11 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
+    "AttentionRollout",
+    "AttentionWeights",
     "ExpectedGradients",
     "Gradient",
+    "GradientAttention",
     "InputXGradient",
     "IntegratedGradients",
     "SmoothGrad",

@@ -77,6 +77,7 @@ class _OverTokens:
     query: int | str = field(default="auto", kw_only=True)
     special: int | None = field(default=None, kw_only=True)
     grid: tuple[int, ...] | None = field(default=None, kw_only=True)
+    _gradients = False
 
     def __post_init__(self) -> None:
         if isinstance(self.query, str):
@@ -92,7 +93,8 @@ class _OverTokens:
                 checks.whole("grid", size, 1)
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, 1, at_input=True)
+        # Probabilities are there on the way to the scores, also where token ids go in.
+        return in_rounds(self._rounds, 1, at_input=True, gradients=self._gradients)
 
     def _read(self, start: Tensor, layers: Layers, gradients: list[Layers]) -> list[Tensor]:
         """Per target (or once for all) the weights [R, T] that `start` has at the input."""
@@ -141,8 +143,12 @@ def start_of(query: int | str, layers: Layers, *, pooled: bool = False) -> Tenso
     return start
 
 
-def is_causal(heads: Tensor) -> bool:
-    """Whether tokens see only themselves and what is before them."""
+def is_causal(heads: Tensor, real: Tensor | None = None) -> bool:
+    """Whether tokens see only themselves and what is before them. real: bool [R, T]; padding may
+    see anything.
+    """
+    if real is not None:
+        heads = heads * (real[:, None, :, None] & real[:, None, None, :])
     return heads.shape[2] > 1 and not bool(heads.triu(1).any())
 
 
@@ -201,6 +207,7 @@ class GradientAttention(_OverTokens):
     """
 
     name = "gradient_attention"
+    _gradients = True
 
     def _read(self, start: Tensor, layers: Layers, gradients: list[Layers]) -> list[Tensor]:
         return [weighted_by_gradient(start, layers, one) for one in gradients]

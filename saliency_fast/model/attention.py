@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from saliency_fast.errors import ModelError
+from saliency_fast.errors import ModelError, NoAttentionError
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.guard import uncompiled
 
@@ -61,7 +61,9 @@ class AttentionTaps:
         except Exception as error:
             # FlexAttention compiles itself, and cannot with a mode that watches.
             if type(error).__module__.startswith("torch._dynamo"):
-                raise ModelError(f"attention inside compiled code is not seen: {CURE}") from error
+                raise NoAttentionError(
+                    f"attention inside compiled code is not seen: {CURE}"
+                ) from error
             raise
         return raw, _square(mode, raw)
 
@@ -71,7 +73,7 @@ def _square(mode: _Watched, raw: Any) -> list[Tensor]:
     if not found:
         shapes = sorted({str(list(one.shape)) for one in mode.found})
         met = f"; met only {', '.join(shapes)}, which is not self-attention" if shapes else ""
-        raise ModelError(f"the model has no attention to read: {LOOKED_FOR}{met}; {CURE}")
+        raise NoAttentionError(f"the model has no attention to read: {LOOKED_FOR}{met}; {CURE}")
     for one in found:
         rows = {mode.rows, *(len(x) for x in tree_leaves(raw)[:1] if _has_rows(x))}
         if len(one) not in rows:
@@ -130,7 +132,7 @@ class _Watched(Calls):
             return super().call(func, (args[0], self._contracted(*args)), kwargs)
         name = getattr(func, "__name__", None) or str(func)
         if any(word in name for word in _OPAQUE):
-            raise ModelError(f"{name} keeps no attention probabilities: {LOOKED_FOR}; {CURE}")
+            raise NoAttentionError(f"{name} keeps no attention probabilities: {LOOKED_FOR}; {CURE}")
         result = super().call(func, args, kwargs)
         if func in _SOFTMAX:
             self._note(result, kwargs["dim"] if "dim" in kwargs else args[1])
@@ -164,9 +166,9 @@ class _Watched(Calls):
             return False
         return left.dim() == 4 or self._split(len(left)) is not None
 
-    def _contracted(self, equation: Any, operands: Any) -> list[Any]:
+    def _contracted(self, equation: Any, given: Any) -> list[Any]:
         """The operands of an einsum, those that are attention in it as noted."""
-        operands = list(operands)
+        operands: list[Any] = list(given)
         if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
             return operands
         sides, out = equation.replace(" ", "").split("->")
@@ -200,8 +202,7 @@ class _Watched(Calls):
         if weights.dim() == 4:
             self.found.append(weights)
         else:
-            rows = self._split(len(weights))
-            heads = weights.reshape(rows, -1, *weights.shape[1:])
+            heads = weights.unflatten(0, (self._split(len(weights)) or 1, -1))
             self.found.append(heads)
             weights = heads.reshape(given.shape)
         self._tapped[id(given)] = given, weights

@@ -51,7 +51,8 @@ class Beside:
             start = self._start(real, layers)
             weights = last_row(start, layers, self.layer)
             rolled = rollout(start, layers, 0.5, "mean", 0.0)
-            weighed = weighted_by_gradient(start, layers, wide(found.grads[0]))
+            # Without the identity, which every token has of itself.
+            weighed = weighted_by_gradient(start, layers, wide(found.grads[0])) - start
             parts.append((weights, rolled, weighed))
 
         item = torch.arange(len(x), device=x.device)
@@ -65,7 +66,7 @@ class Beside:
             return start / start.sum(1, keepdim=True)
         query = self.query
         if query == "auto":
-            query = "last" if is_causal(layers[0]) else "first"
+            query = "last" if is_causal(layers[0], real) else "first"
         place = {"first": 0, "last": -1}.get(query, query) if isinstance(query, str) else query
         count = real.sum(1)
         wanted = torch.full_like(count, int(place))
