@@ -202,7 +202,8 @@ class _Watched(Calls):
         if weights.dim() == 4:
             self.found.append(weights)
         else:
-            heads = weights.unflatten(0, (self._split(len(weights)) or 1, -1))
+            rows = self._split(len(weights)) or 1
+            heads = weights.reshape(rows, -1, *weights.shape[1:])
             self.found.append(heads)
             weights = heads.reshape(given.shape)
         self._tapped[id(given)] = given, weights

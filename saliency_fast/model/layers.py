@@ -97,7 +97,11 @@ def _embeddings(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     if callable(found := getattr(model, "get_input_embeddings", None)):
         layer = found()
         if isinstance(layer, nn.Module):
-            return layer
+            # Encoders may run a twin of their own that shares its weight (T5), and not the layer.
+            several = [one for one in layers.values() if isinstance(one, nn.Embedding)]
+            weight = getattr(layer, "weight", None)
+            twins = [one for one in several if one is not layer and one.weight is weight]
+            return twins[0] if twins else layer
     for layer in layers.values():
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
             return layer

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,7 +65,21 @@ def encode(
     if not all(encoding["input_ids"]):
         empty = [number for number, ids in enumerate(encoding["input_ids"]) if not ids]
         raise InputError(f"texts have no tokens: got {empty}; leave empty texts out")
-    return _padded(tokenizer, encoding, pairs, _device(model))
+    found = _padded(tokenizer, encoding, pairs, _device(model))
+    return replace(found, further=_accepted(model, found))
+
+
+def _accepted(model: object, found: Encoded) -> dict[str, Tensor]:
+    """The arguments that the model has a place for."""
+    names = inspect.signature(getattr(model, "forward", model)).parameters  # type: ignore[arg-type]
+    if any(one.kind is one.VAR_KEYWORD for one in names.values()):
+        return found.further
+    if "attention_mask" not in names and not bool(found.real.all()):
+        raise InputError(
+            "texts of several lengths need a model that takes an attention_mask, which leaves "
+            f"padding out: got {type(model).__name__}; explain them one by one"
+        )
+    return {name: value for name, value in found.further.items() if name in names}
 
 
 def _called(tokenizer: Any, pairs: list[tuple[str, ...]], **options: Any) -> Any:
