@@ -78,10 +78,11 @@ def _find(model: nn.Module, at: object) -> nn.Module:
         )
     named = model.named_modules(remove_duplicate=False)
     layers: dict[str, nn.Module] = {name: one for name, one in named if name}
-    if at in layers:
-        return layers[at]
+    # Before layers of that name: BERT's adds positions to what is asked for.
     if at == EMBEDDINGS:
         return _embeddings(model, layers)
+    if at in layers:
+        return layers[at]
     near = get_close_matches(at, layers, n=5, cutoff=0.4)
     ends = [name for name in layers if name.endswith(f".{at}")][:5]
     hint = (

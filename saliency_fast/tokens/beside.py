@@ -9,7 +9,8 @@ from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
-from saliency_fast.errors import InputError
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods import checks
 from saliency_fast.methods.attention import (
     Layers,
     is_causal,
@@ -33,6 +34,12 @@ class Beside:
     query: str | int
     layer: int
     name = "attention"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.query, str):
+            checks.choice("query", self.query, ("auto", "first", "last", "mean"))
+        elif isinstance(self.query, bool) or not isinstance(self.query, int):
+            raise InputTypeError(f"query must be a whole number or a name: got {self.query!r}")
 
     def recipe(self) -> Recipe:
         return in_rounds(self._rounds, 1, at_input=True)
@@ -67,9 +74,9 @@ class Beside:
         query = self.query
         if query == "auto":
             query = "last" if is_causal(layers[0], real) else "first"
-        place = {"first": 0, "last": -1}.get(query, query) if isinstance(query, str) else query
+        place = {"first": 0, "last": -1}[query] if isinstance(query, str) else query
         count = real.sum(1)
-        wanted = torch.full_like(count, int(place))
+        wanted = torch.full_like(count, place)
         wanted = torch.where(wanted < 0, wanted + count, wanted)
         if bool(((wanted < 0) | (wanted >= count)).any()):
             raise InputError(
