@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, ModelError, NoAttentionError
 from tests import naive, naive_attention
-from tests.tokenizers import wordpiece
 from tests.transformer_models import eager_attention, tiny
+from tests.word_lists import wordpiece
 
 TEXTS = ["the cats sat on a mat.", "a dog", "unhappy cat and dog"]
 # Rounding of float64 sums, behind softmaxes of which some are float32.

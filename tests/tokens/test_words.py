@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from saliency_fast.tokens.encoding import encode
-from tests.tokenizers import Marked, wordpiece
+from tests.word_lists import Marked, wordpiece
 
 
 class Ids:
