@@ -52,12 +52,13 @@ def _made(kind: str) -> tuple[Any, Any]:
             hf.LlamaModel,
             hf.LlamaConfig(vocab_size=99, **text, num_key_value_heads=2),
         ),
+        "roberta": lambda: (hf.RobertaModel, hf.RobertaConfig(**SIZE, pad_token_id=0)),
         "vit": lambda: (hf.ViTForImageClassification, hf.ViTConfig(**image)),
     }
     return made[kind]()
 
 
-KINDS = ("bert", "classifier", "distilbert", "gpt2", "t5", "llama", "vit")
+KINDS = ("bert", "classifier", "distilbert", "gpt2", "t5", "llama", "roberta", "vit")
 
 
 def tiny(kind: str, form: str = "eager") -> tuple[Any, dict[str, Tensor]]:

@@ -148,7 +148,7 @@ def is_causal(heads: Tensor, real: Tensor | None = None) -> bool:
     see anything.
     """
     if real is not None:
-        heads = heads * (real[:, None, :, None] & real[:, None, None, :])
+        heads = heads.masked_fill(~(real[:, None, :, None] & real[:, None, None, :]), 0.0)
     return heads.shape[2] > 1 and not bool(heads.triu(1).any())
 
 

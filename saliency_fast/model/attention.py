@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from saliency_fast.errors import ModelError, NoAttentionError
+from saliency_fast.errors import NoAttentionError
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.guard import uncompiled
 
@@ -52,7 +52,8 @@ class AttentionTaps:
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and [R, heads, T, T] of each layer, where gradients can be taken.
 
-        Raises ModelError where no self-attention is met, or none over all of an example's tokens.
+        Raises NoAttentionError where no self-attention is met, or one that is not over all of an
+        example's tokens.
         """
         mode = _Watched()
         try:
@@ -77,7 +78,7 @@ def _square(mode: _Watched, raw: Any) -> list[Tensor]:
     for one in found:
         rows = {mode.rows, *(len(x) for x in tree_leaves(raw)[:1] if _has_rows(x))}
         if len(one) not in rows:
-            raise ModelError(
+            raise NoAttentionError(
                 f"attention is over parts of an example, such as windows: got {list(one.shape)} "
                 f"for {mode.rows} examples, expected [{mode.rows}, heads, T, T]; use a method "
                 "that does not read attention"
@@ -124,9 +125,9 @@ class _Watched(Calls):
         if func is _FUSED:
             return self._fused(args, kwargs)
         if func in _PRODUCT:
-            left, *rest = args
-            if rest and self._is_attention(left, rest[0]):
-                args = (self._tap(left), *rest)
+            left, right, *rest = *args, *kwargs.values()
+            if not rest and self._is_attention(left, right):
+                args, kwargs = (self._tap(left), right), {}
             return super().call(func, args, kwargs)
         if func is _EINSUM:
             return super().call(func, (args[0], self._contracted(*args)), kwargs)
@@ -213,7 +214,7 @@ class _Watched(Calls):
         query: Tensor = args[0] if args else kwargs["query"]
         known = query.dim() == 4 or (query.dim() == 3 and self._split(len(query)) is not None)
         if not known or query.is_nested:
-            raise ModelError(
+            raise NoAttentionError(
                 "attention must be over [B, heads, T, E]: got scaled_dot_product_attention of "
                 f"{list(query.shape) if not query.is_nested else 'a nested tensor'}"
             )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
-from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
 from saliency_fast.methods import checks
 from saliency_fast.methods.attention import (
     Layers,
@@ -51,7 +51,7 @@ class Beside:
         def each(rows: slice, found: Found) -> None:
             layers, real = wide(found.taps), self.real[rows]
             if layers[0].shape[2] != real.shape[1]:
-                raise InputError(
+                raise NoAttentionError(
                     f"attention is over {layers[0].shape[2]} tokens, and the tokenizer gives "
                     f"{real.shape[1]}; pass attention=False"
                 )

@@ -21,8 +21,8 @@ from saliency_fast.tokens.result import TokenAttribution
 from saliency_fast.tokens.similarity import Compared, Similarity
 
 ZERO = "zero"
-Seen = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Attention weights, rollout, and weighed by gradients [B, T]."""
+Seen = tuple[Tensor | None, Tensor | None, Tensor | None, str | None]
+"""Attention weights, rollout, and weighed by gradients [B, T]; else why there are none."""
 
 
 def explain_tokens(
@@ -71,7 +71,7 @@ def explain_tokens(
     whole, values = _attributed(
         model, tokenizer, method, baseline, found, target, further, reduction, options
     )
-    seen: Seen = (None, None, None)
+    seen: Seen = (None, None, None, None)
     if attention is not False:
         reading = Beside(found.real, query, layer)
         # The classes that were explained, where "predicted" chose them.
@@ -163,14 +163,14 @@ def _beside(
     wanted: bool | None,
     options: Mapping[str, Any],
 ) -> Seen:
-    """Attention of the same call; None where the model has none, unless it is asked for."""
-    engine = Engine(model, reading, at=EMBEDDINGS, hashes=False, **options)
+    """Attention of the same call; raises where there is none only if it is asked for."""
+    engine = Engine(model, reading, **{**options, "at": EMBEDDINGS, "hashes": False})
     try:
         answer = engine(found.ids, target, forward_kwargs=further)
-    except NoAttentionError:
+    except NoAttentionError as error:
         if wanted:
             raise
-        return None, None, None
+        return None, None, None, str(error)
     assert isinstance(answer.values, Tensor)
     weights, rolled = answer.extras["attention"], answer.extras["rollout"]
-    return weights * found.real, rolled * found.real, answer.values * found.real
+    return weights * found.real, rolled * found.real, answer.values * found.real, None

@@ -22,9 +22,9 @@ class TokenAttribution:
     tokens: of each text, without padding. real, special: bool [B, T]. values [B, T]: attributions,
     which add up to the score's gain where the method is complete. attention, rollout,
     gradient_attention [B, T]: of one layer, through all layers (Abnar, 2020), and weighed by its
-    gradient (Chefer, 2021); None where the model has no attention. All are zero at padding, and
-    those of a word are the sums of its tokens'. pieces: of each text, its words. attribution: the
-    whole result, of embeddings [B, T, E].
+    gradient, without the identity (Chefer, 2021); None for a `reason`. All are zero at padding,
+    and those of a word are the sums of its tokens'. pieces: of each text, its words. attribution:
+    the whole result, of embeddings [B, T, E].
     """
 
     tokens: tuple[tuple[str, ...], ...]
@@ -35,6 +35,7 @@ class TokenAttribution:
     attention: Tensor | None
     rollout: Tensor | None
     gradient_attention: Tensor | None
+    reason: str | None
     attribution: Attribution
 
     @property
@@ -109,7 +110,8 @@ class TokenAttribution:
 
     def table(self, text: int = 0) -> str:
         """One text's tokens with their numbers, as plain text."""
-        return show.table(self.rows(text), self._facts(text), self._ranks(text))
+        shown = show.table(self.rows(text), self._facts(text), self._ranks(text))
+        return shown if self.reason is None else f"{shown}\nno attention: {self.reason}"
 
     def html(self) -> str:
         """All texts as a fragment of HTML: a line per column of shaded tokens."""

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
+from saliency_fast.methods.attention import is_causal
 from saliency_fast.methods.patches import Patches
 from tests import naive_attention
 from tests.models import Tokens, make, randn
@@ -179,6 +180,15 @@ def test_causal_models_are_asked_at_their_last_token() -> None:
     del inputs["attention_mask"]
     found = explain(model, inputs, sf.AttentionWeights())
     near(found, eager_attention(model, inputs)[-1].detach().mean(1)[:, -1], SOFTMAX32)
+
+
+def test_what_padding_sees_does_not_matter() -> None:
+    heads = torch.full((1, 2, 4, 4), 0.25)
+    heads[:, :, 2:] = torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.5, 0.5]])
+    real = torch.tensor([[False, False, True, True]])
+    assert not is_causal(heads)
+    assert is_causal(heads, real)
+    assert not is_causal(heads, ~real)
 
 
 def test_token_ids_need_no_embeddings_where_no_gradient_is_taken() -> None:

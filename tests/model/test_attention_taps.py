@@ -153,6 +153,8 @@ class Written(nn.Module):
 PRODUCTS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "@": (lambda a, v: a @ v, False),
     "matmul": (torch.matmul, False),
+    "matmul, named": (lambda a, v: torch.matmul(input=a, other=v), False),
+    "scaled": (lambda a, v: (a * 0.5).clone() @ v, False),
     "einsum": (lambda a, v: torch.einsum("bhij,bhjd->bhid", a, v), False),
     "einsum, values first": (lambda a, v: torch.einsum("bhjd, bhij -> bhid", v, a), False),
     "@ flat": (lambda a, v: a @ v, True),
@@ -167,7 +169,7 @@ def test_attention_written_by_hand(name: str) -> None:
     model = Written(*PRODUCTS[name]).double().eval()
     x = randn(3, 5, 8)
     raw, (found,) = AttentionTaps().run(lambda: model(x))
-    near(found, model.seen.view(3, 2, 5, 5))
+    near(found, model.seen.view(3, 2, 5, 5) * (0.5 if name == "scaled" else 1))
     near(raw, model(x))
     (grad,) = torch.autograd.grad(raw.square().sum(), found)
     # The tap is what the output comes from: moving it moves the output as its gradient says.

@@ -10,7 +10,9 @@ from saliency_fast.model.layers import find_layers
 from tests.transformer_models import tiny
 
 
-@pytest.mark.parametrize("kind", ["bert", "classifier", "distilbert", "gpt2", "t5", "llama"])
+@pytest.mark.parametrize(
+    "kind", ["bert", "classifier", "distilbert", "gpt2", "t5", "llama", "roberta"]
+)
 def test_the_layer_that_runs_is_found(kind: str) -> None:
     model, inputs = tiny(kind)
     (layer,) = find_layers(model, "embeddings")

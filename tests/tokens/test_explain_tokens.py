@@ -196,7 +196,8 @@ def test_models_without_attention() -> None:
     found = sf.explain_tokens(model, tokenizer, "the cat sat", target=1, method=STEPS)
     assert list(found.columns) == ["attribution"]
     assert found.correlation == {}
-    assert "attention" not in str(found)
+    assert "rollout" not in str(found)
+    assert "no attention: the model has no attention to read" in str(found)
     with pytest.raises(NoAttentionError, match="no attention to read"):
         sf.explain_tokens(model, tokenizer, "the cat", target=1, attention=True)
     with pytest.raises(InputError, match="need a model that takes an attention_mask"):
@@ -214,6 +215,9 @@ def test_long_texts() -> None:
         )
     assert [len(one) for one in found.tokens] == [3, 40]
     assert found.tokens[1][-1] == "[SEP]"
+    places, _ = tiny("roberta", "sdpa")
+    with pytest.raises(InputError, match="text 0 has 52 tokens, expected at most 39"):
+        sf.explain_tokens(places, tokenizer, text, target=1)
     with pytest.raises(InputError, match="expected at most 4"):
         sf.explain_tokens(model, tokenizer, "the cat sat", target=1, max_length=4)
 
