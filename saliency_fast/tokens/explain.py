@@ -99,7 +99,7 @@ def _attributed(
     if recipe.baseline != "none":
         start = _baseline(model, tokenizer, baseline, found)
     # Methods that look at scores alone take tokens away whole.
-    features = None if recipe.gradients else _numbered(model, found)
+    features = None if recipe.gradients else _numbered(found)
     whole = Engine(model, chosen, at=EMBEDDINGS, **options)(
         found.ids, target, start, forward_kwargs=further, features=features
     )
@@ -145,13 +145,10 @@ def _baseline(model: nn.Module, tokenizer: Any, baseline: str | int, found: Enco
     return vectors.masked_fill(found.content[..., None], 0.0)
 
 
-def _numbered(model: nn.Module, found: Encoded) -> Tensor:
-    """Tokens as segments of their embeddings, [1, T, E]."""
-    (layer,) = find_layers(model, EMBEDDINGS)
-    with torch.no_grad():
-        channels = layer(found.ids[:1]).shape[2]
+def _numbered(found: Encoded) -> Tensor:
+    """Tokens as segments of their embeddings, [B, T, 1]; what is not text is one that stays."""
     tokens = torch.arange(found.ids.shape[1], device=found.ids.device)
-    return tokens[None, :, None].expand(1, -1, channels)
+    return torch.where(found.content, tokens, -1)[..., None]
 
 
 def _beside(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, ModelError, NoAttentionError
+from saliency_fast.methods import METHODS
 from tests import naive, naive_attention
 from tests.transformer_models import eager_attention, tiny
 from tests.word_lists import wordpiece
@@ -75,6 +76,24 @@ def test_batches_with_padding_equal_singles(kind: str, side: str) -> None:
             near(own[together.real[number]], column[0], 1e-5)
             assert not bool(own[~together.real[number]].any())
         assert together.tokens[number] == alone.tokens[0]
+
+
+@pytest.mark.skipif("feature_ablation" not in METHODS, reason="no such method yet")
+def test_tokens_are_taken_away_whole() -> None:
+    model, tokenizer = classifier()
+    found = sf.explain_tokens(
+        model, tokenizer, TEXTS, target=1, baseline="mask", method="feature_ablation"
+    )
+    for number, text in enumerate(TEXTS):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            score = model(ids).logits[0, 1]
+            for place in range(ids.shape[1]):
+                without = ids.clone()
+                if ids[0, place] > 4:
+                    without[0, place] = tokenizer.mask_token_id
+                lost = score - model(without).logits[0, 1]
+                assert float(found.values[number, place]) == pytest.approx(float(lost), abs=1e-6)
 
 
 def test_special_tokens_keep_their_place_in_the_baseline() -> None:
