@@ -97,23 +97,20 @@ def _attributed(
     chosen = read_method(method)
     recipe, start = chosen.recipe(), None
     if recipe.baseline != "none":
-        start = _baseline(model, tokenizer, baseline, found)
-    # Methods that look at scores alone take tokens away whole.
-    features = None if recipe.gradients else _numbered(found)
-    whole = Engine(model, chosen, at=EMBEDDINGS, **options)(
-        found.ids, target, start, forward_kwargs=further, features=features
-    )
+        start = _baseline(model, tokenizer, baseline, found, recipe.gradients)
+    if recipe.gradients:
+        engine, features = Engine(model, chosen, at=EMBEDDINGS, **options), None
+    else:
+        # Methods that look at scores alone take tokens away whole, one id for another.
+        engine, features = Engine(model, chosen, **options), _numbered(found)
+    whole = engine(found.ids, target, start, forward_kwargs=further, features=features)
     if whole.many:
         raise InputError(
             f"target must be one per text: got {whole.scores.shape[1]} for each; call once for each"
         )
-    assert isinstance(whole.values, Tensor)
-    if whole.values.dim() == 2:
-        return whole, whole.values
-    if features is not None:
-        # What a token counts for stands at every channel of it.
-        return whole, whole.values.mean(2)
-    values = whole.map(reduction, channel_axis=-1)
+    values = whole.values
+    if isinstance(values, Tensor) and values.dim() > 2:
+        values = whole.map(reduction, channel_axis=-1)
     assert isinstance(values, Tensor)
     return whole, values
 
@@ -135,8 +132,15 @@ def _is_pair(text: tuple[object, ...]) -> bool:
     return len(text) == 2 and all(isinstance(one, str) for one in text)
 
 
-def _baseline(model: nn.Module, tokenizer: Any, baseline: str | int, found: Encoded) -> Tensor:
+def _baseline(
+    model: nn.Module, tokenizer: Any, baseline: str | int, found: Encoded, gradients: bool
+) -> Tensor:
     """The token ids, or embeddings, with nothing in the place of the texts' own tokens."""
+    if baseline == ZERO and not gradients:
+        raise InputError(
+            "baseline 'zero' is of embeddings, and this method exchanges tokens: pass 'pad', "
+            "'mask', 'unk' or a token id"
+        )
     if baseline != ZERO:
         return found.ids.masked_fill(found.content, token_named(tokenizer, baseline))
     (layer,) = find_layers(model, EMBEDDINGS)
@@ -146,9 +150,9 @@ def _baseline(model: nn.Module, tokenizer: Any, baseline: str | int, found: Enco
 
 
 def _numbered(found: Encoded) -> Tensor:
-    """Tokens as segments of their embeddings, [B, T, 1]; what is not text is one that stays."""
+    """Tokens as segments [B, T]; what is not text is one that stays."""
     tokens = torch.arange(found.ids.shape[1], device=found.ids.device)
-    return torch.where(found.content, tokens, -1)[..., None]
+    return torch.where(found.content, tokens, -1)
 
 
 def _beside(

@@ -94,6 +94,11 @@ def test_tokens_are_taken_away_whole() -> None:
                     without[0, place] = tokenizer.mask_token_id
                 lost = score - model(without).logits[0, 1]
                 assert float(found.values[number, place]) == pytest.approx(float(lost), abs=1e-6)
+    assert found.rollout is not None
+    with pytest.raises(InputError, match="this method exchanges tokens"):
+        sf.explain_tokens(
+            model, tokenizer, TEXTS, target=1, baseline="zero", method="feature_ablation"
+        )
 
 
 def test_special_tokens_keep_their_place_in_the_baseline() -> None:
