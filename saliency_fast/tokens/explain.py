@@ -36,7 +36,7 @@ def explain_tokens(
     attention: bool | None = None,
     query: str | int = "auto",
     layer: int = -1,
-    reduction: str = "sum",
+    reduction: str | None = None,
     max_length: int | None = None,
     truncate: bool = False,
     forward_kwargs: Mapping[str, Any] | None = None,
@@ -44,8 +44,9 @@ def explain_tokens(
 ) -> TokenAttribution:
     """Explains what a model of the Hugging Face kind says of texts, token by token.
 
-    The embeddings of the tokens are explained, and summed over their channels (`reduction`: "sum",
-    "absmax" or "l2"). texts: one, several, or pairs. target: as in `explain`, or a `Similarity` to
+    The embeddings of the tokens are explained, and reduced over their channels: `reduction` is
+    "sum", "absmax", "l2" or None, the sum, and the norm of gradients alone, whose sum is next to
+    zero where a layer norm follows. texts: one, several, or pairs. target: as in `explain`, or a `Similarity` to
     other texts. baseline: what stands for no information in the place of the texts' own tokens,
     while special tokens stay: "pad", "mask", "unk", a token id, or "zero" for embeddings of zeros.
     attention: whether attention is read too; None: where the model has any. query: the token whose
@@ -90,7 +91,7 @@ def _attributed(
     found: Encoded,
     target: Target,
     further: Mapping[str, Any],
-    reduction: str,
+    reduction: str | None,
     options: Mapping[str, Any],
 ) -> tuple[Attribution, Tensor]:
     """The attribution of embeddings, and what is each token's [B, T]."""
@@ -110,7 +111,8 @@ def _attributed(
         )
     values = whole.values
     if isinstance(values, Tensor) and values.dim() > 2:
-        values = whole.map(reduction, channel_axis=-1)
+        alone = recipe.rounds is None and recipe.factor == "none"
+        values = whole.map(reduction or ("l2" if alone else "sum"), channel_axis=-1)
     assert isinstance(values, Tensor)
     return whole, values
 

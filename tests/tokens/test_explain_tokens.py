@@ -152,6 +152,18 @@ def test_causal_models_are_asked_at_the_last_token_of_each_text() -> None:
         near(found.attention[number][found.real[number]], last.detach())
 
 
+def test_gradients_alone_are_shown_by_their_norm() -> None:
+    model, tokenizer = classifier()
+    found = sf.explain_tokens(model, tokenizer, TEXTS[1], target=1, method="gradient")
+    whole = found.attribution.values
+    assert isinstance(whole, Tensor)
+    near(found.values, whole.norm(dim=2))
+    found = sf.explain_tokens(
+        model, tokenizer, TEXTS[1], target=1, method="gradient", reduction="sum"
+    )
+    near(found.values, torch.zeros(1, 4), 1e-10)
+
+
 def test_predicted_and_pairs_and_words() -> None:
     model, tokenizer = classifier()
     pair = ("unhappy cats", "the dog sleeps")
