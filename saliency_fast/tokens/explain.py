@@ -46,13 +46,14 @@ def explain_tokens(
 
     The embeddings of the tokens are explained, and reduced over their channels: `reduction` is
     "sum", "absmax", "l2" or None, the sum, and the norm of gradients alone, whose sum is next to
-    zero where a layer norm follows. texts: one, several, or pairs. target: as in `explain`, or a `Similarity` to
-    other texts. baseline: what stands for no information in the place of the texts' own tokens,
-    while special tokens stay: "pad", "mask", "unk", a token id, or "zero" for embeddings of zeros.
-    attention: whether attention is read too; None: where the model has any. query: the token whose
-    attention is read: "first", "last", its number in the text, "mean", or "auto", what a
-    `Similarity` pools; the last where tokens see only what is before them; else the first. layer:
-    whose attention weights are shown. max_length: tokens of a text, where that is less than the
+    zero where a layer norm follows. Methods that look at scores alone exchange tokens instead.
+    texts: one, several, or pairs. target: as in `explain`, or a `Similarity` to other texts.
+    baseline: what stands for no information in the place of the texts' own tokens, while special
+    tokens stay: "pad", "mask", "unk", a token id, or "zero" for embeddings of zeros. attention:
+    whether attention is read too; None: where the model has any. query: the token whose attention
+    is read: "first", "last", its number in the text, "mean", or "auto", what a `Similarity` pools;
+    the last where tokens see only what is before them; else the first. layer: the one whose
+    attention weights are shown. max_length: tokens of a text, where that is less than the
     model takes. truncate: cuts longer texts with a warning. options: further arguments of `Engine`,
     such as `precision`, `memory_budget` or `progress`.
 
@@ -167,7 +168,9 @@ def _beside(
     options: Mapping[str, Any],
 ) -> Seen:
     """Attention of the same call; raises where there is none only if it is asked for."""
-    engine = Engine(model, reading, **{**options, "at": EMBEDDINGS, "hashes": False})
+    # Half types are for sums of gradients, whose error can be measured.
+    kept = {name: one for name, one in options.items() if name not in ("precision", "tolerance")}
+    engine = Engine(model, reading, **{**kept, "at": EMBEDDINGS, "hashes": False})
     try:
         answer = engine(found.ids, target, forward_kwargs=further)
     except NoAttentionError as error:

@@ -164,6 +164,19 @@ def test_gradients_alone_are_shown_by_their_norm() -> None:
     near(found.values, torch.zeros(1, 4), 1e-10)
 
 
+def test_precision_is_the_attributions_alone() -> None:
+    model, tokenizer = classifier()
+    half = sf.explain_tokens(
+        model.float(), tokenizer, TEXTS, target=1, precision="bfloat16", points_per_launch=2
+    )
+    full = sf.explain_tokens(model, tokenizer, TEXTS, target=1)
+    assert half.attribution.provenance.precision == "bfloat16"
+    assert naive.relative_l2(half.values, full.values) < 0.1
+    assert half.rollout is not None
+    assert full.rollout is not None
+    near(half.rollout, full.rollout)
+
+
 def test_predicted_and_pairs_and_words() -> None:
     model, tokenizer = classifier()
     pair = ("unhappy cats", "the dog sleeps")
