@@ -6,7 +6,6 @@ from typing import Any
 
 PIECES = ["the", "cat", "cats", "sat", "un", "happy", "on", "a", "mat", "dog", "and", "sleeps", "."]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-TEXT = "the cat sat un happy"
 
 
 def wordpiece(**options: Any) -> Any:

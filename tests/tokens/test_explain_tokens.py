@@ -171,6 +171,7 @@ def test_precision_is_the_attributions_alone() -> None:
     )
     full = sf.explain_tokens(model, tokenizer, TEXTS, target=1)
     assert half.attribution.provenance.precision == "bfloat16"
+    # 2**-8 an operation, and some dozen of them one after another.
     assert naive.relative_l2(half.values, full.values) < 0.1
     assert half.rollout is not None
     assert full.rollout is not None
