@@ -11,10 +11,13 @@ try:
     from saliency_fast.attribution import Attribution, load
     from saliency_fast.engine import Plan
     from saliency_fast.methods import (
+        AttentionRollout,
+        AttentionWeights,
         ExpectedGradients,
         FeatureAblation,
         FeaturePermutation,
         Gradient,
+        GradientAttention,
         InputXGradient,
         IntegratedGradients,
         KernelShap,
@@ -29,18 +32,22 @@ try:
     )
     from saliency_fast.ops import backends
     from saliency_fast.replay import Replay, replay
+    from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.version import __version__
 finally:
     if _collects:
         gc.enable()
 
 __all__ = [
+    "AttentionRollout",
+    "AttentionWeights",
     "Attribution",
     "Engine",
     "ExpectedGradients",
     "FeatureAblation",
     "FeaturePermutation",
     "Gradient",
+    "GradientAttention",
     "InputXGradient",
     "IntegratedGradients",
     "KernelShap",
@@ -51,12 +58,15 @@ __all__ = [
     "Rise",
     "ShapleySampling",
     "ShapleyValues",
+    "Similarity",
     "SmoothGrad",
     "SmoothGradSquared",
+    "TokenAttribution",
     "VarGrad",
     "__version__",
     "backends",
     "explain",
+    "explain_tokens",
     "load",
     "replay",
 ]

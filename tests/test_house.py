@@ -14,12 +14,15 @@ from saliency_fast.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
+    "AttentionRollout",
+    "AttentionWeights",
     "Attribution",
     "Engine",
     "ExpectedGradients",
     "FeatureAblation",
     "FeaturePermutation",
     "Gradient",
+    "GradientAttention",
     "InputXGradient",
     "IntegratedGradients",
     "KernelShap",
@@ -30,12 +33,15 @@ PUBLIC = [
     "Rise",
     "ShapleySampling",
     "ShapleyValues",
+    "Similarity",
     "SmoothGrad",
     "SmoothGradSquared",
+    "TokenAttribution",
     "VarGrad",
     "__version__",
     "backends",
     "explain",
+    "explain_tokens",
     "load",
     "replay",
 ]

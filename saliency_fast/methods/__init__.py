@@ -8,6 +8,11 @@ from typing import Any
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.ablation import FeatureAblation, FeaturePermutation
+from saliency_fast.methods.attention import (
+    AttentionRollout,
+    AttentionWeights,
+    GradientAttention,
+)
 from saliency_fast.methods.expected_gradients import ExpectedGradients
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
@@ -35,6 +40,9 @@ METHODS: dict[str, type[Any]] = {
         KernelShap,
         ShapleySampling,
         ShapleyValues,
+        AttentionWeights,
+        AttentionRollout,
+        GradientAttention,
     )
 }
 
@@ -67,10 +75,13 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
+    "AttentionRollout",
+    "AttentionWeights",
     "ExpectedGradients",
     "FeatureAblation",
     "FeaturePermutation",
     "Gradient",
+    "GradientAttention",
     "InputXGradient",
     "IntegratedGradients",
     "KernelShap",
