@@ -10,15 +10,15 @@ from torch import Tensor
 from saliency_fast.errors import InputError
 
 
-def spatial_axes(x: Tensor) -> tuple[int, ...]:
+def spatial_axes(shape: torch.Size) -> tuple[int, ...]:
     """The axes behind the channels; the only one where there are no channels."""
-    return tuple(range(2, x.dim())) if x.dim() > 2 else (1,)
+    return tuple(range(2, len(shape))) or tuple(range(1, len(shape)))
 
 
 def grid(x: Tensor, count: int) -> Tensor:
     """Blocks of a regular grid, `count` per axis (fewer on shorter ones), the same for all."""
     number = torch.zeros(1, *(1,) * (x.dim() - 1), dtype=torch.int64, device=x.device)
-    for axis in spatial_axes(x):
+    for axis in spatial_axes(x.shape):
         size = x.shape[axis]
         cells = min(count, size)
         place = torch.arange(size, device=x.device) * cells // size

@@ -103,7 +103,7 @@ def _maps(asked: Asked, sums: list[Tensor], samples: int, keep: float) -> Maps:
         channels = x[0].numel() // _size(x)
         gap += channels * half.square().sum(1)
         norm += channels * mean.square().sum(1)
-        shape = (1, *(x.shape[axis] for axis in spatial_axes(x)))[-(x.dim() - 1) :]
+        shape = (1, *(x.shape[axis] for axis in spatial_axes(x.shape)))[-(x.dim() - 1) :]
         values.append(
             mean.to(x.dtype).view(*asked.scores.shape, *shape).expand(-1, -1, *x.shape[1:])
         )
@@ -116,7 +116,7 @@ def masks(method: Rise, number: int, x: Tensor, seed: Tensor, sample: Tensor) ->
     of (seed, sample, input): a grid of zeros and ones, enlarged linearly to one cell more than the
     input, and cut out at a random place.
     """
-    sizes = [x.shape[axis] for axis in spatial_axes(x)]
+    sizes = [x.shape[axis] for axis in spatial_axes(x.shape)]
     rank, cells = len(sizes), method.grid ** len(sizes)
     # Inputs have draws of their own, far apart.
     words = random_bits(seed, sample, cells + rank, number << 32, philox.MASK)
@@ -142,7 +142,7 @@ def masks(method: Rise, number: int, x: Tensor, seed: Tensor, sample: Tensor) ->
 
 
 def _size(x: Tensor) -> int:
-    return int(torch.tensor([x.shape[axis] for axis in spatial_axes(x)]).prod())
+    return int(torch.tensor([x.shape[axis] for axis in spatial_axes(x.shape)]).prod())
 
 
 def _check(x: Tensor, grid: int) -> None:
@@ -151,7 +151,7 @@ def _check(x: Tensor, grid: int) -> None:
             f"rise fades elements, so that inputs must be floating point: got {x.dtype}; use "
             "feature_ablation or occlusion"
         )
-    smallest = min(x.shape[axis] for axis in spatial_axes(x))
+    smallest = min(x.shape[axis] for axis in spatial_axes(x.shape))
     if grid > smallest:
         raise InputError(
             f"grid is finer than the input: got {grid} cells per axis, the input is "

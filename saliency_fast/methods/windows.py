@@ -114,8 +114,8 @@ def read_windows(window: Any, stride: Any, shapes: list[torch.Size]) -> list[Gri
     windows, strides = _per_input(window, shapes), _per_input(stride, shapes)
     grids = []
     for number, shape in enumerate(shapes):
-        width = _axes("window", windows[number], shape, [max(1, -(-n // 8)) for n in shape[1:]])
-        step = _axes("stride", strides[number], shape, [max(1, n // 2) for n in width])
+        width = _widths(windows[number], shape)
+        step = _steps(strides[number], width, shape)
         _check(width, step, shape)
         grids.append(Grid.of(tuple(shape[1:]), width, step))
     return grids
@@ -133,25 +133,45 @@ def _per_input(given: Any, shapes: list[torch.Size]) -> list[Any]:
     return list(given)
 
 
-def _axes(name: str, given: Any, shape: torch.Size, usual: list[int]) -> tuple[int, ...]:
-    """One number for each axis behind the batch; channels go together unless they are named."""
-    places = [axis - 1 for axis in spatial_axes(torch.empty(shape, device="meta"))]
-    # Where channels go together, windows cover them all and there is one step.
-    filled = [usual[i] if i in places else shape[i + 1] for i in range(len(shape) - 1)]
+def _widths(given: Any, shape: torch.Size) -> tuple[int, ...]:
+    """The window along each axis behind the batch; channels go together unless they are named."""
+    places = [axis - 1 for axis in spatial_axes(shape)]
     if given is None:
-        return tuple(filled)
+        given = [-(-shape[place + 1] // 8) for place in places]
+    widths = _named("window", given, places, shape)
+    # Where channels go together, windows cover them all.
+    return tuple(n if one is None else one for one, n in zip(widths, shape[1:], strict=True))
+
+
+def _steps(given: Any, widths: tuple[int, ...], shape: torch.Size) -> tuple[int, ...]:
+    """The stride along each axis behind the batch: half of the window unless it is named."""
+    places = [axis - 1 for axis in spatial_axes(shape)]
+    if isinstance(given, int):
+        # Of channels too, where windows do not cover them all.
+        given = (given,) * len(widths)
+    steps: list[int | None] = [None] * len(widths)
+    if given is not None:
+        steps = _named("stride", given, places, shape)
+    return tuple(
+        max(1, n // 2) if one is None else one for one, n in zip(steps, widths, strict=True)
+    )
+
+
+def _named(name: str, given: Any, places: list[int], shape: torch.Size) -> list[int | None]:
+    """The numbers of a window or a stride by axis; None where there is no number for it."""
     if isinstance(given, int):
         given = (given,) * len(places)
     if len(given) == len(shape) - 1:
-        return tuple(given)
+        return list(given)
     if len(given) != len(places):
         raise InputError(
             f"{name} must have a number for each spatial axis ({len(places)}) or for each axis "
             f"behind the batch ({len(shape) - 1}) of an input {list(shape)}: got {tuple(given)}"
         )
+    found: list[int | None] = [None] * (len(shape) - 1)
     for place, one in zip(places, given, strict=True):
-        filled[place] = one
-    return tuple(filled)
+        found[place] = one
+    return found
 
 
 def _check(window: tuple[int, ...], stride: tuple[int, ...], shape: torch.Size) -> None:

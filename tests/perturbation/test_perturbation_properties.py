@@ -12,7 +12,7 @@ from torch import nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, ModelError
 from saliency_fast.methods import make_method
-from tests.models import SHAPES, Image, Tabular, make, randn
+from tests.models import SHAPES, Image, Tabular, Tokens, make, randn
 from tests.naive import relative_l2
 
 NINE = torch.arange(12)[:, None] // 4 * 3 + torch.arange(12) // 4
@@ -103,13 +103,45 @@ def test_nothing_is_left_behind(method: Any, more: dict[str, Any], fails: bool) 
 
 
 @pytest.mark.parametrize(("method", "more"), METHODS, ids=IDS)
-def test_a_record_keeps_a_method(method: Any, more: dict[str, Any], tmp_path: Path) -> None:
-    model, x = make(Image), randn(1, *SHAPES[Image])
+def test_a_record_is_enough_to_do_it_again(
+    method: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
+    model, x = make(Image), randn(2, *SHAPES[Image])
     path = sf.explain(model, x, target=1, method=method, **more).save(tmp_path / "map.safetensors")
-    past = sf.load(path)
-    again = make_method(past.provenance.method, past.provenance.parameters)
-    found = sf.explain(model, x, target=1, method=again, **more)
-    assert relative_l2(found.values, past.values) < 1e-12
+    again = sf.replay(path, model, x)
+    assert again, str(again)
+    assert sf.load(path).extras.keys() == ({"features"} if more else set())
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        (sf.Occlusion((1, 8), 1), {}),
+        (sf.FeatureAblation(), {"features": torch.arange(6)[:, None]}),
+        (sf.ShapleyValues(), {"features": torch.arange(6)[:, None] // 2}),
+    ],
+)
+def test_tokens_are_taken_away_at_their_embeddings(
+    method: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """At a layer features are of what it gives: here one per token."""
+    tokens = make(Tokens)
+    model, ids = nn.Sequential(nn.Embedding(9, 8).double(), tokens), torch.arange(12).view(2, 6) % 9
+    found = sf.explain(model, ids, target=1, method=method, at="0", baseline=0.5, **more)
+    embedded = model[0](ids).detach()
+    plain = sf.explain(tokens, embedded, target=1, method=method, baseline=0.5, **more)
+    assert relative_l2(found.values, plain.values) < 1e-12
+    assert sf.replay(found.save(tmp_path / "tokens.safetensors"), model, ids)
+
+
+@pytest.mark.parametrize(("method", "more"), METHODS, ids=IDS)
+def test_requests_may_ask_for_it(method: Any, more: dict[str, Any]) -> None:
+    model, x = make(Image), randn(2, *SHAPES[Image])
+    alone = sf.explain(model, x, target=1, method=method, **more)
+    with sf.Engine(model) as engine:
+        futures = [engine.submit(x, 1, method=method, **more), engine.submit(x, 1)]
+        assert relative_l2(futures[0].result().values, alone.values) < 1e-11
+        assert futures[1].result().values.shape == x.shape
 
 
 @pytest.mark.parametrize("name", ["occlusion", "feature_ablation", "rise", "lime"])
