@@ -19,7 +19,7 @@ from saliency_fast.captum.lime_base import (
     get_exp_kernel_similarity_function,
     toss,
 )
-from saliency_fast.captum.perturbation import read_masks
+from saliency_fast.captum.perturbation import numbers_of, read_masks
 from saliency_fast.captum.perturbed import Asked, Draws, Maps, parsed, perturbed
 from saliency_fast.captum.run import kept
 from saliency_fast.engine import rounds as engine
@@ -91,16 +91,14 @@ class Lime(LimeBase):
         if not return_input_shape:
             return slopes
         values = tuple(
-            slopes.gather(1, mask.expand(x.shape)[: len(slopes)].reshape(len(slopes), -1)).view(
-                len(slopes), *x.shape[1:]
-            )
+            _spread(slopes, mask, x) if x.numel() else torch.zeros_like(x, dtype=torch.float)
             for mask, x in zip(masks, parts, strict=True)
         )
         return like_inputs(inputs, values)
 
     def _on_engine(self, asked: Asked, count: int, samples: int) -> Tensor:
         """Slopes float32 [N, F], from Captum's draws."""
-        known = torch.unique(torch.cat([one.flatten() for one in asked.features or ()]))
+        known = numbers_of(asked.features or (), asked.inputs)
         draws = Draws()
         found = perturbed(self._method(samples, known, count, draws), asked, draws)
         _check_outputs(found, asked)
@@ -150,6 +148,13 @@ class Lime(LimeBase):
         return torch.cat(found)
 
 
+def _spread(slopes: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    """Slopes [N, F] at the elements of x, [N, *]."""
+    count = len(slopes)
+    own = mask.expand(x.shape)[:count].reshape(count, -1)
+    return slopes.gather(1, own).view(count, *x.shape[1:])
+
+
 def _row(value: Any, row: slice, batch: int) -> Any:
     """What of an argument belongs to a row."""
     many = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
@@ -173,14 +178,14 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     masks = tuple(
         one[(None,) * (x.dim() - one.dim())] for one, x in zip(masks, inputs, strict=True)
     )
-    least = min(int(one.min()) for one in masks)
+    least = min(int(one.min()) for one in masks if one.numel())
     if least != 0:
         warnings.warn(
             "Minimum element in feature mask is not 0, shifting indices to start at 0.",
             stacklevel=4,
         )
         masks = tuple(one - least for one in masks)
-    count = 1 + max(int(one.max()) for one in masks)
+    count = 1 + max(int(one.max()) for one in masks if one.numel())
     if count > MANY:
         warnings.warn(
             "Attempting to construct interpretable model with > 10000 features.This can be very "

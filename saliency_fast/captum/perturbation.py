@@ -51,6 +51,13 @@ def read_masks(feature_mask: Any, inputs: Inputs) -> Inputs | None:
     return tuple(mask.detach().to(x.device).long() for mask, x in zip(masks, inputs, strict=True))
 
 
+def numbers_of(masks: Inputs, inputs: Inputs) -> Tensor:
+    """The numbers of the features that inputs have, in order."""
+    own = [mask.flatten() for mask, x in zip(masks, inputs, strict=True) if x.numel()]
+    found: Tensor = torch.unique(torch.cat(own))
+    return found
+
+
 def for_fill(inputs: Inputs, baselines: Baselines) -> Inputs:
     """Whole-numbered inputs whose baselines are not are taken as floating."""
     return tuple(
@@ -267,7 +274,8 @@ class FeaturePermutation(FeatureAblation):
             progress=show_progress,
         )
         draws = Draws()
-        method = _Permuted(self.perm_func, parts, perturbations_per_eval, draws)
+        full = tuple(x for x in parts if x.numel())
+        method = _Permuted(self.perm_func, full, perturbations_per_eval, draws)
         found = perturbed(method, asked, draws)
         return like_inputs(inputs, _typed(found))
 

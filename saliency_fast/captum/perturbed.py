@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -92,6 +92,9 @@ def check_at_once(count: Any, words: str) -> None:
 
 def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
     """The maps of a method; `asked.at_once` only bounds what is held at once."""
+    full = [number for number, x in enumerate(asked.inputs) if x.numel()]
+    if 0 < len(full) < len(asked.inputs):
+        return _without_empty(method, asked, draws, full)
     owner, known, alone = _owner(asked.forward), _known(asked.forward), Known()
     with kept(asked.forward):
         first = _first(asked)
@@ -114,6 +117,34 @@ def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
         # The next call must not drop out the same.
         torch.rand(1)
     return Maps(values, features, first.shape, first.dtype)
+
+
+def _without_empty(method: Method, asked: Asked, draws: Draws | None, full: list[int]) -> Maps:
+    """Maps where some inputs have no elements: they go along, and their maps are zeros."""
+
+    def forward(*given: Any) -> Any:
+        inputs = list(asked.inputs)
+        for number, one in zip(full, given, strict=False):
+            inputs[number] = one
+        return asked.forward(*inputs, *given[len(full) :])
+
+    def some(several: Any) -> Any:
+        return None if several is None else tuple(several[number] for number in full)
+
+    inner = replace(
+        asked,
+        forward=forward,
+        inputs=some(asked.inputs),
+        baselines=some(asked.baselines),
+        features=some(asked.features),
+    )
+    with kept(asked.forward):
+        found = perturbed(method, inner, draws)
+    count = max(1, found.shape.numel())
+    values = [x.new_zeros((count, *x.shape[1:])) for x in asked.inputs]
+    for number, one in zip(full, found.values, strict=True):
+        values[number] = one
+    return replace(found, values=tuple(values))
 
 
 def parsed(raw: Any, target: Any) -> Tensor:

@@ -18,7 +18,7 @@ from saliency_fast.captum.contract import (
     like_inputs,
     public,
 )
-from saliency_fast.captum.perturbation import read_masks
+from saliency_fast.captum.perturbation import numbers_of, read_masks
 from saliency_fast.captum.perturbed import Asked, Draws, check_at_once, perturbed
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.features import numbered
@@ -47,7 +47,7 @@ class ShapleyValueSampling(PerturbationAttribution):
     ) -> Any:
         """Maps in float32, [*output, *]: like the inputs where it is one number per row."""
         masks = _masks(feature_mask, as_tuple(inputs))
-        known, count = _numbers(masks)
+        known, count = _numbers(masks, as_tuple(inputs))
         if len(known) < count:
             warnings.warn(
                 "Feature mask is missing some integers between 0 and num_features, for optimal "
@@ -106,7 +106,7 @@ class ShapleyValues(ShapleyValueSampling):
     ) -> Any:
         """Maps in float32, [*output, *]: like the inputs where it is one number per row."""
         masks = _masks(feature_mask, as_tuple(inputs))
-        if _numbers(masks)[1] >= 10:
+        if _numbers(masks, as_tuple(inputs))[1] >= 10:
             warnings.warn(
                 "You are attempting to compute Shapley Values with at least 10 features, which "
                 "will likely be very computationally expensive.Consider using Shapley Value "
@@ -124,10 +124,10 @@ def _masks(feature_mask: Any, inputs: Inputs) -> Inputs:
     return read_masks(feature_mask, inputs) or numbered(None, inputs)
 
 
-def _numbers(masks: Inputs) -> tuple[list[int], int]:
+def _numbers(masks: Inputs, inputs: Inputs) -> tuple[list[int], int]:
     """The numbers of features that there are, in order, and how many Captum counts."""
-    known = torch.unique(torch.cat([one.flatten() for one in masks])).tolist()
-    return known, max(len(known), known[-1] + 1)
+    known = numbers_of(masks, inputs).tolist()
+    return known, max(len(known), 1 + max(int(one.max()) for one in masks if one.numel()))
 
 
 @dataclass(frozen=True)

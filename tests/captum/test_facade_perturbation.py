@@ -282,3 +282,30 @@ def test_the_forward_function_is_read_at_call_time_and_nothing_stays() -> None:
             continue
         # Captum has moved the running statistics since.
         assert one.shape == before[name].shape
+
+
+class Sparse(torch.nn.Module):
+    """Rows, and a list that all of them share; for a batch, or for each row."""
+
+    def __init__(self, by_rows: bool = False) -> None:
+        super().__init__()
+        self.by_rows, self.head = by_rows, torch.nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, several: Tensor) -> Tensor:
+        first = several[0] if several.numel() else 0.0
+        rows = self.head(x)[:, 0]
+        return (rows if self.by_rows else rows.sum()) + first
+
+
+@pytest.mark.parametrize("count", [0, 7])
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("name", ["FeatureAblation", "FeaturePermutation", "ShapleyValueSampling"])
+def test_inputs_of_other_lengths(name: str, count: int, by_rows: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Sparse(by_rows).double(), (randn(2, 3), randn(count))
+    masks = (torch.tensor([[0, 1, 2]]), torch.tensor([3]))
+    answers = []
+    for library in (facade, captum.attr):
+        torch.manual_seed(1)
+        answers.append(getattr(library, name)(model).attribute(x, feature_mask=masks))
+    agree(answers[0], answers[1], SINGLE.get(name, 1e-10))
