@@ -1,0 +1,161 @@
+"""What all backward rules share: what they are as data, and how a model runs under them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.utils._pytree import tree_leaves
+
+from saliency_fast.errors import ModelError
+from saliency_fast.model.calls import INNER_GRADIENTS, Calls, lean_call
+from saliency_fast.model.guard import uncompiled
+
+Answer = Callable[..., Any]
+"""A rule for calls of one name: (the mode, the call, its arguments, its named ones) -> result."""
+
+
+class Rules(Protocol):
+    """Backward rules as data.
+
+    references: the model runs on points and, behind them in the same batch, on one reference for
+    each. relevance: what is handed back at the output is the score itself. unmet: what to warn of
+    where the model made no call that the rules are for; "" for nothing.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def references(self) -> bool: ...
+    @property
+    def relevance(self) -> bool: ...
+    @property
+    def unmet(self) -> str: ...
+    def calls(self, model: Callable[..., Any] | None = None) -> Ruling: ...
+
+
+class Ruling(Calls):
+    """Inside its `with`, calls that depend on points and whose name is in `table` have a rule.
+
+    Calls in place are answered as calls that are not, and written over their input. met: how many
+    calls had a rule. rows: of points and their references together, where they are paired.
+    """
+
+    def __init__(self, table: Mapping[str, Answer]) -> None:
+        super().__init__()
+        self.table = table
+        self.met = self.rows = 0
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if func in INNER_GRADIENTS:
+            raise ModelError(
+                "the model takes gradients of its own, which backward rules would change: use a "
+                "method without such rules, such as integrated gradients"
+            )
+        return super().call(func, args, kwargs)
+
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        name, outside = call_name(func)
+        rule = self.table.get(name)
+        if rule is None:
+            return self.other(func, args, kwargs)
+        if outside is None:
+            found = rule(self, func, args, kwargs)
+        else:
+            target = args[0]
+            # What rules keep must not be written over.
+            found = rule(self, outside, (target.clone(), *args[1:]), kwargs)
+        if found is NotImplemented:
+            return self.other(func, args, kwargs)
+        self.met += 1
+        return found if outside is None else target.copy_(found)
+
+    def other(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A call without a rule."""
+        return lean_call(func, args, kwargs)
+
+    def check(self, raw: Any) -> None:
+        """Refuses what the model returned where rules cannot have held on the way."""
+
+
+@cache
+def call_name(func: Callable[..., Any]) -> tuple[str, Callable[..., Any] | None]:
+    """How PyTorch names a call, and for a call in place the same call that is not.
+
+    The name is of functions and methods alike: torch.relu, Tensor.relu and Tensor.relu_ are
+    "relu". "" for operators of other libraries.
+    """
+    if isinstance(func, (OpOverload, OpOverloadPacket)):
+        space, _, name = str(func).partition(".")
+        name = name.partition(".")[0]
+        if space != "aten" or name.endswith("_"):
+            return "", None
+        return name, None
+    name = getattr(func, "__name__", "")
+    owner = getattr(func, "__self__", None) or getattr(func, "__objclass__", None)
+    if name == "__get__":
+        return getattr(owner, "__name__", ""), None
+    for space in ("special_", "linalg_"):
+        name = name.removeprefix(space)
+    if name.endswith("_") and not name.endswith("__"):
+        # Functions of the `torch` namespace name no owner.
+        outside = getattr(torch if owner is None else owner, name[:-1], None)
+        return (name, None) if outside is None else (name[:-1], outside)
+    return name, None
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """The model as it is, under backward rules (a route).
+
+    Where `rules.references`, points and arguments come with their references behind them, and so
+    do outputs. Raises ModelError for what rules cannot see into.
+    """
+
+    model: Callable[..., Any]
+    rules: Rules
+    _warned: list[bool] = field(default_factory=list, compare=False, repr=False)
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        _check_visible(self.model, self.rules.name)
+        calls = self.rules.calls(self.model)
+        calls.rows = len(points[0]) if self.rules.references else 0
+        with uncompiled(), calls:
+            raw = self.model(*points, *args, **kwargs)
+        calls.check(raw)
+        if calls.met == 0 and self.rules.unmet and not self._warned:
+            self._warned.append(True)
+            warnings.warn(self.rules.unmet, stacklevel=2)
+        return raw
+
+
+def _check_visible(model: Callable[..., Any], name: str) -> None:
+    """Scripted parts run where no function mode sees their calls."""
+    scripted = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+    parts = model.named_modules() if isinstance(model, nn.Module) else [("", model)]
+    for path, part in parts:
+        if isinstance(part, scripted):
+            raise ModelError(
+                f"the rules of {name} cannot see into scripted code: got a "
+                f"{type(part).__name__}{f' at {path!r}' if path else ''}; pass the model that it "
+                "was scripted from"
+            )
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors among results, however nested."""
+    return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
