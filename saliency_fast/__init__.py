@@ -11,8 +11,12 @@ try:
     from saliency_fast.attribution import Attribution, load
     from saliency_fast.engine import Plan
     from saliency_fast.methods import (
+        LRP,
+        Deconvolution,
+        DeepLift,
         ExpectedGradients,
         Gradient,
+        GuidedBackprop,
         InputXGradient,
         IntegratedGradients,
         SmoothGrad,
@@ -27,10 +31,14 @@ finally:
         gc.enable()
 
 __all__ = [
+    "LRP",
     "Attribution",
+    "Deconvolution",
+    "DeepLift",
     "Engine",
     "ExpectedGradients",
     "Gradient",
+    "GuidedBackprop",
     "InputXGradient",
     "IntegratedGradients",
     "Plan",

@@ -7,9 +7,12 @@ from typing import Any
 
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
+from saliency_fast.methods.deeplift import DeepLift
 from saliency_fast.methods.expected_gradients import ExpectedGradients
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
+from saliency_fast.methods.lrp import LRP
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
 
 METHODS: dict[str, type[Any]] = {
@@ -22,6 +25,10 @@ METHODS: dict[str, type[Any]] = {
         SmoothGradSquared,
         VarGrad,
         ExpectedGradients,
+        GuidedBackprop,
+        Deconvolution,
+        DeepLift,
+        LRP,
     )
 }
 
@@ -53,9 +60,13 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 
 
 __all__ = [
+    "LRP",
     "METHODS",
+    "Deconvolution",
+    "DeepLift",
     "ExpectedGradients",
     "Gradient",
+    "GuidedBackprop",
     "InputXGradient",
     "IntegratedGradients",
     "SmoothGrad",

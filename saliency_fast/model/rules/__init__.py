@@ -1,6 +1,6 @@
 """Backward rules: a model runs as it is, and its calls hand back something else than gradients."""
 
-from saliency_fast.model.rules.base import Ruled, Rules, Ruling
+from saliency_fast.model.rules.base import Ruling
 from saliency_fast.model.rules.composites import COMPOSITES, Composite, composite
 from saliency_fast.model.rules.rectifiers import Deconv, Guided, Softplus
 from saliency_fast.model.rules.rescale import CAPTUM, Rescale
@@ -29,8 +29,6 @@ __all__ = [
     "Guided",
     "Pass",
     "Rescale",
-    "Ruled",
-    "Rules",
     "Ruling",
     "Softplus",
     "ZBox",

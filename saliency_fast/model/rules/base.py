@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.utils._pytree import tree_leaves
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from saliency_fast.errors import ModelError
 from saliency_fast.model.calls import INNER_GRADIENTS, Calls, lean_call
@@ -21,35 +20,18 @@ Answer = Callable[..., Any]
 """A rule for calls of one name: (the mode, the call, its arguments, its named ones) -> result."""
 
 
-class Rules(Protocol):
-    """Backward rules as data.
-
-    references: the model runs on points and, behind them in the same batch, on one reference for
-    each. relevance: what is handed back at the output is the score itself. unmet: what to warn of
-    where the model made no call that the rules are for; "" for nothing.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def references(self) -> bool: ...
-    @property
-    def relevance(self) -> bool: ...
-    @property
-    def unmet(self) -> str: ...
-    def calls(self, model: Callable[..., Any] | None = None) -> Ruling: ...
-
-
 class Ruling(Calls):
     """Inside its `with`, calls that depend on points and whose name is in `table` have a rule.
 
     Calls in place are answered as calls that are not, and written over their input. met: how many
-    calls had a rule. rows: of points and their references together, where they are paired.
+    calls had a rule. paired: points are followed by as many references; rows: of both.
     """
 
-    def __init__(self, table: Mapping[str, Answer]) -> None:
+    paired = False
+
+    def __init__(self, name: str, table: Mapping[str, Answer]) -> None:
         super().__init__()
-        self.table = table
+        self.name, self.table = name, table
         self.met = self.rows = 0
 
     def call(
@@ -89,6 +71,24 @@ class Ruling(Calls):
     def check(self, raw: Any) -> None:
         """Refuses what the model returned where rules cannot have held on the way."""
 
+    def run(
+        self,
+        model: Callable[..., Any],
+        points: Sequence[Tensor],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
+        """What the model returns for `points`, under these rules; ModelError where they cannot
+        see into it.
+        """
+        _check_visible(model, self.name)
+        if self.paired:
+            self.rows = len(points[0])
+        with uncompiled(), self:
+            raw = model(*points, *args, **kwargs)
+        self.check(raw)
+        return tree_map_only(Tensor, _mirrored, raw) if self.paired else raw
+
 
 @cache
 def call_name(func: Callable[..., Any]) -> tuple[str, Callable[..., Any] | None]:
@@ -116,31 +116,23 @@ def call_name(func: Callable[..., Any]) -> tuple[str, Callable[..., Any] | None]
     return name, None
 
 
-@dataclass(frozen=True)
-class Ruled:
-    """The model as it is, under backward rules (a route).
+class _Mirrored(torch.autograd.Function):
+    """Asks of references what is asked of their points."""
 
-    Where `rules.references`, points and arguments come with their references behind them, and so
-    do outputs. Raises ModelError for what rules cannot see into.
-    """
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
 
-    model: Callable[..., Any]
-    rules: Rules
-    _warned: list[bool] = field(default_factory=list, compare=False, repr=False)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad[: len(grad) // 2].repeat(2, *(1,) * (grad.dim() - 1))
 
-    def __call__(
-        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        _check_visible(self.model, self.rules.name)
-        calls = self.rules.calls(self.model)
-        calls.rows = len(points[0]) if self.rules.references else 0
-        with uncompiled(), calls:
-            raw = self.model(*points, *args, **kwargs)
-        calls.check(raw)
-        if calls.met == 0 and self.rules.unmet and not self._warned:
-            self._warned.append(True)
-            warnings.warn(self.rules.unmet, stacklevel=2)
+
+def _mirrored(raw: Tensor) -> Any:
+    if not raw.requires_grad or raw.dim() == 0 or len(raw) % 2:
         return raw
+    return _Mirrored.apply(raw)  # type: ignore[no-untyped-call]
 
 
 def _check_visible(model: Callable[..., Any], name: str) -> None:

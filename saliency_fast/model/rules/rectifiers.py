@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from saliency_fast import ops
+from saliency_fast.errors import InputError
 from saliency_fast.model.rules.base import Ruling
 from saliency_fast.ops.masks import DTYPES
 
@@ -100,7 +101,7 @@ class Guided:
     unmet: ClassVar[str] = _UNMET.format("guided backpropagation")
 
     def calls(self, model: Callable[..., Any] | None = None) -> Ruling:
-        return Ruling(_GUIDED)
+        return Ruling(self.name, _GUIDED)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Deconv:
     unmet: ClassVar[str] = _UNMET.format("deconvolution")
 
     def calls(self, model: Callable[..., Any] | None = None) -> Ruling:
-        return Ruling(_DECONV)
+        return Ruling(self.name, _DECONV)
 
 
 _GUIDED = _table(partial(_masked, rule="guided"))
@@ -131,13 +132,19 @@ class Softplus:
     """
 
     beta: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < torch.inf:
+            raise InputError(f"beta must be a positive finite number: got {self.beta}")
+
     name: ClassVar[str] = "softplus"
     references: ClassVar[bool] = False
     relevance: ClassVar[bool] = False
     unmet: ClassVar[str] = ""
 
     def calls(self, model: Callable[..., Any] | None = None) -> Ruling:
-        return _Smooth(_table(lambda x: functional.softplus(x, self.beta, _LINEAR_FROM)))
+        table = _table(lambda x: functional.softplus(x, self.beta, _LINEAR_FROM))
+        return _Smooth(self.name, table)
 
 
 class _Smooth(Ruling):

@@ -78,7 +78,7 @@ class Relevance(Ruling):
         first: Share | None,
         named: Mapping[int, Share],
     ) -> None:
-        super().__init__(table)
+        super().__init__("LRP", table)
         self.settings, self.kind, self.first, self.named = settings, kind, first, named
         self.own: Share | None = None
         self.weights = False

@@ -192,8 +192,10 @@ class Paired(Ruling):
     alternating: a call right behind one that has a rule keeps its gradient.
     """
 
-    def __init__(self, table: Mapping[str, Answer], alternating: bool) -> None:
-        super().__init__(table)
+    paired = True
+
+    def __init__(self, name: str, table: Mapping[str, Answer], alternating: bool) -> None:
+        super().__init__(name, table)
         self.alternating = alternating
         self._ruled = WeakIdKeyDictionary()
 
@@ -239,4 +241,4 @@ class Rescale:
         names = CAPTUM if self.captum else ELEMENTWISE
         table: dict[str, Answer] = {name: partial(_elementwise, self) for name in names}
         table |= {name: partial(pool, self) for name, pool in _POOLS.items()}
-        return Paired(table | {"softmax": partial(_softmax, self)}, self.captum)
+        return Paired(self.name, table | {"softmax": partial(_softmax, self)}, self.captum)
