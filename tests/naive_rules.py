@@ -67,7 +67,13 @@ def flat_rule(weight: Tensor, bias: Tensor, x: Tensor, relevance: Tensor) -> Ten
 
 
 def box_rule(
-    weight: Tensor, bias: Tensor, x: Tensor, relevance: Tensor, low: Tensor, high: Tensor, eps: float
+    weight: Tensor,
+    bias: Tensor,
+    x: Tensor,
+    relevance: Tensor,
+    low: Tensor,
+    high: Tensor,
+    eps: float,
 ) -> Tensor:
     contributions = weight * x - low * weight.clamp(min=0) - high * weight.clamp(max=0)
     return shared(contributions, torch.zeros_like(bias), relevance, eps)

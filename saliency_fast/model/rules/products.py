@@ -131,7 +131,8 @@ def _subtracted_from(calls: Relevance, func: Any, args: Any, kwargs: Any) -> Any
 
 def _negate(calls: Relevance, func: Any, args: Any, kwargs: Any) -> Any:
     with torch.no_grad():
-        return passed(args[0], func(*args, **kwargs))
+        y = func(*args, **kwargs)
+    return passed(args[0], y)
 
 
 def _multiply(calls: Relevance, func: Any, args: Any, kwargs: Any) -> Any:
