@@ -14,10 +14,14 @@ from saliency_fast.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
+    "LRP",
     "Attribution",
+    "DeepLift",
+    "Deconvolution",
     "Engine",
     "ExpectedGradients",
     "Gradient",
+    "GuidedBackprop",
     "InputXGradient",
     "IntegratedGradients",
     "Plan",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saliency_fast.engine.points import Line
+from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.rules import Deconv, Guided
@@ -21,7 +21,7 @@ class GuidedBackprop:
     name = "guided_backprop"
 
     def recipe(self) -> Recipe:
-        return Recipe(Line(), at_input(), at_input=True, rules=Guided())
+        return Recipe(Itself(), at_input(), at_input=True, rules=Guided())
 
 
 @dataclass(frozen=True)
@@ -31,4 +31,4 @@ class Deconvolution:
     name = "deconvolution"
 
     def recipe(self) -> Recipe:
-        return Recipe(Line(), at_input(), at_input=True, rules=Deconv())
+        return Recipe(Itself(), at_input(), at_input=True, rules=Deconv())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saliency_fast.engine.points import Line
+from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.methods import checks
 from saliency_fast.methods.gradient import at_input
@@ -31,4 +31,6 @@ class DeepLift:
     def recipe(self) -> Recipe:
         rules = Rescale(float(self.epsilon), self.captum)
         factor = "difference" if self.multiply else "none"
-        return Recipe(Line(), at_input(), factor=factor, baseline="one", at_input=True, rules=rules)
+        return Recipe(
+            Itself(), at_input(), factor=factor, baseline="one", at_input=True, rules=rules
+        )

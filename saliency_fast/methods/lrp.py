@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from saliency_fast.engine.points import Line
+from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.rules import Composite, composite
@@ -43,7 +43,7 @@ class LRP:
         )
 
     def recipe(self) -> Recipe:
-        return Recipe(Line(), at_input(), at_input=True, rules=self._rules())
+        return Recipe(Itself(), at_input(), at_input=True, rules=self._rules())
 
 
 def _tuples(value: Any) -> Any:

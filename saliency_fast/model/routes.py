@@ -95,7 +95,8 @@ class Ruled:
     ) -> Any:
         calls = self.rules.calls(self.model)
         raw = calls.run(self.model, points, args, kwargs)
-        if calls.met == 0 and self.rules.unmet:
+        # Without gradients no call needs a rule.
+        if calls.met == 0 and self.rules.unmet and torch.is_grad_enabled():
             warnings.warn(f"saliency_fast: {self.rules.unmet}", stacklevel=2)
         return raw
 

@@ -99,6 +99,9 @@ def test_softplus_is_the_smooth_model_twice_differentiable(kind: str) -> None:
     expected = _curved(lambda points, *_: smooth(*points), x, direction)
     for one, other in zip(found, expected, strict=True):
         assert relative_l2(one, other) < 1e-10
+    with torch.no_grad():
+        scores = Ruled(network(kind), Softplus(beta))([x], (), {})
+    assert relative_l2(scores, found[0]) < EXACT
 
 
 def _curved(route: Any, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:

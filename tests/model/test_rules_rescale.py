@@ -31,7 +31,7 @@ def gap(model: Any, x: Tensor, baseline: Tensor, target: Any, rules: Any) -> flo
     """Of the sum of (x - baseline) * multipliers and the scores' difference, against its size."""
     found = ruled(model, rules, x, target, baseline) * (x - baseline)
     change = scores(model, x, target) - scores(model, baseline, target)
-    return float((found.flatten(1).sum(1) - change).abs().max() / change.abs().max())
+    return float((found.flatten(1).sum(1) - change).abs().max() / found.abs().sum().clamp_min(1e-3))
 
 
 @pytest.mark.parametrize("kind", SHAPES)

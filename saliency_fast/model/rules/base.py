@@ -19,6 +19,9 @@ from saliency_fast.model.guard import uncompiled
 Answer = Callable[..., Any]
 """A rule for calls of one name: (the mode, the call, its arguments, its named ones) -> result."""
 
+_WHOLE = (torch.nn.functional.softsign,)
+"""Python functions that have rules as a whole, rather than what they call."""
+
 
 class Ruling(Calls):
     """Inside its `with`, calls that depend on points and whose name is in `table` have a rule.
@@ -33,6 +36,17 @@ class Ruling(Calls):
         super().__init__()
         self.name, self.table = name, table
         self.met = self.rows = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _WHOLE:
+            return self.call(func, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
 
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -55,12 +69,17 @@ class Ruling(Calls):
             found = rule(self, func, args, kwargs)
         else:
             target = args[0]
-            # What rules keep must not be written over.
-            found = rule(self, outside, (target.clone(), *args[1:]), kwargs)
+            # What a rule keeps must not be written over.
+            given = target.clone() if self.keeps(name) else target
+            found = rule(self, outside, (given, *args[1:]), kwargs)
         if found is NotImplemented:
             return self.other(func, args, kwargs)
         self.met += 1
         return found if outside is None else target.copy_(found)
+
+    def keeps(self, name: str) -> bool:
+        """Whether the rule of `name` keeps its input for the way back."""
+        return False
 
     def other(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -164,6 +164,8 @@ def composite(
     """A composite by name; `layers`: (layer's name, rule as `read_share` takes it) pairs."""
     if name not in COMPOSITES:
         raise InputError(f"composite must be one of {', '.join(COMPOSITES)}: got {name!r}")
+    if not all(isinstance(one, (tuple, list)) and len(one) == 2 for one in layers):
+        raise InputError(f"layers must be (layer's name, rule) pairs: got {layers!r}")
     named = tuple((layer, read_share(rule)) for layer, rule in layers)
     parts = COMPOSITES[name](epsilon, gamma, bounds) | options
     return Composite(**parts, layers=named, epsilon=epsilon)

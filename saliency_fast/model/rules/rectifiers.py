@@ -148,7 +148,20 @@ class Softplus:
 
 
 class _Smooth(Ruling):
-    """Lean versions can be differentiated but once; autograd's own answer here."""
+    """A model that is smooth also where nothing is differentiated.
+
+    Lean versions can be differentiated but once; autograd's own answer here.
+    """
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if torch.is_grad_enabled():
+            return super().call(func, args, kwargs)
+        return self.answer(func, args, kwargs)
+
+    def keeps(self, name: str) -> bool:
+        return True
 
     def other(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

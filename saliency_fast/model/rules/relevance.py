@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from saliency_fast.errors import ModelError
 from saliency_fast.model.rules.base import Answer, Ruling, call_name, tensors_of
-from saliency_fast.model.rules.names import VIEWS
+from saliency_fast.model.rules.names import ELEMENTWISE, VIEWS
 from saliency_fast.model.rules.shares import Affine, Epsilon, Share
 
 
@@ -96,6 +96,9 @@ class Relevance(Ruling):
         own = (self.named.get(id(one)) for one in given)
         self.own = next((rule for rule in own if rule is not None), None)
         return super().call(func, args, kwargs)
+
+    def keeps(self, name: str) -> bool:
+        return name not in ELEMENTWISE
 
     def rule_of(self, name: str, x: Tensor) -> Share:
         """The rule of a layer with weights."""
