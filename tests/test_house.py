@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = [
     "LRP",
     "Attribution",
-    "DeepLift",
     "Deconvolution",
+    "DeepLift",
     "Engine",
     "ExpectedGradients",
     "Gradient",

@@ -20,6 +20,10 @@ EVERY = (
     sf.SmoothGradSquared(samples=11, seed=3),
     sf.VarGrad(samples=11, seed=3),
     sf.ExpectedGradients(samples=11, seed=3),
+    sf.GuidedBackprop(),
+    sf.Deconvolution(),
+    sf.DeepLift(),
+    sf.LRP(),
 )
 every = pytest.mark.parametrize("method", EVERY, ids=str)
 
