@@ -152,6 +152,40 @@ def test_batch_normalisation_on_its_own_is_an_affine_layer() -> None:
     assert relative_l2(merged, apart) > 1e-3
 
 
+NORMS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "layer": (lambda: nn.LayerNorm((3, 4)), 1),
+    "layer, no weights": (lambda: nn.LayerNorm((3, 4), elementwise_affine=False), 1),
+    "group": (lambda: nn.GroupNorm(3, 6), 3),
+    "instance": (lambda: nn.InstanceNorm1d(6, affine=True), 6),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_are_affine_with_their_deviation_as_a_number(name: str) -> None:
+    make, groups = NORMS[name]
+    norm, x = _made(make), randn(2, 3, 4) if "layer" in name else randn(2, 6, 4)
+    for one in norm.parameters():
+        one.data.uniform_(-1.0, 2.0, generator=torch.Generator().manual_seed(1))
+    found, relevance = shared(norm, Pass(), x, epsilon=0.1)
+    for number in range(2):
+        size = x[number].numel() // groups
+        given, weight = x[number].reshape(groups, size), torch.ones_like(x[number])
+        bias = torch.zeros_like(weight)
+        if "no weights" not in name:
+            wide = norm.weight.shape if "layer" in name else (-1, 1)
+            weight, bias = weight * norm.weight.view(wide), bias + norm.bias.view(wide)
+        for group in range(groups):
+            rate = 1 / (given[group].var(unbiased=False) + norm.eps).sqrt()
+            centred = torch.eye(size, dtype=x.dtype) - 1 / size
+            own, shift, out = (
+                one.detach().reshape(groups, size)[group]
+                for one in (weight, bias, relevance[number])
+            )
+            matrix = own[:, None] * rate * centred
+            expected = naive_rules.epsilon_rule(matrix, shift, given[group], out, 0.1)
+            assert relative_l2(found[number].reshape(groups, size)[group], expected) < EXACT
+
+
 def _dense(call: Callable[[Tensor], Tensor], x: Tensor, relevance: Tensor, eps: float) -> Tensor:
     weight, bias = naive_rules.matrix(lambda one: call(one), x.shape[1:])
     return torch.stack(
