@@ -63,16 +63,13 @@ class Share(Protocol):
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor: ...
 
 
-def stable(z: Tensor, epsilon: float) -> Tensor:
-    """z, kept off zero."""
-    return torch.where(z < 0, z - epsilon, z + epsilon)
-
-
 def ratio(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
-    """Relevance / z, z kept off zero; without an epsilon, what is nothing gets nothing."""
+    """relevance / (z + sign(z) epsilon); without an epsilon, what is nothing gets nothing."""
     if epsilon == 0:
         return torch.where(z == 0, 0.0, relevance / z)
-    return relevance / stable(z, epsilon)
+    # The sign of -0.0 does not matter: it is a sum of nothing but zeros.
+    divisor = torch.copysign(torch.full((), epsilon, dtype=z.dtype, device=z.device), z)
+    return relevance / divisor.add_(z)
 
 
 def _check_epsilon(epsilon: object) -> None:
