@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saliency_fast.errors import ModelError
 from saliency_fast.model.routes import Ruled
-from saliency_fast.model.rules import Deconv, Guided, Softplus
+from saliency_fast.model.rules import Deconv, Guided, Softplus, composite
 from tests import naive_rules
 from tests.model.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled
 from tests.naive import relative_l2
@@ -130,6 +130,22 @@ class _InnerGradient(nn.Module):
 def test_what_rules_cannot_see_is_an_error(model: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         ruled(model, Guided(), points("mlp"), 1)
+
+
+@torch.jit.script
+def _scripted(x: Tensor) -> Tensor:
+    return torch.relu(x) * 2.0
+
+
+@pytest.mark.parametrize(
+    "rules", [Guided(), Softplus(), composite("epsilon")], ids=lambda rules: rules.name
+)
+def test_scripted_functions_are_an_error_at_every_run(rules: Any) -> None:
+    """PyTorch runs them in another way each of the first times."""
+    model = Row(nn.Linear(7, 5), Functional(_scripted), nn.Linear(5, 4)).double()
+    for _ in range(4):
+        with pytest.raises(ModelError, match="such as a scripted function"):
+            ruled(model, rules, points("mlp"), 1)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -28,9 +28,11 @@ class Ruling(Calls):
 
     Calls in place are answered as calls that are not, and written over their input. met: how many
     calls had a rule. paired: points are followed by as many references; rows: of both.
+    hidden: kinds of autograd's steps that no call under these rules takes.
     """
 
     paired = False
+    hidden = frozenset(("Relu", "DifferentiableGraph"))
 
     def __init__(self, name: str, table: Mapping[str, Answer]) -> None:
         super().__init__()
@@ -87,8 +89,15 @@ class Ruling(Calls):
         """A call without a rule."""
         return lean_call(func, args, kwargs)
 
-    def check(self, raw: Any) -> None:
-        """Refuses what the model returned where rules cannot have held on the way."""
+    def check(self, node: Any) -> None:
+        """Refuses a step of autograd's that is none of a call this mode has seen."""
+        kind = node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+        if kind in self.hidden:
+            raise ModelError(
+                f"the rules of {self.name} cannot see into all of the model: got {node.name()} "
+                "from code that PyTorch runs by itself, such as a scripted function; pass the "
+                "model with plain functions"
+            )
 
     def run(
         self,
@@ -105,7 +114,8 @@ class Ruling(Calls):
             self.rows = len(points[0])
         with uncompiled(), self:
             raw = model(*points, *args, **kwargs)
-        self.check(raw)
+        for node in steps_behind(tensors_of(raw)):
+            self.check(node)
         return tree_map_only(Tensor, _mirrored, raw) if self.paired else raw
 
 
@@ -170,3 +180,14 @@ def _check_visible(model: Callable[..., Any], name: str) -> None:
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors among results, however nested."""
     return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+
+
+def steps_behind(results: Iterable[Tensor]) -> Iterator[Any]:
+    """Autograd's steps from the results back to the points."""
+    pending, seen = [one.grad_fn for one in results], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [one for one, _ in node.next_functions]
+            yield node

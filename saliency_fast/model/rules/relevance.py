@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from saliency_fast.errors import ModelError
-from saliency_fast.model.rules.base import Answer, Ruling, call_name, tensors_of
+from saliency_fast.model.rules.base import Answer, Ruling, call_name, steps_behind, tensors_of
 from saliency_fast.model.rules.names import ELEMENTWISE, VIEWS
 from saliency_fast.model.rules.shares import Affine, Epsilon, Share
 
@@ -70,6 +70,12 @@ class Relevance(Ruling):
     before; named: by the identity of a layer's weights.
     """
 
+    hidden = Ruling.hidden | frozenset(
+        "Convolution MkldnnConvolution Addmm Mm Bmm Baddbmm Mul Add Sub Rsub Div Neg Pow Exp Gelu "
+        "Silu Elu LeakyRelu Hardtanh Sigmoid Tanh Softplus Softmax LogSoftmax Sum Mean "
+        "NativeLayerNorm NativeBatchNorm NativeGroupNorm".split()
+    )
+
     def __init__(
         self,
         table: Mapping[str, Answer],
@@ -121,36 +127,21 @@ class Relevance(Ruling):
             )
         return found
 
-    def check(self, raw: Any) -> None:
-        """Functions with a gradient of their own are seen by no mode."""
-        pending, seen = [one.grad_fn for one in tensors_of(raw)], set()
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            pending += [one for one, _ in node.next_functions]
-            # The Python class behind the node, where there is one.
-            kind = getattr(type(node), "_forward_cls", None)
-            if kind is not None and not kind.__module__.startswith("saliency_fast."):
-                raise ModelError(
-                    f"LRP has no rule for {node.name()}: the model has a function with a gradient "
-                    "of its own; use a method by gradients such as integrated gradients"
-                )
+    def check(self, node: Any) -> None:
+        """Functions with a gradient of their own are seen by no mode either."""
+        super().check(node)
+        # The Python class behind the step, where there is one.
+        kind = getattr(type(node), "_forward_cls", None)
+        if kind is not None and not kind.__module__.startswith("saliency_fast."):
+            raise ModelError(
+                f"LRP has no rule for {node.name()}: the model has a function with a gradient "
+                "of its own; use a method by gradients such as integrated gradients"
+            )
 
 
 def is_first(x: Tensor) -> bool:
     """Whether no layer with weights lies between the points and x."""
-    pending, seen = [x.grad_fn], set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if getattr(node, "weighted", False):
-            return False
-        seen.add(node)
-        pending += [one for one, _ in node.next_functions]
-    return True
+    return not any(getattr(node, "weighted", False) for node in steps_behind([x]))
 
 
 def shared(x: Tensor, y: Tensor, layer: Affine, rule: Share, weighted: bool = False) -> Any:

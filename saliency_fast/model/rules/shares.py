@@ -64,7 +64,7 @@ class Share(Protocol):
 
 
 def ratio(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
-    """relevance / (z + sign(z) epsilon); without an epsilon, what is nothing gets nothing."""
+    """R / (z + sign(z) epsilon) of the relevance R; without an epsilon, R / 0 is 0."""
     if epsilon == 0:
         return torch.where(z == 0, 0.0, relevance / z)
     # The sign of -0.0 does not matter: it is a sum of nothing but zeros.
