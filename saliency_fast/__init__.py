@@ -12,10 +12,13 @@ try:
     from saliency_fast.engine import Plan
     from saliency_fast.methods import (
         LRP,
+        AttentionRollout,
+        AttentionWeights,
         Deconvolution,
         DeepLift,
         ExpectedGradients,
         Gradient,
+        GradientAttention,
         GuidedBackprop,
         InputXGradient,
         IntegratedGradients,
@@ -25,6 +28,7 @@ try:
     )
     from saliency_fast.ops import backends
     from saliency_fast.replay import Replay, replay
+    from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.version import __version__
 finally:
     if _collects:
@@ -32,23 +36,29 @@ finally:
 
 __all__ = [
     "LRP",
+    "AttentionRollout",
+    "AttentionWeights",
     "Attribution",
     "Deconvolution",
     "DeepLift",
     "Engine",
     "ExpectedGradients",
     "Gradient",
+    "GradientAttention",
     "GuidedBackprop",
     "InputXGradient",
     "IntegratedGradients",
     "Plan",
     "Replay",
+    "Similarity",
     "SmoothGrad",
     "SmoothGradSquared",
+    "TokenAttribution",
     "VarGrad",
     "__version__",
     "backends",
     "explain",
+    "explain_tokens",
     "load",
     "replay",
 ]

@@ -7,6 +7,11 @@ from typing import Any
 
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.attention import (
+    AttentionRollout,
+    AttentionWeights,
+    GradientAttention,
+)
 from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
 from saliency_fast.methods.deeplift import DeepLift
 from saliency_fast.methods.expected_gradients import ExpectedGradients
@@ -29,6 +34,9 @@ METHODS: dict[str, type[Any]] = {
         Deconvolution,
         DeepLift,
         LRP,
+        AttentionWeights,
+        AttentionRollout,
+        GradientAttention,
     )
 }
 
@@ -62,10 +70,13 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 __all__ = [
     "LRP",
     "METHODS",
+    "AttentionRollout",
+    "AttentionWeights",
     "Deconvolution",
     "DeepLift",
     "ExpectedGradients",
     "Gradient",
+    "GradientAttention",
     "GuidedBackprop",
     "InputXGradient",
     "IntegratedGradients",

@@ -84,8 +84,8 @@ _STANCES: list[Any] = []
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside, models of torch.compile run as they are: it would try to compile what counts them,
-    and give up the model for good.
+    """Inside, models of torch.compile run as they are: it would try to compile what watches
+    them, and give up the model for good.
     """
     # What was never imported has compiled nothing, and takes a second to import.
     if "torch._dynamo" not in sys.modules:
