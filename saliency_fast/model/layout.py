@@ -1,0 +1,159 @@
+"""Layers as maps: which axis of a layer's output holds channels, and where its places lie."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from saliency_fast.errors import InputError
+
+_SPECIAL = 16
+"""The most leading tokens without a place that are looked for."""
+
+
+def channel_axis(layer: nn.Module, shape: tuple[int, ...], default: int = 1) -> int:
+    """1 or -1: the axis of a layer's output [R, ...] that holds its channels.
+
+    The layer's last part that knows its number of features tells; convolutions and batch norms
+    have them on axis 1 where both axes fit.
+    """
+    for part in reversed(list(layer.modules())):
+        early = _number(part, "out_channels", "num_channels", "num_features")
+        late = _number(part, "out_features", "embed_dim", "embedding_dim", "hidden_size")
+        if late is None and isinstance(part, nn.LayerNorm) and len(part.normalized_shape) == 1:
+            late = part.normalized_shape[0]
+        known = early if late is None else late
+        fits = [axis for axis in (1, -1) if shape[axis] == known]
+        if fits:
+            return fits[0] if early is not None else fits[-1]
+    return default
+
+
+def _number(part: nn.Module, *names: str) -> int | None:
+    found = [getattr(part, name, None) for name in names]
+    return next((one for one in found if isinstance(one, int)), None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer's output is read as maps [R, C, *grid], and the input's space they belong to.
+
+    last: channels are the last axis. special: so many leading tokens have no place (trailing ones
+    where negative). size: the input's spatial size. shape: of one example's map, as the input has
+    its axes: [1, *size], or [T, 1] where the input's features come last.
+    """
+
+    last: bool
+    special: int
+    grid: tuple[int, ...]
+    size: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def maps(self, output: Tensor) -> Tensor:
+        """The layer's output, or gradients of its shape, as maps [R, C, *grid]."""
+        if self.last:
+            output = output.movedim(-1, 1)
+        if self.special > 0:
+            output = output[:, :, self.special :]
+        elif self.special < 0:
+            output = output[:, :, : self.special]
+        return output.reshape(*output.shape[:2], *self.grid)
+
+
+def read_layout(
+    layer: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    x: tuple[int, ...],
+    grid: tuple[int, ...] | None = None,
+    special: int | None = None,
+) -> Layout:
+    """The layout of a layer's output of `shape` [R, ...] for an input of shape `x` [B, ...].
+
+    grid, special: of tokens [R, T, C], where their number does not tell.
+    """
+    if len(shape) < 3:
+        raise no_space(name, shape)
+    last = channel_axis(layer, shape, -1 if len(shape) == 3 and len(x) > 3 else 1) == -1
+    found = tuple(shape[1:-1] if last else shape[2:])
+    space = tuple(x[2:] if len(x) > 2 else x[1:])
+    if last and len(found) == 1:
+        if grid is None and special is None and len(x) == 3 and x[1] == found[0]:
+            return Layout(True, 0, found, found, (*found, 1))
+        special, found = _tokens(name, found[0], space, grid, special)
+    elif grid is not None or special:
+        raise InputError(
+            f"grid and special are for tokens [B, T, C]: got a layer ({name}) of output "
+            f"{list(shape)}; leave them out"
+        )
+    if math.prod(found) == 1:
+        raise no_space(name, shape)
+    if len(found) != len(space):
+        raise InputError(
+            f"a map needs as many spatial axes as the input {list(x)} has: got {len(found)} in "
+            f"the output {list(shape)} of layer {name}, expected {len(space)}; choose another layer"
+        )
+    return Layout(last, special or 0, found, space, (*(1,) * (len(x) - 1 - len(space)), *space))
+
+
+def no_space(name: str, shape: tuple[int, ...]) -> InputError:
+    return InputError(
+        f"layer {name} has no spatial output: got {list(shape)}, expected [B, C, *spatial] or "
+        "tokens [B, T, C]; choose an earlier layer"
+    )
+
+
+def _tokens(
+    name: str,
+    tokens: int,
+    space: tuple[int, ...],
+    grid: tuple[int, ...] | None,
+    special: int | None,
+) -> tuple[int, tuple[int, ...]]:
+    """The number of tokens without a place, and the grid of the others."""
+    if grid is not None:
+        rest = tokens - math.prod(grid)
+        if rest < 0 or (special is not None and abs(special) != rest):
+            raise InputError(
+                f"grid does not fit layer {name}: got {list(grid)} and special={special} for "
+                f"{tokens} tokens; their product and special must make that number"
+            )
+        return (rest if special is None else special), grid
+    tried = range(min(_SPECIAL + 1, tokens)) if special is None else (special,)
+    for count in tried:
+        grids = grids_of(tokens - abs(count), space)
+        if len(grids) == 1:
+            return count, grids[0]
+        if grids:
+            shown = " or ".join(str(list(one)) for one in grids)
+            raise InputError(
+                f"{tokens} tokens of layer {name} can lie in more than one grid: got {shown} for "
+                f"an input of {list(space)}; pass grid= with the right one"
+            )
+    raise InputError(
+        f"{tokens} tokens of layer {name} make no grid of the input's aspect {list(space)}; pass "
+        "grid=(rows, columns), and special= for the number of tokens without a place"
+    )
+
+
+def grids_of(tokens: int, space: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The grids of so many tokens in which patches are as wide as they are high.
+
+    Axes before the last two may be cut otherwise (frames of a clip), but in a cube patches are
+    cubes where they can be.
+    """
+    if len(space) == 1:
+        return [(tokens,)] if tokens and space[0] % tokens == 0 else []
+    ranges = [[n for n in range(1, s + 1) if tokens % n == 0] for s in space]
+    found = [
+        one
+        for one in itertools.product(*ranges)
+        if math.prod(one) == tokens
+        and one[-2] * space[-1] == one[-1] * space[-2]
+        and all(s % n == 0 for n, s in zip(one[:-2], space[:-2], strict=True))
+    ]
+    cubes = [one for one in found if len(set(one)) == 1]
+    return cubes if len(set(space)) == 1 and cubes else found
