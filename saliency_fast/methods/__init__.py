@@ -18,6 +18,18 @@ from saliency_fast.methods.expected_gradients import ExpectedGradients
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
 from saliency_fast.methods.lrp import LRP
+from saliency_fast.methods.cam import (
+    EigenCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    XGradCAM,
+)
+from saliency_fast.methods.expected_gradients import ExpectedGradients
+from saliency_fast.methods.gradient import Gradient, InputXGradient
+from saliency_fast.methods.integrated_gradients import IntegratedGradients
+from saliency_fast.methods.score_cam import ScoreCAM
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
 
 METHODS: dict[str, type[Any]] = {
@@ -37,6 +49,13 @@ METHODS: dict[str, type[Any]] = {
         AttentionWeights,
         AttentionRollout,
         GradientAttention,
+        GradCAM,
+        GradCAMPlusPlus,
+        XGradCAM,
+        LayerCAM,
+        HiResCAM,
+        EigenCAM,
+        ScoreCAM,
     )
 }
 
@@ -74,15 +93,22 @@ __all__ = [
     "AttentionWeights",
     "Deconvolution",
     "DeepLift",
+    "EigenCAM",
     "ExpectedGradients",
+    "GradCAM",
+    "GradCAMPlusPlus",
     "Gradient",
     "GradientAttention",
     "GuidedBackprop",
+    "HiResCAM",
     "InputXGradient",
     "IntegratedGradients",
+    "LayerCAM",
+    "ScoreCAM",
     "SmoothGrad",
     "SmoothGradSquared",
     "VarGrad",
+    "XGradCAM",
     "make_method",
     "read_method",
 ]

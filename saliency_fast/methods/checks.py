@@ -31,3 +31,28 @@ def seed(value: object) -> None:
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, bool) or not isinstance(one, int) or not -(2**63) <= one < 2**63:
             raise InputTypeError(f"seed must be a 64-bit int or a tuple of them: got {value!r}")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InputTypeError(f"{name} must be True or False: got {value!r}")
+
+
+def layers(value: object) -> None:
+    """A layer's name, or several."""
+    several = value if isinstance(value, tuple) else (value,)
+    if not several or not all(isinstance(one, str) for one in several):
+        raise InputTypeError(
+            f'layer must be a name, a tuple of names or "auto": got {value!r}; pass modules to the '
+            "call, as at="
+        )
+
+
+def grid(value: object) -> None:
+    """None, or a positive whole number for each spatial axis."""
+    if value is None:
+        return
+    if not isinstance(value, tuple) or not value:
+        raise InputTypeError(f"grid must be a tuple such as (14, 14): got {value!r}")
+    for one in value:
+        whole("grid", one, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from saliency_fast.errors import InputError
 
 _SPECIAL = 16
 """The most leading tokens without a place that are looked for."""
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def channel_axis(layer: nn.Module, shape: tuple[int, ...], default: int = 1) -> int:
@@ -65,16 +67,17 @@ class Layout:
 
 def read_layout(
     layer: nn.Module,
-    name: str,
     shape: tuple[int, ...],
     x: tuple[int, ...],
     grid: tuple[int, ...] | None = None,
     special: int | None = None,
+    model: object = None,
 ) -> Layout:
     """The layout of a layer's output of `shape` [R, ...] for an input of shape `x` [B, ...].
 
-    grid, special: of tokens [R, T, C], where their number does not tell.
+    grid, special: of tokens [R, T, C], where neither the model's patches nor their number tells.
     """
+    name = type(layer).__name__
     if len(shape) < 3:
         raise no_space(name, shape)
     last = channel_axis(layer, shape, -1 if len(shape) == 3 and len(x) > 3 else 1) == -1
@@ -83,7 +86,8 @@ def read_layout(
     if last and len(found) == 1:
         if grid is None and special is None and len(x) == 3 and x[1] == found[0]:
             return Layout(True, 0, found, found, (*found, 1))
-        special, found = _tokens(name, found[0], space, grid, special)
+        patches = patch_grid(model, space)
+        special, found = _tokens(name, found[0], space, grid, special, patches)
     elif grid is not None or special:
         raise InputError(
             f"grid and special are for tokens [B, T, C]: got a layer ({name}) of output "
@@ -94,7 +98,8 @@ def read_layout(
     if len(found) != len(space):
         raise InputError(
             f"a map needs as many spatial axes as the input {list(x)} has: got {len(found)} in "
-            f"the output {list(shape)} of layer {name}, expected {len(space)}; choose another layer"
+            f"the output {list(shape)} of layer {name}, expected {len(space)}; choose another "
+            "layer, and pass what has no space through forward_args"
         )
     return Layout(last, special or 0, found, space, (*(1,) * (len(x) - 1 - len(space)), *space))
 
@@ -106,14 +111,30 @@ def no_space(name: str, shape: tuple[int, ...]) -> InputError:
     )
 
 
+def patch_grid(model: object, space: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The grid of a model's patches: of its first convolution whose patches do not overlap."""
+    kind = _CONVOLUTIONS.get(len(space))
+    if kind is None or not isinstance(model, nn.Module):
+        return None
+    for part in model.modules():
+        if isinstance(part, kind) and part.stride == part.kernel_size and max(part.stride) > 1:
+            pads = part.padding if isinstance(part.padding, tuple) else (0,) * len(space)
+            sizes = zip(space, pads, part.stride, strict=True)
+            return tuple((size + 2 * pad) // step for size, pad, step in sizes)
+    return None
+
+
 def _tokens(
     name: str,
     tokens: int,
     space: tuple[int, ...],
     grid: tuple[int, ...] | None,
     special: int | None,
+    patches: tuple[int, ...] | None,
 ) -> tuple[int, tuple[int, ...]]:
     """The number of tokens without a place, and the grid of the others."""
+    if grid is None and patches is not None and 0 <= tokens - math.prod(patches) <= _SPECIAL:
+        grid = patches
     if grid is not None:
         rest = tokens - math.prod(grid)
         if rest < 0 or (special is not None and abs(special) != rest):
@@ -122,38 +143,54 @@ def _tokens(
                 f"{tokens} tokens; their product and special must make that number"
             )
         return (rest if special is None else special), grid
-    tried = range(min(_SPECIAL + 1, tokens)) if special is None else (special,)
-    for count in tried:
-        grids = grids_of(tokens - abs(count), space)
-        if len(grids) == 1:
-            return count, grids[0]
-        if grids:
-            shown = " or ".join(str(list(one)) for one in grids)
-            raise InputError(
-                f"{tokens} tokens of layer {name} can lie in more than one grid: got {shown} for "
-                f"an input of {list(space)}; pass grid= with the right one"
-            )
+    fits = _fits(tokens, space, special)
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        shown = " or ".join(f"grid={one} with special={count}" for count, one in fits)
+        raise InputError(
+            f"{tokens} tokens of layer {name} can lie in more than one grid: got {shown} for an "
+            f"input of {list(space)}; pass the right one"
+        )
     raise InputError(
         f"{tokens} tokens of layer {name} make no grid of the input's aspect {list(space)}; pass "
         "grid=(rows, columns), and special= for the number of tokens without a place"
     )
 
 
+def _fits(
+    tokens: int, space: tuple[int, ...], special: int | None
+) -> list[tuple[int, tuple[int, ...]]]:
+    """(tokens without a place, grid) with the fewest of the former.
+
+    None and one are as likely; in the plane no number of tokens can be read in both ways.
+    """
+    counts = [(0, 1), *((one,) for one in range(2, _SPECIAL + 1))]
+    for several in counts if special is None else [(special,)]:
+        fits = [(one, grid) for one in several for grid in grids_of(tokens - abs(one), space)]
+        if fits:
+            return fits
+    return []
+
+
 def grids_of(tokens: int, space: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The grids of so many tokens in which patches are as wide as they are high.
 
-    Axes before the last two may be cut otherwise (frames of a clip), but in a cube patches are
-    cubes where they can be.
+    Volumes and clips may be cut otherwise along their first axis, into whole patches; in a cube
+    patches are cubes where they can be.
     """
+    if tokens < 1:
+        return []
     if len(space) == 1:
-        return [(tokens,)] if tokens and space[0] % tokens == 0 else []
-    ranges = [[n for n in range(1, s + 1) if tokens % n == 0] for s in space]
+        return [(tokens,)] if space[0] % tokens == 0 else []
+    ranges = [[n for n in range(1, size + 1) if tokens % n == 0] for size in space]
     found = [
         one
         for one in itertools.product(*ranges)
-        if math.prod(one) == tokens
-        and one[-2] * space[-1] == one[-1] * space[-2]
-        and all(s % n == 0 for n, s in zip(one[:-2], space[:-2], strict=True))
+        if math.prod(one) == tokens and one[-2] * space[-1] == one[-1] * space[-2]
     ]
+    if len(space) == 2:
+        return found
+    found = [one for one in found if not any(s % n for n, s in zip(one, space, strict=True))]
     cubes = [one for one in found if len(set(one)) == 1]
     return cubes if len(set(space)) == 1 and cubes else found

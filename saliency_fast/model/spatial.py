@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from saliency_fast.errors import InputError
+from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.layers import module_of
 from saliency_fast.model.layout import channel_axis
 
 _POOLS = (
@@ -23,7 +25,7 @@ _POOLS = (
 )
 
 
-def last_spatial(model: Callable[..., Any], run: Callable[[], Any]) -> nn.Module:
+def last_spatial(model: object, run: Callable[[], Any]) -> nn.Module:
     """The last module in order of execution with spatial output, in `run`'s one forward pass.
 
     Spatial is an output [R, C, *s], [R, *s, C] or of tokens [R, T, C], with more than one place
@@ -35,14 +37,8 @@ def last_spatial(model: Callable[..., Any], run: Callable[[], Any]) -> nn.Module
 
     Raises InputError where there is none, with what was found.
     """
-    root: Any = getattr(model, "_orig_mod", model)
-    if not isinstance(root, nn.Module):
-        raise InputError(
-            'layer="auto" needs a model that is a torch.nn.Module: got '
-            f"{type(model).__name__}; pass the layer itself"
-        )
-    watch = _Watch(root)
-    with torch.no_grad(), watch.watching(), _Attention(watch):
+    watch = _Watch(module_of(model))
+    with torch.no_grad(), uncompiled(), watch.watching(), _Attention(watch):
         raw = run()
     return watch.last(first_tensor(raw))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from saliency_fast.errors import InputError
+from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.model.layout import channel_axis, grids_of, read_layout
 from saliency_fast.model.spatial import last_spatial
 from tests.model.spatial_models import LAYERS, ResNet, ViT
@@ -62,7 +63,7 @@ def test_errors_tell_what_was_found() -> None:
     model = make(Tabular)
     with pytest.raises(InputError, match=r"no layer with spatial output.*1 \[2, 16\], 2 \[2, 5\]"):
         found_name(model, 7)
-    with pytest.raises(InputError, match=r"torch\.nn\.Module: got function"):
+    with pytest.raises(InputTypeError, match=r"torch\.nn\.Module: got function"):
         last_spatial(lambda x: x, lambda: None)
 
 
@@ -106,6 +107,7 @@ def test_channel_axis() -> None:
         (12, (96,), [(12,)]),
         (216, (96, 96, 96), [(6, 6, 6)]),
         (1568, (16, 224, 224), [(2, 28, 28), (8, 14, 14)]),
+        (9, (8, 8, 8), []),
     ],
 )
 def test_grids(tokens: int, space: tuple[int, ...], grids: list[tuple[int, ...]]) -> None:
@@ -115,28 +117,44 @@ def test_grids(tokens: int, space: tuple[int, ...], grids: list[tuple[int, ...]]
 @pytest.mark.parametrize("special", [0, 1, 2, 5])
 def test_special_tokens_are_stripped(special: int) -> None:
     tokens = 196 + special
-    layout = read_layout(nn.LayerNorm(6), "norm", (2, tokens, 6), (2, 3, 224, 224))
+    layout = read_layout(nn.LayerNorm(6), (2, tokens, 6), (2, 3, 224, 224))
     assert (layout.special, layout.grid, layout.shape) == (special, (14, 14), (1, 224, 224))
     output = randn(2, tokens, 6)
     places = output[:, special:].view(2, 14, 14, 6)
     assert torch.equal(layout.maps(output), places.permute(0, 3, 1, 2))
 
 
+def test_patches_of_the_model_tell_the_grid() -> None:
+    """Clips and rows in which the number of tokens can be read in more than one way."""
+    norm = nn.LayerNorm(6)
+    for patches, tokens, space, grid in (
+        (nn.Conv3d(3, 6, (2, 16, 16), (2, 16, 16)), 1568, (16, 224, 224), (8, 14, 14)),
+        (nn.Conv1d(3, 6, 4, 4), 4, (12,), (3,)),
+        (nn.Conv2d(3, 6, 16, 16), 14 * 12 + 1, (225, 200), (14, 12)),
+    ):
+        model, x = nn.ModuleList([nn.Conv1d(1, 1, 3), patches, norm]), (2, 3, *space)
+        layout = read_layout(norm, (2, tokens, 6), x, model=model)
+        assert (layout.grid, layout.special) == (grid, tokens - math.prod(grid))
+        if len(space) != 2:
+            with pytest.raises(InputError, match="more than one grid"):
+                read_layout(norm, (2, tokens, 6), x)
+
+
 def test_grid_and_special_by_hand() -> None:
     norm, output = nn.LayerNorm(6), randn(2, 13, 6)
-    layout = read_layout(norm, "norm", (2, 13, 6), (2, 3, 50, 50), grid=(3, 4), special=-1)
+    layout = read_layout(norm, (2, 13, 6), (2, 3, 50, 50), grid=(3, 4), special=-1)
     assert torch.equal(layout.maps(output)[:, :, 1, 2], output[:, 6])
-    layout = read_layout(norm, "norm", (2, 13, 6), (2, 3, 50, 50), grid=(2, 5))
+    layout = read_layout(norm, (2, 13, 6), (2, 3, 50, 50), grid=(2, 5))
     assert torch.equal(layout.maps(output)[:, :, 0, 0], output[:, 3])
 
 
 def test_features_of_a_sequence_may_come_last() -> None:
-    layout = read_layout(nn.LayerNorm(8), "norm", (2, 9, 8), (2, 9, 5))
+    layout = read_layout(nn.LayerNorm(8), (2, 9, 8), (2, 9, 5))
     assert (layout.grid, layout.shape) == ((9,), (9, 1))
 
 
 def test_channels_last_images() -> None:
-    layout = read_layout(nn.LayerNorm(8), "norm", (2, 3, 4, 8), (2, 3, 12, 16))
+    layout = read_layout(nn.LayerNorm(8), (2, 3, 4, 8), (2, 3, 12, 16))
     assert layout.last
     assert layout.grid == (3, 4)
 
@@ -144,7 +162,12 @@ def test_channels_last_images() -> None:
 @pytest.mark.parametrize(
     ("layer", "shape", "x", "message"),
     [
-        (nn.Linear(4, 5), (2, 5), (2, 3, 8, 8), r"layer fc has no spatial output: got \[2, 5\]"),
+        (
+            nn.Linear(4, 5),
+            (2, 5),
+            (2, 3, 8, 8),
+            r"layer Linear has no spatial output: got \[2, 5\]",
+        ),
         (nn.ReLU(), (2, 5, 1, 1), (2, 3, 8, 8), r"no spatial output: got \[2, 5, 1, 1\]"),
         (nn.LayerNorm(6), (2, 13, 6), (2, 3, 50, 60), "no grid of the input's aspect"),
         (nn.LayerNorm(6), (2, 1568, 6), (2, 3, 16, 224, 224), "more than one grid"),
@@ -155,11 +178,11 @@ def test_outputs_without_a_map(
     layer: nn.Module, shape: tuple[int, ...], x: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        read_layout(layer, "fc", shape, x)
+        read_layout(layer, shape, x)
 
 
 def test_grids_that_do_not_fit() -> None:
-    with pytest.raises(InputError, match=r"grid does not fit layer norm: got \[4, 4\]"):
-        read_layout(nn.LayerNorm(6), "norm", (2, 13, 6), (2, 3, 50, 60), grid=(4, 4))
+    with pytest.raises(InputError, match=r"grid does not fit layer LayerNorm: got \[4, 4\]"):
+        read_layout(nn.LayerNorm(6), (2, 13, 6), (2, 3, 50, 60), grid=(4, 4))
     with pytest.raises(InputError, match="grid and special are for tokens"):
-        read_layout(nn.Conv2d(3, 6, 1), "conv", (2, 6, 5, 5), (2, 3, 8, 8), grid=(5, 5))
+        read_layout(nn.Conv2d(3, 6, 1), (2, 6, 5, 5), (2, 3, 8, 8), grid=(5, 5))

@@ -1,0 +1,120 @@
+"""Class activation maps as they are drawn: in launches at a layer's size, then at the input's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.rounds import Asked, Found, Round
+from saliency_fast.errors import InputError
+from saliency_fast.methods.standin import cam
+from saliency_fast.model.layers import LayerTaps
+from saliency_fast.model.layout import Layout, read_layout
+from saliency_fast.model.routes import Inputs
+
+Weights = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Canvas:
+    """The maps of a call so far, [B, K, *s] for each layer; relu, grid, special as in `cam.Cam`."""
+
+    asked: Asked
+    relu: bool
+    grid: tuple[int, ...] | None
+    special: int | None
+    maps: list[Tensor] = field(default_factory=list)
+    layouts: list[list[Layout]] = field(default_factory=list)
+    """For each layer, its layout in the space of each input."""
+
+    def round(self, weights: Weights) -> Round:
+        """A round at the inputs, in which the maps of all layers are drawn."""
+
+        def each(rows: slice, found: Found) -> None:
+            outputs = self.of_layers(found.taps)
+            for number, output in enumerate(outputs):
+                activations = self.read(number, output)
+                for k, grads in enumerate(found.grads):
+                    gradients = self.read(number, grads[number])
+                    self.draw(number, rows, k, activations, weights(activations, gradients))
+
+        return self.inputs_round(each)
+
+    def inputs_round(self, each: Callable[[slice, Found], None]) -> Round:
+        """A round at the inputs themselves."""
+        inputs = self.asked.inputs
+        item = torch.arange(len(inputs[0]), device=inputs[0].device)
+
+        def write(item: Tensor, place: Tensor) -> Inputs:
+            return tuple(x[item] for x in inputs)
+
+        return Round(write, item, item, taps=LayerTaps(self.asked.layers), each=each)
+
+    def of_layers(self, taps: Inputs) -> Inputs:
+        """One tensor of each layer; of a single layer its first."""
+        layers = self.asked.layers
+        if len(layers) > 1 and len(taps) != len(layers):
+            raise InputError(
+                f"a layer gives several tensors: got {len(taps)} from {len(layers)} layers; name "
+                "layers of one tensor each, or one layer, whose first tensor is taken"
+            )
+        return taps[: len(layers)]
+
+    def read(self, number: int, output: Tensor) -> Tensor:
+        """What layer `number` gave, or gradients of it, as maps [R, C, *s]."""
+        if number == len(self.layouts):
+            layer, shape = self.asked.layers[number], tuple(output.shape)
+            shapes = [tuple(x.shape) for x in self.asked.inputs]
+            self.layouts.append(
+                [
+                    read_layout(layer, shape, x, self.grid, self.special, self.asked.model)
+                    for x in shapes
+                ]
+            )
+        maps = self.layouts[number][0].maps(output)
+        return maps.to(self.asked.inputs[0].dtype).contiguous()
+
+    def draw(self, number: int, rows: slice, k: int, activations: Tensor, weights: Tensor) -> None:
+        """The maps of some examples for target `k` at layer `number`."""
+        size = activations.shape[2:]
+        if number == len(self.maps):
+            self.maps.append(activations.new_empty((*self.asked.scores.shape, *size)))
+        self.maps[number][rows, k] = cam(activations, weights, list(size), self.relu)
+
+    def values(self) -> Inputs:
+        """The maps at the size of each input, averaged over layers."""
+        inputs = self.asked.inputs
+        return tuple(self._of_input(number, x.dtype) for number, x in enumerate(inputs))
+
+    def _of_input(self, number: int, dtype: torch.dtype) -> Tensor:
+        layouts = [several[number] for several in self.layouts]
+        resized = [
+            resize(one.flatten(0, 1), layout.size).to(dtype)
+            for one, layout in zip(self.maps, layouts, strict=True)
+        ]
+        if len(resized) > 1:
+            peaks = [one.flatten(1).abs().amax(1).clamp_min(_TINY) for one in resized]
+            resized = [
+                one / peak.view(-1, *(1,) * (one.dim() - 1))
+                for one, peak in zip(resized, peaks, strict=True)
+            ]
+        whole = torch.stack(resized).mean(0) if len(resized) > 1 else resized[0]
+        return whole.view(*self.asked.scores.shape, *layouts[0].shape)
+
+    def extras(self) -> dict[str, Tensor]:
+        """The maps at their layers' size."""
+        if len(self.maps) == 1:
+            return {"layer": self.maps[0]}
+        return {f"layer_{number}": one for number, one in enumerate(self.maps)}
+
+
+_TINY = 1e-30
+"""Under every map that is not zero."""
+
+
+def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Maps [N, *s] at another size."""
+    return cam(maps.unsqueeze(1), maps.new_ones(len(maps), 1), list(size), False)
