@@ -43,5 +43,5 @@ def draw_mask_legend(
         return
     row, column = (one.mean() for one in np.where(mask))
     box = {"boxstyle": "round,pad=0.2", "facecolor": bbox_facecolor, "alpha": bbox_alpha}
-    style = {"color": text_color, "fontsize": fontsize, "bbox": box}
+    style: Any = {"color": text_color, "fontsize": fontsize, "bbox": box}
     ax.text(column, row, label, ha="center", va="center", **style)

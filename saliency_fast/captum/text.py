@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+import numpy.typing as npt
 from torch import Tensor
 
 from saliency_fast.errors import ContractError
@@ -35,7 +36,7 @@ class VisualizationDataRecord:
     convergence_score: float
 
 
-def format_classname(classname: str | int) -> str:
+def format_classname(classname: object) -> str:
     """A class as a cell of the table."""
     return f'<td><text style="padding-right:2em"><b>{_plain(classname)}</b></text></td>'
 
@@ -53,15 +54,14 @@ def format_tooltip(item: str, text: str) -> str:
 
 
 def format_word_importances(
-    words: Sequence[str], importances: Sequence[float] | Tensor | Any
+    words: Sequence[str], importances: Sequence[float] | Tensor | npt.NDArray[Any] | None
 ) -> str:
     """Words as a cell of the table, each on a colour: green for, red against."""
     if importances is None or len(importances) == 0:
         return "<td></td>"
-    axes = getattr(importances, "ndim", 1)
-    if axes != 1:
+    if len(shape := getattr(importances, "shape", (0,))) != 1:
         raise ContractError(
-            f"Expected 1D array, got {importances.shape}; add the attributions of a word up first"
+            f"Expected 1D array, got {shape}; add the attributions of a word up first"
         )
     if len(words) > len(importances):
         raise ContractError(

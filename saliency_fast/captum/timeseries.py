@@ -56,7 +56,8 @@ class Series:
     def _together(self, axes: Axes, alpha: float, line: dict[str, Any]) -> None:
         from matplotlib import colormaps
 
-        axes.set_prop_cycle(color=colormaps["Dark2"].colors)
+        dark: Any = colormaps["Dark2"]
+        axes.set_prop_cycle(color=dark.colors)
         for channel, values in enumerate(self.data):
             label = self.labels[channel] if self.labels else None
             axes.plot(self.x, values, label=label, **line)

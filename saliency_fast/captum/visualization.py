@@ -319,7 +319,8 @@ def _names(kind: type[Enum]) -> str:
 
 
 def _bytes(image: Array) -> Array:
-    return np.clip(image.astype(int), 0, 255)
+    clipped: Array = np.clip(image.astype(int), 0, 255)
+    return clipped
 
 
 def _figure(

@@ -36,13 +36,9 @@ class Cam:
     name: ClassVar[str] = "cam"
 
     def __post_init__(self) -> None:
-        if isinstance(self.layer, list):
-            object.__setattr__(self, "layer", tuple(self.layer))
-        if isinstance(self.grid, list):
-            object.__setattr__(self, "grid", tuple(self.grid))
-        checks.layers(self.layer)
+        object.__setattr__(self, "layer", checks.layers(self.layer))
+        object.__setattr__(self, "grid", checks.grid(self.grid))
         checks.flag("relu", self.relu)
-        checks.grid(self.grid)
         if self.special is not None:
             checks.whole("special", self.special, -(2**31))
 

@@ -210,7 +210,7 @@ def test_time_series_leave_other_figures_alone() -> None:
 )
 def test_errors(call: Any, error: type[Exception], words: str | None) -> None:
     for module in (theirs, ours):
-        with pytest.raises(error, match=f"^{words}" if words else ""):
+        with pytest.raises(error, match=f"^{words}" if words else None):
             call(module)
     with pytest.raises(ValueError, match=r"got|expected"):
         call(ours)
