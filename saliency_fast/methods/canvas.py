@@ -34,8 +34,7 @@ class Canvas:
         """A round at the inputs, in which the maps of all layers are drawn."""
 
         def each(rows: slice, found: Found) -> None:
-            outputs = self.of_layers(found.taps)
-            for number, output in enumerate(outputs):
+            for number, output in enumerate(self.of_layers(found)):
                 activations = self.read(number, output)
                 for k, grads in enumerate(found.grads):
                     gradients = self.read(number, grads[number])
@@ -53,14 +52,20 @@ class Canvas:
 
         return Round(write, item, item, taps=LayerTaps(self.asked.layers), each=each)
 
-    def of_layers(self, taps: Inputs) -> Inputs:
-        """One tensor of each layer; of a single layer its first."""
-        layers = self.asked.layers
+    def of_layers(self, found: Found) -> Inputs:
+        """One tensor [R, ...] of each layer; of a single layer its first."""
+        taps, layers, rows = found.taps, self.asked.layers, len(found.scores)
         if len(layers) > 1 and len(taps) != len(layers):
             raise InputError(
                 f"a layer gives several tensors: got {len(taps)} from {len(layers)} layers; name "
                 "layers of one tensor each, or one layer, whose first tensor is taken"
             )
+        for one in taps[: len(layers)]:
+            if one.dim() == 0 or len(one) != rows:
+                raise InputError(
+                    f"a layer must have the examples on its first axis: got {list(one.shape)} for "
+                    f"{rows} examples; choose a layer before or behind the one that moves them"
+                )
         return taps[: len(layers)]
 
     def read(self, number: int, output: Tensor) -> Tensor:
@@ -75,7 +80,7 @@ class Canvas:
                 ]
             )
         maps = self.layouts[number][0].maps(output)
-        return maps.to(self.asked.inputs[0].dtype).contiguous()
+        return (maps if maps.dtype == torch.float64 else maps.float()).contiguous()
 
     def draw(self, number: int, rows: slice, k: int, activations: Tensor, weights: Tensor) -> None:
         """The maps of some examples for target `k` at layer `number`."""
@@ -87,21 +92,17 @@ class Canvas:
     def values(self) -> Inputs:
         """The maps at the size of each input, averaged over layers."""
         inputs = self.asked.inputs
-        return tuple(self._of_input(number, x.dtype) for number, x in enumerate(inputs))
+        return tuple(self._of_input(number) for number in range(len(inputs)))
 
-    def _of_input(self, number: int, dtype: torch.dtype) -> Tensor:
+    def _of_input(self, number: int) -> Tensor:
         layouts = [several[number] for several in self.layouts]
         resized = [
-            resize(one.flatten(0, 1), layout.size).to(dtype)
+            resize(one.flatten(0, 1), layout.size)
             for one, layout in zip(self.maps, layouts, strict=True)
         ]
         if len(resized) > 1:
-            peaks = [one.flatten(1).abs().amax(1).clamp_min(_TINY) for one in resized]
-            resized = [
-                one / peak.view(-1, *(1,) * (one.dim() - 1))
-                for one, peak in zip(resized, peaks, strict=True)
-            ]
-        whole = torch.stack(resized).mean(0) if len(resized) > 1 else resized[0]
+            resized = [torch.stack([to_peak(one) for one in resized]).mean(0)]
+        whole = resized[0]
         return whole.view(*self.asked.scores.shape, *layouts[0].shape)
 
     def extras(self) -> dict[str, Tensor]:
@@ -111,8 +112,10 @@ class Canvas:
         return {f"layer_{number}": one for number, one in enumerate(self.maps)}
 
 
-_TINY = 1e-30
-"""Under every map that is not zero."""
+def to_peak(maps: Tensor) -> Tensor:
+    """Maps [N, *s], each divided by its largest amount."""
+    peak = maps.abs().flatten(1).amax(1)
+    return maps / torch.where(peak == 0, 1, peak).view(-1, *(1,) * (maps.dim() - 1))
 
 
 def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:

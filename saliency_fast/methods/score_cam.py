@@ -27,7 +27,7 @@ class ScoreCAM(Cam):
         kept: dict[int, list[Tensor]] = {}
 
         def keep(rows: slice, found: Found) -> None:
-            for number, output in enumerate(canvas.of_layers(found.taps)):
+            for number, output in enumerate(canvas.of_layers(found)):
                 kept.setdefault(number, []).append(canvas.read(number, output))
 
         yield canvas.inputs_round(keep)
@@ -52,9 +52,10 @@ def seen_through(activations: Tensor, canvas: Canvas, number: int) -> Round:
         row = torch.arange(len(item), device=item.device)
         for x, fill, layout in zip(inputs, fills, canvas.layouts[number], strict=True):
             mask = stretched(resize(own, layout.size)).to(x.dtype).view(-1, *layout.shape)
-            # A no-op but where the input's features come last.
-            mask = mask.expand(*mask.shape[:-1], x.shape[-1]).flatten(1)
-            written.append(mask_points(x, fill, mask, item, row))
+            if layout.shape[0] != 1:
+                # A mask repeats along leading axes alone.
+                mask = mask.expand(-1, *x.shape[1:])
+            written.append(mask_points(x, fill, mask.flatten(1), item, row))
         return tuple(written)
 
     item = torch.arange(rows, device=activations.device).repeat_interleave(channels)

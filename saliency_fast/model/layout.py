@@ -45,7 +45,7 @@ class Layout:
 
     last: channels are the last axis. special: so many leading tokens have no place (trailing ones
     where negative). size: the input's spatial size. shape: of one example's map, as the input has
-    its axes: [1, *size], or [T, 1] where the input's features come last.
+    its axes: [1, *size], or with the 1 where the input has its channels.
     """
 
     last: bool
@@ -82,10 +82,12 @@ def read_layout(
         raise no_space(name, shape)
     last = channel_axis(layer, shape, -1 if len(shape) == 3 and len(x) > 3 else 1) == -1
     found = tuple(shape[1:-1] if last else shape[2:])
-    space = tuple(x[2:] if len(x) > 2 else x[1:])
+    if last and len(found) == 1 and (grid, special) == (None, None) and x[1:-1] == found:
+        return Layout(True, 0, found, found, (*found, 1))
+    axis = input_axis(model, x)
+    of_map = tuple(1 if number == axis else size for number, size in enumerate(x) if number)
+    space = tuple(size for number, size in enumerate(x) if number not in (0, axis))
     if last and len(found) == 1:
-        if grid is None and special is None and len(x) == 3 and x[1] == found[0]:
-            return Layout(True, 0, found, found, (*found, 1))
         patches = patch_grid(model, space)
         special, found = _tokens(name, found[0], space, grid, special, patches)
     elif grid is not None or special:
@@ -101,7 +103,29 @@ def read_layout(
             f"the output {list(shape)} of layer {name}, expected {len(space)}; choose another "
             "layer, and pass what has no space through forward_args"
         )
-    return Layout(last, special or 0, found, space, (*(1,) * (len(x) - 1 - len(space)), *space))
+    return Layout(last, special or 0, found, space, of_map)
+
+
+def input_axis(model: object, x: tuple[int, ...]) -> int | None:
+    """The axis of an input [B, ...] that holds its channels, None of [B, L].
+
+    It is axis 1, unless a convolution takes as many channels as another has (frames first,
+    channels last) and none as many as that.
+    """
+    if len(x) == 2:
+        return None
+    taken = [part.in_channels for part in _convolutions(model, len(x) - 2)]
+    if not taken or x[1] in taken:
+        return 1
+    return next((axis for axis in (2, len(x) - 1) if x[axis] == taken[0]), 1)
+
+
+def _convolutions(model: object, rank: int) -> list[Any]:
+    """A model's convolutions of that many spatial axes."""
+    kind = _CONVOLUTIONS.get(rank)
+    if kind is None or not isinstance(model, nn.Module):
+        return []
+    return [part for part in model.modules() if isinstance(part, kind)]
 
 
 def no_space(name: str, shape: tuple[int, ...]) -> InputError:
@@ -113,11 +137,8 @@ def no_space(name: str, shape: tuple[int, ...]) -> InputError:
 
 def patch_grid(model: object, space: tuple[int, ...]) -> tuple[int, ...] | None:
     """The grid of a model's patches: of its first convolution whose patches do not overlap."""
-    kind = _CONVOLUTIONS.get(len(space))
-    if kind is None or not isinstance(model, nn.Module):
-        return None
-    for part in model.modules():
-        if isinstance(part, kind) and part.stride == part.kernel_size and max(part.stride) > 1:
+    for part in _convolutions(model, len(space)):
+        if part.stride == part.kernel_size and max(part.stride) > 1:
             pads = part.padding if isinstance(part.padding, tuple) else (0,) * len(space)
             sizes = zip(space, pads, part.stride, strict=True)
             return tuple((size + 2 * pad) // step for size, pad, step in sizes)
@@ -176,21 +197,18 @@ def _fits(
 def grids_of(tokens: int, space: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The grids of so many tokens in which patches are as wide as they are high.
 
-    Volumes and clips may be cut otherwise along their first axis, into whole patches; in a cube
-    patches are cubes where they can be.
+    A row is cut into whole patches, and so is a cube, into cubes; of other volumes, and of clips,
+    the number of tokens tells nothing.
     """
-    if tokens < 1:
+    if tokens < 1 or (len(space) > 2 and len(set(space)) > 1):
         return []
-    if len(space) == 1:
-        return [(tokens,)] if space[0] % tokens == 0 else []
-    ranges = [[n for n in range(1, size + 1) if tokens % n == 0] for size in space]
-    found = [
+    divisors = [[n for n in range(1, size + 1) if tokens % n == 0] for size in space[:2]]
+    rest = len(space) - 2
+    grids = [(*one, *one[:1] * rest) for one in itertools.product(*divisors)]
+    return [
         one
-        for one in itertools.product(*ranges)
-        if math.prod(one) == tokens and one[-2] * space[-1] == one[-1] * space[-2]
+        for one in grids
+        if math.prod(one) == tokens
+        and (len(space) == 2 or not space[0] % one[0])
+        and all(n * space[0] == one[0] * size for n, size in zip(one, space, strict=True))
     ]
-    if len(space) == 2:
-        return found
-    found = [one for one in found if not any(s % n for n, s in zip(one, space, strict=True))]
-    cubes = [one for one in found if len(set(one)) == 1]
-    return cubes if len(set(space)) == 1 and cubes else found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,8 @@ def last_spatial(model: object, run: Callable[[], Any]) -> nn.Module:
     Spatial is an output [R, C, *s], [R, *s, C] or of tokens [R, T, C], with more than one place
     and more than one channel. Left out are pooled maps (the paper's layer is the last
     convolution's, before its resolution is lost), modules that run more than once, and, where the
-    model's own output is spatial (segmentation), maps of as many channels as it has. Tokens are
+    model's own output is spatial (segmentation), maps of as many channels as it has; modules of
+    several outputs too (of which the rest of the model may read another) where others are. Tokens are
     taken from before the last module that mixes them (attention, a recurrence): behind it, a
     class token's head sees no other token. The first norm of a ViT's last block, therefore.
 
@@ -40,29 +41,30 @@ def last_spatial(model: object, run: Callable[[], Any]) -> nn.Module:
     watch = _Watch(module_of(model))
     with torch.no_grad(), uncompiled(), watch.watching(), _Attention(watch):
         raw = run()
-    return watch.last(first_tensor(raw))
+    return watch.last(next(iter(tensors_in(raw)), None))
 
 
-def first_tensor(output: Any) -> Tensor | None:
-    """The first tensor of what a module returned."""
+def tensors_in(output: Any) -> list[Tensor]:
+    """The tensors of what a module returned."""
     if isinstance(output, Tensor):
-        return output
-    values: Sequence[Any] = ()
+        return [output]
     if isinstance(output, Mapping):
-        values = list(output.values())
-    elif isinstance(output, (tuple, list)):
-        values = output
-    return next((one for one in map(first_tensor, values) if one is not None), None)
+        output = tuple(output.values())
+    values = output if isinstance(output, (tuple, list)) else ()
+    return [tensor for one in values for tensor in tensors_in(one)]
 
 
 @dataclass
 class _Seen:
-    """A module's output: when it was ready, its shape, and the axis of its channels."""
+    """A module's output: when it was ready, its shape, the axis of its channels, and whether the
+    module gave nothing else.
+    """
 
     module: nn.Module
     time: int
     shape: tuple[int, ...]
     axis: int
+    alone: bool
 
     @property
     def channels(self) -> int:
@@ -111,8 +113,8 @@ class _Watch:
         if threading.get_ident() != self.thread:
             return
         self.time += 1
-        if module is self.root and (first := first_tensor((args, kwargs))) is not None:
-            self.rows = len(first) if first.dim() else None
+        if module is self.root and (given := tensors_in((args, kwargs))):
+            self.rows = len(given[0]) if given[0].dim() else None
         self.stack.append((module, self.time))
         if isinstance(module, nn.RNNBase):
             self.mixes()
@@ -123,19 +125,20 @@ class _Watch:
         self.time += 1
         self.stack.pop()
         self.calls[module] = self.calls.get(module, 0) + 1
-        tensor = first_tensor(output)
-        if tensor is None or module is self.root:
+        tensors = tensors_in(output)
+        if not tensors or module is self.root:
             return
-        shape = tuple(tensor.shape)
+        tensor, shape = tensors[0], tuple(tensors[0].shape)
         self.shapes[module] = list(shape)
         if isinstance(module, _POOLS):
             self.pooled = tensor
         if tensor is self.pooled or len(shape) < 3 or self.rows not in (None, shape[0]):
             return
-        axis = channel_axis(module, shape)
+        # Behind attention, what cannot tell is taken for tokens.
+        axis = channel_axis(module, shape, 1 if self.mixed is None or len(shape) > 3 else -1)
         space = shape[1:-1] if axis == -1 else shape[2:]
         if max(space) > 1 and shape[axis] > 1:
-            self.seen.append(_Seen(module, self.time, shape, axis))
+            self.seen.append(_Seen(module, self.time, shape, axis, len(tensors) == 1))
 
     def last(self, raw: Tensor | None) -> nn.Module:
         """The layer for `layer="auto"`, of a model that returned `raw`."""
@@ -143,6 +146,7 @@ class _Watch:
         if raw is not None and raw.dim() >= 3:
             classes = {raw.shape[1], raw.shape[-1 if raw.dim() == 3 else 1]}
             found = [one for one in found if one.channels not in classes]
+        found = [one for one in found if one.alone] or found
         if not found:
             raise self._none()
         if found[-1].tokens and self.mixed is not None:

@@ -232,6 +232,24 @@ def test_bad_fields(fields: dict[str, Any], error: type[Exception], message: str
         GradCAM(**fields)
 
 
+def test_layers_with_other_rows() -> None:
+    """Frames folded into the batch are not examples."""
+
+    class Frames(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make(VGG)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
+
+    x = randn(2, 4, 3, 12, 16)
+    with pytest.raises(InputError, match=r"examples on its first axis: got \[8, 8, 6, 8\] for 2"):
+        sf.explain(Frames(), x, target=1, method=GradCAM("net.features.4"))
+    with pytest.raises(InputError, match="no layer with spatial output"):
+        sf.explain(Frames(), x, target=1, method="grad_cam")
+
+
 def test_layers_that_cannot_be() -> None:
     model, x = make(VGG), randn(2, 3, 12, 16)
     with pytest.raises(InputError, match="did you mean 'features"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.model.layout import channel_axis, grids_of, read_layout
+from saliency_fast.model.layout import channel_axis, grids_of, input_axis, read_layout
 from saliency_fast.model.spatial import last_spatial
 from tests.model.spatial_models import LAYERS, ResNet, ViT
 from tests.models import Audio, Image, Tabular, Tokens, Video, make, randn
@@ -106,12 +106,29 @@ def test_channel_axis() -> None:
         (13, (12, 16), []),
         (12, (96,), [(12,)]),
         (216, (96, 96, 96), [(6, 6, 6)]),
-        (1568, (16, 224, 224), [(2, 28, 28), (8, 14, 14)]),
+        (1568, (16, 224, 224), []),
         (9, (8, 8, 8), []),
     ],
 )
 def test_grids(tokens: int, space: tuple[int, ...], grids: list[tuple[int, ...]]) -> None:
     assert grids_of(tokens, space) == grids
+
+
+@pytest.mark.parametrize(
+    ("convolutions", "x", "axis"),
+    [
+        ([], (2, 3, 8, 8), 1),
+        ([nn.Conv2d(3, 8, 1)], (2, 3, 8, 8), 1),
+        ([nn.Conv2d(3, 8, 1)], (2, 8, 8, 3), 3),
+        ([nn.Conv3d(3, 8, 1)], (2, 16, 3, 8, 8), 2),
+        ([nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1)], (2, 3, 8, 4), 1),
+        ([nn.Conv1d(3, 8, 1)], (2, 100), None),
+    ],
+)
+def test_channels_of_the_input(
+    convolutions: list[nn.Module], x: tuple[int, ...], axis: int | None
+) -> None:
+    assert input_axis(nn.Sequential(*convolutions), x) == axis
 
 
 @pytest.mark.parametrize("special", [0, 1, 2, 5])
@@ -136,7 +153,7 @@ def test_patches_of_the_model_tell_the_grid() -> None:
         layout = read_layout(norm, (2, tokens, 6), x, model=model)
         assert (layout.grid, layout.special) == (grid, tokens - math.prod(grid))
         if len(space) != 2:
-            with pytest.raises(InputError, match="more than one grid"):
+            with pytest.raises(InputError, match=r"more than one grid|make no grid"):
                 read_layout(norm, (2, tokens, 6), x)
 
 
@@ -170,7 +187,8 @@ def test_channels_last_images() -> None:
         ),
         (nn.ReLU(), (2, 5, 1, 1), (2, 3, 8, 8), r"no spatial output: got \[2, 5, 1, 1\]"),
         (nn.LayerNorm(6), (2, 13, 6), (2, 3, 50, 60), "no grid of the input's aspect"),
-        (nn.LayerNorm(6), (2, 1568, 6), (2, 3, 16, 224, 224), "more than one grid"),
+        (nn.LayerNorm(6), (2, 1568, 6), (2, 3, 16, 224, 224), "make no grid"),
+        (nn.LayerNorm(6), (2, 4, 6), (2, 3, 12), "more than one grid"),
         (nn.Conv1d(3, 6, 1), (2, 6, 9), (2, 3, 8, 8), "as many spatial axes"),
     ],
 )
