@@ -30,9 +30,9 @@ def last_spatial(model: object, run: Callable[[], Any]) -> nn.Module:
 
     Spatial is an output [R, C, *s], [R, *s, C] or of tokens [R, T, C], with more than one place
     and more than one channel. Left out are pooled maps (the paper's layer is the last
-    convolution's, before its resolution is lost), modules that run more than once, and, where the
-    model's own output is spatial (segmentation), maps of as many channels as it has; modules of
-    several outputs too (of which the rest of the model may read another) where others are. Tokens are
+    convolution's, before its resolution is lost); modules that run more than once; those that give
+    several tensors, of which the rest of the model may read another, where others are; and, where
+    the model's own output is spatial (segmentation), maps of as many channels as it has. Tokens are
     taken from before the last module that mixes them (attention, a recurrence): behind it, a
     class token's head sees no other token. The first norm of a ViT's last block, therefore.
 
