@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from saliency_fast.captum.masks import draw_mask_border, draw_mask_legend
-from saliency_fast.captum.text import (
+from saliency_fast.captum.drawn_masks import draw_mask_border, draw_mask_legend
+from saliency_fast.captum.drawn_text import (
     VisualizationDataRecord,
     format_classname,
     format_special_tokens,
@@ -181,7 +181,7 @@ def visualize_timeseries_attr(
     method: a name of `TimeseriesVisualizationMethod`. x_values: [N], or 0 to N - 1.
     pyplot_kwargs: of the lines. Other arguments: see `visualize_image_attr`.
     """
-    from saliency_fast.captum import timeseries
+    from saliency_fast.captum.drawn_series import Series
 
     for name, one in (("attr", attr), ("data", data)):
         if one.ndim != 2:
@@ -212,7 +212,7 @@ def visualize_timeseries_attr(
     signed = _chosen(VisualizeSign, sign, "Sign")
     scaled = normalized(attr.sum(axis=0) if combined else attr, signed, outlier_perc)
     colours, limits = _colours(signed, cmap)
-    series = timeseries.Series(x_values, data, scaled, channel_labels, colours, limits)
+    series = Series(x_values, data, scaled, channel_labels, colours, limits)
     series.draw(figure, every, kind.name, alpha_overlay, pyplot_kwargs)
     if show_colorbar:
         alpha = 1.0 if kind is TimeseriesVisualizationMethod.colored_graph else alpha_overlay

@@ -23,7 +23,8 @@ class Cam:
     layer: a name, several (their maps are scaled to a maximum of one and averaged), or "auto", the
     last spatial layer; `explain`'s `at` wins, and takes modules too. relu: evidence for the target
     alone; without it, evidence against is negative. grid: (rows, columns) of a transformer's
-    tokens, special: how many leading tokens have no place in it; None reads both off their number.
+    tokens, special: how many leading (where negative, trailing) tokens have no place in it; None
+    reads both off the model's patches, or the tokens' number.
 
     Values are [B, 1, *spatial], resized linearly; `extras["layer"]` is the map as the layer has it
     [B, *s] (`layer_0`, `layer_1`, ... of several).
