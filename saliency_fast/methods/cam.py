@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,7 +33,8 @@ class Cam:
     relu: bool = True
     grid: tuple[int, ...] | None = None
     special: int | None = None
-    name: ClassVar[str] = "cam"
+    name = "cam"
+    uses_gradients = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layer", checks.layers(self.layer))
@@ -60,6 +60,8 @@ class Cam:
         """One round, at the inputs."""
         canvas = Canvas(asked, self.relu, self.grid, self.special)
         yield canvas.round(self.weights)
+        if self.uses_gradients:
+            canvas.need_gradients()
         return Maps(canvas.values(), extras=canvas.extras())
 
 
@@ -126,6 +128,7 @@ class EigenCAM(Cam):
     """
 
     name = "eigen_cam"
+    uses_gradients = False
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         flat = activations.flatten(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ class Canvas:
     maps: list[Tensor] = field(default_factory=list)
     layouts: list[list[Layout]] = field(default_factory=list)
     """For each layer, its layout in the space of each input."""
+    felt: dict[int, Tensor] = field(default_factory=dict)
+    """For each layer, whether any of its gradients was not zero."""
 
     def round(self, weights: Weights) -> Round:
         """A round at the inputs, in which the maps of all layers are drawn."""
@@ -38,6 +41,7 @@ class Canvas:
                 activations = self.read(number, output)
                 for k, grads in enumerate(found.grads):
                     gradients = self.read(number, grads[number])
+                    self.felt[number] = gradients.any() | self.felt.get(number, False)
                     self.draw(number, rows, k, activations, weights(activations, gradients))
 
         return self.inputs_round(each)
@@ -104,6 +108,17 @@ class Canvas:
             resized = [torch.stack([to_peak(one) for one in resized]).mean(0)]
         whole = resized[0]
         return whole.view(*self.asked.scores.shape, *layouts[0].shape)
+
+    def need_gradients(self) -> None:
+        """Warns of layers whose places the scores do not depend on."""
+        for number, felt in self.felt.items():
+            if not felt:
+                warnings.warn(
+                    "saliency_fast: the scores do not depend on any place of the layer "
+                    f"{type(self.asked.layers[number]).__name__}, so its map is zero; choose an "
+                    "earlier one (of a transformer, one before its last attention)",
+                    stacklevel=2,
+                )
 
     def extras(self) -> dict[str, Tensor]:
         """The maps at their layers' size."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +158,34 @@ def test_compiled_models() -> None:
     plain = sf.explain(make(VGG), x, target=1, method="grad_cam").values
     compiled = torch.compile(make(VGG), backend="eager")
     assert relative_l2(sf.explain(compiled, x, target=1, method="grad_cam").values, plain) < EXACT
+
+
+def test_layers_that_the_score_does_not_see() -> None:
+    """Behind the last attention only a class token is looked at."""
+    model, x = make(ViT), randn(2, 3, 12, 16)
+    with pytest.warns(UserWarning, match="do not depend on any place of the layer LayerNorm"):
+        sf.explain(model, x, target=1, method=GradCAM("norm"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.explain(model, x, target=1, method="grad_cam")
+        sf.explain(model, x, target=1, method="eigen_cam", at="norm")
+
+
+def test_records(tmp_path: Path) -> None:
+    model, x = make(VGG), randn(2, 3, 12, 16)
+    method = GradCAM(["features.1", "features.4"], relu=False)
+    path = sf.explain(model, x, target=1, method=method).save(tmp_path / "cam.safetensors")
+    assert list(sf.load(path).extras) == ["layer_0", "layer_1"]
+    assert sf.replay(path, model, x).agrees
+
+
+def test_threads_share_a_model() -> None:
+    model, x = make(ResNet), randn(2, 3, 12, 16)
+    engine = sf.Engine(model, "grad_cam")
+    alone = [engine(x, target).values for target in range(5)]
+    with ThreadPoolExecutor(5) as pool:
+        found = list(pool.map(lambda target: engine(x, target).values, range(5)))
+    assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
 
 
 def test_float32() -> None:
