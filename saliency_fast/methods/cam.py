@@ -48,13 +48,8 @@ class Cam:
         raise NotImplementedError
 
     def recipe(self) -> Recipe:
-        return Recipe(
-            *(Line(), at_input()),
-            at_input=True,
-            rounds=self.rounds,
-            points=1,
-            layers=self.layer,
-        )
+        rounds, layers = self.rounds, self.layer
+        return Recipe(Line(), at_input(), at_input=True, rounds=rounds, points=1, layers=layers)
 
     def rounds(self, asked: Asked) -> Rounds:
         """One round, at the inputs."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
 from saliency_fast.methods.cam import Cam
 from saliency_fast.methods.canvas import Canvas, resize
@@ -20,6 +23,9 @@ class ScoreCAM(Cam):
     """
 
     name = "score_cam"
+
+    def recipe(self) -> Recipe:
+        return replace(super().recipe(), gradients=False)
 
     def rounds(self, asked: Asked) -> Rounds:
         """One round for the activations, then one for each layer's channels."""
