@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from saliency_fast import ops
 from saliency_fast.engine.rounds import Asked, Found, Round
 from saliency_fast.errors import InputError
-from saliency_fast.methods.standin import cam
 from saliency_fast.model.layers import LayerTaps
 from saliency_fast.model.layout import Layout, read_layout
 from saliency_fast.model.routes import Inputs
@@ -91,7 +91,7 @@ class Canvas:
         size = activations.shape[2:]
         if number == len(self.maps):
             self.maps.append(activations.new_empty((*self.asked.scores.shape, *size)))
-        self.maps[number][rows, k] = cam(activations, weights, list(size), self.relu)
+        self.maps[number][rows, k] = ops.cam(activations, weights, list(size), self.relu)
 
     def values(self) -> Inputs:
         """The maps at the size of each input, averaged over layers."""
@@ -135,4 +135,5 @@ def to_peak(maps: Tensor) -> Tensor:
 
 def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
     """Maps [N, *s] at another size."""
-    return cam(maps.unsqueeze(1), maps.new_ones(len(maps), 1), list(size), False)
+    resized: Tensor = ops.cam(maps.unsqueeze(1), maps.new_ones(len(maps), 1), list(size), False)
+    return resized

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from saliency_fast import ops
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
 from saliency_fast.methods.cam import Cam
 from saliency_fast.methods.canvas import Canvas, resize
-from saliency_fast.methods.standin import mask_points
 from saliency_fast.model.routes import Inputs
 
 
@@ -61,7 +61,7 @@ def seen_through(activations: Tensor, canvas: Canvas, number: int) -> Round:
             if layout.shape[0] != 1:
                 # A mask repeats along leading axes alone.
                 mask = mask.expand(-1, *x.shape[1:])
-            written.append(mask_points(x, fill, mask.flatten(1), item, row))
+            written.append(ops.mask_points(x, fill, mask.flatten(1), item, row))
         return tuple(written)
 
     item = torch.arange(rows, device=activations.device).repeat_interleave(channels)
