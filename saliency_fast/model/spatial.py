@@ -157,9 +157,11 @@ class _Watch:
         names = {module: name for name, module in self.root.named_modules()}
         last = list(self.shapes.items())[-8:]
         shown = ", ".join(f"{names[module]} {shape}" for module, shape in last) or "none"
+        again = {names[one.module]: None for one in self.seen if self.calls[one.module] > 1}
+        more = f"; {', '.join(again)} run more than once" if again else ""
         return InputError(
             'layer="auto" found no layer with spatial output, [B, C, *spatial] or tokens '
-            f"[B, T, C]: the last outputs are {shown}; pass the layer itself"
+            f"[B, T, C]: the last outputs are {shown}{more}; pass the layer itself"
         )
 
 

@@ -67,6 +67,19 @@ def test_errors_tell_what_was_found() -> None:
         last_spatial(lambda x: x, lambda: None)
 
 
+def test_layers_that_run_more_than_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(self.conv(x)).mean((2, 3)))
+
+    with pytest.raises(InputError, match=r"fc \[2, 5\]; conv run more than once; pass"):
+        found_name(make(Twice), 3, 8, 8)
+
+
 def test_hooks_leave_in_any_event() -> None:
     model = make(ResNet)
     with pytest.raises(KeyboardInterrupt):
