@@ -208,8 +208,10 @@ def test_dead_channels_weigh_nothing() -> None:
 @pytest.mark.parametrize("name", [*naive.CAMS, "score_cam"])
 def test_nothing_is_left_behind(name: str) -> None:
     model, x = make(ResNet).train(), randn(2, 3, 12, 16)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     found = sf.explain(model, x, target=1, method=name)
     assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not x.requires_grad
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.grad is None for p in model.parameters())
