@@ -13,11 +13,6 @@ from saliency_fast.methods.attention import (
     GradientAttention,
 )
 from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
-from saliency_fast.methods.deeplift import DeepLift
-from saliency_fast.methods.expected_gradients import ExpectedGradients
-from saliency_fast.methods.gradient import Gradient, InputXGradient
-from saliency_fast.methods.integrated_gradients import IntegratedGradients
-from saliency_fast.methods.lrp import LRP
 from saliency_fast.methods.cam import (
     EigenCAM,
     GradCAM,
@@ -26,9 +21,12 @@ from saliency_fast.methods.cam import (
     LayerCAM,
     XGradCAM,
 )
+from saliency_fast.methods.deeplift import DeepLift
 from saliency_fast.methods.expected_gradients import ExpectedGradients
 from saliency_fast.methods.gradient import Gradient, InputXGradient
+from saliency_fast.methods.guided_grad_cam import GuidedGradCAM
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
+from saliency_fast.methods.lrp import LRP
 from saliency_fast.methods.score_cam import ScoreCAM
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
 
@@ -56,6 +54,7 @@ METHODS: dict[str, type[Any]] = {
         HiResCAM,
         EigenCAM,
         ScoreCAM,
+        GuidedGradCAM,
     )
 }
 
@@ -100,6 +99,7 @@ __all__ = [
     "Gradient",
     "GradientAttention",
     "GuidedBackprop",
+    "GuidedGradCAM",
     "HiResCAM",
     "InputXGradient",
     "IntegratedGradients",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from captum.attr import LayerGradCam
+from captum.attr import GuidedGradCam, LayerGradCam
 from torch import Tensor, nn
 
 import saliency_fast as sf
@@ -112,7 +112,7 @@ def test_tokens_of_every_rank(rank: int) -> None:
     assert relative_l2(found.values[0, 0], resized) < EXACT
 
 
-@pytest.mark.parametrize("name", [*naive.CAMS, "score_cam"])
+@pytest.mark.parametrize("name", [*naive.CAMS, "score_cam", "guided_grad_cam"])
 def test_many_targets_and_launches(name: str) -> None:
     """K maps from shared passes are those of K calls, however points share launches."""
     model, x = make(VGG), randn(3, 3, 12, 16)
@@ -120,7 +120,7 @@ def test_many_targets_and_launches(name: str) -> None:
     few = sf.explain(
         model, x, target=torch.tensor([[0, 1, 4]] * 3), method=name, points_per_launch=2
     )
-    assert many.values.shape == (3, 3, 1, 12, 16)
+    assert many.values.shape == (3, 3, 3 if name == "guided_grad_cam" else 1, 12, 16)
     torch.testing.assert_close(many.values, few.values, rtol=1e-10, atol=1e-12)
     for k, target in enumerate((0, 1, 4)):
         one = sf.explain(model, x, target=target, method=name)
@@ -205,7 +205,7 @@ def test_dead_channels_weigh_nothing() -> None:
         assert sf.explain(model, x, target=1, method=name).values.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [*naive.CAMS, "score_cam"])
+@pytest.mark.parametrize("name", [*naive.CAMS, "score_cam", "guided_grad_cam"])
 def test_nothing_is_left_behind(name: str) -> None:
     model, x = make(ResNet).train(), randn(2, 3, 12, 16)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -289,3 +289,17 @@ def test_layers_that_cannot_be() -> None:
         sf.explain(model, x, target=1, method=GradCAM("featurs.1"))
     with pytest.raises(InputError, match=r"Linear has no spatial output: got \[2, 5\]"):
         sf.explain(model, x, target=1, method=GradCAM("classifier.2"))
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:captum")
+@pytest.mark.parametrize("kind", [VGG, ResNet, UNet3d])
+def test_guided_grad_cam(kind: type[nn.Module]) -> None:
+    """GradCAM times guided backpropagation, and Captum's, resized in the same way."""
+    model, x, target = make(kind), randn(2, *LAYERS[kind][0]), TARGETS.get(kind, 2)
+    found = sf.explain(model, x, target=target, method="guided_grad_cam", points_per_launch=1)
+    cam = sf.explain(model, x, target=target, method="grad_cam")
+    guided = sf.explain(model, x, target=target, method="guided_backprop")
+    torch.testing.assert_close(found.values, cam.values * guided.values)
+    layer, mode = model.get_submodule(LAYERS[kind][1]), naive.MODES[x.dim() - 2]
+    theirs = GuidedGradCam(model, layer).attribute(x, target, interpolate_mode=mode)
+    assert relative_l2(found.values, theirs.detach()) < EXACT
