@@ -128,6 +128,17 @@ def test_many_targets_and_launches(name: str) -> None:
         torch.testing.assert_close(many.extras["layer"][:, k], one.extras["layer"])
 
 
+@pytest.mark.parametrize("name", [*naive.CAMS, "score_cam", "guided_grad_cam"])
+def test_a_map_does_not_depend_on_its_batch(name: str) -> None:
+    model, x = make(VGG), randn(4, 3, 12, 16)
+    engine = sf.Engine(model, name)
+    alone, together = engine(x[2:3], "predicted"), engine(x, "predicted")
+    torch.testing.assert_close(together.values[2:3], alone.values, rtol=1e-10, atol=1e-12)
+    assert int(together.classes[2]) == int(alone.classes[0])
+    (streamed,) = engine.stream(x, "predicted")
+    assert torch.equal(streamed.values, together.values)
+
+
 def test_layers_are_scaled_and_averaged() -> None:
     model, x = make(VGG), randn(3, 3, 12, 16)
     layers = ("features.1", "features.4")
