@@ -13,11 +13,24 @@ from saliency_fast.methods.attention import (
     AttentionWeights,
     GradientAttention,
 )
+from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
+from saliency_fast.methods.cam import (
+    EigenCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    XGradCAM,
+)
+from saliency_fast.methods.deeplift import DeepLift
 from saliency_fast.methods.expected_gradients import ExpectedGradients
 from saliency_fast.methods.gradient import Gradient, InputXGradient
+from saliency_fast.methods.guided_grad_cam import GuidedGradCAM
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
+from saliency_fast.methods.lrp import LRP
 from saliency_fast.methods.occlusion import Occlusion
 from saliency_fast.methods.rise import Rise
+from saliency_fast.methods.score_cam import ScoreCAM
 from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
 from saliency_fast.methods.surrogates import KernelShap, Lime
@@ -40,9 +53,21 @@ METHODS: dict[str, type[Any]] = {
         KernelShap,
         ShapleySampling,
         ShapleyValues,
+        GuidedBackprop,
+        Deconvolution,
+        DeepLift,
+        LRP,
         AttentionWeights,
         AttentionRollout,
         GradientAttention,
+        GradCAM,
+        GradCAMPlusPlus,
+        XGradCAM,
+        LayerCAM,
+        HiResCAM,
+        EigenCAM,
+        ScoreCAM,
+        GuidedGradCAM,
     )
 }
 
@@ -74,25 +99,37 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 
 
 __all__ = [
+    "LRP",
     "METHODS",
     "AttentionRollout",
     "AttentionWeights",
+    "Deconvolution",
+    "DeepLift",
+    "EigenCAM",
     "ExpectedGradients",
     "FeatureAblation",
     "FeaturePermutation",
+    "GradCAM",
+    "GradCAMPlusPlus",
     "Gradient",
     "GradientAttention",
+    "GuidedBackprop",
+    "GuidedGradCAM",
+    "HiResCAM",
     "InputXGradient",
     "IntegratedGradients",
     "KernelShap",
+    "LayerCAM",
     "Lime",
     "Occlusion",
     "Rise",
+    "ScoreCAM",
     "ShapleySampling",
     "ShapleyValues",
     "SmoothGrad",
     "SmoothGradSquared",
     "VarGrad",
+    "XGradCAM",
     "make_method",
     "read_method",
 ]

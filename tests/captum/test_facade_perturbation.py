@@ -307,5 +307,7 @@ def test_inputs_of_other_lengths(name: str, count: int, by_rows: bool) -> None:
     answers = []
     for library in (facade, captum.attr):
         torch.manual_seed(1)
-        answers.append(getattr(library, name)(model).attribute(x, feature_mask=masks))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            answers.append(getattr(library, name)(model).attribute(x, feature_mask=masks))
     agree(answers[0], answers[1], SINGLE.get(name, 1e-10))
