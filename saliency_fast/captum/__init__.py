@@ -3,20 +3,49 @@
 from saliency_fast.captum.attribution import (
     Attribution,
     GradientAttribution,
+    LayerAttribution,
     PerturbationAttribution,
 )
+from saliency_fast.captum.deep_lift import DeepLift, DeepLiftShap
 from saliency_fast.captum.gradient import InputXGradient, Saliency
 from saliency_fast.captum.gradient_shap import GradientShap
+from saliency_fast.captum.guided import Deconvolution, GuidedBackprop, GuidedGradCam
 from saliency_fast.captum.integrated_gradients import IntegratedGradients
+from saliency_fast.captum.layer import LayerActivation, LayerGradCam, LayerGradientXActivation
+from saliency_fast.captum.layer_integrated_gradients import LayerIntegratedGradients
+from saliency_fast.captum.lrp import LRP
+from saliency_fast.captum.lrp_rules import (
+    Alpha1_Beta0_Rule,
+    EpsilonRule,
+    GammaRule,
+    IdentityRule,
+    PropagationRule,
+)
 from saliency_fast.captum.noise_tunnel import NoiseTunnel
 
 __all__ = [
+    "LRP",
+    "Alpha1_Beta0_Rule",
     "Attribution",
+    "Deconvolution",
+    "DeepLift",
+    "DeepLiftShap",
+    "EpsilonRule",
+    "GammaRule",
     "GradientAttribution",
     "GradientShap",
+    "GuidedBackprop",
+    "GuidedGradCam",
+    "IdentityRule",
     "InputXGradient",
     "IntegratedGradients",
+    "LayerActivation",
+    "LayerAttribution",
+    "LayerGradCam",
+    "LayerGradientXActivation",
+    "LayerIntegratedGradients",
     "NoiseTunnel",
     "PerturbationAttribution",
+    "PropagationRule",
     "Saliency",
 ]

@@ -130,7 +130,13 @@ def hooked(
 
     def before(number: int) -> Callable[..., Any]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return seen(number, (args, kwargs)) if threading.get_ident() == thread else None
+            if threading.get_ident() != thread:
+                return None
+            if not _floats(args):
+                return seen(number, (args, kwargs))
+            # What comes by name beside it is masks and the like.
+            found = seen(number, args)
+            return None if found is None else (found, kwargs)
 
         return hook
 

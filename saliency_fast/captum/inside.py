@@ -1,0 +1,108 @@
+"""Inside: a facade's call moved to layers of the user's model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from saliency_fast.captum.attribution import InternalAttribution
+from saliency_fast.captum.contract import as_args
+from saliency_fast.captum.forward import compute_gradients
+from saliency_fast.captum.run import Asked, explained, kept
+from saliency_fast.errors import ContractError, ModelError
+from saliency_fast.methods import Gradient
+from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.layers import Behind, hooked
+from saliency_fast.model.routes import Inputs
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Layers of a method, at what they give or, with `of_input`, take by position."""
+
+    forward: Callable[..., Any]
+    layers: tuple[nn.Module, ...]
+    of_input: bool
+    listed: bool
+
+    @classmethod
+    def of(cls, method: InternalAttribution, of_input: bool) -> Inside:
+        """Of a layer, or of a list of them."""
+        layer = method.layer
+        if isinstance(layer, nn.Module):
+            return cls(method.forward_func, (layer,), of_input, False)
+        return cls(method.forward_func, tuple(layer), of_input, True)
+
+    @torch.no_grad()
+    def read(self, inputs: Inputs, further: Any) -> list[Inputs]:
+        """Per layer the tensors there, in one run of the whole batch."""
+        found: dict[int, Inputs] = {}
+
+        def seen(number: int, value: Any) -> None:
+            own = [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+            found[number] = tuple(one.detach().clone() for one in own)
+
+        with kept(self.forward), uncompiled(), hooked(self.layers, seen, of_input=self.of_input):
+            self.forward(*(x.clone() for x in inputs), *as_args(further))
+        for number, layer in enumerate(self.layers):
+            if number not in found:
+                raise ContractError(
+                    "Forward hook did not obtain any outputs for given layer: the "
+                    f"{type(layer).__name__} did not run; name one that the model calls"
+                )
+        return [found[number] for number in range(len(self.layers))]
+
+    def like_layers(self, values: list[Inputs]) -> Any:
+        """A tensor, or a tuple of several, for each layer; in a list where layers came in one."""
+        found = [one if len(one) > 1 else one[0] for one in values]
+        return found if self.listed else found[0]
+
+    def asked(
+        self,
+        values: list[Inputs],
+        inputs: Inputs,
+        target: Any,
+        further: Any,
+        grad_kwargs: dict[str, Any] | None,
+        **more: Any,
+    ) -> Asked:
+        """The call with layers' values as inputs; the model's own follow as arguments."""
+        counts = tuple(map(len, values))
+        behind = Behind(self.forward, self.layers, self.of_input, counts)
+        rest = (*(x.detach() for x in inputs), *as_args(further))
+        gradient_func = compute_gradients
+        if grad_kwargs:
+            gradient_func = partial(compute_gradients, **grad_kwargs)
+        flat = tuple(one for several in values for one in several)
+        return Asked(behind, flat, target, rest, gradient_func=gradient_func, **more)
+
+    def grouped(self, flat: Inputs, like: list[Inputs]) -> list[Inputs]:
+        """Values per layer, in the types of `like`."""
+        rest = iter(flat)
+        return [tuple(next(rest).to(one.dtype) for one in several) for several in like]
+
+    def gradients(
+        self, inputs: Inputs, target: Any, further: Any, grad_kwargs: dict[str, Any] | None
+    ) -> tuple[list[Inputs], list[Inputs]]:
+        """Per layer the tensors there, and the gradients of the scores at them."""
+        values = self.need_floats(self.read(inputs, further))
+        asked = self.asked(values, inputs, target, further, grad_kwargs)
+        return values, self.grouped(explained(Gradient(), asked), values)
+
+    def need_floats(self, values: list[Inputs]) -> list[Inputs]:
+        """The floating tensors of each layer."""
+        found = [tuple(one for one in several if one.is_floating_point()) for several in values]
+        for layer, own in zip(self.layers, found, strict=True):
+            if not own:
+                side = "takes" if self.of_input else "gives"
+                raise ModelError(
+                    f"the layer {type(layer).__name__} {side} no floating point tensor, so it has "
+                    "no gradient; name a layer behind it, or set attribute_to_layer_input=False"
+                )
+        return found
