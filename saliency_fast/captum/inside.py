@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from saliency_fast.captum.attribution import InternalAttribution
 from saliency_fast.captum.contract import as_args
@@ -18,8 +18,12 @@ from saliency_fast.captum.run import Asked, explained, kept
 from saliency_fast.errors import ContractError, ModelError
 from saliency_fast.methods import Gradient
 from saliency_fast.model.guard import uncompiled
-from saliency_fast.model.layers import Behind, hooked
+from saliency_fast.model.layers import Behind, hooked, tensors_at
 from saliency_fast.model.routes import Inputs
+
+
+class _Enough(BaseException):
+    """All layers were read: what comes behind them has no need to run."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,20 @@ class Inside:
         return cls(method.forward_func, tuple(layer), of_input, True)
 
     @torch.no_grad()
-    def read(self, inputs: Inputs, further: Any) -> list[Inputs]:
-        """Per layer the tensors there, in one run of the whole batch."""
+    def read(self, inputs: Inputs, further: Any, *, whole: bool = False) -> list[Inputs]:
+        """Per layer the tensors there, in one run of the whole batch. whole: to its end, so that of
+        a layer that runs several times the last is read.
+        """
         found: dict[int, Inputs] = {}
 
         def seen(number: int, value: Any) -> None:
-            own = [one for one in tree_leaves(value) if isinstance(one, Tensor)]
-            found[number] = tuple(one.detach().clone() for one in own)
+            found[number] = tuple(one.detach().clone() for one in tensors_at(value))
+            if len(found) == len(self.layers) and not whole:
+                raise _Enough
 
         with kept(self.forward), uncompiled(), hooked(self.layers, seen, of_input=self.of_input):
-            self.forward(*(x.clone() for x in inputs), *as_args(further))
+            with suppress(_Enough):
+                self.forward(*(x.clone() for x in inputs), *as_args(further))
         for number, layer in enumerate(self.layers):
             if number not in found:
                 raise ContractError(
@@ -92,8 +100,13 @@ class Inside:
     ) -> tuple[list[Inputs], list[Inputs]]:
         """Per layer the tensors there, and the gradients of the scores at them."""
         values = self.need_floats(self.read(inputs, further))
-        asked = self.asked(values, inputs, target, further, grad_kwargs)
-        return values, self.grouped(explained(Gradient(), asked), values)
+        found = []
+        # Each on its own: where one layer follows another, gradients of the first go through both.
+        for layer, own in zip(self.layers, values, strict=True):
+            alone = replace(self, layers=(layer,))
+            asked = alone.asked([own], inputs, target, further, grad_kwargs)
+            found += alone.grouped(explained(Gradient(), asked), [own])
+        return values, found
 
     def need_floats(self, values: list[Inputs]) -> list[Inputs]:
         """The floating tensors of each layer."""

@@ -30,7 +30,8 @@ class LayerActivation(LayerAttribution):
     ) -> Any:
         """A tensor, or a tuple where the layer has several; in a list for a list of layers."""
         inside = Inside.of(self, attribute_to_layer_input)
-        return inside.like_layers(inside.read(as_tuple(inputs), additional_forward_args))
+        parts, further = as_tuple(inputs), additional_forward_args
+        return inside.like_layers(inside.read(parts, further, whole=True))
 
     @property
     def multiplies_by_inputs(self) -> bool:

@@ -150,19 +150,28 @@ def hooked(
         yield
 
 
+def tensors_at(value: Any) -> list[Tensor]:
+    """The tensors in what a layer takes or gives: those of a tuple itself, without the states that
+    recurrent layers give in a tuple of their own, or, where it has none, all within it.
+    """
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    own = [one for one in parts if isinstance(one, Tensor)]
+    return own or [one for one in tree_flatten(value)[0] if isinstance(one, Tensor)]
+
+
 def _floats(value: Any) -> list[Tensor]:
-    """The tensors in what a layer takes or gives that points can take the place of."""
-    flat = [one for one in tree_flatten(value)[0] if isinstance(one, Tensor)]
-    return [one for one in flat if one.is_floating_point()]
+    """Those of the tensors that points can take the place of."""
+    return [one for one in tensors_at(value) if one.is_floating_point()]
 
 
 def _with_floats(value: Any, found: Sequence[Tensor]) -> Any:
     """`value` with those tensors replaced, in their order."""
+    pairs = zip(map(id, _floats(value)), found, strict=True)
+    instead: dict[int, list[Tensor]] = {}
+    for key, one in pairs:
+        instead.setdefault(key, []).append(one)
     flat, tree = tree_flatten(value)
-    rest = iter(found)
-    changed = [
-        next(rest) if isinstance(one, Tensor) and one.is_floating_point() else one for one in flat
-    ]
+    changed = [instead[id(one)].pop(0) if instead.get(id(one)) else one for one in flat]
     return tree_unflatten(changed, tree)
 
 
