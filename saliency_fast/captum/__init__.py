@@ -12,6 +12,8 @@ from saliency_fast.captum.gradient_shap import GradientShap
 from saliency_fast.captum.guided import Deconvolution, GuidedBackprop, GuidedGradCam
 from saliency_fast.captum.integrated_gradients import IntegratedGradients
 from saliency_fast.captum.layer import LayerActivation, LayerGradCam, LayerGradientXActivation
+from saliency_fast.captum.layer_conductance import LayerConductance
+from saliency_fast.captum.layer_deep_lift import LayerDeepLift
 from saliency_fast.captum.layer_integrated_gradients import LayerIntegratedGradients
 from saliency_fast.captum.lrp import LRP
 from saliency_fast.captum.lrp_rules import (
@@ -41,6 +43,8 @@ __all__ = [
     "IntegratedGradients",
     "LayerActivation",
     "LayerAttribution",
+    "LayerConductance",
+    "LayerDeepLift",
     "LayerGradCam",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",

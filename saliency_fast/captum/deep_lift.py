@@ -14,12 +14,11 @@ from saliency_fast.captum.contract import (
     as_baselines,
     as_tuple,
     check_baselines,
-    check_target,
     filled,
     like_inputs,
     public,
 )
-from saliency_fast.captum.run import explained
+from saliency_fast.captum.run import Asked, explained
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import DeepLift as Rescaled
 from saliency_fast.model.routes import Inputs
@@ -53,21 +52,31 @@ class DeepLift(GradientAttribution):
         parts = as_tuple(inputs)
         given = as_baselines(baselines, parts)
         check_baselines(parts, given)
-        check_target(target, len(parts[0]))
         starts, further = filled(parts, given), additional_forward_args
-        asked = self._asked(parts, target, further, baselines=starts, whole=_has_softmax(self))
-        multipliers = explained(Rescaled(self.eps, multiply=False, captum=True), asked)
-        if custom_attribution_func is not None:
-            maps = _custom(custom_attribution_func, multipliers, parts, starts)
-        elif self.multiplies_by_inputs:
-            both = zip(multipliers, parts, starts, strict=True)
-            maps = tuple((x.detach() - start.detach()) * one for one, x, start in both)
-        else:
-            maps = multipliers
+        asked = self._asked(parts, target, further, baselines=starts, whole=self._is_whole())
+        maps = self._made(asked, starts, custom_attribution_func)
         found = like_inputs(inputs, maps)
         if not return_convergence_delta:
             return found
         return found, self.compute_convergence_delta(found, starts, parts, target, further)
+
+    def _made(self, asked: Asked, starts: Inputs, custom: Callable[..., Inputs] | None) -> Inputs:
+        """Maps by the multipliers of a call."""
+        multipliers = explained(Rescaled(self.eps, multiply=False, captum=True), asked)
+        parts = tuple(x.detach() for x in asked.inputs)
+        starts = tuple(one.detach() for one in starts)
+        if custom is not None:
+            return _custom(custom, multipliers, parts, starts)
+        if not self.multiplies_by_inputs:
+            return multipliers
+        both = zip(multipliers, parts, starts, strict=True)
+        return tuple((x - start) * one for one, x, start in both)
+
+    def _is_whole(self) -> bool:
+        """Captum takes the mean of softmax's multipliers over the whole batch."""
+        model = self.forward_func
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        return any(type(one) is nn.Softmax for one in modules)
 
     def has_convergence_delta(self) -> bool:
         return True
@@ -75,12 +84,6 @@ class DeepLift(GradientAttribution):
     @property
     def multiplies_by_inputs(self) -> bool:
         return self._multiply_by_inputs
-
-
-def _has_softmax(method: DeepLift) -> bool:
-    """Captum takes the mean of softmax's multipliers over the whole batch."""
-    model = method.forward_func
-    return isinstance(model, nn.Module) and any(type(m) is nn.Softmax for m in model.modules())
 
 
 def _custom(
@@ -106,7 +109,7 @@ class DeepLiftShap(DeepLift):
         super().__init__(model, multiply_by_inputs)
 
     @public
-    def attribute(
+    def attribute(  # type: ignore[override]
         self,
         inputs: Any,
         baselines: Any,
@@ -129,7 +132,8 @@ class DeepLiftShap(DeepLift):
             raise ContractError(
                 "Baselines distribution has to be provided in form of a torch.Tensor with more "
                 f"than one example but found: {first}. If baselines are provided in shape of "
-                "scalars or with a single baseline example, `DeepLift` approach can be used instead."
+                "scalars or with a single baseline example, `DeepLift` approach can be used "
+                "instead."
             )
         batch, count = len(parts[0]), len(first)
         further = tuple(_repeated(one, count) for one in as_args(additional_forward_args))

@@ -13,12 +13,12 @@ from torch import nn
 
 from saliency_fast.captum.attribution import InternalAttribution
 from saliency_fast.captum.contract import as_args
-from saliency_fast.captum.forward import compute_gradients
+from saliency_fast.captum.forward import compute_gradients, need_one_number, run_forward
 from saliency_fast.captum.run import Asked, explained, kept
 from saliency_fast.errors import ContractError, ModelError
 from saliency_fast.methods import Gradient
 from saliency_fast.model.guard import uncompiled
-from saliency_fast.model.layers import Behind, hooked, tensors_at
+from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, with_floats
 from saliency_fast.model.routes import Inputs
 
 
@@ -55,9 +55,14 @@ class Inside:
             if len(found) == len(self.layers) and not whole:
                 raise _Enough
 
-        with kept(self.forward), uncompiled(), hooked(self.layers, seen, of_input=self.of_input):
-            with suppress(_Enough):
-                self.forward(*(x.clone() for x in inputs), *as_args(further))
+        run, of_input = self.forward, self.of_input
+        with (
+            suppress(_Enough),
+            kept(run),
+            uncompiled(),
+            hooked(self.layers, seen, of_input=of_input),
+        ):
+            run(*(x.clone() for x in inputs), *as_args(further))
         for number, layer in enumerate(self.layers):
             if number not in found:
                 raise ContractError(
@@ -99,6 +104,8 @@ class Inside:
         self, inputs: Inputs, target: Any, further: Any, grad_kwargs: dict[str, Any] | None
     ) -> tuple[list[Inputs], list[Inputs]]:
         """Per layer the tensors there, and the gradients of the scores at them."""
+        if self.of_input:
+            return self._at_inputs(inputs, target, further, grad_kwargs or {})
         values = self.need_floats(self.read(inputs, further))
         found = []
         # Each on its own: where one layer follows another, gradients of the first go through both.
@@ -107,6 +114,31 @@ class Inside:
             asked = alone.asked([own], inputs, target, further, grad_kwargs)
             found += alone.grouped(explained(Gradient(), asked), [own])
         return values, found
+
+    def _at_inputs(
+        self, inputs: Inputs, target: Any, further: Any, grad_kwargs: dict[str, Any]
+    ) -> tuple[list[Inputs], list[Inputs]]:
+        """As in Captum gradients at what a layer takes go through all that takes it, such as a skip
+        connection around the layer: the whole batch at once, with all of autograd's graph.
+        """
+        found: dict[int, Inputs] = {}
+
+        def seen(number: int, value: Any) -> Any:
+            found[number] = own = tuple(floats_at(value))
+            for one in own:
+                one.requires_grad_()
+            # The layer may work in place.
+            return with_floats(value, [one.clone() for one in own])
+
+        with torch.enable_grad(), kept(self.forward), hooked(self.layers, seen, of_input=True):
+            rows = tuple(x.detach().clone() for x in inputs)
+            scores = run_forward(self.forward, rows, target, further)
+            need_one_number(scores)
+            values = self.need_floats([found.get(n, ()) for n in range(len(self.layers))])
+            flat = [one for several in values for one in several]
+            grads = torch.autograd.grad(scores.sum(), flat, **grad_kwargs)
+        detached = [tuple(one.detach() for one in several) for several in values]
+        return detached, self.grouped(tuple(one.detach() for one in grads), values)
 
     def need_floats(self, values: list[Inputs]) -> list[Inputs]:
         """The floating tensors of each layer."""

@@ -76,9 +76,7 @@ class LayerGradientXActivation(LayerGradientAttribution):
         values, gradients = inside.gradients(
             as_tuple(inputs), target, additional_forward_args, grad_kwargs
         )
-        maps = [
-            tuple(map(self._map, *pair)) for pair in zip(values, gradients, strict=True)
-        ]
+        maps = [tuple(map(self._map, *pair)) for pair in zip(values, gradients, strict=True)]
         return inside.like_layers(maps)
 
     def _map(self, value: Tensor, gradient: Tensor) -> Tensor:

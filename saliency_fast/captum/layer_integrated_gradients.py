@@ -1,4 +1,4 @@
-"""LayerIntegratedGradients: the straight line between what a layer gives for inputs and baselines."""
+"""LayerIntegratedGradients: the line between what layers give for baselines and for inputs."""
 
 from __future__ import annotations
 

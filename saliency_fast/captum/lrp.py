@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.captum.attribution import GradientAttribution
-from saliency_fast.captum.contract import as_args, as_tuple, check_target, like_inputs, public
+from saliency_fast.captum.contract import as_args, as_tuple, like_inputs, public
 from saliency_fast.captum.forward import run_forward
 from saliency_fast.captum.lrp_rules import EpsilonRule, PropagationRule
 from saliency_fast.captum.run import explained, kept
@@ -65,7 +65,6 @@ class LRP(GradientAttribution):
         verbose: prints which rule holds for which layer.
         """
         parts, further = as_tuple(inputs), as_args(additional_forward_args)
-        check_target(target, len(parts[0]))
         rules = _rules_of(self.model)
         if verbose:
             for layer, rule in rules:
@@ -200,13 +199,15 @@ class _Hooks(Ruling):
         rule._has_single_input = len(inputs) == 1
         rule.relevance_input, rule.relevance_output = defaultdict(list), {}
         shared = _changed(layer, rule, inputs, output)
-        shared.register_hook(rule._create_backward_hook_output(shared.detach()))
+        hook = rule._create_backward_hook_output(shared.detach())
+        shared.register_hook(hook)  # type: ignore[no-untyped-call]
         for one in inputs:
             # Once: the hook gets what all that take the tensor hand back, added up.
             if isinstance(one, Tensor) and one.requires_grad and id(one) not in self.marked:
                 self.marked.add(id(one))
                 self.alive.append(one)
-                one.register_hook(rule._create_backward_hook_input(one.detach().clone()))
+                hook = rule._create_backward_hook_input(one.detach().clone())
+                one.register_hook(hook)  # type: ignore[no-untyped-call]
         return _Passed.apply(shared, output.detach())  # type: ignore[no-untyped-call]
 
 
@@ -243,4 +244,3 @@ class _Passed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, relevance: Tensor) -> Any:
         return relevance, None
-

@@ -235,7 +235,8 @@ def _known(forward: Callable[..., Any]) -> Known:
     if isinstance(forward, Behind):
         at = (forward.of_input, *map(id, forward.layers), *forward.counts)
         forward = forward.model
-    owner, name = forward, ""
+    owner: Any = forward
+    name = ""
     if isinstance(forward, MethodType):
         owner, name = forward.__self__, forward.__name__
     try:

@@ -132,7 +132,7 @@ def hooked(
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
             if threading.get_ident() != thread:
                 return None
-            if not _floats(args):
+            if not floats_at(args):
                 return seen(number, (args, kwargs))
             # What comes by name beside it is masks and the like.
             found = seen(number, args)
@@ -159,14 +159,14 @@ def tensors_at(value: Any) -> list[Tensor]:
     return own or [one for one in tree_flatten(value)[0] if isinstance(one, Tensor)]
 
 
-def _floats(value: Any) -> list[Tensor]:
-    """Those of the tensors that points can take the place of."""
+def floats_at(value: Any) -> list[Tensor]:
+    """The floating tensors in what a layer takes or gives, which points can take the place of."""
     return [one for one in tensors_at(value) if one.is_floating_point()]
 
 
-def _with_floats(value: Any, found: Sequence[Tensor]) -> Any:
+def with_floats(value: Any, found: Sequence[Tensor]) -> Any:
     """`value` with those tensors replaced, in their order."""
-    pairs = zip(map(id, _floats(value)), found, strict=True)
+    pairs = zip(map(id, floats_at(value)), found, strict=True)
     instead: dict[int, list[Tensor]] = {}
     for key, one in pairs:
         instead.setdefault(key, []).append(one)
@@ -194,11 +194,11 @@ class LayerTaps:
                 # one may depend on it.
                 own = [
                     one if any(found.values()) and one.requires_grad else _leaf(one)
-                    for one in _floats(value)
+                    for one in floats_at(value)
                 ]
                 found[number] = own
                 # The model may go on to overwrite what it gets.
-                return _with_floats(value, [one.clone() for one in own])
+                return with_floats(value, [one.clone() for one in own])
 
         with hooked(self.layers, seen, of_input=self.of_input):
             raw = call()
@@ -231,7 +231,7 @@ class Behind:
             _need_once(self.layers[number], number in found)
             found[number] = True
             first = sum(self.counts[:number])
-            return _with_floats(value, points[first : first + self.counts[number]])
+            return with_floats(value, points[first : first + self.counts[number]])
 
         with hooked(self.layers, seen, of_input=self.of_input):
             raw = self.model(*inputs, **kwargs)
@@ -252,7 +252,7 @@ class Read:
 
         def seen(number: int, value: Any) -> None:
             _need_once(self.layers[number], number in self.found)
-            self.found[number] = [one.detach().clone() for one in _floats(value)]
+            self.found[number] = [one.detach().clone() for one in floats_at(value)]
 
         with hooked(self.layers, seen, of_input=self.of_input), torch.no_grad():
             call()
