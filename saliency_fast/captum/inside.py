@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saliency_fast.captum.attribution import InternalAttribution
 from saliency_fast.captum.contract import as_args
@@ -17,7 +17,6 @@ from saliency_fast.captum.forward import compute_gradients, need_one_number, run
 from saliency_fast.captum.run import Asked, explained, kept
 from saliency_fast.errors import ContractError, ModelError
 from saliency_fast.methods import Gradient
-from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, with_floats
 from saliency_fast.model.routes import Inputs
 
@@ -55,14 +54,9 @@ class Inside:
             if len(found) == len(self.layers) and not whole:
                 raise _Enough
 
-        run, of_input = self.forward, self.of_input
-        with (
-            suppress(_Enough),
-            kept(run),
-            uncompiled(),
-            hooked(self.layers, seen, of_input=of_input),
-        ):
-            run(*(x.clone() for x in inputs), *as_args(further))
+        hooks = hooked(self.layers, seen, of_input=self.of_input)
+        with suppress(_Enough), kept(self.forward), hooks:
+            self.forward(*(x.clone() for x in inputs), *as_args(further))
         for number, layer in enumerate(self.layers):
             if number not in found:
                 raise ContractError(
@@ -122,21 +116,28 @@ class Inside:
         connection around the layer: the whole batch at once, with all of autograd's graph.
         """
         found: dict[int, Inputs] = {}
+        turned: list[Tensor] = []
 
         def seen(number: int, value: Any) -> Any:
             found[number] = own = tuple(floats_at(value))
-            for one in own:
-                one.requires_grad_()
+            turned.extend(one.requires_grad_() for one in own if not one.requires_grad)
             # The layer may work in place.
             return with_floats(value, [one.clone() for one in own])
 
-        with torch.enable_grad(), kept(self.forward), hooked(self.layers, seen, of_input=True):
-            rows = tuple(x.detach().clone() for x in inputs)
-            scores = run_forward(self.forward, rows, target, further)
-            need_one_number(scores)
-            values = self.need_floats([found.get(n, ()) for n in range(len(self.layers))])
-            flat = [one for several in values for one in several]
-            grads = torch.autograd.grad(scores.sum(), flat, **grad_kwargs)
+        hooks = hooked(self.layers, seen, of_input=True)
+        on = torch.inference_mode(False), torch.enable_grad()
+        try:
+            with on[0], on[1], kept(self.forward), hooks:
+                rows = tuple(x.detach().clone() for x in inputs)
+                scores = run_forward(self.forward, rows, target, further)
+                need_one_number(scores)
+                values = self.need_floats([found.get(n, ()) for n in range(len(self.layers))])
+                flat = [one for several in values for one in several]
+                grads = torch.autograd.grad(scores.sum(), flat, **grad_kwargs)
+        finally:
+            # It may be a buffer of the model's.
+            for one in turned:
+                one.requires_grad_(False)
         detached = [tuple(one.detach() for one in several) for several in values]
         return detached, self.grouped(tuple(one.detach() for one in grads), values)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saliency_fast.model.rules.shares import stable
+from saliency_fast.model.rules.shares import ratio
 
 
 class PropagationRule(ABC):
@@ -27,7 +27,7 @@ class PropagationRule(ABC):
         """Relevance of the outputs to what goes back through the layer."""
 
         def hook(relevance: Tensor) -> Tensor:
-            return relevance / stable(outputs, self.STABILITY_FACTOR)
+            return ratio(relevance, outputs, self.STABILITY_FACTOR)
 
         return hook
 
