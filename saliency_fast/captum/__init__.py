@@ -1,5 +1,6 @@
 """The classes of Captum 0.9 on our engine: change the import, and nothing else."""
 
+from saliency_fast.captum import visualization
 from saliency_fast.captum.attribution import (
     Attribution,
     GradientAttribution,
@@ -52,4 +53,5 @@ __all__ = [
     "PerturbationAttribution",
     "PropagationRule",
     "Saliency",
+    "visualization",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -84,6 +85,29 @@ def test_models_are_not_kept_alive(name: str) -> None:
     del model
     gc.collect()
     assert gone() is None
+
+
+TUNNELLED: dict[str, Callable[[Any, nn.Module], Any]] = {
+    "path": lambda one, m: one.LayerIntegratedGradients(m, m.body[3]),
+    "cam": lambda one, m: one.LayerGradCam(m, m.body[3]),
+    "gradient": lambda one, m: one.LayerGradientXActivation(m, m.body[3]),
+    "guided": lambda one, m: one.GuidedBackprop(m),
+    "guided cam": lambda one, m: one.GuidedGradCam(m, m.body[3]),
+    "DeepLift": lambda one, m: one.DeepLift(m),
+}
+
+
+@pytest.mark.parametrize("name", TUNNELLED)
+def test_tunnels_of_either_library(name: str) -> None:
+    model, answers = make(Plane), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for outer in (captum.attr, facade):
+            for inner in (captum.attr, facade):
+                tunnel = outer.NoiseTunnel(TUNNELLED[name](inner, model))
+                answers.append(tunnel.attribute(X.clone(), nt_samples=3, stdevs=0.0, target=1))
+    for found in answers[1:]:
+        torch.testing.assert_close(found.detach(), answers[0].detach(), rtol=1e-9, atol=1e-12)
 
 
 def test_layers_of_functions_and_bound_methods() -> None:
@@ -225,3 +249,44 @@ def test_same_kind_and_leading_words_at_layers(name: str) -> None:
     if isinstance(theirs, AssertionError):
         assert isinstance(ours, InputError)
         assert words(ours) == words(theirs)
+
+
+def test_compiled_models_and_inference_mode() -> None:
+    model = make(Plane)
+    compiled = torch.compile(model, backend="eager")
+    methods: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+        "cam": lambda m, x: facade.LayerGradCam(m, model.body[3]).attribute(x, 1),
+        "at an input": lambda m, x: facade.LayerGradCam(m, model.body[3]).attribute(
+            x, 1, attribute_to_layer_input=True
+        ),
+        "path": lambda m, x: facade.LayerIntegratedGradients(m, model.body[3]).attribute(
+            x, target=1, n_steps=3
+        ),
+        "activation": lambda m, x: facade.LayerActivation(m, model.body[3]).attribute(x),
+        "guided": lambda m, x: facade.GuidedBackprop(m).attribute(x, 1),
+        "DeepLift": lambda m, x: facade.DeepLift(m).attribute(x, target=1),
+    }
+    compiled(X)
+    for call in methods.values():
+        expected = call(model, X)
+        agree(call(compiled, X), expected, 1e-12)
+        with torch.inference_mode():
+            agree(call(model, X.clone()), expected, 1e-12)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_error_in_the_model_leaves_no_hooks(name: str) -> None:
+    class BrokenError(Exception):
+        pass
+
+    class Broken(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise BrokenError
+
+    model = make(Rectified)
+    model[1] = Broken(9, 9).double()
+    with pytest.raises(BrokenError):
+        CALLS[name](facade, model, ROWS)
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
