@@ -16,6 +16,8 @@ from saliency_fast.captum.layer import LayerActivation, LayerGradCam, LayerGradi
 from saliency_fast.captum.layer_conductance import LayerConductance
 from saliency_fast.captum.layer_deep_lift import LayerDeepLift
 from saliency_fast.captum.layer_integrated_gradients import LayerIntegratedGradients
+from saliency_fast.captum.lime import KernelShap, Lime
+from saliency_fast.captum.lime_base import LimeBase, get_exp_kernel_similarity_function
 from saliency_fast.captum.lrp import LRP
 from saliency_fast.captum.lrp_rules import (
     Alpha1_Beta0_Rule,
@@ -25,6 +27,8 @@ from saliency_fast.captum.lrp_rules import (
     PropagationRule,
 )
 from saliency_fast.captum.noise_tunnel import NoiseTunnel
+from saliency_fast.captum.perturbation import FeatureAblation, FeaturePermutation, Occlusion
+from saliency_fast.captum.shapley import ShapleyValues, ShapleyValueSampling
 
 __all__ = [
     "LRP",
@@ -34,6 +38,8 @@ __all__ = [
     "DeepLift",
     "DeepLiftShap",
     "EpsilonRule",
+    "FeatureAblation",
+    "FeaturePermutation",
     "GammaRule",
     "GradientAttribution",
     "GradientShap",
@@ -42,6 +48,7 @@ __all__ = [
     "IdentityRule",
     "InputXGradient",
     "IntegratedGradients",
+    "KernelShap",
     "LayerActivation",
     "LayerAttribution",
     "LayerConductance",
@@ -49,9 +56,15 @@ __all__ = [
     "LayerGradCam",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
+    "Lime",
+    "LimeBase",
     "NoiseTunnel",
+    "Occlusion",
     "PerturbationAttribution",
     "PropagationRule",
     "Saliency",
+    "ShapleyValueSampling",
+    "ShapleyValues",
+    "get_exp_kernel_similarity_function",
     "visualization",
 ]

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -52,6 +52,9 @@ class Asked:
     whole: bool = False
 
 
+Found = TypeVar("Found")
+
+
 class _NotByRowsError(Exception):
     """Rows of a call are not each their own."""
 
@@ -86,7 +89,7 @@ def _explained(
     return _as_one(method, asked, alone)
 
 
-def _tried(call: Callable[[], Inputs]) -> Inputs | None:
+def _tried(call: Callable[[], Found]) -> Found | None:
     """None where something is wrong that another form of the call may be free of: the engine's
     targets are not all that Captum allows, and one row alone may not be what a model takes. What
     is wrong otherwise shows again, in the last form.

@@ -38,7 +38,7 @@ def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
     """The baselines to average over, each a tensor [B | 1 | M, *] per input."""
     if recipe.baseline == "set":
         return [read_baseline_set(baseline, call.inputs)]
-    if recipe.baseline == "one":
+    if recipe.baseline in ("one", "fill"):
         several = enumerate(choices(baseline))
         return [read_baselines(one, call.inputs, number) for number, one in several]
     if baseline is not None:

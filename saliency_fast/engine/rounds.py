@@ -13,7 +13,7 @@ from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.launch import Answer, Moment, Steps, Want
 from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.points import Itself
-from saliency_fast.engine.recipe import Level, Recipe
+from saliency_fast.engine.recipe import Level, Points, Recipe
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.model.function import PointFunction
@@ -92,7 +92,9 @@ Rounds = Generator[Round | Maps, Found, Maps]
 """A method at work: yields rounds and gets what was found; may yield maps so far on the way."""
 
 
-def in_rounds(rounds: Callable[[Asked], Rounds], points: int | None, **fields: Any) -> Recipe:
+def in_rounds(
+    rounds: Callable[[Asked], Rounds], points: int | Points | None, **fields: Any
+) -> Recipe:
     """The recipe of a method that asks in rounds, for about so many points of each example.
 
     fields: `baseline`, `gradients`, `rules`, `layers` and `at_input` of a `Recipe`.

@@ -7,6 +7,7 @@ from typing import Any
 
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.ablation import FeatureAblation, FeaturePermutation
 from saliency_fast.methods.attention import (
     AttentionRollout,
     AttentionWeights,
@@ -27,8 +28,12 @@ from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.guided_grad_cam import GuidedGradCAM
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
 from saliency_fast.methods.lrp import LRP
+from saliency_fast.methods.occlusion import Occlusion
+from saliency_fast.methods.rise import Rise
 from saliency_fast.methods.score_cam import ScoreCAM
+from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
+from saliency_fast.methods.surrogates import KernelShap, Lime
 
 METHODS: dict[str, type[Any]] = {
     method.name: method
@@ -40,6 +45,14 @@ METHODS: dict[str, type[Any]] = {
         SmoothGradSquared,
         VarGrad,
         ExpectedGradients,
+        Occlusion,
+        FeatureAblation,
+        FeaturePermutation,
+        Rise,
+        Lime,
+        KernelShap,
+        ShapleySampling,
+        ShapleyValues,
         GuidedBackprop,
         Deconvolution,
         DeepLift,
@@ -94,6 +107,8 @@ __all__ = [
     "DeepLift",
     "EigenCAM",
     "ExpectedGradients",
+    "FeatureAblation",
+    "FeaturePermutation",
     "GradCAM",
     "GradCAMPlusPlus",
     "Gradient",
@@ -103,8 +118,14 @@ __all__ = [
     "HiResCAM",
     "InputXGradient",
     "IntegratedGradients",
+    "KernelShap",
     "LayerCAM",
+    "Lime",
+    "Occlusion",
+    "Rise",
     "ScoreCAM",
+    "ShapleySampling",
+    "ShapleyValues",
     "SmoothGrad",
     "SmoothGradSquared",
     "VarGrad",
