@@ -47,11 +47,21 @@ class Twice(nn.Module):
         super().__init__()
         self.layer = nn.Linear(4, 4)
         self.unused = nn.Linear(4, 4)
-        self.recurrent = nn.LSTM(4, 3, batch_first=True)
+        self.recurrent = nn.LSTM(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        first = self.recurrent(self.layer(self.layer(x))[:, None])[0]
-        return first[:, 0]
+        return self.recurrent(self.layer(self.layer(x))[None])[0][0]
+
+
+class States(nn.Module):
+    """A layer that gives its outputs [B, T, E], and its states [1, B, E] in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x)[0].tanh().mean(1))
 
 
 def images(count: int = 4) -> Tensor:
@@ -227,6 +237,14 @@ def test_nothing_stays_behind_and_threads_do_not_mix() -> None:
     for k in range(4):
         torch.testing.assert_close(found[k], expected[k])
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
+
+
+def test_states_of_recurrent_layers_are_no_place() -> None:
+    model, x = States().double(), torch.randn(2, 5, 4).double()
+    found = sf.explain(model, x, target=1, at="recurrent", method="input_x_gradient")
+    hidden = model.recurrent(x)[0].detach()
+    slope = (1 - hidden.tanh() ** 2) * model.head.weight[1] / 5
+    torch.testing.assert_close(found.values, (hidden * slope).detach())
 
 
 def test_errors() -> None:

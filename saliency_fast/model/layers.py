@@ -147,8 +147,6 @@ def hooked(
             else:
                 handle = layer.register_forward_hook(after(number))
             stack.callback(handle.remove)
-        # Compiled models would be compiled anew for every set of hooks.
-        stack.enter_context(uncompiled())
         yield
 
 
