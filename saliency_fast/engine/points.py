@@ -61,6 +61,12 @@ class _BoundLine:
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         raise TypeError("a straight line is not drawn at random")
 
+    def direction(self, rows: Rows) -> Inputs:
+        return tuple(
+            x[rows.item] - baseline[rows.item % len(baseline)]
+            for x, baseline in zip(self.inputs, self.baselines, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -100,6 +106,9 @@ class _BoundNoise:
 
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         raise TypeError("noise has no line")
+
+    def direction(self, rows: Rows) -> Inputs:
+        raise TypeError("noise has no path")
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,9 @@ class _BoundRandomLine:
         return tuple(
             ops.random_line_points(*self.lines(number, rows)) for number in range(len(self.inputs))
         )
+
+    def direction(self, rows: Rows) -> Inputs:
+        raise TypeError("random lines are drawn again, see `lines`")
 
 
 def deviations(x: Tensor, noise_level: float, sigma: float | None) -> Tensor:

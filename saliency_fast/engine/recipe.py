@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class Source(Protocol):
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         """The arguments that draw the rows' random lines of input `number` again."""
 
+    def direction(self, rows: Rows) -> Inputs:
+        """How the points of `rows` move with alpha along their path: for each input [R, *]."""
+
 
 class Family(Protocol):
     """A family of points, as a method names it: data, bound to tensors by the engine.
@@ -58,6 +61,14 @@ class Family(Protocol):
     def straight(self) -> bool: ...
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> Source: ...
+
+
+@runtime_checkable
+class Starting(Protocol):
+    """A family whose path begins at points of its own, where others begin at the baseline."""
+
+    def start(self, inputs: Inputs) -> Inputs:
+        """For each input the points [B, *] at alpha 0."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +112,8 @@ class Recipe:
     """A method as data: factor * reduction of the weighted gradients of its levels.
 
     reduction: "sum", "square" (of the gradients), "absolute" or "variance". factor: "none",
-    "input", "difference" (input - baseline) or "line" (each row's own random line). baseline:
+    "input", "difference" (input - baseline), "line" (each row's own random line) or "path" (each row's
+    own direction). baseline:
     "none", "one" (a path's start) or "set" (rows to draw from). A level's weights, with what it
     keeps, sum to one. With one level the map's error is estimated from its two folds, rules of
     their own; with several from what each level changed, and an example stops when that and its

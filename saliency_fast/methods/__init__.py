@@ -7,6 +7,7 @@ from typing import Any
 
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.blur_ig import BlurIG
 from saliency_fast.methods.expected_gradients import ExpectedGradients
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Any]] = {
         SmoothGradSquared,
         VarGrad,
         ExpectedGradients,
+        BlurIG,
     )
 }
 
@@ -54,6 +56,7 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
+    "BlurIG",
     "ExpectedGradients",
     "Gradient",
     "InputXGradient",

@@ -1,0 +1,142 @@
+"""Families of points on curved paths, where every row has a direction of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from saliency_fast.engine.recipe import Rows
+from saliency_fast.errors import InputError
+from saliency_fast.model.precision import FLOAT32, arithmetic
+from saliency_fast.model.routes import Inputs
+
+REACH = 4.0
+"""Standard deviations behind which a kernel ends."""
+BLOCK = 1024
+"""Longest piece of an axis that is blurred by one matrix."""
+LEAST_SIGMA = 1e-3
+"""Below, a kernel is the identity to the last bit, and its derivative zero."""
+PADDINGS = {"zeros": "constant", "replicate": "replicate"}
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Gaussian blurs of the input, from `max_sigma` pixels (alpha 0) down to none (alpha 1).
+
+    Blurs the axes behind the channels, one to three of them. The kernel ends at four times
+    `max_sigma` for every alpha, so that points and their derivative are smooth in alpha.
+    """
+
+    max_sigma: float
+    padding: str = "zeros"
+    straight: ClassVar[bool] = False
+
+    def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundBlur:
+        return _BoundBlur(inputs, self.max_sigma, self.padding)
+
+    def start(self, inputs: Inputs) -> Inputs:
+        """The most blurred inputs, where the path begins."""
+        for number, x in enumerate(inputs):
+            if not 3 <= x.dim() <= 5:
+                raise InputError(
+                    f"a path of blurs needs one to three axes behind the channels: input {number} "
+                    f"is {list(x.shape)}; use a path on straight lines, such as "
+                    "IntegratedGradients, or pass it through forward_args"
+                )
+        item = torch.arange(len(inputs[0]), device=inputs[0].device)
+        zero = torch.zeros(len(item), dtype=torch.float64, device=item.device)
+        rows = Rows(item, zero, zero, torch.zeros_like(item))
+        return self.bind(inputs, ()).write(rows)
+
+
+@dataclass(frozen=True)
+class _BoundBlur:
+    inputs: Inputs
+    max_sigma: float
+    padding: str
+
+    def write(self, rows: Rows) -> Inputs:
+        return tuple(self._blurred(x, rows, slope=False) for x in self.inputs)
+
+    def direction(self, rows: Rows) -> Inputs:
+        return tuple(self._blurred(x, rows, slope=True) for x in self.inputs)
+
+    def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
+        raise TypeError("a path of blurs has no line")
+
+    def _blurred(self, x: Tensor, rows: Rows, *, slope: bool) -> Tensor:
+        """The points of rows, or their derivative by alpha, by the product rule over the axes."""
+        sigma = self.max_sigma * (1.0 - rows.place)
+        kernel, change = kernels(sigma, math.ceil(REACH * self.max_sigma))
+        change = -self.max_sigma * change
+        found = x[rows.item]
+        slopes = torch.zeros_like(found)
+        for axis in range(2, x.dim()):
+            if slope:
+                slopes = along(found, axis, change, self.padding) + (
+                    along(slopes, axis, kernel, self.padding) if axis > 2 else 0.0
+                )
+            if not slope or axis < x.dim() - 1:
+                found = along(found, axis, kernel, self.padding)
+        return slopes if slope else found
+
+
+def kernels(sigma: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """Normalised Gaussian kernels float64 [R, 2 * reach + 1] and their derivative by sigma [R]."""
+    offset = torch.arange(-reach, reach + 1, dtype=torch.float64, device=sigma.device)
+    width = sigma.clamp_min(LEAST_SIGMA)[:, None]
+    kernel = torch.softmax(-0.5 * (offset / width) ** 2, 1)
+    square = offset**2
+    spread = (kernel * square).sum(1, keepdim=True)
+    return kernel, kernel * (square - spread) / width**3
+
+
+def along(x: Tensor, axis: int, kernel: Tensor, padding: str) -> Tensor:
+    """Each row of x [R, C, *] convolved along an axis with its own symmetric kernel [R, 2r + 1].
+
+    As a matrix product over blocks of the axis, which no library's convolution matches for kernels
+    as long as images.
+    """
+    size = x.shape[axis]
+    kernel = _within(kernel, size, padding)
+    reach = kernel.shape[1] // 2
+    block = min(size, max(BLOCK, 2 * reach))
+    blocks = -(-size // block)
+    lanes = x.movedim(axis, -1)
+    shape = lanes.shape
+    # The ends by their padding; what fills the last block is cut off again.
+    flat = functional.pad(lanes.reshape(len(x), -1, size), (reach, reach), PADDINGS[padding])
+    flat = functional.pad(flat, (0, blocks * block - size))
+    windows = flat.unfold(2, block + 2 * reach, block)
+    with arithmetic(FLOAT32, x.device):
+        found = windows.flatten(1, 2) @ _bands(kernel.to(x.dtype), block)
+    found = found.reshape(len(x), -1, blocks * block)[..., :size]
+    return found.reshape(shape).movedim(-1, axis).contiguous()
+
+
+def _within(kernel: Tensor, size: int, padding: str) -> Tensor:
+    """The kernel without taps that only ever meet the padding; their sum where it repeats."""
+    reach = kernel.shape[1] // 2
+    over = reach - (size - 1)
+    if over <= 0:
+        return kernel
+    found = kernel[:, over : kernel.shape[1] - over].clone()
+    if padding == "replicate":
+        found[:, 0] += kernel[:, :over].sum(1)
+        found[:, -1] += kernel[:, kernel.shape[1] - over :].sum(1)
+    return found
+
+
+def _bands(kernel: Tensor, block: int) -> Tensor:
+    """Matrices [R, block + 2r, block] that convolve a padded block with each kernel [R, 2r + 1]."""
+    count = kernel.shape[1]
+    place = torch.arange(block + count - 1, device=kernel.device)[:, None]
+    tap = place - torch.arange(block, device=kernel.device)
+    inside = (tap >= 0) & (tap < count)
+    found: Tensor = kernel[:, tap.clamp(0, count - 1)] * inside
+    return found
