@@ -36,6 +36,9 @@ class _BoundItself:
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         raise TypeError("the input itself lies on no line")
 
+    def direction(self, rows: Rows) -> Inputs:
+        raise TypeError("the input itself lies on no path")
+
 
 @dataclass(frozen=True)
 class Line:
@@ -113,17 +116,20 @@ class _BoundNoise:
 
 @dataclass(frozen=True)
 class RandomLine:
-    """A random point on the line from a random row of the baselines to the (noisy) input."""
+    """A random point on the line from a random row of the baselines to the (noisy) input; `sigma`
+    and `noise_level` as of `Noise`.
+    """
 
     noise_level: float
     seed: Seed
+    sigma: float | None = None
     straight: ClassVar[bool] = False
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundRandomLine:
         return _BoundRandomLine(
             inputs,
             baselines,
-            tuple(deviations(x, self.noise_level, None) for x in inputs),
+            tuple(deviations(x, self.noise_level, self.sigma) for x in inputs),
             seeds(self.seed, inputs[0]),
             first_elements(inputs),
         )

@@ -8,8 +8,11 @@ from typing import Any
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.blur_ig import BlurIG
-from saliency_fast.methods.expected_gradients import ExpectedGradients
+from saliency_fast.methods.conductance import Conductance
+from saliency_fast.methods.expected_gradients import ExpectedGradients, GradientShap
 from saliency_fast.methods.gradient import Gradient, InputXGradient
+from saliency_fast.methods.guided_ig import GuidedIG
+from saliency_fast.methods.idgi import IDGI
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
 
@@ -23,7 +26,11 @@ METHODS: dict[str, type[Any]] = {
         SmoothGradSquared,
         VarGrad,
         ExpectedGradients,
+        GradientShap,
         BlurIG,
+        GuidedIG,
+        IDGI,
+        Conductance,
     )
 }
 
@@ -55,10 +62,14 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
 
 
 __all__ = [
+    "IDGI",
     "METHODS",
     "BlurIG",
+    "Conductance",
     "ExpectedGradients",
     "Gradient",
+    "GradientShap",
+    "GuidedIG",
     "InputXGradient",
     "IntegratedGradients",
     "SmoothGrad",

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saliency_fast import ops
-from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
-from saliency_fast.errors import InputError
+from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.methods import checks
-from saliency_fast.methods.gradient import at_input
 from saliency_fast.methods.neighbours import Neighbours, maps_of, totals_like
 from saliency_fast.methods.quadrature import RULES
 from saliency_fast.model.layers import LayerTaps
@@ -22,7 +19,7 @@ class Conductance:
     """Integral of the gradient at a layer times the layer's change on the straight path in the
     input (Dhamdhere, 2018): a sum over steps of the gradient where each begins times what changes.
 
-    at: the layer. rule: where its `steps` + 1 points lie; "trapezoid" reaches both ends. of_input:
+    at: the layer, the last spatial one unless given. rule: where its `steps` + 1 points lie; "trapezoid" reaches both ends. of_input:
     what the layer takes instead of what it gives.
     """
 
@@ -36,14 +33,9 @@ class Conductance:
         checks.choice("rule", self.rule, tuple(RULES))
 
     def recipe(self) -> Recipe:
-        points = self.steps + 1
-        return Recipe(Line(), at_input(), baseline="one", rounds=self._rounds, points=points)
+        return in_rounds(self._rounds, self.steps + 1, baseline="one", layers="auto")
 
     def _rounds(self, asked: Asked) -> Rounds:
-        if not asked.layers:
-            raise InputError(
-                "conductance is about a layer: got none; pass at='name', one of named_modules()"
-            )
         maps, totals = asked.scores.shape[1], list[Inputs]()
         path = Neighbours(asked, sorted(RULES[self.rule].points(self.steps + 1)[0].tolist()))
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Maps, Round, Rounds
+from saliency_fast.engine.rounds import Asked, Maps, Round, Rounds, in_rounds
 from saliency_fast.methods import checks
-from saliency_fast.methods.gradient import at_input
 from saliency_fast.methods.walk import Walk
 
 
@@ -32,8 +30,7 @@ class GuidedIG:
         checks.share("max_dist", self.max_dist)
 
     def recipe(self) -> Recipe:
-        rounds, points = self._rounds, self.steps
-        return Recipe(Line(), at_input(), baseline="one", rounds=rounds, points=points)
+        return in_rounds(self._rounds, self.steps, baseline="one")
 
     def _rounds(self, asked: Asked) -> Rounds:
         walk = Walk(asked)

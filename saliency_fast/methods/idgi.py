@@ -8,11 +8,9 @@ import torch
 
 from saliency_fast import ops
 from saliency_fast.engine.folds import square_norm
-from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
+from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.methods import checks
-from saliency_fast.methods.gradient import at_input
 from saliency_fast.methods.neighbours import Neighbours, maps_of, totals_like
 
 
@@ -32,8 +30,7 @@ class IDGI:
         checks.whole("steps", self.steps, 1)
 
     def recipe(self) -> Recipe:
-        points = self.steps + 1
-        return Recipe(Line(), at_input(), baseline="one", rounds=self._rounds, points=points)
+        return in_rounds(self._rounds, self.steps + 1, baseline="one")
 
     def _rounds(self, asked: Asked) -> Rounds:
         maps = asked.scores.shape[1]
