@@ -122,7 +122,8 @@ class Recipe:
     rules: the backward rules that the model runs under. rounds: for methods that are no such sum:
     they ask for points, look at the answers and go on (`engine/rounds.py`); gradients: whether any
     of them asks for more than scores, points: how many an example gets, about; layers: where they
-    look inside of the model, "auto" for its last spatial layer.
+    look inside of the model, "auto" for its last spatial layer; second: whether any of them asks
+    for second derivatives.
     """
 
     family: Family
@@ -137,6 +138,7 @@ class Recipe:
     gradients: bool = True
     points: int | None = None
     layers: str | tuple[str, ...] | None = None
+    second: bool = False
 
     @property
     def count(self) -> int:

@@ -16,6 +16,7 @@ from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Level, Recipe
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way, function_of
+from saliency_fast.model.directional import Directional, Project, summed
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import Taps
 from saliency_fast.model.routes import Inputs, Plain, Route, Ruled, Rules, Watched
@@ -60,6 +61,7 @@ class Round:
     write(item [R'], place [R']) makes the points of some rows, in fresh memory; item int64 [R]: the
     example of each row; place [R]: whatever `write` wants to know of it. gradients: or scores
     alone. taps: gradients there instead of at the inputs. rules: backward rules of the model.
+    project: second derivatives in the place of gradients; see `model/directional.py`.
     each(rows, found) takes the answers of a launch's rows as they come; without it all of them are
     sent back in one `Found`.
     """
@@ -70,6 +72,7 @@ class Round:
     gradients: bool = False
     taps: Taps | None = None
     rules: Rules | None = None
+    project: Project | None = None
     each: Callable[[slice, Found], None] | None = None
 
 
@@ -78,13 +81,15 @@ class Maps:
     """The maps that rounds end with, or have so far: per input [B, K, *].
 
     error: relative L2, estimated [B, K]; None is exact. sums [B, K]: what counts for completeness
-    where values repeat. extras: further results [B, K, *] by name.
+    where values repeat. extras: further results [B, K, *] by name. complete: whether sums are to
+    meet what the score gained over the baseline.
     """
 
     values: Inputs
     error: Tensor | None = None
     sums: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    complete: bool = True
 
 
 Rounds = Generator[Round | Maps, Found, Maps]
@@ -151,7 +156,8 @@ class RoundsRun(Run):
                 return step.write(step.item[part], step.place[part]), step.item[part]
 
             rows = min(self.size, step.item.numel() - start)
-            want = Want(function, rows, write, gradients=step.gradients or step.taps is not None)
+            gradients = step.gradients or step.taps is not None or step.project is not None
+            want = Want(function, rows, write, gradients=gradients)
             try:
                 answer = yield want
             except (RuntimeError, MemoryError) as error:
@@ -181,6 +187,11 @@ class RoundsRun(Run):
 
     def _function(self, step: Round) -> PointFunction:
         """The model as a round wants it."""
+        if step.project is not None:
+            # No lean way: those can be differentiated but once.
+            alone = Way(rules=self.way.rules).function(self.model, self.call)
+            alone = replace(alone, targets=self.function.targets, kind=(id(step),))
+            return Directional.of(alone, step.project)
         if step.taps is None and step.rules is None:
             return self.function
         lean = self.way.program is not None or self.way.watched
@@ -198,7 +209,9 @@ class RoundsRun(Run):
         item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
         points = tuple(x[item] for x in self.call.inputs)
         with arena.launch():
-            if self.recipe.gradients and self.recipe.rules is None:
+            if self.recipe.second:
+                Directional.of(self.function, summed).gradients(points, item)
+            elif self.recipe.gradients and self.recipe.rules is None:
                 self.function.gradients(points, item)
             else:
                 self.function.scores(points, item)
@@ -213,7 +226,7 @@ class RoundsRun(Run):
         return Outcome(
             maps.values,
             self.scores.clone(),
-            self.baseline_scores,
+            self.baseline_scores if maps.complete else None,
             sums,
             exact if maps.error is None else maps.error,
             self.points.clone(),

@@ -12,6 +12,7 @@ from saliency_fast.methods.conductance import Conductance
 from saliency_fast.methods.expected_gradients import ExpectedGradients, GradientShap
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.guided_ig import GuidedIG
+from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessians
 from saliency_fast.methods.idgi import IDGI
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
@@ -31,6 +32,8 @@ METHODS: dict[str, type[Any]] = {
         GuidedIG,
         IDGI,
         Conductance,
+        HessianVectorProduct,
+        IntegratedHessians,
     )
 }
 
@@ -70,8 +73,10 @@ __all__ = [
     "Gradient",
     "GradientShap",
     "GuidedIG",
+    "HessianVectorProduct",
     "InputXGradient",
     "IntegratedGradients",
+    "IntegratedHessians",
     "SmoothGrad",
     "SmoothGradSquared",
     "VarGrad",

@@ -1,0 +1,182 @@
+"""Second order: Hessian-vector products, and how much of a score regions make together."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saliency_fast import ops
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.errors import InputError, ModelError
+from saliency_fast.methods import checks
+from saliency_fast.methods.neighbours import maps_of, totals_like
+from saliency_fast.methods.quadrature import gauss_logarithm
+from saliency_fast.model.directional import Project
+from saliency_fast.model.routes import Inputs, Rules
+
+MOST_REGIONS = 256
+"""Each takes a backward pass of its own for every point."""
+FLAT = "the model has no second derivative (ReLU and max pooling have none): {}; pass softplus=10.0"
+
+
+@dataclass(frozen=True)
+class HessianVectorProduct:
+    """The Hessian of the score at the input, times the input less the baseline.
+
+    softplus: the steepness of softplus functions that take the place of ReLU, None for none.
+    """
+
+    softplus: float | None = None
+    name = "hessian_vector_product"
+
+    def __post_init__(self) -> None:
+        _check(self.softplus)
+
+    def recipe(self) -> Recipe:
+        return in_rounds(self._rounds, 1, baseline="one", rules=_smooth(self.softplus), second=True)
+
+    def _rounds(self, asked: Asked) -> Rounds:
+        maps, inputs = asked.scores.shape[1], len(asked.inputs)
+        item = torch.arange(len(asked.scores), device=asked.scores.device)
+        whole = tuple(torch.zeros_like(x[:1], dtype=torch.int64) for x in asked.inputs)
+        totals = totals_like(asked.inputs, asked.scores.numel())
+
+        def write(item: Tensor, place: Tensor) -> Inputs:
+            return tuple(x[item] for x in asked.inputs)
+
+        def each(rows: slice, found: Found) -> None:
+            for k, (_, _, *further) in enumerate(found.grads):
+                for total, product in zip(totals, further[inputs:], strict=True):
+                    total[item[rows] * maps + k] = product.to(total.dtype)
+
+        project = _regions(asked, whole, 1)
+        yield Round(write, item, item, project=project, each=each)
+        if not any(bool(one.any()) for one in totals):
+            warnings.warn(f"saliency_fast: {FLAT.format('all products are zero')}", stacklevel=2)
+        return Maps(maps_of(totals, maps), complete=False)
+
+
+@dataclass(frozen=True)
+class IntegratedHessians:
+    """Interactions of regions by Integrated Gradients of Integrated Gradients (Janizek, Sturmfels
+    & Lee, 2021): `extras["interactions"]` [B, R, R], symmetric, sums to the score's gain.
+
+    features: R regions. Values are what each element makes with all others and alone. The double
+    integral over alpha and beta depends on their product t alone, whose density is -ln t: `steps`
+    points of Gauss's rule for it. softplus: as of HessianVectorProduct.
+    """
+
+    steps: int = 32
+    softplus: float | None = None
+    name = "integrated_hessians"
+
+    def __post_init__(self) -> None:
+        checks.whole("steps", self.steps, 1)
+        if self.steps > 256:
+            raise InputError(f"steps must be at most 256, which is exact to rounding: {self.steps}")
+        _check(self.softplus)
+
+    def recipe(self) -> Recipe:
+        rules = _smooth(self.softplus)
+        return in_rounds(self._rounds, self.steps, baseline="one", rules=rules, second=True)
+
+    def _rounds(self, asked: Asked) -> Rounds:
+        (batch, maps), inputs = asked.scores.shape, len(asked.inputs)
+        features, count = _features(asked)
+        device, slots = asked.scores.device, asked.scores.numel()
+        nodes, weights = (torch.from_numpy(one).to(device) for one in gauss_logarithm(self.steps))
+        item = torch.arange(batch, device=device).repeat(self.steps)
+        place = torch.arange(self.steps, device=device).repeat_interleave(batch)
+        totals = totals_like(asked.inputs, slots)
+        alone = torch.zeros(slots, count, dtype=torch.float64, device=device)
+        pairs = torch.zeros(slots, count, count, dtype=torch.float64, device=device)
+
+        def write(item: Tensor, place: Tensor) -> Inputs:
+            both = zip(asked.inputs, asked.baselines, strict=True)
+            return tuple(ops.line_points(x, start, item, nodes[place]) for x, start in both)
+
+        def each(rows: slice, found: Found) -> None:
+            weight, t = weights[place[rows]], nodes[place[rows]]
+            for k, (first, second, *further) in enumerate(found.grads):
+                slot = item[rows] * maps + k
+                alone.index_add_(0, slot, first.double() * weight[:, None])
+                pairs.index_add_(0, slot, second.double() * (weight * t)[:, None, None])
+                for number, total in enumerate(totals):
+                    ops.accumulate(total, further[number], slot, weight, "sum")
+                    ops.accumulate(total, further[inputs + number], slot, weight * t, "sum")
+
+        yield Round(write, item, place, project=_regions(asked, features, count), each=each)
+        flat = not bool(pairs.any())
+        pairs += torch.diag_embed(alone)
+        sums = pairs.sum((1, 2)).view(batch, maps)
+        if flat:
+            _need_linear(asked, sums)
+        found = zip(totals, asked.inputs, asked.baselines, strict=True)
+        values = tuple(ops.finish(total, x, start, "none")[0] for total, x, start in found)
+        interactions = pairs.view(batch, maps, count, count)
+        return Maps(
+            maps_of(values, maps),
+            torch.full_like(asked.scores, torch.nan),
+            sums,
+            {"interactions": interactions},
+        )
+
+
+def _regions(asked: Asked, features: Inputs, count: int) -> Project:
+    """For each region the sum of gradient times way over its elements."""
+
+    def project(grads: Inputs, item: Tensor) -> Tensor:
+        found = grads[0].new_zeros((len(item), count))
+        parts = zip(grads, asked.inputs, asked.baselines, features, strict=True)
+        for gradient, x, start, region in parts:
+            way = x[item] - start[item % len(start)]
+            rows = region[item % len(region)].expand_as(x[item]).flatten(1)
+            found = found.scatter_add(1, rows, (gradient * way).flatten(1).to(found.dtype))
+        return found
+
+    return project
+
+
+def _features(asked: Asked) -> tuple[Inputs, int]:
+    """Numbers of regions [B | 1, *] per input, and how many there are."""
+    features, first = asked.features, 0
+    if not features:
+        parts = []
+        for x in asked.inputs:
+            number = torch.arange(first, first + x[0].numel(), device=x.device)
+            parts.append(number.view(1, *x.shape[1:]))
+            first += x[0].numel()
+        features = tuple(parts)
+    count = 1 + max(int(one.max()) for one in features)
+    if count > MOST_REGIONS:
+        raise InputError(
+            f"interactions of {count} regions are too many: expected {MOST_REGIONS} at most, since "
+            "each takes a backward pass for every point; pass features='grid:8', 'slic' or numbers"
+        )
+    return features, count
+
+
+def _need_linear(asked: Asked, sums: Tensor) -> None:
+    """Without second derivatives the rest must explain the gain, as it does for linear models."""
+    assert asked.baseline_scores is not None
+    gain = asked.scores - asked.baseline_scores
+    gap = float((sums - gain).abs().max() / gain.abs().max().clamp_min(1e-30))
+    if gap > 0.01:
+        raise ModelError(FLAT.format(f"interactions are zero and miss {gap:.0%} of the gain"))
+
+
+def _smooth(softplus: float | None) -> Rules | None:
+    if softplus is None:
+        return None
+    from saliency_fast.model.rules import Softplus
+
+    return Softplus(float(softplus))
+
+
+def _check(softplus: object) -> None:
+    if softplus is not None:
+        checks.positive("softplus", softplus)
