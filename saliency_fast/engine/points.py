@@ -74,22 +74,31 @@ class _BoundLine:
 @dataclass(frozen=True)
 class Noise:
     """Noisy copies of the input; `sigma` is absolute and wins over `noise_level`, a share of the
-    example's own range.
+    example's own range. shared_axis: along which the noise is the same.
     """
 
     noise_level: float
     sigma: float | None
     seed: Seed
     antithetic: bool
+    shared_axis: int | None = None
     straight: ClassVar[bool] = False
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundNoise:
+        if self.shared_axis is not None:
+            for number, x in enumerate(inputs):
+                if self.shared_axis >= x.dim():
+                    raise InputError(
+                        f"shared_axis must be an axis behind the batch: got {self.shared_axis}, "
+                        f"input {number} is {list(x.shape)}"
+                    )
         return _BoundNoise(
             inputs,
             tuple(deviations(x, self.noise_level, self.sigma) for x in inputs),
             seeds(self.seed, inputs[0]),
             first_elements(inputs),
             self.antithetic,
+            self.shared_axis,
         )
 
 
@@ -100,12 +109,19 @@ class _BoundNoise:
     seed: Tensor
     first: tuple[int, ...]
     antithetic: bool
+    shared_axis: int | None = None
 
     def write(self, rows: Rows) -> Inputs:
-        return tuple(
-            ops.noise_points(x, sigma, self.seed, rows.item, rows.place, self.antithetic, first)
-            for x, sigma, first in zip(self.inputs, self.sigma, self.first, strict=True)
-        )
+        triples = zip(self.inputs, self.sigma, self.first, strict=True)
+        return tuple(self._noisy(x, sigma, first, rows) for x, sigma, first in triples)
+
+    def _noisy(self, x: Tensor, sigma: Tensor, first: int, rows: Rows) -> Tensor:
+        columns = (self.seed, rows.item, rows.place, self.antithetic, first)
+        if self.shared_axis is None:
+            return ops.noise_points(x, sigma, *columns)
+        # One slice of noise around zero, for all along the axis.
+        zero = torch.zeros_like(x.narrow(self.shared_axis, 0, 1))
+        return x[rows.item] + ops.noise_points(zero, sigma, *columns)
 
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         raise TypeError("noise has no line")

@@ -16,6 +16,7 @@ from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessia
 from saliency_fast.methods.idgi import IDGI
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
+from saliency_fast.methods.temporal import TemporalRescaling
 
 METHODS: dict[str, type[Any]] = {
     method.name: method
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Any]] = {
         Conductance,
         HessianVectorProduct,
         IntegratedHessians,
+        TemporalRescaling,
     )
 }
 
@@ -79,6 +81,7 @@ __all__ = [
     "IntegratedHessians",
     "SmoothGrad",
     "SmoothGradSquared",
+    "TemporalRescaling",
     "VarGrad",
     "make_method",
     "read_method",

@@ -38,7 +38,8 @@ class SmoothGrad:
     units of the input, and wins. antithetic: samples come in pairs of opposite noise, which
     lowers the error for the same number of them. seed: an int, or one per example. standard_error:
     whether `extras["standard_error"]` holds that of every pixel, from eight groups of samples (so
-    twice that is an interval of 91 %, by Student's distribution).
+    twice that is an interval of 91 %, by Student's distribution). shared_axis: along which noise is
+    the same, such as 2 for the frames of [B, C, T, H, W], so that maps flicker less.
     """
 
     samples: int = 32
@@ -47,14 +48,17 @@ class SmoothGrad:
     seed: Seed = 0
     antithetic: bool = True
     standard_error: bool = False
+    shared_axis: int | None = None
     name = "smoothgrad"
 
     def __post_init__(self) -> None:
         least = (2 + 2 * self.antithetic) if self.standard_error else 1
         _check(self.samples, least, self.noise_level, self.sigma, self.seed)
+        if self.shared_axis is not None:
+            checks.whole("shared_axis", self.shared_axis, 1)
 
     def recipe(self) -> Recipe:
-        noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic)
+        noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic, self.shared_axis)
         if self.standard_error:
             rounds = partial(smooth_rounds, noise=noise, samples=self.samples)
             return in_rounds(rounds, self.samples)
