@@ -11,36 +11,55 @@ try:
     from saliency_fast.attribution import Attribution, load
     from saliency_fast.engine import Plan
     from saliency_fast.methods import (
+        IDGI,
+        BlurIG,
+        Conductance,
         ExpectedGradients,
         Gradient,
+        GradientShap,
+        GuidedIG,
+        HessianVectorProduct,
         InputXGradient,
         IntegratedGradients,
+        IntegratedHessians,
         SmoothGrad,
         SmoothGradSquared,
+        TemporalRescaling,
         VarGrad,
     )
     from saliency_fast.ops import backends
     from saliency_fast.replay import Replay, replay
     from saliency_fast.version import __version__
+    from saliency_fast.video import Clip, explain_video
 finally:
     if _collects:
         gc.enable()
 
 __all__ = [
+    "IDGI",
     "Attribution",
+    "BlurIG",
+    "Clip",
+    "Conductance",
     "Engine",
     "ExpectedGradients",
     "Gradient",
+    "GradientShap",
+    "GuidedIG",
+    "HessianVectorProduct",
     "InputXGradient",
     "IntegratedGradients",
+    "IntegratedHessians",
     "Plan",
     "Replay",
     "SmoothGrad",
     "SmoothGradSquared",
+    "TemporalRescaling",
     "VarGrad",
     "__version__",
     "backends",
     "explain",
+    "explain_video",
     "load",
     "replay",
 ]

@@ -116,12 +116,12 @@ class _BoundNoise:
         return tuple(self._noisy(x, sigma, first, rows) for x, sigma, first in triples)
 
     def _noisy(self, x: Tensor, sigma: Tensor, first: int, rows: Rows) -> Tensor:
+        # Shared noise is one slice of it around zero, for all along the axis.
+        shared = self.shared_axis
+        origin = x if shared is None else torch.zeros_like(x.narrow(shared, 0, 1))
         columns = (self.seed, rows.item, rows.place, self.antithetic, first)
-        if self.shared_axis is None:
-            return ops.noise_points(x, sigma, *columns)
-        # One slice of noise around zero, for all along the axis.
-        zero = torch.zeros_like(x.narrow(self.shared_axis, 0, 1))
-        return x[rows.item] + ops.noise_points(zero, sigma, *columns)
+        points: Tensor = ops.noise_points(origin, sigma, *columns)
+        return points if shared is None else x[rows.item] + points
 
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         raise TypeError("noise has no line")

@@ -112,12 +112,12 @@ class Recipe:
     """A method as data: factor * reduction of the weighted gradients of its levels.
 
     reduction: "sum", "square" (of the gradients), "absolute" or "variance". factor: "none",
-    "input", "difference" (input - baseline), "line" (each row's own random line) or "path" (each row's
-    own direction). baseline:
-    "none", "one" (a path's start) or "set" (rows to draw from). A level's weights, with what it
-    keeps, sum to one. With one level the map's error is estimated from its two folds, rules of
-    their own; with several from what each level changed, and an example stops when that and its
-    completeness are within `tolerance`. `at_input`: the only point is the input itself.
+    "input", "difference" (input - baseline), "line" (each row's own random line) or "path" (each
+    row's own direction). baseline: "none", "one" (a path's start) or "set" (rows to draw from). A
+    level's weights, with what it keeps, sum to one. With one level the map's error is estimated
+    from its two folds, rules of their own; with several from what each level changed, and an
+    example stops when that and its completeness are within `tolerance`. `at_input`: the only point
+    is the input itself.
 
     rules: the backward rules that the model runs under. rounds: for methods that are no such sum:
     they ask for points, look at the answers and go on (`engine/rounds.py`); gradients: whether any

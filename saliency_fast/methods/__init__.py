@@ -57,13 +57,21 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
         raise InputError(f"method must be one of {', '.join(METHODS)}: got {name!r}")
     kind = METHODS[name]
     valid = tuple(field.name for field in dataclasses.fields(kind))
-    for given in parameters:
-        if given not in valid:
+    for one in parameters:
+        if one not in valid:
             raise InputError(
-                f"{name} has no field {given!r}: expected one of {', '.join(valid) or 'none'}"
+                f"{name} has no field {one!r}: expected one of {', '.join(valid) or 'none'}"
             )
-    made: Method = kind(**parameters)
+    given = {field: _made(value) for field, value in parameters.items()}
+    made: Method = kind(**given)
     return made
+
+
+def _made(value: Any) -> Any:
+    """A method within a method, from what a record holds of it."""
+    if isinstance(value, dict):
+        return make_method(value["method"], value["parameters"])
+    return tuple(value) if isinstance(value, list) else value
 
 
 __all__ = [

@@ -8,7 +8,7 @@ from saliency_fast import ops
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.methods import checks
-from saliency_fast.methods.neighbours import Neighbours, maps_of, totals_like
+from saliency_fast.methods.neighbours import Neighbours, maps_of, totals_like, unknown
 from saliency_fast.methods.quadrature import RULES
 from saliency_fast.model.layers import LayerTaps
 from saliency_fast.model.routes import Inputs
@@ -19,8 +19,8 @@ class Conductance:
     """Integral of the gradient at a layer times the layer's change on the straight path in the
     input (Dhamdhere, 2018): a sum over steps of the gradient where each begins times what changes.
 
-    at: the layer, the last spatial one unless given. rule: where its `steps` + 1 points lie; "trapezoid" reaches both ends. of_input:
-    what the layer takes instead of what it gives.
+    at: the layer, the last spatial one unless given. rule: where its `steps` + 1 points lie;
+    "trapezoid" reaches both ends. of_input: what the layer takes instead of what it gives.
     """
 
     steps: int = 50
@@ -50,4 +50,4 @@ class Conductance:
 
         taps = LayerTaps(asked.layers, self.of_input)
         yield Round(path.write, path.item, path.place, taps=taps, each=each)
-        return Maps(maps_of(totals[0], maps))
+        return Maps(maps_of(totals[0], maps), unknown(asked))

@@ -151,10 +151,10 @@ def _maps(
     asked: Asked, values: list[Tensor], errors: list[Tensor], extras: dict[str, list[Tensor]]
 ) -> Maps:
     maps = asked.scores.shape[1]
-    if len(values) == 1:
-        named = {name: parts[0] for name, parts in extras.items()}
-    else:
-        named = {f"{name}.{i}": one for name, parts in extras.items() for i, one in enumerate(parts)}
+    named = {}
+    for name, parts in extras.items():
+        for number, one in enumerate(parts):
+            named[name if len(parts) == 1 else f"{name}.{number}"] = one
     norms = [
         torch.stack([one.double().flatten(1).square().sum(1) for one in parts]).sum(0).sqrt()
         for parts in (errors, values)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Maps, Round, Rounds, in_rounds
 from saliency_fast.methods import checks
+from saliency_fast.methods.neighbours import unknown
 from saliency_fast.methods.walk import Walk
 
 
@@ -38,5 +39,5 @@ class GuidedIG:
             # One after another: where a point lies follows from the gradient at the last one.
             yield Round(walk.write, walk.item, walk.place, gradients=True, each=walk.note)
             walk.step((number + 1) / self.steps, self.fraction, self.max_dist)
-            yield Maps(walk.values)
-        return Maps(walk.values)
+            yield Maps(walk.values, unknown(asked))
+        return Maps(walk.values, unknown(asked))

@@ -13,7 +13,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.methods import checks
-from saliency_fast.methods.neighbours import maps_of, totals_like
+from saliency_fast.methods.neighbours import maps_of, totals_like, unknown
 from saliency_fast.methods.quadrature import gauss_logarithm
 from saliency_fast.model.directional import Project
 from saliency_fast.model.routes import Inputs, Rules
@@ -120,7 +120,7 @@ class IntegratedHessians:
         interactions = pairs.view(batch, maps, count, count)
         return Maps(
             maps_of(values, maps),
-            torch.full_like(asked.scores, torch.nan),
+            unknown(asked),
             sums,
             {"interactions": interactions},
         )

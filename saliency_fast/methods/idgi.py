@@ -11,13 +11,13 @@ from saliency_fast.engine.folds import square_norm
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.methods import checks
-from saliency_fast.methods.neighbours import Neighbours, maps_of, totals_like
+from saliency_fast.methods.neighbours import Neighbours, maps_of, totals_like, unknown
 
 
 @dataclass(frozen=True)
 class IDGI:
-    """Sum over the steps of the straight path of g^2 (f' - f) / <g, g>: the gradient g and the score
-    f where a step begins, f' where it ends (Yang, 2023).
+    """Sum over steps on the straight path of g^2 (f' - f) / <g, g>: gradient g and score f where a
+    step begins, f' where it ends (Yang, 2023).
 
     The values meet the score's gain whatever the steps, unless a gradient vanishes; they have its
     sign everywhere where the score rises, or falls, all along the path.
@@ -47,4 +47,4 @@ class IDGI:
                         ops.accumulate(total, gradient, item * maps + k, share, "square")
 
         yield Round(path.write, path.item, path.place, gradients=True, each=each)
-        return Maps(maps_of(totals, maps))
+        return Maps(maps_of(totals, maps), unknown(asked))

@@ -82,6 +82,11 @@ def totals_like(tensors: Inputs, slots: int) -> Inputs:
     )
 
 
+def unknown(asked: Asked) -> Tensor:
+    """The error of maps that nothing estimates, [B, K]."""
+    return torch.full_like(asked.scores, torch.nan)
+
+
 def maps_of(totals: Inputs, maps: int) -> Inputs:
     """Accumulators [B * K, *] as values [B, K, *]."""
     return tuple(one.view(-1, maps, *one.shape[1:]) for one in totals)

@@ -110,6 +110,7 @@ class VarGrad:
     def recipe(self) -> Recipe:
         noise = Noise(self.noise_level, self.sigma, self.seed, False)
         if self.confidence is not None:
-            about = {"noise": noise, "samples": self.samples, "confidence": self.confidence}
-            return in_rounds(partial(variance_rounds, **about), self.samples)
+            samples, confidence = self.samples, self.confidence
+            rounds = partial(variance_rounds, noise=noise, samples=samples, confidence=confidence)
+            return in_rounds(rounds, samples)
         return Recipe(noise, samples_level(self.samples, False), "variance")

@@ -13,6 +13,7 @@ from saliency_fast.engine.recipe import Method, Recipe, Rows
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods import checks
+from saliency_fast.methods.neighbours import unknown
 from saliency_fast.model.routes import Inputs
 
 
@@ -32,7 +33,8 @@ class TemporalRescaling:
     name = "temporal_rescaling"
 
     def __post_init__(self) -> None:
-        checks.choice("axis", self.axis, (1, 2))
+        if self.axis not in (1, 2):
+            raise InputError(f"axis must be 1 or 2, that of time: got {self.axis!r}")
         checks.share("above", self.above)
         base = self._base()
         alone = base.rounds is None and base.rules is None and len(base.levels) == 1
@@ -63,7 +65,8 @@ class TemporalRescaling:
         each = yield from series.changes(chosen.any(1), range(1, features + 1))
         values = times[..., None] * each.view(*times.shape, features) * chosen[..., None]
         values = values.to(series.x.dtype)
-        return Maps((values if self.axis == 1 else values.mT,), complete=False)
+        error = None if series.base.at_input else unknown(asked)
+        return Maps((values if self.axis == 1 else values.mT,), error, complete=False)
 
 
 @dataclass

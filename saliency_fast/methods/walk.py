@@ -92,8 +92,7 @@ class Walk:
     def _parts(self, rows: Tensor) -> Inputs:
         """Rows of all features as inputs [R, *]."""
         sizes = [x[0].numel() for x in self.asked.inputs]
-        parts = rows.split(sizes, dim=1)
+        parts = torch.split(rows, sizes, dim=1)
         return tuple(
-            part.reshape(-1, *x.shape[1:])
-            for part, x in zip(parts, self.asked.inputs, strict=True)
+            part.reshape(-1, *x.shape[1:]) for part, x in zip(parts, self.asked.inputs, strict=True)
         )

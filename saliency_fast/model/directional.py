@@ -76,17 +76,15 @@ class Directional(PointFunction):
             scores, classes = self.forward(inside, item)
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
-        found = []
-        for k in range(scores.shape[1]):
-            try:
-                found.append(self._twice(scores[:, k], edges, like, item))
-            except RuntimeError as error:
-                if "is not implemented" not in str(error) and "double backward" not in str(error):
-                    raise
-                raise ModelError(
-                    f"the model has a call without a second derivative: {error}; on this device "
-                    "use another layer in its place, or a method of first derivatives"
-                ) from error
+        try:
+            found = [self._twice(one, edges, like, item) for one in scores.unbind(1)]
+        except RuntimeError as error:
+            if "is not implemented" not in str(error) and "double backward" not in str(error):
+                raise
+            raise ModelError(
+                f"the model has a call without a second derivative: {error}; use another layer in "
+                "its place, or a method of first derivatives"
+            ) from error
         return scores.detach(), classes, found
 
     def _twice(
