@@ -25,7 +25,9 @@ def blurred(x: Tensor, sigma: Tensor, reach: int, padding: str) -> Tensor:
             inside = ((place >= 0) & (place < size)).double()
             shape = [-1 if a == axis else 1 for a in range(x.dim())]
             moved = x.index_select(axis, place.clamp(0, size - 1))
-            total = total + share * (moved if padding == "replicate" else moved * inside.view(shape))
+            total = total + share * (
+                moved if padding == "replicate" else moved * inside.view(shape)
+            )
         x = total
     return x
 
@@ -37,9 +39,8 @@ def blur_ig(
     reach, total = math.ceil(4 * max_sigma), torch.zeros_like(x)
     for alpha, weight in quadrature(rule, n):
         sigma = torch.tensor(max_sigma * (1 - alpha), dtype=torch.float64)
-        point, change = torch.func.jvp(
-            lambda s: blurred(x, s, reach, padding), (sigma,), (torch.tensor(-max_sigma, dtype=torch.float64),)
-        )
+        slope = torch.tensor(-max_sigma, dtype=torch.float64)
+        point, change = torch.func.jvp(lambda s: blurred(x, s, reach, padding), (sigma,), (slope,))
         total += weight * gradient(model, score, (point[None],))[0][0] * change
     return total
 

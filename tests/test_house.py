@@ -14,6 +14,7 @@ from saliency_fast.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
+    "IDGI",
     "Attribution",
     "BlurIG",
     "Clip",
@@ -24,7 +25,6 @@ PUBLIC = [
     "GradientShap",
     "GuidedIG",
     "HessianVectorProduct",
-    "IDGI",
     "InputXGradient",
     "IntegratedGradients",
     "IntegratedHessians",

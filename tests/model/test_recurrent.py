@@ -14,8 +14,8 @@ from saliency_fast.model import recurrent
 from saliency_fast.model.recurrent import Differentiable
 from saliency_fast.model.routes import Plain
 from tests import naive
-from tests.models import randn
 from tests.model.answers import always_lean
+from tests.models import randn
 
 FLOAT64 = 1e-12
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
