@@ -221,9 +221,8 @@ class TestConductance:
 
     def test_several_targets_and_completeness(self) -> None:
         model, x = make(Tabular), randn(2, 7)
-        both = sf.explain(
-            model, x, target=[[0, 1], [2, 3]], method=sf.Conductance(400), at=model[0]
-        )
+        method = sf.Conductance(400)
+        both = sf.explain(model, x, target=[[0, 1], [2, 3]], method=method, at=model[0])
         assert both.values.shape == (2, 2, 16)
         assert float(both.delta.abs().max()) < 1e-2 * float((both.scores).abs().max())
         alone = sf.explain(model, x, target=[1, 3], method=method, at=model[0])

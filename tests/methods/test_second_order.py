@@ -24,10 +24,7 @@ def numbers(*shape: int, count: int) -> Tensor:
 
 
 class TestHessianVectorProduct:
-    @pytest.mark.parametrize(
-        ("kind", "shape"),
-        [(Tabular, (7,)), (Tokens, (6, 8)), (Audio, (2, 32)), (Video, (2, 5, 7, 6))],
-    )
+    @pytest.mark.parametrize("kind", [Tabular, Tokens, Audio, Video])
     def test_autograd(self, kind: type[nn.Module]) -> None:
         shape = SHAPES[kind]
         model, x, start = make(kind), randn(2, *shape), randn(2, *shape, seed=3)
