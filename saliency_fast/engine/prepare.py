@@ -79,6 +79,7 @@ def make_plan(
     place = 0 if prefix is None else size_of * sum(map(math.prod, prefix.shapes))
     sum_bytes = map_bytes if prefix is None else maps * place
     copies = (1 if recipe.at_input else 2) * (2 if recipe.reduction == "variance" else 1)
+    copies = copies if recipe.rounds is None else recipe.held
     # Baselines count twice: the record keeps a copy.
     held = sum(one.nbytes for several in baselines for one in several)
     fixed = copies * sum_bytes + (0 if recipe.baseline == "none" else 2 * held)

@@ -123,7 +123,7 @@ class Recipe:
     they ask for points, look at the answers and go on (`engine/rounds.py`); gradients: whether any
     of them asks for more than scores, points: how many an example gets, about; layers: where they
     look inside of the model, "auto" for its last spatial layer; second: whether any of them asks
-    for second derivatives.
+    for second derivatives; held: maps that they hold at once.
     """
 
     family: Family
@@ -139,6 +139,7 @@ class Recipe:
     points: int | None = None
     layers: str | tuple[str, ...] | None = None
     second: bool = False
+    held: int = 2
 
     @property
     def count(self) -> int:

@@ -8,7 +8,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Maps, Round, Rounds, in_rounds
 from saliency_fast.methods import checks
 from saliency_fast.methods.neighbours import unknown
-from saliency_fast.methods.walk import Walk
+from saliency_fast.methods.walk import HELD, Walk
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class GuidedIG:
         checks.share("max_dist", self.max_dist)
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self.steps, baseline="one")
+        return in_rounds(self._rounds, self.steps, baseline="one", held=HELD)
 
     def _rounds(self, asked: Asked) -> Rounds:
         walk = Walk(asked)

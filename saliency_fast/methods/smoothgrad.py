@@ -61,7 +61,7 @@ class SmoothGrad:
         noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic, self.shared_axis)
         if self.standard_error:
             rounds = partial(smooth_rounds, noise=noise, samples=self.samples)
-            return in_rounds(rounds, self.samples)
+            return in_rounds(rounds, self.samples, held=2 * GROUPS)
         return Recipe(noise, samples_level(self.samples, self.antithetic))
 
 
@@ -112,5 +112,6 @@ class VarGrad:
         if self.confidence is not None:
             samples, confidence = self.samples, self.confidence
             rounds = partial(variance_rounds, noise=noise, samples=samples, confidence=confidence)
-            return in_rounds(rounds, samples)
+            # Means and spreads, and at the end as many logarithms and what they are made of.
+            return in_rounds(rounds, samples, held=5 * GROUPS)
         return Recipe(noise, samples_level(self.samples, False), "variance")

@@ -90,7 +90,8 @@ class _Series:
         is the whole step, mask f its feature f - 1; zero where `steps` is False.
         """
         batch, count = steps.shape
-        maps, size = self.asked.scores.shape[1], max(1, self.asked.size)
+        # Maps of this many variants are held beside each launch.
+        maps, size = self.asked.scores.shape[1], max(1, self.asked.size // 4)
         device = steps.device
         whole = yield from self._maps(torch.arange(batch, device=device), self.x)
         whole = whole.view(batch, maps, -1)

@@ -13,6 +13,9 @@ from saliency_fast.model.routes import Inputs
 CLOSE = 1e-9
 """Share of a path's length that counts as nothing."""
 
+HELD = 11
+"""Maps that a walk holds at once."""
+
 
 class Walk:
     """S = B * K paths from the baselines to the inputs, all features of all inputs in one row.

@@ -75,6 +75,17 @@ class TestSmoothGrad:
         for part, other in zip(found.values, alone.values, strict=True):
             assert relative_l2(part[:, 1], other) < FLOAT64
 
+    @pytest.mark.parametrize("name", DRAWS)
+    def test_coverage(self, name: str) -> None:
+        """Of the mean by Student's intervals from the standard error, over 2000 pixels."""
+        of, mean = DRAWS[name][0], {"skewed": 1.0, "a kink": 0.5}.get(name, 0.0)
+        x = torch.zeros(1, 2000).double()
+        fields = {"sigma": 1.0, "seed": 3, "antithetic": False, "standard_error": True}
+        found = sf.explain(lambda z: of(z).sum(1), x, method=sf.SmoothGrad(64, **fields))
+        reach = student(0.95, GROUPS - 1) * found.extras["standard_error"]
+        covered = float(((found.values - mean).abs() <= reach).double().mean())
+        assert 0.92 < covered < 0.97
+
     def test_shared_noise(self) -> None:
         x = randn(2, 3, 4, 5)
         method = sf.SmoothGrad(6, sigma=0.3, seed=9, shared_axis=2, antithetic=False)
