@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call, read_inputs
 from saliency_fast.engine.choose import Known
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError
 from saliency_fast.model.function import PointFunction
@@ -59,7 +59,7 @@ class Place:
             self._behind[key] = Behind(self.model, layers, self.of_input, counts)
         behind, known = self._behind[key], self.knowns.setdefault(key, {})
         # A baseline that the method has no use for is refused where others are.
-        if recipe.baseline != "none":
+        if recipe.baseline != "none" and not isinstance(recipe.family, Starting):
             baseline = self._baseline(baseline, call, layers, recipe)
         return behind, _moved(call, values), baseline, known, layers
 
