@@ -39,7 +39,9 @@ class _Enter(torch.autograd.Function):
 def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
     """Points as a model may take them, and where their gradients are asked for."""
     anchor = torch.zeros((), requires_grad=True)
-    inside = [_Enter.apply(one, anchor) for one in points]  # type: ignore[no-untyped-call]
+    # Detached: work in place on a view would be its base's, too, and its gradient lost.
+    apart = [one.detach() for one in points]
+    inside = [_Enter.apply(one, anchor) for one in apart]  # type: ignore[no-untyped-call]
     return inside, [get_gradient_edge(one) for one in inside]
 
 

@@ -93,6 +93,17 @@ class TestBlurIG:
         gain = found.scores - found.baseline_scores
         assert float((found.delta / gain).abs().max()) < 0.05
 
+    def test_at_a_layer_that_others_write_over(self) -> None:
+        model, x = make(Image), randn(2, 3, 12, 12)
+        found = sf.explain(model, x, target=1, method=sf.BlurIG(6, max_sigma=2.0), at="1")
+        parts = list(model)
+        values, behind = nn.Sequential(*parts[:2])(x).detach(), nn.Sequential(*parts[3:])
+        for i in range(2):
+            expected = naive.blur_ig(
+                lambda z: behind(z.relu()), column(1), values[i], 2.0, "midpoint", 6, "zeros"
+            )
+            assert relative_l2(found.values[i], expected) < FLOAT64
+
     def test_what_has_no_space_is_refused(self) -> None:
         model = make(Multimodal)
         with pytest.raises(InputError, match="input 1 is \\[1, 7\\]"):
