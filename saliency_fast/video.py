@@ -72,30 +72,24 @@ def explain_video(
     if isinstance(model, Engine) and options:
         raise InputError(f"an Engine has its own options: got {', '.join(options)} beside it")
     engine = model if isinstance(model, Engine) else Engine(model, **options)
-    batch, count = len(clip), len(starts)
-    if isinstance(target, list):
-        target = [one for one in target for _ in starts] if len(target) == batch else target
-    target = _repeated(target, batch, count)
-    further = tuple(_repeated(one, batch, count) for one in forward_args)
+    count = len(starts)
     if isinstance(baseline, Tensor) and baseline.shape[-clip.dim() + 1 :] == clip.shape[1:]:
         baseline = _windows(baseline.expand_as(clip), starts, window, axis)
-    cut = _windows(clip, starts, window, axis)
-    found = engine(cut, target, baseline, forward_args=further)
+    found = engine(
+        _windows(clip, starts, window, axis),
+        _repeated(target, len(clip), count),
+        baseline,
+        forward_args=tuple(_repeated(one, len(clip), count) for one in forward_args),
+    )
     assert isinstance(found.values, Tensor)
     lead = axis + 1 if found.many else axis
-    apart = _apart(found.values, batch)
-    raw = _averaged(apart, starts, window, lead, clip.shape[axis])
+    raw = _averaged(_apart(found.values, len(clip)), starts, window, lead, clip.shape[axis])
     values = _coherent(raw, clip, coherence, axis, lead) if coherence else raw
     norm = raw.flatten(1).norm(dim=1).clamp_min(torch.finfo(raw.dtype).tiny)
-    return Clip(
-        values,
-        starts,
-        found,
-        _apart(found.scores, batch),
-        float(coherence),
-        (values - raw).flatten(1).norm(dim=1) / norm,
-        torch.stack([_flicker(raw, lead), _flicker(values, lead)], 1),
-    )
+    change = (values - raw).flatten(1).norm(dim=1) / norm
+    flicker = torch.stack([_flicker(raw, lead), _flicker(values, lead)], 1)
+    scores = _apart(found.scores, len(clip))
+    return Clip(values, starts, found, scores, float(coherence), change, flicker)
 
 
 def _starts(clip: Tensor, window: int, stride: int | None, axis: int) -> tuple[int, ...]:
@@ -117,6 +111,8 @@ def _starts(clip: Tensor, window: int, stride: int | None, axis: int) -> tuple[i
 
 def _repeated(value: Any, batch: int, count: int) -> Any:
     """What belongs to the examples, for each of their windows."""
+    if isinstance(value, list) and len(value) == batch:
+        return [one for one in value for _ in range(count)]
     own = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
     return value.repeat_interleave(count, dim=0) if own else value
 

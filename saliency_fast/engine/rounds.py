@@ -99,7 +99,7 @@ Rounds = Generator[Round | Maps, Found, Maps]
 def in_rounds(rounds: Callable[[Asked], Rounds], points: int | None, **fields: Any) -> Recipe:
     """The recipe of a method that asks in rounds, for about so many points of each example.
 
-    fields: `baseline`, `gradients`, `rules`, `layers`, `at_input`, `second` and `held` of a `Recipe`.
+    fields: further ones of a `Recipe`, such as `baseline` and `gradients`.
     """
     one = torch.ones(1, dtype=torch.float64)
     level = Level(one, one, torch.zeros(1, dtype=torch.int64))

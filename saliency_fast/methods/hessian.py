@@ -85,45 +85,60 @@ class IntegratedHessians:
         return in_rounds(self._rounds, self.steps, baseline="one", rules=rules, second=True)
 
     def _rounds(self, asked: Asked) -> Rounds:
-        (batch, maps), inputs = asked.scores.shape, len(asked.inputs)
         features, count = _features(asked)
-        device, slots = asked.scores.device, asked.scores.numel()
+        device, batch = asked.scores.device, len(asked.scores)
         nodes, weights = (torch.from_numpy(one).to(device) for one in gauss_logarithm(self.steps))
         item = torch.arange(batch, device=device).repeat(self.steps)
         place = torch.arange(self.steps, device=device).repeat_interleave(batch)
-        totals = totals_like(asked.inputs, slots)
-        alone = torch.zeros(slots, count, dtype=torch.float64, device=device)
-        pairs = torch.zeros(slots, count, count, dtype=torch.float64, device=device)
+        sums = _Sums(asked, count)
 
         def write(item: Tensor, place: Tensor) -> Inputs:
             both = zip(asked.inputs, asked.baselines, strict=True)
             return tuple(ops.line_points(x, start, item, nodes[place]) for x, start in both)
 
         def each(rows: slice, found: Found) -> None:
-            weight, t = weights[place[rows]], nodes[place[rows]]
-            for k, (first, second, *further) in enumerate(found.grads):
-                slot = item[rows] * maps + k
-                alone.index_add_(0, slot, first.double() * weight[:, None])
-                pairs.index_add_(0, slot, second.double() * (weight * t)[:, None, None])
-                for number, total in enumerate(totals):
-                    ops.accumulate(total, further[number], slot, weight, "sum")
-                    ops.accumulate(total, further[inputs + number], slot, weight * t, "sum")
+            sums.add(item[rows], weights[place[rows]], nodes[place[rows]], found)
 
         yield Round(write, item, place, project=_regions(asked, features, count), each=each)
-        flat = not bool(pairs.any())
-        pairs += torch.diag_embed(alone)
+        return sums.maps()
+
+
+class _Sums:
+    """Sums over points, for S = B * K maps: of gradients weighted by w and Hessian products by w t.
+
+    alone [S, R]: first-order terms of regions; pairs [S, R, R]: second-order terms; totals [S, *]:
+    both, element by element.
+    """
+
+    def __init__(self, asked: Asked, count: int) -> None:
+        self.asked, slots = asked, asked.scores.numel()
+        self.totals = totals_like(asked.inputs, slots)
+        self.alone = asked.scores.new_zeros((slots, count))
+        self.pairs = asked.scores.new_zeros((slots, count, count))
+
+    def add(self, item: Tensor, weight: Tensor, t: Tensor, found: Found) -> None:
+        """Adds the answers of points t of the examples `item`."""
+        maps, inputs = self.asked.scores.shape[1], len(self.totals)
+        for k, (first, second, *further) in enumerate(found.grads):
+            slot = item * maps + k
+            self.alone.index_add_(0, slot, first.double() * weight[:, None])
+            self.pairs.index_add_(0, slot, second.double() * (weight * t)[:, None, None])
+            for number, total in enumerate(self.totals):
+                ops.accumulate(total, further[number], slot, weight, "sum")
+                ops.accumulate(total, further[inputs + number], slot, weight * t, "sum")
+
+    def maps(self) -> Maps:
+        """The maps; raises ModelError where interactions are zero and that cannot be all."""
+        asked, (batch, maps) = self.asked, self.asked.scores.shape
+        pairs = self.pairs + torch.diag_embed(self.alone)
         sums = pairs.sum((1, 2)).view(batch, maps)
-        if flat:
+        if not bool(self.pairs.any()):
             _need_linear(asked, sums)
-        found = zip(totals, asked.inputs, asked.baselines, strict=True)
+        found = zip(self.totals, asked.inputs, asked.baselines, strict=True)
         values = tuple(ops.finish(total, x, start, "none")[0] for total, x, start in found)
-        interactions = pairs.view(batch, maps, count, count)
-        return Maps(
-            maps_of(values, maps),
-            unknown(asked),
-            sums,
-            {"interactions": interactions},
-        )
+        interactions = pairs.view(batch, maps, *pairs.shape[1:])
+        extras = {"interactions": interactions}
+        return Maps(maps_of(values, maps), unknown(asked), sums, extras)
 
 
 def _regions(asked: Asked, features: Inputs, count: int) -> Project:

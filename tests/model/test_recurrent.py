@@ -177,3 +177,13 @@ def test_other_models_are_not_watched() -> None:
     assert recurrent.recurring(Plain(made(nn.GRU)), torch.device("cpu")).__class__ is Plain
     for route in (Plain(made(nn.GRU)), Plain(lambda x: x)):
         assert isinstance(recurrent.recurring(route, cuda), recurrent.Recurring)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives(kind: type[nn.RNNBase]) -> None:
+    model, x = made(kind), randn(2, 6, 3)
+    found = sf.explain(model, x, target=(4, 2), method=sf.HessianVectorProduct())
+    for i in range(2):
+        _, expected = torch.autograd.functional.hvp(lambda p: model(p[None])[0, 4, 2], x[i], x[i])
+        # A ReLU-free layer is smooth; what is left is rounding through two backward passes.
+        assert naive.relative_l2(found.values[i], expected) < 1e-11
