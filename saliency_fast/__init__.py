@@ -12,10 +12,13 @@ try:
     from saliency_fast.engine import Plan
     from saliency_fast.methods import (
         IDGI,
+        AttentionRollout,
+        AttentionWeights,
         BlurIG,
         Conductance,
         ExpectedGradients,
         Gradient,
+        GradientAttention,
         GradientShap,
         GuidedIG,
         HessianVectorProduct,
@@ -29,6 +32,7 @@ try:
     )
     from saliency_fast.ops import backends
     from saliency_fast.replay import Replay, replay
+    from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.version import __version__
     from saliency_fast.video import Clip, explain_video
 finally:
@@ -37,6 +41,8 @@ finally:
 
 __all__ = [
     "IDGI",
+    "AttentionRollout",
+    "AttentionWeights",
     "Attribution",
     "BlurIG",
     "Clip",
@@ -44,6 +50,7 @@ __all__ = [
     "Engine",
     "ExpectedGradients",
     "Gradient",
+    "GradientAttention",
     "GradientShap",
     "GuidedIG",
     "HessianVectorProduct",
@@ -52,13 +59,16 @@ __all__ = [
     "IntegratedHessians",
     "Plan",
     "Replay",
+    "Similarity",
     "SmoothGrad",
     "SmoothGradSquared",
     "TemporalRescaling",
+    "TokenAttribution",
     "VarGrad",
     "__version__",
     "backends",
     "explain",
+    "explain_tokens",
     "explain_video",
     "load",
     "replay",

@@ -25,6 +25,10 @@ class ModelError(SaliencyError, RuntimeError):
     """The model's output cannot be explained: no tensor, not finite, or not differentiable."""
 
 
+class NoAttentionError(ModelError):
+    """The model has no attention whose probabilities could be read."""
+
+
 class BudgetError(SaliencyError, RuntimeError):
     """One point alone does not fit the memory budget or the device."""
 

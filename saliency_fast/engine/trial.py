@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +19,7 @@ from saliency_fast.errors import BudgetError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.directional import Directional, summed
 from saliency_fast.model.function import PointFunction
+from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.meta import OnMeta, shapes_only
 from saliency_fast.model.prefix import check_affine
 from saliency_fast.model.program import Program
@@ -186,35 +185,6 @@ class Trial:
 def _refuses_hooks(error: BaseException) -> bool:
     """Whether the model uses torch.func, whose transforms take no saved-tensor hooks."""
     return "saved tensor hooks" in str(error)
-
-
-_EAGER = threading.Lock()
-_STANCES: list[Any] = []
-"""PyTorch's stance, which is the whole process's, once for every thread inside `uncompiled`."""
-
-
-@contextmanager
-def uncompiled() -> Iterator[None]:
-    """Inside, models of torch.compile run as they are: it would try to compile what counts them,
-    and give up the model for good.
-    """
-    # What was never imported has compiled nothing, and takes a second to import.
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    held = False
-    # Refused inside of a function that is being compiled, where the model is no frame of its own.
-    with _EAGER, suppress(RuntimeError):
-        # Set by being made; each alone would bring back what the others have set.
-        _STANCES.append(_STANCES[0] if _STANCES else torch.compiler.set_stance("force_eager"))
-        held = True
-    try:
-        yield
-    finally:
-        with _EAGER:
-            last = _STANCES.pop() if held else None
-            if last is not None and not _STANCES:
-                last.__exit__(None, None, None)
 
 
 @contextmanager

@@ -7,6 +7,11 @@ from typing import Any
 
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.attention import (
+    AttentionRollout,
+    AttentionWeights,
+    GradientAttention,
+)
 from saliency_fast.methods.blur_ig import BlurIG
 from saliency_fast.methods.conductance import Conductance
 from saliency_fast.methods.expected_gradients import ExpectedGradients, GradientShap
@@ -36,6 +41,9 @@ METHODS: dict[str, type[Any]] = {
         HessianVectorProduct,
         IntegratedHessians,
         TemporalRescaling,
+        AttentionWeights,
+        AttentionRollout,
+        GradientAttention,
     )
 }
 
@@ -77,10 +85,13 @@ def _made(value: Any) -> Any:
 __all__ = [
     "IDGI",
     "METHODS",
+    "AttentionRollout",
+    "AttentionWeights",
     "BlurIG",
     "Conductance",
     "ExpectedGradients",
     "Gradient",
+    "GradientAttention",
     "GradientShap",
     "GuidedIG",
     "HessianVectorProduct",

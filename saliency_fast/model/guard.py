@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -74,3 +75,32 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
                     _HELD[module] = count - 1
                 else:
                     module.training = True
+
+
+_EAGER = threading.Lock()
+_STANCES: list[Any] = []
+"""PyTorch's stance, which is the whole process's, once for every thread inside `uncompiled`."""
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, models of torch.compile run as they are: it would try to compile what watches
+    them, and give up the model for good.
+    """
+    # What was never imported has compiled nothing, and takes a second to import.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    held = False
+    # Refused inside of a function that is being compiled, where the model is no frame of its own.
+    with _EAGER, suppress(RuntimeError):
+        # Set by being made; each alone would bring back what the others have set.
+        _STANCES.append(_STANCES[0] if _STANCES else torch.compiler.set_stance("force_eager"))
+        held = True
+    try:
+        yield
+    finally:
+        with _EAGER:
+            last = _STANCES.pop() if held else None
+            if last is not None and not _STANCES:
+                last.__exit__(None, None, None)

@@ -78,10 +78,11 @@ def _find(model: nn.Module, at: object) -> nn.Module:
         )
     named = model.named_modules(remove_duplicate=False)
     layers: dict[str, nn.Module] = {name: one for name, one in named if name}
-    if at in layers:
-        return layers[at]
+    # Before layers of that name: BERT's adds positions to what is asked for.
     if at == EMBEDDINGS:
         return _embeddings(model, layers)
+    if at in layers:
+        return layers[at]
     near = get_close_matches(at, layers, n=5, cutoff=0.4)
     ends = [name for name in layers if name.endswith(f".{at}")][:5]
     hint = (
@@ -97,7 +98,11 @@ def _embeddings(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     if callable(found := getattr(model, "get_input_embeddings", None)):
         layer = found()
         if isinstance(layer, nn.Module):
-            return layer
+            # Encoders may run a twin of their own that shares its weight (T5), and not the layer.
+            several = [one for one in layers.values() if isinstance(one, nn.Embedding)]
+            weight = getattr(layer, "weight", None)
+            twins = [one for one in several if one is not layer and one.weight is weight]
+            return twins[0] if twins else layer
     for layer in layers.values():
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
             return layer

@@ -29,7 +29,10 @@ EVERY = (
     sf.VarGrad(samples=17, seed=3, confidence=0.9),
 )
 ELSEWHERE = {
-    # At a layer, of a series, of regions: with tests of their own.
+    # At a layer, of a series, of regions, of attention: with tests of their own.
+    sf.AttentionRollout,
+    sf.AttentionWeights,
+    sf.GradientAttention,
     sf.Conductance,
     sf.TemporalRescaling,
     sf.IntegratedHessians,

@@ -1,0 +1,86 @@
+"""What attention says of the same tokens: its weights, rollout, and weighed by gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
+from saliency_fast.methods import checks
+from saliency_fast.methods.attention import (
+    Layers,
+    is_causal,
+    last_row,
+    rollout,
+    weighted_by_gradient,
+    wide,
+)
+from saliency_fast.model.attention import AttentionTaps
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """All three from one forward and one backward pass; padding is no token of the mean.
+
+    real: bool [B, T]. query: "first", "last", "mean", the number of a token, or "auto": the last
+    one where tokens see only what is before them, else the first.
+    """
+
+    real: Tensor
+    query: str | int
+    layer: int
+    name = "attention"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.query, str):
+            checks.choice("query", self.query, ("auto", "first", "last", "mean"))
+        elif isinstance(self.query, bool) or not isinstance(self.query, int):
+            raise InputTypeError(f"query must be a whole number or a name: got {self.query!r}")
+
+    def recipe(self) -> Recipe:
+        return in_rounds(self._rounds, 1, at_input=True)
+
+    def _rounds(self, asked: Asked) -> Rounds:
+        (x,) = asked.inputs
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def each(rows: slice, found: Found) -> None:
+            layers, real = wide(found.taps), self.real[rows]
+            if layers[0].shape[2] != real.shape[1]:
+                raise NoAttentionError(
+                    f"attention is over {layers[0].shape[2]} tokens, and the tokenizer gives "
+                    f"{real.shape[1]}; pass attention=False"
+                )
+            start = self._start(real, layers)
+            weights = last_row(start, layers, self.layer)
+            rolled = rollout(start, layers, 0.5, "mean", 0.0)
+            # Without the identity, which every token has of itself.
+            weighed = weighted_by_gradient(start, layers, wide(found.grads[0])) - start
+            parts.append((weights, rolled, weighed))
+
+        item = torch.arange(len(x), device=x.device)
+        yield Round(lambda item, _: (x[item],), item, item, taps=AttentionTaps(), each=each)
+        weights, rolled, weighed = (torch.cat(one)[:, None] for one in zip(*parts, strict=True))
+        return Maps((weighed,), extras={"attention": weights, "rollout": rolled})
+
+    def _start(self, real: Tensor, layers: Layers) -> Tensor:
+        start = real.to(layers[0].dtype)
+        if self.query == "mean":
+            return start / start.sum(1, keepdim=True)
+        query = self.query
+        if query == "auto":
+            query = "last" if is_causal(layers[0], real) else "first"
+        place = {"first": 0, "last": -1}[query] if isinstance(query, str) else query
+        count = real.sum(1)
+        wanted = torch.full_like(count, place)
+        wanted = torch.where(wanted < 0, wanted + count, wanted)
+        if bool(((wanted < 0) | (wanted >= count)).any()):
+            raise InputError(
+                f"query out of range: got {place}, and a text has {int(count.min())} tokens"
+            )
+        # The token of that number among those that are real.
+        return start * (real.cumsum(1) == wanted[:, None] + 1)

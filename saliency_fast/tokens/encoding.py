@@ -1,0 +1,173 @@
+"""Encoding: texts as a model takes them, and what is known of each token."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.tokens.words import Row, Word, words_of
+
+Text = str | tuple[str, str]
+"""A text, or two for models that take pairs."""
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
+_UNLIMITED = 10**6
+"""Tokenizers without a limit give a number beyond all texts."""
+NAMED = ("pad", "mask", "unk")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Texts as token ids [B, T], padded. further: the model's other arguments, by name.
+
+    real, special: bool [B, T]. words: of each text, with the places of their tokens in its row.
+    """
+
+    ids: Tensor
+    further: dict[str, Tensor]
+    tokens: tuple[tuple[str, ...], ...]
+    words: tuple[tuple[Word, ...], ...]
+    real: Tensor
+    special: Tensor
+
+    @property
+    def content(self) -> Tensor:
+        """Tokens of the texts themselves, bool [B, T]."""
+        return self.real & ~self.special
+
+
+def encode(
+    model: object, tokenizer: Any, texts: Sequence[Text], max_length: int | None, truncate: bool
+) -> Encoded:
+    """Texts with a model's own tokenizer; raises InputError where they are too long."""
+    pairs = [(one,) if isinstance(one, str) else tuple(one) for one in texts]
+    if len({len(one) for one in pairs}) != 1:
+        raise InputError("texts must be all single or all pairs: got both")
+    encoding = _called(tokenizer, pairs)
+    limit = _limit(model, tokenizer) if max_length is None else max_length
+    lengths = [len(ids) for ids in encoding["input_ids"]]
+    if limit is not None and max(lengths) > limit:
+        long = [(number, length) for number, length in enumerate(lengths) if length > limit]
+        shown = ", ".join(f"text {number} has {length} tokens" for number, length in long[:5])
+        if not truncate:
+            raise InputError(
+                f"texts are longer than the model takes: {shown}, expected at most {limit}; "
+                "shorten or split them, or pass truncate=True to cut them"
+            )
+        warnings.warn(f"texts are cut to {limit} tokens: {shown}", UserWarning, stacklevel=3)
+        encoding = _called(tokenizer, pairs, truncation=True, max_length=limit)
+    if not all(encoding["input_ids"]):
+        empty = [number for number, ids in enumerate(encoding["input_ids"]) if not ids]
+        raise InputError(f"texts have no tokens: got {empty}; leave empty texts out")
+    found = _padded(tokenizer, encoding, pairs, _device(model))
+    return replace(found, further=_accepted(model, found))
+
+
+def _accepted(model: object, found: Encoded) -> dict[str, Tensor]:
+    """The arguments that the model has a place for."""
+    names = inspect.signature(getattr(model, "forward", model)).parameters  # type: ignore[arg-type]
+    if any(one.kind is one.VAR_KEYWORD for one in names.values()):
+        return found.further
+    if "attention_mask" not in names and not bool(found.real.all()):
+        raise InputError(
+            "texts of several lengths need a model that takes an attention_mask, which leaves "
+            f"padding out: got {type(model).__name__}; explain them one by one"
+        )
+    return {name: value for name, value in found.further.items() if name in names}
+
+
+def _called(tokenizer: Any, pairs: list[tuple[str, ...]], **options: Any) -> Any:
+    if getattr(tokenizer, "is_fast", False):
+        options["return_offsets_mapping"] = True
+    columns = [list(one) for one in zip(*pairs, strict=True)]
+    return tokenizer(*columns, return_special_tokens_mask=True, verbose=False, **options)
+
+
+def _limit(model: object, tokenizer: Any) -> int | None:
+    """The most tokens of a text that a model has places for; None where nothing tells."""
+    known = [getattr(tokenizer, "model_max_length", None)]
+    known.append(getattr(getattr(model, "config", None), "max_position_embeddings", None))
+    for name, layer in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(layer, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS:
+            # Where a place is kept for padding, texts begin behind it.
+            first = 0 if layer.padding_idx is None else layer.padding_idx + 1
+            known.append(layer.num_embeddings - first)
+    return min((n for n in known if isinstance(n, int) and 0 < n < _UNLIMITED), default=None)
+
+
+def _device(model: object) -> torch.device:
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((one.device for one in parameters), torch.device("cpu"))
+
+
+def _padded(
+    tokenizer: Any, encoding: Any, pairs: list[tuple[str, ...]], device: torch.device
+) -> Encoded:
+    lengths = [len(ids) for ids in encoding["input_ids"]]
+    left = getattr(tokenizer, "padding_side", "right") == "left"
+
+    def filled(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        found = torch.full((len(rows), max(lengths)), value, device=device)
+        for number, row in enumerate(rows):
+            start = max(lengths) - len(row) if left else 0
+            found[number, start : start + len(row)] = torch.tensor(row, device=device)
+        return found
+
+    rows = [_row(tokenizer, encoding, number, pair) for number, pair in enumerate(pairs)]
+    words = [words_of(tokenizer, encoding, number, row) for number, row in enumerate(rows)]
+    further = {"attention_mask": filled([[1] * n for n in lengths], 0)}
+    if "token_type_ids" in encoding:
+        fill = getattr(tokenizer, "pad_token_type_id", 0)
+        further["token_type_ids"] = filled(encoding["token_type_ids"], fill)
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return Encoded(
+        filled(encoding["input_ids"], 0 if pad is None else pad),
+        further,
+        tuple(row.tokens for row in rows),
+        tuple(words),
+        further["attention_mask"].bool(),
+        filled([[int(one) for one in row.special] for row in rows], 0).bool(),
+    )
+
+
+def _row(tokenizer: Any, encoding: Any, number: int, texts: tuple[str, ...]) -> Row:
+    ids = encoding["input_ids"][number]
+    mask = encoding.get("special_tokens_mask") if isinstance(encoding, Mapping) else None
+    if mask is None:
+        known = set(getattr(tokenizer, "all_special_ids", ()))
+        special = tuple(one in known for one in ids)
+    else:
+        special = tuple(map(bool, mask[number]))
+    tokens = tuple(tokenizer.convert_ids_to_tokens(list(ids)))
+    spans: tuple[tuple[int, int, int] | None, ...] = (None,) * len(ids)
+    if "offset_mapping" in encoding:
+        parts = encoding.sequence_ids(number)
+        offsets = encoding["offset_mapping"][number]
+        spans = tuple(
+            None if part is None else (part, int(start), int(stop))
+            for part, (start, stop) in zip(parts, offsets, strict=True)
+        )
+    return Row(texts, tokens, special, spans)
+
+
+def token_named(tokenizer: Any, baseline: str | int) -> int:
+    """The id of the token that stands for no information."""
+    if isinstance(baseline, bool) or not isinstance(baseline, (str, int)):
+        raise InputTypeError(f"baseline must be a name or a token id: got {baseline!r}")
+    if isinstance(baseline, int):
+        return baseline
+    known = {name: getattr(tokenizer, f"{name}_token_id", None) for name in NAMED}
+    found = known.get(baseline)
+    if found is None:
+        has = [name for name, value in known.items() if value is not None]
+        raise InputError(
+            f"baseline must be {', '.join([*map(repr, has), repr('zero')])} or a token id with "
+            f"this tokenizer: got {baseline!r}"
+        )
+    return int(found)

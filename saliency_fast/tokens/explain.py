@@ -1,0 +1,182 @@
+"""Explains texts: attributions of their tokens, beside attention to the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saliency_fast.api import Engine
+from saliency_fast.attribution import Attribution
+from saliency_fast.engine.recipe import Method
+from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
+from saliency_fast.methods import read_method
+from saliency_fast.model.layers import EMBEDDINGS, find_layers
+from saliency_fast.model.targets import Target
+from saliency_fast.tokens.beside import Beside
+from saliency_fast.tokens.encoding import Encoded, Text, encode, token_named
+from saliency_fast.tokens.result import TokenAttribution
+from saliency_fast.tokens.similarity import Compared, Similarity
+
+ZERO = "zero"
+Seen = tuple[Tensor | None, Tensor | None, Tensor | None, str | None]
+"""Attention weights, rollout, and weighed by gradients [B, T]; else why there are none."""
+
+
+def explain_tokens(
+    model: nn.Module,
+    tokenizer: Callable[..., Any],
+    texts: Text | Sequence[Text],
+    *,
+    target: Target | Similarity = None,
+    method: Method | str = "integrated_gradients",
+    baseline: str | int = "pad",
+    attention: bool | None = None,
+    query: str | int = "auto",
+    layer: int = -1,
+    reduction: str | None = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+    forward_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> TokenAttribution:
+    """Explains what a model of the Hugging Face kind says of texts, token by token.
+
+    The embeddings of the tokens are explained, and reduced over their channels: `reduction` is
+    "sum", "absmax", "l2" or None, the sum, and the norm of gradients alone, whose sum is next to
+    zero where a layer norm follows. Methods that look at scores alone exchange tokens instead.
+    texts: one, several, or pairs. target: as in `explain`, or a `Similarity` to other texts.
+    baseline: what stands for no information in the place of the texts' own tokens, while special
+    tokens stay: "pad", "mask", "unk", a token id, or "zero" for embeddings of zeros. attention:
+    whether attention is read too; None: where the model has any. query: the token whose attention
+    is read: "first", "last", its number in the text, "mean", or "auto", what a `Similarity` pools;
+    the last where tokens see only what is before them; else the first. layer: the one whose
+    attention weights are shown. max_length: tokens of a text, where that is less than the
+    model takes. truncate: cuts longer texts with a warning. options: further arguments of `Engine`,
+    such as `precision`, `memory_budget` or `progress`.
+
+    Raises InputError where texts are longer than the model takes, and what `explain` raises.
+    """
+    several = _listed(texts)
+    if not callable(tokenizer):
+        raise InputTypeError(f"tokenizer must be callable: got {type(tokenizer).__name__}")
+    found = encode(model, tokenizer, several, max_length, truncate)
+    further: dict[str, Any] = {**found.further, **(forward_kwargs or {})}
+    if isinstance(target, Similarity):
+        if query == "auto" and isinstance(target.pooling, str):
+            query = target.pooling
+        others = encode(model, tokenizer, target.texts(len(several)), max_length, truncate)
+        model, target = Compared(model, target), None
+        further |= {"pooled": found.real, "other": model.embedded(others)}
+    whole, values = _attributed(
+        model, tokenizer, method, baseline, found, target, further, reduction, options
+    )
+    seen: Seen = (None, None, None, None)
+    if attention is not False:
+        reading = Beside(found.real, query, layer)
+        # The classes that were explained, where "predicted" chose them.
+        same = target if whole.classes is None else whole.classes
+        seen = _beside(model, reading, found, same, further, attention, options)
+    return TokenAttribution(
+        found.tokens, found.words, found.real, found.special, values * found.real, *seen, whole
+    )
+
+
+def _attributed(
+    model: nn.Module,
+    tokenizer: Any,
+    method: Method | str,
+    baseline: str | int,
+    found: Encoded,
+    target: Target,
+    further: Mapping[str, Any],
+    reduction: str | None,
+    options: Mapping[str, Any],
+) -> tuple[Attribution, Tensor]:
+    """The attribution of embeddings, and what is each token's [B, T]."""
+    chosen = read_method(method)
+    recipe, start = chosen.recipe(), None
+    if recipe.baseline != "none":
+        start = _baseline(model, tokenizer, baseline, found, recipe.gradients)
+    if recipe.gradients:
+        engine, features = Engine(model, chosen, at=EMBEDDINGS, **options), None
+    else:
+        # Methods that look at scores alone take tokens away whole, one id for another.
+        engine, features = Engine(model, chosen, **options), _numbered(found)
+    whole = engine(found.ids, target, start, forward_kwargs=further, features=features)
+    if whole.many:
+        raise InputError(
+            f"target must be one per text: got {whole.scores.shape[1]} for each; call once for each"
+        )
+    values = whole.values
+    if isinstance(values, Tensor) and values.dim() > 2:
+        alone = recipe.rounds is None and recipe.factor == "none"
+        values = whole.map(reduction or ("l2" if alone else "sum"), channel_axis=-1)
+    assert isinstance(values, Tensor)
+    return whole, values
+
+
+def _listed(texts: Text | Sequence[Text]) -> list[Text]:
+    """Several texts. A tuple of two strings is a pair: several texts come in a list."""
+    if isinstance(texts, str) or (isinstance(texts, tuple) and _is_pair(texts)):
+        return [texts]
+    several = list(texts)
+    if not several:
+        raise InputError("texts is empty: expected one or more")
+    for one in several:
+        if not (isinstance(one, str) or (isinstance(one, tuple) and _is_pair(one))):
+            raise InputTypeError(f"texts must be strings or pairs of them: got {one!r}")
+    return several
+
+
+def _is_pair(text: tuple[object, ...]) -> bool:
+    return len(text) == 2 and all(isinstance(one, str) for one in text)
+
+
+def _baseline(
+    model: nn.Module, tokenizer: Any, baseline: str | int, found: Encoded, gradients: bool
+) -> Tensor:
+    """The token ids, or embeddings, with nothing in the place of the texts' own tokens."""
+    if baseline == ZERO and not gradients:
+        raise InputError(
+            "baseline 'zero' is of embeddings, and this method exchanges tokens: pass 'pad', "
+            "'mask', 'unk' or a token id"
+        )
+    if baseline != ZERO:
+        return found.ids.masked_fill(found.content, token_named(tokenizer, baseline))
+    (layer,) = find_layers(model, EMBEDDINGS)
+    with torch.no_grad():
+        vectors: Tensor = layer(found.ids)
+    return vectors.masked_fill(found.content[..., None], 0.0)
+
+
+def _numbered(found: Encoded) -> Tensor:
+    """Tokens as segments [B, T]; what is not text is one that stays."""
+    tokens = torch.arange(found.ids.shape[1], device=found.ids.device)
+    return torch.where(found.content, tokens, -1)
+
+
+def _beside(
+    model: nn.Module,
+    reading: Beside,
+    found: Encoded,
+    target: Target,
+    further: Mapping[str, Any],
+    wanted: bool | None,
+    options: Mapping[str, Any],
+) -> Seen:
+    """Attention of the same call; raises where there is none only if it is asked for."""
+    # Half types are for sums of gradients, whose error can be measured.
+    kept = {name: one for name, one in options.items() if name not in ("precision", "tolerance")}
+    engine = Engine(model, reading, **{**kept, "at": EMBEDDINGS, "hashes": False})
+    try:
+        answer = engine(found.ids, target, forward_kwargs=further)
+    except NoAttentionError as error:
+        if wanted:
+            raise
+        return None, None, None, str(error)
+    assert isinstance(answer.values, Tensor)
+    weights, rolled = answer.extras["attention"], answer.extras["rollout"]
+    return weights * found.real, rolled * found.real, answer.values * found.real, None
