@@ -197,10 +197,10 @@ class Run:
 
     def _ends(self) -> Generator[Want, Answer, None]:
         """Scores at the inputs and at the baselines, where launches do not bring them along."""
-        if self.recipe.at_input:
+        starts = self.recipe.baseline == "one"
+        if self.recipe.at_input and not starts:
             return
         batch, rows = self.call.batch, len(self.baselines[0])
-        starts = self.recipe.baseline == "one"
         both = starts and not self.function.targets.predicted and 2 * batch <= self.size
         table, row = self.call.inputs, self.everyone
         if both:

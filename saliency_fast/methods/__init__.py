@@ -12,14 +12,17 @@ from saliency_fast.methods.attention import (
     AttentionWeights,
     GradientAttention,
 )
+from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
 from saliency_fast.methods.blur_ig import BlurIG
 from saliency_fast.methods.conductance import Conductance
+from saliency_fast.methods.deeplift import DeepLift
 from saliency_fast.methods.expected_gradients import ExpectedGradients, GradientShap
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.guided_ig import GuidedIG
 from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessians
 from saliency_fast.methods.idgi import IDGI
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
+from saliency_fast.methods.lrp import LRP
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
 from saliency_fast.methods.temporal import TemporalRescaling
 
@@ -41,6 +44,10 @@ METHODS: dict[str, type[Any]] = {
         HessianVectorProduct,
         IntegratedHessians,
         TemporalRescaling,
+        GuidedBackprop,
+        Deconvolution,
+        DeepLift,
+        LRP,
         AttentionWeights,
         AttentionRollout,
         GradientAttention,
@@ -84,15 +91,19 @@ def _made(value: Any) -> Any:
 
 __all__ = [
     "IDGI",
+    "LRP",
     "METHODS",
     "AttentionRollout",
     "AttentionWeights",
     "BlurIG",
     "Conductance",
+    "Deconvolution",
+    "DeepLift",
     "ExpectedGradients",
     "Gradient",
     "GradientAttention",
     "GradientShap",
+    "GuidedBackprop",
     "GuidedIG",
     "HessianVectorProduct",
     "InputXGradient",

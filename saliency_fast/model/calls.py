@@ -63,6 +63,12 @@ class Calls(TorchFunctionMode):
         if leaves:
             args = _frozen(args)
             kwargs = {name: _frozen(value) for name, value in kwargs.items()}
+        return self.answer(func, args, kwargs)
+
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A call that depends on the points, its weights plain numbers."""
         return lean_call(func, args, kwargs)
 
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.precision import HALVES
 from saliency_fast.model.program import Program
+from saliency_fast.model.rules.base import Ruling
 
 Inputs = tuple[Tensor, ...]
 
@@ -59,7 +60,8 @@ class Rules(Protocol):
     """Backward rules that a model runs under, instead of the chain rule; see `model/rules`.
 
     references: points are followed by a row of the baseline for each; relevance: what flows back
-    is the score itself, not its derivative. met: whether a run did anything that has a rule.
+    is the score itself, not its derivative. unmet: what to warn of where a run made no call that
+    has a rule; "" for nothing.
     """
 
     @property
@@ -71,22 +73,19 @@ class Rules(Protocol):
     @property
     def relevance(self) -> bool: ...
 
-    def calls(self) -> RuledCalls: ...
+    @property
+    def unmet(self) -> str: ...
 
-
-class RuledCalls(Protocol):
-    """A function mode for one run of a model. met: how many calls had a rule."""
-
-    met: int
-
-    def __enter__(self) -> Any: ...
-
-    def __exit__(self, *error: Any) -> None: ...
+    def calls(self, model: Callable[..., Any] | None = None) -> Ruling: ...
 
 
 @dataclass(frozen=True)
 class Ruled:
-    """The model as it is, call by call under backward rules."""
+    """The model as it is, call by call under backward rules.
+
+    Where `rules.references`, points and arguments come with their references behind them, and so
+    do outputs.
+    """
 
     model: Callable[..., Any]
     rules: Rules
@@ -94,15 +93,11 @@ class Ruled:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        calls = self.rules.calls()
-        with calls:
-            raw = self.model(*points, *args, **kwargs)
-        if calls.met == 0:
-            warnings.warn(
-                f"saliency_fast: the model has no call that the {self.rules.name} rules change, so "
-                "these are its plain gradients",
-                stacklevel=2,
-            )
+        calls = self.rules.calls(self.model)
+        raw = calls.run(self.model, points, args, kwargs)
+        # Without gradients no call needs a rule.
+        if calls.met == 0 and self.rules.unmet and torch.is_grad_enabled():
+            warnings.warn(f"saliency_fast: {self.rules.unmet}", stacklevel=2)
         return raw
 
 

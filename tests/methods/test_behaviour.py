@@ -27,6 +27,10 @@ EVERY = (
     sf.HessianVectorProduct(softplus=10.0),
     sf.SmoothGrad(samples=17, seed=3, standard_error=True),
     sf.VarGrad(samples=17, seed=3, confidence=0.9),
+    sf.GuidedBackprop(),
+    sf.Deconvolution(),
+    sf.DeepLift(),
+    sf.LRP(),
 )
 ELSEWHERE = {
     # At a layer, of a series, of regions, of attention: with tests of their own.

@@ -1,0 +1,36 @@
+"""DeepLIFT: differences from a reference, shared out layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from saliency_fast.engine.points import Itself
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.methods import checks
+from saliency_fast.methods.gradient import at_input
+from saliency_fast.model.rules import Rescale
+
+
+@dataclass(frozen=True)
+class DeepLift:
+    """(input - baseline) times DeepLIFT's multipliers, rescale rule (Shrikumar, 2017).
+
+    epsilon: nonlinearities whose input changes less keep their gradient. multiply: False gives the
+    multipliers alone. captum: with the departures of Captum's DeepLift, for equal numbers; see
+    `model.rules.Rescale`.
+    """
+
+    epsilon: float = 1e-10
+    multiply: bool = True
+    captum: bool = False
+    name = "deeplift"
+
+    def __post_init__(self) -> None:
+        checks.positive("epsilon", self.epsilon)
+
+    def recipe(self) -> Recipe:
+        rules = Rescale(float(self.epsilon), self.captum)
+        factor = "difference" if self.multiply else "none"
+        return Recipe(
+            Itself(), at_input(), factor=factor, baseline="one", at_input=True, rules=rules
+        )

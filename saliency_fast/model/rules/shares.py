@@ -1,0 +1,314 @@
+"""The rules of layer-wise relevance propagation: how a layer's relevance goes to its inputs.
+
+Each rule is data and a formula: x [B, *] and the relevance of a layer's outputs in, the relevance
+of its inputs out. Denominators z are kept off zero as z + sign(z) epsilon, with sign(0) = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from saliency_fast.errors import InputError, InputTypeError
+
+Call = Callable[[Tensor, Any, Any], Tensor]
+Numbers = float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A layer: `call(x, weight, bias)` is affine in x and linear in weight and bias.
+
+    weight: None for layers without, which the rules by sign cannot serve. channels: the axis of
+    the input's channels. outputs: the axis of the weight that numbers the outputs' channels, None
+    where nothing can be merged into it.
+    """
+
+    call: Call
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    channels: int = 1
+    outputs: int | None = None
+
+    def pulled(self, x: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+        """Z = call(x, weight, bias), and the function from cotangents of z to those of x."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            z = self.call(leaf, weight, bias)
+
+        def pull(cotangent: Tensor) -> Tensor:
+            return torch.autograd.grad(z, leaf, cotangent)[0]
+
+        return z.detach(), pull
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Affine | None:
+        """The layer followed by scale [C] * z + shift [C], as one layer."""
+        if self.weight is None or self.outputs is None:
+            return None
+        shape = [1] * self.weight.dim()
+        shape[self.outputs] = -1
+        bias = shift if self.bias is None else self.bias * scale + shift
+        weight = self.weight * scale.view(shape)
+        return Affine(self.call, weight, bias, self.channels, self.outputs)
+
+
+class Share(Protocol):
+    """A rule of relevance propagation."""
+
+    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor: ...
+
+
+def ratio(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
+    """R / (z + sign(z) epsilon) of the relevance R; without an epsilon, R / 0 is 0."""
+    if epsilon == 0:
+        return torch.where(z == 0, 0.0, relevance / z)
+    # The sign of -0.0 does not matter: it is a sum of nothing but zeros.
+    divisor = torch.copysign(torch.full((), epsilon, dtype=z.dtype, device=z.device), z)
+    return relevance / divisor.add_(z)
+
+
+def _check_epsilon(epsilon: object) -> None:
+    _check_number("epsilon", epsilon, 0.0)
+
+
+def _check_number(name: str, value: object, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputTypeError(f"{name} must be a number: got {value!r}")
+    if not (math.isfinite(value) and value >= least):
+        raise InputError(f"{name} must be a finite number of {least:g} or more: got {value}")
+
+
+_BIASES = ("rule", "keep", "zero")
+
+
+def _check_bias(bias: object) -> None:
+    if bias not in _BIASES:
+        raise InputError(f"bias must be one of {', '.join(_BIASES)}: got {bias!r}")
+
+
+@dataclass(frozen=True)
+class Epsilon:
+    """R_i = x_i sum_j w_ij R_j / (z_j + sign(z_j) epsilon) (Bach, 2015); 0: the plain z rule.
+
+    The bias and epsilon absorb their share.
+    """
+
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon)
+
+    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
+        z, pull = layer.pulled(x, layer.weight, layer.bias)
+        return x * pull(ratio(relevance, z, self.epsilon))
+
+
+@dataclass(frozen=True)
+class Gamma:
+    """The epsilon rule with weights w + gamma max(0, w) (Montavon, 2019), for inputs >= 0.
+
+    bias: "rule" (as a weight), "keep" (as it is) or "zero".
+    """
+
+    gamma: float = 0.25
+    epsilon: float = 1e-6
+    bias: str = "rule"
+
+    def __post_init__(self) -> None:
+        _check_number("gamma", self.gamma, 0.0)
+        _check_epsilon(self.epsilon)
+        _check_bias(self.bias)
+
+    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
+        z, pull = layer.pulled(
+            x, self._raised(layer.weight), _biased(self.bias, layer.bias, self._raised)
+        )
+        return x * pull(ratio(relevance, z, self.epsilon))
+
+    def _raised(self, weight: Tensor | None) -> Tensor | None:
+        return None if weight is None else weight + self.gamma * weight.clamp(min=0)
+
+
+def _positive(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.clamp(min=0)
+
+
+def _negative(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.clamp(max=0)
+
+
+def _biased(
+    kind: str, bias: Tensor | None, rule: Callable[[Tensor | None], Tensor | None]
+) -> Tensor | None:
+    if kind == "rule":
+        return rule(bias)
+    return bias if kind == "keep" else None
+
+
+@dataclass(frozen=True)
+class ZPlus:
+    """Positive contributions alone share the relevance: alpha 1, beta 0 (Bach, 2015).
+
+    bias: "rule" (its positive part counts), "keep" (all of it) or "zero". signed: where inputs are
+    negative, negative weights contribute; False takes positive weights whatever the input's sign.
+    """
+
+    epsilon: float = 1e-6
+    bias: str = "rule"
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon)
+        _check_bias(self.bias)
+
+    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
+        bias = _biased(self.bias, layer.bias, _positive)
+        if self.signed:
+            return _signed(layer, x, relevance, 1, bias, self.epsilon)
+        z, pull = layer.pulled(x, _positive(layer.weight), bias)
+        return x * pull(ratio(relevance, z, self.epsilon))
+
+
+def _signed(
+    layer: Affine, x: Tensor, relevance: Tensor, sign: int, bias: Tensor | None, epsilon: float
+) -> Tensor:
+    """Relevance shared among the contributions w x of one sign."""
+    same, opposite = (_positive, _negative) if sign > 0 else (_negative, _positive)
+    high, low = x.clamp(min=0), x.clamp(max=0)
+    z, pull = layer.pulled(high, same(layer.weight), bias)
+    # On a GPU the look would wait for it.
+    if not x.is_cuda and not bool(low.any()):
+        return high * pull(ratio(relevance, z, epsilon))
+    z_low, pull_low = layer.pulled(low, opposite(layer.weight), None)
+    cotangent = ratio(relevance, z + z_low, epsilon)
+    return high * pull(cotangent) + low * pull_low(cotangent)
+
+
+@dataclass(frozen=True)
+class AlphaBeta:
+    """alpha times the shares of positive, less beta those of negative contributions (Bach, 2015).
+
+    alpha - beta = 1, so that relevance is kept where there are contributions of both signs.
+    """
+
+    alpha: float = 2.0
+    beta: float = 1.0
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_number("alpha", self.alpha, 0.0)
+        _check_number("beta", self.beta, 0.0)
+        _check_epsilon(self.epsilon)
+        if not math.isclose(self.alpha - self.beta, 1.0):
+            raise InputError(
+                f"alpha - beta must be 1, or relevance is not conserved: got alpha {self.alpha}, "
+                f"beta {self.beta}"
+            )
+
+    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
+        gained = _signed(layer, x, relevance, 1, _positive(layer.bias), self.epsilon)
+        if self.beta == 0:
+            return self.alpha * gained
+        lost = _signed(layer, x, relevance, -1, _negative(layer.bias), self.epsilon)
+        return self.alpha * gained - self.beta * lost
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Every input of an output gets the same share (Lapuschkin, 2017; Montavon, 2019)."""
+
+    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
+        weight = None if layer.weight is None else torch.ones_like(layer.weight)
+        z, pull = layer.pulled(torch.ones_like(x), weight, None)
+        # Counts: only windows that lie in the padding as a whole have none.
+        return pull(ratio(relevance, z, 0.0))
+
+
+@dataclass(frozen=True)
+class ZBox:
+    """For inputs within low <= x <= high, as pixels are (Montavon, 2017).
+
+    R_i = sum_j (x_i w_ij - low_i max(0, w_ij) - high_i min(0, w_ij)) R_j / (their sum). low, high:
+    a number, or one per channel.
+    """
+
+    low: Numbers
+    high: Numbers
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _check_epsilon(self.epsilon)
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            value = tuple(value) if isinstance(value, list) else value
+            object.__setattr__(self, name, value)
+            for one in value if isinstance(value, tuple) else (value,):
+                _check_number(name, one, -math.inf)
+
+    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
+        low, high = (self._wide(name, layer, x) for name in ("low", "high"))
+        weight, bias = layer.weight, layer.bias
+        z, pull = layer.pulled(x, weight, bias)
+        below, pull_low = layer.pulled(low, _positive(weight), _positive(bias))
+        above, pull_high = layer.pulled(high, _negative(weight), _negative(bias))
+        cotangent = ratio(relevance, z - below - above, self.epsilon)
+        return x * pull(cotangent) - low * pull_low(cotangent) - high * pull_high(cotangent)
+
+    def _wide(self, name: str, layer: Affine, x: Tensor) -> Tensor:
+        bound = torch.as_tensor(getattr(self, name), dtype=x.dtype, device=x.device)
+        count = x.shape[layer.channels]
+        if bound.dim() == 1 and len(bound) != count:
+            raise InputError(
+                f"{name} of the box must be one number or one per channel: got {len(bound)}, the "
+                f"first layer takes {count} channels"
+            )
+        shape = [1] * x.dim()
+        shape[layer.channels] = -1
+        return bound.view(shape).expand(x.shape)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Relevance goes through unchanged, for layers whose output is shaped like their input."""
+
+    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
+        if relevance.shape != x.shape:
+            raise InputError(
+                f"the rule 'pass' needs a layer with outputs like its inputs: got "
+                f"{tuple(relevance.shape)} for {tuple(x.shape)}"
+            )
+        return relevance
+
+
+SHARES: dict[str, type[Any]] = {
+    "epsilon": Epsilon,
+    "gamma": Gamma,
+    "z_plus": ZPlus,
+    "alpha_beta": AlphaBeta,
+    "flat": Flat,
+    "z_box": ZBox,
+    "pass": Pass,
+}
+
+
+def read_share(given: Any) -> Share:
+    """A rule from itself, its name, or its name and parameters in order: ("gamma", 0.5)."""
+    if type(given) in SHARES.values():
+        found: Share = given
+        return found
+    name, *parameters = given if isinstance(given, (tuple, list)) and given else (given,)
+    if not isinstance(name, str) or name not in SHARES:
+        raise InputError(f"a rule must be one of {', '.join(SHARES)}: got {name!r}")
+    kind = SHARES[name]
+    names = [field.name for field in fields(kind)]
+    if len(parameters) > len(names) or (kind is ZBox and len(parameters) < 2):
+        raise InputError(
+            f"the rule {name!r} takes the parameters {', '.join(names) or 'none'}: got {parameters}"
+        )
+    made: Share = kind(*parameters)
+    return made
