@@ -21,6 +21,8 @@ BLOCK = 1024
 """Longest piece of an axis that is blurred by one matrix."""
 LEAST_SIGMA = 1e-3
 """Below, a kernel is the identity to the last bit, and its derivative zero."""
+AT_ONCE = 16
+"""Examples whose most blurred copies are made at a time."""
 PADDINGS = {"zeros": "constant", "replicate": "replicate"}
 
 
@@ -50,8 +52,10 @@ class Blur:
                 )
         item = torch.arange(len(inputs[0]), device=inputs[0].device)
         zero = torch.zeros(len(item), dtype=torch.float64, device=item.device)
-        rows = Rows(item, zero, zero, torch.zeros_like(item))
-        return self.bind(inputs, ()).write(rows)
+        rows, source = Rows(item, zero, zero, torch.zeros_like(item)), self.bind(inputs, ())
+        # A few at a time: their padded copies and kernels are larger than what comes of them.
+        parts = [source.write(rows.part(i, i + AT_ONCE)) for i in range(0, len(item), AT_ONCE)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
 @dataclass(frozen=True)

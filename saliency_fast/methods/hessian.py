@@ -17,6 +17,7 @@ from saliency_fast.methods.neighbours import maps_of, totals_like, unknown
 from saliency_fast.methods.quadrature import gauss_logarithm
 from saliency_fast.model.directional import Project
 from saliency_fast.model.routes import Inputs, Rules
+from saliency_fast.model.rules import Softplus
 
 MOST_REGIONS = 256
 """Each takes a backward pass of its own for every point."""
@@ -185,11 +186,7 @@ def _need_linear(asked: Asked, sums: Tensor) -> None:
 
 
 def _smooth(softplus: float | None) -> Rules | None:
-    if softplus is None:
-        return None
-    from saliency_fast.model.rules import Softplus
-
-    return Softplus(float(softplus))
+    return None if softplus is None else Softplus(float(softplus))
 
 
 def _check(softplus: object) -> None:

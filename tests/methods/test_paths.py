@@ -12,6 +12,7 @@ import saliency_fast as sf
 from saliency_fast.engine import paths
 from saliency_fast.errors import InputError, InputTypeError
 from tests import naive_paths as naive
+from tests.model.answers import always_lean, way_of
 from tests.models import SHAPES, Audio, Image, Multimodal, Tabular, Tokens, Video, make, randn
 from tests.naive import relative_l2
 
@@ -35,6 +36,18 @@ class TestBlurIG:
         for i, k in enumerate([3, 1]):
             expected = naive.blur_ig(model, column(k), x[i], 2.5, rule, 7, padding)
             assert relative_l2(found.values[i], expected) < FLOAT64
+
+    @pytest.mark.parametrize("kind", SPATIAL)
+    def test_lean(self, kind: type[nn.Module]) -> None:
+        model, x = make(kind), randn(19, *SHAPES[kind])
+        method = sf.BlurIG(6, max_sigma=2.5)
+        plain = sf.explain(model, x, target=[[0, 1]] * 19, method=method, lean=False)
+        with always_lean():
+            engine = sf.Engine(model, method, points_per_launch=7)
+            found = engine(x, [[0, 1]] * 19)
+            assert way_of(engine) == "program"
+        assert relative_l2(found.values, plain.values) < FLOAT64
+        torch.testing.assert_close(found.delta, plain.delta, rtol=0, atol=1e-13)
 
     @pytest.mark.parametrize("kind", SPATIAL)
     def test_the_published_sum(self, kind: type[nn.Module]) -> None:
