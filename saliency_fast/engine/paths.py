@@ -18,7 +18,7 @@ from saliency_fast.model.routes import Inputs
 REACH = 4.0
 """Standard deviations behind which a kernel ends."""
 BLOCK = 1024
-"""Longest piece of an axis that is blurred by one matrix."""
+"""Longest axis, or piece of one, that is blurred by one matrix."""
 LEAST_SIGMA = 1e-3
 """Below, a kernel is the identity to the last bit, and its derivative zero."""
 AT_ONCE = 16
@@ -103,24 +103,43 @@ def kernels(sigma: Tensor, reach: int) -> tuple[Tensor, Tensor]:
 def along(x: Tensor, axis: int, kernel: Tensor, padding: str) -> Tensor:
     """Each row of x [R, C, *] convolved along an axis with its own symmetric kernel [R, 2r + 1].
 
-    As a matrix product over blocks of the axis, which no library's convolution matches for kernels
-    as long as images.
+    By matrix products, which no library's convolution matches for kernels as long as images; a long
+    axis in blocks of one matrix.
     """
     size = x.shape[axis]
-    kernel = _within(kernel, size, padding)
-    reach = kernel.shape[1] // 2
-    block = min(size, max(BLOCK, 2 * reach))
-    blocks = -(-size // block)
+    kernel = _within(kernel, size, padding).to(x.dtype)
     lanes = x.movedim(axis, -1)
-    shape = lanes.shape
-    # The ends by their padding; what fills the last block is cut off again.
-    flat = functional.pad(lanes.reshape(len(x), -1, size), (reach, reach), PADDINGS[padding])
+    flat = lanes.reshape(len(x), -1, size)
+    with arithmetic(FLOAT32, x.device):
+        if size <= max(BLOCK, kernel.shape[1]):
+            found = flat @ _whole(kernel, size, padding)
+        else:
+            found = _in_blocks(flat, kernel, padding)
+    return found.reshape(lanes.shape).movedim(-1, axis).contiguous()
+
+
+def _whole(kernel: Tensor, size: int, padding: str) -> Tensor:
+    """Matrices [R, size, size] that convolve a whole axis, with its ends by their padding."""
+    reach = kernel.shape[1] // 2
+    bands = _bands(kernel, size)
+    found = bands[:, reach : reach + size].clone()
+    if padding == "replicate":
+        found[:, 0] += bands[:, :reach].sum(1)
+        found[:, -1] += bands[:, reach + size :].sum(1)
+    return found
+
+
+def _in_blocks(flat: Tensor, kernel: Tensor, padding: str) -> Tensor:
+    """Lanes [R, L, size] convolved block by block."""
+    size, reach = flat.shape[2], kernel.shape[1] // 2
+    block = max(BLOCK, 2 * reach)
+    blocks = -(-size // block)
+    flat = functional.pad(flat, (reach, reach), PADDINGS[padding])
+    # What fills the last block is cut off again.
     flat = functional.pad(flat, (0, blocks * block - size))
     windows = flat.unfold(2, block + 2 * reach, block)
-    with arithmetic(FLOAT32, x.device):
-        found = windows.flatten(1, 2) @ _bands(kernel.to(x.dtype), block)
-    found = found.reshape(len(x), -1, blocks * block)[..., :size]
-    return found.reshape(shape).movedim(-1, axis).contiguous()
+    found = windows.flatten(1, 2) @ _bands(kernel, block)
+    return found.reshape(len(flat), -1, blocks * block)[..., :size]
 
 
 def _within(kernel: Tensor, size: int, padding: str) -> Tensor:

@@ -14,7 +14,7 @@ from saliency_fast.errors import InputError, InputTypeError
 from tests import naive_paths as naive
 from tests.model.answers import always_lean, way_of
 from tests.models import SHAPES, Audio, Image, Multimodal, Tabular, Tokens, Video, make, randn
-from tests.naive import relative_l2
+from tests.naive import gradient, relative_l2
 
 # Rounding of sums of some hundred float64 terms.
 FLOAT64, FLOAT32 = 1e-12, 1e-5
@@ -75,7 +75,7 @@ class TestBlurIG:
         )
 
     @pytest.mark.parametrize("padding", ["zeros", "replicate"])
-    @pytest.mark.parametrize("size", [5, 40, paths.BLOCK + 300])
+    @pytest.mark.parametrize("size", [1, 5, 40, paths.BLOCK + 300, 3 * paths.BLOCK])
     def test_the_blur_is_scipys(self, padding: str, size: int) -> None:
         x = randn(2, 3, size)
         kernel, _ = paths.kernels(torch.tensor([2.0, 2.0]).double(), 8)
@@ -242,6 +242,23 @@ class TestConductance:
                 points_per_launch=size,
             )
             assert relative_l2(found.values, expected.detach()) < close
+
+    def test_the_papers_sum(self) -> None:
+        model, x, start = make(Image), randn(2, 3, 12, 12), randn(2, 3, 12, 12, seed=2)
+        found = sf.explain(
+            model, x, target=[1, 3], method=sf.Conductance(8), baseline=start, at="4"
+        )
+        parts = list(model)
+        before, behind = nn.Sequential(*parts[:5]), nn.Sequential(*parts[5:])
+        for i, k in enumerate((1, 3)):
+            total = 0.0
+            for step in range(8):
+                here, there = (
+                    before((start[i] + j / 8 * (x[i] - start[i]))[None]).detach()
+                    for j in (step, step + 1)
+                )
+                total = total + gradient(behind, column(k), (here,))[0] * (there - here)
+            assert relative_l2(found.values[i : i + 1], total) < FLOAT64
 
     def test_several_targets_and_completeness(self) -> None:
         model, x = make(Tabular), randn(2, 7)
