@@ -33,14 +33,24 @@ def blurred(x: Tensor, sigma: Tensor, reach: int, padding: str) -> Tensor:
 
 
 def blur_ig(
-    model: Model, score: Score, x: Tensor, max_sigma: float, rule: str, n: int, padding: str
+    model: Model,
+    score: Score,
+    x: Tensor,
+    max_sigma: float,
+    rule: str,
+    n: int,
+    padding: str,
+    spacing: float = 2.0,
 ) -> Tensor:
     """Of one example [C, *], by the derivative that autograd takes of the blur."""
     reach, total = math.ceil(4 * max_sigma), torch.zeros_like(x)
     for alpha, weight in quadrature(rule, n):
-        sigma = torch.tensor(max_sigma * (1 - alpha), dtype=torch.float64)
-        slope = torch.tensor(-max_sigma, dtype=torch.float64)
-        point, change = torch.func.jvp(lambda s: blurred(x, s, reach, padding), (sigma,), (slope,))
+        place = torch.tensor(alpha, dtype=torch.float64)
+        point, change = torch.func.jvp(
+            lambda a: blurred(x, max_sigma * (1 - a) ** spacing, reach, padding),
+            (place,),
+            (torch.ones_like(place),),
+        )
         total += weight * gradient(model, score, (point[None],))[0][0] * change
     return total
 

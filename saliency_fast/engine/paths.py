@@ -28,7 +28,8 @@ PADDINGS = {"zeros": "constant", "replicate": "replicate"}
 
 @dataclass(frozen=True)
 class Blur:
-    """Gaussian blurs of the input, from `max_sigma` pixels (alpha 0) down to none (alpha 1).
+    """Gaussian blurs of the input, from `max_sigma` pixels (alpha 0) down to none (alpha 1), by
+    `max_sigma` (1 - alpha)^spacing.
 
     Blurs the axes behind the channels, one to three of them. The kernel ends at four times
     `max_sigma` for every alpha, so that points and their derivative are smooth in alpha.
@@ -36,10 +37,11 @@ class Blur:
 
     max_sigma: float
     padding: str = "zeros"
+    spacing: float = 1.0
     straight: ClassVar[bool] = False
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundBlur:
-        return _BoundBlur(inputs, self.max_sigma, self.padding)
+        return _BoundBlur(inputs, self.max_sigma, self.padding, self.spacing)
 
     def start(self, inputs: Inputs) -> Inputs:
         """The most blurred inputs, where the path begins."""
@@ -63,6 +65,7 @@ class _BoundBlur:
     inputs: Inputs
     max_sigma: float
     padding: str
+    spacing: float
 
     def write(self, rows: Rows) -> Inputs:
         return tuple(self._blurred(x, rows, slope=False) for x in self.inputs)
@@ -75,9 +78,9 @@ class _BoundBlur:
 
     def _blurred(self, x: Tensor, rows: Rows, *, slope: bool) -> Tensor:
         """The points of rows, or their derivative by alpha, by the product rule over the axes."""
-        sigma = self.max_sigma * (1.0 - rows.place)
-        kernel, change = kernels(sigma, math.ceil(REACH * self.max_sigma))
-        change = -self.max_sigma * change
+        left, power = 1.0 - rows.place, self.spacing
+        kernel, change = kernels(self.max_sigma * left**power, math.ceil(REACH * self.max_sigma))
+        change = change * (-self.max_sigma * power * left ** (power - 1.0))[:, None]
         found = x[rows.item]
         slopes = torch.zeros_like(found)
         for axis in range(2, x.dim()):

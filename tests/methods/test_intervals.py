@@ -140,6 +140,15 @@ class TestVarGrad:
         assert not bool(found.values.any())
         assert not bool(found.extras["interval_high"].any())
 
+    def test_the_plan_counts_what_groups_hold(self) -> None:
+        model, x = make(Image), randn(2, 3, 12, 12)
+        map_bytes = x.nbytes
+        for method, least in (
+            (sf.SmoothGrad(32, standard_error=True), GROUPS),
+            (sf.VarGrad(32, confidence=0.95), 2 * GROUPS),
+        ):
+            assert sf.Engine(model, method).plan(x, 1).fixed_bytes >= least * map_bytes
+
     def test_fields(self) -> None:
         with pytest.raises(InputError, match="samples must be at least 16"):
             sf.VarGrad(8, confidence=0.95)

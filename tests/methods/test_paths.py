@@ -9,6 +9,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast import zoo
 from saliency_fast.engine import paths
 from saliency_fast.errors import InputError, InputTypeError
 from tests import naive_paths as naive
@@ -28,13 +29,13 @@ def column(k: int):
 class TestBlurIG:
     @pytest.mark.parametrize("kind", SPATIAL)
     @pytest.mark.parametrize("padding", ["zeros", "replicate"])
-    @pytest.mark.parametrize("rule", ["midpoint", "gauss_legendre"])
-    def test_exact(self, kind: type[nn.Module], padding: str, rule: str) -> None:
+    @pytest.mark.parametrize(("rule", "spacing"), [("midpoint", 2.0), ("gauss_legendre", 1.0)])
+    def test_exact(self, kind: type[nn.Module], padding: str, rule: str, spacing: float) -> None:
         model, x = make(kind), randn(2, *SHAPES[kind])
-        method = sf.BlurIG(7, max_sigma=2.5, rule=rule, padding=padding)
+        method = sf.BlurIG(7, max_sigma=2.5, rule=rule, padding=padding, spacing=spacing)
         found = sf.explain(model, x, target=[3, 1], method=method)
         for i, k in enumerate([3, 1]):
-            expected = naive.blur_ig(model, column(k), x[i], 2.5, rule, 7, padding)
+            expected = naive.blur_ig(model, column(k), x[i], 2.5, rule, 7, padding, spacing)
             assert relative_l2(found.values[i], expected) < FLOAT64
 
     @pytest.mark.parametrize("kind", SPATIAL)
@@ -53,7 +54,7 @@ class TestBlurIG:
     def test_the_published_sum(self, kind: type[nn.Module]) -> None:
         model, x = make(kind), randn(1, *SHAPES[kind])
         # Its sigmas run from 0 up to the last but one: alphas from 1 down.
-        method = sf.BlurIG(60, max_sigma=3.0, rule="right")
+        method = sf.BlurIG(60, max_sigma=3.0, rule="right", spacing=1.0)
         found = sf.explain(model, x, target=2, method=method).values[0]
         expected = naive.published_blur_ig(model, column(2), x[0], 3.0, 60)
         # What differences of .01 pixel cost, to first order in them.
@@ -84,6 +85,27 @@ class TestBlurIG:
         torch.testing.assert_close(
             paths.along(x, 2, kernel, padding), torch.tensor(expected), rtol=0, atol=1e-14
         )
+
+    def test_spacing_is_a_choice_of_points(self) -> None:
+        model, x = make(Audio), randn(2, *SHAPES[Audio])
+        maps = [
+            sf.explain(model, x, target=1, method=sf.BlurIG(n, max_sigma=4.0, spacing=spacing))
+            for n, spacing in ((800, 1.0), (200, 2.0), (200, 3.0))
+        ]
+        for one in maps[1:]:
+            assert relative_l2(one.values, maps[0].values) < 1e-3
+
+    def test_closer_points_where_detail_appears_cost_less(self) -> None:
+        model, x = zoo.MODELS["digits"](), zoo.held_out().images[:2]
+        target = model(x).argmax(1)
+
+        def values(steps: int, spacing: float) -> Tensor:
+            method = sf.BlurIG(steps, max_sigma=20.0, spacing=spacing)
+            return sf.explain(model, x, target=target, method=method).values
+
+        exact = values(512, 3.0)
+        even, closer = (relative_l2(values(32, spacing), exact) for spacing in (1.0, 2.0))
+        assert closer < 0.7 * even
 
     def test_a_kernel_without_width_changes_nothing(self) -> None:
         kernel, change = paths.kernels(torch.zeros(1).double(), 9)
