@@ -326,7 +326,7 @@ class Engine:
         recipe: Recipe | None = None,
     ) -> Call:
         recipe = recipe or self._recipe
-        integers = not recipe.gradients or self._place.at is not None
+        integers = recipe.layers is None and (not recipe.gradients or self._place.at is not None)
         call = bind(inputs, target, args, kwargs, integers=integers)
         return replace(call, features=read_features(features, call.inputs))
 

@@ -45,5 +45,11 @@ class ClosedError(SaliencyError, RuntimeError):
     """An engine that was closed takes no more requests."""
 
 
+class ChoiceError(ContractError, KeyError):
+    """A name that is none of those to choose from, where Captum looks it up by name."""
+
+    __str__ = Exception.__str__
+
+
 class RecordError(SaliencyError, ValueError):
     """An attribution record is truncated, altered, or written under another schema."""

@@ -140,6 +140,32 @@ def test_what_points_took_is_known_to_later_engines_and_goes_with_the_model() ->
     assert gone() is None
 
 
+class Overwriting(nn.Module):
+    """What a layer gives is changed through views behind it, and so is what leads there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        y[:, 0].add_(1.0)
+        z = self.second(y)
+        z[:, :2].mul_(0.5)
+        z.flatten(2)[:, :, 3].sigmoid_()
+        return z.tanh().mean((2, 3))
+
+
+@pytest.mark.parametrize("at", [None, "first", "second"])
+def test_what_is_written_through_views_is_not_left_out(at: str | None) -> None:
+    model, x = Overwriting(), torch.randn(1, 3, 128, 128)
+    found = sf.explain(model, x, target=1, at=at)
+    plain = sf.explain(model, x, target=1, at=at, lean=False)
+    assert "recorded" in found.provenance.way
+    assert relative_l2(found.values, plain.values) < 1e-5
+
+
 def test_token_ids_are_explained_at_their_embeddings() -> None:
     model, ids = Words().double(), torch.randint(0, 30, (2, 7))
     mask = torch.ones(2, 7).double()

@@ -9,7 +9,13 @@ from collections.abc import Sequence
 from saliency_fast.api import Engine
 from saliency_fast.cli.inputs import Read, read_inputs
 from saliency_fast.cli.models import load_model
-from saliency_fast.cli.options import read_baseline, read_methods, read_target
+from saliency_fast.cli.options import (
+    read_at,
+    read_baseline,
+    read_features,
+    read_methods,
+    read_target,
+)
 from saliency_fast.cli.pictures import read_form
 from saliency_fast.cli.report import Reporter, failures_named, out_folder, target_rows
 from saliency_fast.cli.tables import show_entries, show_paths
@@ -23,6 +29,7 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
     form = read_form(args.size, args.channels)
     loaded = load_model(args.model, args.weights, form, args.device)
     baseline = read_baseline(args.baseline, args.device)
+    at, features = read_at(args.at), read_features(args.features, args.device)
     inputs = read_inputs(args.input, loaded.prepare, loaded.dtype, args.batched)
     engines = [
         Engine(
@@ -31,13 +38,14 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
             memory_budget=args.memory_budget,
             points_per_launch=args.points_per_launch,
             precision=args.precision,
+            at=at,
             tolerance=args.tolerance,
             progress=args.progress,
         )
         for method in methods
     ]
     if args.plan:
-        return _show_plans(engines, inputs, target, baseline, args.device)
+        return _show_plans(engines, inputs, target, baseline, features, args.device)
     reporter = Reporter(
         loaded,
         engines,
@@ -46,6 +54,7 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
         out_folder(args.out),
         styles=(args.style,) if args.style else STYLES,
         extension=f".{args.overlay_format}" if args.overlay_format else None,
+        features=features,
         device=args.device,
         notes=_notes(args),
     )
@@ -69,12 +78,20 @@ def _notes(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _show_plans(
-    engines: Sequence[Engine], inputs: Sequence[Read], target: object, baseline: object, device: str
+    engines: Sequence[Engine],
+    inputs: Sequence[Read],
+    target: object,
+    baseline: object,
+    features: object,
+    device: str,
 ) -> int:
     for read in inputs:
         x = read.x.to(device)
         for engine in engines:
             with failures_named(read):
-                plan = engine.plan(x, target_rows(target, x), baseline)  # type: ignore[arg-type]
+                plan = engine.plan(
+                    *(x, target_rows(target, x), baseline),  # type: ignore[arg-type]
+                    features=features,  # type: ignore[arg-type]
+                )
             print(f"input      {read.source} {list(x.shape)}\n{plan}\n")
     return 0

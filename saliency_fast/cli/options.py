@@ -70,16 +70,37 @@ def read_baseline(text: str, device: str = "cpu") -> Any:
     return parts[0] if len(parts) == 1 else parts
 
 
+def read_at(text: str | None) -> Any:
+    """A layer's name, several, or None."""
+    if text is None:
+        return None
+    names = [one.strip() for one in text.split(",")]
+    if not all(names):
+        raise InputError(f"--at must be names of layers with commas between them: got {text!r}")
+    return names[0] if len(names) == 1 else names
+
+
+def read_features(text: str, device: str = "cpu") -> Any:
+    """none, a name such as grid:8, or an .npy or .safetensors file of whole numbers."""
+    if text.lower() == "none":
+        return None
+    if not text.partition(SEPARATOR)[0].lower().endswith(ARRAYS):
+        return text
+    return _one_tensor("--features", text).to(device)
+
+
+def _one_tensor(option: str, text: str) -> torch.Tensor:
+    found = read_tensors(text)
+    if len(found) > 1:
+        raise InputError(f"{option} {text} holds {len(found)} tensors: name one, {found[0][1]}")
+    return found[0][2]
+
+
 def _baseline(text: str, device: str) -> Any:
     if text.lower() == "none":
         return None
     if text.partition(SEPARATOR)[0].lower().endswith(ARRAYS):
-        found = read_tensors(text)
-        if len(found) > 1:
-            raise InputError(
-                f"--baseline {text} holds {len(found)} tensors: name one, {found[0][1]}"
-            )
-        tensor = found[0][2]
+        tensor = _one_tensor("--baseline", text)
         return (tensor if tensor.is_floating_point() else tensor.to(torch.float32)).to(device)
     try:
         return float(text)

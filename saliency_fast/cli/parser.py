@@ -78,6 +78,19 @@ def _explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="none (zeros, default), a number, blur, mean, uniform, an .npy or .safetensors file, "
         "or a comma list of these",
     )
+    one.add_argument(
+        "--at",
+        metavar="LAYER",
+        help="explain at layers instead of the input: a name, several with commas, embeddings, or "
+        "auto for the last spatial one; class activation maps are always at a layer (default: "
+        "auto)",
+    )
+    one.add_argument(
+        "--features",
+        default="none",
+        help="what perturbation methods take away together: none (every element alone, default), "
+        "grid:8, slic:50 (needs the extra 'segments'), or a file of whole numbers",
+    )
     one.add_argument("--out", default="out", metavar="DIR", help="where to write (default: out)")
     one.add_argument("--points-per-launch", type=int, metavar="N", help="an upper bound")
     one.add_argument(

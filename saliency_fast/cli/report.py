@@ -70,6 +70,7 @@ class Reporter:
     out: Path
     styles: Sequence[str] = STYLES
     extension: str | None = None
+    features: Any = None
     device: str = "cpu"
     notes: Mapping[str, Any] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
@@ -114,14 +115,15 @@ class Reporter:
 
     def _explain(self, engine: Engine, read: Read, x: Tensor) -> _Result:
         with failures_named(read):
-            found = engine(x, target_rows(self.target, x), self.baseline)
+            rows = target_rows(self.target, x)
+            found = engine(x, rows, self.baseline, features=self.features)
         self.last = replace(
             found.provenance, notes=found.provenance.notes | {**self.notes, "input": read.source}
         )
         found = replace(found, provenance=self.last)
         record = f"{read.name}.{self.last.method}.safetensors"
         self.written.append(found.save(self.out / record))
-        drawn = {style: found.overlay(grey(x), style) for style in self.styles if has_picture(x)}
+        drawn = {style: found.overlay(grey(x), style) for style in self.styles if fits(found, x)}
         return _Result(found, record, drawn)
 
     def _views(self, result: _Result, row: int, name: str, truth: Truth | None) -> list[MapView]:
@@ -264,6 +266,14 @@ def grey(x: Tensor) -> Tensor:
 def has_picture(x: Tensor) -> bool:
     """Whether an input [B, C, *] is images, videos or volumes."""
     return x.dim() in (4, 5)
+
+
+def fits(found: Attribution, x: Tensor) -> bool:
+    """Whether a map lies over a picture: those of layers may have places of their own."""
+    values = found.values
+    if not has_picture(x) or not isinstance(values, Tensor):
+        return False
+    return values.shape[2 + found.many :] == x.shape[2:]
 
 
 def figure(frames: Tensor, alt: str, caption: str, truth: Truth | None) -> Figure:

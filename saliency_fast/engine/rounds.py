@@ -31,7 +31,7 @@ class Asked:
     inputs, float64 [B, K], NaN where the recipe is `at_input` and the first round brings them;
     baseline_scores at the baselines, where they are one per example. size: points of a launch.
     features: int64 [B | 1, *] per input, numbers of segments counted over all inputs; layers:
-    those that `at` or the recipe names.
+    those that `at` or the recipe names, and model: whose layers they are.
     """
 
     inputs: Inputs
@@ -41,6 +41,7 @@ class Asked:
     size: int
     features: Inputs = ()
     layers: tuple[nn.Module, ...] = ()
+    model: object = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class RoundsRun(Run):
             self.size,
             call.features,
             call.layers,
+            self.model,
         )
 
     def _answered(self, step: Round) -> Generator[Want, Answer, Found]:

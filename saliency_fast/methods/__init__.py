@@ -14,15 +14,25 @@ from saliency_fast.methods.attention import (
 )
 from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
 from saliency_fast.methods.blur_ig import BlurIG
+from saliency_fast.methods.cam import (
+    EigenCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
+    XGradCAM,
+)
 from saliency_fast.methods.conductance import Conductance
 from saliency_fast.methods.deeplift import DeepLift
 from saliency_fast.methods.expected_gradients import ExpectedGradients, GradientShap
 from saliency_fast.methods.gradient import Gradient, InputXGradient
+from saliency_fast.methods.guided_grad_cam import GuidedGradCAM
 from saliency_fast.methods.guided_ig import GuidedIG
 from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessians
 from saliency_fast.methods.idgi import IDGI
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
 from saliency_fast.methods.lrp import LRP
+from saliency_fast.methods.score_cam import ScoreCAM
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
 from saliency_fast.methods.temporal import TemporalRescaling
 
@@ -51,6 +61,14 @@ METHODS: dict[str, type[Any]] = {
         AttentionWeights,
         AttentionRollout,
         GradientAttention,
+        GradCAM,
+        GradCAMPlusPlus,
+        XGradCAM,
+        LayerCAM,
+        HiResCAM,
+        EigenCAM,
+        ScoreCAM,
+        GuidedGradCAM,
     )
 }
 
@@ -99,20 +117,28 @@ __all__ = [
     "Conductance",
     "Deconvolution",
     "DeepLift",
+    "EigenCAM",
     "ExpectedGradients",
+    "GradCAM",
+    "GradCAMPlusPlus",
     "Gradient",
     "GradientAttention",
     "GradientShap",
     "GuidedBackprop",
+    "GuidedGradCAM",
     "GuidedIG",
     "HessianVectorProduct",
+    "HiResCAM",
     "InputXGradient",
     "IntegratedGradients",
     "IntegratedHessians",
+    "LayerCAM",
+    "ScoreCAM",
     "SmoothGrad",
     "SmoothGradSquared",
     "TemporalRescaling",
     "VarGrad",
+    "XGradCAM",
     "make_method",
     "read_method",
 ]

@@ -38,3 +38,31 @@ def seed(value: object) -> None:
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, bool) or not isinstance(one, int) or not -(2**63) <= one < 2**63:
             raise InputTypeError(f"seed must be a 64-bit int or a tuple of them: got {value!r}")
+
+
+def flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise InputTypeError(f"{name} must be True or False: got {value!r}")
+
+
+def layers(value: object) -> str | tuple[str, ...]:
+    """A layer's name, or several as a tuple."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (tuple, list)) and value and all(isinstance(one, str) for one in value):
+        return tuple(value)
+    raise InputTypeError(
+        f'layer must be a name, several names or "auto": got {value!r}; pass modules to the call, '
+        "as at="
+    )
+
+
+def grid(value: object) -> tuple[int, ...] | None:
+    """None, or a positive whole number for each spatial axis."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or not value:
+        raise InputTypeError(f"grid must be a tuple such as (14, 14): got {value!r}")
+    for one in value:
+        whole("grid", one, 1)
+    return tuple(value)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from saliency_fast.errors import InputError, InputTypeError, ModelError
+from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.routes import Inputs
 
 At = str | nn.Module | Sequence[str | nn.Module]
@@ -133,7 +134,7 @@ def hooked(
 
         return hook
 
-    with ExitStack() as stack:
+    with uncompiled(), ExitStack() as stack:
         for number, layer in enumerate(layers):
             if of_input:
                 handle = layer.register_forward_pre_hook(before(number), with_kwargs=True)

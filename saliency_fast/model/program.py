@@ -248,7 +248,17 @@ class Program:
 
     def pruned(self) -> Program:
         """The program without calls that its outputs do not need: behind layers, what led there."""
-        return self.part(self.inputs, self.outputs, self.tree)
+        needed = {one.number for one in refs_in(self.outputs)}
+        memories, kept = {self.values[number].memory for number in needed}, list[Step]()
+        for step in reversed(self.steps):
+            # What is written through one view is read through others.
+            written = {self.values[after].memory for _, after in step.changed}
+            if not (needed & set(step.made) or memories & written):
+                continue
+            kept.append(step)
+            needed |= step.used
+            memories |= {self.values[number].memory for number in (*step.used, *step.made)}
+        return replace(self, steps=tuple(reversed(kept)))
 
     def innermost(self) -> Program:
         """The program on channels-last images and volumes, which views may have to copy."""

@@ -8,6 +8,7 @@ import torch
 import saliency_fast as sf
 from saliency_fast.errors import ModelError
 from saliency_fast.methods import METHODS
+from saliency_fast.methods.cam import Cam
 from tests import models, naive
 from tests.models import make, randn
 
@@ -51,7 +52,9 @@ def baseline_for(method: object) -> torch.Tensor | None:
 
 
 def test_every_method_is_covered() -> None:
-    assert {type(method) for method in EVERY} | ELSEWHERE == set(METHODS.values())
+    """Class activation maps look at layers, and are tested in test_cams.py."""
+    rest = {method for method in METHODS.values() if not issubclass(method, Cam)}
+    assert {type(method) for method in EVERY} | ELSEWHERE == rest
 
 
 @every

@@ -1,0 +1,139 @@
+"""Class activation maps as they are drawn: in launches at a layer's size, then at the input's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from saliency_fast import ops
+from saliency_fast.engine.rounds import Asked, Found, Round
+from saliency_fast.errors import InputError
+from saliency_fast.model.layers import LayerTaps
+from saliency_fast.model.layout import Layout, read_layout
+from saliency_fast.model.routes import Inputs
+
+Weights = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Canvas:
+    """The maps of a call so far, [B, K, *s] for each layer; relu, grid, special as in `cam.Cam`."""
+
+    asked: Asked
+    relu: bool
+    grid: tuple[int, ...] | None
+    special: int | None
+    maps: list[Tensor] = field(default_factory=list)
+    layouts: list[list[Layout]] = field(default_factory=list)
+    """For each layer, its layout in the space of each input."""
+    felt: dict[int, Tensor] = field(default_factory=dict)
+    """For each layer, whether any of its gradients was not zero."""
+
+    def round(self, weights: Weights) -> Round:
+        """A round at the inputs, in which the maps of all layers are drawn."""
+
+        def each(rows: slice, found: Found) -> None:
+            for number, output in enumerate(self.of_layers(found)):
+                activations = self.read(number, output)
+                for k, grads in enumerate(found.grads):
+                    gradients = self.read(number, grads[number])
+                    self.felt[number] = gradients.any() | self.felt.get(number, False)
+                    self.draw(number, rows, k, activations, weights(activations, gradients))
+
+        return self.inputs_round(each)
+
+    def inputs_round(self, each: Callable[[slice, Found], None]) -> Round:
+        """A round at the inputs themselves."""
+        inputs = self.asked.inputs
+        item = torch.arange(len(inputs[0]), device=inputs[0].device)
+
+        def write(item: Tensor, place: Tensor) -> Inputs:
+            return tuple(x[item] for x in inputs)
+
+        return Round(write, item, item, taps=LayerTaps(self.asked.layers), each=each)
+
+    def of_layers(self, found: Found) -> Inputs:
+        """One tensor [R, ...] of each layer; of a single layer its first."""
+        taps, layers, rows = found.taps, self.asked.layers, len(found.scores)
+        if len(layers) > 1 and len(taps) != len(layers):
+            raise InputError(
+                f"a layer gives several tensors: got {len(taps)} from {len(layers)} layers; name "
+                "layers of one tensor each, or one layer, whose first tensor is taken"
+            )
+        for one in taps[: len(layers)]:
+            if one.dim() == 0 or len(one) != rows:
+                raise InputError(
+                    f"a layer must have the examples on its first axis: got {list(one.shape)} for "
+                    f"{rows} examples; choose a layer before or behind the one that moves them"
+                )
+        return taps[: len(layers)]
+
+    def read(self, number: int, output: Tensor) -> Tensor:
+        """What layer `number` gave, or gradients of it, as maps [R, C, *s]."""
+        if number == len(self.layouts):
+            layer, shape = self.asked.layers[number], tuple(output.shape)
+            shapes = [tuple(x.shape) for x in self.asked.inputs]
+            self.layouts.append(
+                [
+                    read_layout(layer, shape, x, self.grid, self.special, self.asked.model)
+                    for x in shapes
+                ]
+            )
+        maps = self.layouts[number][0].maps(output)
+        return (maps if maps.dtype == torch.float64 else maps.float()).contiguous()
+
+    def draw(self, number: int, rows: slice, k: int, activations: Tensor, weights: Tensor) -> None:
+        """The maps of some examples for target `k` at layer `number`."""
+        size = activations.shape[2:]
+        if number == len(self.maps):
+            self.maps.append(activations.new_empty((*self.asked.scores.shape, *size)))
+        self.maps[number][rows, k] = ops.cam(activations, weights, list(size), self.relu)
+
+    def values(self) -> Inputs:
+        """The maps at the size of each input, averaged over layers."""
+        inputs = self.asked.inputs
+        return tuple(self._of_input(number) for number in range(len(inputs)))
+
+    def _of_input(self, number: int) -> Tensor:
+        layouts = [several[number] for several in self.layouts]
+        resized = [
+            resize(one.flatten(0, 1), layout.size)
+            for one, layout in zip(self.maps, layouts, strict=True)
+        ]
+        if len(resized) > 1:
+            resized = [torch.stack([to_peak(one) for one in resized]).mean(0)]
+        whole = resized[0]
+        return whole.view(*self.asked.scores.shape, *layouts[0].shape)
+
+    def need_gradients(self) -> None:
+        """Warns of layers whose places the scores do not depend on."""
+        for number, felt in self.felt.items():
+            if not felt:
+                warnings.warn(
+                    "saliency_fast: the scores do not depend on any place of the layer "
+                    f"{type(self.asked.layers[number]).__name__}, so its map is zero; choose an "
+                    "earlier one (of a transformer, one before its last attention)",
+                    stacklevel=2,
+                )
+
+    def extras(self) -> dict[str, Tensor]:
+        """The maps at their layers' size."""
+        if len(self.maps) == 1:
+            return {"layer": self.maps[0]}
+        return {f"layer_{number}": one for number, one in enumerate(self.maps)}
+
+
+def to_peak(maps: Tensor) -> Tensor:
+    """Maps [N, *s], each divided by its largest amount."""
+    peak = maps.abs().flatten(1).amax(1)
+    return maps / torch.where(peak == 0, 1, peak).view(-1, *(1,) * (maps.dim() - 1))
+
+
+def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Maps [N, *s] at another size."""
+    resized: Tensor = ops.cam(maps.unsqueeze(1), maps.new_ones(len(maps), 1), list(size), False)
+    return resized

@@ -1,0 +1,36 @@
+"""Guided GradCAM: the pixels of guided backpropagation, where GradCAM lights up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from saliency_fast.engine.rounds import Asked, Found, Maps, Rounds
+from saliency_fast.methods.cam import GradCAM
+from saliency_fast.methods.canvas import Canvas
+from saliency_fast.model.rules import Guided
+
+
+class GuidedGradCAM(GradCAM):
+    """GradCAM, resized to the input, times guided backpropagation (Selvaraju, 2017); fields of
+    `Cam`. Values are like the inputs.
+    """
+
+    name = "guided_grad_cam"
+
+    def rounds(self, asked: Asked) -> Rounds:
+        """One round at the layers, then one at the inputs under guided rules."""
+        canvas = Canvas(asked, self.relu, self.grid, self.special)
+        yield (first := canvas.round(self.weights))
+        canvas.need_gradients()
+        maps, many = canvas.values(), asked.scores.shape
+        values = tuple(x.new_empty((*many, *x.shape[1:])) for x in asked.inputs)
+
+        def each(rows: slice, found: Found) -> None:
+            for k, grads in enumerate(found.grads):
+                for value, one, grad in zip(values, maps, grads, strict=True):
+                    torch.mul(one[rows, k], grad, out=value[rows, k])
+
+        yield replace(first, gradients=True, taps=None, rules=Guided(), each=each)
+        return Maps(values, extras=canvas.extras())

@@ -1,0 +1,219 @@
+"""The last spatial layer of networks of every kind, and layers' outputs read as maps."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.layout import channel_axis, grids_of, input_axis, read_layout
+from saliency_fast.model.spatial import last_spatial
+from tests.model.spatial_models import LAYERS, ResNet, ViT
+from tests.models import Audio, Image, Tabular, Tokens, Video, make, randn
+
+
+def found_name(model: nn.Module, *shape: int) -> str:
+    root = getattr(model, "_orig_mod", model)
+    module = last_spatial(model, lambda: root(randn(2, *shape)))
+    return {one: name for name, one in root.named_modules()}[module]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_networks(kind: type[nn.Module]) -> None:
+    shape, name = LAYERS[kind]
+    assert found_name(make(kind), *shape) == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "name"),
+    [
+        (Audio, (2, 32), "1"),
+        (Image, (3, 12, 12), "5"),
+        (Video, (2, 5, 7, 6), "1"),
+        (Tokens, (6, 8), "norm"),
+    ],
+)
+def test_plain_sequences(kind: type[nn.Module], shape: tuple[int, ...], name: str) -> None:
+    assert found_name(make(kind), *shape) == name
+
+
+def test_compiled_models() -> None:
+    assert found_name(torch.compile(make(ResNet), backend="eager"), 3, 12, 16) == "layer1"
+
+
+def test_a_class_token_sees_nothing_behind_the_found_layer() -> None:
+    """At the last norm only the class token has a gradient; at the found layer all have."""
+    model, held = make(ViT), {}
+
+    def keep(name: str) -> object:
+        return lambda module, args, output: held.setdefault(name, output)
+
+    for name in ("blocks.1.norm1", "norm"):
+        model.get_submodule(name).register_forward_hook(keep(name))
+    model(randn(2, 3, 12, 16))[:, 1].sum().backward(inputs=list(held.values()))
+    assert (held["blocks.1.norm1"].grad.abs().sum(2) > 0).all()
+    assert not held["norm"].grad[:, 1:].any()
+
+
+def test_errors_tell_what_was_found() -> None:
+    model = make(Tabular)
+    with pytest.raises(InputError, match=r"no layer with spatial output.*1 \[2, 16\], 2 \[2, 5\]"):
+        found_name(model, 7)
+    with pytest.raises(InputTypeError, match=r"torch\.nn\.Module: got function"):
+        last_spatial(lambda x: x, lambda: None)
+
+
+def test_layers_that_run_more_than_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(self.conv(x)).mean((2, 3)))
+
+    with pytest.raises(InputError, match=r"fc \[2, 5\]; conv run more than once; pass"):
+        found_name(make(Twice), 3, 8, 8)
+
+
+def test_hooks_leave_in_any_event() -> None:
+    model = make(ResNet)
+    with pytest.raises(KeyboardInterrupt):
+        last_spatial(model, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    found_name(model, 3, 12, 16)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_threads_share_a_model() -> None:
+    """Calls in other threads, while the model is watched, are not taken for one's own."""
+    model, x = make(ResNet), randn(2, 3, 12, 16)
+
+    def run() -> Tensor:
+        other = threading.Thread(target=lambda: [model(x) for _ in range(3)])
+        other.start()
+        found = model(x)
+        other.join()
+        return found
+
+    assert last_spatial(model, run) is model.layer1
+
+
+def test_channel_axis() -> None:
+    assert channel_axis(nn.Conv2d(3, 8, 1), (2, 8, 5, 8)) == 1
+    assert channel_axis(nn.LayerNorm(8), (2, 8, 5, 8)) == -1
+    assert channel_axis(nn.Sequential(nn.Conv1d(3, 8, 1), nn.ReLU()), (2, 8, 5)) == 1
+    assert channel_axis(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Linear(4, 6)), (2, 6, 5, 5)) == 1
+    assert channel_axis(nn.LSTM(3, 7), (2, 5, 7)) == -1
+    assert channel_axis(nn.GELU(), (2, 5, 7), default=-1) == -1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "space", "grids"),
+    [
+        (196, (224, 224), [(14, 14)]),
+        (12, (12, 16), [(3, 4)]),
+        (13, (12, 16), []),
+        (12, (96,), [(12,)]),
+        (216, (96, 96, 96), [(6, 6, 6)]),
+        (1568, (16, 224, 224), []),
+        (9, (8, 8, 8), []),
+    ],
+)
+def test_grids(tokens: int, space: tuple[int, ...], grids: list[tuple[int, ...]]) -> None:
+    assert grids_of(tokens, space) == grids
+
+
+@pytest.mark.parametrize(
+    ("convolutions", "x", "axis"),
+    [
+        ([], (2, 3, 8, 8), 1),
+        ([nn.Conv2d(3, 8, 1)], (2, 3, 8, 8), 1),
+        ([nn.Conv2d(3, 8, 1)], (2, 8, 8, 3), 3),
+        ([nn.Conv3d(3, 8, 1)], (2, 16, 3, 8, 8), 2),
+        ([nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1)], (2, 3, 8, 4), 1),
+        ([nn.Conv1d(3, 8, 1)], (2, 100), None),
+    ],
+)
+def test_channels_of_the_input(
+    convolutions: list[nn.Module], x: tuple[int, ...], axis: int | None
+) -> None:
+    assert input_axis(nn.Sequential(*convolutions), x) == axis
+
+
+@pytest.mark.parametrize("special", [0, 1, 2, 5])
+def test_special_tokens_are_stripped(special: int) -> None:
+    tokens = 196 + special
+    layout = read_layout(nn.LayerNorm(6), (2, tokens, 6), (2, 3, 224, 224))
+    assert (layout.special, layout.grid, layout.shape) == (special, (14, 14), (1, 224, 224))
+    output = randn(2, tokens, 6)
+    places = output[:, special:].view(2, 14, 14, 6)
+    assert torch.equal(layout.maps(output), places.permute(0, 3, 1, 2))
+
+
+def test_patches_of_the_model_tell_the_grid() -> None:
+    """Clips and rows in which the number of tokens can be read in more than one way."""
+    norm = nn.LayerNorm(6)
+    for patches, tokens, space, grid in (
+        (nn.Conv3d(3, 6, (2, 16, 16), (2, 16, 16)), 1568, (16, 224, 224), (8, 14, 14)),
+        (nn.Conv1d(3, 6, 4, 4), 4, (12,), (3,)),
+        (nn.Conv2d(3, 6, 16, 16), 14 * 12 + 1, (225, 200), (14, 12)),
+    ):
+        model, x = nn.ModuleList([nn.Conv1d(1, 1, 3), patches, norm]), (2, 3, *space)
+        layout = read_layout(norm, (2, tokens, 6), x, model=model)
+        assert (layout.grid, layout.special) == (grid, tokens - math.prod(grid))
+        if len(space) != 2:
+            with pytest.raises(InputError, match=r"more than one grid|make no grid"):
+                read_layout(norm, (2, tokens, 6), x)
+
+
+def test_grid_and_special_by_hand() -> None:
+    norm, output = nn.LayerNorm(6), randn(2, 13, 6)
+    layout = read_layout(norm, (2, 13, 6), (2, 3, 50, 50), grid=(3, 4), special=-1)
+    assert torch.equal(layout.maps(output)[:, :, 1, 2], output[:, 6])
+    layout = read_layout(norm, (2, 13, 6), (2, 3, 50, 50), grid=(2, 5))
+    assert torch.equal(layout.maps(output)[:, :, 0, 0], output[:, 3])
+
+
+def test_features_of_a_sequence_may_come_last() -> None:
+    layout = read_layout(nn.LayerNorm(8), (2, 9, 8), (2, 9, 5))
+    assert (layout.grid, layout.shape) == ((9,), (9, 1))
+
+
+def test_channels_last_images() -> None:
+    layout = read_layout(nn.LayerNorm(8), (2, 3, 4, 8), (2, 3, 12, 16))
+    assert layout.last
+    assert layout.grid == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "x", "message"),
+    [
+        (
+            nn.Linear(4, 5),
+            (2, 5),
+            (2, 3, 8, 8),
+            r"layer Linear has no spatial output: got \[2, 5\]",
+        ),
+        (nn.ReLU(), (2, 5, 1, 1), (2, 3, 8, 8), r"no spatial output: got \[2, 5, 1, 1\]"),
+        (nn.LayerNorm(6), (2, 13, 6), (2, 3, 50, 60), "no grid of the input's aspect"),
+        (nn.LayerNorm(6), (2, 1568, 6), (2, 3, 16, 224, 224), "make no grid"),
+        (nn.LayerNorm(6), (2, 4, 6), (2, 3, 12), "more than one grid"),
+        (nn.Conv1d(3, 6, 1), (2, 6, 9), (2, 3, 8, 8), "as many spatial axes"),
+    ],
+)
+def test_outputs_without_a_map(
+    layer: nn.Module, shape: tuple[int, ...], x: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_layout(layer, shape, x)
+
+
+def test_grids_that_do_not_fit() -> None:
+    with pytest.raises(InputError, match=r"grid does not fit layer LayerNorm: got \[4, 4\]"):
+        read_layout(nn.LayerNorm(6), (2, 13, 6), (2, 3, 50, 60), grid=(4, 4))
+    with pytest.raises(InputError, match="grid and special are for tokens"):
+        read_layout(nn.Conv2d(3, 6, 1), (2, 6, 5, 5), (2, 3, 8, 8), grid=(5, 5))
