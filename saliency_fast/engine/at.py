@@ -52,7 +52,8 @@ class Place:
             return self.model, call, baseline, self.known, ()
         layers = self._layers(at, call)
         if recipe.layers is not None:
-            return self.model, replace(call, layers=layers), baseline, self.known, layers
+            call = replace(call, layers=layers, layer_input=self.of_input)
+            return self.model, call, baseline, self.known, layers
         values, counts = self._values(call.inputs, call, layers, torch.arange(call.batch))
         key = (self.of_input, *map(id, layers), *counts)
         if key not in self._behind:

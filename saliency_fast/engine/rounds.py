@@ -31,7 +31,8 @@ class Asked:
     inputs, float64 [B, K], NaN where the recipe is `at_input` and the first round brings them;
     baseline_scores at the baselines, where they are one per example. size: points of a launch.
     features: int64 [B | 1, *] per input, numbers of segments counted over all inputs; layers:
-    those that `at` or the recipe names, and model: whose layers they are.
+    those that `at` or the recipe names, and model: whose layers they are; layer_input: whether what
+    they take is meant.
     """
 
     inputs: Inputs
@@ -42,6 +43,7 @@ class Asked:
     features: Inputs = ()
     layers: tuple[nn.Module, ...] = ()
     model: object = None
+    layer_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class RoundsRun(Run):
             call.features,
             call.layers,
             self.model,
+            call.layer_input,
         )
 
     def _answered(self, step: Round) -> Generator[Want, Answer, Found]:

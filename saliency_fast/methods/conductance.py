@@ -20,12 +20,11 @@ class Conductance:
     input (Dhamdhere, 2018): a sum over steps of the gradient where each begins times what changes.
 
     at: the layer, the last spatial one unless given. rule: where its `steps` + 1 points lie;
-    "trapezoid" reaches both ends. of_input: what the layer takes instead of what it gives.
+    "trapezoid" reaches both ends.
     """
 
     steps: int = 50
     rule: str = "trapezoid"
-    of_input: bool = False
     name = "conductance"
 
     def __post_init__(self) -> None:
@@ -48,6 +47,6 @@ class Conductance:
                         slot = item * maps + k
                         ops.accumulate(total, gradient * change, slot, weight, "sum")
 
-        taps = LayerTaps(asked.layers, self.of_input)
+        taps = LayerTaps(asked.layers, asked.layer_input)
         yield Round(path.write, path.item, path.place, taps=taps, each=each)
         return Maps(maps_of(totals[0], maps), unknown(asked))

@@ -253,7 +253,7 @@ class TestConductance:
         expected = LayerConductance(model, layer).attribute(
             x, start, target=1, n_steps=9, method=theirs, attribute_to_layer_input=of_input
         )
-        method = sf.Conductance(9, rule, of_input)
+        method = sf.Conductance(9, rule)
         for size in (1, 7, None):
             found = sf.explain(
                 *(model, x),
@@ -261,6 +261,7 @@ class TestConductance:
                 method=method,
                 baseline=start,
                 at=at,
+                layer_input=of_input,
                 points_per_launch=size,
             )
             assert relative_l2(found.values, expected.detach()) < close
