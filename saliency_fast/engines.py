@@ -305,6 +305,8 @@ class Engine:
         """A job, and the names of the layers that it is about."""
         recipe, method = recipe or self._recipe, method or self.method
         model, call, start, known, layers = self._place.taken(call, recipe, baseline)
+        if self._place.at is not None:
+            call = replace(call, features=read_features(call.features, call.inputs))
         if layers and region is not None:
             raise InputError("region is a part of the inputs, and at= names a layer: pass one")
         job = prepare(
@@ -328,7 +330,10 @@ class Engine:
         recipe = recipe or self._recipe
         integers = recipe.layers is None and (not recipe.gradients or self._place.at is not None)
         call = bind(inputs, target, args, kwargs, integers=integers)
-        return replace(call, features=read_features(features, call.inputs))
+        if self._place.at is None:
+            features = read_features(features, call.inputs)
+        # At layers they are features of what these give, which is not known yet.
+        return replace(call, features=features)
 
     def _attribution(
         self,

@@ -14,7 +14,7 @@ from saliency_fast.api import Engine
 from saliency_fast.attribution import REGION_MASK, Attribution, load, relative_l2
 from saliency_fast.methods import make_method
 from saliency_fast.model.routes import Inputs
-from saliency_fast.specs import restore_baseline, restore_target
+from saliency_fast.specs import restore_baseline, restore_features, restore_target
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative L2 distance within which two runs agree, by the model's type: rounding, amplified by a
@@ -93,6 +93,7 @@ def replay(
         forward_args=forward_args,
         forward_kwargs=forward_kwargs,
         region=region,
+        features=restore_features(old.kept, device),
     )
     same_input = _same(past.input_sha256, again.provenance.input_sha256)
     same_weights = _same(past.weights_sha256, record.weights_sha256(model))

@@ -17,7 +17,7 @@ from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.recipe import Method
 from saliency_fast.engine.region import Part
-from saliency_fast.specs import describe_baseline, describe_target
+from saliency_fast.specs import describe_baseline, describe_features, describe_target
 from saliency_fast.version import __version__
 
 
@@ -73,7 +73,7 @@ def attribution(
         points=outcome.points,
         converged=outcome.converged,
         provenance=provenance,
-        kept=kept | baseline_kept | _mask(job.part),
+        kept=kept | baseline_kept | _mask(job.part) | describe_features(call.features),
         extras={name: _column(one, squeeze) for name, one in outcome.extras.items()},
     )
 

@@ -1,4 +1,4 @@
-"""Targets and baselines as a record keeps them: JSON where they are plain, tensors beside it."""
+"""Targets, baselines and features as a record keeps them: plain ones as JSON, tensors beside it."""
 
 from __future__ import annotations
 
@@ -78,6 +78,17 @@ def describe_baseline(baseline: Any) -> tuple[Any, dict[str, Tensor]]:
         return one
 
     return walk(baseline), kept
+
+
+def describe_features(features: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The tensors of features, numbered per input."""
+    return {f"features.{number}": one for number, one in enumerate(features)}
+
+
+def restore_features(kept: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, ...] | None:
+    """The features of a record, on `device`; None where it had none."""
+    count = sum(name.startswith("features.") for name in kept)
+    return tuple(kept[f"features.{number}"].to(device) for number in range(count)) or None
 
 
 def restore_baseline(spec: Any, kept: Mapping[str, Tensor], device: torch.device) -> Any:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -46,6 +46,9 @@ class Asked:
     baselines: Baselines | None = None
     gradient_func: Callable[..., Inputs] = compute_gradients
     points_per_launch: int | None = None
+
+
+Found = TypeVar("Found")
 
 
 class _NotByRowsError(Exception):
@@ -82,7 +85,7 @@ def _explained(
     return _as_one(method, asked, alone)
 
 
-def _tried(call: Callable[[], Inputs]) -> Inputs | None:
+def _tried(call: Callable[[], Found]) -> Found | None:
     """None where something is wrong that another form of the call may be free of: the engine's
     targets are not all that Captum allows, and one row alone may not be what a model takes. What
     is wrong otherwise shows again, in the last form.

@@ -98,7 +98,7 @@ class Place:
         self, baseline: Any, call: Call, layers: tuple[nn.Module, ...], recipe: Recipe
     ) -> Any:
         """A baseline of the inputs as the layers give it; one of the layers as it is."""
-        if isinstance(baseline, list) and recipe.baseline == "one":
+        if isinstance(baseline, list) and recipe.baseline in ("one", "fill"):
             return [self._baseline(one, call, layers, recipe) for one in choices(baseline)]
         if not _of_inputs(baseline, call.inputs):
             return baseline

@@ -32,7 +32,7 @@ class Call:
     targets: Targets
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    features: Inputs = ()
+    features: Any = ()
     layers: tuple[nn.Module, ...] = ()
     layer_input: bool = False
 

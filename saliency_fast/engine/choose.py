@@ -168,6 +168,7 @@ def prepare(
 
     tolerance: what precision "auto" may cost a map; half of the method's own unless given.
     """
+    recipe = recipe.of(call.inputs, call.features)
     part, baselines = read_region(region, call), baselines_of(call, recipe, baseline)
     about = Choice(model, method, recipe, call, baselines, part, limits, known, lean)
     if call.halves:

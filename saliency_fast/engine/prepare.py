@@ -45,7 +45,7 @@ def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
                 "it out, or use IntegratedGradients"
             )
         return [recipe.family.start(call.inputs)]
-    if recipe.baseline == "one":
+    if recipe.baseline in ("one", "fill"):
         several = enumerate(choices(baseline))
         return [read_baselines(one, call.inputs, number) for number, one in several]
     if baseline is not None:

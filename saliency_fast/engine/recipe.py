@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -107,23 +107,29 @@ class Level:
         )
 
 
+Points = Callable[[Inputs, Inputs], int]
+"""From inputs and features to about how many points each example gets."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A method as data: factor * reduction of the weighted gradients of its levels.
 
     reduction: "sum", "square" (of the gradients), "absolute" or "variance". factor: "none",
     "input", "difference" (input - baseline), "line" (each row's own random line) or "path" (each
-    row's own direction). baseline: "none", "one" (a path's start) or "set" (rows to draw from). A
-    level's weights, with what it keeps, sum to one. With one level the map's error is estimated
-    from its two folds, rules of their own; with several from what each level changed, and an
-    example stops when that and its completeness are within `tolerance`. `at_input`: the only point
-    is the input itself.
+    row's own direction). baseline: "none", "one" (a path's start), "fill" (what comes where
+    something is taken away; its score is not asked for) or "set" (rows to draw from). A level's
+    weights, with what it keeps, sum to one. With one level the map's error is estimated from its
+    two folds, rules of their own; with several from what each level changed, and an example stops
+    when that and its completeness are within `tolerance`. `at_input`: the only point is the input
+    itself.
 
     rules: the backward rules that the model runs under. rounds: for methods that are no such sum:
     they ask for points, look at the answers and go on (`engine/rounds.py`); gradients: whether any
-    of them asks for more than scores, points: how many an example gets, about; layers: where they
-    look inside of the model, "auto" for its last spatial layer; second: whether any of them asks
-    for second derivatives; held: maps that they hold at once.
+    of them asks for more than scores; points: how many an example gets, about, or what tells it of
+    a call's inputs and features; layers: where they look inside of the model, "auto" for its last
+    spatial layer; second: whether any of them asks for second derivatives; held: maps that they
+    hold at once.
     """
 
     family: Family
@@ -136,7 +142,7 @@ class Recipe:
     rules: Rules | None = None
     rounds: Callable[[Asked], Rounds] | None = None
     gradients: bool = True
-    points: int | None = None
+    points: int | Points | None = None
     layers: str | tuple[str, ...] | None = None
     second: bool = False
     held: int = 2
@@ -144,7 +150,16 @@ class Recipe:
     @property
     def count(self) -> int:
         """The most points that one example may get."""
-        return sum(level.count for level in self.levels) if self.points is None else self.points
+        if self.points is None:
+            return sum(level.count for level in self.levels)
+        assert isinstance(self.points, int), "the recipe of a call knows its points"
+        return self.points
+
+    def of(self, inputs: Inputs, features: Inputs) -> Recipe:
+        """The recipe of a call, which knows how many points there are."""
+        if self.points is None or isinstance(self.points, int):
+            return self
+        return replace(self, points=max(1, self.points(inputs, features)))
 
 
 class Method(Protocol):

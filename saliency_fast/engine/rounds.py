@@ -13,7 +13,7 @@ from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.launch import Answer, Moment, Steps, Want
 from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.points import Itself
-from saliency_fast.engine.recipe import Level, Recipe
+from saliency_fast.engine.recipe import Level, Points, Recipe
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.model.directional import Directional, Project, summed
@@ -84,22 +84,22 @@ class Maps:
     """The maps that rounds end with, or have so far: per input [B, K, *].
 
     error: relative L2, estimated [B, K]; None is exact. sums [B, K]: what counts for completeness
-    where values repeat. extras: further results [B, K, *] by name. complete: whether sums are to
-    meet what the score gained over the baseline.
+    where values repeat. extras: further results [B, K, *] by name.
     """
 
     values: Inputs
     error: Tensor | None = None
     sums: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    complete: bool = True
 
 
 Rounds = Generator[Round | Maps, Found, Maps]
 """A method at work: yields rounds and gets what was found; may yield maps so far on the way."""
 
 
-def in_rounds(rounds: Callable[[Asked], Rounds], points: int | None, **fields: Any) -> Recipe:
+def in_rounds(
+    rounds: Callable[[Asked], Rounds], points: int | Points | None, **fields: Any
+) -> Recipe:
     """The recipe of a method that asks in rounds, for about so many points of each example.
 
     fields: further ones of a `Recipe`, such as `baseline` and `gradients`.
@@ -231,7 +231,7 @@ class RoundsRun(Run):
         return Outcome(
             maps.values,
             self.scores.clone(),
-            self.baseline_scores if maps.complete else None,
+            self.baseline_scores,
             sums,
             exact if maps.error is None else maps.error,
             self.points.clone(),

@@ -7,6 +7,7 @@ from typing import Any
 
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.ablation import FeatureAblation, FeaturePermutation
 from saliency_fast.methods.attention import (
     AttentionRollout,
     AttentionWeights,
@@ -32,8 +33,12 @@ from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessia
 from saliency_fast.methods.idgi import IDGI
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
 from saliency_fast.methods.lrp import LRP
+from saliency_fast.methods.occlusion import Occlusion
+from saliency_fast.methods.rise import Rise
 from saliency_fast.methods.score_cam import ScoreCAM
+from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
+from saliency_fast.methods.surrogates import KernelShap, Lime
 from saliency_fast.methods.temporal import TemporalRescaling
 
 METHODS: dict[str, type[Any]] = {
@@ -54,6 +59,14 @@ METHODS: dict[str, type[Any]] = {
         HessianVectorProduct,
         IntegratedHessians,
         TemporalRescaling,
+        Occlusion,
+        FeatureAblation,
+        FeaturePermutation,
+        Rise,
+        Lime,
+        KernelShap,
+        ShapleySampling,
+        ShapleyValues,
         GuidedBackprop,
         Deconvolution,
         DeepLift,
@@ -119,6 +132,8 @@ __all__ = [
     "DeepLift",
     "EigenCAM",
     "ExpectedGradients",
+    "FeatureAblation",
+    "FeaturePermutation",
     "GradCAM",
     "GradCAMPlusPlus",
     "Gradient",
@@ -132,8 +147,14 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "IntegratedHessians",
+    "KernelShap",
     "LayerCAM",
+    "Lime",
+    "Occlusion",
+    "Rise",
     "ScoreCAM",
+    "ShapleySampling",
+    "ShapleyValues",
     "SmoothGrad",
     "SmoothGradSquared",
     "TemporalRescaling",

@@ -38,7 +38,8 @@ class HessianVectorProduct:
         _check(self.softplus)
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, 1, baseline="one", rules=_smooth(self.softplus), second=True)
+        rules = _smooth(self.softplus)
+        return in_rounds(self._rounds, 1, baseline="fill", rules=rules, second=True)
 
     def _rounds(self, asked: Asked) -> Rounds:
         maps, inputs = asked.scores.shape[1], len(asked.inputs)
@@ -58,7 +59,7 @@ class HessianVectorProduct:
         yield Round(write, item, item, project=project, each=each)
         if not any(bool(one.any()) for one in totals):
             warnings.warn(f"saliency_fast: {FLAT.format('all products are zero')}", stacklevel=2)
-        return Maps(maps_of(totals, maps), complete=False)
+        return Maps(maps_of(totals, maps))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -50,12 +51,21 @@ class TemporalRescaling:
         return read_method(self.base).recipe()
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self._base().count, baseline="one")
+        return in_rounds(self._rounds, self._points, baseline="fill")
+
+    def _points(self, inputs: Inputs, features: Inputs) -> int:
+        """About how many an example gets."""
+        if len(inputs) != 1 or inputs[0].dim() != 3:
+            shapes = ", ".join(str(list(x.shape)) for x in inputs)
+            raise InputError(
+                f"temporal rescaling takes one series [B, T, F]: got {shapes}; pass what is none "
+                "through forward_args"
+            )
+        steps, others = inputs[0].shape[self.axis], inputs[0].shape[-self.axis]
+        maps = 2 + steps + (1.0 - self.above) * steps * others
+        return math.ceil(maps) * self._base().count
 
     def _rounds(self, asked: Asked) -> Rounds:
-        if len(asked.inputs) != 1 or asked.inputs[0].dim() != 3:
-            shapes = [list(x.shape) for x in asked.inputs]
-            raise InputError(f"temporal rescaling takes one series [B, T, F]: got {shapes}")
         series = _Series(asked, self._base(), self.axis)
         batch, steps, features = series.x.shape
         every = torch.ones(batch, steps, dtype=torch.bool, device=series.x.device)
@@ -66,7 +76,7 @@ class TemporalRescaling:
         values = times[..., None] * each.view(*times.shape, features) * chosen[..., None]
         values = values.to(series.x.dtype)
         error = None if series.base.at_input else unknown(asked)
-        return Maps((values if self.axis == 1 else values.mT,), error, complete=False)
+        return Maps((values if self.axis == 1 else values.mT,), error)
 
 
 @dataclass

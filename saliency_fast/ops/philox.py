@@ -15,8 +15,9 @@ from torch import Tensor
 
 from saliency_fast.ops.registry import Op, Sample, define
 
-NOISE, LINE, BASELINE = 0, 1, 2
-"""Streams: noise of points, draws of random lines, random baselines."""
+NOISE, LINE, BASELINE, MASK, COALITION, ORDER = range(6)
+"""Streams: noise of points, draws of random lines, random baselines, random masks, coalitions of
+features, orders of features or examples."""
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -84,5 +84,7 @@ def test_what_is_refused() -> None:
         sf.TemporalRescaling(sf.IntegratedGradients(5, tolerance=0.1))
     with pytest.raises(InputError, match="axis must be 1 or 2"):
         sf.TemporalRescaling(axis=0)
+    with pytest.raises(InputError, match=r"takes one series \[B, T, F\]: got \[2, 7\]"):
+        sf.explain(lambda z: z.sum(1), randn(2, 7), method=sf.TemporalRescaling(axis=2))
     with pytest.raises(InputError, match="takes one series"):
         sf.explain(make(Image), randn(1, 3, 12, 12), target=1, method="temporal_rescaling")

@@ -1,0 +1,192 @@
+"""LIME by functions of a user's own, in Captum's shape."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from saliency_fast.captum.attribution import PerturbationAttribution
+from saliency_fast.captum.contract import as_args, as_tuple, like_inputs, public
+from saliency_fast.captum.perturbed import parsed
+from saliency_fast.captum.run import _repeated, kept
+from saliency_fast.errors import ContractError
+from saliency_fast.methods.regression import fit
+from saliency_fast.model.routes import Inputs
+
+
+class LimeBase(PerturbationAttribution):
+    """An interpretable model, of anyone's making, of the output on perturbed inputs.
+
+    interpretable_model: has fit(dataloader) and representation(). similarity_func(original,
+    perturbed, interpretable, **kwargs) weighs a sample. perturb_func(original, **kwargs) makes one
+    or is a generator function of them, in the interpretable space where
+    perturb_interpretable_space.
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        interpretable_model: Any,
+        similarity_func: Callable[..., Any],
+        perturb_func: Callable[..., Any],
+        perturb_interpretable_space: bool,
+        from_interp_rep_transform: Callable[..., Any] | None,
+        to_interp_rep_transform: Callable[..., Any] | None,
+    ) -> None:
+        super().__init__(forward_func)
+        self.interpretable_model, self.similarity_func = interpretable_model, similarity_func
+        self.perturb_func = perturb_func
+        self.perturb_interpretable_space = perturb_interpretable_space
+        self.from_interp_rep_transform = from_interp_rep_transform
+        self.to_interp_rep_transform = to_interp_rep_transform
+        if perturb_interpretable_space and from_interp_rep_transform is None:
+            raise ContractError(
+                "Must provide transform from interpretable space to original input space when "
+                "sampling from interpretable space."
+            )
+        if not perturb_interpretable_space and to_interp_rep_transform is None:
+            raise ContractError(
+                "Must provide transform from original input space to interpretable space"
+            )
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return False
+
+    @public
+    @torch.no_grad()
+    def attribute(
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        n_samples: int = 50,
+        perturbations_per_eval: int = 1,
+        show_progress: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """What the interpretable model's `representation` returns after its fit."""
+        device = as_tuple(inputs)[0].device
+        samples, weights, outputs = [], [], []
+        waiting: list[Inputs] = []
+        drawn = self._samples(inputs, kwargs)
+
+        def run() -> None:
+            points = tuple(torch.cat(one) for one in zip(*waiting, strict=True))
+            args = tuple(_repeated(one, len(waiting)) for one in as_args(additional_forward_args))
+            raw = parsed(self.forward_func(*points, *args), _repeated(target, len(waiting)))
+            if raw.numel() != len(waiting):
+                raise ContractError(
+                    "Number of outputs is not appropriate, must return one output per perturbed "
+                    f"input: got {raw.numel()} for {len(waiting)}; pass target="
+                )
+            outputs.append(raw.reshape(-1).to(device))
+            waiting.clear()
+
+        with kept(self.forward_func):
+            for _ in range(n_samples):
+                try:
+                    simple, point = drawn()
+                except StopIteration:
+                    warnings.warn(
+                        "Generator completed prior to given n_samples iterations!", stacklevel=2
+                    )
+                    break
+                similar = self.similarity_func(inputs, point, simple, **kwargs)
+                samples.append(simple)
+                weights.append(torch.as_tensor(similar, device=device).reshape(-1))
+                waiting.append(as_tuple(point))
+                if len(waiting) == perturbations_per_eval:
+                    run()
+            if waiting:
+                run()
+        table = (torch.cat(one).float() for one in (samples, outputs, weights))
+        dataset = TensorDataset(*table)
+        self.interpretable_model.fit(DataLoader(dataset, batch_size=len(dataset)))
+        found: Tensor = self.interpretable_model.representation()
+        return found
+
+    def _samples(self, inputs: Any, more: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
+        """Draws a sample: what it is in the interpretable space, and as an input."""
+        generator = inspect.isgeneratorfunction(self.perturb_func)
+        several = self.perturb_func(inputs, **more) if generator else None
+
+        def drawn() -> tuple[Any, Any]:
+            sample = self.perturb_func(inputs, **more) if several is None else next(several)
+            if self.perturb_interpretable_space:
+                assert self.from_interp_rep_transform is not None
+                return sample, self.from_interp_rep_transform(sample, inputs, **more)
+            assert self.to_interp_rep_transform is not None
+            return self.to_interp_rep_transform(sample, inputs, **more), sample
+
+        return drawn
+
+
+class Linear:
+    """An interpretable model: a linear one, with Captum's two names."""
+
+    def __init__(self, how: str, alpha: float) -> None:
+        self.how, self.alpha = how, alpha
+
+    def fit(self, train_data: DataLoader[Any]) -> None:
+        """Fits the slopes to samples, outputs and weights."""
+        z, y, weight = (torch.cat(one) for one in zip(*train_data, strict=True))
+        # A linear layer's first weights, which Captum's model draws here.
+        nn.Linear(z.shape[1], 1)
+        slopes = fit(z, y.double()[:, None], weight.double(), self.how, self.alpha)
+        self.slopes = slopes.values.T.float()
+
+    def representation(self) -> Tensor:
+        """The slopes, [1, F]."""
+        return self.slopes
+
+
+def from_coalition(sample: Tensor, original: Any, **kwargs: Any) -> Any:
+    """The input with the features [1, F] that are there, and the others from the baselines."""
+    masks, baselines = as_tuple(kwargs["feature_mask"]), kwargs["baselines"]
+    starts = baselines if isinstance(baselines, tuple) else (baselines,)
+    points = []
+    for x, mask, start in zip(as_tuple(original), masks, starts, strict=True):
+        there = sample[0][mask].bool()
+        points.append(there.to(x.dtype) * x + (~there).to(x.dtype) * start)
+    return like_inputs(original, tuple(points))
+
+
+def get_exp_kernel_similarity_function(
+    distance_mode: str = "cosine", kernel_width: float = 1.0
+) -> Callable[..., float]:
+    """exp(-d^2 / (2 width^2)) of the distance between an input and a perturbed one."""
+    if distance_mode not in ("cosine", "euclidean"):
+        raise ContractError(
+            f"distance_mode must be either cosine or euclidean. Got {distance_mode!r}"
+        )
+
+    def similarity(original: Any, perturbed: Any, _: Any, **kwargs: Any) -> float:
+        pair = (
+            torch.cat([x.flatten().float() for x in as_tuple(one)]) for one in (original, perturbed)
+        )
+        one, other = pair
+        if distance_mode == "cosine":
+            distance = 1.0 - float(torch.cosine_similarity(one, other, dim=0))
+        else:
+            distance = float((one - other).norm())
+        return math.exp(-(distance**2) / (2.0 * kernel_width**2))
+
+    return similarity
+
+
+def coin_tosses(original: Any, **kwargs: Any) -> Tensor:
+    """A coalition [1, F] of features that are there with a chance of one half."""
+    return toss(kwargs["num_interp_features"], as_tuple(original)[0].device)
+
+
+def toss(count: int, device: torch.device) -> Tensor:
+    """So many coins from PyTorch's global generator, int64 [1, F]."""
+    return torch.bernoulli(torch.full((1, count), 0.5)).to(device).long()

@@ -1,0 +1,161 @@
+"""Shapley values in Captum's shape."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.captum.attribution import PerturbationAttribution
+from saliency_fast.captum.contract import (
+    as_baselines,
+    as_tuple,
+    check_baselines,
+    like_inputs,
+    public,
+)
+from saliency_fast.captum.perturbation import numbers_of, read_masks
+from saliency_fast.captum.perturbed import Asked, Draws, check_at_once, perturbed
+from saliency_fast.engine import rounds as engine
+from saliency_fast.engine.features import numbered
+from saliency_fast.engine.recipe import Method, Recipe
+from saliency_fast.methods import shapley
+from saliency_fast.methods.coalitions import Game
+from saliency_fast.model.routes import Inputs
+
+AT_ONCE = "Ablations per evaluation must be at least 1."
+
+
+class ShapleyValueSampling(PerturbationAttribution):
+    """Mean gains of features in random orders, from PyTorch's global generator."""
+
+    @public
+    def attribute(
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        feature_mask: Any = None,
+        n_samples: int = 25,
+        perturbations_per_eval: int = 1,
+        show_progress: bool = False,
+    ) -> Any:
+        """Maps in float32, [*output, *]: like the inputs where it is one number per row."""
+        masks = _masks(feature_mask, as_tuple(inputs))
+        known, count = _numbers(masks, as_tuple(inputs))
+        if len(known) < count:
+            warnings.warn(
+                "Feature mask is missing some integers between 0 and num_features, for optimal "
+                "performance, make sure each consecutive integer corresponds to a feature.",
+                stacklevel=3,
+            )
+        method = _Walked(n_samples, known, count, Draws())
+        return self._maps(
+            *(method, masks, inputs, baselines, target, additional_forward_args),
+            perturbations_per_eval,
+            show_progress,
+        )
+
+    def _maps(
+        self,
+        method: Method,
+        masks: Inputs,
+        inputs: Any,
+        baselines: Any,
+        target: Any,
+        further: Any,
+        at_once: int,
+        progress: bool,
+    ) -> Any:
+        parts = as_tuple(inputs)
+        starts = as_baselines(baselines, parts)
+        check_baselines(parts, starts)
+        check_at_once(at_once, AT_ONCE)
+        asked = Asked(
+            *(self.forward_func, parts, target, further, starts, masks),
+            at_once=at_once,
+            progress=progress,
+        )
+        found = perturbed(method, asked, getattr(method, "draws", None))
+        shape = found.shape or (1,)
+        values = tuple(
+            one.float().view(*shape, *x.shape[1:])
+            for one, x in zip(found.values, parts, strict=True)
+        )
+        return like_inputs(inputs, values)
+
+
+class ShapleyValues(ShapleyValueSampling):
+    """Exact Shapley values: 2^F points for F features, where Captum takes F times F!."""
+
+    @public
+    def attribute(  # type: ignore[override]
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        feature_mask: Any = None,
+        perturbations_per_eval: int = 1,
+        show_progress: bool = False,
+    ) -> Any:
+        """Maps in float32, [*output, *]: like the inputs where it is one number per row."""
+        masks = _masks(feature_mask, as_tuple(inputs))
+        if _numbers(masks, as_tuple(inputs))[1] >= 10:
+            warnings.warn(
+                "You are attempting to compute Shapley Values with at least 10 features, which "
+                "will likely be very computationally expensive.Consider using Shapley Value "
+                "Sampling instead.",
+                stacklevel=3,
+            )
+        return self._maps(
+            *(shapley.ShapleyValues(), masks, inputs, baselines, target, additional_forward_args),
+            perturbations_per_eval,
+            show_progress,
+        )
+
+
+def _masks(feature_mask: Any, inputs: Inputs) -> Inputs:
+    return read_masks(feature_mask, inputs) or numbered(None, inputs)
+
+
+def _numbers(masks: Inputs, inputs: Inputs) -> tuple[list[int], int]:
+    """The numbers of features that there are, in order, and how many Captum counts."""
+    known = numbers_of(masks, inputs).tolist()
+    return known, max(len(known), 1 + max(int(one.max()) for one in masks if one.numel()))
+
+
+@dataclass(frozen=True)
+class _Walked:
+    """Orders of all numbers up to the largest, of which only the known ones are features."""
+
+    orders: int
+    known: list[int]
+    count: int
+    draws: Draws
+    name = "shapley_sampling"
+
+    def recipe(self) -> Recipe:
+        points = max(1, self.orders * (len(self.known) - 1))
+        return engine.in_rounds(self._rounds, points, baseline="one", gradients=False)
+
+    def _rounds(self, asked: engine.Asked) -> engine.Rounds:
+        game = Game.of(asked)
+        return (yield from shapley.walked(game, self.orders, _ranks(self, game), 1))
+
+
+def _ranks(method: _Walked, game: Game) -> Callable[[int, int], Tensor]:
+    known = torch.tensor(method.known) - min(0, method.known[0])
+
+    def ranks(start: int, stop: int) -> Tensor:
+        with method.draws.taken():
+            orders = torch.stack([torch.randperm(method.count) for _ in range(start, stop)])
+        place = orders.argsort(dim=1)[:, known]
+        return place.argsort(dim=1).argsort(dim=1)[None].to(game.device)
+
+    return ranks

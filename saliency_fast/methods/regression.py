@@ -1,0 +1,99 @@
+"""Weighted linear regression of scores on coalitions, with the sampling errors of its slopes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saliency_fast.errors import InputError
+
+FITS = ("ridge", "lasso", "linear")
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """values [F, N] of N regressions, and the variances of their sampling errors."""
+
+    values: Tensor
+    variance: Tensor
+
+
+def fit(present: Tensor, answers: Tensor, weight: Tensor, how: str, alpha: float) -> Slopes:
+    """Slopes of answers float64 [M, N] on coalitions bool [M, F], weighted [M], with an intercept.
+
+    how: "ridge" and "lasso" penalise the slopes by `alpha`, "linear" does not and takes the
+    shortest of many solutions. Variances are those of heteroscedastic residuals (White, 1980), NaN
+    where there are not more coalitions than features.
+    """
+    z = present.double()
+    share = weight / weight.sum()
+    # The intercept is the weighted mean.
+    z, y = z - share @ z, answers - share @ answers
+    root = weight.sqrt()[:, None]
+    rows, y = root * z, root * y
+    if how == "lasso":
+        return _lasso(rows, y, weight, alpha)
+    if how == "ridge":
+        gram = rows.T @ rows + alpha * torch.eye(rows.shape[1], dtype=rows.dtype, device=z.device)
+        inverse = torch.linalg.solve(gram, rows.T)
+    else:
+        inverse = torch.linalg.pinv(rows)
+    values = inverse @ y
+    return Slopes(values, _variance(inverse, y - rows @ values))
+
+
+def _variance(inverse: Tensor, residual: Tensor) -> Tensor:
+    """Of slopes inverse @ y, from the residuals [M, N]."""
+    features, count = inverse.shape
+    free = count - features - 1
+    found = inverse.square() @ residual.square()
+    return found * (count / free) if free > 0 else torch.full_like(found, torch.nan)
+
+
+def _lasso(rows: Tensor, y: Tensor, weight: Tensor, alpha: float) -> Slopes:
+    """By scikit-learn: mean squares, weighted to a mean weight of one, and alpha * |slopes|."""
+    try:
+        from sklearn.linear_model import Lasso
+    except ImportError as error:
+        raise InputError(
+            "fit='lasso' needs scikit-learn, which is not installed: use pip install "
+            "'saliency-fast[surrogates]', or fit='ridge'"
+        ) from error
+    scale = (len(weight) / weight.sum()).sqrt()
+    table, wanted = (scale * rows).cpu().numpy(), (scale * y).cpu().numpy()
+    values = torch.zeros(rows.shape[1], y.shape[1], dtype=torch.float64)
+    variance = torch.zeros_like(values)
+    for number in range(y.shape[1]):
+        solved = Lasso(alpha=alpha, fit_intercept=False).fit(table, wanted[:, number])
+        values[:, number] = torch.from_numpy(solved.coef_)
+        # Slopes at zero are taken to stay there.
+        active = values[:, number] != 0
+        own = rows.cpu()[:, active]
+        residual = y.cpu()[:, number : number + 1] - own @ values[active, number : number + 1]
+        variance[active, number] = _variance(torch.linalg.pinv(own), residual)[:, 0]
+    return Slopes(values.to(y.device), variance.to(y.device))
+
+
+def fit_shares(present: Tensor, answers: Tensor, gain: Tensor, *, paired: bool) -> Slopes:
+    """Slopes of answers float64 [M, N] on coalitions bool [M, F] that add up to `gain` [N] exactly,
+    without an intercept (Lundberg and Lee, 2017).
+
+    paired: rows 2j and 2j + 1 are complements, one draw (Covert and Lee, 2021).
+    """
+    z = present.double()
+    even = gain / z.shape[1]
+    # Slopes are even shares and what adds up to nothing beside them.
+    rest = answers - z.sum(1, keepdim=True) * even
+    rows = z - z.mean(1, keepdim=True)
+    inverse = torch.linalg.pinv(rows)
+    beside = inverse @ rest
+    residual = rest - rows @ beside
+    if paired:
+        # A complement's row is the opposite one, so that a pair counts by its difference.
+        inverse, residual = inverse[:, ::2], residual[::2] - residual[1::2]
+    free = residual.shape[0] - (z.shape[1] - 1)
+    variance = inverse.square() @ residual.square()
+    scale = residual.shape[0] / free if free > 0 else torch.nan
+    return Slopes(even + beside - beside.mean(0), variance * scale)
