@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from saliency_fast.captum.contract import (
     as_args,
@@ -119,3 +120,16 @@ class InternalAttribution(Attribution):
     ) -> None:
         super().__init__(forward_func)
         self.layer, self.device_ids = layer, device_ids
+
+
+class LayerAttribution(InternalAttribution):
+    """A method whose maps are like what a layer gives or takes."""
+
+    @staticmethod
+    def interpolate(
+        layer_attribution: Tensor,
+        interpolate_dims: int | tuple[int, ...],
+        interpolate_mode: str = "nearest",
+    ) -> Tensor:
+        """Maps [B, C, *s] at another spatial size."""
+        return functional.interpolate(layer_attribution, interpolate_dims, mode=interpolate_mode)

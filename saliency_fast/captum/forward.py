@@ -106,14 +106,16 @@ def compute_gradients(
     inputs: Tensor | Inputs,
     target_ind: Any = None,
     additional_forward_args: Any = None,
+    **grad_kwargs: Any,
 ) -> Inputs:
     """The gradients of rows' scores at inputs that require them, for methods of users' own.
 
     Our own methods put the engine in its place, unless an instance was given another one.
+    grad_kwargs: of `torch.autograd.grad`.
     """
     leaves = as_tuple(inputs)
     with torch.enable_grad():
         scores = run_forward(forward_fn, leaves, target_ind, additional_forward_args)
         need_one_number(scores)
-        found: Inputs = torch.autograd.grad(scores.sum(), leaves)
+        found: Inputs = torch.autograd.grad(scores.sum(), leaves, **grad_kwargs)
     return found

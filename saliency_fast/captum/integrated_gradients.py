@@ -19,11 +19,12 @@ from saliency_fast.captum.contract import (
     like_inputs,
     public,
 )
-from saliency_fast.captum.run import explained
+from saliency_fast.captum.run import Asked, explained
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.quadrature import Array, Rule, level
+from saliency_fast.model.routes import Inputs
 
 
 def _legendre(n: int) -> tuple[Array, Array]:
@@ -81,6 +82,11 @@ class Steps:
         return Recipe(Line(), levels, factor=factor, baseline="one")
 
 
+def integrated(steps: Steps, asked: Asked) -> Inputs:
+    """The maps of a call, by weights that may not sum to one."""
+    return tuple(one.mul_(steps.total) for one in explained(steps, asked))
+
+
 def check_steps(n_steps: int, method: str) -> None:
     """Raises where a rule is unknown or has too few steps."""
     if n_steps < 0:
@@ -123,12 +129,11 @@ class IntegratedGradients(GradientAttribution):
         starts = as_baselines(baselines, parts)
         check_baselines(parts, starts)
         check_steps(n_steps, method)
-        steps = Steps(method, n_steps, self.multiplies_by_inputs)
         further = target, additional_forward_args
         asked = self._asked(
             *(parts, *further), baselines=starts, points_per_launch=internal_batch_size
         )
-        maps = tuple(one.mul_(steps.total) for one in explained(steps, asked))
+        maps = integrated(Steps(method, n_steps, self.multiplies_by_inputs), asked)
         found = like_inputs(inputs, maps)
         if not return_convergence_delta:
             return found

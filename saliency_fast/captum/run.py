@@ -31,13 +31,16 @@ from saliency_fast.captum.forward import (
 from saliency_fast.engine.choose import Known
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import BudgetError, ContractError, ModelError
+from saliency_fast.model.layers import Behind
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import tensor_of
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a call asks of the engine. gradient_func: an instance's own."""
+    """What a call asks of the engine. gradient_func: an instance's own; whole: the batch is one
+    example in any case.
+    """
 
     forward: Callable[..., Any]
     inputs: Inputs
@@ -46,6 +49,7 @@ class Asked:
     baselines: Baselines | None = None
     gradient_func: Callable[..., Inputs] = compute_gradients
     points_per_launch: int | None = None
+    whole: bool = False
 
 
 Found = TypeVar("Found")
@@ -101,7 +105,7 @@ def _tried(call: Callable[[], Found]) -> Found | None:
 def _is_by_rows(asked: Asked, owner: nn.Module | None) -> bool:
     mixes = owner is not None and any(map(_mixes_rows, owner.modules()))
     alike = len({x.shape[:1] for x in asked.inputs}) == 1 and asked.inputs[0].dim() > 0
-    return alike and not mixes and asked.gradient_func is compute_gradients
+    return alike and not (mixes or asked.whole) and asked.gradient_func is compute_gradients
 
 
 def _mixes_rows(module: nn.Module) -> bool:
@@ -223,22 +227,30 @@ def _like(values: Tensor | Inputs, inputs: Inputs) -> Inputs:
     return tuple(one.view(x.shape) for one, x in zip(parts, inputs, strict=True))
 
 
-_KNOWN: WeakKeyDictionary[Any, dict[str, Known]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, dict[tuple[object, ...], Known]] = WeakKeyDictionary()
 
 
 def _known(forward: Callable[..., Any]) -> Known:
-    """What points of a user's function took, for as long as it lives."""
+    """What points of a user's function took, at its inputs or behind layers of it, for as long as
+    it lives.
+    """
+    at: tuple[object, ...] = ()
+    if isinstance(forward, Behind):
+        at = (forward.of_input, *map(id, forward.layers), *forward.counts)
+        forward = forward.model
     owner: Any = forward
     name = ""
     if isinstance(forward, MethodType):
         owner, name = forward.__self__, forward.__name__
     try:
-        return _KNOWN.setdefault(owner, {}).setdefault(name, {})
+        return _KNOWN.setdefault(owner, {}).setdefault((name, *at), {})
     except TypeError:
         return {}
 
 
 def _owner(forward: Callable[..., Any]) -> nn.Module | None:
+    if isinstance(forward, Behind):
+        forward = forward.model
     owner = forward.__self__ if isinstance(forward, MethodType) else forward
     return owner if isinstance(owner, nn.Module) else None
 

@@ -111,7 +111,9 @@ class _OverTokens:
 
         def each(rows: slice, found: Found) -> None:
             layers = wide(found.taps)
-            patches = Patches.of(layers[0].shape[2], tuple(x.shape), self.special, self.grid)
+            patches = Patches.of(
+                layers[0].shape[2], tuple(x.shape), self.special, self.grid, asked.model
+            )
             start = start_of(self.query, layers, pooled=patches.pooled)
             read = self._read(start, layers, [wide(one) for one in found.grads])
             shown = torch.stack([patches.map(one) for one in read], 1)

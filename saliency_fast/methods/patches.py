@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional
 
 from saliency_fast.errors import InputError
-
-MOST = 16
-"""The most leading tokens without a place that are looked for."""
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+from saliency_fast.methods.canvas import resize
+from saliency_fast.model.layout import input_axis, patch_grid, token_grid
 
 
 @dataclass(frozen=True)
@@ -34,28 +30,19 @@ class Patches:
         shape: tuple[int, ...],
         special: int | None,
         grid: tuple[int, ...] | None,
+        model: object = None,
     ) -> Patches:
         """Finds the patches among so many tokens for an input of `shape` [B, ...]."""
         if len(shape) <= 3 and grid is None and tokens - abs(special or 0) == shape[1]:
             return cls(special or 0, None, ())
-        size = shape[2:] if len(shape) > 2 else shape[1:]
+        axis = input_axis(model, shape)
+        size = tuple(one for number, one in enumerate(shape) if number not in (0, axis))
         if len(size) > 3:
             raise InputError(
                 f"tokens make a map over up to 3 spatial axes: got an input {list(shape)}"
             )
-        tried = range(min(MOST + 1, tokens)) if special is None else (special,)
-        for count in tried:
-            rest = tokens - abs(count)
-            if grid is not None and math.prod(grid) == rest and len(grid) == len(size):
-                return cls(count, grid, size)
-            if grid is None and (found := _grid(rest, size)):
-                return cls(count, found, size)
-        given = f" with grid={grid} and special={special}" if grid or special is not None else ""
-        raise InputError(
-            f"{tokens} tokens make no grid over an input {list(shape)}{given}: expected square "
-            f"patches and up to {MOST} leading special tokens; pass grid=(rows, columns), whose "
-            "product and special= must make that number"
-        )
+        known = patch_grid(model, size)
+        return cls(*token_grid("attention", tokens, size, grid, special, known), size)
 
     @property
     def pooled(self) -> bool:
@@ -70,17 +57,4 @@ class Patches:
             weights = weights[:, : self.special]
         if self.grid is None:
             return weights
-        places = weights.reshape(len(weights), 1, *self.grid)
-        mode = _MODES[len(self.grid)]
-        return functional.interpolate(places, self.size, mode=mode, align_corners=False)
-
-
-def _grid(tokens: int, size: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The grid of so many patches of one width on all axes."""
-    if len(size) == 1:
-        return (tokens,)
-    for patch in range(1, min(size) + 1):
-        grid = tuple(one // patch for one in size)
-        if math.prod(grid) == tokens:
-            return grid
-    return None
+        return resize(weights.reshape(len(weights), *self.grid), self.size)[:, None]

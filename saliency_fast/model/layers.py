@@ -130,7 +130,13 @@ def hooked(
 
     def before(number: int) -> Callable[..., Any]:
         def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return seen(number, (args, kwargs)) if threading.get_ident() == thread else None
+            if threading.get_ident() != thread:
+                return None
+            if not floats_at(args):
+                return seen(number, (args, kwargs))
+            # What comes by name beside it is masks and the like.
+            found = seen(number, args)
+            return None if found is None else (found, kwargs)
 
         return hook
 
@@ -141,22 +147,33 @@ def hooked(
             else:
                 handle = layer.register_forward_hook(after(number))
             stack.callback(handle.remove)
+        # Compiled models would be compiled anew for every set of hooks.
+        stack.enter_context(uncompiled())
         yield
 
 
-def _floats(value: Any) -> list[Tensor]:
-    """The tensors in what a layer takes or gives that points can take the place of."""
-    flat = [one for one in tree_flatten(value)[0] if isinstance(one, Tensor)]
-    return [one for one in flat if one.is_floating_point()]
+def tensors_at(value: Any) -> list[Tensor]:
+    """The tensors in what a layer takes or gives: those of a tuple itself, without the states that
+    recurrent layers give in a tuple of their own, or, where it has none, all within it.
+    """
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    own = [one for one in parts if isinstance(one, Tensor)]
+    return own or [one for one in tree_flatten(value)[0] if isinstance(one, Tensor)]
 
 
-def _with_floats(value: Any, found: Sequence[Tensor]) -> Any:
+def floats_at(value: Any) -> list[Tensor]:
+    """The floating tensors in what a layer takes or gives, which points can take the place of."""
+    return [one for one in tensors_at(value) if one.is_floating_point()]
+
+
+def with_floats(value: Any, found: Sequence[Tensor]) -> Any:
     """`value` with those tensors replaced, in their order."""
+    pairs = zip(map(id, floats_at(value)), found, strict=True)
+    instead: dict[int, list[Tensor]] = {}
+    for key, one in pairs:
+        instead.setdefault(key, []).append(one)
     flat, tree = tree_flatten(value)
-    rest = iter(found)
-    changed = [
-        next(rest) if isinstance(one, Tensor) and one.is_floating_point() else one for one in flat
-    ]
+    changed = [instead[id(one)].pop(0) if instead.get(id(one)) else one for one in flat]
     return tree_unflatten(changed, tree)
 
 
@@ -179,11 +196,11 @@ class LayerTaps:
                 # one may depend on it.
                 own = [
                     one if any(found.values()) and one.requires_grad else _leaf(one)
-                    for one in _floats(value)
+                    for one in floats_at(value)
                 ]
                 found[number] = own
                 # The model may go on to overwrite what it gets.
-                return _with_floats(value, [one.clone() for one in own])
+                return with_floats(value, [one.clone() for one in own])
 
         with hooked(self.layers, seen, of_input=self.of_input):
             raw = call()
@@ -216,7 +233,7 @@ class Behind:
             _need_once(self.layers[number], number in found)
             found[number] = True
             first = sum(self.counts[:number])
-            return _with_floats(value, points[first : first + self.counts[number]])
+            return with_floats(value, points[first : first + self.counts[number]])
 
         with hooked(self.layers, seen, of_input=self.of_input):
             raw = self.model(*inputs, **kwargs)
@@ -237,7 +254,7 @@ class Read:
 
         def seen(number: int, value: Any) -> None:
             _need_once(self.layers[number], number in self.found)
-            self.found[number] = [one.detach().clone() for one in _floats(value)]
+            self.found[number] = [one.detach().clone() for one in floats_at(value)]
 
         with hooked(self.layers, seen, of_input=self.of_input), torch.no_grad():
             call()

@@ -89,7 +89,7 @@ def read_layout(
     space = tuple(size for number, size in enumerate(x) if number not in (0, axis))
     if last and len(found) == 1:
         patches = patch_grid(model, space)
-        special, found = _tokens(name, found[0], space, grid, special, patches)
+        special, found = token_grid(f"layer {name}", found[0], space, grid, special, patches)
     elif grid is not None or special:
         raise InputError(
             f"grid and special are for tokens [B, T, C]: got a layer ({name}) of output "
@@ -145,22 +145,25 @@ def patch_grid(model: object, space: tuple[int, ...]) -> tuple[int, ...] | None:
     return None
 
 
-def _tokens(
-    name: str,
+def token_grid(
+    what: str,
     tokens: int,
     space: tuple[int, ...],
     grid: tuple[int, ...] | None,
     special: int | None,
     patches: tuple[int, ...] | None,
 ) -> tuple[int, tuple[int, ...]]:
-    """The number of tokens without a place, and the grid of the others."""
+    """The number of tokens of `what` without a place, and the grid of the others.
+
+    patches: the grid that the model's own patches make, where it is known.
+    """
     if grid is None and patches is not None and 0 <= tokens - math.prod(patches) <= _SPECIAL:
         grid = patches
     if grid is not None:
         rest = tokens - math.prod(grid)
         if rest < 0 or (special is not None and abs(special) != rest):
             raise InputError(
-                f"grid does not fit layer {name}: got {list(grid)} and special={special} for "
+                f"grid does not fit {what}: got {list(grid)} and special={special} for "
                 f"{tokens} tokens; their product and special must make that number"
             )
         return (rest if special is None else special), grid
@@ -170,11 +173,11 @@ def _tokens(
     if fits:
         shown = " or ".join(f"grid={one} with special={count}" for count, one in fits)
         raise InputError(
-            f"{tokens} tokens of layer {name} can lie in more than one grid: got {shown} for an "
+            f"{tokens} tokens of {what} can lie in more than one grid: got {shown} for an "
             f"input of {list(space)}; pass the right one"
         )
     raise InputError(
-        f"{tokens} tokens of layer {name} make no grid of the input's aspect {list(space)}; pass "
+        f"{tokens} tokens of {what} make no grid of the input's aspect {list(space)}; pass "
         "grid=(rows, columns), and special= for the number of tokens without a place"
     )
 

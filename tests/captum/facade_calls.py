@@ -15,7 +15,9 @@ from tests.models import SHAPES, Image, Multimodal, Scalar, Segmenter, Tabular, 
 
 @dataclass(frozen=True)
 class Call:
-    """kind of model, class, and arguments of the class and of `attribute`."""
+    """kind of model, class, and arguments of the class and of `attribute`. layer: by name, or
+    several.
+    """
 
     note: str
     kind: type[nn.Module]
@@ -24,13 +26,19 @@ class Call:
     of: dict[str, Any] = field(default_factory=dict)
     made: dict[str, Any] = field(default_factory=dict)
     tunnel: dict[str, Any] | None = None
+    layer: str | tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         return f"{self.method}-{self.kind.__name__}-{self.note}"
 
     def answer(self, library: ModuleType, dtype: torch.dtype = torch.float64) -> Any:
         model = make(self.kind).to(dtype)
-        method = getattr(library, self.method)(model, **self.made)
+        made = dict(self.made)
+        if isinstance(self.layer, tuple):
+            made["layer"] = [model.get_submodule(name) for name in self.layer]
+        elif self.layer is not None:
+            made["layer"] = model.get_submodule(self.layer)
+        method = getattr(library, self.method)(model, **made)
         inputs, of = moved(self.inputs, dtype), moved(self.of, dtype)
         if self.tunnel is not None:
             return library.NoiseTunnel(method).attribute(inputs, **self.tunnel, **of)

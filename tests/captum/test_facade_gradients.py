@@ -22,8 +22,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 def agree(found: Any, expected: Any, tolerance: float, scale: float = 0.0) -> None:
     """Same structure, shapes and types; relative L2, of `scale` where that is larger."""
-    if isinstance(expected, tuple):
-        assert isinstance(found, tuple)
+    if isinstance(expected, (tuple, list)):
+        assert type(found) is type(expected)
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             agree(one, other, tolerance, scale)
@@ -36,7 +36,7 @@ def agree(found: Any, expected: Any, tolerance: float, scale: float = 0.0) -> No
 
 def scale_of(answer: Any) -> float:
     """What a delta is a difference of: the size of the maps. 1 where all is zero."""
-    maps = answer[0] if isinstance(answer[0], tuple) else answer
+    maps = answer[0] if isinstance(answer[0], (tuple, list)) else answer
     return max(1.0, *(float(one.detach().abs().sum()) for one in maps))
 
 
@@ -167,7 +167,8 @@ def test_a_gradient_function_of_ones_own(name: str) -> None:
     agree(answers[1], answers[0], 1e-10)
 
 
-NAMES = [name for name in facade.__all__ if hasattr(captum.attr, name)]
+SHARED = [name for name in facade.__all__ if hasattr(captum.attr, name)]
+NAMES = [name for name in SHARED if inspect.isclass(getattr(facade, name))]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -189,10 +190,12 @@ def test_same_signatures_and_facts(name: str) -> None:
     # What LimeBase is made of has a test of its own.
     if "attribute" in vars(ours) and name != "LimeBase":
         assert callable(ours.attribute.__wrapped__)
-        made = [
-            one(lib.Saliency(len) if name == "NoiseTunnel" else len)
-            for lib, one in ((captum.attr, theirs), (facade, ours))
-        ]
+        model = nn.Sequential(nn.Linear(2, 2))
+        made = []
+        for library, one in ((captum.attr, theirs), (facade, ours)):
+            layer = (model[0],) if "layer" in inspect.signature(one.__init__).parameters else ()
+            first = library.Saliency(model) if name == "NoiseTunnel" else model
+            made.append(one(first, *layer))
         assert made[0].multiplies_by_inputs == made[1].multiplies_by_inputs
         assert made[0].has_convergence_delta() == made[1].has_convergence_delta()
         with pytest.raises(NotImplementedError):

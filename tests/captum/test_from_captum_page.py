@@ -1,0 +1,37 @@
+"""docs/from-captum.md: its code runs, and it accounts for every name of Captum's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import captum.attr
+import pytest
+
+import saliency_fast.captum as facade
+
+PAGE = (Path(__file__).parents[2] / "docs" / "from-captum.md").read_text()
+
+
+def test_its_code_runs() -> None:
+    found: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(compile(code, "from-captum.md", "exec"), found)
+    assert found["cam"].shape == (2, 1, 14, 14)  # type: ignore[attr-defined]
+
+
+def test_every_name_is_there_or_said_not_to_be() -> None:
+    there, missing = PAGE.split("**Not there**")
+    missing = missing.partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)", there)), set(re.findall(r"`(\w+)`", missing))
+    assert set(facade.__all__) <= named[0]
+    assert set(captum.attr.__all__) <= named[0] | named[1]
+    assert not named[1] & set(facade.__all__)
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "captum", "sklearn", "transformers"])
+def test_what_the_import_does_not_bring(module: str) -> None:
+    code = f"import sys, saliency_fast.captum; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
