@@ -9,7 +9,7 @@ under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the s
 (one line per race), "lean-cpu", "lean-gpu", "ops-cpu" or "ops-gpu"; "kernels" (what compilers make
 of every kernel), "kernels-summary" (one line per kernel), "kernels-gpu" (what was timed) or the
 same with "-summary" (only what is checked in or to be); "precision-cpu", "precision-gpu",
-"requests-cpu", "requests-gpu" (both also with "-summary"), "smoothgrad" or "startup".
+"requests-cpu", "requests-gpu" (both also with "-summary"), "intervals", "smoothgrad" or "startup".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured yet"
 GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 """The files of per-op rows on a GPU, by `benchmarks.gpu` and by `benchmarks.ops`."""
-OWN_TABLES = ("methods", "precision", "requests", "smoothgrad", "startup")
+OWN_TABLES = ("intervals", "methods", "precision", "requests", "smoothgrad", "startup")
 """Modules beside this one whose `table` makes what they measured into Markdown."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
 HALF = "saliency_fast, bfloat16"

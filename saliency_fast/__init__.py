@@ -11,9 +11,12 @@ try:
     from saliency_fast.attribution import Attribution, load
     from saliency_fast.engine import Plan
     from saliency_fast.methods import (
+        IDGI,
         LRP,
         AttentionRollout,
         AttentionWeights,
+        BlurIG,
+        Conductance,
         Deconvolution,
         DeepLift,
         EigenCAM,
@@ -24,11 +27,15 @@ try:
         GradCAMPlusPlus,
         Gradient,
         GradientAttention,
+        GradientShap,
         GuidedBackprop,
         GuidedGradCAM,
+        GuidedIG,
+        HessianVectorProduct,
         HiResCAM,
         InputXGradient,
         IntegratedGradients,
+        IntegratedHessians,
         KernelShap,
         LayerCAM,
         Lime,
@@ -39,6 +46,7 @@ try:
         ShapleyValues,
         SmoothGrad,
         SmoothGradSquared,
+        TemporalRescaling,
         VarGrad,
         XGradCAM,
     )
@@ -46,15 +54,20 @@ try:
     from saliency_fast.replay import Replay, replay
     from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.version import __version__
+    from saliency_fast.video import Clip, explain_video
 finally:
     if _collects:
         gc.enable()
 
 __all__ = [
+    "IDGI",
     "LRP",
     "AttentionRollout",
     "AttentionWeights",
     "Attribution",
+    "BlurIG",
+    "Clip",
+    "Conductance",
     "Deconvolution",
     "DeepLift",
     "EigenCAM",
@@ -66,11 +79,15 @@ __all__ = [
     "GradCAMPlusPlus",
     "Gradient",
     "GradientAttention",
+    "GradientShap",
     "GuidedBackprop",
     "GuidedGradCAM",
+    "GuidedIG",
+    "HessianVectorProduct",
     "HiResCAM",
     "InputXGradient",
     "IntegratedGradients",
+    "IntegratedHessians",
     "KernelShap",
     "LayerCAM",
     "Lime",
@@ -84,6 +101,7 @@ __all__ = [
     "Similarity",
     "SmoothGrad",
     "SmoothGradSquared",
+    "TemporalRescaling",
     "TokenAttribution",
     "VarGrad",
     "XGradCAM",
@@ -91,6 +109,7 @@ __all__ = [
     "backends",
     "explain",
     "explain_tokens",
+    "explain_video",
     "load",
     "replay",
 ]

@@ -88,7 +88,15 @@ def _column(found: Any, squeeze: bool) -> Any:
 
 
 def _parameters(method: Method) -> dict[str, Any]:
-    return {name: getattr(method, name) for name in getattr(method, "__dataclass_fields__", {})}
+    fields = getattr(method, "__dataclass_fields__", {})
+    return {name: _parameter(getattr(method, name)) for name in fields}
+
+
+def _parameter(value: Any) -> Any:
+    """A method within a method by its name and fields; `make_method` makes it again."""
+    if isinstance(value, type) or not callable(getattr(value, "recipe", None)):
+        return value
+    return {"method": value.name, "parameters": _parameters(value)}
 
 
 def _versions() -> dict[str, str]:

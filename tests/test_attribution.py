@@ -107,6 +107,8 @@ class TestProvenance:
             "sigma": None,
             "seed": 5,
             "antithetic": True,
+            "standard_error": False,
+            "shared_axis": None,
         }
         assert past.target == {"kind": "classes"}
         assert past.dtype == "float64"

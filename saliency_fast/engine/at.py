@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call, read_inputs
 from saliency_fast.engine.choose import Known
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError
 from saliency_fast.model.function import PointFunction
@@ -52,14 +52,15 @@ class Place:
             return self.model, call, baseline, self.known, ()
         layers = self._layers(at, call)
         if recipe.layers is not None:
-            return self.model, replace(call, layers=layers), baseline, self.known, layers
+            call = replace(call, layers=layers, layer_input=self.of_input)
+            return self.model, call, baseline, self.known, layers
         values, counts = self._values(call.inputs, call, layers, torch.arange(call.batch))
         key = (self.of_input, *map(id, layers), *counts)
         if key not in self._behind:
             self._behind[key] = Behind(self.model, layers, self.of_input, counts)
         behind, known = self._behind[key], self.knowns.setdefault(key, {})
         # A baseline that the method has no use for is refused where others are.
-        if recipe.baseline != "none":
+        if recipe.baseline != "none" and not isinstance(recipe.family, Starting):
             baseline = self._baseline(baseline, call, layers, recipe)
         return behind, _moved(call, values), baseline, known, layers
 

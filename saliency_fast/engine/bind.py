@@ -22,7 +22,8 @@ class Call:
 
     dtypes: what the model takes. Inputs in half types are float32 here: points are written, and
     gradients added up, in float32 whatever the model's type. features: int64 [B | 1, *] per input,
-    numbers of its segments; layers: where the method looks inside of the model.
+    numbers of its segments; layers: where the method looks inside of the model, with `layer_input`
+    at what they take.
     """
 
     inputs: Inputs
@@ -33,6 +34,7 @@ class Call:
     kwargs: Mapping[str, Any]
     features: Any = ()
     layers: tuple[nn.Module, ...] = ()
+    layer_input: bool = False
 
     @property
     def batch(self) -> int:

@@ -97,10 +97,13 @@ class Folds:
         """
         fold = torch.ones_like(rows.fold) if self.nested else rows.fold
         place = rows.item if place is None else place
+        directions = source.direction(rows) if self.recipe.factor == "path" else None
         for k, one in enumerate(grads):
             slot = (place * self.maps + k) * self.width + fold
             self.weight.index_add_(0, slot, rows.weight)
             for number, gradient in enumerate(one):
+                if directions is not None:
+                    gradient = gradient.to(self.totals[number].dtype) * directions[number]
                 self._fold(number, gradient, slot, rows, source, scale)
 
     def _fold(

@@ -21,7 +21,7 @@ LEAST_POINTS = 4
 
 def hoistable(recipe: Recipe) -> bool:
     """Whether a recipe's sum may be taken behind a linear map, and is long enough to gain by it."""
-    linear = recipe.reduction == "sum" and recipe.factor != "line"
+    linear = recipe.reduction == "sum" and recipe.factor not in ("line", "path")
     linear = linear and recipe.rules is None and recipe.rounds is None
     return linear and recipe.count >= LEAST_POINTS
 

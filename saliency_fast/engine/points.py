@@ -36,6 +36,9 @@ class _BoundItself:
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         raise TypeError("the input itself lies on no line")
 
+    def direction(self, rows: Rows) -> Inputs:
+        raise TypeError("the input itself lies on no path")
+
 
 @dataclass(frozen=True)
 class Line:
@@ -61,26 +64,41 @@ class _BoundLine:
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         raise TypeError("a straight line is not drawn at random")
 
+    def direction(self, rows: Rows) -> Inputs:
+        return tuple(
+            x[rows.item] - baseline[rows.item % len(baseline)]
+            for x, baseline in zip(self.inputs, self.baselines, strict=True)
+        )
+
 
 @dataclass(frozen=True)
 class Noise:
     """Noisy copies of the input; `sigma` is absolute and wins over `noise_level`, a share of the
-    example's own range.
+    example's own range. shared_axis: along which the noise is the same.
     """
 
     noise_level: float
     sigma: float | None
     seed: Seed
     antithetic: bool
+    shared_axis: int | None = None
     straight: ClassVar[bool] = False
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundNoise:
+        if self.shared_axis is not None:
+            for number, x in enumerate(inputs):
+                if self.shared_axis >= x.dim():
+                    raise InputError(
+                        f"shared_axis must be an axis behind the batch: got {self.shared_axis}, "
+                        f"input {number} is {list(x.shape)}"
+                    )
         return _BoundNoise(
             inputs,
             tuple(deviations(x, self.noise_level, self.sigma) for x in inputs),
             seeds(self.seed, inputs[0]),
             first_elements(inputs),
             self.antithetic,
+            self.shared_axis,
         )
 
 
@@ -91,30 +109,43 @@ class _BoundNoise:
     seed: Tensor
     first: tuple[int, ...]
     antithetic: bool
+    shared_axis: int | None = None
 
     def write(self, rows: Rows) -> Inputs:
-        return tuple(
-            ops.noise_points(x, sigma, self.seed, rows.item, rows.place, self.antithetic, first)
-            for x, sigma, first in zip(self.inputs, self.sigma, self.first, strict=True)
-        )
+        triples = zip(self.inputs, self.sigma, self.first, strict=True)
+        return tuple(self._noisy(x, sigma, first, rows) for x, sigma, first in triples)
+
+    def _noisy(self, x: Tensor, sigma: Tensor, first: int, rows: Rows) -> Tensor:
+        # Shared noise is one slice of it around zero, for all along the axis.
+        shared = self.shared_axis
+        origin = x if shared is None else torch.zeros_like(x.narrow(shared, 0, 1))
+        columns = (self.seed, rows.item, rows.place, self.antithetic, first)
+        points: Tensor = ops.noise_points(origin, sigma, *columns)
+        return points if shared is None else x[rows.item] + points
 
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         raise TypeError("noise has no line")
 
+    def direction(self, rows: Rows) -> Inputs:
+        raise TypeError("noise has no path")
+
 
 @dataclass(frozen=True)
 class RandomLine:
-    """A random point on the line from a random row of the baselines to the (noisy) input."""
+    """A random point on the line from a random row of the baselines to the (noisy) input; `sigma`
+    and `noise_level` as of `Noise`.
+    """
 
     noise_level: float
     seed: Seed
+    sigma: float | None = None
     straight: ClassVar[bool] = False
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundRandomLine:
         return _BoundRandomLine(
             inputs,
             baselines,
-            tuple(deviations(x, self.noise_level, None) for x in inputs),
+            tuple(deviations(x, self.noise_level, self.sigma) for x in inputs),
             seeds(self.seed, inputs[0]),
             first_elements(inputs),
         )
@@ -143,6 +174,9 @@ class _BoundRandomLine:
         return tuple(
             ops.random_line_points(*self.lines(number, rows)) for number in range(len(self.inputs))
         )
+
+    def direction(self, rows: Rows) -> Inputs:
+        raise TypeError("random lines are drawn again, see `lines`")
 
 
 def deviations(x: Tensor, noise_level: float, sigma: float | None) -> Tensor:

@@ -15,7 +15,7 @@ from saliency_fast.engine.loss import looked_at
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.plan import MARGIN, Plan, points_per_launch
 from saliency_fast.engine.probe import Probe
-from saliency_fast.engine.recipe import Method, Recipe
+from saliency_fast.engine.recipe import Method, Recipe, Starting
 from saliency_fast.engine.trial import Cost
 from saliency_fast.errors import InputError
 from saliency_fast.model.fusion import rectified
@@ -38,6 +38,13 @@ def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
     """The baselines to average over, each a tensor [B | 1 | M, *] per input."""
     if recipe.baseline == "set":
         return [read_baseline_set(baseline, call.inputs)]
+    if isinstance(recipe.family, Starting):
+        if baseline is not None:
+            raise InputError(
+                "baseline: this method's path begins where the input tells: got a baseline; leave "
+                "it out, or use IntegratedGradients"
+            )
+        return [recipe.family.start(call.inputs)]
     if recipe.baseline in ("one", "fill"):
         several = enumerate(choices(baseline))
         return [read_baselines(one, call.inputs, number) for number, one in several]
@@ -72,6 +79,7 @@ def make_plan(
     place = 0 if prefix is None else size_of * sum(map(math.prod, prefix.shapes))
     sum_bytes = map_bytes if prefix is None else maps * place
     copies = (1 if recipe.at_input else 2) * (2 if recipe.reduction == "variance" else 1)
+    copies = copies if recipe.rounds is None else recipe.held
     # Baselines count twice: the record keeps a copy.
     held = sum(one.nbytes for several in baselines for one in several)
     fixed = copies * sum_bytes + (0 if recipe.baseline == "none" else 2 * held)

@@ -111,6 +111,10 @@ def probe(
     Where a point might take much memory as it is, that is foreseen on shapes alone first.
     """
     trial = Trial(call, baselines, recipe)
+    if recipe.second:
+        way = Way(rules=recipe.rules)
+        cost = trial.twice(way.function(model, call)).cost
+        return Probe(way, cost, cost, "second derivatives need all that autograd keeps")
     if recipe.rules is not None:
         return _ruled(model, trial, Way(rules=recipe.rules))
     if not recipe.gradients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,9 @@ class Source(Protocol):
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         """The arguments that draw the rows' random lines of input `number` again."""
 
+    def direction(self, rows: Rows) -> Inputs:
+        """How the points of `rows` move with alpha along their path: for each input [R, *]."""
+
 
 class Family(Protocol):
     """A family of points, as a method names it: data, bound to tensors by the engine.
@@ -58,6 +61,14 @@ class Family(Protocol):
     def straight(self) -> bool: ...
 
     def bind(self, inputs: Inputs, baselines: Inputs) -> Source: ...
+
+
+@runtime_checkable
+class Starting(Protocol):
+    """A family whose path begins at points of its own, where others begin at the baseline."""
+
+    def start(self, inputs: Inputs) -> Inputs:
+        """For each input the points [B, *] at alpha 0."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +116,20 @@ class Recipe:
     """A method as data: factor * reduction of the weighted gradients of its levels.
 
     reduction: "sum", "square" (of the gradients), "absolute" or "variance". factor: "none",
-    "input", "difference" (input - baseline) or "line" (each row's own random line). baseline:
-    "none", "one" (a path's start), "fill" (what comes where something is taken away; its score is
-    not asked for) or "set" (rows to draw from). A level's weights, with what it keeps, sum to one.
-    With one level the map's error is estimated from its two folds, rules of their own; with several
-    from what each level changed, and an example stops when that and its completeness are within
-    `tolerance`. `at_input`: the only point is the input itself.
+    "input", "difference" (input - baseline), "line" (each row's own random line) or "path" (each
+    row's own direction). baseline: "none", "one" (a path's start), "fill" (what comes where
+    something is taken away; its score is not asked for) or "set" (rows to draw from). A level's
+    weights, with what it keeps, sum to one. With one level the map's error is estimated from its
+    two folds, rules of their own; with several from what each level changed, and an example stops
+    when that and its completeness are within `tolerance`. `at_input`: the only point is the input
+    itself.
 
     rules: the backward rules that the model runs under. rounds: for methods that are no such sum:
     they ask for points, look at the answers and go on (`engine/rounds.py`); gradients: whether any
     of them asks for more than scores; points: how many an example gets, about, or what tells it of
     a call's inputs and features; layers: where they look inside of the model, "auto" for its last
-    spatial layer.
+    spatial layer; second: whether any of them asks for second derivatives; held: maps that they
+    hold at once.
     """
 
     family: Family
@@ -131,6 +144,8 @@ class Recipe:
     gradients: bool = True
     points: int | Points | None = None
     layers: str | tuple[str, ...] | None = None
+    second: bool = False
+    held: int = 2
 
     @property
     def count(self) -> int:

@@ -16,6 +16,7 @@ from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Level, Points, Recipe
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way, function_of
+from saliency_fast.model.directional import Directional, Project, summed
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import Taps
 from saliency_fast.model.routes import Inputs, Plain, Route, Ruled, Rules, Watched
@@ -30,7 +31,8 @@ class Asked:
     inputs, float64 [B, K], NaN where the recipe is `at_input` and the first round brings them;
     baseline_scores at the baselines, where they are one per example. size: points of a launch.
     features: int64 [B | 1, *] per input, numbers of segments counted over all inputs; layers:
-    those that `at` or the recipe names, and model: whose layers they are.
+    those that `at` or the recipe names, and model: whose layers they are; layer_input: whether what
+    they take is meant.
     """
 
     inputs: Inputs
@@ -41,6 +43,7 @@ class Asked:
     features: Inputs = ()
     layers: tuple[nn.Module, ...] = ()
     model: object = None
+    layer_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Round:
     write(item [R'], place [R']) makes the points of some rows, in fresh memory; item int64 [R]: the
     example of each row; place [R]: whatever `write` wants to know of it. gradients: or scores
     alone. taps: gradients there instead of at the inputs. rules: backward rules of the model.
+    project: second derivatives in the place of gradients; see `model/directional.py`.
     each(rows, found) takes the answers of a launch's rows as they come; without it all of them are
     sent back in one `Found`.
     """
@@ -71,6 +75,7 @@ class Round:
     gradients: bool = False
     taps: Taps | None = None
     rules: Rules | None = None
+    project: Project | None = None
     each: Callable[[slice, Found], None] | None = None
 
 
@@ -97,7 +102,7 @@ def in_rounds(
 ) -> Recipe:
     """The recipe of a method that asks in rounds, for about so many points of each example.
 
-    fields: `baseline`, `gradients`, `rules`, `layers` and `at_input` of a `Recipe`.
+    fields: further ones of a `Recipe`, such as `baseline` and `gradients`.
     """
     one = torch.ones(1, dtype=torch.float64)
     level = Level(one, one, torch.zeros(1, dtype=torch.int64))
@@ -143,6 +148,7 @@ class RoundsRun(Run):
             call.features,
             call.layers,
             self.model,
+            call.layer_input,
         )
 
     def _answered(self, step: Round) -> Generator[Want, Answer, Found]:
@@ -155,7 +161,8 @@ class RoundsRun(Run):
                 return step.write(step.item[part], step.place[part]), step.item[part]
 
             rows = min(self.size, step.item.numel() - start)
-            want = Want(function, rows, write, gradients=step.gradients or step.taps is not None)
+            gradients = step.gradients or step.taps is not None or step.project is not None
+            want = Want(function, rows, write, gradients=gradients)
             try:
                 answer = yield want
             except (RuntimeError, MemoryError) as error:
@@ -185,6 +192,11 @@ class RoundsRun(Run):
 
     def _function(self, step: Round) -> PointFunction:
         """The model as a round wants it."""
+        if step.project is not None:
+            # No lean way: those can be differentiated but once.
+            alone = Way(rules=self.way.rules).function(self.model, self.call)
+            alone = replace(alone, targets=self.function.targets, kind=(id(step),))
+            return Directional.of(alone, step.project)
         if step.taps is None and step.rules is None:
             return self.function
         lean = self.way.program is not None or self.way.watched
@@ -202,7 +214,9 @@ class RoundsRun(Run):
         item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
         points = tuple(x[item] for x in self.call.inputs)
         with arena.launch():
-            if self.recipe.gradients and self.recipe.rules is None:
+            if self.recipe.second:
+                Directional.of(self.function, summed).gradients(points, item)
+            elif self.recipe.gradients and self.recipe.rules is None:
                 self.function.gradients(points, item)
             else:
                 self.function.scores(points, item)

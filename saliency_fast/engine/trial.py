@@ -17,6 +17,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError
 from saliency_fast.model.calls import NotLeanError
+from saliency_fast.model.directional import Directional, summed
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.meta import OnMeta, shapes_only
@@ -101,6 +102,11 @@ class Trial:
             return *function.scores(*self._points(1)), []
 
         return self._measured(Ledger(MemoryMeter()), scores)
+
+    def twice(self, function: PointFunction) -> Taken:
+        """Second derivatives in one direction."""
+        twice = Directional.of(function, summed)
+        return self._measured(Ledger(MemoryMeter()), lambda: twice.gradients(*self._points(1)))
 
     def take(self, way: Way, model: Model) -> Taken:
         """By a lean way; raises where its prefix is not affine."""

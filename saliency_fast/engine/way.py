@@ -21,6 +21,7 @@ from saliency_fast.model.local import Box
 from saliency_fast.model.precision import FLOAT32, Lowered, Precision, lowered, lowered_bytes
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.program import Program, Step
+from saliency_fast.model.recurrent import recurring
 from saliency_fast.model.routes import (
     Autocast,
     Inputs,
@@ -50,6 +51,7 @@ PIECES = (2, 4, 8, 16)
 def function_of(route: Route, call: Call, kind: tuple[object, ...] = ()) -> PointFunction:
     """A route with the arguments and targets of a call."""
     dtypes = call.dtypes if call.halves else None
+    route = recurring(route, call.device)
     return PointFunction(route, call.targets, call.args, call.kwargs, dtypes=dtypes, kind=kind)
 
 

@@ -14,6 +14,7 @@ from saliency_fast.methods.attention import (
     GradientAttention,
 )
 from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
+from saliency_fast.methods.blur_ig import BlurIG
 from saliency_fast.methods.cam import (
     EigenCAM,
     GradCAM,
@@ -22,10 +23,14 @@ from saliency_fast.methods.cam import (
     LayerCAM,
     XGradCAM,
 )
+from saliency_fast.methods.conductance import Conductance
 from saliency_fast.methods.deeplift import DeepLift
-from saliency_fast.methods.expected_gradients import ExpectedGradients
+from saliency_fast.methods.expected_gradients import ExpectedGradients, GradientShap
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.guided_grad_cam import GuidedGradCAM
+from saliency_fast.methods.guided_ig import GuidedIG
+from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessians
+from saliency_fast.methods.idgi import IDGI
 from saliency_fast.methods.integrated_gradients import IntegratedGradients
 from saliency_fast.methods.lrp import LRP
 from saliency_fast.methods.occlusion import Occlusion
@@ -34,6 +39,7 @@ from saliency_fast.methods.score_cam import ScoreCAM
 from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
 from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
 from saliency_fast.methods.surrogates import KernelShap, Lime
+from saliency_fast.methods.temporal import TemporalRescaling
 
 METHODS: dict[str, type[Any]] = {
     method.name: method
@@ -45,6 +51,14 @@ METHODS: dict[str, type[Any]] = {
         SmoothGradSquared,
         VarGrad,
         ExpectedGradients,
+        GradientShap,
+        BlurIG,
+        GuidedIG,
+        IDGI,
+        Conductance,
+        HessianVectorProduct,
+        IntegratedHessians,
+        TemporalRescaling,
         Occlusion,
         FeatureAblation,
         FeaturePermutation,
@@ -89,20 +103,31 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
         raise InputError(f"method must be one of {', '.join(METHODS)}: got {name!r}")
     kind = METHODS[name]
     valid = tuple(field.name for field in dataclasses.fields(kind))
-    for given in parameters:
-        if given not in valid:
+    for one in parameters:
+        if one not in valid:
             raise InputError(
-                f"{name} has no field {given!r}: expected one of {', '.join(valid) or 'none'}"
+                f"{name} has no field {one!r}: expected one of {', '.join(valid) or 'none'}"
             )
-    made: Method = kind(**parameters)
+    given = {field: _made(value) for field, value in parameters.items()}
+    made: Method = kind(**given)
     return made
 
 
+def _made(value: Any) -> Any:
+    """A method within a method, from what a record holds of it."""
+    if isinstance(value, dict):
+        return make_method(value["method"], value["parameters"])
+    return tuple(value) if isinstance(value, list) else value
+
+
 __all__ = [
+    "IDGI",
     "LRP",
     "METHODS",
     "AttentionRollout",
     "AttentionWeights",
+    "BlurIG",
+    "Conductance",
     "Deconvolution",
     "DeepLift",
     "EigenCAM",
@@ -113,11 +138,15 @@ __all__ = [
     "GradCAMPlusPlus",
     "Gradient",
     "GradientAttention",
+    "GradientShap",
     "GuidedBackprop",
     "GuidedGradCAM",
+    "GuidedIG",
+    "HessianVectorProduct",
     "HiResCAM",
     "InputXGradient",
     "IntegratedGradients",
+    "IntegratedHessians",
     "KernelShap",
     "LayerCAM",
     "Lime",
@@ -128,6 +157,7 @@ __all__ = [
     "ShapleyValues",
     "SmoothGrad",
     "SmoothGradSquared",
+    "TemporalRescaling",
     "VarGrad",
     "XGradCAM",
     "make_method",

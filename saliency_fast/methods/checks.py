@@ -21,6 +21,13 @@ def positive(name: str, value: object) -> None:
         raise InputError(f"{name} must be a positive finite number: got {value}")
 
 
+def share(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InputTypeError(f"{name} must be a number: got {value!r}")
+    if not 0.0 <= value <= 1.0:
+        raise InputError(f"{name} is a share, from 0 to 1: got {value}")
+
+
 def choice(name: str, value: object, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise InputError(f"{name} must be one of {', '.join(valid)}: got {value!r}")

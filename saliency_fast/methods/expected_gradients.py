@@ -34,3 +34,26 @@ class ExpectedGradients:
     def recipe(self) -> Recipe:
         lines = RandomLine(self.noise_level, self.seed)
         return Recipe(lines, samples_level(self.samples, False), factor="line", baseline="set")
+
+
+@dataclass(frozen=True)
+class GradientShap:
+    """ExpectedGradients under Captum's name and with its defaults (Lundberg, 2017).
+
+    sigma: standard deviation of the noise on the input end, in units of the input.
+    """
+
+    samples: int = 5
+    sigma: float = 0.0
+    seed: Seed = 0
+    name = "gradient_shap"
+
+    def __post_init__(self) -> None:
+        checks.whole("samples", self.samples, 1)
+        if self.sigma != 0:
+            checks.positive("sigma", self.sigma)
+        checks.seed(self.seed)
+
+    def recipe(self) -> Recipe:
+        lines = RandomLine(0.0, self.seed, float(self.sigma))
+        return Recipe(lines, samples_level(self.samples, False), factor="line", baseline="set")

@@ -94,6 +94,39 @@ def nested_levels(rule: Rule, steps: int, most: int) -> Iterator[Level]:
         steps = finer
 
 
+def gauss_logarithm(n: int) -> tuple[Array, Array]:
+    """Nodes and weights of Gauss's rule for integrals over [0, 1] with the weight -ln t.
+
+    Its recurrence follows from moments over Legendre polynomials (Gautschi, 1970), its nodes from
+    the eigenvalues of that (Golub & Welsch, 1969).
+    """
+    order = np.arange(2 * n)
+    steps = order.astype(np.float64)
+    legendre = steps**2 / (4.0 * (4.0 * steps**2 - 1.0))
+    # The integral of -ln t P(t) is (-1)^l / (l (l + 1)), here of polynomials that begin with t^l.
+    scale = np.cumprod(np.concatenate([[1.0], order[1:] / (4.0 * order[1:] - 2.0)]))
+    moments = scale * np.where(order % 2, -1.0, 1.0) / np.maximum(steps * (steps + 1.0), 1.0)
+    earlier, row = np.zeros(2 * n), moments
+    middle, beside = np.zeros(n), np.ones(n)
+    middle[0] = 0.5 + moments[1] / moments[0]
+    for k in range(1, n):
+        part = slice(k, 2 * n - k)
+        new = np.zeros(2 * n)
+        below, above = slice(k - 1, 2 * n - k - 1), slice(k + 1, 2 * n - k + 1)
+        new[part] = (
+            row[above]
+            - (middle[k - 1] - 0.5) * row[part]
+            - beside[k - 1] * earlier[part]
+            + legendre[part] * row[below]
+        )
+        middle[k] = 0.5 + new[k + 1] / new[k] - row[k] / row[k - 1]
+        beside[k] = new[k] / row[k - 1]
+        earlier, row = row, new
+    side = np.sqrt(beside[1:])
+    nodes, vectors = np.linalg.eigh(np.diag(middle) + np.diag(side, 1) + np.diag(side, -1))
+    return nodes, vectors[0] ** 2
+
+
 def _bit_reversed(n: int) -> list[int]:
     width = max(1, (n - 1).bit_length())
     return sorted(range(n), key=lambda i: f"{i:0{width}b}"[::-1])

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from saliency_fast.engine.points import Noise, Seed
 from saliency_fast.engine.recipe import Level, Recipe
+from saliency_fast.engine.rounds import in_rounds
+from saliency_fast.errors import InputError
 from saliency_fast.methods import checks
+from saliency_fast.methods.groups import GROUPS, smooth_rounds, variance_rounds
 
 
 def samples_level(samples: int, antithetic: bool) -> tuple[Level]:
@@ -32,7 +36,10 @@ class SmoothGrad:
 
     noise_level: standard deviation as a share of each example's own range; sigma: the same in
     units of the input, and wins. antithetic: samples come in pairs of opposite noise, which
-    lowers the error for the same number of them. seed: an int, or one per example.
+    lowers the error for the same number of them. seed: an int, or one per example. standard_error:
+    whether `extras["standard_error"]` holds that of every pixel, from eight groups of samples (so
+    twice that is an interval of 91 %, by Student's distribution). shared_axis: along which noise is
+    the same, such as 2 for the frames of [B, C, T, H, W], so that maps flicker less.
     """
 
     samples: int = 32
@@ -40,13 +47,21 @@ class SmoothGrad:
     sigma: float | None = None
     seed: Seed = 0
     antithetic: bool = True
+    standard_error: bool = False
+    shared_axis: int | None = None
     name = "smoothgrad"
 
     def __post_init__(self) -> None:
-        _check(self.samples, 1, self.noise_level, self.sigma, self.seed)
+        least = (2 + 2 * self.antithetic) if self.standard_error else 1
+        _check(self.samples, least, self.noise_level, self.sigma, self.seed)
+        if self.shared_axis is not None:
+            checks.whole("shared_axis", self.shared_axis, 1)
 
     def recipe(self) -> Recipe:
-        noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic)
+        noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic, self.shared_axis)
+        if self.standard_error:
+            rounds = partial(smooth_rounds, noise=noise, samples=self.samples)
+            return in_rounds(rounds, self.samples, held=2 * GROUPS)
         return Recipe(noise, samples_level(self.samples, self.antithetic))
 
 
@@ -73,18 +88,30 @@ class SmoothGradSquared:
 class VarGrad:
     """Variance of the gradients of noisy copies, divided by n (Adebayo, 2018).
 
-    Its samples are independent, since pairs of opposite noise would bias a variance.
+    Its samples are independent, since pairs of opposite noise would bias a variance. confidence:
+    of an interval for every pixel, such as .95, in `extras["interval_low"]` and ["interval_high"].
     """
 
     samples: int = 32
     noise_level: float = 0.15
     sigma: float | None = None
     seed: Seed = 0
+    confidence: float | None = None
     name = "vargrad"
 
     def __post_init__(self) -> None:
-        _check(self.samples, 2, self.noise_level, self.sigma, self.seed)
+        least = 2 if self.confidence is None else 2 * GROUPS
+        _check(self.samples, least, self.noise_level, self.sigma, self.seed)
+        if self.confidence is not None:
+            checks.positive("confidence", self.confidence)
+            if self.confidence >= 1:
+                raise InputError(f"confidence is a probability under 1: got {self.confidence}")
 
     def recipe(self) -> Recipe:
         noise = Noise(self.noise_level, self.sigma, self.seed, False)
+        if self.confidence is not None:
+            samples, confidence = self.samples, self.confidence
+            rounds = partial(variance_rounds, noise=noise, samples=samples, confidence=confidence)
+            # Means and spreads, and at the end as many logarithms and what they are made of.
+            return in_rounds(rounds, samples, held=5 * GROUPS)
         return Recipe(noise, samples_level(self.samples, False), "variance")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from saliency_fast.errors import ModelError
@@ -34,6 +34,15 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return None, None
+
+
+def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
+    """Points as a model may take them, and where their gradients are asked for."""
+    anchor = torch.zeros((), requires_grad=True)
+    # Detached: work in place on a view would be its base's, too, and its gradient lost.
+    apart = [one.detach() for one in points]
+    inside = [_Enter.apply(one, anchor) for one in apart]  # type: ignore[no-untyped-call]
+    return inside, [get_gradient_edge(one) for one in inside]
 
 
 @dataclass
@@ -87,15 +96,13 @@ class PointFunction:
                 points = self.prefix.lift(points, tensors_among(*self.rows(item)))
             points = self.prefix.turned(points)
         points = self.taken(points)
-        anchor = torch.zeros((), requires_grad=True)
         # Shapes alone: behind a prefix points are as large as activations, and must not outlive
         # the calls that take them. A list, so that a program can let go of them for all.
         like = [torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape) for p in points]
-        entered = [_Enter.apply(one, anchor) for one in points]  # type: ignore[no-untyped-call]
+        inside, edges = entered(points)
         del points
-        edges = [get_gradient_edge(one) for one in entered]
-        scores, classes = self.forward(entered, item)
-        entered.clear()
+        scores, classes = self.forward(inside, item)
+        inside.clear()
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
         last = scores.shape[1] - 1

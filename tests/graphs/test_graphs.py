@@ -62,6 +62,22 @@ def test_same_answers(kind: Any, method: Any, limit: int | None):
     same(found, expected)
 
 
+@pytest.mark.parametrize(
+    "method",
+    [sf.BlurIG(7, max_sigma=2.0), sf.GradientShap(6, 0.2), sf.SmoothGrad(6, shared_axis=2)],
+    ids=lambda one: one.name,
+)
+def test_points_of_several_families(method: Any):
+    net, x = seeded(Image, 3, 9, 9)
+    engine = sf.Engine(net, method, points_per_launch=5)
+    plain = sf.Engine(net, method, points_per_launch=5, graphs=False)
+    rows = x[3:] if method.recipe().baseline == "set" else None
+    for k in range(2):
+        same(engine(x[k : k + 2], k, rows), plain(x[k : k + 2], k, rows))
+    recorded(engine)
+    assert Tape.replayed
+
+
 def test_another_call_of_its_kind_records_nothing():
     net, x = seeded(Image, 3, 9, 9)
     # Other inputs, targets, baselines, seeds, steps and weights of points: the same launches of 6.

@@ -1,0 +1,168 @@
+"""Families of points on curved paths, where every row has a direction of its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from saliency_fast.engine.recipe import Rows
+from saliency_fast.errors import InputError
+from saliency_fast.model.precision import FLOAT32, arithmetic
+from saliency_fast.model.routes import Inputs
+
+REACH = 4.0
+"""Standard deviations behind which a kernel ends."""
+BLOCK = 1024
+"""Longest axis, or piece of one, that is blurred by one matrix."""
+LEAST_SIGMA = 1e-3
+"""Below, a kernel is the identity to the last bit, and its derivative zero."""
+AT_ONCE = 16
+"""Examples whose most blurred copies are made at a time."""
+PADDINGS = {"zeros": "constant", "replicate": "replicate"}
+
+
+@dataclass(frozen=True)
+class Blur:
+    """Gaussian blurs of the input, from `max_sigma` pixels (alpha 0) down to none (alpha 1), by
+    `max_sigma` (1 - alpha)^spacing.
+
+    Blurs the axes behind the channels, one to three of them. The kernel ends at four times
+    `max_sigma` for every alpha, so that points and their derivative are smooth in alpha.
+    """
+
+    max_sigma: float
+    padding: str = "zeros"
+    spacing: float = 1.0
+    straight: ClassVar[bool] = False
+
+    def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundBlur:
+        return _BoundBlur(inputs, self.max_sigma, self.padding, self.spacing)
+
+    def start(self, inputs: Inputs) -> Inputs:
+        """The most blurred inputs, where the path begins."""
+        for number, x in enumerate(inputs):
+            if not 3 <= x.dim() <= 5:
+                raise InputError(
+                    f"a path of blurs needs one to three axes behind the channels: input {number} "
+                    f"is {list(x.shape)}; use a path on straight lines, such as "
+                    "IntegratedGradients, or pass it through forward_args"
+                )
+        item = torch.arange(len(inputs[0]), device=inputs[0].device)
+        zero = torch.zeros(len(item), dtype=torch.float64, device=item.device)
+        rows, source = Rows(item, zero, zero, torch.zeros_like(item)), self.bind(inputs, ())
+        # A few at a time: their padded copies and kernels are larger than what comes of them.
+        parts = [source.write(rows.part(i, i + AT_ONCE)) for i in range(0, len(item), AT_ONCE)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True)
+class _BoundBlur:
+    inputs: Inputs
+    max_sigma: float
+    padding: str
+    spacing: float
+
+    def write(self, rows: Rows) -> Inputs:
+        return tuple(self._blurred(x, rows, slope=False) for x in self.inputs)
+
+    def direction(self, rows: Rows) -> Inputs:
+        return tuple(self._blurred(x, rows, slope=True) for x in self.inputs)
+
+    def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
+        raise TypeError("a path of blurs has no line")
+
+    def _blurred(self, x: Tensor, rows: Rows, *, slope: bool) -> Tensor:
+        """The points of rows, or their derivative by alpha, by the product rule over the axes."""
+        left, power = 1.0 - rows.place, self.spacing
+        kernel, change = kernels(self.max_sigma * left**power, math.ceil(REACH * self.max_sigma))
+        change = change * (-self.max_sigma * power * left ** (power - 1.0))[:, None]
+        found = x[rows.item]
+        slopes = torch.zeros_like(found)
+        for axis in range(2, x.dim()):
+            if slope:
+                slopes = along(found, axis, change, self.padding) + (
+                    along(slopes, axis, kernel, self.padding) if axis > 2 else 0.0
+                )
+            if not slope or axis < x.dim() - 1:
+                found = along(found, axis, kernel, self.padding)
+        return slopes if slope else found
+
+
+def kernels(sigma: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """Normalised Gaussian kernels float64 [R, 2 * reach + 1] and their derivative by sigma [R]."""
+    offset = torch.arange(-reach, reach + 1, dtype=torch.float64, device=sigma.device)
+    width = sigma.clamp_min(LEAST_SIGMA)[:, None]
+    kernel = torch.softmax(-0.5 * (offset / width) ** 2, 1)
+    square = offset**2
+    spread = (kernel * square).sum(1, keepdim=True)
+    return kernel, kernel * (square - spread) / width**3
+
+
+def along(x: Tensor, axis: int, kernel: Tensor, padding: str) -> Tensor:
+    """Each row of x [R, C, *] convolved along an axis with its own symmetric kernel [R, 2r + 1].
+
+    By matrix products, which no library's convolution matches for kernels as long as images; a long
+    axis in blocks of one matrix.
+    """
+    size = x.shape[axis]
+    kernel = _within(kernel, size, padding).to(x.dtype)
+    lanes = x.movedim(axis, -1)
+    flat = lanes.reshape(len(x), -1, size)
+    with arithmetic(FLOAT32, x.device):
+        if size <= max(BLOCK, kernel.shape[1]):
+            found = flat @ _whole(kernel, size, padding)
+        else:
+            found = _in_blocks(flat, kernel, padding)
+    return found.reshape(lanes.shape).movedim(-1, axis).contiguous()
+
+
+def _whole(kernel: Tensor, size: int, padding: str) -> Tensor:
+    """Matrices [R, size, size] that convolve a whole axis, with its ends by their padding."""
+    reach = kernel.shape[1] // 2
+    bands = _bands(kernel, size)
+    found = bands[:, reach : reach + size].clone()
+    if padding == "replicate":
+        found[:, 0] += bands[:, :reach].sum(1)
+        found[:, -1] += bands[:, reach + size :].sum(1)
+    return found
+
+
+def _in_blocks(flat: Tensor, kernel: Tensor, padding: str) -> Tensor:
+    """Lanes [R, L, size] convolved block by block."""
+    size, reach = flat.shape[2], kernel.shape[1] // 2
+    block = max(BLOCK, 2 * reach)
+    blocks = -(-size // block)
+    flat = functional.pad(flat, (reach, reach), PADDINGS[padding])
+    # What fills the last block is cut off again.
+    flat = functional.pad(flat, (0, blocks * block - size))
+    windows = flat.unfold(2, block + 2 * reach, block)
+    found = windows.flatten(1, 2) @ _bands(kernel, block)
+    return found.reshape(len(flat), -1, blocks * block)[..., :size]
+
+
+def _within(kernel: Tensor, size: int, padding: str) -> Tensor:
+    """The kernel without taps that only ever meet the padding; their sum where it repeats."""
+    reach = kernel.shape[1] // 2
+    over = reach - (size - 1)
+    if over <= 0:
+        return kernel
+    found = kernel[:, over : kernel.shape[1] - over].clone()
+    if padding == "replicate":
+        found[:, 0] += kernel[:, :over].sum(1)
+        found[:, -1] += kernel[:, kernel.shape[1] - over :].sum(1)
+    return found
+
+
+def _bands(kernel: Tensor, block: int) -> Tensor:
+    """Matrices [R, block + 2r, block] that convolve a padded block with each kernel [R, 2r + 1]."""
+    count = kernel.shape[1]
+    place = torch.arange(block + count - 1, device=kernel.device)[:, None]
+    tap = place - torch.arange(block, device=kernel.device)
+    inside = (tap >= 0) & (tap < count)
+    found: Tensor = kernel[:, tap.clamp(0, count - 1)] * inside
+    return found

@@ -1,0 +1,52 @@
+"""Conductance: what flows through the units of a layer on the way from the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from saliency_fast import ops
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.methods import checks
+from saliency_fast.methods.neighbours import Neighbours, maps_of, totals_like, unknown
+from saliency_fast.methods.quadrature import RULES
+from saliency_fast.model.layers import LayerTaps
+from saliency_fast.model.routes import Inputs
+
+
+@dataclass(frozen=True)
+class Conductance:
+    """Integral of the gradient at a layer times the layer's change on the straight path in the
+    input (Dhamdhere, 2018): a sum over steps of the gradient where each begins times what changes.
+
+    at: the layer, the last spatial one unless given. rule: where its `steps` + 1 points lie;
+    "trapezoid" reaches both ends.
+    """
+
+    steps: int = 50
+    rule: str = "trapezoid"
+    name = "conductance"
+
+    def __post_init__(self) -> None:
+        checks.whole("steps", self.steps, 1)
+        checks.choice("rule", self.rule, tuple(RULES))
+
+    def recipe(self) -> Recipe:
+        return in_rounds(self._rounds, self.steps + 1, baseline="one", layers="auto")
+
+    def _rounds(self, asked: Asked) -> Rounds:
+        maps, totals = asked.scores.shape[1], list[Inputs]()
+        path = Neighbours(asked, sorted(RULES[self.rule].points(self.steps + 1)[0].tolist()))
+
+        def each(rows: slice, found: Found) -> None:
+            totals[:] = totals or [totals_like(found.taps, asked.scores.numel())]
+            for item, weight, here, there in path.pairs(rows, found):
+                changes = [b - a for a, b in zip(here.taps, there.taps, strict=True)]
+                for k, grads in enumerate(here.grads):
+                    for total, gradient, change in zip(totals[0], grads, changes, strict=True):
+                        slot = item * maps + k
+                        ops.accumulate(total, gradient * change, slot, weight, "sum")
+
+        taps = LayerTaps(asked.layers, asked.layer_input)
+        yield Round(path.write, path.item, path.place, taps=taps, each=each)
+        return Maps(maps_of(totals[0], maps), unknown(asked))
