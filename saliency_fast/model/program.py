@@ -247,13 +247,17 @@ class Program:
         return frozenset(found)
 
     def pruned(self) -> Program:
-        """The program without calls that its outputs do not need: behind layers, what led there."""
+        """The program without calls that neither the points nor its outputs need: behind layers,
+        what led there.
+
+        Calls on points stay, needed or not: their shapes tell that a recording does not hold.
+        """
         needed = {one.number for one in refs_in(self.outputs)}
         memories, kept = {self.values[number].memory for number in needed}, list[Step]()
         for step in reversed(self.steps):
             # What is written through one view is read through others.
             written = {self.values[after].memory for _, after in step.changed}
-            if not (needed & set(step.made) or memories & written):
+            if not (step.varying or needed & set(step.made) or memories & written):
                 continue
             kept.append(step)
             needed |= step.used
