@@ -23,7 +23,7 @@ from saliency_fast.captum.run import Asked, explained
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
-from saliency_fast.methods.quadrature import Array, Rule, level
+from saliency_fast.methods.parts.quadrature import Array, Rule, level
 from saliency_fast.model.routes import Inputs
 
 

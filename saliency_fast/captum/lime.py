@@ -27,7 +27,7 @@ from saliency_fast.engine.features import numbered
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
-from saliency_fast.methods.coalitions import Game
+from saliency_fast.methods.parts.coalitions import Game
 from saliency_fast.model.routes import Inputs
 
 MANY = 10_000

@@ -17,7 +17,7 @@ from saliency_fast.captum.contract import as_args, as_tuple, like_inputs, public
 from saliency_fast.captum.perturbed import parsed
 from saliency_fast.captum.run import _repeated, kept
 from saliency_fast.errors import ContractError
-from saliency_fast.methods.regression import fit
+from saliency_fast.methods.parts.regression import fit
 from saliency_fast.model.routes import Inputs
 
 

@@ -24,8 +24,8 @@ from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import ablation, occlusion
-from saliency_fast.methods.coalitions import Game, players
-from saliency_fast.methods.windows import read_windows
+from saliency_fast.methods.parts.coalitions import Game, players
+from saliency_fast.methods.parts.windows import read_windows
 from saliency_fast.model.routes import Inputs
 
 AT_ONCE = "Perturbations per evaluation must be an integer and at least 1."

@@ -24,7 +24,7 @@ from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.methods import shapley
-from saliency_fast.methods.coalitions import Game
+from saliency_fast.methods.parts.coalitions import Game
 from saliency_fast.model.routes import Inputs
 
 AT_ONCE = "Ablations per evaluation must be at least 1."

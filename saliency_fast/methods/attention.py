@@ -15,8 +15,8 @@ from torch import Tensor
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.methods import checks
-from saliency_fast.methods.patches import Patches
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.patches import Patches
 from saliency_fast.model.attention import AttentionTaps
 
 FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from saliency_fast.engine.paths import PADDINGS, Blur
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import InputError
-from saliency_fast.methods import checks
-from saliency_fast.methods.quadrature import RULES, level
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.quadrature import RULES, level
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Maps, Rounds
-from saliency_fast.methods import checks
-from saliency_fast.methods.canvas import Canvas
 from saliency_fast.methods.gradient import at_input
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.canvas import Canvas
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from saliency_fast import ops
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
-from saliency_fast.methods import checks
-from saliency_fast.methods.neighbours import Neighbours, maps_of, totals_like, unknown
-from saliency_fast.methods.quadrature import RULES
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_like, unknown
+from saliency_fast.methods.parts.quadrature import RULES
 from saliency_fast.model.layers import LayerTaps
 from saliency_fast.model.routes import Inputs
 

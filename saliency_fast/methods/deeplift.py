@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.methods import checks
 from saliency_fast.methods.gradient import at_input
+from saliency_fast.methods.parts import checks
 from saliency_fast.model.rules import Rescale
 
 

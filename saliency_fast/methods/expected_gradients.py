@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from saliency_fast.engine.points import RandomLine, Seed
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.methods import checks
+from saliency_fast.methods.parts import checks
 from saliency_fast.methods.smoothgrad import samples_level
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Maps, Round, Rounds, in_rounds
-from saliency_fast.methods import checks
-from saliency_fast.methods.neighbours import unknown
-from saliency_fast.methods.walk import HELD, Walk
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.neighbours import unknown
+from saliency_fast.methods.parts.walk import HELD, Walk
 
 
 @dataclass(frozen=True)

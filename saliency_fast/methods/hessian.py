@@ -12,9 +12,9 @@ from saliency_fast import ops
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.methods import checks
-from saliency_fast.methods.neighbours import maps_of, totals_like, unknown
-from saliency_fast.methods.quadrature import gauss_logarithm
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.neighbours import maps_of, totals_like, unknown
+from saliency_fast.methods.parts.quadrature import gauss_logarithm
 from saliency_fast.model.directional import Project
 from saliency_fast.model.routes import Inputs, Rules
 from saliency_fast.model.rules import Softplus

@@ -10,8 +10,8 @@ from saliency_fast import ops
 from saliency_fast.engine.folds import square_norm
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
-from saliency_fast.methods import checks
-from saliency_fast.methods.neighbours import Neighbours, maps_of, totals_like, unknown
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_like, unknown
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Level, Recipe
 from saliency_fast.errors import InputError
-from saliency_fast.methods import checks
-from saliency_fast.methods.quadrature import NESTED, RULES, level, nested_levels
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.quadrature import NESTED, RULES, level, nested_levels
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.engine.superpixels import spatial_axes
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.methods import checks
-from saliency_fast.methods.coalitions import own_seeds
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.coalitions import own_seeds
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import mask_points, philox, random_bits
 

@@ -11,7 +11,7 @@ from saliency_fast import ops
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
 from saliency_fast.methods.cam import Cam
-from saliency_fast.methods.canvas import Canvas, resize
+from saliency_fast.methods.parts.canvas import Canvas, resize
 from saliency_fast.model.routes import Inputs
 
 

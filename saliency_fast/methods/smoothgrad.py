@@ -11,8 +11,8 @@ from saliency_fast.engine.points import Noise, Seed
 from saliency_fast.engine.recipe import Level, Recipe
 from saliency_fast.engine.rounds import in_rounds
 from saliency_fast.errors import InputError
-from saliency_fast.methods import checks
-from saliency_fast.methods.groups import GROUPS, smooth_rounds, variance_rounds
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.groups import GROUPS, smooth_rounds, variance_rounds
 
 
 def samples_level(samples: int, antithetic: bool) -> tuple[Level]:

@@ -12,9 +12,9 @@ from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Rounds, in_rounds
 from saliency_fast.errors import InputError
-from saliency_fast.methods import checks
-from saliency_fast.methods.coalitions import Game, own_seeds, players
-from saliency_fast.methods.regression import FITS, Slopes, fit, fit_shares
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
+from saliency_fast.methods.parts.regression import FITS, Slopes, fit, fit_shares
 from saliency_fast.methods.shapley import exact_rounds
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits

@@ -13,8 +13,8 @@ from saliency_fast.engine.folds import Folds
 from saliency_fast.engine.recipe import Method, Recipe, Rows
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError
-from saliency_fast.methods import checks
-from saliency_fast.methods.neighbours import unknown
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.neighbours import unknown
 from saliency_fast.model.routes import Inputs
 
 

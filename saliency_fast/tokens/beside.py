@@ -10,7 +10,6 @@ from torch import Tensor
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
-from saliency_fast.methods import checks
 from saliency_fast.methods.attention import (
     Layers,
     is_causal,
@@ -19,6 +18,7 @@ from saliency_fast.methods.attention import (
     weighted_by_gradient,
     wide,
 )
+from saliency_fast.methods.parts import checks
 from saliency_fast.model.attention import AttentionTaps
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
 from saliency_fast.methods.attention import is_causal
-from saliency_fast.methods.patches import Patches
+from saliency_fast.methods.parts.patches import Patches
 from tests import naive_attention
 from tests.models import Tokens, make, randn
 from tests.transformer_models import eager_attention, tiny
@@ -150,7 +150,9 @@ def test_patches_by_hand() -> None:
     assert found.tolist() == [[[[0, 1, 2, 3], [4, 5, 6, 7]]]]
     assert Patches.of(9, (1, 8, 5), 1, None).map(weights).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
     for grid, special in (((3, 3), 1), ((2, 2), 1), (None, 2)):
-        with pytest.raises(InputError, match="9 tokens of attention make no grid|grid does not fit attention"):
+        with pytest.raises(
+            InputError, match="9 tokens of attention make no grid|grid does not fit attention"
+        ):
             Patches.of(9, (1, 3, 8, 8), special, grid)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import saliency_fast as sf
-from saliency_fast.methods.quadrature import RULES
+from saliency_fast.methods.parts.quadrature import RULES
 from tests import naive
 from tests.models import randn
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.methods.quadrature import gauss_logarithm
+from saliency_fast.methods.parts.quadrature import gauss_logarithm
 from tests import naive_paths as naive
 from tests.models import SHAPES, Audio, Image, Multimodal, Tabular, Tokens, Video, make, randn
 from tests.naive import relative_l2

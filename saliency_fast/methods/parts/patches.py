@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from saliency_fast.errors import InputError
-from saliency_fast.methods.canvas import resize
+from saliency_fast.methods.parts.canvas import resize
 from saliency_fast.model.layout import input_axis, patch_grid, token_grid
 
 

@@ -14,7 +14,7 @@ from saliency_fast import ops
 from saliency_fast.engine.points import Noise
 from saliency_fast.engine.recipe import Rows, Source
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
-from saliency_fast.methods.neighbours import maps_of, totals_like
+from saliency_fast.methods.parts.neighbours import maps_of, totals_like
 from saliency_fast.model.routes import Inputs
 
 GROUPS = 8

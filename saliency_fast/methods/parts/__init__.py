@@ -1,0 +1,1 @@
+"""What recipes are made of: rules of quadrature, windows, coalitions, walks, drawing, checks."""
