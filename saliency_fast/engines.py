@@ -188,6 +188,8 @@ class Engine:
                 moment = next(moments, None)
                 if moment is None:
                     return
+                if not moment.maps:
+                    continue
                 outcome = moment.outcome()
                 if moment.done == moment.of:
                     need_finite(outcome, job.plan.precision)

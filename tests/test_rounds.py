@@ -132,6 +132,36 @@ def test_taps_give_activations_and_gradients() -> None:
         assert found.provenance.at == ["4"]
 
 
+@dataclass(frozen=True)
+class Watched:
+    """Activations at a layer alone."""
+
+    name = "watched"
+
+    def recipe(self) -> Recipe:
+        return in_rounds(self.rounds, 1, at_input=True, layers="4", gradients=False)
+
+    def rounds(self, asked: Asked) -> Rounds:
+        item = torch.arange(len(asked.inputs[0]))
+        taps = LayerTaps(asked.layers, asked.layer_input)
+        found = yield Round(lambda i, _: (asked.inputs[0][i],), item, item, False, taps)
+        assert found.grads == []
+        return Maps((found.taps[0][:, None],))
+
+
+@pytest.mark.parametrize("of_input", [False, True])
+def test_taps_without_gradients_need_none(of_input: bool) -> None:
+    model, x = make(Image), randn(2, 3, 12, 12)
+
+    def rounded(x: Tensor) -> Tensor:
+        return model(x).round()
+
+    expected = nn.Sequential(*list(model)[: 4 if of_input else 5])(x).detach()
+    found = sf.Engine(rounded, Watched(), at=model[4], layer_input=of_input)(x, 1)
+    torch.testing.assert_close(found.values, expected)
+    torch.testing.assert_close(found.scores, rounded(x)[:, 1].detach())
+
+
 def test_rounds_of_gradients_are_folded_in() -> None:
     model = make(Multimodal)
     x = (randn(2, 3, 12, 12), randn(2, 7, seed=1))

@@ -71,11 +71,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Moment:
-    """A launch is done: `done` of at most `of` points; `outcome()` is the map so far."""
+    """A launch is done: `done` of at most `of` points; `outcome()` is the map so far, if there is
+    one: `maps`.
+    """
 
     done: int
     of: int
     outcome: Callable[[], Any]
+    maps: bool = True
 
 
 Steps = Generator[Want | Moment, Any, None]

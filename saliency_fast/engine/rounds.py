@@ -63,7 +63,8 @@ class Round:
 
     write(item [R'], place [R']) makes the points of some rows, in fresh memory; item int64 [R]: the
     example of each row; place [R]: whatever `write` wants to know of it. gradients: or scores
-    alone. taps: gradients there instead of at the inputs. rules: backward rules of the model.
+    alone; None is scores, and gradients where there are taps. taps: tensors inside of the model,
+    which are told with the gradients there instead of at the inputs. rules: backward rules.
     project: second derivatives in the place of gradients; see `model/directional.py`.
     each(rows, found) takes the answers of a launch's rows as they come; without it all of them are
     sent back in one `Found`.
@@ -72,7 +73,7 @@ class Round:
     write: Callable[[Tensor, Tensor], Inputs]
     item: Tensor
     place: Tensor
-    gradients: bool = False
+    gradients: bool | None = None
     taps: Taps | None = None
     rules: Rules | None = None
     project: Project | None = None
@@ -113,6 +114,7 @@ class RoundsRun(Run):
     """A run of a recipe whose points follow from earlier answers."""
 
     maps: Maps
+    _moment: Callable[[int, int], Moment]
 
     def __init__(self, way: Way, model: Model, *about: Any) -> None:
         super().__init__(way, model, *about)
@@ -122,6 +124,7 @@ class RoundsRun(Run):
         """Answers one round after another, with a moment for every map on the way and the last."""
         yield from self._ends()
         assert self.recipe.rounds is not None
+        self._moment = moment
         rounds = self.recipe.rounds(self._asked())
         of, found = self.recipe.count * self.call.batch, None
         while True:
@@ -132,7 +135,7 @@ class RoundsRun(Run):
                 break
             if isinstance(step, Maps):
                 self.maps, found = step, None
-                yield moment(min(int(self.points.sum()), of - 1), of)
+                yield replace(self._launched(), maps=True)
             else:
                 found = yield from self._answered(step)
         yield moment(of, of)
@@ -151,7 +154,12 @@ class RoundsRun(Run):
             call.layer_input,
         )
 
-    def _answered(self, step: Round) -> Generator[Want, Answer, Found]:
+    def _launched(self) -> Moment:
+        """A moment without maps: points were answered."""
+        of = self.recipe.count * self.call.batch
+        return replace(self._moment(min(int(self.points.sum()), of - 1), of), maps=False)
+
+    def _answered(self, step: Round) -> Generator[Want | Moment, Any, Found]:
         """The answers to a round, launch by launch."""
         function, start, parts = self._function(step), 0, []
         while start < step.item.numel():
@@ -161,8 +169,8 @@ class RoundsRun(Run):
                 return step.write(step.item[part], step.place[part]), step.item[part]
 
             rows = min(self.size, step.item.numel() - start)
-            gradients = step.gradients or step.taps is not None or step.project is not None
-            want = Want(function, rows, write, gradients=gradients)
+            alone = step.taps is None and step.project is None and not step.gradients
+            want = Want(function, rows, write, gradients=not alone)
             try:
                 answer = yield want
             except (RuntimeError, MemoryError) as error:
@@ -177,6 +185,7 @@ class RoundsRun(Run):
                 parts.append(found)
             else:
                 step.each(own, found)
+            yield self._launched()
         if len(parts) == 1:
             return parts[0]
         return _together(parts, self.scores)
@@ -205,7 +214,7 @@ class RoundsRun(Run):
             route = Ruled(self.model, step.rules)
         function = replace(function_of(route, self.call), targets=self.function.targets)
         if step.taps is not None:
-            function = TappedFunction.of(function, step.taps)
+            function = TappedFunction.of(function, step.taps, backward=step.gradients is not False)
         # Equal to no other: such launches are a call's own.
         return replace(function, kind=(id(function), id(step)))
 

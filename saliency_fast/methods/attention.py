@@ -120,7 +120,8 @@ class _OverTokens:
             maps.append(shown.expand(-1, targets, *shown.shape[2:]))
 
         item = torch.arange(len(x), device=x.device)
-        yield Round(lambda item, _: (x[item],), item, item, taps=AttentionTaps(), each=each)
+        taps, gradients = AttentionTaps(), self._gradients
+        yield Round(lambda item, _: (x[item],), item, item, gradients, taps, each=each)
         return Maps((torch.cat(maps),))
 
 

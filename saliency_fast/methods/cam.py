@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Maps, Rounds
-from saliency_fast.methods.gradient import at_input
+from saliency_fast.engine.rounds import Asked, Maps, Rounds, in_rounds
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import Canvas
 
@@ -48,13 +46,13 @@ class Cam:
         raise NotImplementedError
 
     def recipe(self) -> Recipe:
-        rounds, layers = self.rounds, self.layer
-        return Recipe(Line(), at_input(), at_input=True, rounds=rounds, points=1, layers=layers)
+        about = {"layers": self.layer, "gradients": self.uses_gradients}
+        return in_rounds(self.rounds, 1, at_input=True, **about)
 
     def rounds(self, asked: Asked) -> Rounds:
         """One round, at the inputs."""
         canvas = Canvas(asked, self.relu, self.grid, self.special)
-        yield canvas.round(self.weights)
+        yield canvas.round(self.weights, gradients=self.uses_gradients)
         if self.uses_gradients:
             canvas.need_gradients()
         return Maps(canvas.values(), extras=canvas.extras())

@@ -22,7 +22,7 @@ class GuidedGradCAM(GradCAM):
     def rounds(self, asked: Asked) -> Rounds:
         """One round at the layers, then one at the inputs under guided rules."""
         canvas = Canvas(asked, self.relu, self.grid, self.special)
-        yield (first := canvas.round(self.weights))
+        yield (first := canvas.round(self.weights, gradients=True))
         canvas.need_gradients()
         maps, many = canvas.values(), asked.scores.shape
         values = tuple(x.new_empty((*many, *x.shape[1:])) for x in asked.inputs)

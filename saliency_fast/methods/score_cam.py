@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from saliency_fast import ops
-from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
 from saliency_fast.methods.cam import Cam
 from saliency_fast.methods.parts.canvas import Canvas, resize
@@ -23,9 +20,7 @@ class ScoreCAM(Cam):
     """
 
     name = "score_cam"
-
-    def recipe(self) -> Recipe:
-        return replace(super().recipe(), gradients=False)
+    uses_gradients = False
 
     def rounds(self, asked: Asked) -> Rounds:
         """One round for the activations, then one for each layer's channels."""
@@ -36,7 +31,7 @@ class ScoreCAM(Cam):
             for number, output in enumerate(canvas.of_layers(found)):
                 kept.setdefault(number, []).append(canvas.read(number, output))
 
-        yield canvas.inputs_round(keep)
+        yield canvas.inputs_round(keep, gradients=False)
         for number, parts in kept.items():
             activations = torch.cat(parts)
             found = yield seen_through(activations, canvas, number)

@@ -16,15 +16,18 @@ from saliency_fast.model.routes import Inputs
 
 @dataclass
 class TappedFunction(PointFunction):
-    """A point function whose gradients are those at the taps."""
+    """A point function whose gradients are those at the taps; without `backward` it takes none, and
+    tells what the tapped tensors are.
+    """
 
     taps: Taps | None = None
+    backward: bool = True
 
     @classmethod
-    def of(cls, function: PointFunction, taps: Taps) -> TappedFunction:
+    def of(cls, function: PointFunction, taps: Taps, *, backward: bool = True) -> TappedFunction:
         """`function` with taps."""
         given = {one.name: getattr(function, one.name) for one in fields(function)}
-        return cls(**given, taps=taps)
+        return cls(**given, taps=taps, backward=backward)
 
     def _gradients(
         self, points: Inputs, item: Tensor
@@ -32,8 +35,11 @@ class TappedFunction(PointFunction):
         """Scores, classes, and in the list the activations first, then each target's gradients."""
         assert self.taps is not None
         call = partial(self.route, list(self.taken(points)), *self.rows(item))
-        raw, tapped = self.taps.run(call)
-        scores, classes = self.read(raw, item)
+        with torch.set_grad_enabled(self.backward):
+            raw, tapped = self.taps.run(call)
+            scores, classes = self.read(raw, item)
+        if not self.backward:
+            return scores, classes, [tuple(one.detach() for one in tapped)]
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
         last, ones = scores.shape[1] - 1, torch.ones_like(scores[:, 0])

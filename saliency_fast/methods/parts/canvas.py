@@ -33,20 +33,24 @@ class Canvas:
     felt: dict[int, Tensor] = field(default_factory=dict)
     """For each layer, whether any of its gradients was not zero."""
 
-    def round(self, weights: Weights) -> Round:
-        """A round at the inputs, in which the maps of all layers are drawn."""
+    def round(self, weights: Weights, *, gradients: bool) -> Round:
+        """A round at the inputs, in which the maps of all layers are drawn; without gradients,
+        weights get activations in their place.
+        """
 
         def each(rows: slice, found: Found) -> None:
             for number, output in enumerate(self.of_layers(found)):
                 activations = self.read(number, output)
-                for k, grads in enumerate(found.grads):
-                    gradients = self.read(number, grads[number])
-                    self.felt[number] = gradients.any() | self.felt.get(number, False)
-                    self.draw(number, rows, k, activations, weights(activations, gradients))
+                for k in range(self.asked.scores.shape[1]):
+                    slopes = activations
+                    if gradients:
+                        slopes = self.read(number, found.grads[k][number])
+                        self.felt[number] = slopes.any() | self.felt.get(number, False)
+                    self.draw(number, rows, k, activations, weights(activations, slopes))
 
-        return self.inputs_round(each)
+        return self.inputs_round(each, gradients=gradients)
 
-    def inputs_round(self, each: Callable[[slice, Found], None]) -> Round:
+    def inputs_round(self, each: Callable[[slice, Found], None], *, gradients: bool) -> Round:
         """A round at the inputs themselves."""
         inputs = self.asked.inputs
         item = torch.arange(len(inputs[0]), device=inputs[0].device)
@@ -54,7 +58,8 @@ class Canvas:
         def write(item: Tensor, place: Tensor) -> Inputs:
             return tuple(x[item] for x in inputs)
 
-        return Round(write, item, item, taps=LayerTaps(self.asked.layers), each=each)
+        taps = LayerTaps(self.asked.layers, self.asked.layer_input)
+        return Round(write, item, item, gradients, taps, each=each)
 
     def of_layers(self, found: Found) -> Inputs:
         """One tensor [R, ...] of each layer; of a single layer its first."""
