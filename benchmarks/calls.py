@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contenders import Setting
 from benchmarks.models import Workload
 
 LONG = 4.0
@@ -87,6 +86,13 @@ CALLS: dict[str, Call] = {
 }
 
 
+class Named(Protocol):
+    """A setting, of which only the call's name counts."""
+
+    @property
+    def method(self) -> str: ...
+
+
 class Called:
     """A library at work on one model, as code written for Captum calls it."""
 
@@ -95,14 +101,14 @@ class Called:
         if isinstance(workload.target, tuple):
             self.model, self.target = _Summed(model, workload.target), None
 
-    def warm(self, x: Tensor, setting: Setting) -> None:
+    def warm(self, x: Tensor, setting: Named) -> None:
         """Two calls: the first of a kind learns what points take, and compiles kernels."""
         begun = time.perf_counter()
         self(x, setting)
         if time.perf_counter() - begun < LONG:
             self(x, setting)
 
-    def __call__(self, x: Tensor, setting: Setting) -> Tensor:
+    def __call__(self, x: Tensor, setting: Named) -> Tensor:
         return CALLS[setting.method](self.library, self.model, self.target, x).detach()
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from saliency_fast.model.routes import Inputs, Rules
-
-if TYPE_CHECKING:
-    from saliency_fast.engine.rounds import Asked, Rounds
 
 
 @dataclass(frozen=True)
@@ -125,11 +122,11 @@ class Recipe:
     itself.
 
     rules: the backward rules that the model runs under. rounds: for methods that are no such sum:
-    they ask for points, look at the answers and go on (`engine/rounds.py`); gradients: whether any
-    of them asks for more than scores; points: how many an example gets, about, or what tells it of
-    a call's inputs and features; layers: where they look inside of the model, "auto" for its last
-    spatial layer; second: whether any of them asks for second derivatives; held: maps that they
-    hold at once.
+    they ask for points, look at the answers and go on (`in_rounds` in `engine/rounds.py` makes
+    such recipes); gradients: whether any of them asks for more than scores; points: how many an
+    example gets, about, or what tells it of a call's inputs and features; layers: where they look
+    inside of the model, "auto" for its last spatial layer; second: whether any of them asks for
+    second derivatives; held: maps that they hold at once.
     """
 
     family: Family
@@ -140,7 +137,7 @@ class Recipe:
     tolerance: float | None = None
     at_input: bool = False
     rules: Rules | None = None
-    rounds: Callable[[Asked], Rounds] | None = None
+    rounds: Callable[[Any], Generator[Any, Any, Any]] | None = None
     gradients: bool = True
     points: int | Points | None = None
     layers: str | tuple[str, ...] | None = None
