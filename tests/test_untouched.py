@@ -248,7 +248,7 @@ def test_memory_does_not_grow() -> None:
 
     before = calls(2)
     with unchanged(model, x):
-        assert calls(300 // len(engines) + 1) == before
+        assert calls(300 // len(engines) + 1) <= before
 
 
 def test_threads_share_a_model() -> None:
