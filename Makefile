@@ -33,6 +33,7 @@ bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.plots
 	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.requests
+	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.tables
 

@@ -9,7 +9,7 @@ time, peak memory, and how far both are from Captum's numbers in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from benchmarks.calls import CALLS, Called
 from benchmarks.cases import sized
 from benchmarks.contenders import CALLED, Setting
 from benchmarks.end_to_end import command, machine
-from benchmarks.processes import Child, ContenderError
+from benchmarks.processes import Child, ContenderError, Worker
 from benchmarks.race import Clock, race
 from benchmarks.tables import aligned, bytes_text, caption, error_text, time_text, times_text
 
@@ -63,29 +63,34 @@ def measure(
     clock, found = Clock(None), []
     limits: dict[str, Any] = {"seconds": 0.3, "rounds": 2} if quick else {}
     for case in QUICK if quick else CASES:
-        children = {
-            name: Child(case.workload, case.side, name, threads=1 if quick else None)
-            for name in (OURS, CAPTUM)
-        }
+        runners = {name: _runner(case, name, device, quick=quick) for name in CALLED}
         try:
-            for child in children.values():
-                child.ready()
-                child.load(case.batch)
+            for runner in runners.values():
+                runner.load(case.batch)
             for name in case.calls:
-                row = _row(case, name, children, clock, **limits)
+                row = _row(case, name, runners, clock, **limits)
                 say(f"{clock.spent:4.0f} s  {row['workload']} {name}: {row['times_captum']}")
                 found.append(row)
         finally:
-            for child in children.values():
-                child.close()
+            for runner in runners.values():
+                runner.close()
     about = machine(device) | {"quick": quick, "seconds_taken": round(clock.spent)}
     return {"setting": about, "rows": found}
+
+
+def _runner(case: Case, name: str, device: str, *, quick: bool) -> Child | Worker:
+    """A library in a process of its own, or, on a GPU, whose memory PyTorch counts, in this one."""
+    if device != "cpu":
+        return Worker(case.workload, case.side, name, device)
+    child = Child(case.workload, case.side, name, threads=1 if quick else None)
+    child.ready()
+    return child
 
 
 def _row(
     case: Case,
     name: str,
-    children: dict[str, Child],
+    runners: Mapping[str, Child | Worker],
     clock: Clock,
     seconds: float = SECONDS,
     rounds: int = ROUNDS,
@@ -95,7 +100,7 @@ def _row(
         wanted: Tensor | None = _reference(case, setting)
     except (RuntimeError, AssertionError) as error:
         raise ContenderError(f"Captum in float64 failed in {name}: {error}") from error
-    entries = race(children, setting, wanted, clock, seconds=seconds, rounds=rounds)
+    entries = race(runners, setting, wanted, clock, seconds=seconds, rounds=rounds)
     ours, theirs = entries[OURS], entries[CAPTUM]
     both = ours.median and theirs.median
     return {
