@@ -100,9 +100,10 @@ def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
         first = _first(asked)
         batch = asked.inputs[0].shape[:1]
         alike = len({x.shape[:1] for x in asked.inputs}) == 1 and len(batch) == 1
+        single = first.shape[:1] == batch and first.numel() == len(first)
         mixes = owner is not None and any(map(_mixes_rows, owner.modules()))
         calls = []
-        if alike and first.shape == batch and not mixes:
+        if alike and single and not mixes:
             targets = _targets(asked.target, len(asked.inputs[0]))
             calls = [partial(_by_rows, method, asked, one, known) for one in targets]
         found = None

@@ -26,6 +26,13 @@ class Numbers(nn.Module):
         return torch.stack([x.sin().sum(), (x * torch.arange(4)).cos().sum()])
 
 
+class Column(nn.Sequential):
+    """A number per row in a column of its own, as regressions have it."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+
+
 class Ids(nn.Module):
     """Classes of token ids [B, T]."""
 
@@ -166,6 +173,17 @@ def _random() -> list[Call]:
         Call(note, kind, method, inputs, {"n_samples": 60})
         for method in ("Lime", "KernelShap")
         for note, kind, inputs in AGGREGATES[:3]
+    ]
+    calls += [
+        Call(f"a column by {count}", Column, method, randn(3, 4), of)
+        for count in (1, 4)
+        for method, of in {
+            "Lime": {"n_samples": 60, "perturbations_per_eval": count},
+            "KernelShap": {"n_samples": 60, "perturbations_per_eval": count},
+            "ShapleyValueSampling": {"n_samples": 3, "perturbations_per_eval": count},
+            "FeaturePermutation": {"perturbations_per_eval": count},
+            "FeatureAblation": {"perturbations_per_eval": count},
+        }.items()
     ]
     few = {"target": 1, "n_samples": 5, "feature_mask": GRID, "return_input_shape": False}
     calls += [
