@@ -41,7 +41,7 @@ def numbered(features: Features, inputs: Inputs) -> Inputs:
             following = int(own.max()) + 1
         else:
             assert unique is not None
-            own = torch.searchsorted(unique, own)
+            own = torch.searchsorted(unique, own.contiguous())
         found.append(own.expand(-1, *x.shape[1:]).contiguous())
     return tuple(found)
 
