@@ -48,6 +48,11 @@ def like_inputs(inputs: Any, values: Inputs) -> Any:
     return values if isinstance(inputs, tuple) else values[0]
 
 
+def like_types(values: Inputs, inputs: Inputs) -> Inputs:
+    """Values in the types of their inputs: the engine's are float32 where these are half types."""
+    return tuple(one.to(x.dtype) for one, x in zip(values, inputs, strict=True))
+
+
 def floating(inputs: Inputs) -> Inputs:
     """Inputs that arithmetic has made floating: whole numbers in PyTorch's default type."""
     kind = torch.get_default_dtype()

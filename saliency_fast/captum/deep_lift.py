@@ -16,6 +16,7 @@ from saliency_fast.captum.contract import (
     check_baselines,
     filled,
     like_inputs,
+    like_types,
     public,
 )
 from saliency_fast.captum.run import Asked, explained
@@ -62,7 +63,8 @@ class DeepLift(GradientAttribution):
 
     def _made(self, asked: Asked, starts: Inputs, custom: Callable[..., Inputs] | None) -> Inputs:
         """Maps by the multipliers of a call."""
-        multipliers = explained(Rescaled(self.eps, multiply=False, captum=True), asked)
+        found = explained(Rescaled(self.eps, multiply=False, captum=True), asked)
+        multipliers = like_types(found, asked.inputs)
         parts = tuple(x.detach() for x in asked.inputs)
         starts = tuple(one.detach() for one in starts)
         if custom is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from saliency_fast.captum.attribution import GradientAttribution
-from saliency_fast.captum.contract import as_tuple, like_inputs, public
+from saliency_fast.captum.contract import as_tuple, like_inputs, like_types, public
 from saliency_fast.captum.run import explained
 from saliency_fast.methods import Gradient
 from saliency_fast.methods import InputXGradient as TimesInput
@@ -26,7 +26,7 @@ class Saliency(GradientAttribution):
         parts = as_tuple(inputs)
         asked = self._asked(parts, target, additional_forward_args)
         maps = explained(Gradient(absolute=bool(abs)), asked)
-        return like_inputs(inputs, tuple(m.to(x.dtype) for m, x in zip(maps, parts, strict=True)))
+        return like_inputs(inputs, like_types(maps, parts))
 
 
 class InputXGradient(GradientAttribution):
@@ -39,7 +39,7 @@ class InputXGradient(GradientAttribution):
         """Maps like the inputs."""
         parts = as_tuple(inputs)
         maps = explained(TimesInput(), self._asked(parts, target, additional_forward_args))
-        return like_inputs(inputs, tuple(m.to(x.dtype) for m, x in zip(maps, parts, strict=True)))
+        return like_inputs(inputs, like_types(maps, parts))
 
     @property
     def multiplies_by_inputs(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.captum.attribution import GradientAttribution, LayerAttribution
-from saliency_fast.captum.contract import as_tuple, like_inputs, public
+from saliency_fast.captum.contract import as_tuple, like_inputs, like_types, public
 from saliency_fast.captum.layer import LayerGradCam
 from saliency_fast.captum.run import explained
 from saliency_fast.engine.recipe import Method
@@ -35,7 +35,7 @@ class _Rectified(GradientAttribution):
     def _maps(self, inputs: Any, target: Any, further: Any) -> Any:
         parts = as_tuple(inputs)
         maps = explained(self.rule, self._asked(parts, target, further))
-        return like_inputs(inputs, tuple(m.to(x.dtype) for m, x in zip(maps, parts, strict=True)))
+        return like_inputs(inputs, like_types(maps, parts))
 
 
 class GuidedBackprop(_Rectified):

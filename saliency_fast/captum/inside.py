@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.captum.attribution import InternalAttribution
-from saliency_fast.captum.contract import as_args
+from saliency_fast.captum.contract import as_args, like_types
 from saliency_fast.captum.forward import compute_gradients, need_one_number, run_forward
 from saliency_fast.captum.run import Asked, explained, kept
 from saliency_fast.errors import ContractError, ModelError
@@ -90,9 +90,9 @@ class Inside:
         return Asked(behind, flat, target, rest, gradient_func=gradient_func, **more)
 
     def grouped(self, flat: Inputs, like: list[Inputs]) -> list[Inputs]:
-        """Values per layer, in the types of `like`."""
+        """Values per layer."""
         rest = iter(flat)
-        return [tuple(next(rest).to(one.dtype) for one in several) for several in like]
+        return [tuple(next(rest) for _ in several) for several in like]
 
     def gradients(
         self, inputs: Inputs, target: Any, further: Any, grad_kwargs: dict[str, Any] | None
@@ -106,7 +106,7 @@ class Inside:
         for layer, own in zip(self.layers, values, strict=True):
             alone = replace(self, layers=(layer,))
             asked = alone.asked([own], inputs, target, further, grad_kwargs)
-            found += alone.grouped(explained(Gradient(), asked), [own])
+            found.append(like_types(explained(Gradient(), asked), own))
         return values, found
 
     def _at_inputs(

@@ -127,7 +127,8 @@ class PointFunction:
         if self.references is None:
             return self.read(self.route(points, *self.rows(item)), item)
         pairs = zip(points, self.references, strict=True)
-        both = [torch.cat([one, rows[item % len(rows)]]) for one, rows in pairs]
+        # Points are in the types that the model takes.
+        both = [torch.cat([one, rows[item % len(rows)].to(one.dtype)]) for one, rows in pairs]
         raw = self.route(both, *self.rows(torch.cat([item, item])))
         return self.read(tree_map_only(Tensor, lambda one: one[: len(item)], raw), item)
 

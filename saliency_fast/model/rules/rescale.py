@@ -105,7 +105,7 @@ def _unpooled(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 def slopes(change: Tensor, change_out: Tensor, slope: Tensor, epsilon: float) -> Tensor:
     """change_out / change, and the gradient `slope` where `change` is tiny (or no number)."""
-    return torch.where(change.abs() >= epsilon, change_out / change, slope)
+    return torch.where(change.abs() > epsilon, change_out / change, slope)
 
 
 def _paired(calls: Ruling, x: Tensor) -> None:
