@@ -16,6 +16,7 @@ from saliency_fast.captum.contract import (
     as_tuple,
     check_baselines,
     check_target,
+    copies,
     filled,
     public,
 )
@@ -91,8 +92,8 @@ class GradientAttribution(Attribution):
         check_target(target, len(ends[0]))
         further = as_args(additional_forward_args)
         with torch.no_grad(), kept(self.forward_func):
-            start = run_forward(self.forward_func, starts, target, further)
-            end = run_forward(self.forward_func, ends, target, further)
+            start = run_forward(self.forward_func, copies(starts), target, further)
+            end = run_forward(self.forward_func, copies(ends), target, further)
             total = torch.stack([_rows(one) for one in maps]).sum(0)
             return total - (_rows(end) - _rows(start))
 

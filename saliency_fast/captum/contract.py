@@ -53,6 +53,11 @@ def like_types(values: Inputs, inputs: Inputs) -> Inputs:
     return tuple(one.to(x.dtype) for one, x in zip(values, inputs, strict=True))
 
 
+def copies(inputs: Inputs) -> Inputs:
+    """Tensors that a model may write to."""
+    return tuple(x.clone() for x in inputs)
+
+
 def floating(inputs: Inputs) -> Inputs:
     """Inputs that arithmetic has made floating: whole numbers in PyTorch's default type."""
     kind = torch.get_default_dtype()

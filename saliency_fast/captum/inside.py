@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.captum.attribution import InternalAttribution
-from saliency_fast.captum.contract import as_args, like_types
+from saliency_fast.captum.contract import as_args, copies, like_types
 from saliency_fast.captum.forward import compute_gradients, need_one_number, run_forward
 from saliency_fast.captum.run import Asked, explained, kept
 from saliency_fast.errors import ContractError, ModelError
@@ -56,7 +56,7 @@ class Inside:
 
         hooks = hooked(self.layers, seen, of_input=self.of_input)
         with suppress(_Enough), kept(self.forward), hooks:
-            self.forward(*(x.clone() for x in inputs), *as_args(further))
+            self.forward(*copies(inputs), *as_args(further))
         for number, layer in enumerate(self.layers):
             if number not in found:
                 raise ContractError(

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saliency_fast.captum.contract import as_args, as_baselines, as_tuple, like_inputs, public
+from saliency_fast.captum.contract import (
+    as_args,
+    as_baselines,
+    as_tuple,
+    copies,
+    like_inputs,
+    public,
+)
 from saliency_fast.captum.lime_base import (
     LimeBase,
     Linear,
@@ -121,7 +128,7 @@ class Lime(LimeBase):
     def _by_hand(self, asked: Asked, count: int, samples: int, is_tuple: bool) -> Tensor:
         """Slopes [N, F] by the user's own functions, a model for each row that has a number."""
         with torch.no_grad(), kept(self.forward_func):
-            raw = self.forward_func(*asked.inputs, *as_args(asked.further))
+            raw = self.forward_func(*copies(asked.inputs), *as_args(asked.further))
             numbers = parsed(raw, asked.target).numel()
         batch = len(asked.inputs[0])
         if numbers not in (1, batch):

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.captum.attribution import GradientAttribution
-from saliency_fast.captum.contract import as_args, as_tuple, like_inputs, like_types, public
+from saliency_fast.captum.contract import (
+    as_args,
+    as_tuple,
+    copies,
+    like_inputs,
+    like_types,
+    public,
+)
 from saliency_fast.captum.forward import run_forward
 from saliency_fast.captum.lrp_rules import EpsilonRule, PropagationRule
 from saliency_fast.captum.run import explained, kept
@@ -73,7 +80,7 @@ class LRP(GradientAttribution):
         shares = explained(_ByModule(rules), self._asked(parts, target, further))
         shares = like_types(shares, parts)
         with torch.no_grad(), kept(self.forward_func):
-            output = run_forward(self.forward_func, parts, target, further)
+            output = run_forward(self.forward_func, copies(parts), target, further)
         maps = tuple(one * output.reshape(-1, *(1,) * (one.dim() - 1)) for one in shares)
         found = like_inputs(inputs, maps)
         if not return_convergence_delta:

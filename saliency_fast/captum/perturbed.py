@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.captum.contract import Baselines, as_args, filled
+from saliency_fast.captum.contract import Baselines, as_args, copies, filled
 from saliency_fast.captum.forward import selected
 from saliency_fast.captum.run import (
     _deep,
@@ -162,7 +162,7 @@ def parsed(raw: Any, target: Any) -> Tensor:
 
 @torch.no_grad()
 def _first(asked: Asked) -> Tensor:
-    raw = asked.forward(*asked.inputs, *as_args(asked.further))
+    raw = asked.forward(*copies(asked.inputs), *as_args(asked.further))
     return parsed(raw, asked.target)
 
 
