@@ -25,6 +25,10 @@ class ModelError(SaliencyError, RuntimeError):
     """The model's output cannot be explained: no tensor, not finite, or not differentiable."""
 
 
+class RepeatedLayerError(ModelError):
+    """A layer that runs several times for one input has no single output."""
+
+
 class NoAttentionError(ModelError):
     """The model has no attention whose probabilities could be read."""
 

@@ -15,7 +15,7 @@ from saliency_fast.captum.attribution import InternalAttribution
 from saliency_fast.captum.contract import as_args, copies, like_types
 from saliency_fast.captum.forward import compute_gradients, need_one_number, run_forward
 from saliency_fast.captum.run import Asked, explained, kept
-from saliency_fast.errors import ContractError, ModelError
+from saliency_fast.errors import ContractError, ModelError, RepeatedLayerError
 from saliency_fast.methods import Gradient
 from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, with_floats
 from saliency_fast.model.routes import Inputs
@@ -99,21 +99,28 @@ class Inside:
     ) -> tuple[list[Inputs], list[Inputs]]:
         """Per layer the tensors there, and the gradients of the scores at them."""
         if self.of_input:
-            return self._at_inputs(inputs, target, further, grad_kwargs or {})
+            return self._in_one_run(inputs, target, further, grad_kwargs or {})
         values = self.need_floats(self.read(inputs, further))
+        try:
+            return values, self._behind(values, inputs, target, further, grad_kwargs)
+        except RepeatedLayerError:
+            return self._in_one_run(inputs, target, further, grad_kwargs or {})
+
+    def _behind(self, values: list[Inputs], *call: Any) -> list[Inputs]:
         found = []
         # Each on its own: where one layer follows another, gradients of the first go through both.
         for layer, own in zip(self.layers, values, strict=True):
             alone = replace(self, layers=(layer,))
-            asked = alone.asked([own], inputs, target, further, grad_kwargs)
+            asked = alone.asked([own], *call)
             found.append(like_types(explained(Gradient(), asked), own))
-        return values, found
+        return found
 
-    def _at_inputs(
+    def _in_one_run(
         self, inputs: Inputs, target: Any, further: Any, grad_kwargs: dict[str, Any]
     ) -> tuple[list[Inputs], list[Inputs]]:
         """As in Captum gradients at what a layer takes go through all that takes it, such as a skip
-        connection around the layer: the whole batch at once, with all of autograd's graph.
+        connection around the layer, and of a layer that runs several times the last run counts: the
+        whole batch at once, with all of autograd's graph.
         """
         found: dict[int, Inputs] = {}
         turned: list[Tensor] = []
@@ -124,7 +131,7 @@ class Inside:
             # The layer may work in place.
             return with_floats(value, [one.clone() for one in own])
 
-        hooks = hooked(self.layers, seen, of_input=True)
+        hooks = hooked(self.layers, seen, of_input=self.of_input)
         on = torch.inference_mode(False), torch.enable_grad()
         try:
             with on[0], on[1], kept(self.forward), hooks:

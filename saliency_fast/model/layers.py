@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from saliency_fast.errors import InputError, InputTypeError, ModelError
+from saliency_fast.errors import InputError, InputTypeError, ModelError, RepeatedLayerError
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.routes import Inputs
 
@@ -279,7 +279,7 @@ def _all_of(layers: Sequence[nn.Module], found: Mapping[int, object]) -> range:
 
 def _need_once(layer: nn.Module, again: bool) -> None:
     if again:
-        raise ModelError(
+        raise RepeatedLayerError(
             f"at: the layer {type(layer).__name__} runs more than once for one input, so it has no "
             "single output; name a layer that runs once, such as the one around it"
         )

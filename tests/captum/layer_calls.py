@@ -67,6 +67,19 @@ def _layers() -> list[Call]:
     return calls
 
 
+def _again() -> list[Call]:
+    """Of a layer that runs several times the last run counts."""
+    x, calls = randn(3, 2, 6, 6), []
+    for kind in (layered.Again, layered.AgainInPlace):
+        for name in ("LayerGradCam", "LayerGradientXActivation", "LayerConductance"):
+            of = EACH | (STEPS if name == "LayerConductance" else {})
+            calls += [Call("again", kind, name, x, of | way, layer="act") for way in ({}, ASIDE)]
+        calls.append(Call("again", kind, "GuidedGradCam", x, EACH, layer="act"))
+        name = "LayerGradientXActivation"
+        calls.append(Call("again, list", kind, name, x, EACH, layer=("first", "act")))
+    return calls
+
+
 def _lists() -> list[Call]:
     calls = []
     for kind, layers, inputs, of in LISTS:
@@ -184,4 +197,4 @@ def _deep_lift() -> list[Call]:
     return calls
 
 
-CALLS = [*_layers(), *_lists(), *_options(), *_rectified(), *_deep_lift()]
+CALLS = [*_layers(), *_again(), *_lists(), *_options(), *_rectified(), *_deep_lift()]

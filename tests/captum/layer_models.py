@@ -109,6 +109,24 @@ class Residual(nn.Module):
         return self.head(self.drop(self.pool(y).mean((2, 3))))
 
 
+class Again(nn.Module):
+    """A rectifier that runs three times, the last time behind a skip connection."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.act, self.head = nn.ReLU(inplace), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.first(x))
+        return self.head(self.act(self.act(self.second(y)) + y - 0.2).mean((2, 3)))
+
+
+class AgainInPlace(Again):
+    def __init__(self) -> None:
+        super().__init__(inplace=True)
+
+
 class Joined(nn.Module):
     """A picture and a table, each with a network of its own."""
 
