@@ -1,5 +1,8 @@
 """The classes of Captum 0.9 on our engine: change the import, and nothing else."""
 
+from importlib import import_module
+from typing import Any
+
 from saliency_fast.captum import visualization
 from saliency_fast.captum.attribution import (
     Attribution,
@@ -68,3 +71,19 @@ __all__ = [
     "get_exp_kernel_similarity_function",
     "visualization",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A name that Captum has and we do not is Captum's own, where it is installed."""
+    missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("_"):
+        raise missing
+    try:
+        theirs = import_module("captum.attr")
+    except ImportError:
+        raise AttributeError(
+            f"{missing}; if it is Captum's, install captum, and its own is taken"
+        ) from None
+    if name not in theirs.__all__:
+        raise missing
+    return getattr(theirs, name)

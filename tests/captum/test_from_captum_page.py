@@ -31,6 +31,17 @@ def test_every_name_is_there_or_said_not_to_be() -> None:
     assert not named[1] & set(facade.__all__)
 
 
+def test_names_that_only_captum_has_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in captum.attr.__all__:
+        if name not in facade.__all__:
+            assert getattr(facade, name) is getattr(captum.attr, name)
+    with pytest.raises(AttributeError, match="no attribute 'Salience'$"):
+        _ = facade.Salience
+    monkeypatch.setitem(sys.modules, "captum.attr", None)
+    with pytest.raises(AttributeError, match="'NeuronGradient'; if it is Captum's, install captum"):
+        _ = facade.NeuronGradient
+
+
 @pytest.mark.parametrize("module", ["matplotlib", "captum", "sklearn", "transformers"])
 def test_what_the_import_does_not_bring(module: str) -> None:
     code = f"import sys, saliency_fast.captum; sys.exit({module!r} in sys.modules)"
