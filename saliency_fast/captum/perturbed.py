@@ -36,6 +36,10 @@ from saliency_fast.errors import ContractError
 from saliency_fast.model.routes import Inputs
 
 
+ALIKE = 0.02
+"""Of the largest score: more than half types lose where rows run in batches of another size."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a call asks of the engine. features: masks that broadcast to their inputs [1 | B, *];
@@ -103,7 +107,7 @@ def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
         single = first.shape[:1] == batch and first.numel() == len(first)
         mixes = owner is not None and any(map(_mixes_rows, owner.modules()))
         calls = []
-        if alike and single and not mixes:
+        if alike and single and not mixes and _is_by_rows(asked, first):
             targets = _targets(asked.target, len(asked.inputs[0]))
             calls = [partial(_by_rows, method, asked, one, known) for one in targets]
         found = None
@@ -164,6 +168,36 @@ def parsed(raw: Any, target: Any) -> Tensor:
 def _first(asked: Asked) -> Tensor:
     raw = asked.forward(*copies(asked.inputs), *as_args(asked.further))
     return parsed(raw, asked.target)
+
+
+def _is_by_rows(asked: Asked, first: Tensor) -> bool:
+    """Whether the last row alone gives what it gives among the others: arguments may count rows,
+    and rows depend on each other. A function that draws is taken at its word.
+    """
+    batch, device = len(first), asked.inputs[0].device
+    if batch == 1:
+        return True
+    last = partial(_last, batch=batch)
+    further = (last(one) if isinstance(one, Tensor) else one for one in as_args(asked.further))
+    gpu = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpu), torch.no_grad():
+        before = torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpu)
+        try:
+            raw = asked.forward(*(last(x).clone() for x in asked.inputs), *further)
+            alone = parsed(raw, last(asked.target)).double().flatten()
+        except Exception:
+            return False
+        after = torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpu)
+    if any(not torch.equal(*pair) for pair in zip(before, after, strict=True)):
+        return True
+    rows = first.double().flatten()
+    return len(alone) == 1 and float((alone - rows[-1:]).abs()) <= ALIKE * float(rows.abs().max())
+
+
+def _last(value: Any, batch: int) -> Any:
+    """What of an argument belongs to the last row."""
+    several = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
+    return value[-1:] if several and len(value) == batch else value
 
 
 def _by_rows(

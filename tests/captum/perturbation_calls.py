@@ -26,6 +26,39 @@ class Numbers(nn.Module):
         return torch.stack([x.sin().sum(), (x * torch.arange(4)).cos().sum()])
 
 
+class Shares(nn.Module):
+    """Each row's share of the batch, in every class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x).softmax(0)
+
+
+class Placed(nn.Module):
+    """A constant for each row of batches of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.place = nn.Linear(7, 4), torch.arange(21).view(3, 7) / 7
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((x + self.place).tanh())
+
+
+class Bags(nn.Module):
+    """Sums of embeddings, of tokens from an offset on to the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(9, 4, mode="sum")
+
+    def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
+        return self.bag(ids, offsets).tanh()
+
+
 class Column(nn.Sequential):
     """A number per row in a column of its own, as regressions have it."""
 
@@ -116,7 +149,13 @@ def _ablations() -> list[Call]:
             {"target": -1, "additional_forward_args": SENTENCE},
         ),
     ]
+    bags = {"target": 1, "additional_forward_args": torch.arange(3)}
+    calls.append(Call("offsets", Bags, "FeatureAblation", torch.tensor([3, 8, 5]), bags))
     rows = torch.arange(21).view(3, 7) % 5
+    for kind in (Shares, Placed):
+        calls.append(Call("rows in a batch", kind, "FeatureAblation", randn(3, 7), {"target": 1}))
+        of = {"target": [0, 1, 2], "sliding_window_shapes": (3,)}
+        calls.append(Call("rows in a batch", kind, "Occlusion", randn(3, 7), of))
     for name in ("FeatureAblation", "ShapleyValueSampling", "FeaturePermutation"):
         for note, mask in {"none": None, "shared": rows[:1], "own": rows}.items():
             if (name, note) != ("FeaturePermutation", "own"):
