@@ -22,6 +22,7 @@ from saliency_fast.captum.run import (
     _deep,
     _Engine,
     _known,
+    _known_whole,
     _mixes_rows,
     _owner,
     _rowwise,
@@ -99,7 +100,7 @@ def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
     full = [number for number, x in enumerate(asked.inputs) if x.numel()]
     if 0 < len(full) < len(asked.inputs):
         return _without_empty(method, asked, draws, full)
-    owner, known, alone = _owner(asked.forward), _known(asked.forward), Known()
+    owner, known, alone = _owner(asked.forward), _known(asked.forward), _known_whole(asked)
     with kept(asked.forward):
         first = _first(asked)
         batch = asked.inputs[0].shape[:1]

@@ -69,7 +69,7 @@ class _Engine(Engine):
 
 def explained(method: Method, asked: Asked) -> Inputs:
     """The maps of a method, like the inputs."""
-    owner, known, alone = _owner(asked.forward), _known(asked.forward), Known()
+    owner, known, alone = _owner(asked.forward), _known(asked.forward), _known_whole(asked)
     with kept(asked.forward):
         found = _explained(method, asked, owner, known, alone)
     if any(probe.cost.drew for probe in (*known.values(), *alone.values())):
@@ -227,23 +227,34 @@ def _like(values: Tensor | Inputs, inputs: Inputs) -> Inputs:
     return tuple(one.view(x.shape) for one, x in zip(parts, inputs, strict=True))
 
 
+MOST_KNOWN = 256
+"""Layers of a function, and shapes of whole batches with arguments, of which something is known."""
 _KNOWN: WeakKeyDictionary[Any, dict[tuple[object, ...], Known]] = WeakKeyDictionary()
 
 
-def _known(forward: Callable[..., Any]) -> Known:
+def _known_whole(asked: Any) -> Known:
+    """What points took that hold the whole batch, with arguments of these shapes."""
+    further = [one for one in as_args(asked.further) if isinstance(one, Tensor)]
+    return _known(asked.forward, "whole", *((one.shape, one.dtype) for one in further))
+
+
+def _known(forward: Callable[..., Any], *at: object) -> Known:
     """What points of a user's function took, at its inputs or behind layers of it, for as long as
     it lives.
     """
-    at: tuple[object, ...] = ()
     if isinstance(forward, Behind):
-        at = (forward.of_input, *map(id, forward.layers), *forward.counts)
+        at = (*at, forward.of_input, *map(id, forward.layers), *forward.counts)
         forward = forward.model
     owner: Any = forward
     name = ""
     if isinstance(forward, MethodType):
         owner, name = forward.__self__, forward.__name__
     try:
-        return _KNOWN.setdefault(owner, {}).setdefault((name, *at), {})
+        several = _KNOWN.setdefault(owner, {})
+        # Shapes that are new in every call must not pile up.
+        while len(several) >= MOST_KNOWN:
+            several.pop(next(iter(several)), None)
+        return several.setdefault((name, *at), {})
     except TypeError:
         return {}
 

@@ -176,6 +176,29 @@ def test_later_objects_profit_from_what_earlier_ones_found() -> None:
     assert [id(probe) for probe in run._known(plain).values()] == before
 
 
+def test_whole_batches_are_found_out_once_too() -> None:
+    """Softmax as a module, and one number for a batch: the batch is one example."""
+    model, x = nn.Sequential(make(Tabular), nn.Softmax(1)).double(), randn(3, 7)
+    known = []
+    for _ in range(2):
+        facade.DeepLift(model).attribute(x, target=1)
+        facade.LayerDeepLift(model, model[0]).attribute(x, target=1)
+        facade.FeatureAblation(model).attribute(x)
+        several = run._KNOWN[model].values()
+        known.append([id(probe) for one in several for probe in one.values()])
+    assert known[0] == known[1]
+    assert known[0]
+
+
+def test_what_is_known_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "MOST_KNOWN", 3)
+    model, x = make(Tabular), randn(3, 7)
+    method = facade.FeatureAblation(lambda x, w: model(x).sum() + w.sum())
+    for count in range(1, 7):
+        method.attribute(x, additional_forward_args=torch.ones(count))
+    assert len(run._KNOWN[method.forward_func]) <= 3
+
+
 def test_models_are_let_go() -> None:
     model = make(Image)
     facade.IntegratedGradients(model).attribute(randn(2, 3, 12, 12), target=1, n_steps=4)
