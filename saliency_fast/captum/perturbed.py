@@ -36,7 +36,6 @@ from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import ContractError
 from saliency_fast.model.routes import Inputs
 
-
 ALIKE = 0.02
 """Of the largest score: more than half types lose where rows run in batches of another size."""
 

@@ -38,7 +38,7 @@ def test_names_that_only_captum_has_are_its_own(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(AttributeError, match="no attribute 'Salience'$"):
         _ = facade.Salience
     monkeypatch.setitem(sys.modules, "captum.attr", None)
-    with pytest.raises(AttributeError, match="'NeuronGradient'; if it is Captum's, install captum"):
+    with pytest.raises(AttributeError, match="'NeuronGradient'; if it is Captum's, install"):
         _ = facade.NeuronGradient
 
 
