@@ -35,7 +35,7 @@ def test_names_that_only_captum_has_are_its_own(monkeypatch: pytest.MonkeyPatch)
     for name in captum.attr.__all__:
         if name not in facade.__all__:
             assert getattr(facade, name) is getattr(captum.attr, name)
-    with pytest.raises(AttributeError, match="no attribute 'Salience'$"):
+    with pytest.raises(AttributeError, match=r"no attribute 'Salience'$"):
         _ = facade.Salience
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(AttributeError, match="'NeuronGradient'; if it is Captum's, install"):
