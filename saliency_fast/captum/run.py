@@ -10,10 +10,10 @@ rows, as Captum's do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -245,10 +245,16 @@ def _known(forward: Callable[..., Any], *at: object) -> Known:
     if isinstance(forward, Behind):
         at = (*at, forward.of_input, *map(id, forward.layers), *forward.counts)
         forward = forward.model
+    while isinstance(forward, partial):
+        forward = forward.func
     owner: Any = forward
-    name = ""
+    name: object = ""
     if isinstance(forward, MethodType):
         owner, name = forward.__self__, forward.__name__
+    elif isinstance(forward, FunctionType) and (module := _read_by(forward)) is not None:
+        # Made anew for every call, as lambdas are, it is the same by its code: whether a recording
+        # holds for what else it reads is asked before each use.
+        owner, name = module, forward.__code__
     try:
         several = _KNOWN.setdefault(owner, {})
         # Shapes that are new in every call must not pile up.
@@ -259,10 +265,24 @@ def _known(forward: Callable[..., Any], *at: object) -> Known:
         return {}
 
 
+def _read_by(function: FunctionType) -> nn.Module | None:
+    """A module that a function closes over or reads by name."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            if isinstance(cell.cell_contents, nn.Module):
+                return cell.cell_contents
+    several = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return next((one for one in several if isinstance(one, nn.Module)), None)
+
+
 def _owner(forward: Callable[..., Any]) -> nn.Module | None:
     if isinstance(forward, Behind):
         forward = forward.model
-    owner = forward.__self__ if isinstance(forward, MethodType) else forward
+    while isinstance(forward, partial):
+        forward = forward.func
+    owner: Any = forward.__self__ if isinstance(forward, MethodType) else forward
+    if isinstance(owner, FunctionType):
+        return _read_by(owner)
     return owner if isinstance(owner, nn.Module) else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import captum.attr
@@ -90,15 +91,23 @@ CALLS: dict[str, Callable[[Any, nn.Module, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("bound", [False, True], ids=["module", "method"])
+FORMS: dict[str, Callable[[nn.Module], Any]] = {
+    "module": lambda model: model,
+    "method": lambda model: model.forward,
+    "function": lambda model: lambda x: model(x),
+    "partial": lambda model: partial(lambda scale, x: model(x) * scale, 1.0),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CALLS)
-def test_batch_norm_in_training_mode(name: str, bound: bool) -> None:
+def test_batch_norm_in_training_mode(name: str, form: str) -> None:
     """As in Captum rows depend on each other; statistics come back, which Captum does not do."""
     answers = []
     for library in (captum.attr, facade):
         model = make(own.Normed).train()
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        answers.append(CALLS[name](library, model.forward if bound else model, X.clone()))
+        answers.append(CALLS[name](library, FORMS[form](model), X.clone()))
     assert all(module.training for module in model.modules())
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -176,6 +185,27 @@ def test_later_objects_profit_from_what_earlier_ones_found() -> None:
     assert [id(probe) for probe in run._known(plain).values()] == before
 
 
+def test_functions_made_anew_are_known_by_their_code() -> None:
+    """And by what they close over: other numbers, layers and weights are no other's recording."""
+    plain, x = make(Image).float(), randn(2, 3, 96, 96).float()
+
+    def call(library: Any, factor: float) -> Tensor:
+        method = library.IntegratedGradients(lambda x: plain(x).softmax(1) * factor)
+        return method.attribute(x, target=1, n_steps=8)
+
+    known = []
+    for factor in (1.0, 1.0, 3.0, 1.0):
+        found, expected = call(facade, factor), call(captum.attr, factor)
+        assert float((found - expected).norm() / expected.norm()) < 1e-4
+        known.append([probe for one in run._KNOWN[plain].values() for probe in one.values()])
+    assert known[0][0] is known[1][0]
+    assert known[1][0] is not known[2][0]
+    gone = weakref.ref(plain)
+    del plain, known
+    gc.collect()
+    assert gone() is None
+
+
 def test_whole_batches_are_found_out_once_too() -> None:
     """Softmax as a module, and one number for a batch: the batch is one example."""
     model, x = nn.Sequential(make(Tabular), nn.Softmax(1)).double(), randn(3, 7)
@@ -196,7 +226,7 @@ def test_what_is_known_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None
     method = facade.FeatureAblation(lambda x, w: model(x).sum() + w.sum())
     for count in range(1, 7):
         method.attribute(x, additional_forward_args=torch.ones(count))
-    assert len(run._KNOWN[method.forward_func]) <= 3
+    assert len(run._KNOWN[model]) <= 3
 
 
 def test_models_are_let_go() -> None:
