@@ -185,17 +185,20 @@ def test_later_objects_profit_from_what_earlier_ones_found() -> None:
     assert [id(probe) for probe in run._known(plain).values()] == before
 
 
+def around(model: nn.Module, factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: model(x).softmax(1) * factor
+
+
 def test_functions_made_anew_are_known_by_their_code() -> None:
     """And by what they close over: other numbers, layers and weights are no other's recording."""
     plain, x = make(Image).float(), randn(2, 3, 96, 96).float()
 
-    def call(library: Any, factor: float) -> Tensor:
-        method = library.IntegratedGradients(lambda x: plain(x).softmax(1) * factor)
-        return method.attribute(x, target=1, n_steps=8)
-
     known = []
     for factor in (1.0, 1.0, 3.0, 1.0):
-        found, expected = call(facade, factor), call(captum.attr, factor)
+        found, expected = (
+            library.IntegratedGradients(around(plain, factor)).attribute(x, target=1, n_steps=8)
+            for library in (facade, captum.attr)
+        )
         assert float((found - expected).norm() / expected.norm()) < 1e-4
         known.append([probe for one in run._KNOWN[plain].values() for probe in one.values()])
     assert known[0][0] is known[1][0]
