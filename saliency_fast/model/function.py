@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map_only
 
 from saliency_fast.errors import ModelError
+from saliency_fast.model.outputs import rows_of
 from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs, Route, tensors_among
@@ -126,10 +126,10 @@ class PointFunction:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
         if self.references is None:
             return self.read(self.route(points, *self.rows(item)), item)
-        pairs = zip(points, self.references, strict=True)
+        pairs = zip(points, self.taken(self.references), strict=True)
         both = [torch.cat([one, rows[item % len(rows)]]) for one, rows in pairs]
         raw = self.route(both, *self.rows(torch.cat([item, item])))
-        return self.read(tree_map_only(Tensor, lambda one: one[: len(item)], raw), item)
+        return self.read(rows_of(raw, slice(len(item)), 2 * len(item)), item)
 
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] of what the model returned."""

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from saliency_fast.model.calls import Calls
+from saliency_fast.model.outputs import map_tensors
 from saliency_fast.model.precision import HALVES
 from saliency_fast.model.program import Program
 from saliency_fast.model.rules.base import Ruling
@@ -136,7 +136,7 @@ class Widened:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        return tree_map_only(Tensor, _widened, self.route(points, args, kwargs))
+        return map_tensors(_widened, self.route(points, args, kwargs))
 
 
 def _widened(tensor: Tensor) -> Tensor:
