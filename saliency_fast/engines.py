@@ -330,6 +330,12 @@ class Engine:
         recipe: Recipe | None = None,
     ) -> Call:
         recipe = recipe or self._recipe
+        if features is not None and not recipe.features:
+            raise InputError(
+                "features: this method does not ask which elements go together: got features; "
+                "leave them out, or use one that takes features away, such as FeatureAblation or "
+                "KernelShap"
+            )
         integers = recipe.layers is None and (not recipe.gradients or self._place.at is not None)
         call = bind(inputs, target, args, kwargs, integers=integers)
         if self._place.at is None:

@@ -162,7 +162,8 @@ def _check_seen(found: Sequence[tuple[Tensor | None, ...]]) -> None:
         if all(grad is None for grad in grads):
             raise ModelError(
                 f"the model is not differentiable in input {number}: the target does not depend on "
-                "it; pass what needs no attribution through forward_args"
+                "it; pass what needs no attribution through forward_args, and of layers (at=) of "
+                "which one lies behind another, explain each by itself"
             )
 
 
