@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from saliency_fast.errors import ModelError
-from saliency_fast.model.outputs import rows_of
+from saliency_fast.model.outputs import map_tensors, rows_of
 from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs, Route, tensors_among
@@ -36,6 +36,24 @@ class _Enter(torch.autograd.Function):
         return None, None
 
 
+class _Owing(torch.autograd.Function):
+    """An output that hands back what the score owes to it, rather than its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (output,) = ctx.saved_tensors
+        return output * grad
+
+
+def _owing(output: Tensor) -> Any:
+    return _Owing.apply(output) if output.requires_grad else output  # type: ignore[no-untyped-call]
+
+
 def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
     """Points as a model may take them, and where their gradients are asked for."""
     anchor = torch.zeros((), requires_grad=True)
@@ -56,7 +74,7 @@ class PointFunction:
     multiplied with, and gradients with it, where half types underflow; a number, or one per row.
     kind: equal for functions that take points through the model in the same way. shape: of an
     example's output, once it is known. references: rows [B | 1, *] that go through the model behind
-    the points, one for each; relevance: the cotangent is the score itself: see `Rules`.
+    the points, one for each; relevance: outputs hand back what the score owes to them.
     """
 
     route: Route
@@ -109,7 +127,7 @@ class PointFunction:
         cotangent = torch.ones_like(scores[:, 0]) * self.scale
         found = [
             torch.autograd.grad(
-                *(scores[:, k], edges, scores[:, k].detach() if self.relevance else cotangent),
+                *(scores[:, k], edges, cotangent),
                 retain_graph=k < last,
                 allow_unused=True,
             )
@@ -125,7 +143,8 @@ class PointFunction:
     def forward(self, points: Sequence[Tensor], item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
         if self.references is None:
-            return self.read(self.route(points, *self.rows(item)), item)
+            raw = self.route(points, *self.rows(item))
+            return self.read(map_tensors(_owing, raw) if self.relevance else raw, item)
         pairs = zip(points, self.taken(self.references), strict=True)
         both = [torch.cat([one, rows[item % len(rows)]]) for one, rows in pairs]
         raw = self.route(both, *self.rows(torch.cat([item, item])))
