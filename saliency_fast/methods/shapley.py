@@ -55,6 +55,7 @@ class ShapleySampling:
 
     def __post_init__(self) -> None:
         checks.whole("permutations", self.permutations, 1)
+        checks.flag("antithetic", self.antithetic)
         checks.seed(self.seed)
 
     def recipe(self) -> Recipe:

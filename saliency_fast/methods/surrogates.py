@@ -83,6 +83,7 @@ class KernelShap:
     name = "kernel_shap"
 
     def __post_init__(self) -> None:
+        checks.flag("paired", self.paired)
         checks.whole("samples", self.samples, 2)
         checks.seed(self.seed)
 
