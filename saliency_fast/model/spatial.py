@@ -102,7 +102,8 @@ class _Watch:
         if at_work:
             self.mixed = at_work[-1][1]
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        # While a hook comes or goes, PyTorch calls it without keywords in other threads.
         if threading.get_ident() != self.thread:
             return
         self.time += 1

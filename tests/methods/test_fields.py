@@ -50,7 +50,14 @@ def test_numbers_are_numbers(kind: Any, name: str) -> None:
 
 
 def test_fields_of_lrp() -> None:
-    for bounds in ("ab", (0.0,), (1.0, 0.0), ("a", "b"), (math.nan, 1.0), ([0.0, 0.0, 0.0], [1.0, 2.0])):
+    for bounds in (
+        "ab",
+        (0.0,),
+        (1.0, 0.0),
+        ("a", "b"),
+        (math.nan, 1.0),
+        ([0.0, 0.0, 0.0], [1.0, 2.0]),
+    ):
         with pytest.raises((InputError, InputTypeError), match="bounds|low"):
             sf.LRP("epsilon_gamma_box", bounds=bounds)
     with pytest.raises(InputError, match="bounds are for epsilon_gamma_box: got .* 'epsilon'"):
