@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import saliency_fast as sf
-from saliency_fast.errors import InputError, ModelError
+from saliency_fast.errors import InputError, InputTypeError, ModelError
 from saliency_fast.methods import METHODS
 
 GROUPS = {
@@ -48,3 +48,22 @@ def test_layers_behind_each_other(method: str) -> None:
     x = torch.rand(2, 2, 6, 6, dtype=torch.float64)
     with pytest.raises(ModelError, match="explain each by itself"):
         sf.explain(net(), x, target=1, method=method, at=["0", "2"])
+
+
+def test_what_is_about_a_layer_needs_one() -> None:
+    x = torch.rand(2, 2, 6, 6, dtype=torch.float64)
+    with pytest.raises(InputError, match="layer_input is about a layer: name it with at="):
+        sf.explain(net(), x, target=1, method="gradient", layer_input=True)
+    region = (slice(0, 2), slice(0, 2))
+    with pytest.raises(InputError, match="region is of the inputs, and this map is a layer's"):
+        sf.explain(net(), x, target=1, method="grad_cam", region=region)
+
+
+def test_a_method_by_mistake() -> None:
+    x = torch.rand(2, 2, 6, 6, dtype=torch.float64)
+    with pytest.raises(InputError, match="got 'gradcam'; did you mean 'grad_cam'"):
+        sf.explain(net(), x, target=1, method="gradcam")
+    with pytest.raises(InputTypeError, match=r"got the class LRP; make one with LRP\(\)"):
+        sf.explain(net(), x, target=1, method=sf.LRP)
+    with pytest.raises(InputError, match="on the meta device"):
+        sf.explain(net(), x.to("meta"), target=1)

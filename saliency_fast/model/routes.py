@@ -60,8 +60,8 @@ class Rules(Protocol):
     """Backward rules that a model runs under, instead of the chain rule; see `model/rules`.
 
     references: points are followed by a row of the baseline for each; relevance: what flows back
-    is what the score owes to an output, its own for a single one, not its derivative. unmet: what to warn of where a run made no call that
-    has a rule; "" for nothing.
+    is what the score owes to an output, its own for a single one, not its derivative. unmet: what
+    to warn of where a run made no call that has a rule; "" for nothing.
     """
 
     @property

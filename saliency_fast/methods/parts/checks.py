@@ -6,7 +6,6 @@ import math
 
 from saliency_fast.errors import InputError, InputTypeError
 
-
 MOST = 2**31
 """Beyond what any field counts."""
 
