@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -27,12 +28,10 @@ def said(pair: Any) -> str:
 
 
 @pytest.mark.parametrize(("kind", "field"), FIELDS, ids=lambda one: getattr(one, "name", ""))
-def test_no_error_but_ours(kind: Any, field: Any) -> None:
-    for value in WRONG:
-        try:
-            kind(**{field.name: value}).recipe()
-        except SaliencyError as error:
-            assert str(error)
+@pytest.mark.parametrize("value", WRONG, ids=lambda one: str(one)[:7])
+def test_no_error_but_ours(kind: Any, field: Any, value: Any) -> None:
+    with suppress(SaliencyError):
+        kind(**{field.name: value}).recipe()
 
 
 @pytest.mark.parametrize(("kind", "name"), FLAGS, ids=said)
@@ -58,9 +57,9 @@ def test_fields_of_lrp() -> None:
         (math.nan, 1.0),
         ([0.0, 0.0, 0.0], [1.0, 2.0]),
     ):
-        with pytest.raises((InputError, InputTypeError), match="bounds|low"):
+        with pytest.raises((InputError, InputTypeError), match=r"bounds|low"):
             sf.LRP("epsilon_gamma_box", bounds=bounds)
-    with pytest.raises(InputError, match="bounds are for epsilon_gamma_box: got .* 'epsilon'"):
+    with pytest.raises(InputError, match=r"bounds are for .*: got .* 'epsilon'"):
         sf.LRP("epsilon", bounds=(0.0, 1.0))
     for layers in (3, "head", ("head",), (("head", "flat", 1),), ((1, "flat"),)):
         with pytest.raises((InputError, InputTypeError), match="layers must be"):
