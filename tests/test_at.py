@@ -265,7 +265,7 @@ def test_errors() -> None:
         sf.explain(model, x, target=0, at=[])
     with pytest.raises(InputError, match=r"no torch\.nn\.Embedding"):
         sf.explain(model, x, target=0, at="embeddings")
-    with pytest.raises(InputError, match="region is a part of the inputs"):
+    with pytest.raises(InputError, match="region is of the inputs"):
         sf.explain(model, x, target=0, at="2", region=[slice(0, 3), slice(0, 3)])
     words = Words()
     named = nn.ModuleDict({"encoder": words})
