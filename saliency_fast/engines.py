@@ -310,7 +310,7 @@ class Engine:
         if self._place.at is not None:
             call = replace(call, features=read_features(call.features, call.inputs))
         if layers and region is not None:
-            raise InputError("region is a part of the inputs, and at= names a layer: pass one")
+            raise InputError("region is of the inputs, and this map is a layer's: leave it out")
         job = prepare(
             *(model, method, recipe, call, start, region, self.limits, known),
             lean=self.lean and not self.compile,
@@ -330,6 +330,11 @@ class Engine:
         recipe: Recipe | None = None,
     ) -> Call:
         recipe = recipe or self._recipe
+        if features is not None and not recipe.features:
+            raise InputError(
+                "features: this method does not ask which elements go together: leave them out, or "
+                "use one that takes features away, such as FeatureAblation or KernelShap"
+            )
         integers = recipe.layers is None and (not recipe.gradients or self._place.at is not None)
         call = bind(inputs, target, args, kwargs, integers=integers)
         if self._place.at is None:

@@ -62,7 +62,7 @@ def attribution(
     whole = outcome.values if job.part is None else tuple(map(job.part.kept, outcome.values))
     values = tuple(one[:, 0] if squeeze else one for one in whole)
     return Attribution(
-        values=values if call.is_tuple else values[0],
+        values=values if call.is_tuple or len(values) > 1 else values[0],
         scores=_column(outcome.scores, squeeze),
         baseline_scores=_column(outcome.baseline_scores, squeeze),
         # Of a part, the values do not add up to the score.

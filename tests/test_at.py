@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, ModelError
+from saliency_fast.model.layers import hooked
+from saliency_fast.model.spatial import last_spatial
 from tests.naive import relative_l2
 
 
@@ -263,7 +265,7 @@ def test_errors() -> None:
         sf.explain(model, x, target=0, at=[])
     with pytest.raises(InputError, match=r"no torch\.nn\.Embedding"):
         sf.explain(model, x, target=0, at="embeddings")
-    with pytest.raises(InputError, match="region is a part of the inputs"):
+    with pytest.raises(InputError, match="region is of the inputs"):
         sf.explain(model, x, target=0, at="2", region=[slice(0, 3), slice(0, 3)])
     words = Words()
     named = nn.ModuleDict({"encoder": words})
@@ -276,3 +278,33 @@ def test_errors() -> None:
         sf.explain(twice, torch.randn(2, 4), target=0, at="unused")
     with pytest.raises(InputError, match="batch on its first axis"):
         sf.explain(twice, torch.randn(2, 4), target=0, at="recurrent")
+
+
+@pytest.mark.parametrize("kind", ["layers", "auto"])
+def test_runs_of_other_threads_while_hooks_come_and_go(kind: str) -> None:
+    # Between its two dictionaries PyTorch calls a hook that asks for keywords without them.
+    model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), torch.rand(1, 1, 5, 5)
+    expected, found = model(x), list[Tensor]()
+
+    def halfway() -> None:
+        for module in model.modules():
+            module._forward_pre_hooks_with_kwargs.clear()
+        other = threading.Thread(target=lambda: found.append(model(x)))
+        other.start()
+        other.join()
+
+    if kind == "layers":
+        with hooked([model[0]], lambda number, value: None, of_input=True):
+            halfway()
+    else:
+
+        def run() -> Tensor:
+            pairs = [(one, dict(one._forward_pre_hooks_with_kwargs)) for one in model.modules()]
+            halfway()
+            for module, known in pairs:
+                module._forward_pre_hooks_with_kwargs.update(known)
+            out: Tensor = model(x)
+            return out.mean((2, 3))
+
+        assert last_spatial(model, run) is model[1]
+    assert torch.equal(found[0], expected)

@@ -264,7 +264,7 @@ OPTIONS = {
     ),
     "unknown method": asked("|".join((*METHODS, "got 'magic'")), InputError, method="magic"),
     "method class": asked(
-        "IntegratedGradients()|got <class", InputTypeError, method=sf.IntegratedGradients
+        "IntegratedGradients()|got the class", InputTypeError, method=sf.IntegratedGradients
     ),
     "no method": asked("a name or a method|got None", InputTypeError, method=None),
     "unknown precision": asked("precision|float32|got 'float8'", InputError, precision="float8"),

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.model.layers import LayerTaps
 from tests.models import Image, Multimodal, make, randn
+from tests.naive import relative_l2
 
 
 @dataclass(frozen=True)
@@ -219,3 +221,34 @@ def test_refusals() -> None:
     with pytest.raises(InputError, match="whose error can be measured"):
         sf.explain(model, x, target=1, method=Zeroed(), precision="bfloat16")
     assert sf.explain(model, x, target=1, method=Inside(), precision="auto").values.isfinite().all()
+
+
+class _Attends(nn.Module):
+    """A small model whose attention is much larger than all else that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.MultiheadAttention(8, 4, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.mix(x, x, x, need_weights=False)[0].mean(1))
+        return out
+
+
+@pytest.mark.parametrize("method", ["conductance", "gradient_attention"])
+def test_launches_at_layers_keep_to_the_budget(method: str) -> None:
+    torch.manual_seed(0)
+    if method == "conductance":
+        wide = (nn.Conv2d(1, 64, 3), nn.Tanh(), nn.Conv2d(64, 1, 3), nn.Flatten())
+        model, x = nn.Sequential(*wide).eval(), torch.rand(6, 1, 40, 40)
+        engine = sf.Engine(model, sf.Conductance(6), at="1", memory_budget=12 << 20)
+    else:
+        model, x = _Attends().eval(), torch.rand(6, 256, 8)
+        engine = sf.Engine(model, method, memory_budget=12 << 20)
+    engine.plan(x, 1)
+    with MemoryMeter() as meter:
+        tight = engine(x, 1)
+    assert meter.peak < 12 << 20
+    at = "1" if method == "conductance" else None
+    roomy = sf.explain(model, x, target=1, method=engine.method, at=at)
+    assert relative_l2(tight.values, roomy.values) < 1e-5

@@ -234,7 +234,8 @@ class _Fitted:
         def rounds(asked: engine.Asked) -> engine.Rounds:
             return surrogates.fitted(asked, self.draw, self.weigh, self.how, self.alpha)
 
-        return engine.in_rounds(rounds, self.samples, baseline="fill", gradients=False)
+        kind = {"baseline": "fill", "gradients": False, "features": True}
+        return engine.in_rounds(rounds, self.samples, **kind)
 
 
 class KernelShap(Lime):

@@ -291,7 +291,7 @@ class _Permuted:
     name = "feature_permutation"
 
     def recipe(self) -> Recipe:
-        return engine.in_rounds(self._rounds, players, gradients=False)
+        return engine.in_rounds(self._rounds, players, gradients=False, features=True)
 
     def _rounds(self, asked: engine.Asked) -> engine.Rounds:
         game = Game.of(asked)

@@ -253,7 +253,8 @@ def _as_one(
     )
     count = first.numel()
     target = torch.arange(count, device=inputs[0].device)[None]
-    found = engine(tuple(x[None] for x in inputs), target, baselines, features=features)
+    asks = features if method.recipe().features else None
+    found = engine(tuple(x[None] for x in inputs), target, baselines, features=asks)
     assert isinstance(found.values, tuple)
     number = torch.arange(count, device=inputs[0].device)
     # A feature of some rows alone counts for their numbers.

@@ -142,7 +142,9 @@ class _Walked:
 
     def recipe(self) -> Recipe:
         points = max(1, self.orders * (len(self.known) - 1))
-        return engine.in_rounds(self._rounds, points, baseline="one", gradients=False)
+        return engine.in_rounds(
+            self._rounds, points, baseline="one", gradients=False, features=True
+        )
 
     def _rounds(self, asked: engine.Asked) -> engine.Rounds:
         game = Game.of(asked)

@@ -19,6 +19,7 @@ from saliency_fast.cli.options import (
 from saliency_fast.cli.pictures import read_form
 from saliency_fast.cli.report import Reporter, failures_named, out_folder, target_rows
 from saliency_fast.cli.tables import show_entries, show_paths
+from saliency_fast.errors import InputError
 from saliency_fast.render.frames import STYLES
 
 
@@ -30,6 +31,12 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
     loaded = load_model(args.model, args.weights, form, args.device)
     baseline = read_baseline(args.baseline, args.device)
     at, features = read_at(args.at), read_features(args.features, args.device)
+    if features is not None and not any(one.recipe().features for one in methods):
+        raise InputError(
+            f"--features is for methods that take features away: got {args.features!r} with "
+            f"{', '.join(one.name for one in methods)}; use feature_ablation, kernel_shap or their "
+            "kin, or leave it out"
+        )
     inputs = read_inputs(args.input, loaded.prepare, loaded.dtype, args.batched)
     engines = [
         Engine(
@@ -91,7 +98,7 @@ def _show_plans(
             with failures_named(read):
                 plan = engine.plan(
                     *(x, target_rows(target, x), baseline),  # type: ignore[arg-type]
-                    features=features,  # type: ignore[arg-type]
+                    features=features if engine.method.recipe().features else None,  # type: ignore[arg-type]
                 )
             print(f"input      {read.source} {list(x.shape)}\n{plan}\n")
     return 0

@@ -116,7 +116,8 @@ class Reporter:
     def _explain(self, engine: Engine, read: Read, x: Tensor) -> _Result:
         with failures_named(read):
             rows = target_rows(self.target, x)
-            found = engine(x, rows, self.baseline, features=self.features)
+            features = self.features if engine.method.recipe().features else None
+            found = engine(x, rows, self.baseline, features=features)
         self.last = replace(
             found.provenance, notes=found.provenance.notes | {**self.notes, "input": read.source}
         )

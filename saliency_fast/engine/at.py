@@ -49,6 +49,8 @@ class Place:
     ) -> tuple[Model, Call, Any, Known, tuple[nn.Module, ...]]:
         """(model, call, baseline, what is known, layers) to run in the place of a call."""
         at = recipe.layers if self.at is None else self.at
+        if at is None and self.of_input:
+            raise InputError("layer_input is about a layer: name it with at=, or leave it out")
         if at is None:
             return self.model, call, baseline, self.known, ()
         layers = self._layers(at, call)

@@ -96,6 +96,11 @@ def read_inputs(
                 f"inputs have different batch sizes: input {number} has {len(x)}, input 0 "
                 f"{len(parts[0])}"
             )
+    if parts[0].is_meta:
+        raise InputError(
+            f"inputs have no numbers: got {list(parts[0].shape)} on the meta device; make them on "
+            "the model's"
+        )
     for number, x in enumerate(parts):
         if x.is_floating_point():
             _check_finite(x, f"input {number}" if len(parts) > 1 else "the input")

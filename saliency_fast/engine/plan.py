@@ -105,6 +105,13 @@ class Plan:
         return "\n".join(lines + [f"note       {note}" for note in self.notes])
 
 
+def point_bytes(peak: int, largest: int) -> int:
+    """What a point takes at most, as the bytes of its tensors tell: those that live at once, and of
+    the largest.
+    """
+    return max(int(MARGIN * peak), peak + largest)
+
+
 def points_per_launch(
     wanted: int | None,
     bytes_of: Callable[[int], int],

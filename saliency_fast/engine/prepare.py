@@ -13,7 +13,7 @@ from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import WORKING_COPIES
 from saliency_fast.engine.loss import looked_at
 from saliency_fast.engine.memory import read_budget
-from saliency_fast.engine.plan import MARGIN, Plan, points_per_launch
+from saliency_fast.engine.plan import MARGIN, Plan, point_bytes, points_per_launch
 from saliency_fast.engine.probe import Probe
 from saliency_fast.engine.recipe import Method, Recipe, Starting
 from saliency_fast.engine.trial import Cost
@@ -143,8 +143,7 @@ def make_plan(
 
 
 def _each(cost: Cost) -> int:
-    """What a point takes at most, as its tensors tell."""
-    return max(int(MARGIN * cost.peak), cost.peak + cost.largest)
+    return point_bytes(cost.peak, cost.largest)
 
 
 def _calls(prefix: Prefix | None, recipe: Recipe) -> str:

@@ -126,7 +126,8 @@ class Recipe:
     such recipes); gradients: whether any of them asks for more than scores; points: how many an
     example gets, about, or what tells it of a call's inputs and features; layers: where they look
     inside of the model, "auto" for its last spatial layer; second: whether any of them asks for
-    second derivatives; held: maps that they hold at once.
+    second derivatives; features: whether they look at which elements go together; held: maps that
+    they hold at once.
     """
 
     family: Family
@@ -142,6 +143,7 @@ class Recipe:
     points: int | Points | None = None
     layers: str | tuple[str, ...] | None = None
     second: bool = False
+    features: bool = False
     held: int = 2
 
     @property

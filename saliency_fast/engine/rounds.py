@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.launch import Answer, Moment, Steps, Want
+from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.engine.outcome import Outcome
+from saliency_fast.engine.plan import point_bytes
 from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Level, Points, Recipe
 from saliency_fast.engine.run import Run
+from saliency_fast.engine.trial import same_draws
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.model.directional import Directional, Project, summed
 from saliency_fast.model.function import PointFunction
+from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.layers import Taps
 from saliency_fast.model.routes import Inputs, Plain, Route, Ruled, Rules, Watched
 from saliency_fast.model.tapped import TappedFunction
@@ -110,6 +114,10 @@ def in_rounds(
     return Recipe(Itself(), (level,), rounds=rounds, points=points, **fields)
 
 
+SCARCE = 32
+"""Launches of the plan's size that must fit for memory not to be scarce."""
+
+
 class RoundsRun(Run):
     """A run of a recipe whose points follow from earlier answers."""
 
@@ -162,13 +170,14 @@ class RoundsRun(Run):
     def _answered(self, step: Round) -> Generator[Want | Moment, Any, Found]:
         """The answers to a round, launch by launch."""
         function, start, parts = self._function(step), 0, []
+        size = self._size(step, function)
         while start < step.item.numel():
 
             def write(count: int, start: int = start) -> tuple[Inputs, Tensor]:
                 part = slice(start, start + count)
                 return step.write(step.item[part], step.place[part]), step.item[part]
 
-            rows = min(self.size, step.item.numel() - start)
+            rows = min(size, self.size, step.item.numel() - start)
             alone = step.taps is None and step.project is None and not step.gradients
             want = Want(function, rows, write, gradients=not alone)
             try:
@@ -185,10 +194,27 @@ class RoundsRun(Run):
                 parts.append(found)
             else:
                 step.each(own, found)
+            # Not beside the next launch.
+            del found
             yield self._launched()
         if len(parts) == 1:
             return parts[0]
         return _together(parts, self.scores)
+
+    def _size(self, step: Round, function: PointFunction) -> int:
+        """Points per launch of a round. What is not the plan's function may take more memory than
+        the plan knows of, and where that is scarce one point tells.
+        """
+        room = self.plan.budget - self.plan.fixed_bytes
+        rows = min(self.size, step.item.numel())
+        if function is self.function or rows == 1 or SCARCE * self.plan.launch_bytes <= room:
+            return self.size
+        item, meter = step.item[:1], MemoryMeter()
+        with same_draws(lambda: meter.drew), uncompiled(), meter:
+            grads = function.gradients(step.write(item, step.place[:1]), item)[2]
+        # What is found is folded in before it is let go of, by products of its size.
+        held = sum(one.nbytes for several in grads for one in several)
+        return max(1, min(self.size, room // (point_bytes(meter.peak, meter.largest) + held)))
 
     def _noted(self, item: Tensor, answer: Answer) -> None:
         if self.recipe.at_input and not bool(self.scores.isfinite().all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from difflib import get_close_matches
 from typing import Any
 
 from saliency_fast.engine.recipe import Method
@@ -90,7 +91,12 @@ def read_method(method: Method | str) -> Method:
     """A method from itself or its name; an unknown name lists the valid ones."""
     if isinstance(method, str):
         return make_method(method, {})
-    if isinstance(method, type) or not callable(getattr(method, "recipe", None)):
+    if isinstance(method, type) and callable(getattr(method, "recipe", None)):
+        raise InputTypeError(
+            f"method must be a method itself: got the class {method.__name__}; make one with "
+            f"{method.__name__}()"
+        )
+    if not callable(getattr(method, "recipe", None)):
         raise InputTypeError(
             f"method must be a name or a method such as IntegratedGradients(): got {method!r}"
         )
@@ -100,7 +106,9 @@ def read_method(method: Method | str) -> Method:
 def make_method(name: str, parameters: dict[str, Any]) -> Method:
     """A method by name with its fields, as a record or the command line gives them."""
     if name not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}: got {name!r}")
+        near = get_close_matches(str(name), METHODS, n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise InputError(f"method must be one of {', '.join(METHODS)}: got {name!r}{hint}")
     kind = METHODS[name]
     valid = tuple(field.name for field in dataclasses.fields(kind))
     for one in parameters:

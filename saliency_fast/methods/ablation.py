@@ -28,7 +28,7 @@ class FeatureAblation:
     name = "feature_ablation"
 
     def recipe(self) -> Recipe:
-        return in_rounds(_ablated, players, baseline="fill", gradients=False)
+        return in_rounds(_ablated, players, baseline="fill", gradients=False, features=True)
 
 
 def _ablated(asked: Asked) -> Rounds:
@@ -78,7 +78,7 @@ class FeaturePermutation:
         def points(inputs: Inputs, features: Inputs) -> int:
             return self.repeats * players(inputs, features)
 
-        return in_rounds(rounds, points, gradients=False)
+        return in_rounds(rounds, points, gradients=False, features=True)
 
 
 def _permuted(asked: Asked, repeats: int, seed: int) -> Rounds:

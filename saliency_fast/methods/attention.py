@@ -88,9 +88,7 @@ class _OverTokens:
             isinstance(self.special, bool) or not isinstance(self.special, int)
         ):
             raise InputTypeError(f"special must be a whole number: got {self.special!r}")
-        if self.grid is not None:
-            for size in self.grid:
-                checks.whole("grid", size, 1)
+        object.__setattr__(self, "grid", checks.grid(self.grid))
 
     def recipe(self) -> Recipe:
         # Probabilities are there on the way to the scores, also where token ids go in.

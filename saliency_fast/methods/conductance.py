@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from saliency_fast import ops
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_like, unknown
 from saliency_fast.methods.parts.quadrature import RULES
@@ -19,8 +20,8 @@ class Conductance:
     """Integral of the gradient at a layer times the layer's change on the straight path in the
     input (Dhamdhere, 2018): a sum over steps of the gradient where each begins times what changes.
 
-    at: the layer, the last spatial one unless given. rule: where its `steps` + 1 points lie;
-    "trapezoid" reaches both ends.
+    The call's `at` names the layer; the last spatial one unless given. rule: where its `steps` + 1
+    points lie; "trapezoid" reaches both ends.
     """
 
     steps: int = 50
@@ -35,6 +36,11 @@ class Conductance:
         return in_rounds(self._rounds, self.steps + 1, baseline="one", layers="auto")
 
     def _rounds(self, asked: Asked) -> Rounds:
+        if len(asked.layers) > 1:
+            raise InputError(
+                f"conductance is about one layer: got {len(asked.layers)}; call once for each, "
+                "since every layer's values sum to the whole gain"
+            )
         maps, totals = asked.scores.shape[1], list[Inputs]()
         path = Neighbours(asked, sorted(RULES[self.rule].points(self.steps + 1)[0].tolist()))
 

@@ -27,6 +27,8 @@ class DeepLift:
 
     def __post_init__(self) -> None:
         checks.positive("epsilon", self.epsilon)
+        checks.flag("multiply", self.multiply)
+        checks.flag("captum", self.captum)
 
     def recipe(self) -> Recipe:
         rules = Rescale(float(self.epsilon), self.captum)

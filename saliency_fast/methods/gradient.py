@@ -8,6 +8,7 @@ import torch
 
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Level, Recipe
+from saliency_fast.methods.parts import checks
 
 
 def at_input() -> tuple[Level]:
@@ -22,6 +23,9 @@ class Gradient:
 
     absolute: bool = False
     name = "gradient"
+
+    def __post_init__(self) -> None:
+        checks.flag("absolute", self.absolute)
 
     def recipe(self) -> Recipe:
         reduction = "absolute" if self.absolute else "sum"

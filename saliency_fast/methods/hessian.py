@@ -84,7 +84,8 @@ class IntegratedHessians:
 
     def recipe(self) -> Recipe:
         rules = _smooth(self.softplus)
-        return in_rounds(self._rounds, self.steps, baseline="one", rules=rules, second=True)
+        kind = {"baseline": "one", "second": True, "features": True}
+        return in_rounds(self._rounds, self.steps, rules=rules, **kind)
 
     def _rounds(self, asked: Asked) -> Rounds:
         features, count = _features(asked)

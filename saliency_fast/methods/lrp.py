@@ -7,8 +7,12 @@ from typing import Any
 
 from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Recipe
+from saliency_fast.errors import InputError
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.rules import Composite, composite
+
+BOUNDED = "epsilon_gamma_box"
+"""The composite that looks at the input's bounds."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,11 @@ class LRP:
         # Records hold lists where tuples were.
         for field in ("bounds", "layers"):
             object.__setattr__(self, field, _tuples(getattr(self, field)))
+        if self.bounds is not None and self.composite != BOUNDED:
+            raise InputError(
+                f"bounds are for {BOUNDED}: got {self.bounds!r} with composite {self.composite!r}; "
+                f"leave them out, or name a layer's rule: (layer, ('z_box', low, high))"
+            )
         self._rules()
 
     def _rules(self) -> Composite:

@@ -35,7 +35,7 @@ class ShapleyValues:
     name = "shapley_values"
 
     def recipe(self) -> Recipe:
-        return in_rounds(_exact, _coalitions, baseline="one", gradients=False)
+        return in_rounds(_exact, _coalitions, baseline="one", gradients=False, features=True)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class ShapleySampling:
 
     def __post_init__(self) -> None:
         checks.whole("permutations", self.permutations, 1)
+        checks.flag("antithetic", self.antithetic)
         checks.seed(self.seed)
 
     def recipe(self) -> Recipe:
@@ -62,7 +63,8 @@ class ShapleySampling:
             count = players(inputs, features)
             return min((1 << count) - 2, self.permutations * (count - 1))
 
-        return in_rounds(self._rounds, points, baseline="one", gradients=False)
+        kind = {"baseline": "one", "gradients": False, "features": True}
+        return in_rounds(self._rounds, points, **kind)
 
     def _rounds(self, asked: Asked) -> Rounds:
         game = Game.of(asked)

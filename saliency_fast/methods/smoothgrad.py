@@ -52,6 +52,8 @@ class SmoothGrad:
     name = "smoothgrad"
 
     def __post_init__(self) -> None:
+        checks.flag("antithetic", self.antithetic)
+        checks.flag("standard_error", self.standard_error)
         least = (2 + 2 * self.antithetic) if self.standard_error else 1
         _check(self.samples, least, self.noise_level, self.sigma, self.seed)
         if self.shared_axis is not None:
@@ -77,6 +79,7 @@ class SmoothGradSquared:
     name = "smoothgrad_squared"
 
     def __post_init__(self) -> None:
+        checks.flag("antithetic", self.antithetic)
         _check(self.samples, 1, self.noise_level, self.sigma, self.seed)
 
     def recipe(self) -> Recipe:

@@ -63,7 +63,8 @@ class Lime:
         def rounds(asked: Asked) -> Rounds:
             return fitted(asked, draw, weigh, self.fit, self.alpha)
 
-        return in_rounds(rounds, self.samples, baseline="fill", gradients=False)
+        kind = {"baseline": "fill", "gradients": False, "features": True}
+        return in_rounds(rounds, self.samples, **kind)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class KernelShap:
     name = "kernel_shap"
 
     def __post_init__(self) -> None:
+        checks.flag("paired", self.paired)
         checks.whole("samples", self.samples, 2)
         checks.seed(self.seed)
 
@@ -89,7 +91,8 @@ class KernelShap:
         def points(inputs: Inputs, features: Inputs) -> int:
             return min((1 << players(inputs, features)) - 2, self.samples)
 
-        return in_rounds(self._rounds, points, baseline="one", gradients=False)
+        kind = {"baseline": "one", "gradients": False, "features": True}
+        return in_rounds(self._rounds, points, **kind)
 
     def _rounds(self, asked: Asked) -> Rounds:
         game = Game.of(asked)

@@ -34,7 +34,7 @@ class TemporalRescaling:
     name = "temporal_rescaling"
 
     def __post_init__(self) -> None:
-        if self.axis not in (1, 2):
+        if isinstance(self.axis, bool) or self.axis not in (1, 2):
             raise InputError(f"axis must be 1 or 2, that of time: got {self.axis!r}")
         checks.share("above", self.above)
         base = self._base()

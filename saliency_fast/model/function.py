@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_map_only
 
 from saliency_fast.errors import ModelError
+from saliency_fast.model.outputs import map_tensors, rows_of
 from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs, Route, tensors_among
@@ -36,6 +36,24 @@ class _Enter(torch.autograd.Function):
         return None, None
 
 
+class _Owing(torch.autograd.Function):
+    """An output that hands back what the score owes to it, rather than its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        ctx.save_for_backward(output)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (output,) = ctx.saved_tensors
+        return output * grad
+
+
+def _owing(output: Tensor) -> Any:
+    return _Owing.apply(output) if output.requires_grad else output  # type: ignore[no-untyped-call]
+
+
 def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
     """Points as a model may take them, and where their gradients are asked for."""
     anchor = torch.zeros((), requires_grad=True)
@@ -56,7 +74,7 @@ class PointFunction:
     multiplied with, and gradients with it, where half types underflow; a number, or one per row.
     kind: equal for functions that take points through the model in the same way. shape: of an
     example's output, once it is known. references: rows [B | 1, *] that go through the model behind
-    the points, one for each; relevance: the cotangent is the score itself: see `Rules`.
+    the points, one for each; relevance: outputs hand back what the score owes to them.
     """
 
     route: Route
@@ -109,7 +127,7 @@ class PointFunction:
         cotangent = torch.ones_like(scores[:, 0]) * self.scale
         found = [
             torch.autograd.grad(
-                *(scores[:, k], edges, scores[:, k].detach() if self.relevance else cotangent),
+                *(scores[:, k], edges, cotangent),
                 retain_graph=k < last,
                 allow_unused=True,
             )
@@ -125,12 +143,12 @@ class PointFunction:
     def forward(self, points: Sequence[Tensor], item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
         if self.references is None:
-            return self.read(self.route(points, *self.rows(item)), item)
-        pairs = zip(points, self.references, strict=True)
-        # Points are in the types that the model takes.
-        both = [torch.cat([one, rows[item % len(rows)].to(one.dtype)]) for one, rows in pairs]
+            raw = self.route(points, *self.rows(item))
+            return self.read(map_tensors(_owing, raw) if self.relevance else raw, item)
+        pairs = zip(points, self.taken(self.references), strict=True)
+        both = [torch.cat([one, rows[item % len(rows)]]) for one, rows in pairs]
         raw = self.route(both, *self.rows(torch.cat([item, item])))
-        return self.read(tree_map_only(Tensor, lambda one: one[: len(item)], raw), item)
+        return self.read(rows_of(raw, slice(len(item)), 2 * len(item)), item)
 
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] of what the model returned."""
@@ -163,7 +181,8 @@ def _check_seen(found: Sequence[tuple[Tensor | None, ...]]) -> None:
         if all(grad is None for grad in grads):
             raise ModelError(
                 f"the model is not differentiable in input {number}: the target does not depend on "
-                "it; pass what needs no attribution through forward_args"
+                "it; pass what needs no attribution through forward_args, and of layers (at=) of "
+                "which one lies behind another, explain each by itself"
             )
 
 

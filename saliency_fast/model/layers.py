@@ -129,7 +129,8 @@ def hooked(
         return hook
 
     def before(number: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        # While a hook comes or goes, PyTorch calls it without keywords in other threads.
+        def hook(_: nn.Module, args: Any, kwargs: Any = None) -> Any:
             if threading.get_ident() != thread:
                 return None
             if not floats_at(args):

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from saliency_fast.errors import ModelError
 from saliency_fast.model.function import NO_GRADIENT, PointFunction
+from saliency_fast.model.outputs import rows_of
 from saliency_fast.model.routes import Inputs
 
 
@@ -48,7 +48,7 @@ class Pack:
         for number, (function, own) in enumerate(zip(self.functions, self.items, strict=True)):
             part = slice(start, start + own.numel())
             start = part.stop
-            scores, classes = self._own(number, function, own, _rows_of(raw, part, self.batch))
+            scores, classes = self._own(number, function, own, rows_of(raw, part, self.batch))
             found.append(scores)
             self.classes.append(classes)
         return torch.cat(found), None
@@ -114,12 +114,3 @@ def _kind(value: Any, function: PointFunction) -> object:
 def _joined(value: Any, parts: list[Any], function: PointFunction) -> Any:
     follows = isinstance(value, Tensor) and function.follows(value)
     return torch.cat(parts) if follows else value
-
-
-def _rows_of(raw: Any, part: slice, rows: int) -> Any:
-    """Those rows of whatever a model returns; what has no rows is left, to be refused."""
-
-    def own(tensor: Tensor) -> Tensor:
-        return tensor[part] if tensor.dim() and len(tensor) == rows else tensor
-
-    return tree_map_only(Tensor, own, raw)

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from saliency_fast.model.calls import Calls
+from saliency_fast.model.outputs import map_tensors
 from saliency_fast.model.precision import HALVES
 from saliency_fast.model.program import Program
 from saliency_fast.model.rules.base import Ruling
@@ -60,8 +60,8 @@ class Rules(Protocol):
     """Backward rules that a model runs under, instead of the chain rule; see `model/rules`.
 
     references: points are followed by a row of the baseline for each; relevance: what flows back
-    is the score itself, not its derivative. unmet: what to warn of where a run made no call that
-    has a rule; "" for nothing.
+    is what the score owes to an output, its own for a single one, not its derivative. unmet: what
+    to warn of where a run made no call that has a rule; "" for nothing.
     """
 
     @property
@@ -136,7 +136,7 @@ class Widened:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        return tree_map_only(Tensor, _widened, self.route(points, args, kwargs))
+        return map_tensors(_widened, self.route(points, args, kwargs))
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,8 @@ from saliency_fast.errors import InputError
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.layers import module_of
 from saliency_fast.model.layout import channel_axis
+from saliency_fast.model.outputs import tensors_of
+from saliency_fast.model.targets import read_of
 
 _POOLS = (
     *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
@@ -41,17 +43,8 @@ def last_spatial(model: object, run: Callable[[], Any]) -> nn.Module:
     watch = _Watch(module_of(model))
     with torch.no_grad(), uncompiled(), watch.watching(), _Attention(watch):
         raw = run()
-    return watch.last(next(iter(tensors_in(raw)), None))
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """The tensors of what a module returned."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        output = tuple(output.values())
-    values = output if isinstance(output, (tuple, list)) else ()
-    return [tensor for one in values for tensor in tensors_in(one)]
+    explained = read_of(raw)
+    return watch.last(next(iter(tensors_of(raw)), None) if explained is None else explained)
 
 
 @dataclass
@@ -109,11 +102,12 @@ class _Watch:
         if at_work:
             self.mixed = at_work[-1][1]
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        # While a hook comes or goes, PyTorch calls it without keywords in other threads.
         if threading.get_ident() != self.thread:
             return
         self.time += 1
-        if module is self.root and (given := tensors_in((args, kwargs))):
+        if module is self.root and (given := tensors_of((args, kwargs))):
             self.rows = len(given[0]) if given[0].dim() else None
         self.stack.append((module, self.time))
         if isinstance(module, nn.RNNBase):
@@ -125,7 +119,7 @@ class _Watch:
         self.time += 1
         self.stack.pop()
         self.calls[module] = self.calls.get(module, 0) + 1
-        tensors = tensors_in(output)
+        tensors = tensors_of(output)
         if not tensors or module is self.root:
             return
         tensor, shape = tensors[0], tuple(tensors[0].shape)

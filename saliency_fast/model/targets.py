@@ -134,14 +134,21 @@ class Targets:
         return scores[:, None]
 
 
-def tensor_of(raw: Any) -> Tensor:
-    """The tensor to explain in a model's output: itself, or its `logits` or `out`."""
+def read_of(raw: Any) -> Tensor | None:
+    """The tensor to explain in a model's output, itself, or its `logits` or `out`; or None."""
     if isinstance(raw, Tensor):
         return raw
     for name in ("logits", "out"):
         found = raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
         if isinstance(found, Tensor):
             return found
+    return None
+
+
+def tensor_of(raw: Any) -> Tensor:
+    """The same; raises ModelError where there is none."""
+    if (found := read_of(raw)) is not None:
+        return found
     raise ModelError(
         f"the model must return a tensor (or an output with .logits): got {type(raw).__name__}; "
         "pass target=function to pick one from a structured output"

@@ -104,7 +104,8 @@ def _attributed(
         engine, features = Engine(model, chosen, at=EMBEDDINGS, **options), None
     else:
         # Methods that look at scores alone take tokens away whole, one id for another.
-        engine, features = Engine(model, chosen, **options), _numbered(found)
+        engine = Engine(model, chosen, **options)
+        features = _numbered(found) if recipe.features else None
     whole = engine(found.ids, target, start, forward_kwargs=further, features=features)
     if whole.many:
         raise InputError(

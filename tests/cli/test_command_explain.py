@@ -195,3 +195,13 @@ def test_auto_needs_no_more_than_its_name(here, grey_png):
     assert run("explain", grey_png, *options, "--out", "o") == 0
     recorded = sf.load(here / "o" / "grey.integrated_gradients.safetensors")
     assert recorded.provenance.precision == "float32"
+
+
+def test_features_are_for_methods_that_take_them(here, grey_png, capsys):
+    given = ("explain", grey_png, "--model", "tiny:grey", "--target", "1", "--features", "grid:2")
+    assert run(*given, "--method", "gradient", "--out", "o") != 0
+    assert "--features is for methods that take features away" in capsys.readouterr().err
+    both = ("--method", "gradient", "--method", "feature_ablation", "--out", "o")
+    assert run(*given, *both, "--plan") == 0
+    assert run(*given, *both) == 0
+    assert len(sf.load(here / "o" / "grey.feature_ablation.safetensors").values.unique()) <= 4

@@ -255,3 +255,28 @@ def test_errors() -> None:
             sf.AttentionRollout(**wrong)
     with pytest.raises(InputTypeError, match="layer must be a whole number"):
         sf.AttentionWeights(layer="last")
+
+
+class Windows(nn.Module):
+    """Attention of one head within windows of four by four patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut, self.mix, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.cut(x).unflatten(3, (-1, 4)).unflatten(2, (-1, 4))
+        windows = y.permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
+        q, k, v = self.mix(windows).chunk(3, -1)
+        y = windows + (q @ k.mT).softmax(-1) @ v
+        out: Tensor = self.head(y.view(len(x), -1, 8).mean(1))
+        return out
+
+
+@pytest.mark.parametrize("method", ["attention_weights", "attention_rollout", "gradient_attention"])
+def test_windows_in_the_batch_are_not_taken_for_heads(method: str) -> None:
+    with pytest.raises(InputError, match="over 16 tokens, and the model cuts 64 patches"):
+        sf.explain(Windows(), torch.rand(2, 3, 16, 16), target=1, method=method)
+    # As large as a window, all is one.
+    found = sf.explain(Windows(), torch.rand(2, 3, 8, 8), target=1, method=method)
+    assert found.values.shape == (2, 1, 8, 8)

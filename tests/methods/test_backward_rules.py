@@ -189,3 +189,39 @@ def test_compiled_models_run_as_they_are() -> None:
         expected = sf.explain(model, x, target=1, method=method)
         found = sf.explain(compiled, x, target=1, method=method)
         assert relative_l2(found.values, expected.values) < EXACT
+
+
+class Map(nn.Module):
+    """A segmentation model without biases, whose relevance is all of the score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Conv2d(2, 5, 3, padding=1, bias=False)
+        self.outer = nn.Conv2d(5, 3, 3, padding=1, bias=False)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.outer(torch.relu(self.inner(x)))
+        return out
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        (1, slice(2, 6), slice(None)),
+        (0, 3, 4),
+        torch.ones(6, 7, dtype=torch.bool),
+        lambda out: out[:, 1].sum((1, 2)) - out[:, 0].mean((1, 2)),
+    ],
+    ids=["slices", "place", "mask", "difference"],
+)
+def test_relevance_of_many_outputs_is_what_the_score_owes_to_each(target: Any) -> None:
+    model, x = Map(), torch.randn(2, 2, 6, 7, dtype=torch.float64)
+    if isinstance(target, Tensor):
+        target = (1, target)
+    found = sf.explain(model, x, target=target, method=sf.LRP("epsilon", epsilon=1e-12))
+    torch.testing.assert_close(found.values.flatten(1).sum(1), found.scores, rtol=1e-9, atol=1e-12)
+    # Without biases the epsilon rule of a ReLU network is input x gradient.
+    expected = sf.explain(model, x, target=target, method="input_x_gradient")
+    assert relative_l2(found.values, expected.values) < 1e-9

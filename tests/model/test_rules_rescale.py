@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import saliency_fast as sf
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.model.rules import Rescale
 from tests.model.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled, scores
@@ -201,3 +202,14 @@ def test_errors() -> None:
         ruled(turned, Rescale(), x, 1, x + 1)
     with pytest.raises(InputError, match="epsilon must be a positive"):
         Rescale(0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_half_types(dtype: torch.dtype, batch: int) -> None:
+    model = copy.deepcopy(network("2-d")).to(dtype)
+    x = points("2-d")[:batch].to(dtype)
+    expected = sf.explain(model.to(torch.float64), x.double(), target=1, method="deeplift")
+    found = sf.explain(model.to(dtype), x, target=1, method="deeplift")
+    # Seven bits of products, through some layers.
+    assert relative_l2(found.values.double(), expected.values) < 0.05

@@ -6,12 +6,17 @@ import math
 
 from saliency_fast.errors import InputError, InputTypeError
 
+MOST = 2**31
+"""Beyond what any field counts."""
+
 
 def whole(name: str, value: object, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputTypeError(f"{name} must be a whole number: got {value!r}")
     if value < least:
         raise InputError(f"{name} must be at least {least}: got {value}")
+    if value >= MOST:
+        raise InputError(f"{name} must be less than {MOST}: got {value}")
 
 
 def positive(name: str, value: object) -> None:
@@ -35,7 +40,7 @@ def choice(name: str, value: object, valid: tuple[str, ...]) -> None:
 
 def seed(value: object) -> None:
     """One int, or one for each example."""
-    for one in value if isinstance(value, tuple) else (value,):
+    for one in (value or (None,)) if isinstance(value, tuple) else (value,):
         if isinstance(one, bool) or not isinstance(one, int) or not -(2**63) <= one < 2**63:
             raise InputTypeError(f"seed must be a 64-bit int or a tuple of them: got {value!r}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -42,6 +43,13 @@ class Patches:
                 f"tokens make a map over up to 3 spatial axes: got an input {list(shape)}"
             )
         known = patch_grid(model, size)
+        if known is not None and grid is None and tokens < math.prod(known):
+            # Windows that are folded into the batch look like heads that are.
+            raise InputError(
+                f"attention is over {tokens} tokens, and the model cuts {math.prod(known)} "
+                "patches: weights of windows have no place in the input, so use another method; "
+                "if it is over all of the input, pass grid=(rows, columns)"
+            )
         return cls(*token_grid("attention", tokens, size, grid, special, known), size)
 
     @property

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from saliency_fast.errors import ModelError
 from saliency_fast.model.calls import INNER_GRADIENTS, Calls, lean_call
 from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.outputs import map_tensors, tensors_of
 
 Answer = Callable[..., Any]
 """A rule for calls of one name: (the mode, the call, its arguments, its named ones) -> result."""
@@ -116,7 +116,7 @@ class Ruling(Calls):
             raw = model(*points, *args, **kwargs)
         for node in steps_behind(tensors_of(raw)):
             self.check(node)
-        return tree_map_only(Tensor, _mirrored, raw) if self.paired else raw
+        return map_tensors(_mirrored, raw) if self.paired else raw
 
 
 @cache
@@ -175,11 +175,6 @@ def _check_visible(model: Callable[..., Any], name: str) -> None:
                 f"{type(part).__name__}{f' at {path!r}' if path else ''}; pass the model that it "
                 "was scripted from"
             )
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors among results, however nested."""
-    return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
 
 
 def steps_behind(results: Iterable[Tensor]) -> Iterator[Any]:

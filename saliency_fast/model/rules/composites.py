@@ -153,6 +153,10 @@ COMPOSITES: dict[str, Callable[[float, float, Any], dict[str, Any]]] = {
 """Composites by name: (epsilon, gamma, bounds of the input) -> fields of a Composite."""
 
 
+def _is_pair(one: object) -> bool:
+    return isinstance(one, (tuple, list)) and len(one) == 2 and isinstance(one[0], str)
+
+
 def composite(
     name: str,
     epsilon: float = 1e-6,
@@ -162,10 +166,14 @@ def composite(
     **options: str,
 ) -> Composite:
     """A composite by name; `layers`: (layer's name, rule as `read_share` takes it) pairs."""
-    if name not in COMPOSITES:
+    if not isinstance(name, str) or name not in COMPOSITES:
         raise InputError(f"composite must be one of {', '.join(COMPOSITES)}: got {name!r}")
-    if not all(isinstance(one, (tuple, list)) and len(one) == 2 for one in layers):
-        raise InputError(f"layers must be (layer's name, rule) pairs: got {layers!r}")
+    if not isinstance(layers, (tuple, list)) or not all(map(_is_pair, layers)):
+        raise InputError(
+            f"layers must be (layer's name, rule) pairs such as (('head', 'flat'),): got {layers!r}"
+        )
+    # Also where the composite has no such rule.
+    Gamma(gamma, epsilon)
     named = tuple((layer, read_share(rule)) for layer, rule in layers)
     parts = COMPOSITES[name](epsilon, gamma, bounds) | options
     return Composite(**parts, layers=named, epsilon=epsilon)

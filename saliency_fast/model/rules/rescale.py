@@ -105,7 +105,9 @@ def _unpooled(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 def slopes(change: Tensor, change_out: Tensor, slope: Tensor, epsilon: float) -> Tensor:
     """change_out / change, and the gradient `slope` where `change` is tiny (or no number)."""
-    return torch.where(change.abs() > epsilon, change_out / change, slope)
+    # float16 has no number as small as epsilon, which is zero there.
+    changed = (change.abs() >= epsilon) & (change != 0)
+    return torch.where(changed, change_out / change, slope)
 
 
 def _paired(calls: Ruling, x: Tensor) -> None:

@@ -229,6 +229,12 @@ class Flat:
         return pull(ratio(relevance, z, 0.0))
 
 
+def _as_long(*several: tuple[float, ...]) -> list[tuple[float, ...]]:
+    """One number stands for all channels."""
+    longest = max(map(len, several))
+    return [one * longest if len(one) == 1 else one for one in several]
+
+
 @dataclass(frozen=True)
 class ZBox:
     """For inputs within low <= x <= high, as pixels are (Montavon, 2017).
@@ -249,6 +255,11 @@ class ZBox:
             object.__setattr__(self, name, value)
             for one in value if isinstance(value, tuple) else (value,):
                 _check_number(name, one, -math.inf)
+        low, high = (one if isinstance(one, tuple) else (one,) for one in (self.low, self.high))
+        if len(low) != len(high) and 1 not in (len(low), len(high)):
+            raise InputError(f"low and high differ in channels: got {len(low)} and {len(high)}")
+        if not all(a < b for a, b in zip(*_as_long(low, high), strict=True)):
+            raise InputError(f"low must be less than high: got bounds {self.low}, {self.high}")
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         low, high = (self._wide(name, layer, x) for name in ("low", "high"))
