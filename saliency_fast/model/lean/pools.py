@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from saliency_fast import ops
 from saliency_fast.model.lean.convolutions import Sizes, _each
 from saliency_fast.ops.masks import DTYPES
+from saliency_fast.ops.pools import layout
 
 LARGEST_WINDOW = 256
 
@@ -66,7 +67,7 @@ class _AdaptiveMaxPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, size: Any, pool: Callable[..., Any]) -> Any:
         y, index = pool(x, size)
         ctx.save_for_backward(index)
-        ctx.shape = x.shape
+        ctx.shape, ctx.layout = x.shape, layout(x)
         ctx.mark_non_differentiable(index)
         return y, index
 
@@ -100,6 +101,7 @@ class _Shaped(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> Tensor:
         ctx.shape, ctx.transpose, ctx.options = x.shape, transpose, options
+        ctx.layout = layout(x)
         return pool(x, *options)
 
     @staticmethod
@@ -107,7 +109,9 @@ class _Shaped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         # The operators ask for the input and read its shape: one number stands for all.
         shape = grad.new_empty(()).expand(ctx.shape)
-        return ctx.transpose(grad, shape, *ctx.options), None, None, None
+        found = ctx.transpose(grad, shape, *ctx.options)
+        # As the input lies: activations are slow where values and gradients lie differently.
+        return found.contiguous(memory_format=ctx.layout), None, None, None
 
 
 def _average_pool(
