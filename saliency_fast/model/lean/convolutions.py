@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Sizes = int | tuple[int, ...] | list[int]
-_convolution = torch.ops.aten.convolution
+_aten = torch.ops.aten
+_convolution = _aten.convolution
+WIDE = 25
+"""Elements of a kernel from which it outweighs a copy of what it is given."""
+UNFOLDS = 20480
+"""Elements of one example up to which PyTorch unfolds its convolutions, for good or ill."""
 _ONEDNN = bool(torch._C._has_mkldnn)
 
 
@@ -69,12 +75,16 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _by_onednn(x: Tensor) -> bool:
     few = _ONEDNN and len(x) == 1 and x.dim() == 5 and x.numel() > 0
-    if not few or x.dtype != torch.float32 or type(x) is not Tensor:
+    return few and _on_cpu(x) and torch._C._get_mkldnn_enabled()
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """Whether `x` is plain float32 in the host's memory."""
+    if x.dtype != torch.float32 or type(x) is not Tensor:
         return False
     # Shapes alone answer that they are where the model's tensors would be.
     with torch._C.DisableTorchFunction():
-        here = x.device.type == "cpu"
-    return here and torch._C._get_mkldnn_enabled()
+        return x.device.type == "cpu"
 
 
 class _Convolve(torch.autograd.Function):
@@ -116,9 +126,59 @@ def _transpose(
             )
         ]
     options = (stride, padding, dilation, not transposed, extra, groups)
-    found = convolved(grad, weight, None, *options)
+    if not transposed and _to_few(grad, weight, stride, dilation, extra, groups):
+        found = _unfolded(grad, weight, stride, padding, dilation, extra)
+    elif not transposed and _to_gray_volumes(grad, weight, size, groups):
+        x = grad.new_empty(()).expand(len(grad), 1, *size)
+        options = (stride, padding, dilation, False, [0] * 3, groups)
+        found, _, _ = _aten.convolution_backward(
+            grad, x, weight, None, *options, [True, False, False]
+        )
+    else:
+        found = convolved(grad, weight, None, *options)
     # Output padding may exceed the stride where the kernel is dilated, and then reach one step on.
     return found if found.shape[2:] == size else found[(..., *map(slice, size))]
+
+
+def _to_few(
+    grad: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    dilation: list[int],
+    extra: list[int],
+    groups: int,
+) -> bool:
+    """Whether a transpose leads to gray or coloured images, whose channels oneDNN pads to whole
+    vectors, and what it unfolds instead is no larger than what it is given.
+    """
+    channels, size = weight.shape[1], weight[0].numel()
+    if groups > 1 or channels > 3 or size > weight.shape[0] or not _on_cpu(grad):
+        return False
+    # Other memory formats are copied first, which single channels and large kernels outweigh.
+    pays = grad.is_contiguous() or (channels == 1 and size >= WIDE)
+    steps = zip(extra, stride, dilation, strict=True)
+    return pays and weight.dim() in (4, 5) and all(e < max(s, d) for e, s, d in steps)
+
+
+def _unfolded(
+    grad: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    extra: list[int],
+) -> Any:
+    transpose = _aten.slow_conv_transpose2d if grad.dim() == 4 else _aten.slow_conv_transpose3d
+    kernel = list(weight.shape[2:])
+    return transpose(grad, weight, kernel, None, stride, padding, extra, dilation)
+
+
+def _to_gray_volumes(grad: Tensor, weight: Tensor, size: torch.Size, groups: int) -> bool:
+    """Whether the backward operator leads to volumes of one channel: it takes a seventh less time
+    than the transpose, and the input that it asks for is small.
+    """
+    large = len(grad) > 1 or math.prod(size) > UNFOLDS
+    return weight.dim() == 5 and weight.shape[1] == groups == 1 and large and _on_cpu(grad)
 
 
 def _lean(axes: int) -> Callable[..., Any]:
