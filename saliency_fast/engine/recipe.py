@@ -119,7 +119,7 @@ class Recipe:
     weights, with what it keeps, sum to one. With one level the map's error is estimated from its
     two folds, rules of their own; with several from what each level changed, and an example stops
     when that and its completeness are within `tolerance`. `at_input`: the only point is the input
-    itself.
+    itself. ends: False where nothing is to add up to what the score gains over the baseline's.
 
     rules: the backward rules that the model runs under. rounds: for methods that are no such sum:
     they ask for points, look at the answers and go on (`in_rounds` in `engine/rounds.py` makes
@@ -137,6 +137,7 @@ class Recipe:
     baseline: str = "none"
     tolerance: float | None = None
     at_input: bool = False
+    ends: bool = True
     rules: Rules | None = None
     rounds: Callable[[Any], Generator[Any, Any, Any]] | None = None
     gradients: bool = True

@@ -197,16 +197,19 @@ class Run:
 
     def _ends(self) -> Generator[Want, Answer, None]:
         """Scores at the inputs and at the baselines, where launches do not bring them along."""
-        starts = self.recipe.baseline == "one"
+        starts = self.recipe.baseline == "one" and self.recipe.ends
         if self.recipe.at_input and not starts:
             return
         batch, rows = self.call.batch, len(self.baselines[0])
-        both = starts and not self.function.targets.predicted and 2 * batch <= self.size
+        predicted = self.function.targets.predicted
+        inputs = predicted or not self.recipe.at_input
+        both = starts and inputs and not predicted and 2 * batch <= self.size
         table, row = self.call.inputs, self.everyone
         if both:
             table, row = self._inputs_and_starts(), torch.arange(2 * batch, device=row.device)
-        scores, classes = yield from self._score(table, row, row % batch)
-        self._note_scores(self.everyone, scores[:batch], None if both else classes)
+        if inputs:
+            scores, classes = yield from self._score(table, row, row % batch)
+            self._note_scores(self.everyone, scores[:batch], None if both else classes)
         if self.classes is not None:
             self.function.targets = replace(self.function.targets, classes=self.classes)
             for function in (self.behind, self.exact):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Recipe
@@ -32,7 +32,7 @@ class DeepLift:
 
     def recipe(self) -> Recipe:
         rules = Rescale(float(self.epsilon), self.captum)
-        factor = "difference" if self.multiply else "none"
-        return Recipe(
-            Itself(), at_input(), factor=factor, baseline="one", at_input=True, rules=rules
-        )
+        # Multipliers alone add up to nothing.
+        factor, ends = ("difference", True) if self.multiply else ("none", False)
+        one = Recipe(Itself(), at_input(), factor=factor, baseline="one", at_input=True)
+        return replace(one, ends=ends, rules=rules)
