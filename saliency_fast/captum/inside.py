@@ -21,6 +21,10 @@ from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, wi
 from saliency_fast.model.routes import Inputs
 
 
+LITTLE = 512 * 1024
+"""Bytes of inputs and a layer's tensors up to which all that autograd keeps behind is little."""
+
+
 class _Enough(BaseException):
     """All layers were read: what comes behind them has no need to run."""
 
@@ -100,6 +104,10 @@ class Inside:
         """Per layer the tensors there, and the gradients of the scores at them."""
         if self.of_input:
             return self._in_one_run(inputs, target, further, grad_kwargs or {})
+        if len(self.layers) == 1 and not grad_kwargs:
+            own, gradients = self._at_once(inputs, target, further)
+            if gradients:
+                return [own], [gradients]
         values = self.need_floats(self.read(inputs, further))
         try:
             return values, self._behind(values, inputs, target, further, grad_kwargs)
@@ -114,6 +122,32 @@ class Inside:
             asked = alone.asked([own], *call)
             found.append(like_types(explained(Gradient(), asked), own))
         return found
+
+    def _at_once(self, inputs: Inputs, target: Any, further: Any) -> tuple[Inputs, Inputs]:
+        """A layer's tensors and the gradients there in one run of the batch, where autograd's graph
+        is small; nothing elsewhere, or where anything is wrong, which then shows again.
+        """
+        size, own = sum(x.nbytes for x in inputs), list[Tensor]()
+        grads: Inputs = ()
+        if size > LITTLE:
+            return (), ()
+
+        def seen(_: int, value: Any) -> Any:
+            here = floats_at(value)
+            if own or size + sum(one.nbytes for one in here) > LITTLE:
+                raise _Enough
+            own.extend(one.detach().clone().requires_grad_() for one in here)
+            # The model may go on to overwrite what it gets.
+            return with_floats(value, [one.clone() for one in own])
+
+        on = torch.inference_mode(False), torch.enable_grad()
+        hooks = hooked(self.layers, seen)
+        with suppress(Exception, _Enough), on[0], on[1], kept(self.forward), hooks:
+            rows = tuple(x.detach().clone() for x in inputs)
+            scores = run_forward(self.forward, rows, target, further)
+            need_one_number(scores)
+            grads = torch.autograd.grad(scores.sum(), own)
+        return tuple(one.detach() for one in own), tuple(one.detach() for one in grads)
 
     def _in_one_run(
         self, inputs: Inputs, target: Any, further: Any, grad_kwargs: dict[str, Any]
