@@ -9,6 +9,7 @@ rows, as Captum's do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -29,11 +30,17 @@ from saliency_fast.captum.forward import (
     selected,
 )
 from saliency_fast.engine.choose import Known
-from saliency_fast.engine.recipe import Method
+from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import BudgetError, ContractError, ModelError
 from saliency_fast.model.layers import Behind
-from saliency_fast.model.routes import Inputs
+from saliency_fast.model.routes import Inputs, Plain, Ruled
 from saliency_fast.model.targets import tensor_of
+
+PLAIN = (torch.float32, torch.float64)
+SMALL = 16 * 1024
+"""Bytes of inputs up to which gradients there take one plain run of the batch."""
+SMALL_MODULE = 2 * 1024**2
+"""Bytes of weights up to which they do."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ def explained(method: Method, asked: Asked) -> Inputs:
 def _explained(
     method: Method, asked: Asked, owner: nn.Module | None, known: Known, alone: Known
 ) -> Inputs:
+    if (found := _at_once(method.recipe(), asked, owner)) is not None:
+        return found
     if not _is_by_rows(asked, owner):
         return _as_one(method, asked, alone)
     for target in _targets(asked.target, len(asked.inputs[0])):
@@ -100,6 +109,46 @@ def _tried(call: Callable[[], Found]) -> Found | None:
         raise
     except Exception:
         return None
+
+
+def _at_once(recipe: Recipe, asked: Asked, owner: nn.Module | None) -> Inputs | None:
+    """Gradients at the inputs in one run of the whole batch, where all that an engine takes care of
+    costs more than it spares: of small modules at small inputs. None elsewhere, or where anything
+    is wrong, which then shows again.
+    """
+    rules, inputs = recipe.rules, asked.inputs
+    single = recipe.at_input and recipe.baseline == "none" and recipe.rounds is None
+    usual = asked.gradient_func is compute_gradients and not (rules and rules.relevance)
+    if not (single and usual and owner is not None and _is_small(owner, inputs)):
+        return None
+    route = Plain(asked.forward) if rules is None else Ruled(asked.forward, rules)
+    on = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
+    with suppress(Exception), on[0], on[1], on[2]:
+        points = [x.detach().clone().requires_grad_() for x in inputs]
+        # Copies: the model may work in place, and rules take leaves for weights.
+        raw = route([one.clone() for one in points], as_args(asked.further), {})
+        scores = selected(tensor_of(raw), asked.target)
+        need_one_number(scores)
+        total = scores.sum()
+        grads = torch.autograd.grad(total, points)
+        if recipe.factor == "input":
+            grads = tuple(one * x.detach() for one, x in zip(grads, points, strict=True))
+        if math.isfinite(sum((one.sum() for one in grads), total.detach())):
+            return tuple(one.abs() for one in grads) if recipe.reduction == "absolute" else grads
+    return None
+
+
+def _is_small(owner: nn.Module, inputs: Inputs) -> bool:
+    """Whether a module and its inputs are so small; volumes, which PyTorch unfolds, never are."""
+    plain = all(x.dtype in PLAIN and x.device.type == "cpu" and x.dim() < 5 for x in inputs)
+    if not plain or sum(x.nbytes for x in inputs) > SMALL:
+        return False
+    left = SMALL_MODULE
+    for one in owner.parameters():
+        left -= one.nbytes
+        if left < 0:
+            return False
+    return True
 
 
 def _is_by_rows(asked: Asked, owner: nn.Module | None) -> bool:

@@ -40,7 +40,7 @@ def x() -> Tensor:
 
 
 def _gap(found: Any, expected: Any) -> float:
-    return float((found - expected).detach().norm() / expected.norm())
+    return float((found - expected).detach().norm() / expected.detach().norm())
 
 
 @pytest.mark.parametrize("little", [0, inside.LITTLE])
