@@ -20,7 +20,6 @@ from saliency_fast.methods import Gradient
 from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, with_floats
 from saliency_fast.model.routes import Inputs
 
-
 LITTLE = 512 * 1024
 """Bytes of inputs and a layer's tensors up to which all that autograd keeps behind is little."""
 

@@ -77,7 +77,7 @@ class _AdaptiveMaxPool(torch.autograd.Function):
         (index,) = ctx.saved_tensors
         found = grad.new_zeros((*ctx.shape[:2], math.prod(ctx.shape[2:])))
         found.scatter_add_(2, index.flatten(2), grad.flatten(2))
-        return found.view(ctx.shape), None, None
+        return found.view(ctx.shape).contiguous(memory_format=ctx.layout), None, None
 
 
 def _adaptive_max_pool(axes: int, pool: Callable[..., Any]) -> Callable[..., Any]:
