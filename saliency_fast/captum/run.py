@@ -39,8 +39,10 @@ from saliency_fast.model.targets import tensor_of
 PLAIN = (torch.float32, torch.float64)
 SMALL = 16 * 1024
 """Bytes of inputs up to which gradients there take one plain run of the batch."""
-SMALL_MODULE = 2 * 1024**2
+SMALL_MODULE = 64 * 1024**2
 """Bytes of weights up to which they do."""
+SMALL_NORMED = 2 * 1024**2
+"""Bytes of weights up to which they do in modules with batch norms."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,9 @@ def _is_small(owner: nn.Module, inputs: Inputs) -> bool:
     plain = all(x.dtype in PLAIN and x.device.type == "cpu" and x.dim() < 5 for x in inputs)
     if not plain or sum(x.nbytes for x in inputs) > SMALL:
         return False
-    left = SMALL_MODULE
+    # Without norms there is nothing to fold, which is what pays at small inputs.
+    normed = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in owner.modules())
+    left = SMALL_NORMED if normed else SMALL_MODULE
     for one in owner.parameters():
         left -= one.nbytes
         if left < 0:

@@ -67,8 +67,11 @@ def test_large_modules_and_inputs_go_by_the_engine(
     assert not run._is_small(net, (x.repeat(8, 1, 1, 1),))
     assert not run._is_small(net, (x[..., None],))
     assert not run._is_small(net, (x.half(),))
-    monkeypatch.setattr(run, "SMALL_MODULE", 8)
+    monkeypatch.setattr(run, "SMALL_NORMED", 8)
     assert not run._is_small(net, (x,))
+    assert run._is_small(net.head, (x,))
+    monkeypatch.setattr(run, "SMALL_MODULE", 8)
+    assert not run._is_small(net.head, (x,))
 
 
 def test_a_model_changed_in_between_is_noticed(x: Tensor) -> None:
