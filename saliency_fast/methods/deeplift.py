@@ -16,8 +16,8 @@ class DeepLift:
     """(input - baseline) times DeepLIFT's multipliers, rescale rule (Shrikumar, 2017).
 
     epsilon: nonlinearities whose input changes less keep their gradient. multiply: False gives the
-    multipliers alone. captum: with the departures of Captum's DeepLift, for equal numbers; see
-    `model.rules.Rescale`.
+    multipliers alone, whose sum tells nothing: no baseline_scores, no delta. captum: with the
+    departures of Captum's DeepLift, for equal numbers; see `model.rules.Rescale`.
     """
 
     epsilon: float = 1e-10
