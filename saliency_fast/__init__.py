@@ -1,6 +1,8 @@
 """Exact attribution for PyTorch: Integrated Gradients, SmoothGrad and their family, fused."""
 
 import gc
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 # Else the interpreter looks through all of PyTorch's objects twice meanwhile, which takes half as
 # long as the import itself.
@@ -10,6 +12,14 @@ try:
     from saliency_fast.api import Engine, explain
     from saliency_fast.attribution import Attribution, load
     from saliency_fast.engine import Plan
+    from saliency_fast.ops import backends
+    from saliency_fast.replay import Replay, replay
+    from saliency_fast.version import __version__
+finally:
+    if _collects:
+        gc.enable()
+
+if TYPE_CHECKING:
     from saliency_fast.methods import (
         IDGI,
         LRP,
@@ -50,14 +60,16 @@ try:
         VarGrad,
         XGradCAM,
     )
-    from saliency_fast.ops import backends
-    from saliency_fast.replay import Replay, replay
     from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
-    from saliency_fast.version import __version__
     from saliency_fast.video import Clip, explain_video
-finally:
-    if _collects:
-        gc.enable()
+
+_LATER = {
+    "Similarity": "tokens",
+    "TokenAttribution": "tokens",
+    "explain_tokens": "tokens",
+    "Clip": "video",
+    "explain_video": "video",
+}
 
 __all__ = [
     "IDGI",
@@ -113,3 +125,16 @@ __all__ = [
     "load",
     "replay",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Methods, and what comes beside them, are imported when they are first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_LATER.get(name, 'methods')}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -111,6 +111,18 @@ print([name for name in {heavy!r} if name in sys.modules and name not in before]
     assert found.stdout.strip() == "[]"
 
 
+def test_methods_are_imported_when_they_are_asked_for() -> None:
+    code = """
+import sys
+import saliency_fast as sf
+before = "saliency_fast.methods.lrp" in sys.modules
+assert sf.LRP is sf.methods.METHODS["lrp"]
+print(before, [name for name, kind in sf.methods.METHODS.items() if kind.name != name])
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False []"
+
+
 def test_files_stay_small() -> None:
     tracked = subprocess.run(
         ["git", "ls-files", "*.py", "*.cpp", "*.cu", "*.h"],

@@ -3,88 +3,114 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.methods.ablation import FeatureAblation, FeaturePermutation
-from saliency_fast.methods.attention import (
-    AttentionRollout,
-    AttentionWeights,
-    GradientAttention,
-)
-from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
-from saliency_fast.methods.blur_ig import BlurIG
-from saliency_fast.methods.cam import (
-    EigenCAM,
-    GradCAM,
-    GradCAMPlusPlus,
-    HiResCAM,
-    LayerCAM,
-    XGradCAM,
-)
-from saliency_fast.methods.conductance import Conductance
-from saliency_fast.methods.deeplift import DeepLift
-from saliency_fast.methods.expected_gradients import ExpectedGradients, GradientShap
-from saliency_fast.methods.gradient import Gradient, InputXGradient
-from saliency_fast.methods.guided_grad_cam import GuidedGradCAM
-from saliency_fast.methods.guided_ig import GuidedIG
-from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessians
-from saliency_fast.methods.idgi import IDGI
-from saliency_fast.methods.integrated_gradients import IntegratedGradients
-from saliency_fast.methods.lrp import LRP
-from saliency_fast.methods.occlusion import Occlusion
-from saliency_fast.methods.rise import Rise
-from saliency_fast.methods.score_cam import ScoreCAM
-from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
-from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
-from saliency_fast.methods.surrogates import KernelShap, Lime
-from saliency_fast.methods.temporal import TemporalRescaling
 
-METHODS: dict[str, type[Any]] = {
-    method.name: method
-    for method in (
-        Gradient,
-        InputXGradient,
-        IntegratedGradients,
-        SmoothGrad,
-        SmoothGradSquared,
-        VarGrad,
-        ExpectedGradients,
-        GradientShap,
-        BlurIG,
-        GuidedIG,
-        IDGI,
-        Conductance,
-        HessianVectorProduct,
-        IntegratedHessians,
-        TemporalRescaling,
-        Occlusion,
-        FeatureAblation,
-        FeaturePermutation,
-        Rise,
-        Lime,
-        KernelShap,
-        ShapleySampling,
-        ShapleyValues,
-        GuidedBackprop,
-        Deconvolution,
-        DeepLift,
-        LRP,
-        AttentionWeights,
+if TYPE_CHECKING:
+    from saliency_fast.methods.ablation import FeatureAblation, FeaturePermutation
+    from saliency_fast.methods.attention import (
         AttentionRollout,
+        AttentionWeights,
         GradientAttention,
+    )
+    from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
+    from saliency_fast.methods.blur_ig import BlurIG
+    from saliency_fast.methods.cam import (
+        EigenCAM,
         GradCAM,
         GradCAMPlusPlus,
-        XGradCAM,
-        LayerCAM,
         HiResCAM,
-        EigenCAM,
-        ScoreCAM,
-        GuidedGradCAM,
+        LayerCAM,
+        XGradCAM,
     )
+    from saliency_fast.methods.conductance import Conductance
+    from saliency_fast.methods.deeplift import DeepLift
+    from saliency_fast.methods.expected_gradients import ExpectedGradients, GradientShap
+    from saliency_fast.methods.gradient import Gradient, InputXGradient
+    from saliency_fast.methods.guided_grad_cam import GuidedGradCAM
+    from saliency_fast.methods.guided_ig import GuidedIG
+    from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessians
+    from saliency_fast.methods.idgi import IDGI
+    from saliency_fast.methods.integrated_gradients import IntegratedGradients
+    from saliency_fast.methods.lrp import LRP
+    from saliency_fast.methods.occlusion import Occlusion
+    from saliency_fast.methods.rise import Rise
+    from saliency_fast.methods.score_cam import ScoreCAM
+    from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
+    from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
+    from saliency_fast.methods.surrogates import KernelShap, Lime
+    from saliency_fast.methods.temporal import TemporalRescaling
+
+_PLACES = {
+    "gradient": ("gradient", "Gradient"),
+    "input_x_gradient": ("gradient", "InputXGradient"),
+    "integrated_gradients": ("integrated_gradients", "IntegratedGradients"),
+    "smoothgrad": ("smoothgrad", "SmoothGrad"),
+    "smoothgrad_squared": ("smoothgrad", "SmoothGradSquared"),
+    "vargrad": ("smoothgrad", "VarGrad"),
+    "expected_gradients": ("expected_gradients", "ExpectedGradients"),
+    "gradient_shap": ("expected_gradients", "GradientShap"),
+    "blur_ig": ("blur_ig", "BlurIG"),
+    "guided_ig": ("guided_ig", "GuidedIG"),
+    "idgi": ("idgi", "IDGI"),
+    "conductance": ("conductance", "Conductance"),
+    "hessian_vector_product": ("hessian", "HessianVectorProduct"),
+    "integrated_hessians": ("hessian", "IntegratedHessians"),
+    "temporal_rescaling": ("temporal", "TemporalRescaling"),
+    "occlusion": ("occlusion", "Occlusion"),
+    "feature_ablation": ("ablation", "FeatureAblation"),
+    "feature_permutation": ("ablation", "FeaturePermutation"),
+    "rise": ("rise", "Rise"),
+    "lime": ("surrogates", "Lime"),
+    "kernel_shap": ("surrogates", "KernelShap"),
+    "shapley_sampling": ("shapley", "ShapleySampling"),
+    "shapley_values": ("shapley", "ShapleyValues"),
+    "guided_backprop": ("backward", "GuidedBackprop"),
+    "deconvolution": ("backward", "Deconvolution"),
+    "deeplift": ("deeplift", "DeepLift"),
+    "lrp": ("lrp", "LRP"),
+    "attention_weights": ("attention", "AttentionWeights"),
+    "attention_rollout": ("attention", "AttentionRollout"),
+    "gradient_attention": ("attention", "GradientAttention"),
+    "grad_cam": ("cam", "GradCAM"),
+    "grad_cam_plus_plus": ("cam", "GradCAMPlusPlus"),
+    "xgrad_cam": ("cam", "XGradCAM"),
+    "layer_cam": ("cam", "LayerCAM"),
+    "hires_cam": ("cam", "HiResCAM"),
+    "eigen_cam": ("cam", "EigenCAM"),
+    "score_cam": ("score_cam", "ScoreCAM"),
+    "guided_grad_cam": ("guided_grad_cam", "GuidedGradCAM"),
 }
+"""Where methods are, by name: a program imports those that it uses."""
+_CLASSES = {kind: place for place, kind in _PLACES.values()}
+
+
+class _Methods(Mapping[str, "type[Any]"]):
+    """Every method by its name."""
+
+    def __getitem__(self, name: str) -> type[Any]:
+        found: type[Any] = __getattr__(_PLACES[name][1])
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PLACES)
+
+    def __len__(self) -> int:
+        return len(_PLACES)
+
+
+METHODS: Mapping[str, type[Any]] = _Methods()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_CLASSES[name]}"), name)
 
 
 def read_method(method: Method | str) -> Method:
