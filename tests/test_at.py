@@ -12,6 +12,7 @@ from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast.engine.bind import bind
 from saliency_fast.errors import InputError, InputTypeError, ModelError
 from saliency_fast.model.layers import hooked
 from saliency_fast.model.spatial import last_spatial
@@ -150,6 +151,18 @@ def test_what_points_took_is_known_to_later_engines_and_goes_with_the_model() ->
     del model, found, probes
     gc.collect()
     assert gone() is None
+
+
+def test_auto_looks_again_where_its_layer_was_replaced() -> None:
+    model, x = convolutional(), images().float()
+    engine = sf.Engine(model, "gradient", at="auto")
+    (before,) = engine._place._layers("auto", bind(x, 1, (), None))
+    name = engine(x, 1).provenance.at[0]
+    assert isinstance(before, nn.ReLU)
+    model[int(name)] = nn.ReLU()
+    (after,) = engine._place._layers("auto", bind(x, 1, (), None))
+    assert after is not before
+    assert engine(x, 1).values.isfinite().all()
 
 
 class Overwriting(nn.Module):

@@ -16,7 +16,7 @@ from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.layers import At, Behind, Read, find_layers
+from saliency_fast.model.layers import At, Behind, Read, find_layers, module_of
 from saliency_fast.model.routes import Inputs, Plain
 from saliency_fast.model.spatial import last_spatial
 
@@ -72,7 +72,8 @@ class Place:
             return find_layers(self.model, at)
         # By what it is called with: to look takes a run.
         key = tuple((x.shape[1:], x.dtype) for x in call.inputs)
-        if key not in self._found:
+        known = self._found.get(key)
+        if known is None or not any(one is known for one in module_of(self.model).modules()):
             first = torch.zeros(1, dtype=torch.int64, device=call.device)
             function, rows = _function(self.model, call), tuple(x[:1] for x in call.inputs)
             self._found[key] = last_spatial(self.model, _forward(function, rows, first))

@@ -26,6 +26,9 @@ from saliency_fast.model.layers import Taps
 from saliency_fast.model.routes import Inputs, Plain, Route, Ruled, Rules, Watched
 from saliency_fast.model.tapped import TappedFunction
 
+SCARCE = 32
+"""Launches of the plan's size that must fit for memory not to be scarce."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -114,10 +117,6 @@ def in_rounds(
     return Recipe(Itself(), (level,), rounds=rounds, points=points, **fields)
 
 
-SCARCE = 32
-"""Launches of the plan's size that must fit for memory not to be scarce."""
-
-
 class RoundsRun(Run):
     """A run of a recipe whose points follow from earlier answers."""
 
@@ -171,6 +170,7 @@ class RoundsRun(Run):
         """The answers to a round, launch by launch."""
         function, start, parts = self._function(step), 0, []
         size = self._size(step, function)
+        alone = step.taps is None and step.project is None and not step.gradients
         while start < step.item.numel():
 
             def write(count: int, start: int = start) -> tuple[Inputs, Tensor]:
@@ -178,7 +178,6 @@ class RoundsRun(Run):
                 return step.write(step.item[part], step.place[part]), step.item[part]
 
             rows = min(size, self.size, step.item.numel() - start)
-            alone = step.taps is None and step.project is None and not step.gradients
             want = Want(function, rows, write, gradients=not alone)
             try:
                 answer = yield want
