@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError, ModelError
 
-Target = int | str | Tensor | Sequence[Any] | tuple[Any, ...] | Callable[[Any], Tensor] | None
 PREDICTED = "predicted"
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """A target that reads `count` numbers of every row, which may depend on the row's example."""
+
+    @property
+    def count(self) -> int: ...
+
+    def read(self, raw: Any, item: Tensor) -> Tensor:
+        """Scores [R, count] of the rows of examples `item` [R], from what the model returned."""
+
+
+Target = (
+    int | str | Tensor | Sequence[Any] | tuple[Any, ...] | Callable[[Any], Tensor] | Reader | None
+)
 
 
 @dataclass(frozen=True)
@@ -31,13 +46,15 @@ class Targets:
     places: Tensor | None = None
     index: tuple[Any, ...] | None = None
     mask: Tensor | None = None
-    function: Callable[[Any], Tensor] | None = None
+    function: Callable[[Any], Tensor] | Reader | None = None
     predicted: bool = False
     many: bool = False
 
     @property
     def count(self) -> int:
         """K, the number of maps per example."""
+        if isinstance(self.function, Reader):
+            return self.function.count
         return 1 if self.classes is None else self.classes.shape[1]
 
     def to(self, device: torch.device) -> Targets:
@@ -124,6 +141,8 @@ class Targets:
 
     def _call(self, raw: Any, item: Tensor) -> Tensor:
         assert self.function is not None
+        if isinstance(self.function, Reader):
+            return self.function.read(raw, item)
         scores = self.function(raw)
         if not isinstance(scores, Tensor) or scores.shape != item.shape:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -163,6 +182,8 @@ def read_targets(target: Target, batch: int) -> Targets:
         if target != PREDICTED:
             raise InputError(f"target: the only name is 'predicted': got {target!r}")
         return Targets(batch, predicted=True)
+    if isinstance(target, Reader):
+        return Targets(batch, function=target, many=True)
     if isinstance(target, bool):
         raise InputTypeError("target must be an int, a sequence, a tuple or a function: got bool")
     if isinstance(target, int):

@@ -1,0 +1,181 @@
+"""Scores: what a model says of many points made of a batch of inputs, in the engine's launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engines import Engine
+from saliency_fast.errors import InputError
+from saliency_fast.model.targets import PREDICTED, Target, Targets, read_targets, tensor_of
+
+OUTPUTS = ("softmax", "logit")
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a model is run: further arguments, and what `Engine` takes."""
+
+    forward_args: Any = ()
+    forward_kwargs: Mapping[str, Any] | None = None
+    memory_budget: int | str | None = None
+    points_per_launch: int | None = None
+    progress: bool = False
+
+    def engine(self, model: Callable[..., Any], method: Any) -> Engine:
+        return Engine(
+            model,
+            method,
+            memory_budget=self.memory_budget,
+            points_per_launch=self.points_per_launch,
+            progress=self.progress,
+            hashes=False,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """What calls of an engine take."""
+        return {"forward_args": self.forward_args, "forward_kwargs": self.forward_kwargs}
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model says of points. scores float64 [R]: the target's output; where the model tells
+    classes apart, also its probability by softmax, float64 [R], and the class that is largest,
+    int64 [R].
+    """
+
+    scores: Tensor
+    probabilities: Tensor | None
+    decisions: Tensor | None
+
+    def of(self, output: str) -> Tensor:
+        """The scores as "logit", the output as it is, or as "softmax"; float64 [R]."""
+        if output == "logit":
+            return self.scores
+        if self.probabilities is None:
+            raise InputError(
+                "output='softmax' needs several classes: the model or the target gives one number "
+                "per example; use output='logit'"
+            )
+        return self.probabilities
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A target (`model.targets.Reader`): its score, its probability and the decision of each row.
+
+    classes int64 [B], or None for the class that is largest; targets: any other target.
+    """
+
+    classes: Tensor | None
+    targets: Targets | None = None
+    count: int = 3
+
+    def read(self, raw: Any, item: Tensor) -> Tensor:
+        """Scores [R, 3]; NaN for what the output does not tell."""
+        if self.targets is not None:
+            return _alone(self.targets.read(raw, item)[0][:, :1])
+        output = tensor_of(raw)
+        if output.dim() != 2 or len(output) != len(item):
+            raise InputError(
+                "target as a class needs a model that returns [B, classes]: got "
+                f"{list(output.shape)} for {len(item)} inputs; pass another target"
+            )
+        decision = output.detach().argmax(1, keepdim=True)
+        classes = decision if self.classes is None else self.classes[item][:, None]
+        _need_classes(classes, output.shape[1])
+        # The numbers of classes are exact up to 2 ** 24, but not in half types.
+        wide = output if output.dtype in (torch.float32, torch.float64) else output.float()
+        score = wide.gather(1, classes)
+        if output.shape[1] == 1:
+            return _alone(score)
+        return torch.cat([score, wide.softmax(1).gather(1, classes), decision.to(wide.dtype)], 1)
+
+
+def _alone(score: Tensor) -> Tensor:
+    """Scores [R, 1] of outputs that tell no classes apart."""
+    return torch.cat([score, score.detach().new_full((len(score), 2), math.nan)], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """A method that only asks: points written as `Round.write` says, answered into `found`."""
+
+    write: Callable[[Tensor, Tensor], Tensor]
+    item: Tensor
+    place: Tensor
+    found: list[Tensor] = field(default_factory=list)
+    name = "evaluation"
+
+    def recipe(self) -> Recipe:
+        points = max(1, -(-len(self.item) // max(1, int(self.item.max()) + 1)))
+        return in_rounds(self.rounds, points, gradients=False, held=0)
+
+    def rounds(self, asked: Asked) -> Rounds:
+        """One round; the scores at the inputs come first."""
+        self.found.append(asked.scores)
+        answers = asked.scores.new_empty((len(self.item), asked.scores.shape[1]))
+
+        def each(rows: slice, found: Found) -> None:
+            answers[rows] = found.scores
+
+        yield Round(lambda i, p: (self.write(i, p),), self.item, self.place, each=each)
+        self.found.append(answers)
+        return Maps((asked.scores.new_zeros((*asked.scores.shape, 1)),))
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """A model with the target of each of its inputs [B, *]: int64 [B], or None for one number."""
+
+    model: Callable[..., Any]
+    inputs: Tensor
+    target: Target
+    running: Running
+
+    def at(
+        self, write: Callable[[Tensor, Tensor], Tensor], item: Tensor, place: Tensor
+    ) -> tuple[Scores, Scores]:
+        """Scores at the inputs [B], and at the points [R] that `write(item, place)` makes in fresh
+        memory; item int64 [R]: the example of each point.
+        """
+        asked = Questions(write, item, place)
+        engine = self.running.engine(self.model, asked)
+        engine(self.inputs, self._reading(), **self.running.arguments())
+        return _read(asked.found[0]), _read(asked.found[1])
+
+    def again(self) -> tuple[Scores, Scores]:
+        """Scores at the inputs, twice: a model that is deterministic says the same."""
+        item = torch.arange(len(self.inputs), device=self.inputs.device)
+        return self.at(lambda item, place: self.inputs[item], item, item)
+
+    def _reading(self) -> Reading:
+        if isinstance(self.target, str) and self.target == PREDICTED:
+            return Reading(None)
+        targets = read_targets(self.target, len(self.inputs)).to(self.inputs.device)
+        if targets.classes is None:
+            return Reading(None, targets)
+        return Reading(targets.classes[:, 0])
+
+
+def _read(found: Tensor) -> Scores:
+    score, share, decision = found.unbind(1)
+    if bool(share.isnan().all()) and bool(decision.isnan().all()):
+        return Scores(score, None, None)
+    return Scores(score, share, decision.long())
+
+
+def _need_classes(classes: Tensor, count: int) -> None:
+    low, high = int(classes.min()), int(classes.max())
+    if low < 0 or high >= count:
+        raise InputError(
+            f"target must lie in the model's {count} classes: got {high if high >= count else low},"
+            f" expected 0 to {count - 1}"
+        )

@@ -1,0 +1,109 @@
+"""Similarity of two maps: correlation of values and of ranks, SSIM, overlap of what is largest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from saliency_fast.errors import InputError
+
+WINDOW = 7
+"""Places along each axis of SSIM's window, as is usual (Wang, 2004; scikit-image)."""
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of rows [B, *], float64 [B]; NaN where a row is constant."""
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    norms = a.norm(dim=1) * b.norm(dim=1)
+    # A constant row is not always its own mean to the last digit.
+    flat = (a.abs().amax(1) == 0) | (b.abs().amax(1) == 0)
+    found: Tensor = ((a * b).sum(1) / norms).masked_fill(flat, math.nan).clamp(-1.0, 1.0)
+    return found
+
+
+def ranks(values: Tensor) -> Tensor:
+    """The rank of each element of rows [B, *], from 1; equal ones share their mean rank."""
+    rows = values.flatten(1).contiguous()
+    order = rows.sort(1).values
+    below = torch.searchsorted(order, rows)
+    upto = torch.searchsorted(order, rows, right=True)
+    return ((below + upto + 1).double() / 2.0).view(values.shape)
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Spearman's correlation of rows [B, *], float64 [B]; NaN where a row is constant."""
+    flat = _constant(a) | _constant(b)
+    found: Tensor = correlation(ranks(a), ranks(b)).masked_fill(flat, math.nan)
+    return found
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """The cosine between rows [B, *], float64 [B]; NaN where one is zero."""
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    found: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    return found
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of maps [B, *spatial], float64 [B] (Wang, 2004), with a window of 7
+    places (fewer on short axes) and the range of both maps together. Each map is divided by its
+    largest amount first, since a map's unit means nothing; NaN where one is constant.
+    """
+    if not 1 <= a.dim() - 1 <= 3:
+        raise InputError(f"SSIM is of maps with one to three axes: got {list(a.shape)}")
+    flat = _constant(a) | _constant(b)
+    a, b = _to_peak(a.double()), _to_peak(b.double())
+    both = torch.stack([a, b]).movedim(1, 0).flatten(1)
+    span = (both.amax(1) - both.amin(1)).view(-1, *(1,) * (a.dim() - 1))
+    small, less = (0.01 * span) ** 2, (0.03 * span) ** 2
+    mean_a, mean_b = _local(a), _local(b)
+    # Sample covariances, as scikit-image has them.
+    count = math.prod(min(WINDOW, size) for size in a.shape[1:])
+    unbiased = count / max(1, count - 1)
+    var_a = unbiased * (_local(a * a) - mean_a**2)
+    var_b = unbiased * (_local(b * b) - mean_b**2)
+    both_vary = unbiased * (_local(a * b) - mean_a * mean_b)
+    above = (2 * mean_a * mean_b + small) * (2 * both_vary + less)
+    below = (mean_a**2 + mean_b**2 + small) * (var_a + var_b + less)
+    found: Tensor = (above / below).flatten(1).mean(1).masked_fill(flat, math.nan)
+    return found
+
+
+def overlap(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """Intersection over union of the largest `share` of the elements of rows [B, *], float64 [B].
+
+    Equal ones at the cut count in order of their place.
+    """
+    first, second = largest(a, share), largest(b, share)
+    both, either = (first & second).flatten(1).sum(1), (first | second).flatten(1).sum(1)
+    return both.double() / either.double()
+
+
+def largest(values: Tensor, share: float) -> Tensor:
+    """Which elements of rows [B, *] are among the largest `share`, at least one of them, bool."""
+    rows = values.flatten(1)
+    count = max(1, round(share * rows.shape[1]))
+    top = rows.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, top, True).view(values.shape)
+
+
+def _local(maps: Tensor) -> Tensor:
+    """Means over the windows that lie inside of maps [B, *spatial]."""
+    pool = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[maps.dim() - 2]
+    window = tuple(min(WINDOW, size) for size in maps.shape[1:])
+    found: Tensor = pool(maps[:, None], window, 1)[:, 0]
+    return found
+
+
+def _to_peak(maps: Tensor) -> Tensor:
+    peak = maps.abs().flatten(1).amax(1)
+    return maps / torch.where(peak == 0, 1.0, peak).view(-1, *(1,) * (maps.dim() - 1))
+
+
+def _constant(rows: Tensor) -> Tensor:
+    flat = rows.flatten(1)
+    return flat.amax(1) == flat.amin(1)

@@ -1,0 +1,207 @@
+"""Subject: what is judged, a model's inputs with their maps, checked once for every metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeGuard, cast
+
+from torch import Tensor
+
+from saliency_fast.attribution import Attribution
+from saliency_fast.engine.baselines import Baseline
+from saliency_fast.engine.bind import read_inputs
+from saliency_fast.engine.recipe import Method
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.evaluate.boxes import masks_of
+from saliency_fast.evaluate.scores import Running, Scorer, Scores
+from saliency_fast.methods import make_method, read_method
+from saliency_fast.model.targets import PREDICTED, Target
+from saliency_fast.specs import restore_baseline
+
+Model = Callable[..., Any]
+Explainer = Method | str | Callable[[Model, Tensor, Target], Tensor]
+"""How maps are made: a method, its name, or a function (model, inputs, target) -> maps."""
+SAME = 1e-5
+"""Of the largest score, how far two runs may be apart by rounding alone (float32, GPU atomics)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is judged.
+
+    inputs [B, C, *spatial] (or [B, F]): floating, finite.
+    values: their maps, [B, C, *spatial] or, one number for all channels of a place,
+    [B, 1, *spatial]. target: int64 [B] classes, or what `explain` takes as one. masks bool
+    [B, *spatial]: where the object is. method and baseline: how the maps were made.
+    """
+
+    model: Model | None
+    inputs: Tensor
+    values: Tensor
+    target: Target = None
+    masks: Tensor | None = None
+    method: Explainer | None = None
+    baseline: Baseline = None
+    running: Running = field(default_factory=Running)
+
+    @property
+    def batch(self) -> int:
+        return len(self.inputs)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The maps with their channels summed, [B, *spatial]; inputs [B, F] are places alone."""
+        return self.values if self.values.dim() == 2 else self.values.sum(1)
+
+    @cached_property
+    def classes(self) -> Target:
+        """The target with "predicted" looked up: the classes int64 [B] that are largest."""
+        if not (isinstance(self.target, str) and self.target == PREDICTED):
+            return self.target
+        decisions = self._twice[0].decisions
+        if decisions is None:
+            raise InputError(
+                "target='predicted' needs several classes: the model gives one number per example;"
+                " use target=None"
+            )
+        return decisions
+
+    @property
+    def scorer(self) -> Scorer:
+        """Scores at points made of the inputs."""
+        return Scorer(self._model, self.inputs, self.classes, self.running)
+
+    @property
+    def first(self) -> Scores:
+        """What the model says of the inputs."""
+        return self._twice[0]
+
+    @cached_property
+    def caveats(self) -> tuple[str, ...]:
+        """What is wrong with the model itself: two runs that differ."""
+        one, two = (each.scores for each in self._twice)
+        gap, scale = float((one - two).abs().max()), float(one.abs().max())
+        if gap <= SAME * scale:
+            return ()
+        return (
+            f"the model is not deterministic: two runs of the same inputs differ by up to {gap:.2g}"
+            f" (scores are up to {scale:.2g}), and so do all numbers here",
+        )
+
+    def explain(self, inputs: Tensor, model: Model | None = None) -> Tensor:
+        """Maps like `values` of other inputs of the same shape, or of another model."""
+        if self.method is None:
+            raise InputError(
+                "method is missing: this metric explains again, and needs to know how; pass "
+                "method= a method, its name or a function (model, inputs, target) -> maps"
+            )
+        model, method = model or self._model, self.method
+        if _is_method(method):
+            engine = self.running.engine(model, read_method(method))
+            found = engine(inputs, self.classes, self.baseline, **self.running.arguments())
+            return read_maps(found.values, inputs)
+        by_function = cast(Callable[[Model, Tensor, Target], Tensor], method)
+        return read_maps(by_function(model, inputs, self.classes), inputs)
+
+    def of(self, inputs: Tensor, values: Tensor) -> Subject:
+        """The same with other inputs and maps, for targets that are looked up already."""
+        return replace(self, inputs=inputs, values=values, target=self.classes)
+
+    @property
+    def _model(self) -> Model:
+        if self.model is None:
+            raise InputError("model is missing: this metric asks it; pass the model")
+        return self.model
+
+    @cached_property
+    def _twice(self) -> tuple[Scores, Scores]:
+        return Scorer(self._model, self.inputs, self.target, self.running).again()
+
+
+def read_subject(
+    model: Model | None,
+    inputs: Tensor,
+    maps: Tensor | Attribution,
+    *,
+    target: Target = None,
+    boxes: Any = None,
+    method: Explainer | None = None,
+    baseline: Baseline = None,
+    running: Running | None = None,
+) -> Subject:
+    """Validates what is judged; raises InputError or InputTypeError with the cure.
+
+    maps: an `Attribution`, whose target, method and baseline count where they are not given, or a
+    tensor [B, C, *spatial], [B, 1, *spatial] or [B, *spatial]. boxes: [B, 2 D] as (top, left,
+    bottom, right), half-open, for D spatial axes, or masks bool [B, *spatial].
+    """
+    if not isinstance(inputs, Tensor):
+        raise InputTypeError(
+            f"inputs must be one tensor: got {type(inputs).__name__}; pass what is not judged as "
+            "forward_args"
+        )
+    (x,), _ = read_inputs(inputs)
+    if isinstance(maps, Attribution):
+        past = maps.provenance
+        if past.at is not None:
+            raise InputError(
+                f"maps must be of the inputs: got those of the layer {', '.join(past.at)}; resize "
+                "them and pass the tensor"
+            )
+        if maps.many:
+            raise InputError("maps must be one per example: got several targets; take one of them")
+        target = maps.classes if target is None and maps.classes is not None else target
+        method = _method_of(maps) if method is None else method
+        baseline = (
+            restore_baseline(past.baseline, maps.kept, x.device) if baseline is None else baseline
+        )
+    values = maps.values if isinstance(maps, Attribution) else maps
+    masks = None if boxes is None else masks_of(boxes, x)
+    if method is not None and _is_method(method):
+        method = read_method(method)
+    return Subject(
+        model, x, read_maps(values, x), target, masks, method, baseline, running or Running()
+    )
+
+
+def read_maps(maps: Any, inputs: Tensor) -> Tensor:
+    """Maps [B, C | 1, *spatial] of inputs [B, C, *spatial]; raises where they cannot be."""
+    if not isinstance(maps, Tensor) or not maps.is_floating_point():
+        got = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
+        raise InputTypeError(
+            f"maps must be a floating tensor or an Attribution: got {got}; use torch.as_tensor"
+        )
+    shape = inputs.shape
+    if maps.shape == (shape[0], *shape[2:]) and len(shape) > 2:
+        maps = maps[:, None]
+    whole = maps.shape == shape or (len(shape) > 2 and maps.shape == (shape[0], 1, *shape[2:]))
+    if not whole:
+        raise InputError(
+            f"maps must match the inputs: got {list(maps.shape)}, expected {list(shape)}, or that "
+            f"without channels {[shape[0], *shape[2:]]}"
+        )
+    if maps.device != inputs.device:
+        raise InputError(
+            f"maps are on another device: got {maps.device}, inputs are on {inputs.device}; move "
+            "them with .to(inputs.device)"
+        )
+    if not bool(maps.isfinite().all()):
+        rows = (~maps.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise InputError(f"maps must be finite: examples {rows[:8]} hold NaN or infinity")
+    values: Tensor = maps.detach().to(inputs.dtype)
+    return values
+
+
+def _is_method(method: Explainer) -> TypeGuard[Method | str]:
+    return isinstance(method, str) or hasattr(method, "recipe")
+
+
+def _method_of(found: Attribution) -> Method:
+    """The method that a record names, with its fields."""
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in found.provenance.parameters.items()
+    }
+    return make_method(found.provenance.method, fields)
