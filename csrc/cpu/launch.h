@@ -47,13 +47,19 @@ inline void check_same_rows(const at::Tensor& tensor, const at::Tensor& like, co
               tensor.sizes(), ", ", like_name, " is ", like.sizes());
 }
 
+// A tensor that has one row for all examples, or one for each.
+inline void check_one_or_all(const at::Tensor& tensor, const at::Tensor& x, const char* op,
+                             const char* name) {
+  TORCH_CHECK(tensor.size(0) == 1 || tensor.size(0) == x.size(0), op, ": ", name,
+              " must have one row or those of x: got ", tensor.sizes(), ", x is ", x.sizes());
+}
+
 // What replaces parts of points: rows like those of x, one or as many, of the same type.
 inline void check_fill(const at::Tensor& fill, const at::Tensor& x, const char* op) {
   check_same_rows(fill, x, op, "fill", "x");
   TORCH_CHECK(fill.scalar_type() == x.scalar_type(), op, ": fill must have the type of x, ",
               x.scalar_type(), ": got ", fill.scalar_type());
-  TORCH_CHECK(fill.size(0) == 1 || fill.size(0) == x.size(0), op,
-              ": fill must have one row or those of x: got ", fill.sizes(), ", x is ", x.sizes());
+  check_one_or_all(fill, x, op, "fill");
 }
 
 inline void check_total(const at::Tensor& total, const char* op, const char* name) {
