@@ -157,11 +157,13 @@ def perturbed(device: str) -> list[Call]:
     segment = segment // 224 // 16 * 14 + segment % 224 // 16
     present = torch.rand(64, 196, device=device) < 0.5
     mask = torch.rand(64, 224 * 224, device=device)
+    rank = torch.randperm(224 * 224, device=device).int().view(1, -1)
     size = "3x224x224, 64 rows"
     return [
         Call(ops.window_points, size, (x, fill, item, corner, corner + window)),
         Call(ops.segment_points, size, (x, fill, segment, present, item, place)),
         Call(ops.mask_points, size, (x, fill, mask, item, place)),
+        Call(ops.rank_points, size, (x, fill, rank, item, 224 * 224 * place // 63)),
     ]
 
 

@@ -22,6 +22,7 @@ from saliency_fast.kernels import (
     philox,
     points,
     pools,
+    ranks,
     segments,
     windows,
 )
@@ -30,7 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
-MODULES = (accumulate, cam, finish, masks, overlay, philox, points, pools, segments, windows)
+MODULES = (
+    accumulate, cam, finish, masks, overlay, philox, points, pools, ranks, segments, windows,
+)  # fmt: skip
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {
     "float32": ("fp32", "i32"),
@@ -38,6 +41,7 @@ DTYPES = {
     "int64": ("i64", "i64"),
     "bfloat16": ("bf16", "i16"),
     "float16": ("fp16", "i16"),
+    "uint8": ("u8", "u8"),
     "bool": ("u8", "u8"),
 }
 DIVISIBLE = ("inner", "numel", "positions", "count", "skip")
@@ -156,7 +160,7 @@ def specialisations() -> Iterator[Specialisation]:
         yield Specialisation(
             segments._mask, dtype, "*T *T *T *i64 *i64 *T i32 i32 i32 i32", {}, _block
         )
-    for dtype in ("float32", "float64", "int64"):
+    for dtype in ("float32", "float64", "int64", "uint8"):
         yield from _perturbed(dtype)
     yield Specialisation(
         philox._bits, "int64", "*i64 *i64 *i64 i32 i32 i64 i32", {"STREAM": 0}, _blocks
@@ -180,13 +184,18 @@ def _points(dtype: str) -> Iterator[Specialisation]:
 
 
 def _perturbed(dtype: str) -> Iterator[Specialisation]:
-    """Windows of pictures and, with 64-bit places, of volumes with channels and time; segments."""
+    """Windows of pictures and, with 64-bit places, of volumes with channels and time; segments;
+    ranks.
+    """
     picture, volume = {"size_b": 1, "AXES": 3, "WIDE": False}, {"AXES": 5, "WIDE": True}
     types = "*T *T *i64 *i64 *i64 *T i32 i32"
     yield Specialisation(windows._window, dtype, f"{types} i32{' i32' * 3}", picture, _tiles)
     yield Specialisation(windows._window, dtype, f"{types} i64{' i32' * 4}", volume, _tiles)
     yield Specialisation(
         segments._segment, dtype, "*T *T *i64 *u8 *i64 *i64 *T i32 i32 i32 i32 i32 i32", {}, _block
+    )
+    yield Specialisation(
+        ranks._rank, dtype, "*T *T *i32 *i64 *i64 *T i32 i32 i32 i32 i32", {}, _block
     )
 
 

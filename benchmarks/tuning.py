@@ -43,6 +43,7 @@ OP_OF = {
     "points.random_line": "random_line_points",
     "pools.maxpool": "maxpool_index",
     "pools.maxpool_backward": "maxpool_index_backward",
+    "ranks.rank": "rank_points",
     "segments.mask": "mask_points",
     "segments.segment": "segment_points",
     "windows.window": "window_points",
@@ -84,7 +85,7 @@ def call_for(op: str, width: int, device: str) -> Call:
     """The op's first call of the benchmark, its numbers in the type of `width` bytes."""
     calls = (call for make in SIZES for call in make(device) if call.op.name == op)
     call = next(calls)
-    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}.get(width)
+    dtype = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}.get(width)
     # Totals keep their precision when gradients are short.
     short = {"grads"} if width == 2 and op.startswith("accumulate") else None
     names = [argument.name for argument in call.op.overload._schema.arguments]

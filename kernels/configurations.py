@@ -53,6 +53,11 @@ def accesses(count, **others):
     return {width: Configuration(128 * 16 * count // width, **others) for width in (2, 4, 8)}
 
 
+def copies(count, **others):
+    """The same of kernels that copy elements, and so take bytes, too."""
+    return accesses(count, **others) | {1: Configuration(128 * 16 * count, **others)}
+
+
 def same(elements, **others):
     """One configuration for each width."""
     return dict.fromkeys((2, 4, 8), Configuration(elements, **others))
@@ -123,14 +128,17 @@ TABLE = {
     "pools.maxpool_backward": Choice(
         "four elements a thread, whose places in windows stay in registers", same(512)
     ),
+    "ranks.rank": Choice(
+        "two 16-byte accesses a thread: four loads in flight beside the ranks'", copies(2)
+    ),
     "segments.mask": Choice("two 16-byte accesses a thread: four loads in flight", accesses(2)),
     "segments.segment": Choice(
-        "two 16-byte accesses a thread: four loads in flight beside the coalition's", accesses(2)
+        "two 16-byte accesses a thread: four loads in flight beside the coalition's", copies(2)
     ),
     "windows.window": Choice(
         "one 16-byte access a thread, whose places along the axes stay in registers; four rows"
         " share the divisions that find them",
-        accesses(1, tiles=4), {"gfx9": accesses(2, tiles=4)}, ("elements", "warps", "tiles"),
+        copies(1, tiles=4), {"gfx9": copies(2, tiles=4)}, ("elements", "warps", "tiles"),
     ),
 }  # fmt: skip
 

@@ -11,6 +11,15 @@ from .launch import on
 
 
 @triton.jit
+def choose(kept, x, fill, out, at, inside, positions, repeats):
+    """Writes one tile of positions of a row: x's where they are kept, in all channels."""
+    for _ in range(repeats):
+        seen, hidden = tl.load(x + at, mask=inside), tl.load(fill + at, mask=inside)
+        tl.store(out + at, tl.where(kept, seen, hidden), mask=inside)
+        at += positions
+
+
+@triton.jit
 def _segment(x, fill, segment, present, item, place, out, rows, fills, segmented, features,
              positions, repeats, BLOCK: tl.constexpr):  # fmt: skip
     # Reads x, fill and segment once (from L2 for further rows), writes rows * numel points.
@@ -26,11 +35,7 @@ def _segment(x, fill, segment, present, item, place, out, rows, fills, segmented
     numel = tl.cast(positions, tl.int64) * repeats
     x += example * numel
     fill += example % fills * numel
-    out += row * numel
-    for _ in range(repeats):
-        seen, hidden = tl.load(x + at, mask=inside), tl.load(fill + at, mask=inside)
-        tl.store(out + at, tl.where(kept, seen, hidden), mask=inside)
-        at += positions
+    choose(kept, x, fill, out + row * numel, at, inside, positions, repeats)
 
 
 @triton.jit
@@ -58,7 +63,7 @@ def segment_points(x, fill, segment, present, item, place):
     """The op `segment_points`: [R, *]; segments out of range are not looked for."""
     x, fill, segment = x.contiguous(), fill.contiguous(), segment.contiguous()
     present = present.contiguous().view(torch.uint8)
-    out, positions, repeats = _points(x, item, segment)
+    out, positions, repeats = numbered(x, item, segment)
     chosen = configuration("segments.segment", x)
     with on(x):
         _segment[len(out) * triton.cdiv(positions, chosen.elements),](
@@ -72,7 +77,7 @@ def segment_points(x, fill, segment, present, item, place):
 def mask_points(x, fill, mask, item, place):
     """The op `mask_points`: [R, *]."""
     x, fill, mask = x.contiguous(), fill.contiguous(), mask.to(x.dtype).contiguous()
-    out, positions, repeats = _points(x, item, mask)
+    out, positions, repeats = numbered(x, item, mask)
     chosen = configuration("segments.mask", x)
     with on(x):
         _mask[len(out) * triton.cdiv(positions, chosen.elements),](
@@ -82,7 +87,7 @@ def mask_points(x, fill, mask, item, place):
     return out
 
 
-def _points(x, item, named):
+def numbered(x, item, named):
     """(empty points, positions that `named` numbers, how often an example repeats them)."""
     positions = named.shape[1]
     if x[0].numel() % positions != 0:

@@ -10,6 +10,7 @@ from saliency_fast.ops.overlay import magnitude_percentile, overlay
 from saliency_fast.ops.philox import random_bits
 from saliency_fast.ops.points import line_points, noise_points, random_line_points
 from saliency_fast.ops.pools import maxpool_index, maxpool_index_backward
+from saliency_fast.ops.ranks import rank_points
 from saliency_fast.ops.registry import OPS, Op, Sample
 from saliency_fast.ops.segments import mask_points, segment_points
 from saliency_fast.ops.windows import window_points
@@ -37,6 +38,7 @@ __all__ = [
     "pack_mask",
     "random_bits",
     "random_line_points",
+    "rank_points",
     "relu_mask",
     "relu_mask_",
     "relu_mask_backward",

@@ -15,7 +15,7 @@ from saliency_fast.ops.points import fake_points, point_bytes
 from saliency_fast.ops.registry import Op, Sample, define
 
 
-def _repeated(rows: Tensor, x: Tensor) -> Tensor:
+def repeated(rows: Tensor, x: Tensor) -> Tensor:
     """Rows [R, P] along the elements of points like x: [R, *]."""
     numel = x[0].numel()
     return rows.repeat(1, numel // rows.shape[1]).view(-1, *x.shape[1:])
@@ -25,10 +25,10 @@ def _segments(
     x: Tensor, fill: Tensor, segment: Tensor, present: Tensor, item: Tensor, place: Tensor
 ) -> Tensor:
     kept = present[place].gather(1, segment[item % len(segment)])
-    return torch.where(_repeated(kept, x), x[item], fill[item % len(fill)]).contiguous()
+    return torch.where(repeated(kept, x), x[item], fill[item % len(fill)]).contiguous()
 
 
-_SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (
+SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (
     # shape of x, elements that are numbered
     ((1, 1), 1),
     ((3, 7), 7),
@@ -44,7 +44,7 @@ _PLACE = (0, 3, 1, 3, 2, 0, 1)
 def _segment_samples() -> Iterator[Sample]:
     place = torch.tensor(_PLACE)
     for dtype in (torch.float32, torch.float64, torch.int64):
-        for shape, positions in _SHAPES:
+        for shape, positions in SHAPES:
             x = (100 * torch.randn(shape)).to(dtype)
             item = torch.arange(len(place)) % len(x)
             features = min(positions, 11)
@@ -61,6 +61,8 @@ def _segment_samples() -> Iterator[Sample]:
     yield Sample((x, x.flip(2), segment, present, item, place), note="strided")
     half = torch.randn(2, 3, 40).bfloat16()
     yield Sample((half, -half, segment, present, item, place), note="bfloat16")
+    bits = torch.randint(0, 256, (2, 3, 40), dtype=torch.uint8)
+    yield Sample((bits, ~bits, segment, present, item, place), note="bytes")
 
 
 segment_points = define(
@@ -88,14 +90,14 @@ of any kind: elements are copied."""
 
 def _masks(x: Tensor, fill: Tensor, mask: Tensor, item: Tensor, place: Tensor) -> Tensor:
     base = fill[item % len(fill)]
-    kept = _repeated(mask[place].to(x.dtype), x)
+    kept = repeated(mask[place].to(x.dtype), x)
     return (base + kept * (x[item] - base)).contiguous()
 
 
 def _mask_samples() -> Iterator[Sample]:
     place = torch.tensor(_PLACE)
     for dtype in (torch.float32, torch.float64):
-        for shape, positions in _SHAPES:
+        for shape, positions in SHAPES:
             x = torch.randn(shape, dtype=dtype)
             item = torch.arange(len(place)) % len(x)
             mask = torch.rand(4, positions, dtype=dtype)

@@ -57,6 +57,8 @@ def _samples() -> Iterator[Sample]:
     yield Sample((x, x.flip(2)[:1], item, strided, stop), note="strided")
     half = torch.randn(2, 3, 17).bfloat16()
     yield Sample((half, -half, item, *_boxes((3, 17), 8)), note="bfloat16")
+    bits = torch.randint(0, 256, (2, 3, 17), dtype=torch.uint8)
+    yield Sample((bits, ~bits, item, *_boxes((3, 17), 8)), note="bytes")
 
 
 window_points = define(

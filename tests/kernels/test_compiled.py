@@ -30,7 +30,7 @@ from benchmarks.specialisations import (  # noqa: E402
 
 ALL = list(specialisations())
 ODD_TARGETS = ("sm_90", "gfx942")
-STREAMING = (".points", ".accumulate", ".finish", ".masks", ".segments", ".windows")
+STREAMING = (".points", ".accumulate", ".finish", ".masks", ".ranks", ".segments", ".windows")
 each_kernel = pytest.mark.parametrize("special", ALL, ids=lambda special: special.name)
 
 

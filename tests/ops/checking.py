@@ -39,6 +39,7 @@ TOLERANCES: dict[str, tuple[Tolerance, ...]] = {
     "random_line_points": (NOISE,),
     "window_points": (EXACT,),
     "segment_points": (EXACT,),
+    "rank_points": (EXACT,),
     "mask_points": (FEW_ROUNDINGS,),
     "accumulate": (FEW_ROUNDINGS,),
     # Deviations from a mean cancel, and their squares grow: several roundings per row.

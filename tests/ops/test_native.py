@@ -108,18 +108,20 @@ def _large_pools(generator: torch.Generator) -> dict[str, tuple[Any, ...]]:
 def _large_parts(
     x: torch.Tensor, item: torch.Tensor, generator: torch.Generator
 ) -> dict[str, tuple[Any, ...]]:
-    """Windows that begin and end within lines and tiles, segments and masks of both channels."""
+    """Windows that begin and end within lines and tiles; what numbers both channels alike."""
     start = torch.tensor([[0, 0], [1, 4095], [0, 5000], [-3, 19_000], [0, 9], [1, 1], [0, 4096]])
     stop = start + torch.tensor([[2, 3], [1, 2], [2, 9000], [9, 9999], [0, 9], [1, 20_000], [1, 1]])
     segment = torch.randint(0, 50, (3, 20_011), generator=generator)
     present = torch.rand(6, 50, generator=generator) < 0.5
     place = torch.tensor([5, 0, 1, 1, 3, 2, 4])
     mask = torch.rand(6, 20_011, generator=generator)
+    rank = mask[:3].argsort(1).int()
     activations, weights = torch.randn(2, 3, 70, 13, 11, 17, generator=generator)
     return {
         "window_points": (x, -x[:1], item, start, stop),
         "segment_points": (x, -x, segment, present, item, place),
         "mask_points": (x, -x[:1], mask, item, place),
+        "rank_points": (x, -x, rank, item, torch.tensor([0, 1, 9000, 20_010, 20_011, 2**40, -5])),
         "cam": (activations, weights[..., 0, 0, 0], [35, 40, 31], True),
     }
 
@@ -193,7 +195,7 @@ def test_bits_do_not_depend_on_the_split_into_calls(name: str) -> None:
 def test_points_do_not_depend_on_other_rows(name: str) -> None:
     op, sample = OPS[name], LARGE[name]
     names = [argument.name for argument in op.overload._schema.arguments]
-    columns = ("item", "sample", "alpha", "place", "start", "stop")
+    columns = ("item", "sample", "alpha", "place", "start", "stop", "count")
     whole = op(*sample.args)
     for row in range(len(whole)):
         args = [

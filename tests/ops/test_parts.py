@@ -1,4 +1,4 @@
-"""Windows, segments and masks against loops over single elements, and what is refused."""
+"""Windows, segments, masks and ranks against loops over single elements, and what is refused."""
 
 from __future__ import annotations
 
@@ -84,6 +84,40 @@ def test_masks_one_element_at_a_time(version: str, dtype: torch.dtype) -> None:
             assert abs(found[row, e].item() - want) <= 2 * eps * (abs(seen) + abs(hidden))
 
 
+@each_version
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.int64, torch.float16, torch.uint8, torch.bool]
+)
+def test_ranks_one_element_at_a_time(version: str, dtype: torch.dtype, shared: bool) -> None:
+    x, fill = numbers((2, 3, 2, 5), dtype), numbers((2, 3, 2, 5), dtype).flip(0, 2, 3)
+    rank = torch.tensor([[3, 1, 4, 0, 5, 9, 2, 6, 8, 7], [0, 0, 1, 1, -2, 9, 7, 2**31 - 1, 4, 4]])
+    rank = rank.int()
+    count = torch.tensor([0, 1, 5, 10, 99, 2**31 - 1, 2**31, 2**62, -1, -(2**31) - 1, -(2**62)])
+    item = torch.arange(len(count)).repeat(2) // len(count)
+    count = count.repeat(2)
+    if shared:
+        fill, rank = fill[:1], rank[1:]
+    found = of("rank_points", version)(x, fill, rank, item, count).flatten(1)
+    assert found.dtype == dtype
+    for row, (example, steps) in enumerate(zip(item.tolist(), count.tolist(), strict=True)):
+        for e in range(30):
+            replaced = rank[example % len(rank), e % 10].item() < steps
+            source = fill[example % len(fill)] if replaced else x[example]
+            assert found[row, e] == source.flatten()[e]
+
+
+def test_insertion_is_deletion_with_both_ends_exchanged() -> None:
+    x, fill, rank = numbers((1, 3, 5), torch.float32), torch.zeros(1, 3, 5), torch.randperm(5)
+    count, item = torch.arange(6), torch.zeros(6, dtype=torch.int64)
+    rank = rank.int()[None]
+    deleted = ops.rank_points(x, fill, rank, item, count)
+    inserted = ops.rank_points(fill, x, rank, item, count)
+    assert torch.equal(deleted + inserted, x.expand(6, 3, 5))
+    assert torch.equal(deleted[0], x[0])
+    assert torch.equal(deleted[-1], fill[0])
+
+
 def test_not_a_number_is_hidden_and_kept() -> None:
     """Selection copies: what is replaced does not matter, what is kept stays."""
     x, fill = torch.tensor([[torch.nan, 1.0]]), torch.tensor([[0.0, torch.inf]])
@@ -93,6 +127,9 @@ def test_not_a_number_is_hidden_and_kept() -> None:
     segment, present = torch.tensor([[0, 1]]), torch.tensor([[False, True], [True, False]])
     parts = ops.segment_points(x, fill, segment, present, item, torch.tensor([0, 1]))
     assert torch.equal(parts.nan_to_num(9.0), found.nan_to_num(9.0))
+    rank, count = torch.tensor([[0, 1]], dtype=torch.int32), torch.tensor([1, 0])
+    steps = ops.rank_points(x, fill, rank, item, count)
+    assert steps.nan_to_num(9.0).tolist() == [[0.0, 1.0], [9.0, 1.0]]
 
 
 @native
@@ -109,6 +146,7 @@ def test_half_masks_are_rounded_once(dtype: torch.dtype) -> None:
 _X, _ITEM = torch.zeros(2, 3, 4), torch.tensor([0, 1])
 _CORNER, _SEGMENT = torch.zeros(2, 2).long(), torch.zeros(1, 4).long()
 _PRESENT, _MASK = torch.ones(2, 3).bool(), torch.ones(2, 4)
+_RANK = torch.zeros(2, 4).int()
 
 
 @native
@@ -180,6 +218,35 @@ _PRESENT, _MASK = torch.ones(2, 3).bool(), torch.ones(2, 4)
             (_X, _X, _MASK[0], _ITEM, _ITEM),
             RuntimeError,
             r"mask must be \[rows, P\]",
+        ),
+        ("rank_points", (_X, _X, _RANK.long(), _ITEM, _ITEM), RuntimeError, "rank must be int32"),
+        ("rank_points", (_X, _X, _RANK, _ITEM, _ITEM.int()), RuntimeError, "count must be int64"),
+        ("rank_points", (_X, _X, _RANK, _ITEM.int(), _ITEM), RuntimeError, "item must be int64"),
+        ("rank_points", (_X, _X, _RANK, _ITEM + 1, _ITEM), IndexError, "item must lie in"),
+        (
+            "rank_points",
+            (_X, _X, _RANK, _ITEM, _ITEM[:1]),
+            RuntimeError,
+            r"count must be \[2\]: got \[1\]",
+        ),
+        (
+            "rank_points",
+            (_X, _X, _RANK[:, :0], _ITEM, _ITEM),
+            RuntimeError,
+            r"rank must be \[rows, P\], an example of 12 elements a multiple of P: got \[2, 0\]",
+        ),
+        (
+            "rank_points",
+            (_X, _X, _RANK.repeat(2, 1), _ITEM, _ITEM),
+            RuntimeError,
+            "rank must have one row or those of x",
+        ),
+        ("rank_points", (_X, _X.double(), _RANK, _ITEM, _ITEM), RuntimeError, "type of x"),
+        (
+            "rank_points",
+            (_X.to(torch.complex128),) * 2 + (_RANK, _ITEM, _ITEM),
+            RuntimeError,
+            "elements of 1 to 8 bytes",
         ),
     ],
 )
