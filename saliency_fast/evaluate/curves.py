@@ -12,9 +12,9 @@ from saliency_fast.errors import InputError
 from saliency_fast.evaluate.metric import Metric, check_output
 from saliency_fast.evaluate.outcome import Curve, Outcome
 from saliency_fast.evaluate.ranking import check_ranking, ranking
-from saliency_fast.evaluate.stand_in import rank_points
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.evaluate.substrates import Substrate, check_substrate, named, substrate_of
+from saliency_fast.ops import rank_points
 
 
 @dataclass(frozen=True)
