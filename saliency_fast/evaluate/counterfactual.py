@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from saliency_fast.errors import InputError
+from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.infidelity import blocks
 from saliency_fast.evaluate.inpaint import inpaint, need_axes
 from saliency_fast.evaluate.metric import Metric
@@ -59,9 +59,9 @@ class Counterfactual(Metric):
         if not isinstance(self.by, str) or self.by != INPAINT:
             try:
                 check_substrate(self.by)
-            except InputError as error:
+            except (InputError, InputTypeError) as error:
                 said = str(error).replace("substrate must be one of", "by must be one of inpaint,")
-                raise InputError(said) from error
+                raise type(error)(said) from error
         checks.whole("patch", self.patch, 1)
         checks.whole("draws", self.draws, 0)
         check_shares(self.shares)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,8 @@ from saliency_fast.errors import InputError
 from saliency_fast.model.targets import PREDICTED, Target, Targets, read_targets, tensor_of
 
 OUTPUTS = ("softmax", "logit")
+UNTOLD = -1.0
+"""What is neither a probability nor a class; the engine refuses NaN."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Reading:
     count: int = 3
 
     def read(self, raw: Any, item: Tensor) -> Tensor:
-        """Scores [R, 3]; NaN for what the output does not tell."""
+        """Scores [R, 3]; `UNTOLD` for what the output does not tell."""
         if self.targets is not None:
             return _alone(self.targets.read(raw, item)[0][:, :1])
         output = tensor_of(raw)
@@ -101,7 +102,7 @@ class Reading:
 
 def _alone(score: Tensor) -> Tensor:
     """Scores [R, 1] of outputs that tell no classes apart."""
-    return torch.cat([score, score.detach().new_full((len(score), 2), math.nan)], 1)
+    return torch.cat([score, score.detach().new_full((len(score), 2), UNTOLD)], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +168,7 @@ class Scorer:
 
 def _read(found: Tensor) -> Scores:
     score, share, decision = found.unbind(1)
-    if bool(share.isnan().all()) and bool(decision.isnan().all()):
+    if bool((decision == UNTOLD).all()):
         return Scores(score, None, None)
     return Scores(score, share, decision.long())
 

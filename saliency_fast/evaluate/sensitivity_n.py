@@ -160,7 +160,8 @@ def subset_ranks(seed: int, sample: Tensor, places: int) -> Tensor:
     words = random_bits(torch.full_like(sample, seed), sample, places, 0, philox.ORDER)
     rank = torch.empty_like(words)
     place = torch.arange(places, device=sample.device).expand_as(rank)
-    return rank.scatter_(1, words.argsort(dim=1, stable=True), place)
+    found: Tensor = rank.scatter_(1, words.argsort(dim=1, stable=True), place)
+    return found
 
 
 def _check_rest(metric: SensitivityN | FaithfulnessCorrelation) -> None:
@@ -188,11 +189,12 @@ def _correlations(
         """Which places each subset holds, bool [U, P], for samples and sizes."""
         sample, row = torch.unique(key // several, return_inverse=True)
         rank = subset_ranks(metric.seed, sample, places)[row]
-        return rank.lt(ends[key % several, None])
+        return rank < ends[key % several, None]
 
     def write(item: Tensor, key: Tensor) -> Tensor:
         keys, row = torch.unique(key, return_inverse=True)
-        return segment_points(x, fill, own, ~subsets(keys), item, row)
+        points: Tensor = segment_points(x, fill, own, ~subsets(keys), item, row)
+        return points
 
     # All examples of a sample side by side, since its subsets are drawn once a launch.
     keys = torch.arange(metric.samples * several, device=x.device)

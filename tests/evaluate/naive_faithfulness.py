@@ -33,7 +33,7 @@ def grid_boxes(spatial: tuple[int, ...], edge: int) -> Iterator[tuple[slice, ...
 
 
 def patched(x: Tensor, fill: Tensor, edge: int, *, cumulative: bool) -> list[Tensor]:
-    """x [C, *spatial] with one box after the other replaced."""
+    """The points of an example x [C, *spatial], one box after the other replaced."""
     found, point = [], x.clone()
     for box in grid_boxes(tuple(x.shape[1:]), edge):
         if not cumulative:
@@ -70,7 +70,7 @@ def weight_of(offset: tuple[int, ...]) -> float:
 
 
 def inpainted(x: Tensor, missing: Tensor) -> Tensor:
-    """x [C, *spatial] whose missing places, bool [*spatial], are means of their neighbours."""
+    """An example x [C, *spatial], its missing places, bool [*spatial], means of neighbours."""
     size, places = tuple(missing.shape), [tuple(one) for one in missing.nonzero().tolist()]
     number = {place: row for row, place in enumerate(places)}
     left, right = lil_matrix((len(places), len(places))), np.zeros((len(places), len(x)))
