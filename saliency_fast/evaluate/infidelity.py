@@ -14,11 +14,10 @@ from torch.nn import functional
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.metric import Metric, check_output
 from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.stand_in import rank_points
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.evaluate.substrates import Substrate, check_substrate, substrate_of
 from saliency_fast.methods.parts import checks
-from saliency_fast.ops import noise_points, philox, random_bits, window_points
+from saliency_fast.ops import noise_points, philox, random_bits, rank_points, window_points
 
 PERTURBATIONS = ("gaussian", "patches", "squares")
 ELEMENTS = 2**22

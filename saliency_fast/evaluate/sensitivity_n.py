@@ -16,11 +16,10 @@ from saliency_fast.evaluate.metric import Metric, check_output
 from saliency_fast.evaluate.outcome import Curve, Outcome
 from saliency_fast.evaluate.ranking import PER, ranking
 from saliency_fast.evaluate.similarity import correlation
-from saliency_fast.evaluate.stand_in import rank_points
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.evaluate.substrates import Substrate, check_substrate, substrate_of
 from saliency_fast.methods.parts import checks
-from saliency_fast.ops import philox, random_bits, segment_points
+from saliency_fast.ops import philox, random_bits, rank_points, segment_points
 
 SUBSETS = ("random", "ranked")
 ELEMENTS = 2**22
