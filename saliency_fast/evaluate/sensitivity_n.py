@@ -92,10 +92,11 @@ class SensitivityN(Metric):
         item = torch.arange(batch, device=x.device).repeat_interleave(len(counts))
 
         def write(item: Tensor, count: Tensor) -> Tensor:
-            return rank_points(x, fill, rank, item, count)
+            points: Tensor = rank_points(x, fill, rank, item, count)
+            return points
 
-        first, points = subject.scorer.at(write, item, ends.repeat(batch))
-        drops = first.of(self.output)[:, None] - points.of(self.output).view(batch, -1)
+        first, found = subject.scorer.at(write, item, ends.repeat(batch))
+        drops = first.of(self.output)[:, None] - found.of(self.output).view(batch, -1)
         steps = sums.diff(dim=1, prepend=torch.zeros_like(sums[:, :1]))
         across = correlation(steps.T, drops.T)
         values = correlation(sums, drops)

@@ -143,3 +143,9 @@ def test_errors() -> None:
     with pytest.raises(InputError, match="a target that is a class of several"):
         Road()(Scalar(), x, x)
     assert Road(output="logit")(Scalar(), x, x).values.shape == (2,)
+
+
+def test_shares_are_whole_places() -> None:
+    # .29 * 100 is 28.999999999999996.
+    found = Road((0.29, 0.295))(make(Image), randn(1, 3, 10, 10), randn(1, 10, 10), target=0)
+    assert found.curve.x.tolist() == [0.29, 0.29]
