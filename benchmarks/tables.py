@@ -29,7 +29,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NOT_MEASURED = "not measured yet"
 GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 """The files of per-op rows on a GPU, by `benchmarks.gpu` and by `benchmarks.ops`."""
-OWN_TABLES = ("evaluation", "intervals", "methods", "precision", "requests", "smoothgrad", "startup")
+OWN_TABLES = (
+    "evaluation",
+    "intervals",
+    "methods",
+    "precision",
+    "requests",
+    "smoothgrad",
+    "startup",
+)
 """Modules beside this one whose `table` makes what they measured into Markdown."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
 HALF = "saliency_fast, bfloat16"

@@ -65,7 +65,8 @@ class _Ranked(Metric):
         item, at = step.nonzero().unbind(1)
 
         def write(item: Tensor, place: Tensor) -> Tensor:
-            return rank_points(begin, end, rank, item, place)
+            points: Tensor = rank_points(begin, end, rank, item, place)
+            return points
 
         answers = subject.scorer.at(write, item, counts[at])[1].of(self.output)
         share = counts.double() / rank.shape[1]
