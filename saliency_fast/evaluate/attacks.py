@@ -1,0 +1,253 @@
+"""Attacks: inputs moved by little, so that a classifier decides otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.bind import read_inputs
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.evaluate.scores import Running, Scorer
+from saliency_fast.evaluate.subject import Model
+from saliency_fast.methods.parts import checks
+from saliency_fast.model.targets import PREDICTED, Target, read_targets, tensor_of
+from saliency_fast.ops import philox, random_bits
+
+Bounds = tuple[float | Tensor, float | Tensor] | None
+"""The lowest and the highest valid input: numbers, or tensors that broadcast to the inputs."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Attacked:
+    """What an attack made of inputs.
+
+    inputs [B, *]: the attacked ones, within the ball and the bounds. classes int64 [B]: those that
+    the attack led away from or, where `targeted`, towards. before and after int64 [B]: what the
+    model decided for the inputs as they were, and for these. parameters: all that they depend on.
+    """
+
+    inputs: Tensor
+    classes: Tensor
+    before: Tensor
+    after: Tensor
+    targeted: bool
+    parameters: Mapping[str, Any]
+
+    @property
+    def fooled(self) -> Tensor:
+        """Where the attack did what it was after, bool [B]: the decision was the class and is it no
+        longer or, where targeted, was another one and is the class.
+        """
+        was, now = self.before == self.classes, self.after == self.classes
+        return now & ~was if self.targeted else was & ~now
+
+    def __repr__(self) -> str:
+        count = int(self.fooled.sum())
+        return f"<Attacked {self.parameters['attack']}: {count} of {len(self.inputs)} fooled>"
+
+
+def fgsm(
+    model: Model,
+    x: Tensor,
+    target: Target,
+    epsilon: float,
+    *,
+    targeted: bool = False,
+    bounds: Bounds = None,
+    running: Running | None = None,
+) -> Attacked:
+    """One step of size `epsilon` along the sign of the cross-entropy's gradient (Goodfellow, 2015).
+
+    x [B, *] of a model that returns [B, classes]. target: the true classes, "predicted" for the
+    model's own decisions, or with `targeted` the classes to go to. epsilon: in units of x.
+    bounds: of what is valid, those of the whole batch unless given.
+    """
+    checks.positive("epsilon", epsilon)
+    seen = _Victim.of(model, x, target, targeted, bounds, running)
+    moved = seen.step(seen.x, epsilon, epsilon)
+    return seen.attacked(moved, {"attack": "fgsm", "epsilon": epsilon})
+
+
+def pgd(
+    model: Model,
+    x: Tensor,
+    target: Target,
+    epsilon: float,
+    steps: int = 20,
+    step_size: float | None = None,
+    seed: int = 0,
+    *,
+    targeted: bool = False,
+    bounds: Bounds = None,
+    running: Running | None = None,
+) -> Attacked:
+    """Projected gradient steps from a random place within `epsilon` of x, in the maximum norm
+    (Madry, 2018).
+
+    step_size: in units of x, 2.5 epsilon / steps unless given, so that the ball can be crossed.
+    seed: of the start, which is uniform and another one for each example. Further as of `fgsm`.
+    """
+    checks.positive("epsilon", epsilon)
+    checks.whole("steps", steps, 1)
+    checks.seed(seed)
+    if step_size is not None:
+        checks.positive("step_size", step_size)
+    size = 2.5 * epsilon / steps if step_size is None else step_size
+    seen = _Victim.of(model, x, target, targeted, bounds, running)
+    moved = seen.within(seen.x + epsilon * uniform(seen.x, seed), epsilon)
+    for _ in range(steps):
+        moved = seen.step(moved, size, epsilon)
+    about = {"attack": "pgd", "epsilon": epsilon, "steps": steps, "step_size": size, "seed": seed}
+    return seen.attacked(moved, about)
+
+
+def uniform(x: Tensor, seed: int, sample: int = 0) -> Tensor:
+    """Uniform numbers in [-1, 1) like x [B, *], which depend on the seed, the example's number and
+    the sample alone.
+    """
+    item = torch.arange(len(x), device=x.device)
+    number = torch.full_like(item, sample)
+    # Stirred, for seeds that follow each other must not share examples.
+    bits = random_bits(item + (seed * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63, number,
+                       x[0].numel(), 0, philox.BASELINE)
+    return ((bits >> 8).double() * 2.0**-23 - 1.0).to(x.dtype).view_as(x)
+
+
+def project(x: Tensor, origin: Tensor, radius: Tensor | float, bounds: tuple[Any, Any]) -> Tensor:
+    """x brought into the ball around its origin, in the maximum norm, and into the bounds."""
+    low = torch.maximum(origin - radius, torch.as_tensor(bounds[0]).to(origin))
+    high = torch.minimum(origin + radius, torch.as_tensor(bounds[1]).to(origin))
+    return torch.minimum(torch.maximum(x, low), high)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """A target (`model.targets.Reader`): the cross-entropy of classes int64 [B]."""
+
+    classes: Tensor
+    count: int = 1
+
+    def read(self, raw: Any, item: Tensor) -> Tensor:
+        """Losses [R, 1]."""
+        # In float32 the gradient of a decision that the model is sure of would be zero.
+        logarithm = tensor_of(raw).double().log_softmax(1)
+        return -logarithm.gather(1, self.classes[item][:, None])
+
+
+def ascent(model: Model, x: Tensor, classes: Tensor, running: Running) -> Tensor:
+    """The gradient of the cross-entropy of classes int64 [B] at x [B, *]."""
+    engine = running.engine(model, "gradient")
+    values = engine(x, CrossEntropy(classes), **running.arguments()).values
+    assert isinstance(values, Tensor)
+    return values[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Victim:
+    """A model with inputs x, the classes of their losses and what it decides so far."""
+
+    model: Model
+    x: Tensor
+    classes: Tensor
+    before: Tensor
+    targeted: bool
+    bounds: tuple[Tensor, Tensor]
+    running: Running
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        x: Tensor,
+        target: Target,
+        targeted: bool,
+        bounds: Bounds,
+        running: Running | None,
+    ) -> _Victim:
+        checks.flag("targeted", targeted)
+        if not callable(model):
+            raise InputTypeError(f"model must be callable: got {type(model).__name__}")
+        if not isinstance(x, Tensor):
+            raise InputTypeError(f"x must be one tensor: got {type(x).__name__}")
+        (x,), _ = read_inputs(x)
+        running = running or Running()
+        before = decisions(model, x, running)
+        classes = classes_of(target, before)
+        _need_range(model, x, classes, running)
+        return cls(model, x, classes, before, targeted, read_bounds(bounds, x), running)
+
+    def step(self, x: Tensor, size: float, radius: float) -> Tensor:
+        """x moved by `size` along the sign of the gradient, or against it where targeted."""
+        sign = ascent(self.model, x, self.classes, self.running).sign()
+        return self.within(x - size * sign if self.targeted else x + size * sign, radius)
+
+    def within(self, x: Tensor, radius: float) -> Tensor:
+        return project(x, self.x, radius, self.bounds)
+
+    def attacked(self, x: Tensor, about: Mapping[str, Any]) -> Attacked:
+        low, high = (one.item() if one.numel() == 1 else list(one.shape) for one in self.bounds)
+        parameters = {**about, "targeted": self.targeted, "bounds": [low, high]}
+        after = decisions(self.model, x, self.running)
+        return Attacked(x, self.classes, self.before, after, self.targeted, parameters)
+
+
+def decisions(model: Model, x: Tensor, running: Running) -> Tensor:
+    """The classes int64 [B] that the model decides for."""
+    item = torch.arange(len(x), device=x.device)
+    found = Scorer(model, x, PREDICTED, running).at(lambda i, _: x[i], item[:1], item[:1])[0]
+    if found.decisions is None:
+        raise InputError(
+            "an attack needs a model that tells classes apart: got one number per example, "
+            "expected [B, classes]"
+        )
+    return found.decisions
+
+
+def classes_of(target: Target, before: Tensor) -> Tensor:
+    """The classes int64 [B] that a target names."""
+    if isinstance(target, str) and target == PREDICTED:
+        return before
+    targets = read_targets(target, len(before)).to(before.device)
+    if targets.classes is None or targets.classes.shape[1] != 1:
+        raise InputError(
+            "an attack needs one class per example: pass target=int, one int per example, or "
+            "'predicted'"
+        )
+    return targets.classes[:, 0]
+
+
+def read_bounds(bounds: Bounds, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The bounds as tensors that broadcast to x; raises where x does not lie in them."""
+    if bounds is None:
+        return x.min(), x.max()
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise InputTypeError(f"bounds must be two, the lowest and the highest: got {bounds!r}")
+    low, high = (torch.as_tensor(one).to(x) for one in bounds)
+    try:
+        outside = bool(((x < low) | (x > high)).any())
+        fits = torch.broadcast_shapes(x.shape, low.shape, high.shape) == x.shape
+    except RuntimeError:
+        outside, fits = False, False
+    if not fits:
+        raise InputError(
+            f"bounds must broadcast to the inputs {list(x.shape)}: got {list(low.shape)} and "
+            f"{list(high.shape)}"
+        )
+    if outside:
+        raise InputError(
+            f"bounds do not hold the inputs: these go from {float(x.min()):.4g} to "
+            f"{float(x.max()):.4g}; pass the bounds of what is valid, in the same units"
+        )
+    return low, high
+
+
+def _need_range(
+    model: Callable[..., Any], x: Tensor, classes: Tensor, running: Running
+) -> None:
+    """Raises where classes lie outside of the model's."""
+    item = torch.arange(1, device=x.device)
+    Scorer(model, x, classes, running).at(lambda i, _: x[i], item, item)

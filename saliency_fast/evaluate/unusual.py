@@ -1,0 +1,269 @@
+"""Unusual inputs: how far the coherence of their maps is from that of clean references."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.baselines import Baseline
+from saliency_fast.engine.bind import read_inputs
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.evaluate.attacks import Attacked, Bounds, classes_of, decisions, fgsm, pgd
+from saliency_fast.evaluate.coherence import CoherenceReference
+from saliency_fast.evaluate.roc import Roc, roc
+from saliency_fast.evaluate.scores import Running
+from saliency_fast.evaluate.subject import Explainer, Model, Subject
+from saliency_fast.methods import read_method
+from saliency_fast.model.targets import PREDICTED, Target
+
+ATTACKS = ("fgsm", "pgd")
+CAVEATS = (
+    "a map can be unusual without an attack (another camera, a rare class), and an attacker who "
+    "knows of this score can evade it: it is a reason to look, and no proof either way",
+)
+_UNAWARE = "the attacks know nothing of this score: those that do would fare better against it"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdversarialScore:
+    """How unusual the maps of inputs are.
+
+    scores float64 [B]: see `CoherenceReference.score`. p_values float64 [B]: the chance of a score
+    as high for an input like the references. deviations float64 [B, S]: of each statistic out of
+    `names` from the references' mean, in their standard deviations. reference: may be handed to
+    `adversarial_score` again, for more inputs. parameters: what all of it depends on.
+    """
+
+    scores: Tensor
+    p_values: Tensor
+    deviations: Tensor
+    names: tuple[str, ...]
+    reference: CoherenceReference
+    parameters: Mapping[str, Any]
+    caveats: tuple[str, ...] = CAVEATS
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and text, for JSON."""
+        return {
+            "scores": self.scores.tolist(),
+            "p_values": self.p_values.tolist(),
+            "deviations": self.deviations.tolist(),
+            "names": list(self.names),
+            "parameters": dict(self.parameters),
+            "caveats": list(self.caveats),
+        }
+
+    def __repr__(self) -> str:
+        rare = int((self.p_values <= 0.05).sum())
+        return f"<AdversarialScore of {len(self.scores)} inputs; p <= .05 for {rare} of them>"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AttackRoc:
+    """How well the score tells clean inputs from attacked ones, by attack.
+
+    rocs: None where an attack fooled too few. fooled: how many inputs each did; tried: those that
+    the model was right about. scores: float64, of the clean and of those that fooled the model.
+    """
+
+    rocs: Mapping[str, Roc | None]
+    fooled: Mapping[str, int]
+    tried: int
+    scores: Mapping[str, Tensor]
+    parameters: Mapping[str, Any]
+    caveats: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers and text, for JSON."""
+        rocs = {name: one and one.as_dict() for name, one in self.rocs.items()}
+        return {
+            "rocs": rocs,
+            "fooled": dict(self.fooled),
+            "tried": self.tried,
+            "scores": {name: one.tolist() for name, one in self.scores.items()},
+            "parameters": dict(self.parameters),
+            "caveats": list(self.caveats),
+        }
+
+    def __repr__(self) -> str:
+        areas = {name: "none" if one is None else str(one.area) for name, one in self.rocs.items()}
+        lines = [
+            f"{name}: area {area}, {self.fooled[name]} of {self.tried} fooled"
+            for name, area in areas.items()
+        ]
+        return "\n".join([*lines, *(f"  note: {one}" for one in self.caveats)])
+
+
+def adversarial_score(
+    model: Model,
+    inputs: Tensor,
+    references: Tensor | CoherenceReference,
+    method: Explainer = "integrated_gradients",
+    target: Target = PREDICTED,
+    *,
+    baseline: Baseline = None,
+    seed: int = 0,
+    running: Running | None = None,
+) -> AdversarialScore:
+    """Scores inputs [B, *] by how unusual their maps are against those of clean references.
+
+    references: clean inputs [N, *], 20 at least, that are none of the inputs, or a reference fitted
+    to maps of the same method. target: of the maps; one class per example is the inputs', and
+    references are explained for what the model predicts. seed: which half of them is fitted.
+    """
+    running = running or Running()
+    seen = _Explained(model, method, baseline, running)
+    maps = seen.maps(inputs, target)
+    if isinstance(references, CoherenceReference):
+        reference = references
+    else:
+        wide = isinstance(references, Tensor) and references.shape[1:] == inputs.shape[1:]
+        if not wide:
+            got = list(references.shape) if isinstance(references, Tensor) else type(references)
+            raise InputError(
+                f"references must be clean inputs like the others: got {got}, expected "
+                f"{['N', *inputs.shape[1:]]}"
+            )
+        # What was given for each example is not the references'.
+        shared = target if target is None or isinstance(target, (int, str)) else PREDICTED
+        reference = CoherenceReference.fit(
+            seen.maps(references, shared), neighbours=inputs.dim() > 2, seed=seed
+        )
+    scores = reference.score(maps)
+    parameters = seen.parameters() | {
+        "references": reference.count,
+        "statistics": list(reference.names),
+        "left_out": list(reference.left_out),
+        "shrinkage": reference.shrinkage,
+        "seed": seed,
+    }
+    return AdversarialScore(
+        scores,
+        reference.p_values(scores),
+        reference.standardised(maps),
+        reference.names,
+        reference,
+        parameters,
+    )
+
+
+def attack_roc(
+    model: Model,
+    inputs: Tensor,
+    labels: Target,
+    references: Tensor,
+    method: Explainer = "integrated_gradients",
+    epsilon: float = 0.1,
+    *,
+    attacks: Sequence[str] = ATTACKS,
+    steps: int = 20,
+    step_size: float | None = None,
+    bounds: Bounds = None,
+    baseline: Baseline = None,
+    seed: int = 0,
+    running: Running | None = None,
+) -> AttackRoc:
+    """Whether the score tells attacked inputs from clean ones: reported as it is.
+
+    Clean are the inputs [B, *] that the model is right about, by labels int64 [B]; attacked are
+    those of their versions that fool it. references: clean inputs that are none of these. epsilon,
+    steps, step_size and bounds: as of `fgsm` and `pgd`. All maps are for the predicted class.
+    """
+    running = running or Running()
+    for one in (attacks,) if isinstance(attacks, str) else attacks:
+        if one not in ATTACKS:
+            raise InputError(f"attacks must be out of {', '.join(ATTACKS)}: got {one!r}")
+    if not isinstance(inputs, Tensor):
+        raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
+    before = decisions(model, inputs, running)
+    classes = classes_of(labels, before)
+    right = before == classes
+    if not bool(right.any()):
+        raise InputError(
+            "labels: the model is right about none of the inputs, so that none can be attacked; "
+            f"got {classes[:8].tolist()}, decided {before[:8].tolist()}"
+        )
+    clean = inputs[right]
+    first = adversarial_score(
+        model, clean, references, method, baseline=baseline, seed=seed, running=running
+    )
+    scores, fooled, rocs = {"clean": first.scores}, {}, dict[str, Roc | None]()
+    for name in (attacks,) if isinstance(attacks, str) else attacks:
+        made = _attacked(
+            name, model, clean, classes[right], epsilon, steps, step_size, seed, bounds, running
+        )
+        moved = made.inputs[made.fooled]
+        fooled[name] = len(moved)
+        if len(moved) == 0:
+            rocs[name], scores[name] = None, first.scores[:0]
+            continue
+        scores[name] = adversarial_score(
+            model, moved, first.reference, method, baseline=baseline, running=running
+        ).scores
+        rocs[name] = roc(first.scores, scores[name], seed=seed)
+    further = {"epsilon": epsilon, "steps": steps, "step_size": step_size}
+    missed = tuple(f"{name} fooled no input" for name, count in fooled.items() if count == 0)
+    return AttackRoc(
+        rocs,
+        fooled,
+        len(clean),
+        scores,
+        {**first.parameters, **further},
+        (*missed, _UNAWARE, *CAVEATS),
+    )
+
+
+def _attacked(
+    name: str,
+    model: Model,
+    clean: Tensor,
+    classes: Tensor,
+    epsilon: float,
+    steps: int,
+    step_size: float | None,
+    seed: int,
+    bounds: Bounds,
+    running: Running,
+) -> Attacked:
+    if name == "fgsm":
+        return fgsm(model, clean, classes, epsilon, bounds=bounds, running=running)
+    return pgd(
+        *(model, clean, classes, epsilon, steps, step_size, seed), bounds=bounds, running=running
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Explained:
+    """How inputs are explained, all in the same way."""
+
+    model: Model
+    method: Explainer
+    baseline: Baseline
+    running: Running
+
+    def maps(self, inputs: Tensor, target: Target) -> Tensor:
+        """Maps [B, *spatial] of inputs [B, C, *spatial]."""
+        if not isinstance(inputs, Tensor):
+            raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
+        (x,), _ = read_inputs(inputs)
+        subject = Subject(
+            self.model,
+            *(x, x, target),
+            method=self.method,
+            baseline=self.baseline,
+            running=self.running,
+        )
+        values = subject.explain(x)
+        return values if values.dim() == 2 else values.sum(1)
+
+    def parameters(self) -> dict[str, Any]:
+        method = self.method
+        if isinstance(method, str) or hasattr(method, "recipe"):
+            read = read_method(method)
+            about = {name: getattr(read, name) for name in getattr(read, "__dataclass_fields__", ())}
+            return {"method": read.name, "method_parameters": about}
+        return {"method": getattr(method, "__name__", type(method).__name__)}
