@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saliency_fast.engine.bind import read_inputs
+from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.scores import Running, Scorer
 from saliency_fast.evaluate.subject import Model
@@ -19,6 +21,7 @@ from saliency_fast.ops import philox, random_bits
 
 Bounds = tuple[float | Tensor, float | Tensor] | None
 """The lowest and the highest valid input: numbers, or tensors that broadcast to the inputs."""
+_ODD = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,14 +114,15 @@ def uniform(x: Tensor, seed: int, sample: int = 0) -> Tensor:
     """
     item = torch.arange(len(x), device=x.device)
     number = torch.full_like(item, sample)
-    # Stirred, for seeds that follow each other must not share examples.
-    bits = random_bits(item + (seed * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63, number,
-                       x[0].numel(), 0, philox.BASELINE)
-    return ((bits >> 8).double() * 2.0**-23 - 1.0).to(x.dtype).view_as(x)
+    # Seeds that follow each other must not share examples.
+    key = (seed * _ODD + 2**63) % 2**64 - 2**63
+    bits = random_bits(item + key, number, x[0].numel(), 0, philox.BASELINE)
+    found: Tensor = ((bits >> 8).double() * 2.0**-23 - 1.0).to(x.dtype).view_as(x)
+    return found
 
 
 def project(x: Tensor, origin: Tensor, radius: Tensor | float, bounds: tuple[Any, Any]) -> Tensor:
-    """x brought into the ball around its origin, in the maximum norm, and into the bounds."""
+    """X brought into the ball around its origin, in the maximum norm, and into the bounds."""
     low = torch.maximum(origin - radius, torch.as_tensor(bounds[0]).to(origin))
     high = torch.minimum(origin + radius, torch.as_tensor(bounds[1]).to(origin))
     return torch.minimum(torch.maximum(x, low), high)
@@ -138,9 +142,8 @@ class CrossEntropy:
         return -logarithm.gather(1, self.classes[item][:, None])
 
 
-def ascent(model: Model, x: Tensor, classes: Tensor, running: Running) -> Tensor:
-    """The gradient of the cross-entropy of classes int64 [B] at x [B, *]."""
-    engine = running.engine(model, "gradient")
+def ascent(engine: Engine, x: Tensor, classes: Tensor, running: Running) -> Tensor:
+    """The gradient of the cross-entropy of classes int64 [B] at x [B, *], by an engine of it."""
     values = engine(x, CrossEntropy(classes), **running.arguments()).values
     assert isinstance(values, Tensor)
     return values[:, 0]
@@ -175,14 +178,18 @@ class _Victim:
             raise InputTypeError(f"x must be one tensor: got {type(x).__name__}")
         (x,), _ = read_inputs(x)
         running = running or Running()
-        before = decisions(model, x, running)
+        limits = read_bounds(bounds, x)
+        before = decisions(model, x, running, target)
         classes = classes_of(target, before)
-        _need_range(model, x, classes, running)
-        return cls(model, x, classes, before, targeted, read_bounds(bounds, x), running)
+        return cls(model, x, classes, before, targeted, limits, running)
+
+    @cached_property
+    def engine(self) -> Engine:
+        return self.running.engine(self.model, "gradient")
 
     def step(self, x: Tensor, size: float, radius: float) -> Tensor:
-        """x moved by `size` along the sign of the gradient, or against it where targeted."""
-        sign = ascent(self.model, x, self.classes, self.running).sign()
+        """X moved by `size` along the sign of the gradient, or against it where targeted."""
+        sign = ascent(self.engine, x, self.classes, self.running).sign()
         return self.within(x - size * sign if self.targeted else x + size * sign, radius)
 
     def within(self, x: Tensor, radius: float) -> Tensor:
@@ -195,14 +202,14 @@ class _Victim:
         return Attacked(x, self.classes, self.before, after, self.targeted, parameters)
 
 
-def decisions(model: Model, x: Tensor, running: Running) -> Tensor:
-    """The classes int64 [B] that the model decides for."""
-    item = torch.arange(len(x), device=x.device)
-    found = Scorer(model, x, PREDICTED, running).at(lambda i, _: x[i], item[:1], item[:1])[0]
+def decisions(model: Model, x: Tensor, running: Running, target: Target = PREDICTED) -> Tensor:
+    """The classes int64 [B] that the model decides for; raises where a target is none of them."""
+    item = torch.arange(1, device=x.device)
+    found = Scorer(model, x, target, running).at(lambda i, _: x[i], item, item)[0]
     if found.decisions is None:
         raise InputError(
-            "an attack needs a model that tells classes apart: got one number per example, "
-            "expected [B, classes]"
+            "an attack needs classes to tell apart: got one number per example from the model or "
+            "the target; use a model that returns [B, classes], and classes as target"
         )
     return found.decisions
 
@@ -229,7 +236,7 @@ def read_bounds(bounds: Bounds, x: Tensor) -> tuple[Tensor, Tensor]:
     low, high = (torch.as_tensor(one).to(x) for one in bounds)
     try:
         outside = bool(((x < low) | (x > high)).any())
-        fits = torch.broadcast_shapes(x.shape, low.shape, high.shape) == x.shape
+        fits = all(one.expand_as(x) is not None for one in (low, high))
     except RuntimeError:
         outside, fits = False, False
     if not fits:
@@ -243,11 +250,3 @@ def read_bounds(bounds: Bounds, x: Tensor) -> tuple[Tensor, Tensor]:
             f"{float(x.max()):.4g}; pass the bounds of what is valid, in the same units"
         )
     return low, high
-
-
-def _need_range(
-    model: Callable[..., Any], x: Tensor, classes: Tensor, running: Running
-) -> None:
-    """Raises where classes lie outside of the model's."""
-    item = torch.arange(1, device=x.device)
-    Scorer(model, x, classes, running).at(lambda i, _: x[i], item, item)

@@ -95,25 +95,28 @@ class CoherenceReference:
                 "follow the inputs"
             )
         keep = varied.tolist()
-        standard = (values[fitted][:, varied] - centre[varied]) / deviation[varied]
-        correlations, shrinkage = _shrunk(standard)
-        made = cls(
+        centre, deviation = centre[varied], deviation[varied]
+        standard = (values[:, varied] - centre) / deviation
+        correlations, shrinkage = _shrunk(standard[fitted])
+        precision = torch.linalg.inv(correlations)
+        return cls(
             tuple(name for name, one in zip(found, keep, strict=True) if one),
             tuple(name for name, one in zip(found, keep, strict=True) if not one),
-            *(centre[varied], deviation[varied], torch.linalg.inv(correlations)),
-            *(centre.new_zeros(0), shrinkage, tuple(maps.shape[1:]), neighbours, len(maps)),
+            centre,
+            deviation,
+            precision,
+            _distance(standard[kept_back], precision).sort().values,
+            shrinkage,
+            tuple(maps.shape[1:]),
+            neighbours,
+            len(maps),
         )
-        scores = made.score(maps[kept_back]).sort().values
-        fields = {name: getattr(made, name) for name in made.__dataclass_fields__}
-        return cls(**fields | {"calibration": scores})
 
     def score(self, maps: Tensor) -> Tensor:
         """The Mahalanobis distance of the maps' statistics from the references', over the root of
         their number, float64 [B]: about 1 where nothing is unusual, higher is more so.
         """
-        standard = self.standardised(maps)
-        squared = ((standard @ self.precision) * standard).sum(1)
-        return (squared / len(self.names)).clamp_min(0.0).sqrt()
+        return _distance(self.standardised(maps), self.precision.to(maps.device))
 
     def standardised(self, maps: Tensor) -> Tensor:
         """How many deviations each statistic is away from the references' mean, float64 [B, S]."""
@@ -137,6 +140,12 @@ class CoherenceReference:
 
     def __repr__(self) -> str:
         return f"<CoherenceReference of {self.count} maps; {', '.join(self.names)}>"
+
+
+def _distance(standard: Tensor, precision: Tensor) -> Tensor:
+    """Mahalanobis distances of standardised rows [B, S] over the root of S, float64 [B]."""
+    squared = ((standard @ precision) * standard).sum(1)
+    return (squared / standard.shape[1]).clamp_min(0.0).sqrt()
 
 
 def _few(share: Tensor) -> dict[str, Tensor]:

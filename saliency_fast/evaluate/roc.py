@@ -66,7 +66,7 @@ def roc(clean: Tensor, attacked: Tensor, confidence: float = 0.95, *, seed: int 
     if not 0.0 < confidence < 1.0:
         raise InputError(f"confidence must lie between 0 and 1: got {confidence}")
     low, high = _read("clean", clean), _read("attacked", attacked)
-    cuts = torch.cat([low, high]).unique().flip(0)
+    cuts = torch.unique(torch.cat([low, high])).flip(0)
     # Shares that score at least a cut: all but those that lie below.
     fpr, tpr = (1.0 - torch.searchsorted(one, cuts) / len(one) for one in (low, high))
     start = torch.zeros(1, dtype=torch.float64)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import read_inputs
+from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.attacks import Attacked, Bounds, classes_of, decisions, fgsm, pgd
 from saliency_fast.evaluate.coherence import CoherenceReference
 from saliency_fast.evaluate.roc import Roc, roc
 from saliency_fast.evaluate.scores import Running
 from saliency_fast.evaluate.subject import Explainer, Model, Subject
+from saliency_fast.evaluate.substrates import named
 from saliency_fast.methods import read_method
 from saliency_fast.model.targets import PREDICTED, Target
 
@@ -128,6 +129,10 @@ def adversarial_score(
                 f"references must be clean inputs like the others: got {got}, expected "
                 f"{['N', *inputs.shape[1:]]}"
             )
+        if references.shape == inputs.shape and bool((references == inputs).all()):
+            raise InputError(
+                "references must be other inputs than those that are scored: got the same ones"
+            )
         # What was given for each example is not the references'.
         shared = target if target is None or isinstance(target, (int, str)) else PREDICTED
         reference = CoherenceReference.fit(
@@ -174,12 +179,48 @@ def attack_roc(
     steps, step_size and bounds: as of `fgsm` and `pgd`. All maps are for the predicted class.
     """
     running = running or Running()
-    for one in (attacks,) if isinstance(attacks, str) else attacks:
-        if one not in ATTACKS:
-            raise InputError(f"attacks must be out of {', '.join(ATTACKS)}: got {one!r}")
+    names = (attacks,) if isinstance(attacks, str) else tuple(attacks)
+    for name in names:
+        if name not in ATTACKS:
+            raise InputError(f"attacks must be out of {', '.join(ATTACKS)}: got {name!r}")
+    clean, classes = _right(model, inputs, labels, running)
+    shared: dict[str, Any] = {"bounds": bounds, "running": running}
+
+    def attacked(name: str) -> Attacked:
+        if name == "fgsm":
+            return fgsm(model, clean, classes, epsilon, **shared)
+        return pgd(model, clean, classes, epsilon, steps, step_size, seed, **shared)
+
+    def scored(x: Tensor, usual: Tensor | CoherenceReference) -> AdversarialScore:
+        return adversarial_score(
+            *(model, x, usual, method), baseline=baseline, seed=seed, running=running
+        )
+
+    # First, for what is wrong with an attack is known sooner than what is wrong with its maps.
+    made = {name: attacked(name) for name in names}
+    first = scored(clean, references)
+    scores = {"clean": first.scores}
+    for name, one in made.items():
+        moved = one.inputs[one.fooled]
+        found = scored(moved, first.reference).scores if len(moved) else first.scores[:0]
+        scores[name] = found
+    missed = tuple(f"{name} fooled no input" for name in made if len(scores[name]) == 0)
+    return AttackRoc(
+        {name: roc(first.scores, scores[name]) if len(scores[name]) else None for name in made},
+        {name: len(scores[name]) for name in made},
+        len(clean),
+        scores,
+        {**first.parameters, "attacks": {name: dict(one.parameters) for name, one in made.items()}},
+        (*missed, _UNAWARE, *CAVEATS),
+    )
+
+
+def _right(model: Model, inputs: Tensor, labels: Target, running: Running) -> tuple[Tensor, Tensor]:
+    """The inputs that the model is right about, and their classes."""
     if not isinstance(inputs, Tensor):
         raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
-    before = decisions(model, inputs, running)
+    (x,), _ = read_inputs(inputs)
+    before = decisions(model, x, running, labels)
     classes = classes_of(labels, before)
     right = before == classes
     if not bool(right.any()):
@@ -187,53 +228,7 @@ def attack_roc(
             "labels: the model is right about none of the inputs, so that none can be attacked; "
             f"got {classes[:8].tolist()}, decided {before[:8].tolist()}"
         )
-    clean = inputs[right]
-    first = adversarial_score(
-        model, clean, references, method, baseline=baseline, seed=seed, running=running
-    )
-    scores, fooled, rocs = {"clean": first.scores}, {}, dict[str, Roc | None]()
-    for name in (attacks,) if isinstance(attacks, str) else attacks:
-        made = _attacked(
-            name, model, clean, classes[right], epsilon, steps, step_size, seed, bounds, running
-        )
-        moved = made.inputs[made.fooled]
-        fooled[name] = len(moved)
-        if len(moved) == 0:
-            rocs[name], scores[name] = None, first.scores[:0]
-            continue
-        scores[name] = adversarial_score(
-            model, moved, first.reference, method, baseline=baseline, running=running
-        ).scores
-        rocs[name] = roc(first.scores, scores[name], seed=seed)
-    further = {"epsilon": epsilon, "steps": steps, "step_size": step_size}
-    missed = tuple(f"{name} fooled no input" for name, count in fooled.items() if count == 0)
-    return AttackRoc(
-        rocs,
-        fooled,
-        len(clean),
-        scores,
-        {**first.parameters, **further},
-        (*missed, _UNAWARE, *CAVEATS),
-    )
-
-
-def _attacked(
-    name: str,
-    model: Model,
-    clean: Tensor,
-    classes: Tensor,
-    epsilon: float,
-    steps: int,
-    step_size: float | None,
-    seed: int,
-    bounds: Bounds,
-    running: Running,
-) -> Attacked:
-    if name == "fgsm":
-        return fgsm(model, clean, classes, epsilon, bounds=bounds, running=running)
-    return pgd(
-        *(model, clean, classes, epsilon, steps, step_size, seed), bounds=bounds, running=running
-    )
+    return x[right], classes[right]
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,9 +256,11 @@ class _Explained:
         return values if values.dim() == 2 else values.sum(1)
 
     def parameters(self) -> dict[str, Any]:
-        method = self.method
-        if isinstance(method, str) or hasattr(method, "recipe"):
-            read = read_method(method)
-            about = {name: getattr(read, name) for name in getattr(read, "__dataclass_fields__", ())}
-            return {"method": read.name, "method_parameters": about}
-        return {"method": getattr(method, "__name__", type(method).__name__)}
+        if isinstance(self.method, str) or hasattr(self.method, "recipe"):
+            method = read_method(cast("Method | str", self.method))
+            fields = getattr(method, "__dataclass_fields__", ())
+            return {
+                "method": method.name,
+                "method_parameters": {name: named(getattr(method, name)) for name in fields},
+            }
+        return {"method": getattr(self.method, "__name__", type(self.method).__name__)}
