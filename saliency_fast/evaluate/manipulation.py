@@ -137,10 +137,13 @@ class _Hunt:
         x = self._within(origin + 0.5 * self.radius * uniform(origin, how.seed))
         for step in range(how.steps):
             maps, kept = self._seen(x)
-            way = self._descent(x, maps, recipe, step)
-            if not bool(kept.all()):
-                home = ascent(self.homing, x, self.decided, self.subject.running)
-                way = torch.where(kept.view(-1, *(1,) * (x.dim() - 1)), way, home)
+            try:
+                way = self._descent(x, maps, recipe, step)
+                if not bool(kept.all()):
+                    home = ascent(self.homing, x, self.decided, self.subject.running)
+                    way = torch.where(kept.view(-1, *(1,) * (x.dim() - 1)), way, home)
+            except ModelError as error:
+                raise ModelError(f"{error}; or use Manipulation(attack='random')") from error
             x = self._within(x - size * way.sign())
         self._seen(x)
         return self._found()
@@ -198,10 +201,7 @@ class _Hunt:
         steering = Steering(recipe, direction, self.how.points, step, self.how.softplus)
         engine = running.engine(self.model, steering)
         baseline = None if recipe.baseline == "none" else self.subject.baseline
-        try:
-            found = engine(x, classes, baseline, **running.arguments()).values
-        except ModelError as error:
-            raise ModelError(f"{error}; or use Manipulation(attack='random')") from error
+        found = engine(x, classes, baseline, **running.arguments()).values
         assert isinstance(found, Tensor)
         return found
 

@@ -10,7 +10,7 @@ from saliency_fast.evaluate.attacks import fgsm, pgd, uniform
 from tests.evaluate import naive_adversarial as naive
 
 
-class Broken(RuntimeError):
+class BrokenError(RuntimeError):
     """What a model raises half-way."""
 
 
@@ -115,7 +115,10 @@ def test_starts_are_uniform_and_apart() -> None:
 
 def _state(model: nn.Module) -> list[object]:
     return [
-        [(name, one.clone(), one.grad, one.requires_grad) for name, one in model.named_parameters()],
+        [
+            (name, one.clone(), one.grad, one.requires_grad)
+            for name, one in model.named_parameters()
+        ],
         [one.training for one in model.modules()],
         [(len(one._forward_hooks), len(one._forward_pre_hooks)) for one in model.modules()],
         torch.random.get_rng_state(),
@@ -147,7 +150,7 @@ def test_model_and_random_state_are_untouched(small, attack) -> None:
     assert not x.requires_grad
 
 
-@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [BrokenError, KeyboardInterrupt])
 def test_untouched_after_errors(small, error) -> None:
     model, x, labels = small
 
