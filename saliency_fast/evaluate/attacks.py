@@ -96,7 +96,7 @@ def pgd(
     """
     checks.positive("epsilon", epsilon)
     checks.whole("steps", steps, 1)
-    checks.seed(seed)
+    check_seed(seed)
     if step_size is not None:
         checks.positive("step_size", step_size)
     size = 2.5 * epsilon / steps if step_size is None else step_size
@@ -106,6 +106,13 @@ def pgd(
         moved = seen.step(moved, size, epsilon)
     about = {"attack": "pgd", "epsilon": epsilon, "steps": steps, "step_size": size, "seed": seed}
     return seen.attacked(moved, about)
+
+
+def check_seed(seed: object) -> None:
+    """Raises unless it is one 64-bit int."""
+    if isinstance(seed, tuple):
+        raise InputTypeError(f"seed must be one 64-bit int for all examples: got {seed!r}")
+    checks.seed(seed)
 
 
 def uniform(x: Tensor, seed: int, sample: int = 0) -> Tensor:

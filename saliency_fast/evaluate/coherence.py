@@ -10,12 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.evaluate.attacks import check_seed
 from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.methods.parts import checks
 
 FEWEST = 20
 """References: half of them fit at least as many numbers as there are statistics."""
 TOP = 0.01
+HELD = 2**22
+"""Places of maps that are looked at at once."""
 FLAT = 1e-9
 """A statistic whose deviation is less, next to its mean, is the same for all references."""
 
@@ -30,7 +33,14 @@ def coherence(maps: Tensor, *, neighbours: bool = True) -> dict[str, Tensor]:
     places, with signs, and of 5, without) and spread (the standard distance of the magnitude from
     its centre, as a share of the axes).
     """
-    rows = maps.detach().flatten(1).double()
+    size = max(1, HELD // max(1, maps[:1].numel()))
+    starts = range(0, len(maps), size)
+    parts = [_coherence(maps[at : at + size].detach(), neighbours) for at in starts]
+    return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
+
+
+def _coherence(maps: Tensor, neighbours: bool) -> dict[str, Tensor]:
+    rows = maps.flatten(1).double()
     amount = rows.abs()
     total = amount.sum(1)
     tiny = torch.finfo(maps.dtype).tiny
@@ -40,7 +50,7 @@ def coherence(maps: Tensor, *, neighbours: bool = True) -> dict[str, Tensor]:
     found["net"] = rows.sum(1) / total.clamp_min(tiny)
     found["scale"] = amount.mean(1).clamp_min(tiny).log()
     if neighbours and maps.dim() > 1 and rows.shape[1] > 1:
-        maps = maps.detach().double()
+        maps = maps.double()
         peak = total.clamp_min(tiny)
         found["roughness"] = _variation(maps) / peak
         found["roughness_of_magnitude"] = _variation(maps.abs()) / peak
@@ -69,6 +79,7 @@ class CoherenceReference:
     spatial: tuple[int, ...]
     neighbours: bool
     count: int
+    seed: int
 
     @classmethod
     def fit(cls, maps: Tensor, *, neighbours: bool = True, seed: int = 0) -> CoherenceReference:
@@ -76,7 +87,7 @@ class CoherenceReference:
         fitted, and the others are scored. neighbours: False for tables, whose columns have none.
         """
         checks.flag("neighbours", neighbours)
-        checks.seed(seed)
+        check_seed(seed)
         _check(maps, "maps of references")
         if len(maps) < FEWEST:
             raise InputError(
@@ -110,6 +121,7 @@ class CoherenceReference:
             tuple(maps.shape[1:]),
             neighbours,
             len(maps),
+            seed,
         )
 
     def score(self, maps: Tensor) -> Tensor:

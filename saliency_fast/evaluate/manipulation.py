@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.evaluate.attacks import ascent, decisions, project, uniform
+from saliency_fast.evaluate.attacks import ascent, check_seed, decisions, project, uniform
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.similarity import overlap, rank_correlation
@@ -56,7 +56,7 @@ class Manipulation(Metric):
     """
 
     epsilon: float = 0.03
-    steps: int = 20
+    steps: int = 10
     attack: str = "gradient"
     points: int = 8
     softplus: float = 10.0
@@ -73,7 +73,7 @@ class Manipulation(Metric):
         checks.whole("points", self.points, 1)
         checks.positive("softplus", self.softplus)
         checks.share("share", self.share)
-        checks.seed(self.seed)
+        check_seed(self.seed)
 
     def manipulate(self, subject: Subject) -> Manipulated:
         """The attack itself, for those who want to see what it made."""

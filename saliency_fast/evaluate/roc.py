@@ -68,7 +68,9 @@ def roc(clean: Tensor, attacked: Tensor, confidence: float = 0.95, *, seed: int 
     low, high = _read("clean", clean), _read("attacked", attacked)
     cuts = torch.unique(torch.cat([low, high])).flip(0)
     # Shares that score at least a cut: all but those that lie below.
-    fpr, tpr = (1.0 - torch.searchsorted(one, cuts).double() / len(one) for one in (low, high))
+    fpr, tpr = (
+        (len(one) - torch.searchsorted(one, cuts)).double() / len(one) for one in (low, high)
+    )
     start = torch.zeros(1, dtype=torch.float64)
     parts = {"fpr": fpr, "tpr": tpr}
     parts = {name: torch.cat([start, one]) for name, one in parts.items()}

@@ -115,36 +115,26 @@ def adversarial_score(
     references: clean inputs [N, *], 20 at least, that are none of the inputs, or a reference fitted
     to maps of the same method. target: of the maps; one class per example is the inputs', and
     references are explained for what the model predicts. seed: which half of them is fitted.
+    How much the score tells depends on the model and the method: `attack_roc` measures it.
     """
-    running = running or Running()
-    seen = _Explained(model, method, baseline, running)
+    seen = _Explained(model, method, baseline, running or Running())
     maps = seen.maps(inputs, target)
     if isinstance(references, CoherenceReference):
         reference = references
     else:
-        wide = isinstance(references, Tensor) and references.shape[1:] == inputs.shape[1:]
-        if not wide:
-            got = list(references.shape) if isinstance(references, Tensor) else type(references)
-            raise InputError(
-                f"references must be clean inputs like the others: got {got}, expected "
-                f"{['N', *inputs.shape[1:]]}"
-            )
-        if references.shape == inputs.shape and bool((references == inputs).all()):
-            raise InputError(
-                "references must be other inputs than those that are scored: got the same ones"
-            )
+        _need_others(references, inputs)
         # What was given for each example is not the references'.
         shared = target if target is None or isinstance(target, (int, str)) else PREDICTED
-        reference = CoherenceReference.fit(
-            seen.maps(references, shared), neighbours=inputs.dim() > 2, seed=seed
-        )
+        usual, tables = seen.maps(references, shared), inputs.dim() == 2
+        reference = CoherenceReference.fit(usual, neighbours=not tables, seed=seed)
     scores = reference.score(maps)
     parameters = seen.parameters() | {
+        "target": target if isinstance(target, (int, str)) else type(target).__name__,
         "references": reference.count,
         "statistics": list(reference.names),
         "left_out": list(reference.left_out),
         "shrinkage": reference.shrinkage,
-        "seed": seed,
+        "seed": reference.seed,
     }
     return AdversarialScore(
         scores,
@@ -154,6 +144,26 @@ def adversarial_score(
         reference,
         parameters,
     )
+
+
+def _need_others(references: object, inputs: Tensor) -> None:
+    """Raises where references are not like the inputs, or are the inputs."""
+    wide = isinstance(references, Tensor) and references.shape[1:] == inputs.shape[1:]
+    if not isinstance(references, Tensor) or not wide:
+        got = list(references.shape) if isinstance(references, Tensor) else type(references)
+        raise InputError(
+            f"references must be clean inputs like the others: got {got}, expected "
+            f"{['N', *inputs.shape[1:]]}"
+        )
+    if references.device != inputs.device:
+        raise InputError(
+            f"references are on another device: got {references.device}, inputs are on "
+            f"{inputs.device}; move them with .to(inputs.device)"
+        )
+    if references.shape == inputs.shape and bool((references == inputs).all()):
+        raise InputError(
+            "references must be other inputs than those that are scored: got the same ones"
+        )
 
 
 def attack_roc(
@@ -199,18 +209,26 @@ def attack_roc(
     # First, for what is wrong with an attack is known sooner than what is wrong with its maps.
     made = {name: attacked(name) for name in names}
     first = scored(clean, references)
-    scores = {"clean": first.scores}
-    for name, one in made.items():
-        moved = one.inputs[one.fooled]
-        found = scored(moved, first.reference).scores if len(moved) else first.scores[:0]
-        scores[name] = found
-    missed = tuple(f"{name} fooled no input" for name in made if len(scores[name]) == 0)
+    moved = {name: one.inputs[one.fooled] for name, one in made.items()}
+    none = first.scores[:0]
+    found = {
+        name: scored(x, first.reference).scores if len(x) else none for name, x in moved.items()
+    }
+    return _reported(first, made, found)
+
+
+def _reported(
+    first: AdversarialScore, made: Mapping[str, Attacked], found: Mapping[str, Tensor]
+) -> AttackRoc:
+    """What was measured: of clean inputs, of attacks, and of what these made that fooled."""
+    missed = tuple(f"{name} fooled no input" for name, one in found.items() if len(one) == 0)
+    about = {name: dict(one.parameters) for name, one in made.items()}
     return AttackRoc(
-        {name: roc(first.scores, scores[name]) if len(scores[name]) else None for name in made},
-        {name: len(scores[name]) for name in made},
-        len(clean),
-        scores,
-        {**first.parameters, "attacks": {name: dict(one.parameters) for name, one in made.items()}},
+        {name: roc(first.scores, one) if len(one) else None for name, one in found.items()},
+        {name: len(one) for name, one in found.items()},
+        len(first.scores),
+        {"clean": first.scores, **found},
+        {**first.parameters, "attacks": about},
         (*missed, _UNAWARE, *CAVEATS),
     )
 
@@ -259,8 +277,10 @@ class _Explained:
         if isinstance(self.method, str) or hasattr(self.method, "recipe"):
             method = read_method(cast("Method | str", self.method))
             fields = getattr(method, "__dataclass_fields__", ())
-            return {
-                "method": method.name,
-                "method_parameters": {name: named(getattr(method, name)) for name in fields},
-            }
-        return {"method": getattr(self.method, "__name__", type(self.method).__name__)}
+            of = {name: named(getattr(method, name)) for name in fields}
+            about = {"method": method.name, "method_parameters": of}
+        else:
+            about = {"method": getattr(self.method, "__name__", type(self.method).__name__)}
+        plain = self.baseline is None or isinstance(self.baseline, (str, int, float, Tensor))
+        start = named(self.baseline) if plain else type(self.baseline).__name__  # type: ignore[arg-type]
+        return about | {"baseline": start}

@@ -189,6 +189,7 @@ def test_tables_and_models_with_softmax_inside() -> None:
         ({"steps": 0}, InputError, "steps"),
         ({"step_size": -1.0}, InputError, "step_size"),
         ({"seed": 0.5}, InputTypeError, "seed"),
+        ({"seed": (1, 2)}, InputTypeError, "one 64-bit int"),
         ({"targeted": 1}, InputTypeError, "targeted"),
         ({"target": 5}, InputError, "5 classes"),
         ({"target": [0, 1]}, InputError, "wrong length"),

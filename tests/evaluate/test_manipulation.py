@@ -135,6 +135,17 @@ def test_inside_of_the_ball_and_decisions_kept(digits, attack) -> None:
     assert torch.allclose(outcome.details["overlap"], overlap(before, after, 0.1), atol=0.02)
 
 
+def test_only_points_of_the_same_decision_count(digits) -> None:
+    model, x, _ = digits
+    # Far enough that most of what moves the map turns the decision, too.
+    found = Manipulation(epsilon=0.3, attack="random", steps=6).manipulate(
+        _subject(model, x, "gradient")
+    )
+    with torch.no_grad():
+        assert torch.equal(model(found.inputs).argmax(1), model(x).argmax(1))
+    assert bool(found.kept.all())
+
+
 def test_smoothgrad_and_paths_are_harder_to_move_than_gradients(digits) -> None:
     model, x, _ = digits
     methods = {

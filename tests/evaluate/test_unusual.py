@@ -145,6 +145,8 @@ def test_roc_of_known_scores() -> None:
     same = roc(torch.ones(6), torch.ones(9))
     assert same.area.mean == 0.5
     assert same.rate_at(0.5) == 0.0
+    # Three of ten is what is written so.
+    assert roc(torch.arange(10.0), torch.tensor([7.0])).rate_at(0.3) == 1.0
 
 
 def test_interval_is_the_bootstraps() -> None:
