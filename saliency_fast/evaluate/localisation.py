@@ -57,7 +57,8 @@ class PointingGame(Metric):
         most = places == places.amax(1, keepdim=True)
         hit = (most & near).any(1)
         details = {"chance": _share(near), "maxima": most.sum(1).double()}
-        flat = most.all(1) & (places.shape[1] > 1)
+        before = subject.places.flatten(1)
+        flat = (before.amax(1) == before.amin(1)) & (before.shape[1] > 1)
         caveats = _told(flat, "constant, which hits from everywhere")
         return self._outcome(hit.double(), details=details, caveats=caveats)
 
