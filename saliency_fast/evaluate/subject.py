@@ -15,7 +15,7 @@ from saliency_fast.engine.bind import read_inputs
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.boxes import masks_of
-from saliency_fast.evaluate.scores import Running, Scorer, Scores
+from saliency_fast.evaluate.scores import Running, Scorer, Scores, one_target
 from saliency_fast.methods import make_method, read_method
 from saliency_fast.model.targets import PREDICTED, Target
 from saliency_fast.specs import restore_baseline
@@ -100,10 +100,11 @@ class Subject:
         model, method = model or self._model, self.method
         if _is_method(method):
             engine = self.running.engine(model, read_method(method))
-            found = engine(inputs, self.classes, self.baseline, **self.running.arguments())
+            x = self.running.cast(inputs)
+            found = engine(x, self.classes, self.baseline, **self.running.arguments())
             return read_maps(found.values, inputs)
         by_function = cast(Callable[[Model, Tensor, Target], Tensor], method)
-        return read_maps(by_function(model, inputs, self.classes), inputs)
+        return read_maps(by_function(model, self.running.cast(inputs), self.classes), inputs)
 
     def of(self, inputs: Tensor, values: Tensor) -> Subject:
         """The same with other inputs and maps, for targets that are looked up already."""
@@ -143,6 +144,9 @@ def read_subject(
             "forward_args"
         )
     (x,), _ = read_inputs(inputs)
+    running = running or Running()
+    if x.dtype != inputs.dtype:
+        running = replace(running, dtype=inputs.dtype)
     if isinstance(maps, Attribution):
         past = maps.provenance
         if past.at is not None:
@@ -157,13 +161,12 @@ def read_subject(
         baseline = (
             restore_baseline(past.baseline, maps.kept, x.device) if baseline is None else baseline
         )
+    one_target(target, len(x))
     values = maps.values if isinstance(maps, Attribution) else maps
     masks = None if boxes is None else masks_of(boxes, x)
     if method is not None and _is_method(method):
         method = read_method(method)
-    return Subject(
-        model, x, read_maps(values, x), target, masks, method, baseline, running or Running()
-    )
+    return Subject(model, x, read_maps(values, x), target, masks, method, baseline, running)
 
 
 def read_maps(maps: Any, inputs: Tensor) -> Tensor:
@@ -187,10 +190,13 @@ def read_maps(maps: Any, inputs: Tensor) -> Tensor:
             f"maps are on another device: got {maps.device}, inputs are on {inputs.device}; move "
             "them with .to(inputs.device)"
         )
-    if not bool(maps.isfinite().all()):
-        rows = (~maps.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        raise InputError(f"maps must be finite: examples {rows[:8]} hold NaN or infinity")
     values: Tensor = maps.detach().to(inputs.dtype)
+    if not bool(values.isfinite().all()):
+        rows = (~values.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise InputError(
+            f"maps must be finite: examples {rows[:8]} hold NaN or infinity in {values.dtype}, the "
+            "inputs' type"
+        )
     return values
 
 
