@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeGuard, cast
 
+import torch
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
@@ -24,7 +25,7 @@ Model = Callable[..., Any]
 Explainer = Method | str | Callable[[Model, Tensor, Target], Tensor]
 """How maps are made: a method, its name, or a function (model, inputs, target) -> maps."""
 SAME = 1e-5
-"""Of the largest score, how far two runs may be apart by rounding alone (float32, GPU atomics)."""
+"""Of the largest output, how far two runs may be apart by rounding alone (float32, GPU atomics)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +82,20 @@ class Subject:
     @cached_property
     def caveats(self) -> tuple[str, ...]:
         """What is wrong with the model itself: two runs that differ."""
-        one, two = (each.scores for each in self._twice)
-        gap, scale = float((one - two).abs().max()), float(one.abs().max())
-        if gap <= SAME * scale:
+        one, two = self._twice
+        scale, gap = float(one.scores.abs().max()), float((one.scores - two.scores).abs().max())
+        differs = 0.0
+        if one.probabilities is not None and two.probabilities is not None:
+            # These depend on all outputs, where the target's may happen to be the same, and tell
+            # how large those are where the target's happens to be near zero.
+            share = one.probabilities.clamp_min(torch.finfo(torch.float64).tiny)
+            scale = max(scale, float((one.scores - share.log()).abs().max()))
+            differs = float(((one.probabilities - two.probabilities).abs() / share.max()).max())
+        if gap <= SAME * scale and differs <= SAME * max(1.0, scale):
             return ()
         return (
-            f"the model is not deterministic: two runs of the same inputs differ by up to {gap:.2g}"
-            f" (scores are up to {scale:.2g}), and so do all numbers here",
+            "the model is not deterministic: two runs of the same inputs differ by up to "
+            f"{max(gap, differs):.2g} (outputs are about {scale:.2g}), and so do all numbers here",
         )
 
     def explain(self, inputs: Tensor, model: Model | None = None) -> Tensor:
