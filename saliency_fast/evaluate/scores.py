@@ -193,7 +193,7 @@ def _read(found: Tensor) -> Scores:
 
 
 def _need_finite(found: Tensor, item: Tensor) -> None:
-    wrong = item[~found.isfinite().all(1)].unique().tolist()
+    wrong = sorted(set(item[~found.isfinite().all(1)].tolist()))
     if wrong:
         raise ModelError(
             f"the model gives NaN or infinite scores for points made of examples {wrong[:8]}: "
