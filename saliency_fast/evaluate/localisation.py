@@ -25,9 +25,9 @@ class PointingGame(Metric):
 
     tolerance: how far, in places (Euclidean), the largest value may lie from the object and still
     hit it; Zhang has 15 pixels. smooth: the sigma, as a share of each axis, of a Gaussian that maps
-    are blurred with first, so that no lone pixel decides (Zhang, 2018, of gradients). Where several
-    places share the largest value any of them may hit. Details: `chance`, the share of places that
-    hit; `maxima`, how many share the largest value.
+    are blurred with first, so that no lone pixel decides. Where several places share the largest
+    value any of them may hit. Details: `chance`, the share of places that hit; `maxima`, how many
+    share the largest value.
     """
 
     tolerance: float = 0.0
