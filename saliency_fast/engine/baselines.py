@@ -24,14 +24,19 @@ def blur(x: Tensor, number: int) -> Tensor:
             f"baseline='blur' needs axes behind the channels: got {list(x.shape)}; pass a number, "
             "a tensor or 'mean'"
         )
+    return gaussian(x, 0.05)
+
+
+def gaussian(x: Tensor, share: float) -> Tensor:
+    """Gaussian blur over the axes behind the channels, sigma a share of each axis."""
     for axis in range(2, x.dim()):
-        x = _blur_axis(x, axis)
+        x = _blur_axis(x, axis, share)
     return x
 
 
-def _blur_axis(x: Tensor, axis: int) -> Tensor:
+def _blur_axis(x: Tensor, axis: int, share: float) -> Tensor:
     size = x.shape[axis]
-    sigma = 0.05 * size
+    sigma = share * size
     reach = min(math.ceil(4.0 * sigma), size - 1)
     if reach < 1:
         return x

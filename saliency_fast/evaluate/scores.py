@@ -12,7 +12,7 @@ from torch import Tensor
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.engines import Engine
-from saliency_fast.errors import InputError
+from saliency_fast.errors import InputError, ModelError
 from saliency_fast.model.targets import PREDICTED, Target, Targets, read_targets, tensor_of
 
 OUTPUTS = ("softmax", "logit")
@@ -22,13 +22,16 @@ UNTOLD = -1.0
 
 @dataclass(frozen=True)
 class Running:
-    """How a model is run: further arguments, and what `Engine` takes."""
+    """How a model is run: further arguments, and what `Engine` takes; dtype: what the model takes,
+    where that is a half type and inputs are read as float32.
+    """
 
     forward_args: Any = ()
     forward_kwargs: Mapping[str, Any] | None = None
     memory_budget: int | str | None = None
     points_per_launch: int | None = None
     progress: bool = False
+    dtype: torch.dtype | None = None
 
     def engine(self, model: Callable[..., Any], method: Any) -> Engine:
         return Engine(
@@ -39,6 +42,10 @@ class Running:
             progress=self.progress,
             hashes=False,
         )
+
+    def cast(self, inputs: Tensor) -> Tensor:
+        """Inputs as the model takes them."""
+        return inputs if self.dtype is None else inputs.to(self.dtype)
 
     def arguments(self) -> dict[str, Any]:
         """What calls of an engine take."""
@@ -149,7 +156,8 @@ class Scorer:
         """
         asked = Questions(write, item, place)
         engine = self.running.engine(self.model, asked)
-        engine(self.inputs, self._reading(), **self.running.arguments())
+        engine(self.running.cast(self.inputs), self._reading(), **self.running.arguments())
+        _need_finite(asked.found[1], item)
         return _read(asked.found[0]), _read(asked.found[1])
 
     def again(self) -> tuple[Scores, Scores]:
@@ -160,10 +168,21 @@ class Scorer:
     def _reading(self) -> Reading:
         if isinstance(self.target, str) and self.target == PREDICTED:
             return Reading(None)
-        targets = read_targets(self.target, len(self.inputs)).to(self.inputs.device)
+        targets = one_target(self.target, len(self.inputs)).to(self.inputs.device)
         if targets.classes is None:
             return Reading(None, targets)
         return Reading(targets.classes[:, 0])
+
+
+def one_target(target: Target, batch: int) -> Targets:
+    """The target read; raises where it is wrong, or several of each example."""
+    targets = read_targets(target, batch)
+    if targets.count > 1:
+        raise InputError(
+            f"target must be one per example, as maps are: got {targets.count} of each; judge the "
+            "maps of one target at a time"
+        )
+    return targets
 
 
 def _read(found: Tensor) -> Scores:
@@ -171,6 +190,15 @@ def _read(found: Tensor) -> Scores:
     if bool((decision == UNTOLD).all()):
         return Scores(score, None, None)
     return Scores(score, share, decision.long())
+
+
+def _need_finite(found: Tensor, item: Tensor) -> None:
+    wrong = sorted(set(item[~found.isfinite().all(1)].tolist()))
+    if wrong:
+        raise ModelError(
+            f"the model gives NaN or infinite scores for points made of examples {wrong[:8]}: "
+            "expected finite numbers; check the model there, or take another substrate"
+        )
 
 
 def _need_classes(classes: Tensor, count: int) -> None:

@@ -17,10 +17,10 @@ WINDOW = 7
 def correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's correlation of rows [B, *], float64 [B]; NaN where a row is constant."""
     a, b = a.flatten(1).double(), b.flatten(1).double()
+    # Asked of the rows themselves: a constant one is not always its own mean to the last digit.
+    flat = _constant(a) | _constant(b)
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     norms = a.norm(dim=1) * b.norm(dim=1)
-    # A constant row is not always its own mean to the last digit.
-    flat = (a.abs().amax(1) == 0) | (b.abs().amax(1) == 0)
     found: Tensor = ((a * b).sum(1) / norms).masked_fill(flat, math.nan).clamp(-1.0, 1.0)
     return found
 
@@ -36,9 +36,7 @@ def ranks(values: Tensor) -> Tensor:
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     """Spearman's correlation of rows [B, *], float64 [B]; NaN where a row is constant."""
-    flat = _constant(a) | _constant(b)
-    found: Tensor = correlation(ranks(a), ranks(b)).masked_fill(flat, math.nan)
-    return found
+    return correlation(ranks(a), ranks(b))
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

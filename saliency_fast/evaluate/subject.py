@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeGuard, cast
 
+import torch
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
@@ -15,7 +16,7 @@ from saliency_fast.engine.bind import read_inputs
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.boxes import masks_of
-from saliency_fast.evaluate.scores import Running, Scorer, Scores
+from saliency_fast.evaluate.scores import Running, Scorer, Scores, one_target
 from saliency_fast.methods import make_method, read_method
 from saliency_fast.model.targets import PREDICTED, Target
 from saliency_fast.specs import restore_baseline
@@ -24,7 +25,7 @@ Model = Callable[..., Any]
 Explainer = Method | str | Callable[[Model, Tensor, Target], Tensor]
 """How maps are made: a method, its name, or a function (model, inputs, target) -> maps."""
 SAME = 1e-5
-"""Of the largest score, how far two runs may be apart by rounding alone (float32, GPU atomics)."""
+"""Of the largest output, how far two runs may be apart by rounding alone (float32, GPU atomics)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +82,20 @@ class Subject:
     @cached_property
     def caveats(self) -> tuple[str, ...]:
         """What is wrong with the model itself: two runs that differ."""
-        one, two = (each.scores for each in self._twice)
-        gap, scale = float((one - two).abs().max()), float(one.abs().max())
-        if gap <= SAME * scale:
+        one, two = self._twice
+        scale, gap = float(one.scores.abs().max()), float((one.scores - two.scores).abs().max())
+        differs = 0.0
+        if one.probabilities is not None and two.probabilities is not None:
+            # These depend on all outputs, where the target's may happen to be the same, and tell
+            # how large those are where the target's happens to be near zero.
+            share = one.probabilities.clamp_min(torch.finfo(torch.float64).tiny)
+            scale = max(scale, float((one.scores - share.log()).abs().max()))
+            differs = float(((one.probabilities - two.probabilities).abs() / share.max()).max())
+        if gap <= SAME * scale and differs <= SAME * max(1.0, scale):
             return ()
         return (
-            f"the model is not deterministic: two runs of the same inputs differ by up to {gap:.2g}"
-            f" (scores are up to {scale:.2g}), and so do all numbers here",
+            "the model is not deterministic: two runs of the same inputs differ by up to "
+            f"{max(gap, differs):.2g} (outputs are about {scale:.2g}), and so do all numbers here",
         )
 
     def explain(self, inputs: Tensor, model: Model | None = None) -> Tensor:
@@ -100,10 +108,11 @@ class Subject:
         model, method = model or self._model, self.method
         if _is_method(method):
             engine = self.running.engine(model, read_method(method))
-            found = engine(inputs, self.classes, self.baseline, **self.running.arguments())
+            x = self.running.cast(inputs)
+            found = engine(x, self.classes, self.baseline, **self.running.arguments())
             return read_maps(found.values, inputs)
         by_function = cast(Callable[[Model, Tensor, Target], Tensor], method)
-        return read_maps(by_function(model, inputs, self.classes), inputs)
+        return read_maps(by_function(model, self.running.cast(inputs), self.classes), inputs)
 
     def of(self, inputs: Tensor, values: Tensor) -> Subject:
         """The same with other inputs and maps, for targets that are looked up already."""
@@ -143,6 +152,9 @@ def read_subject(
             "forward_args"
         )
     (x,), _ = read_inputs(inputs)
+    running = running or Running()
+    if x.dtype != inputs.dtype:
+        running = replace(running, dtype=inputs.dtype)
     if isinstance(maps, Attribution):
         past = maps.provenance
         if past.at is not None:
@@ -157,13 +169,12 @@ def read_subject(
         baseline = (
             restore_baseline(past.baseline, maps.kept, x.device) if baseline is None else baseline
         )
+    one_target(target, len(x))
     values = maps.values if isinstance(maps, Attribution) else maps
     masks = None if boxes is None else masks_of(boxes, x)
     if method is not None and _is_method(method):
         method = read_method(method)
-    return Subject(
-        model, x, read_maps(values, x), target, masks, method, baseline, running or Running()
-    )
+    return Subject(model, x, read_maps(values, x), target, masks, method, baseline, running)
 
 
 def read_maps(maps: Any, inputs: Tensor) -> Tensor:
@@ -187,10 +198,13 @@ def read_maps(maps: Any, inputs: Tensor) -> Tensor:
             f"maps are on another device: got {maps.device}, inputs are on {inputs.device}; move "
             "them with .to(inputs.device)"
         )
-    if not bool(maps.isfinite().all()):
-        rows = (~maps.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-        raise InputError(f"maps must be finite: examples {rows[:8]} hold NaN or infinity")
     values: Tensor = maps.detach().to(inputs.dtype)
+    if not bool(values.isfinite().all()):
+        rows = (~values.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+        raise InputError(
+            f"maps must be finite: examples {rows[:8]} hold NaN or infinity in {values.dtype}, the "
+            "inputs' type"
+        )
     return values
 
 

@@ -36,7 +36,8 @@ def substrate_of(substrate: Substrate, inputs: Tensor, seed: int = 0) -> Tensor:
     try:
         (found,) = read_baselines(given, (inputs,), seed)
     except InputError as error:
-        raise InputError(str(error).replace("baseline", "substrate")) from error
+        told = str(error).replace("baseline=None", "substrate='zero'")
+        raise InputError(told.replace("baseline", "substrate")) from error
     return found
 
 
