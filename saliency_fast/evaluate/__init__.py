@@ -1,22 +1,67 @@
 """Is the map any good? Metrics of maps, run by the engine, and a report of them."""
 
+from saliency_fast.evaluate.agreement import Agreement, agreement
+from saliency_fast.evaluate.attacks import Attacked, fgsm, pgd
+from saliency_fast.evaluate.coherence import CoherenceReference, coherence
+from saliency_fast.evaluate.completeness import Completeness
 from saliency_fast.evaluate.controls import CONTROLS, centre_map, edge_detector, random_map
+from saliency_fast.evaluate.counterfactual import Counterfactual
 from saliency_fast.evaluate.curves import Deletion, Insertion
+from saliency_fast.evaluate.infidelity import Infidelity
+from saliency_fast.evaluate.localisation import EnergyInBox, PointingGame, RankAccuracy, TopKIoU
+from saliency_fast.evaluate.manipulation import Manipulated, Manipulation
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, bootstrap
+from saliency_fast.evaluate.road import Road
+from saliency_fast.evaluate.roc import Roc, roc
+from saliency_fast.evaluate.sensitivity_n import FaithfulnessCorrelation, SensitivityN
+from saliency_fast.evaluate.sparseness import Complexity, Sparseness
 from saliency_fast.evaluate.subject import Subject
+from saliency_fast.evaluate.unusual import (
+    AdversarialScore,
+    AttackRoc,
+    adversarial_score,
+    attack_roc,
+)
 
 __all__ = [
     "CONTROLS",
+    "AdversarialScore",
+    "Agreement",
+    "AttackRoc",
+    "Attacked",
+    "CoherenceReference",
+    "Completeness",
+    "Complexity",
+    "Counterfactual",
     "Curve",
     "Deletion",
+    "EnergyInBox",
+    "FaithfulnessCorrelation",
+    "Infidelity",
     "Insertion",
     "Interval",
+    "Manipulated",
+    "Manipulation",
     "Metric",
     "Outcome",
+    "PointingGame",
+    "RankAccuracy",
+    "Road",
+    "Roc",
+    "SensitivityN",
+    "Sparseness",
     "Subject",
+    "TopKIoU",
+    "adversarial_score",
+    "agreement",
+    "attack_roc",
     "bootstrap",
     "centre_map",
+    "coherence",
     "edge_detector",
+    "fgsm",
+    "pgd",
     "random_map",
+    "roc",
 ]
