@@ -20,6 +20,8 @@ finally:
         gc.enable()
 
 if TYPE_CHECKING:
+    from saliency_fast import evaluate as evaluate
+    from saliency_fast import summary as summary
     from saliency_fast.methods import (
         IDGI,
         LRP,
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.video import Clip, explain_video
 
+_MODULES = ("evaluate", "summary")
 _LATER = {
     "Similarity": "tokens",
     "TokenAttribution": "tokens",
@@ -129,6 +132,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Methods, and what comes beside them, are imported when they are first asked for."""
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f"{__name__}.{_LATER.get(name, 'methods')}"), name)
@@ -137,4 +142,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
