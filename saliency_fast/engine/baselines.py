@@ -25,13 +25,14 @@ def blur(x: Tensor, number: int) -> Tensor:
             "a tensor or 'mean'"
         )
     for axis in range(2, x.dim()):
-        x = _blur_axis(x, axis)
+        x = blur_axis(x, axis)
     return x
 
 
-def _blur_axis(x: Tensor, axis: int) -> Tensor:
+def blur_axis(x: Tensor, axis: int, share: float = 0.05) -> Tensor:
+    """Gaussian blur along one axis, sigma a share of it, with the ends repeated."""
     size = x.shape[axis]
-    sigma = 0.05 * size
+    sigma = share * size
     reach = min(math.ceil(4.0 * sigma), size - 1)
     if reach < 1:
         return x
