@@ -114,8 +114,6 @@ def concepts(
     sight = LayerSight(grid=grid, special=special)
     engine = Engine(model, sight, at=at, memory_budget=memory_budget, hashes=False)
     found = engine(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
-    if found.many:
-        raise InputError("target must be one per example: got several; take one of them")
     activations, gradients = found.extras["activations"], found.extras["gradients"]
     vectors, slopes = _rows(activations), _rows(gradients)
     evidence = (vectors * slopes).sum(1)

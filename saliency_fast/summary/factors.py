@@ -11,6 +11,8 @@ NMF, KMEANS, AUTO = "nmf", "kmeans", "auto"
 METHODS = (AUTO, NMF, KMEANS)
 ROWS = 20_000
 """Places that directions are learned from, at most; those that weigh most."""
+SWEEPS = 1000
+"""Turns of the descent, at most."""
 
 Array = NDArray[np.float64]
 
@@ -66,14 +68,22 @@ def _clusters(vectors: Array, weights: Array, count: int, seed: int) -> Array:
 
 
 def _non_negative(vectors: Array, units: Array) -> Array:
-    """Non-negative least squares by multiplicative steps (Lee and Seung, 1999), all rows at once;
-    each row's answer is its own.
+    """Non-negative least squares of all rows at once, one direction after another (coordinate
+    descent), until nothing moves.
     """
-    gram, along = units @ units.T, np.maximum(vectors @ units.T, 0.0)
-    found = along.copy()
-    tiny = np.finfo(np.float64).tiny
-    for _ in range(500):
-        found = found * along / np.maximum(found @ gram, tiny)
+    gram, along = units @ units.T, vectors @ units.T
+    found = np.zeros_like(along)
+    for _ in range(SWEEPS):
+        moved = 0.0
+        for k in range(len(units)):
+            if gram[k, k] == 0:
+                continue
+            step = (along[:, k] - found @ gram[:, k]) / gram[k, k]
+            new = np.maximum(found[:, k] + step, 0.0)
+            moved = max(moved, float(np.abs(new - found[:, k]).max()))
+            found[:, k] = new
+        if moved <= 1e-12 * float(np.abs(along).max()):
+            break
     return found
 
 

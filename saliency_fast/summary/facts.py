@@ -45,7 +45,7 @@ def facts_of(
         {
             "kind": KINDS.get(grouped.labels.dim() - 1, "input") if _spatial(subject) else "input",
             "object": object_name if subject.masks is not None else None,
-            **_explained(targets, b, labels),
+            **_explained(targets, verdicts[b], b, labels),
             **_verdict(verdicts[b], labels),
             "evidence": _evidence(grouped, b),
             "regions": [_plain(one) for one in grouped[b]],
@@ -76,8 +76,9 @@ def _top(found: Sequence[Region]) -> int | None:
     return max(speaking, key=lambda number: found[number].positive, default=None)
 
 
-def _explained(targets: Targets, row: int, labels: Labels) -> Facts:
-    if targets.classes is None:
+def _explained(targets: Targets, found: Verdict, row: int, labels: Labels) -> Facts:
+    # The only number of an output is no class to decide for.
+    if targets.classes is None or found.decision is None:
         return {"class": None, "name": "the output"}
     number = int(targets.classes[row, 0])
     return {"class": number, "name": label_of(number, labels)}

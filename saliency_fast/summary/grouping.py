@@ -16,7 +16,7 @@ COMPONENTS = "components"
 SMOOTHING = 0.02
 """The deviation of the Gaussian before the cut, as a share of each axis: gradients' signs change
 from one pixel to the next, and what remains is what a neighbourhood says."""
-HELD = 0.6
+HELD = 0.7
 """The share of the smoothed map's amount that lies above the cut."""
 GAP = 0.02
 """Components that are nearer than about twice this share of an axis are one."""
@@ -70,7 +70,8 @@ def components(places: Tensor) -> Tensor:
     """The connected components of where a smoothed map [B, *spatial] is large, of either sign
     alone: labels int64 [B, *spatial] from 1, 0 elsewhere.
 
-    The cut is the largest one above which `HELD` of the smoothed map's amount lies.
+    The cut is Otsu's (1979), which parts amounts into two groups of the least variance, or lower,
+    so that `HELD` of the smoothed map's amount lies above it.
     """
     smooth = places.double()[:, None]
     for axis in range(2, smooth.dim()):
@@ -78,11 +79,23 @@ def components(places: Tensor) -> Tensor:
     smooth = smooth[:, 0]
     amount = smooth.abs().flatten(1)
     order = amount.sort(1, descending=True).values
-    reached = order.cumsum(1) >= HELD * order.sum(1, keepdim=True)
-    cut = order.gather(1, reached.int().argmax(1, keepdim=True))
+    held = (order.cumsum(1) >= HELD * order.sum(1, keepdim=True)).int().argmax(1, keepdim=True)
+    cut = order.gather(1, torch.maximum(held, _otsu(order)))
     large = ((amount >= cut) & (amount > 0)).view_as(smooth)
     above, below = connected(large & (smooth > 0)), connected(large & (smooth < 0))
     return torch.where(above > 0, above, below + (below > 0) * places[0].numel())
+
+
+def _otsu(order: Tensor) -> Tensor:
+    """The last place of the upper group of rows [B, N] in falling order, [B, 1]."""
+    count = torch.arange(1, order.shape[1], device=order.device, dtype=order.dtype)
+    above = order.cumsum(1)
+    total, above = above[:, -1:], above[:, :-1]
+    rest = order.shape[1] - count
+    between = count * rest * (above / count - (total - above) / rest).square()
+    if not len(count):
+        return torch.zeros_like(order, dtype=torch.int64)
+    return between.argmax(1, keepdim=True)
 
 
 def connected(mask: Tensor) -> Tensor:

@@ -84,12 +84,12 @@ def regions(
 ) -> Regions:
     """Groups maps of inputs [B, C, *spatial] into at most `most` regions each.
 
-    how: "components" takes what is connected where the smoothed map is large, of one sign (`HELD`
-    of its amount; features [B, F] one by one); "slic", "slic:100" or "grid:4" merge superpixels of
-    the input (Achanta, 2012; needs the extra 'segments' for slic) whose attribution is alike; a
-    tensor of whole numbers [B | 1, *spatial] gives the parts, 0 for the rest. boxes: of the
-    objects, as [B, 2 D] corners or masks. names: of labels that were given, or of features (from
-    0), instead of words for their place.
+    how: "components" takes what is connected where the smoothed map is large, of one sign (above
+    Otsu's cut, and what holds 70 % of it; features [B, F] one by one); "slic", "slic:100" or
+    "grid:4" merge superpixels of the input (Achanta, 2012; "slic" needs the extra 'segments') whose
+    attribution is alike; a tensor of whole numbers [B | 1, *spatial] gives the parts, 0 for the
+    rest. boxes: of the objects, as [B, 2 D] corners or masks. names: of labels that were given, or
+    of features (from 0), instead of words for their place.
 
     Raises InputError for maps that do not fit, are not finite, and for unknown ways.
     """
@@ -114,7 +114,7 @@ def regions_of(subject: Subject, how: str | Tensor, most: int, names: Names) -> 
         found.append(tuple(sorted(parts, key=lambda one: (-abs(one.share), one.label))))
         rest.append(_region(0, labels[row], values[row], mask, {0: "rest"}))
     flat = values.flatten(1)
-    positive, negative = flat.clamp_min(0).sum(1), -flat.clamp_max(0).sum(1)
+    positive, negative = flat.clamp_min(0).sum(1), flat.clamp_max(0).sum(1).abs()
     return Regions(labels, tuple(found), tuple(rest), positive, negative)
 
 
@@ -141,7 +141,7 @@ def _named(names: Names, labels: Tensor, numbers: list[int], features: bool) -> 
         if features:
             own = (labels == number).nonzero().flatten().tolist()
             if len(own) != 1:
-                found[number] = "features " + ", ".join(str(_name(names, one)) for one in own)
+                found[number] = _several([str(_name(names, one)) for one in own], own)
                 continue
             key = own[0]
             found[number] = f"feature {key}"
@@ -149,6 +149,14 @@ def _named(names: Names, labels: Tensor, numbers: list[int], features: bool) -> 
         if name != key:
             found[number] = str(name)
     return found
+
+
+def _several(words: list[str], numbers: list[int]) -> str:
+    if len(words) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"features {words[0]} to {words[-1]}"
+    if len(words) > 4:
+        return f"features {', '.join(words[:3])} and {len(words) - 3} more"
+    return "features " + ", ".join(words)
 
 
 def _name(names: Names, key: int) -> object:
@@ -163,7 +171,7 @@ def _region(
     own = labels == label
     held = values[own]
     total = values.abs().sum()
-    positive, negative = values.clamp_min(0).sum(), -values.clamp_max(0).sum()
+    positive, negative = values.clamp_min(0).sum(), values.clamp_max(0).sum().abs()
     start, stop, centre = _extent(own, values)
     inside, within = None, ""
     if mask is not None and bool(own.any()):
@@ -178,7 +186,7 @@ def _region(
         _part(held.sum(), total),
         _part(held.abs().sum(), total),
         _part(held.clamp_min(0).sum(), positive),
-        _part(-held.clamp_max(0).sum(), negative),
+        _part(held.clamp_max(0).sum().abs(), negative),
         held.numel() / values.numel(),
         (*start, *stop),
         tuple(centre),

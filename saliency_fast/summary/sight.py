@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Rounds, in_rounds
+from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import Canvas
 
@@ -37,6 +38,8 @@ class LayerSight:
 
     def rounds(self, asked: Asked) -> Rounds:
         """One round, at the inputs."""
+        if asked.scores.shape[1] > 1:
+            raise InputError("target must be one per example: got several; take one of them")
         canvas = Canvas(asked, False, self.grid, self.special)
         seen: dict[str, list[Tensor]] = {"activations": [], "gradients": []}
 
