@@ -117,8 +117,8 @@ def _fills(facts: Facts, tell: Teller) -> str | None:
     if not apart:
         return None
     return (
-        f"The two ways to remove the region, {one} and {two}, lead to different answers, so one of "
-        "them may be unlike all that the model was trained on."
+        f"The two ways to remove the strongest region, {one} and {two}, lead to different answers, "
+        "so one of them may be unlike all that the model was trained on."
     )
 
 
@@ -127,7 +127,7 @@ def _contradicted(facts: Facts, tell: Teller) -> str | None:
     if facts["removal"] is None or any(one["change"] < 0 for one in facts["removal"].values()):
         return None
     what = "the output" if facts["class"] is None else f"the score of {facts['name']}"
-    return f"Removing the region does not lower {what}, so the map is not borne out."
+    return f"Removing the strongest region does not lower {what}, so the map is not borne out."
 
 
 _KINDS: dict[str, Callable[[Facts, Teller], str | None]] = {

@@ -13,9 +13,11 @@ FURTHER = 2
 
 
 def sentences(facts: Facts, tell: Teller) -> list[str]:
-    """What a person is told, in order: decision, evidence, removal, confidence."""
-    told = [_decision(facts, tell), *_evidence(facts, tell), _removal(facts, tell)]
-    return [one for one in [*told, *_confidence(facts, tell)] if one]
+    """What a person is told, in order: the decision, what speaks for the target and what removing
+    it does, what speaks against it, and how good the map is.
+    """
+    told = [_decision(facts, tell), _speaking(facts, tell), _removal(facts, tell)]
+    return [one for one in [*told, _against(facts, tell), *_confidence(facts, tell)] if one]
 
 
 def _decision(facts: Facts, tell: Teller) -> str:
@@ -35,28 +37,28 @@ def _decision(facts: Facts, tell: Teller) -> str:
     return text
 
 
-def _evidence(facts: Facts, tell: Teller) -> list[str]:
+def _against(facts: Facts, tell: Teller) -> str | None:
+    """What speaks against the target, and where most of it lies."""
     evidence, name = facts["evidence"], facts["name"]
-    if evidence["positive"] == 0 and evidence["negative"] == 0:
-        return [f"The map is zero everywhere: it says nothing of {name}."]
-    told = [_speaking(facts, tell)]
     verb = _verb(facts, "speaks against", "lowers")
     if evidence["negative"] == 0:
         # Class activation maps may have cut it off.
-        return [*told, f"Nothing in the map {verb} {name}."]
+        return f"Nothing in the map {verb} {name}." if evidence["positive"] else None
     text = f"Of all evidence, {tell.share('evidence', 'negative_share')} {verb} {name}"
     against = [one for one, part in enumerate(facts["regions"]) if part["share"] < 0]
     worst = max(against, key=lambda one: facts["regions"][one]["negative"], default=None)
     if worst is not None and facts["regions"][worst]["negative"] >= WORTH:
         share = tell.share("regions", worst, "negative")
         text += f"; {share} of that lies {_where(facts, worst)}"
-    return [*told, f"{text}."]
+    return f"{text}."
 
 
 def _speaking(facts: Facts, tell: Teller) -> str:
     """What speaks for the target, and where."""
     top, name = facts["top"], facts["name"]
     if facts["evidence"]["positive"] == 0:
+        if facts["evidence"]["negative"] == 0:
+            return f"The map is zero everywhere: it says nothing of {name}."
         return f"Nothing in the map {_verb(facts, 'speaks for', 'raises')} {name}."
     whose = _verb(facts, f"evidence for {name}", f"what raises {name}")
     if top is None:
@@ -100,7 +102,7 @@ def _removal(facts: Facts, tell: Teller) -> str | None:
     if removed is None:
         return None
     region = facts["regions"][facts["top"]]
-    lead = f"Removing {region['where'] if region['named'] else 'that region'}"
+    lead = f"Removing {region['where'] if region['named'] else 'the strongest region'}"
     if facts["decision"] is None:
         first, *later = (_moved(facts, name, tell) for name in removed)
         moved = " and ".join([first, *(one.replace(facts["name"], "it", 1) for one in later)])

@@ -131,10 +131,14 @@ def test_non_negative_amounts_solve_least_squares():
     assert np.allclose(amounts(vectors, units, "nmf"), expected, atol=1e-9)
 
 
-def test_weights_count():
-    vectors = np.array([[1.0, 0.0], [0.0, 1.0], [0.9, 0.1]])
-    (one,) = directions(vectors, np.array([1.0, 1e-9, 1.0]), 1, "kmeans", 0)
-    assert one[0] > 0.99
+@pytest.mark.parametrize("method", ["nmf", "kmeans"])
+def test_weights_count(method):
+    vectors = np.array([[1.0, 0.1], [0.1, 1.0]])
+    for first in (0, 1):
+        weights = np.full(2, 1e-6)
+        weights[first] = 1.0
+        (one,) = directions(vectors, weights, 1, method, 0)
+        assert one[first] > 0.99
 
 
 @pytest.mark.parametrize(

@@ -83,16 +83,17 @@ def test_a_long_winding_way_is_one_part():
     assert len(connected(mask)[mask].unique()) == 1
 
 
-def test_merging_is_wards():
-    x = maps((1, 1, 12, 12), 3)
-    parts = torch.arange(4).repeat_interleave(3)[:, None] * 4 + torch.arange(4).repeat_interleave(3)
-    found = regions(x, x, "grid:4", most=5)
+@pytest.mark.parametrize("seed", range(6))
+def test_merging_is_wards(seed):
+    # Segments of 2 to 9 places.
+    x, cells = maps((1, 1, 12, 12), seed), torch.arange(12) * 5 // 12
+    parts = cells[:, None] * 5 + cells
+    found = regions(x, x, "grid:5", most=4)
     groups = {}
-    for segment, label in zip(
-        parts.flatten().tolist(), found.labels[0].flatten().tolist(), strict=True
-    ):
-        groups.setdefault(label, set()).add(segment)
-    expected = naive_regions.merged(parts.numpy(), x[0, 0].numpy(), 5)
+    pairs = zip(parts.flatten().tolist(), found.labels[0].flatten().tolist(), strict=True)
+    for number, label in pairs:
+        groups.setdefault(label, set()).add(number)
+    expected = naive_regions.merged(parts.numpy(), x[0, 0].numpy(), 4)
     assert {frozenset(one) for one in groups.values()} == expected
 
 

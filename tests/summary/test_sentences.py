@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, RecordError
 from saliency_fast.summary import summarise
-from saliency_fast.summary.fills import inpaint
+from saliency_fast.summary.fills import fills
 from saliency_fast.summary.telling import share_text, value_at
 from saliency_fast.zoo import digits_cnn, held_out
 
@@ -132,10 +133,10 @@ def test_a_linear_regression_has_a_known_answer():
     # The mean of the example is 2.5, half of a unit below its age.
     assert one.facts["removal"]["set to the mean"]["change"] == pytest.approx(-1.0)
     assert one.text.startswith(
-        "The output is 4.75. 92 % of what raises the output lies in age, 8 % in mass. Of all "
-        "evidence, 24 % lowers the output; 100 % of that lies in dose. Removing age lowers the "
-        "output by 1, to 3.75, when it is set to the mean and lowers it by 6, to \N{MINUS SIGN}1.25"
-        ", when it is set to zero."
+        "The output is 4.75. 92 % of what raises the output lies in age, 8 % in mass. Removing age "
+        "lowers the output by 1, to 3.75, when it is set to the mean and lowers it by 6, to "
+        "\N{MINUS SIGN}1.25, when it is set to zero. Of all evidence, 24 % lowers the output; "
+        "100 % of that lies in dose."
     )
 
 
@@ -288,19 +289,15 @@ def test_a_model_that_is_not_deterministic_is_told():
     assert "The model is not deterministic" in one.text
 
 
-def test_inpainting_knows_only_what_is_left():
+def test_what_is_painted_over_knows_nothing_of_what_was_there():
     x = seeded((2, 3, 15, 18))
     gone = torch.zeros(2, 15, 18, dtype=torch.bool)
     gone[0, 3:9, 4:12], gone[1] = True, True
-    found = inpaint(x, gone)
-    keep = ~gone[:, None].expand_as(x)
-    assert torch.equal(found[keep], x[keep])
-    other = torch.where(keep, x, 100 * torch.ones_like(x))
-    assert torch.allclose(inpaint(other, gone)[0], found[0], atol=1e-12)
-    assert float(found[0].max()) <= float(x[0].max())
-    assert torch.allclose(found[1], x[1].mean((1, 2), keepdim=True).expand_as(x[1]))
-    flat = torch.full_like(x[:1], 0.7)
-    assert torch.allclose(inpaint(flat, gone[:1]), flat, atol=1e-12)
+    other = torch.where(gone[:, None], -7.0, x)
+    assert torch.allclose(fills(other, gone)["inpainted"][0], fills(x, gone)["inpainted"][0])
+    flat, part = seeded((2, 4)), torch.ones(2, 4, dtype=torch.bool)
+    assert torch.allclose(fills(flat, part)["set to the mean"], flat.mean(1)[:, None].expand(2, 4))
+    assert not fills(flat, part)["set to zero"].any()
 
 
 @pytest.mark.parametrize(
@@ -328,3 +325,13 @@ def test_an_empty_batch():
     x = torch.rand(0, 1, 20, 20)
     with pytest.raises(InputError):
         summarise(Blocks(), x, x, target=0)
+
+
+def test_the_page_about_summaries_says_what_comes_out():
+    page = (Path(__file__).parents[2] / "docs" / "summary.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.S).group(1)
+    quoted = re.search(r"\n((?:> .*\n)+)", page).group(1)
+    given: dict[str, object] = {}
+    exec(code, given)
+    expected = " ".join(line.removeprefix("> ") for line in quoted.strip().splitlines())
+    assert str(given["summary"]) == expected
