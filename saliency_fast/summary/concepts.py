@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saliency_fast.attribution import Attribution
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts.canvas import resize
@@ -114,6 +115,14 @@ def concepts(
     sight = LayerSight(grid=grid, special=special)
     engine = Engine(model, sight, at=at, memory_budget=memory_budget, hashes=False)
     found = engine(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
+    size = tuple(inputs.shape[2:] if inputs.dim() > 2 else inputs.shape[1:])
+    return _found(found, size, count, method, seed)
+
+
+def _found(
+    found: Attribution, size: tuple[int, ...], count: int, method: str, seed: int
+) -> Concepts:
+    """The concepts of a layer's activations and gradients, for inputs of a spatial size."""
     activations, gradients = found.extras["activations"], found.extras["gradients"]
     vectors, slopes = _rows(activations), _rows(gradients)
     evidence = (vectors * slopes).sum(1)
@@ -128,10 +137,9 @@ def concepts(
     # What each concept gives to each place; the largest sum first.
     parts = amounts(vectors, units, method) * (slopes @ units.T)
     order = np.argsort(-parts.sum(0), kind="stable")
-    places = (len(inputs), *activations.shape[2:])
+    places = (len(activations), *activations.shape[2:])
     maps = torch.from_numpy(parts[:, order]).view(*places, count).movedim(-1, 1)
     whole = torch.from_numpy(evidence).view(places)
-    size = tuple(inputs.shape[2:] if inputs.dim() > 2 else inputs.shape[1:])
     return _concepts(
         maps,
         whole,
