@@ -18,7 +18,7 @@ from saliency_fast.cli.options import (
 )
 from saliency_fast.cli.pictures import read_form
 from saliency_fast.cli.report import Reporter, failures_named, out_folder, target_rows
-from saliency_fast.cli.tables import show_entries, show_paths
+from saliency_fast.cli.tables import show_entries, show_paths, show_words
 from saliency_fast.errors import InputError
 from saliency_fast.render.frames import STYLES
 
@@ -64,6 +64,8 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
         features=features,
         device=args.device,
         notes=_notes(args),
+        summary=args.summary,
+        animation=args.animate,
     )
     for read in inputs:
         reporter.add(read)
@@ -74,6 +76,7 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
     )
     reporter.page("What the model looked at", lead, shlex.join(["saliency-fast", *argv]))
     show_entries(reporter.entries)
+    show_words(reporter.entries)
     show_paths(reporter.written)
     return 0
 

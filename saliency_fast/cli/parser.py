@@ -118,6 +118,14 @@ def _explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     one.add_argument(
         "--batched", action="store_true", help="the first axis of arrays is a batch axis"
     )
+    one.add_argument(
+        "--summary", action="store_true", help="say in sentences what each map holds, and test it"
+    )
+    one.add_argument(
+        "--animate",
+        action="store_true",
+        help="write a GIF of each map growing sharp, where it comes in several launches",
+    )
     one.add_argument("--progress", action="store_true", help="show a bar")
     one.add_argument("--plan", action="store_true", help="print the plan and stop")
 

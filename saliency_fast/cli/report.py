@@ -16,6 +16,7 @@ from saliency_fast.api import Engine
 from saliency_fast.attribution import Attribution, Provenance
 from saliency_fast.cli.inputs import Read
 from saliency_fast.cli.models import Loaded, reason
+from saliency_fast.cli.words import animations, summaries, write_words
 from saliency_fast.errors import InputError, ModelError, SaliencyError
 from saliency_fast.methods import METHODS
 from saliency_fast.model.guard import untouched
@@ -53,6 +54,7 @@ class _Result:
     found: Attribution
     record: str
     drawn: Mapping[str, Tensor | tuple[Tensor, ...]]
+    words: Mapping[tuple[int, ...], str]
 
 
 @dataclass
@@ -73,6 +75,8 @@ class Reporter:
     features: Any = None
     device: str = "cpu"
     notes: Mapping[str, Any] = field(default_factory=dict)
+    summary: bool = False
+    animation: bool = False
     entries: list[Entry] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
     last: Provenance | None = None
@@ -124,8 +128,13 @@ class Reporter:
         found = replace(found, provenance=self.last)
         record = f"{read.name}.{self.last.method}.safetensors"
         self.written.append(found.save(self.out / record))
+        with failures_named(read):
+            words = summaries(self.loaded, found, x) if self.summary else {}
+            if self.animation and fits(found, x):
+                about = (engine, x, found, self.baseline, features, rows)
+                self.written += animations(*about, self.styles[0], self.out, read.name)
         drawn = {style: found.overlay(grey(x), style) for style in self.styles if fits(found, x)}
-        return _Result(found, record, drawn)
+        return _Result(found, record, drawn, words)
 
     def _views(self, result: _Result, row: int, name: str, truth: Truth | None) -> list[MapView]:
         """A view for each of the K maps of example `row`."""
@@ -134,6 +143,9 @@ class Reporter:
         for place in [(row, k) for k in range(found.scores.shape[1])] if found.many else [(row,)]:
             stem = f"{name}.{past.method}" + (f".{_suffix(found, place)}" if found.many else "")
             label = explained(found, place, self.loaded.labels)
+            words = result.words.get(place, "")
+            if words:
+                self.written.append(write_words(words, self.out / f"{stem}.txt"))
             views.append(
                 MapView(
                     method=METHODS[past.method].__name__,
@@ -142,6 +154,7 @@ class Reporter:
                     figures=self._figures(result, place, stem, label, truth),
                     numbers=numbers(found, place, truth),
                     record=result.record,
+                    words=words,
                 )
             )
         return views

@@ -75,6 +75,14 @@ def show_entries(entries: Iterable[Entry]) -> None:
     _print(table)
 
 
+def show_words(entries: Iterable[Entry]) -> None:
+    """What each map says, where it was asked for."""
+    for entry in entries:
+        for view in entry.maps:
+            if view.words:
+                print(f"{entry.name}, {view.method}: {view.words}\n")
+
+
 def show_paths(paths: Sequence[Path]) -> None:
     """Plain lines, so that they can be piped on."""
     print("written:")

@@ -30,11 +30,12 @@ def blur(x: Tensor, number: int) -> Tensor:
 def gaussian(x: Tensor, share: float) -> Tensor:
     """Gaussian blur over the axes behind the channels, sigma a share of each axis."""
     for axis in range(2, x.dim()):
-        x = _blur_axis(x, axis, share)
+        x = blur_axis(x, axis, share)
     return x
 
 
-def _blur_axis(x: Tensor, axis: int, share: float) -> Tensor:
+def blur_axis(x: Tensor, axis: int, share: float) -> Tensor:
+    """Gaussian blur along one axis, sigma a share of it, with the ends repeated."""
     size = x.shape[axis]
     sigma = share * size
     reach = min(math.ceil(4.0 * sigma), size - 1)

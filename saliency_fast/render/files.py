@@ -1,4 +1,4 @@
-"""Frames as files: PNG, animated GIF and MP4, by extension."""
+"""Frames as files: PNG, animated GIF and PNG, and MP4, by extension."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError
 
-EXTENSIONS = (".png", ".gif", ".mp4")
+EXTENSIONS = (".png", ".gif", ".apng", ".mp4")
 FRAMES_PER_SECOND = 8.0
 
 Frames = NDArray[np.uint8]
@@ -24,8 +24,8 @@ def write_frames(
 ) -> Path:
     """Writes uint8 frames [H, W, 3] or [T, H, W, 3] as the path's extension says; returns it.
 
-    .png holds one frame; .gif and .mp4 hold any number. Raises InputError for another extension,
-    and for .mp4 without the extra `video`.
+    .png holds one frame; .gif, .apng and .mp4 hold any number. Raises InputError for another
+    extension, and for .mp4 without the extra `video`.
     """
     path = Path(path)
     if path.suffix.lower() == ".mp4":
@@ -36,10 +36,10 @@ def write_frames(
 
 
 def encode(frames: Tensor, extension: str, frames_per_second: float = FRAMES_PER_SECOND) -> bytes:
-    """Frames [H, W, 3] or [T, H, W, 3] as the bytes of a ".png" or a ".gif"."""
+    """Frames [H, W, 3] or [T, H, W, 3] as the bytes of a ".png", ".gif" or ".apng"."""
     from PIL import Image
 
-    if extension.lower() not in EXTENSIONS[:2]:
+    if extension.lower() not in EXTENSIONS[:3]:
         raise InputError(
             f"pictures end in one of {', '.join(EXTENSIONS)}: got {extension or 'no extension'!r}"
         )
@@ -52,10 +52,11 @@ def encode(frames: Tensor, extension: str, frames_per_second: float = FRAMES_PER
             )
         shown[0].save(buffer, "PNG", optimize=True)
     else:
+        kind = "GIF" if extension.lower() == ".gif" else "PNG"
         duration = round(1000.0 / frames_per_second)
         # Pillow joins equal neighbours into one longer frame: fewer frames, the same time.
         shown[0].save(
-            buffer, "GIF", save_all=True, append_images=shown[1:], duration=duration, loop=0
+            buffer, kind, save_all=True, append_images=shown[1:], duration=duration, loop=0
         )
     return buffer.getvalue()
 

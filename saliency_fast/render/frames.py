@@ -42,10 +42,18 @@ def colors(style: str) -> Tensor:
     return torch.from_numpy(np.stack(table, axis=1).round().astype(np.uint8))
 
 
-def frames(x: Tensor, maps: Tensor, style: str, percentile: float, opacity: float) -> Tensor:
+def frames(
+    x: Tensor,
+    maps: Tensor,
+    style: str,
+    percentile: float,
+    opacity: float,
+    scale: Tensor | None = None,
+) -> Tensor:
     """Lays maps [B, *spatial] or [B, K, *spatial] over x [B, C, *spatial]: uint8 [..., 3].
 
-    spatial: two axes for images, three for video and volumes, whose frames share one scale.
+    spatial: two axes for images, three for video and volumes, whose frames share one scale. scale:
+    the magnitude drawn at full strength, one per map; that of `percentile` unless given.
     """
     if not 0.0 <= percentile <= 100.0:
         raise InputError(f"percentile must lie in [0, 100]: got {percentile}")
@@ -66,7 +74,8 @@ def frames(x: Tensor, maps: Tensor, style: str, percentile: float, opacity: floa
     if len(lead) == 2:
         shown = shown.repeat_interleave(lead[1], dim=0)
     values = maps.reshape(-1, spatial.numel())
-    scale = ops.magnitude_percentile(values, percentile)
+    if scale is None:
+        scale = ops.magnitude_percentile(values, percentile)
     flat = shown.reshape(len(values), -1, 3)
     table = colors(style).to(maps.device)
     drawn: Tensor = ops.overlay(flat, values, scale, table, style == "signed", opacity)

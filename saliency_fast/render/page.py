@@ -62,7 +62,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class MapView:
-    """One map: its method, what it explains, its pictures, and the record that holds it."""
+    """One map: its method, what it explains, its pictures, the record that holds it, and words."""
 
     method: str
     parameters: str
@@ -70,6 +70,7 @@ class MapView:
     figures: tuple[Figure, ...]
     numbers: Numbers
     record: str
+    words: str = ""
 
 
 @dataclass(frozen=True)
@@ -234,6 +235,8 @@ def _ranking(ranking: tuple[Ranked, ...]) -> str:
 def _map(view: MapView) -> str:
     figures = "\n".join(_figure(one) for one in view.figures)
     pictures = f'<div class="pair">{figures}</div>' if figures else ""
+    if view.words:
+        pictures += f'\n<p class="small">{escape(view.words)}</p>'
     return f"""<section class="method">
 <h3>{escape(view.method)}</h3>
 <p class="small soft">{escape(view.explains)}</p>

@@ -37,6 +37,17 @@ def test_gif_has_one_frame_for_each(tmp_path):
             assert np.array_equal(np.asarray(clip.convert("RGB")), frames[t].numpy())
 
 
+def test_animated_png_keeps_every_pixel(tmp_path):
+    frames = torch.stack([ramp(6, 4), ramp(6, 4).flip(0), ramp(6, 4).flip(1)])
+    path = write_frames(frames, tmp_path / "clip.apng", frames_per_second=4)
+    with Image.open(path) as clip:
+        assert clip.n_frames == 3
+        assert clip.info["duration"] == 250
+        for t in range(3):
+            clip.seek(t)
+            assert np.array_equal(np.asarray(clip.convert("RGB")), frames[t].numpy())
+
+
 def test_gif_of_equal_frames_lasts_as_long(tmp_path):
     path = write_frames(torch.zeros(4, 6, 6, 3, dtype=torch.uint8), tmp_path / "still.gif")
     with Image.open(path) as clip:
@@ -57,7 +68,7 @@ def test_non_contiguous_frames(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a", "a.png.txt"])
 def test_unknown_extensions_list_the_valid_ones(tmp_path, name):
-    with pytest.raises(InputError, match=r"\.png, \.gif, \.mp4"):
+    with pytest.raises(InputError, match=r"\.png, \.gif, \.apng, \.mp4"):
         write_frames(ramp(4, 4), tmp_path / name)
     assert not (tmp_path / name).exists()
 
