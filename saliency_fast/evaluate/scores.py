@@ -16,6 +16,8 @@ from saliency_fast.errors import InputError, ModelError
 from saliency_fast.model.targets import PREDICTED, Target, Targets, read_targets, tensor_of
 
 OUTPUTS = ("softmax", "logit")
+SUMS = 1e-4
+"""How far the sum of outputs may be from one for them to be probabilities already."""
 UNTOLD = -1.0
 """What is neither a probability nor a class; the engine refuses NaN."""
 
@@ -55,8 +57,8 @@ class Running:
 @dataclass(frozen=True)
 class Scores:
     """What the model says of points. scores float64 [R]: the target's output; where the model tells
-    classes apart, also its probability by softmax, float64 [R], and the class that is largest,
-    int64 [R].
+    classes apart, also its probability, float64 [R], by softmax unless the outputs are
+    probabilities, and the class that is largest, int64 [R].
     """
 
     scores: Tensor
@@ -104,7 +106,15 @@ class Reading:
         score = wide.gather(1, classes)
         if output.shape[1] == 1:
             return _alone(score)
-        return torch.cat([score, wide.softmax(1).gather(1, classes), decision.to(wide.dtype)], 1)
+        return torch.cat(
+            [score, probabilities(wide).gather(1, classes), decision.to(wide.dtype)], 1
+        )
+
+
+def probabilities(output: Tensor) -> Tensor:
+    """Softmax of outputs [R, C]; rows that are probabilities already stay as they are."""
+    told = (output >= 0).all(1) & ((output.sum(1) - 1.0).abs() < SUMS)
+    return torch.where(told[:, None], output, output.softmax(1))
 
 
 def _alone(score: Tensor) -> Tensor:

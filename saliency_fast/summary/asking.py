@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
-from saliency_fast.evaluate.scores import UNTOLD, Questions
+from saliency_fast.evaluate.scores import UNTOLD, Questions, probabilities
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.model.targets import Targets, read_targets, tensor_of
 from saliency_fast.summary.fills import fills
-
-SUMS = 1e-4
-"""How far an output's sum may be from one for it to be probabilities already."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class Reading:
         if self.classes is not None:
             output = tensor_of(raw).detach().to(score.dtype)
             if output.shape[1] > 1:
-                shares = _shares(output)
+                shares = probabilities(output)
                 best = shares.topk(2, dim=1)
                 own = shares.gather(1, self.classes[item][:, None])
                 rest = torch.cat([own, best.indices.to(own.dtype), best.values], 1)
@@ -118,9 +115,3 @@ def _verdicts(found: Tensor) -> list[Verdict]:
         else:
             rows.append(Verdict(score, own, (int(best), share), (int(second), less)))
     return rows
-
-
-def _shares(output: Tensor) -> Tensor:
-    """Probabilities of outputs [R, C]: rows that are some already stay as they are."""
-    told = (output >= 0).all(1) & ((output.sum(1) - 1.0).abs() < SUMS)
-    return torch.where(told[:, None], output, output.softmax(1))

@@ -42,7 +42,9 @@ def order_of(values: Tensor, x: Tensor, per: str, order: str) -> list[list[tuple
 def score(model: Callable[[Tensor], Tensor], point: Tensor, target: int, output: str) -> float:
     with torch.no_grad():
         raw = model(point[None])[0]
-    return float((raw.softmax(0) if output == "softmax" else raw)[target])
+    # A model that ends in softmax gives probabilities as they are.
+    told = bool((raw >= 0).all()) and abs(float(raw.sum()) - 1.0) < 1e-4
+    return float((raw.softmax(0) if output == "softmax" and not told else raw)[target])
 
 
 def walk(
