@@ -157,7 +157,8 @@ def read_subject(
         running = replace(running, dtype=inputs.dtype)
     if isinstance(maps, Attribution):
         past = maps.provenance
-        if past.at is not None:
+        # Class activation maps look at a layer, and are of the inputs.
+        if past.at is not None and _method_of(maps).recipe().layers is None:
             raise InputError(
                 f"maps must be of the inputs: got those of the layer {', '.join(past.at)}; resize "
                 "them and pass the tensor"
