@@ -57,6 +57,32 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     a, b = _to_peak(a.double()), _to_peak(b.double())
     both = torch.stack([a, b]).movedim(1, 0).flatten(1)
     span = (both.amax(1) - both.amin(1)).view(-1, *(1,) * (a.dim() - 1))
+    found: Tensor = _structure(a, b, span).flatten(1).mean(1).masked_fill(flat, math.nan)
+    return found
+
+
+def rank_ssim(a: Tensor, b: Tensor) -> Tensor:
+    """SSIM of the ranks of maps [B, *spatial], from 0 to 1, float64 [B]; NaN where one is constant.
+
+    A few high peaks make all the rest of a map flat, and flat is like flat: so maps of unrelated
+    images are alike by `ssim`. Ranks have no peaks, and all maps without ties the same mean and
+    variance. Windows in which neither map varies count for nothing: where no structure is, none can
+    be compared.
+    """
+    if not 1 <= a.dim() - 1 <= 3:
+        raise InputError(f"SSIM is of maps with one to three axes: got {list(a.shape)}")
+    flat = _constant(a) | _constant(b)
+    count = max(1, a[0].numel())
+    one = torch.ones((), dtype=torch.float64, device=a.device)
+    a, b = ranks(a) / count, ranks(b) / count
+    varies = (_varies(a) | _varies(b)).flatten(1)
+    found = _structure(a, b, one).flatten(1)
+    mean: Tensor = (found * varies).sum(1) / varies.sum(1)
+    return mean.masked_fill(flat, math.nan)
+
+
+def _structure(a: Tensor, b: Tensor, span: Tensor) -> Tensor:
+    """SSIM of every window that lies inside of maps float64 [B, *spatial]."""
     small, less = (0.01 * span) ** 2, (0.03 * span) ** 2
     mean_a, mean_b = _local(a), _local(b)
     # Sample covariances, as scikit-image has them.
@@ -67,7 +93,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     both_vary = unbiased * (_local(a * b) - mean_a * mean_b)
     above = (2 * mean_a * mean_b + small) * (2 * both_vary + less)
     below = (mean_a**2 + mean_b**2 + small) * (var_a + var_b + less)
-    found: Tensor = (above / below).flatten(1).mean(1).masked_fill(flat, math.nan)
+    found: Tensor = above / below
     return found
 
 
@@ -94,6 +120,15 @@ def _local(maps: Tensor) -> Tensor:
     pool = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[maps.dim() - 2]
     window = tuple(min(WINDOW, size) for size in maps.shape[1:])
     found: Tensor = pool(maps[:, None], window, 1)[:, 0]
+    return found
+
+
+def _varies(maps: Tensor) -> Tensor:
+    """Which of those windows hold different values."""
+    pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[maps.dim() - 2]
+    window = tuple(min(WINDOW, size) for size in maps.shape[1:])
+    high, low = pool(maps[:, None], window, 1), pool(-maps[:, None], window, 1)
+    found: Tensor = (high != -low)[:, 0]
     return found
 
 
