@@ -10,12 +10,15 @@ from saliency_fast.evaluate.curves import Deletion, Insertion
 from saliency_fast.evaluate.infidelity import Infidelity
 from saliency_fast.evaluate.localisation import EnergyInBox, PointingGame, RankAccuracy, TopKIoU
 from saliency_fast.evaluate.manipulation import Manipulated, Manipulation
+from saliency_fast.evaluate.max_sensitivity import AvgSensitivity, MaxSensitivity
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, bootstrap
 from saliency_fast.evaluate.road import Road
 from saliency_fast.evaluate.roc import Roc, roc
+from saliency_fast.evaluate.sanity import SanityCheck
 from saliency_fast.evaluate.sensitivity_n import FaithfulnessCorrelation, SensitivityN
 from saliency_fast.evaluate.sparseness import Complexity, Sparseness
+from saliency_fast.evaluate.stability import Stability
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.evaluate.unusual import (
     AdversarialScore,
@@ -30,6 +33,7 @@ __all__ = [
     "Agreement",
     "AttackRoc",
     "Attacked",
+    "AvgSensitivity",
     "CoherenceReference",
     "Completeness",
     "Complexity",
@@ -43,14 +47,17 @@ __all__ = [
     "Interval",
     "Manipulated",
     "Manipulation",
+    "MaxSensitivity",
     "Metric",
     "Outcome",
     "PointingGame",
     "RankAccuracy",
     "Road",
     "Roc",
+    "SanityCheck",
     "SensitivityN",
     "Sparseness",
+    "Stability",
     "Subject",
     "TopKIoU",
     "adversarial_score",
