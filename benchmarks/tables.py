@@ -32,6 +32,7 @@ GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 OWN_TABLES = (
     "evaluation",
     "intervals",
+    "judged",
     "methods",
     "precision",
     "requests",
