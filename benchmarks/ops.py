@@ -155,7 +155,7 @@ def convolved(device: str) -> list[Call]:
     for channels, side in ((64, 56), (128, 28), (256, 14)) if device == "cpu" else ():
         x = torch.randn(8, channels, side, side).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(channels, channels, 3, 3) / (3 * channels**0.5)
-        args = (x, weight, torch.randn(channels), (1, 1), True)
+        args = (x, weight, torch.randn(channels), (1, 1))
         calls.append(Call(ops.winograd, f"8 x {channels}x{side}x{side}", args))
     return calls
 

@@ -75,7 +75,7 @@ struct Kernels {
   int64_t lanes;
   void (*input)(const Pixels&, const Pixels&, int64_t, int64_t, float*);
   void (*weight)(const float*, int64_t, float*);
-  std::array<void (*)(const float*, int64_t, const Tile*, int64_t, const float*), 2> output;
+  void (*output)(const float*, int64_t, const Tile*, int64_t, const float*);
   std::array<void (*)(const float*, const float*, int64_t, int64_t, float*), kWidest> multiply;
 };
 
@@ -83,34 +83,30 @@ namespace avx512 {
 constexpr int64_t kLanes = 16;
 #define SALIENCY_FAST_ARCH "arch=x86-64-v4"
 #define SALIENCY_FAST_FMA(a, b, c) (Floats) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
-#define SALIENCY_FAST_RELU(y) (Floats) _mm512_maskz_max_ps(-1, __m512{}, (__m512)(y))
 #include "cpu/winograd_tiles.h"
 constexpr Kernels kKernels{
     kLanes,
     input_tile,
     weight_tile,
-    {output_tiles<false>, output_tiles<true>},
+    output_tiles,
     {multiply_all<24, 1>, multiply_all<12, 2>, multiply_all<8, 3>, multiply_all<6, 4>}};
 #undef SALIENCY_FAST_ARCH
 #undef SALIENCY_FAST_FMA
-#undef SALIENCY_FAST_RELU
 }  // namespace avx512
 
 namespace avx2 {
 constexpr int64_t kLanes = 8;
 #define SALIENCY_FAST_ARCH "arch=x86-64-v3"
 #define SALIENCY_FAST_FMA(a, b, c) (Floats) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
-#define SALIENCY_FAST_RELU(y) (Floats) _mm256_max_ps(__m256{}, (__m256)(y))
 #include "cpu/winograd_tiles.h"
 constexpr Kernels kKernels{
     kLanes,
     input_tile,
     weight_tile,
-    {output_tiles<false>, output_tiles<true>},
+    output_tiles,
     {multiply_all<12, 1>, multiply_all<6, 2>, multiply_all<4, 3>, multiply_all<3, 4>}};
 #undef SALIENCY_FAST_ARCH
 #undef SALIENCY_FAST_FMA
-#undef SALIENCY_FAST_RELU
 }  // namespace avx2
 
 // The channels of the result in parts of up to kWidest registers, as even as can be.
@@ -160,7 +156,7 @@ void place_tile(const Shape& s, int64_t number, const float* x, const float* non
 }
 
 void convolve(const Kernels& run, const Shape& s, const std::vector<int64_t>& starts,
-              const float* x, const float* u, const float* bias, bool relu, float* y) {
+              const float* x, const float* u, const float* bias, float* y) {
   const int64_t tiles = s.tiles(), v_size = 36 * kTiles * s.in;
   const int64_t m_size = 36 * kTiles * kWidest * run.lanes;
   const int64_t held = v_size + m_size;
@@ -184,7 +180,7 @@ void convolve(const Kernels& run, const Shape& s, const std::vector<int64_t>& st
       for (size_t part = 0; part + 1 < starts.size(); ++part) {
         const int64_t start = starts[part], wide = starts[part + 1] - start;
         run.multiply[wide / run.lanes - 1](v, u + start * 36 * s.in, s.in, count, m);
-        run.output[relu](m, wide, own.data(), count, bias + start);
+        run.output(m, wide, own.data(), count, bias + start);
         for (int64_t t = 0; t < count; ++t) own[t].out += wide;
       }
     }
@@ -192,7 +188,7 @@ void convolve(const Kernels& run, const Shape& s, const std::vector<int64_t>& st
 }
 
 at::Tensor transformed(const Shape& s, const at::Tensor& x, const at::Tensor& weight,
-                       const std::optional<at::Tensor>& bias, bool relu) {
+                       const std::optional<at::Tensor>& bias) {
   static const bool wide = __builtin_cpu_supports("x86-64-v4");
   const Kernels& run = wide ? avx512::kKernels : avx2::kKernels;
   at::Tensor y =
@@ -205,21 +201,19 @@ at::Tensor transformed(const Shape& s, const at::Tensor& x, const at::Tensor& we
   const std::vector<int64_t> starts = parts_of(s.out, run.lanes);
   transform_weights(run, starts, s.in, kernel.const_data_ptr<float>(), u.mutable_data_ptr<float>());
   convolve(run, s, starts, from.const_data_ptr<float>(), u.const_data_ptr<float>(),
-           shift.const_data_ptr<float>(), relu, y.mutable_data_ptr<float>());
+           shift.const_data_ptr<float>(), y.mutable_data_ptr<float>());
   return y;
 }
 
 #endif
 
 at::Tensor winograd(const at::Tensor& x, const at::Tensor& weight,
-                    const std::optional<at::Tensor>& bias, at::IntArrayRef padding, bool relu) {
+                    const std::optional<at::Tensor>& bias, at::IntArrayRef padding) {
   const Shape s = checked(x, weight, bias, padding);
 #ifdef SALIENCY_FAST_WINOGRAD
-  if (__builtin_cpu_supports("x86-64-v3")) return transformed(s, x, weight, bias, relu);
+  if (__builtin_cpu_supports("x86-64-v3")) return transformed(s, x, weight, bias);
 #endif
-  at::Tensor y = at::conv2d(x, weight, bias, /*stride=*/1, padding);
-  if (relu) y.relu_();
-  return y.contiguous(at::MemoryFormat::ChannelsLast);
+  return at::conv2d(x, weight, bias, /*stride=*/1, padding).contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 }  // namespace

@@ -82,8 +82,7 @@ LEAF void weight_tile(const float* g, int64_t pitch, float* u) {
 }
 
 // The outputs of one tile in kLanes channels.
-HERE void output_tile(const float* m, int64_t pitch, Floats bias, bool relu, const Tile& tile,
-                      int64_t c) {
+HERE void output_tile(const float* m, int64_t pitch, Floats bias, const Tile& tile, int64_t c) {
   Floats half[24];
 #pragma GCC unroll 6
   for (int i = 0; i < 6; ++i) {
@@ -96,12 +95,8 @@ HERE void output_tile(const float* m, int64_t pitch, Floats bias, bool relu, con
   for (int i = 0; i < 4; ++i) {
     Floats y[4];
     output_axis(half + 6 * i, y, 1, 1);
-    // NaN stays, as in PyTorch.
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      y[j] += bias;
-      if (relu) y[j] = SALIENCY_FAST_RELU(y[j]);
-    }
+    for (int j = 0; j < 4; ++j) y[j] += bias;
     if (i >= tile.rows) return;
     float* const to = tile.out + i * tile.row_pitch + c;
     store(to, y[0]);
@@ -112,13 +107,12 @@ HERE void output_tile(const float* m, int64_t pitch, Floats bias, bool relu, con
 }
 
 // The outputs of `count` tiles in `width` channels.
-template <bool kRelu>
 LEAF void output_tiles(const float* m, int64_t width, const Tile* tiles, int64_t count,
                        const float* bias) {
   for (int64_t t = 0; t < count; ++t) {
     const Tile tile = tiles[t];
     for (int64_t c = 0; c < width; c += kLanes) {
-      output_tile(m + t * width + c, kTiles * width, load(bias + c), kRelu, tile, c);
+      output_tile(m + t * width + c, kTiles * width, load(bias + c), tile, c);
     }
   }
 }

@@ -14,12 +14,9 @@ CHANNELS = 16
 """What the numbers of channels must be multiples of."""
 
 
-def _convolved(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool
-) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
     _check(x, weight, bias, padding)
     y = F.conv2d(x, weight, bias, padding=list(padding))
-    y = y.relu_() if relu else y
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -46,9 +43,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
         )
 
 
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], relu: bool
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
     size = [n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True)]
     shape = (len(x), len(weight), *size)
     form = torch.channels_last
@@ -76,24 +71,22 @@ def _samples() -> Iterator[Sample]:
             weight = weight.contiguous(memory_format=torch.channels_last)
         bias = torch.randn(outputs) if number % 4 < 2 else None
         note = f"{list(x.shape)} to {outputs}, padding {padding}"
-        yield Sample((x, weight, bias, padding, number % 2 == 0), note=note)
+        yield Sample((x, weight, bias, padding), note=note)
 
 
 winograd = define(
     Op(
-        schema="winograd(Tensor x, Tensor weight, Tensor? bias, int[] padding, bool relu)"
-        " -> Tensor",
+        schema="winograd(Tensor x, Tensor weight, Tensor? bias, int[] padding) -> Tensor",
         reference=_convolved,
         fake=_fake,
         samples=_samples,
-        moved=lambda x, weight, bias, padding, relu: (
-            4 * (x.numel() + weight.numel() + _fake(x, weight, bias, padding, relu).numel())
+        moved=lambda x, weight, bias, padding: (
+            4 * (x.numel() + weight.numel() + _fake(x, weight, bias, padding).numel())
         ),
     )
 )
-"""winograd(x [N, C, H, W], weight [D, C, 3, 3], bias [D] | None, padding (2), relu) -> [N, D, *]
-channels last: the convolution of stride 1, and its rectifier where `relu`, in float32 by
-F(4x4, 3x3) (Winograd, 1980; Lavin and Gray, 2016) at the points 0, +-sqrt(1/2), +-sqrt(2) and
-infinity, which keep its error near that of a direct one (Barabasz et al., 2020). C and D are
-multiples of 16. An image's result does not depend on its launch. GPUs take the reference: cuDNN
-has its own."""
+"""winograd(x [N, C, H, W], weight [D, C, 3, 3], bias [D] | None, padding (2)) -> [N, D, *] channels
+last: the convolution of stride 1 in float32, by F(4x4, 3x3) (Winograd, 1980; Lavin and Gray, 2016)
+at the points 0, +-sqrt(1/2), +-sqrt(2) and infinity, which keep its error near that of a direct one
+(Barabasz et al., 2020). C and D are multiples of 16. An image's result does not depend on its
+launch. GPUs take the reference: cuDNN has its own."""

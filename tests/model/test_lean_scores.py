@@ -52,7 +52,7 @@ def test_winograd_errs_little_more_than_a_direct_convolution(
     x, weight, bias = layer(channels, outputs, side)
     want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
     direct = relative(F.conv2d(x, weight, bias, padding=1), want)
-    found = relative(ops.winograd(x, weight, bias, ONE, False), want)
+    found = relative(ops.winograd(x, weight, bias, ONE), want)
     # F(4x4) at these points; with 0, 1, -1, 2 and -2 it would be 3 to 5 times.
     assert found <= 3.5 * max(direct, torch.finfo(torch.float32).eps)
 
@@ -60,16 +60,16 @@ def test_winograd_errs_little_more_than_a_direct_convolution(
 @native
 def test_an_image_does_not_depend_on_its_launch() -> None:
     x, weight, bias = layer(48, 80, 14, rows=11)
-    whole = ops.winograd(x, weight, bias, ONE, True)
+    whole = ops.winograd(x, weight, bias, ONE)
     for rows in (slice(0, 1), slice(1, 4), slice(4, 11)):
-        assert torch.equal(ops.winograd(x[rows], weight, bias, ONE, True), whole[rows])
+        assert torch.equal(ops.winograd(x[rows], weight, bias, ONE), whole[rows])
 
 
 @native
 def test_not_a_number_stays_with_the_pixels_that_see_it() -> None:
     x, weight, bias = layer(16, 16, 12)
     x[1, 3, 5, 5] = math.nan
-    found = ops.winograd(x, weight, bias, ONE, True)
+    found = ops.winograd(x, weight, bias, ONE)
     assert found[1, :, 4:7, 4:7].isnan().all()
     assert found[::2].isfinite().all()
 

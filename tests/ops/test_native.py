@@ -127,7 +127,6 @@ def _large_parts(
             torch.randn(112, 48, 3, 3, generator=generator) / 20,
             None,
             (1, 1),
-            True,
         ),
     }
 

@@ -206,7 +206,7 @@ def _lean(axes: int) -> Callable[..., Any]:
         edges = _each(padding, axes)
         if alone:
             served = pays(input, weight, bias, steps, edges, holes, groups)
-            return ops.winograd(input, weight, bias, edges, False) if served else NotImplemented
+            return ops.winograd(input, weight, bias, edges) if served else NotImplemented
         return _Convolve.apply(  # type: ignore[no-untyped-call]
             input, weight, bias, steps, edges, holes, False, [0] * axes, groups
         )
