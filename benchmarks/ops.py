@@ -143,7 +143,20 @@ def pooled(device: str) -> list[Call]:
             grad, index = ops.maxpool_index(laid, *window, False)
             back = (grad, index, list(x.shape[2:]), *window)
             calls.append(Call(ops.maxpool_index, size + note, (laid, *window, False)))
+            if device == "cpu" and note:
+                calls.append(Call(ops.maxpool, size + note, (laid, *window, False)))
             calls.append(Call(ops.maxpool_index_backward, size + note, back))
+    return calls
+
+
+def convolved(device: str) -> list[Call]:
+    """3x3 convolutions of a residual network, whose GPU version is cuDNN's."""
+    calls = []
+    for channels, side in ((64, 56), (128, 28), (256, 14)) if device == "cpu" else ():
+        x = torch.randn(8, channels, side, side).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3) / (3 * channels**0.5)
+        args = (x, weight, torch.randn(channels), (1, 1))
+        calls.append(Call(ops.winograd, f"8 x {channels}x{side}x{side}", args))
     return calls
 
 
@@ -183,7 +196,7 @@ def maps(device: str) -> list[Call]:
     return calls
 
 
-SIZES = (pictures, volumes, frames, activations, pooled, perturbed, maps)
+SIZES = (pictures, volumes, frames, activations, pooled, convolved, perturbed, maps)
 
 
 def timed(function: Callable[[], object], device: str) -> float:

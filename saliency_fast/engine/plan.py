@@ -12,6 +12,8 @@ from saliency_fast.errors import BudgetError, InputError, InputTypeError
 # Where a launch no longer gets cheaper per point. On CPUs when its largest tensor, or all of them,
 # are far out of the caches; on GPUs far above what keeps the device busy.
 CPU_TENSOR = 40 * 1024**2
+# Without gradients a tensor is read once, right after it was written: launches stay in the caches.
+CPU_SCORES = 16 * 1024**2
 CPU_LAUNCH = 256 * 1024**2
 GPU_LAUNCH = 8 * 1024**3
 # Operators' own scratch space and the allocator's slack, on top of the tensors that are counted.
@@ -120,10 +122,13 @@ def points_per_launch(
     finish: int,
     budget: int,
     device: str,
+    *,
+    gradients: bool = True,
 ) -> int:
     """The most points that fit the budget and that pay.
 
-    bytes_of: what a launch of so many points takes; never less for more of them.
+    bytes_of: what a launch of so many points takes; never less for more of them. gradients: or
+    scores alone.
     """
     if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int)):
         raise InputTypeError(f"points_per_launch must be a whole number: got {wanted!r}")
@@ -139,7 +144,7 @@ def points_per_launch(
         )
     room = budget - fixed
     if wanted is None and device == "cpu":
-        wanted = max(1, CPU_TENSOR // max(largest_tensor, 1))
+        wanted = max(1, (CPU_TENSOR if gradients else CPU_SCORES) // max(largest_tensor, 1))
         room = min(room, max(one, CPU_LAUNCH))
     elif wanted is None:
         wanted = max(1, GPU_LAUNCH // one)

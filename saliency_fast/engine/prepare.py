@@ -112,6 +112,7 @@ def make_plan(
         finish,
         budget,
         call.device.type,
+        gradients=recipe.gradients,
     )
     size = min(most, points)
     launch = bytes_of(size)

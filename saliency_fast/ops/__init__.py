@@ -9,11 +9,12 @@ from saliency_fast.ops.masks import pack_mask, relu_mask, relu_mask_, relu_mask_
 from saliency_fast.ops.overlay import magnitude_percentile, overlay
 from saliency_fast.ops.philox import random_bits
 from saliency_fast.ops.points import line_points, noise_points, random_line_points
-from saliency_fast.ops.pools import maxpool_index, maxpool_index_backward
+from saliency_fast.ops.pools import maxpool, maxpool_index, maxpool_index_backward
 from saliency_fast.ops.ranks import rank_points
 from saliency_fast.ops.registry import OPS, Op, Sample
 from saliency_fast.ops.segments import mask_points, segment_points
 from saliency_fast.ops.windows import window_points
+from saliency_fast.ops.winograd import winograd
 
 _dispatch.load_native()
 
@@ -31,6 +32,7 @@ __all__ = [
     "line_points",
     "magnitude_percentile",
     "mask_points",
+    "maxpool",
     "maxpool_index",
     "maxpool_index_backward",
     "noise_points",
@@ -44,4 +46,5 @@ __all__ = [
     "relu_mask_backward",
     "segment_points",
     "window_points",
+    "winograd",
 ]

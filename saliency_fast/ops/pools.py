@@ -212,6 +212,23 @@ the last NaN. A window that dilation leaves without an element gives -inf and pl
 ValueError for windows of more than 256 elements."""
 
 
+maxpool = define(
+    Op(
+        schema="maxpool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+        " bool ceil_mode) -> Tensor",
+        reference=lambda x, *geometry: _maxpool(x, *geometry)[0],
+        fake=lambda x, *geometry: _fake_maxpool(x, *geometry)[0],
+        samples=_samples,
+        moved=lambda x, *geometry: (
+            x.element_size()
+            * (x.numel() + math.prod((*x.shape[:2], *pooled_size(x.shape[2:], *geometry))))
+        ),
+    )
+)
+"""maxpool(x [N, C, *], kernel, stride, padding, dilation, ceil_mode) -> [N, C, *]: the values of
+`maxpool_index`, for channels last, where nobody asks for places. GPUs take the reference."""
+
+
 def _backward(
     grad: Tensor,
     index: Tensor,

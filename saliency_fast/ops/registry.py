@@ -31,7 +31,8 @@ class Op:
 
     `reference` is the slow, obvious version and the judge of all others; `samples` yields calls
     with every awkward size; `moved` counts the bytes a perfect kernel must read and write;
-    `triton` and `cuda` name launchers as "module:function"; `native` says that csrc/cpu has it.
+    `triton` and `cuda` name launchers as "module:function", where GPUs do not take the reference;
+    `native` says that csrc/cpu has it.
     """
 
     schema: str
@@ -39,7 +40,7 @@ class Op:
     fake: Callable[..., Any]
     samples: Callable[[], Iterator[Sample]]
     moved: Callable[..., int]
-    triton: str
+    triton: str | None = None
     cuda: str | None = None
     native: bool = True
 
@@ -75,7 +76,7 @@ def define(op: Op) -> Op:
     _implement(op.name, op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"saliency_fast::{op.name}", op.fake, lib=_LIBRARY)
     backend = dispatch.for_gpu(has_cuda=op.cuda is not None)
-    if backend != "reference":
+    if backend != "reference" and (op.triton or op.cuda):
         _implement(op.name, _lazily(op, backend), "CUDA")
     OPS[op.name] = op
     return op

@@ -100,6 +100,7 @@ def _large_pools(generator: torch.Generator) -> dict[str, tuple[Any, ...]]:
     last = x.contiguous(memory_format=torch.channels_last_3d)
     grad, index = ops.maxpool_index.reference(last.bfloat16(), *window, False)
     return {
+        "maxpool": (last, *window, True),
         "maxpool_index": (x, *window, True),
         "maxpool_index_backward": (grad, index, [21, 22, 23], *window),
     }
@@ -123,6 +124,12 @@ def _large_parts(
         "mask_points": (x, -x[:1], mask, item, place),
         "rank_points": (x, -x, rank, item, torch.tensor([0, 1, 9000, 20_010, 20_011, 2**40, -5])),
         "cam": (activations, weights[..., 0, 0, 0], [35, 40, 31], True),
+        "winograd": (
+            torch.randn(9, 48, 30, 33, generator=generator),
+            torch.randn(112, 48, 3, 3, generator=generator) / 20,
+            None,
+            (1, 1),
+        ),
     }
 
 

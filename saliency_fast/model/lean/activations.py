@@ -65,7 +65,19 @@ def ramp(
     """ReLU and its kin of scale x + shift + residual; `inplace` writes into `x`."""
     if x.dtype not in DTYPES or x.dim() == 0:
         return NotImplemented
+    if scale is shift is residual is None and not torch.is_grad_enabled():
+        return _ramp_alone(x, slope, upper, inplace)
     return _Ramp.apply(x, scale, shift, residual, slope, upper, inplace)  # type: ignore[no-untyped-call]
+
+
+def _ramp_alone(x: Tensor, slope: float, upper: float, inplace: bool) -> Tensor:
+    """A ramp of which nothing is kept."""
+    if slope:
+        leaky = torch._C._nn.leaky_relu_ if inplace else torch._C._nn.leaky_relu
+        return leaky(x, slope)
+    if upper < math.inf:
+        return torch.clamp(x, 0.0, upper, out=x if inplace else None)
+    return torch.relu_(x) if inplace else torch.relu(x)
 
 
 def _leaky(inplace: bool) -> Callable[..., Any]:

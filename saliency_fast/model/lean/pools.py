@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
-from saliency_fast.model.lean.convolutions import Sizes, _each
+from saliency_fast.model.lean.convolutions import Sizes, _each, _on_cpu
 from saliency_fast.ops.masks import DTYPES
 from saliency_fast.ops.pools import layout
 
 LARGEST_WINDOW = 256
+VALUES = 8
+"""Channels from which maxima alone are found window by window."""
 
 
 class _MaxPool(torch.autograd.Function):
@@ -55,6 +57,10 @@ def _max_pool(axes: int) -> Callable[..., Any]:
             return NotImplemented
         steps = kernel if stride is None or stride == [] else _each(stride, axes)
         edges, holes = _each(padding, axes), _each(dilation, axes)
+        if not torch.is_grad_enabled() and _on_cpu(input):
+            if layout(input) == torch.contiguous_format or input.shape[1] < VALUES:
+                return NotImplemented
+            return ops.maxpool(input, kernel, steps, edges, holes, ceil_mode)
         return _MaxPool.apply(input, kernel, steps, edges, holes, ceil_mode)  # type: ignore[no-untyped-call]
 
     return max_pool

@@ -1,0 +1,92 @@
+"""Winograd's algorithm: 3x3 convolutions with a quarter of the multiplications."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saliency_fast.ops.registry import Op, Sample, define
+
+CHANNELS = 16
+"""What the numbers of channels must be multiples of."""
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+    _check(x, weight, bias, padding)
+    y = F.conv2d(x, weight, bias, padding=list(padding))
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> None:
+    fits = x.dim() == 4 and weight.dim() == 4 and x.shape[1] == weight.shape[1]
+    if not fits or weight.shape[2:] != (3, 3):
+        raise ValueError(
+            f"x must be [N, C, H, W] and weight [D, C, 3, 3]: got {list(x.shape)} and"
+            f" {list(weight.shape)}"
+        )
+    if any(count < 1 or count % CHANNELS for count in weight.shape[:2]):
+        raise ValueError(
+            f"channels must be multiples of {CHANNELS}: got weight {list(weight.shape)}"
+        )
+    if any(one is not None and one.dtype != torch.float32 for one in (x, weight, bias)):
+        raise ValueError(f"x, weight and bias must be float32: got {x.dtype}, {weight.dtype}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{len(weight)}]: got {list(bias.shape)}")
+    if len(padding) != 2 or min(padding) < 0:
+        raise ValueError(f"padding must be two numbers, not negative: got {list(padding)}")
+    if any(size + 2 * p < 3 for size, p in zip(x.shape[2:], padding, strict=True)):
+        raise ValueError(
+            f"images must have 3x3 pixels with padding {list(padding)}: got {list(x.shape)}"
+        )
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+    size = [n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True)]
+    shape = (len(x), len(weight), *size)
+    form = torch.channels_last
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+
+
+def _samples() -> Iterator[Sample]:
+    cases = (
+        # batch, channels, outputs, height, width, padding
+        (2, 16, 16, 8, 8, (1, 1)),
+        (1, 32, 48, 5, 7, (1, 1)),
+        (3, 48, 64, 4, 4, (0, 0)),
+        (2, 16, 80, 3, 9, (0, 2)),
+        (1, 64, 112, 13, 6, (2, 1)),
+        (5, 16, 32, 1, 1, (1, 1)),
+        (7, 32, 16, 6, 11, (3, 0)),
+        (0, 16, 16, 8, 8, (1, 1)),
+    )
+    for number, (batch, channels, outputs, height, width, padding) in enumerate(cases):
+        x = torch.randn(batch, channels, height, width)
+        if number % 3 < 2:
+            x = x.contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(outputs, channels, 3, 3) / (3 * channels**0.5)
+        if number % 2:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        bias = torch.randn(outputs) if number % 4 < 2 else None
+        note = f"{list(x.shape)} to {outputs}, padding {padding}"
+        yield Sample((x, weight, bias, padding), note=note)
+
+
+winograd = define(
+    Op(
+        schema="winograd(Tensor x, Tensor weight, Tensor? bias, int[] padding) -> Tensor",
+        reference=_convolved,
+        fake=_fake,
+        samples=_samples,
+        moved=lambda x, weight, bias, padding: (
+            4 * (x.numel() + weight.numel() + _fake(x, weight, bias, padding).numel())
+        ),
+    )
+)
+"""winograd(x [N, C, H, W], weight [D, C, 3, 3], bias [D] | None, padding (2)) -> [N, D, *] channels
+last: the convolution of stride 1 in float32, by F(4x4, 3x3) (Winograd, 1980; Lavin and Gray, 2016)
+at the points 0, +-sqrt(1/2), +-sqrt(2) and infinity, which keep its error near that of a direct one
+(Barabasz et al., 2020). C and D are multiples of 16. An image's result does not depend on its
+launch. GPUs take the reference: cuDNN has its own."""
