@@ -34,6 +34,27 @@ def show_methods() -> int:
     return 0
 
 
+def show_metrics() -> int:
+    """saliency-fast metrics: every metric of a report, its fields and defaults."""
+    # The library's evaluation is imported only where it is asked for.
+    from saliency_fast.evaluate.suite import ENTRIES, METRICS, fields_of
+
+    needs = {"masks": "boxes", "method": "to explain again"}
+    table = _table("metric", "what it asks", "needs", "fields")
+    for name, entry in ENTRIES.items():
+        kind = METRICS[name]
+        fields = [f"{one}={value!r}" for one, value in fields_of(kind).items()]
+        needed = [needs.get(one, one) for one in kind.needs]
+        table.add_row(
+            Text(name),
+            Text(entry.asks),
+            Text(", ".join(needed) or "maps alone"),
+            Text(", ".join(fields) or "none"),
+        )
+    _print(table)
+    return 0
+
+
 def show_backends() -> int:
     """saliency-fast backends: which version of the ops runs where."""
     table = _table("where", "what runs")

@@ -39,8 +39,8 @@ def random_map(model: Callable[..., object], inputs: Tensor, target: Target = No
 
 
 def centre_map(model: Callable[..., object], inputs: Tensor, target: Target = None) -> Tensor:
-    """High in the middle and falling off to the edges, [B, *spatial]: the guess of who has not
-    looked.
+    """High in the middle and falling off to zero at the corners, [B, *spatial]: the guess of who
+    has not looked.
     """
     spatial = inputs.shape[2:] if inputs.dim() > 2 else inputs.shape[1:]
     far = torch.zeros(spatial, dtype=torch.float64, device=inputs.device)
@@ -48,7 +48,7 @@ def centre_map(model: Callable[..., object], inputs: Tensor, target: Target = No
         place = torch.arange(size, dtype=torch.float64, device=inputs.device)
         away = (place - (size - 1) / 2.0) / size
         far = far + (away**2).view(-1, *(1,) * (len(spatial) - axis - 1))
-    return (-far).expand(len(inputs), *spatial).to(inputs.dtype).contiguous()
+    return (far.max() - far).expand(len(inputs), *spatial).to(inputs.dtype).contiguous()
 
 
 CONTROLS = {"edge_detector": edge_detector, "random": random_map, "centre": centre_map}

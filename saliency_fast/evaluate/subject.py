@@ -118,6 +118,15 @@ class Subject:
         """The same with other inputs and maps, for targets that are looked up already."""
         return replace(self, inputs=inputs, values=values, target=self.classes)
 
+    def beside(
+        self, values: Tensor, method: Explainer | None, baseline: Baseline = None
+    ) -> Subject:
+        """The same inputs with other maps: what the model says of them is not asked again."""
+        baseline = self.baseline if baseline is None else baseline
+        other = replace(self, values=values, method=method, baseline=baseline, target=self.classes)
+        other.__dict__["_twice"] = self._twice
+        return other
+
     @property
     def _model(self) -> Model:
         if self.model is None:
@@ -166,7 +175,7 @@ def read_subject(
         if maps.many:
             raise InputError("maps must be one per example: got several targets; take one of them")
         target = maps.classes if target is None and maps.classes is not None else target
-        method = _method_of(maps) if method is None else method
+        method = method_of(maps) if method is None else method
         baseline = (
             restore_baseline(past.baseline, maps.kept, x.device) if baseline is None else baseline
         )
@@ -213,7 +222,7 @@ def _is_method(method: Explainer) -> TypeGuard[Method | str]:
     return isinstance(method, str) or hasattr(method, "recipe")
 
 
-def _method_of(found: Attribution) -> Method:
+def method_of(found: Attribution) -> Method:
     """The method that a record names, with its fields."""
     fields = {
         name: tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,26 @@
+"""Fields: what a metric's docstring says of each of its options."""
+
+from __future__ import annotations
+
+import re
+
+from saliency_fast.evaluate.metric import Metric
+from saliency_fast.evaluate.suite import fields_of
+
+
+def meanings(kind: type[Metric]) -> dict[str, str]:
+    """By field, what the class or one of its bases says of it, as "name: what it is."."""
+    found: dict[str, str] = {}
+    names = list(fields_of(kind))
+    if not names:
+        return found
+    marks = re.compile(rf"\b((?:{'|'.join(names)})(?:(?:, | and )(?:{'|'.join(names)}))*): ")
+    for one in kind.__mro__:
+        if not (isinstance(one, type) and issubclass(one, Metric)) or one is Metric:
+            continue
+        text = " ".join((one.__dict__.get("__doc__") or "").split())
+        parts = marks.split(text)
+        for heads, told in zip(parts[1::2], parts[2::2], strict=True):
+            for name in re.split(r", | and ", heads):
+                found.setdefault(name, told.strip().rstrip(".").strip())
+    return found
