@@ -52,9 +52,10 @@ def read_boxes(text: str, names: Sequence[str]) -> Tensor:
             f"--boxes {text} must hold a box for each example: got {len(rows)} for {len(names)}"
         )
     try:
-        return _whole(text, torch.tensor(rows))
+        boxes = torch.tensor(rows)
     except (TypeError, ValueError) as error:
         raise InputError(f"--boxes {text} holds no boxes: expected {EXPECTED}") from error
+    return _whole(text, boxes)
 
 
 def _whole(text: str, boxes: Tensor) -> Tensor:

@@ -319,15 +319,15 @@ def _caveats(base: Subject, outputs: str, judged: Judged) -> tuple[str, ...]:
     found = list(base.caveats)
     if getattr(base.model, "training", False):
         found.append(
-            "the model is in training mode: dropout and batch normalisation may do as they do in "
-            "training; call model.eval() first unless that is meant"
+            "the model was handed over in training mode and judged in evaluation mode, as maps are "
+            "made"
         )
     if outputs == "shares":
         found.append(SHARES_NOTE)
     if base.batch < FEW:
         found.append(
-            f"there are {base.batch} example{'' if base.batch == 1 else 's'}: bootstrap intervals "
-            f"of fewer than about {FEW} are too narrow"
+            f"bootstrap intervals of fewer than about {FEW} examples are too narrow: here are "
+            f"{base.batch}"
         )
     return tuple(found + judged.caveats)
 

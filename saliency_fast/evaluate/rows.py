@@ -47,8 +47,7 @@ class Row:
             return self._attributed(given, base, method_of(given))
         if isinstance(given, str) or hasattr(given, "recipe"):
             method = read_method(cast(Any, given))
-            engine = base.running.engine(model, method)
-            found = engine(base.inputs, base.classes, base.baseline, **base.running.arguments())
+            found = base.attribution(method, base.inputs, model)
             return self._attributed(found, base, method)
         made = cast(Callable[..., Tensor], given)(model, base.inputs, base.classes)
         about = {"kind": "control" if self.control else "function", "function": _name_of(given)}
