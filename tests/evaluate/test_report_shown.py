@@ -24,6 +24,8 @@ from saliency_fast.evaluate.show.fields import meanings
 from saliency_fast.evaluate.show.words import interval_text, verdict_of, verdicts
 from saliency_fast.render import plots
 
+MINUS = "\N{MINUS SIGN}"
+
 
 @pytest.fixture(scope="module")
 def shown():
@@ -197,11 +199,11 @@ def test_a_difference_counts_where_its_interval_excludes_zero(ends, better, verd
     ("mean", "low", "high", "expected"),
     [
         (0.41234, 0.38123, 0.45123, ("0.412", "0.381 … 0.451")),
-        (-0.5, -1.23, 0.2, ("−0.5", "−1.2 … 0.2")),
+        (-0.5, -1.23, 0.2, (f"{MINUS}0.5", f"{MINUS}1.2 … 0.2")),
         (1234.5, 1200.0, 1300.0, ("1234", "1200 … 1300")),
-        (1e-9, 0.5e-9, 2e-9, ("1.00e−09", "5.00e−10 … 2.00e−09")),
+        (1e-9, 0.5e-9, 2e-9, (f"1.00e{MINUS}09", f"5.00e{MINUS}10 … 2.00e{MINUS}09")),
         (0.25, 0.25, 0.25, ("0.250", "no spread")),
-        (math.nan, math.nan, math.nan, ("–", "")),
+        (math.nan, math.nan, math.nan, ("\N{EN DASH}", "")),
     ],
 )
 def test_numbers_have_the_digits_that_they_deserve(mean, low, high, expected):
