@@ -17,7 +17,7 @@ from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.rows import Row
 from saliency_fast.evaluate.scores import Scorer
 from saliency_fast.evaluate.subject import Subject
-from saliency_fast.evaluate.suite import Suite, make_metric, name_of
+from saliency_fast.evaluate.suite import Suite, make_metric, name_of, plain_name
 from saliency_fast.model.targets import tensor_of
 
 MAPS = "maps"
@@ -67,7 +67,7 @@ def read_metrics(given: Any, seed: int, boxes: bool, outputs: str) -> dict[str, 
     """The metrics of a report by name; raises where one cannot be had."""
     if given is None or isinstance(given, Suite):
         suite = Suite(seed=seed) if given is None else given
-        found = suite.metrics(None if outputs == "logits" else "logit")
+        found = suite.metrics(outputs)
         asked = suite.names is not None
         if not asked and not boxes:
             found = {name: one for name, one in found.items() if "masks" not in one.needs}
@@ -98,7 +98,8 @@ def _named(given: Any) -> Iterator[tuple[str, Metric]]:
         if not isinstance(metric, Metric):
             made = f"; make one with {one.__name__}()" if isinstance(one, type) else ""
             raise InputTypeError(f"metrics must be metrics such as Deletion(): got {one!r}{made}")
-        name = name_of(metric) if name is None else str(name)
+        if name is None:
+            name = plain_name(one) if isinstance(one, str) else name_of(metric)
         if name in taken:
             raise InputError(
                 f"metrics must have names of their own: {name} is there twice; pass a mapping "

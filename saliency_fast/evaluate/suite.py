@@ -10,52 +10,16 @@ from importlib import import_module
 from typing import Any
 
 from saliency_fast.errors import InputError
+from saliency_fast.evaluate.entries import ENTRIES, FURTHER, Entry
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.substrates import Substrate, check_substrate
 
-FAITHFULNESS, LOCALISATION, SANITY = "faithfulness", "localisation", "sanity"
-ROBUSTNESS, FORM, FURTHER = "robustness", "form", "further"
-GROUPS = {
-    FAITHFULNESS: "Does the model depend on what the map marks?",
-    LOCALISATION: "Is what the map marks where the object is?",
-    SANITY: "Does the map depend on the model at all?",
-    ROBUSTNESS: "Does the map stay when next to nothing changes?",
-    FORM: "What does the map look like?",
-    FURTHER: "Further metrics",
+_OUTPUTS: Mapping[str, Mapping[Any, str]] = {
+    "logits": {},
+    "shares": {"softmax": "logit"},
+    "single": {"softmax": "logit", "accuracy": "logit"},
 }
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A metric of the suite. place: its module in `saliency_fast.evaluate`; asks: what, and how its
-    number is read, in one sentence; quick: fields of a quick run.
-    """
-
-    place: str
-    kind: str
-    group: str
-    asks: str
-    paper: str
-    quick: Mapping[str, Any] = field(default_factory=dict)
-
-
-ENTRIES: Mapping[str, Entry] = {
-    "deletion": Entry(
-        *("curves", "Deletion", FAITHFULNESS),
-        "The score averaged while the places that the map ranks highest are taken away, best "
-        "first: low where the map knows what matters.",
-        "Samek et al., 2017; Petsiuk et al., 2018",
-        {"steps": 20},
-    ),
-    "insertion": Entry(
-        *("curves", "Insertion", FAITHFULNESS),
-        "The score averaged while the places that the map ranks highest are brought into an empty "
-        "input: high where few of them are enough for the model.",
-        "Petsiuk et al., 2018",
-        {"steps": 20},
-    ),
-}
-"""The suite, in the order of a report: a new metric is one entry."""
+"""What is read instead of a metric's own default, by what a model gives."""
 
 
 class _Metrics(Mapping[str, type[Metric]]):
@@ -79,6 +43,7 @@ METRICS: Mapping[str, type[Metric]] = _Metrics()
 
 def make_metric(name: str, fields: Mapping[str, Any]) -> Metric:
     """A metric by name with its fields; raises InputError with the valid ones."""
+    name = plain_name(name)
     if name not in ENTRIES:
         near = get_close_matches(str(name), ENTRIES, n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
@@ -90,7 +55,7 @@ def make_metric(name: str, fields: Mapping[str, Any]) -> Metric:
             raise InputError(
                 f"{name} has no field {one!r}: expected one of {', '.join(valid) or 'none'}"
             )
-    made: Metric = kind(**fields)
+    made: Metric = kind(**{**ENTRIES[name].fields, **fields})
     return made
 
 
@@ -102,14 +67,21 @@ def fields_of(kind: type[Metric]) -> dict[str, Any]:
 
 def name_of(metric: Metric) -> str:
     """The name of a metric as the suite and the command line have it."""
-    return "_".join(metric.name.replace("-", " ").split()).lower()
+    return plain_name(metric.name)
 
 
-def entry_of(metric: Metric) -> Entry:
-    """What the suite says of a metric; of those that it does not know, what their class says."""
-    name = name_of(metric)
-    if name in ENTRIES and type(metric) is METRICS[name]:
-        return ENTRIES[name]
+def plain_name(name: str) -> str:
+    """A name with underscores alone, as Python and the command line take it."""
+    return "_".join(str(name).replace("-", " ").split()).lower()
+
+
+def entry_of(metric: Metric, name: str = "") -> Entry:
+    """What the suite says of a metric, under the name that a report has for it or its own; of those
+    that it does not know, what their class says.
+    """
+    for one in (name, name_of(metric)):
+        if one in ENTRIES and type(metric) is METRICS[one]:
+            return ENTRIES[one]
     kind = type(metric)
     asks = " ".join((kind.__doc__ or "").split("\n\n")[0].split())
     return Entry(kind.__module__, kind.__name__, FURTHER, asks, "")
@@ -120,7 +92,7 @@ class Suite:
     """Which metrics a report takes, and with which options.
 
     names: of metrics; None for all that what is given allows. quick: fewer steps and samples, for a
-    look. substrate, steps, seed: of every metric that has such a field. fields: of single metrics,
+    look. substrate, steps: of every metric that takes places away; seed: of all. fields: of single metrics,
     by name; they win.
     """
 
@@ -146,24 +118,28 @@ class Suite:
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return tuple(ENTRIES) if self.names is None else tuple(self.names)
+        if self.names is None:
+            return tuple(ENTRIES)
+        return tuple(plain_name(name) for name in self.names)
 
-    def metrics(self, output: str | None = None) -> dict[str, Metric]:
-        """The metrics by name. output: what those with such a field read, where it is not said."""
-        return {name: self._metric(name, output) for name in self._names}
+    def metrics(self, outputs: str = "logits") -> dict[str, Metric]:
+        """The metrics by name, for a model that gives the "logits" of classes, their "shares" or a
+        "single" number.
+        """
+        return {name: self._metric(name, outputs) for name in self._names}
 
-    def _metric(self, name: str, output: str | None) -> Metric:
+    def _metric(self, name: str, outputs: str) -> Metric:
         if name not in ENTRIES:
+            # Raises with the valid names.
             return make_metric(name, {})
         own = self.fields.get(name, {})
-        common = {
-            "substrate": self.substrate,
-            "steps": self.steps,
-            "seed": self.seed or None,
-            "output": output,
-        }
         valid = fields_of(METRICS[name])
-        shared = {one: value for one, value in common.items() if value is not None and one in valid}
+        shared = {}
+        # Not a baseline, which is None where it is the maps' own, and not the steps of an attack.
+        if valid.get("substrate") is not None:
+            shared = {"substrate": self.substrate, "steps": self.steps}
+        shared |= {"seed": self.seed or None, "output": _OUTPUTS[outputs].get(valid.get("output"))}
+        shared = {one: value for one, value in shared.items() if value is not None and one in valid}
         quick = ENTRIES[name].quick if self.quick else {}
         return make_metric(name, {**quick, **shared, **own})
 

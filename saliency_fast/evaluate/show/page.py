@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from saliency_fast.evaluate.entries import GROUPS
 from saliency_fast.evaluate.show.bands import plot_of
 from saliency_fast.evaluate.show.fields import meanings
 from saliency_fast.evaluate.show.figures import SHOWN, figures_of, pictured
 from saliency_fast.evaluate.show.plain import plain
 from saliency_fast.evaluate.show.words import interval_text, told_as, verdict_of, verdicts
-from saliency_fast.evaluate.suite import GROUPS, entry_of
+from saliency_fast.evaluate.suite import entry_of
 from saliency_fast.render.evaluation import (
     Described,
     Drawn,
@@ -86,7 +87,7 @@ def _means(report: Report) -> Table:
         lines = [
             Line(metric, one.better, tuple(_cell(report, name, metric) for name in report.names))
             for metric, one in report.metrics.items()
-            if entry_of(one).group == group
+            if entry_of(one, metric).group == group
         ]
         if lines:
             groups.append((f"{group.capitalize()}: {GROUPS[group]}", tuple(lines)))
@@ -147,7 +148,7 @@ def _gap(gap: Any, better: str) -> Cell:
 
 def _described(report: Report, metric: str, plotted: bool) -> Described:
     made = report.metrics[metric]
-    entry = entry_of(made)
+    entry = entry_of(made, metric)
     outcomes = [found[metric] for found in report.outcomes.values() if metric in found]
     told = meanings(type(made))
     options: dict[str, str] = {}

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from saliency_fast.evaluate.entries import FAITHFULNESS, LOCALISATION
 from saliency_fast.evaluate.outcome import Interval
-from saliency_fast.evaluate.suite import FAITHFULNESS, LOCALISATION, entry_of
+from saliency_fast.evaluate.suite import entry_of
 
 if TYPE_CHECKING:
     from saliency_fast.evaluate.report import Report
@@ -67,7 +68,7 @@ def _against_controls(report: Report) -> list[Said]:
     asked = [
         name
         for name, metric in report.metrics.items()
-        if entry_of(metric).group in (FAITHFULNESS, LOCALISATION) and metric.better
+        if entry_of(metric, name).group in (FAITHFULNESS, LOCALISATION) and metric.better
     ]
     said: list[Said] = []
     for method in report.methods:
