@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.agreed import Agreed, agreed
+from saliency_fast.evaluate.agreement import Agreement, agreement
 from saliency_fast.evaluate.judge import (
     SHARES_NOTE,
     Judged,
@@ -48,7 +48,8 @@ class Report:
     the tables. controls: the names of rows that know nothing of the model. unmeasured: what could
     not be measured, and why. seconds: by method and metric, "maps" for explaining. maps: float
     [B, *spatial] by method. inputs, classes, boxes: what was explained, int64 [B] and masks bool,
-    None where there are none. agreement: between the maps. provenance: what it all rests on.
+    None where there are none. agreement: between the maps, None where there is one. provenance:
+    what it all rests on.
     """
 
     title: str
@@ -64,7 +65,7 @@ class Report:
     classes: Tensor | None
     boxes: Tensor | None
     labels: Mapping[int, str]
-    agreement: Agreed | None
+    agreement: Agreement | None
     confidence: float
     seed: int
 
@@ -299,7 +300,7 @@ def report(
         classes=classes,
         boxes=base.masks,
         labels=_labels(labels),
-        agreement=agreed(judged.maps, base.inputs),
+        agreement=agreement(judged.maps, base.inputs) if len(judged.maps) > 1 else None,
         confidence=confidence,
         seed=seed,
     )

@@ -49,7 +49,9 @@ class Row:
             method = read_method(cast(Any, given))
             found = base.attribution(method, base.inputs, model)
             return self._attributed(found, base, method)
-        made = cast(Callable[..., Tensor], given)(model, base.inputs, base.classes)
+        made = cast(Callable[..., Tensor], given)(
+            *(model, base.running.cast(base.inputs)), base.classes
+        )
         about = {"kind": "control" if self.control else "function", "function": _name_of(given)}
         return base.beside(read_maps(made, base.inputs), given), (), about
 

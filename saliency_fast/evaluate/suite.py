@@ -92,8 +92,8 @@ class Suite:
     """Which metrics a report takes, and with which options.
 
     names: of metrics; None for all that what is given allows. quick: fewer steps and samples, for a
-    look. substrate, steps: of every metric that takes places away; seed: of all. fields: of single metrics,
-    by name; they win.
+    look. substrate, steps: of every metric that takes places away; seed: of all. fields: of single
+    metrics, by name; they win.
     """
 
     names: Sequence[str] | None = None

@@ -162,4 +162,7 @@ def _digits(scale: float, two: bool) -> int | None:
 
 
 def _minus(text: str) -> str:
-    return text.replace("-", "\N{MINUS SIGN}")
+    """With a typographic minus, and none before a zero."""
+    parts = text.split(" ")
+    zeros = [part.lstrip("-") if not part.strip("-0.") else part for part in parts]
+    return " ".join(zeros).replace("-", "\N{MINUS SIGN}")
