@@ -112,7 +112,9 @@ def _cell(report: Report, name: str, metric: str) -> Cell:
     mean, ends = interval_text(interval)
     passed = report.outcomes[name][metric].passed
     tag = "" if passed is None else "PASS" if passed else "FAIL"
-    kind = "good" if passed != (name in report.controls) else "bad"
+    # A control should fail: that is no news, and the contrary is bad.
+    control = name in report.controls
+    kind = ("bad" if passed else "soft") if control else ("good" if passed else "bad")
     best = report.best(metric) == name and len(report.methods) > 1
     return Cell(mean, ends, tag, kind if tag else "", best)
 

@@ -87,8 +87,10 @@ def _cell(report: Report, name: str, metric: str) -> Text:
     cell = Text()
     passed = report.outcomes[name][metric].passed
     if passed is not None:
-        good = passed != (name in report.controls)
-        cell.append("PASS " if passed else "FAIL ", style="bold green" if good else "bold red")
+        control = name in report.controls
+        expected = "dim" if control else "bold green"
+        style = expected if passed != control else "bold red"
+        cell.append("PASS " if passed else "FAIL ", style=style)
     cell.append(("*" if best else "") + mean, style="bold" if best else "")
     return cell.append(f"\n{ends}", style="dim")
 
