@@ -12,9 +12,8 @@ from torch import Tensor
 from saliency_fast.attribution import Attribution
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import CONTROLS
-from saliency_fast.evaluate.subject import Explainer, Model, Subject, method_of, read_maps
+from saliency_fast.evaluate.subject import Explainer, Model, Subject, read_maps, read_subject
 from saliency_fast.methods import read_method
-from saliency_fast.specs import restore_baseline
 
 Given = Explainer | Attribution | Tensor
 EXPECTED = (
@@ -41,44 +40,41 @@ class Row:
             return base.beside(read_maps(given, base.inputs), None), (), {"kind": "maps"}
         if isinstance(given, Attribution):
             _same_targets(given, base)
-            if base.baseline is None:
-                past, device = given.provenance.baseline, base.inputs.device
-                base = base.beside(base.values, None, restore_baseline(past, given.kept, device))
-            return self._attributed(given, base, method_of(given))
+            own = read_subject(None, base.inputs, given)
+            past = own.baseline if base.baseline is None else base.baseline
+            return (base.beside(own.values, own.method, past), *_told(given))
         if isinstance(given, str) or hasattr(given, "recipe"):
             method = read_method(cast(Any, given))
             found = base.attribution(method, base.inputs, model)
-            return self._attributed(found, base, method)
+            if found.many:
+                raise InputError(
+                    f"{self.name} gave several maps per example, and one is judged: pass target= "
+                    "one class, or int64 [B]"
+                )
+            return (base.beside(read_maps(found.values, base.inputs), method), *_told(found))
         made = cast(Callable[..., Tensor], given)(
             *(model, base.running.cast(base.inputs)), base.classes
         )
         about = {"kind": "control" if self.control else "function", "function": _name_of(given)}
         return base.beside(read_maps(made, base.inputs), given), (), about
 
-    def _attributed(
-        self, found: Attribution, base: Subject, method: Any
-    ) -> tuple[Subject, tuple[str, ...], dict[str, Any]]:
-        if found.many:
-            raise InputError(
-                f"{self.name} gave several maps per example: one class per example is judged; pass "
-                "target= one class, or int64 [B]"
-            )
-        past = found.provenance
-        about = {
-            "kind": "method",
-            "method": past.method,
-            "parameters": past.parameters,
-            "baseline": past.baseline,
-            "at": past.at,
-            "error": float(found.error.max()),
-            "explained_in_seconds": past.seconds,
-        }
-        notes = []
-        if found.converged is not None and not bool(found.converged.all()):
-            count = int((~found.converged).sum())
-            notes.append(f"{count} of {len(found.converged)} maps are not within their tolerance")
-        subject = base.beside(read_maps(found.values, base.inputs), method)
-        return subject, tuple(notes), about
+
+def _told(found: Attribution) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The caveats of an attribution, and how it was made."""
+    past, notes = found.provenance, []
+    if found.converged is not None and not bool(found.converged.all()):
+        count = int((~found.converged).sum())
+        notes.append(f"{count} of {len(found.converged)} maps are not within their tolerance")
+    about = {
+        "kind": "method",
+        "method": past.method,
+        "parameters": past.parameters,
+        "baseline": past.baseline,
+        "at": past.at,
+        "error": float(found.error.max()),
+        "explained_in_seconds": past.seconds,
+    }
+    return tuple(notes), about
 
 
 def read_rows(methods: Any, controls: Any) -> list[Row]:

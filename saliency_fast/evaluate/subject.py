@@ -178,7 +178,7 @@ def read_subject(
         if maps.many:
             raise InputError("maps must be one per example: got several targets; take one of them")
         target = maps.classes if target is None and maps.classes is not None else target
-        method = method_of(maps) if method is None else method
+        method = _method_of(maps) if method is None else method
         baseline = (
             restore_baseline(past.baseline, maps.kept, x.device) if baseline is None else baseline
         )
@@ -225,7 +225,7 @@ def _is_method(method: Explainer) -> TypeGuard[Method | str]:
     return isinstance(method, str) or hasattr(method, "recipe")
 
 
-def method_of(found: Attribution) -> Method:
+def _method_of(found: Attribution) -> Method:
     """The method that a record names, with its fields."""
     fields = {
         name: tuple(value) if isinstance(value, list) else value

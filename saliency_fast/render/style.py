@@ -107,11 +107,12 @@ th { font-weight: 600; text-align: left; vertical-align: bottom; }
   border-bottom: 1px solid var(--soft); }
 .below { display: block; color: var(--soft); font-size: .75rem; }
 .star { color: var(--accent); font-size: .75rem; }
-.matrix td, .matrix th { padding: .35rem .6rem; border: 1px solid var(--line); }
+.matrix { font-size: .8125rem; }
+.matrix td, .matrix th { padding: .3rem .45rem; border: 1px solid var(--line); }
 .matrix th { font-weight: 400; }
 .matrix td { text-align: right; }
 .pairs { display: grid; gap: 1.5rem 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); }
 .options td, .options th { padding: .25rem 1.25rem .25rem 0; vertical-align: top; }
 .options tbody th { font-weight: 400; }
 .options td:last-child { color: var(--soft); }

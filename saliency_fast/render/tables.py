@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from saliency_fast.render.parts import number_text
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -135,9 +133,10 @@ def _shaded(value: float) -> str:
         return '<td class="soft">\N{EN DASH}</td>'
     share = 100.0 * min(1.0, abs(value))
     color = "--for" if value >= 0 else "--against"
+    shown = f"{value:.2f}".replace("-0.00", "0.00").replace("-", "\N{MINUS SIGN}")
     return (
         f'<td style="background:color-mix(in srgb, var({color}) {0.55 * share:.0f}%, transparent)">'
-        f"{escape(number_text(round(value, 2)))}</td>"
+        f"{shown}</td>"
     )
 
 

@@ -22,5 +22,10 @@ def meanings(kind: type[Metric]) -> dict[str, str]:
         parts = marks.split(text)
         for heads, told in zip(parts[1::2], parts[2::2], strict=True):
             for name in re.split(r", | and ", heads):
-                found.setdefault(name, told.strip().rstrip(".").strip())
+                found.setdefault(name, _plain(told))
     return found
+
+
+def _plain(told: str) -> str:
+    """Without what is said of the results, and without marks of code."""
+    return told.partition(" Details: ")[0].replace("`", "").strip().rstrip(".")

@@ -151,18 +151,18 @@ def _gap(gap: Any, better: str) -> Cell:
 def _described(report: Report, metric: str, plotted: bool) -> Described:
     made = report.metrics[metric]
     entry = entry_of(made, metric)
-    outcomes = [found[metric] for found in report.outcomes.values() if metric in found]
+    outcomes = {name: found[metric] for name, found in report.outcomes.items() if metric in found}
     told = meanings(type(made))
-    options: dict[str, str] = {}
-    for one in outcomes:
+    options: dict[str, dict[str, str]] = {}
+    caveats: dict[str, dict[str, str]] = {}
+    for row, one in outcomes.items():
         for name, value in one.parameters.items():
-            options.setdefault(name, _text(value))
-    caveats = dict.fromkeys(
-        caveat for one in outcomes for caveat in one.caveats if caveat not in report.caveats
-    )
-    thresholds = {one.threshold for one in outcomes if one.threshold is not None}
-    if thresholds:
-        options["threshold of the verdict"] = ", ".join(f"{one:.4g}" for one in sorted(thresholds))
+            options.setdefault(name, {})[row] = _text(value)
+        for caveat in one.caveats:
+            if caveat not in report.caveats:
+                caveats.setdefault(caveat, {})[row] = caveat
+        if one.threshold is not None:
+            options.setdefault("threshold of the verdict", {})[row] = f"{one.threshold:.4g}"
     plot = plot_of(report, metric) if plotted else None
     seconds = sum(found.get(metric, 0.0) for found in report.seconds.values())
     return Described(
@@ -171,11 +171,30 @@ def _described(report: Report, metric: str, plotted: bool) -> Described:
         group=entry.group,
         asks=entry.asks,
         paper=entry.paper,
-        options=tuple(Option(name, text, told.get(name, "")) for name, text in options.items()),
-        caveats=tuple(caveats),
+        options=tuple(
+            Option(name, _by_row(texts), told.get(name, "")) for name, texts in options.items()
+        ),
+        caveats=tuple(_of_rows(texts, len(outcomes)) for texts in caveats.values()),
         seconds=f"{seconds:.3g} s for {len(outcomes)} row{_s(len(outcomes))} of the table",
         drawn=None if plot is None else _drawn(plot, report.confidence),
     )
+
+
+def _by_row(texts: dict[str, str]) -> str:
+    """A value that all rows share, or each value with its rows."""
+    rows: dict[str, list[str]] = {}
+    for row, text in texts.items():
+        rows.setdefault(text, []).append(told_as(row))
+    if len(rows) == 1:
+        return next(iter(rows))
+    return "; ".join(f"{text} ({', '.join(names)})" for text, names in rows.items())
+
+
+def _of_rows(texts: dict[str, str], count: int) -> str:
+    """A caveat, with the rows that it is of where these are not all."""
+    caveat = next(iter(texts.values()))
+    whole = len(texts) == count
+    return caveat if whole else f"{', '.join(told_as(row) for row in texts)}: {caveat}"
 
 
 def _drawn(plot: Plot, confidence: float) -> Drawn:
@@ -258,6 +277,8 @@ def _made(about: dict[str, Any]) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"tensor {list(value.shape)}"
+    if value is None:
+        return "none"
     if isinstance(value, str):
         return value
     if isinstance(value, float):
