@@ -103,6 +103,35 @@ ENTRIES: Mapping[str, Entry] = {
         "up.",
         "Sundararajan et al., 2017",
     ),
+    "sanity_check": Entry(
+        *("sanity", "SanityCheck", SANITY),
+        "How alike the maps stay when the model's layers are drawn anew, from the output on: "
+        "a map that stays the same shows the input, and not what the model has learned.",
+        "Adebayo et al., 2018",
+        {"draws": 1, "stages": 4},
+    ),
+    "sanity_independent": Entry(
+        *("sanity", "SanityCheck", SANITY),
+        "How alike the maps stay when one layer at a time is drawn anew: high where the map does "
+        "not notice most layers.",
+        "Adebayo et al., 2018",
+        {"draws": 1, "stages": 4},
+        {"order": "independent"},
+    ),
+    "max_sensitivity": Entry(
+        *("max_sensitivity", "MaxSensitivity", ROBUSTNESS),
+        "How far maps move at most under slight noise on the input: low where the explanation "
+        "is steady; a constant map is the steadiest.",
+        "Yeh et al., 2019",
+        {"samples": 3},
+    ),
+    "stability": Entry(
+        *("stability", "Stability", ROBUSTNESS),
+        "How alike maps stay under slight noise and small shifts that leave the decision: 1 where "
+        "nothing but the shift itself happens to them.",
+        "after Alvarez-Melis and Jaakkola, 2018",
+        {"samples": 2, "shifts": (1,)},
+    ),
     "manipulation": Entry(
         *("manipulation", "Manipulation", ROBUSTNESS),
         "How much of the map's order is left after an attack that changes the map and not the "

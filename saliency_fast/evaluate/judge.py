@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,17 +14,11 @@ from saliency_fast.errors import InputError, InputTypeError, SaliencyError
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.rows import Row
-from saliency_fast.evaluate.scores import Scorer
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.evaluate.suite import Suite, make_metric, name_of, plain_name
-from saliency_fast.model.targets import tensor_of
 
 MAPS = "maps"
 """What stands for a metric where a method's maps could not be made."""
-SHARES_NOTE = (
-    "the model's outputs are probabilities already (never negative, summing to 1): metrics of the "
-    "suite read them as they are, since a softmax of them would flatten every curve"
-)
 
 
 @dataclass(frozen=True)
@@ -49,25 +42,13 @@ class Judged:
     unmeasured: list[Missing] = field(default_factory=list)
 
 
-def outputs_of(base: Subject) -> str:
-    """What the model gives: "logits" of classes, their "shares", or a "single" number."""
-    if base.first.probabilities is None:
-        return "single"
-    found = Scorer(base.model, base.inputs, _sums, base.running).again()[0].scores  # type: ignore[arg-type]
-    return "shares" if bool(((found - 1.0).abs() < 1e-3).all()) else "logits"
-
-
-def _sums(raw: Any) -> Tensor:
-    """The sum of each example's outputs, 0 where one is negative."""
-    output = tensor_of(raw)
-    return torch.where((output >= 0).all(1), output.sum(1), output.sum(1) * 0.0)
-
-
-def read_metrics(given: Any, seed: int, boxes: bool, outputs: str) -> dict[str, Metric]:
-    """The metrics of a report by name; raises where one cannot be had."""
+def read_metrics(given: Any, seed: int, boxes: bool, classes: bool) -> dict[str, Metric]:
+    """The metrics of a report by name; raises where one cannot be had. boxes, classes: whether
+    there are any.
+    """
     if given is None or isinstance(given, Suite):
         suite = Suite(seed=seed) if given is None else given
-        found = suite.metrics(outputs)
+        found = suite.metrics(classes)
         asked = suite.names is not None
         if not asked and not boxes:
             found = {name: one for name, one in found.items() if "masks" not in one.needs}

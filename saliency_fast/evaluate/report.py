@@ -16,11 +16,9 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.agreement import Agreement, agreement
 from saliency_fast.evaluate.judge import (
-    SHARES_NOTE,
     Judged,
     Missing,
     judge,
-    outputs_of,
     read_metrics,
 )
 from saliency_fast.evaluate.metric import Metric
@@ -282,8 +280,7 @@ def report(
     bootstrap(torch.zeros(1), confidence, seed=seed)
     running = Running(forward_args, forward_kwargs, memory_budget, points_per_launch)
     base = _base(model, inputs, target, boxes, baseline, running)
-    outputs = outputs_of(base)
-    chosen = read_metrics(metrics, seed, boxes is not None, outputs)
+    chosen = read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)
     judged = judge(rows, base, chosen, progress)
     classes = base.classes if isinstance(base.classes, Tensor) else None
     return Report(
@@ -292,7 +289,7 @@ def report(
         metrics=chosen,
         controls=tuple(row.name for row in rows if row.control),
         unmeasured=tuple(judged.unmeasured),
-        caveats=_caveats(base, outputs, judged),
+        caveats=_caveats(base, judged),
         seconds=judged.seconds,
         provenance=origin(base, target, judged.about),
         inputs=base.inputs,
@@ -316,15 +313,16 @@ def _base(
     )
 
 
-def _caveats(base: Subject, outputs: str, judged: Judged) -> tuple[str, ...]:
+def _caveats(base: Subject, judged: Judged) -> tuple[str, ...]:
     found = list(base.caveats)
     if getattr(base.model, "training", False):
         found.append(
             "the model was handed over in training mode and judged in evaluation mode, as maps are "
             "made"
         )
-    if outputs == "shares":
-        found.append(SHARES_NOTE)
+    shares = base.first.probabilities
+    if shares is not None and bool((shares == base.first.scores).all()):
+        found.append("the model gives probabilities already: no softmax is taken of them")
     if base.batch < FEW:
         found.append(
             f"bootstrap intervals of fewer than about {FEW} examples are too narrow: here are "

@@ -14,12 +14,8 @@ from saliency_fast.evaluate.entries import ENTRIES, FURTHER, Entry
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.substrates import Substrate, check_substrate
 
-_OUTPUTS: Mapping[str, Mapping[Any, str]] = {
-    "logits": {},
-    "shares": {"softmax": "logit"},
-    "single": {"softmax": "logit", "accuracy": "logit"},
-}
-"""What is read instead of a metric's own default, by what a model gives."""
+_CLASSES = ("softmax", "accuracy")
+"""Outputs that need several classes; without them the output counts as it is."""
 
 
 class _Metrics(Mapping[str, type[Metric]]):
@@ -122,23 +118,23 @@ class Suite:
             return tuple(ENTRIES)
         return tuple(plain_name(name) for name in self.names)
 
-    def metrics(self, outputs: str = "logits") -> dict[str, Metric]:
-        """The metrics by name, for a model that gives the "logits" of classes, their "shares" or a
-        "single" number.
-        """
-        return {name: self._metric(name, outputs) for name in self._names}
+    def metrics(self, classes: bool = True) -> dict[str, Metric]:
+        """The metrics by name. classes: whether the model tells several apart."""
+        return {name: self._metric(name, classes) for name in self._names}
 
-    def _metric(self, name: str, outputs: str) -> Metric:
+    def _metric(self, name: str, classes: bool) -> Metric:
         if name not in ENTRIES:
             # Raises with the valid names.
             return make_metric(name, {})
         own = self.fields.get(name, {})
         valid = fields_of(METRICS[name])
-        shared = {}
+        shared: dict[str, Any] = {}
         # Not a baseline, which is None where it is the maps' own, and not the steps of an attack.
         if valid.get("substrate") is not None:
             shared = {"substrate": self.substrate, "steps": self.steps}
-        shared |= {"seed": self.seed or None, "output": _OUTPUTS[outputs].get(valid.get("output"))}
+        if not classes and valid.get("output") in _CLASSES:
+            shared["output"] = "logit"
+        shared["seed"] = self.seed or None
         shared = {one: value for one, value in shared.items() if value is not None and one in valid}
         quick = ENTRIES[name].quick if self.quick else {}
         return make_metric(name, {**quick, **shared, **own})

@@ -146,17 +146,14 @@ def test_any_model_and_shape(model, x, target):
     assert "deletion" in str(found)
 
 
-def test_one_number_and_probabilities_are_read_as_they_are():
+def test_one_number_is_read_as_it_is_and_probabilities_too():
     single = report(nn.Linear(5, 1), torch.rand(3, 5), target=None, metrics=Suite(["deletion"]))
     assert single.outcomes["gradient"]["deletion"].parameters["output"] == "logit"
-    shares = report(
-        nn.Sequential(network(), nn.Softmax(1)), pictures(2), metrics=Suite(["deletion"])
-    )
-    assert shares.outcomes["gradient"]["deletion"].parameters["output"] == "logit"
+    model = nn.Sequential(network(), nn.Softmax(1))
+    shares = report(model, pictures(), methods="gradient", metrics=QUICK)
     assert any("probabilities already" in one for one in shares.caveats)
-    asked = Suite(["deletion"], fields={"deletion": {"output": "softmax"}})
-    told = report(nn.Sequential(network(), nn.Softmax(1)), pictures(2), metrics=asked)
-    assert told.outcomes["gradient"]["deletion"].parameters["output"] == "softmax"
+    curve = shares.outcomes["gradient"]["deletion"].curve
+    assert torch.allclose(curve.y[:, 0].float(), model(pictures()).amax(1), atol=1e-6)
 
 
 def test_methods_that_fail_are_told_and_stop_nothing():
@@ -264,7 +261,7 @@ def test_unknown_names_of_a_report(small):
 
 def test_a_suite_passes_options_to_the_metrics_that_have_them():
     suite = Suite(substrate="blur", steps=7, seed=3, fields={"insertion": {"steps": 9}})
-    found = suite.metrics("single")
+    found = suite.metrics(False)
     assert (found["deletion"].substrate, found["deletion"].steps) == ("blur", 7)
     assert (found["insertion"].steps, found["insertion"].output) == (9, "logit")
     assert found["deletion"].seed == 3

@@ -13,7 +13,13 @@ from saliency_fast.evaluate.show.bands import plot_of
 from saliency_fast.evaluate.show.fields import meanings
 from saliency_fast.evaluate.show.figures import SHOWN, figures_of, pictured
 from saliency_fast.evaluate.show.plain import plain
-from saliency_fast.evaluate.show.words import interval_text, told_as, verdict_of, verdicts
+from saliency_fast.evaluate.show.words import (
+    interval_text,
+    told_as,
+    unmeasured,
+    verdict_of,
+    verdicts,
+)
 from saliency_fast.evaluate.suite import entry_of
 from saliency_fast.render.evaluation import (
     Described,
@@ -51,10 +57,7 @@ def page(report: Report, command: str = "") -> str:
             ),
             metrics=tuple(_described(report, metric, plotted) for metric in report.metrics),
             matrices=_matrices(report),
-            unmeasured=tuple(
-                (f"{told_as(one.metric)} of {told_as(one.method)}", one.why)
-                for one in report.unmeasured
-            ),
+            unmeasured=tuple(unmeasured(report)),
             caveats=report.caveats,
             notes=(NO_CURVES,) if has_curves and not plotted else (),
             facts=_facts(report),

@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from saliency_fast.evaluate.show.words import BAD, GOOD, interval_text, verdicts
+from saliency_fast.evaluate.show.words import BAD, GOOD, interval_text, unmeasured, verdicts
 
 if TYPE_CHECKING:
     from saliency_fast.evaluate.report import Report
@@ -56,8 +56,8 @@ def tables(report: Report, width: int) -> Iterator[Table | Text | Group]:
         yield Text()
     for kind, said in verdicts(report):
         yield Text(f"\N{BULLET} {said}", style=_STYLES.get(kind, ""))
-    for one in report.unmeasured:
-        yield Text(f"not measured: {one.metric} of {one.method}: {one.why}", style="dim")
+    for what, why in unmeasured(report):
+        yield Text(f"not measured: {what}: {why}", style="dim")
     for caveat in report.caveats:
         yield Text(f"note: {caveat}", style="yellow")
 

@@ -31,6 +31,20 @@ def verdicts(report: Report) -> list[Said]:
     return said
 
 
+def unmeasured(report: Report) -> list[tuple[str, str]]:
+    """What was not measured, and why; once for all methods that it is true of."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for one in report.unmeasured:
+        found.setdefault((one.metric, one.why), []).append(one.method)
+    return [
+        (
+            f"{told_as(metric)} of {'all' if len(names) == len(report.names) else _and(names)}",
+            why,
+        )
+        for (metric, why), names in found.items()
+    ]
+
+
 def verdict_of(gap: Interval, better: str) -> str:
     """Whether a difference of means is "better", "worse" or, within its interval, "unclear"."""
     if not better or not (gap.low > 0.0 or gap.high < 0.0):
