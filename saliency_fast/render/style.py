@@ -92,7 +92,8 @@ header + .card, main > .card:first-child, .notice + .card { margin-top: 1.5rem; 
 .card > p { margin: 0 0 .9rem; max-width: 52rem; }
 .wide { overflow-x: auto; position: relative; }
 table { border-collapse: collapse; font-size: .875rem; }
-caption { text-align: left; color: var(--soft); font-size: .8125rem; padding: 0 0 .6rem; }
+caption { text-align: left; color: var(--soft); font-size: .8125rem; padding: 0 0 .6rem;
+  max-width: calc(100vw - 6rem); }
 th { font-weight: 600; text-align: left; vertical-align: bottom; }
 .means { width: 100%; }
 .means td, .means thead th { text-align: right; }

@@ -18,11 +18,11 @@ def meanings(kind: type[Metric]) -> dict[str, str]:
     for one in kind.__mro__:
         if not (isinstance(one, type) and issubclass(one, Metric)) or one is Metric:
             continue
-        text = " ".join((one.__dict__.get("__doc__") or "").split())
-        parts = marks.split(text)
-        for heads, told in zip(parts[1::2], parts[2::2], strict=True):
-            for name in re.split(r", | and ", heads):
-                found.setdefault(name, _plain(told))
+        for paragraph in (one.__dict__.get("__doc__") or "").split("\n\n"):
+            parts = marks.split(" ".join(paragraph.split()))
+            for heads, told in zip(parts[1::2], parts[2::2], strict=True):
+                for name in re.split(r", | and ", heads):
+                    found.setdefault(name, _plain(told))
     return found
 
 
