@@ -116,7 +116,7 @@ ENTRIES: Mapping[str, Entry] = {
         "not notice most layers.",
         "Adebayo et al., 2018",
         {"draws": 1, "stages": 4},
-        {"order": "independent"},
+        {"order": "independent", "draws": 1},
     ),
     "max_sensitivity": Entry(
         *("max_sensitivity", "MaxSensitivity", ROBUSTNESS),
