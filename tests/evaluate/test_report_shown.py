@@ -203,6 +203,9 @@ def test_a_difference_counts_where_its_interval_excludes_zero(ends, better, verd
         (1234.5, 1200.0, 1300.0, ("1234", "1200 … 1300")),
         (1e-9, 0.5e-9, 2e-9, (f"1.00e{MINUS}09", f"5.00e{MINUS}10 … 2.00e{MINUS}09")),
         (0.25, 0.25, 0.25, ("0.250", "no spread")),
+        (1.0, 1.0 - 1e-15, 1.0, ("1.00", "no spread")),
+        (0.01, -0.001, 0.05, ("0.010", f"{MINUS}0.001 … 0.050")),
+        (0.01, -0.0004, 0.05, ("0.010", "0.000 … 0.050")),
         (math.nan, math.nan, math.nan, ("\N{EN DASH}", "")),
     ],
 )

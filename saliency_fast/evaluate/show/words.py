@@ -154,6 +154,9 @@ def interval_text(interval: Interval) -> tuple[str, str]:
     if interval.count == 0:
         return "\N{EN DASH}", ""
     width = interval.high - interval.low
+    if width <= 1e-9 * abs(interval.mean):
+        # Rounding, and no spread.
+        width = 0.0
     digits = _digits(width if width > 0 else abs(interval.mean), width > 0)
     if digits is None:
         mean, low, high = (f"{one:.2e}" for one in (interval.mean, interval.low, interval.high))
