@@ -1,4 +1,4 @@
-"""The command line: saliency-fast explain, verify, demo, methods, backends."""
+"""The command line: saliency-fast explain, evaluate, verify, demo, methods, metrics, backends."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ def _run(command: str, args: Namespace, given: Sequence[str]) -> int:
         from saliency_fast.cli.explain import explain
 
         return explain(args, given)
+    if command == "evaluate":
+        from saliency_fast.cli.evaluate import evaluate
+
+        return evaluate(args, given)
     if command == "verify":
         from saliency_fast.cli.verify import verify
 
@@ -47,7 +51,12 @@ def _run(command: str, args: Namespace, given: Sequence[str]) -> int:
         return demo(args, given)
     from saliency_fast.cli import tables
 
-    return tables.show_methods() if command == "methods" else tables.show_backends()
+    shown = {
+        "methods": tables.show_methods,
+        "metrics": tables.show_metrics,
+        "backends": tables.show_backends,
+    }
+    return shown[command]()
 
 
 __all__ = ["main"]

@@ -16,24 +16,34 @@ from saliency_fast.methods import make_method
 
 def read_methods(names: Sequence[str], fields: Sequence[str]) -> list[Method]:
     """Methods from `--method` and `--method-arg`; NAME.field=value picks one of several."""
-    given: dict[str, dict[str, Any]] = {name: {} for name in names}
+    given = read_fields("--method-arg", names, fields)
+    return [make_method(name, given.get(name, {})) for name in dict.fromkeys(names)]
+
+
+def read_fields(
+    option: str, names: Sequence[str], fields: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Fields by the name that they are for; field=value alone where there is one name."""
+    given: dict[str, dict[str, Any]] = {}
+    single = len(set(names)) == 1
     for text in fields:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise InputError(f"--method-arg must be field=value: got {text!r}")
-        method, dot, name = key.rpartition(".")
-        if dot and method not in given:
+            raise InputError(f"{option} must be field=value: got {text!r}")
+        owner, dot, name = key.rpartition(".")
+        if dot and owner not in names:
+            what = option.removeprefix("--").removesuffix("-arg")
             raise InputError(
-                f"--method-arg {text!r} is for a method that is not asked for: expected one of "
-                f"{', '.join(given)}"
+                f"{option} {text!r} is for a {what} that is not asked for: expected one of "
+                f"{', '.join(dict.fromkeys(names))}"
             )
-        if not dot and len(given) > 1:
+        if not dot and not single:
             raise InputError(
-                f"--method-arg {text!r} does not say for which of {', '.join(given)}: write "
-                f"{names[0]}.{text}"
+                f"{option} {text!r} does not say for which of "
+                f"{', '.join(dict.fromkeys(names))}: write {names[0]}.{text}"
             )
-        given[method or names[0]][name] = literal(value)
-    return [make_method(name, parameters) for name, parameters in given.items()]
+        given.setdefault(owner or names[0], {})[name] = literal(value)
+    return given
 
 
 def literal(text: str) -> Any:
@@ -62,6 +72,25 @@ def read_target(text: str) -> Any:
         f"--target must be none, predicted, a class such as 3, classes such as 3,5 (a map each), "
         f"or a tuple such as '(1,)' into a structured output: got {text!r}"
     )
+
+
+def read_one_target(text: str, count: int) -> Any:
+    """A target with one class per example: as `read_target`, or a file of `count` classes."""
+    if text.partition(SEPARATOR)[0].lower().endswith(ARRAYS):
+        classes = _one_tensor("--target", text)
+        if classes.is_floating_point() or classes.shape != (count,):
+            raise InputError(
+                f"--target {text} must hold {count} whole numbers, a class for each example: got "
+                f"{classes.dtype} {list(classes.shape)}"
+            )
+        return classes.long()
+    found = read_target(text)
+    if isinstance(found, list):
+        raise InputError(
+            "--target must be one class here, since one map of each example is judged: got "
+            f"{text!r}"
+        )
+    return found
 
 
 def read_baseline(text: str, device: str = "cpu") -> Any:

@@ -33,12 +33,14 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _explain(commands)
+    _evaluate(commands)
     _verify(commands)
     demo = commands.add_parser("demo", help="explain held-out digits with the shipped model")
     demo.add_argument("--out", default="out", metavar="DIR", help="where to write (default: out)")
     demo.add_argument("--examples", type=int, default=6, metavar="N", help="default: 6")
     demo.add_argument("--progress", action="store_true", help="show a bar")
     commands.add_parser("methods", help="list the methods, their fields and defaults")
+    commands.add_parser("metrics", help="list the metrics of evaluate, their fields and defaults")
     commands.add_parser("backends", help="which version of the kernels runs where")
     return root
 
@@ -52,20 +54,7 @@ def _explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     one.add_argument("input", nargs="+", metavar="INPUT", help="see below")
     _model(one, required=True)
-    one.add_argument(
-        "--method",
-        action="append",
-        metavar="NAME",
-        help="a method (see saliency-fast methods); may be repeated "
-        "(default: integrated_gradients)",
-    )
-    one.add_argument(
-        "--method-arg",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="a field of the method, METHOD.FIELD=VALUE where there are several; may be repeated",
-    )
+    _methods(one, "integrated_gradients")
     one.add_argument(
         "--target",
         default="predicted",
@@ -109,15 +98,7 @@ def _explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         choices=("png", "gif", "mp4"),
         help="default: png for images, gif for videos and volumes; mp4 needs the extra 'video'",
     )
-    one.add_argument(
-        "--size", metavar="H[xW]", help="resize pictures to this, instead of the model's own way"
-    )
-    one.add_argument(
-        "--channels", type=int, choices=(1, 3), help="read pictures as grey (1) or colour (3)"
-    )
-    one.add_argument(
-        "--batched", action="store_true", help="the first axis of arrays is a batch axis"
-    )
+    _reading(one)
     one.add_argument(
         "--summary", action="store_true", help="say in sentences what each map holds, and test it"
     )
@@ -128,6 +109,102 @@ def _explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     one.add_argument("--progress", action="store_true", help="show a bar")
     one.add_argument("--plan", action="store_true", help="print the plan and stop")
+
+
+def _evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    one = commands.add_parser(
+        "evaluate",
+        help="are a model's maps any good? metrics with intervals, a page, numbers",
+        description="Judges methods by metrics on the same inputs, beside controls that never ask "
+        "the model, and writes index.html, report.json and curves/*.png. Without inputs the "
+        "built-in models are judged on their held-out scenes, whose labels and boxes are known. "
+        "Exit code: 0; with --check 1 where a check fails; 2 usage.",
+        epilog=_INPUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one.add_argument("input", nargs="*", metavar="INPUT", help="all of one shape; see below")
+    _model(one, required=True)
+    _methods(one, "gradient, smoothgrad and integrated_gradients")
+    one.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a metric (see saliency-fast metrics); may be repeated (default: all that what is "
+        "given allows)",
+    )
+    one.add_argument(
+        "--metric-arg",
+        action="append",
+        default=[],
+        metavar="NAME.FIELD=VALUE",
+        help="a field of a metric; may be repeated",
+    )
+    one.add_argument(
+        "--target",
+        help="predicted (default for inputs), none (one number per example), a class, a tuple such "
+        "as '(1,)', or an .npy or .safetensors file with a class for each input; the built-in "
+        "scenes have their labels",
+    )
+    one.add_argument(
+        "--baseline", default="none", help="of the methods: as in saliency-fast explain"
+    )
+    one.add_argument(
+        "--boxes",
+        metavar="FILE",
+        help="where the objects are: .npy, .safetensors, .json or .csv, a box "
+        "top,left,bottom,right for each input, in their order or by name",
+    )
+    one.add_argument(
+        "--substrate",
+        help="what stands for what is taken away, in all metrics: zero, mean, blur, uniform, a "
+        "number, or a file (default: each metric's own)",
+    )
+    one.add_argument("--steps", type=int, metavar="N", help="of all metrics that have steps")
+    one.add_argument("--quick", action="store_true", help="fewer steps and samples, for a look")
+    one.add_argument("--no-controls", action="store_true", help="methods only")
+    one.add_argument(
+        "--confidence", type=float, default=0.95, help="of the intervals (default: 0.95)"
+    )
+    one.add_argument("--seed", type=int, default=0, help="of intervals and metrics (default: 0)")
+    one.add_argument(
+        "--examples", type=int, metavar="N", help="of the built-in scenes (default: all)"
+    )
+    one.add_argument("--out", default="out", metavar="DIR", help="where to write (default: out)")
+    one.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    one.add_argument("--check", action="store_true", help="exit code 1 where a check fails")
+    one.add_argument("--points-per-launch", type=int, metavar="N", help="an upper bound")
+    _reading(one)
+    one.add_argument("--progress", action="store_true", help="show a bar")
+
+
+def _methods(one: argparse.ArgumentParser, default: str) -> None:
+    one.add_argument(
+        "--method",
+        action="append",
+        metavar="NAME",
+        help=f"a method (see saliency-fast methods); may be repeated (default: {default})",
+    )
+    one.add_argument(
+        "--method-arg",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a field of the method, METHOD.FIELD=VALUE where there are several; may be repeated",
+    )
+
+
+def _reading(one: argparse.ArgumentParser) -> None:
+    """How inputs are read."""
+    one.add_argument(
+        "--size", metavar="H[xW]", help="resize pictures to this, instead of the model's own way"
+    )
+    one.add_argument(
+        "--channels", type=int, choices=(1, 3), help="read pictures as grey (1) or colour (3)"
+    )
+    one.add_argument(
+        "--batched", action="store_true", help="the first axis of arrays is a batch axis"
+    )
 
 
 def _verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -22,17 +22,9 @@ from saliency_fast.methods import METHODS
 from saliency_fast.model.guard import untouched
 from saliency_fast.model.targets import tensor_of
 from saliency_fast.render.files import encode, write_frames
-from saliency_fast.render.frames import STYLES, picture
-from saliency_fast.render.page import (
-    Entry,
-    Figure,
-    Inside,
-    MapView,
-    Numbers,
-    Page,
-    Ranked,
-    page_html,
-)
+from saliency_fast.render.frames import STYLES, grey, picture
+from saliency_fast.render.page import Entry, Inside, MapView, Numbers, Page, Ranked, page_html
+from saliency_fast.render.parts import Figure
 
 Box = tuple[int, int, int, int]
 TOP = 4
@@ -267,14 +259,6 @@ def strongest(found: Attribution, place: tuple[int, ...]) -> int:
     values = found.map("l2")
     assert isinstance(values, Tensor)
     return int(values[place].double().sum((1, 2)).argmax())
-
-
-def grey(x: Tensor) -> Tensor:
-    """A picture [B, C, *] as [B, 1, *], so that the only colours in an overlay are the map's."""
-    if x.shape[1] not in (3, 4):
-        return x
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype, device=x.device)
-    return torch.einsum("bc...,c->b...", x[:, :3], weights)[:, None]
 
 
 def has_picture(x: Tensor) -> bool:

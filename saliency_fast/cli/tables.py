@@ -12,13 +12,8 @@ from rich.text import Text
 
 from saliency_fast.methods import METHODS
 from saliency_fast.ops import backends
-from saliency_fast.render.page import (
-    Entry,
-    Numbers,
-    memory_text,
-    number_text,
-    percent_text,
-)
+from saliency_fast.render.page import Entry, Numbers, memory_text
+from saliency_fast.render.parts import number_text, percent_text
 
 # Wide enough for whole rows where the output is a file or a pipe.
 _PIPED = 160
@@ -35,6 +30,28 @@ def show_methods() -> int:
         ]
         what = (kind.__doc__ or "").split(".\n")[0].replace("\n", " ")
         table.add_row(Text(name), Text(" ".join(what.split())), Text(", ".join(fields) or "none"))
+    _print(table)
+    return 0
+
+
+def show_metrics() -> int:
+    """saliency-fast metrics: every metric of a report, its fields and defaults."""
+    # The library's evaluation is imported only where it is asked for.
+    from saliency_fast.evaluate.entries import ENTRIES
+    from saliency_fast.evaluate.suite import METRICS, fields_of
+
+    needs = {"masks": "boxes", "method": "to explain again"}
+    table = _table("metric", "what it asks", "needs", "fields")
+    for name, entry in ENTRIES.items():
+        kind = METRICS[name]
+        fields = [f"{one}={value!r}" for one, value in fields_of(kind).items()]
+        needed = [needs.get(one, one) for one in kind.needs]
+        table.add_row(
+            Text(name),
+            Text(entry.asks),
+            Text(", ".join(needed) or "maps alone"),
+            Text(", ".join(fields) or "none"),
+        )
     _print(table)
     return 0
 

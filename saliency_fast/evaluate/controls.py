@@ -16,14 +16,14 @@ def edge_detector(model: Callable[..., object], inputs: Tensor, target: Target =
     """The magnitude of the input's gradient in space, [B, *spatial]: it looks like an explanation
     and asks no model (Adebayo, 2018). Differences of neighbours, summed over channels.
     """
-    x = inputs.double()
-    total = torch.zeros_like(x[:, 0] if x.dim() > 2 else x)
-    for axis in range(2 if x.dim() > 2 else 1, x.dim()):
+    x = inputs.double() if inputs.dim() > 2 else inputs.double()[:, None]
+    total = torch.zeros_like(x[:, 0])
+    for axis in range(2, x.dim()):
         ends = (1, 1)
         lanes = functional.pad(x.movedim(axis, -1).flatten(1, -2), ends, mode="replicate")
         slope = (lanes[..., 2:] - lanes[..., :-2]) / 2.0
         slope = slope.view(x.movedim(axis, -1).shape).movedim(-1, axis)
-        total += slope.square().sum(1) if x.dim() > 2 else slope.square()
+        total += slope.square().sum(1)
     return total.sqrt().to(inputs.dtype)
 
 
@@ -39,8 +39,8 @@ def random_map(model: Callable[..., object], inputs: Tensor, target: Target = No
 
 
 def centre_map(model: Callable[..., object], inputs: Tensor, target: Target = None) -> Tensor:
-    """High in the middle and falling off to the edges, [B, *spatial]: the guess of who has not
-    looked.
+    """High in the middle and falling off to zero at the corners, [B, *spatial]: the guess of who
+    has not looked.
     """
     spatial = inputs.shape[2:] if inputs.dim() > 2 else inputs.shape[1:]
     far = torch.zeros(spatial, dtype=torch.float64, device=inputs.device)
@@ -48,7 +48,7 @@ def centre_map(model: Callable[..., object], inputs: Tensor, target: Target = No
         place = torch.arange(size, dtype=torch.float64, device=inputs.device)
         away = (place - (size - 1) / 2.0) / size
         far = far + (away**2).view(-1, *(1,) * (len(spatial) - axis - 1))
-    return (-far).expand(len(inputs), *spatial).to(inputs.dtype).contiguous()
+    return (far.max() - far).expand(len(inputs), *spatial).to(inputs.dtype).contiguous()
 
 
 CONTROLS = {"edge_detector": edge_detector, "random": random_map, "centre": centre_map}

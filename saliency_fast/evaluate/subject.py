@@ -107,16 +107,28 @@ class Subject:
             )
         model, method = model or self._model, self.method
         if _is_method(method):
-            engine = self.running.engine(model, read_method(method))
-            x = self.running.cast(inputs)
-            found = engine(x, self.classes, self.baseline, **self.running.arguments())
-            return read_maps(found.values, inputs)
+            return read_maps(self.attribution(read_method(method), inputs, model).values, inputs)
         by_function = cast(Callable[[Model, Tensor, Target], Tensor], method)
         return read_maps(by_function(model, self.running.cast(inputs), self.classes), inputs)
+
+    def attribution(self, method: Method, inputs: Tensor, model: Model) -> Attribution:
+        """What a method says, from the baseline where it takes one."""
+        engine, x = self.running.engine(model, method), self.running.cast(inputs)
+        baseline = None if method.recipe().baseline == "none" else self.baseline
+        return engine(x, self.classes, baseline, **self.running.arguments())
 
     def of(self, inputs: Tensor, values: Tensor) -> Subject:
         """The same with other inputs and maps, for targets that are looked up already."""
         return replace(self, inputs=inputs, values=values, target=self.classes)
+
+    def beside(
+        self, values: Tensor, method: Explainer | None, baseline: Baseline = None
+    ) -> Subject:
+        """The same inputs with other maps: what the model says of them is not asked again."""
+        baseline = self.baseline if baseline is None else baseline
+        other = replace(self, values=values, method=method, baseline=baseline, target=self.classes)
+        other.__dict__["_twice"] = self._twice
+        return other
 
     @property
     def _model(self) -> Model:

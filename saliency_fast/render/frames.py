@@ -96,3 +96,11 @@ def picture(x: Tensor) -> Tensor:
     span = (high - low).clamp_min(torch.finfo(x.dtype).tiny).view(shape)
     levels = ((channels - low.view(shape)) / span * 255.0).round().to(torch.uint8)
     return levels.expand(-1, 3, *x.shape[2:]).movedim(1, -1).contiguous()
+
+
+def grey(x: Tensor) -> Tensor:
+    """A picture [B, C, *] as [B, 1, *], so that the only colours in an overlay are the map's."""
+    if x.shape[1] not in (3, 4):
+        return x
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype, device=x.device)
+    return torch.einsum("bc...,c->b...", x[:, :3], weights)[:, None]

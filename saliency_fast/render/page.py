@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import math
-from base64 import b64encode
 from dataclasses import dataclass
 from html import escape
 
-from saliency_fast.render.frames import colors
-from saliency_fast.render.style import CSS
-
-# Pictures narrower than this are enlarged with their pixels left sharp.
-_SMALL = 160
-_MINUS = "\N{MINUS SIGN}"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture: `data` are the bytes of a `media` type; `width` in pixels.
-
-    box: (left, top, width, height) as shares of the picture, drawn as a dashed frame.
-    """
-
-    data: bytes
-    media: str
-    width: int
-    alt: str
-    caption: str
-    box: tuple[float, float, float, float] | None = None
+from saliency_fast.render.parts import (
+    Figure,
+    document,
+    figure_html,
+    legends,
+    number_text,
+    pairs_html,
+    percent_text,
+)
 
 
 @dataclass(frozen=True)
@@ -110,21 +97,11 @@ def page_html(page: Page) -> str:
     """The page as one HTML document: no script, nothing loaded from elsewhere."""
     entries = "\n".join(_entry(one) for one in page.entries)
     pictured = any(view.figures for one in page.entries for view in one.maps)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(page.title)}</title>
-<style>{CSS}</style>
-</head>
-<body>
-<div class="page">
-<header>
+    body = f"""<header>
 <h1>{escape(page.title)}</h1>
 <p class="lead">{escape(page.lead)}</p>
 </header>
-{_legends() if pictured else ""}
+{legends() if pictured else ""}
 <main>
 {entries}
 </main>
@@ -132,12 +109,9 @@ def page_html(page: Page) -> str:
 <h3>Reproduce this page</h3>
 <pre><code>{escape(page.command)}</code></pre>
 <h3>What it rests on</h3>
-{_pairs(page.facts)}
-</footer>
-</div>
-</body>
-</html>
-"""
+{pairs_html(page.facts)}
+</footer>"""
+    return document(page.title, body)
 
 
 def delta_text(numbers: Numbers) -> str:
@@ -173,22 +147,9 @@ def memory_text(numbers: Numbers) -> str:
     return f"{count:.0f} {unit} ({how})" if unit == "B" else f"{count:.1f} {unit} ({how})"
 
 
-def number_text(value: float) -> str:
-    """Three significant digits, with a typographic minus."""
-    return f"{value:.3g}".replace("-", _MINUS)
-
-
-def percent_text(share: float) -> str:
-    """A share as per cent, with the digits that it deserves."""
-    percent = 100.0 * share
-    if percent < 0.01:
-        return "under 0.01 %" if percent else "0 %"
-    return f"{percent:.2f} %" if percent < 1 else f"{percent:.1f} %"
-
-
 def _entry(entry: Entry) -> str:
     maps = "\n".join(_map(view) for view in entry.maps)
-    picture = _figure(entry.figure) if entry.figure else '<p class="soft">No picture.</p>'
+    picture = figure_html(entry.figure) if entry.figure else '<p class="soft">No picture.</p>'
     facts = [("shape", entry.shape), ("read from", entry.source)]
     if entry.sha256:
         facts.append(("SHA-256", entry.sha256))
@@ -203,7 +164,7 @@ def _entry(entry: Entry) -> str:
 {maps}
 </div>
 </div>
-{_pairs(facts)}
+{pairs_html(facts)}
 </article>"""
 
 
@@ -233,7 +194,7 @@ def _ranking(ranking: tuple[Ranked, ...]) -> str:
 
 
 def _map(view: MapView) -> str:
-    figures = "\n".join(_figure(one) for one in view.figures)
+    figures = "\n".join(figure_html(one) for one in view.figures)
     pictures = f'<div class="pair">{figures}</div>' if figures else ""
     if view.words:
         pictures += f'\n<p class="small">{escape(view.words)}</p>'
@@ -241,7 +202,7 @@ def _map(view: MapView) -> str:
 <h3>{escape(view.method)}</h3>
 <p class="small soft">{escape(view.explains)}</p>
 {pictures}
-{_pairs(_facts(view))}
+{pairs_html(_facts(view))}
 </section>"""
 
 
@@ -260,51 +221,3 @@ def _facts(view: MapView) -> list[tuple[str, str]]:
         share, area = percent_text(numbers.inside.share), percent_text(numbers.inside.area)
         facts.append(("evidence in the box", f"{share}; the box covers {area} of the picture"))
     return [*facts, ("settings", view.parameters or "none"), ("record", view.record)]
-
-
-def _figure(figure: Figure) -> str:
-    kind = ' class="pixels"' if figure.width < _SMALL else ""
-    data = b64encode(figure.data).decode("ascii")
-    box = ""
-    if figure.box:
-        sides = zip(("left", "top", "width", "height"), figure.box, strict=True)
-        place = ";".join(f"{side}:{100.0 * share:.3f}%" for side, share in sides)
-        box = f'<div class="box" style="{place}"></div>'
-    return (
-        f'<figure><div class="frame"><img{kind} src="data:{figure.media};base64,{data}" '
-        f'alt="{escape(figure.alt)}">{box}</div>'
-        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
-    )
-
-
-def _pairs(pairs: list[tuple[str, str]] | tuple[tuple[str, str], ...]) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in pairs)
-    rows = rows.replace(".safetensors", "<wbr>.safetensors")
-    return f"<dl>{rows}</dl>"
-
-
-def _legends() -> str:
-    signed = _legend(
-        "Signed", "signed", ("against the class", "no influence", "for the class"), "blue to red"
-    )
-    heat = _legend(
-        "Heat", "heat", ("no influence", "", "strongest, for or against"), "dark to pale"
-    )
-    return f"""<section class="legends" aria-label="Colour legend">{signed}{heat}</section>"""
-
-
-def _legend(title: str, style: str, ends: tuple[str, str, str], alt: str) -> str:
-    """A colour ramp as the overlay draws it: the weaker, the more of the picture shows through."""
-    stops = []
-    table = colors(style).tolist()
-    for number in range(0, 256, 15):
-        red, green, blue = table[number]
-        place = number / 255.0
-        alpha = abs(2.0 * place - 1.0) if style == "signed" else place
-        stops.append(f"rgba({red},{green},{blue},{alpha:.2f}) {100.0 * place:.1f}%")
-    words = "".join(f"<span>{escape(end)}</span>" for end in ends)
-    return (
-        f'<div><h3 class="small">{escape(title)}</h3><div class="ramp" role="img" '
-        f'aria-label="colours from {escape(alt)}" style="background-image:linear-gradient(90deg,'
-        f'{",".join(stops)})"></div><div class="ends">{words}</div></div>'
-    )

@@ -5,11 +5,13 @@ CSS = """
   color-scheme: light dark;
   --paper: #f6f6f4; --card: #ffffff; --ink: #1b1d21; --soft: #5d636d; --line: #e1e2e4;
   --bar: #d9dde3; --accent: #b3372f; --good: #2f7d4f; --bad: #b3372f; --code: #f0f0ee;
+  --for: #e08a5b; --against: #6f9fdc;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14161a; --card: #1c1f24; --ink: #e9eaec; --soft: #a0a6b0; --line: #30343b;
     --bar: #3a3f48; --accent: #ee8b78; --good: #74c796; --bad: #ee8b78; --code: #262a31;
+    --for: #b5643c; --against: #3f6fae;
   }
 }
 * { box-sizing: border-box; }
@@ -72,6 +74,54 @@ dd { margin: 0; overflow-wrap: anywhere; }
 pre { background: var(--code); border-radius: .5rem; padding: .75rem 1rem; margin: .4rem 0 1.25rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 footer { margin-top: 2rem; padding-top: 1.25rem; border-top: 1px solid var(--line); }
+.good { color: var(--good); }
+.bad { color: var(--bad); }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
+  white-space: nowrap; }
+.notice { background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--bad);
+  border-radius: .5rem; padding: .6rem 1rem; margin: 1.25rem 0 0; }
+header + .card, main > .card:first-child, .notice + .card { margin-top: 1.5rem; }
+.verdicts { list-style: none; margin: 0; padding: 0; }
+.verdicts li { display: grid; grid-template-columns: 1.5rem minmax(0, 1fr); margin: 0 0 .35rem;
+  color: var(--ink); }
+.verdicts .mark { font-weight: 700; }
+.verdicts .good .mark { color: var(--good); }
+.verdicts .bad .mark { color: var(--bad); }
+.verdicts .soft .mark { color: var(--soft); }
+.plain { margin: 0 0 1rem; padding-left: 1.2rem; }
+.card > p { margin: 0 0 .9rem; max-width: 52rem; }
+.wide { overflow-x: auto; position: relative; }
+table { border-collapse: collapse; font-size: .875rem; }
+caption { text-align: left; color: var(--soft); font-size: .8125rem; padding: 0 0 .6rem;
+  max-width: calc(100vw - 6rem); }
+th { font-weight: 600; text-align: left; vertical-align: bottom; }
+.means { width: 100%; }
+.means td, .means thead th { text-align: right; }
+.means thead tr:first-child th:first-child { text-align: left; }
+.means th[scope="colgroup"] { color: var(--soft); font-weight: 400; font-size: .8125rem;
+  border-bottom: 1px solid var(--line); }
+.means th, .means td { padding: .4rem .6rem; }
+.means tbody tr:not(:first-child) > * { border-top: 1px solid var(--line); }
+.means td { white-space: nowrap; vertical-align: top; }
+.means tbody th { vertical-align: top; font-weight: 400; }
+.means .group { color: var(--soft); font-size: .8125rem; padding-top: 1rem;
+  border-bottom: 1px solid var(--soft); }
+.below { display: block; color: var(--soft); font-size: .75rem; }
+.star { color: var(--accent); font-size: .75rem; }
+.matrix { font-size: .8125rem; }
+.matrix td, .matrix th { padding: .3rem .45rem; border: 1px solid var(--line); }
+.matrix th { font-weight: 400; }
+.matrix td { text-align: right; }
+.pairs { display: grid; gap: 1.5rem 2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 32rem), 1fr)); }
+.options td, .options th { padding: .25rem 1.25rem .25rem 0; vertical-align: top; }
+.options tbody th { font-weight: 400; }
+.options td:last-child { color: var(--soft); }
+.options thead th { color: var(--soft); font-weight: 400; font-size: .8125rem; }
+summary { cursor: pointer; font-size: .875rem; margin: .6rem 0 .3rem; }
+.plot { display: block; width: 100%; max-width: 46rem; height: auto; border-radius: .375rem; }
+.strip { display: grid; gap: .75rem; margin: .5rem 0 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(7.5rem, 1fr)); max-width: 68rem; }
 @media screen and (max-width: 52rem) {
   .columns { grid-template-columns: minmax(0, 1fr); }
   .maps { grid-template-columns: minmax(0, 1fr); }

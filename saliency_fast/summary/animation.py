@@ -22,7 +22,7 @@ from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.model.targets import Target
 from saliency_fast.render.files import write_frames
 from saliency_fast.render.frames import frames as drawn
-from saliency_fast.render.page import percent_text
+from saliency_fast.render.parts import percent_text
 
 WIDTH = 192
 """Pictures are enlarged by whole numbers until they are about this wide, so that text fits."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from saliency_fast.render.page import number_text
+from saliency_fast.render.parts import number_text
 
 Path = tuple[str | int, ...]
 

@@ -13,7 +13,6 @@ import torch
 from saliency_fast.render.files import encode
 from saliency_fast.render.page import (
     Entry,
-    Figure,
     Inside,
     MapView,
     Numbers,
@@ -23,8 +22,8 @@ from saliency_fast.render.page import (
     error_text,
     memory_text,
     page_html,
-    percent_text,
 )
+from saliency_fast.render.parts import Figure, percent_text
 
 VOID = {"meta", "img", "wbr", "br", "hr", "link", "input"}
 

@@ -1,0 +1,161 @@
+"""saliency-fast evaluate: are a model's maps any good? Tables, a page and numbers."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast import zoo
+from saliency_fast.cli.boxes import read_boxes
+from saliency_fast.cli.inputs import Read, read_inputs
+from saliency_fast.cli.models import Loaded, load_model
+from saliency_fast.cli.options import (
+    read_baseline,
+    read_fields,
+    read_methods,
+    read_one_target,
+)
+from saliency_fast.cli.pictures import read_form
+from saliency_fast.cli.report import failures_named, out_folder
+from saliency_fast.cli.tables import show_paths
+from saliency_fast.errors import InputError
+from saliency_fast.evaluate.controls import CONTROLS
+from saliency_fast.evaluate.entries import ENTRIES
+from saliency_fast.evaluate.report import Report, report
+from saliency_fast.evaluate.show.files import save
+from saliency_fast.evaluate.suite import Suite
+
+METHODS = ("gradient", "smoothgrad", "integrated_gradients")
+FAILED = 1
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """What is judged, all of one shape. title: of the report."""
+
+    x: Tensor
+    target: Any
+    boxes: Tensor | None
+    source: str
+    title: str
+
+
+def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Runs the command; see `saliency-fast evaluate --help`."""
+    methods = read_methods(args.method or METHODS, args.method_arg)
+    suite = read_suite(args)
+    loaded = load_model(args.model, args.weights, read_form(args.size, args.channels), args.device)
+    baseline = read_baseline(args.baseline, args.device)
+    given = _files(args, loaded) if args.input else _scenes(args, loaded)
+    out = out_folder(args.out)
+    x = given.x.to(args.device)
+    with failures_named(Read("inputs", given.source, x)):
+        found = report(
+            *(loaded.model, x),
+            methods={method.name: method for method in methods},
+            metrics=suite,
+            target=given.target,
+            baseline=baseline,
+            boxes=given.boxes,
+            controls=() if args.no_controls else tuple(CONTROLS),
+            confidence=args.confidence,
+            seed=args.seed,
+            memory_budget=args.memory_budget,
+            points_per_launch=args.points_per_launch,
+            progress=args.progress,
+            title=given.title,
+            labels=loaded.labels,
+        )
+    written = save(found, out, shlex.join(["saliency-fast", *argv]))
+    if args.json:
+        print(found.json())
+    else:
+        found.show()
+        show_paths(written)
+    return _checked(found) if args.check else 0
+
+
+def read_suite(args: argparse.Namespace) -> Suite:
+    """The metrics that are asked for; all of them where none is."""
+    names = [one.replace("-", "_").replace(" ", "_") for one in args.metric] or None
+    return Suite(
+        names=names,
+        quick=args.quick,
+        substrate=None if args.substrate is None else _substrate(args.substrate, args.device),
+        steps=args.steps,
+        seed=args.seed,
+        fields=read_fields("--metric-arg", names or list(ENTRIES), args.metric_arg),
+    )
+
+
+def _checked(found: Report) -> int:
+    if found.passed is None:
+        raise InputError(
+            "--check needs a metric that gives a verdict, and none did: leave out --metric, or see "
+            "what could not be measured above"
+        )
+    if not found.passed:
+        print("saliency-fast: a check failed", file=sys.stderr)
+    return 0 if found.passed else FAILED
+
+
+def _substrate(text: str, device: str) -> Any:
+    found = read_baseline(text, device)
+    if found is None or isinstance(found, list):
+        raise InputError(
+            f"--substrate must be zero, mean, blur, uniform, a number or a file: got {text!r}"
+        )
+    return found
+
+
+def _files(args: argparse.Namespace, loaded: Loaded) -> _Examples:
+    """Inputs from files, in one batch."""
+    if args.examples is not None:
+        raise InputError(
+            "--examples is for the built-in scenes: leave it out, or give fewer inputs"
+        )
+    reads = read_inputs(args.input, loaded.prepare, loaded.dtype, args.batched)
+    first = reads[0]
+    for read in reads:
+        if read.x.shape[1:] != first.x.shape[1:]:
+            raise InputError(
+                f"inputs must have one shape, to be judged together: got {list(first.x.shape[1:])} "
+                f"of {first.source} and {list(read.x.shape[1:])} of {read.source}; use --size and "
+                "--channels, or one call for each shape"
+            )
+    x = torch.cat([read.x for read in reads])
+    names = [read.name for read in reads for _ in range(len(read.x))]
+    target = read_one_target(args.target or "predicted", len(x))
+    boxes = None if args.boxes is None else read_boxes(args.boxes, names)
+    source = first.source if len(reads) == 1 else f"{first.source} and {len(reads) - 1} more"
+    return _Examples(x, target, boxes, source, f"Are the maps of {args.model} any good?")
+
+
+def _scenes(args: argparse.Namespace, loaded: Loaded) -> _Examples:
+    """The built-in held-out scenes, with their labels and boxes."""
+    if args.model not in zoo.MODELS:
+        raise InputError(
+            "inputs are missing: only for the built-in models "
+            f"({', '.join(zoo.MODELS)}) there are scenes with labels and boxes; got {args.model!r}"
+        )
+    if args.boxes is not None:
+        raise InputError("--boxes are for inputs: the built-in scenes have their own")
+    samples = zoo.held_out()
+    whole = len(samples.labels)
+    count = (16 if args.quick else whole) if args.examples is None else args.examples
+    if not 1 <= count <= whole:
+        raise InputError(f"--examples must lie between 1 and {whole}: got {count}")
+    target = samples.labels[:count]
+    explained = "their true digits"
+    if args.target is not None:
+        target = read_one_target(args.target, count)
+        explained = f"the target {args.target}"
+    title = f"Maps of {args.model} on {count} built-in held-out scenes: {explained}, known boxes"
+    return _Examples(samples.images[:count], target, samples.boxes[:count], "held_out", title)

@@ -1,0 +1,1 @@
+"""Showing a report: in the terminal, as JSON, as a page."""

@@ -1,0 +1,50 @@
+"""Bands: mean curves with their bootstrap intervals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from saliency_fast.evaluate.outcome import RESAMPLES, Curve
+from saliency_fast.render.plots import Band, Plot
+
+if TYPE_CHECKING:
+    from saliency_fast.evaluate.report import Report
+
+
+def plot_of(report: Report, metric: str) -> Plot | None:
+    """The curves of every method by a metric; None where it has none."""
+    found = {name: one[metric] for name, one in report.outcomes.items() if metric in one}
+    curves = {name: one.curve for name, one in found.items() if one.curve is not None}
+    bands = tuple(
+        band for name, curve in curves.items() if (band := _band(report, name, curve)) is not None
+    )
+    if not bands:
+        return None
+    first = next(iter(curves.values()))
+    return Plot(metric.replace("_", " "), first.x_name, first.y_name, bands)
+
+
+def _band(report: Report, name: str, curve: Curve) -> Band | None:
+    """The mean of examples whose curve is known, with the interval at every place."""
+    y = curve.y.detach().double().cpu()
+    y = y[y.isfinite().all(1)]
+    if not len(y):
+        return None
+    generator = torch.Generator().manual_seed(report.seed)
+    drawn = torch.randint(len(y), (RESAMPLES, len(y)), generator=generator)
+    # How often each example is drawn: means of resampled curves are then one product.
+    times = torch.zeros(RESAMPLES, len(y), dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones_like(times))
+    tail = (1.0 - report.confidence) / 2.0
+    ends = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
+    low, high = (times @ y / len(y)).quantile(ends, dim=0)
+    return Band(
+        name,
+        tuple(curve.x.tolist()),
+        tuple(y.mean(0).tolist()),
+        tuple(low.tolist()),
+        tuple(high.tolist()),
+        name in report.controls,
+    )
