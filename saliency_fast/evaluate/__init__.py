@@ -13,6 +13,7 @@ from saliency_fast.evaluate.manipulation import Manipulated, Manipulation
 from saliency_fast.evaluate.max_sensitivity import AvgSensitivity, MaxSensitivity
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, bootstrap
+from saliency_fast.evaluate.report import Report, report
 from saliency_fast.evaluate.road import Road
 from saliency_fast.evaluate.roc import Roc, roc
 from saliency_fast.evaluate.sanity import SanityCheck
@@ -20,6 +21,7 @@ from saliency_fast.evaluate.sensitivity_n import FaithfulnessCorrelation, Sensit
 from saliency_fast.evaluate.sparseness import Complexity, Sparseness
 from saliency_fast.evaluate.stability import Stability
 from saliency_fast.evaluate.subject import Subject
+from saliency_fast.evaluate.suite import METRICS, Suite, make_metric
 from saliency_fast.evaluate.unusual import (
     AdversarialScore,
     AttackRoc,
@@ -29,6 +31,7 @@ from saliency_fast.evaluate.unusual import (
 
 __all__ = [
     "CONTROLS",
+    "METRICS",
     "AdversarialScore",
     "Agreement",
     "AttackRoc",
@@ -52,6 +55,7 @@ __all__ = [
     "Outcome",
     "PointingGame",
     "RankAccuracy",
+    "Report",
     "Road",
     "Roc",
     "SanityCheck",
@@ -59,6 +63,7 @@ __all__ = [
     "Sparseness",
     "Stability",
     "Subject",
+    "Suite",
     "TopKIoU",
     "adversarial_score",
     "agreement",
@@ -68,7 +73,9 @@ __all__ = [
     "coherence",
     "edge_detector",
     "fgsm",
+    "make_metric",
     "pgd",
     "random_map",
+    "report",
     "roc",
 ]
