@@ -176,8 +176,8 @@ def table(document: dict[str, Any]) -> str:
         f"{document['setting']['examples']} held-out scenes; 95 % bootstrap intervals; differences "
         "are paired. Deletion and insertion are areas under softmax curves of 100 steps over "
         "black; sanity checks are of 16 scenes: what is left is the rank correlation with a map "
-        "of a model of random weights. Attacks told: area under the ROC of `attack_roc`, half of the "
-        "scenes as references, and of the other half those that fooled the model.",
+        "of a model of random weights. Attacks told: area under the ROC of `attack_roc`; half of "
+        "the scenes are references, and attacks are those on the other half that fool the model.",
     ]
     return "\n".join(lines) + "\n"
 
