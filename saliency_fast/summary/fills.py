@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from saliency_fast.evaluate.inpaint import inpaint
+from saliency_fast.evaluate.metrics.inpaint import inpaint
 from saliency_fast.evaluate.substrates import substrate_of
 
 BLURRED, INPAINTED = "blurred", "inpainted"

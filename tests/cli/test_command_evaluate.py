@@ -14,7 +14,7 @@ from saliency_fast.cli import evaluate as command
 from saliency_fast.cli.boxes import read_boxes
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate import Deletion
-from saliency_fast.evaluate.report import report
+from saliency_fast.evaluate.reports.report import report
 
 TINY = ("--model", "tiny:grey")
 FAST = ("--method", "gradient", "--metric", "deletion", "--metric-arg", "steps=3")

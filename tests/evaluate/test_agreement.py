@@ -13,7 +13,7 @@ from skimage.metrics import structural_similarity
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.agreement import COMPARISONS, agreement
+from saliency_fast.evaluate.metrics.agreement import COMPARISONS, agreement
 from tests.evaluate import naive_metrics as naive
 from tests.models import Image, make, randn
 

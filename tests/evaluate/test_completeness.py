@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.engine.baselines import read_baselines
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.completeness import Completeness
+from saliency_fast.evaluate.metrics.completeness import Completeness
 from tests.models import Image, Tabular, make, randn
 
 TARGET = torch.tensor([0, 3, 1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.curves import Deletion, Insertion
+from saliency_fast.evaluate.metrics.curves import Deletion, Insertion
 from tests.models import Image, Tabular, Video, make, randn
 
 TARGET = torch.tensor([0, 1, 2, 3, 4])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.infidelity import Infidelity
+from saliency_fast.evaluate.metrics.infidelity import Infidelity
 from saliency_fast.evaluate.substrates import substrate_of
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate import inpaint as module
-from saliency_fast.evaluate.inpaint import inpaint
+from saliency_fast.evaluate.metrics import inpaint as module
+from saliency_fast.evaluate.metrics.inpaint import inpaint
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import randn
 

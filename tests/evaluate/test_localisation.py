@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.localisation import (
+from saliency_fast.evaluate.metrics.localisation import (
     EVIDENCE,
     EnergyInBox,
     PointingGame,

@@ -9,10 +9,10 @@ from torch import nn
 from saliency_fast import explain, ops, zoo
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError, ModelError
+from saliency_fast.evaluate.attacks.manipulation import Manipulation, _correlation_slope
+from saliency_fast.evaluate.attacks.steering import Steering, steerable
 from saliency_fast.evaluate.controls import edge_detector
-from saliency_fast.evaluate.manipulation import Manipulation, _correlation_slope
 from saliency_fast.evaluate.similarity import correlation, overlap, rank_correlation
-from saliency_fast.evaluate.steering import Steering, steerable
 from saliency_fast.evaluate.subject import read_subject
 from saliency_fast.methods import (
     GradCAM,

@@ -11,8 +11,8 @@ from torch import nn
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.max_sensitivity import AvgSensitivity, MaxSensitivity
-from saliency_fast.evaluate.noise import noisy
+from saliency_fast.evaluate.metrics.max_sensitivity import AvgSensitivity, MaxSensitivity
+from saliency_fast.evaluate.metrics.noise import noisy
 from tests.evaluate.naive_robustness import sensitivities
 from tests.traces import Net, one_thread, unchanged
 

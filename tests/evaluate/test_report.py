@@ -13,9 +13,9 @@ from torch import nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate import Deletion, Insertion, bootstrap
-from saliency_fast.evaluate.entries import ENTRIES
-from saliency_fast.evaluate.report import report
-from saliency_fast.evaluate.suite import METRICS, Suite, fields_of, make_metric, name_of
+from saliency_fast.evaluate.reports.entries import ENTRIES
+from saliency_fast.evaluate.reports.report import report
+from saliency_fast.evaluate.reports.suite import METRICS, Suite, fields_of, make_metric, name_of
 
 QUICK = (Deletion(steps=4), Insertion(steps=4))
 

@@ -18,10 +18,10 @@ import saliency_fast as sf
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate import Deletion, Insertion
 from saliency_fast.evaluate.outcome import Interval, bootstrap
-from saliency_fast.evaluate.report import report
-from saliency_fast.evaluate.show.bands import plot_of
-from saliency_fast.evaluate.show.fields import meanings
-from saliency_fast.evaluate.show.words import interval_text, verdict_of, verdicts
+from saliency_fast.evaluate.reports.report import report
+from saliency_fast.evaluate.reports.show.bands import plot_of
+from saliency_fast.evaluate.reports.show.fields import meanings
+from saliency_fast.evaluate.reports.show.words import interval_text, verdict_of, verdicts
 from saliency_fast.render import plots
 
 MINUS = "\N{MINUS SIGN}"

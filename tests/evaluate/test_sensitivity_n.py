@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.sensitivity_n import (
+from saliency_fast.evaluate.metrics.sensitivity_n import (
     FaithfulnessCorrelation,
     SensitivityN,
     subset_ranks,

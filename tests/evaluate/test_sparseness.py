@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.sparseness import Complexity, Sparseness
+from saliency_fast.evaluate.metrics.sparseness import Complexity, Sparseness
 from tests.evaluate import naive_metrics as naive
 from tests.models import randn
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
-from saliency_fast.evaluate.completeness import Completeness
-from saliency_fast.evaluate.curves import Deletion, Insertion
-from saliency_fast.evaluate.localisation import EnergyInBox, PointingGame, TopKIoU
+from saliency_fast.evaluate.metrics.completeness import Completeness
+from saliency_fast.evaluate.metrics.curves import Deletion, Insertion
+from saliency_fast.evaluate.metrics.localisation import EnergyInBox, PointingGame, TopKIoU
 from saliency_fast.evaluate.subject import read_subject
 from tests.models import Image, Tabular, make, randn
 

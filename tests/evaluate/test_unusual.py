@@ -9,11 +9,11 @@ from torch import nn
 
 from saliency_fast import explain, zoo
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.attacks import fgsm, pgd
-from saliency_fast.evaluate.coherence import CoherenceReference, _shrunk, coherence
+from saliency_fast.evaluate.attacks.coherence import CoherenceReference, _shrunk, coherence
+from saliency_fast.evaluate.attacks.linf import fgsm, pgd
+from saliency_fast.evaluate.attacks.roc import roc
+from saliency_fast.evaluate.attacks.unusual import adversarial_score, attack_roc
 from saliency_fast.evaluate.controls import edge_detector
-from saliency_fast.evaluate.roc import roc
-from saliency_fast.evaluate.unusual import adversarial_score, attack_roc
 from saliency_fast.methods import IntegratedGradients
 from tests.evaluate import naive_adversarial as naive
 

@@ -10,7 +10,7 @@ from saliency_fast.evaluate.outcome import RESAMPLES, Curve
 from saliency_fast.render.plots import Band, Plot
 
 if TYPE_CHECKING:
-    from saliency_fast.evaluate.report import Report
+    from saliency_fast.evaluate.reports.report import Report
 
 
 def plot_of(report: Report, metric: str) -> Plot | None:

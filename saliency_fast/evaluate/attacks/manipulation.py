@@ -12,11 +12,11 @@ from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.evaluate.attacks import ascent, check_seed, decisions, project, uniform
+from saliency_fast.evaluate.attacks.linf import ascent, check_seed, decisions, project, uniform
+from saliency_fast.evaluate.attacks.steering import Steering, steerable
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.similarity import overlap, rank_correlation
-from saliency_fast.evaluate.steering import Steering, steerable
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.methods import Gradient, read_method
 from saliency_fast.methods.parts import checks

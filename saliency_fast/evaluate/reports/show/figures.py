@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.show.bands import plot_of
+from saliency_fast.evaluate.reports.show.bands import plot_of
 from saliency_fast.render.files import encode
 from saliency_fast.render.frames import frames, grey, picture
 from saliency_fast.render.parts import Figure
 from saliency_fast.render.plots import plot_png
 
 if TYPE_CHECKING:
-    from saliency_fast.evaluate.report import Report
+    from saliency_fast.evaluate.reports.report import Report
 
 SHOWN = 4
 """Examples on the page."""

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from saliency_fast.errors import InputError, InputTypeError, SaliencyError
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.rows import Row
+from saliency_fast.evaluate.reports.rows import Row
+from saliency_fast.evaluate.reports.suite import Suite, make_metric, name_of, plain_name
 from saliency_fast.evaluate.subject import Subject
-from saliency_fast.evaluate.suite import Suite, make_metric, name_of, plain_name
 
 MAPS = "maps"
 """What stands for a metric where a method's maps could not be made."""

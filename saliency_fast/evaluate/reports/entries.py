@@ -21,9 +21,9 @@ GROUPS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A metric of the suite. place: its module in `saliency_fast.evaluate`; asks: what, and how its
-    number is read, in a sentence; quick: fields of a quick run; fields: those that make it another
-    metric than the class alone.
+    """A metric of the suite. place: its module under `saliency_fast.evaluate`; asks: what, and how
+    its number is read, in a sentence; quick: fields of a quick run; fields: those that make it
+    another metric than the class alone.
     """
 
     place: str
@@ -37,21 +37,21 @@ class Entry:
 
 ENTRIES: Mapping[str, Entry] = {
     "deletion": Entry(
-        *("curves", "Deletion", FAITHFULNESS),
+        *("metrics.curves", "Deletion", FAITHFULNESS),
         "The score averaged while the places that the map ranks highest are taken away, best "
         "first: low where the map knows what matters.",
         "Samek et al., 2017; Petsiuk et al., 2018",
         {"steps": 20},
     ),
     "insertion": Entry(
-        *("curves", "Insertion", FAITHFULNESS),
+        *("metrics.curves", "Insertion", FAITHFULNESS),
         "The score averaged while the places that the map ranks highest are brought into an "
         "empty input: high where few of them are enough for the model.",
         "Petsiuk et al., 2018",
         {"steps": 20},
     ),
     "road": Entry(
-        *("road", "Road", FAITHFULNESS),
+        *("metrics.road", "Road", FAITHFULNESS),
         "How often the decision is still the target while the highest places are imputed from "
         "their neighbours: low where the map knows what matters, and no holes give the answer "
         "away.",
@@ -59,59 +59,59 @@ ENTRIES: Mapping[str, Entry] = {
         {"shares": (0.1, 0.3, 0.5)},
     ),
     "infidelity": Entry(
-        *("infidelity", "Infidelity", FAITHFULNESS),
+        *("metrics.infidelity", "Infidelity", FAITHFULNESS),
         "The squared gap between what the map foretells for random changes of the input and "
         "what they do to the output: low where it foretells well, in the output's own units.",
         "Yeh et al., 2019",
         {"samples": 20},
     ),
     "sensitivity_n": Entry(
-        *("sensitivity_n", "SensitivityN", FAITHFULNESS),
+        *("metrics.sensitivity_n", "SensitivityN", FAITHFULNESS),
         "The correlation, over random sets of places, between what the map gives them and how "
         "far the output falls without them: 1 where the map adds up.",
         "Ancona et al., 2018",
         {"samples": 20},
     ),
     "counterfactual": Entry(
-        *("counterfactual", "Counterfactual", FAITHFULNESS),
+        *("metrics.counterfactual", "Counterfactual", FAITHFULNESS),
         "How often the decision changes when the map's top region is painted over from its "
         "surroundings: high where the region carries it; compare with random regions.",
         "Chang et al., 2019",
         {"draws": 3},
     ),
     "pointing_game": Entry(
-        *("localisation", "PointingGame", LOCALISATION),
+        *("metrics.localisation", "PointingGame", LOCALISATION),
         "How often the map is largest on the object.",
         "Zhang et al., 2018",
     ),
     "energy_in_box": Entry(
-        *("localisation", "EnergyInBox", LOCALISATION),
+        *("metrics.localisation", "EnergyInBox", LOCALISATION),
         "The share of the map's positive evidence that lies on the object; a map without any "
         "idea gets the object's share of the picture.",
         "Wang et al., 2020; Arras et al., 2022",
     ),
     "top_k_iou": Entry(
-        *("localisation", "TopKIoU", LOCALISATION),
+        *("metrics.localisation", "TopKIoU", LOCALISATION),
         "How well the map's highest places cover the object and nothing else: intersection "
         "over union.",
         "Theiner et al., 2022",
     ),
     "completeness": Entry(
-        *("completeness", "Completeness", AXIOMS),
+        *("metrics.completeness", "Completeness", AXIOMS),
         "How far the sum of the values is from what the score gained over the baseline's, "
         "relative to that gain: 0 where all of it is explained; gradients are not made to add "
         "up.",
         "Sundararajan et al., 2017",
     ),
     "sanity_check": Entry(
-        *("sanity", "SanityCheck", SANITY),
+        *("metrics.sanity", "SanityCheck", SANITY),
         "How alike the maps stay when the model's layers are drawn anew, from the output on: "
         "a map that stays the same shows the input, and not what the model has learned.",
         "Adebayo et al., 2018",
         {"draws": 1, "stages": 4},
     ),
     "sanity_independent": Entry(
-        *("sanity", "SanityCheck", SANITY),
+        *("metrics.sanity", "SanityCheck", SANITY),
         "How alike the maps stay when one layer at a time is drawn anew: high where the map does "
         "not notice most layers.",
         "Adebayo et al., 2018",
@@ -119,34 +119,34 @@ ENTRIES: Mapping[str, Entry] = {
         {"order": "independent", "draws": 1},
     ),
     "max_sensitivity": Entry(
-        *("max_sensitivity", "MaxSensitivity", ROBUSTNESS),
+        *("metrics.max_sensitivity", "MaxSensitivity", ROBUSTNESS),
         "How far maps move at most under slight noise on the input: low where the explanation "
         "is steady; a constant map is the steadiest.",
         "Yeh et al., 2019",
         {"samples": 3},
     ),
     "stability": Entry(
-        *("stability", "Stability", ROBUSTNESS),
+        *("metrics.stability", "Stability", ROBUSTNESS),
         "How alike maps stay under slight noise and small shifts that leave the decision: 1 where "
         "nothing but the shift itself happens to them.",
         "after Alvarez-Melis and Jaakkola, 2018",
         {"samples": 2, "shifts": (1,)},
     ),
     "manipulation": Entry(
-        *("manipulation", "Manipulation", ROBUSTNESS),
+        *("attacks.manipulation", "Manipulation", ROBUSTNESS),
         "How much of the map's order is left after an attack that changes the map and not the "
         "decision: 1 where it could not be moved.",
         "Ghorbani et al., 2019; Dombrowski et al., 2019",
         {"steps": 5},
     ),
     "sparseness": Entry(
-        *("sparseness", "Sparseness", FORM),
+        *("metrics.sparseness", "Sparseness", FORM),
         "How unequal the map's magnitudes are (Gini index): near 1 where few places hold "
         "everything; sparse is easy to read, and not yet right.",
         "Chalasani et al., 2020",
     ),
     "complexity": Entry(
-        *("sparseness", "Complexity", FORM),
+        *("metrics.sparseness", "Complexity", FORM),
         "The entropy of the map's magnitudes: low where few places hold everything.",
         "Bhatt et al., 2020",
     ),

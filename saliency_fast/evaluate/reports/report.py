@@ -14,20 +14,20 @@ from torch import Tensor
 
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.agreement import Agreement, agreement
-from saliency_fast.evaluate.judge import (
+from saliency_fast.evaluate.metric import Metric
+from saliency_fast.evaluate.metrics.agreement import Agreement, agreement
+from saliency_fast.evaluate.outcome import Interval, Outcome, bootstrap
+from saliency_fast.evaluate.reports.judge import (
     Judged,
     Missing,
     judge,
     read_metrics,
 )
-from saliency_fast.evaluate.metric import Metric
-from saliency_fast.evaluate.origin import origin
-from saliency_fast.evaluate.outcome import Interval, Outcome, bootstrap
-from saliency_fast.evaluate.rows import Given, read_rows
+from saliency_fast.evaluate.reports.origin import origin
+from saliency_fast.evaluate.reports.rows import Given, read_rows
+from saliency_fast.evaluate.reports.suite import Suite
 from saliency_fast.evaluate.scores import Running
 from saliency_fast.evaluate.subject import Model, Subject, read_subject
-from saliency_fast.evaluate.suite import Suite
 from saliency_fast.model.targets import PREDICTED, Target
 
 if TYPE_CHECKING:
@@ -152,8 +152,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it but the maps, as what JSON can hold; NaN becomes None."""
-        from saliency_fast.evaluate.show.plain import plain, plain_interval, plain_outcome
-        from saliency_fast.evaluate.show.words import verdicts
+        from saliency_fast.evaluate.reports.show.plain import plain, plain_interval, plain_outcome
+        from saliency_fast.evaluate.reports.show.words import verdicts
 
         return {
             "schema": SCHEMA,
@@ -189,30 +189,30 @@ class Report:
 
     def html(self) -> str:
         """One page that needs nothing else; without matplotlib it has no curves and says so."""
-        from saliency_fast.evaluate.show.page import page
+        from saliency_fast.evaluate.reports.show.page import page
 
         return page(self)
 
     def curves(self, folder: str | Path) -> list[Path]:
         """Writes a PNG for each metric with a curve and returns the paths; needs matplotlib."""
-        from saliency_fast.evaluate.show.figures import write_curves
+        from saliency_fast.evaluate.reports.show.figures import write_curves
 
         return write_curves(self, Path(folder))
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes index.html, report.json and curves/*.png; without matplotlib no curves."""
-        from saliency_fast.evaluate.show.files import save
+        from saliency_fast.evaluate.reports.show.files import save
 
         return save(self, Path(folder))
 
     def show(self) -> None:
         """Prints the tables."""
-        from saliency_fast.evaluate.show.table import show
+        from saliency_fast.evaluate.reports.show.table import show
 
         show(self)
 
     def __str__(self) -> str:
-        from saliency_fast.evaluate.show.table import text
+        from saliency_fast.evaluate.reports.show.table import text
 
         return text(self)
 
@@ -220,7 +220,7 @@ class Report:
         return f"<Report {', '.join(self.names)}: {', '.join(self.metrics)}>"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from saliency_fast.evaluate.show.table import tables
+        from saliency_fast.evaluate.reports.show.table import tables
 
         yield from tables(self, options.max_width)
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from saliency_fast.evaluate.entries import FAITHFULNESS, LOCALISATION
 from saliency_fast.evaluate.outcome import Interval
-from saliency_fast.evaluate.suite import entry_of
+from saliency_fast.evaluate.reports.entries import FAITHFULNESS, LOCALISATION
+from saliency_fast.evaluate.reports.suite import entry_of
 
 if TYPE_CHECKING:
-    from saliency_fast.evaluate.report import Report
+    from saliency_fast.evaluate.reports.report import Report
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 Said = tuple[str, str]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from saliency_fast.evaluate.metric import Metric
-from saliency_fast.evaluate.suite import fields_of
+from saliency_fast.evaluate.reports.suite import fields_of
 
 
 def meanings(kind: type[Metric]) -> dict[str, str]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.infidelity import blocks
 from saliency_fast.evaluate.metric import Metric, check_output
+from saliency_fast.evaluate.metrics.infidelity import blocks
 from saliency_fast.evaluate.outcome import Curve, Outcome
 from saliency_fast.evaluate.ranking import PER, ranking
 from saliency_fast.evaluate.similarity import correlation

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from saliency_fast.errors import InputError, ModelError, SaliencyError
 from saliency_fast.evaluate.metric import Metric
+from saliency_fast.evaluate.metrics.randomise import Randomised, seed_of
 from saliency_fast.evaluate.outcome import Curve, Outcome, bootstrap
-from saliency_fast.evaluate.randomise import Randomised, seed_of
 from saliency_fast.evaluate.scores import Scorer
 from saliency_fast.evaluate.similarity import rank_correlation, rank_ssim, ssim
 from saliency_fast.evaluate.subject import Subject

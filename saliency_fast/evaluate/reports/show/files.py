@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from saliency_fast.evaluate.show.figures import made, write_curves
-from saliency_fast.evaluate.show.page import page
+from saliency_fast.evaluate.reports.show.figures import made, write_curves
+from saliency_fast.evaluate.reports.show.page import page
 from saliency_fast.render.plots import have_plots
 
 if TYPE_CHECKING:
-    from saliency_fast.evaluate.report import Report
+    from saliency_fast.evaluate.reports.report import Report
 
 
 def save(report: Report, folder: Path, command: str = "") -> list[Path]:

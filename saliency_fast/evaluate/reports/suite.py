@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import Any
 
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.entries import ENTRIES, FURTHER, Entry
 from saliency_fast.evaluate.metric import Metric
+from saliency_fast.evaluate.reports.entries import ENTRIES, FURTHER, Entry
 from saliency_fast.evaluate.substrates import Substrate, check_substrate
 
 _CLASSES = ("softmax", "accuracy")

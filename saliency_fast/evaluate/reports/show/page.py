@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from saliency_fast.evaluate.entries import GROUPS
-from saliency_fast.evaluate.show.bands import plot_of
-from saliency_fast.evaluate.show.fields import meanings
-from saliency_fast.evaluate.show.figures import SHOWN, figures_of, pictured
-from saliency_fast.evaluate.show.plain import plain
-from saliency_fast.evaluate.show.words import (
+from saliency_fast.evaluate.reports.entries import GROUPS
+from saliency_fast.evaluate.reports.show.bands import plot_of
+from saliency_fast.evaluate.reports.show.fields import meanings
+from saliency_fast.evaluate.reports.show.figures import SHOWN, figures_of, pictured
+from saliency_fast.evaluate.reports.show.plain import plain
+from saliency_fast.evaluate.reports.show.words import (
     interval_text,
     told_as,
     unmeasured,
     verdict_of,
     verdicts,
 )
-from saliency_fast.evaluate.suite import entry_of
+from saliency_fast.evaluate.reports.suite import entry_of
 from saliency_fast.render.evaluation import (
     Described,
     Drawn,
@@ -33,7 +33,7 @@ from saliency_fast.render.plots import CURE, Plot, have_plots, plot_png
 from saliency_fast.render.tables import Cell, Line, Matrix, Table
 
 if TYPE_CHECKING:
-    from saliency_fast.evaluate.report import Report
+    from saliency_fast.evaluate.reports.report import Report
 
 NO_CURVES = f"This page has no curves: matplotlib is not installed. To have them, {CURE}."
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.evaluate.metric import Metric
-from saliency_fast.evaluate.noise import NOISES, noisy
+from saliency_fast.evaluate.metrics.noise import NOISES, noisy
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.methods.parts import checks

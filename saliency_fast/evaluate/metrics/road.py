@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.inpaint import inpaint, need_axes
 from saliency_fast.evaluate.metric import Metric
+from saliency_fast.evaluate.metrics.inpaint import inpaint, need_axes
+from saliency_fast.evaluate.metrics.sensitivity_n import check_shares
 from saliency_fast.evaluate.outcome import Curve, Outcome
 from saliency_fast.evaluate.ranking import ORDERS, ranking
 from saliency_fast.evaluate.scores import OUTPUTS
-from saliency_fast.evaluate.sensitivity_n import check_shares
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import read_targets

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.attacks import check_seed
+from saliency_fast.evaluate.attacks.linf import check_seed
 from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.methods.parts import checks
 

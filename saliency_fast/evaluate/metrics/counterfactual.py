@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.infidelity import blocks
-from saliency_fast.evaluate.inpaint import inpaint, need_axes
 from saliency_fast.evaluate.metric import Metric
+from saliency_fast.evaluate.metrics.infidelity import blocks
+from saliency_fast.evaluate.metrics.inpaint import inpaint, need_axes
+from saliency_fast.evaluate.metrics.road import classes_of
+from saliency_fast.evaluate.metrics.sensitivity_n import check_shares, subset_ranks
 from saliency_fast.evaluate.outcome import Curve, Outcome
 from saliency_fast.evaluate.ranking import ranking
-from saliency_fast.evaluate.road import classes_of
 from saliency_fast.evaluate.scores import Scores
-from saliency_fast.evaluate.sensitivity_n import check_shares, subset_ranks
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.evaluate.substrates import Substrate, check_substrate, substrate_of
 from saliency_fast.methods.parts import checks

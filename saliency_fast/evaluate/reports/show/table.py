@@ -11,10 +11,10 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from saliency_fast.evaluate.show.words import BAD, GOOD, interval_text, unmeasured, verdicts
+from saliency_fast.evaluate.reports.show.words import BAD, GOOD, interval_text, unmeasured, verdicts
 
 if TYPE_CHECKING:
-    from saliency_fast.evaluate.report import Report
+    from saliency_fast.evaluate.reports.report import Report
 
 WIDTH = 100
 ARROWS = {"higher": "\N{UPWARDS ARROW}", "lower": "\N{DOWNWARDS ARROW}", "": " "}

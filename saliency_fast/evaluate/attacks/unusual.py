@@ -12,9 +12,9 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import read_inputs
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.attacks import Attacked, Bounds, classes_of, decisions, fgsm, pgd
-from saliency_fast.evaluate.coherence import CoherenceReference
-from saliency_fast.evaluate.roc import Roc, roc
+from saliency_fast.evaluate.attacks.coherence import CoherenceReference
+from saliency_fast.evaluate.attacks.linf import Attacked, Bounds, classes_of, decisions, fgsm, pgd
+from saliency_fast.evaluate.attacks.roc import Roc, roc
 from saliency_fast.evaluate.scores import Running
 from saliency_fast.evaluate.subject import Explainer, Model, Subject
 from saliency_fast.evaluate.substrates import named

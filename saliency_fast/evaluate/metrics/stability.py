@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.metric import Metric
-from saliency_fast.evaluate.noise import NOISES, noisy
+from saliency_fast.evaluate.metrics.noise import NOISES, noisy
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.similarity import overlap, rank_correlation, ssim
 from saliency_fast.evaluate.subject import Subject

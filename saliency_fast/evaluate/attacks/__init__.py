@@ -1,0 +1,1 @@
+"""Attacks on decisions and on maps, and maps that look unusual."""

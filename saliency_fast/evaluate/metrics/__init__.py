@@ -1,0 +1,1 @@
+"""Metrics: frozen recipes, a page each."""
