@@ -31,6 +31,11 @@ BATCH = 64
 # Clutter brightens over this share of training: at full strength from the start, the
 # transformer stays at chance for long.
 CURRICULUM = 0.4
+# Methods ask a model about dimmed inputs (paths from a black baseline) and noisy ones (SmoothGrad).
+# Trained on clean scenes alone it reads neither, and its maps are of what it says when blind. So a
+# second stage shows it both: a share of the scenes dimmed, a share noisy.
+DIMMED, NOISY, MOST_NOISE = 0.4, 0.75, 0.35
+SECOND_SEED = 1
 # Held-out scenes use seeds far from those of training, which count batches up from seed << 32.
 EVALUATION_SEED = 7_000_000
 SAMPLES_SEED = 8_000_000
@@ -39,16 +44,20 @@ SAMPLES_PER_LABEL = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """How one model is trained: AdamW, one cycle to `rate` after `warm_up`, a share of steps."""
+    """How one model is trained: AdamW, one cycle to `rate` after `warm_up`, a share of steps; then
+    `second` epochs of disturbed scenes, in one cycle to `second_rate`.
+    """
 
     build: Callable[[], nn.Module]
     epochs: int
     rate: float
     warm_up: float
+    second: int = 0
+    second_rate: float = 0.0
 
 
 PLANS = {
-    "cnn": Plan(DigitsCNN, epochs=20, rate=4e-3, warm_up=0.15),
+    "cnn": Plan(DigitsCNN, epochs=20, rate=4e-3, warm_up=0.15, second=45, second_rate=2e-3),
     "vit": Plan(DigitsViT, epochs=45, rate=1.2e-3, warm_up=0.03),
 }
 
@@ -57,17 +66,42 @@ def train(plan: Plan, glyphs: Glyphs, epochs: int, seed: int) -> nn.Module:
     """Train a fresh model for `epochs` of 8192 scenes, and return it in eval mode."""
     torch.manual_seed(seed)
     model = plan.build()
+    cycle(model, glyphs, epochs, plan.rate, plan.warm_up, seed, ramp)
+    return model.eval()
+
+
+def train_on(model: nn.Module, plan: Plan, glyphs: Glyphs) -> nn.Module:
+    """Train a model on for the plan's second stage, and return it in eval mode."""
+    torch.manual_seed(SECOND_SEED)
+    cycle(model, glyphs, plan.second, plan.second_rate, plan.warm_up, SECOND_SEED, None)
+    return model.eval()
+
+
+def ramp(done: float) -> float:
+    """How bright clutter is when a share of training is done."""
+    return min(1.0, done / CURRICULUM)
+
+
+def cycle(
+    model: nn.Module,
+    glyphs: Glyphs,
+    epochs: int,
+    rate: float,
+    warm_up: float,
+    seed: int,
+    strength: Callable[[float], float] | None,
+) -> None:
+    """One cycle of training; without a `strength` of clutter it is full, and scenes disturbed."""
     steps = epochs * SCENES_PER_EPOCH // BATCH
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, plan.rate, steps, pct_start=plan.warm_up
-    )
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=warm_up)
     begun, hits, seen = time.perf_counter(), 0, 0
     for step in range(steps):
         which = torch.randint(len(glyphs), (BATCH,))
-        strength = min(1.0, step / (CURRICULUM * steps))
-        scenes = hide(glyphs, which, (seed << 32) + step, strength)
-        logits = model(scenes.images)
+        clutter = 1.0 if strength is None else strength(step / steps)
+        scenes = hide(glyphs, which, (seed << 32) + step, clutter)
+        logits = model(disturbed(scenes.images) if strength is None else scenes.images)
         loss = F.cross_entropy(logits, scenes.labels, label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -83,7 +117,16 @@ def train(plan: Plan, glyphs: Glyphs, epochs: int, seed: int) -> nn.Module:
                 f"epoch {epoch:3d}  training accuracy {hits / seen:.4f}  {spent:5.0f} s", flush=True
             )
             hits, seen = 0, 0
-    return model.eval()
+
+
+def disturbed(images: Tensor) -> Tensor:
+    """Scenes [N, 1, 64, 64] of which some are dimmed, and some carry normal noise of up to 0.35 of
+    their own brightness.
+    """
+    shape = (len(images), 1, 1, 1)
+    dim = 1.0 - torch.rand(shape) * (torch.rand(shape) < DIMMED)
+    noise = MOST_NOISE * torch.rand(shape) * (torch.rand(shape) < NOISY)
+    return dim * (images + noise * torch.randn(images.shape))
 
 
 @torch.no_grad()
@@ -144,6 +187,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=SHIPPED, help="folder to write to and read from"
     )
+    parser.add_argument(
+        "--second-only",
+        action="store_true",
+        help="take the weights in OUT as those of the first stage",
+    )
     parser.add_argument("--samples", action="store_true", help="write the held-out samples")
     parser.add_argument(
         "--evaluate",
@@ -177,12 +225,18 @@ def main() -> None:
         return
     epochs = plan.epochs if args.epochs is None else args.epochs
     begun = time.perf_counter()
-    model = train(plan, train_glyphs, epochs, args.seed)
+    if args.second_only:
+        model = plan.build()
+        model.load_state_dict(load_file(weights))
+    else:
+        model = train(plan, train_glyphs, epochs, args.seed)
+    if plan.second:
+        model = train_on(model, plan, train_glyphs)
     seconds = round(time.perf_counter() - begun)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, weights)
     report = measure(model, held_out_glyphs, 4000) | {
         "parameters": sum(value.numel() for value in model.parameters()),
-        "epochs": epochs,
+        "epochs": epochs + plan.second,
         "seed": args.seed,
         "training_seconds": seconds,
         "threads": args.threads,
