@@ -34,6 +34,7 @@ bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.precision
 	$(BIN)/python -m benchmarks.requests
 	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.evaluation
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.tables
 
@@ -46,10 +47,11 @@ kernels: $(VENV)/test-installed
 larger: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.larger
 
-# How far maps are off, and how well the estimate tells it: two minutes more. Then how many samples
-# Captum takes for the same error: half an hour more.
+# How far maps are off, how well the estimate tells it, and what metrics say of the built-in models: ten
+# minutes more. Then how many samples Captum takes for the same error: half an hour more.
 accuracy: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.judged
 	$(BIN)/python -m benchmarks.smoothgrad
 	$(BIN)/python -m benchmarks.tables
 

@@ -29,7 +29,7 @@ from benchmarks.tables import aligned, caption, error_text, time_text, times_tex
 from saliency_fast import evaluate as ev
 from saliency_fast.zoo import digits_cnn, held_out
 
-ROUNDS = 5
+ROUNDS = 3
 PATIENCE = 20.0
 """Seconds of one round from which one more is enough."""
 GREY = 0.5

@@ -9,8 +9,8 @@ under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the s
 (one line per race), "lean-cpu", "lean-gpu", "ops-cpu" or "ops-gpu"; "kernels" (what compilers make
 of every kernel), "kernels-summary" (one line per kernel), "kernels-gpu" (what was timed) or the
 same with "-summary" (only what is checked in or to be); "precision-cpu", "precision-gpu",
-"requests-cpu", "requests-gpu" (both also with "-summary"), "intervals", "methods-cpu",
-"methods-gpu", "smoothgrad" or "startup".
+"requests-cpu", "requests-gpu" (both also with "-summary"), "evaluation-cpu", "judged-cpu",
+"intervals", "methods-cpu", "methods-gpu", "smoothgrad" or "startup".
 """
 
 from __future__ import annotations
