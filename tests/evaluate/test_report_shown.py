@@ -72,8 +72,8 @@ def test_tables_have_headers_with_a_scope_and_pictures_have_words(shown):
 def test_the_page_says_what_a_reader_must_know(shown):
     text = Reader(shown.html()).text
     for told in (
-        "has signs passes for gradient, <b>&mine",
-        "has signs fails for",
+        "Has signs passes for gradient, <b>&mine",
+        "Has signs fails for",
         "PASS",
         "again of <b>&mine",
         "Note: the first is left out",
@@ -174,7 +174,7 @@ def test_a_check_that_a_control_passes_is_a_bad_sign():
     methods = {"a": -torch.ones(4, 12, 10)}
     controls = {"inverted": lambda model, x, target: -x}
     found = report(network(), pictures(), methods=methods, controls=controls, metrics=[Check()])
-    assert ("bad", "has signs passes for inverted too, which never asked the model: beware.") in (
+    assert ("bad", "Has signs passes for inverted too, which never asked the model: beware.") in (
         verdicts(found)
     )
 

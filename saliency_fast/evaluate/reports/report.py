@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,7 +94,9 @@ class Report:
         return self._intervals.get((method, metric))
 
     def best(self, metric: str) -> str | None:
-        """The method (no control) with the best mean; None where neither direction is better."""
+        """The method (no control) with the best mean; None where several share it, or where
+        neither direction is better.
+        """
         self._known(None, metric)
         better = self.metrics[metric].better
         found = {
@@ -103,7 +106,10 @@ class Report:
         }
         if not better or not found:
             return None
-        return (max if better == "higher" else min)(found, key=lambda name: found[name])
+        top = (max if better == "higher" else min)(found.values())
+        # Means of the same numbers may differ by rounding.
+        first = [name for name, mean in found.items() if math.isclose(mean, top)]
+        return first[0] if len(first) == 1 else None
 
     def gap(self, method: str, other: str, metric: str) -> Interval | None:
         """How much larger a method's mean is than another's on the same examples, paired."""
@@ -325,8 +331,8 @@ def _caveats(base: Subject, judged: Judged) -> tuple[str, ...]:
         found.append("the model gives probabilities already: no softmax is taken of them")
     if base.batch < FEW:
         found.append(
-            f"bootstrap intervals of fewer than about {FEW} examples are too narrow: here are "
-            f"{base.batch}"
+            f"bootstrap intervals of fewer than about {FEW} examples are too narrow: "
+            f"{'here is 1' if base.batch == 1 else f'here are {base.batch}'}"
         )
     return tuple(found + judged.caveats)
 

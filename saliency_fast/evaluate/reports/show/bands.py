@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from saliency_fast.evaluate.outcome import RESAMPLES, Curve
+from saliency_fast.evaluate.reports.show.words import told_as
 from saliency_fast.render.plots import Band, Plot
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def plot_of(report: Report, metric: str) -> Plot | None:
     if not bands:
         return None
     first = next(iter(curves.values()))
-    return Plot(metric.replace("_", " "), first.x_name, first.y_name, bands)
+    return Plot(told_as(metric), first.x_name, first.y_name, bands)
 
 
 def _band(report: Report, name: str, curve: Curve) -> Band | None:
@@ -41,7 +42,7 @@ def _band(report: Report, name: str, curve: Curve) -> Band | None:
     ends = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
     low, high = (times @ y / len(y)).quantile(ends, dim=0)
     return Band(
-        name,
+        told_as(name),
         tuple(curve.x.tolist()),
         tuple(y.mean(0).tolist()),
         tuple(low.tolist()),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.reports.show.bands import plot_of
+from saliency_fast.evaluate.reports.show.words import told_as
 from saliency_fast.render.files import encode
 from saliency_fast.render.frames import frames, grey, picture
 from saliency_fast.render.parts import Figure
@@ -50,20 +51,34 @@ def file_name(metric: str) -> str:
 
 
 def pictured(report: Report) -> bool:
-    """Whether inputs are pictures."""
-    return report.inputs.dim() == 4 and bool(report.maps)
+    """Whether inputs are pictures, volumes or clips."""
+    return report.inputs.dim() in (4, 5) and bool(report.maps)
+
+
+def slice_of(report: Report, row: int) -> int | None:
+    """Of a volume, the slice along its first axis (of a clip: the frame) with the most magnitude
+    over the methods, each of which counts as much; None for pictures.
+    """
+    if report.inputs.dim() != 5:
+        return None
+    names = [name for name in report.methods if name in report.maps] or list(report.maps)
+    held = [
+        report.maps[name][row].detach().double().cpu().abs().flatten(1).sum(1) for name in names
+    ]
+    return int(sum(one / one.sum().clamp_min(1e-300) for one in held).argmax())
 
 
 def figures_of(report: Report, row: int) -> tuple[Figure, ...]:
-    """An input and every map over it."""
+    """An input and every map over it; of a volume one slice, on the scale of all of it."""
     x = report.inputs[row : row + 1].detach().float().cpu()
-    box = _box(report, row)
-    found = [_figure(picture(x)[0], f"input {row}", "input", box)]
+    place = slice_of(report, row)
+    box = _box(report, row, place)
+    found = [_figure(_cut(picture(x)[0], place), f"input {row}", "input", box)]
     for name, maps in report.maps.items():
         shown = maps[row : row + 1].detach().float().cpu()
         drawn = frames(grey(x), shown, "signed", _PERCENTILE, _OPACITY)[0]
-        told = name.replace("_", " ")
-        found.append(_figure(drawn, f"map by {told} over input {row}", told, box))
+        told = told_as(name)
+        found.append(_figure(_cut(drawn, place), f"map by {told} over input {row}", told, box))
     return tuple(found)
 
 
@@ -73,11 +88,18 @@ def _figure(
     return Figure(encode(drawn, ".png"), "image/png", drawn.shape[1], alt, caption, box)
 
 
-def _box(report: Report, row: int) -> tuple[float, float, float, float] | None:
-    """The corners of the object's mask, as shares of the picture."""
+def _cut(drawn: Tensor, place: int | None) -> Tensor:
+    return drawn if place is None else drawn[place]
+
+
+def _box(report: Report, row: int, place: int | None) -> tuple[float, float, float, float] | None:
+    """The corners of the object's mask, as shares of the picture; None in slices without it."""
     if report.boxes is None:
         return None
-    inside = report.boxes[row].nonzero()
-    height, width = report.boxes[row].shape
+    mask = _cut(report.boxes[row], place)
+    inside = mask.nonzero()
+    if not len(inside):
+        return None
+    height, width = mask.shape
     (top, left), (bottom, right) = inside.amin(0).tolist(), (inside.amax(0) + 1).tolist()
     return left / width, top / height, (right - left) / width, (bottom - top) / height

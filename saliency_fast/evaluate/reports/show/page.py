@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from saliency_fast.evaluate.reports.entries import GROUPS
 from saliency_fast.evaluate.reports.show.bands import plot_of
 from saliency_fast.evaluate.reports.show.fields import meanings
-from saliency_fast.evaluate.reports.show.figures import SHOWN, figures_of, pictured
+from saliency_fast.evaluate.reports.show.figures import SHOWN, figures_of, pictured, slice_of
 from saliency_fast.evaluate.reports.show.plain import plain
 from saliency_fast.evaluate.reports.show.words import (
     interval_text,
@@ -74,9 +75,13 @@ def _lead(report: Report) -> str:
     )
     return (
         f"{methods} method{_s(methods)} judged by {len(report.metrics)} "
-        f"metric{_s(len(report.metrics))} on {count} example{_s(count)} to "
-        f"{report.provenance['model']}{beside}."
+        f"metric{_s(len(report.metrics))} on {count} example{_s(count)} shown to the model "
+        f"{report.provenance['model'].rpartition('.')[2]}{beside}."
     )
+
+
+def _told(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(told_as(name) for name in names)
 
 
 def _s(count: int) -> str:
@@ -88,7 +93,10 @@ def _means(report: Report) -> Table:
     groups = []
     for group in GROUPS:
         lines = [
-            Line(metric, one.better, tuple(_cell(report, name, metric) for name in report.names))
+            Line(
+                *(told_as(metric), one.better),
+                tuple(_cell(report, name, metric) for name in report.names),
+            )
             for metric, one in report.metrics.items()
             if entry_of(one, metric).group == group
         ]
@@ -98,7 +106,7 @@ def _means(report: Report) -> Table:
         "Means",
         f"Means over examples; below them their {share} bootstrap intervals. Arrows point to "
         "better; a star marks the best method. Controls do not compete: a good map beats them.",
-        (("methods", report.methods), ("controls", report.controls)),
+        (("methods", _told(report.methods)), ("controls", _told(report.controls))),
         tuple(groups),
     )
 
@@ -128,7 +136,7 @@ def _comparisons(report: Report) -> Table:
     for metric, one in report.metrics.items():
         cells = tuple(_gap(found.get(metric), one.better) for found in gaps.values())
         if any(metric in found for found in gaps.values()):
-            lines.append(Line(metric, one.better, cells))
+            lines.append(Line(told_as(metric), one.better, cells))
     count = sum(len(found) for found in gaps.values())
     chance = (1.0 - report.confidence) * count
     return Table(
@@ -136,7 +144,7 @@ def _comparisons(report: Report) -> Table:
         f"How much larger the mean is than that of {told_as(first)} on the same examples, "
         f"with the {100.0 * report.confidence:g} % bootstrap interval of the paired differences. "
         f"Of these {count} comparisons about {chance:.2g} would exclude zero by chance alone.",
-        (("methods", tuple(gaps)),),
+        (("methods", _told(gaps)),),
         (("", tuple(lines)),),
     )
 
@@ -219,7 +227,7 @@ def _matrices(report: Report) -> tuple[Matrix, ...]:
     if report.agreement is None:
         return ()
     told = plain(report.agreement)
-    names = tuple(told["names"])
+    names = _told(told["names"])
     found = []
     for name, rows in told.items():
         square = isinstance(rows, list) and len(rows) == len(names)
@@ -231,10 +239,14 @@ def _matrices(report: Report) -> tuple[Matrix, ...]:
 
 
 def _example(report: Report, row: int) -> str:
-    if report.classes is None or report.classes.dim() != 1:
-        return f"Example {row}"
-    number = int(report.classes[row])
-    return f"Example {row}: {report.labels.get(number, f'class {number}')}"
+    found = f"Example {row}"
+    if report.classes is not None and report.classes.dim() == 1:
+        number = int(report.classes[row])
+        found += f": {report.labels.get(number, f'class {number}')}"
+    place = slice_of(report, row)
+    if place is not None:
+        found += f", slice {place + 1} of {report.inputs.shape[2]}, where the maps are strongest"
+    return found
 
 
 def _facts(report: Report) -> tuple[tuple[str, str], ...]:

@@ -11,7 +11,14 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from saliency_fast.evaluate.reports.show.words import BAD, GOOD, interval_text, unmeasured, verdicts
+from saliency_fast.evaluate.reports.show.words import (
+    BAD,
+    GOOD,
+    interval_text,
+    told_as,
+    unmeasured,
+    verdicts,
+)
 
 if TYPE_CHECKING:
     from saliency_fast.evaluate.reports.report import Report
@@ -47,7 +54,7 @@ def tables(report: Report, width: int) -> Iterator[Table | Text | Group]:
         style="dim",
     )
     yield Text()
-    first = max([8, *(len(name) + 2 for name in report.metrics)])
+    first = max([8, *(len(told_as(name)) + 2 for name in report.metrics)])
     fitting = max(1, (width - first) // (_CELL + 2))
     blocks = math.ceil(len(report.names) / fitting)
     each = math.ceil(len(report.names) / blocks)
@@ -73,7 +80,7 @@ def _table(report: Report, names: tuple[str, ...]) -> Table:
     for metric, one in report.metrics.items():
         better = one.better
         cells = [_cell(report, name, metric) for name in names]
-        label = Text(f"{metric.replace('_', ' ')} {ARROWS[better]}")
+        label = Text(f"{told_as(metric)} {ARROWS[better]}")
         table.add_row(label, *cells)
     return table
 
@@ -96,11 +103,11 @@ def _cell(report: Report, name: str, metric: str) -> Text:
 
 
 def _folded(name: str) -> str:
-    """A name in lines of about a cell's width, broken at its underscores."""
+    """A name in lines of about a cell's width, broken between its words."""
     lines = [""]
-    for part in name.replace("_", "_ ").split():
-        if lines[-1] and len(lines[-1]) + len(part) > _CELL:
+    for part in told_as(name).split():
+        if lines[-1] and len(lines[-1]) + 1 + len(part) > _CELL:
             lines.append(part)
         else:
-            lines[-1] += part
-    return "\n".join(lines).replace("_", " ")
+            lines[-1] += f" {part}" if lines[-1] else part
+    return "\n".join(lines)

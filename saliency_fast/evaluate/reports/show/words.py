@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from saliency_fast.evaluate.outcome import Interval
-from saliency_fast.evaluate.reports.entries import FAITHFULNESS, LOCALISATION
+from saliency_fast.evaluate.reports.entries import FAITHFULNESS, LOCALISATION, SANITY
+from saliency_fast.evaluate.reports.report import FEW
 from saliency_fast.evaluate.reports.suite import entry_of
 
 if TYPE_CHECKING:
@@ -16,6 +17,22 @@ if TYPE_CHECKING:
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 Said = tuple[str, str]
 """GOOD, BAD or PLAIN, and a sentence."""
+_SPELLED = {
+    "road": "ROAD",
+    "top_k_iou": "top-k IoU",
+    "sensitivity_n": "sensitivity-n",
+    "max_sensitivity": "max-sensitivity",
+    "sanity_independent": "sanity layer by layer",
+    "smoothgrad": "SmoothGrad",
+    "vargrad": "VarGrad",
+    "deeplift": "DeepLIFT",
+    "lime": "LIME",
+    "rise": "RISE",
+    "lrp": "LRP",
+}
+"""Names that are more than words with underscores between them."""
+_SANE = ": the maps depend on what the model has learned"
+_INSANE = ": maps of a model that has learned nothing look much the same"
 
 
 def verdicts(report: Report) -> list[Said]:
@@ -28,7 +45,7 @@ def verdicts(report: Report) -> list[Said]:
     count = len(report.unmeasured)
     if count:
         said.append((PLAIN, f"{count} of the table's cells could not be measured; see below why."))
-    return said
+    return [(kind, text[:1].upper() + text[1:]) for kind, text in said]
 
 
 def unmeasured(report: Report) -> list[tuple[str, str]]:
@@ -65,10 +82,11 @@ def _checks(report: Report) -> list[Said]:
         bad = [name for name, one in passed.items() if not one and name not in report.controls]
         fooled = [name for name, one in passed.items() if one and name in report.controls]
         caught = [name for name, one in passed.items() if not one and name in report.controls]
+        sanity = entry_of(report.metrics[metric], metric).group == SANITY
         if good:
-            said.append((GOOD, f"{told} passes for {_and(good)}."))
+            said.append((GOOD, f"{told} passes for {_and(good)}{_SANE if sanity else ''}."))
         if bad:
-            said.append((BAD, f"{told} FAILS for {_and(bad)}."))
+            said.append((BAD, f"{told} FAILS for {_and(bad)}{_INSANE if sanity else ''}."))
         if caught:
             said.append((PLAIN, f"{told} fails for {_and(caught)}, as it should."))
         if fooled:
@@ -84,27 +102,43 @@ def _against_controls(report: Report) -> list[Said]:
         for name, metric in report.metrics.items()
         if entry_of(metric, name).group in (FAITHFULNESS, LOCALISATION) and metric.better
     ]
-    said: list[Said] = []
+    # Methods of which the same is true share a sentence.
+    shared: dict[Said, list[str]] = {}
     for method in report.methods:
-        ahead, level = [], []
+        ahead: list[str] = []
+        level: dict[tuple[str, ...], list[str]] = {}
         for metric in asked:
             gaps = {
                 control: verdict_of(gap, report.metrics[metric].better)
                 for control in report.controls
                 if (gap := report.gap(method, control, metric)) is not None
             }
-            unbeaten = [control for control, one in gaps.items() if one != "better"]
+            unbeaten = tuple(control for control, one in gaps.items() if one != "better")
             if unbeaten:
-                level.append(f"{told_as(metric)} ({_and(unbeaten)})")
+                level.setdefault(unbeaten, []).append(metric)
             elif gaps:
                 ahead.append(metric)
-        told = told_as(method)
-        every = "every control" if len(report.controls) > 1 else "the control"
         if ahead:
-            said.append((GOOD, f"{told} is clearly better than {every} by {_and(ahead)}."))
+            few = len(report.inputs) < FEW
+            how = "better, on these few examples," if few else "clearly better"
+            text = f"{how} than {_controls(report, 'every')} by {_and(ahead)}."
+            shared.setdefault((GOOD, text), []).append(method)
         if level:
-            said.append((BAD, f"{told} is not clearly better than controls by {_and(level)}."))
-    return said
+            every = _controls(report, "any")
+            parts = [
+                f"than {every if len(one) == len(report.controls) else _and(one)} by {_and(metrics)}"
+                for one, metrics in level.items()
+            ]
+            text = f"not clearly better {', nor '.join(parts)}."
+            shared.setdefault((BAD, text), []).append(method)
+    return [
+        (kind, f"{_and(names)} {'is' if len(names) == 1 else 'are'} {text}")
+        for (kind, text), names in shared.items()
+    ]
+
+
+def _controls(report: Report, which: str) -> str:
+    return f"{which} control" if len(report.controls) > 1 else "the control"
 
 
 def _winners(report: Report) -> str:
@@ -146,7 +180,7 @@ def _and(names: Sequence[str] | Mapping[str, object]) -> str:
 
 def told_as(name: str) -> str:
     """A name in a sentence."""
-    return name.replace("_", " ")
+    return _SPELLED.get(name, name.replace("_", " "))
 
 
 def interval_text(interval: Interval) -> tuple[str, str]:
