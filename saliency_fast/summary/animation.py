@@ -126,9 +126,10 @@ def _check(inputs: object, frames: object) -> None:
     if not isinstance(inputs, Tensor):
         raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
     if len(inputs) != 1 or inputs.dim() not in (4, 5):
+        cure = "pass x[:1]" if inputs.dim() in (4, 5) else "features and signals have no pictures"
         raise InputError(
             "an animation is of one image, video or volume [1, C, *spatial]: got "
-            f"{list(inputs.shape)}; pass x[:1]"
+            f"{list(inputs.shape)}; {cure}"
         )
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         raise InputError(f"frames must be a whole number, 1 or more: got {frames!r}")

@@ -57,6 +57,8 @@ def _against(facts: Facts, tell: Teller) -> str | None:
     if facts["evidence"]["negative_share"] <= AGAINST or facts["evidence"]["positive"] == 0:
         return None
     share = tell.share("evidence", "negative_share")
+    if facts["class"] is None:
+        return f"More evidence lowers the output than raises it: {share}."
     return f"More evidence speaks against {facts['name']} than for it: {share}."
 
 
@@ -127,6 +129,16 @@ def _contradicted(facts: Facts, tell: Teller) -> str | None:
     if facts["removal"] is None or any(one["change"] < 0 for one in facts["removal"].values()):
         return None
     what = "the output" if facts["class"] is None else f"the score of {facts['name']}"
+    before = facts["probability"]
+    if before is not None and all(
+        one["probability"] is not None and one["probability"] < before
+        for one in facts["removal"].values()
+    ):
+        return (
+            f"Removing the strongest region lowers the probability of {facts['name']} only because "
+            f"other classes gain: {what}, which the map explains, does not fall, so the map is not "
+            "borne out."
+        )
     return f"Removing the strongest region does not lower {what}, so the map is not borne out."
 
 
