@@ -17,6 +17,8 @@ from saliency_fast.render.parts import number_text, percent_text
 
 # Wide enough for whole rows where the output is a file or a pipe.
 _PIPED = 160
+# Sentences read well in less; what they need beside them folds.
+_PROSE, _NEEDS = 100, 12
 
 
 def show_methods() -> int:
@@ -42,9 +44,11 @@ def show_metrics() -> int:
 
     needs = {"masks": "boxes", "method": "to explain again"}
     table = _table("metric", "what it asks", "needs", "fields")
+    table.columns[2].max_width = _NEEDS
     for name, entry in ENTRIES.items():
         kind = METRICS[name]
-        fields = [f"{one}={value!r}" for one, value in fields_of(kind).items()]
+        given = {**fields_of(kind), **entry.fields}
+        fields = [f"{one}={_short(value)}" for one, value in given.items()]
         needed = [needs.get(one, one) for one in kind.needs]
         table.add_row(
             Text(name),
@@ -52,8 +56,12 @@ def show_metrics() -> int:
             Text(", ".join(needed) or "maps alone"),
             Text(", ".join(fields) or "none"),
         )
-    _print(table)
+    _print(table, _PROSE)
     return 0
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 def show_backends() -> int:
@@ -138,6 +146,6 @@ def _table(*heads: str) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
+def _print(table: Table, piped: int = _PIPED) -> None:
     console = Console()
-    (console if console.is_terminal else Console(width=_PIPED)).print(table)
+    (console if console.is_terminal else Console(width=piped)).print(table)

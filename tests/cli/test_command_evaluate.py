@@ -168,6 +168,10 @@ def test_metrics_are_listed_with_their_fields(capsys):
     printed = capsys.readouterr().out
     assert "deletion" in printed
     assert "substrate='zero'" in printed
+    assert max(len(line) for line in printed.splitlines()) <= 100
+    # Entries that are one class with other fields show their own.
+    alone = printed[printed.index("sanity_independent") :]
+    assert alone.index("order='independent'") < alone.index("max_sensitivity")
 
 
 CORNERS = [[0, 1, 5, 6], [2, 2, 4, 9]]
