@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError
@@ -65,7 +66,8 @@ def slice_of(report: Report, row: int) -> int | None:
     held = [
         report.maps[name][row].detach().double().cpu().abs().flatten(1).sum(1) for name in names
     ]
-    return int(sum(one / one.sum().clamp_min(1e-300) for one in held).argmax())
+    shares = [one / one.sum().clamp_min(1e-300) for one in held]
+    return int(torch.stack(shares).sum(0).argmax())
 
 
 def figures_of(report: Report, row: int) -> tuple[Figure, ...]:

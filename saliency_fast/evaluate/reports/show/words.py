@@ -126,7 +126,7 @@ def _against_controls(report: Report) -> list[Said]:
         if level:
             every = _controls(report, "any")
             parts = [
-                f"than {every if len(one) == len(report.controls) else _and(one)} by {_and(metrics)}"
+                f"than {every if one == report.controls else _and(one)} by {_and(metrics)}"
                 for one, metrics in level.items()
             ]
             text = f"not clearly better {', nor '.join(parts)}."
