@@ -1,5 +1,6 @@
 // winograd: 3x3 convolutions by F(4x4, 3x3), in blocks of tiles whose transforms stay in the
 // second-level cache. Each input is read once and a quarter, each output written once.
+#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/conv2d.h>
 #include <ATen/ops/zeros.h>
@@ -189,7 +190,9 @@ void convolve(const Kernels& run, const Shape& s, const std::vector<int64_t>& st
 
 at::Tensor transformed(const Shape& s, const at::Tensor& x, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias) {
-  static const bool wide = __builtin_cpu_supports("x86-64-v4");
+  // As PyTorch's own kernels, by ATEN_CPU_CAPABILITY too.
+  static const bool wide =
+      __builtin_cpu_supports("x86-64-v4") && at::get_cpu_capability() == "AVX512";
   const Kernels& run = wide ? avx512::kKernels : avx2::kKernels;
   at::Tensor y =
       at::empty({s.batch, s.out, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);

@@ -17,7 +17,7 @@ from saliency_fast.model.targets import PREDICTED, Target, Targets, read_targets
 
 OUTPUTS = ("softmax", "logit")
 SUMS = 1e-4
-"""How far the sum of outputs may be from one for them to be probabilities already."""
+"""How far the sum of outputs may be from one for them to be probabilities already, in float32."""
 UNTOLD = -1.0
 """What is neither a probability nor a class; the engine refuses NaN."""
 
@@ -107,14 +107,18 @@ class Reading:
         if output.shape[1] == 1:
             return _alone(score)
         return torch.cat(
-            [score, probabilities(wide).gather(1, classes), decision.to(wide.dtype)], 1
+            [score, probabilities(output, wide).gather(1, classes), decision.to(wide.dtype)], 1
         )
 
 
-def probabilities(output: Tensor) -> Tensor:
-    """Softmax of outputs [R, C]; rows that are probabilities already stay as they are."""
-    told = (output >= 0).all(1) & ((output.sum(1) - 1.0).abs() < SUMS)
-    return torch.where(told[:, None], output, output.softmax(1))
+def probabilities(output: Tensor, wide: Tensor) -> Tensor:
+    """Softmax of outputs [R, C]; rows that are probabilities already stay as they are.
+
+    wide: the outputs in the type of the result. Half types round probabilities, and their sum.
+    """
+    slack = max(SUMS, torch.finfo(output.dtype).eps) if output.is_floating_point() else SUMS
+    told = (wide >= 0).all(1) & ((wide.sum(1) - 1.0).abs() < slack)
+    return torch.where(told[:, None], wide, wide.softmax(1))
 
 
 def _alone(score: Tensor) -> Tensor:

@@ -88,5 +88,6 @@ winograd = define(
 """winograd(x [N, C, H, W], weight [D, C, 3, 3], bias [D] | None, padding (2)) -> [N, D, *] channels
 last: the convolution of stride 1 in float32, by F(4x4, 3x3) (Winograd, 1980; Lavin and Gray, 2016)
 at the points 0, +-sqrt(1/2), +-sqrt(2) and infinity, which keep its error near that of a direct one
-(Barabasz et al., 2020). C and D are multiples of 16. An image's result does not depend on its
-launch. GPUs take the reference: cuDNN has its own."""
+(Barabasz et al., 2020). Errors are shares of the largest number of a tile of 6x6 pixels, and NaN or
+infinity spreads over its 4x4 outputs. C and D are multiples of 16. An image's result does not
+depend on its launch. GPUs take the reference: cuDNN has its own."""

@@ -51,9 +51,9 @@ class Reading:
         score = score if score.dtype in (torch.float32, torch.float64) else score.float()
         rest = score.new_full((len(item), 5), UNTOLD)
         if self.classes is not None:
-            output = tensor_of(raw).detach().to(score.dtype)
+            output = tensor_of(raw).detach()
             if output.shape[1] > 1:
-                shares = probabilities(output)
+                shares = probabilities(output, output.to(score.dtype))
                 best = shares.topk(2, dim=1)
                 own = shares.gather(1, self.classes[item][:, None])
                 rest = torch.cat([own, best.indices.to(own.dtype), best.values], 1)

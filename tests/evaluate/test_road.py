@@ -120,9 +120,9 @@ def test_neither_batch_nor_launches_matter() -> None:
 def test_digits_beat_random_maps() -> None:
     model, samples = digits_cnn(), held_out()
     x, target = samples.images[:16], samples.labels[:16]
-    maps = sf.explain(model, x, method="integrated_gradients", target=target)
+    maps = sf.explain(model, x, method="occlusion", target=target)
     noise = random_map(model, x, target)
-    ours, theirs = (Road()(model, x, one, target=target) for one in (maps, noise))
+    ours, theirs = (Road((0.1, 0.2, 0.3))(model, x, one, target=target) for one in (maps, noise))
     assert ours.over(theirs).high < 0
 
 

@@ -178,10 +178,11 @@ def test_digits_beat_random_maps() -> None:
         return metric(model, x, maps, target=target).over(noise).low > 0.1
 
     maps = sf.explain(model, x, method="integrated_gradients", target=target)
-    assert better(SensitivityN((0.1, 0.3), 30, patch=8), maps)
-    assert better(FaithfulnessCorrelation(0.2, 30, patch=8), maps)
-    maps = sf.explain(model, x, method="occlusion", target=target)
     assert better(SensitivityN((0.01, 0.1), 30), maps)
+    assert better(FaithfulnessCorrelation(0.2, 30, patch=8), maps)
+    # Windows tell of places that go together.
+    maps = sf.explain(model, x, method="occlusion", target=target)
+    assert better(SensitivityN((0.1, 0.3), 30, patch=8), maps)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelE
 from saliency_fast.evaluate.metrics.completeness import Completeness
 from saliency_fast.evaluate.metrics.curves import Deletion, Insertion
 from saliency_fast.evaluate.metrics.localisation import EnergyInBox, PointingGame, TopKIoU
+from saliency_fast.evaluate.scores import SUMS, probabilities
 from saliency_fast.evaluate.subject import read_subject
 from tests.models import Image, Tabular, make, randn
 
@@ -249,3 +250,11 @@ def test_boxes_and_masks_are_the_same_thing() -> None:
         subject = read_subject(None, x, x, boxes=given)
         assert subject.masks is not None
         assert torch.equal(subject.masks, masks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_probabilities_of_half_types_stay_as_they_are(dtype: torch.dtype) -> None:
+    output = randn(64, 50).float().softmax(1).to(dtype)
+    # Rounded one by one, they do not add up to one to four digits.
+    assert ((output.float().sum(1) - 1.0).abs() > SUMS).any()
+    assert torch.equal(probabilities(output, output.float()), output.float())

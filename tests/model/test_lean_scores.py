@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,6 +76,41 @@ def test_not_a_number_stays_with_the_pixels_that_see_it() -> None:
     found = ops.winograd(x, weight, bias, ONE)
     assert found[1, :, 4:7, 4:7].isnan().all()
     assert found[::2].isfinite().all()
+
+
+@native
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_small_and_large_numbers_are_like_any(scale: float) -> None:
+    x, weight, bias = layer(32, 48, 9)
+    want = F.conv2d(x.double() * scale, weight.double(), padding=1)
+    assert relative(ops.winograd(x * scale, weight, None, ONE), want) < 1e-6
+    assert ops.winograd(x * scale, weight, bias, ONE).isfinite().all()
+
+
+NARROW = """
+import sys, torch, saliency_fast.ops as ops
+case = torch.load(sys.argv[1])
+assert torch.backends.cpu.get_cpu_capability() == "AVX2"
+torch.save([ops.winograd(*args) for args in case], sys.argv[2])
+"""
+
+
+@native
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the narrow version is this one"
+)
+def test_every_instruction_set_gives_the_same_bits(tmp_path: Path) -> None:
+    cases = [
+        (*layer(channels, outputs, side), [p, p])
+        for channels, outputs, side, p in ((16, 80, 9, 1), (48, 112, 5, 0), (32, 16, 1, 2))
+    ]
+    given, found = tmp_path / "given.pt", tmp_path / "found.pt"
+    torch.save(cases, given)
+    variables = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-c", NARROW, str(given), str(found)]
+    subprocess.run(command, env=variables, check=True)
+    for args, narrow in zip(cases, torch.load(found), strict=True):
+        assert torch.equal(narrow, ops.winograd(*args))
 
 
 @native
