@@ -127,7 +127,7 @@ class Recipe:
     example gets, about, or what tells it of a call's inputs and features; layers: where they look
     inside of the model, "auto" for its last spatial layer; second: whether any of them asks for
     second derivatives; features: whether they look at which elements go together; held: maps that
-    they hold at once.
+    they hold at once, 0 where none comes of them.
     """
 
     family: Family

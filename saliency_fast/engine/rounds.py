@@ -246,8 +246,9 @@ class RoundsRun(Run):
     def try_launch(self, rows: int, arena: Arena) -> None:
         """A launch of the first example, `rows` times, in `arena`; nothing is kept of it."""
         item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
-        points = tuple(x[item] for x in self.call.inputs)
         with arena.launch():
+            # Inside, as launches write theirs: what is laid out holds them.
+            points = tuple(x[item] for x in self.call.inputs)
             if self.recipe.second:
                 Directional.of(self.function, summed).gradients(points, item)
             elif self.recipe.gradients and self.recipe.rules is None:

@@ -27,9 +27,13 @@ def masks_of(boxes: Any, inputs: Tensor) -> Tensor:
     boxes = boxes.to(inputs.device)
     if boxes.dtype == torch.bool:
         return _masks(boxes, len(inputs), spatial)
-    if boxes.is_floating_point() or boxes.is_complex():
-        raise InputTypeError(f"boxes must be whole numbers or bool masks: got {boxes.dtype}")
+    if boxes.numel() and (boxes.is_floating_point() or boxes.is_complex()):
+        raise InputTypeError(
+            f"boxes must be whole numbers or bool masks: got {boxes.dtype}; use .long() or .bool()"
+        )
     if boxes.shape != (len(inputs), 2 * len(spatial)):
+        if boxes.shape in ((len(inputs), *spatial), (len(inputs), 1, *spatial)):
+            raise InputTypeError(f"masks must be bool: got {boxes.dtype}; use .bool()")
         raise InputError(
             f"boxes must be [B, {2 * len(spatial)}], the starts and then the stops of each axis, or"
             f" masks {[len(inputs), *spatial]}: got {list(boxes.shape)} for {len(inputs)} inputs"

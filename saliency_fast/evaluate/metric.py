@@ -20,6 +20,13 @@ from saliency_fast.model.targets import Target
 NEEDS = ("model", "masks", "method")
 """What a metric may need of a `Subject` beside inputs and maps."""
 
+_CURES = {
+    "model": "needs model, which it asks: got None; pass the model",
+    "masks": "needs boxes or masks, which say where the object is: got None; pass boxes=",
+    "method": "needs method, since it explains again: got None; pass method= a method, its name or "
+    "a function (model, inputs, target) -> maps",
+}
+
 
 class Metric:
     """Base of the metrics: frozen dataclasses of options, called with what they judge.
@@ -66,8 +73,7 @@ class Metric:
         """The outcome for what was checked already."""
         missing = self.missing(subject)
         if missing:
-            cure = {"model": "the model", "masks": "boxes=", "method": "method="}
-            raise InputError(f"{self.name} needs {missing}: pass {cure[missing]}")
+            raise InputError(f"{self.name} {_CURES[missing]}")
         found = self._judge(subject)
         caveats = subject.caveats if "model" in self.needs else ()
         parameters = self._parameters() | dict(found.parameters)

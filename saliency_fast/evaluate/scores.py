@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, ModelError
+from saliency_fast.model.precision import HALVES
 from saliency_fast.model.targets import PREDICTED, Target, Targets, read_targets, tensor_of
 
 OUTPUTS = ("softmax", "logit")
@@ -48,6 +49,10 @@ class Running:
     def cast(self, inputs: Tensor) -> Tensor:
         """Inputs as the model takes them."""
         return inputs if self.dtype is None else inputs.to(self.dtype)
+
+    def taking(self, dtype: torch.dtype) -> Running:
+        """The same for a model that takes inputs of that type."""
+        return replace(self, dtype=dtype) if dtype in HALVES else self
 
     def arguments(self) -> dict[str, Any]:
         """What calls of an engine take."""

@@ -164,9 +164,7 @@ def read_subject(
             "forward_args"
         )
     (x,), _ = read_inputs(inputs)
-    running = running or Running()
-    if x.dtype != inputs.dtype:
-        running = replace(running, dtype=inputs.dtype)
+    running = (running or Running()).taking(inputs.dtype)
     if isinstance(maps, Attribution):
         past = maps.provenance
         # Class activation maps look at a layer, and are of the inputs.

@@ -1,5 +1,7 @@
 """FGSM and PGD: as written in the papers, inside of ball and bounds, and the model untouched."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -179,6 +181,19 @@ def test_tables_and_models_with_softmax_inside() -> None:
     found = pgd(model, x, "predicted", 1.0, steps=10)
     assert found.inputs.shape == x.shape
     assert int(found.fooled.sum()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_models(small, dtype) -> None:
+    model, x, _ = small
+    half = deepcopy(model).float().to(dtype)
+    for attack in (fgsm, pgd):
+        found = attack(half, x.to(dtype), "predicted", 0.3)
+        assert found.inputs.dtype == dtype
+        assert torch.equal(half(found.inputs).argmax(1), found.after)
+        # The ball's edge is rounded to the type of the model.
+        far = (found.inputs.double() - x.to(dtype).double()).abs().amax()
+        assert 0.0 < float(far) <= 0.3 + 2 * torch.finfo(dtype).eps * float(x.abs().max())
 
 
 @pytest.mark.parametrize(

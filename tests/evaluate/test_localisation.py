@@ -189,5 +189,5 @@ def test_what_does_not_fit_the_maps_is_told() -> None:
         TopKIoU(4)(None, x, x, boxes=boxes)
     with pytest.raises(InputError, match="smooth needs maps with spatial axes"):
         PointingGame(smooth=0.1)(None, x, x, boxes=boxes)
-    with pytest.raises(InputError, match="pointing game needs masks: pass boxes="):
+    with pytest.raises(InputError, match=r"pointing game needs boxes or masks.*pass boxes="):
         PointingGame()(None, x, x)

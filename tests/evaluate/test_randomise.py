@@ -192,6 +192,10 @@ def test_scripted_and_compiled_models() -> None:
     copy = drawn(scripted, torch.randn(1, 1, 8, 8))
     assert all(copy.draw(number, 0) for number in range(len(copy.layers)))
     assert torch.equal(scripted[0].weight, model[0].weight)
+    for number in range(len(copy.layers)):
+        copy.restore(number)
+    expected = scripted.state_dict()
+    assert all(torch.equal(one, expected[name]) for name, one in copy.model.state_dict().items())
     compiled = torch.compile(model)
     assert names(drawn(compiled, torch.randn(1, 1, 8, 8))) == ["1", "0"]
 

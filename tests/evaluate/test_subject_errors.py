@@ -71,9 +71,14 @@ def _judge(metric: Any = METRICS[0], **given: Any) -> Any:
         ({"boxes": [[0, 0, 3, 3]]}, InputError, r"got \[1, 4\] for 2 inputs"),
         ({"boxes": [[0, 0, 3]] * 2}, InputError, r"boxes must be \[B, 4\].*got \[2, 3\]"),
         ({"boxes": [[0, 0, 3, 5], [1]]}, InputTypeError, "boxes must be a tensor of corners"),
-        ({"boxes": [[0.0, 0, 3, 5]] * 2}, InputTypeError, "whole numbers or bool masks"),
+        ({"boxes": [[0.0, 0, 3, 5]] * 2}, InputTypeError, "whole numbers or bool masks.*.long()"),
+        (
+            {"boxes": torch.ones(2, 12, 12).long()},
+            InputTypeError,
+            "masks must be bool: got.*bool()",
+        ),
         ({"boxes": "box"}, InputTypeError, "boxes must be a tensor of corners or masks: got str"),
-        ({"boxes": []}, InputTypeError, "boxes must be whole numbers or bool masks"),
+        ({"boxes": []}, InputError, r"boxes must be \[B, 4\].*got \[0\] for 2 inputs"),
         ({"boxes": torch.zeros(2, 12, 12).bool()}, InputError, "masks must hold something"),
         ({"boxes": torch.ones(2, 9, 12).bool()}, InputError, r"expected \[2, 12, 12\]"),
         ({"method": "grad"}, InputError, "method must be one of gradient"),
@@ -153,7 +158,7 @@ def test_other_targets_have_logits(target: Any) -> None:
         ({"target": 5}, InputError, "target must lie in the model's 5 classes: got 5"),
         ({"target": [0, 9]}, InputError, "got 9, expected 0 to 4"),
         ({"target": None}, InputError, "target is missing"),
-        ({"model": None}, InputError, "deletion needs model: pass the model"),
+        ({"model": None}, InputError, "deletion needs model.*pass the model"),
         ({"model": 3}, InputTypeError, "model must be callable: got int"),
         ({"model": lambda x: "text"}, ModelError, "must return a tensor"),
         ({"model": lambda x: x}, InputError, r"returns \[B, classes\]: got \[1, 3, 12, 12\]"),
@@ -172,6 +177,15 @@ def test_what_the_model_says_is_checked(
 ) -> None:
     with pytest.raises(raised, match=words):
         _judge(**given)
+
+
+@pytest.mark.parametrize("metric", [Deletion(steps=4), Insertion(steps=4)])
+def test_budgets_bind_points_and_not_maps_that_are_never_made(metric: Any) -> None:
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(3 * 48 * 48, 5)).double(), randn(16, 3, 48, 48)
+    expected = metric(model, x, x, target=1)
+    # One map of every example would be 0.9 MB, and one point is a tenth of that.
+    found = metric(model, x, x, target=1, memory_budget="1MiB")
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-12)
 
 
 def test_maps_of_layers_and_of_several_targets_are_refused() -> None:

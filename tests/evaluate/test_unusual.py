@@ -222,6 +222,19 @@ def test_tables_volumes_and_functions() -> None:
     assert found.reference.left_out == ("net",)
 
 
+def test_half_models() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        layers = nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 4)
+        model = nn.Sequential(*layers).bfloat16()
+        x, others = (torch.rand(count, 2, 8, 8).bfloat16() for count in (6, 40))
+    found = adversarial_score(model, x, others, "gradient")
+    assert bool(found.scores.isfinite().all())
+    labels = model(x).argmax(1)
+    measured = attack_roc(model, x, labels, others, "gradient", 0.3, steps=3)
+    assert measured.tried == 6
+
+
 def test_bad_references_and_maps(digits) -> None:
     model, x, labels = digits
     with pytest.raises(InputError, match="too few: got 19"):

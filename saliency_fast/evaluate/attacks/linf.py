@@ -151,7 +151,7 @@ class CrossEntropy:
 
 def ascent(engine: Engine, x: Tensor, classes: Tensor, running: Running) -> Tensor:
     """The gradient of the cross-entropy of classes int64 [B] at x [B, *], by an engine of it."""
-    values = engine(x, CrossEntropy(classes), **running.arguments()).values
+    values = engine(running.cast(x), CrossEntropy(classes), **running.arguments()).values
     assert isinstance(values, Tensor)
     return values[:, 0]
 
@@ -183,8 +183,8 @@ class _Victim:
             raise InputTypeError(f"model must be callable: got {type(model).__name__}")
         if not isinstance(x, Tensor):
             raise InputTypeError(f"x must be one tensor: got {type(x).__name__}")
-        (x,), _ = read_inputs(x)
-        running = running or Running()
+        (x,), (dtype,) = read_inputs(x)
+        running = (running or Running()).taking(dtype)
         limits = read_bounds(bounds, x)
         before = decisions(model, x, running, target)
         classes = classes_of(target, before)
@@ -206,6 +206,7 @@ class _Victim:
         low, high = (one.item() if one.numel() == 1 else list(one.shape) for one in self.bounds)
         parameters = {**about, "targeted": self.targeted, "bounds": [low, high]}
         after = decisions(self.model, x, self.running)
+        x = self.running.cast(x)
         return Attacked(x, self.classes, self.before, after, self.targeted, parameters)
 
 

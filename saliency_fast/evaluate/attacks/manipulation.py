@@ -186,7 +186,7 @@ class _Hunt:
 
     def _gradient(self, x: Tensor) -> Tensor:
         running = self.subject.running
-        values = self.homing(x, self.subject.classes, **running.arguments()).values
+        values = self.homing(running.cast(x), self.subject.classes, **running.arguments()).values
         assert isinstance(values, Tensor)
         return values if values.dim() == 2 else values.sum(1)
 
@@ -201,7 +201,7 @@ class _Hunt:
         steering = Steering(recipe, direction, self.how.points, step, self.how.softplus)
         engine = running.engine(self.model, steering)
         baseline = None if recipe.baseline == "none" else self.subject.baseline
-        found = engine(x, classes, baseline, **running.arguments()).values
+        found = engine(running.cast(x), classes, baseline, **running.arguments()).values
         assert isinstance(found, Tensor)
         return found
 

@@ -237,8 +237,8 @@ def _right(model: Model, inputs: Tensor, labels: Target, running: Running) -> tu
     """The inputs that the model is right about, and their classes."""
     if not isinstance(inputs, Tensor):
         raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
-    (x,), _ = read_inputs(inputs)
-    before = decisions(model, x, running, labels)
+    (x,), (dtype,) = read_inputs(inputs)
+    before = decisions(model, x, running.taking(dtype), labels)
     classes = classes_of(labels, before)
     right = before == classes
     if not bool(right.any()):
@@ -246,7 +246,7 @@ def _right(model: Model, inputs: Tensor, labels: Target, running: Running) -> tu
             "labels: the model is right about none of the inputs, so that none can be attacked; "
             f"got {classes[:8].tolist()}, decided {before[:8].tolist()}"
         )
-    return x[right], classes[right]
+    return x[right].to(dtype), classes[right]
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,13 +262,13 @@ class _Explained:
         """Maps [B, *spatial] of inputs [B, C, *spatial]."""
         if not isinstance(inputs, Tensor):
             raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
-        (x,), _ = read_inputs(inputs)
+        (x,), (dtype,) = read_inputs(inputs)
         subject = Subject(
             self.model,
             *(x, x, target),
             method=self.method,
             baseline=self.baseline,
-            running=self.running,
+            running=self.running.taking(dtype),
         )
         values = subject.explain(x)
         return values if values.dim() == 2 else values.sum(1)

@@ -73,12 +73,14 @@ class Randomised:
     def restore(self, number: int) -> None:
         """Brings the layer `layers[number]` back to what the model has."""
         layer = self.layers[number]
-        source = self._source.get_submodule(layer.name)
+        # Modules of torch.jit know no get_submodule, and their tables no get.
+        source = dict(self._source.named_modules())[layer.name]
+        buffers = dict(layer.module._buffers.items())
         with torch.inference_mode(False), torch.no_grad():
             for name, parameter in layer.parameters.items():
-                parameter.copy_(source._parameters[name])  # type: ignore[arg-type]
+                parameter.copy_(source._parameters[name])
             for name, value in source._buffers.items():
-                now = layer.module._buffers.get(name)
+                now = buffers.get(name)
                 if value is not None and now is not None and now.shape == value.shape:
                     now.copy_(value)
                 else:
