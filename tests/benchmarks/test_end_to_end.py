@@ -138,7 +138,8 @@ def test_search_picks_a_divisor() -> None:
 
 
 def test_checks_are_read_op_by_op() -> None:
-    one, two, *_ = OPS
+    # Ops that GPUs have no version of are not checked there.
+    one, two, *rest = [name for name, op in OPS.items() if op.triton is not None]
     output = "\n".join(
         [
             f"tests/x.py::test_dispatched[{one}-(3,_7)_torch.float32] PASSED   [ 10%]",
@@ -151,7 +152,7 @@ def test_checks_are_read_op_by_op() -> None:
     assert verdicts[one] == "passed"
     assert verdicts[two] == "1 of its 2 checks failed"
     assert verdicts["test_large[triton]"] == "failed"
-    assert {verdicts[name] for name in OPS if name not in (one, two)} == {"not checked"}
+    assert {verdicts[name] for name in rest} == {"not checked"}
 
 
 def test_plots_draw_what_was_measured(tmp_path: Path) -> None:
