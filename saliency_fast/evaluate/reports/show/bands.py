@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from saliency_fast.evaluate.outcome import RESAMPLES, Curve
+from saliency_fast.evaluate.reports.findings import Findings
 from saliency_fast.evaluate.reports.show.words import told_as
 from saliency_fast.render.plots import Band, Plot
 
-if TYPE_CHECKING:
-    from saliency_fast.evaluate.reports.report import Report
 
-
-def plot_of(report: Report, metric: str) -> Plot | None:
+def plot_of(report: Findings, metric: str) -> Plot | None:
     """The curves of every method by a metric; None where it has none."""
     found = {name: one[metric] for name, one in report.outcomes.items() if metric in one}
     curves = {name: one.curve for name, one in found.items() if one.curve is not None}
@@ -27,7 +23,7 @@ def plot_of(report: Report, metric: str) -> Plot | None:
     return Plot(told_as(metric), first.x_name, first.y_name, bands)
 
 
-def _band(report: Report, name: str, curve: Curve) -> Band | None:
+def _band(report: Findings, name: str, curve: Curve) -> Band | None:
     """The mean of examples whose curve is known, with the interval at every place."""
     y = curve.y.detach().double().cpu()
     y = y[y.isfinite().all(1)]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError
+from saliency_fast.evaluate.reports.findings import Findings
 from saliency_fast.evaluate.reports.show.bands import plot_of
 from saliency_fast.evaluate.reports.show.words import told_as
 from saliency_fast.render.files import encode
@@ -16,15 +16,12 @@ from saliency_fast.render.frames import frames, grey, picture
 from saliency_fast.render.parts import Figure
 from saliency_fast.render.plots import plot_png
 
-if TYPE_CHECKING:
-    from saliency_fast.evaluate.reports.report import Report
-
 SHOWN = 4
 """Examples on the page."""
 _PERCENTILE, _OPACITY = 99.0, 0.85
 
 
-def write_curves(report: Report, folder: Path) -> list[Path]:
+def write_curves(report: Findings, folder: Path) -> list[Path]:
     """Writes METRIC.png for each metric with curves into `folder`; raises without matplotlib."""
     written = []
     for metric in report.metrics:
@@ -51,12 +48,12 @@ def file_name(metric: str) -> str:
     return "".join(one if one.isalnum() or one in "._-" else "_" for one in metric)
 
 
-def pictured(report: Report) -> bool:
+def pictured(report: Findings) -> bool:
     """Whether inputs are pictures, volumes or clips."""
     return report.inputs.dim() in (4, 5) and bool(report.maps)
 
 
-def slice_of(report: Report, row: int) -> int | None:
+def slice_of(report: Findings, row: int) -> int | None:
     """Of a volume, the slice along its first axis (of a clip: the frame) with the most magnitude
     over the methods, each of which counts as much; None for pictures.
     """
@@ -70,7 +67,7 @@ def slice_of(report: Report, row: int) -> int | None:
     return int(torch.stack(shares).sum(0).argmax())
 
 
-def figures_of(report: Report, row: int) -> tuple[Figure, ...]:
+def figures_of(report: Findings, row: int) -> tuple[Figure, ...]:
     """An input and every map over it; of a volume one slice, on the scale of all of it."""
     x = report.inputs[row : row + 1].detach().float().cpu()
     place = slice_of(report, row)
@@ -94,7 +91,7 @@ def _cut(drawn: Tensor, place: int | None) -> Tensor:
     return drawn if place is None else drawn[place]
 
 
-def _box(report: Report, row: int, place: int | None) -> tuple[float, float, float, float] | None:
+def _box(report: Findings, row: int, place: int | None) -> tuple[float, float, float, float] | None:
     """The corners of the object's mask, as shares of the picture; None in slices without it."""
     if report.boxes is None:
         return None

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from saliency_fast.evaluate.reports.findings import Findings
 from saliency_fast.evaluate.reports.show.figures import made, write_curves
 from saliency_fast.evaluate.reports.show.page import page
+from saliency_fast.evaluate.reports.show.plain import as_json
 from saliency_fast.render.plots import have_plots
 
-if TYPE_CHECKING:
-    from saliency_fast.evaluate.reports.report import Report
 
-
-def save(report: Report, folder: Path, command: str = "") -> list[Path]:
+def save(report: Findings, folder: Path, command: str = "") -> list[Path]:
     """Writes index.html, report.json and, with matplotlib, curves/*.png; returns the paths."""
     made(folder)
     html, numbers = folder / "index.html", folder / "report.json"
     html.write_text(page(report, command), encoding="utf-8")
-    numbers.write_text(report.json(), encoding="utf-8")
+    numbers.write_text(as_json(report), encoding="utf-8")
     curves = write_curves(report, folder / "curves") if have_plots() else []
     return [html, numbers, *curves]

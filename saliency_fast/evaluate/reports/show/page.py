@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from saliency_fast.evaluate.reports.entries import GROUPS
+from saliency_fast.evaluate.reports.findings import Findings
 from saliency_fast.evaluate.reports.show.bands import plot_of
 from saliency_fast.evaluate.reports.show.fields import meanings
 from saliency_fast.evaluate.reports.show.figures import SHOWN, figures_of, pictured, slice_of
@@ -33,13 +34,10 @@ from saliency_fast.render.evaluation import (
 from saliency_fast.render.plots import CURE, Plot, have_plots, plot_png
 from saliency_fast.render.tables import Cell, Line, Matrix, Table
 
-if TYPE_CHECKING:
-    from saliency_fast.evaluate.reports.report import Report
-
 NO_CURVES = f"This page has no curves: matplotlib is not installed. To have them, {CURE}."
 
 
-def page(report: Report, command: str = "") -> str:
+def page(report: Findings, command: str = "") -> str:
     """The page as one HTML document. command: what makes it again."""
     plotted = have_plots()
     has_curves = any(one.curve for found in report.outcomes.values() for one in found.values())
@@ -67,7 +65,7 @@ def page(report: Report, command: str = "") -> str:
     )
 
 
-def _lead(report: Report) -> str:
+def _lead(report: Findings) -> str:
     count = len(report.inputs)
     methods, controls = len(report.methods), len(report.controls)
     beside = (
@@ -88,7 +86,7 @@ def _s(count: int) -> str:
     return "" if count == 1 else "s"
 
 
-def _means(report: Report) -> Table:
+def _means(report: Findings) -> Table:
     share = f"{100.0 * report.confidence:g} %"
     groups = []
     for group in GROUPS:
@@ -111,7 +109,7 @@ def _means(report: Report) -> Table:
     )
 
 
-def _cell(report: Report, name: str, metric: str) -> Cell:
+def _cell(report: Findings, name: str, metric: str) -> Cell:
     interval = report.interval(name, metric)
     if interval is None:
         why = [
@@ -130,7 +128,7 @@ def _cell(report: Report, name: str, metric: str) -> Cell:
     return Cell(mean, ends, tag, kind if tag else "", best)
 
 
-def _comparisons(report: Report) -> Table:
+def _comparisons(report: Findings) -> Table:
     first, gaps = report.methods[0], report.comparisons()
     lines = []
     for metric, one in report.metrics.items():
@@ -159,7 +157,7 @@ def _gap(gap: Any, better: str) -> Cell:
     return Cell(mean, ends, verdict if kind else "", kind)
 
 
-def _described(report: Report, metric: str, plotted: bool) -> Described:
+def _described(report: Findings, metric: str, plotted: bool) -> Described:
     made = report.metrics[metric]
     entry = entry_of(made, metric)
     outcomes = {name: found[metric] for name, found in report.outcomes.items() if metric in found}
@@ -222,7 +220,7 @@ def _drawn(plot: Plot, confidence: float) -> Drawn:
     return Drawn(plot_png(plot, "light"), plot_png(plot, "dark"), alt)
 
 
-def _matrices(report: Report) -> tuple[Matrix, ...]:
+def _matrices(report: Findings) -> tuple[Matrix, ...]:
     """Every square table of numbers that the agreement tells."""
     if report.agreement is None:
         return ()
@@ -238,7 +236,7 @@ def _matrices(report: Report) -> tuple[Matrix, ...]:
     return tuple(found)
 
 
-def _example(report: Report, row: int) -> str:
+def _example(report: Findings, row: int) -> str:
     found = f"Example {row}"
     if report.classes is not None and report.classes.dim() == 1:
         number = int(report.classes[row])
@@ -249,7 +247,7 @@ def _example(report: Report, row: int) -> str:
     return found
 
 
-def _facts(report: Report) -> tuple[tuple[str, str], ...]:
+def _facts(report: Findings) -> tuple[tuple[str, str], ...]:
     past = report.provenance
     names = {
         "model": "model",

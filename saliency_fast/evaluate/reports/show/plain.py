@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome
+from saliency_fast.evaluate.reports.findings import Findings
+from saliency_fast.evaluate.reports.show.words import verdicts
 
+SCHEMA = 1
+"""Of the JSON."""
 MOST = 4096
 """Elements up to which a tensor among details is written out."""
 
@@ -65,3 +70,40 @@ def plain_outcome(outcome: Outcome, interval: Interval) -> dict[str, Any]:
         "parameters": plain(outcome.parameters),
         "caveats": list(outcome.caveats),
     }
+
+
+def plain_findings(findings: Findings) -> dict[str, Any]:
+    """All findings but the maps, as what JSON can hold; NaN becomes None."""
+    return {
+        "schema": SCHEMA,
+        "title": findings.title,
+        "names": list(findings.names),
+        "controls": list(findings.controls),
+        "metrics": list(findings.metrics),
+        "passed": findings.passed,
+        "verdicts": [text for _, text in verdicts(findings)],
+        "best": {metric: findings.best(metric) for metric in findings.metrics},
+        "outcomes": {
+            method: {
+                metric: plain_outcome(outcome, findings.intervals[method, metric])
+                for metric, outcome in found.items()
+            }
+            for method, found in findings.outcomes.items()
+        },
+        "comparisons": {
+            method: {metric: plain_interval(gap) for metric, gap in gaps.items()}
+            for method, gaps in findings.comparisons().items()
+        },
+        "agreement": plain(findings.agreement),
+        "unmeasured": plain(findings.unmeasured),
+        "caveats": list(findings.caveats),
+        "seconds": plain(findings.seconds),
+        "confidence": findings.confidence,
+        "seed": findings.seed,
+        "provenance": plain(findings.provenance),
+    }
+
+
+def as_json(findings: Findings, indent: int | None = 1) -> str:
+    """All findings but the maps as JSON."""
+    return json.dumps(plain_findings(findings), indent=indent, ensure_ascii=False, allow_nan=False)

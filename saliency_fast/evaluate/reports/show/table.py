@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from io import StringIO
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from saliency_fast.evaluate.reports.findings import Findings
 from saliency_fast.evaluate.reports.show.words import (
     BAD,
     GOOD,
@@ -20,22 +20,19 @@ from saliency_fast.evaluate.reports.show.words import (
     verdicts,
 )
 
-if TYPE_CHECKING:
-    from saliency_fast.evaluate.reports.report import Report
-
 WIDTH = 100
 ARROWS = {"higher": "\N{UPWARDS ARROW}", "lower": "\N{DOWNWARDS ARROW}", "": " "}
 _CELL = 13
 _STYLES = {GOOD: "green", BAD: "bold red"}
 
 
-def show(report: Report) -> None:
+def show(report: Findings) -> None:
     """Prints the tables, at most as wide as the terminal."""
     console = Console()
     (console if console.is_terminal else Console(width=WIDTH)).print(report)
 
 
-def text(report: Report) -> str:
+def text(report: Findings) -> str:
     """The tables as plain text, 100 columns wide at most."""
     console = Console(width=WIDTH, file=StringIO(), color_system=None, legacy_windows=False)
     console.print(report)
@@ -43,7 +40,7 @@ def text(report: Report) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def tables(report: Report, width: int) -> Iterator[Table | Text | Group]:
+def tables(report: Findings, width: int) -> Iterator[Table | Text | Group]:
     """All that is printed."""
     examples = len(report.inputs)
     share = f"{100.0 * report.confidence:g} %"
@@ -69,7 +66,7 @@ def tables(report: Report, width: int) -> Iterator[Table | Text | Group]:
         yield Text(f"note: {caveat}", style="yellow")
 
 
-def _table(report: Report, names: tuple[str, ...]) -> Table:
+def _table(report: Findings, names: tuple[str, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for name in names:
@@ -85,7 +82,7 @@ def _table(report: Report, names: tuple[str, ...]) -> Table:
     return table
 
 
-def _cell(report: Report, name: str, metric: str) -> Text:
+def _cell(report: Findings, name: str, metric: str) -> Text:
     interval = report.interval(name, metric)
     if interval is None:
         return Text("\N{EN DASH}", style="dim")

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from saliency_fast.evaluate.outcome import Interval
 from saliency_fast.evaluate.reports.entries import FAITHFULNESS, LOCALISATION, SANITY
-from saliency_fast.evaluate.reports.report import FEW
+from saliency_fast.evaluate.reports.findings import FEW, Findings
 from saliency_fast.evaluate.reports.suite import entry_of
-
-if TYPE_CHECKING:
-    from saliency_fast.evaluate.reports.report import Report
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 Said = tuple[str, str]
@@ -35,7 +31,7 @@ _SANE = ": the maps depend on what the model has learned"
 _INSANE = ": maps of a model that has learned nothing look much the same"
 
 
-def verdicts(report: Report) -> list[Said]:
+def verdicts(report: Findings) -> list[Said]:
     """What a reader should know first."""
     said = [*_checks(report), *_against_controls(report)]
     best = _winners(report)
@@ -48,7 +44,7 @@ def verdicts(report: Report) -> list[Said]:
     return [(kind, text[:1].upper() + text[1:]) for kind, text in said]
 
 
-def unmeasured(report: Report) -> list[tuple[str, str]]:
+def unmeasured(report: Findings) -> list[tuple[str, str]]:
     """What was not measured, and why; once for all methods that it is true of."""
     found: dict[tuple[str, str], list[str]] = {}
     for one in report.unmeasured:
@@ -69,7 +65,7 @@ def verdict_of(gap: Interval, better: str) -> str:
     return "better" if (gap.low > 0.0) == (better == "higher") else "worse"
 
 
-def _checks(report: Report) -> list[Said]:
+def _checks(report: Findings) -> list[Said]:
     said: list[Said] = []
     for metric in report.metrics:
         passed = {
@@ -95,7 +91,7 @@ def _checks(report: Report) -> list[Said]:
     return said
 
 
-def _against_controls(report: Report) -> list[Said]:
+def _against_controls(report: Findings) -> list[Said]:
     """Of metrics where a map that knows nothing of the model should do badly."""
     asked = [
         name
@@ -137,11 +133,11 @@ def _against_controls(report: Report) -> list[Said]:
     ]
 
 
-def _controls(report: Report, which: str) -> str:
+def _controls(report: Findings, which: str) -> str:
     return f"{which} control" if len(report.controls) > 1 else "the control"
 
 
-def _winners(report: Report) -> str:
+def _winners(report: Findings) -> str:
     if len(report.methods) < 2:
         return ""
     won: dict[str, list[str]] = {}
@@ -152,7 +148,7 @@ def _winners(report: Report) -> str:
     return "; ".join(f"{told_as(name)} by {_and(metrics)}" for name, metrics in won.items())
 
 
-def _differences(report: Report) -> list[Said]:
+def _differences(report: Findings) -> list[Said]:
     if len(report.methods) < 2:
         return []
     first, said = report.methods[0], []
