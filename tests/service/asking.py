@@ -15,7 +15,12 @@ import saliency_fast as sf
 from saliency_fast.engine import service as services
 
 LATENCY = 0.2
-"""Long enough for requests that are handed in one after another to share a launch."""
+"""As a rule long enough for requests that are handed in one after another to share a launch."""
+
+
+def gathering(model: Any, number: int) -> sf.Engine:
+    """An engine that begins when that many requests wait, however slow the machine is."""
+    return sf.Engine(model, waiting=number, latency=600.0)
 
 
 def seeded(kind: type[nn.Module], *shape: int, dtype: Any = torch.float64) -> tuple[Any, Tensor]:

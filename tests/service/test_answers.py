@@ -13,7 +13,7 @@ import saliency_fast as sf
 from saliency_fast.engine import choose
 from saliency_fast.errors import InputError, ModelError
 from tests.models import Image, Segmenter, Tabular, Tokens
-from tests.service.asking import LATENCY, alone, asked, same, seeded
+from tests.service.asking import LATENCY, alone, asked, gathering, same, seeded
 
 
 @pytest.mark.parametrize("kind", [(Tabular, 7), (Image, 3, 9, 9), (Tokens, 6, 8)])
@@ -21,7 +21,7 @@ def test_every_answer_is_its_own(kind: Any):
     net, x = seeded(*kind)
     requests = asked(x)
     expected = alone(net, requests)
-    with sf.Engine(net, latency=LATENCY) as engine:
+    with gathering(net, len(requests)) as engine:
         found = engine.explain_many(requests)
         statistics = engine.statistics
     for mine, theirs in zip(found, expected, strict=True):
@@ -78,7 +78,7 @@ def test_shapes_and_arguments_that_differ_do_not_mix():
         more["forward_kwargs"] = {"power": 1 + number // 4 % 2}
         requests.append({"inputs": x, "target": number % 4, **more})
     expected = alone(net, requests)
-    with sf.Engine(net, latency=LATENCY) as engine:
+    with gathering(net, len(requests)) as engine:
         for mine, theirs in zip(engine.explain_many(requests), expected, strict=True):
             same(mine, theirs)
         assert engine.statistics.launches < 24
@@ -224,7 +224,7 @@ def test_a_model_that_counts_its_calls_is_probed_once(monkeypatch, way: str):
     original = choose.probe
     monkeypatch.setattr(choose, "probe", lambda *a, **b: (probed.append(a), original(*a, **b))[1])
     model = Counting()
-    with sf.Engine(model, latency=LATENCY) as engine:
+    with gathering(model, len(x)) as engine:
         for _ in range(2):
             engine.explain_many([{"inputs": one, "target": 1} for one in x.split(1)])
             # Between bursts it is another one.
