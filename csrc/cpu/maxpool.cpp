@@ -68,17 +68,10 @@ SALIENCY_FAST_POOL(at::BFloat16, float)
 at::Tensor maxpool(const at::Tensor& x, at::IntArrayRef kernel, at::IntArrayRef stride,
                    at::IntArrayRef padding, at::IntArrayRef dilation, bool ceil_mode) {
   const char* op = "maxpool";
-  TORCH_CHECK_VALUE(x.dim() >= 3 && x.dim() <= 5, op,
-                    ": x must be [N, C, *] with 1 to 3 axes: got ", x.sizes());
-  computed_in(x, op, "x");
-  const at::IntArrayRef size = x.sizes().slice(2);
-  std::array<Axis, 3> axes = checked_axes(op, size, kernel, stride, padding, dilation);
-  std::vector<int64_t> shape = x.sizes().vec();
-  for (size_t i = 0; i < size.size(); ++i) {
-    Axis& axis = axes[3 - size.size() + i];
-    axis.out = shape[2 + i] = axis.fitting(ceil_mode);
-    TORCH_CHECK_VALUE(axis.out > 0, op, ": no window of ", kernel, " fits into an input of ", size);
-  }
+  check_batch(x, op, "x");
+  std::array<Axis, 3> axes =
+      checked_axes(op, x.sizes().slice(2), kernel, stride, padding, dilation);
+  const std::vector<int64_t> shape = pooled_shape(op, x, kernel, ceil_mode, axes);
   const at::MemoryFormat form = layout(x);
   const at::Tensor input = x.contiguous(form);
   at::Tensor values = at::empty(shape, x.options(), form);

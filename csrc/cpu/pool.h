@@ -91,6 +91,26 @@ inline std::array<Axis, 3> checked_axes(const char* op, at::IntArrayRef size,
   return axes;
 }
 
+inline void check_batch(const at::Tensor& tensor, const char* op, const char* name) {
+  TORCH_CHECK_VALUE(tensor.dim() >= 3 && tensor.dim() <= 5, op, ": ", name,
+                    " must be [N, C, *] with 1 to 3 axes: got ", tensor.sizes());
+  computed_in(tensor, op, name);
+}
+
+// The shape of the pooled x; fills in each axis's number of windows.
+inline std::vector<int64_t> pooled_shape(const char* op, const at::Tensor& x,
+                                         at::IntArrayRef kernel, bool ceil_mode,
+                                         std::array<Axis, 3>& axes) {
+  const at::IntArrayRef size = x.sizes().slice(2);
+  std::vector<int64_t> shape = x.sizes().vec();
+  for (size_t i = 0; i < size.size(); ++i) {
+    Axis& axis = axes[3 - size.size() + i];
+    axis.out = shape[2 + i] = axis.fitting(ceil_mode);
+    TORCH_CHECK_VALUE(axis.out > 0, op, ": no window of ", kernel, " fits into an input of ", size);
+  }
+  return shape;
+}
+
 // How a pool of the tensor lies in memory: channels last where the tensor does. The last stride
 // tells where an axis of one leaves both.
 inline at::MemoryFormat layout(const at::Tensor& x) {

@@ -345,25 +345,14 @@ void fill_all(const Pool& pool, const at::Tensor& grad, const at::Tensor& index,
   });
 }
 
-void check_batch(const at::Tensor& tensor, const char* op, const char* name) {
-  TORCH_CHECK_VALUE(tensor.dim() >= 3 && tensor.dim() <= 5, op, ": ", name,
-                    " must be [N, C, *] with 1 to 3 axes: got ", tensor.sizes());
-  computed_in(tensor, op, name);
-}
-
 std::tuple<at::Tensor, at::Tensor> maxpool_index(const at::Tensor& x, at::IntArrayRef kernel,
                                                  at::IntArrayRef stride, at::IntArrayRef padding,
                                                  at::IntArrayRef dilation, bool ceil_mode) {
   const char* op = "maxpool_index";
   check_batch(x, op, "x");
-  const at::IntArrayRef size = x.sizes().slice(2);
-  std::array<Axis, 3> axes = checked_axes(op, size, kernel, stride, padding, dilation);
-  std::vector<int64_t> shape = x.sizes().vec();
-  for (size_t i = 0; i < size.size(); ++i) {
-    Axis& axis = axes[3 - size.size() + i];
-    axis.out = shape[2 + i] = axis.fitting(ceil_mode);
-    TORCH_CHECK_VALUE(axis.out > 0, op, ": no window of ", kernel, " fits into an input of ", size);
-  }
+  std::array<Axis, 3> axes =
+      checked_axes(op, x.sizes().slice(2), kernel, stride, padding, dilation);
+  const std::vector<int64_t> shape = pooled_shape(op, x, kernel, ceil_mode, axes);
   const at::MemoryFormat form = layout(x);
   const at::Tensor input = x.contiguous(form);
   at::Tensor values = at::empty(shape, x.options(), form);

@@ -1,18 +1,15 @@
-"""What the tests of reports share: a small model, metrics of known answers, a reader of pages."""
+"""What the tests of reports share: a small model, metrics of known answers."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from html.parser import HTMLParser
 
 import torch
 from torch import Tensor, nn
 
 from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.outcome import Curve
-
-VOID = {"meta", "img", "source", "wbr", "br", "hr", "link", "input"}
 
 
 def network(channels: int = 3, classes: int = 3, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -68,32 +65,3 @@ class Again(Metric):
     def _judge(self, subject):
         gap = subject.explain(subject.inputs) - subject.values
         return self._outcome(gap.flatten(1).abs().amax(1))
-
-
-class Reader(HTMLParser):
-    """Raises at a tag that does not close the last open one; gathers tags and text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]

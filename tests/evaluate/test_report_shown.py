@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reporting import Again, Check, Known, Reader, network, pictures
+from reporting import Again, Check, Known, network, pictures
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError
@@ -23,6 +23,7 @@ from saliency_fast.evaluate.reports.show.bands import plot_of
 from saliency_fast.evaluate.reports.show.fields import meanings
 from saliency_fast.evaluate.reports.show.words import interval_text, verdict_of, verdicts
 from saliency_fast.render import plots
+from tests.pages import Reader
 
 MINUS = "\N{MINUS SIGN}"
 

@@ -8,13 +8,14 @@ from base64 import b64decode
 import pytest
 import torch
 from PIL import Image
-from reporting import Known, Reader, network, pictures
+from reporting import Known, network, pictures
 from torch import nn
 
 from saliency_fast.evaluate import PointingGame, SanityCheck
 from saliency_fast.evaluate.reports.report import FEW, report
 from saliency_fast.evaluate.reports.show.figures import slice_of
 from saliency_fast.evaluate.reports.show.words import told_as, verdicts
+from tests.pages import Reader
 
 BATCH = FEW + 4
 

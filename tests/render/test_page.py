@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from base64 import b64decode
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -24,40 +23,7 @@ from saliency_fast.render.page import (
     page_html,
 )
 from saliency_fast.render.parts import Figure, percent_text
-
-VOID = {"meta", "img", "wbr", "br", "hr", "link", "input"}
-
-
-class Checker(HTMLParser):
-    """Raises at a tag that does not close the last open one; gathers attributes and text."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
-
-
-def parsed(html: str) -> Checker:
-    checker = Checker()
-    checker.feed(html)
-    checker.close()
-    assert checker.open == []
-    return checker
-
+from tests.pages import Reader
 
 NUMBERS = Numbers(
     score=9.5,
@@ -94,7 +60,7 @@ def page(**changes: object) -> Page:
 
 def test_it_is_well_formed_and_escaped():
     html = page_html(page())
-    found = parsed(html)
+    found = Reader(html)
     assert "<script" not in html
     assert "a<script>alert(1)</script>" in found.text
     assert "a&b.png" in found.text
@@ -104,7 +70,7 @@ def test_it_is_well_formed_and_escaped():
 
 
 def test_it_loads_nothing_and_describes_its_pictures():
-    found = parsed(page_html(page()))
+    found = Reader(page_html(page()))
     images = [attributes for tag, attributes in found.tags if tag == "img"]
     assert len(images) == 3
     for image in images:
@@ -121,13 +87,13 @@ def test_it_loads_nothing_and_describes_its_pictures():
 
 @pytest.mark.parametrize(("truth", "word"), [("cat", "right"), ("dog", "wrong")])
 def test_a_known_label_is_compared(truth, word):
-    assert f"truly {truth}: {word}" in parsed(page_html(page(truth=truth))).text
+    assert f"truly {truth}: {word}" in Reader(page_html(page(truth=truth))).text
 
 
 def test_inputs_without_picture_label_or_classes():
     bare = page(figure=None, ranking=(), truth=None, sha256=None)
     view = replace(bare.entries[0].maps[0], figures=())
-    found = parsed(page_html(page(figure=None, ranking=(), truth=None, maps=(view,))))
+    found = Reader(page_html(page(figure=None, ranking=(), truth=None, maps=(view,))))
     assert "No picture" in found.text
     assert "truly" not in found.text
     assert "Colour legend" not in str(found.tags)
@@ -155,5 +121,5 @@ def test_what_numbers_say():
 def test_shares_are_told_with_their_chance_level():
     inside = replace(NUMBERS, inside=Inside(0.75, 0.125))
     view = replace(page().entries[0].maps[0], numbers=inside)
-    text = parsed(page_html(page(maps=(view,)))).text
+    text = Reader(page_html(page(maps=(view,)))).text
     assert "75.0 %; the box covers 12.5 % of the picture" in text
