@@ -1,21 +1,20 @@
 // winograd: 3x3 convolutions by F(4x4, 3x3), in blocks of tiles whose transforms stay in the
 // second-level cache. Each input is read once and a quarter, each output written once.
-#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/conv2d.h>
+#include <ATen/ops/einsum.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <array>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <vector>
 
 #include "cpu/launch.h"
-
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
-#include <immintrin.h>
-#define SALIENCY_FAST_WINOGRAD
-#endif
+#include "cpu/registers.h"
 
 namespace saliency_fast {
 namespace {
@@ -31,20 +30,25 @@ struct Shape {
   int64_t tiles() const { return batch * down() * across(); }
 };
 
-Shape checked(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-              at::IntArrayRef padding) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && weight.dim() == 4 && weight.size(2) == 3 &&
-                        weight.size(3) == 3 && x.size(1) == weight.size(1),
-                    "winograd: x must be [N, C, H, W] and weight [D, C, 3, 3]: got ", x.sizes(),
-                    " and ", weight.sizes());
-  TORCH_CHECK_VALUE(x.size(1) > 0 && weight.size(0) > 0 && x.size(1) % kChannels == 0 &&
-                        weight.size(0) % kChannels == 0,
+void check_weight(const at::Tensor& weight) {
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
+                    "winograd: weight must be [D, C, 3, 3]: got ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.size(0) > 0 && weight.size(1) > 0 && weight.size(0) % kChannels == 0 &&
+                        weight.size(1) % kChannels == 0,
                     "winograd: channels must be multiples of ", kChannels, ": got ",
                     weight.sizes());
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat &&
-                        (!bias || bias->scalar_type() == at::kFloat),
-                    "winograd: x, weight and bias must be float32: got ", x.scalar_type(), ", ",
-                    weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.scalar_type() == at::kFloat,
+                    "winograd: weight must be float32: got ", weight.scalar_type());
+}
+
+Shape checked(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+              at::IntArrayRef padding) {
+  check_weight(weight);
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) == weight.size(1),
+                    "winograd: x must be [N, C, H, W] and weight [D, C, 3, 3]: got ", x.sizes(),
+                    " and ", weight.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat && (!bias || bias->scalar_type() == at::kFloat),
+                    "winograd: x, weight and bias must be float32: got ", x.scalar_type());
   TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
                     "winograd: bias must be [", weight.size(0), "]: got ", bias->sizes());
   TORCH_CHECK_VALUE(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
@@ -56,7 +60,7 @@ Shape checked(const at::Tensor& x, const at::Tensor& weight, const std::optional
           rows,      columns,   padding[0], padding[1]};
 }
 
-#ifdef SALIENCY_FAST_WINOGRAD
+#ifdef SALIENCY_FAST_REGISTERS
 // Tiles of a block: a multiple of the rows of every micro-kernel.
 constexpr int64_t kTiles = 24;
 // Registers of channels in the widest micro-kernel.
@@ -76,51 +80,17 @@ struct Kernels {
   int64_t lanes;
   void (*input)(const Pixels&, const Pixels&, int64_t, int64_t, float*);
   void (*weight)(const float*, int64_t, float*);
-  void (*output)(const float*, int64_t, const Tile*, int64_t, const float*);
+  void (*output)(const float*, int64_t, const Tile*, int64_t, const float*, float);
   std::array<void (*)(const float*, const float*, int64_t, int64_t, float*), kWidest> multiply;
 };
 
-namespace avx512 {
-constexpr int64_t kLanes = 16;
-#define SALIENCY_FAST_ARCH "arch=x86-64-v4"
-#define SALIENCY_FAST_FMA(a, b, c) (Floats) _mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c))
-#include "cpu/winograd_tiles.h"
-constexpr Kernels kKernels{
-    kLanes,
-    input_tile,
-    weight_tile,
-    output_tiles,
-    {multiply_all<24, 1>, multiply_all<12, 2>, multiply_all<8, 3>, multiply_all<6, 4>}};
-#undef SALIENCY_FAST_ARCH
-#undef SALIENCY_FAST_FMA
-}  // namespace avx512
-
-namespace avx2 {
-constexpr int64_t kLanes = 8;
-#define SALIENCY_FAST_ARCH "arch=x86-64-v3"
-#define SALIENCY_FAST_FMA(a, b, c) (Floats) _mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c))
-#include "cpu/winograd_tiles.h"
-constexpr Kernels kKernels{
-    kLanes,
-    input_tile,
-    weight_tile,
-    output_tiles,
-    {multiply_all<12, 1>, multiply_all<6, 2>, multiply_all<4, 3>, multiply_all<3, 4>}};
-#undef SALIENCY_FAST_ARCH
-#undef SALIENCY_FAST_FMA
-}  // namespace avx2
-
-// The channels of the result in parts of up to kWidest registers, as even as can be.
-std::vector<int64_t> parts_of(int64_t channels, int64_t lanes) {
-  const int64_t registers = channels / lanes, parts = ceil_div(registers, kWidest);
-  std::vector<int64_t> starts;
-  for (int64_t i = 0; i <= parts; ++i) starts.push_back(registers * i / parts * lanes);
-  return starts;
-}
+#define SALIENCY_FAST_LOOPS "cpu/winograd_tiles.h"
+#include "cpu/instruction_sets.h"
 
 // U of all weights [out, in, 3, 3]: for each part of the outputs [36, in, its width].
-void transform_weights(const Kernels& run, const std::vector<int64_t>& starts, int64_t in,
-                       const float* weight, float* u) {
+void transform_weights(const Kernels& run, int64_t out, int64_t in, const float* weight,
+                       float* u) {
+  const std::vector<int64_t> starts = parts_of(out, run.lanes, kWidest);
   const int64_t parts = static_cast<int64_t>(starts.size()) - 1;
   at::parallel_for(0, parts * in, 64, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -156,8 +126,9 @@ void place_tile(const Shape& s, int64_t number, const float* x, const float* non
           std::min<int64_t>(4, s.columns - left), s.columns * s.out, s.out};
 }
 
-void convolve(const Kernels& run, const Shape& s, const std::vector<int64_t>& starts,
-              const float* x, const float* u, const float* bias, float* y) {
+void convolve(const Kernels& run, const Shape& s, const float* x, const float* u,
+              const float* bias, float least, float* y) {
+  const std::vector<int64_t> starts = parts_of(s.out, run.lanes, kWidest);
   const int64_t tiles = s.tiles(), v_size = 36 * kTiles * s.in;
   const int64_t m_size = 36 * kTiles * kWidest * run.lanes;
   const int64_t held = v_size + m_size;
@@ -181,46 +152,84 @@ void convolve(const Kernels& run, const Shape& s, const std::vector<int64_t>& st
       for (size_t part = 0; part + 1 < starts.size(); ++part) {
         const int64_t start = starts[part], wide = starts[part + 1] - start;
         run.multiply[wide / run.lanes - 1](v, u + start * 36 * s.in, s.in, count, m);
-        run.output(m, wide, own.data(), count, bias + start);
+        run.output(m, wide, own.data(), count, bias + start, least);
         for (int64_t t = 0; t < count; ++t) own[t].out += wide;
       }
     }
   });
 }
 
-at::Tensor transformed(const Shape& s, const at::Tensor& x, const at::Tensor& weight,
-                       const std::optional<at::Tensor>& bias) {
-  // As PyTorch's own kernels, by ATEN_CPU_CAPABILITY too.
-  static const bool wide =
-      __builtin_cpu_supports("x86-64-v4") && at::get_cpu_capability() == "AVX512";
-  const Kernels& run = wide ? avx512::kKernels : avx2::kKernels;
+const Kernels& kernels() { return has_avx512() ? avx512::kKernels : avx2::kKernels; }
+
+at::Tensor transformed(const at::Tensor& weight) {
+  const int64_t out = weight.size(0), in = weight.size(1);
+  const at::Tensor from = weight.contiguous(), u = at::empty({36, in, out}, weight.options());
+  transform_weights(kernels(), out, in, from.const_data_ptr<float>(), u.mutable_data_ptr<float>());
+  return u;
+}
+
+at::Tensor convolved(const Shape& s, const at::Tensor& x, const at::Tensor& u,
+                     const std::optional<at::Tensor>& bias, bool relu) {
   at::Tensor y =
       at::empty({s.batch, s.out, s.rows, s.columns}, x.options(), at::MemoryFormat::ChannelsLast);
   if (s.batch == 0) return y;
   const at::Tensor from = x.contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor kernel = weight.contiguous();
   const at::Tensor shift = bias ? bias->contiguous() : at::zeros({s.out}, x.options());
-  const at::Tensor u = at::empty({36 * s.in * s.out}, x.options());
-  const std::vector<int64_t> starts = parts_of(s.out, run.lanes);
-  transform_weights(run, starts, s.in, kernel.const_data_ptr<float>(), u.mutable_data_ptr<float>());
-  convolve(run, s, starts, from.const_data_ptr<float>(), u.const_data_ptr<float>(),
-           shift.const_data_ptr<float>(), y.mutable_data_ptr<float>());
+  const float least = relu ? 0.0f : -std::numeric_limits<float>::infinity();
+  convolve(kernels(), s, from.const_data_ptr<float>(), u.const_data_ptr<float>(),
+           shift.const_data_ptr<float>(), least, y.mutable_data_ptr<float>());
   return y;
 }
 
 #endif
 
-at::Tensor winograd(const at::Tensor& x, const at::Tensor& weight,
-                    const std::optional<at::Tensor>& bias, at::IntArrayRef padding) {
-  const Shape s = checked(x, weight, bias, padding);
-#ifdef SALIENCY_FAST_WINOGRAD
-  if (__builtin_cpu_supports("x86-64-v3")) return transformed(s, x, weight, bias);
+bool runs() {
+#ifdef SALIENCY_FAST_REGISTERS
+  return has_avx2();
+#else
+  return false;
 #endif
-  return at::conv2d(x, weight, bias, /*stride=*/1, padding).contiguous(at::MemoryFormat::ChannelsLast);
+}
+
+at::Tensor winograd_weights(const at::Tensor& weight) {
+  check_weight(weight);
+#ifdef SALIENCY_FAST_REGISTERS
+  if (runs()) return transformed(weight);
+#endif
+  // Nobody takes them here: the same numbers, in their own order.
+  const double half = std::sqrt(0.5), two = std::sqrt(2.0);
+  std::vector<double> rows{1, 0, 0};
+  for (const double point : {half, -half, two, -two}) {
+    const double factor = point * point < 1 ? -1 / 1.5 : 1.0 / 6;
+    for (const double power : {1.0, point, point * point}) rows.push_back(factor * power);
+  }
+  for (const double last : {0.0, 0.0, 1.0}) rows.push_back(last);
+  const at::Tensor g = at::tensor(rows, at::kDouble).view({6, 3});
+  return at::einsum("ah,bw,ochw->abco", {g, g, weight.to(at::kDouble)}).flatten(0, 1).to(at::kFloat);
+}
+
+at::Tensor winograd(const at::Tensor& x, const at::Tensor& weight,
+                    const std::optional<at::Tensor>& bias, at::IntArrayRef padding, bool relu,
+                    const std::optional<at::Tensor>& ready) {
+  const Shape s = checked(x, weight, bias, padding);
+#ifdef SALIENCY_FAST_REGISTERS
+  if (runs()) {
+    TORCH_CHECK_VALUE(!ready || (ready->numel() == 36 * s.in * s.out && ready->is_contiguous() &&
+                                 ready->scalar_type() == at::kFloat),
+                      "winograd: ready must be winograd_weights(weight): got ", ready->sizes());
+    return convolved(s, x, ready ? *ready : transformed(weight), bias, relu);
+  }
+#endif
+  at::Tensor y = at::conv2d(x, weight, bias, /*stride=*/1, padding);
+  if (relu) y.relu_();
+  return y.contiguous(at::MemoryFormat::ChannelsLast);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(saliency_fast, CPU, m) { m.impl("winograd", &winograd); }
+TORCH_LIBRARY_IMPL(saliency_fast, CPU, m) {
+  m.impl("winograd", &winograd);
+  m.impl("winograd_weights", &winograd_weights);
+}
 
 }  // namespace saliency_fast

@@ -1,15 +1,4 @@
-// Winograd's F(4x4, 3x3) on a block of tiles, for one instruction set: included once for each, so
-// without a guard, with SALIENCY_FAST_ARCH its target and kLanes floats to a register. Transforms
-// are V [36, kTiles, in], U [36, in, width] and M [36, kTiles, width].
-
-using Floats = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-#define HERE __attribute__((target(SALIENCY_FAST_ARCH), always_inline)) static inline
-#define LEAF __attribute__((target(SALIENCY_FAST_ARCH), noinline)) static
-
-HERE Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-HERE Floats fma(float a, Floats b, Floats c) { return SALIENCY_FAST_FMA(a - Floats{}, b, c); }
-HERE void store(float* to, Floats value) { *reinterpret_cast<Floats*>(to) = value; }
+// Winograd's F(4x4, 3x3) on a block of tiles, compiled by instruction_sets.h. Transforms are V [36, kTiles, in], U [36, in, width] and M [36, kTiles, width].
 
 // B^T d along one axis, from one of the six to the next `step` registers.
 HERE void input_axis(const Floats* d, Floats* out, int step, int out_step) {
@@ -82,7 +71,8 @@ LEAF void weight_tile(const float* g, int64_t pitch, float* u) {
 }
 
 // The outputs of one tile in kLanes channels.
-HERE void output_tile(const float* m, int64_t pitch, Floats bias, const Tile& tile, int64_t c) {
+HERE void output_tile(const float* m, int64_t pitch, Floats bias, Floats least, const Tile& tile,
+                      int64_t c) {
   Floats half[24];
 #pragma GCC unroll 6
   for (int i = 0; i < 6; ++i) {
@@ -96,7 +86,7 @@ HERE void output_tile(const float* m, int64_t pitch, Floats bias, const Tile& ti
     Floats y[4];
     output_axis(half + 6 * i, y, 1, 1);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) y[j] += bias;
+    for (int j = 0; j < 4; ++j) y[j] = at_least(least, y[j] + bias);
     if (i >= tile.rows) return;
     float* const to = tile.out + i * tile.row_pitch + c;
     store(to, y[0]);
@@ -108,11 +98,12 @@ HERE void output_tile(const float* m, int64_t pitch, Floats bias, const Tile& ti
 
 // The outputs of `count` tiles in `width` channels.
 LEAF void output_tiles(const float* m, int64_t width, const Tile* tiles, int64_t count,
-                       const float* bias) {
+                       const float* bias, float least) {
   for (int64_t t = 0; t < count; ++t) {
     const Tile tile = tiles[t];
     for (int64_t c = 0; c < width; c += kLanes) {
-      output_tile(m + t * width + c, kTiles * width, load(bias + c), tile, c);
+      output_tile(m + t * width + c, kTiles * width, load(bias + c), least - Floats{}, tile,
+                  c);
     }
   }
 }
@@ -126,7 +117,7 @@ HERE void multiply(const float* v, const float* u, int64_t depth, float* m) {
     for (int j = 0; j < kWide; ++j) right[j] = load(u + (k * kWide + j) * kLanes);
     for (int i = 0; i < kRows; ++i) {
       const Floats left = v[i * depth + k] - Floats{};
-      for (int j = 0; j < kWide; ++j) sum[i][j] = SALIENCY_FAST_FMA(left, right[j], sum[i][j]);
+      for (int j = 0; j < kWide; ++j) sum[i][j] = fma(left, right[j], sum[i][j]);
     }
   }
   for (int i = 0; i < kRows; ++i) {
@@ -145,5 +136,9 @@ LEAF void multiply_all(const float* v, const float* u, int64_t depth, int64_t co
   }
 }
 
-#undef HERE
-#undef LEAF
+constexpr Kernels kKernels{kLanes,
+                           input_tile,
+                           weight_tile,
+                           output_tiles,
+                           {multiply_all<kSums, 1>, multiply_all<kSums / 2, 2>,
+                            multiply_all<kSums / 3, 3>, multiply_all<kSums / 4, 4>}};

@@ -13,7 +13,7 @@ from saliency_fast.errors import BudgetError, InputError, InputTypeError
 # are far out of the caches; on GPUs far above what keeps the device busy.
 CPU_TENSOR = 40 * 1024**2
 # Without gradients a tensor is read once, right after it was written: launches stay in the caches.
-CPU_SCORES = 16 * 1024**2
+CPU_SCORES = 8 * 1024**2
 CPU_LAUNCH = 256 * 1024**2
 GPU_LAUNCH = 8 * 1024**3
 # Operators' own scratch space and the allocator's slack, on top of the tensors that are counted.
@@ -124,11 +124,12 @@ def points_per_launch(
     device: str,
     *,
     gradients: bool = True,
+    weights: int = 0,
 ) -> int:
     """The most points that fit the budget and that pay.
 
     bytes_of: what a launch of so many points takes; never less for more of them. gradients: or
-    scores alone.
+    scores alone, for which a launch reads so many bytes of `weights`.
     """
     if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int)):
         raise InputTypeError(f"points_per_launch must be a whole number: got {wanted!r}")
@@ -144,7 +145,9 @@ def points_per_launch(
         )
     room = budget - fixed
     if wanted is None and device == "cpu":
-        wanted = max(1, (CPU_TENSOR if gradients else CPU_SCORES) // max(largest_tensor, 1))
+        # Where weights are larger than what the caches hold, each launch waits for all of them.
+        largest = CPU_TENSOR if gradients else min(max(CPU_SCORES, weights), CPU_TENSOR)
+        wanted = max(1, largest // max(largest_tensor, 1))
         room = min(room, max(one, CPU_LAUNCH))
     elif wanted is None:
         wanted = max(1, GPU_LAUNCH // one)

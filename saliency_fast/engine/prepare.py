@@ -96,8 +96,9 @@ def make_plan(
     points = recipe.count * call.batch
     cost, exact = probed.cost, _each(probed.exact) if probed.exact else 0
     each, (examples, of_each) = _each(cost), looked_at(recipe, call.batch) if exact else (0, 0)
-    # Weights in a half type, and the maps of the points that are taken in both.
-    fixed += probed.way.lowered_bytes + 3 * (sum_bytes // call.batch) * examples * of_each
+    # Copies of weights, and the maps of the points that are taken in two precisions.
+    ready = probed.way.ready_bytes(recipe)
+    fixed += probed.way.lowered_bytes + ready + 3 * (sum_bytes // call.batch) * examples * of_each
     if (tiled := probed.way.tiled) is not None:
         # What operators take for themselves is at most what a tile takes, not a whole map.
         each = int(MARGIN * cost.peak) + tile_bytes(tiled.stem, tiled.tile)
@@ -115,6 +116,7 @@ def make_plan(
         budget,
         call.device.type,
         gradients=recipe.gradients,
+        weights=ready,
     )
     size = min(most, points)
     launch = bytes_of(size)

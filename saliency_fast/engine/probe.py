@@ -140,9 +140,19 @@ def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
         with suppress(ModelError, BudgetError, InputError, RuntimeError):
             about = (asked.call, asked.recipe, asked.baselines)
             found = probe(model, *about, lean=lean, budget=budget)
-    as_it_is = trial.scores(Way().function(model, trial.call)).cost
-    cost = trial.scores(found.way.function(model, trial.call)).cost
-    return replace(found, cost=cost, plain=as_it_is)
+    plain = trial.scores(Way().function(model, trial.call))
+    try:
+        # By a copy of the way: those of weights are a call's own.
+        taken = trial.scores(found.way.of_now().function(model, trial.call, trial.recipe))
+        gap = taken.gap(plain)
+    except BudgetError:
+        raise
+    except Exception as error:
+        return Probe(Way(), plain.cost, plain.cost, _line(error))
+    if gap > AGREEMENT[trial.call.dtypes[0]]:
+        reason = f"{found.way}: scores are off by {gap:.1g}"
+        return Probe(Way(), plain.cost, plain.cost, reason)
+    return replace(found, cost=taken.cost, plain=plain.cost)
 
 
 def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:

@@ -59,7 +59,7 @@ class Run:
         """known: what the precision costs, where an earlier call has told."""
         self.call, self.recipe, self.plan, self.baselines = call, recipe, plan, baselines
         self.way = way
-        self.function = way.function(model, call)
+        self.function = way.function(model, call, recipe)
         self.hoist = way.hoist(call, recipe, plan.points_per_launch)
         self.behind = way.launched(model, call, recipe, baselines)
         self.exact = None if way.precision.exact else way.exact().launched(model, call, recipe)

@@ -31,9 +31,11 @@ from saliency_fast.model.routes import (
     Route,
     Ruled,
     Rules,
+    Scored,
     Watched,
     Widened,
 )
+from saliency_fast.model.scoring import ready_bytes, scoring
 from saliency_fast.model.stem import local_stem
 from saliency_fast.model.tiles import Tiled, tile_sizes
 
@@ -75,8 +77,14 @@ class Way:
     precision: Precision = FLOAT32
     rules: Rules | None = None
 
-    def function(self, model: Model, call: Call) -> PointFunction:
-        """From points at the inputs to scores and gradients there, in float32."""
+    def function(self, model: Model, call: Call, recipe: Recipe | None = None) -> PointFunction:
+        """From points at the inputs to scores and gradients there, in float32.
+
+        recipe: of a call with many launches, whose copies of weights pay where it asks for scores.
+        """
+        if recipe is not None and self.program is not None and self._scores(recipe):
+            route: Route = Scored(self.program, self._ready)
+            return function_of(route, call, (*self._kind(model), "scores"))
         return function_of(self._route(model), call, (*self._kind(model), "whole"))
 
     def launched(
@@ -124,13 +132,27 @@ class Way:
         whole = self.program if self.prefix is None else self.prefix.rest
         return None if self.half is None or whole is None else lowered(whole, self.half)
 
+    def _scores(self, recipe: Recipe) -> bool:
+        """Whether launches are by the program, and ask for scores alone."""
+        others = (self.prefix, self.tiled, self.rules)
+        return not recipe.gradients and not self.offloaded and all(one is None for one in others)
+
+    @cached_property
+    def _ready(self) -> Program:
+        assert self.program is not None
+        return scoring(self.program)
+
+    def ready_bytes(self, recipe: Recipe) -> int:
+        """What copies of weights for launches without gradients take, for the time of a call."""
+        return 0 if self.program is None or not self._scores(recipe) else ready_bytes(self.program)
+
     def refresh(self) -> None:
         """Copies weights in a half type anew, for a way that outlives a call."""
         if self._lowered is not None:
             self._lowered.refresh()
 
     def of_now(self) -> Way:
-        """The same way for one call: weights in a half type are copied at its first launch."""
+        """The same way for one call, with copies of weights of its own."""
         return replace(self)
 
     def exact(self) -> Way:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from saliency_fast.model.fusion import rectified
-from saliency_fast.model.lean.convolutions import _each
+from saliency_fast.model.lean.convolutions import each_axis
 from saliency_fast.model.program import Ref, Step, Value
 
 Span = tuple[int, int]
@@ -175,14 +175,14 @@ def _convolution(step: Step, values: Values, axes: int) -> Local | None:
     given = _bound(step, names, bias=None, stride=1, padding=0, dilation=1, groups=1)
     if not _alone(step, values, axes):
         return None
-    strides, holes = _each(given["stride"], axes), _each(given["dilation"], axes)
+    strides, holes = each_axis(given["stride"], axes), each_axis(given["dilation"], axes)
     kernel = _about(given["weight"], values).shape[2:]
     reaches = [d * (k - 1) for d, k in zip(holes, kernel, strict=True)]
     before = after = [0] * axes
     if given["padding"] == "same":
         before, after = [reach // 2 for reach in reaches], [(reach + 1) // 2 for reach in reaches]
     elif given["padding"] != "valid":
-        before = after = _each(given["padding"], axes)
+        before = after = each_axis(given["padding"], axes)
     windows = tuple(map(Window, strides, before, reaches, after))
     operands = (step.args[0], given["weight"], given["bias"])
     args = (*operands, strides, [0] * axes, holes, given["groups"])
@@ -195,8 +195,8 @@ def _transposed(step: Step, values: Values, axes: int) -> Local | None:
     given = _bound(step, names, bias=None, padding=0, output_padding=0, **ones)
     if not _alone(step, values, axes):
         return None
-    options = [_each(given[name], axes) for name in names.split()[3:6]]
-    holes, kernel = _each(given["dilation"], axes), _about(given["weight"], values).shape[2:]
+    options = [each_axis(given[name], axes) for name in names.split()[3:6]]
+    holes, kernel = each_axis(given["dilation"], axes), _about(given["weight"], values).shape[2:]
     windows, extra = [], []
     for s, p, more, d, k in zip(*options, holes, kernel, strict=True):
         windows.append(Window(s, p, d * (k - 1), spread=True, origin=p))
@@ -212,11 +212,11 @@ def _pool(step: Step, values: Values, axes: int, greatest: bool) -> Local | None
     names = f"input kernel_size stride padding {own}"
     plain = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
     given = _bound(step, names, count_include_pad=True, divisor_override=None, **plain)
-    kernel, before = _each(given["kernel_size"], axes), _each(given["padding"], axes)
+    kernel, before = each_axis(given["kernel_size"], axes), each_axis(given["padding"], axes)
     if not _alone(step, values, axes) or (any(before) and not given["count_include_pad"]):
         return None
-    strides = _each(given["stride"], axes) if given["stride"] not in (None, []) else kernel
-    holes = _each(given["dilation"], axes)
+    strides = each_axis(given["stride"], axes) if given["stride"] not in (None, []) else kernel
+    holes = each_axis(given["dilation"], axes)
     reaches = [d * (k - 1) for d, k in zip(holes, kernel, strict=True)]
     tail = (given["ceil_mode"], True, given["divisor_override"])[: 2 if axes == 1 else 3]
     after, fill, keeps = before, 0.0, "nothing"

@@ -114,6 +114,20 @@ class Recorded:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """The same, where scores alone are asked for as a rule: by `ready`, from `scoring`."""
+
+    program: Program
+    ready: Program
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        program = self.program if torch.is_grad_enabled() else self.ready
+        return program(points, tensors_among(args, kwargs))
+
+
+@dataclass(frozen=True)
 class Autocast:
     """The model as it is, with products in a half type as PyTorch's autocast has them."""
 

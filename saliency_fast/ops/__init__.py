@@ -3,6 +3,7 @@
 from saliency_fast.ops import dispatch as _dispatch
 from saliency_fast.ops.accumulate import accumulate, accumulate_moments, accumulate_random_lines
 from saliency_fast.ops.cam import cam
+from saliency_fast.ops.direct import direct
 from saliency_fast.ops.dispatch import backends
 from saliency_fast.ops.finish import REDUCTIONS, finish
 from saliency_fast.ops.masks import pack_mask, relu_mask, relu_mask_, relu_mask_backward
@@ -14,7 +15,7 @@ from saliency_fast.ops.ranks import rank_points
 from saliency_fast.ops.registry import OPS, Op, Sample
 from saliency_fast.ops.segments import mask_points, segment_points
 from saliency_fast.ops.windows import window_points
-from saliency_fast.ops.winograd import winograd
+from saliency_fast.ops.winograd import winograd, winograd_weights
 
 _dispatch.load_native()
 
@@ -28,6 +29,7 @@ __all__ = [
     "accumulate_random_lines",
     "backends",
     "cam",
+    "direct",
     "finish",
     "line_points",
     "magnitude_percentile",
@@ -47,4 +49,5 @@ __all__ = [
     "segment_points",
     "window_points",
     "winograd",
+    "winograd_weights",
 ]

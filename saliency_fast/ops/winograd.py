@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,25 +17,65 @@ CHANNELS = 16
 """What the numbers of channels must be multiples of."""
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+_ROOT = math.sqrt(2)
+_POINTS = (-1 / 1.5, -1 / 1.5, 1 / 6, 1 / 6)
+"""What the rows of G are multiplied with at the points between 0 and infinity."""
+
+_LANES = {"AVX512": 16, "AVX2": 8}
+"""Floats of a register."""
+
+
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    relu: bool = False,
+    ready: Tensor | None = None,
+) -> Tensor:
     _check(x, weight, bias, padding)
     y = F.conv2d(x, weight, bias, padding=list(padding))
-    return y.contiguous(memory_format=torch.channels_last)
+    return (y.relu() if relu else y).contiguous(memory_format=torch.channels_last)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> None:
-    fits = x.dim() == 4 and weight.dim() == 4 and x.shape[1] == weight.shape[1]
-    if not fits or weight.shape[2:] != (3, 3):
-        raise ValueError(
-            f"x must be [N, C, H, W] and weight [D, C, 3, 3]: got {list(x.shape)} and"
-            f" {list(weight.shape)}"
-        )
+def _transformed(weight: Tensor) -> Tensor:
+    """G w G^T of every kernel, in parts of up to four registers of results."""
+    _check_weight(weight)
+    places = torch.tensor([math.sqrt(0.5), -math.sqrt(0.5), _ROOT, -_ROOT], dtype=torch.float64)
+    rows = places[:, None] ** torch.arange(3) * torch.tensor(_POINTS, dtype=torch.float64)[:, None]
+    ends = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    g = torch.cat([ends[:1], rows, ends[1:]]).to(weight.device)
+    u = torch.einsum("ah,bw,ochw->abco", g, g, weight.double()).flatten(0, 1)
+    lanes = _LANES.get(torch.backends.cpu.get_cpu_capability())
+    if lanes is None:
+        return u.float()
+    registers = len(weight) // lanes
+    parts = -(-registers // 4)
+    ends_of = [registers * part // parts * lanes for part in range(parts + 1)]
+    pieces = [u[..., start:stop].flatten() for start, stop in pairwise(ends_of)]
+    return torch.cat(pieces).float().view(u.shape)
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(f"weight must be [D, C, 3, 3]: got {list(weight.shape)}")
     if any(count < 1 or count % CHANNELS for count in weight.shape[:2]):
         raise ValueError(
             f"channels must be multiples of {CHANNELS}: got weight {list(weight.shape)}"
         )
-    if any(one is not None and one.dtype != torch.float32 for one in (x, weight, bias)):
-        raise ValueError(f"x, weight and bias must be float32: got {x.dtype}, {weight.dtype}")
+    if weight.dtype != torch.float32:
+        raise ValueError(f"weight must be float32: got {weight.dtype}")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> None:
+    _check_weight(weight)
+    if x.dim() != 4 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be [N, C, H, W] and weight [D, C, 3, 3]: got {list(x.shape)} and"
+            f" {list(weight.shape)}"
+        )
+    if any(one is not None and one.dtype != torch.float32 for one in (x, bias)):
+        raise ValueError(f"x, weight and bias must be float32: got {x.dtype}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{len(weight)}]: got {list(bias.shape)}")
     if len(padding) != 2 or min(padding) < 0:
@@ -43,7 +86,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
         )
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> Tensor:
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], *_: Any
+) -> Tensor:
     size = [n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True)]
     shape = (len(x), len(weight), *size)
     form = torch.channels_last
@@ -71,23 +116,48 @@ def _samples() -> Iterator[Sample]:
             weight = weight.contiguous(memory_format=torch.channels_last)
         bias = torch.randn(outputs) if number % 4 < 2 else None
         note = f"{list(x.shape)} to {outputs}, padding {padding}"
-        yield Sample((x, weight, bias, padding), note=note)
+        ready = winograd_weights(weight) if number % 3 else None
+        yield Sample((x, weight, bias, padding, number % 2 == 1, ready), note=note)
+
+
+def _weights() -> Iterator[Sample]:
+    for results, channels in ((16, 16), (48, 32), (80, 16), (112, 48), (144, 16)):
+        weight = torch.randn(results, channels, 3, 3)
+        if channels == 16:
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        yield Sample((weight,), note=f"{list(weight.shape)}")
+
+
+winograd_weights = define(
+    Op(
+        schema="winograd_weights(Tensor weight) -> Tensor",
+        reference=_transformed,
+        fake=lambda weight: weight.new_empty((36, weight.shape[1], len(weight))),
+        samples=_weights,
+        moved=lambda weight: 4 * (weight.numel() + 36 * weight[..., 0, 0].numel()),
+    )
+)
+"""winograd_weights(weight [D, C, 3, 3]) -> [36, C, D] float32: transformed for `winograd`, in an
+order of its own."""
 
 
 winograd = define(
     Op(
-        schema="winograd(Tensor x, Tensor weight, Tensor? bias, int[] padding) -> Tensor",
+        schema="winograd(Tensor x, Tensor weight, Tensor? bias, int[] padding, bool relu=False,"
+        " Tensor? ready=None) -> Tensor",
         reference=_convolved,
         fake=_fake,
         samples=_samples,
-        moved=lambda x, weight, bias, padding: (
-            4 * (x.numel() + weight.numel() + _fake(x, weight, bias, padding).numel())
+        moved=lambda x, weight, *others: (
+            4 * (x.numel() + weight.numel() + _fake(x, weight, *others).numel())
         ),
     )
 )
-"""winograd(x [N, C, H, W], weight [D, C, 3, 3], bias [D] | None, padding (2)) -> [N, D, *] channels
-last: the convolution of stride 1 in float32, by F(4x4, 3x3) (Winograd, 1980; Lavin and Gray, 2016)
-at the points 0, +-sqrt(1/2), +-sqrt(2) and infinity, which keep its error near that of a direct one
-(Barabasz et al., 2020). Errors are shares of the largest number of a tile of 6x6 pixels, and NaN or
-infinity spreads over its 4x4 outputs. C and D are multiples of 16. An image's result does not
-depend on its launch. GPUs take the reference: cuDNN has its own."""
+"""winograd(x [N, C, H, W], weight [D, C, 3, 3], bias [D] | None, padding (2), relu=False,
+ready=None) -> [N, D, *] channels last: the convolution of stride 1 in float32, with its rectifier
+where `relu` says so, by F(4x4, 3x3) (Winograd, 1980; Lavin and Gray, 2016) at the points 0,
++-sqrt(1/2), +-sqrt(2) and infinity, which keep its error near that of a direct one (Barabasz et
+al., 2020). ready: `winograd_weights(weight)`, which spares their transform. Errors are shares of
+the largest number of a tile of 6x6 pixels, and NaN or infinity spreads over its 4x4 outputs. C and
+D are multiples of 16. An image's result does not depend on its launch. GPUs take the reference:
+cuDNN has its own."""

@@ -197,13 +197,13 @@ def _lean(axes: int) -> Callable[..., Any]:
         alone = axes == 2 and not torch.is_grad_enabled() and input.dim() == 4 and _on_cpu(input)
         if not alone and not _served(input, weight, bias, axes):
             return NotImplemented
-        steps, holes = _each(stride, axes), _each(dilation, axes)
+        steps, holes = each_axis(stride, axes), each_axis(dilation, axes)
         if isinstance(padding, str):
             sides = [d * (k - 1) for d, k in zip(holes, weight.shape[2:], strict=True)]
             if padding != "valid" and any(both % 2 for both in sides):
                 return NotImplemented
             padding = [0] * axes if padding == "valid" else [both // 2 for both in sides]
-        edges = _each(padding, axes)
+        edges = each_axis(padding, axes)
         if alone:
             served = pays(input, weight, bias, steps, edges, holes, groups)
             return ops.winograd(input, weight, bias, edges) if served else NotImplemented
@@ -227,9 +227,13 @@ def _lean_transposed(axes: int) -> Callable[..., Any]:
     ) -> Any:
         if not _served(input, weight, bias, axes):
             return NotImplemented
-        steps, edges, holes = _each(stride, axes), _each(padding, axes), _each(dilation, axes)
+        steps, edges, holes = (
+            each_axis(stride, axes),
+            each_axis(padding, axes),
+            each_axis(dilation, axes),
+        )
         return _Convolve.apply(  # type: ignore[no-untyped-call]
-            input, weight, bias, steps, edges, holes, True, _each(output_padding, axes), groups
+            input, weight, bias, steps, edges, holes, True, each_axis(output_padding, axes), groups
         )
 
     return transposed_convolution
@@ -242,7 +246,7 @@ def _served(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int) -> bool:
     return x.dim() == axes + 2 and x.is_floating_point() and wanted
 
 
-def _each(value: Sizes, axes: int) -> list[int]:
+def each_axis(value: Sizes, axes: int) -> list[int]:
     """One number per axis."""
     given = [value] if isinstance(value, int) else list(value)
     return given * axes if len(given) == 1 else given

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
-from saliency_fast.model.lean.convolutions import Sizes, _each, _on_cpu
+from saliency_fast.model.lean.convolutions import Sizes, _on_cpu, each_axis
 from saliency_fast.ops.masks import DTYPES
 from saliency_fast.ops.pools import layout
 
@@ -52,11 +52,11 @@ def _max_pool(axes: int) -> Callable[..., Any]:
         dilation: Sizes = 1,
         ceil_mode: bool = False,
     ) -> Any:
-        kernel = _each(kernel_size, axes)
+        kernel = each_axis(kernel_size, axes)
         if not _served(input, axes) or math.prod(kernel) > LARGEST_WINDOW:
             return NotImplemented
-        steps = kernel if stride is None or stride == [] else _each(stride, axes)
-        edges, holes = _each(padding, axes), _each(dilation, axes)
+        steps = kernel if stride is None or stride == [] else each_axis(stride, axes)
+        edges, holes = each_axis(padding, axes), each_axis(dilation, axes)
         if not torch.is_grad_enabled() and _on_cpu(input):
             if layout(input) == torch.contiguous_format or input.shape[1] < VALUES:
                 return NotImplemented
@@ -134,9 +134,9 @@ def _average_pool(
     ) -> Any:
         if not _served(input, axes):
             return NotImplemented
-        kernel = _each(kernel_size, axes)
-        steps = kernel if stride is None or stride == [] else _each(stride, axes)
-        edges = _each(padding, axes)
+        kernel = each_axis(kernel_size, axes)
+        steps = kernel if stride is None or stride == [] else each_axis(stride, axes)
+        edges = each_axis(padding, axes)
         options = (kernel, steps, edges, ceil_mode, count_include_pad, divisor_override)
         return _Shaped.apply(input, pool, transpose, options)  # type: ignore[no-untyped-call]
 
@@ -149,7 +149,7 @@ def _adaptive_average_pool(
     def adaptive_average_pool(input: Tensor, output_size: Any) -> Any:
         if not _served(input, axes):
             return NotImplemented
-        sizes = zip(_each(output_size, axes), input.shape[2:], strict=True)
+        sizes = zip(each_axis(output_size, axes), input.shape[2:], strict=True)
         wanted = [own if size is None else size for size, own in sizes]
         return _Shaped.apply(input, pool, lambda g, x, _: transpose(g, x), (wanted,))  # type: ignore[no-untyped-call]
 
@@ -167,15 +167,15 @@ def _avg_pool1d(
     if not _served(input, 1):
         return NotImplemented
     # PyTorch, too, pools a series as an image of one line.
-    kernel, edges = _each(kernel_size, 1), _each(padding, 1)
-    sizes = ([1, *kernel], [1, *_each(stride or kernel, 1)], [0, *edges])
+    kernel, edges = each_axis(kernel_size, 1), each_axis(padding, 1)
+    sizes = ([1, *kernel], [1, *each_axis(stride or kernel, 1)], [0, *edges])
     return LEAN[_nn.avg_pool2d](input.unsqueeze(2), *sizes, ceil_mode, count_include_pad).squeeze(2)
 
 
 def _adaptive_avg_pool1d(input: Tensor, output_size: Sizes) -> Any:
     if not _served(input, 1):
         return NotImplemented
-    size = [1, *_each(output_size, 1)]
+    size = [1, *each_axis(output_size, 1)]
     return LEAN[_nn.adaptive_avg_pool2d](input.unsqueeze(2), size).squeeze(2)
 
 

@@ -36,7 +36,7 @@ def pays(
     out, channels = weight.shape[:2]
     if out % CHANNELS or channels % CHANNELS or x.shape[1] != channels:
         return False
-    if (_TILE + 2) ** 2 * out * channels > WEIGHTS or not _built():
+    if (_TILE + 2) ** 2 * out * channels > WEIGHTS or not built():
         return False
     if any(one is not None and one.dtype != torch.float32 for one in (weight, bias)):
         return False
@@ -47,7 +47,7 @@ def pays(
 
 
 @cache
-def _built() -> bool:
+def built() -> bool:
     """Whether the C++ version runs here, on instructions for which it is made."""
     capable = torch.backends.cpu.get_cpu_capability() in _CAPABLE
     return capable and native_library() is not None and forced() in (None, "native")
