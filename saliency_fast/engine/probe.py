@@ -141,6 +141,9 @@ def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
             about = (asked.call, asked.recipe, asked.baselines)
             found = probe(model, *about, lean=lean, budget=budget)
     plain = trial.scores(Way().function(model, trial.call))
+    if found.way.program is None:
+        taken = trial.scores(found.way.function(model, trial.call))
+        return replace(found, cost=taken.cost, plain=plain.cost)
     try:
         # By a copy of the way: those of weights are a call's own.
         taken = trial.scores(found.way.of_now().function(model, trial.call, trial.recipe))
