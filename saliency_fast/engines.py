@@ -231,7 +231,7 @@ class Engine:
 
         def job() -> Job:
             ready()
-            job, names = self._prepare(call, baseline, region, chosen, recipe)
+            job, names = self._prepare(call, baseline, region, chosen, recipe, alone=False)
             at.extend(names or ())
             # Recorded launches are one call's alone.
             job.graphs = False
@@ -303,6 +303,8 @@ class Engine:
         region: Region,
         method: Method | None = None,
         recipe: Recipe | None = None,
+        *,
+        alone: bool = True,
     ) -> tuple[Job, list[str] | None]:
         """A job, and the names of the layers that it is about."""
         recipe, method = recipe or self._recipe, method or self.method
@@ -316,6 +318,7 @@ class Engine:
             lean=self.lean and not self.compile,
             precision=self.precision,
             tolerance=self.tolerance,
+            alone=alone,
         )
         job.graphs = self.graphs
         return job, names_of(self.model, layers) if layers else None

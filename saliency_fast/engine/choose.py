@@ -19,7 +19,7 @@ from saliency_fast.engine.job import Job
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
-from saliency_fast.engine.probe import Probe, fitting, in_precision, probe, settings
+from saliency_fast.engine.probe import Probe, fitting, in_precision, probe, settings, sharing
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.trial import Trial
@@ -58,6 +58,7 @@ class Choice:
     limits: Limits
     known: Known
     lean: bool
+    alone: bool
 
     @cached_property
     def _key(self) -> tuple[object, ...]:
@@ -67,7 +68,8 @@ class Choice:
         shapes = (call.dtypes, *((x.shape[1:], x.dtype, x.device) for x in tensors))
         # The prefix differs between methods whose points lie on lines and others.
         kind = (recipe.family.straight, hoistable(recipe), recipe.gradients, repr(recipe.rules))
-        return shapes, call.targets.count, self.lean, kind, settings(call)
+        alone = self.alone or recipe.gradients
+        return shapes, call.targets.count, self.lean, alone, kind, settings(call)
 
     @cached_property
     def _trial(self) -> Trial:
@@ -83,6 +85,7 @@ class Choice:
             budget = read_budget(self.limits.memory_budget, self.call.device)
             about = (self.model, self.call, self.recipe, self.baselines[0])
             found = probe(*about, lean=self.lean, budget=budget)
+            found = found if self.alone else sharing(found, self.model, self._trial)
         else:
             found = in_precision(self.probed(FLOAT32), precision, self.model, self._trial)
         # Arguments that are new in every call must not pile up.
@@ -163,14 +166,16 @@ def prepare(
     lean: bool,
     precision: str = FLOAT32.name,
     tolerance: float | None = None,
+    alone: bool = True,
 ) -> Job:
     """Probes what is not known yet, and plans; raises BudgetError where one point does not fit.
 
-    tolerance: what precision "auto" may cost a map; half of the method's own unless given.
+    tolerance: what precision "auto" may cost a map; half of the method's own unless given. alone:
+    its launches are its own.
     """
     recipe = recipe.of(call.inputs, call.features)
     part, baselines = read_region(region, call), baselines_of(call, recipe, baseline)
-    about = Choice(model, method, recipe, call, baselines, part, limits, known, lean)
+    about = Choice(model, method, recipe, call, baselines, part, limits, known, lean, alone)
     if call.halves:
         _need_alike(model, call.dtypes)
     other = next((one for one in call.dtypes if one != torch.float32), None)

@@ -158,6 +158,15 @@ def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
     return replace(found, cost=taken.cost, plain=plain.cost)
 
 
+def sharing(found: Probe, model: Model, trial: Trial) -> Probe:
+    """The same for launches that several calls share."""
+    if trial.recipe.gradients or found.way.program is None:
+        return found
+    way = replace(found.way, copies=False)
+    cost = trial.scores(way.function(model, trial.call, trial.recipe)).cost
+    return replace(found, way=way, cost=cost)
+
+
 def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
     recording = Recording(model)
     plain = trial.plain(recording if lean else Plain(model))

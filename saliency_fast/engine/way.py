@@ -65,7 +65,8 @@ class Way:
     prefix: the program in two, where the sum of gradients is taken behind its affine beginning.
     tiled: the program with its local beginning tile by tile. offloaded: what is kept from forward
     to backward waits in the host's memory. unfolded: the program with its layers apart, for tiles.
-    rules: backward rules, under which the model runs call by call.
+    rules: backward rules, under which the model runs call by call. copies: of weights, where they
+    pay: not for launches that calls share, of which each would make its own.
     """
 
     program: Program | None = None
@@ -76,6 +77,7 @@ class Way:
     unfolded: Program | None = field(default=None, repr=False)
     precision: Precision = FLOAT32
     rules: Rules | None = None
+    copies: bool = True
 
     def function(self, model: Model, call: Call, recipe: Recipe | None = None) -> PointFunction:
         """From points at the inputs to scores and gradients there, in float32.
@@ -136,7 +138,8 @@ class Way:
     def _scores(self, recipe: Recipe) -> bool:
         """Whether launches are by the program, and ask for scores alone."""
         others = (self.prefix, self.tiled, self.rules)
-        return not recipe.gradients and not self.offloaded and all(one is None for one in others)
+        plain = not self.offloaded and all(one is None for one in others)
+        return plain and self.copies and not recipe.gradients
 
     @cached_property
     def _ready(self) -> Program:

@@ -302,6 +302,28 @@ def test_gradients_take_the_program_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     assert asked
 
 
+def test_requests_that_share_launches_copy_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Program] = []
+
+    def noted(program: Program) -> Program:
+        asked.append(program)
+        return scoring(program)
+
+    monkeypatch.setattr(way, "scoring", noted)
+    model, x = made()
+    with sf.Engine(model, OCCLUSION) as engine:
+        found = [engine.submit(x, 1).result(timeout=60).values]
+        # To see whether the program holds.
+        probed = len(asked)
+        assert probed <= 1
+        several = engine.explain_many([{"inputs": one, "target": 1} for one in x.split(1)])
+        assert len(asked) == probed
+        # A call alone does.
+        found += [torch.cat([one.values for one in several]), engine(x, 1).values]
+        assert len(asked) > probed
+    assert all(off(values, model, x) < 1e-5 for values in found)
+
+
 def test_without_onednn() -> None:
     model, x = made()
     with torch.backends.mkldnn.flags(enabled=False):
