@@ -13,7 +13,7 @@ from saliency_fast.errors import BudgetError, InputError, InputTypeError
 # are far out of the caches; on GPUs far above what keeps the device busy.
 CPU_TENSOR = 40 * 1024**2
 # Without gradients a tensor is read once, right after it was written: launches stay in the caches.
-CPU_SCORES = 16 * 1024**2
+CPU_SCORES = 8 * 1024**2
 CPU_LAUNCH = 256 * 1024**2
 GPU_LAUNCH = 8 * 1024**3
 # Operators' own scratch space and the allocator's slack, on top of the tensors that are counted.

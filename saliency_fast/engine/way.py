@@ -35,7 +35,7 @@ from saliency_fast.model.routes import (
     Watched,
     Widened,
 )
-from saliency_fast.model.scoring import at_once, ready_bytes, scoring
+from saliency_fast.model.scoring import ready_bytes, scoring
 from saliency_fast.model.stem import local_stem
 from saliency_fast.model.tiles import Tiled, tile_sizes
 
@@ -85,8 +85,7 @@ class Way:
         recipe: of a call with many launches, whose copies of weights pay where it asks for scores.
         """
         if recipe is not None and self.program is not None and self._scores(recipe):
-            rows = at_once(self._ready, ready_bytes(self.program))
-            route: Route = Scored(self.program, self._ready, rows)
+            route: Route = Scored(self.program, self._ready)
             return function_of(route, call, (*self._kind(model), "scores"))
         return function_of(self._route(model), call, (*self._kind(model), "whole"))
 

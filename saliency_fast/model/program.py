@@ -151,16 +151,6 @@ class Program:
         self.run(env, rows, start, len(self.steps))
         return self.leave(env)
 
-    def in_groups(self, points: Sequence[Tensor], rows: int) -> Any:
-        """The same, of so many rows after the others; outputs must have rows, and no extras be."""
-        found = []
-        for group in zip(*(torch.split(one, rows) for one in points), strict=True):
-            env = self.enter(group, ())
-            self.run(env, len(group[0]), 0, len(self.steps))
-            found.append(env)
-        whole = {number: torch.cat([env[number] for env in found]) for number in found[0]}
-        return self.leave(whole)
-
     def _forgotten(self, env: Env, rows: int, start: int, stop: int) -> Env:
         """`run`, of which only the values in `env` are kept for the way back."""
         taken, left = tuple(env), list[int]()

@@ -115,25 +115,16 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Scored:
-    """The same, where scores alone are asked for as a rule: by `ready`, from `scoring`.
-
-    at_once: rows whose tensors stay in the caches, which go through the whole program before the
-    next do.
-    """
+    """The same, where scores alone are asked for as a rule: by `ready`, from `scoring`."""
 
     program: Program
     ready: Program
-    at_once: int | None
 
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        extras, rows = tensors_among(args, kwargs), len(points[0])
-        if torch.is_grad_enabled():
-            return self.program(points, extras)
-        if extras or self.at_once is None or rows <= self.at_once:
-            return self.ready(points, extras)
-        return self.ready.in_groups(points, self.at_once)
+        program = self.program if torch.is_grad_enabled() else self.ready
+        return program(points, tensors_among(args, kwargs))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from saliency_fast.model.fusion import rectified
 from saliency_fast.model.lean.convolutions import each_axis
 from saliency_fast.model.lean.winograd import built, pays
 from saliency_fast.model.patterns import is_norm, norm_parameters, only_maker
-from saliency_fast.model.program import Program, Ref, Step, refs_in
+from saliency_fast.model.program import Program, Ref, Step
 from saliency_fast.ops.direct import FEW
 from saliency_fast.ops.winograd import CHANNELS
 
@@ -29,9 +29,6 @@ _AXES = {torch.conv2d: 2, torch.conv3d: 3}
 _TAPS = 64
 """Products of a result up to which a direct convolution takes no more time than oneDNN's, which
 fills registers with channels that an image does not have."""
-
-CACHED = 4 * 1024**2
-"""Bytes of a tensor that the caches hold beside the next one."""
 
 
 @dataclass(frozen=True)
@@ -157,17 +154,6 @@ def scoring(program: Program) -> Program:
             steps[layer.place] = replace(own, outputs=last.outputs)
             steps = _without_norm(program, steps, layer)
     return replace(program, steps=tuple(step for step in steps if step is not None))
-
-
-def at_once(ready: Program, weights: int) -> int | None:
-    """How many rows of a launch go through a program for scores together, and then the next ones;
-    None: all of them. weights: bytes that each time are read.
-    """
-    outputs = [ready.values[one.number] for one in refs_in(ready.outputs)]
-    if ready.extras or not all(value.rowwise for value in outputs):
-        return None
-    largest = max(ready.values[one].nbytes for step in ready.steps for one in step.made)
-    return max(1, max(CACHED, weights) // max(1, largest))
 
 
 def ready_bytes(program: Program) -> int:

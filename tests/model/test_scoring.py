@@ -20,8 +20,7 @@ from saliency_fast.model import scoring as scorings
 from saliency_fast.model.fusion import fused
 from saliency_fast.model.lean.winograd import built
 from saliency_fast.model.program import Program
-from saliency_fast.model.routes import Scored
-from saliency_fast.model.scoring import CACHED, at_once, ready_bytes, scoring
+from saliency_fast.model.scoring import ready_bytes, scoring
 from saliency_fast.ops.dispatch import forced
 from tests.model.answers import why
 from tests.model.random_networks import KINDS, network
@@ -181,44 +180,6 @@ def test_bytes_are_those_of_the_weights() -> None:
     calls = [step.func for step in scoring(program).steps if type(step.func).__name__ in PREPARED]
     expected = sum(ready[PREPARED[type(call).__name__]](call) for call in calls)
     assert ready_bytes(program) == expected > 36 * 16 * 32 * 4
-
-
-class Both(nn.Module):
-    """A dictionary, whose second entry may have no rows."""
-
-    def __init__(self, *, loose: bool) -> None:
-        super().__init__()
-        self.conv, self.loose = nn.Conv2d(1, 16, 3), loose
-
-    def forward(self, x: Tensor) -> dict[str, Any]:
-        y = self.conv(x).relu()
-        whole = y.mean(0) if self.loose else y.flatten(1)
-        return {"maps": y, "rest": (whole.sin(),)}
-
-
-@pytest.mark.parametrize("loose", [False, True])
-def test_rows_go_in_groups(loose: bool) -> None:
-    torch.manual_seed(0)
-    model, x = prepared(Both(loose=loose)).float(), randn(7, 1, 9, 10).float()
-    program = fused(record(model, x)).innermost()
-    ready = scoring(program)
-    assert at_once(ready, 0) == (None if loose else CACHED // (16 * 7 * 8 * 4))
-    assert at_once(ready, 2 * CACHED) == (None if loose else 2 * CACHED // (16 * 7 * 8 * 4))
-    if not loose:
-        want = model(x)
-        with torch.no_grad():
-            grouped = Scored(program, ready, 3)([x.clone()], (), {})
-        torch.testing.assert_close(grouped["maps"], want["maps"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(grouped["rest"][0], want["rest"][0], rtol=1e-5, atol=1e-6)
-
-
-def test_groups_are_seen_by_no_metric(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = made()
-    whole = sf.explain(model, x, target=1, method=OCCLUSION).values
-    monkeypatch.setattr(scorings, "CACHED", 2**17)
-    torch.testing.assert_close(
-        sf.explain(model, x, target=1, method=OCCLUSION).values, whole, rtol=1e-4, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("why_not", ["float64", "contiguous", "in pieces"])
