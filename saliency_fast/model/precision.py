@@ -228,7 +228,7 @@ def lowered_bytes(program: Program) -> int:
 def _norms(program: Program) -> Iterator[tuple[int, int]]:
     """(convolution, rectifier): places of convolutions whose normalisation is the rectifier's."""
     for place, step in enumerate(program.steps):
-        if step.func is not rectified or step.args[1] is None:
+        if step.func is not rectified or step.args[1] is None or step.args[2] == step.args[0]:
             continue
         maker = only_maker(program, step.args[0].number, place)
         if maker is None or program.steps[maker].func not in CONVOLUTIONS:

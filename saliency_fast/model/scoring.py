@@ -273,6 +273,9 @@ def _rectified(program: Program, layer: _Layer) -> _Layer:
     base, norm, residual, slope, upper, _ = step.args
     if base.number != layer.output or (norm is not None and layer.norm is not None):
         return layer
+    if residual == base:
+        # It is taken twice, and once without the normalisation.
+        return layer
     layer = layer if norm is None else replace(layer, norm=norm)
     whole = residual is None and slope == 0.0 and upper == math.inf
     return _along(layer, place, step, relu=True) if whole else layer

@@ -102,6 +102,11 @@ def twice_used(m: Any, x: Tensor) -> Tensor:
     return y.relu() + y
 
 
+def beside_its_norm(m: Any, x: Tensor) -> Tensor:
+    y = m.first(x)
+    return (m.norm(y) + y).relu()
+
+
 def overwritten(m: Any, x: Tensor) -> Tensor:
     y = m.first(x)
     z = y.relu()
@@ -149,6 +154,7 @@ BODIES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "depthwise": (lambda m, x: m.norm(m.depthwise(m.first(x))).relu(), "direct reordered"),
     "sigmoid": (lambda m, x: m.norm(m.first(x)).sigmoid(), "direct sigmoid"),
     "twice used": (twice_used, "direct relu add"),
+    "beside its norm": (beside_its_norm, "direct rectified"),
     "overwritten": (overwritten, "direct relu mul_ add"),
     "seen by a view": (seen_by_a_view, "direct __getitem__ relu_ sum add"),
 }
