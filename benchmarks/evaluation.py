@@ -224,8 +224,7 @@ def table(document: dict[str, Any]) -> str:
         f"Against Quantus {setting['quantus']}, the same maps and protocol, in turn in one "
         "process; medians. The gap is the largest between both, of softmax probabilities at any "
         "step of any curve. Small inputs come first: in a process that has held larger tensors, "
-        "memory for a batch of 64 is not asked of the system again, and Quantus takes two thirds "
-        "of its time for 64 pixels (2.6 s, so that we are 3.5 to 4.1 times as fast).",
+        "memory for a batch of 64 is not asked of the system anew, and Quantus takes less time.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast.model.folding import Norm, folded_convolution, folded_weights
 from saliency_fast.model.fusion import rectified
-from saliency_fast.model.lean.convolutions import each_axis
+from saliency_fast.model.lean.convolutions import each_axis, even_edges
 from saliency_fast.model.lean.winograd import built, pays
 from saliency_fast.model.patterns import is_norm, norm_parameters, only_maker
 from saliency_fast.model.program import Program, Ref, Step
@@ -152,7 +152,7 @@ def scoring(program: Program) -> Program:
                 steps[place] = None
             own = replace(program.steps[layer.place], func=layer.ready(), args=(layer.x,))
             steps[layer.place] = replace(own, outputs=last.outputs)
-            steps = _without_norm(program, steps, layer)
+            _without_norm(program, steps, layer)
     return replace(program, steps=tuple(step for step in steps if step is not None))
 
 
@@ -161,14 +161,13 @@ def ready_bytes(program: Program) -> int:
     return sum(layer.ready_bytes for layer in _layers(program))
 
 
-def _without_norm(program: Program, steps: list[Step | None], layer: _Layer) -> list[Step | None]:
-    """The steps with the rectifier behind a layer whose normalisation went along."""
+def _without_norm(program: Program, steps: list[Step | None], layer: _Layer) -> None:
+    """Takes the normalisation that went along with a layer from the rectifier behind it."""
     uses = program.uses.get(layer.output, ())
     step = steps[uses[0]] if len(uses) == 1 and uses[0] < len(steps) else None
     if step is not None and step.func is rectified and step.args[1] is layer.norm is not None:
         x, _, *others = step.args
         steps[uses[0]] = replace(step, args=(x, None, *others))
-    return steps
 
 
 def _layers(program: Program) -> Iterator[_Layer]:
@@ -231,12 +230,8 @@ def _geometry(
     given: tuple[Any, ...] = (*options, *(1, 0, 1, 1)[len(options) :])
     stride, padding, dilation, groups = given
     holes = each_axis(dilation, axes)
-    if isinstance(padding, str):
-        sides = [d * (k - 1) for d, k in zip(holes, weight.shape[2:], strict=True)]
-        if padding == "same" and any(both % 2 for both in sides):
-            return None
-        padding = [0] * axes if padding == "valid" else [both // 2 for both in sides]
-    return each_axis(stride, axes), each_axis(padding, axes), holes, int(groups)
+    edges = even_edges(padding, weight, holes)
+    return None if edges is None else (each_axis(stride, axes), edges, holes, int(groups))
 
 
 def _behind(program: Program, layer: _Layer) -> tuple[int, Step] | None:

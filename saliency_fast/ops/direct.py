@@ -26,7 +26,7 @@ def _convolved(
     relu: bool,
     pool: Sequence[int],
 ) -> Tensor:
-    _check(x, weight, bias, stride, padding, relu, pool)
+    _check(x, weight, bias, stride, padding, pool)
     y = F.conv2d(x, weight, bias, list(stride), list(padding))
     if relu:
         y = y.relu()
@@ -41,7 +41,6 @@ def _check(
     bias: Tensor | None,
     stride: Sequence[int],
     padding: Sequence[int],
-    relu: bool,
     pool: Sequence[int],
 ) -> None:
     if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1]:

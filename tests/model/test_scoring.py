@@ -254,14 +254,20 @@ def test_a_wrong_program_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "scores are off by" in str(engine.plan(x, 1))
 
 
-def test_gradients_take_the_program_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Program] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+    """The programs of which one for scores was made."""
+    found: list[Program] = []
 
     def noted(program: Program) -> Program:
-        asked.append(program)
+        found.append(program)
         return scoring(program)
 
     monkeypatch.setattr(way, "scoring", noted)
+    return found
+
+
+def test_gradients_take_the_program_as_it_is(asked: list[Program]) -> None:
     model, x = made()
     sf.explain(model, x, target=1, method=sf.IntegratedGradients(4))
     assert not asked
@@ -269,14 +275,7 @@ def test_gradients_take_the_program_as_it_is(monkeypatch: pytest.MonkeyPatch) ->
     assert asked
 
 
-def test_requests_that_share_launches_copy_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Program] = []
-
-    def noted(program: Program) -> Program:
-        asked.append(program)
-        return scoring(program)
-
-    monkeypatch.setattr(way, "scoring", noted)
+def test_requests_that_share_launches_copy_no_weights(asked: list[Program]) -> None:
     model, x = made()
     with sf.Engine(model, OCCLUSION) as engine:
         found = [engine.submit(x, 1).result(timeout=60).values]

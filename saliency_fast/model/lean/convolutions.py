@@ -198,12 +198,9 @@ def _lean(axes: int) -> Callable[..., Any]:
         if not alone and not _served(input, weight, bias, axes):
             return NotImplemented
         steps, holes = each_axis(stride, axes), each_axis(dilation, axes)
-        if isinstance(padding, str):
-            sides = [d * (k - 1) for d, k in zip(holes, weight.shape[2:], strict=True)]
-            if padding != "valid" and any(both % 2 for both in sides):
-                return NotImplemented
-            padding = [0] * axes if padding == "valid" else [both // 2 for both in sides]
-        edges = each_axis(padding, axes)
+        edges = even_edges(padding, weight, holes)
+        if edges is None:
+            return NotImplemented
         if alone:
             served = pays(input, weight, bias, steps, edges, holes, groups)
             return ops.winograd(input, weight, bias, edges) if served else NotImplemented
@@ -227,13 +224,10 @@ def _lean_transposed(axes: int) -> Callable[..., Any]:
     ) -> Any:
         if not _served(input, weight, bias, axes):
             return NotImplemented
-        steps, edges, holes = (
-            each_axis(stride, axes),
-            each_axis(padding, axes),
-            each_axis(dilation, axes),
-        )
+        steps, edges = each_axis(stride, axes), each_axis(padding, axes)
+        holes, more = each_axis(dilation, axes), each_axis(output_padding, axes)
         return _Convolve.apply(  # type: ignore[no-untyped-call]
-            input, weight, bias, steps, edges, holes, True, each_axis(output_padding, axes), groups
+            input, weight, bias, steps, edges, holes, True, more, groups
         )
 
     return transposed_convolution
@@ -244,6 +238,16 @@ def _served(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int) -> bool:
     moving = weight.requires_grad or (bias is not None and bias.requires_grad)
     wanted = (x.requires_grad and not moving) or _by_onednn(x)
     return x.dim() == axes + 2 and x.is_floating_point() and wanted
+
+
+def even_edges(padding: Sizes | str, weight: Tensor, dilation: list[int]) -> list[int] | None:
+    """A padding per axis, also of one by name; None where that differs between both sides."""
+    if not isinstance(padding, str):
+        return each_axis(padding, len(dilation))
+    if padding == "valid":
+        return [0] * len(dilation)
+    sides = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    return None if any(both % 2 for both in sides) else [both // 2 for both in sides]
 
 
 def each_axis(value: Sizes, axes: int) -> list[int]:
