@@ -339,7 +339,8 @@ class Engine:
                 "use one that takes features away, such as FeatureAblation or KernelShap"
             )
         integers = recipe.layers is None and (not recipe.gradients or self._place.at is not None)
-        call = bind(inputs, target, args, kwargs, integers=integers)
+        missing = recipe.scores_alone and self._place.at is None
+        call = bind(inputs, target, args, kwargs, integers=integers, missing=missing)
         if self._place.at is None:
             features = read_features(features, call.inputs)
         # At layers they are features of what these give, which is not known yet.

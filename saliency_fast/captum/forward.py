@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saliency_fast.captum.contract import as_args, as_tuple
 from saliency_fast.errors import ContractError, TargetRangeError
+from saliency_fast.model.casts import cast
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import tensor_of
 
@@ -88,7 +89,8 @@ def _classes(output: Tensor, classes: Tensor) -> Tensor:
             f"index {low if low < 0 else high} is out of bounds for dimension 1 with size "
             f"{output.shape[1]}; one class per example counts from 0"
         )
-    return output.gather(1, classes.to(output.device, torch.int64)[:, None]).squeeze(1)
+    classes = cast(classes, torch.int64, "target", "pass whole numbers").to(output.device)
+    return output.gather(1, classes[:, None]).squeeze(1)
 
 
 def need_one_number(output: Tensor) -> None:

@@ -26,6 +26,7 @@ from saliency_fast.errors import ContractError
 from saliency_fast.methods import ablation, occlusion
 from saliency_fast.methods.parts.coalitions import Game, players
 from saliency_fast.methods.parts.windows import read_windows
+from saliency_fast.model.casts import cast
 from saliency_fast.model.routes import Inputs
 
 AT_ONCE = "Perturbations per evaluation must be an integer and at least 1."
@@ -48,7 +49,12 @@ def read_masks(feature_mask: Any, inputs: Inputs) -> Inputs | None:
                 f"the shape of feature mask (index {number}) is invalid,input shape: {x.shape}, "
                 f"feature mask shape {mask.shape}; give it the input's shape, or 1 on any axis"
             )
-    return tuple(mask.detach().to(x.device).long() for mask, x in zip(masks, inputs, strict=True))
+    return tuple(
+        cast(mask.detach(), torch.int64, "feature_mask", "number features by whole numbers").to(
+            x.device
+        )
+        for mask, x in zip(masks, inputs, strict=True)
+    )
 
 
 def numbers_of(masks: Inputs, inputs: Inputs) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saliency_fast.cli.models import Prepare
 from saliency_fast.errors import InputError
+from saliency_fast.model.casts import cast
 
 PICTURES = (".png", ".jpg", ".jpeg")
 ARRAYS = (".npy", ".safetensors")
@@ -95,7 +96,7 @@ def _read(source: str, prepare: Prepare, dtype: torch.dtype, batched: bool) -> I
         yield Read(path.stem, source, prepare(_picture(path)).to(dtype))
     elif suffix in ARRAYS:
         for name, again, tensor in read_tensors(source):
-            whole = tensor.to(dtype)
+            whole = cast(tensor, dtype, name, f"the model takes {dtype}: scale or round it first")
             yield Read(name, again, whole if batched else whole[None])
     else:
         raise InputError(f"{source} is of no known kind: got {suffix!r}, expected {EXPECTED}")

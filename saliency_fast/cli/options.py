@@ -129,8 +129,7 @@ def _baseline(text: str, device: str) -> Any:
     if text.lower() == "none":
         return None
     if text.partition(SEPARATOR)[0].lower().endswith(ARRAYS):
-        tensor = _one_tensor("--baseline", text)
-        return (tensor if tensor.is_floating_point() else tensor.to(torch.float32)).to(device)
+        return _one_tensor("--baseline", text).to(device)
     try:
         return float(text)
     except ValueError:

@@ -6,14 +6,20 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.casts import cast
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
 
+MISSING = (
+    "values that are missing are for methods that read scores alone, such as feature_ablation, "
+    "occlusion, shapley_values or kernel_shap"
+)
 Baseline = float | str | Tensor | tuple[Any, ...] | list[Any] | None
 
 
@@ -64,7 +70,8 @@ def uniform(x: Tensor, number: int) -> Tensor:
     low, high = torch.aminmax(x.flatten(1), dim=1)
     shape = (-1, *(1,) * (x.dim() - 1))
     noise: Tensor = low.view(shape) + (high - low).view(shape) * share
-    return noise.to(x.dtype).contiguous()
+    # A share of the range of floating point inputs is rounded to their type.
+    return (noise.to(x.dtype) if x.is_floating_point() else noise).contiguous()
 
 
 NAMED: dict[str, Callable[[Tensor, int], Tensor]] = {"blur": blur, "mean": mean, "uniform": uniform}
@@ -79,10 +86,28 @@ def choices(baseline: Baseline) -> list[Any]:
     return baseline
 
 
-def read_baselines(baseline: Any, inputs: Inputs, number: int = 0) -> Inputs:
-    """One baseline [B | 1, *] per input; a tuple gives each input its own."""
+def read_baselines(
+    baseline: Any, inputs: Inputs, number: int = 0, *, missing: bool = False
+) -> Inputs:
+    """One baseline [B | 1, *] per input, in its dtype; a tuple gives each input its own.
+
+    missing: whether NaN and infinity are allowed, for methods that read scores alone. What an
+    input does not have cannot be taken away: where it holds NaN, its baseline does too.
+
+    Raises InputError where the dtype of an input cannot hold its baseline.
+    """
     parts = _per_input(baseline, inputs)
-    return tuple(_one(part, x, number) for part, x in zip(parts, inputs, strict=True))
+    found = tuple(_one(part, x, number) for part, x in zip(parts, inputs, strict=True))
+    if missing:
+        return tuple(_also_missing(one, x) for one, x in zip(found, inputs, strict=True))
+    for one in found:
+        _need_finite(one)
+    return found
+
+
+def _also_missing(baseline: Tensor, x: Tensor) -> Tensor:
+    absent = x.isnan()
+    return torch.where(absent, x, baseline) if bool(absent.any()) else baseline
 
 
 def read_baseline_set(baseline: Baseline, inputs: Inputs) -> Inputs:
@@ -93,6 +118,8 @@ def read_baseline_set(baseline: Baseline, inputs: Inputs) -> Inputs:
     found = tuple(
         _rows_of_set(part, x) for part, x in zip(_per_input(baseline, inputs), inputs, strict=True)
     )
+    for one in found:
+        _need_finite(one)
     if len({len(one) for one in found}) > 1:
         raise InputError(
             "baseline: every input needs the same number of baselines: got "
@@ -135,20 +162,10 @@ def _per_input(baseline: Any, inputs: Inputs) -> Sequence[Any]:
 
 def _one(part: Any, x: Tensor, number: int) -> Tensor:
     if isinstance(part, str):
-        if part not in NAMED:
-            raise InputError(f"baseline: the names are {', '.join(NAMED)}: got {part!r}")
-        return NAMED[part](x, number)
-    if part is None or (isinstance(part, (int, float)) and not isinstance(part, bool)):
-        value = 0.0 if part is None else float(part)
-        if not math.isfinite(value):
-            raise InputError(f"baseline must be finite: got {value}")
-        return torch.full_like(x[:1], value, memory_format=torch.contiguous_format)
-    if not isinstance(part, Tensor):
-        raise InputTypeError(
-            f"baseline must be None, a number, a tensor, a tuple (one per input), a list (a set) "
-            f"or one of {', '.join(NAMED)}: got {type(part).__name__}"
-        )
-    part = _like(part, x)
+        return _named(part, x, number)
+    if part is None:
+        return torch.zeros_like(x[:1], memory_format=torch.contiguous_format)
+    part = _like(_as_tensor(part, x), x)
     batched = part.dim() == x.dim() and len(part) != 1
     try:
         spread: Tensor = part.expand_as(x if batched else x[:1])
@@ -160,13 +177,53 @@ def _one(part: Any, x: Tensor, number: int) -> Tensor:
     return spread.contiguous()
 
 
+def _named(name: str, x: Tensor, number: int) -> Tensor:
+    if name not in NAMED:
+        raise InputError(f"baseline: the names are {', '.join(NAMED)}: got {name!r}")
+    if x.is_floating_point():
+        found = NAMED[name](x, number)
+        if not bool(found.isfinite().all()):
+            raise InputError(
+                f"baseline={name!r} is computed from the input, which holds NaN or infinity; pass "
+                "a number or a tensor"
+            )
+        return found
+    wide = x.double()
+    cure = f"baseline={name!r} is for floating point inputs; pass a tensor of {x.dtype}"
+    return cast(NAMED[name](wide, number), x.dtype, "the baseline", cure)
+
+
+def _as_tensor(part: Any, x: Tensor) -> Tensor:
+    """A baseline of the user's as a tensor, in its own dtype."""
+    if isinstance(part, Tensor):
+        return part
+    if isinstance(part, (int, float)) and (x.dtype == torch.bool or not isinstance(part, bool)):
+        # Python's numbers in full: 0.5 of an integer input is refused, not cut.
+        dtype = torch.float64 if isinstance(part, float) else None
+        return torch.tensor(part, dtype=dtype, device=x.device)
+    if isinstance(part, (np.ndarray, np.generic)):
+        return torch.as_tensor(part, device=x.device)
+    raise InputTypeError(
+        f"baseline must be None, a number, a tensor, a tuple (one per input), a list (a set) "
+        f"or one of {', '.join(NAMED)}: got {type(part).__name__}"
+    )
+
+
 def _like(part: Tensor, x: Tensor) -> Tensor:
     if part.device != x.device:
         raise InputError(
             f"baseline is on another device: got {part.device}, x is on {x.device}; move it with "
             ".to(x.device)"
         )
-    part = part.detach().to(x.dtype)
-    if not bool(torch.isfinite(part).all()):
-        raise InputError("baseline must be finite: it holds NaN or infinity")
-    return part.contiguous()
+    cure = f"pass a baseline of {x.dtype}, or inputs of a wider type"
+    return cast(part.detach(), x.dtype, "the baseline", cure).contiguous()
+
+
+def _need_finite(part: Tensor) -> None:
+    if part.is_floating_point() and not bool(torch.isfinite(part).all()):
+        one = part.flatten()[0]
+        alike = bool(((part == one) | (part.isnan() & one.isnan())).all())
+        got = f"got {float(one)}" if alike else "it holds NaN or infinity"
+        raise InputError(
+            f"baseline must be finite: {got}, and this method differentiates there; {MISSING}"
+        )

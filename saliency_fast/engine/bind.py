@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saliency_fast.engine.baselines import MISSING
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.model.precision import HALVES
 from saliency_fast.model.routes import Inputs
@@ -32,6 +33,7 @@ class Call:
     targets: Targets
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    finite: bool = True
     features: Any = ()
     layers: tuple[nn.Module, ...] = ()
     layer_input: bool = False
@@ -57,19 +59,23 @@ def bind(
     kwargs: Mapping[str, Any] | None,
     *,
     integers: bool = False,
+    missing: bool = False,
 ) -> Call:
     """Validates a call; raises InputError or InputTypeError with what, got, expected and cure.
 
-    integers: whether inputs may be integers, where no gradient is taken at them.
+    integers: whether inputs may be integers, where no gradient is taken at them. missing: whether
+    they may hold NaN or infinity.
     """
-    parts, dtypes = read_inputs(inputs, integers=integers)
+    parts, dtypes = read_inputs(inputs, integers=integers, missing=missing)
+    finite = not missing or all(map(is_finite, parts))
     # Else these would be inference tensors, which no gradient may pass, where the caller is in
     # inference mode.
     with torch.inference_mode(False):
         targets = read_targets(target, len(parts[0])).to(parts[0].device)
         args = tuple(_plain(one) for one in (args if isinstance(args, tuple) else (args,)))
         kwargs = {name: _plain(one) for name, one in (kwargs or {}).items()}
-    return Call(parts, dtypes, isinstance(inputs, (tuple, list)), targets, args, kwargs)
+    several = isinstance(inputs, (tuple, list))
+    return Call(parts, dtypes, several, targets, args, kwargs, finite)
 
 
 def _plain(value: Any) -> Any:
@@ -77,9 +83,9 @@ def _plain(value: Any) -> Any:
 
 
 def read_inputs(
-    inputs: Tensor | tuple[Tensor, ...], *, integers: bool = False
+    inputs: Tensor | tuple[Tensor, ...], *, integers: bool = False, missing: bool = False
 ) -> tuple[Inputs, tuple[torch.dtype, ...]]:
-    """The inputs, float32 where they were half, and the types that they had."""
+    """The inputs, float32 where they were half, and the types that they had; see `bind`."""
     parts = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if not parts:
         raise InputError("inputs is an empty tuple: pass at least one tensor")
@@ -102,8 +108,12 @@ def read_inputs(
             "the model's"
         )
     for number, x in enumerate(parts):
-        if x.is_floating_point():
-            _check_finite(x, f"input {number}" if len(parts) > 1 else "the input")
+        if not missing and not is_finite(x):
+            name = f"input {number}" if len(parts) > 1 else "the input"
+            raise InputError(
+                f"{name} holds NaN or infinity: expected finite numbers; look at "
+                f"torch.isfinite(x).logical_not().nonzero(); {MISSING}"
+            )
     wide = [x.float() if x.dtype in HALVES else x for x in parts]
     return tuple(x.detach().contiguous() for x in wide), tuple(x.dtype for x in parts)
 
@@ -129,10 +139,9 @@ def _check(x: Any, name: str, integers: bool) -> None:
         raise InputError(f"{name} is empty: got {list(x.shape)}, expected at least one element")
 
 
-def _check_finite(x: Tensor, name: str) -> None:
+def is_finite(x: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite."""
+    if not x.is_floating_point():
+        return True
     # The sum of finite numbers may overflow, so only a suspicious one is looked at closely.
-    if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x.detach()).all()):
-        raise InputError(
-            f"{name} holds NaN or infinity: expected finite numbers; look at "
-            "torch.isfinite(x).logical_not().nonzero()"
-        )
+    return math.isfinite(float(x.detach().sum())) or bool(torch.isfinite(x.detach()).all())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.engine.arena import Launches
-from saliency_fast.engine.bind import Call
+from saliency_fast.engine.bind import Call, is_finite
 from saliency_fast.engine.hoist import hoistable
 from saliency_fast.engine.job import Job
 from saliency_fast.engine.memory import read_budget
@@ -175,6 +175,9 @@ def prepare(
     """
     recipe = recipe.of(call.inputs, call.features)
     part, baselines = read_region(region, call), baselines_of(call, recipe, baseline)
+    if recipe.scores_alone and lean:
+        # What our versions of a call make of NaN need not be what the model makes of it.
+        lean = call.finite and all(is_finite(one) for several in baselines for one in several)
     about = Choice(model, method, recipe, call, baselines, part, limits, known, lean, alone)
     if call.halves:
         _need_alike(model, call.dtypes)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saliency_fast.engine.superpixels import SEGMENTATIONS, segment
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.casts import cast
 from saliency_fast.model.routes import Inputs
 
 Features = str | Tensor | tuple[Any, ...] | None
@@ -77,7 +78,7 @@ def _given(part: Any, x: Tensor) -> Tensor | None:
             f"features are on another device: got {part.device}, the input is on {x.device}; move "
             "them with .to(x.device)"
         )
-    aligned = part.detach().long()
+    aligned = cast(part.detach(), torch.int64, "features", "number them from 0")
     if part.dim() <= x.dim():
         aligned = aligned[(None,) * (x.dim() - part.dim())]
     sizes = zip(aligned.shape, x.shape, strict=False)

@@ -18,8 +18,10 @@ from saliency_fast.engine.probe import Probe
 from saliency_fast.engine.recipe import Method, Recipe, Starting
 from saliency_fast.engine.trial import Cost
 from saliency_fast.errors import InputError
+from saliency_fast.model.casts import cast
 from saliency_fast.model.fusion import rectified
 from saliency_fast.model.lean import LEAN
+from saliency_fast.model.precision import HALVES
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.tiles import tile_bytes
@@ -37,7 +39,9 @@ class Limits:
 def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
     """The baselines to average over, each a tensor [B | 1 | M, *] per input."""
     if recipe.baseline == "set":
-        return [read_baseline_set(baseline, call.inputs)]
+        rows = read_baseline_set(baseline, call.inputs)
+        _need_held(rows, call)
+        return [rows]
     if isinstance(recipe.family, Starting):
         if baseline is not None:
             raise InputError(
@@ -47,7 +51,13 @@ def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
         return [recipe.family.start(call.inputs)]
     if recipe.baseline in ("one", "fill"):
         several = enumerate(choices(baseline))
-        return [read_baselines(one, call.inputs, number) for number, one in several]
+        found = [
+            read_baselines(one, call.inputs, number, missing=recipe.scores_alone)
+            for number, one in several
+        ]
+        for one in found:
+            _need_held(one, call)
+        return found
     if baseline is not None:
         raise InputError(
             "baseline: this method compares with nothing: got a baseline; leave it out, or use "
@@ -55,6 +65,13 @@ def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
         )
     # Zeros without memory: the methods that compare with nothing hardly look at them.
     return [tuple(x.new_zeros(()).expand(1, *x.shape[1:]) for x in call.inputs)]
+
+
+def _need_held(baselines: Inputs, call: Call) -> None:
+    """Raises where the model's half type cannot hold a baseline, which is float32 here."""
+    for one, dtype in zip(baselines, call.dtypes, strict=True):
+        if dtype in HALVES:
+            cast(one, dtype, "the baseline", f"the model takes {dtype}")
 
 
 def make_plan(

@@ -148,6 +148,14 @@ class Recipe:
     held: int = 2
 
     @property
+    def scores_alone(self) -> bool:
+        """Whether the method reads nothing but scores of the model, at points that select between
+        the input and its baseline. Such methods take NaN and infinity for values that are missing.
+        """
+        looks = self.gradients or self.at_input or self.layers is not None
+        return self.rounds is not None and not looks
+
+    @property
     def count(self) -> int:
         """The most points that one example may get."""
         if self.points is None:

@@ -32,11 +32,13 @@ class Metric:
     """Base of the metrics: frozen dataclasses of options, called with what they judge.
 
     name: as tables say it. better: "higher", "lower" or "". needs: names out of `NEEDS`.
+    takes_missing: whether inputs and the substrate may hold NaN, where the model takes it.
     """
 
     name: ClassVar[str]
     better: ClassVar[str] = ""
     needs: ClassVar[tuple[str, ...]] = ()
+    takes_missing: ClassVar[bool] = False
 
     def __call__(
         self,
@@ -74,6 +76,11 @@ class Metric:
         missing = self.missing(subject)
         if missing:
             raise InputError(f"{self.name} {_CURES[missing]}")
+        if not self.takes_missing and not subject.finite:
+            raise InputError(
+                f"the input holds NaN or infinity, and {self.name} needs finite numbers; deletion, "
+                "insertion, sensitivity-n and faithfulness correlation take values that are missing"
+            )
         found = self._judge(subject)
         caveats = subject.caveats if "model" in self.needs else ()
         parameters = self._parameters() | dict(found.parameters)

@@ -36,10 +36,11 @@ class Running:
     progress: bool = False
     dtype: torch.dtype | None = None
 
-    def engine(self, model: Callable[..., Any], method: Any) -> Engine:
+    def engine(self, model: Callable[..., Any], method: Any, *, lean: bool = True) -> Engine:
         return Engine(
             model,
             method,
+            lean=lean,
             memory_budget=self.memory_budget,
             points_per_launch=self.points_per_launch,
             progress=self.progress,
@@ -160,12 +161,16 @@ class Questions:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A model with the target of each of its inputs [B, *]: int64 [B], or None for one number."""
+    """A model with the target of each of its inputs [B, *]: int64 [B], or None for one number.
+
+    lean: False where points may hold NaN, which the model itself is to read.
+    """
 
     model: Callable[..., Any]
     inputs: Tensor
     target: Target
     running: Running
+    lean: bool = True
 
     def at(
         self, write: Callable[[Tensor, Tensor], Tensor], item: Tensor, place: Tensor
@@ -174,7 +179,7 @@ class Scorer:
         memory; item int64 [R]: the example of each point.
         """
         asked = Questions(write, item, place)
-        engine = self.running.engine(self.model, asked)
+        engine = self.running.engine(self.model, asked, lean=self.lean)
         engine(self.running.cast(self.inputs), self._reading(), **self.running.arguments())
         _need_finite(asked.found[1], item)
         return _read(asked.found[0]), _read(asked.found[1])

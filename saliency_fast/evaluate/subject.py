@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.engine.bind import read_inputs
+from saliency_fast.engine.bind import is_finite, read_inputs
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.boxes import masks_of
@@ -32,7 +32,7 @@ SAME = 1e-5
 class Subject:
     """What is judged.
 
-    inputs [B, C, *spatial] (or [B, F]): floating, finite.
+    inputs [B, C, *spatial] (or [B, F]): floating; NaN is a missing value.
     values: their maps, [B, C, *spatial] or, one number for all channels of a place,
     [B, 1, *spatial]. target: int64 [B] classes, or what `explain` takes as one. masks bool
     [B, *spatial]: where the object is. method and baseline: how the maps were made.
@@ -72,7 +72,16 @@ class Subject:
     @property
     def scorer(self) -> Scorer:
         """Scores at points made of the inputs."""
-        return Scorer(self._model, self.inputs, self.classes, self.running)
+        return Scorer(self._model, self.inputs, self.classes, self.running, lean=self.finite)
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether the inputs hold no NaN and no infinity."""
+        return is_finite(self.inputs)
+
+    def scorer_beside(self, fill: Tensor) -> Scorer:
+        """Scores at points made of the inputs and of `fill`, which may hold NaN."""
+        return replace(self.scorer, lean=self.finite and is_finite(fill))
 
     @property
     def first(self) -> Scores:
@@ -138,7 +147,8 @@ class Subject:
 
     @cached_property
     def _twice(self) -> tuple[Scores, Scores]:
-        return Scorer(self._model, self.inputs, self.target, self.running).again()
+        scorer = Scorer(self._model, self.inputs, self.target, self.running, lean=self.finite)
+        return scorer.again()
 
 
 def read_subject(
@@ -163,7 +173,7 @@ def read_subject(
             f"inputs must be one tensor: got {type(inputs).__name__}; pass what is not judged as "
             "forward_args"
         )
-    (x,), _ = read_inputs(inputs)
+    (x,), _ = read_inputs(inputs, missing=True)
     running = (running or Running()).taking(inputs.dtype)
     if isinstance(maps, Attribution):
         past = maps.provenance

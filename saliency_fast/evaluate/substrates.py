@@ -27,14 +27,16 @@ def check_substrate(substrate: object) -> None:
         )
 
 
-def substrate_of(substrate: Substrate, inputs: Tensor, seed: int = 0) -> Tensor:
+def substrate_of(
+    substrate: Substrate, inputs: Tensor, seed: int = 0, *, missing: bool = False
+) -> Tensor:
     """The substrate of inputs [B, *], as [B | 1, *]: "zero", "mean" (of each channel), "blur"
     (Gaussian, 5 % of each axis), "uniform" (noise within each example's range, by `seed`), a
-    number, or a tensor that broadcasts to the inputs.
+    number, or a tensor that broadcasts to the inputs. missing: whether it may hold NaN.
     """
     given = 0.0 if isinstance(substrate, str) and substrate == ZERO else substrate
     try:
-        (found,) = read_baselines(given, (inputs,), seed)
+        (found,) = read_baselines(given, (inputs,), seed, missing=missing)
     except InputError as error:
         told = str(error).replace("baseline=None", "substrate='zero'")
         raise InputError(told.replace("baseline", "substrate")) from error

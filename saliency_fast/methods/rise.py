@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
@@ -17,6 +18,7 @@ from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import own_seeds
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import mask_points, philox, random_bits
+from saliency_fast.ops.segments import repeated
 
 LOOKS = 16
 """Maps so far that a call gives on the way."""
@@ -69,7 +71,7 @@ def _averaged(asked: Asked, method: Rise) -> Rounds:
     def write(item: Tensor, place: Tensor) -> Inputs:
         found, _, row = drawn(item, place)
         parts = zip(asked.inputs, asked.baselines, found, strict=True)
-        return tuple(mask_points(x, fill, mask, item, row) for x, fill, mask in parts)
+        return tuple(_faded(x, fill, mask, item, row) for x, fill, mask in parts)
 
     def each(rows: slice, found: Found) -> None:
         own, place = item[rows], place_of[rows]
@@ -90,6 +92,16 @@ def _averaged(asked: Asked, method: Rise) -> Rounds:
         if stop < method.samples:
             yield _maps(asked, sums, stop, method.keep)
     return _maps(asked, sums, method.samples, method.keep)
+
+
+def _faded(x: Tensor, fill: Tensor, mask: Tensor, item: Tensor, row: Tensor) -> Tensor:
+    points: Tensor = mask_points(x, fill, mask, item, row)
+    if is_finite(x) and is_finite(fill):
+        return points
+    # Zero times NaN is NaN: whole shares are taken as they are. A part of what is missing is too.
+    share = repeated(mask[row], x)
+    points = torch.where(share == 0.0, fill[item % len(fill)], points)
+    return torch.where(share == 1.0, x[item], points)
 
 
 def _maps(asked: Asked, sums: list[Tensor], samples: int, keep: float) -> Maps:

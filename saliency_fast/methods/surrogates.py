@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Rounds, in_rounds
@@ -219,5 +220,13 @@ DISTANCES = {"features": _of_features, "cosine": _cosine, "euclidean": _euclidea
 
 
 def distances(game: Game, present: Tensor, kind: str) -> Tensor:
-    """How far coalitions are from the whole, float64 [1 | B, M]."""
-    return DISTANCES[kind](game, present)
+    """How far coalitions are from the whole, float64 [1 | B, M]; raises InputError where values
+    that are missing have no distance.
+    """
+    found = DISTANCES[kind](game, present)
+    if not is_finite(found):
+        raise InputError(
+            f"distance={kind!r} is undefined for inputs or baselines that hold NaN or infinity; "
+            "use distance='features'"
+        )
+    return found

@@ -36,6 +36,7 @@ class _Ranked(Metric):
     order: str = "most_first"
     seed: int = 0
     needs: ClassVar[tuple[str, ...]] = ("model",)
+    takes_missing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_substrate(self.substrate)
@@ -57,7 +58,7 @@ class _Ranked(Metric):
 
     def _walked(self, subject: Subject, *, insert: bool) -> Outcome:
         x = subject.inputs
-        fill = substrate_of(self.substrate, x, self.seed)
+        fill = substrate_of(self.substrate, x, self.seed, missing=True)
         rank, sequence = ranking(subject.values, x, self.per, self.order)
         counts = self.counts(rank.shape[1]).to(x.device)
         begin, end = (fill.expand_as(x).contiguous(), x) if insert else (x, fill)
@@ -68,7 +69,7 @@ class _Ranked(Metric):
             points: Tensor = rank_points(begin, end, rank, item, place)
             return points
 
-        answers = subject.scorer.at(write, item, counts[at])[1].of(self.output)
+        answers = subject.scorer_beside(fill).at(write, item, counts[at])[1].of(self.output)
         share = counts.double() / rank.shape[1]
         name = "share inserted" if insert else "share deleted"
         curve = Curve(share, answers[pick], name, _output_name(self.output))

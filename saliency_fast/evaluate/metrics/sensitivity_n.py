@@ -54,6 +54,7 @@ class SensitivityN(Metric):
     name = "sensitivity-n"
     better = "higher"
     needs: ClassVar[tuple[str, ...]] = ("model",)
+    takes_missing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_shares(self.shares)
@@ -68,7 +69,7 @@ class SensitivityN(Metric):
             )
 
     def _judge(self, subject: Subject) -> Outcome:
-        fill = substrate_of(self.substrate, subject.inputs, self.seed)
+        fill = substrate_of(self.substrate, subject.inputs, self.seed, missing=True)
         values = _elements(subject, self)[0]
         places = values.shape[1]
         counts = [max(1, round(share * places)) for share in self.shares]
@@ -95,7 +96,7 @@ class SensitivityN(Metric):
             points: Tensor = rank_points(x, fill, rank, item, count)
             return points
 
-        first, found = subject.scorer.at(write, item, ends.repeat(batch))
+        first, found = subject.scorer_beside(fill).at(write, item, ends.repeat(batch))
         drops = first.of(self.output)[:, None] - found.of(self.output).view(batch, -1)
         steps = sums.diff(dim=1, prepend=torch.zeros_like(sums[:, :1]))
         across = correlation(steps.T, drops.T)
@@ -125,6 +126,7 @@ class FaithfulnessCorrelation(Metric):
     name = "faithfulness correlation"
     better = "higher"
     needs: ClassVar[tuple[str, ...]] = ("model",)
+    takes_missing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.size, float):
@@ -135,7 +137,7 @@ class FaithfulnessCorrelation(Metric):
         _check_rest(self)
 
     def _judge(self, subject: Subject) -> Outcome:
-        fill = substrate_of(self.substrate, subject.inputs, self.seed)
+        fill = substrate_of(self.substrate, subject.inputs, self.seed, missing=True)
         places, size = _elements(subject, self)[0].shape[1], self.size
         count = max(1, round(size * places)) if isinstance(size, float) else size
         if count > places:
@@ -199,7 +201,7 @@ def _correlations(
     # All examples of a sample side by side, since its subsets are drawn once a launch.
     keys = torch.arange(metric.samples * several, device=x.device)
     item = torch.arange(batch, device=x.device).repeat(len(keys))
-    first, points = subject.scorer.at(write, item, keys.repeat_interleave(batch))
+    first, points = subject.scorer_beside(fill).at(write, item, keys.repeat_interleave(batch))
     drops = first.of(metric.output)[:, None] - points.of(metric.output).view(-1, batch).T
     step = max(1, ELEMENTS // places)
     parts = (keys[start : start + step] for start in range(0, len(keys), step))
