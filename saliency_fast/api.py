@@ -46,7 +46,9 @@ def explain(
     target: None (the model gives one number per example), a class, one class per example,
     [B, K] classes (K maps per example from shared forward passes), a tuple index into the output
     behind its batch axis, summed over what it leaves, with a mask as its last element if wanted,
-    one tuple of ints per example in a list, "predicted", or a function `outputs -> [B]`.
+    one tuple of ints per example in a list, "predicted", or a function `outputs -> [R]` of the
+    outputs of R rows, points made of the examples in any order and number; with two required
+    parameters, or one named `example`, it also gets int64 [R], the indices of the rows' examples.
     baseline: None (zeros), a number, a tensor that broadcasts, "blur", "mean", "uniform", a tuple
     (one per input), or a list of these: Integrated Gradients averages over it, expected gradients
     draw from it. forward_args, forward_kwargs: further arguments of the model; tensors with the
@@ -58,7 +60,8 @@ def explain(
     `Engine`.
 
     Raises InputError, InputTypeError, ModelError or BudgetError with what was got, what is
-    expected and the cure.
+    expected and the cure. What the model or a target function raises becomes a ModelError, with
+    the exception as its `__cause__`.
     """
     engine = Engine(
         model,

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -31,9 +32,10 @@ from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Region
 from saliency_fast.engine.service import Request, Service, Statistics
 from saliency_fast.engine.traced import wait_for
-from saliency_fast.errors import InputError, InputTypeError, SaliencyError
+from saliency_fast.errors import InputError, InputTypeError, ModelCallError, SaliencyError
 from saliency_fast.methods import read_method
-from saliency_fast.model.guard import untouched
+from saliency_fast.model.failures import diagnosed
+from saliency_fast.model.guard import uncompiled, untouched
 from saliency_fast.model.layers import At, names_of
 from saliency_fast.model.precision import AUTO, PRECISIONS
 from saliency_fast.model.routes import Inputs
@@ -129,7 +131,7 @@ class Engine:
         Takes a few points' gradients to learn that, once for all calls with inputs of one shape.
         """
         call = self._bound(inputs, target, forward_args, forward_kwargs, features)
-        with untouched(self.model, call.device):
+        with untouched(self.model, call.device), self._diagnosing(call):
             job, _ = self._prepare(call, baseline, region)
             job.time()
             job.tell_graphs()
@@ -150,7 +152,7 @@ class Engine:
         started = time.perf_counter()
         call = self._bound(inputs, target, forward_args, forward_kwargs, features)
         resident = resident_before(call)
-        with untouched(self.model, call.device) as training:
+        with untouched(self.model, call.device) as training, self._diagnosing(call):
             job, at = self._prepare(call, baseline, region)
             for moment in self._shown(job):
                 last = moment
@@ -178,13 +180,13 @@ class Engine:
         started = time.perf_counter()
         call = self._bound(inputs, target, forward_args, forward_kwargs, features)
         resident = resident_before(call)
-        with untouched(self.model, call.device):
+        with untouched(self.model, call.device), self._diagnosing(call):
             job, at = self._prepare(call, baseline, region)
             hashes = self._hashes(call)
         moments = job.moments()
         while True:
             # The guard is entered anew for each launch: nothing is held while the caller works.
-            with untouched(self.model, call.device) as training:
+            with untouched(self.model, call.device) as training, self._diagnosing(call):
                 moment = next(moments, None)
                 if moment is None:
                     return
@@ -247,7 +249,11 @@ class Engine:
             wait_for(call.device)
             return found
 
-        return self._service.submit(Request(call.device, job, finish), block=block, timeout=timeout)
+        def failed(error: BaseException) -> BaseException:
+            return self._diagnosed(call, error) if isinstance(error, ModelCallError) else error
+
+        request = Request(call.device, job, finish, failed)
+        return self._service.submit(request, block=block, timeout=timeout)
 
     def explain_many(
         self, requests: Iterable[Asked], *, return_exceptions: bool = False
@@ -295,6 +301,19 @@ class Engine:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(cancel=kind is not None)
+
+    @contextmanager
+    def _diagnosing(self, call: Call) -> Iterator[None]:
+        """Finds the cure of what the model raises inside."""
+        try:
+            yield
+        except ModelCallError as error:
+            raise self._diagnosed(call, error) from error.__cause__
+
+    def _diagnosed(self, call: Call, error: ModelCallError) -> ModelCallError:
+        inputs = [x.to(dtype) for x, dtype in zip(call.inputs, call.dtypes, strict=True)]
+        with uncompiled():
+            return diagnosed(error, self.model, inputs, call.args, call.kwargs)
 
     def _prepare(
         self,

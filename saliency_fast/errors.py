@@ -25,6 +25,21 @@ class ModelError(SaliencyError, RuntimeError):
     """The model's output cannot be explained: no tensor, not finite, or not differentiable."""
 
 
+class ModelCallError(ModelError):
+    """The model or the target function raised an exception, which is the `__cause__`.
+
+    Where that exception's class is the user's own, the error is an instance of it, too, if one
+    class can be both, so that code which catches it goes on to work.
+
+    Attributes:
+        stage: What failed: "forward", "backward" or "target".
+        rows: The number of rows that the model was called with.
+    """
+
+    stage = "forward"
+    rows = 0
+
+
 class RepeatedLayerError(ModelError):
     """A layer that runs several times for one input has no single output."""
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine.memory import MemoryMeter, bytes_text, is_out_of_memory, read_budget
-from saliency_fast.errors import BudgetError
+from saliency_fast.engine.memory import MemoryMeter, bytes_text, read_budget
+from saliency_fast.errors import BudgetError, ModelError
+from saliency_fast.model.failures import is_out_of_memory
 from tests.traces import Net, one_thread, unchanged
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -125,13 +126,13 @@ def test_one_point_that_no_longer_fits() -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2"), ValueError("no"), KeyError(3)])
 @pytest.mark.parametrize("most", [0, 3])
-def test_other_errors_pass_through(error: Exception, most: int) -> None:
+def test_other_errors_are_the_models(error: Exception, most: int) -> None:
     def fail() -> None:
         raise error
 
-    with pytest.raises(type(error)) as caught:
+    with pytest.raises(ModelError) as caught:
         sf.explain(Limited(most, fail), X, target=1)
-    assert caught.value is error
+    assert caught.value.__cause__ is error
 
 
 def test_a_plan_before_anything_runs() -> None:

@@ -31,7 +31,8 @@ from saliency_fast.captum.forward import (
 )
 from saliency_fast.engine.choose import Known
 from saliency_fast.engine.recipe import Method, Recipe
-from saliency_fast.errors import BudgetError, ContractError, ModelError
+from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
+from saliency_fast.model.failures import as_well, diagnosed
 from saliency_fast.model.layers import Behind
 from saliency_fast.model.routes import Inputs, Plain, Ruled
 from saliency_fast.model.targets import tensor_of
@@ -80,7 +81,10 @@ def explained(method: Method, asked: Asked) -> Inputs:
     """The maps of a method, like the inputs."""
     owner, known, alone = _owner(asked.forward), _known(asked.forward), _known_whole(asked)
     with kept(asked.forward):
-        found = _explained(method, asked, owner, known, alone)
+        try:
+            found = _explained(method, asked, owner, known, alone)
+        except ModelCallError as error:
+            raise _as_captums(error, asked) from error.__cause__
     if any(probe.cost.drew for probe in (*known.values(), *alone.values())):
         # The engine puts random states back: the next call must not drop out the same.
         torch.rand_like(asked.inputs[0], dtype=torch.float32)
@@ -107,10 +111,22 @@ def _tried(call: Callable[[], Found]) -> Found | None:
     """
     try:
         return call()
+    except ModelCallError:
+        return None
     except (ContractError, ModelError, BudgetError):
         raise
     except Exception:
         return None
+
+
+def _as_captums(error: ModelCallError, asked: Asked) -> ModelCallError:
+    """What the user's function raised, also of the class that Captum lets through."""
+    args, cause = as_args(asked.further), error.__cause__
+    found = diagnosed(error, asked.forward, asked.inputs, args, {})
+    cause = found.__cause__
+    if not isinstance(cause, Exception):
+        return found
+    return as_well(type(cause))(str(found)).with_traceback(found.__traceback__)
 
 
 def _at_once(recipe: Recipe, asked: Asked, owner: nn.Module | None) -> Inputs | None:

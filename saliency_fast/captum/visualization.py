@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from saliency_fast.captum.drawn_masks import draw_mask_border, draw_mask_legend
 from saliency_fast.captum.drawn_text import (
@@ -87,6 +88,9 @@ def visualize_image_attr(
     plt_fig_axis: drawn here instead of on a new figure. use_pyplot: whether pyplot makes and shows
     the figure.
     """
+    attr = _picture(attr, "attr")
+    if original_image is not None:
+        original_image = _picture(original_image, "original_image")
     figure, axes = _figure(plt_fig_axis, use_pyplot, fig_size)
     if isinstance(axes, (list, tuple)):
         axes = axes[0]
@@ -114,6 +118,17 @@ def visualize_image_attr(
         axes.set_title(title)
     _show(use_pyplot)
     return figure, axes
+
+
+def _picture(values: Any, name: str) -> Array:
+    """Numbers [H, W] or [H, W, C] as an array."""
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    if array.ndim not in (2, 3):
+        raise InputError(
+            f"{name} must be one picture, [H, W] or [H, W, C]: got {list(array.shape)}; of a batch "
+            "[B, C, H, W] pass x[0].permute(1, 2, 0)"
+        )
+    return array
 
 
 def visualize_image_attr_multiple(

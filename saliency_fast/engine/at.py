@@ -15,6 +15,7 @@ from saliency_fast.engine.choose import Known
 from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError
+from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import At, Behind, Read, find_layers, module_of
 from saliency_fast.model.routes import Inputs, Plain
@@ -153,8 +154,9 @@ def _forward(function: PointFunction, rows: Inputs, item: Tensor) -> Callable[[]
     """A run of the model on rows of its inputs."""
 
     def run() -> Any:
-        args, kwargs = function.rows(item)
         # Copies: a model may work in place.
-        return function.route([one.clone() for one in function.taken(rows)], args, kwargs)
+        points = [one.clone() for one in function.taken(rows)]
+        with function.failing(FORWARD, item):
+            return function.route(points, *function.rows(item))
 
     return run

@@ -124,6 +124,11 @@ def _check(x: Any, name: str, integers: bool) -> None:
             f"{name} must be a tensor: got {type(x).__name__}; use torch.as_tensor"
         )
     whole = integers and not x.is_floating_point() and not x.is_complex()
+    if x.is_complex():
+        raise InputTypeError(
+            f"{name} must be real: got {x.dtype}; pass torch.view_as_real(x), and "
+            "lambda x: model(torch.view_as_complex(x)) as the model"
+        )
     if x.dtype not in (torch.float32, torch.float64, *HALVES) and not whole:
         raise InputTypeError(
             f"{name} must be float32, float64, float16 or bfloat16: got {x.dtype}; use .float(), "

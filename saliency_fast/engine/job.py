@@ -30,9 +30,7 @@ from saliency_fast.engine.rounds import RoundsRun
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
 from saliency_fast.engine.way import Model, Way
-from saliency_fast.errors import (
-    SaliencyError,
-)
+from saliency_fast.errors import ModelCallError, SaliencyError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.routes import Inputs
 
@@ -129,7 +127,8 @@ class Job:
             run.load(self.call, self.baselines[number], self.recipe, self.plan, known)
             yield from run.steps(partial(self._moment, run, tuple(finished), known is None))
         except NotRecordedError as refusal:
-            if not isinstance(refusal.__cause__, SaliencyError):
+            cause = refusal.__cause__
+            if isinstance(cause, ModelCallError) or not isinstance(cause, SaliencyError):
                 owner[key] = str(refusal)
             return False
         except OverflowedError:

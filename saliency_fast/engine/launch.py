@@ -110,13 +110,17 @@ def answered(steps: Steps, answers: list[Answer | Exception]) -> Want | Moment |
 
 def launch(want: Want, rows: int, arena: Arena) -> Answer | Exception:
     """The answer to a want, for so many of its points, or why there is none."""
-    try:
+
+    def answer() -> Answer:
         expected = want.launches.of(min(rows, want.rows)) if want.launches else None
         with _turn(), arena.launch(expected):
             points, item = want.take(rows)
             if not want.gradients:
                 return Answer(*want.function.scores(points, item))
             return Answer(*want.function.gradients(points, item))
+
+    try:
+        return want.function.again(answer)
     except Exception as error:
         return error
 

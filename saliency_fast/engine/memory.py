@@ -158,14 +158,6 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.largest = max(self.largest, size)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` is an allocator's, on any device."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    words = ("can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
 class Ledger(torch.autograd.graph.saved_tensors_hooks):
     """Notes what autograd keeps for the backward pass: `kept` bytes by the name in `label`.
 

@@ -210,7 +210,9 @@ class RoundsRun(Run):
             return self.size
         item, meter = step.item[:1], MemoryMeter()
         with same_draws(lambda: meter.drew), uncompiled(), meter:
-            grads = function.gradients(step.write(item, step.place[:1]), item)[2]
+            grads = function.again(
+                lambda: function.gradients(step.write(item, step.place[:1]), item)[2]
+            )
         # What is found is folded in before it is let go of, by products of its size.
         held = sum(one.nbytes for several in grads for one in several)
         return max(1, min(self.size, room // (point_bytes(meter.peak, meter.largest) + held)))

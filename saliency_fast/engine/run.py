@@ -24,12 +24,13 @@ from saliency_fast.engine.loss import (
     loss_of,
     spread,
 )
-from saliency_fast.engine.memory import bytes_text, is_out_of_memory
+from saliency_fast.engine.memory import bytes_text
 from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.recipe import Level, Recipe, Rows, Source
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError
+from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.routes import Inputs
 

@@ -76,13 +76,14 @@ class Statistics:
 
 @dataclass(eq=False)
 class Request(Generic[Result]):
-    """A call that waits for its launches. prepare: makes its job; finish: its result. left: points
-    that it may still want.
+    """A call that waits for its launches. prepare: makes its job; finish: its result; failed: the
+    error that its caller gets for one. left: points that it may still want.
     """
 
     device: torch.device
     prepare: Callable[[], Job]
     finish: Callable[[Job, Moment], Result]
+    failed: Callable[[BaseException], BaseException]
     future: Future[Result] = field(default_factory=Future)
     handed_in: float = field(default_factory=time.perf_counter)
     job: Job | None = None
@@ -344,7 +345,7 @@ class Service(Generic[Result]):
         taken = request.future.set_running_or_notify_cancel()
         self._count(**{"failed" if taken else "cancelled": 1})
         if taken:
-            request.future.set_exception(error)
+            request.future.set_exception(request.failed(error))
 
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.bind import Call
-from saliency_fast.engine.memory import Ledger, MemoryMeter, is_out_of_memory
+from saliency_fast.engine.memory import Ledger, MemoryMeter
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.directional import Directional, summed
+from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.meta import OnMeta, shapes_only
@@ -92,8 +93,12 @@ class Trial:
 
     def plain(self, route: Route) -> Taken:
         """By the model as it is."""
-        ledger = Ledger(MemoryMeter())
-        return self._measured(ledger, lambda: self._function(route).gradients(*self._points(1)))
+        function = self._function(route)
+
+        def gradients() -> Any:
+            return function.again(lambda: function.gradients(*self._points(1)))
+
+        return self._measured(Ledger(MemoryMeter()), gradients)
 
     def scores(self, function: PointFunction) -> Taken:
         """Scores alone, without gradients."""
@@ -115,7 +120,11 @@ class Trial:
         hoist = way.hoist(self.call, self.recipe, 1)
         behind = way.launched(model, self.call, self.recipe, self.baselines)
         if hoist is None:
-            return self._measured(ledger, lambda: behind.gradients(*self._points(1)))
+
+            def whole() -> Any:
+                return behind.again(lambda: behind.gradients(*self._points(1)))
+
+            return self._measured(ledger, whole)
         if not self.foreseen:
             check_affine(hoist.prefix, *hoist.first())
 

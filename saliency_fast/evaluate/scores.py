@@ -97,6 +97,7 @@ class Reading:
     def read(self, raw: Any, item: Tensor) -> Tensor:
         """Scores [R, 3]; `UNTOLD` for what the output does not tell."""
         if self.targets is not None:
+            self.targets.check(raw, item)
             return _alone(self.targets.read(raw, item)[0][:, :1])
         output = tensor_of(raw)
         if output.dim() != 2 or len(output) != len(item):

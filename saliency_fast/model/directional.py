@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from saliency_fast.errors import ModelError
 from saliency_fast.model.calls import Calls
+from saliency_fast.model.failures import BACKWARD
 from saliency_fast.model.function import NO_GRADIENT, PointFunction, entered
 from saliency_fast.model.routes import Inputs
 
@@ -76,15 +77,16 @@ class Directional(PointFunction):
             scores, classes = self.forward(inside, item)
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
-        try:
-            found = [self._twice(one, edges, like, item) for one in scores.unbind(1)]
-        except RuntimeError as error:
-            if "is not implemented" not in str(error) and "double backward" not in str(error):
-                raise
-            raise ModelError(
-                f"the model has a call without a second derivative: {error}; use another layer in "
-                "its place, or a method of first derivatives"
-            ) from error
+        with self.failing(BACKWARD, item):
+            try:
+                found = [self._twice(one, edges, like, item) for one in scores.unbind(1)]
+            except RuntimeError as error:
+                if "is not implemented" not in str(error) and "double backward" not in str(error):
+                    raise
+                raise ModelError(
+                    f"the model has a call without a second derivative: {error}; use another layer "
+                    "in its place, or a method of first derivatives"
+                ) from error
         return scores.detach(), classes, found
 
     def _twice(

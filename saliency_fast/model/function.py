@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from saliency_fast.errors import ModelError
+from saliency_fast.errors import ModelCallError, ModelError
+from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
 from saliency_fast.model.outputs import map_tensors, rows_of
 from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs, Route, tensors_among
 from saliency_fast.model.targets import Targets
 
+Made = TypeVar("Made")
+CUTS = "detach(), no_grad(), .item(), NumPy or integer steps, and quantised layers (no gradient)"
 NO_GRADIENT = (
     "the model is not differentiable in its input: its output carries no gradient; look for "
-    "detach(), no_grad(), .item(), NumPy or integer steps inside it"
+    f"{CUTS} inside it, or take a method that asks for scores alone, such as sf.Occlusion"
 )
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative difference up to which two outputs of the same row are the same, to rounding."""
 
 
 class _Enter(torch.autograd.Function):
@@ -74,7 +80,8 @@ class PointFunction:
     multiplied with, and gradients with it, where half types underflow; a number, or one per row.
     kind: equal for functions that take points through the model in the same way. shape: of an
     example's output, once it is known. references: rows [B | 1, *] that go through the model behind
-    the points, one for each; relevance: outputs hand back what the score owes to them.
+    the points, one for each; relevance: outputs hand back what the score owes to them. overwrites:
+    the model overwrites what autograd needs, so that copies of that are kept.
     """
 
     route: Route
@@ -90,7 +97,9 @@ class PointFunction:
     shape: torch.Size | None = None
     references: Inputs | None = None
     relevance: bool = False
+    overwrites: bool = False
     _checked: bool = False
+    _squeezes: bool | None = None
 
     def scores(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] without gradients, and the classes [R, K] they belong to."""
@@ -103,7 +112,9 @@ class PointFunction:
         One forward pass serves all targets; each has its own backward pass. The points are handed
         over: the model may overwrite them.
         """
-        with arithmetic(self.precision, item.device):
+        # PyTorch's own allow_mutation_on_saved_tensors misses writes to views behind an offset.
+        copied = torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda one: one)
+        with arithmetic(self.precision, item.device), copied if self.overwrites else nullcontext():
             return self._gradients(points, item)
 
     def _gradients(
@@ -125,14 +136,15 @@ class PointFunction:
             raise ModelError(NO_GRADIENT)
         last = scores.shape[1] - 1
         cotangent = torch.ones_like(scores[:, 0]) * self.scale
-        found = [
-            torch.autograd.grad(
-                *(scores[:, k], edges, cotangent),
-                retain_graph=k < last,
-                allow_unused=True,
-            )
-            for k in range(scores.shape[1])
-        ]
+        with self.failing(BACKWARD, item):
+            found = [
+                torch.autograd.grad(
+                    *(scores[:, k], edges, cotangent),
+                    retain_graph=k < last,
+                    allow_unused=True,
+                )
+                for k in range(scores.shape[1])
+            ]
         if self.prefix is None:
             _check_seen(found)
         grads = [_filled(one, like) for one in found]
@@ -143,17 +155,61 @@ class PointFunction:
     def forward(self, points: Sequence[Tensor], item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
         if self.references is None:
-            raw = self.route(points, *self.rows(item))
+            raw = self.called(lambda: self.route(points, *self.rows(item)), points, item)
             return self.read(map_tensors(_owing, raw) if self.relevance else raw, item)
         pairs = zip(points, self.taken(self.references), strict=True)
         both = [torch.cat([one, rows[item % len(rows)]]) for one, rows in pairs]
-        raw = self.route(both, *self.rows(torch.cat([item, item])))
+        with self.failing(FORWARD, item):
+            raw = self.route(both, *self.rows(torch.cat([item, item])))
         return self.read(rows_of(raw, slice(len(item)), 2 * len(item)), item)
+
+    def again(self, call: Callable[[], Made]) -> Made:
+        """What `call` makes of points that it writes anew each time; once more, with copies of what
+        the model overwrites, where its backward pass needs them.
+        """
+        try:
+            return call()
+        except ModelCallError as error:
+            if self.overwrites or not overwrites_saved(error):
+                raise
+        self.overwrites = True
+        return call()
+
+    def failing(self, stage: str, item: Tensor) -> Failing:
+        """Inside, what the model raises on rows of examples `item` [R] becomes a ModelError."""
+        return Failing(stage, item.numel(), self.targets.batch)
+
+    def called(self, call: Callable[[], Any], points: Sequence[Tensor], item: Tensor) -> Any:
+        """What `call` returns, which takes the points through the model, with a batch axis where a
+        squeeze() takes that of a single row.
+        """
+        one = item.numel() == 1 and self._squeezes is not False
+        # Before the model may overwrite them, and once.
+        spare = [x.detach().clone() for x in points] if one and self._squeezes is None else []
+        with self.failing(FORWARD, item):
+            raw = call()
+        if spare:
+            self._squeezes = self._loses_axis(raw, spare, item)
+        return raw[None] if one and self._squeezes else raw
+
+    def _loses_axis(self, raw: Any, points: list[Tensor], item: Tensor) -> bool:
+        """Whether a row's output has no batch axis, and that of the row given twice has."""
+        if not isinstance(raw, Tensor) or raw.shape[:1] == (1,):
+            return False
+        twice = [torch.cat([x, x]) for x in points]
+        with suppress(Exception), torch.no_grad():
+            two = self.route(twice, *self.rows(torch.cat([item, item])))
+            if not isinstance(two, Tensor) or two.shape != (2, *raw.shape):
+                return False
+            close = CLOSE.get(raw.dtype, 1e-2)
+            both = raw.expand_as(two)
+            return raw.is_meta or torch.allclose(two, both, close, close, equal_nan=True)
+        return False
 
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] of what the model returned."""
         if not self._checked:
-            self.shape, self._checked = self.targets.check(raw), True
+            self.shape, self._checked = self.targets.check(raw, item), True
         return self.targets.read(raw, item)
 
     def taken(self, points: Inputs) -> Inputs:
@@ -180,9 +236,11 @@ def _check_seen(found: Sequence[tuple[Tensor | None, ...]]) -> None:
     for number, grads in enumerate(zip(*found, strict=True)):
         if all(grad is None for grad in grads):
             raise ModelError(
-                f"the model is not differentiable in input {number}: the target does not depend on "
-                "it; pass what needs no attribution through forward_args, and of layers (at=) of "
-                "which one lies behind another, explain each by itself"
+                f"the model is not differentiable in input {number}: no gradient of the target "
+                f"reaches it; if the model uses it, look for {CUTS} on its way, or take a method "
+                "that asks for scores alone, such as sf.Occlusion; if not, pass it through "
+                "forward_args. Of layers (at=) of which one lies behind another, explain each by "
+                "itself"
             )
 
 

@@ -282,5 +282,7 @@ def _need_once(layer: nn.Module, again: bool) -> None:
     if again:
         raise RepeatedLayerError(
             f"at: the layer {type(layer).__name__} runs more than once for one input, so it has no "
-            "single output; name a layer that runs once, such as the one around it"
+            "single output; name a layer that runs once, such as the one around it, or let it run "
+            "once: a model that encodes two inputs with one encoder takes the second's encoding "
+            "through forward_args"
         )

@@ -38,7 +38,7 @@ class Pack:
         """Rows are examples of their own here."""
         return sum(self.sizes)
 
-    def check(self, raw: Any) -> torch.Size | None:
+    def check(self, raw: Any, item: Tensor) -> torch.Size | None:
         """Nothing: each function checks what is its own, in `read`."""
         return None
 

@@ -263,6 +263,9 @@ class Recording:
 
 def unified(one: Program, two: Program) -> Program:
     """The program for any number of rows, from recordings with one row and with two."""
+    first, second = (each.values[each.inputs[0]].shape for each in (one, two))
+    if first == second:
+        raise NotLeanError("the model's output of one row has no batch axis")
     if len(one.steps) != len(two.steps) or one.tree != two.tree:
         raise NotLeanError("the model's calls depend on the number of rows")
     steps = tuple(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saliency_fast.errors import ModelError
+from saliency_fast.model.failures import BACKWARD
 from saliency_fast.model.function import NO_GRADIENT, PointFunction
 from saliency_fast.model.layers import Taps
 from saliency_fast.model.routes import Inputs
@@ -33,11 +35,18 @@ class TappedFunction(PointFunction):
         self, points: Inputs, item: Tensor
     ) -> tuple[Tensor, Tensor | None, list[Inputs]]:
         """Scores, classes, and in the list the activations first, then each target's gradients."""
-        assert self.taps is not None
-        call = partial(self.route, list(self.taken(points)), *self.rows(item))
+        taps = self.taps
+        assert taps is not None
+        given, tapped = list(self.taken(points)), list[Tensor]()
+        forward = partial(self.route, given, *self.rows(item))
+
+        def call() -> Any:
+            raw, found = taps.run(forward)
+            tapped.extend(found)
+            return raw
+
         with torch.set_grad_enabled(self.backward):
-            raw, tapped = self.taps.run(call)
-            scores, classes = self.read(raw, item)
+            scores, classes = self.read(self.called(call, given, item), item)
         if not self.backward:
             return scores, classes, [tuple(one.detach() for one in tapped)]
         if not scores.requires_grad:
@@ -45,9 +54,10 @@ class TappedFunction(PointFunction):
         last, ones = scores.shape[1] - 1, torch.ones_like(scores[:, 0])
         grads = []
         for k in range(scores.shape[1]):
-            found = torch.autograd.grad(
-                scores[:, k], tapped, ones, retain_graph=k < last, allow_unused=True
-            )
+            with self.failing(BACKWARD, item):
+                found = torch.autograd.grad(
+                    scores[:, k], tapped, ones, retain_graph=k < last, allow_unused=True
+                )
             pairs = zip(found, tapped, strict=True)
             grads.append(tuple(torch.zeros_like(t) if g is None else g for g, t in pairs))
         return scores.detach(), classes, [tuple(one.detach() for one in tapped), *grads]

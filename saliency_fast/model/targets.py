@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError, ModelError
+from saliency_fast.model.failures import BY_ARGUMENT, BY_EXAMPLE, TARGET, Failing
 
 PREDICTED = "predicted"
 
@@ -26,8 +29,22 @@ class Reader(Protocol):
 
 
 Target = (
-    int | str | Tensor | Sequence[Any] | tuple[Any, ...] | Callable[[Any], Tensor] | Reader | None
+    int
+    | str
+    | Tensor
+    | np.ndarray[Any, Any]
+    | np.generic
+    | Sequence[Any]
+    | tuple[Any, ...]
+    | Callable[..., Tensor]
+    | Reader
+    | None
 )
+NAME, POSITION = "example", "position"
+"""How a target function takes the indices of the rows' examples."""
+PLACES = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative difference up to which scores of equal rows are equal, to rounding; 1e-2 in half types.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,8 +54,9 @@ class Targets:
     `classes` int64 [B, K] names columns of an output [R, C]; `places` int64 [B, D] names one
     element of an output [R, ...] per example; `index` is a tuple into the output behind its batch
     axis, summed over what it leaves; `mask` weights what `index` leaves; `function` is the user's
-    own. All of them None is the scalar output. `predicted` waits for the first forward pass at
-    the inputs.
+    own, called with the output and, where `example` says how, the indices int64 [R] of the examples
+    that the rows belong to. All of them None is the scalar output. `predicted` waits for the first
+    forward pass at the inputs.
     """
 
     batch: int
@@ -46,7 +64,8 @@ class Targets:
     places: Tensor | None = None
     index: tuple[Any, ...] | None = None
     mask: Tensor | None = None
-    function: Callable[[Any], Tensor] | Reader | None = None
+    function: Callable[..., Tensor] | Reader | None = None
+    example: str = ""
     predicted: bool = False
     many: bool = False
 
@@ -72,10 +91,7 @@ class Targets:
             return self._call(raw, item), None
         output = tensor_of(raw)
         if output.dim() == 0 or output.shape[0] != item.numel():
-            raise ModelError(
-                f"the model must return one row per input row: got {list(output.shape)} for a "
-                f"batch of {item.numel()}; scalars over the whole batch cannot be explained"
-            )
+            raise self._wrong_rows(output, item.numel())
         if self.predicted and self.classes is None:
             _need_matrix(output, "target='predicted'")
             classes = output.detach().argmax(1, keepdim=True)
@@ -86,12 +102,14 @@ class Targets:
             return output.gather(1, classes), classes
         return self._structured(output, item)[:, None], None
 
-    def check(self, raw: Any) -> torch.Size | None:
-        """Raises where classes or indices lie outside the output; once, on the first output.
+    def check(self, raw: Any, item: Tensor) -> torch.Size | None:
+        """Raises where classes or indices lie outside the output, or a function depends on where a
+        row stands; once, on the first output, of the rows of examples `item` [R].
 
         Returns the shape of an example's output, for `fit`; None where a function reads it.
         """
         if self.function is not None:
+            self._need_any_place(raw, item)
             return None
         shape = tensor_of(raw).shape[1:]
         self.fit(shape)
@@ -143,14 +161,70 @@ class Targets:
         assert self.function is not None
         if isinstance(self.function, Reader):
             return self.function.read(raw, item)
-        scores = self.function(raw)
+        with Failing(TARGET, item.numel(), self.batch):
+            args, kwargs = (item,) * (self.example == POSITION), {NAME: item}
+            scores = self.function(raw, *args, **(kwargs if self.example == NAME else {}))
         if not isinstance(scores, Tensor) or scores.shape != item.shape:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(
                 f"target: a function of the output must return one score per row: got {got}, "
-                f"expected [{item.numel()}]"
+                f"expected [{item.numel()}]{self._held(got, item.numel(), BY_EXAMPLE)}"
             )
         return scores[:, None]
+
+    def _held(self, got: object, rows: int, cure: str) -> str:
+        """The cure where an output has as many rows as there are examples, whatever was given."""
+        several = isinstance(got, list) and got[:1] == [self.batch] != [rows]
+        return f", of inputs with {self.batch} examples; {cure}" if several else ""
+
+    def _wrong_rows(self, output: Tensor, rows: int) -> ModelError:
+        got = list(output.shape)
+        held = self._held(got, rows, BY_ARGUMENT)
+        return ModelError(
+            f"the model must return one row per input row: got {got} for a batch of {rows}{held}; "
+            "scalars over the whole batch cannot be explained"
+        )
+
+    def _need_any_place(self, raw: Any, item: Tensor) -> None:
+        """Raises where a function scores equal rows differently: it holds something of the batch,
+        which it takes by the places of rows. As many rows are tried as there are examples.
+        """
+        if isinstance(self.function, Reader) or self.batch == 1 or not _has_rows(raw, item):
+            return
+        raw, many = raw.detach(), [self.batch] + [-1] * (raw.dim() - 1)
+        with torch.no_grad():
+            # Copies: the function may write to what it gets.
+            one = self._call(raw[:1].clone(), item[:1])
+            all_of = self._call(raw[:1].expand(many).clone(), item[:1].expand(self.batch))
+        if raw.is_meta:
+            return
+        size = PLACES.get(one.dtype, 1e-2) * max(float(one.abs().max()), float(raw[0].abs().max()))
+        if not torch.allclose(all_of, one.expand_as(all_of), 0.0, size, equal_nan=True):
+            raise InputError(
+                "target: the function scores equal rows of the output differently: "
+                f"{all_of.flatten()[:4].tolist()}. Rows are points made of the examples in any "
+                f"order and number; {BY_EXAMPLE}"
+            )
+
+
+def _has_rows(raw: Any, item: Tensor) -> bool:
+    return isinstance(raw, Tensor) and raw.shape[:1] == item.shape and raw.is_floating_point()
+
+
+def _example_of(function: Callable[..., Any]) -> str:
+    """How a function of the output takes the examples' indices, by its signature: `NAME` where it
+    has a parameter of that name, `POSITION` where exactly two positional parameters have no
+    default, "" where it takes none.
+    """
+    try:
+        given = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ""
+    if any(one.name == NAME and one.kind is not one.POSITIONAL_ONLY for one in given):
+        return NAME
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [one for one in given if one.kind in positional and one.default is one.empty]
+    return POSITION if len(required) == 2 else ""
 
 
 def read_of(raw: Any) -> Tensor | None:
@@ -186,6 +260,8 @@ def read_targets(target: Target, batch: int) -> Targets:
         return Targets(batch, function=target, many=True)
     if isinstance(target, bool):
         raise InputTypeError("target must be an int, a sequence, a tuple or a function: got bool")
+    if isinstance(target, (np.ndarray, np.generic)):
+        return read_targets(target.tolist(), batch)
     if isinstance(target, int):
         return Targets(batch, classes=_classes(torch.full((batch, 1), target)))
     if isinstance(target, Tensor):
@@ -193,7 +269,7 @@ def read_targets(target: Target, batch: int) -> Targets:
     if isinstance(target, tuple):
         return _index(target, batch)
     if callable(target):
-        return Targets(batch, function=target)
+        return Targets(batch, function=target, example=_example_of(target))
     if isinstance(target, Sequence):
         return _sequence(target, batch)
     raise InputTypeError(
@@ -232,6 +308,7 @@ def _per_example(target: Tensor, batch: int) -> Targets:
 
 
 def _index(target: tuple[Any, ...], batch: int) -> Targets:
+    target = tuple(one.item() if isinstance(one, np.generic) else one for one in target)
     mask = target[-1] if target and isinstance(target[-1], Tensor) else None
     index = target if mask is None else target[:-1]
     for part in index:

@@ -46,7 +46,7 @@ class Reading:
     count: int = 6
 
     def read(self, raw: Any, item: Tensor) -> Tensor:
-        self.targets.check(raw)
+        self.targets.check(raw, item)
         score = self.targets.read(raw, item)[0][:, :1]
         score = score if score.dtype in (torch.float32, torch.float64) else score.float()
         rest = score.new_full((len(item), 5), UNTOLD)

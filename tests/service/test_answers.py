@@ -134,7 +134,8 @@ class TestNeighbours:
             same(mine, theirs)
         assert isinstance(found[5], InputError)
         assert "target out of range: got 5" in str(found[5])
-        assert isinstance(found[6], KeyError)
+        assert isinstance(found[6], ModelError)
+        assert isinstance(found[6].__cause__, KeyError)
         assert isinstance(found[7], ModelError)
         assert "not differentiable in its input" in str(found[7])
 
@@ -152,7 +153,9 @@ class TestNeighbours:
         expected = alone(Picky(), [*requests[:3], *requests[4:]])
         with sf.Engine(Picky(), latency=LATENCY) as engine:
             found = engine.explain_many(requests, return_exceptions=True)
-        assert isinstance(found.pop(3), ValueError)
+        failed = found.pop(3)
+        assert isinstance(failed, ModelError)
+        assert isinstance(failed.__cause__, ValueError)
         for mine, theirs in zip(found, expected, strict=True):
             same(mine, theirs)
 
