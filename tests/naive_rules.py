@@ -48,8 +48,14 @@ def epsilon_rule(weight: Tensor, bias: Tensor, x: Tensor, relevance: Tensor, eps
 def gamma_rule(
     weight: Tensor, bias: Tensor, x: Tensor, relevance: Tensor, gamma: float, eps: float
 ) -> Tensor:
-    raised = [one + gamma * one.clamp(min=0) for one in (weight, bias)]
-    return shared(raised[0] * x, raised[1], relevance, eps)
+    """Of each output alone: contributions of its own sign are raised, its bias among them."""
+    found = torch.zeros_like(x)
+    for row, rest, owing in zip(weight, bias, relevance, strict=True):
+        given = torch.cat([row * x, rest.view(1)])
+        same = given >= 0 if float(given.sum()) >= 0 else given < 0
+        raised = torch.where(same, given * (1 + gamma), given)
+        found += shared(raised[None, :-1], raised[-1:], owing.view(1), eps)
+    return found
 
 
 def alpha_beta_rule(

@@ -206,13 +206,12 @@ class Way:
             ledger.label = step.name
 
         prefix = self.prefix
-        return Way(
-            None if self.program is None else replace(self.program, note=note),
-            self.watched,
-            None if prefix is None else replace(prefix, rest=replace(prefix.rest, note=note)),
-            self.tiled,
-            self.offloaded,
-            precision=self.precision,
+        return replace(
+            self,
+            program=None if self.program is None else replace(self.program, note=note),
+            prefix=None
+            if prefix is None
+            else replace(prefix, rest=replace(prefix.rest, note=note)),
         )
 
     def _route(self, model: Model) -> Route:

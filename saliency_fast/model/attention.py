@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from saliency_fast.errors import NoAttentionError
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.recomputation import without_recomputation
 
 LOOKED_FOR = (
     "looked for scaled_dot_product_attention, nn.MultiheadAttention, and softmax over the last "
@@ -57,7 +58,7 @@ class AttentionTaps:
         """
         mode = _Watched()
         try:
-            with uncompiled(), mode:
+            with uncompiled(), without_recomputation(), mode:
                 raw = call()
         except Exception as error:
             # FlexAttention compiles itself, and cannot with a mode that watches.

@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from saliency_fast.model.recomputation import without_recomputation
+
 _LOCK = threading.Lock()
 _HELD: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """How many calls hold each module that stands in training mode outside of them."""
@@ -51,6 +53,7 @@ def _quiet(model: Callable[..., Any], device: torch.device) -> Iterator[bool]:
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),
+        without_recomputation(once=False),
     ):
         yield was_training
 

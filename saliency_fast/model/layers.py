@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from saliency_fast.errors import InputError, InputTypeError, ModelError, RepeatedLayerError
 from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.recomputation import without_recomputation
 from saliency_fast.model.routes import Inputs
 
 At = str | nn.Module | Sequence[str | nn.Module]
@@ -141,7 +142,7 @@ def hooked(
 
         return hook
 
-    with uncompiled(), ExitStack() as stack:
+    with uncompiled(), without_recomputation(), ExitStack() as stack:
         for number, layer in enumerate(layers):
             if of_input:
                 handle = layer.register_forward_pre_hook(before(number), with_kwargs=True)

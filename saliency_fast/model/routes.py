@@ -15,6 +15,7 @@ from saliency_fast.model.calls import Calls
 from saliency_fast.model.outputs import map_tensors
 from saliency_fast.model.precision import HALVES
 from saliency_fast.model.program import Program
+from saliency_fast.model.recomputation import without_recomputation
 from saliency_fast.model.rules.base import Ruling
 
 Inputs = tuple[Tensor, ...]
@@ -52,7 +53,7 @@ class Watched:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        with Calls():
+        with without_recomputation(), Calls():
             return self.model(*points, *args, **kwargs)
 
 

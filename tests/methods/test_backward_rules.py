@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast.engine.memory import Ledger, MemoryMeter
+from saliency_fast.engine.way import Way
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import make_method
+from saliency_fast.model.rules import Guided
 from tests.model.ruled import Functional, Row, network, points
 from tests.models import Multimodal, make, randn
 from tests.naive import relative_l2
@@ -225,3 +229,25 @@ def test_relevance_of_many_outputs_is_what_the_score_owes_to_each(target: Any) -
     # Without biases the epsilon rule of a ReLU network is input x gradient.
     expected = sf.explain(model, x, target=target, method="input_x_gradient")
     assert relative_l2(found.values, expected.values) < 1e-9
+
+
+def test_a_noted_way_is_the_same_way() -> None:
+    """All but the programs, which tell which call is running."""
+    way = Way(watched=True, offloaded=True, rules=Guided(), copies=False)
+    noted = way.noted(Ledger(MemoryMeter()))
+    for one in fields(Way):
+        assert getattr(noted, one.name) == getattr(way, one.name), one.name
+
+
+def test_plans_measure_a_point_under_its_rules() -> None:
+    """References double what DeepLIFT keeps; rectifiers under a rule keep a bit of each number."""
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()) for _ in range(8))).eval()
+    model.append(nn.Flatten())
+    x = torch.randn(1, 4, 64, 64)
+
+    def kept(method: str) -> int:
+        return sf.Engine(model, method, lean=False).plan(x, 0).saved_after
+
+    plain = kept("gradient")
+    assert kept("deeplift") > 1.8 * plain
+    assert kept("guided_backprop") < 0.2 * plain

@@ -105,8 +105,8 @@ def test_every_form_of_relu(form: str) -> None:
 # --- Captum ---
 
 CAPTUM: dict[str, tuple[Any, Any]] = {
-    "gamma": (lambda: GammaRule(), ("gamma", 0.25, 1e-9, "keep")),
-    "gamma without bias": (lambda: GammaRule(0.5, True), ("gamma", 0.5, 1e-9, "zero")),
+    "gamma": (lambda: GammaRule(), ("gamma", 0.25, 1e-9, "keep", False)),
+    "gamma without bias": (lambda: GammaRule(0.5, True), ("gamma", 0.5, 1e-9, "zero", False)),
     "alpha1 beta0": (lambda: Alpha1_Beta0_Rule(), ("z_plus", 1e-9, "keep", False)),
     "alpha1 beta0 without bias": (
         lambda: Alpha1_Beta0_Rule(True),

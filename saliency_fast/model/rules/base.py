@@ -15,6 +15,7 @@ from saliency_fast.errors import ModelError
 from saliency_fast.model.calls import INNER_GRADIENTS, Calls, lean_call
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.outputs import map_tensors, tensors_of
+from saliency_fast.model.recomputation import without_recomputation
 
 Answer = Callable[..., Any]
 """A rule for calls of one name: (the mode, the call, its arguments, its named ones) -> result."""
@@ -112,7 +113,7 @@ class Ruling(Calls):
         _check_visible(model, self.name)
         if self.paired:
             self.rows = len(points[0])
-        with uncompiled(), self:
+        with uncompiled(), without_recomputation(), self:
             raw = model(*points, *args, **kwargs)
         for node in steps_behind(tensors_of(raw)):
             self.check(node)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from saliency_fast.errors import InputError, InputTypeError
 
 Call = Callable[[Tensor, Any, Any], Tensor]
 Numbers = float | tuple[float, ...]
+Part = Callable[[Tensor | None], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -110,14 +111,19 @@ class Epsilon:
 
 @dataclass(frozen=True)
 class Gamma:
-    """The epsilon rule with weights w + gamma max(0, w) (Montavon, 2019), for inputs >= 0.
+    """Contributions of the output's own sign count 1 + gamma times (Andeol, 2021).
 
-    bias: "rule" (as a weight), "keep" (as it is) or "zero".
+    R_i = sum_j (c_ij + gamma max(0, c_ij)) R_j / sum_i (...) of c_ij = w_ij x_i where z_j >= 0, and
+    with min in the place of max where z_j < 0: no denominator is smaller than z_j, whatever the
+    signs of inputs and outputs. For inputs and outputs >= 0 these are weights w + gamma max(0, w)
+    (Montavon, 2019). bias: "rule" (a contribution), "keep" (as it is) or "zero". signed: False
+    takes those weights whatever the signs, as Captum does: denominators may then be close to zero.
     """
 
     gamma: float = 0.25
     epsilon: float = 1e-6
     bias: str = "rule"
+    signed: bool = True
 
     def __post_init__(self) -> None:
         _check_number("gamma", self.gamma, 0.0)
@@ -125,13 +131,39 @@ class Gamma:
         _check_bias(self.bias)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
-        z, pull = layer.pulled(
-            x, self._raised(layer.weight), _biased(self.bias, layer.bias, self._raised)
-        )
-        return x * pull(ratio(relevance, z, self.epsilon))
+        if not self.signed:
+            raised = _raised(self.gamma, _positive)
+            bias = _biased(self.bias, layer.bias, raised)
+            return Epsilon(self.epsilon)(
+                replace(layer, weight=raised(layer.weight), bias=bias), x, relevance
+            )
+        with torch.no_grad():
+            negative = layer.call(x, layer.weight, layer.bias) < 0
+        found = self._shared(layer, x, relevance.masked_fill(negative, 0.0), _positive, _negative)
+        # On a GPU the look would wait for it.
+        if x.is_cuda or bool(negative.any()):
+            relevance = relevance.masked_fill(~negative, 0.0)
+            found = found + self._shared(layer, x, relevance, _negative, _positive)
+        return found
 
-    def _raised(self, weight: Tensor | None) -> Tensor | None:
-        return None if weight is None else weight + self.gamma * weight.clamp(min=0)
+    def _shared(
+        self, layer: Affine, x: Tensor, relevance: Tensor, same: Part, opposite: Part
+    ) -> Tensor:
+        """By contributions of which those of one sign are raised, `same` where x is positive."""
+        raised = _raised(self.gamma, same)
+        weights = raised(layer.weight), _raised(self.gamma, opposite)(layer.weight)
+        bias = _biased(self.bias, layer.bias, raised)
+        return _by_sign(layer, x, relevance, weights, bias, self.epsilon)
+
+
+def _raised(gamma: float, part: Part) -> Part:
+    """Values with gamma times a part of them added."""
+
+    def raised(value: Tensor | None) -> Tensor | None:
+        given = part(value)
+        return None if value is None or given is None else torch.add(value, given, alpha=gamma)
+
+    return raised
 
 
 def _positive(part: Tensor | None) -> Tensor | None:
@@ -142,9 +174,7 @@ def _negative(part: Tensor | None) -> Tensor | None:
     return None if part is None else part.clamp(max=0)
 
 
-def _biased(
-    kind: str, bias: Tensor | None, rule: Callable[[Tensor | None], Tensor | None]
-) -> Tensor | None:
+def _biased(kind: str, bias: Tensor | None, rule: Part) -> Tensor | None:
     if kind == "rule":
         return rule(bias)
     return bias if kind == "keep" else None
@@ -178,13 +208,25 @@ def _signed(
     layer: Affine, x: Tensor, relevance: Tensor, sign: int, bias: Tensor | None, epsilon: float
 ) -> Tensor:
     """Relevance shared among the contributions w x of one sign."""
-    same, opposite = (_positive, _negative) if sign > 0 else (_negative, _positive)
+    weights = _positive(layer.weight), _negative(layer.weight)
+    return _by_sign(layer, x, relevance, weights[::sign], bias, epsilon)
+
+
+def _by_sign(
+    layer: Affine,
+    x: Tensor,
+    relevance: Tensor,
+    weights: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+    epsilon: float,
+) -> Tensor:
+    """The epsilon rule with one weight for what is positive in x, another for what is negative."""
     high, low = x.clamp(min=0), x.clamp(max=0)
-    z, pull = layer.pulled(high, same(layer.weight), bias)
+    z, pull = layer.pulled(high, weights[0], bias)
     # On a GPU the look would wait for it.
     if not x.is_cuda and not bool(low.any()):
         return high * pull(ratio(relevance, z, epsilon))
-    z_low, pull_low = layer.pulled(low, opposite(layer.weight), None)
+    z_low, pull_low = layer.pulled(low, weights[1], None)
     cotangent = ratio(relevance, z + z_low, epsilon)
     return high * pull(cotangent) + low * pull_low(cotangent)
 
