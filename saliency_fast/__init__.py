@@ -12,6 +12,7 @@ try:
     from saliency_fast.api import Engine, explain
     from saliency_fast.attribution import Attribution, load
     from saliency_fast.engine import Plan
+    from saliency_fast.engine.bind import PerExample, Shared
     from saliency_fast.ops import backends
     from saliency_fast.replay import Replay, replay
     from saliency_fast.version import __version__
@@ -107,12 +108,14 @@ __all__ = [
     "LayerCAM",
     "Lime",
     "Occlusion",
+    "PerExample",
     "Plan",
     "Replay",
     "Rise",
     "ScoreCAM",
     "ShapleySampling",
     "ShapleyValues",
+    "Shared",
     "Similarity",
     "SmoothGrad",
     "SmoothGradSquared",

@@ -38,6 +38,7 @@ def explain(
     lean: bool = True,
     region: Region = None,
     features: Features = None,
+    rows: str = "alone",
     progress: bool = False,
 ) -> Attribution:
     """Explains what `model` says of `inputs`.
@@ -74,6 +75,7 @@ def explain(
         points_per_launch=points_per_launch,
         lean=lean,
         progress=progress,
+        rows=rows,
     )
     return engine(
         inputs,

@@ -50,6 +50,7 @@ class Provenance:
     region: list[list[int]] | None = None
     at: list[str] | None = None
     layer_input: bool = False
+    rows: str = "alone"
     notes: dict[str, Any] = field(default_factory=dict)
 
 

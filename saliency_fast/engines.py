@@ -18,11 +18,13 @@ from tqdm.auto import tqdm
 
 from saliency_fast import record
 from saliency_fast.attribution import Attribution
+from saliency_fast.engine.arguments import assigned
 from saliency_fast.engine.at import Place
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call, bind
-from saliency_fast.engine.choose import Known, prepare
+from saliency_fast.engine.choose import prepare
 from saliency_fast.engine.features import Features, read_features
+from saliency_fast.engine.independence import Known
 from saliency_fast.engine.job import Job
 from saliency_fast.engine.launch import Moment
 from saliency_fast.engine.outcome import Outcome, need_finite
@@ -41,6 +43,7 @@ from saliency_fast.model.precision import AUTO, PRECISIONS
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target
 from saliency_fast.result import attribution, resident_before, usage_of
+from saliency_fast.together import Together, Whole, in_rows, whole_call
 
 
 class Engine:
@@ -62,7 +65,10 @@ class Engine:
     whether `torch.compile` makes the model's kernels, instead of the lean way; "auto" does where
     measurements say that it pays, which is nowhere so far (docs/precision.md). waiting: how many
     requests `submit` takes in before it blocks. latency: seconds that the first of them waits,
-    at most, for others to share its launch.
+    at most, for others to share its launch. rows: "alone" explains every row of the inputs as the
+    model scores it alone; "together" takes all rows for one input, such as the nodes of a graph,
+    and explains the sum of their scores: values are like the inputs, `delta` and `error` are those
+    of the whole.
 
     The model is explained in evaluation mode and left as it was, whatever happens.
     """
@@ -85,6 +91,7 @@ class Engine:
         compile: bool | str = "auto",
         waiting: int = 1024,
         latency: float = 0.002,
+        rows: str = "alone",
     ) -> None:
         if not callable(model):
             raise InputTypeError(f"model must be callable: got {type(model).__name__}")
@@ -101,11 +108,19 @@ class Engine:
             raise InputError(f"compile must be True, False or 'auto': got {compile!r}")
         self.model, self.method = model, read_method(method)
         self.compile = compile is True
+        if rows not in ("alone", "together"):
+            raise InputError(f"rows must be 'alone' or 'together': got {rows!r}")
+        if rows == "together" and (at is not None or self.method.recipe().layers is not None):
+            raise InputError(
+                "rows='together' explains the inputs: got a method or `at` that is about layers; "
+                "explain a function of x[None] around the model instead"
+            )
         # A wrapper: the user's model stays as it is.
         self._called: Callable[..., Any] = torch.compile(model) if self.compile else model
         self.precision, self.tolerance, self.lean = precision, tolerance, lean
         self.progress, self.hashes, self.graphs = progress, hashes, graphs
         self.limits = Limits(memory_budget, points_per_launch)
+        self.rows, self._wholes = rows, dict[int, Engine]()
         self._recipe = self.method.recipe()
         self._place = Place(self._called, at, layer_input, _probes_of(self._called))
         self._service: Service[Attribution] = Service(
@@ -130,6 +145,10 @@ class Engine:
 
         Takes a few points' gradients to learn that, once for all calls with inputs of one shape.
         """
+        if self.rows == "together":
+            about = (inputs, target, baseline, forward_args, forward_kwargs, features)
+            with self._whole(*about, region=region) as (engine, whole, given):
+                return engine.plan(*given, **whole.further)
         call = self._bound(inputs, target, forward_args, forward_kwargs, features)
         with untouched(self.model, call.device), self._diagnosing(call):
             job, _ = self._prepare(call, baseline, region)
@@ -149,6 +168,11 @@ class Engine:
         features: Features = None,
     ) -> Attribution:
         """Explains `inputs`; see `explain` for the arguments."""
+        if self.rows == "together":
+            about = (inputs, target, baseline, forward_args, forward_kwargs, features)
+            with self._whole(*about, region=region) as (engine, whole, given):
+                found = engine(*given, **whole.further)
+                return self._in_rows(found, whole, baseline)
         started = time.perf_counter()
         call = self._bound(inputs, target, forward_args, forward_kwargs, features)
         resident = resident_before(call)
@@ -177,6 +201,17 @@ class Engine:
 
         Points are visited so that any beginning of them is spread over the path or the noise.
         """
+        if self.rows == "together":
+            about = (inputs, target, baseline, forward_args, forward_kwargs, features)
+            with self._whole(*about, region=region) as (engine, whole, given):
+                partials = engine.stream(*given, **whole.further)
+            while True:
+                with untouched(self.model, whole.rows.device):
+                    found = next(partials, None)
+                    if found is None:
+                        return
+                    shown = self._in_rows(found, whole, baseline)
+                yield shown
         started = time.perf_counter()
         call = self._bound(inputs, target, forward_args, forward_kwargs, features)
         resident = resident_before(call)
@@ -224,6 +259,11 @@ class Engine:
         Raises BusyError where there is no place, ClosedError after `close`, and what is wrong with
         the arguments; what goes wrong later is the future's.
         """
+        if self.rows == "together":
+            raise InputError(
+                "submit packs rows of several requests: got an engine with rows='together'; call "
+                "the engine itself"
+            )
         started = time.perf_counter()
         chosen = self.method if method is None else read_method(method)
         recipe = self._recipe if method is None else chosen.recipe()
@@ -315,6 +355,45 @@ class Engine:
         with uncompiled():
             return diagnosed(error, self.model, inputs, call.args, call.kwargs)
 
+    @contextmanager
+    def _whole(
+        self,
+        inputs: Tensor | Inputs,
+        target: Target,
+        baseline: Baseline,
+        args: Any,
+        kwargs: Mapping[str, Any] | None,
+        features: Features,
+        *,
+        region: Region,
+    ) -> Iterator[tuple[Engine, Whole, tuple[Any, ...]]]:
+        """(engine, call, its arguments) of a call whose rows are one example."""
+        if region is not None:
+            raise InputError("region is of pictures and volumes, each an example: leave it out")
+        count = len(inputs) if isinstance(inputs, (tuple, list)) else 1
+        if count not in self._wholes:
+            self._wholes[count] = Engine(
+                Together(self._called, count),
+                self.method,
+                precision=self.precision,
+                tolerance=self.tolerance,
+                memory_budget=self.limits.memory_budget,
+                points_per_launch=self.limits.points_per_launch,
+                lean=self.lean,
+                progress=self.progress,
+                hashes=False,
+                graphs=False,
+            )
+        first = inputs[0] if isinstance(inputs, (tuple, list)) and inputs else inputs
+        device = first.device if isinstance(first, Tensor) else torch.device("cpu")
+        with untouched(self.model, device):
+            whole = whole_call(self._called, inputs, target, baseline, args, kwargs, features)
+            yield self._wholes[count], whole, (whole.inputs, whole.target, whole.baseline)
+
+    def _in_rows(self, found: Attribution, whole: Whole, baseline: Baseline) -> Attribution:
+        rows = in_rows(found, whole, self._called, baseline, self._recipe.baseline)
+        return replace(rows, provenance=replace(rows.provenance, **self._hashes(whole.rows)))
+
     def _prepare(
         self,
         call: Call,
@@ -327,6 +406,7 @@ class Engine:
     ) -> tuple[Job, list[str] | None]:
         """A job, and the names of the layers that it is about."""
         recipe, method = recipe or self._recipe, method or self.method
+        call = assigned(self._called, call, self._place.known)
         model, call, start, known, layers = self._place.taken(call, recipe, baseline)
         if self._place.at is not None:
             call = replace(call, features=read_features(call.features, call.inputs))

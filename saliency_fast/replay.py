@@ -82,6 +82,7 @@ def replay(
         lean=past.lean,
         at=past.at,
         layer_input=past.layer_input,
+        rows=past.rows,
     )
     region: Any = old.kept.get(REGION_MASK)
     if region is None and past.region is not None:

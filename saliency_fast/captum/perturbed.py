@@ -30,8 +30,8 @@ from saliency_fast.captum.run import (
     _tried,
     kept,
 )
-from saliency_fast.engine.choose import Known
 from saliency_fast.engine.features import numbered
+from saliency_fast.engine.independence import Known
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import ContractError
 from saliency_fast.model.routes import Inputs

@@ -29,7 +29,7 @@ from saliency_fast.captum.forward import (
     run_forward,
     selected,
 )
-from saliency_fast.engine.choose import Known
+from saliency_fast.engine.independence import Known
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
 from saliency_fast.model.failures import as_well, diagnosed
@@ -329,9 +329,9 @@ def _known(forward: Callable[..., Any], *at: object) -> Known:
         # Shapes that are new in every call must not pile up.
         while len(several) >= MOST_KNOWN:
             several.pop(next(iter(several)), None)
-        return several.setdefault((name, *at), {})
+        return several.setdefault((name, *at), Known())
     except TypeError:
-        return {}
+        return Known()
 
 
 def _read_by(function: FunctionType) -> nn.Module | None:

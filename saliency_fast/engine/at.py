@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call, read_inputs
-from saliency_fast.engine.choose import Known
+from saliency_fast.engine.independence import Known, near
 from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError
@@ -43,7 +43,7 @@ class Place:
     @property
     def known(self) -> Known:
         """What points at the inputs took."""
-        return self.knowns.setdefault((), {})
+        return self.knowns.setdefault((), Known())
 
     def taken(
         self, call: Call, recipe: Recipe, baseline: Any
@@ -62,7 +62,7 @@ class Place:
         key = (self.of_input, *map(id, layers), *counts)
         if key not in self._behind:
             self._behind[key] = Behind(self.model, layers, self.of_input, counts)
-        behind, known = self._behind[key], self.knowns.setdefault(key, {})
+        behind, known = self._behind[key], self.knowns.setdefault(key, Known())
         # A baseline that the method has no use for is refused where others are.
         if recipe.baseline != "none" and not isinstance(recipe.family, Starting):
             baseline = self._baseline(baseline, call, layers, recipe)
@@ -92,16 +92,48 @@ class Place:
         for start in range(0, len(item), ROWS):
             own = slice(start, start + ROWS)
             part = tuple(one[own] for one in rows)
-            found = Read(layers, self.of_input).run(_forward(function, part, item[own]))
-            counts = tuple(map(len, found))
-            for tensor in (flat := [one for several in found for one in several]):
+            flat, counts = self._read(layers, function, part, item[own])
+            for tensor in flat:
                 if tensor.dim() == 0 or len(tensor) != len(item[own]):
                     raise InputError(
                         f"at: the layer's tensor must have the batch on its first axis: got "
                         f"{list(tensor.shape)} for {len(item[own])} examples; name another layer"
                     )
-            parts.append(flat)
+            parts.append(self._apart(layers, function, part, item[own], flat))
         return tuple(map(torch.cat, zip(*parts, strict=True))), counts
+
+    def _read(
+        self, layers: tuple[nn.Module, ...], function: PointFunction, rows: Inputs, item: Tensor
+    ) -> tuple[list[Tensor], tuple[int, ...]]:
+        """The tensors that the layers give for some rows, and how many each of them gives."""
+        found = Read(layers, self.of_input).run(_forward(function, rows, item))
+        return [one for several in found for one in several], tuple(map(len, found))
+
+    def _apart(
+        self,
+        layers: tuple[nn.Module, ...],
+        function: PointFunction,
+        rows: Inputs,
+        item: Tensor,
+        found: list[Tensor],
+    ) -> list[Tensor]:
+        """What the layers gave for several rows, if a middle row alone gives what it gave among the
+        others; else what each of them gives alone.
+        """
+
+        def alone(number: int) -> list[Tensor]:
+            own = slice(number, number + 1)
+            return self._read(layers, function, tuple(x[own] for x in rows), item[own])[0]
+
+        count = len(item)
+        middle = count // 2
+        if count == 1 or all(
+            one.shape == every[middle : middle + 1].shape
+            and near(every[middle], one[0], float(one.abs().max()), function)
+            for one, every in zip(alone(middle), found, strict=True)
+        ):
+            return found
+        return [torch.cat(several) for several in zip(*map(alone, range(count)), strict=True)]
 
     def _baseline(
         self, baseline: Any, call: Call, layers: tuple[nn.Module, ...], recipe: Recipe
@@ -116,8 +148,7 @@ class Place:
         else:
             rows = read_baselines(baseline, call.inputs)
         function, item = _function(self.model, call), torch.zeros(len(rows[0]), dtype=torch.int64)
-        further = (*call.args, *call.kwargs.values())
-        if any(isinstance(one, Tensor) and function.follows(one) for one in further):
+        if any(function.follows(key, one) for key, one in call.further()):
             if recipe.baseline == "set":
                 raise InputError(
                     "baseline: a set is shared by the examples, and further arguments of the model "
@@ -142,8 +173,20 @@ def _moved(call: Call, values: Inputs) -> Call:
     """The call with layers' values as inputs; the model's own inputs follow as arguments."""
     inputs, dtypes = read_inputs(values)
     own = tuple(x.to(dtype) for x, dtype in zip(call.inputs, call.dtypes, strict=True))
-    args, several = (*own, *call.args), len(values) > 1
-    return replace(call, inputs=inputs, dtypes=dtypes, is_tuple=several, args=args)
+    args, count = (*own, *call.args), len(own)
+
+    def moved(keys: frozenset[int | str]) -> frozenset[int | str]:
+        return frozenset(key + count if isinstance(key, int) else key for key in keys)
+
+    return replace(
+        call,
+        inputs=inputs,
+        dtypes=dtypes,
+        is_tuple=len(values) > 1,
+        args=args,
+        whole=moved(call.whole),
+        told=moved(call.told) | frozenset(range(count)),
+    )
 
 
 def _function(model: Model, call: Call) -> PointFunction:

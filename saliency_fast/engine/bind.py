@@ -17,6 +17,40 @@ from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target, Targets, read_targets
 
 
+@dataclass(frozen=True, eq=False)
+class Belonging:
+    """A further argument of the model, with whose it is. tensor: the argument."""
+
+    tensor: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensor, Tensor):
+            raise InputTypeError(
+                f"{type(self).__name__} marks a tensor: got {type(self.tensor).__name__}; other "
+                "arguments always belong to all examples"
+            )
+
+
+class Shared(Belonging):
+    """Marks a further argument of the model that belongs to all examples of a call.
+
+    The model gets it whole, whatever rows it is run on, even where its length happens to be that of
+    the batch: prompts that pictures are compared with, an adjacency matrix, a table of prices.
+
+    >>> import torch, saliency_fast as sf
+    >>> prompts = torch.eye(3)
+    >>> sf.explain(lambda x, p: x @ p.T, torch.ones(3, 3), target=1,
+    ...            forward_args=(sf.Shared(prompts),)).values[0].tolist()
+    [0.0, 1.0, 0.0]
+    """
+
+
+class PerExample(Belonging):
+    """Marks a further argument [B, *] of the model whose rows belong to the examples of a call, one
+    to each, such as attention masks: points of an example come with its row.
+    """
+
+
 @dataclass(frozen=True)
 class Call:
     """What one call explains: inputs [B, *] each, contiguous and detached, and its targets.
@@ -24,7 +58,8 @@ class Call:
     dtypes: what the model takes. Inputs in half types are float32 here: points are written, and
     gradients added up, in float32 whatever the model's type. features: int64 [B | 1, *] per input,
     numbers of its segments; layers: where the method looks inside of the model, with `layer_input`
-    at what they take.
+    at what they take. whole: the further arguments, by number or name, that go whole though they
+    have the batch's length; told: those of which the caller said whose they are.
     """
 
     inputs: Inputs
@@ -37,6 +72,19 @@ class Call:
     features: Any = ()
     layers: tuple[nn.Module, ...] = ()
     layer_input: bool = False
+    whole: frozenset[int | str] = frozenset()
+    told: frozenset[int | str] = frozenset()
+
+    def further(self) -> list[tuple[int | str, Any]]:
+        """The further arguments by their number or name."""
+        return [*enumerate(self.args), *self.kwargs.items()]
+
+    @property
+    def shapes(self) -> tuple[object, ...]:
+        """Equal for calls whose tensors have the same shapes, but for the number of examples."""
+        further = [one for _, one in self.further() if isinstance(one, Tensor)]
+        tensors = (*self.inputs, *further)
+        return self.dtypes, *((x.shape[1:], x.dtype, x.device) for x in tensors)
 
     @property
     def batch(self) -> int:
@@ -72,10 +120,33 @@ def bind(
     # inference mode.
     with torch.inference_mode(False):
         targets = read_targets(target, len(parts[0])).to(parts[0].device)
-        args = tuple(_plain(one) for one in (args if isinstance(args, tuple) else (args,)))
-        kwargs = {name: _plain(one) for name, one in (kwargs or {}).items()}
-    several = isinstance(inputs, (tuple, list))
-    return Call(parts, dtypes, several, targets, args, kwargs, finite)
+        marked = dict(enumerate(args if isinstance(args, tuple) else (args,))) | dict(kwargs or {})
+        told = {key for key, one in marked.items() if isinstance(one, Belonging)}
+        whole = {key for key, one in marked.items() if isinstance(one, Shared)}
+        plain = {key: _plain(_unmarked(one, len(parts[0]))) for key, one in marked.items()}
+    return Call(
+        parts,
+        dtypes,
+        isinstance(inputs, (tuple, list)),
+        targets,
+        tuple(one for key, one in plain.items() if isinstance(key, int)),
+        {key: one for key, one in plain.items() if isinstance(key, str)},
+        finite,
+        whole=frozenset(whole),
+        told=frozenset(told),
+    )
+
+
+def _unmarked(value: Any, batch: int) -> Any:
+    if not isinstance(value, Belonging):
+        return value
+    tensor = value.tensor
+    if isinstance(value, PerExample) and (tensor.dim() == 0 or len(tensor) != batch):
+        raise InputError(
+            f"PerExample needs a row for each of the {batch} examples: got {list(tensor.shape)}; "
+            "use Shared for what belongs to all of them"
+        )
+    return tensor
 
 
 def _plain(value: Any) -> Any:

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.bind import Call, is_finite
 from saliency_fast.engine.hoist import hoistable
+from saliency_fast.engine.independence import (
+    SINGLE,
+    VMAP,
+    Independence,
+    Known,
+    about,
+    near,
+    numbers,
+    settings,
+)
 from saliency_fast.engine.job import Job
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits, baselines_of, make_plan
-from saliency_fast.engine.probe import Probe, fitting, in_precision, probe, settings, sharing
+from saliency_fast.engine.probe import Probe, fitting, in_precision, probe, sharing
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.trial import Trial
-from saliency_fast.engine.way import Model
+from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
+from saliency_fast.model.layers import Behind
 from saliency_fast.model.precision import (
     AUTO,
     FLOAT32,
@@ -41,8 +53,6 @@ FASTER = 0.9
 """Of a float32 point's time, what a precision may take to count as faster."""
 MOST_KNOWN = 256
 """Kinds of points that are remembered of a model."""
-Known = dict[tuple[object, ...], Probe]
-"""What points of a model took, by their shapes and by what they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +69,15 @@ class Choice:
     known: Known
     lean: bool
     alone: bool
+    told: list[bool] = field(default_factory=list)
 
     @cached_property
     def _key(self) -> tuple[object, ...]:
         call, recipe = self.call, self.recipe
-        further = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor)]
-        tensors = (*call.inputs, *further)
-        shapes = (call.dtypes, *((x.shape[1:], x.dtype, x.device) for x in tensors))
         # The prefix differs between methods whose points lie on lines and others.
         kind = (recipe.family.straight, hoistable(recipe), recipe.gradients, repr(recipe.rules))
         alone = self.alone or recipe.gradients
-        return shapes, call.targets.count, self.lean, alone, kind, settings(call)
+        return call.shapes, call.targets.count, self.lean, alone, kind, settings(call)
 
     @cached_property
     def _trial(self) -> Trial:
@@ -79,8 +87,11 @@ class Choice:
         """What is known of a point, or is found out now."""
         key = (*self._key, precision.name)
         found = self.known.get(key)
-        if found is not None and found.holds(self.model, self.call):
-            return found
+        if found is not None:
+            if found.holds(self.model, self.call):
+                return found
+            # Another model than the one whose rows were proved.
+            self.known.rows.clear()
         if precision.exact:
             budget = read_budget(self.limits.memory_budget, self.call.device)
             about = (self.model, self.call, self.recipe, self.baselines[0])
@@ -94,11 +105,40 @@ class Choice:
         self.known[key] = found
         return found
 
+    def independence(self, probed: Probe) -> Independence:
+        """What is known of the model's rows."""
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        key = (self.call.shapes, about(self.call), *map(id, modules))
+        several = self.known.rows
+        while len(several) >= MOST_KNOWN:
+            several.pop(next(iter(several)))
+        found = several.setdefault(key, Independence(probed.suspect))
+        found.provoke = probed.suspect is not None or self.call.targets.function is not None
+        return found
+
+    @property
+    def _vmaps(self) -> bool:
+        """Whether vmap may keep points apart: rules and what looks inside do not go with it."""
+        recipe, inside = self.recipe, self.call.layers or isinstance(self.model, Behind)
+        return not (inside or recipe.second or recipe.rules is not None or self.call.halves)
+
     def job(self, precision: Precision, said: str | None = None) -> Job:
         """A job by the first way that the plan affords; `said`: why not in another precision."""
         probed, key = self.probed(precision), (*self._key, precision.name)
         budget = read_budget(self.limits.memory_budget, self.call.device)
-        planned = partial(self._planned, said)
+        rows, limits, notes = self.independence(probed), self.limits, list[str]()
+        if said is not None:
+            notes.append(f"precision: {said}")
+        if rows.apart is not None:
+            vmapped = rows.apart == VMAP and self._vmaps and precision.exact
+            how = f"by {VMAP}" if vmapped else SINGLE
+            notes.append(f"rows may depend on each other ({rows.reason}): each is run alone, {how}")
+            if vmapped:
+                probed = probed.row_by_row()
+            else:
+                limits = replace(limits, points_per_launch=1)
+            self._tell()
+        planned = partial(self._planned, tuple(notes), limits)
 
         def as_it_is(reason: str) -> tuple[Probe, Plan]:
             self.known[key] = found = probed.as_it_is(reason)
@@ -109,6 +149,7 @@ class Choice:
             way = (found.way if self.part is None else found.way.within(self.part.box)).of_now()
             parts = (self.call, self.recipe, self.baselines, self.part)
             job = Job(self.model, self.method, *parts, way, plan, None, found, as_it_is)
+            job.independence, job.again = rows, partial(self.job, precision, said)
             try:
                 # Tiles are laid out by a budget of their own.
                 if way.tiled is None:
@@ -132,6 +173,7 @@ class Choice:
         job = self.job(PRECISIONS[names[0]], said)
         if len(names) > 1:
             job.limit, job.otherwise = limit, partial(self._among, names[1:], limit)
+            job.again = partial(self._among, names, limit, said)
         return job
 
     def _order(self) -> list[str]:
@@ -147,10 +189,37 @@ class Choice:
         others = sorted((one for one in faster if one != FLOAT32.name), key=lambda n: found[n])
         return [*others, FLOAT32.name]
 
-    def _planned(self, said: str | None, probed: Probe, launches: Launches | None = None) -> Plan:
-        call, recipe, limits = self.call, self.recipe, self.limits
-        plan = make_plan(self.method, recipe, call, self.baselines, probed, limits, launches)
-        return plan if said is None else replace(plan, notes=(*plan.notes, f"precision: {said}"))
+    def _planned(
+        self,
+        notes: tuple[str, ...],
+        limits: Limits,
+        probed: Probe,
+        launches: Launches | None = None,
+    ) -> Plan:
+        about = (self.recipe, self.call, self.baselines)
+        plan = make_plan(self.method, *about, probed, limits, launches)
+        return replace(plan, notes=(*plan.notes, *notes))
+
+    def _tell(self) -> None:
+        """Warns, once, where examples of the call score together something else than alone."""
+        call, function = self.call, Way().function(self.model, self.call)
+        everyone = torch.arange(call.batch, device=call.device)
+        if call.batch == 1 or self.told:
+            return
+        self.told.append(True)
+        together, scale = function.judged(tuple(x.clone() for x in call.inputs), everyone)
+        for one in range(call.batch):
+            own = tuple(x[one : one + 1].clone() for x in call.inputs)
+            alone, _ = function.judged(own, everyone[one : one + 1])
+            if not near(together[one], alone[0], scale, function):
+                warnings.warn(
+                    f"saliency_fast: the examples of this call depend on each other: example {one} "
+                    f"scores {numbers(alone[0])} alone and {numbers(together[one])} in the batch "
+                    f"of {call.batch}. Each is explained as it is alone; where the rows are parts "
+                    "of one input, such as the nodes of a graph, use rows='together'",
+                    stacklevel=2,
+                )
+                return
 
 
 def prepare(

@@ -19,8 +19,10 @@ from saliency_fast.engine.captured import (
     refusal,
 )
 from saliency_fast.engine.graphs import RECORDERS, cache_of
+from saliency_fast.engine.independence import Independence, RowsMeetError
 from saliency_fast.engine.launch import Moment, Steps, Want, alone
 from saliency_fast.engine.loss import Loss
+from saliency_fast.engine.memory import is_out_of_memory
 from saliency_fast.engine.outcome import Outcome, average
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.probe import Probe
@@ -44,6 +46,7 @@ class Job:
     """A call ready to run. way, plan and launches change where a launch does what no probe did.
 
     otherwise: the same call in another precision, where this one costs its maps more than `limit`.
+    independence: what is known of the model's rows; again: the call anew, with what is known now.
     """
 
     model: Model
@@ -60,6 +63,8 @@ class Job:
     graphs: bool = True
     otherwise: Callable[[str], Job] | None = None
     limit: float = math.inf
+    independence: Independence | None = None
+    again: Callable[[], Job] | None = None
 
     def moments(self) -> Iterator[Moment]:
         """The moments of the call, run on its own."""
@@ -84,22 +89,37 @@ class Job:
             self._probed.seconds[self._kind] = seconds / max(1, last.done)
 
     def steps(self) -> Steps:
-        """The steps of the call, from the beginning again where its way turns out not to hold, or a
-        precision to cost more than it may.
+        """The steps of the call, from the beginning again where its way turns out not to hold, rows
+        to meet, or a precision to cost more than it may.
         """
         try:
             yield from self._steps()
+        except RowsMeetError as found:
+            assert self.independence is not None
+            self.independence.meet(str(found), vmapped=self.way.apart)
+            yield from self._anew()
         except NotLeanError as refusal:
             self._probed, self.plan = self._as_it_is(f"given up in a launch: {refusal}")
             self.way, self.launches = self._probed.way.of_now(), None
             yield from self._steps()
         except _CostlyError as found:
             assert self.otherwise is not None
-            # All but the call itself: its plan and its way are another precision's.
-            graphs = self.graphs
-            self.__dict__.update(self.otherwise(str(found)).__dict__)
-            self.graphs = graphs
-            yield from self.steps()
+            yield from self._anew(partial(self.otherwise, str(found)))
+        except Exception as error:
+            known = self.independence
+            if not self.way.apart or known is None or is_out_of_memory(error):
+                raise
+            # Not all that models do runs under vmap; what is wrong otherwise shows again.
+            known.meet(known.reason, vmapped=True)
+            yield from self._anew()
+
+    def _anew(self, made: Callable[[], Job] | None = None) -> Steps:
+        """The steps of the call by another plan and another way."""
+        assert self.again is not None
+        graphs = self.graphs
+        self.__dict__.update((made or self.again)().__dict__)
+        self.graphs = graphs
+        yield from self.steps()
 
     def _steps(self) -> Steps:
         """The steps of one run for each baseline; outcomes average over those so far."""
@@ -123,6 +143,7 @@ class Job:
         if run is None:
             return False
         owner, cache = self._probed.captures, cache_of(self.call.device)
+        yield from self.run(number).prove()
         try:
             run.load(self.call, self.baselines[number], self.recipe, self.plan, known)
             yield from run.steps(partial(self._moment, run, tuple(finished), known is None))
@@ -158,6 +179,9 @@ class Job:
         return run, key
 
     def _not_captured(self) -> str | None:
+        known = self.independence
+        if known is not None and self.plan.points_per_launch > 1 and known.suspect:
+            return f"every launch is to be proved: {known.suspect.reason}"
         return refusal(self.way, self.call, self.recipe, self.plan)
 
     def _capture_key(self, number: int) -> Any:
@@ -215,7 +239,10 @@ class Job:
         """A run over the baseline of that number."""
         baselines, plan, way = self.baselines[number], self.plan, self.way
         kind = Run if self.recipe.rounds is None else RoundsRun
-        return kind(way, self.model, self.call, baselines, self.recipe, plan, self.launches, known)
+        parts = (way, self.model, self.call, baselines, self.recipe, plan, self.launches, known)
+        run = kind(*parts)
+        run.independence = self.independence
+        return run
 
     @property
     def _kind(self) -> tuple[str, int]:

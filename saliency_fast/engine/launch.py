@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.arena import Arena, Launches
+from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.pack import alike, packed
 from saliency_fast.model.routes import Inputs
@@ -40,7 +43,8 @@ class Want:
     """What a call wants from the model next: `rows` points at most.
 
     write: makes the first so many points, and their examples. gradients: or scores alone.
-    launches: what their memory is known to be. taken: how many points the launch had.
+    launches: what their memory is known to be. independence: what is known of the model's rows,
+    where a launch of several is to be proved. taken: how many points the launch had.
     """
 
     function: PointFunction
@@ -48,15 +52,29 @@ class Want:
     write: Callable[[int], tuple[Inputs, Tensor]]
     gradients: bool = True
     launches: Launches | None = None
+    independence: Independence | None = None
     taken: int = 0
 
     def take(self, rows: int) -> tuple[Inputs, Tensor]:
         self.taken = min(rows, self.rows)
         return self.write(self.taken)
 
+    def answer(self, function: PointFunction, points: Inputs, item: Tensor) -> Answer:
+        """What `function` says of points."""
+        if not self.gradients:
+            return Answer(*function.scores(points, item))
+        return Answer(*function.gradients(points, item))
+
+    def prove(self, row: Row, scores: Tensor) -> None:
+        """Proves that a row of a launch met no other; raises RowsMeetError."""
+        assert self.independence is not None
+        self.independence.check(self.function, row, scores)
+
     @property
     def kind(self) -> tuple[object, ...]:
         """Equal for wants that may share a launch."""
+        if self.independence is not None and self.independence.apart is not None:
+            return (id(self),)
         return self.gradients, *alike(self.function)
 
 
@@ -115,14 +133,37 @@ def launch(want: Want, rows: int, arena: Arena) -> Answer | Exception:
         expected = want.launches.of(min(rows, want.rows)) if want.launches else None
         with _turn(), arena.launch(expected):
             points, item = want.take(rows)
-            if not want.gradients:
-                return Answer(*want.function.scores(points, item))
-            return Answer(*want.function.gradients(points, item))
+            kept = [Row.of(points, item, row) for _, row in _to_prove([want], [item])]
+            found = want.answer(want.function, points, item)
+            del points
+        for row in kept:
+            with _turn():
+                want.prove(row, found.scores)
+        return found
 
     try:
         return want.function.again(answer)
     except Exception as error:
         return error
+
+
+def _to_prove(wants: Sequence[Want], items: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(want, row of its points) of a launch's rows that are to be proved: one for all that know of
+    each other.
+    """
+    several = {id(one): one for want in wants if (one := want.independence) is not None}
+    ends, found = list(itertools.accumulate(len(item) for item in items)), []
+    for one in several.values():
+        row = one.due(ends[-1], apart=wants[0].function.lone is not None)
+        if row is None:
+            continue
+        number = bisect_right(ends, row)
+        if wants[number].independence is one:
+            found.append((number, row - (ends[number - 1] if number else 0)))
+        else:
+            # Another call's row: the first one of those that this is about.
+            found.append(([want.independence is one for want in wants].index(True), 0))
+    return found
 
 
 def together(wants: Sequence[tuple[Want, int]], arena: Arena) -> list[Answer | Exception]:
@@ -133,12 +174,12 @@ def together(wants: Sequence[tuple[Want, int]], arena: Arena) -> list[Answer | E
     with _turn(), arena.launch(expected):
         points, items = zip(*(want.take(rows) for want, rows in wants), strict=True)
         functions = [want.function for want, _ in wants]
+        to_prove = _to_prove([want for want, _ in wants], items)
+        kept = [(number, Row.of(points[number], items[number], row)) for number, row in to_prove]
         function, joined, item, pack = packed(functions, points, items)
         del points
-        if first.gradients:
-            scores, _, grads = function.gradients(joined, item)
-        else:
-            (scores, _), grads = function.scores(joined, item), []
+        found = first.answer(function, joined, item)
+        scores, grads = found.scores, found.grads
     answers: list[Answer | Exception] = []
     parts = zip(torch.split(scores, pack.sizes), pack.classes, strict=True)
     for number, (own, classes) in enumerate(parts):
@@ -146,5 +187,8 @@ def together(wants: Sequence[tuple[Want, int]], arena: Arena) -> list[Answer | E
         rows = slice(start, start + len(own))
         mine = [tuple(one[rows] for one in several) for several in grads]
         failed = pack.errors.get(number)
+        for one, row in kept:
+            if one == number and failed is None:
+                wants[number][0].prove(row, own)
         answers.append(Answer(own, classes, mine) if failed is None else failed)
     return answers

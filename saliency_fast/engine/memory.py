@@ -94,11 +94,15 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+_READS = frozenset((torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default))
+
+
 class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that live at the same time inside its `with`, and the largest.
 
     Works on any device and for one thread alone, unlike the allocators' own counters; what an
-    operator takes for itself while it runs is not seen. drew: whether one asked for random numbers.
+    operator takes for itself while it runs is not seen. drew: whether one asked for random numbers;
+    read: whether Python asked for a number inside a tensor, or for where it is not zero.
     """
 
     @classmethod
@@ -109,7 +113,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.largest = 0
-        self.drew = False
+        self.drew = self.read = False
         self._seen: dict[int, weakref.ref[Any]] = {}
         self._sizes: dict[int, int] = {}
 
@@ -123,6 +127,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # What an operator is given and was not seen here is not new: weights, buffers, inputs.
         self._watch((args, kwargs), new=False)
         self.drew |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+        self.read |= func in _READS
         result = func(*args, **(kwargs or {}))
         self._watch(result, new=True)
         return result

@@ -11,27 +11,28 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.graphs import RECORDERS, Captures
 from saliency_fast.engine.hoist import hoistable
+from saliency_fast.engine.independence import UNRECORDED, settings
 from saliency_fast.engine.loss import Losses
 from saliency_fast.engine.memory import bytes_text
 from saliency_fast.engine.plan import MARGIN, Plan
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.trial import Cost, Trial
-from saliency_fast.engine.way import Model, Way
+from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError, InputError, ModelError
 from saliency_fast.model.calls import NotLeanError
-from saliency_fast.model.fingerprint import fingerprint, same_model
+from saliency_fast.model.fingerprint import same_model
 from saliency_fast.model.fusion import fused, with_rectifiers
 from saliency_fast.model.lean.convolutions import LEAN as CONVOLUTIONS
 from saliency_fast.model.precision import Precision
 from saliency_fast.model.prefix import prefix_of
 from saliency_fast.model.recorder import Recording, unified
-from saliency_fast.model.routes import Inputs, Plain
+from saliency_fast.model.routes import Inputs
+from saliency_fast.model.rows import Suspicion, suspicion
 
 NOTHING = Cost(0, 0, {})
 LEAN_FROM = 256 * 1024
@@ -55,7 +56,8 @@ class Probe:
     better way serves. mark: the model's fingerprint where a program stands for it. foreseen: on
     shapes alone. launches: what they take, and seconds: what a point takes in them, by way and
     size; losses: what the precision costs, and order: precisions, the fastest first; filled as they
-    become known. captures: recorded launches by kind, or why there are none.
+    become known. captures: recorded launches by kind, or why there are none. suspect: why rows may
+    meet in the model, None where a recording shows no call that could let them.
     """
 
     way: Way
@@ -70,6 +72,7 @@ class Probe:
     losses: Losses = field(default_factory=Losses, repr=False)
     order: list[str] = field(default_factory=list, repr=False)
     captures: Captures = field(default_factory=Captures, repr=False)
+    suspect: Suspicion | None = UNRECORDED
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was probed."""
@@ -78,7 +81,11 @@ class Probe:
     def as_it_is(self, reason: str) -> Probe:
         """The same point through the model as it is."""
         way, exact = Way(precision=self.way.precision), self.exact and self.plain
-        return Probe(way, self.plain, self.plain, reason, exact=exact)
+        return Probe(way, self.plain, self.plain, reason, exact=exact, suspect=self.suspect)
+
+    def row_by_row(self) -> Probe:
+        """The same point, each alone by vmap, since rows would meet."""
+        return Probe(Way(apart=True), self.plain, self.plain, suspect=self.suspect)
 
 
 def in_precision(probed: Probe, precision: Precision, model: Model, trial: Trial) -> Probe:
@@ -96,7 +103,8 @@ def in_precision(probed: Probe, precision: Precision, model: Model, trial: Trial
             reasons.append(f"{way}: {_line(error)}")
             continue
         reason, mark = "; ".join(reasons) or None, probed.mark if way.program else None
-        return Probe(way, cost, probed.plain, reason, mark, probed.cost, probed.foreseen)
+        known = (mark, probed.cost, probed.foreseen)
+        return Probe(way, cost, probed.plain, reason, *known, suspect=probed.suspect)
     raise ModelError(
         f"the model does not run in precision={precision.name!r}: {reasons[-1]}; use "
         "precision='float32'"
@@ -114,7 +122,8 @@ def probe(
     if recipe.second:
         way = Way(rules=recipe.rules)
         cost = trial.twice(way.function(model, call)).cost
-        return Probe(way, cost, cost, "second derivatives need all that autograd keeps")
+        reason = "second derivatives need all that autograd keeps"
+        return Probe(way, cost, cost, reason, suspect=_suspect(model, trial))
     if recipe.rules is not None:
         return _ruled(model, trial, Way(rules=recipe.rules))
     if not recipe.gradients:
@@ -129,13 +138,36 @@ def probe(
 def _ruled(model: Model, trial: Trial, way: Way) -> Probe:
     """A point under backward rules: they need every call as the model makes it."""
     cost = trial.take(way, model).cost
-    return Probe(way, cost, cost, "backward rules look at every call")
+    reason = "backward rules look at every call"
+    return Probe(way, cost, cost, reason, suspect=_suspect(model, trial))
+
+
+def _suspect(
+    model: Model, trial: Trial, recording: Recording | None = None, cost: Cost | None = None
+) -> Suspicion | None:
+    """Why rows may meet in the model, by what it calls with one row and with two."""
+    try:
+        if recording is None or cost is None:
+            recording = Recording(model)
+            cost = trial.scores(function_of(recording, trial.call)).cost
+        return suspicion(unified(recording.program, trial.second(model)))
+    except Exception as refusal:
+        return _suspicion(refusal, cost)
+
+
+def _suspicion(refusal: Exception, cost: Cost | None) -> Suspicion:
+    """What a model that could not be recorded is suspected of."""
+    if cost is not None and cost.read:
+        return Suspicion("the model reads numbers out of its tensors", proof=False)
+    return Suspicion(_line(refusal))
 
 
 def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
     """A point's score alone, by a lean way where the model has a gradient that proves it."""
     found = Probe(Way(), NOTHING, NOTHING, "scores alone keep nothing")
-    if lean and all(x.is_floating_point() for x in trial.call.inputs):
+    if not (lean and all(x.is_floating_point() for x in trial.call.inputs)):
+        found = replace(found, suspect=_suspect(model, trial))
+    else:
         asked = replace(trial, recipe=replace(trial.recipe, gradients=True))
         with suppress(ModelError, BudgetError, InputError, RuntimeError):
             about = (asked.call, asked.recipe, asked.baselines)
@@ -151,10 +183,10 @@ def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
     except BudgetError:
         raise
     except Exception as error:
-        return Probe(Way(), plain.cost, plain.cost, _line(error))
+        return Probe(Way(), plain.cost, plain.cost, _line(error), suspect=found.suspect)
     if gap > AGREEMENT[trial.call.dtypes[0]]:
         reason = f"{found.way}: scores are off by {gap:.1g}"
-        return Probe(Way(), plain.cost, plain.cost, reason)
+        return Probe(Way(), plain.cost, plain.cost, reason, suspect=found.suspect)
     return replace(found, cost=taken.cost, plain=plain.cost)
 
 
@@ -169,14 +201,15 @@ def sharing(found: Probe, model: Model, trial: Trial) -> Probe:
 
 def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
     recording = Recording(model)
-    plain = trial.plain(recording if lean else Plain(model))
+    plain = trial.plain(recording)
     # Recorded launches have no calls that cost time, and need a program.
     least = 0 if trial.call.device.type in RECORDERS else LEAN_FROM
     if not lean or plain.cost.peak < least:
         reason = "a point is too small for it to pay" if lean else None
-        return Probe(Way(), plain.cost, plain.cost, reason)
+        found = Probe(Way(), plain.cost, plain.cost, reason)
+        return replace(found, suspect=_suspect(model, trial, recording, plain.cost))
     mark, reasons = _mark(model, trial.call), []
-    ways, refusal = _ways(model, trial, recording)
+    ways, refusal, suspect = _ways(model, trial, recording, plain.cost)
     if refusal:
         reasons.append(refusal)
     for way in ways:
@@ -191,9 +224,10 @@ def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
         gap = taken.gap(plain)
         if gap <= AGREEMENT[trial.call.dtypes[0]]:
             reason = "; ".join(reasons) or None
-            return Probe(way, taken.cost, plain.cost, reason, mark if way.program else None)
+            found = Probe(way, taken.cost, plain.cost, reason, mark if way.program else None)
+            return replace(found, suspect=suspect)
         reasons.append(f"{way}: the gradient is off by {gap:.1g}")
-    return Probe(Way(), plain.cost, plain.cost, "; ".join(reasons))
+    return Probe(Way(), plain.cost, plain.cost, "; ".join(reasons), suspect=suspect)
 
 
 def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
@@ -206,7 +240,7 @@ def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
         plain = shapes.plain(recording)
         if MARGIN * plain.cost.peak <= min(budget, FREELY):
             return None
-        way = _ways(model, shapes, recording)[0][0]
+        (way, *_), _, suspect = _ways(model, shapes, recording, plain.cost)
         cost = shapes.take(way, model).cost
     except Exception:
         # Shapes alone do not carry every model: it is run for real then, at its own risk.
@@ -220,7 +254,8 @@ def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
             f"{bytes_text(MARGIN * plain.cost.peak)}, since no way that takes less could be "
             "verified on a corner or by its scores; raise the budget or explain a smaller input"
         )
-    return Probe(way, cost, plain.cost, note, _mark(model, trial.call), foreseen=True)
+    mark = _mark(model, trial.call)
+    return Probe(way, cost, plain.cost, note, mark, foreseen=True, suspect=suspect)
 
 
 def _verified(model: Model, trial: Trial, way: Way, budget: int) -> str | None:
@@ -263,14 +298,17 @@ def fitting(
         raise refusal
 
 
-def _ways(model: Model, trial: Trial, recording: Recording) -> tuple[list[Way], str | None]:
-    """Lean ways, the best first, and why the model has no program."""
+def _ways(
+    model: Model, trial: Trial, recording: Recording, cost: Cost
+) -> tuple[list[Way], str | None, Suspicion | None]:
+    """Lean ways, the best first, why the model has no program, and why its rows may meet."""
     watched = Way(watched=True)
     try:
-        whole = unified(recording.program, trial.second(model)).pruned()
+        program = unified(recording.program, trial.second(model))
+        suspect, whole = suspicion(program), program.pruned()
     except Exception as refusal:
         # Also what a model raises that takes one row alone, or two no longer: launches of one fit.
-        return [watched], _line(refusal)
+        return [watched], _line(refusal), _suspicion(refusal, cost)
     program, apart, recipe = fused(whole), with_rectifiers(whole), trial.recipe
     images = any(step.varying and step.func in CONVOLUTIONS for step in whole.steps)
     ways = []
@@ -281,7 +319,7 @@ def _ways(model: Model, trial: Trial, recording: Recording) -> tuple[list[Way], 
             prefix = prefix_of(whole, channels_last=channels_last, line=recipe.family.straight)
             ways += [] if prefix is None else [Way(ordered, prefix=prefix, unfolded=apart)]
         ways.append(Way(ordered, unfolded=apart))
-    return [*ways, watched], None
+    return [*ways, watched], None, suspect
 
 
 def _line(error: Exception) -> str:
@@ -293,12 +331,3 @@ def _mark(model: Callable[..., Any], call: Call) -> tuple[object, ...]:
     has just run, and may have noted it.
     """
     return *same_model(model, anew=True), *settings(call)
-
-
-def settings(call: Call) -> tuple[object, ...]:
-    """What tells the arguments of a call apart that are no tensors."""
-    if not (call.args or call.kwargs):
-        return ()
-    others = [None if isinstance(one, Tensor) else one for one in call.args]
-    named = {name: None if isinstance(one, Tensor) else one for name, one in call.kwargs.items()}
-    return fingerprint(others, named)

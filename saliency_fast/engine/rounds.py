@@ -169,7 +169,8 @@ class RoundsRun(Run):
     def _answered(self, step: Round) -> Generator[Want | Moment, Any, Found]:
         """The answers to a round, launch by launch."""
         function, start, parts = self._function(step), 0, []
-        size = self._size(step, function)
+        # What is not the plan's function does not keep rows apart.
+        size = 1 if self.way.apart and function is not self.function else self._size(step, function)
         alone = step.taps is None and step.project is None and not step.gradients
         while start < step.item.numel():
 
@@ -179,6 +180,7 @@ class RoundsRun(Run):
 
             rows = min(size, self.size, step.item.numel() - start)
             want = Want(function, rows, write, gradients=not alone)
+            want.independence = self.independence
             try:
                 answer = yield want
             except (RuntimeError, MemoryError) as error:

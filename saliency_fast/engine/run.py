@@ -13,6 +13,7 @@ from torch import Tensor
 from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import Folds, norm_of
+from saliency_fast.engine.independence import Independence
 from saliency_fast.engine.launch import Answer, Moment, Steps, Want
 from saliency_fast.engine.loss import (
     LEAST_SCALE,
@@ -39,12 +40,15 @@ LOWER = 16.0
 
 
 class Run:
-    """One call on its way: the state that launches share. `steps` is the loop."""
+    """One call on its way: the state that launches share. `steps` is the loop. independence: what
+    is known of the model's rows, where launches of several are to be proved.
+    """
 
     folds: Folds
     source: Source
     level: Level
     active: Tensor
+    independence: Independence | None = None
 
     def __init__(
         self,
@@ -133,6 +137,7 @@ class Run:
             if self.exact is not None and self.loss is None:
                 yield from self.look(self.exact)
             want = _wanted(self.behind, self.source, rows, self.launches)
+            want.independence = self.independence
             answer = yield want
         except (RuntimeError, MemoryError) as error:
             self._halve(error)
@@ -172,6 +177,18 @@ class Run:
             return False
         self.behind.scale /= LOWER
         return True
+
+    def prove(self) -> Generator[Want, Answer, None]:
+        """A launch whose rows are proved apart, for runs whose own launches are recorded."""
+        size = min(3, self.size, self.recipe.count * self.call.batch)
+        if self.independence is None or self.independence.proved:
+            return
+        item = torch.arange(size, device=self.call.device) % self.call.batch
+        level = self.recipe.levels[0].to(self.call.device)
+        rows = level.rows(item, 0, size)
+        want = _wanted(self.behind, self.recipe.family.bind(*self._ends_of_lines()), rows)
+        want.independence = self.independence
+        yield want
 
     def try_launch(self, rows: int, arena: Arena) -> None:
         """A launch of the first point, `rows` times, in `arena`; nothing is kept of it."""
@@ -249,6 +266,7 @@ class Run:
 
             rows = min(self.size, row.numel() - start)
             want = Want(self.function, rows, write, gradients=False)
+            want.independence = self.independence
             try:
                 answer = yield want
             except (RuntimeError, MemoryError) as error:

@@ -32,6 +32,7 @@ from saliency_fast.model.routes import (
     Ruled,
     Rules,
     Scored,
+    Vmapped,
     Watched,
     Widened,
 )
@@ -54,7 +55,9 @@ def function_of(route: Route, call: Call, kind: tuple[object, ...] = ()) -> Poin
     """A route with the arguments and targets of a call."""
     dtypes = call.dtypes if call.halves else None
     route = recurring(route, call.device)
-    return PointFunction(route, call.targets, call.args, call.kwargs, dtypes=dtypes, kind=kind)
+    return PointFunction(
+        *(route, call.targets, call.args, call.kwargs), dtypes=dtypes, kind=kind, whole=call.whole
+    )
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Way:
     tiled: the program with its local beginning tile by tile. offloaded: what is kept from forward
     to backward waits in the host's memory. unfolded: the program with its layers apart, for tiles.
     rules: backward rules, under which the model runs call by call. copies: of weights, where they
-    pay: not for launches that calls share, of which each would make its own.
+    pay: not for launches that calls share, of which each would make its own. apart: each row goes
+    through the model as it is alone, by `torch.func.vmap`, since rows would meet.
     """
 
     program: Program | None = None
@@ -78,6 +82,7 @@ class Way:
     precision: Precision = FLOAT32
     rules: Rules | None = None
     copies: bool = True
+    apart: bool = False
 
     def function(self, model: Model, call: Call, recipe: Recipe | None = None) -> PointFunction:
         """From points at the inputs to scores and gradients there, in float32.
@@ -87,7 +92,16 @@ class Way:
         if recipe is not None and self.program is not None and self._scores(recipe):
             route: Route = Scored(self.program, self._ready)
             return function_of(route, call, (*self._kind(model), "scores"))
+        if self.apart:
+            return self._apart(model, call)
         return function_of(self._route(model), call, (*self._kind(model), "whole"))
+
+    def _apart(self, model: Model, call: Call) -> PointFunction:
+        plain = function_of(Plain(model), call)
+        owned = frozenset(key for key, one in call.further() if plain.follows(key, one))
+        # Equal to no other: such launches are a call's own.
+        found = function_of(Vmapped(model, owned), call, (object(),))
+        return replace(found, lone=plain)
 
     def launched(
         self, model: Model, call: Call, recipe: Recipe, baselines: Inputs | None = None
@@ -96,6 +110,8 @@ class Way:
 
         baselines: what backward rules compare with, where they do.
         """
+        if self.apart:
+            return self._apart(model, call)
         if self.half is None:
             route = self._route(model) if self.prefix is None else Recorded(self.prefix.rest)
         elif self._lowered is None:
@@ -224,6 +240,8 @@ class Way:
         return Watched(model) if self.watched else Plain(model)
 
     def __str__(self) -> str:
+        if self.apart:
+            return "off, each row alone by vmap"
         if self.rules is not None:
             return f"off, call by call under {self.rules.name} rules"
         if self.program is None:

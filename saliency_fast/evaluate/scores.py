@@ -149,6 +149,8 @@ class Questions:
 
     def rounds(self, asked: Asked) -> Rounds:
         """One round; the scores at the inputs come first."""
+        # A run may begin again.
+        self.found.clear()
         self.found.append(asked.scores)
         answers = asked.scores.new_empty((len(self.item), asked.scores.shape[1]))
 

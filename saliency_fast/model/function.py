@@ -17,7 +17,7 @@ from saliency_fast.model.outputs import map_tensors, rows_of
 from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
 from saliency_fast.model.prefix import Prefix
 from saliency_fast.model.routes import Inputs, Route, tensors_among
-from saliency_fast.model.targets import Targets
+from saliency_fast.model.targets import Targets, read_of
 
 Made = TypeVar("Made")
 CUTS = "detach(), no_grad(), .item(), NumPy or integer steps, and quantised layers (no gradient)"
@@ -74,7 +74,9 @@ class PointFunction:
     """The model, by one of its routes, with its further arguments and targets, on a launch's rows.
 
     Further arguments that are tensors with the batch's length on their first axis belong to the
-    examples and follow them into the rows; all others are passed as they are. With `prefix` the
+    examples and follow them into the rows, but for those named in `whole`, by number or name; all
+    others are passed as they are. lone: what takes a row alone, where that is not this function
+    itself. With `prefix` the
     route is its rest, and gradients are taken at its places; `lifted`: points are places already.
     dtypes: what the model takes, where points are not written so. scale: what the cotangent is
     multiplied with, and gradients with it, where half types underflow; a number, or one per row.
@@ -97,6 +99,8 @@ class PointFunction:
     shape: torch.Size | None = None
     references: Inputs | None = None
     relevance: bool = False
+    whole: frozenset[int | str] = frozenset()
+    lone: PointFunction | None = None
     overwrites: bool = False
     _checked: bool = False
     _squeezes: bool | None = None
@@ -105,6 +109,17 @@ class PointFunction:
         """Scores [R, K] without gradients, and the classes [R, K] they belong to."""
         with torch.no_grad(), arithmetic(self.precision, item.device):
             return self.forward(self.taken(points), item)
+
+    def judged(self, points: Inputs, item: Tensor) -> tuple[Tensor, float]:
+        """Scores [R, K] without gradients, from points as launches write them, and the largest
+        magnitude of the outputs that they are read from.
+        """
+        with torch.no_grad(), arithmetic(self.precision, item.device):
+            raw = self._run(self.taken(self._behind_prefix(points, item)), item)
+            scores, _ = self.read(raw, item)
+            outputs = [scores, *(one for one in (read_of(raw),) if one is not None)]
+            finite = [one.detach().float().nan_to_num(0.0, 0.0, 0.0) for one in outputs]
+            return scores, max(float(one.abs().max()) for one in finite if one.numel())
 
     def gradients(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None, list[Inputs]]:
         """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points.
@@ -120,11 +135,7 @@ class PointFunction:
     def _gradients(
         self, points: Inputs, item: Tensor
     ) -> tuple[Tensor, Tensor | None, list[Inputs]]:
-        if self.prefix is not None:
-            if not self.lifted:
-                points = self.prefix.lift(points, tensors_among(*self.rows(item)))
-            points = self.prefix.turned(points)
-        points = self.taken(points)
+        points = self.taken(self._behind_prefix(points, item))
         # Shapes alone: behind a prefix points are as large as activations, and must not outlive
         # the calls that take them. A list, so that a program can let go of them for all.
         like = [torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape) for p in points]
@@ -152,16 +163,28 @@ class PointFunction:
             return scores.detach(), classes, [self.prefix.turned_back(one) for one in grads]
         return scores.detach(), classes, [tuple(g.contiguous() for g in one) for one in grads]
 
+    def _behind_prefix(self, points: Inputs, item: Tensor) -> Inputs:
+        """Points as launches write them where the route takes them."""
+        if self.prefix is None:
+            return points
+        if not self.lifted:
+            points = self.prefix.lift(points, tensors_among(*self.rows(item)))
+        return self.prefix.turned(points)
+
     def forward(self, points: Sequence[Tensor], item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
+        raw = self._run(points, item)
+        return self.read(map_tensors(_owing, raw) if self.relevance else raw, item)
+
+    def _run(self, points: Sequence[Tensor], item: Tensor) -> Any:
+        """What the model returns for points in the place where the route takes them."""
         if self.references is None:
-            raw = self.called(lambda: self.route(points, *self.rows(item)), points, item)
-            return self.read(map_tensors(_owing, raw) if self.relevance else raw, item)
+            return self.called(lambda: self.route(points, *self.rows(item)), points, item)
         pairs = zip(points, self.taken(self.references), strict=True)
         both = [torch.cat([one, rows[item % len(rows)]]) for one, rows in pairs]
         with self.failing(FORWARD, item):
             raw = self.route(both, *self.rows(torch.cat([item, item])))
-        return self.read(rows_of(raw, slice(len(item)), 2 * len(item)), item)
+        return rows_of(raw, slice(len(item)), 2 * len(item))
 
     def again(self, call: Callable[[], Made]) -> Made:
         """What `call` makes of points that it writes anew each time; once more, with copies of what
@@ -220,15 +243,17 @@ class PointFunction:
 
     def rows(self, item: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The further arguments of the rows of examples `item` [R]."""
-        args = tuple(self._rows(value, item) for value in self.args)
-        return args, {name: self._rows(value, item) for name, value in self.kwargs.items()}
 
-    def _rows(self, value: Any, item: Tensor) -> Any:
-        return value[item] if isinstance(value, Tensor) and self.follows(value) else value
+        def own(key: int | str, value: Any) -> Any:
+            return value[item] if self.follows(key, value) else value
 
-    def follows(self, argument: Tensor) -> bool:
-        """Whether a further argument belongs to the examples."""
-        return argument.dim() > 0 and len(argument) == self.targets.batch
+        args = tuple(own(number, value) for number, value in enumerate(self.args))
+        return args, {name: own(name, value) for name, value in self.kwargs.items()}
+
+    def follows(self, key: int | str, value: Any) -> bool:
+        """Whether the further argument of that number or name belongs to the examples."""
+        long = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.targets.batch
+        return long and key not in self.whole
 
 
 def _check_seen(found: Sequence[tuple[Tensor | None, ...]]) -> None:

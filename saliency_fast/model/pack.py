@@ -73,11 +73,15 @@ def packed(
     """(function, points, item, pack): several functions of one kind as one, on all their points."""
     first, pack = functions[0], Pack(functions, items)
     own = [function.rows(item) for function, item in zip(functions, items, strict=True)]
+
+    def joined_rows(key: int | str, value: Any, parts: list[Any]) -> Any:
+        return torch.cat(parts) if first.follows(key, value) else value
+
     args = tuple(
-        _joined(first.args[n], [one[0][n] for one in own], first) for n in range(len(first.args))
+        joined_rows(n, value, [one[0][n] for one in own]) for n, value in enumerate(first.args)
     )
     kwargs = {
-        name: _joined(value, [one[1][name] for one in own], first)
+        name: joined_rows(name, value, [one[1][name] for one in own])
         for name, value in first.kwargs.items()
     }
     scales = [
@@ -95,22 +99,16 @@ def packed(
 
 def alike(function: PointFunction) -> tuple[object, ...]:
     """Equal for functions whose points may share a launch."""
-    others = (*function.args, *sorted(function.kwargs.items()))
-    shared = tuple(_kind(value, function) for value in others)
+    further: list[tuple[int | str, Any]] = [*enumerate(function.args)]
+    further += sorted(function.kwargs.items())
+    shared = tuple((key, _kind(key, value, function)) for key, value in further)
     dtypes, count = function.dtypes, function.targets.count
-    return (function.kind, function.lifted, count, dtypes, len(function.args), shared)
+    return (function.kind, function.lifted, count, dtypes, shared)
 
 
-def _kind(value: Any, function: PointFunction) -> object:
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
-        return value[0], _kind(value[1], function)
-    if isinstance(value, Tensor) and function.follows(value):
+def _kind(key: int | str, value: Any, function: PointFunction) -> object:
+    if function.follows(key, value):
         return "rows", value.shape[1:], value.dtype
     if isinstance(value, (int, float, str, bool, type(None))):
         return type(value), value
     return id(value)
-
-
-def _joined(value: Any, parts: list[Any], function: PointFunction) -> Any:
-    follows = isinstance(value, Tensor) and function.follows(value)
-    return torch.cat(parts) if follows else value

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.outputs import map_tensors
@@ -42,6 +43,42 @@ class Plain:
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         return self.model(*points, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Vmapped:
+    """The model as it is for each row alone, all at once by `torch.func.vmap`: rows cannot meet.
+
+    owned: the further arguments, by number or name, that come with a row for each point.
+    """
+
+    model: Callable[..., Any]
+    owned: frozenset[int | str]
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        further = dict(enumerate(args)) | dict(kwargs)
+        own = {key: one for key, one in further.items() if key in self.owned}
+        seen: list[Any] = []
+
+        def alone(rows: Sequence[Tensor], own: Mapping[Any, Tensor]) -> list[Tensor]:
+            given = further | {key: one[None] for key, one in own.items()}
+            numbered = [given[number] for number in range(len(args))]
+            raw = self.model(
+                *(one[None] for one in rows), *numbered, **{name: given[name] for name in kwargs}
+            )
+            seen[:] = tree_flatten(raw)
+            return [one for one in seen[0] if isinstance(one, Tensor)]
+
+        found = iter(torch.func.vmap(alone, randomness="error")(list(points), own))
+        leaves, tree = seen
+        parts = [next(found) if isinstance(one, Tensor) else one for one in leaves]
+        # One row of one example each: [R, 1, *], or [R] where it returns a single number.
+        rows = [
+            one.flatten(0, 1) if isinstance(one, Tensor) and one.dim() > 1 else one for one in parts
+        ]
+        return tree_unflatten(rows, tree)
 
 
 @dataclass(frozen=True)

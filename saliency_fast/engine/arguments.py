@@ -1,0 +1,87 @@
+"""Arguments: which of a model's further arguments belong to the examples, and which go whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from saliency_fast.engine.bind import Call
+from saliency_fast.engine.independence import Known, about, near, numbers
+from saliency_fast.engine.way import Model, Way
+from saliency_fast.errors import InputError, SaliencyError
+
+MOST_TRIED = 4
+"""Arguments of the batch's length of which all combinations are tried."""
+
+
+def assigned(model: Model, call: Call, known: Known) -> Call:
+    """The call with its further arguments assigned, to the examples or to all of them; raises
+    InputError where that cannot be proved.
+
+    An argument of the batch's length belongs to the examples if one of them, alone with its part,
+    scores what it scores in the whole call; else it goes whole, if that gives the same score.
+    """
+    further = call.further()
+    tensors = any(isinstance(one, Tensor) for one in tree_leaves([one for _, one in further]))
+    if call.batch == 1 or not tensors:
+        return call
+    unsaid = {key: one for key, one in further if _unsaid(key, one, call)}
+    if call.told and not unsaid:
+        return call
+    key = (call.shapes, tuple(unsaid), about(call))
+    whole = known.arguments.get(key)
+    if whole is None:
+        whole = _proved(model, call, list(unsaid))
+        # Rows that are all alike prove nothing for the next call.
+        if not any(torch.equal(one, one[:1].expand_as(one)) for one in unsaid.values()):
+            known.arguments[key] = whole
+    return replace(call, whole=call.whole | whole)
+
+
+def _unsaid(key: int | str, value: Any, call: Call) -> bool:
+    """Whether an argument has the batch's length, and nobody has said whose it is."""
+    long = isinstance(value, Tensor) and value.dim() > 0 and len(value) == call.batch
+    return long and key not in call.told
+
+
+def _proved(model: Model, call: Call, unsaid: list[int | str]) -> frozenset[int | str]:
+    """Which arguments go whole, by what an example scores alone and in the whole call."""
+    one, found = call.batch // 2, list[str]()
+    item = torch.arange(call.batch, device=call.device)
+    points = tuple(x.clone() for x in call.inputs)
+    together, scale = Way().function(model, call).judged(points, item)
+    for whole in _choices(unsaid):
+        function = Way().function(model, replace(call, whole=call.whole | whole))
+        points = tuple(x[one : one + 1].clone() for x in call.inputs)
+        try:
+            alone, _ = function.judged(points, item[one : one + 1])
+        except (SaliencyError, RuntimeError, LookupError, TypeError, ValueError) as error:
+            found.append(f"fails ({str(error).splitlines()[0] if str(error) else error!r})")
+            continue
+        if near(together[one], alone[0], scale, function):
+            return whole
+        found.append(f"scores {numbers(alone[0])}")
+    also = f", and with all of it {found[-1]}" if unsaid else ""
+    raise InputError(
+        f"forward_args: example {one} does not score alone what it scores in the whole call of "
+        f"{call.batch} rows: there {numbers(together[one])}; alone, with its row of the further "
+        f"arguments, it {found[0]}{also}. Say whose a tensor is: sf.PerExample(tensor) belongs to "
+        "the examples row by row, sf.Shared(tensor) to all of them, and so does what lies in lists "
+        "and dictionaries; where the rows are parts of one input, such as the nodes of a graph, "
+        "use rows='together'"
+    )
+
+
+def _choices(unsaid: list[int | str]) -> Iterator[frozenset[int | str]]:
+    """Sets of arguments that go whole, in the order in which they are tried."""
+    if len(unsaid) > MOST_TRIED:
+        yield from (frozenset(), frozenset(unsaid))
+        return
+    for count in range(len(unsaid) + 1):
+        yield from map(frozenset, itertools.combinations(unsaid, count))

@@ -1,0 +1,185 @@
+"""Independence: the proof that the rows of a launch do not meet inside the model.
+
+The map of an example is that of the model called with this example alone, point by point. Points
+share launches because most models treat the rows of a batch apart. That is proved before a launch
+of several rows counts: one of its rows must score alone what it scored among the others.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.bind import Call
+from saliency_fast.model.fingerprint import fingerprint
+from saliency_fast.model.function import PointFunction
+from saliency_fast.model.routes import Inputs
+from saliency_fast.model.rows import Suspicion
+
+if TYPE_CHECKING:
+    from saliency_fast.engine.probe import Probe
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+"""Of the largest output, by which a score may differ between launches of different sizes: rounding
+in kernels that PyTorch chooses by size."""
+ROUGH = {"tf32": 1e-2, "float16": 2e-2, "bfloat16": 8e-2}
+"""The same for precisions of products."""
+VMAP, SINGLE = "vmap", "one row a launch"
+UNRECORDED = Suspicion("the model was not recorded")
+_CHANCE = random.Random()
+"""Of its own: neither the model's numbers nor the user's move."""
+
+
+class RowsMeetError(Exception):
+    """A row scored alone something else than in its launch."""
+
+
+@dataclass
+class Independence:
+    """What is known of the rows of a model at inputs of one shape, filled as launches run.
+
+    suspect: why every launch is to be proved, not the first and some later ones alone: until a
+    recording has shown that no call mixes rows, nothing is known. provoke: whether the first row is
+    proved beside extreme ones, too. apart: how points are kept from meeting, once rows were seen
+    to: by `torch.func.vmap`, or one row a launch; reason: what was seen.
+    """
+
+    suspect: Suspicion | None = UNRECORDED
+    provoke: bool = True
+    proved: bool = False
+    apart: str | None = None
+    reason: str = ""
+    _left: int = 0
+
+    def __post_init__(self) -> None:
+        if self.suspect is not None and not self.suspect.proof:
+            self.meet(self.suspect.reason)
+
+    def due(self, rows: int, *, apart: bool) -> int | None:
+        """The row of a launch of so many that is to be proved, if one is; raises RowsMeetError for
+        a launch that does not keep apart what was seen to meet.
+        """
+        if rows < 2:
+            return None
+        if self.apart is not None and not apart:
+            raise RowsMeetError(self.reason)
+        if not self.proved:
+            return rows // 2
+        if self.suspect is not None and not apart:
+            return _CHANCE.randrange(rows)
+        self._left -= 1
+        if self._left > 0:
+            return None
+        self._left = _CHANCE.randrange(64, 256)
+        return _CHANCE.randrange(rows)
+
+    def check(self, function: PointFunction, row: Row, scores: Tensor) -> None:
+        """Compares a row's scores with what it scores alone; raises RowsMeetError."""
+        lone, scale = (function.lone or function).judged(*row.alone())
+        if not near(scores[row.number], lone[0], scale, function):
+            raise RowsMeetError(
+                f"one scores {numbers(lone[0])} alone and {numbers(scores[row.number])} in a "
+                f"launch of {len(scores)}"
+            )
+        if self.provoke and not self.proved and function.lone is None:
+            self._provoke(function, row, lone, scale)
+        if not self.proved:
+            self.proved, self._left = True, _CHANCE.randrange(2, 16)
+
+    def _provoke(self, function: PointFunction, row: Row, lone: Tensor, scale: float) -> None:
+        """The same between rows that are far from all others: these move a maximum, a median or a
+        branch that the launch's own rows may have left where it was.
+        """
+        try:
+            found, _ = function.judged(*row.among_others())
+        except Exception:
+            # Values that the model refuses. What is suspect is proved in every launch anyway.
+            return
+        if not near(found[1], lone[0], scale, function):
+            raise RowsMeetError(
+                f"one scores {numbers(lone[0])} alone and {numbers(found[1])} among larger ones"
+            )
+
+    def meet(self, reason: str, *, vmapped: bool = False) -> None:
+        """Rows were seen to meet, or `vmapped`: not to be kept apart by vmap."""
+        self.apart = SINGLE if vmapped or self.apart == SINGLE else VMAP
+        self.reason, self.proved = reason, False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a launch, kept before the model may write to it."""
+
+    points: Inputs
+    item: Tensor
+    number: int
+
+    @classmethod
+    def of(cls, points: Inputs, item: Tensor, number: int) -> Row:
+        own = slice(number, number + 1)
+        return cls(tuple(one[own].clone() for one in points), item[own], number)
+
+    def alone(self) -> tuple[Inputs, Tensor]:
+        return tuple(one.clone() for one in self.points), self.item
+
+    def among_others(self) -> tuple[Inputs, Tensor]:
+        """The row as the second one of five."""
+        return tuple(map(_between, self.points)), self.item.expand(5)
+
+
+def _between(row: Tensor) -> Tensor:
+    if not row.is_floating_point():
+        # Token ids and the like: others of the same.
+        flat = row.flatten(1)
+        turned = [flat.roll(number, 1) for number in (1, 2, 3)]
+        return torch.cat([flat.flip(1), flat, *turned]).view(5, *row.shape[1:])
+    size = row.abs().amax()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    # More large ones than small ones: the row itself must not be the median.
+    large = [share * row.flip(-1) + size for share in (3, 4, 5)]
+    return torch.cat([large[0], row, -2 * row - size, *large[1:]])
+
+
+def about(call: Call) -> tuple[object, ...]:
+    """What tells scores of one model apart beside shapes: whether and by what function they are
+    read, and the arguments that are no tensors.
+    """
+    function = call.targets.function
+    read = () if function is None else fingerprint(function)
+    return call.targets.count, read, call.whole, settings(call)
+
+
+def settings(call: Call) -> tuple[object, ...]:
+    """What tells the arguments of a call apart that are no tensors."""
+    further = {key: None if isinstance(one, Tensor) else one for key, one in call.further()}
+    return fingerprint(further) if further else ()
+
+
+def near(one: Tensor, other: Tensor, scale: float, function: PointFunction) -> bool:
+    """Whether two rows of scores are equal up to rounding; scale: of the outputs behind them."""
+    dtypes = function.dtypes or ()
+    limit = max([TOLERANCE.get(kind, 0.0) for kind in (other.dtype, *dtypes)])
+    limit = max(limit, ROUGH.get(function.precision.name, 0.0))
+    a, b = one.double(), other.double()
+    room = limit * torch.clamp(torch.maximum(a.abs(), b.abs()), min=scale)
+    same = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= room)
+    return bool(same.all())
+
+
+def numbers(scores: Tensor) -> str:
+    return ", ".join(f"{float(one):.6g}" for one in scores[:3])
+
+
+class Known(dict[tuple[object, ...], "Probe"]):
+    """What points of a model took, by their shapes and by what they were asked for; rows: what is
+    known of its rows, arguments: which of its further arguments go whole, by shapes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[tuple[object, ...], Independence] = {}
+        self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}

@@ -1,0 +1,202 @@
+"""Together: calls whose rows are parts of one input, such as the nodes of a graph.
+
+The whole input is one example. The model is called with all of its rows, once for each point, and
+what is explained is the sum of the rows' scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.attribution import Attribution
+from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
+from saliency_fast.engine.bind import Belonging, Call, Shared, bind
+from saliency_fast.errors import InputError
+from saliency_fast.model.outputs import map_tensors, tensors_of
+from saliency_fast.model.routes import Inputs
+from saliency_fast.model.targets import Reader, Target, Targets
+from saliency_fast.specs import describe_baseline, describe_target
+
+
+@dataclass(frozen=True)
+class Together:
+    """A model whose examples are whole inputs: points [R, N, *] give outputs [R, N, *], by one call
+    of `model` for each of R. count: of its inputs; further arguments follow.
+    """
+
+    model: Callable[..., Any]
+    count: int
+
+    def __call__(self, *given: Any, **kwargs: Any) -> Any:
+        points, further = given[: self.count], given[self.count :]
+        raw = [
+            self.model(*(one[number] for one in points), *further, **kwargs)
+            for number in range(len(points[0]))
+        ]
+        others = [iter(tensors_of(one)) for one in raw[1:]]
+        return map_tensors(lambda one: torch.stack([one, *map(next, others)]), raw[0])
+
+
+@dataclass(frozen=True)
+class Summed(Reader):
+    """A target that adds up what `rows` reads of the `batch` rows of an input."""
+
+    rows: Targets
+
+    @property
+    def count(self) -> int:
+        return 1
+
+    def read(self, raw: Any, item: Tensor) -> Tensor:
+        """Scores [R, 1] of outputs [R, N, *]."""
+        inputs = [map_tensors(itemgetter(number), raw) for number in range(item.numel())]
+        return torch.stack([self.of_rows(one).sum() for one in inputs])[:, None]
+
+    def of_rows(self, raw: Any) -> Tensor:
+        """The scores of the rows [N], or one for the whole input, from what the model returns."""
+        function = self.rows.function
+        if function is not None and not isinstance(function, Reader):
+            found = function(raw)
+            if not isinstance(found, Tensor) or found.numel() not in (1, self.rows.batch):
+                got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise InputError(
+                    "target: a function of the output must return one score, or one for each of "
+                    f"the {self.rows.batch} rows, with rows='together': got {got}"
+                )
+            return found
+        everyone = torch.arange(self.rows.batch, device=next(iter(tensors_of(raw))).device)
+        return self.rows.read(raw, everyone)[0][:, 0]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A call with rows together, as `call`, an engine's of `Together`, takes it: inputs [1, N, *],
+    its target, baseline, arguments and features; rows: the call as it was given.
+    """
+
+    rows: Call
+    target: Summed
+    baseline: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    features: Any
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """What an engine takes by name."""
+        return {
+            "forward_args": self.args,
+            "forward_kwargs": self.kwargs,
+            "features": self.features,
+        }
+
+    @property
+    def inputs(self) -> Inputs:
+        own = zip(self.rows.inputs, self.rows.dtypes, strict=True)
+        return tuple(x.to(dtype)[None] for x, dtype in own)
+
+
+def whole_call(
+    model: Callable[..., Any],
+    inputs: Any,
+    target: Target,
+    baseline: Any,
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+    features: Any,
+) -> Whole:
+    """The call with rows together; predicted classes are those of the inputs."""
+    rows = bind(inputs, target, args, kwargs)
+    if rows.targets.many and rows.targets.count > 1:
+        raise InputError(
+            f"target: rows='together' explains one sum: got {rows.targets.count} targets for each "
+            "row; make a call for each"
+        )
+    if rows.targets.predicted:
+        with torch.no_grad():
+            raw = model(*(x.clone() for x in rows.inputs), *rows.args, **rows.kwargs)
+        everyone = torch.arange(rows.batch, device=rows.device)
+        rows = replace(
+            rows, targets=replace(rows.targets, classes=rows.targets.read(raw, everyone)[1])
+        )
+    marked = args if isinstance(args, tuple) else (args,)
+    return Whole(
+        rows,
+        Summed(rows.targets),
+        _lead(baseline, rows.inputs),
+        tuple(map(_shared, marked)),
+        {name: _shared(one) for name, one in (kwargs or {}).items()},
+        _lead(features, rows.inputs),
+    )
+
+
+def _shared(value: Any) -> Any:
+    """Arguments go whole, whatever their length."""
+    value = value.tensor if isinstance(value, Belonging) else value
+    return Shared(value) if isinstance(value, Tensor) else value
+
+
+def _lead(value: Any, inputs: Inputs) -> Any:
+    """Tensors like the inputs with an axis in front, as `Together` has them; others as they are."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_lead(one, inputs) for one in value)
+    ranks = {x.dim() for x in inputs}
+    return value[None] if isinstance(value, Tensor) and value.dim() in ranks else value
+
+
+def in_rows(
+    found: Attribution, call: Whole, model: Callable[..., Any], baseline: Any, kind: str
+) -> Attribution:
+    """The attribution of a whole input as one of its rows: values like the inputs, each row's own
+    scores, and what is known of the whole, such as delta and error, the same for every row.
+
+    kind: what the method compares with, as its recipe says.
+    """
+    count, inputs = call.rows.batch, call.inputs
+
+    def every(value: Tensor) -> Tensor:
+        # Targets that are objects have an axis of their own.
+        one = value.flatten(0, 1)[:1] if value.dim() > 1 else value
+        return one.expand(count, *one.shape[1:]).clone()
+
+    def scores(points: Inputs) -> Tensor:
+        with torch.no_grad():
+            raw = model(*(x.clone() for x in points), *call.rows.args, **call.rows.kwargs)
+        return call.target.of_rows(raw).double().reshape(-1).expand(count).clone()
+
+    def baseline_scores() -> Tensor:
+        if kind == "set":
+            several = list(zip(*read_baseline_set(call.baseline, inputs), strict=True))
+        else:
+            found = [read_baselines(one, inputs) for one in choices(call.baseline)]
+            several = [tuple(one[0] for one in parts) for parts in found]
+        like = [x.dtype for x in inputs]
+        several = [tuple(one.to(t) for one, t in zip(b, like, strict=True)) for b in several]
+        return torch.stack([scores(one) for one in several]).mean(0)
+
+    target, kept = describe_target(call.rows.targets)
+    spec, kept_baseline = describe_baseline(baseline)
+    others = {n: one for n, one in found.kept.items() if not n.startswith(("baseline.", "target."))}
+    values = found.values if isinstance(found.values, tuple) else (found.values,)
+    classes = call.rows.targets.classes
+    return replace(
+        found,
+        values=tuple(one[0, 0] for one in values) if call.rows.is_tuple else values[0][0, 0],
+        scores=scores(tuple(x[0] for x in inputs)),
+        baseline_scores=None if found.baseline_scores is None else baseline_scores(),
+        delta=None if found.delta is None else every(found.delta),
+        error=every(found.error),
+        precision_error=None if found.precision_error is None else every(found.precision_error),
+        classes=None if classes is None else classes[:, 0],
+        points=every(found.points),
+        converged=None if found.converged is None else every(found.converged),
+        extras={name: every(one) for name, one in found.extras.items()},
+        kept=others | kept | kept_baseline,
+        provenance=replace(found.provenance, rows="together", target=target, baseline=spec),
+    )

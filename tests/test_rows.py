@@ -1,0 +1,306 @@
+"""Rows that meet in a model: the map of an example is that of the model called with it alone."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from meeting_models import FIRST, meeting, without_statistics
+from torch import Tensor, nn
+
+import saliency_fast as sf
+from saliency_fast import evaluate
+
+TIGHT = 1e-9
+
+
+def picture(rows: int = 1) -> Tensor:
+    torch.manual_seed(7)
+    x = torch.rand(rows, 1, 12, 12, dtype=torch.float64) + 0.2
+    # One pixel is the largest by far, so that most windows leave it where it is.
+    x[:, 0, 6, 6] = 2.0
+    return x
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def alone(model: Any, x: Tensor, method: Any, **given: Any) -> Tensor:
+    """The maps of the examples, each explained by itself with one point in a launch."""
+    parts = [
+        sf.explain(model, one, method=method, points_per_launch=1, **given).values
+        for one in x.split(1)
+    ]
+    return torch.cat(parts)
+
+
+def naive(model: Any, x: Tensor, steps: int) -> Tensor:
+    """Integrated gradients from the definition: one point, one call."""
+    total = torch.zeros_like(x)
+    for number in range(steps):
+        for row in range(len(x)):
+            point = ((number + 0.5) / steps * x[row : row + 1]).requires_grad_()
+            (grad,) = torch.autograd.grad(model(point)[0, 1], point)
+            total[row] += grad[0] / steps * x[row]
+    return total
+
+
+METHODS: dict[str, Any] = {
+    "gradient": sf.Gradient(),
+    "smoothgrad": sf.SmoothGrad(samples=6, seed=1),
+    "vargrad": sf.VarGrad(samples=6, seed=1),
+    "expected gradients": sf.ExpectedGradients(samples=6, seed=1),
+    "occlusion": sf.Occlusion(4, 4),
+    "ablation": sf.FeatureAblation(),
+    "rise": sf.Rise(samples=12, grid=3, seed=1),
+    "kernel shap": sf.KernelShap(samples=200, seed=1),
+    "blur ig": sf.BlurIG(steps=6),
+    "guided ig": sf.GuidedIG(steps=6, max_dist=0.3),
+    "idgi": sf.IDGI(steps=6),
+    "grad cam": sf.GradCAM("body.0"),
+    "score cam": sf.ScoreCAM("body.0"),
+    "guided": sf.GuidedBackprop(),
+    "lrp": sf.LRP(),
+    "input x gradient": sf.InputXGradient(),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("lean", [True, False])
+def test_integrated_gradients_are_those_of_one_example_alone(
+    name: str, rows: int, lean: bool
+) -> None:
+    model, x = (
+        meeting(name),
+        picture(rows) * torch.tensor([1.0, 0.6, 1.4]).double()[:rows, None, None, None],
+    )
+    method = sf.IntegratedGradients(steps=16, rule="midpoint")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = sf.explain(model, x, target=1, method=method, lean=lean)
+    assert gap(found.values, naive(model, x, 16)) < TIGHT
+    own = torch.cat([model(one) for one in x.split(1)])[:, 1]
+    assert gap(found.scores, own.detach()) < TIGHT
+
+
+@pytest.mark.parametrize("name", ["standardised", "largest", "branch", "sums over rows"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(name: str, method: str) -> None:
+    model, x, more = meeting(name), picture(2), dict[str, Any]()
+    if method == "expected gradients":
+        more["baseline"] = torch.rand(3, 1, 12, 12, dtype=torch.float64)
+    if method == "ablation":
+        more["features"] = "grid:4"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = sf.explain(model, x, target=1, method=METHODS[method], **more).values
+        expected = alone(model, x, METHODS[method], target=1, **more)
+    assert gap(found, expected) < TIGHT
+
+
+def test_a_warning_names_both_scores_and_the_way_out() -> None:
+    model, x = meeting("mean over rows"), picture(3)
+    with pytest.warns(UserWarning, match="rows='together'") as seen:
+        sf.explain(model, x * torch.tensor([1.0, 2.0, 3.0]).double()[:, None, None, None], target=1)
+    text = str(seen[0].message)
+    lone = float(model(x[:1])[0, 1])
+    assert f"{lone:.6g} alone" in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.explain(model, x[:1], target=1)
+
+
+def test_plan_and_record_say_that_rows_depend() -> None:
+    model, x = meeting("standardised"), picture()
+    engine = sf.Engine(model)
+    found = engine(x, 1)
+    assert "vmap" in found.provenance.way
+    assert "rows may depend on each other" in str(engine.plan(x, 1))
+    single = sf.Engine(meeting("loop"))
+    single(x, 1)
+    assert single.plan(x, 1).points_per_launch == 1
+
+
+def test_at_layers() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 3, 3), nn.Linear(300, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(torch.tanh(y / y.std()).flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Inside().double().eval(), picture(3) * torch.rand(3, 1, 1, 1).double()
+    method = sf.IntegratedGradients(steps=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = sf.explain(model, x, target=1, method=method, at="a").values
+    assert gap(found, alone(model, x, method, target=1, at="a")) < TIGHT
+
+
+def test_what_layers_give_is_read_alone() -> None:
+    class Before(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 3, 3), nn.Linear(300, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x / (0.1 + x.std()))).flatten(1))
+
+    torch.manual_seed(0)
+    model, x = Before().double().eval(), picture(3) * torch.rand(3, 1, 1, 1).double()
+    method = sf.IntegratedGradients(steps=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = sf.explain(model, x, target=1, method=method, at="a").values
+    assert gap(found, alone(model, x, method, target=1, at="a")) < TIGHT
+
+
+@pytest.mark.parametrize("name", ["standardised", "branch", "capacity"])
+def test_requests_do_not_share_launches(name: str) -> None:
+    model, several = meeting(name), [picture() * share for share in (0.4, 1.0, 1.7, 2.5)]
+    for method in (sf.Gradient(), sf.IntegratedGradients(steps=8), sf.Occlusion(4, 4)):
+        with sf.Engine(model, method, latency=0.05) as engine:
+            for _ in range(2):
+                asked = [{"inputs": x, "target": 1} for x in several]
+                answers = engine.explain_many(asked)
+                for x, answer in zip(several, answers, strict=True):
+                    assert gap(answer.values, alone(model, x, method, target=1)) < TIGHT
+
+
+def test_metrics() -> None:
+    model, x = meeting("largest"), picture()
+    values = sf.explain(model, x, target=1, method=sf.Gradient()).values
+    metric = evaluate.Deletion(steps=12)
+    found = metric(model, x, values, target=1)
+    one = metric(model, x, values, target=1, points_per_launch=1)
+    assert gap(found.curve.y, one.curve.y) < TIGHT
+
+
+def test_a_target_function_that_looks_at_all_rows() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, method = picture(), sf.IntegratedGradients(steps=16, rule="midpoint")
+
+    def target(out: Tensor) -> Tensor:
+        return out[:, 1] - out[:, 1].mean() + out.softmax(0)[:, 2] + out[:, 0]
+
+    found = sf.explain(model, x, target=target, method=method).values
+    assert gap(found, alone(model, x, method, target=target)) < TIGHT
+
+
+def test_models_without_statistics() -> None:
+    model, x = without_statistics(), picture(2) * torch.rand(2, 1, 1, 1).double()
+    with pytest.warns(UserWarning, match="depend on each other"):
+        found = sf.explain(
+            model, x, target=1, method=sf.IntegratedGradients(steps=16, rule="midpoint")
+        )
+    assert gap(found.values, naive(model, x, 16)) < TIGHT
+
+
+def test_rows_apart_share_launches_and_are_not_asked_again() -> None:
+    seen: list[int] = []
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(144, 8), nn.Tanh(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return self.net(x)
+
+    torch.manual_seed(0)
+    engine, x = sf.Engine(Counted().eval(), sf.IntegratedGradients(steps=20)), picture().float()
+    engine(x, 1)
+    seen.clear()
+    engine(x, 1)
+    assert 1 not in seen
+
+
+class Nodes(nn.Module):
+    """Attention among rows, as nodes with a graph made of their features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(torch.tanh(torch.softmax(self.q(x) @ x.T, -1) @ x))
+
+
+def whole(model: Any, x: Tensor, read: Any, steps: int) -> Tensor:
+    total = torch.zeros_like(x)
+    for number in range(steps):
+        point = ((number + 0.5) / steps * x).requires_grad_()
+        total += torch.autograd.grad(read(model(point)).sum(), point)[0] / steps * x
+    return total
+
+
+@pytest.mark.parametrize("readout", ["class", "one node", "per row"])
+def test_rows_together(readout: str) -> None:
+    torch.manual_seed(0)
+    model, x = Nodes().double(), torch.randn(5, 4).double()
+    target: Any = {
+        "class": 1,
+        "one node": lambda out: out[2, 1],
+        "per row": [0, 1, 2, 1, 0],
+    }[readout]
+
+    def read(out: Tensor) -> Tensor:
+        if readout == "per row":
+            return out.gather(1, torch.tensor(target)[:, None])
+        return out[:, 1] if readout == "class" else out[2, 1]
+
+    method = sf.IntegratedGradients(steps=16, rule="midpoint")
+    found = sf.explain(model, x, target=target, method=method, rows="together")
+    assert found.values.shape == x.shape
+    assert gap(found.values, whole(model, x, read, 16)) < TIGHT
+    expected = read(model(x)).detach().reshape(-1).expand(5)
+    assert torch.allclose(found.scores, expected, atol=1e-12)
+    total = float(found.values.sum())
+    gain = read(model(x)).sum() - read(model(torch.zeros_like(x))).sum()
+    assert found.delta is not None
+    assert torch.allclose(found.delta, (total - gain.detach()).expand(5), atol=1e-9)
+
+
+def test_rows_together_of_a_graph_with_arguments(tmp_path: Any) -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor, edges: Tensor, weights: Tensor) -> Tensor:
+            def hop(h: Tensor) -> Tensor:
+                sent = h[edges[0]] * weights[:, None]
+                return torch.zeros_like(h).index_add(0, edges[1], sent) + h
+
+            return self.b(hop(torch.tanh(self.a(hop(x)))))
+
+    torch.manual_seed(0)
+    model, x, weights = Graph().double(), torch.randn(6, 4).double(), torch.rand(6).double()
+    edges = torch.tensor([[0, 1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 0]])
+    given = {"forward_args": (edges, weights)}
+    with pytest.raises(ValueError, match="rows='together'"):
+        sf.explain(model, x, target=1, **given)
+    method = sf.IntegratedGradients(steps=16, rule="midpoint")
+    found = sf.explain(model, x, target=1, method=method, rows="together", **given)
+    expected = whole(lambda p: model(p, edges, weights), x, lambda out: out[:, 1], 16)
+    assert gap(found.values, expected) < TIGHT
+    assert sf.replay(found.save(tmp_path / "graph.safetensors"), model, x, **given)
+
+
+def test_rows_together_errors() -> None:
+    model = Nodes().double()
+    with pytest.raises(sf.errors.InputError, match="rows must be"):
+        sf.Engine(model, rows="nodes")
+    with pytest.raises(sf.errors.InputError, match="layers"):
+        sf.Engine(model, "grad_cam", rows="together")
+    with pytest.raises(sf.errors.InputError, match="call the engine itself"):
+        sf.Engine(model, rows="together").submit(torch.randn(5, 4).double(), 1)
