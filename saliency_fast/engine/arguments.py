@@ -58,13 +58,16 @@ def _proved(model: Model, call: Call, unsaid: list[int | str]) -> frozenset[int 
     together, scale = Way().function(model, call).judged(points, item)
     for whole in _choices(unsaid):
         function = Way().function(model, replace(call, whole=call.whole | whole))
-        points = tuple(x[one : one + 1].clone() for x in call.inputs)
         try:
-            alone, _ = function.judged(points, item[one : one + 1])
+            alone, several = (
+                function.judged(tuple(x[own] for x in call.inputs), own)[0]
+                for own in (item[one : one + 1], item[one].expand(3 if call.batch == 2 else 2))
+            )
         except (SaliencyError, RuntimeError, LookupError, TypeError, ValueError) as error:
             found.append(f"fails ({str(error).splitlines()[0] if str(error) else error!r})")
             continue
-        if near(together[one], alone[0], scale, function):
+        # Beside itself, too: in launches no example has a number of rows of its own.
+        if all(near(together[one], row, scale, function) for row in (*alone, *several)):
             return whole
         found.append(f"scores {numbers(alone[0])}")
     also = f", and with all of it {found[-1]}" if unsaid else ""

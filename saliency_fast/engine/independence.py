@@ -150,7 +150,7 @@ def about(call: Call) -> tuple[object, ...]:
     """
     function = call.targets.function
     read = () if function is None else fingerprint(function)
-    return call.targets.count, read, call.whole, settings(call)
+    return read, call.whole, settings(call)
 
 
 def settings(call: Call) -> tuple[object, ...]:

@@ -101,8 +101,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that live at the same time inside its `with`, and the largest.
 
     Works on any device and for one thread alone, unlike the allocators' own counters; what an
-    operator takes for itself while it runs is not seen. drew: whether one asked for random numbers;
-    read: whether Python asked for a number inside a tensor, or for where it is not zero.
+    operator takes for itself while it runs is not seen. drew: whether one asked for random numbers.
     """
 
     @classmethod
@@ -113,7 +112,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = self.largest = 0
-        self.drew = self.read = False
+        self.drew = False
         self._seen: dict[int, weakref.ref[Any]] = {}
         self._sizes: dict[int, int] = {}
 
@@ -127,7 +126,6 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # What an operator is given and was not seen here is not new: weights, buffers, inputs.
         self._watch((args, kwargs), new=False)
         self.drew |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
-        self.read |= func in _READS
         result = func(*args, **(kwargs or {}))
         self._watch(result, new=True)
         return result

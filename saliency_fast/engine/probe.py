@@ -142,23 +142,21 @@ def _ruled(model: Model, trial: Trial, way: Way) -> Probe:
     return Probe(way, cost, cost, reason, suspect=_suspect(model, trial))
 
 
-def _suspect(
-    model: Model, trial: Trial, recording: Recording | None = None, cost: Cost | None = None
-) -> Suspicion | None:
+def _suspect(model: Model, trial: Trial, recording: Recording | None = None) -> Suspicion | None:
     """Why rows may meet in the model, by what it calls with one row and with two."""
+    if recording is None:
+        recording = Recording(model)
+        trial.scores(function_of(recording, trial.call))
     try:
-        if recording is None or cost is None:
-            recording = Recording(model)
-            cost = trial.scores(function_of(recording, trial.call)).cost
         return suspicion(unified(recording.program, trial.second(model)))
     except Exception as refusal:
-        return _suspicion(refusal, cost)
+        return _suspicion(recording, refusal)
 
 
-def _suspicion(refusal: Exception, cost: Cost | None) -> Suspicion:
+def _suspicion(recording: Recording, refusal: Exception) -> Suspicion:
     """What a model that could not be recorded is suspected of."""
-    if cost is not None and cost.read:
-        return Suspicion("the model reads numbers out of its tensors", proof=False)
+    if recording.read is not None:
+        return Suspicion(f"Python reads numbers of the points ({recording.read})", proof=False)
     return Suspicion(_line(refusal))
 
 
@@ -207,9 +205,9 @@ def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
     if not lean or plain.cost.peak < least:
         reason = "a point is too small for it to pay" if lean else None
         found = Probe(Way(), plain.cost, plain.cost, reason)
-        return replace(found, suspect=_suspect(model, trial, recording, plain.cost))
+        return replace(found, suspect=_suspect(model, trial, recording))
     mark, reasons = _mark(model, trial.call), []
-    ways, refusal, suspect = _ways(model, trial, recording, plain.cost)
+    ways, refusal, suspect = _ways(model, trial, recording)
     if refusal:
         reasons.append(refusal)
     for way in ways:
@@ -240,7 +238,7 @@ def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
         plain = shapes.plain(recording)
         if MARGIN * plain.cost.peak <= min(budget, FREELY):
             return None
-        (way, *_), _, suspect = _ways(model, shapes, recording, plain.cost)
+        (way, *_), _, suspect = _ways(model, shapes, recording)
         cost = shapes.take(way, model).cost
     except Exception:
         # Shapes alone do not carry every model: it is run for real then, at its own risk.
@@ -299,7 +297,7 @@ def fitting(
 
 
 def _ways(
-    model: Model, trial: Trial, recording: Recording, cost: Cost
+    model: Model, trial: Trial, recording: Recording
 ) -> tuple[list[Way], str | None, Suspicion | None]:
     """Lean ways, the best first, why the model has no program, and why its rows may meet."""
     watched = Way(watched=True)
@@ -308,7 +306,7 @@ def _ways(
         suspect, whole = suspicion(program), program.pruned()
     except Exception as refusal:
         # Also what a model raises that takes one row alone, or two no longer: launches of one fit.
-        return [watched], _line(refusal), _suspicion(refusal, cost)
+        return [watched], _line(refusal), _suspicion(recording, refusal)
     program, apart, recipe = fused(whole), with_rectifiers(whole), trial.recipe
     images = any(step.varying and step.func in CONVOLUTIONS for step in whole.steps)
     ways = []

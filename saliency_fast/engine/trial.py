@@ -35,14 +35,13 @@ CORNER = 64
 class Cost:
     """Bytes of the tensors of a point that live at once, of the largest one, and of those that
     autograd keeps from forward to backward, by the call that asked for them. drew: whether it took
-    random numbers; read: whether Python read numbers out of tensors.
+    random numbers.
     """
 
     peak: int
     largest: int
     kept: Mapping[str, int]
     drew: bool = False
-    read: bool = False
 
     @property
     def saved(self) -> int:
@@ -160,7 +159,7 @@ class Trial:
                 f"one point alone does not fit in memory; explain a smaller input at once ({error})"
             ) from error
         meter = ledger.meter
-        cost = Cost(meter.peak, meter.largest, ledger.kept, meter.drew, meter.read)
+        cost = Cost(meter.peak, meter.largest, ledger.kept, meter.drew)
         return Taken(scores, grads, cost)
 
     def second(self, model: Callable[..., Any]) -> Program:

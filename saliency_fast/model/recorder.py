@@ -78,6 +78,10 @@ _SIZED = frozenset(
 )
 
 
+# Those among them whose size depends on which numbers are zero or alike.
+_COUNTED = _SIZED - {"bincount"}
+
+
 _SPLITS = frozenset(("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split"))
 
 
@@ -107,6 +111,8 @@ class Recorder(Calls):
         self._values: dict[int, Value] = {}
         self._seen: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
         self._overwritten: set[int] = set()
+        self.read: str | None = None
+        self._varying = {id(one): weakref.ref(one) for one in points}
         self._inputs = [self._number(one, varying=True) for one in points]
         self._extras = [self._number(one, varying=False) for one in extras]
 
@@ -120,7 +126,33 @@ class Recorder(Calls):
         before = self._kept(self._before, args, kwargs)
         result = func(*args, **kwargs)
         self._kept(self._note, func, before, result)
+        self._follow(func, args, kwargs, result)
         return result
+
+    def _follow(
+        self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], result: Any
+    ) -> None:
+        """Follows what depends on the points, also where the recording was refused; `read` is the
+        first call that tells Python of its numbers.
+        """
+        given = list(tensors_in((args, kwargs)))
+        if not any(self._depends(one) for one in given):
+            return
+        made = list(tensors_in(result))
+        for one in made:
+            self._varying[id(one)] = weakref.ref(one)
+        name = _name(func)
+        if name.endswith("_") or name == "__setitem__":
+            self._varying[id(given[0])] = weakref.ref(given[0])
+        counted = name in _COUNTED or (name == "where" and len(given) == 1)
+        if name in ("__setitem__", "__set__"):
+            return
+        if self.read is None and (counted or not (made or name in _SHAPES)):
+            self.read = name
+
+    def _depends(self, tensor: Tensor) -> bool:
+        found = self._varying.get(id(tensor))
+        return found is not None and found() is tensor
 
     def _kept(self, note: Callable[..., Any], *args: Any) -> Any:
         """Runs `note`, unless the recording was refused; remembers why it is."""
@@ -235,11 +267,14 @@ class Recorder(Calls):
 
 
 class Recording:
-    """A route that runs the model as it is and records it."""
+    """A route that runs the model as it is and records it. read: the first call, if any, by which
+    Python learns numbers that depend on the points.
+    """
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self._model = model
         self._found: Program | str = "the model has not run"
+        self.read: str | None = None
 
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -247,6 +282,7 @@ class Recording:
         recorder = Recorder(points, tensors_among(args, kwargs))
         with recorder:
             raw = self._model(*points, *args, **kwargs)
+        self.read = recorder.read
         try:
             self._found = recorder.program(raw)
         except NotLeanError as refusal:
