@@ -22,7 +22,6 @@ from saliency_fast.engine.graphs import RECORDERS, cache_of
 from saliency_fast.engine.independence import Independence, RowsMeetError
 from saliency_fast.engine.launch import Moment, Steps, Want, alone
 from saliency_fast.engine.loss import Loss
-from saliency_fast.engine.memory import is_out_of_memory
 from saliency_fast.engine.outcome import Outcome, average
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.probe import Probe
@@ -34,6 +33,7 @@ from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import ModelCallError, SaliencyError
 from saliency_fast.model.calls import NotLeanError
+from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.routes import Inputs
 
 
@@ -92,32 +92,28 @@ class Job:
         """The steps of the call, from the beginning again where its way turns out not to hold, rows
         to meet, or a precision to cost more than it may.
         """
+        made = self.again
         try:
             yield from self._steps()
-        except RowsMeetError as found:
-            assert self.independence is not None
-            self.independence.meet(str(found), vmapped=self.way.apart)
-            yield from self._anew()
+            return
         except NotLeanError as refusal:
             self._probed, self.plan = self._as_it_is(f"given up in a launch: {refusal}")
-            self.way, self.launches = self._probed.way.of_now(), None
-            yield from self._steps()
+            self.way, self.launches, made = self._probed.way.of_now(), None, None
         except _CostlyError as found:
             assert self.otherwise is not None
-            yield from self._anew(partial(self.otherwise, str(found)))
+            made = partial(self.otherwise, str(found))
         except Exception as error:
-            known = self.independence
-            if not self.way.apart or known is None or is_out_of_memory(error):
-                raise
+            rows, met = self.independence, isinstance(error, RowsMeetError)
             # Not all that models do runs under vmap; what is wrong otherwise shows again.
-            known.meet(known.reason, vmapped=True)
-            yield from self._anew()
-
-    def _anew(self, made: Callable[[], Job] | None = None) -> Steps:
-        """The steps of the call by another plan and another way."""
-        assert self.again is not None
+            if rows is None or not (met or (self.way.apart and not is_out_of_memory(error))):
+                raise
+            rows.meet(str(error) if met else rows.reason, vmapped=self.way.apart)
+        if made is None:
+            yield from self._steps()
+            return
         graphs = self.graphs
-        self.__dict__.update((made or self.again)().__dict__)
+        # All but the call itself: its plan and its way are others.
+        self.__dict__.update(made().__dict__)
         self.graphs = graphs
         yield from self.steps()
 
