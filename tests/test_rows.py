@@ -114,6 +114,15 @@ def test_a_warning_names_both_scores_and_the_way_out() -> None:
         sf.explain(model, x[:1], target=1)
 
 
+def test_one_point_in_a_launch_tells_too() -> None:
+    model, x = (
+        meeting("mean over rows"),
+        picture(2) * torch.tensor([1.0, 2.0]).double()[:, None, None, None],
+    )
+    with pytest.warns(UserWarning, match="depend on each other"):
+        sf.explain(model, x, target=1, points_per_launch=1)
+
+
 def test_plan_and_record_say_that_rows_depend() -> None:
     model, x = meeting("standardised"), picture()
     engine = sf.Engine(model)

@@ -28,8 +28,7 @@ def assigned(model: Model, call: Call, known: Known) -> Call:
     scores what it scores in the whole call; else it goes whole, if that gives the same score.
     """
     further = call.further()
-    tensors = any(isinstance(one, Tensor) for one in tree_leaves([one for _, one in further]))
-    if call.batch == 1 or not tensors:
+    if call.batch == 1 or not any(isinstance(one, Tensor) for one in tree_leaves(further)):
         return call
     unsaid = {key: one for key, one in further if _unsaid(key, one, call)}
     if call.told and not unsaid:

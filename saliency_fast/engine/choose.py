@@ -137,7 +137,7 @@ class Choice:
                 probed = probed.row_by_row()
             else:
                 limits = replace(limits, points_per_launch=1)
-            self._tell()
+            self._tell(self.call.batch)
         planned = partial(self._planned, tuple(notes), limits)
 
         def as_it_is(reason: str) -> tuple[Probe, Plan]:
@@ -158,6 +158,10 @@ class Choice:
                 # Its launches take more than its tensors told.
                 refusal = error
             else:
+                if plan.points_per_launch == 1 and not (rows.proved or rows.compared):
+                    # No launch will tell. Two of them, since memory may be why there is one.
+                    rows.compared = True
+                    self._tell(2)
                 return job
         assert refusal is not None
         raise refusal
@@ -200,23 +204,26 @@ class Choice:
         plan = make_plan(self.method, *about, probed, limits, launches)
         return replace(plan, notes=(*plan.notes, *notes))
 
-    def _tell(self) -> None:
-        """Warns, once, where examples of the call score together something else than alone."""
+    def _tell(self, examples: int) -> None:
+        """Warns, once, where one of the first so many examples of the call scores together with
+        them something else than alone.
+        """
         call, function = self.call, Way().function(self.model, self.call)
-        everyone = torch.arange(call.batch, device=call.device)
+        everyone = torch.arange(min(call.batch, examples), device=call.device)
         if call.batch == 1 or self.told:
             return
         self.told.append(True)
-        together, scale = function.judged(tuple(x.clone() for x in call.inputs), everyone)
-        for one in range(call.batch):
-            own = tuple(x[one : one + 1].clone() for x in call.inputs)
-            alone, _ = function.judged(own, everyone[one : one + 1])
-            if not near(together[one], alone[0], scale, function):
+        together, scale = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
+        for number in range(len(everyone)):
+            one = everyone[number : number + 1]
+            alone, _ = function.judged(tuple(x[one] for x in call.inputs), one)
+            if not near(together[number], alone[0], scale, function):
                 warnings.warn(
-                    f"saliency_fast: the examples of this call depend on each other: example {one} "
-                    f"scores {numbers(alone[0])} alone and {numbers(together[one])} in the batch "
-                    f"of {call.batch}. Each is explained as it is alone; where the rows are parts "
-                    "of one input, such as the nodes of a graph, use rows='together'",
+                    "saliency_fast: the examples of this call depend on each other: example "
+                    f"{number} scores {numbers(alone[0])} alone and {numbers(together[number])} "
+                    f"in a batch of {len(everyone)}. Each is explained as it is alone; where the "
+                    "rows are parts of one input, such as the nodes of a graph, use "
+                    "rows='together'",
                     stacklevel=2,
                 )
                 return

@@ -45,7 +45,8 @@ class Independence:
     suspect: why every launch is to be proved, not the first and some later ones alone: until a
     recording has shown that no call mixes rows, nothing is known. provoke: whether the first row is
     proved beside extreme ones, too. apart: how points are kept from meeting, once rows were seen
-    to: by `torch.func.vmap`, or one row a launch; reason: what was seen.
+    to: by `torch.func.vmap`, or one row a launch; reason: what was seen. compared: whether examples
+    were compared with what they score together.
     """
 
     suspect: Suspicion | None = UNRECORDED
@@ -53,6 +54,7 @@ class Independence:
     proved: bool = False
     apart: str | None = None
     reason: str = ""
+    compared: bool = False
     _left: int = 0
 
     def __post_init__(self) -> None:

@@ -73,7 +73,9 @@ class Want:
     @property
     def kind(self) -> tuple[object, ...]:
         """Equal for wants that may share a launch."""
-        if self.independence is not None and self.independence.apart is not None:
+        known = self.independence
+        # What is not proved once and for all is not put beside what others ask for.
+        if known is not None and (known.suspect or known.apart):
             return (id(self),)
         return self.gradients, *alike(self.function)
 
