@@ -2,7 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# A pip before 24.2 does not read the system's certificates, without which no index is reached
+# behind a proxy that has its own; pip's own `cert` setting wins over this one.
+CERTIFICATES ?= $(firstword $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt))
+PIP := REQUESTS_CA_BUNDLE="$${REQUESTS_CA_BUNDLE:-$${CURL_CA_BUNDLE:-$(CERTIFICATES)}}" \
+	$(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 .PHONY: demo test lint types imports unit bench bench-gpu kernels larger accuracy format clean
@@ -69,10 +73,13 @@ clean:
 # Building against the installed torch needs it in the environment, hence no build isolation.
 $(VENV)/installed: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@echo "== 1 of 2: PyTorch into $(VENV). From PyPI on Linux 3 GB with its CUDA libraries: minutes, once."
 	$(PIP) torch numpy setuptools wheel ninja
+	@echo "== 2 of 2: saliency_fast, with its C++ ops where a compiler is found: a minute or two."
 	$(PIP) --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/test-installed: $(VENV)/installed
+	@echo "== What the tests need into $(VENV): 700 MB, a minute or two, once."
 	$(PIP) --no-build-isolation --editable ".[test,benchmark]"
 	touch $@

@@ -44,6 +44,21 @@ def rounded_bfloat16(monkeypatch):
     monkeypatch.setattr(interpreter, "_convert_float", patched)
 
 
+@pytest.fixture(autouse=True)
+def boolean_conditions(monkeypatch):
+    """Triton 3.9's interpreter types a comparison's result like its operands, so that a scalar
+    condition broadcast to a block holds whole numbers, which it then refuses as a mask.
+    """
+    broadcast = interpreter.InterpreterBuilder.create_splat
+
+    def patched(self, kind, value):
+        if value.data.dtype == np.bool_:
+            value = interpreter.TensorHandle(value.data, tl.int1)
+        return broadcast(self, kind, value)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", patched)
+
+
 def small_enough(op: Op, sample: Sample) -> bool:
     """Ops with kernels; of the eight percentiles of the two largest maps, the slow interpreter is
     left one.
