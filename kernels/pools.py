@@ -95,7 +95,10 @@ def _maxpool_backward(grad, index, out, count, inner, in_d, in_h, in_w, out_d, o
         od = first_d + window // (many_h * many_w)
         oh = first_h + window // many_w % many_h
         ow = first_w + window % many_w
-        kd, kh, kw = d - od * STRIDE[0], h - oh * STRIDE[1], w - ow * STRIDE[2]
+        # Within a window 32 bits suffice, whatever numbers its place takes.
+        kd = (d - od * STRIDE[0]).to(tl.int32)
+        kh = (h - oh * STRIDE[1]).to(tl.int32)
+        kw = (w - ow * STRIDE[2]).to(tl.int32)
         inside = (at < count) & (od < out_d) & (oh < out_h) & (ow < out_w)
         inside &= (kd >= 0) & (kh >= 0) & (kw >= 0)
         inside &= (kd % DILATION[0] == 0) & (kh % DILATION[1] == 0) & (kw % DILATION[2] == 0)

@@ -27,11 +27,13 @@ def places(left, carry, size):
 
 @triton.jit
 def within(start, stop, row, place, axis: tl.constexpr, AXES: tl.constexpr):
-    """Whether places along an axis lie in the row's box, whose corners 32 bits hold once cut."""
+    """How far places along an axis lie within the row's box, whose corners 32 bits hold once cut;
+    negative outside. A number stays in vector registers, of which there are more than of flags.
+    """
     first = tl.maximum(tl.load(start + row * AXES + axis), 0)
     last = tl.maximum(tl.load(stop + row * AXES + axis), 0)
     first, last = tl.minimum(first, 2147483647), tl.minimum(last, 2147483647)
-    return (place >= first.to(tl.int32)) & (place < last.to(tl.int32))
+    return tl.minimum(place - first.to(tl.int32), last.to(tl.int32) - 1 - place)
 
 
 @triton.jit
@@ -55,19 +57,19 @@ def _window(x, fill, item, start, stop, out, rows, fills, numel, size_b, size_c,
     b, carry, left = places(left, carry, size_b)
     a = left.to(tl.int32) + carry
     for row in range(first, tl.minimum(first + TILES, rows)):
-        covered = within(start, stop, row, e, AXES - 1, AXES)
+        depth = within(start, stop, row, e, AXES - 1, AXES)
         if AXES > 1:
-            covered &= within(start, stop, row, d, AXES - 2, AXES)
+            depth = tl.minimum(depth, within(start, stop, row, d, AXES - 2, AXES))
         if AXES > 2:
-            covered &= within(start, stop, row, c, AXES - 3, AXES)
+            depth = tl.minimum(depth, within(start, stop, row, c, AXES - 3, AXES))
         if AXES > 3:
-            covered &= within(start, stop, row, b, AXES - 4, AXES)
+            depth = tl.minimum(depth, within(start, stop, row, b, AXES - 4, AXES))
         if AXES > 4:
-            covered &= within(start, stop, row, a, AXES - 5, AXES)
+            depth = tl.minimum(depth, within(start, stop, row, a, AXES - 5, AXES))
         example = tl.load(item + row)
         seen = tl.load(x + example * numel + at, mask=inside)
         hidden = tl.load(fill + example % fills * numel + at, mask=inside)
-        point = tl.where(covered, hidden, seen)
+        point = tl.where(depth >= 0, hidden, seen)
         tl.store(out + tl.cast(row, tl.int64) * numel + at, point, mask=inside)
 
 

@@ -1,4 +1,4 @@
-"""What `make` installs can be installed: the package index alone resolves it under constraints.txt."""
+"""What `make` installs: the package index alone can resolve it under constraints.txt."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 PINS = (ROOT / "constraints.txt").read_text()
 PIP_FROM = "24.2"
-"""Older ones download whole wheels to read what they require, and miss the system's certificates."""
+"""Older ones download whole wheels to read what these require, 3 GB."""
 
 
 def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """pip as on a new machine: no configuration, no wheels on disk; it installs nothing."""
+    """Calls pip as on a new machine: no configuration, no wheels on disk; it installs nothing."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     # The C++ ops are not what is asked about, and to look for their compiler imports PyTorch.
     own |= {"PIP_CONFIG_FILE": os.devnull, "SALIENCY_FAST_BUILD_EXT": "0"}
@@ -72,7 +72,7 @@ def test_the_index_alone_has_it_all() -> None:
 
 
 def test_pins_exclude_no_python() -> None:
-    """torch and triton have wheels for all; other pins ask for the Python they were made for."""
+    """PyTorch and Triton have wheels for all; other pins ask for the Python they were made for."""
     for line in PINS.splitlines():
         name = re.match(r"[\w.-]+", line)
         if name is not None and name.group() not in ("torch", "triton"):

@@ -11,6 +11,7 @@ from torch import Tensor
 from saliency_fast.captum.contract import as_args, as_tuple
 from saliency_fast.errors import ContractError, TargetRangeError
 from saliency_fast.model.casts import cast
+from saliency_fast.model.gradients import gradients
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import tensor_of
 
@@ -119,5 +120,5 @@ def compute_gradients(
     with torch.enable_grad():
         scores = run_forward(forward_fn, leaves, target_ind, additional_forward_args)
         need_one_number(scores)
-        found: Inputs = torch.autograd.grad(scores.sum(), leaves, **grad_kwargs)
+        found: Inputs = gradients(scores.sum(), leaves, **grad_kwargs)
     return found

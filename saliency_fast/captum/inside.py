@@ -17,6 +17,7 @@ from saliency_fast.captum.forward import compute_gradients, need_one_number, run
 from saliency_fast.captum.run import Asked, explained, kept
 from saliency_fast.errors import ContractError, ModelError, RepeatedLayerError
 from saliency_fast.methods import Gradient
+from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, with_floats
 from saliency_fast.model.routes import Inputs
 
@@ -145,7 +146,7 @@ class Inside:
             rows = tuple(x.detach().clone() for x in inputs)
             scores = run_forward(self.forward, rows, target, further)
             need_one_number(scores)
-            grads = torch.autograd.grad(scores.sum(), own)
+            grads = gradients(scores.sum(), own)
         return tuple(one.detach() for one in own), tuple(one.detach() for one in grads)
 
     def _in_one_run(
@@ -173,7 +174,7 @@ class Inside:
                 need_one_number(scores)
                 values = self.need_floats([found.get(n, ()) for n in range(len(self.layers))])
                 flat = [one for several in values for one in several]
-                grads = torch.autograd.grad(scores.sum(), flat, **grad_kwargs)
+                grads = gradients(scores.sum(), flat, **grad_kwargs)
         finally:
             # It may be a buffer of the model's.
             for one in turned:

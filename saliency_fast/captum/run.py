@@ -33,6 +33,7 @@ from saliency_fast.engine.independence import Known
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
 from saliency_fast.model.failures import as_well, diagnosed
+from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Behind
 from saliency_fast.model.routes import Inputs, Plain, Ruled
 from saliency_fast.model.targets import tensor_of
@@ -148,7 +149,7 @@ def _at_once(recipe: Recipe, asked: Asked, owner: nn.Module | None) -> Inputs | 
         scores = selected(tensor_of(raw), asked.target)
         need_one_number(scores)
         total = scores.sum()
-        grads = torch.autograd.grad(total, points)
+        grads = gradients(total, points)
         if recipe.factor == "input":
             grads = tuple(one * x.detach() for one, x in zip(grads, points, strict=True))
         if math.isfinite(sum((one.sum() for one in grads), total.detach())):

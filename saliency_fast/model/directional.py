@@ -14,6 +14,7 @@ from saliency_fast.errors import ModelError
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.failures import BACKWARD
 from saliency_fast.model.function import NO_GRADIENT, PointFunction, entered
+from saliency_fast.model.gradients import gradients
 from saliency_fast.model.routes import Inputs
 
 Project = Callable[[Inputs, Tensor], Tensor]
@@ -111,7 +112,7 @@ def _gradient(
     numbers: Tensor, edges: list[GradientEdge], like: list[Tensor], *, again: bool
 ) -> Inputs:
     """Gradients of numbers [R], each of its own row; again: to be differentiated once more."""
-    found = torch.autograd.grad(
+    found = gradients(
         numbers,
         edges,
         torch.ones_like(numbers),

@@ -13,6 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from saliency_fast.errors import ModelCallError, ModelError
 from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
+from saliency_fast.model.gradients import gradients
 from saliency_fast.model.outputs import map_tensors, rows_of
 from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
 from saliency_fast.model.prefix import Prefix
@@ -149,7 +150,7 @@ class PointFunction:
         cotangent = torch.ones_like(scores[:, 0]) * self.scale
         with self.failing(BACKWARD, item):
             found = [
-                torch.autograd.grad(
+                gradients(
                     *(scores[:, k], edges, cotangent),
                     retain_graph=k < last,
                     allow_unused=True,

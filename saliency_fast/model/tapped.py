@@ -12,6 +12,7 @@ from torch import Tensor
 from saliency_fast.errors import ModelError
 from saliency_fast.model.failures import BACKWARD
 from saliency_fast.model.function import NO_GRADIENT, PointFunction
+from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Taps
 from saliency_fast.model.routes import Inputs
 
@@ -55,7 +56,7 @@ class TappedFunction(PointFunction):
         grads = []
         for k in range(scores.shape[1]):
             with self.failing(BACKWARD, item):
-                found = torch.autograd.grad(
+                found = gradients(
                     scores[:, k], tapped, ones, retain_graph=k < last, allow_unused=True
                 )
             pairs = zip(found, tapped, strict=True)

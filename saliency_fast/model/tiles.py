@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
 from saliency_fast.errors import BudgetError, InputError
+from saliency_fast.model.gradients import gradients
 from saliency_fast.model.local import Box, Span
 from saliency_fast.model.routes import tensors_among
 from saliency_fast.model.stem import Stem, cropped, inside, whole_box
@@ -140,7 +141,7 @@ class _Leading(torch.autograd.Function):
                 edges = [get_gradient_edge(part) for part in parts]
                 del env, parts
                 asked = [given[n][row : row + 1][inside(box)] for n, box in cut.items()]
-                (grad,) = torch.autograd.grad(edges, leaf, asked)
+                (grad,) = gradients(edges, leaf, asked)
                 total[row : row + 1][inside(own)] += cropped(grad, own, boxes[stem.input])
                 del leaf, edges, asked, grad
         return total, None, None

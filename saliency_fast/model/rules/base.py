@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from saliency_fast.errors import ModelError
 from saliency_fast.model.calls import INNER_GRADIENTS, Calls, lean_call
+from saliency_fast.model.gradients import steps_behind
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.outputs import map_tensors, tensors_of
 from saliency_fast.model.recomputation import without_recomputation
@@ -176,14 +177,3 @@ def _check_visible(model: Callable[..., Any], name: str) -> None:
                 f"{type(part).__name__}{f' at {path!r}' if path else ''}; pass the model that it "
                 "was scripted from"
             )
-
-
-def steps_behind(results: Iterable[Tensor]) -> Iterator[Any]:
-    """Autograd's steps from the results back to the points."""
-    pending, seen = [one.grad_fn for one in results], set()
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending += [one for one, _ in node.next_functions]
-            yield node

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.gradients import gradients
 
 Call = Callable[[Tensor, Any, Any], Tensor]
 Numbers = float | tuple[float, ...]
@@ -43,7 +44,8 @@ class Affine:
             z = self.call(leaf, weight, bias)
 
         def pull(cotangent: Tensor) -> Tensor:
-            return torch.autograd.grad(z, leaf, cotangent)[0]
+            found: Tensor = gradients(z, leaf, cotangent)[0]
+            return found
 
         return z.detach(), pull
 

@@ -1,0 +1,59 @@
+"""Gradients by autograd, right also where PyTorch's own backward of a normalisation is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+Source = Tensor | GradientEdge
+# Autograd's steps of the kernel, under the names that PyTorch's releases give them.
+_KERNELS = ("NativeBatchNorm", "BatchNormWithUpdate")
+
+
+def gradients(
+    outputs: Source | Sequence[Source],
+    inputs: Tensor | GradientEdge | Sequence[Source],
+    cotangents: Tensor | Sequence[Tensor] | None = None,
+    **options: Any,
+) -> tuple[Any, ...]:
+    """`torch.autograd.grad`, with the gradients of batch and instance normalisation right.
+
+    On CPUs PyTorch's kernel walks input and gradient in one order if each of them is dense in
+    some memory format. Of one row both formats may hold at once by name while the two lie
+    differently: tokens [1, T, C] seen as an image, or InstanceNorm between channels-last layers.
+    Its result is then wrong by its own size. A gradient that is dense in no format goes through a
+    kernel that reads all strides.
+    """
+    many = (outputs,) if isinstance(outputs, (Tensor, GradientEdge)) else tuple(outputs)
+    norms = [node for node in steps_behind(many) if node.name().startswith(_KERNELS)]
+    handles = [node.register_prehook(_apart) for node in norms]
+    try:
+        found: tuple[Any, ...] = torch.autograd.grad(outputs, inputs, cotangents, **options)  # type: ignore[arg-type]
+        return found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _apart(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+    """The same gradients, of one image or volume with a gap between its elements in memory."""
+    first = grads[0]
+    if first is None or first.device.type != "cpu" or first.dim() < 4 or len(first) != 1:
+        return None
+    return first.new_empty((*first.shape, 2))[..., 0].copy_(first), *grads[1:]
+
+
+def steps_behind(results: Iterable[Source]) -> Iterator[Any]:
+    """Autograd's steps from the results back to what they were made of."""
+    pending: list[Any] = [one.grad_fn if isinstance(one, Tensor) else one.node for one in results]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [one for one, _ in node.next_functions]
+            yield node
