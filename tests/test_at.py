@@ -15,7 +15,7 @@ import saliency_fast as sf
 from saliency_fast.engine.bind import bind
 from saliency_fast.errors import InputError, InputTypeError, ModelError
 from saliency_fast.model.layers import hooked
-from saliency_fast.model.spatial import last_spatial
+from saliency_fast.model.spatial import Change, last_spatial
 from tests.naive import relative_l2
 
 
@@ -311,13 +311,14 @@ def test_runs_of_other_threads_while_hooks_come_and_go(kind: str) -> None:
             halfway()
     else:
 
-        def run() -> Tensor:
+        def run(number: int, change: Change | None) -> tuple[Tensor, Tensor]:
+            given = x if change is None else change(x)
             pairs = [(one, dict(one._forward_pre_hooks_with_kwargs)) for one in model.modules()]
             halfway()
             for module, known in pairs:
                 module._forward_pre_hooks_with_kwargs.update(known)
-            out: Tensor = model(x)
-            return out.mean((2, 3))
+            out: Tensor = model(given).mean((2, 3))
+            return out, out[:, :1]
 
-        assert last_spatial(model, run) is model[1]
+        assert last_spatial(model, run, 1)[0] is model[1]
     assert torch.equal(found[0], expected)

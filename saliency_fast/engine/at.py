@@ -19,7 +19,7 @@ from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import At, Behind, Read, find_layers, module_of
 from saliency_fast.model.routes import Inputs, Plain
-from saliency_fast.model.spatial import last_spatial
+from saliency_fast.model.spatial import Change, last_spatial
 
 ROWS = 32
 """Examples whose activations are read at a time."""
@@ -75,10 +75,20 @@ class Place:
         key = tuple((x.shape[1:], x.dtype) for x in call.inputs)
         known = self._found.get(key)
         if known is None or not any(one is known for one in module_of(self.model).modules()):
-            first = torch.zeros(1, dtype=torch.int64, device=call.device)
-            function, rows = _function(self.model, call), tuple(x[:1] for x in call.inputs)
-            self._found[key] = last_spatial(self.model, _forward(function, rows, first))
-        return (self._found[key],)
+            function = _function(self.model, call)
+
+            def run(number: int, change: Change | None) -> tuple[Any, Tensor]:
+                item = torch.tensor([number], device=call.device)
+                rows = tuple(x[number : number + 1] for x in call.inputs)
+                rows = rows if change is None else tuple(map(change, rows))
+                raw = _forward(function, rows, item)()
+                return raw, function.read(raw, item)[0]
+
+            known, general = last_spatial(self.model, run, call.batch)
+            # A function may read what the output holds beside.
+            if general and call.targets.function is None:
+                self._found[key] = known
+        return (known,)
 
     def _values(
         self, rows: Inputs, call: Call, layers: tuple[nn.Module, ...], item: Tensor

@@ -7,7 +7,7 @@ that its probabilities exist, and attention that is written out is found by what
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
-from saliency_fast.errors import NoAttentionError
+from saliency_fast.errors import ModelError, NoAttentionError
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.recomputation import without_recomputation
@@ -68,6 +68,14 @@ class AttentionTaps:
                 ) from error
             raise
         return raw, _square(mode, raw)
+
+    def need(self, reached: Sequence[bool]) -> None:
+        """Raises ModelError where gradients reach none of the layers."""
+        if not any(reached):
+            raise ModelError(
+                "the explained score does not depend on any attention of the model, or is not "
+                "differentiable: use AttentionRollout, or a method that does not read attention"
+            )
 
 
 def _square(mode: _Watched, raw: Any) -> list[Tensor]:

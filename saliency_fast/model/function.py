@@ -22,9 +22,11 @@ from saliency_fast.model.targets import Targets, read_of
 
 Made = TypeVar("Made")
 CUTS = "detach(), no_grad(), .item(), NumPy or integer steps, and quantised layers (no gradient)"
+OF_LAYERS = "Of layers (at=), name one that the explained score is made from, which an auxiliary head is not"
 NO_GRADIENT = (
     "the model is not differentiable in its input: its output carries no gradient; look for "
-    f"{CUTS} inside it, or take a method that asks for scores alone, such as sf.Occlusion"
+    f"{CUTS} inside it, or take a method that asks for scores alone, such as sf.Occlusion. "
+    f"{OF_LAYERS}"
 )
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference up to which two outputs of the same row are the same, to rounding."""
@@ -265,8 +267,7 @@ def _check_seen(found: Sequence[tuple[Tensor | None, ...]]) -> None:
                 f"the model is not differentiable in input {number}: no gradient of the target "
                 f"reaches it; if the model uses it, look for {CUTS} on its way, or take a method "
                 "that asks for scores alone, such as sf.Occlusion; if not, pass it through "
-                "forward_args. Of layers (at=) of which one lies behind another, explain each by "
-                "itself"
+                f"forward_args. {OF_LAYERS}, and explain each by itself where one lies behind another"
             )
 
 

@@ -29,6 +29,9 @@ class Taps(Protocol):
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tapped tensors [R, *], on autograd's graph."""
 
+    def need(self, reached: Sequence[bool]) -> None:
+        """Raises ModelError where what is asked for has no gradient; reached: of each tensor."""
+
 
 def find_layers(model: object, at: At) -> tuple[nn.Module, ...]:
     """The layers that `at` names, in its order; raises InputError with near names."""
@@ -183,6 +186,14 @@ class LayerTaps:
 
     layers: tuple[nn.Module, ...]
     of_input: bool = False
+    counts: list[int] = field(default_factory=list, compare=False)
+    """How many tensors each layer had in the last run."""
+
+    def need(self, reached: Sequence[bool]) -> None:
+        """Raises ModelError where the score depends on none of a layer's tensors."""
+        ends = [sum(self.counts[: number + 1]) for number in range(len(self.counts))]
+        pairs = zip(self.counts, ends, strict=True)
+        need_reached(self.layers, [any(reached[end - count : end]) for count, end in pairs])
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tensors at the layers."""
@@ -204,7 +215,9 @@ class LayerTaps:
 
         with hooked(self.layers, seen, of_input=self.of_input):
             raw = call()
-        return raw, [one for number in _all_of(self.layers, found) for one in found[number]]
+        several = [found[number] for number in _all_of(self.layers, found)]
+        self.counts[:] = map(len, several)
+        return raw, [one for own in several for one in own]
 
 
 def _leaf(tensor: Tensor) -> Tensor:
@@ -283,7 +296,18 @@ def _need_once(layer: nn.Module, again: bool) -> None:
     if again:
         raise RepeatedLayerError(
             f"at: the layer {type(layer).__name__} runs more than once for one input, so it has no "
-            "single output; name a layer that runs once, such as the one around it, or let it run "
-            "once: a model that encodes two inputs with one encoder takes the second's encoding "
-            "through forward_args"
+            "single output; name a layer that runs once, such as the one around it, or, where it "
+            "runs once for each of several inputs, explain one of these by a function of it alone, "
+            "what the model makes of the others given through forward_args"
         )
+
+
+def need_reached(layers: Sequence[nn.Module], reached: Sequence[bool]) -> None:
+    """Raises ModelError where gradients reach none of a layer's tensors."""
+    for layer, one in zip(layers, reached, strict=True):
+        if not one:
+            raise ModelError(
+                f"at: the explained score does not depend on the layer {type(layer).__name__}: it "
+                "ran, and no gradient reaches it, as of an auxiliary head that another output is "
+                "for, or a layer whose result is detached; name one that the score is made from"
+            )

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.errors import ModelError
 from saliency_fast.model.failures import BACKWARD
-from saliency_fast.model.function import NO_GRADIENT, PointFunction
+from saliency_fast.model.function import PointFunction
 from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Taps
 from saliency_fast.model.routes import Inputs
@@ -50,15 +49,18 @@ class TappedFunction(PointFunction):
             scores, classes = self.read(self.called(call, given, item), item)
         if not self.backward:
             return scores, classes, [tuple(one.detach() for one in tapped)]
-        if not scores.requires_grad:
-            raise ModelError(NO_GRADIENT)
-        last, ones = scores.shape[1] - 1, torch.ones_like(scores[:, 0])
-        grads = []
+        last, ones, several = scores.shape[1] - 1, torch.ones_like(scores[:, 0]), []
         for k in range(scores.shape[1]):
-            with self.failing(BACKWARD, item):
-                found = gradients(
-                    scores[:, k], tapped, ones, retain_graph=k < last, allow_unused=True
-                )
+            found: tuple[Tensor | None, ...] = (None,) * len(tapped)
+            if scores.requires_grad:
+                with self.failing(BACKWARD, item):
+                    found = gradients(
+                        scores[:, k], tapped, ones, retain_graph=k < last, allow_unused=True
+                    )
+            several.append(found)
+        taps.need([any(one is not None for one in own) for own in zip(*several, strict=True)])
+        grads = []
+        for found in several:
             pairs = zip(found, tapped, strict=True)
             grads.append(tuple(torch.zeros_like(t) if g is None else g for g, t in pairs))
         return scores.detach(), classes, [tuple(one.detach() for one in tapped), *grads]

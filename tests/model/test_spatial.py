@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +13,27 @@ from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.model.layout import channel_axis, grids_of, input_axis, read_layout
+from saliency_fast.model.outputs import tensors_of
 from saliency_fast.model.spatial import last_spatial
 from tests.model.spatial_models import LAYERS, ResNet, ViT
 from tests.models import Audio, Image, Tabular, Tokens, Video, make, randn
 
 
+def plain_run(forward: Callable[[Tensor], Tensor], x: Tensor) -> Callable[..., Any]:
+    """A run as `last_spatial` takes it, of all outputs."""
+
+    def run(number: int, change: Callable[[Tensor], Tensor] | None) -> tuple[Any, Tensor]:
+        raw = forward((x if change is None else change(x)).clone())
+        flat = torch.cat([one.flatten(1) for one in tensors_of(raw)], 1)
+        # Weighted: probabilities sum to one whatever the input.
+        return raw, flat @ torch.arange(1.0, 1.0 + flat.shape[1], dtype=flat.dtype)
+
+    return run
+
+
 def found_name(model: nn.Module, *shape: int) -> str:
     root = getattr(model, "_orig_mod", model)
-    module = last_spatial(model, lambda: root(randn(2, *shape)))
+    module, _ = last_spatial(model, plain_run(root, randn(2, *shape)), 1)
     return {one: name for name, one in root.named_modules()}[module]
 
 
@@ -64,7 +79,7 @@ def test_errors_tell_what_was_found() -> None:
     with pytest.raises(InputError, match=r"no layer with spatial output.*1 \[2, 16\], 2 \[2, 5\]"):
         found_name(model, 7)
     with pytest.raises(InputTypeError, match=r"torch\.nn\.Module: got function"):
-        last_spatial(lambda x: x, lambda: None)
+        last_spatial(lambda x: x, lambda *_: (None, torch.zeros(1)), 1)
 
 
 def test_layers_that_run_more_than_once() -> None:
@@ -83,7 +98,7 @@ def test_layers_that_run_more_than_once() -> None:
 def test_hooks_leave_in_any_event() -> None:
     model = make(ResNet)
     with pytest.raises(KeyboardInterrupt):
-        last_spatial(model, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        last_spatial(model, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt), 1)
     found_name(model, 3, 12, 16)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -92,14 +107,14 @@ def test_threads_share_a_model() -> None:
     """Calls in other threads, while the model is watched, are not taken for one's own."""
     model, x = make(ResNet), randn(2, 3, 12, 16)
 
-    def run() -> Tensor:
+    def run(x: Tensor) -> Tensor:
         other = threading.Thread(target=lambda: [model(x) for _ in range(3)])
         other.start()
         found = model(x)
         other.join()
         return found
 
-    assert last_spatial(model, run) is model.layer1
+    assert last_spatial(model, plain_run(run, x), 1)[0] is model.layer1
 
 
 def test_channel_axis() -> None:
