@@ -22,7 +22,7 @@ from saliency_fast.model.targets import Targets, read_of
 
 Made = TypeVar("Made")
 CUTS = "detach(), no_grad(), .item(), NumPy or integer steps, and quantised layers (no gradient)"
-OF_LAYERS = "Of layers (at=), name one that the explained score is made from, which an auxiliary head is not"
+OF_LAYERS = "Of layers (at=), name one that the score is made from, no auxiliary head"
 NO_GRADIENT = (
     "the model is not differentiable in its input: its output carries no gradient; look for "
     f"{CUTS} inside it, or take a method that asks for scores alone, such as sf.Occlusion. "
@@ -267,7 +267,8 @@ def _check_seen(found: Sequence[tuple[Tensor | None, ...]]) -> None:
                 f"the model is not differentiable in input {number}: no gradient of the target "
                 f"reaches it; if the model uses it, look for {CUTS} on its way, or take a method "
                 "that asks for scores alone, such as sf.Occlusion; if not, pass it through "
-                f"forward_args. {OF_LAYERS}, and explain each by itself where one lies behind another"
+                f"forward_args. {OF_LAYERS}, and explain each by itself where one lies behind "
+                "another"
             )
 
 
