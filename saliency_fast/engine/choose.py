@@ -113,6 +113,7 @@ class Choice:
         while len(several) >= MOST_KNOWN:
             several.pop(next(iter(several)))
         found = several.setdefault(key, Independence(probed.suspect))
+        found.learn(probed.suspect)
         found.provoke = probed.suspect is not None or self.call.targets.function is not None
         return found
 

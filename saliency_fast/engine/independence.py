@@ -58,8 +58,15 @@ class Independence:
     _left: int = 0
 
     def __post_init__(self) -> None:
-        if self.suspect is not None and not self.suspect.proof:
-            self.meet(self.suspect.reason)
+        self.learn(self.suspect)
+
+    def learn(self, suspect: Suspicion | None) -> None:
+        """Adds what a later look at the model, which may have changed, lets suspect."""
+        if suspect is None:
+            return
+        self.suspect = suspect
+        if not suspect.proof and (self.apart is None or not suspect.vmap):
+            self.meet(suspect.reason, vmapped=not suspect.vmap)
 
     def due(self, rows: int, *, apart: bool) -> int | None:
         """The row of a launch of so many that is to be proved, if one is; raises RowsMeetError for

@@ -174,6 +174,12 @@ class Ledger(torch.autograd.graph.saved_tensors_hooks):
         self.label, self.kept, self.accepted = "", dict[str, int](), True
 
     def _note(self, tensor: Tensor) -> Tensor:
+        # Custom functions save inside of the model's own code, where function modes are told of
+        # every call, and of these too.
+        with torch._C.DisableTorchFunction():
+            return self._noted(tensor)
+
+    def _noted(self, tensor: Tensor) -> Tensor:
         key, size = self.meter.size_of(tensor)
         if size and key not in self._known:
             self._known.add(key)

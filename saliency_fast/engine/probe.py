@@ -21,7 +21,7 @@ from saliency_fast.engine.loss import Losses
 from saliency_fast.engine.memory import bytes_text
 from saliency_fast.engine.plan import MARGIN, Plan
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.trial import Cost, Trial
+from saliency_fast.engine.trial import Cost, Taken, Trial
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError, InputError, ModelError
 from saliency_fast.model.calls import NotLeanError
@@ -30,9 +30,11 @@ from saliency_fast.model.fusion import fused, with_rectifiers
 from saliency_fast.model.lean.convolutions import LEAN as CONVOLUTIONS
 from saliency_fast.model.precision import Precision
 from saliency_fast.model.prefix import prefix_of
+from saliency_fast.model.program import Program
 from saliency_fast.model.recorder import Recording, unified
-from saliency_fast.model.routes import Inputs
+from saliency_fast.model.routes import Inputs, Plain
 from saliency_fast.model.rows import Suspicion, suspicion
+from saliency_fast.model.widened import Wider, native
 
 NOTHING = Cost(0, 0, {})
 LEAN_FROM = 256 * 1024
@@ -43,9 +45,15 @@ UNSEEN = 1536 * 1024**2
 """Bytes that the model as it is might take for one point without being foreseen on shapes first."""
 FREELY = 256 * 1024**2
 """Bytes that it may take where that was foreseen."""
-AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2, torch.float16: 0.2, torch.bfloat16: 0.5}
-"""Relative L2 by which rounding may move one gradient, through the kinks that it crosses. What is
-wrong in structure is off by its own size."""
+AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""Relative L2 up to which two gradients or scores are equal to rounding. Beyond, a way must agree
+with autograd in float64: rounding may also carry a point across kinks, which moves a gradient by as
+much as what is wrong in structure may."""
+EXACTLY = 1e-8
+"""The same in float64, where no kink is crossed."""
+SCORES = {torch.float64: 1e-6, torch.float32: 5e-2, torch.float16: 0.2, torch.bfloat16: 0.5}
+"""The same of scores alone, which may be small differences of large numbers, by ways whose
+gradient has agreed."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,12 @@ class Probe:
     """The way that serves, what a point costs by it, and what it costs as it is.
 
     exact: what a point costs in float32, where the way's precision is another one. reason: why no
-    better way serves. mark: the model's fingerprint where a program stands for it. foreseen: on
-    shapes alone. launches: what they take, and seconds: what a point takes in them, by way and
-    size; losses: what the precision costs, and order: precisions, the fastest first; filled as they
-    become known. captures: recorded launches by kind, or why there are none. suspect: why rows may
-    meet in the model, None where a recording shows no call that could let them.
+    better way serves. disagreed: whether the gradient of a way was not the model's. mark: the
+    model's fingerprint where a program stands for it. foreseen: on shapes alone. launches: what
+    they take, and seconds: what a point takes in them, by way and size; losses: what the precision
+    costs, and order: precisions, the fastest first; filled as they become known. captures: recorded
+    launches by kind, or why there are none. suspect: why rows may meet in the model, None where a
+    recording shows no call that could let them.
     """
 
     way: Way
@@ -67,6 +76,7 @@ class Probe:
     mark: tuple[object, ...] | None = None
     exact: Cost | None = None
     foreseen: bool = False
+    disagreed: bool = False
     launches: dict[tuple[str, int], Launches | None] = field(default_factory=dict, repr=False)
     seconds: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
     losses: Losses = field(default_factory=Losses, repr=False)
@@ -132,7 +142,7 @@ def probe(
         found = _foreseen(model, trial, budget)
         if found is not None:
             return found
-    return _probed(model, trial, lean=lean)
+    return _probed(model, trial, lean=lean, budget=budget)
 
 
 def _ruled(model: Model, trial: Trial, way: Way) -> Probe:
@@ -155,6 +165,10 @@ def _suspect(model: Model, trial: Trial, recording: Recording | None = None) -> 
 
 def _suspicion(recording: Recording, refusal: Exception) -> Suspicion:
     """What a model that could not be recorded is suspected of."""
+    if recording.own is not None:
+        # Its code may look at all rows on the way back, of which scores tell nothing.
+        reason = f"the model gives gradients of its own ({recording.own})"
+        return Suspicion(reason, proof=False, vmap=False)
     if recording.read is not None:
         return Suspicion(f"Python reads numbers of the points ({recording.read})", proof=False)
     return Suspicion(_line(refusal))
@@ -182,7 +196,7 @@ def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
         raise
     except Exception as error:
         return Probe(Way(), plain.cost, plain.cost, _line(error), suspect=found.suspect)
-    if gap > AGREEMENT[trial.call.dtypes[0]]:
+    if gap > SCORES[trial.call.dtypes[0]]:
         reason = f"{found.way}: scores are off by {gap:.1g}"
         return Probe(Way(), plain.cost, plain.cost, reason, suspect=found.suspect)
     return replace(found, cost=taken.cost, plain=plain.cost)
@@ -197,7 +211,7 @@ def sharing(found: Probe, model: Model, trial: Trial) -> Probe:
     return replace(found, way=way, cost=cost)
 
 
-def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
+def _probed(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
     recording = Recording(model)
     plain = trial.plain(recording)
     # Recorded launches have no calls that cost time, and need a program.
@@ -207,25 +221,121 @@ def _probed(model: Model, trial: Trial, *, lean: bool) -> Probe:
         found = Probe(Way(), plain.cost, plain.cost, reason)
         return replace(found, suspect=_suspect(model, trial, recording))
     mark, reasons = _mark(model, trial.call), []
-    ways, refusal, suspect = _ways(model, trial, recording)
-    if refusal:
-        reasons.append(refusal)
-    for way in ways:
-        try:
-            taken = trial.take(way, model)
-        except BudgetError:
-            raise
-        except Exception as error:
-            # Whatever a lean version does not serve: the model itself has just run.
-            reasons.append(_line(error))
-            continue
-        gap = taken.gap(plain)
-        if gap <= AGREEMENT[trial.call.dtypes[0]]:
+    ways = _ways(model, trial, recording)
+    if ways.refusal:
+        reasons.append(ways.refusal)
+    judge = _Judge(model, trial, plain, ways, budget)
+    for way in ways.found:
+        taken, why = judge.taken(way)
+        if taken is None:
+            reasons.append(why)
+        else:
             reason = "; ".join(reasons) or None
             found = Probe(way, taken.cost, plain.cost, reason, mark if way.program else None)
-            return replace(found, suspect=suspect)
-        reasons.append(f"{way}: the gradient is off by {gap:.1g}")
-    return Probe(Way(), plain.cost, plain.cost, "; ".join(reasons), suspect=suspect)
+            break
+    else:
+        found = Probe(Way(), plain.cost, plain.cost, "; ".join(reasons))
+    return replace(found, suspect=ways.suspect, disagreed=judge.disagreed)
+
+
+class _DisagreedError(Exception):
+    """A way's gradient or score is not the model's."""
+
+
+@dataclass
+class _Judge:
+    """Compares ways with the model as it is, at several points of a call.
+
+    plain: what the model as it is gave at the first. ways: that are compared, and the program as
+    it was recorded, by autograd's own calls. disagreed: whether a way has.
+    """
+
+    model: Model
+    trial: Trial
+    plain: Taken
+    ways: _Ways
+    budget: int
+    disagreed: bool = False
+    _others: list[tuple[Trial, Taken]] = field(default_factory=list)
+    _pairs: dict[int, _Pair | None] = field(default_factory=dict)
+
+    def taken(self, way: Way) -> tuple[Taken | None, str]:
+        """The first point by a way that agrees with the model, or None and why it does not."""
+        try:
+            taken = self.trial.take(way, self.model)
+            self._check(way, taken)
+        except BudgetError:
+            raise
+        except _DisagreedError as found:
+            return None, f"{way}: {found}"
+        except Exception as error:
+            # Whatever a lean version does not serve: the model itself has just run.
+            return None, _line(error)
+        return taken, ""
+
+    def _check(self, way: Way, taken: Taken) -> None:
+        """Raises _DisagreedError where a way, which gave `taken` at the first point, is off."""
+        self._compare(way, self.trial, taken, self.plain)
+        if not self._others:
+            plain = Plain(self.model)
+            self._others = [(one, one.plain(plain)) for one in self.trial.elsewhere()]
+        for trial, theirs in self._others:
+            self._compare(way, trial, trial.take(way, self.model), theirs)
+
+    def _compare(self, way: Way, trial: Trial, mine: Taken, theirs: Taken) -> None:
+        gap = mine.gap(theirs)
+        if gap <= AGREEMENT[trial.call.dtypes[0]]:
+            return
+        exact = self._exactly(way, trial)
+        if exact is None or exact > EXACTLY:
+            self.disagreed = True
+            beyond = "" if exact is None else f", in float64 by {exact:.1g}"
+            raise _DisagreedError(f"the gradient is off by {gap:.1g}{beyond}")
+
+    def _exactly(self, way: Way, trial: Trial) -> float | None:
+        """How far a way is off in float64, on a corner where the model takes one; None where that
+        cannot be told.
+        """
+        if id(way) not in self._pairs:
+            self._pairs[id(way)] = self._pair(way, trial.smaller())
+        pair = self._pairs[id(way)]
+        if pair is None:
+            return None
+        exact = (trial.smaller() if pair.corner else trial).in_float64()
+        # What it makes in a type of its own, or does not serve in float64, tells nothing.
+        with suppress(Exception):
+            theirs = exact.take(pair.plain, self.model)
+            return exact.take(pair.way, self.model).gap(theirs)
+        return None
+
+    def _pair(self, way: Way, small: Trial) -> _Pair | None:
+        if self.ways.whole is None or way.program is None or self.trial.call.halves:
+            return None
+        weights = sum(one.nbytes for one in self.ways.whole.constants)
+        if 2 * (weights + MARGIN * self.plain.cost.peak) > self.budget:
+            return None
+        wider = Wider()
+        if small.call.inputs[0].shape != self.trial.call.inputs[0].shape:
+            with suppress(Exception):
+                recording = Recording(self.model)
+                small.plain(recording)
+                ways = _ways(self.model, small, recording)
+                # Another size may take another branch, or have no prefix that pays.
+                if ways.whole is not None and ways.alike(self.ways):
+                    place = [one is way for one in self.ways.found].index(True)
+                    plain = Way(wider.program(native(ways.whole)))
+                    return _Pair(True, ways.found[place].in_float64(wider), plain)
+        plain = Way(wider.program(native(self.ways.whole)))
+        return _Pair(False, way.in_float64(wider), plain)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A way and the model as it was recorded, both in float64; corner: for corners of inputs."""
+
+    corner: bool
+    way: Way
+    plain: Way
 
 
 def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
@@ -238,7 +348,8 @@ def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
         plain = shapes.plain(recording)
         if MARGIN * plain.cost.peak <= min(budget, FREELY):
             return None
-        (way, *_), _, suspect = _ways(model, shapes, recording)
+        ways = _ways(model, shapes, recording)
+        way, suspect = ways.found[0], ways.suspect
         cost = shapes.take(way, model).cost
     except Exception:
         # Shapes alone do not carry every model: it is run for real then, at its own risk.
@@ -259,13 +370,16 @@ def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
 def _verified(model: Model, trial: Trial, way: Way, budget: int) -> str | None:
     """How a way was found to agree with a model whose gradient does not fit; None: it was not."""
     with suppress(Exception):
-        small = _probed(model, trial.smaller(), lean=True)
+        small = _probed(model, trial.smaller(), lean=True, budget=budget)
+        if small.disagreed:
+            # Scores do not tell of gradients: they never outweigh one that is off.
+            return None
         if small.way.program is not None and small.reason is None:
             return "verified on a corner: a point as it is takes much memory"
     as_it_is = Way().function(model, trial.call)
     if MARGIN * replace(trial, foreseen=True).scores(as_it_is).cost.peak <= budget:
         gap = trial.scores(way.function(model, trial.call)).gap(trial.scores(as_it_is))
-        if gap <= AGREEMENT[trial.call.dtypes[0]]:
+        if gap <= SCORES[trial.call.dtypes[0]]:
             return "verified by its scores: a point as it is takes much memory"
     return None
 
@@ -296,17 +410,34 @@ def fitting(
         raise refusal
 
 
-def _ways(
-    model: Model, trial: Trial, recording: Recording
-) -> tuple[list[Way], str | None, Suspicion | None]:
-    """Lean ways, the best first, why the model has no program, and why its rows may meet."""
+@dataclass(frozen=True)
+class _Ways:
+    """Lean ways, the best first; the program as it was recorded, or why there is none; why its rows
+    may meet.
+    """
+
+    found: list[Way]
+    suspect: Suspicion | None
+    whole: Program | None = None
+    refusal: str | None = None
+
+    def alike(self, other: _Ways) -> bool:
+        """Whether both make the same calls by the same ways."""
+        if self.whole is None or other.whole is None:
+            return False
+        calls = [[step.func for step in one.steps] for one in (self.whole, other.whole)]
+        kinds = [[one.prefix is None for one in ways.found] for ways in (self, other)]
+        return calls[0] == calls[1] and kinds[0] == kinds[1]
+
+
+def _ways(model: Model, trial: Trial, recording: Recording) -> _Ways:
     watched = Way(watched=True)
     try:
         program = unified(recording.program, trial.second(model))
         suspect, whole = suspicion(program), program.pruned()
     except Exception as refusal:
         # Also what a model raises that takes one row alone, or two no longer: launches of one fit.
-        return [watched], _line(refusal), _suspicion(recording, refusal)
+        return _Ways([watched], _suspicion(recording, refusal), None, _line(refusal))
     program, apart, recipe = fused(whole), with_rectifiers(whole), trial.recipe
     images = any(step.varying and step.func in CONVOLUTIONS for step in whole.steps)
     ways = []
@@ -317,7 +448,7 @@ def _ways(
             prefix = prefix_of(whole, channels_last=channels_last, line=recipe.family.straight)
             ways += [] if prefix is None else [Way(ordered, prefix=prefix, unfolded=apart)]
         ways.append(Way(ordered, unfolded=apart))
-    return [*ways, watched], None, suspect
+    return _Ways([*ways, watched], suspect, whole)
 
 
 def _line(error: Exception) -> str:

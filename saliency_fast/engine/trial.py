@@ -26,7 +26,10 @@ from saliency_fast.model.prefix import check_affine
 from saliency_fast.model.program import Program
 from saliency_fast.model.recorder import Recording
 from saliency_fast.model.routes import Inputs, Route
+from saliency_fast.model.widened import wide
 
+FEW = 128
+"""Points of a call up to which ways are compared at two of them, and at three above."""
 CORNER = 64
 """Sides of the images and volumes on which ways are verified that larger ones cannot afford."""
 
@@ -71,15 +74,45 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Trial:
-    """The first point of a call's first example, taken by one way after another.
+    """A point of one of a call's examples, taken by one way after another.
 
     foreseen: on shapes alone, for what it would cost; scores and gradients are meta tensors then.
+    example, number: of the example, and of its point in the first level. metered: whether its cost
+    is measured, which takes time.
     """
 
     call: Call
     baselines: Inputs
     recipe: Recipe
     foreseen: bool = False
+    example: int = 0
+    number: int = 0
+    metered: bool = True
+
+    def elsewhere(self) -> list[Trial]:
+        """Two other points at most, one where there are few: the end of the last example's path,
+        and the middle of another's.
+
+        A part of the model that is silent at one point need not be so at all of them.
+        """
+        level, batch = self.recipe.levels[0], self.call.batch
+        order = level.place.argsort()
+        spots = [(batch - 1, int(order[-1])), (batch // 2, int(order[level.count // 2]))]
+        few = level.count * batch < FEW
+        spots = list(dict.fromkeys(one for one in spots if one != (0, 0)))[: 1 if few else 2]
+        return [replace(self, example=one, number=number, metered=False) for one, number in spots]
+
+    def in_float64(self) -> Trial:
+        """The same point in float64."""
+        call, wider = self.call, tuple(one.double() for one in self.baselines)
+        call = replace(
+            call,
+            inputs=tuple(one.double() for one in call.inputs),
+            dtypes=(torch.float64,) * len(call.dtypes),
+            args=wide(call.args),
+            kwargs=wide(dict(call.kwargs)),
+        )
+        return replace(self, call=call, baselines=wider)
 
     def smaller(self) -> Trial:
         """The same call on a corner of its images or volumes."""
@@ -139,13 +172,16 @@ class Trial:
         taken = self._measured(ledger, gradients)
         if self.foreseen:
             return taken
-        return replace(taken, grads=[hoist.lower(one) for one in taken.grads])
+        return replace(taken, grads=[hoist.lower(one, item) for one in taken.grads])
 
     def _measured(self, ledger: Ledger, gradients: Callable[[], Any]) -> Taken:
         hooks: AbstractContextManager[object] = ledger if ledger.accepted else nullcontext()
+        meter: AbstractContextManager[object] = ledger.meter
+        if not self.metered:
+            hooks = meter = nullcontext()
         try:
-            drew = same_draws(lambda: ledger.meter.drew)
-            with self._place(), drew, uncompiled(), ledger.meter, hooks:
+            drew = same_draws(lambda: ledger.meter.drew or not self.metered)
+            with self._place(), drew, uncompiled(), meter, hooks:
                 scores, _, grads = gradients()
         except (RuntimeError, MemoryError) as error:
             if ledger.accepted and _refuses_hooks(error):
@@ -158,8 +194,8 @@ class Trial:
             raise BudgetError(
                 f"one point alone does not fit in memory; explain a smaller input at once ({error})"
             ) from error
-        meter = ledger.meter
-        cost = Cost(meter.peak, meter.largest, ledger.kept, meter.drew)
+        counted = ledger.meter
+        cost = Cost(counted.peak, counted.largest, ledger.kept, counted.drew)
         return Taken(scores, grads, cost)
 
     def second(self, model: Callable[..., Any]) -> Program:
@@ -183,12 +219,15 @@ class Trial:
         return function_of(route, self.call)
 
     def _points(self, rows: int) -> tuple[Inputs, Tensor]:
-        item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        item = torch.full((rows,), self.example, device=self.call.device)
         if self.foreseen:
             return shapes_only(self.call.inputs, rows), item
         level = self.recipe.levels[0].to(self.call.device)
-        source = self.recipe.family.bind(self.call.inputs, self.baselines)
-        return source.write(level.rows(item, 0, rows)), item
+        source, start = (
+            self.recipe.family.bind(self.call.inputs, self.baselines),
+            self.number * rows,
+        )
+        return source.write(level.rows(item, start, start + rows)), item
 
 
 def _refuses_hooks(error: BaseException) -> bool:

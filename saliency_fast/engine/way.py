@@ -39,6 +39,7 @@ from saliency_fast.model.routes import (
 from saliency_fast.model.scoring import ready_bytes, scoring
 from saliency_fast.model.stem import local_stem
 from saliency_fast.model.tiles import Tiled, tile_sizes
+from saliency_fast.model.widened import Wider
 
 Model = Callable[..., Any]
 
@@ -173,6 +174,11 @@ class Way:
     def of_now(self) -> Way:
         """The same way for one call, with copies of weights of its own."""
         return replace(self)
+
+    def in_float64(self, wider: Wider) -> Way:
+        """The same way in float64, for a program."""
+        assert self.program is not None
+        return Way(wider.program(self.program), prefix=wider.prefix(self.prefix))
 
     def exact(self) -> Way:
         """The same way in float32."""

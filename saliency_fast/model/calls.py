@@ -21,6 +21,9 @@ from saliency_fast.model.lean import LEAN
 
 _GUARDS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 INNER_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+_EXACT = ("torch.utils.checkpoint", "torch.autograd.graph")
+"""Modules whose hooks give back what was saved: it is computed again, or kept elsewhere."""
+_GRAPH = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 
 class NotLeanError(SaliencyError, RuntimeError):
@@ -32,6 +35,10 @@ class Calls(TorchFunctionMode):
 
     Tensors depend on the points where they have a gradient function: weights are leaves.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saving = _saving()
 
     def __torch_function__(
         self,
@@ -54,6 +61,9 @@ class Calls(TorchFunctionMode):
         """One call, as light as it can be."""
         if func in INNER_GRADIENTS:
             raise NotLeanError("the model takes gradients of its own")
+        self.check_saving()
+        if func == _GRAPH:
+            return _hookable(func(*args, **kwargs))
         leaves, varying = _gradients((*args, *kwargs.values()))
         if not (leaves or varying) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
@@ -64,6 +74,17 @@ class Calls(TorchFunctionMode):
             args = _frozen(args)
             kwargs = {name: _frozen(value) for name, value in kwargs.items()}
         return self.answer(func, args, kwargs)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model changes what is kept for the backward pass."""
+        found = _saving()
+        return found != self._saving and getattr(found[0], "__module__", "") not in _EXACT
+
+    def check_saving(self) -> None:
+        """Raises NotLeanError where it does: lean calls keep other tensors than autograd's."""
+        if self.packs:
+            raise NotLeanError("the model changes what autograd saves (saved_tensors_hooks)")
 
     def answer(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -80,6 +101,21 @@ def lean_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
         if result is not NotImplemented:
             return result
     return func(*args, **kwargs)
+
+
+def _saving() -> Any:
+    """(pack, unpack) of the hooks that are told of what autograd saves now; a pair in any case."""
+    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return found or (None, None)
+
+
+def _hookable(node: Any) -> Any:
+    """A node of autograd's graph that a model reads, to hook it: a lean call's takes and gives
+    other gradients than autograd's own, that of a module's full hooks the same.
+    """
+    if node is not None and node.name() != "BackwardHookFunctionBackward":
+        raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
+    return node
 
 
 def _autocast() -> bool:

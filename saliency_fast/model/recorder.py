@@ -5,11 +5,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from saliency_fast.model.calls import INNER_GRADIENTS, Calls, NotLeanError
 from saliency_fast.model.program import (
@@ -82,6 +82,7 @@ _SIZED = frozenset(
 _COUNTED = _SIZED - {"bincount"}
 
 
+_HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 _SPLITS = frozenset(("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split"))
 
 
@@ -98,10 +99,37 @@ class _Before:
         return [one for one, version in pairs if one._version != version]
 
 
+class _Seen(NamedTuple):
+    """A tensor that a call made. gradient: how gradients reached it then, see `gradient_of`."""
+
+    tensor: weakref.ref[Tensor]
+    number: int
+    gradient: object
+
+
+def gradient_of(tensor: Tensor) -> object:
+    """How gradients reach a tensor: equal for as long as it is the same output of the same node of
+    autograd's graph.
+
+    A custom function runs its forward without gradients and then gives the very tensors that this
+    made a node of its own, so that neither their identity nor `requires_grad` tells.
+    """
+    try:
+        node = tensor.grad_fn
+    except RuntimeError:
+        # A view that must not be used any more: equal to nothing.
+        return object()
+    # By its number: the node itself would keep what it saved for the backward pass alive.
+    found = None if node is None else (node.name(), node._sequence_nr(), tensor.output_nr)
+    return tensor.requires_grad, found
+
+
 class Recorder(Calls):
     """Notes every call while it runs as it is; `program` is what it saw.
 
-    A model that cannot be recorded runs to its end all the same.
+    A model that cannot be recorded runs to its end all the same. What is recorded has autograd's
+    own gradient: every tensor that a call takes is, in autograd's graph, what the noted call that
+    made it gave, no call reads the graph to hook it, and nothing changes what is saved.
     """
 
     def __init__(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
@@ -109,9 +137,10 @@ class Recorder(Calls):
         self._refusal: str | None = None
         self._steps: list[Step] = []
         self._values: dict[int, Value] = {}
-        self._seen: dict[int, tuple[weakref.ref[Tensor], int, bool]] = {}
-        self._overwritten: set[int] = set()
+        self._seen: dict[int, _Seen] = {}
+        self._by_memory: dict[int, list[int]] = {}
         self.read: str | None = None
+        self.own: str | None = None
         self._varying = {id(one): weakref.ref(one) for one in points}
         self._inputs = [self._number(one, varying=True) for one in points]
         self._extras = [self._number(one, varying=False) for one in extras]
@@ -133,9 +162,12 @@ class Recorder(Calls):
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """Follows what depends on the points, also where the recording was refused; `read` is the
-        first call that tells Python of its numbers.
+        first call that tells Python of its numbers, `own` what gives gradients of its own.
         """
         given = list(tensors_in((args, kwargs)))
+        self.own = self.own or _own_gradient(func, given, result)
+        if self.own is None and self.packs:
+            self.own = "saved_tensors_hooks"
         if not any(self._depends(one) for one in given):
             return
         made = list(tensors_in(result))
@@ -168,6 +200,7 @@ class Recorder(Calls):
         return None
 
     def _before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Before:
+        self.check_saving()
         given = list(tensors_in((args, kwargs)))
         template = self._template((args, dict(kwargs)))
         return _Before(template, given, [one._version for one in given])
@@ -186,11 +219,13 @@ class Recorder(Calls):
     def _note(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
         made, changed = list(tensors_in(result)), given.changed()
         if not (made or changed):
-            if given.tensors and getattr(func, "__name__", "") not in _SHAPES:
-                raise NotLeanError(f"the model reads numbers out of its tensors ({_name(func)})")
+            if given.tensors:
+                _check_read(func, result)
             return
         if _inside_a_mode():
-            raise NotLeanError("the model switches autocast or inference mode on inside")
+            raise NotLeanError(
+                "the model uses autocast, inference mode, torch.func or forward derivatives inside"
+            )
         if self._sized_by_numbers(func, *given.template):
             raise NotLeanError(f"the model's shapes depend on numbers in tensors ({_name(func)})")
         if not torch.is_grad_enabled() and any(one.requires_grad for one in changed):
@@ -203,10 +238,11 @@ class Recorder(Calls):
         outputs = tuple(self._number(one, varying=varying) for one in made)
         fresh = set(outputs)
         after = []
-        self._overwritten |= {one.untyped_storage()._cdata for one in changed}
         for one in changed:
             number = self._known(one)
             after.append(number if number in fresh else self._number(one, varying=varying))
+        for memory in {one.untyped_storage()._cdata for one in changed}:
+            self._look_again(memory)
         self._steps.append(
             Step(
                 func,
@@ -222,9 +258,13 @@ class Recorder(Calls):
     def _template(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             number = self._known(value)
-            if not (value.is_leaf if number is None else self._as_noted(value, number)):
-                raise NotLeanError("the model computes outside of PyTorch's own calls")
-            return value if number is None else Ref(number)
+            if number is None:
+                if not value.is_leaf:
+                    raise NotLeanError(_of_unseen(value))
+                return value
+            if gradient_of(value) != self._seen[id(value)].gradient:
+                raise NotLeanError(_of_unseen(value))
+            return Ref(number)
         if isinstance(value, (tuple, list)):
             parts = [self._template(one) for one in value]
             return tuple(parts) if isinstance(value, tuple) else parts
@@ -235,15 +275,18 @@ class Recorder(Calls):
         return value
 
     def _known(self, tensor: Tensor) -> int | None:
-        reference, number, _ = self._seen.get(id(tensor), (None, None, None))
-        return number if reference is not None and reference() is tensor else None
+        seen = self._seen.get(id(tensor))
+        return seen.number if seen is not None and seen.tensor() is tensor else None
 
-    def _as_noted(self, tensor: Tensor, number: int) -> bool:
-        """Whether gradients pass a tensor as they did: a custom function's result is one that its
-        forward made without them. Writing to a view changes the others, too.
+    def _look_again(self, memory: int) -> None:
+        """Notes anew how gradients reach the tensors of a memory that a call has overwritten: what
+        is written to one view changes the graph of the others.
         """
-        same = tensor.requires_grad == self._seen[id(tensor)][2]
-        return same or self._values[number].memory in self._overwritten
+        for key in self._by_memory[memory]:
+            seen = self._seen[key]
+            tensor = seen.tensor()
+            if tensor is not None and self._values[seen.number].memory == memory:
+                self._seen[key] = seen._replace(gradient=gradient_of(tensor))
 
     def _sized_by_numbers(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         name = _name(func)
@@ -260,21 +303,23 @@ class Recorder(Calls):
     def _number(self, tensor: Tensor, *, varying: bool) -> int:
         number = len(self._values)
         # Weak: a recording must not keep a launch's activations alive.
-        self._seen[id(tensor)] = weakref.ref(tensor), number, tensor.requires_grad
+        self._seen[id(tensor)] = _Seen(weakref.ref(tensor), number, gradient_of(tensor))
         memory = tensor.untyped_storage()._cdata
+        self._by_memory.setdefault(memory, []).append(id(tensor))
         self._values[number] = Value(tuple(tensor.shape), tensor.dtype, False, varying, memory)
         return number
 
 
 class Recording:
     """A route that runs the model as it is and records it. read: the first call, if any, by which
-    Python learns numbers that depend on the points.
+    Python learns numbers that depend on the points; own: what gives gradients of its own.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self._model = model
         self._found: Program | str = "the model has not run"
         self.read: str | None = None
+        self.own: str | None = None
 
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -282,7 +327,10 @@ class Recording:
         recorder = Recorder(points, tensors_among(args, kwargs))
         with recorder:
             raw = self._model(*points, *args, **kwargs)
-        self.read = recorder.read
+        self.read, self.own = recorder.read, recorder.own
+        if torch.is_grad_enabled():
+            leaves = [one for one in tree_leaves(raw) if isinstance(one, Tensor)]
+            self.own = self.own or _own_gradient(tree_leaves, leaves, None)
         try:
             self._found = recorder.program(raw)
         except NotLeanError as refusal:
@@ -331,6 +379,41 @@ def unified(one: Program, two: Program) -> Program:
         if _parts_of_rows(step, values):
             raise NotLeanError(f"the model takes rows in parts of a fixed size ({step.name})")
     return Program(steps, one.inputs, one.extras, outputs, tree, values)
+
+
+def _check_read(func: Callable[..., Any], result: Any) -> None:
+    """Raises NotLeanError where a call without tensors among its results tells of their numbers."""
+    if getattr(func, "__name__", "") not in _SHAPES:
+        raise NotLeanError(f"the model reads numbers out of its tensors ({_name(func)})")
+    if isinstance(result, torch.autograd.graph.Node):
+        raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
+
+
+def _own_gradient(func: Callable[..., Any], given: Sequence[Tensor], result: Any) -> str | None:
+    """What of a call shows that the model gives gradients of its own, by code that may look at all
+    rows on the way back: a custom function or a hook.
+    """
+    if _name(func) in _HOOKING or isinstance(result, torch.autograd.graph.Node):
+        return "hook"
+    for one in given:
+        node: Any = one.grad_fn if one.requires_grad else None
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            name = type(node).__name__.removesuffix("Backward")
+            home = vars(type(node))["_forward_cls"].__module__
+            if not home.startswith(("saliency_fast.", "torch.utils.checkpoint")):
+                return name
+    return None
+
+
+def _of_unseen(tensor: Tensor) -> str:
+    """Why a tensor is not what a call of PyTorch's made."""
+    node: Any = tensor.grad_fn
+    name = "" if node is None else node.name().removesuffix("Backward")
+    if name == "BackwardHookFunction":
+        return "a module of the model has a backward hook"
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return f"the model has a custom autograd function {name}"
+    return "the model computes outside of PyTorch's own calls"
 
 
 def _same_call(a: Step, b: Step) -> bool:
@@ -393,7 +476,13 @@ def _refuse(reason: str) -> None:
 
 def _inside_a_mode() -> bool:
     inside = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return inside or torch.is_inference_mode_enabled()
+    return inside or torch.is_inference_mode_enabled() or _transforming()
+
+
+def _transforming() -> bool:
+    """Whether a transform of torch.func or forward-mode derivatives are at work."""
+    stacked = torch._C._functorch.peek_interpreter_stack() is not None
+    return stacked or torch.autograd.forward_ad._current_level >= 0
 
 
 def _line(error: Exception) -> str:

@@ -40,11 +40,13 @@ _FRESH = frozenset(
 @dataclass(frozen=True)
 class Suspicion:
     """Why rows may meet in a model. proof: whether a proof in every launch can tell; else what was
-    seen may move some rows alone, and rows are kept apart.
+    seen may move some rows alone, and rows are kept apart. vmap: whether by `torch.func.vmap`,
+    under which hooks do not run.
     """
 
     reason: str
     proof: bool = True
+    vmap: bool = True
 
 
 def suspicion(program: Program) -> Suspicion | None:

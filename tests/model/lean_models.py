@@ -257,7 +257,7 @@ def _(m: Net, x: Tensor) -> Tensor:
     return y.sin()
 
 
-case("checkpoint", "watched")(
+case("checkpoint")(
     lambda m, x: checkpoint(lambda y: m.norm(m.first(y)).relu(), x, use_reentrant=False)
 )
 case("vmap", "off")(lambda m, x: torch.vmap(lambda one: m.first(one[None])[0].relu())(x))
