@@ -18,6 +18,7 @@ from saliency_fast.errors import InputError
 from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import At, Behind, Read, find_layers, module_of
+from saliency_fast.model.program import laid, lies_innermost
 from saliency_fast.model.routes import Inputs, Plain
 from saliency_fast.model.spatial import Change, last_spatial
 
@@ -182,8 +183,8 @@ def _of_inputs(baseline: Any, inputs: Inputs) -> bool:
 def _moved(call: Call, values: Inputs) -> Call:
     """The call with layers' values as inputs; the model's own inputs follow as arguments."""
     inputs, dtypes = read_inputs(values)
-    own = tuple(x.to(dtype) for x, dtype in zip(call.inputs, call.dtypes, strict=True))
-    args, count = (*own, *call.args), len(own)
+    own = [x.to(dtype) for x, dtype in zip(call.inputs, call.dtypes, strict=True)]
+    args, count = (*laid(own, call.innermost), *call.args), len(own)
 
     def moved(keys: frozenset[int | str]) -> frozenset[int | str]:
         return frozenset(key + count if isinstance(key, int) else key for key in keys)
@@ -196,6 +197,7 @@ def _moved(call: Call, values: Inputs) -> Call:
         args=args,
         whole=moved(call.whole),
         told=moved(call.told) | frozenset(range(count)),
+        innermost=tuple(map(lies_innermost, values)),
     )
 
 

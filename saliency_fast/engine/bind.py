@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saliency_fast.engine.baselines import MISSING
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.model.precision import HALVES
+from saliency_fast.model.program import lies_innermost
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target, Targets, read_targets
 
@@ -59,7 +60,8 @@ class Call:
     gradients added up, in float32 whatever the model's type. features: int64 [B | 1, *] per input,
     numbers of its segments; layers: where the method looks inside of the model, with `layer_input`
     at what they take. whole: the further arguments, by number or name, that go whole though they
-    have the batch's length; told: those of which the caller said whose they are.
+    have the batch's length; told: those of which the caller said whose they are. innermost: which
+    inputs the caller lays with their channels innermost in memory.
     """
 
     inputs: Inputs
@@ -74,6 +76,7 @@ class Call:
     layer_input: bool = False
     whole: frozenset[int | str] = frozenset()
     told: frozenset[int | str] = frozenset()
+    innermost: tuple[bool, ...] = ()
 
     def further(self) -> list[tuple[int | str, Any]]:
         """The further arguments by their number or name."""
@@ -84,7 +87,7 @@ class Call:
         """Equal for calls whose tensors have the same shapes, but for the number of examples."""
         further = [one for _, one in self.further() if isinstance(one, Tensor)]
         tensors = (*self.inputs, *further)
-        return self.dtypes, *((x.shape[1:], x.dtype, x.device) for x in tensors)
+        return self.dtypes, self.innermost, *((x.shape[1:], x.dtype, x.device) for x in tensors)
 
     @property
     def batch(self) -> int:
@@ -124,16 +127,18 @@ def bind(
         told = {key for key, one in marked.items() if isinstance(one, Belonging)}
         whole = {key for key, one in marked.items() if isinstance(one, Shared)}
         plain = {key: _plain(_unmarked(one, len(parts[0]))) for key, one in marked.items()}
+    several = isinstance(inputs, (tuple, list))
     return Call(
         parts,
         dtypes,
-        isinstance(inputs, (tuple, list)),
+        several,
         targets,
         tuple(one for key, one in plain.items() if isinstance(key, int)),
         {key: one for key, one in plain.items() if isinstance(key, str)},
         finite,
         whole=frozenset(whole),
         told=frozenset(told),
+        innermost=tuple(map(lies_innermost, inputs if several else (inputs,))),
     )
 
 

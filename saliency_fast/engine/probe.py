@@ -45,6 +45,11 @@ UNSEEN = 1536 * 1024**2
 """Bytes that the model as it is might take for one point without being foreseen on shapes first."""
 FREELY = 256 * 1024**2
 """Bytes that it may take where that was foreseen."""
+EXACT = frozenset((torch.float64,))
+"""Types of inputs for which a way repeats the model's own arithmetic, bit for bit: float64 is asked
+for where rounding must not show. On flat colours, black borders and padding, values are equal that
+a pool compares, or a rectifier compares with 0. Folded layers and other memory formats round them
+otherwise, and a gradient goes as a whole to where the last bit says."""
 AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 """Relative L2 up to which two gradients or scores are equal to rounding. Beyond, a way must agree
 with autograd in float64: rounding may also carry a point across kinks, which moves a gradient by as
@@ -283,6 +288,8 @@ class _Judge:
             self._compare(way, trial, trial.take(way, self.model), theirs)
 
     def _compare(self, way: Way, trial: Trial, mine: Taken, theirs: Taken) -> None:
+        if _exact(trial.call) and not mine.exactly(theirs):
+            raise _DisagreedError("its arithmetic is not the model's to the last bit")
         gap = mine.gap(theirs)
         if gap <= AGREEMENT[trial.call.dtypes[0]]:
             return
@@ -438,6 +445,8 @@ def _ways(model: Model, trial: Trial, recording: Recording) -> _Ways:
     except Exception as refusal:
         # Also what a model raises that takes one row alone, or two no longer: launches of one fit.
         return _Ways([watched], _suspicion(recording, refusal), None, _line(refusal))
+    if _exact(trial.call):
+        return _Ways([Way(whole), watched], suspect, whole)
     program, apart, recipe = fused(whole), with_rectifiers(whole), trial.recipe
     images = any(step.varying and step.func in CONVOLUTIONS for step in whole.steps)
     ways = []
@@ -449,6 +458,10 @@ def _ways(model: Model, trial: Trial, recording: Recording) -> _Ways:
             ways += [] if prefix is None else [Way(ordered, prefix=prefix, unfolded=apart)]
         ways.append(Way(ordered, unfolded=apart))
     return _Ways([*ways, watched], suspect, whole)
+
+
+def _exact(call: Call) -> bool:
+    return not EXACT.isdisjoint(call.dtypes)
 
 
 def _line(error: Exception) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_iter
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.memory import Ledger, MemoryMeter
@@ -30,6 +31,8 @@ from saliency_fast.model.widened import wide
 
 FEW = 128
 """Points of a call up to which ways are compared at two of them, and at three above."""
+OFF_TIES = 2.0**-20
+"""Share of the largest number by which points are moved off ties."""
 CORNER = 64
 """Sides of the images and volumes on which ways are verified that larger ones cannot afford."""
 
@@ -53,9 +56,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class Taken:
+    """outputs: all numbers that the model returned, where gradients were taken."""
+
     scores: Tensor
     grads: list[Inputs]
     cost: Cost
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def exactly(self, other: Taken) -> bool:
+        """Whether the model returned the same numbers, bit for bit."""
+        return all(map(torch.equal, self.outputs, other.outputs))
 
     def gap(self, other: Taken) -> float:
         """The largest relative difference, of scores or of a gradient."""
@@ -70,6 +80,28 @@ def _relative(a: Tensor, b: Tensor) -> float:
     if math.isnan(gap):
         return math.inf
     return gap / scale if scale else math.inf if gap else 0.0
+
+
+def _moved(x: Tensor) -> Tensor:
+    """In float64, and no two of its numbers equal."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.rand(x.shape, generator=draw, dtype=torch.float64).to(x.device)
+    return x.double() + OFF_TIES * (noise - 0.5) * x.abs().max().clamp_min(OFF_TIES)
+
+
+@dataclass
+class _Kept:
+    """A route that keeps what it returned last."""
+
+    route: Route
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        raw = self.route(points, args, kwargs)
+        self.outputs = [one.detach() for one in tree_iter(raw) if isinstance(one, Tensor)]
+        return raw
 
 
 @dataclass(frozen=True)
@@ -103,11 +135,13 @@ class Trial:
         return [replace(self, example=one, number=number, metered=False) for one, number in spots]
 
     def in_float64(self) -> Trial:
-        """The same point in float64."""
-        call, wider = self.call, tuple(one.double() for one in self.baselines)
+        """The same point in float64, moved a little: where values tie, ways that are right to
+        rounding differ.
+        """
+        call, wider = self.call, tuple(map(_moved, self.baselines))
         call = replace(
             call,
-            inputs=tuple(one.double() for one in call.inputs),
+            inputs=tuple(map(_moved, call.inputs)),
             dtypes=(torch.float64,) * len(call.dtypes),
             args=wide(call.args),
             kwargs=wide(dict(call.kwargs)),
@@ -126,12 +160,13 @@ class Trial:
 
     def plain(self, route: Route) -> Taken:
         """By the model as it is."""
-        function = self._function(route)
+        kept = _Kept(route)
+        function = self._function(kept)
 
         def gradients() -> Any:
             return function.again(lambda: function.gradients(*self._points(1)))
 
-        return self._measured(Ledger(MemoryMeter()), gradients)
+        return replace(self._measured(Ledger(MemoryMeter()), gradients), outputs=kept.outputs)
 
     def scores(self, function: PointFunction) -> Taken:
         """Scores alone, without gradients."""
@@ -153,11 +188,13 @@ class Trial:
         hoist = way.hoist(self.call, self.recipe, 1)
         behind = way.launched(model, self.call, self.recipe, self.baselines)
         if hoist is None:
+            kept = _Kept(behind.route)
+            behind = replace(behind, route=kept)
 
             def whole() -> Any:
                 return behind.again(lambda: behind.gradients(*self._points(1)))
 
-            return self._measured(ledger, whole)
+            return replace(self._measured(ledger, whole), outputs=kept.outputs)
         if not self.foreseen:
             check_affine(hoist.prefix, *hoist.first())
 

@@ -57,7 +57,11 @@ def function_of(route: Route, call: Call, kind: tuple[object, ...] = ()) -> Poin
     dtypes = call.dtypes if call.halves else None
     route = recurring(route, call.device)
     return PointFunction(
-        *(route, call.targets, call.args, call.kwargs), dtypes=dtypes, kind=kind, whole=call.whole
+        *(route, call.targets, call.args, call.kwargs),
+        dtypes=dtypes,
+        kind=kind,
+        whole=call.whole,
+        innermost=call.innermost,
     )
 
 

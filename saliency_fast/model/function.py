@@ -17,6 +17,7 @@ from saliency_fast.model.gradients import gradients
 from saliency_fast.model.outputs import map_tensors, rows_of
 from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
 from saliency_fast.model.prefix import Prefix
+from saliency_fast.model.program import laid
 from saliency_fast.model.routes import Inputs, Route, tensors_among
 from saliency_fast.model.targets import Targets, read_of
 
@@ -86,7 +87,8 @@ class PointFunction:
     kind: equal for functions that take points through the model in the same way. shape: of an
     example's output, once it is known. references: rows [B | 1, *] that go through the model behind
     the points, one for each; relevance: outputs hand back what the score owes to them. overwrites:
-    the model overwrites what autograd needs, so that copies of that are kept.
+    the model overwrites what autograd needs, so that copies of that are kept. innermost: which
+    inputs lie with their channels innermost in memory, so that their points are to lie so.
     """
 
     route: Route
@@ -105,6 +107,7 @@ class PointFunction:
     whole: frozenset[int | str] = frozenset()
     lone: PointFunction | None = None
     overwrites: bool = False
+    innermost: tuple[bool, ...] = ()
     _checked: bool = False
     _squeezes: bool | None = None
 
@@ -239,10 +242,12 @@ class PointFunction:
         return self.targets.read(raw, item)
 
     def taken(self, points: Inputs) -> Inputs:
-        """The points in the types that the model takes."""
-        if self.dtypes is None:
+        """The points in the types that the model takes, and as its inputs lie in memory."""
+        if self.dtypes is not None:
+            points = tuple(one.to(dtype) for one, dtype in zip(points, self.dtypes, strict=True))
+        if self.prefix is not None or not any(self.innermost):
             return points
-        return tuple(one.to(dtype) for one, dtype in zip(points, self.dtypes, strict=True))
+        return laid(points, self.innermost)
 
     def rows(self, item: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The further arguments of the rows of examples `item` [R]."""

@@ -103,7 +103,7 @@ def alike(function: PointFunction) -> tuple[object, ...]:
     further += sorted(function.kwargs.items())
     shared = tuple((key, _kind(key, value, function)) for key, value in further)
     dtypes, count = function.dtypes, function.targets.count
-    return (function.kind, function.lifted, count, dtypes, shared)
+    return (function.kind, function.lifted, count, dtypes, function.innermost, shared)
 
 
 def _kind(key: int | str, value: Any, function: PointFunction) -> object:

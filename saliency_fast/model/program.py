@@ -307,6 +307,20 @@ class Program:
         )
 
 
+def lies_innermost(x: Tensor) -> bool:
+    """Whether images or volumes lie with their channels innermost in memory."""
+    return x.dim() in _FORMATS and x.stride(1) == 1 and x.stride(-1) == x.shape[1]
+
+
+def laid(tensors: Sequence[Tensor], inside: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Tensors with their channels innermost in memory where `inside` says so.
+
+    PyTorch's operators round otherwise in another memory format.
+    """
+    pairs = zip(tensors, inside, strict=True)
+    return tuple(_innermost(one) if innermost else one for one, innermost in pairs)
+
+
 def _innermost(point: Tensor) -> Tensor:
     """Images and volumes with their channels innermost in memory, others as they are."""
     layout = _FORMATS.get(point.dim())
