@@ -63,11 +63,13 @@ if TYPE_CHECKING:
         VarGrad,
         XGradCAM,
     )
+    from saliency_fast.model.positions import NextToken
     from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.video import Clip, explain_video
 
 _MODULES = ("evaluate", "summary")
 _LATER = {
+    "NextToken": "model.positions",
     "Similarity": "tokens",
     "TokenAttribution": "tokens",
     "explain_tokens": "tokens",
@@ -107,6 +109,7 @@ __all__ = [
     "KernelShap",
     "LayerCAM",
     "Lime",
+    "NextToken",
     "Occlusion",
     "PerExample",
     "Plan",

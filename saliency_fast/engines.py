@@ -22,6 +22,7 @@ from saliency_fast.engine.arguments import assigned
 from saliency_fast.engine.at import Place
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call, bind
+from saliency_fast.engine.causal import following
 from saliency_fast.engine.choose import prepare
 from saliency_fast.engine.features import Features, read_features
 from saliency_fast.engine.independence import Known
@@ -41,7 +42,7 @@ from saliency_fast.model.guard import uncompiled, untouched
 from saliency_fast.model.layers import At, names_of
 from saliency_fast.model.precision import AUTO, PRECISIONS
 from saliency_fast.model.routes import Inputs
-from saliency_fast.model.targets import Target
+from saliency_fast.model.targets import Target, with_padding
 from saliency_fast.result import attribution, resident_before, usage_of
 from saliency_fast.together import Together, Whole, in_rows, whole_call
 
@@ -406,7 +407,7 @@ class Engine:
     ) -> tuple[Job, list[str] | None]:
         """A job, and the names of the layers that it is about."""
         recipe, method = recipe or self._recipe, method or self.method
-        call = assigned(self._called, call, self._place.known)
+        call = following(self.model, assigned(self._called, call, self._place.known))
         model, call, start, known, layers = self._place.taken(call, recipe, baseline)
         if self._place.at is not None:
             call = replace(call, features=read_features(call.features, call.inputs))
@@ -440,6 +441,8 @@ class Engine:
         integers = recipe.layers is None and (not recipe.gradients or self._place.at is not None)
         missing = recipe.scores_alone and self._place.at is None
         call = bind(inputs, target, args, kwargs, integers=integers, missing=missing)
+        about = (self.model, call.inputs, call.args, call.kwargs)
+        call = replace(call, targets=with_padding(call.targets, *about))
         if self._place.at is None:
             features = read_features(features, call.inputs)
         # At layers they are features of what these give, which is not known yet.

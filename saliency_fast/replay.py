@@ -19,6 +19,8 @@ from saliency_fast.specs import restore_baseline, restore_features, restore_targ
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9, "float16": 1e-2, "bfloat16": 5e-2}
 """Relative L2 distance within which two runs agree, by the model's type: rounding, amplified by a
 model's kinks. A precision may move a map as far as it was found to."""
+OF_WHOLE = TOLERANCE["float32"]
+"""The same of inputs that are whole numbers, whatever the model's type."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def replay(
     )
     same_input = _same(past.input_sha256, again.provenance.input_sha256)
     same_weights = _same(past.weights_sha256, record.weights_sha256(model))
-    error, tolerance = relative_l2(again, old), TOLERANCE[past.dtype]
+    error, tolerance = relative_l2(again, old), TOLERANCE.get(past.dtype, OF_WHOLE)
     if old.precision_error is not None:
         tolerance = max(tolerance, float(old.precision_error.max()))
     agrees = error <= tolerance and same_input is not False and same_weights is not False

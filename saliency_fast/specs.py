@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import RecordError
+from saliency_fast.model.positions import NextToken
 from saliency_fast.model.targets import Targets
 
 
@@ -18,6 +19,11 @@ def describe_target(targets: Targets) -> tuple[dict[str, Any], dict[str, Tensor]
     if targets.function is not None:
         name = getattr(targets.function, "__qualname__", type(targets.function).__name__)
         return {"kind": "function", "name": name}, kept
+    if targets.position is not None:
+        kept["target.position"] = targets.position
+        if targets.padding.real is not None:
+            kept["target.real"] = targets.padding.real
+        return {"kind": "next_token"}, kept
     if targets.classes is not None or targets.predicted:
         return {"kind": "predicted" if targets.predicted else "classes"}, kept
     if targets.places is not None:
@@ -43,6 +49,10 @@ def restore_target(
     if kind in ("classes", "predicted"):
         assert classes is not None
         return classes if many else classes.flatten()
+    if kind == "next_token":
+        assert classes is not None
+        token = classes if many else classes.flatten()
+        return NextToken(token, kept["target.position"], kept.get("target.real"))
     if kind == "places":
         return [tuple(row) for row in kept["target.places"].tolist()]
     if kind == "index":

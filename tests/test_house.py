@@ -45,6 +45,7 @@ PUBLIC = [
     "KernelShap",
     "LayerCAM",
     "Lime",
+    "NextToken",
     "Occlusion",
     "PerExample",
     "Plan",

@@ -53,6 +53,8 @@ def refusal(way: Way, call: Call, recipe: Recipe, plan: Plan) -> str | None:
         return "tiles and what waits in host memory follow the host"
     if call.targets.function is not None:
         return "the target is a function, whose tensors nobody watches"
+    if call.targets.position is not None or call.targets.padding.real is not None:
+        return "the target counts positions of texts"
     if plan.launch_bytes > LARGE:
         return "launches are so large that the host's work does not count"
     return None

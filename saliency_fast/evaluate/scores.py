@@ -14,7 +14,14 @@ from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_ro
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.model.precision import HALVES
-from saliency_fast.model.targets import PREDICTED, Target, Targets, read_targets, tensor_of
+from saliency_fast.model.targets import (
+    PREDICTED,
+    Target,
+    Targets,
+    read_targets,
+    tensor_of,
+    with_padding,
+)
 
 OUTPUTS = ("softmax", "logit")
 SUMS = 1e-4
@@ -196,7 +203,9 @@ class Scorer:
         if isinstance(self.target, str) and self.target == PREDICTED:
             return Reading(None)
         targets = one_target(self.target, len(self.inputs)).to(self.inputs.device)
-        if targets.classes is None:
+        about = (self.model, (self.inputs,), *self.running.arguments().values())
+        targets = with_padding(targets, *about)
+        if targets.classes is None or targets.position is not None:
             return Reading(None, targets)
         return Reading(targets.classes[:, 0])
 
@@ -208,6 +217,11 @@ def one_target(target: Target, batch: int) -> Targets:
         raise InputError(
             f"target must be one per example, as maps are: got {targets.count} of each; judge the "
             "maps of one target at a time"
+        )
+    if targets.position is not None and targets.predicted:
+        raise InputError(
+            "target: name the token of NextToken, such as the attribution's classes: the likeliest "
+            "one may be another at every point"
         )
     return targets
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError, ModelError
+from saliency_fast.model.casts import cast
 from saliency_fast.model.failures import BY_ARGUMENT, BY_EXAMPLE, TARGET, Failing
-
-PREDICTED = "predicted"
+from saliency_fast.model.padding import Padding, padding_of, read_mask
+from saliency_fast.model.positions import PREDICTED as PREDICTED
+from saliency_fast.model.positions import NextToken, own_tokens, token_axis
 
 
 @runtime_checkable
@@ -29,7 +31,9 @@ class Reader(Protocol):
 
 
 Target = (
-    int
+    NextToken
+    | int
+    | float
     | str
     | Tensor
     | np.ndarray[Any, Any]
@@ -56,7 +60,9 @@ class Targets:
     axis, summed over what it leaves; `mask` weights what `index` leaves; `function` is the user's
     own, called with the output and, where `example` says how, the indices int64 [R] of the examples
     that the rows belong to. All of them None is the scalar output. `predicted` waits for the first
-    forward pass at the inputs.
+    forward pass at the inputs. `position` int64 [B]: which place of an output [R, T, V] is read as
+    one [R, V]; negative from the last. Positions are counted among tokens that are no padding,
+    which `padding` tells of; `masked`: by the user's own mask.
     """
 
     batch: int
@@ -68,6 +74,9 @@ class Targets:
     example: str = ""
     predicted: bool = False
     many: bool = False
+    position: Tensor | None = None
+    padding: Padding = field(default_factory=Padding)
+    masked: bool = False
 
     @property
     def count(self) -> int:
@@ -80,10 +89,15 @@ class Targets:
         """Copies on `device`, apart from the user's own tensors."""
         moved = {
             name: value.to(device, copy=True)
-            for name in ("classes", "places", "mask")
+            for name in ("classes", "places", "mask", "position")
             if (value := getattr(self, name)) is not None
         }
-        return replace(self, **moved)
+        return replace(self, **moved, padding=self.padding.to(device))
+
+    @property
+    def counts(self) -> bool:
+        """Whether it names places of a sequence, so that padding matters."""
+        return self.position is not None or self.places is not None or bool(self.index)
 
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] of the rows of examples `item` [R], and the classes [R, K] chosen."""
@@ -92,6 +106,8 @@ class Targets:
         output = tensor_of(raw)
         if output.dim() == 0 or output.shape[0] != item.numel():
             raise self._wrong_rows(output, item.numel())
+        if self.position is not None:
+            output = self._after(output, item)
         if self.predicted and self.classes is None:
             _need_matrix(output, "target='predicted'")
             classes = output.detach().argmax(1, keepdim=True)
@@ -117,6 +133,10 @@ class Targets:
 
     def fit(self, shape: torch.Size) -> None:
         """Raises where classes or indices lie outside an example's output of that shape."""
+        if self.position is not None:
+            _need_sequence(shape)
+            self.padding.places(self.position, shape[0])
+            shape = shape[1:]
         if self.classes is not None and len(shape) == 1:
             _in_range(self.classes, shape[0])
         if self.places is not None:
@@ -125,13 +145,32 @@ class Targets:
                     f"target: each tuple must index the whole output {list(shape)} of an example: "
                     f"got {self.places.shape[1]} numbers, expected {len(shape)}"
                 )
-            for axis, size in enumerate(shape):
-                _in_range(self.places[:, axis], size)
+            self._placed(shape)
+
+    def _after(self, output: Tensor, item: Tensor) -> Tensor:
+        """The outputs [R, V] at the position of each row's example."""
+        assert self.position is not None
+        _need_sequence(output.shape[1:])
+        place = self.padding.places(self.position, output.shape[1])
+        return output[torch.arange(len(item), device=item.device), place[item]]
+
+    def _placed(self, shape: torch.Size) -> Tensor:
+        """`places` of outputs of that shape, int64 [B, D] from 0."""
+        assert self.places is not None
+        axis, found = token_axis(self.padding, shape, self.places), []
+        for number, size in enumerate(shape):
+            column = self.places[:, number]
+            if number == axis:
+                found.append(self.padding.places(column, size))
+                continue
+            _in_range(column, size)
+            found.append(torch.where(column < 0, column + size, column))
+        return torch.stack(found, 1)
 
     def _structured(self, output: Tensor, item: Tensor) -> Tensor:
         if self.places is not None:
             rows = torch.arange(len(item), device=item.device)
-            return output[(rows, *self.places[item].unbind(1))]
+            return output[(rows, *self._placed(output.shape[1:])[item].unbind(1))]
         if self.index is None:
             if output[0].numel() != 1:
                 raise InputError(
@@ -140,8 +179,13 @@ class Targets:
                     "one int per example, a tuple index, 'predicted', or a function of the output"
                 )
             return output.reshape(-1)
+        index = self.index
         try:
-            picked = output[(slice(None), *self.index)]
+            axis = token_axis(self.padding, output.shape[1:], index)
+            if axis is not None:
+                whole = self.mask is not None
+                output, index = own_tokens(self.padding, output, item, index, axis, whole=whole)
+            picked = output[(slice(None), *index)]
         except IndexError as error:
             raise InputError(
                 f"target {self.index!r} does not index an output of shape "
@@ -248,10 +292,15 @@ def tensor_of(raw: Any) -> Tensor:
     )
 
 
-def read_targets(target: Target, batch: int) -> Targets:
-    """Validates `target` for a batch; raises InputError or InputTypeError with the cure."""
+def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets:
+    """Validates `target` for a batch; raises InputError or InputTypeError with the cure.
+
+    signed: whether ints may be negative, where they are positions.
+    """
     if target is None:
         return Targets(batch)
+    if isinstance(target, NextToken):
+        return _next(target, batch)
     if isinstance(target, str):
         if target != PREDICTED:
             raise InputError(f"target: the only name is 'predicted': got {target!r}")
@@ -261,41 +310,82 @@ def read_targets(target: Target, batch: int) -> Targets:
     if isinstance(target, bool):
         raise InputTypeError("target must be an int, a sequence, a tuple or a function: got bool")
     if isinstance(target, (np.ndarray, np.generic)):
-        return read_targets(target.tolist(), batch)
-    if isinstance(target, int):
-        return Targets(batch, classes=_classes(torch.full((batch, 1), target)))
+        return read_targets(target.tolist(), batch, signed=signed)
+    if isinstance(target, int) or (isinstance(target, float) and target.is_integer()):
+        return Targets(batch, classes=_classes(torch.full((batch, 1), int(target)), signed))
     if isinstance(target, Tensor):
-        return _per_example(target, batch)
+        return _per_example(target, batch, signed)
     if isinstance(target, tuple):
         return _index(target, batch)
     if callable(target):
         return Targets(batch, function=target, example=_example_of(target))
     if isinstance(target, Sequence):
-        return _sequence(target, batch)
+        return _sequence(target, batch, signed)
     raise InputTypeError(
         "target must be None, an int, one int per example, a tuple, 'predicted' or a function: "
         f"got {type(target).__name__}"
     )
 
 
-def _sequence(target: Sequence[Any], batch: int) -> Targets:
+def _next(target: NextToken, batch: int) -> Targets:
+    """The targets of the tokens that follow."""
+    token = target.token
+    if isinstance(token, str) and token != PREDICTED:
+        raise InputError(
+            f"NextToken: the text {token!r} has an id only where a tokenizer is at hand: use "
+            "explain_tokens, or pass the id"
+        )
+    if token is None or isinstance(token, (tuple, NextToken)) or callable(token):
+        raise InputTypeError(
+            "NextToken: token must be 'predicted', an id, one id per text or [B, K] ids: got "
+            f"{type(token).__name__}"
+        )
+    position = read_targets(target.position, batch, signed=True).classes
+    if position is None or position.shape[1] != 1:
+        raise InputError(
+            f"NextToken: position must be an int, or one per text: got {target.position!r}"
+        )
+    mask = target.mask
+    padding = Padding() if mask is None else read_mask(mask, batch)
+    found = read_targets(token, batch)
+    return replace(found, position=position[:, 0], padding=padding, masked=mask is not None)
+
+
+def with_padding(
+    targets: Targets,
+    model: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+) -> Targets:
+    """Targets that know of the padding which a call's further arguments tell of."""
+    if targets.masked or not (targets.counts or targets.predicted):
+        return targets
+    args = args if isinstance(args, tuple) else (args,)
+    return replace(targets, padding=padding_of(model, inputs, args, kwargs or {}))
+
+
+def _sequence(target: Sequence[Any], batch: int, signed: bool) -> Targets:
     if target and all(isinstance(one, tuple) for one in target):
         _need_length(len(target), batch)
         if len({len(one) for one in target}) != 1:
             raise InputError("target: the tuples of a list must have one length")
-        return Targets(batch, places=_classes(torch.tensor(target)))
+        return Targets(batch, places=_classes(torch.tensor(target), signed=True))
     try:
         numbers = torch.as_tensor(target)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(
             f"target: a list must hold one int per example, or K ints for each: {error}"
         ) from error
-    return _per_example(numbers, batch)
+    return _per_example(numbers, batch, signed)
 
 
-def _per_example(target: Tensor, batch: int) -> Targets:
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise InputTypeError(f"target: a tensor must hold integers: got {target.dtype}")
+def _per_example(target: Tensor, batch: int, signed: bool) -> Targets:
+    if target.is_complex() or target.dtype == torch.bool or _fractional(target):
+        raise InputTypeError(
+            f"target: a tensor must hold integers: got {target.dtype} {list(target.shape)}; use "
+            "target.argmax(1) of probabilities or one-hot rows"
+        )
     if target.dim() == 0:
         target = target.expand(batch)
     _need_length(len(target), batch)
@@ -304,7 +394,24 @@ def _per_example(target: Tensor, batch: int) -> Targets:
             f"target: a tensor must be [B] or [B, K]: got {list(target.shape)} for B = {batch}"
         )
     many = target.dim() == 2
-    return Targets(batch, classes=_classes(target.reshape(batch, -1)), many=many)
+    ones, zeros = (target == 1).sum(-1), (target == 0).sum(-1)
+    if (
+        many
+        and target.shape[1] > 2
+        and bool((ones == 1).all() & (zeros == target.shape[1] - 1).all())
+    ):
+        raise InputError(
+            f"target: rows {list(target.shape)} of one 1 among zeros are one-hot, and [B, K] "
+            "holds K classes of each example: use target.argmax(1)"
+        )
+    return Targets(batch, classes=_classes(target.reshape(batch, -1), signed), many=many)
+
+
+def _fractional(target: Tensor) -> bool:
+    """Whether a tensor holds floats that are no labels: those are whole, one for each example."""
+    if not target.is_floating_point():
+        return False
+    return target.dim() > 1 or not bool((target == target.trunc()).all())
 
 
 def _index(target: tuple[Any, ...], batch: int) -> Targets:
@@ -320,19 +427,28 @@ def _index(target: tuple[Any, ...], batch: int) -> Targets:
     return Targets(batch, index=tuple(index), mask=mask)
 
 
-def _classes(target: Tensor) -> Tensor:
-    if bool((target < 0).any()):
+def _need_sequence(shape: torch.Size) -> None:
+    if len(shape) != 2:
+        raise InputError(
+            f"NextToken needs a model that returns [B, T, V], a number for each token that could "
+            f"follow each place: got {['B', *shape]}"
+        )
+
+
+def _classes(target: Tensor, signed: bool = False) -> Tensor:
+    if not signed and bool((target < 0).any()):
         raise InputError(
             f"target out of range: got {int(target.min())}, expected 0 or more; count from the "
             "front"
         )
-    return target.to(torch.int64).contiguous()
+    return cast(target, torch.int64, "target").contiguous()
 
 
 def _in_range(classes: Tensor, size: int) -> None:
-    largest = int(classes.max())
-    if largest >= size:
-        raise InputError(f"target out of range: got {largest}, expected 0 to {size - 1}")
+    largest, least = int(classes.max()), int(classes.min())
+    if largest >= size or least < -size:
+        got = largest if largest >= size else least
+        raise InputError(f"target out of range: got {got}, expected 0 to {size - 1}")
 
 
 def _need_length(length: int, batch: int) -> None:
@@ -352,5 +468,6 @@ def _need_matrix(output: Tensor, what: str) -> None:
     if output.dim() != 2:
         raise InputError(
             f"{what} needs an output [B, classes]: got {list(output.shape)}; pass a tuple such as "
-            "(class,), which sums over the other axes, or (class, mask)"
+            "(class,), which sums over the other axes, or (class, mask), and for language models "
+            "sf.NextToken(token)"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast.evaluate.scores import UNTOLD, Questions, probabilities
 from saliency_fast.evaluate.subject import Subject
-from saliency_fast.model.targets import Targets, read_targets, tensor_of
+from saliency_fast.model.targets import Targets, read_targets, tensor_of, with_padding
 from saliency_fast.summary.fills import fills
 
 
@@ -99,7 +99,10 @@ def remove(subject: Subject, labels: Tensor, gone: list[int]) -> list[Removed | 
 def _asked(subject: Subject, write: Any, item: Tensor) -> tuple[list[Verdict], list[Verdict]]:
     """Verdicts at the inputs, and at the points."""
     targets = read_targets(subject.classes, subject.batch).to(subject.inputs.device)
-    classes = None if targets.classes is None else targets.classes[:, 0]
+    arguments = subject.running.arguments().values()
+    targets = with_padding(targets, subject.model, (subject.inputs,), *arguments)  # type: ignore[arg-type]
+    plain = targets.classes is not None and targets.position is None
+    classes = targets.classes[:, 0] if plain else None  # type: ignore[index]
     asked, running = Questions(write, item, item), subject.running
     engine = running.engine(subject.model, asked)  # type: ignore[arg-type]
     engine(subject.inputs, Reading(classes, targets), **running.arguments())

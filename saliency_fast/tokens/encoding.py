@@ -66,12 +66,50 @@ def encode(
         empty = [number for number, ids in enumerate(encoding["input_ids"]) if not ids]
         raise InputError(f"texts have no tokens: got {empty}; leave empty texts out")
     found = _padded(tokenizer, encoding, pairs, _device(model))
-    return replace(found, further=_accepted(model, found))
+    further = _accepted(model, found)
+    return replace(found, further=further | _positions(model, found))
+
+
+def _positions(model: object, found: Encoded) -> dict[str, Tensor]:
+    """Positions that do not count padding on the left, where the model takes any: most tables of
+    positions know nothing of it.
+    """
+    if bool(found.real[:, 0].all()):
+        return {}
+    tables = _tables(model)
+    # Models that keep a position for padding count by themselves.
+    if any(one.padding_idx is not None for one in tables):
+        return {}
+    if "position_ids" in _parameters(model):
+        return {"position_ids": (found.real.cumsum(1) - 1).clamp_min(0)}
+    if tables:
+        warnings.warn(
+            "texts are padded on the left, and the model counts positions from there, so that a "
+            "text gets another map than alone: use tokenizer.padding_side = 'right', or one text "
+            "at a time",
+            UserWarning,
+            stacklevel=4,
+        )
+    return {}
+
+
+def _parameters(model: object) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(getattr(model, "forward", model)).parameters  # type: ignore[arg-type]
+
+
+def _tables(model: object) -> list[nn.Embedding]:
+    """Tables of positions."""
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    return [
+        layer
+        for name, layer in named
+        if isinstance(layer, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS
+    ]
 
 
 def _accepted(model: object, found: Encoded) -> dict[str, Tensor]:
     """The arguments that the model has a place for."""
-    names = inspect.signature(getattr(model, "forward", model)).parameters  # type: ignore[arg-type]
+    names = _parameters(model)
     if any(one.kind is one.VAR_KEYWORD for one in names.values()):
         return found.further
     if "attention_mask" not in names and not bool(found.real.all()):
@@ -93,11 +131,10 @@ def _limit(model: object, tokenizer: Any) -> int | None:
     """The most tokens of a text that a model has places for; None where nothing tells."""
     known = [getattr(tokenizer, "model_max_length", None)]
     known.append(getattr(getattr(model, "config", None), "max_position_embeddings", None))
-    for name, layer in model.named_modules() if isinstance(model, nn.Module) else ():
-        if isinstance(layer, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS:
-            # Where a place is kept for padding, texts begin behind it.
-            first = 0 if layer.padding_idx is None else layer.padding_idx + 1
-            known.append(layer.num_embeddings - first)
+    for layer in _tables(model):
+        # Where a place is kept for padding, texts begin behind it.
+        first = 0 if layer.padding_idx is None else layer.padding_idx + 1
+        known.append(layer.num_embeddings - first)
     return min((n for n in known if isinstance(n, int) and 0 < n < _UNLIMITED), default=None)
 
 
@@ -171,3 +208,20 @@ def token_named(tokenizer: Any, baseline: str | int) -> int:
             f"this tokenizer: got {baseline!r}"
         )
     return int(found)
+
+
+def id_of(tokenizer: Any, token: str) -> int:
+    """The id of a token by its text, as the tokenizer writes it inside of texts, or by its name in
+    the vocabulary; raises InputError where the text is several tokens.
+    """
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) == 1:
+        return int(ids[0])
+    named = tokenizer.get_vocab().get(token)
+    if named is not None:
+        return int(named)
+    pieces = tokenizer.convert_ids_to_tokens(list(ids))
+    raise InputError(
+        f"NextToken: {token!r} is {len(ids)} tokens, expected one: got {pieces}; pass the first of "
+        "them or an id, with a space before it where a word begins"
+    )

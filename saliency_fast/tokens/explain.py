@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
 from saliency_fast.methods import read_method
 from saliency_fast.model.layers import EMBEDDINGS, find_layers
+from saliency_fast.model.positions import PREDICTED, NextToken
 from saliency_fast.model.targets import Target
+from saliency_fast.specs import restore_target
 from saliency_fast.tokens.beside import Beside
-from saliency_fast.tokens.encoding import Encoded, Text, encode, token_named
+from saliency_fast.tokens.encoding import Encoded, Text, encode, id_of, token_named
 from saliency_fast.tokens.result import TokenAttribution
 from saliency_fast.tokens.similarity import Compared, Similarity
 
@@ -47,7 +50,9 @@ def explain_tokens(
     The embeddings of the tokens are explained, and reduced over their channels: `reduction` is
     "sum", "absmax", "l2" or None, the sum, and the norm of gradients alone, whose sum is next to
     zero where a layer norm follows. Methods that look at scores alone exchange tokens instead.
-    texts: one, several, or pairs. target: as in `explain`, or a `Similarity` to other texts.
+    texts: one, several, or pairs. target: as in `explain`, or a `Similarity` to other texts. Of
+    language models `NextToken` names the token that follows, by its id or text; "predicted" is the
+    likeliest one behind each text. Positions count a text's own tokens, whatever the padding.
     baseline: what stands for no information in the place of the texts' own tokens, while special
     tokens stay: "pad", "mask", "unk", a token id, or "zero" for embeddings of zeros. attention:
     whether attention is read too; None: where the model has any. query: the token whose attention
@@ -70,6 +75,10 @@ def explain_tokens(
         others = encode(model, tokenizer, target.texts(len(several)), max_length, truncate)
         model, target = Compared(model, target), None
         further |= {"pooled": found.real, "other": model.embedded(others)}
+    if isinstance(target, NextToken):
+        target = _named(tokenizer, target)
+        if query == "auto" and isinstance(target.position, int):
+            query = target.position
     whole, values = _attributed(
         model, tokenizer, method, baseline, found, target, further, reduction, options
     )
@@ -77,7 +86,7 @@ def explain_tokens(
     if attention is not False:
         reading = Beside(found.real, query, layer)
         # The classes that were explained, where "predicted" chose them.
-        same = target if whole.classes is None else whole.classes
+        same = target if whole.classes is None else _same(whole)
         seen = _beside(model, reading, found, same, further, attention, options)
     return TokenAttribution(
         found.tokens, found.words, found.real, found.special, values * found.real, *seen, whole
@@ -117,6 +126,22 @@ def _attributed(
         values = whole.map(reduction or ("l2" if alone else "sum"), channel_axis=-1)
     assert isinstance(values, Tensor)
     return whole, values
+
+
+def _same(whole: Attribution) -> Target:
+    """The target that was explained, where "predicted" chose it."""
+    target: Target = restore_target(whole.provenance.target, whole.classes, whole.many, whole.kept)
+    return target
+
+
+def _named(tokenizer: Any, target: NextToken) -> NextToken:
+    """The target with the ids of tokens that it names by their text."""
+    token = target.token
+    if isinstance(token, str) and token != PREDICTED:
+        return replace(target, token=id_of(tokenizer, token))
+    if isinstance(token, (list, tuple)) and all(isinstance(one, str) for one in token):
+        return replace(target, token=[id_of(tokenizer, one) for one in token])
+    return target
 
 
 def _listed(texts: Text | Sequence[Text]) -> list[Text]:

@@ -227,7 +227,8 @@ def classes_of(target: Target, before: Tensor) -> Tensor:
     if isinstance(target, str) and target == PREDICTED:
         return before
     targets = read_targets(target, len(before)).to(before.device)
-    if targets.classes is None or targets.classes.shape[1] != 1:
+    structured = targets.position is not None
+    if targets.classes is None or targets.classes.shape[1] != 1 or structured:
         raise InputError(
             "an attack needs one class per example: pass target=int, one int per example, or "
             "'predicted'"

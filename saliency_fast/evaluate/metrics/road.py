@@ -97,7 +97,8 @@ class Road(Metric):
 
 def classes_of(subject: Subject) -> Tensor:
     """The target as one class per example, int64 [B]; raises where it is none."""
-    classes = read_targets(subject.classes, subject.batch).classes
+    targets = read_targets(subject.classes, subject.batch)
+    classes = None if targets.position is not None else targets.classes
     if classes is None or subject.first.decisions is None:
         raise InputError(
             "decisions need a target that is a class of several: the model or the target gives one "
