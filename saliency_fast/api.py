@@ -40,6 +40,7 @@ def explain(
     features: Features = None,
     rows: str = "alone",
     progress: bool = False,
+    create_graph: bool = False,
 ) -> Attribution:
     """Explains what `model` says of `inputs`.
 
@@ -76,6 +77,7 @@ def explain(
         lean=lean,
         progress=progress,
         rows=rows,
+        create_graph=create_graph,
     )
     return engine(
         inputs,

@@ -123,6 +123,9 @@ class Attribution:
                 f"channel_axis must name an axis behind the batch of {list(flat.shape)}: got "
                 f"{channel_axis}"
             )
+        if values.requires_grad:
+            reduced = _reduced(flat, reduction, channel_axis)
+            return reduced.view(*values.shape[:lead], *reduced.shape[1:])
         moved = flat.movedim(channel_axis, 1).contiguous()
         reduced, _ = ops.finish(moved, None, None, reduction)
         result: Tensor = reduced.view(*values.shape[:lead], *reduced.shape[1:])
@@ -147,7 +150,7 @@ class Attribution:
         maps = self.map("sum" if style == "signed" else "l2")
         parts = maps if isinstance(maps, tuple) else (maps,)
         frames = tuple(
-            render.frames(image, one, style, percentile, opacity)
+            render.frames(image.detach(), one.detach(), style, percentile, opacity)
             for image, one in zip(images, parts, strict=True)
         )
         return frames if isinstance(self.values, tuple) else frames[0]
@@ -162,6 +165,13 @@ class Attribution:
         tensors |= {f"extras.{name}": value for name, value in self.extras.items()}
         metadata = {"tuple": isinstance(self.values, tuple), "provenance": asdict(self.provenance)}
         return record.write(path, tensors, metadata)
+
+
+def _reduced(values: Tensor, reduction: str, axis: int) -> Tensor:
+    """The same reductions on autograd's graph."""
+    if reduction == "sum":
+        return values.sum(axis)
+    return values.abs().amax(axis) if reduction == "absmax" else values.norm(dim=axis)
 
 
 _OPTIONAL = (
@@ -204,7 +214,9 @@ def _assembled(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> At
 
 def relative_l2(found: Attribution, expected: Attribution) -> float:
     """Relative L2 distance of two attributions' values over all inputs."""
-    pairs = list(zip(found._parts(), expected._parts(), strict=True))
+    pairs = [
+        (a.detach(), b.detach()) for a, b in zip(found._parts(), expected._parts(), strict=True)
+    ]
     gap = sum(float((a.double().cpu() - b.double().cpu()).square().sum()) for a, b in pairs)
     norm = sum(float(b.double().square().sum()) for _, b in pairs)
     return float(torch.tensor(gap / norm if norm else gap).sqrt())

@@ -24,6 +24,7 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call, bind
 from saliency_fast.engine.causal import following
 from saliency_fast.engine.choose import prepare
+from saliency_fast.engine.differentiable import check_differentiable, differentiable
 from saliency_fast.engine.features import Features, read_features
 from saliency_fast.engine.independence import Known
 from saliency_fast.engine.job import Job
@@ -69,7 +70,10 @@ class Engine:
     at most, for others to share its launch. rows: "alone" explains every row of the inputs as the
     model scores it alone; "together" takes all rows for one input, such as the nodes of a graph,
     and explains the sum of their scores: values are like the inputs, `delta` and `error` are those
-    of the whole.
+    of the whole. create_graph: whether values are on autograd's graph, so that a loss may depend on
+    a map: they can be differentiated by the model's parameters, by inputs that require gradients
+    and by further arguments. For sums of gradients alone (gradients, paths, noise), without a lean
+    way, in autograd's memory, and in evaluation mode.
 
     The model is explained in evaluation mode and left as it was, whatever happens.
     """
@@ -93,6 +97,7 @@ class Engine:
         waiting: int = 1024,
         latency: float = 0.002,
         rows: str = "alone",
+        create_graph: bool = False,
     ) -> None:
         if not callable(model):
             raise InputTypeError(f"model must be callable: got {type(model).__name__}")
@@ -123,6 +128,13 @@ class Engine:
         self.limits = Limits(memory_budget, points_per_launch)
         self.rows, self._wholes = rows, dict[int, Engine]()
         self._recipe = self.method.recipe()
+        self.create_graph = create_graph
+        if create_graph:
+            check_differentiable(self.method, self._recipe, at=at, precision=precision)
+            if rows == "together":
+                raise InputError("create_graph=True is for rows='alone': got rows='together'")
+            # Neither leaves a graph behind.
+            self.lean = self.graphs = False
         self._place = Place(self._called, at, layer_input, _probes_of(self._called))
         self._service: Service[Attribution] = Service(
             partial(untouched, model, draws=False),
@@ -179,9 +191,12 @@ class Engine:
         resident = resident_before(call)
         with untouched(self.model, call.device) as training, self._diagnosing(call):
             job, at = self._prepare(call, baseline, region)
-            for moment in self._shown(job):
-                last = moment
-            outcome = last.outcome()
+            if self.create_graph:
+                outcome = self._differentiable(job, inputs)
+            else:
+                for moment in self._shown(job):
+                    last = moment
+                outcome = last.outcome()
             need_finite(outcome, job.plan.precision)
             usage = usage_of(job.plan, resident, time.perf_counter() - started)
             facts = usage | self._hashes(call)
@@ -202,6 +217,7 @@ class Engine:
 
         Points are visited so that any beginning of them is spread over the path or the noise.
         """
+        self._need_call("stream")
         if self.rows == "together":
             about = (inputs, target, baseline, forward_args, forward_kwargs, features)
             with self._whole(*about, region=region) as (engine, whole, given):
@@ -260,6 +276,7 @@ class Engine:
         Raises BusyError where there is no place, ClosedError after `close`, and what is wrong with
         the arguments; what goes wrong later is the future's.
         """
+        self._need_call("submit")
         if self.rows == "together":
             raise InputError(
                 "submit packs rows of several requests: got an engine with rows='together'; call "
@@ -447,6 +464,15 @@ class Engine:
             features = read_features(features, call.inputs)
         # At layers they are features of what these give, which is not known yet.
         return replace(call, features=features)
+
+    def _differentiable(self, job: Job, inputs: Tensor | Inputs) -> Outcome:
+        if job.part is not None:
+            raise InputError("create_graph=True is for whole maps: leave region= out")
+        return differentiable(job, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
+
+    def _need_call(self, name: str) -> None:
+        if self.create_graph:
+            raise InputError(f"create_graph=True is for engine(inputs): got engine.{name}")
 
     def _attribution(
         self,

@@ -33,7 +33,6 @@ class Reader(Protocol):
 Target = (
     NextToken
     | int
-    | float
     | str
     | Tensor
     | np.ndarray[Any, Any]
@@ -311,8 +310,8 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
         raise InputTypeError("target must be an int, a sequence, a tuple or a function: got bool")
     if isinstance(target, (np.ndarray, np.generic)):
         return read_targets(target.tolist(), batch, signed=signed)
-    if isinstance(target, int) or (isinstance(target, float) and target.is_integer()):
-        return Targets(batch, classes=_classes(torch.full((batch, 1), int(target)), signed))
+    if isinstance(target, int):
+        return Targets(batch, classes=_classes(torch.full((batch, 1), target), signed))
     if isinstance(target, Tensor):
         return _per_example(target, batch, signed)
     if isinstance(target, tuple):
@@ -381,10 +380,13 @@ def _sequence(target: Sequence[Any], batch: int, signed: bool) -> Targets:
 
 
 def _per_example(target: Tensor, batch: int, signed: bool) -> Targets:
-    if target.is_complex() or target.dtype == torch.bool or _fractional(target):
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        cure = (
+            "target.argmax(1) of probabilities or one-hot rows" if target.dim() > 1 else ".long()"
+        )
         raise InputTypeError(
             f"target: a tensor must hold integers: got {target.dtype} {list(target.shape)}; use "
-            "target.argmax(1) of probabilities or one-hot rows"
+            f"{cure}, where these are classes"
         )
     if target.dim() == 0:
         target = target.expand(batch)
@@ -405,13 +407,6 @@ def _per_example(target: Tensor, batch: int, signed: bool) -> Targets:
             "holds K classes of each example: use target.argmax(1)"
         )
     return Targets(batch, classes=_classes(target.reshape(batch, -1), signed), many=many)
-
-
-def _fractional(target: Tensor) -> bool:
-    """Whether a tensor holds floats that are no labels: those are whole, one for each example."""
-    if not target.is_floating_point():
-        return False
-    return target.dim() > 1 or not bool((target == target.trunc()).all())
 
 
 def _index(target: tuple[Any, ...], batch: int) -> Targets:

@@ -297,17 +297,12 @@ def test_next_tokens_are_checked() -> None:
         sf.NextToken(2, mask=[[1, 1]])  # type: ignore[arg-type]
 
 
-def test_labels_keep_their_numbers() -> None:
+def test_rows_of_ones_and_zeros_are_no_classes() -> None:
     f, x = (lambda v: v @ torch.arange(15.0).view(5, 3)), torch.randn(2, 5)
-    right = sf.explain(f, x, target=[2, 1], method="gradient").values
-    for target in (torch.tensor([2.0, 1.0]), torch.tensor([2, 1], dtype=torch.uint8), [2.0, 1.0]):
-        assert torch.equal(sf.explain(f, x, target=target, method="gradient").values, right)
-    for lost in (torch.tensor([2.5, 1.0]), [float("nan"), 1.0]):
-        with pytest.raises(InputTypeError, match="must hold integers"):
-            sf.explain(f, x, target=lost)
-    with pytest.raises(InputError, match="target would change"):
-        sf.explain(f, x, target=[1e30, 1.0])
     with pytest.raises(InputTypeError, match="argmax"):
         sf.explain(f, x, target=torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
+    with pytest.raises(InputTypeError, match="long"):
+        sf.explain(f, x, target=torch.tensor([2.0, 1.0]))
     with pytest.raises(InputError, match="one-hot"):
         sf.explain(f, x, target=torch.tensor([[0, 0, 1], [0, 1, 0]]))
+    assert sf.explain(f, x, target=[[0, 1, 2]] * 2, method="gradient").values.shape == (2, 3, 5)
