@@ -8,6 +8,7 @@ from saliency_fast.captum.attribution import (
     Attribution,
     GradientAttribution,
     LayerAttribution,
+    NeuronAttribution,
     PerturbationAttribution,
 )
 from saliency_fast.captum.deep_lift import DeepLift, DeepLiftShap
@@ -17,7 +18,7 @@ from saliency_fast.captum.guided import Deconvolution, GuidedBackprop, GuidedGra
 from saliency_fast.captum.integrated_gradients import IntegratedGradients
 from saliency_fast.captum.layer import LayerActivation, LayerGradCam, LayerGradientXActivation
 from saliency_fast.captum.layer_conductance import LayerConductance
-from saliency_fast.captum.layer_deep_lift import LayerDeepLift
+from saliency_fast.captum.layer_deep_lift import LayerDeepLift, LayerDeepLiftShap
 from saliency_fast.captum.layer_integrated_gradients import LayerIntegratedGradients
 from saliency_fast.captum.lime import KernelShap, Lime
 from saliency_fast.captum.lime_base import LimeBase, get_exp_kernel_similarity_function
@@ -29,6 +30,7 @@ from saliency_fast.captum.lrp_rules import (
     IdentityRule,
     PropagationRule,
 )
+from saliency_fast.captum.neuron_deep_lift import NeuronDeepLift, NeuronDeepLiftShap
 from saliency_fast.captum.noise_tunnel import NoiseTunnel
 from saliency_fast.captum.perturbation import FeatureAblation, FeaturePermutation, Occlusion
 from saliency_fast.captum.shapley import ShapleyValues, ShapleyValueSampling
@@ -56,11 +58,15 @@ __all__ = [
     "LayerAttribution",
     "LayerConductance",
     "LayerDeepLift",
+    "LayerDeepLiftShap",
     "LayerGradCam",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
     "Lime",
     "LimeBase",
+    "NeuronAttribution",
+    "NeuronDeepLift",
+    "NeuronDeepLiftShap",
     "NoiseTunnel",
     "Occlusion",
     "PerturbationAttribution",

@@ -13,6 +13,7 @@ from torch.nn import functional
 from saliency_fast.captum.contract import (
     as_args,
     as_baselines,
+    as_target,
     as_tuple,
     check_baselines,
     check_target,
@@ -35,9 +36,8 @@ class Attribution:
         self.forward_func = forward_func
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises NotImplementedError: maps are returned, not promised."""
-        name = type(self).__name__
-        raise NotImplementedError(f"attribute_future is not implemented for {name}")
+        """Raises NotImplementedError; some of the perturbation classes return maps as futures."""
+        return not_promised(self)
 
     @property
     def multiplies_by_inputs(self) -> bool:
@@ -52,6 +52,12 @@ class Attribution:
     def get_name(cls) -> str:
         """The class's name in words: "Integrated Gradients"."""
         return re.sub(r"(?<!^)([^a-z])", r" \1", cls.__name__)
+
+
+def not_promised(method: Attribution) -> Any:
+    """Raises what Captum's classes without `attribute_future` raise."""
+    name = type(method).__name__
+    raise NotImplementedError(f"attribute_future is not implemented for {name}")
 
 
 class GradientAttribution(Attribution):
@@ -89,6 +95,7 @@ class GradientAttribution(Attribution):
                     f"found attribution: {len(one)} and end_point: {len(end)}"
                 )
         check_baselines(ends, starts)
+        target = as_target(target)
         check_target(target, len(ends[0]))
         further = as_args(additional_forward_args)
         with torch.no_grad(), kept(self.forward_func):
@@ -134,3 +141,7 @@ class LayerAttribution(InternalAttribution):
     ) -> Tensor:
         """Maps [B, C, *s] at another spatial size."""
         return functional.interpolate(layer_attribution, interpolate_dims, mode=interpolate_mode)
+
+
+class NeuronAttribution(InternalAttribution):
+    """A method whose maps are of a neuron within a layer."""

@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saliency_fast.errors import ContractError
+from saliency_fast.model.casts import cast
 from saliency_fast.model.routes import Inputs
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -72,9 +74,9 @@ def as_args(further: Any) -> tuple[Any, ...]:
 
 
 def as_baselines(baselines: Any, inputs: Inputs) -> Baselines:
-    """Baselines as a tuple; zeros where there are none."""
+    """Baselines as a tuple; zeros where there are none, of bool inputs False."""
     if baselines is None:
-        return (0,) * len(inputs)
+        return tuple(False if x.dtype == torch.bool else 0 for x in inputs)
     parts = baselines if isinstance(baselines, tuple) else (baselines,)
     for one in parts:
         if not isinstance(one, (Tensor, int, float)):
@@ -114,13 +116,29 @@ def check_baselines(inputs: Inputs, baselines: Baselines, *, drawn: bool = False
 def filled(inputs: Inputs, baselines: Baselines) -> Inputs:
     """Baselines as tensors with the batch of their inputs."""
     return tuple(
-        torch.full_like(x, one)
+        (torch.full_like(x, one) if x.is_floating_point() else _full(x, one))
         if not isinstance(one, Tensor)
         else torch.cat([one] * len(x))
         if len(x) > len(one) == 1
         else one
         for x, one in zip(inputs, baselines, strict=True)
     )
+
+
+def _full(x: Tensor, number: float) -> Tensor:
+    kept = cast(torch.tensor(number, device=x.device), x.dtype, "baselines", "use x.float()")
+    return kept.expand_as(x).clone()
+
+
+def as_target(target: Any) -> Any:
+    """A target with PyTorch's and Python's numbers in the place of NumPy's."""
+    if isinstance(target, np.ndarray):
+        return torch.as_tensor(target)
+    if isinstance(target, np.integer):
+        return int(target)
+    if type(target) in (list, tuple):
+        return type(target)(map(as_target, target))
+    return target
 
 
 def check_target(target: Any, batch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -12,6 +13,7 @@ from saliency_fast.captum.attribution import GradientAttribution
 from saliency_fast.captum.contract import (
     as_args,
     as_baselines,
+    as_target,
     as_tuple,
     check_baselines,
     filled,
@@ -19,6 +21,7 @@ from saliency_fast.captum.contract import (
     like_types,
     public,
 )
+from saliency_fast.captum.forward import Neuron
 from saliency_fast.captum.run import Asked, explained
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import DeepLift as Rescaled
@@ -62,10 +65,10 @@ class DeepLift(GradientAttribution):
         return found, self.compute_convergence_delta(found, starts, parts, target, further)
 
     def _made(self, asked: Asked, starts: Inputs, custom: Callable[..., Inputs] | None) -> Inputs:
-        """Maps by the multipliers of a call."""
-        found = explained(Rescaled(self.eps, multiply=False, captum=True), asked)
-        multipliers = like_types(found, asked.inputs)
-        parts = tuple(x.detach() for x in asked.inputs)
+        """Maps by the multipliers of a call, of as many of its inputs as there are starts."""
+        found = explained(Rescaled(self.eps, multiply=False, captum=True), asked)[: len(starts)]
+        parts = tuple(x.detach() for x in asked.inputs[: len(starts)])
+        multipliers = like_types(found, parts)
         starts = tuple(one.detach() for one in starts)
         if custom is not None:
             return _custom(custom, multipliers, parts, starts)
@@ -77,6 +80,7 @@ class DeepLift(GradientAttribution):
     def _is_whole(self) -> bool:
         """Captum takes the mean of softmax's multipliers over the whole batch."""
         model = self.forward_func
+        model = model.model if isinstance(model, Neuron) else model
         modules = model.modules() if isinstance(model, nn.Module) else ()
         return any(type(one) is nn.Softmax for one in modules)
 
@@ -126,6 +130,30 @@ class DeepLiftShap(DeepLift):
         an argument.
         """
         parts = as_tuple(inputs)
+        each = Each.of(parts, inputs, baselines, "DeepLift")
+        found = super().attribute(
+            *(each.inputs, each.baselines, each.target(target)),
+            *(each.further(additional_forward_args), return_convergence_delta),
+            custom_attribution_func,
+        )
+        maps, delta = found if return_convergence_delta else (found, None)
+        values = like_inputs(inputs, each.means(maps))
+        return (values, delta) if return_convergence_delta else values
+
+
+@dataclass(frozen=True)
+class Each:
+    """Every example with every row of a set of baselines, example-major: [B * M, *] per input."""
+
+    inputs: Inputs
+    baselines: Inputs
+    count: int
+
+    @classmethod
+    def of(cls, parts: Inputs, inputs: Any, baselines: Any, single: str) -> Each:
+        """baselines: a set for each input, or a function that returns them; single: the class for
+        one baseline.
+        """
         if callable(baselines):
             baselines = baselines(inputs) if signature(baselines).parameters else baselines()
         rows = as_baselines(baselines, parts)
@@ -134,23 +162,27 @@ class DeepLiftShap(DeepLift):
             raise ContractError(
                 "Baselines distribution has to be provided in form of a torch.Tensor with more "
                 f"than one example but found: {first}. If baselines are provided in shape of "
-                "scalars or with a single baseline example, `DeepLift` approach can be used "
+                f"scalars or with a single baseline example, `{single}` approach can be used "
                 "instead."
             )
         batch, count = len(parts[0]), len(first)
-        further = tuple(_repeated(one, count) for one in as_args(additional_forward_args))
-        found = super().attribute(
+        return cls(
             tuple(x.detach().repeat_interleave(count, 0) for x in parts),
             tuple(one.repeat(batch, *(1,) * (one.dim() - 1)) for one in map(_tensor, rows)),
-            _repeated(target, count),
-            further or None,
-            return_convergence_delta,
-            custom_attribution_func,
+            count,
         )
-        maps, delta = found if return_convergence_delta else (found, None)
-        means = tuple(one.view(batch, count, *one.shape[1:]).mean(1) for one in maps)
-        values = like_inputs(inputs, means)
-        return (values, delta) if return_convergence_delta else values
+
+    def target(self, target: Any) -> Any:
+        """An example's target for each of its rows."""
+        return _repeated(as_target(target), self.count)
+
+    def further(self, further: Any) -> tuple[Any, ...] | None:
+        """An example's arguments for each of its rows."""
+        return tuple(_repeated(one, self.count) for one in as_args(further)) or None
+
+    def means(self, maps: Inputs) -> Inputs:
+        """The mean over the baselines of every example."""
+        return tuple(one.view(-1, self.count, *one.shape[1:]).mean(1) for one in maps)
 
 
 def _tensor(rows: Tensor | float) -> Tensor:

@@ -3,24 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from saliency_fast.captum.contract import as_args, as_tuple
-from saliency_fast.errors import ContractError, TargetRangeError
+from saliency_fast.captum.contract import as_args, as_target, as_tuple
+from saliency_fast.errors import ContractError, ModelError, TargetRangeError
 from saliency_fast.model.casts import cast
 from saliency_fast.model.gradients import gradients
+from saliency_fast.model.layers import hooked, tensors_at
+from saliency_fast.model.outputs import tensors_of
 from saliency_fast.model.routes import Inputs
-from saliency_fast.model.targets import tensor_of
+from saliency_fast.model.targets import read_of
 
 
 def run_forward(
     forward: Callable[..., Any], inputs: Inputs, target: Any = None, further: Any = None
 ) -> Tensor:
     """What the function returns for all rows at once, and of that what the target picks."""
-    return selected(tensor_of(forward(*inputs, *as_args(further))), target)
+    return selected(read_output(forward(*inputs, *as_args(further))), target)
+
+
+def read_output(raw: Any) -> Tensor:
+    """The tensor that every class explains, in whatever a function returns.
+
+    A tensor itself; a number of Python's as a tensor of its type; the `logits` or `out` of an
+    output that has one; the first tensor of a tuple or list; the only tensor of another output.
+
+    Raises:
+        ContractError: no tensor is found.
+        ModelError: an output has several tensors by other names.
+    """
+    if isinstance(raw, (int, float)):
+        return torch.tensor(raw, dtype=torch.int64 if isinstance(raw, int) else torch.float64)
+    if (found := read_of(raw)) is not None:
+        return found
+    if isinstance(raw, torch.Future):
+        raise ContractError(
+            "when using the attribute function, initial_eval should have non-Future type rather "
+            f"than {type(raw)}; use attribute_future, which some of the perturbation classes have"
+        )
+    several = tensors_of(raw)
+    if not several:
+        raise ContractError(
+            "the return of forward_func must be a tensor, int, or float, received: "
+            f"{raw!r:.200}; return one tensor with a row for each row of the inputs"
+        )
+    if len(several) > 1 and not isinstance(raw, (tuple, list)):
+        raise ModelError(
+            f"the model returns a {type(raw).__name__} of {len(several)} tensors, of which none is "
+            "named 'logits' or 'out': pass a function that returns the one to explain, such as "
+            "lambda *x: model(*x)['scores']"
+        )
+    return several[0]
 
 
 def selected(output: Tensor, target: Any) -> Tensor:
@@ -29,6 +66,7 @@ def selected(output: Tensor, target: Any) -> Tensor:
     None: all of it; an int, or a tensor of one: that index behind the batch axis; a tuple: several
     of them; a list of ints or a tensor [B]: one class per row; a list of tuples: one place per row.
     """
+    target = as_target(target)
     if target is None:
         return output
     if isinstance(target, Tensor) and target.numel() == 1 and isinstance(target.item(), int):
@@ -84,6 +122,11 @@ def _classes(output: Tensor, classes: Tensor) -> Tensor:
             f"Output must be 2D to select tensor of targets: got {list(output.shape)}; pass one "
             "tuple per example"
         )
+    if classes.is_floating_point() or classes.is_complex():
+        raise TargetRangeError(
+            f"targets count classes: got a tensor of {classes.dtype}, expected whole numbers; use "
+            "target.long() if that is what they are"
+        )
     low, high = int(classes.min()), int(classes.max())
     if low < 0 or high >= output.shape[1]:
         raise TargetRangeError(
@@ -92,6 +135,48 @@ def _classes(output: Tensor, classes: Tensor) -> Tensor:
         )
     classes = cast(classes, torch.int64, "target", "pass whole numbers").to(output.device)
     return output.gather(1, classes[:, None]).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """One neuron of a layer as a model of its own: a number per row of what the layer gives or,
+    with `of_input`, takes; of a layer that runs several times in the last run.
+
+    selector: an index behind the batch axis, a tuple of these and of slices, whose numbers are
+    added up, or a function of the layer's tensor (of the tuple, where it has several).
+    """
+
+    model: Callable[..., Any]
+    layer: nn.Module
+    of_input: bool
+    selector: Any
+
+    def __call__(self, *inputs: Any) -> Tensor:
+        found: list[Inputs] = []
+
+        def seen(_: int, value: Any) -> None:
+            found.append(tuple(tensors_at(value)))
+
+        with hooked((self.layer,), seen, of_input=self.of_input):
+            self.model(*inputs)
+        if not found:
+            raise ContractError(
+                "Forward hook did not obtain any outputs for given layer: the "
+                f"{type(self.layer).__name__} did not run; name one that the model calls"
+            )
+        several = found[-1]
+        if callable(self.selector):
+            selected_by: Tensor = self.selector(several if len(several) > 1 else several[0])
+            return selected_by
+        if len(several) != 1:
+            raise ContractError(
+                "Cannot select neuron index from layer with multiple tensors,consider providing a "
+                f"neuron selector function instead: got {len(several)} tensors"
+            )
+        index = self.selector if isinstance(self.selector, tuple) else (self.selector,)
+        picked = _column(several[0], index)
+        sums = any(isinstance(one, slice) for one in index)
+        return picked.reshape(len(picked), -1).sum(1) if sums else picked
 
 
 def need_one_number(output: Tensor) -> None:

@@ -13,10 +13,16 @@ from torch import Tensor, nn
 
 from saliency_fast.captum.attribution import InternalAttribution
 from saliency_fast.captum.contract import as_args, copies, like_types
-from saliency_fast.captum.forward import compute_gradients, need_one_number, run_forward
+from saliency_fast.captum.forward import (
+    compute_gradients,
+    need_one_number,
+    read_output,
+    run_forward,
+)
 from saliency_fast.captum.run import Asked, explained, kept
 from saliency_fast.errors import ContractError, ModelError, RepeatedLayerError
 from saliency_fast.methods import Gradient
+from saliency_fast.model.casts import cast
 from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, with_floats
 from saliency_fast.model.routes import Inputs
@@ -27,6 +33,33 @@ LITTLE = 512 * 1024
 
 class _Enough(BaseException):
     """All layers were read: what comes behind them has no need to run."""
+
+
+@dataclass(frozen=True)
+class _Between(Behind):
+    """The rest of a model, whose inputs, of these dtypes, are points as the layers' values are."""
+
+    kinds: tuple[torch.dtype, ...]
+    touched: bool
+
+    def __call__(self, *values: Any, **kwargs: Any) -> Tensor:
+        count, stop = sum(self.counts), sum(self.counts) + len(self.kinds)
+        carried = values[count:stop]
+        pairs = zip(carried, self.kinds, strict=True)
+        inputs = (one.detach().to(kind, copy=True) for one, kind in pairs)
+        raw = super().__call__(*values[:count], *inputs, *values[stop:], **kwargs)
+        found = read_output(raw)
+        # It depends on what has no gradient, too, if only by zero times it.
+        for one in values[0 if self.touched else count : stop]:
+            zero = (one * 0).reshape(len(one), -1).sum(1)
+            same = len(zero) == len(found) if found.dim() else False
+            found = found + (zero.view(-1, *(1,) * (found.dim() - 1)) if same else zero.sum())
+        return found
+
+
+def _carried(x: Tensor, kind: torch.dtype) -> Tensor:
+    """Inputs as numbers of a floating type, which holds them."""
+    return x.detach() if x.is_floating_point() else cast(x, kind, "inputs")
 
 
 @dataclass(frozen=True)
@@ -92,6 +125,26 @@ class Inside:
             gradient_func = partial(compute_gradients, **grad_kwargs)
         flat = tuple(one for several in values for one in several)
         return Asked(behind, flat, target, rest, gradient_func=gradient_func, **more)
+
+    def between(self, asked: Asked, inputs: Inputs, starts: Inputs, *, touched: bool) -> Asked:
+        """The same call for a method that compares the model at inputs and at baselines: what does
+        not come through the layers differs between the two as well. touched: layers that the
+        output does not use have zeros for gradients.
+        """
+        assert isinstance(asked.forward, Behind)
+        assert asked.baselines is not None
+        kind = asked.inputs[0].dtype
+        kinds = tuple(x.dtype for x in inputs)
+        behind = asked.forward
+        about = behind.model, behind.layers, behind.of_input, behind.counts
+        ends, begins = (tuple(_carried(x, kind) for x in rows) for rows in (inputs, starts))
+        return replace(
+            asked,
+            forward=_Between(*about, kinds, touched),
+            inputs=(*asked.inputs, *ends),
+            baselines=(*asked.baselines, *begins),
+            further=as_args(asked.further)[len(inputs) :],
+        )
 
     def grouped(self, flat: Inputs, like: list[Inputs]) -> list[Inputs]:
         """Values per layer."""

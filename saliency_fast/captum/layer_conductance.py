@@ -10,6 +10,7 @@ from torch import Tensor
 from saliency_fast.captum.contract import (
     as_args,
     as_baselines,
+    as_target,
     as_tuple,
     check_baselines,
     filled,
@@ -64,7 +65,7 @@ class LayerConductance(LayerGradientAttribution):
                 for x, start in zip(parts, starts, strict=True)
             )
             own = tuple(_repeated(one, len(chunk)) for one in further)
-            wanted = _repeated(target, len(chunk))
+            wanted = _repeated(as_target(target), len(chunk))
             values, gradients = inside.gradients(rows, wanted, own, grad_kwargs)
             found = [_sum(*pair, batch) for pair in zip(values[0], gradients[0], strict=True)]
             total = [a + b for a, b in zip(total, found, strict=True)] if total else found

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,6 @@ from saliency_fast.captum.contract import (
     as_args,
     as_baselines,
     as_tuple,
-    copies,
     like_inputs,
     public,
 )
@@ -26,11 +26,11 @@ from saliency_fast.captum.lime_base import (
     get_exp_kernel_similarity_function,
     toss,
 )
-from saliency_fast.captum.perturbation import numbers_of, read_masks
-from saliency_fast.captum.perturbed import Asked, Draws, Maps, parsed, perturbed
-from saliency_fast.captum.run import kept
+from saliency_fast.captum.passes import Asked
+from saliency_fast.captum.perturbation import default_masks, for_fill, numbers_of, read_masks
+from saliency_fast.captum.perturbed import Draws, by_rows, first_of
+from saliency_fast.captum.run import _owner, kept
 from saliency_fast.engine import rounds as engine
-from saliency_fast.engine.features import numbered
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
@@ -87,14 +87,14 @@ class Lime(LimeBase):
         starts = as_baselines(baselines, parts)
         masks, count = _features(feature_mask, parts)
         asked = Asked(
-            *(self.forward_func, parts, target, additional_forward_args, starts, masks),
+            *(self.forward_func, for_fill(parts, starts)),
+            *(target, additional_forward_args, starts, masks),
             at_once=perturbations_per_eval,
-            progress=show_progress,
+            progress=self.get_name() if show_progress else "",
         )
-        if self._given:
+        slopes = self._by_rows(asked, count, n_samples)
+        if slopes is None:
             slopes = self._by_hand(asked, count, n_samples, isinstance(inputs, tuple))
-        else:
-            slopes = self._on_engine(asked, count, n_samples)
         if not return_input_shape:
             return slopes
         values = tuple(
@@ -103,15 +103,21 @@ class Lime(LimeBase):
         )
         return like_inputs(inputs, values)
 
-    def _on_engine(self, asked: Asked, count: int, samples: int) -> Tensor:
-        """Slopes float32 [N, F], from Captum's draws."""
+    def _by_rows(self, asked: Asked, count: int, samples: int) -> Tensor | None:
+        """Slopes float32 [N, F], from Captum's draws, by the engine where it can have the rows."""
+        if self._given or _owner(asked.forward) is None:
+            return None
         known = numbers_of(asked.features or (), asked.inputs)
         draws = Draws()
-        found = perturbed(self._method(samples, known, count, draws), asked, draws)
-        _check_outputs(found, asked)
-        assert found.features is not None
-        slopes = found.features.new_zeros(len(found.features), count)
-        slopes[:, known] = found.features
+        method = self._method(samples, known, count, draws)
+        with kept(asked.forward), asked.shown(method) as bar:
+            found = by_rows(method, asked, first_of(asked), draws, bar)
+        if found is None:
+            return None
+        torch.set_rng_state(draws.state)
+        assert found[1] is not None
+        slopes = found[1].new_zeros(len(found[1]), count)
+        slopes[:, known] = found[1]
         return slopes.float()
 
     def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
@@ -126,13 +132,18 @@ class Lime(LimeBase):
         return _Fitted(draw, _by_distance, "lasso", 0.01, samples)
 
     def _by_hand(self, asked: Asked, count: int, samples: int, is_tuple: bool) -> Tensor:
-        """Slopes [N, F] by the user's own functions, a model for each row that has a number."""
-        with torch.no_grad(), kept(self.forward_func):
-            raw = self.forward_func(*copies(asked.inputs), *as_args(asked.further))
-            numbers = parsed(raw, asked.target).numel()
-        batch = len(asked.inputs[0])
+        """Slopes [N, F] as Captum finds them, a model for each row that has a number."""
+        batch, numbers = len(asked.inputs[0]), 1
+        if batch > 1:
+            with kept(self.forward_func):
+                numbers = first_of(asked).numel()
         if numbers not in (1, batch):
             raise ContractError(_OUTPUTS)
+        if numbers == 1 < batch and asked.at_once != 1:
+            raise ContractError(
+                "Perturbations per eval must be 1 when forward functionreturns single value per "
+                "batch!"
+            )
         rows = [slice(None)] if numbers == 1 else [slice(i, i + 1) for i in range(batch)]
         found = []
         for row in rows:
@@ -146,7 +157,7 @@ class Lime(LimeBase):
                 tuple(_row(one, row, batch) for one in as_args(asked.further)) or None,
                 samples,
                 asked.at_once,
-                asked.progress,
+                bool(asked.progress),
                 baselines=starts,
                 feature_mask=masks,
                 num_interp_features=count,
@@ -174,14 +185,9 @@ _OUTPUTS = (
 )
 
 
-def _check_outputs(found: Maps, asked: Asked) -> None:
-    if found.shape.numel() not in (1, len(asked.inputs[0])):
-        raise ContractError(_OUTPUTS)
-
-
 def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     """Masks whose numbers begin at 0, and how many features Captum counts."""
-    masks = read_masks(feature_mask, inputs) or numbered(None, inputs)
+    masks = read_masks(feature_mask, inputs) or default_masks(inputs)
     masks = tuple(
         one[(None,) * (x.dim() - one.dim())] for one, x in zip(masks, inputs, strict=True)
     )
@@ -244,7 +250,12 @@ class KernelShap(Lime):
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         super().__init__(forward_func)
         self.interpretable_model = Linear("linear", 0.0)
+        self.similarity_func, self.perturb_func = self._similar, _coalitions
         self.inf_weight = INFINITE
+
+    def _similar(self, _: Any, __: Any, sample: Tensor, **kwargs: Any) -> float:
+        """The weight of a coalition [1, F]."""
+        return self.inf_weight if int(sample.sum()) in (0, sample.numel()) else 1.0
 
     def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
         def draw(game: Game) -> Tensor:
@@ -263,12 +274,20 @@ class KernelShap(Lime):
 
 def kernel_coalitions(samples: int, count: int) -> Tensor:
     """All, none, and coalitions by the Shapley kernel from PyTorch's global generator: [M, F]."""
-    found = [torch.ones(1, count, dtype=torch.bool), torch.zeros(1, count, dtype=torch.bool)]
+    drawn = _coalitions(None, num_interp_features=count)
+    return torch.cat(list(itertools.islice(drawn, samples))).bool()
+
+
+def _coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
+    """The same, int64 [1, F] each."""
+    count = kwargs["num_interp_features"]
+    device = None if original is None else as_tuple(original)[0].device
+    yield torch.ones(1, count, dtype=torch.int64, device=device)
+    yield torch.zeros(1, count, dtype=torch.int64, device=device)
     size = torch.arange(count, dtype=torch.float)
     chance = torch.tensor(count - 1) / (size * (count - size))
     chance[0] = 0.0
-    for _ in range(samples - 2):
+    while True:
         wanted = int(torch.distributions.Categorical(chance).sample())  # type: ignore[no-untyped-call]
         words = torch.randn(1, count)
-        found.append(words > words.kthvalue(count - wanted).values)
-    return torch.cat(found[:samples])
+        yield (words > words.kthvalue(count - wanted).values).long().to(device)

@@ -11,10 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 
 from saliency_fast.captum.attribution import PerturbationAttribution
-from saliency_fast.captum.contract import as_args, as_tuple, like_inputs, public
-from saliency_fast.captum.perturbed import parsed
+from saliency_fast.captum.contract import (
+    as_args,
+    as_target,
+    as_tuple,
+    like_inputs,
+    public,
+)
+from saliency_fast.captum.passes import alike, output_of
 from saliency_fast.captum.run import _repeated, kept
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.parts.regression import fit
@@ -74,23 +81,13 @@ class LimeBase(PerturbationAttribution):
     ) -> Tensor:
         """What the interpretable model's `representation` returns after its fit."""
         device = as_tuple(inputs)[0].device
-        samples, weights, outputs = [], [], []
-        waiting: list[Inputs] = []
+        calls = _Calls(self.forward_func, as_target(target), as_args(additional_forward_args))
+        samples, weights, outputs, waiting = [], [], [], list[Inputs]()
         drawn = self._samples(inputs, kwargs)
-
-        def run() -> None:
-            points = tuple(torch.cat(one) for one in zip(*waiting, strict=True))
-            args = tuple(_repeated(one, len(waiting)) for one in as_args(additional_forward_args))
-            raw = parsed(self.forward_func(*points, *args), _repeated(target, len(waiting)))
-            if raw.numel() != len(waiting):
-                raise ContractError(
-                    "Number of outputs is not appropriate, must return one output per perturbed "
-                    f"input: got {raw.numel()} for {len(waiting)}; pass target="
-                )
-            outputs.append(raw.reshape(-1).to(device))
-            waiting.clear()
-
-        with kept(self.forward_func):
+        total = -(-n_samples // perturbations_per_eval)
+        words = f"{self.get_name()} attribution"
+        bar = tqdm(total=total, desc=words, disable=not show_progress)
+        with kept(self.forward_func), bar:
             for _ in range(n_samples):
                 try:
                     simple, point = drawn()
@@ -104,9 +101,12 @@ class LimeBase(PerturbationAttribution):
                 weights.append(torch.as_tensor(similar, device=device).reshape(-1))
                 waiting.append(as_tuple(point))
                 if len(waiting) == perturbations_per_eval:
-                    run()
+                    outputs.append(calls.numbers(waiting).to(device))
+                    bar.update()
+                    waiting.clear()
             if waiting:
-                run()
+                outputs.append(calls.numbers(waiting).to(device))
+                bar.update()
         table = (torch.cat(one).float() for one in (samples, outputs, weights))
         dataset = TensorDataset(*table)
         self.interpretable_model.fit(DataLoader(dataset, batch_size=len(dataset)))
@@ -127,6 +127,44 @@ class LimeBase(PerturbationAttribution):
             return self.to_interp_rep_transform(sample, inputs, **more), sample
 
         return drawn
+
+
+class _Calls:
+    """The calls of a function, one number for each point; several points share a call where one of
+    the first to share it has the number that it has alone.
+    """
+
+    def __init__(self, forward: Callable[..., Any], target: Any, further: tuple[Any, ...]) -> None:
+        self.forward, self.target, self.further = forward, target, further
+        self.shares: bool | None = None
+
+    def numbers(self, points: list[Inputs]) -> Tensor:
+        """The numbers [M] of points."""
+        if len(points) == 1:
+            return self._of(points)
+        if self.shares is not False:
+            found = self._of(points)
+            if self.shares is None:
+                middle = len(points) // 2
+                with torch.random.fork_rng([]):
+                    alone = self._of([points[middle]])
+                pair = found[middle : middle + 1].double(), alone.double()
+                self.shares = alike(*pair, found.dtype)
+            if self.shares:
+                return found
+        return torch.cat([self._of([one]) for one in points])
+
+    def _of(self, points: list[Inputs]) -> Tensor:
+        count = len(points)
+        rows = tuple(torch.cat(one) for one in zip(*points, strict=True))
+        further = tuple(_repeated(one, count) for one in self.further)
+        found = output_of(self.forward(*rows, *further), _repeated(self.target, count))
+        if found.numel() != count:
+            raise ContractError(
+                "Number of outputs is not appropriate, must return one output per perturbed "
+                f"input: got {found.numel()} for {count}; pass target="
+            )
+        return found.reshape(-1)
 
 
 class Linear:

@@ -13,6 +13,7 @@ from saliency_fast.captum.attribution import Attribution
 from saliency_fast.captum.contract import (
     as_args,
     as_baselines,
+    as_target,
     as_tuple,
     check_baselines,
     floating,
@@ -147,8 +148,11 @@ class NoiseTunnel(Attribution):
 
 @dataclass
 class _Sums:
-    """Sums of maps and of their squares over samples, example by example, and all deltas."""
+    """Sums of maps and of their squares over samples, example by example, and all deltas; in
+    float64, since a variance is the small difference of two means.
+    """
 
+    kinds: list[torch.dtype] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     squares: list[Tensor] = field(default_factory=list)
     deltas: list[Tensor] = field(default_factory=list)
@@ -157,7 +161,8 @@ class _Sums:
     def add(self, maps: Any, delta: Tensor | None, samples: int) -> None:
         self.is_tuple = isinstance(maps, tuple)
         parts = [one.detach() for one in as_tuple(maps)]
-        grouped = [one.reshape(-1, samples, *one.shape[1:]) for one in parts]
+        self.kinds = [one.dtype for one in parts]
+        grouped = [one.double().reshape(-1, samples, *one.shape[1:]) for one in parts]
         sums = [one.sum(1) for one in grouped]
         squares = [one.square().sum(1) for one in grouped]
         if not self.values:
@@ -170,11 +175,10 @@ class _Sums:
 
     def maps(self, kind: str, samples: int) -> Inputs:
         means, squares = [[one / samples for one in some] for some in (self.values, self.squares)]
-        if kind == "smoothgrad":
-            return tuple(means)
-        if kind == "smoothgrad_sq":
-            return tuple(squares)
-        return tuple(b - a * a for a, b in zip(means, squares, strict=True))
+        found = means if kind == "smoothgrad" else squares
+        if kind == "vargrad":
+            found = [b - a * a for a, b in zip(means, squares, strict=True)]
+        return tuple(one.to(kept) for one, kept in zip(found, self.kinds, strict=True))
 
     def delta(self, *, as_asked: bool) -> Tensor:
         """Example-major; within each of the chunks that the caller has asked for."""
@@ -189,7 +193,7 @@ def _expanded(kwargs: dict[str, Any], inputs: Inputs, samples: int, draw: bool) 
     if kwargs.get("additional_forward_args") is not None:
         further = as_args(kwargs["additional_forward_args"])
         found["additional_forward_args"] = tuple(_repeated(one, samples, 1) for one in further)
-    target = kwargs.get("target")
+    target = as_target(kwargs.get("target"))
     if isinstance(target, list):
         found["target"] = [one for one in target for _ in range(samples)]
     elif isinstance(target, Tensor) and target.numel() > 1:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.futures import Future
 
-from saliency_fast.captum.attribution import PerturbationAttribution
+from saliency_fast.captum.attribution import PerturbationAttribution, not_promised
 from saliency_fast.captum.contract import (
     Baselines,
     as_baselines,
@@ -19,7 +20,14 @@ from saliency_fast.captum.contract import (
     like_inputs,
     public,
 )
-from saliency_fast.captum.perturbed import Asked, Draws, Maps, check_at_once, perturbed
+from saliency_fast.captum.passes import Asked
+from saliency_fast.captum.perturbed import (
+    Draws,
+    Maps,
+    check_at_once,
+    perturbed,
+    promised,
+)
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
@@ -55,6 +63,16 @@ def read_masks(feature_mask: Any, inputs: Inputs) -> Inputs | None:
         )
         for mask, x in zip(masks, inputs, strict=True)
     )
+
+
+def default_masks(inputs: Inputs) -> Inputs:
+    """A feature for each element behind the batch axis, counted over all inputs: int64 [1, *]."""
+    found, count = [], 0
+    for x in inputs:
+        row = x[:1]
+        found.append(count + torch.arange(row.numel(), device=x.device).view(row.shape))
+        count += row.numel()
+    return tuple(found)
 
 
 def numbers_of(masks: Inputs, inputs: Inputs) -> Tensor:
@@ -97,16 +115,55 @@ class FeatureAblation(PerturbationAttribution):
     ) -> Any:
         """Maps [B, *] like the inputs; [N, *] where the function returns N numbers for a batch."""
         parts = as_tuple(inputs)
-        starts = as_baselines(baselines, parts)
-        check_at_once(perturbations_per_eval, AT_ONCE)
-        asked = Asked(
-            *(self.forward_func, for_fill(parts, starts), target, additional_forward_args, starts),
-            features=read_masks(feature_mask, parts),
-            at_once=perturbations_per_eval,
-            progress=show_progress,
+        asked = self._call(
+            *(parts, baselines, target, additional_forward_args, feature_mask),
+            *(perturbations_per_eval, show_progress),
         )
-        found = perturbed(ablation.FeatureAblation(), asked)
-        return like_inputs(inputs, _typed(found))
+        return like_inputs(inputs, _typed(perturbed(*self._method(parts, asked))))
+
+    @public
+    def attribute_future(
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        feature_mask: Any = None,
+        perturbations_per_eval: int = 1,
+        show_progress: bool = False,
+        **kwargs: Any,
+    ) -> Future[Any]:
+        """What `attribute` returns, as a future, for a function that returns futures."""
+        parts = as_tuple(inputs)
+        asked = self._call(
+            *(parts, baselines, target, additional_forward_args, feature_mask),
+            *(perturbations_per_eval, show_progress),
+        )
+        method, asked, *draws = self._method(parts, asked)
+        return promised(method, asked, lambda found: like_inputs(inputs, _typed(found)), *draws)
+
+    def _call(
+        self,
+        inputs: Inputs,
+        baselines: Any,
+        target: Any,
+        further: Any,
+        feature_mask: Any,
+        at_once: int,
+        shows: bool,
+    ) -> Asked:
+        starts = as_baselines(baselines, inputs)
+        check_at_once(at_once, AT_ONCE)
+        return Asked(
+            *(self.forward_func, for_fill(inputs, starts), target, further, starts),
+            features=read_masks(feature_mask, inputs),
+            at_once=at_once,
+            progress=self.get_name() if shows else "",
+        )
+
+    def _method(self, inputs: Inputs, asked: Asked) -> Any:
+        """A method, its call, and what it draws where it does."""
+        return ablation.FeatureAblation(), asked
 
 
 def _typed(found: Maps) -> Inputs:
@@ -135,21 +192,30 @@ class Occlusion(FeatureAblation):
         """Maps like the inputs, in float32 whatever the model's type."""
         parts = as_tuple(inputs)
         window, stride = _read_windows(sliding_window_shapes, strides, parts)
-        starts = as_baselines(baselines, parts)
-        check_at_once(perturbations_per_eval, AT_ONCE)
-        asked = Asked(
-            *(self.forward_func, for_fill(parts, starts), target, additional_forward_args, starts),
-            at_once=perturbations_per_eval,
-            progress=show_progress,
+        asked = self._call(
+            *(parts, baselines, target, additional_forward_args, None),
+            *(perturbations_per_eval, show_progress),
         )
         found = perturbed(_Occluded(window, stride), asked)
         values = []
-        grids = read_windows(window, stride, [x.shape for x in parts])
-        for one, grid, x in zip(found.values, grids, parts, strict=True):
+        for one, width, step, x in zip(found.values, window, stride, parts, strict=True):
             # Captum's sums become float32 before they are divided by how many windows there are.
-            windows = grid.to(x.device).covering(tuple(x.shape[1:]))
+            windows = _covering(width, step, x).to(x.device)
             values.append((one.double() * windows).to(found.dtype).float() / windows.float())
         return like_inputs(inputs, tuple(values))
+
+    def attribute_future(self) -> Any:  # type: ignore[override]
+        """Raises NotImplementedError, as in Captum."""
+        return not_promised(self)
+
+
+def _covering(window: tuple[int, ...], stride: tuple[int, ...], x: Tensor) -> Tensor:
+    """How many windows cover each element behind the batch axis, float64; one where there is none
+    behind it.
+    """
+    shape = torch.Size((1, *x.shape[1:])) if window else torch.Size((1, 1))
+    (grid,) = read_windows((window or (1,),), (stride or (1,),), [shape])
+    return grid.covering(tuple(shape[1:])).view(x.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -224,7 +290,7 @@ def _check_window(shape: tuple[int, ...], step: tuple[int, ...], size: tuple[int
             f"Sliding window dimensions {shape} cannot exceed input dimensions{size}. Use a "
             "smaller window"
         )
-    if min((*shape, *step)) < 1:
+    if any(one < 1 for one in (*shape, *step)):
         raise ContractError(
             f"Sliding windows and strides must be at least 1: got {shape} and {step}"
         )
@@ -257,6 +323,7 @@ class FeaturePermutation(FeatureAblation):
     ) -> None:
         super().__init__(forward_func)
         self.perm_func = perm_func
+        self._min_examples_per_batch_grouped = 2
 
     @public
     def attribute(  # type: ignore[override]
@@ -269,30 +336,60 @@ class FeaturePermutation(FeatureAblation):
         show_progress: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Maps like the inputs; zeros, and a warning in the log, for a batch of one."""
-        parts = as_tuple(inputs)
-        check_at_once(perturbations_per_eval, AT_ONCE)
-        masks = read_masks(feature_mask, parts)
-        asked = Asked(
-            *(self.forward_func, parts, target, additional_forward_args),
-            features=masks,
-            at_once=perturbations_per_eval,
-            progress=show_progress,
-        )
-        draws = Draws()
-        full = tuple(x for x in parts if x.numel())
-        method = _Permuted(self.perm_func, full, perturbations_per_eval, draws)
-        found = perturbed(method, asked, draws)
-        return like_inputs(inputs, _typed(found))
+        """Maps like the inputs; zeros, and a warning in the log, for features of a tensor with too
+        few rows to permute them.
+        """
+        of = feature_mask, perturbations_per_eval, show_progress
+        own = FeatureAblation.attribute.__wrapped__  # type: ignore[attr-defined]
+        return own(self, inputs, None, target, additional_forward_args, *of)
+
+    @public
+    def attribute_future(  # type: ignore[override]
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        feature_mask: Any = None,
+        perturbations_per_eval: int = 1,
+        show_progress: bool = False,
+        **kwargs: Any,
+    ) -> Future[Any]:
+        """What `attribute` returns, as a future, for a function that returns futures."""
+        of = feature_mask, perturbations_per_eval, show_progress
+        own = FeatureAblation.attribute_future.__wrapped__  # type: ignore[attr-defined]
+        found: Future[Any] = own(self, inputs, None, target, additional_forward_args, *of)
+        return found
+
+    def _method(self, inputs: Inputs, asked: Asked) -> Any:
+        draws, full = Draws(), [x for x in inputs if x.numel()]
+        masks = asked.features or default_masks(inputs)
+        own = [(x, mask) for x, mask in zip(inputs, masks, strict=True) if x.numel()]
+        # The engine counts features in their order, without gaps.
+        numbers = numbers_of(masks, inputs).tolist() if own else []
+        few, least = set[int](), self._min_examples_per_batch_grouped
+        for number in (
+            one for x, mask in own if len(x) < least for one in set(mask.flatten().tolist())
+        ):
+            few.add(numbers.index(number))
+            logger.warning(
+                "Skipping feature group [%s] since it contains at least one input tensor with 0th "
+                "dim less than %s",
+                *(number, least),
+            )
+        method = _Permuted(self.perm_func, tuple(full), asked.at_once, frozenset(few), draws)
+        return method, replace(asked, baselines=None), draws
 
 
 @dataclass(frozen=True, eq=False)
 class _Permuted:
-    """Features permuted by a function of the whole batch."""
+    """Features permuted by a function of the whole batch; few: those of tensors with too few rows,
+    which cost nothing.
+    """
 
     permute: Callable[[Tensor, Tensor], Tensor]
     inputs: Inputs
     together: int
+    few: frozenset[int]
     draws: Draws
     name = "feature_permutation"
 
@@ -302,9 +399,7 @@ class _Permuted:
     def _rounds(self, asked: engine.Asked) -> engine.Rounds:
         game = Game.of(asked)
         values = asked.scores.new_zeros((*asked.scores.shape, game.count))
-        if min(map(len, self.inputs)) < 2:
-            logger.warning("Features are permuted within a batch, and this one has a single row")
-            return game.maps(values, None, sums=False)
+        features = [one for one in range(game.count) if one not in self.few]
         kept: dict[int, Inputs] = {}
 
         def write(item: Tensor, place: Tensor) -> Inputs:
@@ -329,14 +424,15 @@ class _Permuted:
             values[own, :, place[rows]] = asked.scores[own] - found.scores
 
         batch = len(asked.inputs[0])
-        place = torch.arange(game.count, device=game.device).repeat_interleave(batch)
-        item = torch.arange(batch, device=game.device).repeat(game.count)
+        place = torch.tensor(features, device=game.device).repeat_interleave(batch)
+        item = torch.arange(batch, device=game.device).repeat(len(features))
         yield engine.Round(write, item, place, each=each)
         return game.maps(values, None, sums=False)
 
     def _drawn(self, game: Game, first: int) -> dict[int, Inputs]:
         """The inputs with each of the next features permuted, as they are drawn together."""
-        features = range(first, min(first + self.together, game.count))
+        stop = min(first + self.together, game.count)
+        features = [one for one in range(first, stop) if one not in self.few]
         tables: list[list[Tensor]] = [[] for _ in features]
         for x, segment in zip(self.inputs, game.segments, strict=True):
             numbers = (

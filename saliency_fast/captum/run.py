@@ -22,21 +22,24 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.api import Engine
-from saliency_fast.captum.contract import Baselines, as_args, filled
+from saliency_fast.captum.contract import Baselines, as_args, as_target, filled
 from saliency_fast.captum.forward import (
+    Neuron,
     compute_gradients,
     need_one_number,
+    read_output,
     run_forward,
     selected,
 )
-from saliency_fast.engine.independence import Known
+from saliency_fast.engine.independence import Independence, Known
+from saliency_fast.engine.job import Job
+from saliency_fast.engine.launch import Moment
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
 from saliency_fast.model.failures import as_well, diagnosed
 from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Behind
 from saliency_fast.model.routes import Inputs, Plain, Ruled
-from saliency_fast.model.targets import tensor_of
 
 PLAIN = (torch.float32, torch.float64)
 SMALL = 16 * 1024
@@ -62,6 +65,9 @@ class Asked:
     points_per_launch: int | None = None
     whole: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", as_target(self.target))
+
 
 Found = TypeVar("Found")
 
@@ -70,12 +76,48 @@ class _NotByRowsError(Exception):
     """Rows of a call are not each their own."""
 
 
-class _Engine(Engine):
-    """An engine that shares what points took with others of the same user's function."""
+class _Apart(Independence):
+    """What is known of rows that are each an example, unless they are seen to meet."""
 
-    def __init__(self, model: Callable[..., Any], method: Method, known: Known, **of: Any) -> None:
+    def meet(self, reason: str, *, vmapped: bool = False) -> None:
+        self.reason, self.proved = reason, False
+        raise _NotByRowsError(reason)
+
+    def due(self, rows: int, *, apart: bool) -> int | None:
+        if self.reason:
+            raise _NotByRowsError(self.reason)
+        return super().due(rows, apart=apart)
+
+
+class _Rows(dict[tuple[object, ...], Independence]):
+    def setdefault(self, key: tuple[object, ...], default: Any = None) -> Independence:
+        return super().setdefault(key, _Apart(default.suspect))
+
+
+def _known_rows() -> Known:
+    """A new one for a function whose rows are examples."""
+    known = Known()
+    known.rows = _Rows()
+    return known
+
+
+class _Engine(Engine):
+    """An engine that shares what points took with others of the same user's function. bar: shows
+    its moments; of calls, the first of which is over.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], method: Method, known: Known, bar: Any = None, **of: Any
+    ) -> None:
         super().__init__(model, method, hashes=False, **of)
-        self._place.knowns = {(): known}
+        self._place.knowns, self._bar = {(): known}, bar
+
+    def _shown(self, job: Job) -> Iterator[Moment]:
+        for moment in job.moments():
+            if self._bar is not None and self._bar.total:
+                share = moment.done / max(1, moment.of)
+                self._bar.update(int(share * (self._bar.total - 1)) + 1 - self._bar.n)
+            yield moment
 
 
 def explained(method: Method, asked: Asked) -> Inputs:
@@ -99,9 +141,10 @@ def _explained(
         return found
     if not _is_by_rows(asked, owner):
         return _as_one(method, asked, alone)
-    for target in _targets(asked.target, len(asked.inputs[0])):
-        if (found := _tried(partial(_by_rows, method, asked, target, known))) is not None:
-            return found
+    with suppress(_NotByRowsError):
+        for target in _targets(asked.target, len(asked.inputs[0])):
+            if (found := _tried(partial(_by_rows, method, asked, target, known))) is not None:
+                return found
     return _as_one(method, asked, alone)
 
 
@@ -114,7 +157,7 @@ def _tried(call: Callable[[], Found]) -> Found | None:
         return call()
     except ModelCallError:
         return None
-    except (ContractError, ModelError, BudgetError):
+    except (ContractError, ModelError, BudgetError, _NotByRowsError):
         raise
     except Exception:
         return None
@@ -146,7 +189,7 @@ def _at_once(recipe: Recipe, asked: Asked, owner: nn.Module | None) -> Inputs | 
         points = [x.detach().clone().requires_grad_() for x in inputs]
         # Copies: the model may work in place, and rules take leaves for weights.
         raw = route([one.clone() for one in points], as_args(asked.further), {})
-        scores = selected(tensor_of(raw), asked.target)
+        scores = selected(read_output(raw), asked.target)
         need_one_number(scores)
         total = scores.sum()
         grads = gradients(total, points)
@@ -200,14 +243,14 @@ def _deep(baseline: Any, flat: bool) -> Any:
     return baseline[:, None] if flat and isinstance(baseline, Tensor) else baseline
 
 
-def _rowwise(forward: Callable[..., Any], flat: tuple[bool, ...], *given: Any) -> Any:
+def _rowwise(forward: Callable[..., Any], flat: tuple[bool, ...], *given: Any) -> Tensor:
     """The user's function on the rows of a launch; inputs [B] are columns to the engine."""
     count = len(flat)
     points = (x[:, 0] if one else x for x, one in zip(given[:count], flat, strict=True))
-    raw, rows = forward(*points, *given[count:]), len(given[0])
-    if tensor_of(raw).shape[:1] != (rows,):
+    found = read_output(forward(*points, *given[count:]))
+    if found.shape[:1] != given[0].shape[:1]:
         raise _NotByRowsError
-    return raw
+    return found
 
 
 def _targets(target: Any, batch: int) -> Iterator[Any]:
@@ -228,8 +271,8 @@ def _targets(target: Any, batch: int) -> Iterator[Any]:
     yield partial(_scores, target)
 
 
-def _scores(target: Any, raw: Any) -> Tensor:
-    scores = selected(tensor_of(raw), target)
+def _scores(target: Any, output: Tensor) -> Tensor:
+    scores = selected(output, target)
     need_one_number(scores)
     return scores.reshape(-1)
 
@@ -313,7 +356,11 @@ def _known(forward: Callable[..., Any], *at: object) -> Known:
     it lives.
     """
     if isinstance(forward, Behind):
-        at = (*at, forward.of_input, *map(id, forward.layers), *forward.counts)
+        kind = type(forward)
+        at = (*at, kind, forward.of_input, *map(id, forward.layers), *forward.counts)
+        forward = forward.model
+    elif isinstance(forward, Neuron):
+        at = (*at, forward.of_input, id(forward.layer), forward.selector)
         forward = forward.model
     while isinstance(forward, partial):
         forward = forward.func
@@ -330,9 +377,10 @@ def _known(forward: Callable[..., Any], *at: object) -> Known:
         # Shapes that are new in every call must not pile up.
         while len(several) >= MOST_KNOWN:
             several.pop(next(iter(several)), None)
-        return several.setdefault((name, *at), Known())
+        made = Known() if at[:1] == ("whole",) else _known_rows()
+        return several.setdefault((name, *at), made)
     except TypeError:
-        return Known()
+        return Known() if at[:1] == ("whole",) else _known_rows()
 
 
 def _read_by(function: FunctionType) -> nn.Module | None:
@@ -346,7 +394,7 @@ def _read_by(function: FunctionType) -> nn.Module | None:
 
 
 def _owner(forward: Callable[..., Any]) -> nn.Module | None:
-    if isinstance(forward, Behind):
+    if isinstance(forward, (Behind, Neuron)):
         forward = forward.model
     while isinstance(forward, partial):
         forward = forward.func

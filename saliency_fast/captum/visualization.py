@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+CHANNELS = (1, 3, 4)
+"""How many channels a picture may have, by which the axis of a tensor's channels is known."""
 Array = npt.NDArray[Any]
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -83,8 +85,9 @@ def visualize_image_attr(
 ) -> tuple[Figure, Axes]:
     """Draws attributions [H, W] or [H, W, C] of an image [H, W, C]; returns figure and axes.
 
-    method: a name of `ImageVisualizationMethod`; sign: of `VisualizeSign`. Channels are added up,
-    and the largest attributions, together `outlier_perc` percent of the whole, are cut off.
+    Both may be tensors, these also in PyTorch's layout, [C, H, W] or [1, C, H, W]. method: a name
+    of `ImageVisualizationMethod`; sign: of `VisualizeSign`. Channels are added up, and the largest
+    attributions, together `outlier_perc` percent of the whole, are cut off.
     plt_fig_axis: drawn here instead of on a new figure. use_pyplot: whether pyplot makes and shows
     the figure.
     """
@@ -118,17 +121,6 @@ def visualize_image_attr(
         axes.set_title(title)
     _show(use_pyplot)
     return figure, axes
-
-
-def _picture(values: Any, name: str) -> Array:
-    """Numbers [H, W] or [H, W, C] as an array."""
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if array.ndim not in (2, 3):
-        raise InputError(
-            f"{name} must be one picture, [H, W] or [H, W, C]: got {list(array.shape)}; of a batch "
-            "[B, C, H, W] pass x[0].permute(1, 2, 0)"
-        )
-    return array
 
 
 def visualize_image_attr_multiple(
@@ -198,6 +190,7 @@ def visualize_timeseries_attr(
     """
     from saliency_fast.captum.drawn_series import Series
 
+    attr, data = _array(attr), _array(data)
     for name, one in (("attr", attr), ("data", data)):
         if one.ndim != 2:
             raise ContractError(
@@ -236,6 +229,33 @@ def visualize_timeseries_attr(
         every[0].set_title(title)
     _show(use_pyplot)
     return figure, axes
+
+
+def _array(value: Any) -> Array:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def _picture(value: Any, name: str) -> Array:
+    """An array [H, W] or [H, W, C] as it is; a tensor of these axes, [C, H, W] or [1, C, H, W] as
+    such an array. Raises InputError where the axes are others, or sizes do not tell which.
+    """
+    found = _array(value)
+    shape, is_tensor = list(found.shape), isinstance(value, Tensor)
+    if is_tensor and found.ndim == 4 and len(found) == 1:
+        found = found[0]
+    if found.ndim == 2:
+        return found
+    if found.ndim == 3:
+        first, last = (found.shape[axis] in CHANNELS for axis in (0, 2))
+        if is_tensor and first and not last:
+            return found.transpose(1, 2, 0)
+        if len(shape) == 3 and (last or not first) and (not is_tensor or (last and not first)):
+            return found
+    raise InputError(
+        f"{name} must be one picture, [H, W] or [H, W, C], or as a tensor also [C, H, W] or "
+        f"[1, C, H, W], of {CHANNELS} channels: got {shape}; of a picture x [1, C, H, W] pass "
+        "x[0].permute(1, 2, 0).detach().cpu().numpy()"
+    )
 
 
 def normalized(attr: Array, sign: VisualizeSign, outlier_perc: int | float) -> Array:

@@ -226,9 +226,9 @@ def test_whole_batches_are_found_out_once_too() -> None:
 def test_what_is_known_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "MOST_KNOWN", 3)
     model, x = make(Tabular), randn(3, 7)
-    method = facade.FeatureAblation(lambda x, w: model(x).sum() + w.sum())
+    method = facade.IntegratedGradients(lambda x, w: model(x).sum() + w.sum())
     for count in range(1, 7):
-        method.attribute(x, additional_forward_args=torch.ones(count))
+        method.attribute(x, additional_forward_args=torch.ones(count), n_steps=2)
     assert len(run._KNOWN[model]) <= 3
 
 

@@ -198,8 +198,10 @@ def test_same_signatures_and_facts(name: str) -> None:
             made.append(one(first, *layer))
         assert made[0].multiplies_by_inputs == made[1].multiplies_by_inputs
         assert made[0].has_convergence_delta() == made[1].has_convergence_delta()
-        with pytest.raises(NotImplementedError):
-            made[1].attribute_future()
+        promise = getattr(theirs, "attribute_future", None)
+        if promise is None or len(inspect.signature(promise).parameters) == 1:
+            with pytest.raises(NotImplementedError):
+                made[1].attribute_future()
 
 
 def test_delta_is_what_compute_convergence_delta_returns() -> None:

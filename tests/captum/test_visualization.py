@@ -328,3 +328,58 @@ print([name for name in ("matplotlib", "mpl_toolkits", "IPython", "captum") if n
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+PICTURE = torch.rand(3, 8, 6)
+LAYOUTS: dict[str, Any] = {
+    "[1, C, H, W]": PICTURE[None],
+    "[C, H, W]": PICTURE,
+    "in a graph": PICTURE[None].clone().requires_grad_() * 1.0,
+    "[1, 1, H, W]": PICTURE[None, :1],
+    "[H, W]": PICTURE[0],
+    "[H, W, C]": PICTURE.permute(1, 2, 0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("method", ["heat_map", "blended_heat_map", "masked_image"])
+def test_tensors_in_pytorchs_layout(layout: str, method: str) -> None:
+    tensor = LAYOUTS[layout]
+    image = PICTURE.permute(1, 2, 0).numpy()
+    array = image
+    if layout != "[H, W, C]":
+        array = tensor.detach().reshape(-1, 8, 6).permute(1, 2, 0).numpy()
+    of = {"method": method, "sign": "positive", "use_pyplot": False}
+    drawn = [
+        ours.visualize_image_attr(attr, original, **of)[1].images
+        for attr, original in ((tensor, PICTURE[None]), (array, image))
+    ]
+    assert len(drawn[0]) == len(drawn[1]) > 0
+    for one, other in zip(*drawn, strict=True):
+        np.testing.assert_array_equal(one.get_array(), other.get_array())
+
+
+@pytest.mark.parametrize(
+    "attr",
+    [
+        torch.rand(3, 6, 3),
+        torch.rand(8, 6, 5),
+        torch.rand(2, 3, 8, 6),
+        np.random.rand(1, 3, 8, 6),
+        np.random.rand(3, 8, 6),
+        torch.rand(8),
+    ],
+    ids=lambda one: f"{type(one).__name__}{list(one.shape)}",
+)
+def test_layouts_that_are_not_known_are_refused_with_the_cure(attr: Any) -> None:
+    with pytest.raises(ValueError, match=r"permute\(1, 2, 0\)"):
+        ours.visualize_image_attr(attr, use_pyplot=False)
+
+
+def test_series_as_tensors() -> None:
+    attr, data = torch.rand(9, 2), torch.rand(9, 2)
+    of = {"method": "overlay_individual", "use_pyplot": False}
+    found = ours.visualize_timeseries_attr(attr, data, **of)[1][0]
+    expected = ours.visualize_timeseries_attr(attr.numpy(), data.numpy(), **of)[1][0]
+    for one, other in zip(found.lines, expected.lines, strict=True):
+        np.testing.assert_array_equal(one.get_ydata(), other.get_ydata())
