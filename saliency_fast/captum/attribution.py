@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,16 @@ class Attribution:
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         self.forward_func = forward_func
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The class; where Captum is loaded, a child of it and of Captum's class of that name, so
+        that Captum's own classes, which look by `isinstance`, take these methods.
+        """
+        return _beside_captums(type(self))
+
+    def __reduce__(self) -> Any:
+        return _remade, (type(self),), self.__dict__
+
     def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
         """Raises NotImplementedError; some of the perturbation classes return maps as futures."""
         return not_promised(self)
@@ -52,6 +63,36 @@ class Attribution:
     def get_name(cls) -> str:
         """The class's name in words: "Integrated Gradients"."""
         return re.sub(r"(?<!^)([^a-z])", r" \1", cls.__name__)
+
+
+PACKAGE = "saliency_fast.captum."
+_BESIDE: dict[type, type] = {}
+
+
+def _beside_captums(kind: type) -> type:
+    bases = sys.modules.get("captum.attr._utils.attribution")
+    if bases is None:
+        return kind
+    if kind not in _BESIDE:
+        names = [one.__name__ for one in kind.__mro__ if one.__module__.startswith(PACKAGE)]
+        found = (_named(bases.Attribution, name) for name in names)
+        theirs = next((one for one in found if one is not None), None)
+        both = (kind,) if theirs is None else (kind, theirs)
+        _BESIDE[kind] = type(kind.__name__, both, {"__module__": kind.__module__})
+    return _BESIDE[kind]
+
+
+def _named(kind: type, name: str) -> type | None:
+    """Captum's class of that name among a class and its children."""
+    if kind.__name__ == name and kind.__module__.startswith("captum."):
+        return kind
+    children: list[type] = kind.__subclasses__()
+    found = (_named(child, name) for child in children)
+    return next((one for one in found if one is not None), None)
+
+
+def _remade(kind: Any) -> Any:
+    return kind.__new__(kind)
 
 
 def not_promised(method: Attribution) -> Any:
