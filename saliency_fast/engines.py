@@ -286,7 +286,7 @@ class Engine:
         chosen = self.method if method is None else read_method(method)
         recipe = self._recipe if method is None else chosen.recipe()
         call = self._bound(inputs, target, forward_args, forward_kwargs, features, recipe)
-        training = isinstance(self.model, nn.Module) and self.model.training
+        training = isinstance(self.model, nn.Module) and getattr(self.model, "training", False)
         ready, at = _ready(call.device), list[str]()
 
         def job() -> Job:

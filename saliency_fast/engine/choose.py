@@ -214,7 +214,11 @@ class Choice:
         if call.batch == 1 or self.told:
             return
         self.told.append(True)
-        together, scale = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
+        try:
+            together, scale = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
+        except ModelError:
+            # A model that takes one row at a time has no score of all to tell of.
+            return
         for number in range(len(everyone)):
             one = everyone[number : number + 1]
             alone, _ = function.judged(tuple(x[one] for x in call.inputs), one)

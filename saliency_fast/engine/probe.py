@@ -25,6 +25,7 @@ from saliency_fast.engine.trial import Cost, Taken, Trial
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError, InputError, ModelError
 from saliency_fast.model.calls import NotLeanError
+from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.fingerprint import same_model
 from saliency_fast.model.fusion import fused, with_rectifiers
 from saliency_fast.model.lean.convolutions import LEAN as CONVOLUTIONS
@@ -163,13 +164,39 @@ def _suspect(model: Model, trial: Trial, recording: Recording | None = None) -> 
         recording = Recording(model)
         trial.scores(function_of(recording, trial.call))
     try:
-        return suspicion(unified(recording.program, trial.second(model)))
+        return suspicion(_recorded(model, trial, recording))
     except Exception as refusal:
         return _suspicion(recording, refusal)
 
 
+def _recorded(model: Model, trial: Trial, recording: Recording) -> Program:
+    """The model's program, of which `recording` has one row; raises NotLeanError, _OneRowError
+    where the model takes no two, and what goes wrong otherwise.
+    """
+    second: Program | NotLeanError
+    try:
+        second = trial.second(model)
+    except NotLeanError as refusal:
+        second = refusal
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise _OneRowError(f"the model takes one row at a time: {_line(error)}") from error
+    # Its own refusal comes first: the run with one row has the gradients, and tells more.
+    first = recording.program
+    if isinstance(second, NotLeanError):
+        raise second
+    return unified(first, second)
+
+
+class _OneRowError(Exception):
+    """A model that ran with one row fails with two."""
+
+
 def _suspicion(recording: Recording, refusal: Exception) -> Suspicion:
     """What a model that could not be recorded is suspected of."""
+    if isinstance(refusal, _OneRowError):
+        return Suspicion(_line(refusal), proof=False, vmap=False)
     if recording.own is not None:
         # Its code may look at all rows on the way back, of which scores tell nothing.
         reason = f"the model gives gradients of its own ({recording.own})"
@@ -440,10 +467,9 @@ class _Ways:
 def _ways(model: Model, trial: Trial, recording: Recording) -> _Ways:
     watched = Way(watched=True)
     try:
-        program = unified(recording.program, trial.second(model))
+        program = _recorded(model, trial, recording)
         suspect, whole = suspicion(program), program.pruned()
     except Exception as refusal:
-        # Also what a model raises that takes one row alone, or two no longer: launches of one fit.
         return _Ways([watched], _suspicion(recording, refusal), None, _line(refusal))
     if _exact(trial.call):
         return _Ways([Way(whole), watched], suspect, whole)

@@ -64,7 +64,9 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
         yield False
         return
     with _LOCK:
-        held = [module for module in model.modules() if module.training or module in _HELD]
+        # Frozen TorchScript has no mode any more.
+        modules = [module for module in model.modules() if hasattr(module, "training")]
+        held = [module for module in modules if module.training or module in _HELD]
         for module in held:
             _HELD[module] = _HELD.get(module, 0) + 1
             module.training = False

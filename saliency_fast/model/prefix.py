@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,9 +92,8 @@ class Prefix:
             entered = self._spared(points)
             found = [self._in_memory_order(one) for one in self.stem(entered, extras)]
         pairs = [(one, grad) for one, grad in zip(found, grads, strict=True) if one.requires_grad]
-        back = torch.autograd.grad(
-            [one for one, _ in pairs], points, [grad for _, grad in pairs], allow_unused=True
-        )
+        total = _Handed.apply([grad for _, grad in pairs], *(one for one, _ in pairs))  # type: ignore[no-untyped-call]
+        back = torch.autograd.grad(total, points, allow_unused=True)
         return tuple(
             torch.zeros_like(point) if grad is None else grad.contiguous()
             for grad, point in zip(back, points, strict=True)
@@ -128,6 +128,23 @@ class Prefix:
     def turned_back(self, grads: Inputs) -> Inputs:
         """Gradients of what `turned` gave, as the places lie, contiguous."""
         return tuple(self._in_memory_order(one).contiguous() for one in grads)
+
+
+class _Handed(torch.autograd.Function):
+    """A number whose gradients at some tensors are those given.
+
+    Gradients that `torch.autograd.grad` is handed make it import PyTorch's symbolic shapes, which
+    takes a third of a second.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grads: list[Tensor], *outputs: Tensor) -> Tensor:
+        ctx.grads = grads
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        return None, *ctx.grads
 
 
 def prefix_of(program: Program, *, channels_last: bool, line: bool) -> Prefix | None:

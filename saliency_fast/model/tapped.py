@@ -49,14 +49,13 @@ class TappedFunction(PointFunction):
             scores, classes = self.read(self.called(call, given, item), item)
         if not self.backward:
             return scores, classes, [tuple(one.detach() for one in tapped)]
-        last, ones, several = scores.shape[1] - 1, torch.ones_like(scores[:, 0]), []
+        last, several = scores.shape[1] - 1, []
         for k in range(scores.shape[1]):
             found: tuple[Tensor | None, ...] = (None,) * len(tapped)
             if scores.requires_grad:
                 with self.failing(BACKWARD, item):
-                    found = gradients(
-                        scores[:, k], tapped, ones, retain_graph=k < last, allow_unused=True
-                    )
+                    total = scores[:, k].sum()
+                    found = gradients(total, tapped, retain_graph=k < last, allow_unused=True)
             several.append(found)
         taps.need([any(one is not None for one in own) for own in zip(*several, strict=True)])
         grads = []
