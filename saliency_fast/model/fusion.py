@@ -4,8 +4,7 @@ over memory, in place where nothing else looks at what it overwrites.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,22 +12,11 @@ import torch
 from torch import Tensor
 
 from saliency_fast.model.folding import FOLDED, folded
-from saliency_fast.model.lean.activations import ramp
+from saliency_fast.model.lean.activations import RECTIFIERS, SLOPE, ramp
 from saliency_fast.model.lean.norms import affine_of
 from saliency_fast.model.patterns import is_norm, norm_parameters, only_maker, watched
 from saliency_fast.model.program import Program, Ref, Step
 
-_nn = torch._C._nn
-_RECTIFIERS: Mapping[Callable[..., Any], tuple[float, float]] = {
-    torch.relu: (0.0, math.inf),
-    Tensor.relu: (0.0, math.inf),
-    torch.relu_: (0.0, math.inf),
-    Tensor.relu_: (0.0, math.inf),
-    _nn.relu6: (0.0, 6.0),
-    _nn.relu6_: (0.0, 6.0),
-    _nn.leaky_relu: (0.01, math.inf),
-    _nn.leaky_relu_: (0.01, math.inf),
-}
 _ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 # Calls whose lean versions neither keep their result nor hand out a view: it may be overwritten.
 _FRESH = frozenset(
@@ -41,7 +29,7 @@ _FRESH = frozenset(
         torch.conv_transpose3d,
         torch.batch_norm,
         torch.cat,
-        _nn.linear,
+        torch._C._nn.linear,
         *FOLDED,
     )
 )
@@ -109,14 +97,13 @@ def with_rectifiers(program: Program) -> Program:
 
 def _rule(step: Step) -> tuple[float, float] | None:
     """(slope, upper) of a rectifier that gradients pass."""
-    rule = _RECTIFIERS.get(step.func)
-    if rule is None or not step.varying or step.detached or step.kwargs:
+    kind = RECTIFIERS.get(step.func)
+    if kind is None or not step.varying or step.detached or step.kwargs:
         return None
-    if not isinstance(step.args[0], Ref):
+    if not isinstance(step.args[0], Ref) or not kind.agrees():
         return None
-    if step.func in (_nn.leaky_relu, _nn.leaky_relu_) and len(step.args) > 1:
-        return float(step.args[1]), math.inf
-    return rule
+    slope = float((*step.args, SLOPE)[1]) if kind.leaky else 0.0
+    return slope, kind.upper
 
 
 def _match(program: Program, place: int) -> _Match:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
+from saliency_fast.model.lean.ties import passes
 from saliency_fast.ops.masks import DTYPES, layout_of
+
+SLOPE = 0.01
+"""PyTorch's own of leaky_relu where a call names none."""
 
 
 class _Ramp(torch.autograd.Function):
@@ -80,18 +85,39 @@ def _ramp_alone(x: Tensor, slope: float, upper: float, inplace: bool) -> Tensor:
     return torch.relu_(x) if inplace else torch.relu(x)
 
 
-def _leaky(inplace: bool) -> Callable[..., Any]:
-    def leaky_relu(input: Tensor, negative_slope: float = 0.01) -> Any:
-        return ramp(input, slope=negative_slope, inplace=inplace)
+@dataclass(frozen=True)
+class Rectifier:
+    """A call that `relu_mask` serves; plain: the same call not in place. Below 0 its slope is 0 or,
+    where leaky, its second argument.
+    """
 
-    return leaky_relu
+    plain: Callable[..., Any]
+    upper: float = math.inf
+    leaky: bool = False
+    inplace: bool = False
 
+    def agrees(self) -> bool:
+        """Whether PyTorch's gradient at 0 and at the upper end is that of `relu_mask`."""
+        args, slope = ((0.25,), 0.25) if self.leaky else ((), 0.0)
+        ends = (0.0, -0.0) if self.upper == math.inf else (0.0, -0.0, self.upper)
+        return all(one is False for one in passes(self.plain, args, ends, slope))
 
-def _fixed(upper: float, inplace: bool) -> Callable[..., Any]:
-    def relu(input: Tensor) -> Any:
-        return ramp(input, upper=upper, inplace=inplace)
+    def lean(self) -> Callable[..., Any]:
+        """Its lean version."""
 
-    return relu
+        def leaky_relu(input: Tensor, negative_slope: float = SLOPE) -> Any:
+            served = self.agrees()
+            return (
+                ramp(input, slope=negative_slope, inplace=self.inplace)
+                if served
+                else NotImplemented
+            )
+
+        def relu(input: Tensor) -> Any:
+            served = self.agrees()
+            return ramp(input, upper=self.upper, inplace=self.inplace) if served else NotImplemented
+
+        return leaky_relu if self.leaky else relu
 
 
 class _Gate(torch.autograd.Function):
@@ -127,43 +153,72 @@ def _gate(x: Tensor, apply: Callable[[Tensor], Tensor], flags: Tensor, slope: An
 
 
 def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Any:
+    low, high = passes(torch._C._nn.hardtanh, (-1.0, 1.0), (-1.0, 1.0))
+    if low is None or high is None:
+        return NotImplemented
     plain = input.detach()
-    flags = (plain > min_val) & (plain < max_val)
+    flags = _above(plain, min_val, low) & _below(plain, max_val, high)
     return _gate(input, lambda x: torch.clamp(x, min_val, max_val), flags)
 
 
 def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Any:
     if isinstance(min, Tensor) or isinstance(max, Tensor) or (min is None and max is None):
         return NotImplemented
+    asked = (None if min is None else -1.0, None if max is None else 1.0)
+    low, high = passes(torch.clamp, asked, (-1.0, 1.0))
+    if low is None or high is None:
+        return NotImplemented
     plain = input.detach()
-    flags = torch.ones_like(plain, dtype=torch.bool) if min is None else plain >= min
+    flags = torch.ones_like(plain, dtype=torch.bool) if min is None else _above(plain, min, low)
     if max is not None:
-        flags &= plain <= max
+        flags &= _below(plain, max, high)
     return _gate(input, lambda x: torch.clamp(x, min, max), flags)
 
 
 def _threshold(input: Tensor, threshold: float, value: float) -> Any:
-    flags = input.detach() > threshold
+    (at,) = passes(torch.threshold, (0.5, 0.5), (0.5,))
+    if at is None:
+        return NotImplemented
+    flags = _above(input.detach(), threshold, at)
     return _gate(input, lambda x: torch.threshold(x, threshold, value), flags)
 
 
+def _prelu_of_a_quarter(x: Tensor) -> Tensor:
+    return torch.prelu(x, x.new_tensor([0.25]))
+
+
 def _prelu(input: Tensor, weight: Tensor) -> Any:
-    if weight.requires_grad:
+    (at,) = passes(_prelu_of_a_quarter, (), (0.0,), 0.25)
+    if weight.requires_grad or at is None:
         return NotImplemented
     wide = weight.view(-1, *(1,) * (input.dim() - 2)) if weight.numel() > 1 else weight.view(())
-    return _gate(input, lambda x: torch.prelu(x, weight), input.detach() > 0, wide)
+    return _gate(input, lambda x: torch.prelu(x, weight), _above(input.detach(), 0.0, at), wide)
 
+
+def _above(x: Tensor, bound: float, itself: bool) -> Tensor:
+    return x >= bound if itself else x > bound
+
+
+def _below(x: Tensor, bound: float, itself: bool) -> Tensor:
+    return x <= bound if itself else x < bound
+
+
+_nn = torch._C._nn
+
+RECTIFIERS: dict[Callable[..., Any], Rectifier] = {
+    torch.relu: Rectifier(torch.relu),
+    Tensor.relu: Rectifier(torch.relu),
+    torch.relu_: Rectifier(torch.relu, inplace=True),
+    Tensor.relu_: Rectifier(torch.relu, inplace=True),
+    _nn.relu6: Rectifier(_nn.relu6, upper=6.0),
+    _nn.relu6_: Rectifier(_nn.relu6, upper=6.0, inplace=True),
+    _nn.leaky_relu: Rectifier(_nn.leaky_relu, leaky=True),
+    _nn.leaky_relu_: Rectifier(_nn.leaky_relu, leaky=True, inplace=True),
+}
 
 LEAN: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.relu: _fixed(math.inf, False),
-    Tensor.relu: _fixed(math.inf, False),
-    torch.relu_: _fixed(math.inf, True),
-    Tensor.relu_: _fixed(math.inf, True),
-    torch._C._nn.relu6: _fixed(6.0, False),
-    torch._C._nn.relu6_: _fixed(6.0, True),
-    torch._C._nn.leaky_relu: _leaky(False),
-    torch._C._nn.leaky_relu_: _leaky(True),
-    torch._C._nn.hardtanh: _hardtanh,
+    **{call: kind.lean() for call, kind in RECTIFIERS.items()},
+    _nn.hardtanh: _hardtanh,
     torch.clamp: _clamp,
     Tensor.clamp: _clamp,
     torch.threshold: _threshold,

@@ -12,10 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
 from saliency_fast.model.lean.convolutions import Sizes, _on_cpu, each_axis
+from saliency_fast.model.lean.ties import takes_first
 from saliency_fast.ops.masks import DTYPES
 from saliency_fast.ops.pools import layout
 
 LARGEST_WINDOW = 256
+_CALLS = {1: torch.max_pool1d, 2: torch.max_pool2d, 3: torch.max_pool3d}
 VALUES = 8
 """Channels from which maxima alone are found window by window."""
 
@@ -61,6 +63,8 @@ def _max_pool(axes: int) -> Callable[..., Any]:
             if layout(input) == torch.contiguous_format or input.shape[1] < VALUES:
                 return NotImplemented
             return ops.maxpool(input, kernel, steps, edges, holes, ceil_mode)
+        if not takes_first(_CALLS[axes], axes, layout(input)):
+            return NotImplemented
         return _MaxPool.apply(input, kernel, steps, edges, holes, ceil_mode)  # type: ignore[no-untyped-call]
 
     return max_pool

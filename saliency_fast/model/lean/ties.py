@@ -1,0 +1,59 @@
+"""What PyTorch's gradients are where a slope changes or values are equal: PyTorch itself is asked.
+
+Releases differ: clamp passes gradients at its bounds up to 2.13, and not from 2.14 on. Each
+question is asked once, when a lean version first needs the answer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+
+Args = tuple[Any, ...]
+
+
+@cache
+def passes(
+    call: Callable[..., Any], args: Args, points: tuple[float, ...], slope: float = 0.0
+) -> tuple[bool | None, ...]:
+    """Whether `call(x, *args)` passes gradients at each of the points; False where it passes
+    `slope` times them, None where neither.
+    """
+    answers: dict[float, bool] = {slope: False, 1.0: True}
+    return tuple(answers.get(one) for one in _slopes(call, args, points))
+
+
+@cache
+def takes_first(call: Callable[..., Any], axes: int, layout: torch.memory_format) -> bool:
+    """Whether a max pool hands the gradient of a window of equal values to the first of them."""
+    size = 3**axes
+
+    def pooled(x: torch.Tensor) -> torch.Tensor:
+        window = x.view(1, 2, *[3] * axes)
+        laid = window.contiguous(memory_format=layout) if axes > 1 else window
+        found: torch.Tensor = call(laid, [3] * axes)
+        return found
+
+    first = [1.0] + [0.0] * (size - 1)
+    return _slopes(pooled, (), [1.0] * 2 * size) == first * 2
+
+
+def _slopes(call: Callable[..., Any], args: Args, points: Sequence[float]) -> list[float]:
+    """The gradient of the sum of `call(x, *args)` at the points, in a thread of its own, where no
+    mode, device, autocast or tracing of the caller's holds.
+    """
+    found: list[float] = []
+
+    def ask() -> None:
+        x = torch.tensor(points, dtype=torch.float64, device="cpu", requires_grad=True)
+        (slopes,) = torch.autograd.grad(call(x, *args).sum(), x)
+        found.extend(slopes.tolist())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return found
