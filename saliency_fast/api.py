@@ -13,6 +13,7 @@ from saliency_fast.engine.features import Features
 from saliency_fast.engine.recipe import Method
 from saliency_fast.engine.region import Region
 from saliency_fast.engines import Engine
+from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.layers import At
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target
@@ -39,6 +40,7 @@ def explain(
     region: Region = None,
     features: Features = None,
     rows: str = "alone",
+    layout: LayoutLike = None,
     progress: bool = False,
     create_graph: bool = False,
 ) -> Attribution:
@@ -58,8 +60,12 @@ def explain(
     asked about, as a bool mask [*spatial] or one slice per spatial axis; values are zero elsewhere,
     and what they do not need is not computed. features: segments for methods that take features
     away together: numbers [B | 1, *] like an input (any integers, equal ones belong together; for
-    several inputs a tuple), "slic" or "grid:8"; None: every element is one. Other arguments: see
-    `Engine`.
+    several inputs a tuple), "slic" or "grid:8"; None: every element is one. layout: one letter for
+    each axis of an input, such as "BCHW", "BTF" or "BTCHW" (B batch, C channels, F features, T
+    time, D, H, W space), or a tuple of them, one per input; found from the model's first
+    convolution, recurrence or attention unless given, and asked for where that does not tell and it
+    matters.
+    Other arguments: see `Engine`.
 
     Raises InputError, InputTypeError, ModelError or BudgetError with what was got, what is
     expected and the cure. What the model or a target function raises becomes a ModelError, with
@@ -87,4 +93,5 @@ def explain(
         forward_kwargs=forward_kwargs,
         region=region,
         features=features,
+        layout=layout,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from saliency_fast import ops, record, render
 from saliency_fast.errors import InputError, RecordError
+from saliency_fast.model.axes import Axes, Layouts
 from saliency_fast.model.routes import Inputs
 
+_USUAL = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
+"""Of records that state no layout."""
 REGION_MASK = "region.mask"
 """The name under which `kept` holds a region's mask."""
 
@@ -25,7 +28,8 @@ class Provenance:
     sha256 fields are None where hashing was turned off or the model is a plain function. peak_bytes
     is over what was in use before the call; `peak_measured` tells a measured one from the plan's.
     way: how points went through the model. region: (start, stop) per spatial axis. at: the layers
-    that the map belongs to, where that is not the inputs; layer_input: at what they take.
+    that the map belongs to, where that is not the inputs; layer_input: at what they take. layout:
+    one letter per axis of each input, where known (`Attribution.layout` finds it).
     """
 
     method: str
@@ -51,6 +55,7 @@ class Provenance:
     at: list[str] | None = None
     layer_input: bool = False
     rows: str = "alone"
+    layout: list[str | None] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -81,6 +86,7 @@ class Attribution:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     precision_error: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    layouts: Layouts | None = None
 
     def __repr__(self) -> str:
         """One line: method, shapes, and the worst that is known of the maps."""
@@ -97,25 +103,56 @@ class Attribution:
         """Whether each example has several maps."""
         return self.scores.dim() == 2
 
-    def map(self, reduction: str = "sum", channel_axis: int = 1) -> Tensor | Inputs:
+    @property
+    def layout(self) -> tuple[str | None, ...]:
+        """One letter per axis of each input (see `explain`), None where neither the call nor the
+        model tells.
+        """
+        return self._layouts.letters
+
+    def axes(self, number: int = 0) -> Axes | None:
+        """The layout of an input as its axes; [B, C, H, W] of pictures where it is not known."""
+        return self._layouts.usual(number)
+
+    @property
+    def _layouts(self) -> Layouts:
+        """Those of the call; of a record those that it states."""
+        if self.layouts is not None:
+            return self.layouts
+        lead = 2 if self.many else 1
+        shapes = [(len(one), *one.shape[lead:]) for one in self._parts()]
+        stated = self.provenance.layout
+        usual = [_USUAL.get(len(shape)) for shape in shapes] if stated is None else stated
+        return Layouts(shapes, tuple(usual))
+
+    def map(self, reduction: str = "sum", channel_axis: int | None = None) -> Tensor | Inputs:
         """Values with their channels reduced: [B, *spatial], or [B, K, *spatial].
 
-        reduction: "sum" (signed), "absmax" or "l2". channel_axis counts the batch as 0: 1 for
-        images, -1 for embeddings [B, tokens, channels]. Values [B, F] are their own map.
+        reduction: "sum" (signed), "absmax" or "l2". channel_axis counts the batch as 0, such as 1
+        of images; None is the one of the layout. Values [B, F] are their own map.
+
+        Raises InputError where the layout is not known and matters.
         """
-        maps = tuple(self._map(one, reduction, channel_axis) for one in self._parts())
+        maps = tuple(
+            self._map(one, reduction, number, channel_axis)
+            for number, one in enumerate(self._parts())
+        )
         return maps if isinstance(self.values, tuple) else maps[0]
 
     def _parts(self) -> Inputs:
         return self.values if isinstance(self.values, tuple) else (self.values,)
 
-    def _map(self, values: Tensor, reduction: str, channel_axis: int) -> Tensor:
+    def _map(self, values: Tensor, reduction: str, number: int, channel_axis: int | None) -> Tensor:
         if reduction not in ops.REDUCTIONS[1:]:
             raise InputError(
                 f"reduction must be one of {', '.join(ops.REDUCTIONS[1:])}: got {reduction!r}"
             )
         lead = 2 if self.many else 1
         if values.dim() == lead + 1:
+            return values if reduction == "sum" else values.abs()
+        if channel_axis is None:
+            channel_axis = self._layouts.need(number, "map()").channel
+        if channel_axis is None:
             return values if reduction == "sum" else values.abs()
         flat = values.flatten(0, lead - 1)
         if not -flat.dim() < channel_axis < flat.dim() or channel_axis == 0:
@@ -138,22 +175,67 @@ class Attribution:
         *,
         percentile: float = 99.0,
         opacity: float = 0.85,
-    ) -> Tensor | Inputs:
+        input: int | None = None,
+    ) -> Tensor | tuple[Tensor | None, ...]:
         """The map over the input as uint8 frames: [B, H, W, 3] for images, [B, T, H, W, 3] for
         video, and slices [B, D, H, W, 3] for volumes; a K axis stands behind the batch.
 
         style: "signed" (warm for, cool against) or "heat" (magnitude). percentile: the magnitude
-        drawn at full strength, per example. Inputs without two axes behind the channels have no
-        picture and raise InputError.
+        drawn at full strength, per example. input: the number of one of several inputs; without it
+        all are drawn, and those that have no picture (tables, series) are None in the tuple. Raises
+        InputError where there is no picture.
         """
-        images = x if isinstance(x, tuple) else (x,)
-        maps = self.map("sum" if style == "signed" else "l2")
-        parts = maps if isinstance(maps, tuple) else (maps,)
-        frames = tuple(
-            render.frames(image.detach(), one.detach(), style, percentile, opacity)
-            for image, one in zip(images, parts, strict=True)
+        images = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+        if len(images) != len(self._parts()):
+            raise InputError(
+                f"overlay needs the inputs that were explained: got {len(images)}, expected "
+                f"{len(self._parts())}; pass them as a tuple, as to explain"
+            )
+        if input is not None:
+            if not -len(images) <= input < len(images):
+                raise InputError(
+                    f"input must be the number of one of {len(images)} inputs: got {input}"
+                )
+            return self._overlaid(images[input], input % len(images), style, percentile, opacity)
+        kinds = [image.dim() in (4, 5) for image in images]
+        several = isinstance(self.values, tuple)
+        if several and not any(kinds):
+            shapes = ", ".join(str(list(one.shape)) for one in images)
+            raise InputError(
+                "only images, videos and volumes have a picture: none of the inputs is one, "
+                f"{shapes}; use Attribution.map()"
+            )
+        if not several:
+            return self._overlaid(images[0], 0, style, percentile, opacity)
+        return tuple(
+            self._overlaid(image, number, style, percentile, opacity) if kind else None
+            for number, (image, kind) in enumerate(zip(images, kinds, strict=True))
         )
-        return frames if isinstance(self.values, tuple) else frames[0]
+
+    def _overlaid(
+        self, image: Tensor, number: int, style: str, percentile: float, opacity: float
+    ) -> Tensor:
+        """The map of one input over it."""
+        layouts, lead = self._layouts, 2 if self.many else 1
+        reduction = "sum" if style == "signed" else "l2"
+        if image.dim() not in (4, 5):
+            axes = layouts.of(number)
+            # A picture without a channel axis.
+            if axes is None or image.dim() != 3 or axes.channel is not None:
+                what = "the input" if len(layouts) == 1 else f"input {number}"
+                raise InputError(
+                    f"only images, videos and volumes have a picture: got {what} "
+                    f"{list(image.shape)}; use Attribution.map()"
+                )
+        values = self._parts()[number]
+        if values.dim() - lead + 1 != image.dim():
+            raise InputError(
+                f"the input is not the one explained: got {list(image.shape)} for values "
+                f"{list(values.shape)}"
+            )
+        maps = self._map(values, reduction, number, None)
+        shown = layouts.need(number, "overlay()").standard(image)
+        return render.frames(shown.detach(), maps.detach(), style, percentile, opacity)
 
     def save(self, path: str | Path) -> Path:
         """Writes the record (safetensors with JSON metadata, docs/record.md); returns its path."""
@@ -163,7 +245,9 @@ class Attribution:
                 tensors[name] = value
         tensors |= {f"kept.{name}": value for name, value in self.kept.items()}
         tensors |= {f"extras.{name}": value for name, value in self.extras.items()}
-        metadata = {"tuple": isinstance(self.values, tuple), "provenance": asdict(self.provenance)}
+        layout = list(self.layout) if any(self.layout) else None
+        provenance = asdict(replace(self.provenance, layout=layout))
+        metadata = {"tuple": isinstance(self.values, tuple), "provenance": provenance}
         return record.write(path, tensors, metadata)
 
 

@@ -29,6 +29,7 @@ from saliency_fast.engine.features import Features, read_features
 from saliency_fast.engine.independence import Known
 from saliency_fast.engine.job import Job
 from saliency_fast.engine.launch import Moment
+from saliency_fast.engine.layouts import layouts_of
 from saliency_fast.engine.outcome import Outcome, need_finite
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.prepare import Limits
@@ -38,6 +39,7 @@ from saliency_fast.engine.service import Request, Service, Statistics
 from saliency_fast.engine.traced import wait_for
 from saliency_fast.errors import InputError, InputTypeError, ModelCallError, SaliencyError
 from saliency_fast.methods import read_method
+from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.failures import diagnosed
 from saliency_fast.model.guard import uncompiled, untouched
 from saliency_fast.model.layers import At, names_of
@@ -45,7 +47,7 @@ from saliency_fast.model.precision import AUTO, PRECISIONS
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target, with_padding
 from saliency_fast.result import attribution, resident_before, usage_of
-from saliency_fast.together import Together, Whole, in_rows, whole_call
+from saliency_fast.together import Together, Whole, in_rows, layout_together, whole_call
 
 
 class Engine:
@@ -65,7 +67,8 @@ class Engine:
     rounding. progress: shows a bar. hashes: whether results carry SHA-256 of inputs and weights,
     which reads both once. graphs: whether launches are recorded and replayed on GPUs. compile:
     whether `torch.compile` makes the model's kernels, instead of the lean way; "auto" does where
-    measurements say that it pays, which is nowhere so far (docs/precision.md). waiting: how many
+    measurements say that it pays, which is nowhere so far (docs/precision.md). layout: of the
+    inputs, at layers of what these give, unless the call says it; see `explain`. waiting: how many
     requests `submit` takes in before it blocks. latency: seconds that the first of them waits,
     at most, for others to share its launch. rows: "alone" explains every row of the inputs as the
     model scores it alone; "together" takes all rows for one input, such as the nodes of a graph,
@@ -94,6 +97,7 @@ class Engine:
         hashes: bool = True,
         graphs: bool = True,
         compile: bool | str = "auto",
+        layout: LayoutLike = None,
         waiting: int = 1024,
         latency: float = 0.002,
         rows: str = "alone",
@@ -125,6 +129,7 @@ class Engine:
         self._called: Callable[..., Any] = torch.compile(model) if self.compile else model
         self.precision, self.tolerance, self.lean = precision, tolerance, lean
         self.progress, self.hashes, self.graphs = progress, hashes, graphs
+        self.layout = layout
         self.limits = Limits(memory_budget, points_per_launch)
         self.rows, self._wholes = rows, dict[int, Engine]()
         self._recipe = self.method.recipe()
@@ -153,6 +158,7 @@ class Engine:
         forward_kwargs: Mapping[str, Any] | None = None,
         region: Region = None,
         features: Features = None,
+        layout: LayoutLike = None,
     ) -> Plan:
         """How a call would run, with the memory and the time that it would take.
 
@@ -160,14 +166,15 @@ class Engine:
         """
         if self.rows == "together":
             about = (inputs, target, baseline, forward_args, forward_kwargs, features)
+            laid = layout_together(self.layout if layout is None else layout)
             with self._whole(*about, region=region) as (engine, whole, given):
-                return engine.plan(*given, **whole.further)
-        call = self._bound(inputs, target, forward_args, forward_kwargs, features)
+                return engine.plan(*given, layout=laid, **whole.further)
+        call = self._bound(inputs, target, forward_args, forward_kwargs, features, layout)
         with untouched(self.model, call.device), self._diagnosing(call):
             job, _ = self._prepare(call, baseline, region)
             job.time()
             job.tell_graphs()
-            return job.plan
+            return replace(job.plan, layout=job.call.layouts.told)
 
     def __call__(
         self,
@@ -179,15 +186,17 @@ class Engine:
         forward_kwargs: Mapping[str, Any] | None = None,
         region: Region = None,
         features: Features = None,
+        layout: LayoutLike = None,
     ) -> Attribution:
         """Explains `inputs`; see `explain` for the arguments."""
         if self.rows == "together":
             about = (inputs, target, baseline, forward_args, forward_kwargs, features)
+            laid = layout_together(self.layout if layout is None else layout)
             with self._whole(*about, region=region) as (engine, whole, given):
-                found = engine(*given, **whole.further)
+                found = engine(*given, layout=laid, **whole.further)
                 return self._in_rows(found, whole, baseline)
         started = time.perf_counter()
-        call = self._bound(inputs, target, forward_args, forward_kwargs, features)
+        call = self._bound(inputs, target, forward_args, forward_kwargs, features, layout)
         resident = resident_before(call)
         with untouched(self.model, call.device) as training, self._diagnosing(call):
             job, at = self._prepare(call, baseline, region)
@@ -212,6 +221,7 @@ class Engine:
         forward_kwargs: Mapping[str, Any] | None = None,
         region: Region = None,
         features: Features = None,
+        layout: LayoutLike = None,
     ) -> Iterator[Attribution]:
         """Yields the map after every launch, each with its estimated error; the last is the answer.
 
@@ -220,8 +230,9 @@ class Engine:
         self._need_call("stream")
         if self.rows == "together":
             about = (inputs, target, baseline, forward_args, forward_kwargs, features)
+            laid = layout_together(self.layout if layout is None else layout)
             with self._whole(*about, region=region) as (engine, whole, given):
-                partials = engine.stream(*given, **whole.further)
+                partials = engine.stream(*given, layout=laid, **whole.further)
             while True:
                 with untouched(self.model, whole.rows.device):
                     found = next(partials, None)
@@ -230,7 +241,7 @@ class Engine:
                     shown = self._in_rows(found, whole, baseline)
                 yield shown
         started = time.perf_counter()
-        call = self._bound(inputs, target, forward_args, forward_kwargs, features)
+        call = self._bound(inputs, target, forward_args, forward_kwargs, features, layout)
         resident = resident_before(call)
         with untouched(self.model, call.device), self._diagnosing(call):
             job, at = self._prepare(call, baseline, region)
@@ -263,6 +274,7 @@ class Engine:
         forward_kwargs: Mapping[str, Any] | None = None,
         region: Region = None,
         features: Features = None,
+        layout: LayoutLike = None,
         block: bool = True,
         timeout: float | None = None,
     ) -> Future[Attribution]:
@@ -285,7 +297,8 @@ class Engine:
         started = time.perf_counter()
         chosen = self.method if method is None else read_method(method)
         recipe = self._recipe if method is None else chosen.recipe()
-        call = self._bound(inputs, target, forward_args, forward_kwargs, features, recipe)
+        bound = inputs, target, forward_args, forward_kwargs, features, layout
+        call = self._bound(*bound, recipe)
         training = isinstance(self.model, nn.Module) and getattr(self.model, "training", False)
         ready, at = _ready(call.device), list[str]()
 
@@ -427,7 +440,8 @@ class Engine:
         call = following(self.model, assigned(self._called, call, self._place.known))
         model, call, start, known, layers = self._place.taken(call, recipe, baseline)
         if self._place.at is not None:
-            call = replace(call, features=read_features(call.features, call.inputs))
+            found = read_features(call.features, call.inputs, call.layouts)
+            call = replace(call, features=found)
         if layers and region is not None:
             raise InputError("region is of the inputs, and this map is a layer's: leave it out")
         job = prepare(
@@ -447,6 +461,7 @@ class Engine:
         args: Any,
         kwargs: Mapping[str, Any] | None,
         features: Features,
+        layout: LayoutLike,
         recipe: Recipe | None = None,
     ) -> Call:
         recipe = recipe or self._recipe
@@ -460,9 +475,13 @@ class Engine:
         call = bind(inputs, target, args, kwargs, integers=integers, missing=missing)
         about = (self.model, call.inputs, call.args, call.kwargs)
         call = replace(call, targets=with_padding(call.targets, *about))
+        layout = self.layout if layout is None else layout
+        # At layers features and layout are of what these give, which is not known yet.
+        inside = self._place.at is not None and recipe.layers is None
+        layouts = layouts_of(self.model, call, None if inside else layout)
+        call = replace(call, layout=layout, layouts=layouts)
         if self._place.at is None:
-            features = read_features(features, call.inputs)
-        # At layers they are features of what these give, which is not known yet.
+            features = read_features(features, call.inputs, layouts)
         return replace(call, features=features)
 
     def _differentiable(self, job: Job, inputs: Tensor | Inputs) -> Outcome:

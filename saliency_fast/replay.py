@@ -85,6 +85,7 @@ def replay(
         at=past.at,
         layer_input=past.layer_input,
         rows=past.rows,
+        layout=None if past.layout is None else tuple(past.layout),
     )
     region: Any = old.kept.get(REGION_MASK)
     if region is None and past.region is not None:

@@ -6,7 +6,7 @@ import platform
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saliency_fast.attribution import REGION_MASK, Attribution, Provenance
 from saliency_fast.engine.baselines import Baseline
@@ -38,6 +38,10 @@ def attribution(
     call, squeeze, lost = job.call, not job.call.targets.many, outcome.precision_error
     target, kept = describe_target(call.targets)
     baseline_spec, baseline_kept = describe_baseline(baseline)
+    layouts = call.layouts.released()
+    if isinstance(job.model, nn.Module):
+        # Found once for all calls with inputs of one shape; functions are asked when it matters.
+        layouts.letters  # noqa: B018
     provenance = Provenance(
         method=job.method.name,
         parameters=_parameters(job.method),
@@ -56,6 +60,7 @@ def attribution(
         region=None if job.part is None else [list(span) for span in job.part.box],
         at=at,
         layer_input=layer_input,
+        layout=list(layouts.settled) if any(layouts.settled) else None,
         notes={} if lost is None else {"underflow": outcome.underflow},
         **facts,
     )
@@ -75,6 +80,7 @@ def attribution(
         provenance=provenance,
         kept=kept | baseline_kept | _mask(job.part) | describe_features(call.features),
         extras={name: _column(one, squeeze) for name, one in outcome.extras.items()},
+        layouts=layouts,
     )
 
 

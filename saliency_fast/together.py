@@ -18,6 +18,7 @@ from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Belonging, Call, Shared, bind
 from saliency_fast.errors import InputError
+from saliency_fast.model.axes import LayoutLike, Layouts
 from saliency_fast.model.outputs import map_tensors, tensors_of
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Reader, Target, Targets
@@ -150,6 +151,14 @@ def _lead(value: Any, inputs: Inputs) -> Any:
     return value[None] if isinstance(value, Tensor) and value.dim() in ranks else value
 
 
+def layout_together(layout: LayoutLike) -> LayoutLike:
+    """The layout of a whole input from that of its rows: the rows are places of it."""
+    if isinstance(layout, str):
+        free = next((one for one in "TDHW" if one not in layout.upper()), "T")
+        return f"B{free}{layout[1:]}"
+    return None if layout is None else tuple(layout_together(one) for one in layout)  # type: ignore[misc]
+
+
 def in_rows(
     found: Attribution, call: Whole, model: Callable[..., Any], baseline: Any, kind: str
 ) -> Attribution:
@@ -172,10 +181,14 @@ def in_rows(
 
     def baseline_scores() -> Tensor:
         if kind == "set":
-            several = list(zip(*read_baseline_set(call.baseline, inputs), strict=True))
+            several = list(
+                zip(*read_baseline_set(call.baseline, inputs, found.layouts), strict=True)
+            )
         else:
-            found = [read_baselines(one, inputs) for one in choices(call.baseline)]
-            several = [tuple(one[0] for one in parts) for parts in found]
+            rows = [
+                read_baselines(one, inputs, layouts=found.layouts) for one in choices(call.baseline)
+            ]
+            several = [tuple(one[0] for one in parts) for parts in rows]
         like = [x.dtype for x in inputs]
         several = [tuple(one.to(t) for one, t in zip(b, like, strict=True)) for b in several]
         return torch.stack([scores(one) for one in several]).mean(0)
@@ -187,6 +200,7 @@ def in_rows(
     classes = call.rows.targets.classes
     return replace(
         found,
+        layouts=Layouts([tuple(x.shape) for x in call.rows.inputs]),
         values=tuple(one[0, 0] for one in values) if call.rows.is_tuple else values[0][0, 0],
         scores=scores(tuple(x[0] for x in inputs)),
         baseline_scores=None if found.baseline_scores is None else baseline_scores(),
@@ -198,5 +212,7 @@ def in_rows(
         converged=None if found.converged is None else every(found.converged),
         extras={name: every(one) for name, one in found.extras.items()},
         kept=others | kept | kept_baseline,
-        provenance=replace(found.provenance, rows="together", target=target, baseline=spec),
+        provenance=replace(
+            found.provenance, rows="together", target=target, baseline=spec, layout=None
+        ),
     )

@@ -22,6 +22,7 @@ from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError, ModelError
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.casts import cast
 from saliency_fast.model.routes import Inputs
 
@@ -75,7 +76,9 @@ def count_of(method: Method, call: Asked) -> int:
     recipe = method.recipe()
     points = recipe.points
     if callable(points):
-        points = points(tuple(x[None] for x in call.inputs), _features(call, recipe))
+        wide = tuple(x[None] for x in call.inputs)
+        layouts = Layouts([tuple(x.shape) for x in wide])
+        points = points(wide, _features(call, recipe), layouts)
     return 1 + (recipe.baseline == "one") - (-int(points or 0) // call.at_once)
 
 

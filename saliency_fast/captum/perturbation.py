@@ -34,6 +34,7 @@ from saliency_fast.errors import ContractError
 from saliency_fast.methods import ablation, occlusion
 from saliency_fast.methods.parts.coalitions import Game, players
 from saliency_fast.methods.parts.windows import read_windows
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.casts import cast
 from saliency_fast.model.routes import Inputs
 
@@ -214,7 +215,7 @@ def _covering(window: tuple[int, ...], stride: tuple[int, ...], x: Tensor) -> Te
     behind it.
     """
     shape = torch.Size((1, *x.shape[1:])) if window else torch.Size((1, 1))
-    (grid,) = read_windows((window or (1,),), (stride or (1,),), [shape])
+    (grid,) = read_windows((window or (1,),), (stride or (1,),), Layouts([tuple(shape)]))
     return grid.covering(tuple(shape[1:])).view(x.shape[1:])
 
 
@@ -232,8 +233,8 @@ class _Occluded:
     def _rounds(self, asked: engine.Asked) -> engine.Rounds:
         return (yield from occlusion.occluded(asked, self._method(asked.inputs)))
 
-    def _points(self, inputs: Inputs, features: Inputs) -> int:
-        return self._method(inputs).points(inputs, features)
+    def _points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
+        return self._method(inputs).points(inputs, features, layouts)
 
     def _method(self, inputs: Inputs) -> occlusion.Occlusion:
         window, stride = [], []

@@ -72,6 +72,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
             progress=args.progress,
             title=given.title,
             labels=loaded.labels,
+            layout=args.layout,
         )
     written = save(found, out, shlex.join(["saliency-fast", *argv]))
     if args.json:
@@ -121,7 +122,7 @@ def _files(args: argparse.Namespace, loaded: Loaded) -> _Examples:
         raise InputError(
             "--examples is for the built-in scenes: leave it out, or give fewer inputs"
         )
-    reads = read_inputs(args.input, loaded.prepare, loaded.dtype, args.batched)
+    reads = read_inputs(args.input, loaded.prepare, loaded.dtype, args.batched, args.max_pixels)
     first = reads[0]
     for read in reads:
         if read.x.shape[1:] != first.x.shape[1:]:

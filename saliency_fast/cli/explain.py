@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from saliency_fast.api import Engine
-from saliency_fast.cli.inputs import Read, read_inputs
+from saliency_fast.cli.inputs import MAX_PIXELS, Read, read_inputs
 from saliency_fast.cli.models import load_model
 from saliency_fast.cli.options import (
     read_at,
@@ -37,7 +37,7 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
             f"{', '.join(one.name for one in methods)}; use feature_ablation, kernel_shap or their "
             "kin, or leave it out"
         )
-    inputs = read_inputs(args.input, loaded.prepare, loaded.dtype, args.batched)
+    inputs = read_inputs(args.input, loaded.prepare, loaded.dtype, args.batched, args.max_pixels)
     engines = [
         Engine(
             loaded.model,
@@ -48,6 +48,7 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
             at=at,
             tolerance=args.tolerance,
             progress=args.progress,
+            layout=args.layout,
         )
         for method in methods
     ]
@@ -84,7 +85,9 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
 def _notes(args: argparse.Namespace) -> dict[str, object]:
     """What `verify` needs to make the same call again."""
     names = ("model", "weights", "size", "channels", "batched")
-    return {name: value for name in names if (value := getattr(args, name))}
+    notes = {name: value for name in names if (value := getattr(args, name))}
+    larger = {} if args.max_pixels == MAX_PIXELS else {"max_pixels": args.max_pixels}
+    return notes | larger
 
 
 def _show_plans(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ EXPECTED = (
     "of them), or a folder of these"
 )
 SEPARATOR = "::"
+MAX_PIXELS = 16384 * 16384
+"""Of a picture, unless the caller allows more: a small file may hold any number."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,20 @@ class Read:
 
 
 def read_inputs(
-    sources: Iterable[str], prepare: Prepare, dtype: torch.dtype, batched: bool = False
+    sources: Iterable[str],
+    prepare: Prepare,
+    dtype: torch.dtype,
+    batched: bool = False,
+    most: int = MAX_PIXELS,
 ) -> list[Read]:
     """Everything that `sources` name, with names made unique.
 
     Arrays are one example each and get a batch axis, unless `batched` says that their first axis
     is one; pictures are always one example. Arrays are brought to `dtype` as they are: nothing is
-    scaled or resized. Raises InputError with the file and what was expected.
+    scaled or resized. most: pixels that a picture may have. Raises InputError with the file and
+    what was expected.
     """
-    found = [one for source in sources for one in _read(source, prepare, dtype, batched)]
+    found = [one for source in sources for one in _read(source, prepare, dtype, batched, most)]
     taken: set[str] = set()
     unique = []
     for one in found:
@@ -81,7 +89,9 @@ def read_tensors(source: str) -> list[tuple[str, str, Tensor]]:
         raise _unreadable(path, error) from error
 
 
-def _read(source: str, prepare: Prepare, dtype: torch.dtype, batched: bool) -> Iterator[Read]:
+def _read(
+    source: str, prepare: Prepare, dtype: torch.dtype, batched: bool, most: int
+) -> Iterator[Read]:
     path = Path(source.partition(SEPARATOR)[0])
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -89,11 +99,20 @@ def _read(source: str, prepare: Prepare, dtype: torch.dtype, batched: bool) -> I
         if not files:
             raise InputError(f"folder {source} holds no input: expected {EXPECTED}")
         for one in files:
-            yield from _read(str(one), prepare, dtype, batched)
+            yield from _read(str(one), prepare, dtype, batched, most)
     elif not path.exists():
         raise InputError(f"{source} does not exist: expected {EXPECTED}")
     elif suffix in PICTURES:
-        yield Read(path.stem, source, prepare(_picture(path)).to(dtype))
+        try:
+            x = prepare(_picture(path, most)).to(dtype)
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and "alloc" not in str(error):
+                raise
+            raise InputError(
+                f"{path} does not fit the memory, as its pixels or as numbers: make a smaller copy "
+                "of it, cut out the part that matters, or pass --size"
+            ) from error
+        yield Read(path.stem, source, x)
     elif suffix in ARRAYS:
         for name, again, tensor in read_tensors(source):
             whole = cast(tensor, dtype, name, f"the model takes {dtype}: scale or round it first")
@@ -102,13 +121,33 @@ def _read(source: str, prepare: Prepare, dtype: torch.dtype, batched: bool) -> I
         raise InputError(f"{source} is of no known kind: got {suffix!r}, expected {EXPECTED}")
 
 
-def _picture(path: Path) -> Image.Image:
+def _picture(path: Path, most: int) -> Image.Image:
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as opened:
+        with _unlimited(), Image.open(path, formats=("PNG", "JPEG")) as opened:
+            width, height = opened.size
+            if width * height > most:
+                raise InputError(
+                    f"{path} is too large: got {width} x {height} = {width * height} pixels, "
+                    f"expected at most {most}; pass --max-pixels {width * height} if the file "
+                    "is to be trusted and there is memory for it (and --size, as the model wants "
+                    "it), or make a smaller copy"
+                )
             opened.load()
             return ImageOps.exif_transpose(opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:
         raise _unreadable(path, error) from error
+
+
+@contextmanager
+def _unlimited() -> Iterator[None]:
+    """Without Pillow's own limit, which knows no option: the number of pixels is ours to check."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _array(path: Path) -> Tensor:

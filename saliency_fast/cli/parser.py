@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from saliency_fast.cli.inputs import MAX_PIXELS
 from saliency_fast.model.precision import AUTO, PRECISIONS
 from saliency_fast.version import __version__
 
@@ -204,6 +205,19 @@ def _reading(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument(
         "--batched", action="store_true", help="the first axis of arrays is a batch axis"
+    )
+    one.add_argument(
+        "--layout",
+        metavar="LETTERS",
+        help="what the axes of an input with its batch are, a letter each, such as BCHW, BTF or "
+        "BTCHW (default: as the model's first layers tell)",
+    )
+    one.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"refuse larger pictures (default: {MAX_PIXELS}, 16384 x 16384)",
     )
 
 

@@ -16,7 +16,7 @@ from saliency_fast.api import Engine
 from saliency_fast.attribution import Attribution, Provenance
 from saliency_fast.cli.inputs import Read
 from saliency_fast.cli.models import Loaded, reason
-from saliency_fast.cli.words import animations, summaries, write_words
+from saliency_fast.cli.words import animations, over, summaries, write_words
 from saliency_fast.errors import InputError, ModelError, SaliencyError
 from saliency_fast.methods import METHODS
 from saliency_fast.model.guard import untouched
@@ -89,7 +89,7 @@ class Reporter:
                     source=read.source,
                     shape=" x ".join(str(size) for size in x.shape[1:]),
                     sha256=hashes[0] if hashes else None,
-                    figure=_input_figure(x, row, name, truth),
+                    figure=_input_figure(results[0].found, x, row, name, truth),
                     ranking=rankings[row] if rankings else (),
                     truth=truth.label if truth else None,
                     maps=tuple(maps),
@@ -125,7 +125,12 @@ class Reporter:
             if self.animation and fits(found, x):
                 about = (engine, x, found, self.baseline, features, rows)
                 self.written += animations(*about, self.styles[0], self.out, read.name)
-        drawn = {style: found.overlay(grey(x), style) for style in self.styles if fits(found, x)}
+        drawn: dict[str, Any] = {}
+        if fits(found, x):
+            axes = found.axes()
+            assert axes is not None
+            shown = axes.back(grey(axes.standard(x)))
+            drawn = {style: found.overlay(shown, style) for style in self.styles}
         return _Result(found, record, drawn, words)
 
     def _views(self, result: _Result, row: int, name: str, truth: Truth | None) -> list[MapView]:
@@ -268,10 +273,7 @@ def has_picture(x: Tensor) -> bool:
 
 def fits(found: Attribution, x: Tensor) -> bool:
     """Whether a map lies over a picture: those of layers may have places of their own."""
-    values = found.values
-    if not has_picture(x) or not isinstance(values, Tensor):
-        return False
-    return values.shape[2 + found.many :] == x.shape[2:]
+    return has_picture(x) and found.axes() is not None and over(found, x)
 
 
 def figure(frames: Tensor, alt: str, caption: str, truth: Truth | None) -> Figure:
@@ -287,10 +289,13 @@ def figure(frames: Tensor, alt: str, caption: str, truth: Truth | None) -> Figur
     return Figure(encode(frames, f".{kind}"), f"image/{kind}", width, alt, caption, box)
 
 
-def _input_figure(x: Tensor, row: int, name: str, truth: Truth | None) -> Figure | None:
-    if not has_picture(x):
+def _input_figure(
+    found: Attribution, x: Tensor, row: int, name: str, truth: Truth | None
+) -> Figure | None:
+    axes = found.axes()
+    if not has_picture(x) or axes is None or len(axes.letters) != x.dim():
         return None
-    return figure(picture(x[row : row + 1])[0], f"the input {name}", "Input", truth)
+    return figure(picture(axes.standard(x[row : row + 1]))[0], f"the input {name}", "Input", truth)
 
 
 def _suffix(found: Attribution, place: tuple[int, ...]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from saliency_fast import zoo
 from saliency_fast.attribution import Attribution, load
-from saliency_fast.cli.inputs import read_inputs
+from saliency_fast.cli.inputs import MAX_PIXELS, read_inputs
 from saliency_fast.cli.models import load_model
 from saliency_fast.cli.pictures import read_form
 from saliency_fast.cli.report import failures_named
@@ -57,7 +57,8 @@ def _replay(args: argparse.Namespace, recorded: Attribution) -> int:
     form = read_form(notes.get("size"), notes.get("channels"))
     loaded = load_model(args.model or notes["model"], weights, form, args.device)
     source = args.input or notes["input"]
-    found = read_inputs([source], loaded.prepare, loaded.dtype, bool(notes.get("batched")))
+    most = int(notes.get("max_pixels", MAX_PIXELS))
+    found = read_inputs([source], loaded.prepare, loaded.dtype, bool(notes.get("batched")), most)
     if len(found) != 1:
         raise InputError(f"--input must name one input: {source} holds {len(found)}")
     with failures_named(found[0]):
@@ -84,5 +85,6 @@ def _describe(recorded: Attribution) -> None:
         ("versions", ", ".join(f"{name} {one}" for name, one in past.versions.items())),
         ("weights", past.weights_sha256 or "not recorded"),
         ("input", ", ".join(past.input_sha256 or ["not recorded"])),
+        ("layout", ", ".join(str(one) for one in past.layout or ["not known"])),
     ]
     show_pairs([*pairs, *((name, str(value)) for name, value in sorted(past.notes.items()))])

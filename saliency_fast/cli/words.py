@@ -19,7 +19,7 @@ from saliency_fast.summary.sentences import summarise
 
 def summaries(loaded: Loaded, found: Attribution, x: Tensor) -> dict[tuple[int, ...], str]:
     """What each map says, by its place: (example,) or (example, target)."""
-    if not isinstance(found.values, Tensor) or found.values.shape[2 + found.many :] != x.shape[2:]:
+    if not isinstance(found.values, Tensor) or not over(found, x):
         raise InputError("--summary is about maps of the input: leave it out, or --at")
     if not found.many:
         told = summarise(loaded.model, x, found, labels=loaded.labels)
@@ -29,6 +29,15 @@ def summaries(loaded: Loaded, found: Attribution, x: Tensor) -> dict[tuple[int, 
         told = summarise(loaded.model, x, one_target(found, k), labels=loaded.labels)
         words |= {(row, k): str(one) for row, one in enumerate(told)}
     return words
+
+
+def over(found: Attribution, x: Tensor) -> bool:
+    """Whether a map has the places of an input: those of layers may have places of their own."""
+    values, axes = found.values, found.axes()
+    if not isinstance(values, Tensor) or values.dim() != x.dim() + found.many:
+        return False
+    places = range(1, x.dim()) if axes is None else axes.places
+    return all(values.shape[axis + found.many] == x.shape[axis] for axis in places)
 
 
 def one_target(found: Attribution, k: int) -> Attribution:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call, read_inputs
 from saliency_fast.engine.independence import Known, near
+from saliency_fast.engine.layouts import layouts_at
 from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError
@@ -67,7 +68,9 @@ class Place:
         # A baseline that the method has no use for is refused where others are.
         if recipe.baseline != "none" and not isinstance(recipe.family, Starting):
             baseline = self._baseline(baseline, call, layers, recipe)
-        return behind, _moved(call, values), baseline, known, layers
+        moved = _moved(call, values)
+        layouts = layouts_at(behind, moved, layers, counts, self.of_input)
+        return behind, replace(moved, layouts=layouts), baseline, known, layers
 
     def _layers(self, at: At, call: Call) -> tuple[nn.Module, ...]:
         if at != AUTO:
@@ -155,9 +158,9 @@ class Place:
         if not _of_inputs(baseline, call.inputs):
             return baseline
         if recipe.baseline == "set":
-            rows = read_baseline_set(baseline, call.inputs)
+            rows = read_baseline_set(baseline, call.inputs, call.layouts)
         else:
-            rows = read_baselines(baseline, call.inputs)
+            rows = read_baselines(baseline, call.inputs, layouts=call.layouts)
         function, item = _function(self.model, call), torch.zeros(len(rows[0]), dtype=torch.int64)
         if any(function.follows(key, one) for key, one in call.further()):
             if recipe.baseline == "set":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.axes import Layouts, standard_layouts
 from saliency_fast.model.casts import cast
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
@@ -24,12 +26,7 @@ Baseline = float | str | Tensor | tuple[Any, ...] | list[Any] | None
 
 
 def blur(x: Tensor, number: int) -> Tensor:
-    """Gaussian blur over the axes behind the channels, sigma 5 % of each axis (11 at 224)."""
-    if x.dim() < 3:
-        raise InputError(
-            f"baseline='blur' needs axes behind the channels: got {list(x.shape)}; pass a number, "
-            "a tensor or 'mean'"
-        )
+    """Gaussian blur over the places, sigma 5 % of each axis (11 at 224)."""
     return gaussian(x, 0.05)
 
 
@@ -75,6 +72,36 @@ def uniform(x: Tensor, number: int) -> Tensor:
 
 
 NAMED: dict[str, Callable[[Tensor, int], Tensor]] = {"blur": blur, "mean": mean, "uniform": uniform}
+"""By name, of inputs in their standard form [B, C, *places]."""
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Makes the named baselines of inputs in their layouts."""
+
+    layouts: Layouts
+    number: int = 0
+
+    def made(self, name: str, x: Tensor, at: int) -> Tensor:
+        if name not in NAMED:
+            raise InputError(f"baseline: the names are {', '.join(NAMED)}: got {name!r}")
+        if x.is_floating_point():
+            found = self._of(name, x, at)
+            if not bool(found.isfinite().all()):
+                raise InputError(
+                    f"baseline={name!r} is computed from the input, which holds NaN or infinity; "
+                    "pass a number or a tensor"
+                )
+            return found
+        cure = f"baseline={name!r} is for floating point inputs; pass a tensor of {x.dtype}"
+        return cast(self._of(name, x.double(), at), x.dtype, "the baseline", cure)
+
+    def _of(self, name: str, x: Tensor, at: int) -> Tensor:
+        if name == "uniform":
+            return uniform(x, self.number)
+        need = self.layouts.spatial if name == "blur" else self.layouts.need
+        axes = need(at, f"baseline={name!r}")
+        return axes.back(NAMED[name](axes.standard(x), self.number)).contiguous()
 
 
 def choices(baseline: Baseline) -> list[Any]:
@@ -87,17 +114,24 @@ def choices(baseline: Baseline) -> list[Any]:
 
 
 def read_baselines(
-    baseline: Any, inputs: Inputs, number: int = 0, *, missing: bool = False
+    baseline: Any,
+    inputs: Inputs,
+    number: int = 0,
+    layouts: Layouts | None = None,
+    *,
+    missing: bool = False,
 ) -> Inputs:
     """One baseline [B | 1, *] per input, in its dtype; a tuple gives each input its own.
 
-    missing: whether NaN and infinity are allowed, for methods that read scores alone. What an
-    input does not have cannot be taken away: where it holds NaN, its baseline does too.
+    layouts: of the inputs, in their standard form unless given. missing: whether NaN and infinity
+    are allowed, for methods that read scores alone. What an input does not have cannot be taken
+    away: where it holds NaN, its baseline does too.
 
     Raises InputError where the dtype of an input cannot hold its baseline.
     """
-    parts = _per_input(baseline, inputs)
-    found = tuple(_one(part, x, number) for part, x in zip(parts, inputs, strict=True))
+    named = _Named(layouts or standard_layouts(inputs), number)
+    parts = zip(_per_input(baseline, inputs), inputs, strict=True)
+    found = tuple(_one(part, x, named, at) for at, (part, x) in enumerate(parts))
     if missing:
         return tuple(_also_missing(one, x) for one, x in zip(found, inputs, strict=True))
     for one in found:
@@ -110,13 +144,15 @@ def _also_missing(baseline: Tensor, x: Tensor) -> Tensor:
     return torch.where(absent, x, baseline) if bool(absent.any()) else baseline
 
 
-def read_baseline_set(baseline: Baseline, inputs: Inputs) -> Inputs:
+def read_baseline_set(baseline: Baseline, inputs: Inputs, layouts: Layouts | None = None) -> Inputs:
     """A set of baselines [M, *] per input, the same M for all, shared by the examples."""
     if isinstance(baseline, list):
-        sets = [read_baseline_set(one, inputs) for one in choices(baseline)]
+        sets = [read_baseline_set(one, inputs, layouts) for one in choices(baseline)]
         return tuple(torch.cat(parts) for parts in zip(*sets, strict=True))
+    named, parts = _Named(layouts or standard_layouts(inputs)), _per_input(baseline, inputs)
     found = tuple(
-        _rows_of_set(part, x) for part, x in zip(_per_input(baseline, inputs), inputs, strict=True)
+        _rows_of_set(part, x, named, at)
+        for at, (part, x) in enumerate(zip(parts, inputs, strict=True))
     )
     for one in found:
         _need_finite(one)
@@ -128,7 +164,7 @@ def read_baseline_set(baseline: Baseline, inputs: Inputs) -> Inputs:
     return found
 
 
-def _rows_of_set(part: Any, x: Tensor) -> Tensor:
+def _rows_of_set(part: Any, x: Tensor, named: _Named, at: int) -> Tensor:
     if isinstance(part, Tensor) and part.dim() == x.dim() and part.shape[1:] == x.shape[1:]:
         if len(part) == 0:
             raise InputError(
@@ -140,7 +176,7 @@ def _rows_of_set(part: Any, x: Tensor) -> Tensor:
             f"baseline: a set must be [M, *] with the shape of an example behind M: got "
             f"{list(part.shape)}, expected {['M', *x.shape[1:]]}"
         )
-    one = _one(part, x[:1] if not isinstance(part, str) else x, 0)
+    one = _one(part, x[:1] if not isinstance(part, str) else x, named, at)
     if len(one) > 1:
         raise InputError(
             f"baseline={part!r} differs between examples, and a set of baselines is shared by "
@@ -160,9 +196,9 @@ def _per_input(baseline: Any, inputs: Inputs) -> Sequence[Any]:
     return baseline
 
 
-def _one(part: Any, x: Tensor, number: int) -> Tensor:
+def _one(part: Any, x: Tensor, named: _Named, at: int) -> Tensor:
     if isinstance(part, str):
-        return _named(part, x, number)
+        return named.made(part, x, at)
     if part is None:
         return torch.zeros_like(x[:1], memory_format=torch.contiguous_format)
     part = _like(_as_tensor(part, x), x)
@@ -175,22 +211,6 @@ def _one(part: Any, x: Tensor, number: int) -> Tensor:
             f"{list(x.shape)}; pass baseline=None for zeros"
         ) from error
     return spread.contiguous()
-
-
-def _named(name: str, x: Tensor, number: int) -> Tensor:
-    if name not in NAMED:
-        raise InputError(f"baseline: the names are {', '.join(NAMED)}: got {name!r}")
-    if x.is_floating_point():
-        found = NAMED[name](x, number)
-        if not bool(found.isfinite().all()):
-            raise InputError(
-                f"baseline={name!r} is computed from the input, which holds NaN or infinity; pass "
-                "a number or a tensor"
-            )
-        return found
-    wide = x.double()
-    cure = f"baseline={name!r} is for floating point inputs; pass a tensor of {x.dtype}"
-    return cast(NAMED[name](wide, number), x.dtype, "the baseline", cure)
 
 
 def _as_tensor(part: Any, x: Tensor) -> Tensor:

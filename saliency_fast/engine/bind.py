@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from saliency_fast.engine.baselines import MISSING
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.axes import LayoutLike, Layouts
 from saliency_fast.model.precision import HALVES
 from saliency_fast.model.program import lies_innermost
 from saliency_fast.model.routes import Inputs
@@ -61,7 +62,8 @@ class Call:
     numbers of its segments; layers: where the method looks inside of the model, with `layer_input`
     at what they take. whole: the further arguments, by number or name, that go whole though they
     have the batch's length; told: those of which the caller said whose they are. innermost: which
-    inputs the caller lays with their channels innermost in memory.
+    inputs the caller lays with their channels innermost in memory. layout: what the caller said of
+    what is explained, and layouts: those of the inputs.
     """
 
     inputs: Inputs
@@ -77,6 +79,9 @@ class Call:
     whole: frozenset[int | str] = frozenset()
     told: frozenset[int | str] = frozenset()
     innermost: tuple[bool, ...] = ()
+
+    layout: LayoutLike = None
+    layouts: Layouts = field(default_factory=lambda: Layouts(()))
 
     def further(self) -> list[tuple[int | str, Any]]:
         """The further arguments by their number or name."""

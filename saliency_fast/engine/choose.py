@@ -147,7 +147,9 @@ class Choice:
 
         refusal: BudgetError | None = None
         for found, plan in fitting(probed, self.model, self._trial, budget, planned):
-            way = (found.way if self.part is None else found.way.within(self.part.box)).of_now()
+            part = self.part
+            near = part is not None and part.first
+            way = (found.way.within(part.box) if part and near else found.way).of_now()
             parts = (self.call, self.recipe, self.baselines, self.part)
             job = Job(self.model, self.method, *parts, way, plan, None, found, as_it_is)
             job.independence, job.again = rows, partial(self.job, precision, said)
@@ -254,7 +256,7 @@ def prepare(
     tolerance: what precision "auto" may cost a map; half of the method's own unless given. alone:
     its launches are its own.
     """
-    recipe = recipe.of(call.inputs, call.features)
+    recipe = recipe.of(call.inputs, call.features, call.layouts)
     part, baselines = read_region(region, call), baselines_of(call, recipe, baseline)
     if recipe.scores_alone and lean:
         # What our versions of a call make of NaN need not be what the model makes of it.

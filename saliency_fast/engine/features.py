@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saliency_fast.engine.superpixels import SEGMENTATIONS, segment
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.axes import Layouts, standard_layouts
 from saliency_fast.model.casts import cast
 from saliency_fast.model.routes import Inputs
 
@@ -19,26 +20,27 @@ input; "grid", "grid:8", "slic" or "slic:100"; or a tuple of these, one per inpu
 one feature, in different inputs too."""
 
 
-def read_features(features: Features, inputs: Inputs) -> Inputs:
+def read_features(features: Features, inputs: Inputs, layouts: Layouts | None = None) -> Inputs:
     """Feature numbers int64 [B | 1, *] per input, from 0 without gaps over all inputs; nothing
     where there are no features.
 
     Numbers that the user gave keep their order; generated ones follow them, input by input.
+    layouts: of the inputs, in their standard form unless given.
     """
-    return () if features is None else numbered(features, inputs)
+    return () if features is None else numbered(features, inputs, layouts)
 
 
-def numbered(features: Features, inputs: Inputs) -> Inputs:
+def numbered(features: Features, inputs: Inputs, layouts: Layouts | None = None) -> Inputs:
     """The same, where no features mean that every element is one."""
     parts = _per_input(features, inputs)
     given = [_given(part, x) for part, x in zip(parts, inputs, strict=True)]
     known = [one for one in given if one is not None]
     unique = torch.unique(torch.cat([one.flatten() for one in known])) if known else None
     following = 0 if unique is None else unique.numel()
-    found = []
-    for part, own, x in zip(parts, given, inputs, strict=True):
+    layouts, found = layouts or standard_layouts(inputs), []
+    for number, (part, own, x) in enumerate(zip(parts, given, inputs, strict=True)):
         if own is None:
-            own = _generated(part, x) + following
+            own = _generated(part, x, layouts, number) + following
             following = int(own.max()) + 1
         else:
             assert unique is not None
@@ -90,7 +92,7 @@ def _given(part: Any, x: Tensor) -> Tensor | None:
     return aligned
 
 
-def _generated(part: str | None, x: Tensor) -> Tensor:
+def _generated(part: str | None, x: Tensor, layouts: Layouts, number: int) -> Tensor:
     """Numbers from 0, int64 [B | 1, *], broadcastable behind."""
     if part is None:
         return torch.arange(x[0].numel(), device=x.device).view(1, *x.shape[1:])
@@ -101,4 +103,5 @@ def _generated(part: str | None, x: Tensor) -> Tensor:
             f"features: the names are {valid}, with a count behind a colon: got {part!r}; "
             "expected such as 'grid:8' or 'slic:100'"
         )
-    return segment(x, name, int(count) if count else None)
+    axes = layouts.need(number, f"features={part!r}")
+    return axes.back(segment(axes.standard(x), name, int(count) if count else None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from saliency_fast.engine.recipe import Rows
 from saliency_fast.errors import InputError
+from saliency_fast.model.axes import Axes, Layouts
 from saliency_fast.model.precision import FLOAT32, arithmetic
 from saliency_fast.model.routes import Inputs
 
@@ -31,30 +32,40 @@ class Blur:
     """Gaussian blurs of the input, from `max_sigma` pixels (alpha 0) down to none (alpha 1), by
     `max_sigma` (1 - alpha)^spacing.
 
-    Blurs the axes behind the channels, one to three of them. The kernel ends at four times
+    Blurs the places of the inputs, one to three axes; behind the channels, where there are no
+    `layouts`. The kernel ends at four times
     `max_sigma` for every alpha, so that points and their derivative are smooth in alpha.
     """
 
     max_sigma: float
     padding: str = "zeros"
     spacing: float = 1.0
+    layouts: tuple[Axes, ...] = ()
     straight: ClassVar[bool] = False
 
+    def laid(self, layouts: Layouts) -> Blur:
+        """The same over the places of inputs of these layouts."""
+        found = (layouts.spatial(number, "a path of blurs") for number in range(len(layouts)))
+        return replace(self, layouts=tuple(found))
+
     def bind(self, inputs: Inputs, baselines: Inputs) -> _BoundBlur:
-        return _BoundBlur(inputs, self.max_sigma, self.padding, self.spacing)
+        axes = tuple(one.places for one in self.layouts)
+        axes = axes or tuple(tuple(range(2, x.dim())) for x in inputs)
+        return _BoundBlur(inputs, self.max_sigma, self.padding, self.spacing, axes)
 
     def start(self, inputs: Inputs) -> Inputs:
         """The most blurred inputs, where the path begins."""
-        for number, x in enumerate(inputs):
-            if not 3 <= x.dim() <= 5:
+        item = torch.arange(len(inputs[0]), device=inputs[0].device)
+        source = self.bind(inputs, ())
+        for number, (x, axes) in enumerate(zip(inputs, source.axes, strict=True)):
+            if not 1 <= len(axes) <= 3:
                 raise InputError(
                     f"a path of blurs needs one to three axes behind the channels: input {number} "
                     f"is {list(x.shape)}; use a path on straight lines, such as "
                     "IntegratedGradients, or pass it through forward_args"
                 )
-        item = torch.arange(len(inputs[0]), device=inputs[0].device)
         zero = torch.zeros(len(item), dtype=torch.float64, device=item.device)
-        rows, source = Rows(item, zero, zero, torch.zeros_like(item)), self.bind(inputs, ())
+        rows = Rows(item, zero, zero, torch.zeros_like(item))
         # A few at a time: their padded copies and kernels are larger than what comes of them.
         parts = [source.write(rows.part(i, i + AT_ONCE)) for i in range(0, len(item), AT_ONCE)]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
@@ -66,29 +77,34 @@ class _BoundBlur:
     max_sigma: float
     padding: str
     spacing: float
+    axes: tuple[tuple[int, ...], ...]
 
     def write(self, rows: Rows) -> Inputs:
-        return tuple(self._blurred(x, rows, slope=False) for x in self.inputs)
+        return self._each(rows, slope=False)
 
     def direction(self, rows: Rows) -> Inputs:
-        return tuple(self._blurred(x, rows, slope=True) for x in self.inputs)
+        return self._each(rows, slope=True)
 
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         raise TypeError("a path of blurs has no line")
 
-    def _blurred(self, x: Tensor, rows: Rows, *, slope: bool) -> Tensor:
+    def _each(self, rows: Rows, *, slope: bool) -> Inputs:
+        pairs = zip(self.inputs, self.axes, strict=True)
+        return tuple(self._blurred(x, axes, rows, slope=slope) for x, axes in pairs)
+
+    def _blurred(self, x: Tensor, axes: tuple[int, ...], rows: Rows, *, slope: bool) -> Tensor:
         """The points of rows, or their derivative by alpha, by the product rule over the axes."""
         left, power = 1.0 - rows.place, self.spacing
         kernel, change = kernels(self.max_sigma * left**power, math.ceil(REACH * self.max_sigma))
         change = change * (-self.max_sigma * power * left ** (power - 1.0))[:, None]
         found = x[rows.item]
         slopes = torch.zeros_like(found)
-        for axis in range(2, x.dim()):
+        for axis in axes:
             if slope:
                 slopes = along(found, axis, change, self.padding) + (
-                    along(slopes, axis, kernel, self.padding) if axis > 2 else 0.0
+                    along(slopes, axis, kernel, self.padding) if axis > axes[0] else 0.0
                 )
-            if not slope or axis < x.dim() - 1:
+            if not slope or axis < axes[-1]:
                 found = along(found, axis, kernel, self.padding)
         return slopes if slope else found
 

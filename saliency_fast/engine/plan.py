@@ -35,7 +35,7 @@ class Plan:
     prefix names the calls at the model's beginning that are taken once for all points. precision:
     of the model's products; `looked_at` points at a time are taken in float32 too.
     most: points that a launch may have where other calls fill it. graphs: whether launches are
-    recorded and replayed, on devices that can.
+    recorded and replayed, on devices that can. layout: of the inputs, and who says so.
     """
 
     method: str
@@ -59,6 +59,7 @@ class Plan:
     looked_at: int = 0
     most: int = 0
     graphs: str = ""
+    layout: str = ""
     notes: tuple[str, ...] = ()
     seconds_per_point: float | None = field(default=None, compare=False)
 
@@ -102,6 +103,8 @@ class Plan:
             lines.append(f"autograd's {calls}")
         if self.prefix:
             lines.append(f"prefix     {self.prefix}")
+        if self.layout:
+            lines.append(f"layout     {self.layout}")
         if self.graphs:
             lines.append(f"graphs     {self.graphs}")
         return "\n".join(lines + [f"note       {note}" for note in self.notes])

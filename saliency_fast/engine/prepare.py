@@ -39,7 +39,7 @@ class Limits:
 def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
     """The baselines to average over, each a tensor [B | 1 | M, *] per input."""
     if recipe.baseline == "set":
-        rows = read_baseline_set(baseline, call.inputs)
+        rows = read_baseline_set(baseline, call.inputs, call.layouts)
         _need_held(rows, call)
         return [rows]
     if isinstance(recipe.family, Starting):
@@ -52,7 +52,7 @@ def baselines_of(call: Call, recipe: Recipe, baseline: Any) -> list[Inputs]:
     if recipe.baseline in ("one", "fill"):
         several = enumerate(choices(baseline))
         found = [
-            read_baselines(one, call.inputs, number, missing=recipe.scores_alone)
+            read_baselines(one, call.inputs, number, call.layouts, missing=recipe.scores_alone)
             for number, one in several
         ]
         for one in found:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.routes import Inputs, Rules
 
 
@@ -67,6 +68,9 @@ class Starting(Protocol):
     def start(self, inputs: Inputs) -> Inputs:
         """For each input the points [B, *] at alpha 0."""
 
+    def laid(self, layouts: Layouts) -> Family:
+        """The family for inputs of these layouts."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -104,8 +108,8 @@ class Level:
         )
 
 
-Points = Callable[[Inputs, Inputs], int]
-"""From inputs and features to about how many points each example gets."""
+Points = Callable[[Inputs, Inputs, Layouts], int]
+"""From inputs, features and layouts to about how many points each example gets."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +167,14 @@ class Recipe:
         assert isinstance(self.points, int), "the recipe of a call knows its points"
         return self.points
 
-    def of(self, inputs: Inputs, features: Inputs) -> Recipe:
-        """The recipe of a call, which knows how many points there are."""
+    def of(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> Recipe:
+        """The recipe of a call, which knows how many points there are, and where they lie."""
+        family = self.family
+        laid = family.laid(layouts) if isinstance(family, Starting) else family
         if self.points is None or isinstance(self.points, int):
-            return self
-        return replace(self, points=max(1, self.points(inputs, features)))
+            return self if laid is family else replace(self, family=laid)
+        points = max(1, self.points(inputs, features, layouts))
+        return replace(self, family=laid, points=points)
 
 
 class Method(Protocol):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.axes import Axes
 from saliency_fast.model.local import Box
 
 Region = Tensor | Sequence[slice | tuple[int, int]] | None
@@ -19,14 +20,23 @@ Region = Tensor | Sequence[slice | tuple[int, int]] | None
 class Part:
     """A box of an input's spatial axes, and the mask within it that is asked for, if it is not all.
 
-    box: (start, stop) per axis; mask: bool like the whole of those axes.
+    box: (start, stop) per axis; mask: bool like the whole of those axes. axes: the input's layout.
     """
 
     box: Box
+    axes: Axes
     mask: Tensor | None = field(default=None, compare=False)
 
     def kept(self, values: Tensor) -> Tensor:
-        """`values` [B, K, C, *spatial] with zeros outside of the part."""
+        """`values` [B, K, *], like the input behind K, with zeros outside of the part."""
+        return self.axes.back(self._kept(self.axes.standard(values, 2)), 2)
+
+    @property
+    def first(self) -> bool:
+        """Whether the input has its channels before its places, as convolutions take them."""
+        return self.axes.channel == 1
+
+    def _kept(self, values: Tensor) -> Tensor:
         if self.mask is not None:
             return values * self.mask
         found = torch.zeros_like(values)
@@ -43,14 +53,15 @@ def read_region(region: Region, call: Call) -> Part | None:
     if region is None:
         return None
     shape = call.inputs[0].shape
-    if len(call.inputs) != 1 or len(shape) < 3:
+    if len(call.inputs) != 1 or (len(shape) < 3 and call.layouts.settled != ("BT",)):
         raise InputError(
             "region needs one input [B, C, *spatial]: got "
             f"{[list(x.shape) for x in call.inputs]}; mask the values of other inputs yourself"
         )
-    size = tuple(shape[2:])
+    axes = call.layouts.need(0, "region=")
+    size = axes.size(shape)
     if isinstance(region, Tensor):
-        return _masked(region, size, call.device)
+        return _masked(region, size, axes, call.device)
     if not isinstance(region, (tuple, list)):
         raise InputTypeError(
             f"region must be a bool mask or one slice per spatial axis: got {type(region).__name__}"
@@ -63,10 +74,10 @@ def read_region(region: Region, call: Call) -> Part | None:
     box = tuple(_span(one, n) for one, n in zip(region, size, strict=True))
     if any(start >= stop for start, stop in box):
         raise InputError(f"region is empty, or outside of {list(size)}: got {list(box)}")
-    return Part(box)
+    return Part(box, axes)
 
 
-def _masked(mask: Tensor, size: tuple[int, ...], device: torch.device) -> Part:
+def _masked(mask: Tensor, size: tuple[int, ...], axes: Axes, device: torch.device) -> Part:
     if mask.dtype != torch.bool or mask.shape != size:
         raise InputError(
             f"region: a mask must be bool {list(size)}: got {mask.dtype} {list(mask.shape)}"
@@ -75,7 +86,7 @@ def _masked(mask: Tensor, size: tuple[int, ...], device: torch.device) -> Part:
     if not len(places):
         raise InputError("region is empty: got a mask without a single True")
     low, high = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
-    return Part(tuple(zip(low, high, strict=True)), mask.to(device))
+    return Part(tuple(zip(low, high, strict=True)), axes, mask.to(device))
 
 
 def _span(given: slice | tuple[int, int], size: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from saliency_fast.engine.recipe import Level, Points, Recipe
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.trial import same_draws
 from saliency_fast.engine.way import Model, Way, function_of
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.directional import Directional, Project, summed
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.guard import uncompiled
@@ -39,7 +40,7 @@ class Asked:
     baseline_scores at the baselines, where they are one per example. size: points of a launch.
     features: int64 [B | 1, *] per input, numbers of segments counted over all inputs; layers:
     those that `at` or the recipe names, and model: whose layers they are; layer_input: whether what
-    they take is meant.
+    they take is meant. layouts: of the inputs.
     """
 
     inputs: Inputs
@@ -51,6 +52,7 @@ class Asked:
     layers: tuple[nn.Module, ...] = ()
     model: object = None
     layer_input: bool = False
+    layouts: Layouts = field(default_factory=lambda: Layouts(()))
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class RoundsRun(Run):
             call.layers,
             self.model,
             call.layer_input,
+            call.layouts,
         )
 
     def _launched(self) -> Moment:

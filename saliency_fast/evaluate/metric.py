@@ -15,6 +15,7 @@ from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.scores import OUTPUTS, Running
 from saliency_fast.evaluate.subject import Explainer, Model, Subject, read_subject
 from saliency_fast.evaluate.substrates import named
+from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.targets import Target
 
 NEEDS = ("model", "masks", "method")
@@ -55,10 +56,11 @@ class Metric:
         memory_budget: int | str | None = None,
         points_per_launch: int | None = None,
         progress: bool = False,
+        layout: LayoutLike = None,
     ) -> Outcome:
         """Judges `maps`, an attribution or a tensor, that explain what `model` says of `inputs`.
 
-        See `read_subject` for maps, boxes and method, and `Engine` for the others.
+        See `read_subject` for maps, boxes, method and layout, and `Engine` for the others.
         """
         running = Running(forward_args, forward_kwargs, memory_budget, points_per_launch, progress)
         subject = read_subject(
@@ -68,6 +70,7 @@ class Metric:
             method=method,
             baseline=baseline,
             running=running,
+            layout=layout,
         )
         return self.judge(subject)
 

@@ -13,6 +13,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, ModelError
+from saliency_fast.model.axes import Axes
 from saliency_fast.model.precision import HALVES
 from saliency_fast.model.targets import (
     PREDICTED,
@@ -33,7 +34,8 @@ UNTOLD = -1.0
 @dataclass(frozen=True)
 class Running:
     """How a model is run: further arguments, and what `Engine` takes; dtype: what the model takes,
-    where that is a half type and inputs are read as float32.
+    where that is a half type and inputs are read as float32. axes: the layout that it takes;
+    inputs are judged in the standard one, [B, C, *places].
     """
 
     forward_args: Any = ()
@@ -42,6 +44,7 @@ class Running:
     points_per_launch: int | None = None
     progress: bool = False
     dtype: torch.dtype | None = None
+    axes: Axes | None = None
 
     def engine(self, model: Callable[..., Any], method: Any, *, lean: bool = True) -> Engine:
         return Engine(
@@ -52,15 +55,35 @@ class Running:
             points_per_launch=self.points_per_launch,
             progress=self.progress,
             hashes=False,
+            layout=self.letters,
         )
+
+    @property
+    def letters(self) -> str | None:
+        """The layout that the model takes, where it is known."""
+        return None if self.axes is None else self.axes.letters
 
     def cast(self, inputs: Tensor) -> Tensor:
         """Inputs as the model takes them."""
-        return inputs if self.dtype is None else inputs.to(self.dtype)
+        laid = self.back(inputs)
+        return laid if self.dtype is None else laid.to(self.dtype)
 
-    def taking(self, dtype: torch.dtype) -> Running:
-        """The same for a model that takes inputs of that type."""
-        return replace(self, dtype=dtype) if dtype in HALVES else self
+    def back(self, values: Tensor) -> Tensor:
+        """Inputs, points, or maps of their shape as the model has its axes."""
+        if self.axes is None or self.axes.is_standard:
+            return values
+        return self.axes.back(values).contiguous()
+
+    def standard(self, values: Tensor) -> Tensor:
+        """The reverse: values of a model in the standard layout."""
+        if self.axes is None or self.axes.is_standard:
+            return values
+        return self.axes.standard(values).contiguous()
+
+    def taking(self, dtype: torch.dtype, axes: Axes | None = None) -> Running:
+        """The same for a model that takes inputs of that type and layout."""
+        found = replace(self, dtype=dtype) if dtype in HALVES else self
+        return found if axes is None else replace(found, axes=axes)
 
     def arguments(self) -> dict[str, Any]:
         """What calls of an engine take."""
@@ -188,7 +211,11 @@ class Scorer:
         """Scores at the inputs [B], and at the points [R] that `write(item, place)` makes in fresh
         memory; item int64 [R]: the example of each point.
         """
-        asked = Questions(write, item, place)
+
+        def laid(item: Tensor, place: Tensor) -> Tensor:
+            return self.running.back(write(item, place))
+
+        asked = Questions(laid, item, place)
         engine = self.running.engine(self.model, asked, lean=self.lean)
         engine(self.running.cast(self.inputs), self._reading(), **self.running.arguments())
         _need_finite(asked.found[1], item)
@@ -203,7 +230,7 @@ class Scorer:
         if isinstance(self.target, str) and self.target == PREDICTED:
             return Reading(None)
         targets = one_target(self.target, len(self.inputs)).to(self.inputs.device)
-        about = (self.model, (self.inputs,), *self.running.arguments().values())
+        about = (self.model, (self.running.back(self.inputs),), *self.running.arguments().values())
         targets = with_padding(targets, *about)
         if targets.classes is None or targets.position is not None:
             return Reading(None, targets)

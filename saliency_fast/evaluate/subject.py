@@ -8,16 +8,19 @@ from functools import cached_property
 from typing import Any, TypeGuard, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.engine.bind import is_finite, read_inputs
+from saliency_fast.engine.bind import bind, is_finite, read_inputs
+from saliency_fast.engine.layouts import layouts_of
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.boxes import masks_of
 from saliency_fast.evaluate.scores import Running, Scorer, Scores, one_target
+from saliency_fast.evaluate.substrates import Substrate, substrate_of
 from saliency_fast.methods import make_method, read_method
+from saliency_fast.model.axes import Axes, LayoutLike, Layouts
 from saliency_fast.model.targets import PREDICTED, Target
 from saliency_fast.specs import restore_baseline
 
@@ -32,7 +35,8 @@ SAME = 1e-5
 class Subject:
     """What is judged.
 
-    inputs [B, C, *spatial] (or [B, F]): floating; NaN is a missing value.
+    inputs [B, C, *spatial] (or [B, F]): floating; NaN is a missing value. They are in the standard
+    layout whatever the model's (`running.axes`), and so are values, masks and baseline.
     values: their maps, [B, C, *spatial] or, one number for all channels of a place,
     [B, 1, *spatial]. target: int64 [B] classes, or what `explain` takes as one. masks bool
     [B, *spatial]: where the object is. method and baseline: how the maps were made.
@@ -116,15 +120,33 @@ class Subject:
             )
         model, method = model or self._model, self.method
         if _is_method(method):
-            return read_maps(self.attribution(read_method(method), inputs, model).values, inputs)
+            found = self.attribution(read_method(method), inputs, model)
+            return self.read(found.values, inputs)
         by_function = cast(Callable[[Model, Tensor, Target], Tensor], method)
-        return read_maps(by_function(model, self.running.cast(inputs), self.classes), inputs)
+        return self.read(by_function(model, self.running.cast(inputs), self.classes), inputs)
+
+    def read(self, maps: Any, inputs: Tensor | None = None) -> Tensor:
+        """Maps in the model's layout, or without its channels, as `values`."""
+        return read_maps(maps, self.inputs if inputs is None else inputs, self.running.axes)
+
+    def fill(self, substrate: Substrate, seed: int = 0, *, missing: bool = False) -> Tensor:
+        """What stands in the place of what is gone, [B | 1, *] like the inputs; see
+        `substrate_of`. Tensors are in the model's layout.
+        """
+        given = _standard(substrate, self.inputs, self.running)
+        return substrate_of(given, self.inputs, seed, missing=missing)
 
     def attribution(self, method: Method, inputs: Tensor, model: Model) -> Attribution:
         """What a method says, from the baseline where it takes one."""
         engine, x = self.running.engine(model, method), self.running.cast(inputs)
-        baseline = None if method.recipe().baseline == "none" else self.baseline
+        baseline = None if method.recipe().baseline == "none" else self.started
         return engine(x, self.classes, baseline, **self.running.arguments())
+
+    @property
+    def started(self) -> Baseline:
+        """The baseline as the model takes it."""
+        found: Baseline = _each(self.baseline, self.running.back)
+        return found
 
     def of(self, inputs: Tensor, values: Tensor) -> Subject:
         """The same with other inputs and maps, for targets that are looked up already."""
@@ -161,12 +183,14 @@ def read_subject(
     method: Explainer | None = None,
     baseline: Baseline = None,
     running: Running | None = None,
+    layout: LayoutLike = None,
 ) -> Subject:
     """Validates what is judged; raises InputError or InputTypeError with the cure.
 
     maps: an `Attribution`, whose target, method and baseline count where they are not given, or a
     tensor [B, C, *spatial], [B, 1, *spatial] or [B, *spatial]. boxes: [B, 2 D] as (top, left,
-    bottom, right), half-open, for D spatial axes, or masks bool [B, *spatial].
+    bottom, right), half-open, for D spatial axes, or masks bool [B, *spatial]. layout: of the
+    inputs, one letter per axis, as in `explain`; found in the maps' attribution or in the model.
     """
     if not isinstance(inputs, Tensor):
         raise InputTypeError(
@@ -174,7 +198,10 @@ def read_subject(
             "forward_args"
         )
     (x,), _ = read_inputs(inputs, missing=True)
-    running = (running or Running()).taking(inputs.dtype)
+    running = running or Running()
+    axes = axes_of(model, inputs, running, maps, layout)
+    running = running.taking(inputs.dtype, axes)
+    x = running.standard(x)
     if isinstance(maps, Attribution):
         past = maps.provenance
         # Class activation maps look at a layer, and are of the inputs.
@@ -195,17 +222,75 @@ def read_subject(
     masks = None if boxes is None else masks_of(boxes, x)
     if method is not None and _is_method(method):
         method = read_method(method)
-    return Subject(model, x, read_maps(values, x), target, masks, method, baseline, running)
+    baseline = _standard(baseline, x, running)
+    values = read_maps(values, x, running.axes)
+    return Subject(model, x, values, target, masks, method, baseline, running)
 
 
-def read_maps(maps: Any, inputs: Tensor) -> Tensor:
-    """Maps [B, C | 1, *spatial] of inputs [B, C, *spatial]; raises where they cannot be."""
+def axes_of(
+    model: Model | None,
+    x: Tensor,
+    running: Running,
+    maps: object = None,
+    layout: LayoutLike = None,
+) -> Axes:
+    """The layout of inputs `x`: as given, as an attribution states it, or as the model tells."""
+    if layout is None and isinstance(maps, Attribution) and maps.layout[:1] != (None,):
+        layout = maps.layout[0]
+    if layout is not None or model is None:
+        layouts = Layouts([tuple(x.shape)], layout)
+    else:
+        call = bind(x, None, running.forward_args, running.forward_kwargs, missing=True)
+        layouts = layouts_of(model, call, None)
+    if x.dim() == 2:
+        # Tables need no layout, so that functions, which are looked at anew, are not run for it.
+        seen = layouts.letters if isinstance(model, nn.Module) else layouts.settled
+        return Axes(seen[0] or "BF")
+    return layouts.need(0, "what a map says of places")
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A baseline with its tensors changed."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_each(one, change) for one in value)
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _standard(value: Any, x: Tensor, running: Running) -> Any:
+    """A baseline, or a substrate, whose tensors are in the model's layout, in the standard one.
+
+    x: the inputs in the standard one.
+    """
+    if running.axes is None or running.axes.is_standard:
+        return value
+    shape = running.back(x[:1]).shape
+
+    def change(one: Tensor) -> Tensor:
+        lead = len(one) if one.dim() == len(shape) else 1
+        try:
+            return running.standard(one.expand(lead, *shape[1:]))
+        except RuntimeError as error:
+            raise InputError(
+                "baseline must match the inputs or broadcast to them: got "
+                f"{list(one.shape)}, the inputs are {[len(x), *shape[1:]]}"
+            ) from error
+
+    return _each(value, change)
+
+
+def read_maps(maps: Any, inputs: Tensor, axes: Axes | None = None) -> Tensor:
+    """Maps [B, C | 1, *spatial] of inputs [B, C, *spatial]; raises where they cannot be.
+
+    axes: the layout of the maps, where it is not the standard one, in which the inputs are.
+    """
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
         got = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
         raise InputTypeError(
             f"maps must be a floating tensor or an Attribution: got {got}; use torch.as_tensor"
         )
     shape = inputs.shape
+    if axes is not None and maps.dim() == len(axes.letters):
+        maps = axes.standard(maps)
     if maps.shape == (shape[0], *shape[2:]) and len(shape) > 2:
         maps = maps[:, None]
     whole = maps.shape == shape or (len(shape) > 2 and maps.shape == (shape[0], 1, *shape[2:]))

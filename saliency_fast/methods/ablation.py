@@ -13,6 +13,7 @@ from saliency_fast.engine.rounds import Asked, Found, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, players
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits, segment_points
 
@@ -75,7 +76,7 @@ class FeaturePermutation:
     def recipe(self) -> Recipe:
         rounds = partial(_permuted, repeats=self.repeats, seed=self.seed)
 
-        def points(inputs: Inputs, features: Inputs) -> int:
+        def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             return self.repeats * players(inputs, features)
 
         return in_rounds(rounds, points, gradients=False, features=True)

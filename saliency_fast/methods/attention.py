@@ -18,6 +18,8 @@ from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.patches import Patches
 from saliency_fast.model.attention import AttentionTaps
+from saliency_fast.model.follow import Inside
+from saliency_fast.model.layout import Space
 
 FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda heads: heads.mean(1),
@@ -106,12 +108,12 @@ class _OverTokens:
             )
         (x,), targets = asked.inputs, asked.scores.shape[1]
         maps: list[Tensor] = []
+        axes = asked.layouts.need(0, "a map of tokens")
+        space = Space(tuple(x.shape), axes, asked.layouts.inside() or Inside())
 
         def each(rows: slice, found: Found) -> None:
             layers = wide(found.taps)
-            patches = Patches.of(
-                layers[0].shape[2], tuple(x.shape), self.special, self.grid, asked.model
-            )
+            patches = Patches.of(layers[0].shape[2], space, self.special, self.grid, asked.model)
             start = start_of(self.query, layers, pooled=patches.pooled)
             read = self._read(start, layers, [wide(one) for one in found.grads])
             shown = torch.stack([patches.map(one) for one in read], 1)

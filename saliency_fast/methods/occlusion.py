@@ -15,6 +15,7 @@ from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_ro
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.windows import Grid, check_whole, hierarchy, read_windows
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import window_points
 
@@ -27,8 +28,9 @@ class Occlusion:
     mean over the windows that cover it (Zeiler, 2014).
 
     window, stride: a number for every spatial axis, one number per spatial axis (channels go
-    together) or per axis behind the batch, or a tuple of these per input. None is an eighth of the
-    axis, and half of the window. The last window of an axis is cut at the edge.
+    together) or per axis behind the batch, or a tuple of these per input. None is an eighth of each
+    axis, a 64th of the only one of a series or a table, and half of the window. The last window of
+    an axis is cut at the edge.
 
     hierarchy: levels of coarser windows that are looked at first, each twice as wide per axis; only
     the share `keep` of them with the largest effects is split into finer ones, and the others'
@@ -54,10 +56,10 @@ class Occlusion:
         rounds = partial(occluded, method=self)
         return in_rounds(rounds, self.points, baseline="fill", gradients=False)
 
-    def points(self, inputs: Inputs, features: Inputs) -> int:
+    def points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
         """Windows of an example, the most where there is a hierarchy."""
         total = 0
-        for grid in read_windows(self.window, self.stride, [x.shape for x in inputs]):
+        for grid in read_windows(self.window, self.stride, layouts):
             levels = hierarchy(grid, self.hierarchy)[::-1]
             total += (looked := levels[0].count)
             for coarse, fine in itertools.pairwise(levels):
@@ -70,7 +72,7 @@ class Occlusion:
 def occluded(asked: Asked, method: Occlusion) -> Rounds:
     """The rounds of occlusion: one, or one for each level of windows, coarse ones first."""
     device, batch = asked.scores.device, len(asked.scores)
-    grids = read_windows(method.window, method.stride, [x.shape for x in asked.inputs])
+    grids = read_windows(method.window, method.stride, asked.layouts)
     each = [hierarchy(grid.to(device), method.hierarchy) for grid in grids]
     levels = list(zip(*each, strict=True))
     coarse: tuple[Grid, ...] = ()

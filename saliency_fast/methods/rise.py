@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,7 +13,6 @@ from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
-from saliency_fast.engine.superpixels import spatial_axes
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import own_seeds
@@ -55,11 +55,18 @@ class Rise:
 def _averaged(asked: Asked, method: Rise) -> Rounds:
     batch, targets = asked.scores.shape
     seed = own_seeds(method.seed, asked)
-    draw = [partial(masks, method, number, x) for number, x in enumerate(asked.inputs)]
-    for x in asked.inputs:
-        _check(x, method.grid)
+    axes = asked.layouts.needed("rise")
+    sizes = [one.size(x.shape) for one, x in zip(axes, asked.inputs, strict=True)]
+    for x, size in zip(asked.inputs, sizes, strict=True):
+        _check(x, size, method.grid)
+    # In the standard form, a mask for all channels of a place; standard inputs are no copies.
+    inputs, baselines = (
+        [one.standard(x).contiguous() for one, x in zip(axes, several, strict=True)]
+        for several in (asked.inputs, asked.baselines)
+    )
+    draw = [partial(masks, method, number, size) for number, size in enumerate(sizes)]
     # Even and odd samples apart: half their difference is the error of their mean.
-    sums = [asked.scores.new_zeros(2, batch * targets, _size(x)) for x in asked.inputs]
+    sums = [asked.scores.new_zeros(2, batch * targets, prod(size)) for size in sizes]
 
     def drawn(item: Tensor, place: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """The masks of a launch, each once, their samples, and which of them every row has."""
@@ -70,8 +77,10 @@ def _averaged(asked: Asked, method: Rise) -> Rounds:
 
     def write(item: Tensor, place: Tensor) -> Inputs:
         found, _, row = drawn(item, place)
-        parts = zip(asked.inputs, asked.baselines, found, strict=True)
-        return tuple(_faded(x, fill, mask, item, row) for x, fill, mask in parts)
+        parts = zip(axes, inputs, baselines, found, strict=True)
+        return tuple(
+            one.back(_faded(x, fill, mask, item, row)).contiguous() for one, x, fill, mask in parts
+        )
 
     def each(rows: slice, found: Found) -> None:
         own, place = item[rows], place_of[rows]
@@ -108,27 +117,29 @@ def _maps(asked: Asked, sums: list[Tensor], samples: int, keep: float) -> Maps:
     counts = (-(-samples // 2), samples // 2)
     gap = torch.zeros(sums[0].shape[1], dtype=torch.float64, device=sums[0].device)
     norm, values = gap.clone(), []
-    for x, (even, odd) in zip(asked.inputs, sums, strict=True):
+    axes = asked.layouts.needed("rise")
+    for one, x, (even, odd) in zip(axes, asked.inputs, sums, strict=True):
         mean = (even + odd) / (keep * samples)
         # Of one sample alone nothing is known: 0 / 0.
         half = (even / counts[0] - odd / counts[1]) / (2.0 * keep)
-        channels = x[0].numel() // _size(x)
+        size = one.size(x.shape)
+        channels = x[0].numel() // prod(size)
         gap += channels * half.square().sum(1)
         norm += channels * mean.square().sum(1)
-        shape = (1, *(x.shape[axis] for axis in spatial_axes(x.shape)))[-(x.dim() - 1) :]
-        values.append(
-            mean.to(x.dtype).view(*asked.scores.shape, *shape).expand(-1, -1, *x.shape[1:])
-        )
+        shape = size if not one.spatial else (1, *size)
+        placed = one.back(mean.to(x.dtype).view(*asked.scores.shape, *shape), 2)
+        values.append(placed.expand(-1, -1, *x.shape[1:]))
     error = (gap / norm.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
     return Maps(tuple(one.contiguous() for one in values), error.view(asked.scores.shape))
 
 
-def masks(method: Rise, number: int, x: Tensor, seed: Tensor, sample: Tensor) -> Tensor:
-    """Masks for input `number`, float64 [M, elements of an example's spatial axes], from the draws
-    of (seed, sample, input): a grid of zeros and ones, enlarged linearly to one cell more than the
+def masks(
+    method: Rise, number: int, sizes: tuple[int, ...], seed: Tensor, sample: Tensor
+) -> Tensor:
+    """Masks for input `number`, float64 [M, places] of these sizes, from the draws of
+    (seed, sample, input): a grid of zeros and ones, enlarged linearly to one cell more than the
     input, and cut out at a random place.
     """
-    sizes = [x.shape[axis] for axis in spatial_axes(x.shape)]
     rank, cells = len(sizes), method.grid ** len(sizes)
     # Inputs have draws of their own, far apart.
     words = random_bits(seed, sample, cells + rank, number << 32, philox.MASK)
@@ -137,7 +148,7 @@ def masks(method: Rise, number: int, x: Tensor, seed: Tensor, sample: Tensor) ->
     for axis, size in enumerate(sizes):
         cell = -(-size // method.grid)
         shift = (words[:, cells + axis] * cell) >> 32
-        place = shift[:, None].double() + torch.arange(size, device=x.device) + 0.5
+        place = shift[:, None].double() + torch.arange(size, device=words.device) + 0.5
         place = place * method.grid / ((method.grid + 1) * cell) - 0.5
         place = place.clamp(0.0, method.grid - 1.0)
         low = place.floor()
@@ -153,17 +164,13 @@ def masks(method: Rise, number: int, x: Tensor, seed: Tensor, sample: Tensor) ->
     return flat
 
 
-def _size(x: Tensor) -> int:
-    return int(torch.tensor([x.shape[axis] for axis in spatial_axes(x.shape)]).prod())
-
-
-def _check(x: Tensor, grid: int) -> None:
+def _check(x: Tensor, size: tuple[int, ...], grid: int) -> None:
     if not x.is_floating_point():
         raise InputTypeError(
             f"rise fades elements, so that inputs must be floating point: got {x.dtype}; use "
             "feature_ablation or occlusion"
         )
-    smallest = min(x.shape[axis] for axis in spatial_axes(x.shape))
+    smallest = min(size)
     if grid > smallest:
         raise InputError(
             f"grid is finer than the input: got {grid} cells per axis, the input is "

@@ -15,6 +15,7 @@ from saliency_fast.engine.rounds import Asked, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
 
@@ -59,7 +60,7 @@ class ShapleySampling:
         checks.seed(self.seed)
 
     def recipe(self) -> Recipe:
-        def points(inputs: Inputs, features: Inputs) -> int:
+        def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             count = players(inputs, features)
             return min((1 << count) - 2, self.permutations * (count - 1))
 
@@ -77,7 +78,7 @@ class ShapleySampling:
         return (yield from walked(game, self.permutations, ranks, 2 if self.antithetic else 1))
 
 
-def _coalitions(inputs: Inputs, features: Inputs) -> int:
+def _coalitions(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
     """How many there are but none and all."""
     count = players(inputs, features)
     if count > MOST:

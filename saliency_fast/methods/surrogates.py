@@ -17,6 +17,7 @@ from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
 from saliency_fast.methods.parts.regression import FITS, Slopes, fit, fit_shares
 from saliency_fast.methods.shapley import exact_rounds
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
 
@@ -89,7 +90,7 @@ class KernelShap:
         checks.seed(self.seed)
 
     def recipe(self) -> Recipe:
-        def points(inputs: Inputs, features: Inputs) -> int:
+        def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             return min((1 << players(inputs, features)) - 2, self.samples)
 
         kind = {"baseline": "one", "gradients": False, "features": True}

@@ -15,6 +15,7 @@ from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_ro
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import unknown
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.routes import Inputs
 
 
@@ -53,7 +54,7 @@ class TemporalRescaling:
     def recipe(self) -> Recipe:
         return in_rounds(self._rounds, self._points, baseline="fill")
 
-    def _points(self, inputs: Inputs, features: Inputs) -> int:
+    def _points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
         """About how many an example gets."""
         if len(inputs) != 1 or inputs[0].dim() != 3:
             shapes = ", ".join(str(list(x.shape)) for x in inputs)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import InputError
+from saliency_fast.model.axes import Axes
+from saliency_fast.model.follow import Inside
+from saliency_fast.model.followed import Followed, Lattice, lattice_of, order_of
 
 _SPECIAL = 16
 """The most leading tokens without a place that are looked for."""
@@ -43,81 +46,164 @@ def _number(part: nn.Module, *names: str) -> int | None:
 class Layout:
     """How a layer's output is read as maps [R, C, *grid], and the input's space they belong to.
 
-    last: channels are the last axis. special: so many leading tokens have no place (trailing ones
-    where negative). size: the input's spatial size. shape: of one example's map, as the input has
-    its axes: [1, *size], or with the 1 where the input has its channels.
+    last: channels are the last axis. index: the tokens at the points of the grid, where the layer
+    gives tokens; others have no place. size: the input's spatial size. shape: of one example's map,
+    as the input has its axes: [1, *size], or with the 1 where the input has its channels. order:
+    of the layer's spatial axes, where it is another than the input's. fold: so many steps of an
+    example are rows of their own.
     """
 
     last: bool
-    special: int
+    index: tuple[int, ...] | None
     grid: tuple[int, ...]
     size: tuple[int, ...]
     shape: tuple[int, ...]
+    order: tuple[int, ...] | None = None
+    fold: int = 1
 
     def maps(self, output: Tensor) -> Tensor:
         """The layer's output, or gradients of its shape, as maps [R, C, *grid]."""
+        if self.fold > 1:
+            output = output.reshape(-1, self.fold, *output.shape[1:])
+            output = output if self.last else output.movedim(2, 1)
         if self.last:
             output = output.movedim(-1, 1)
-        if self.special > 0:
-            output = output[:, :, self.special :]
-        elif self.special < 0:
-            output = output[:, :, : self.special]
-        return output.reshape(*output.shape[:2], *self.grid)
+        if self.index is not None:
+            places = torch.tensor(self.index, device=output.device)
+            return output.index_select(2, places).reshape(*output.shape[:2], *self.grid)
+        return output if self.order is None else output.permute(0, 1, *self.order)
+
+
+@dataclass(frozen=True)
+class Space:
+    """An input's space: its shape [B, ...] and layout, and what is known of where the elements of
+    layers lie in it, as number `number` of the inputs.
+    """
+
+    shape: tuple[int, ...]
+    axes: Axes
+    inside: Inside = field(default_factory=Inside)
+    number: int = 0
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return self.axes.size(self.shape)
+
+    @property
+    def of_map(self) -> tuple[int, ...]:
+        """The shape of one example's map."""
+        return tuple(
+            1 if axis == self.axes.channel else size for axis, size in enumerate(self.shape) if axis
+        )
 
 
 def read_layout(
     layer: nn.Module,
     shape: tuple[int, ...],
-    x: tuple[int, ...],
+    space: Space,
     grid: tuple[int, ...] | None = None,
     special: int | None = None,
     model: object = None,
+    at: int = 0,
 ) -> Layout:
-    """The layout of a layer's output of `shape` [R, ...] for an input of shape `x` [B, ...].
+    """The layout of what layer `at` gives, of `shape` [R, ...].
 
-    grid, special: of tokens [R, T, C], where neither the model's patches nor their number tells.
+    grid, special: of tokens [R, T, C], where neither what becomes of the input's places nor the
+    model's patches tell.
     """
-    name = type(layer).__name__
+    name, size = type(layer).__name__, space.size
     if len(shape) < 3:
         raise no_space(name, shape)
-    last = channel_axis(layer, shape, -1 if len(shape) == 3 and len(x) > 3 else 1) == -1
+    last = channel_axis(layer, shape, -1 if len(shape) == 3 and len(size) > 1 else 1) == -1
     found = tuple(shape[1:-1] if last else shape[2:])
-    if last and len(found) == 1 and (grid, special) == (None, None) and x[1:-1] == found:
-        return Layout(True, 0, found, found, (*found, 1))
-    axis = input_axis(model, x)
-    of_map = tuple(1 if number == axis else size for number, size in enumerate(x) if number)
-    space = tuple(size for number, size in enumerate(x) if number not in (0, axis))
-    if last and len(found) == 1:
-        patches = patch_grid(model, space)
-        special, found = token_grid(f"layer {name}", found[0], space, grid, special, patches)
-    elif grid is not None or special:
+    followed = space.inside.of(at, space.number)
+    if last and len(found) == 1 and not _folded(followed):
+        lattice = tokens_at(f"layer {name}", found[0], space, grid, special, model, followed)
+        return Layout(True, lattice.index, lattice.grid, size, space.of_map)
+    if grid is not None or special:
         raise InputError(
             f"grid and special are for tokens [B, T, C]: got a layer ({name}) of output "
             f"{list(shape)}; leave them out"
         )
     if math.prod(found) == 1:
         raise no_space(name, shape)
-    if len(found) != len(space):
+    fold, order = _steps(followed, space), None
+    places = len(found) + (fold > 1)
+    if places != len(size):
         raise InputError(
-            f"a map needs as many spatial axes as the input {list(x)} has: got {len(found)} in "
-            f"the output {list(shape)} of layer {name}, expected {len(space)}; choose another "
+            f"a map needs as many spatial axes as the input {list(space.shape)} has: got {places} "
+            f"in the output {list(shape)} of layer {name}, expected {len(size)}; choose another "
             "layer, and pass what has no space through forward_args"
         )
-    return Layout(last, special or 0, found, space, of_map)
+    if followed is not None:
+        first = 1 if last else 2
+        axes = [*([0] if fold > 1 else []), *range(first, first + len(found))]
+        known = order_of(followed, axes, space.axes.places)
+        order = None if known is None else tuple(2 + axes.index(axis) for axis in known)
+    grid = (*((fold,) if fold > 1 else ()), *found)
+    if order is not None:
+        grid = tuple(grid[axis - 2] for axis in order)
+    return Layout(last, None, grid, size, space.of_map, order, fold)
 
 
-def input_axis(model: object, x: tuple[int, ...]) -> int | None:
-    """The axis of an input [B, ...] that holds its channels, None of [B, L].
+def _folded(followed: Followed | None) -> bool:
+    return followed is not None and bool(followed.along(0) - {0})
 
-    It is axis 1, unless a convolution takes as many channels as another has (frames first,
-    channels last) and none as many as that.
+
+def _steps(followed: Followed | None, space: Space) -> int:
+    """How many steps of an example are rows of a layer, one after the other; 1 where it has the
+    examples alone on its first axis.
     """
-    if len(x) == 2:
-        return None
-    taken = [part.in_channels for part in _convolutions(model, len(x) - 2)]
-    if not taken or x[1] in taken:
+    if followed is None or not _folded(followed):
         return 1
-    return next((axis for axis in (2, len(x) - 1) if x[axis] == taken[0]), 1)
+    steps = followed.along(0) - {0}
+    item = followed.where[0]
+    rows = item.flatten(1)[:, 0]
+    if len(steps) != 1 or not steps <= set(space.axes.places) or bool((rows.diff() < 0).any()):
+        raise InputError(
+            "a layer must have the examples on its first axis, each with its steps one after the "
+            f"other: got rows that mix axes {sorted(followed.along(0))} of the input "
+            f"{list(space.shape)}; choose a layer before or behind the one that moves them"
+        )
+    return space.shape[next(iter(steps))]
+
+
+def tokens_at(
+    what: str,
+    tokens: int,
+    space: Space,
+    grid: tuple[int, ...] | None,
+    special: int | None,
+    model: object = None,
+    followed: Followed | None = None,
+) -> Lattice:
+    """Where tokens lie in an input: by `grid` and `special` where these are given, else by what
+    becomes of the input's places on their way, else by the arithmetic of the patch convolution.
+    """
+    size, places = space.size, space.axes.places
+    if grid is None:
+        known = None if followed is None else lattice_of(followed, places)
+        known = known or space.inside.sequence(tokens, places, space.number)
+        if known is not None and special in (None, *_left_over(known, tokens)):
+            return known
+        if (tokens,) == size and not special:
+            return Lattice(size, tuple(range(tokens)))
+    if len(size) > 3:
+        raise InputError(
+            f"tokens make a map over up to 3 spatial axes: got an input {list(space.shape)}"
+        )
+    if grid is None and len(size) == 1 and tokens - abs(special or 0) == size[0]:
+        grid = size
+    patches = patch_grid(model, size)
+    special, grid = token_grid(what, tokens, size, grid, special, patches)
+    start = max(special, 0)
+    return Lattice(grid, tuple(range(start, start + math.prod(grid))))
+
+
+def _left_over(lattice: Lattice, tokens: int) -> tuple[int, int]:
+    """The number of tokens without a place, as `special` may say it."""
+    count = tokens - len(lattice.index)
+    return count, -count
 
 
 def _convolutions(model: object, rank: int) -> list[Any]:
@@ -136,12 +222,13 @@ def no_space(name: str, shape: tuple[int, ...]) -> InputError:
 
 
 def patch_grid(model: object, space: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The grid of a model's patches: of its first convolution whose patches do not overlap."""
+    """The grid of a model's patches: what its first convolution with strides makes of the input."""
     for part in _convolutions(model, len(space)):
-        if part.stride == part.kernel_size and max(part.stride) > 1:
-            pads = part.padding if isinstance(part.padding, tuple) else (0,) * len(space)
-            sizes = zip(space, pads, part.stride, strict=True)
-            return tuple((size + 2 * pad) // step for size, pad, step in sizes)
+        if max(part.stride) > 1 and not isinstance(part.padding, str):
+            parts = zip(
+                space, part.padding, part.dilation, part.kernel_size, part.stride, strict=True
+            )
+            return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in parts)
     return None
 
 
@@ -157,61 +244,20 @@ def token_grid(
 
     patches: the grid that the model's own patches make, where it is known.
     """
-    if grid is None and patches is not None and 0 <= tokens - math.prod(patches) <= _SPECIAL:
+    rest = -1 if patches is None else tokens - math.prod(patches)
+    if grid is None and 0 <= rest <= _SPECIAL and (special is None or abs(special) == rest):
         grid = patches
-    if grid is not None:
-        rest = tokens - math.prod(grid)
-        if rest < 0 or (special is not None and abs(special) != rest):
-            raise InputError(
-                f"grid does not fit {what}: got {list(grid)} and special={special} for "
-                f"{tokens} tokens; their product and special must make that number"
-            )
-        return (rest if special is None else special), grid
-    fits = _fits(tokens, space, special)
-    if len(fits) == 1:
-        return fits[0]
-    if fits:
-        shown = " or ".join(f"grid={one} with special={count}" for count, one in fits)
+    if grid is None:
+        cut = "" if patches is None else f"; its convolution cuts {list(patches)} patches"
         raise InputError(
-            f"{tokens} tokens of {what} can lie in more than one grid: got {shown} for an "
-            f"input of {list(space)}; pass the right one"
+            f"where the {tokens} tokens of {what} lie in an input of {list(space)} cannot be told "
+            f"from the model{cut}: pass grid= with a number of patches for each axis, such as "
+            "grid=(14, 14), and special= for the number of tokens without a place"
         )
-    raise InputError(
-        f"{tokens} tokens of {what} make no grid of the input's aspect {list(space)}; pass "
-        "grid=(rows, columns), and special= for the number of tokens without a place"
-    )
-
-
-def _fits(
-    tokens: int, space: tuple[int, ...], special: int | None
-) -> list[tuple[int, tuple[int, ...]]]:
-    """(tokens without a place, grid) with the fewest of the former.
-
-    None and one are as likely; in the plane no number of tokens can be read in both ways.
-    """
-    counts = [(0, 1), *((one,) for one in range(2, _SPECIAL + 1))]
-    for several in counts if special is None else [(special,)]:
-        fits = [(one, grid) for one in several for grid in grids_of(tokens - abs(one), space)]
-        if fits:
-            return fits
-    return []
-
-
-def grids_of(tokens: int, space: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The grids of so many tokens in which patches are as wide as they are high.
-
-    A row is cut into whole patches, and so is a cube, into cubes; of other volumes, and of clips,
-    the number of tokens tells nothing.
-    """
-    if tokens < 1 or (len(space) > 2 and len(set(space)) > 1):
-        return []
-    divisors = [[n for n in range(1, size + 1) if tokens % n == 0] for size in space[:2]]
-    rest = len(space) - 2
-    grids = [(*one, *one[:1] * rest) for one in itertools.product(*divisors)]
-    return [
-        one
-        for one in grids
-        if math.prod(one) == tokens
-        and (len(space) == 2 or not space[0] % one[0])
-        and all(n * space[0] == one[0] * size for n, size in zip(one, space, strict=True))
-    ]
+    rest = tokens - math.prod(grid)
+    if rest < 0 or len(grid) != len(space) or (special is not None and abs(special) != rest):
+        raise InputError(
+            f"grid does not fit {what}: got {list(grid)} and special={special} for "
+            f"{tokens} tokens over {list(space)}; their product and special must make that number"
+        )
+    return (rest if special is None else special), grid

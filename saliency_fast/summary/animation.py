@@ -90,9 +90,15 @@ def progress(
         plan = stream.plan(inputs, target, baseline, **further)
         finer = _finer(stream, plan, frames)
         stream = finer.stream(inputs, target, baseline, **further)
-    moments = _thinned([_moment(one, inputs, style) for one in stream], frames)
+    found, axes = list[Moment](), None
+    for one in stream:
+        found.append(_moment(one, inputs, style))
+        axes = one.axes()
+    moments = _thinned(found, frames)
     if not moments:
         raise InputError("stream holds no map: expected one Attribution or more")
+    assert axes is not None
+    inputs = axes.standard(inputs)
     scale = ops.magnitude_percentile(moments[-1].values.reshape(1, -1), PERCENTILE)
     pictures = [drawn(inputs, one.values, style, PERCENTILE, OPACITY, scale)[0] for one in moments]
     if inputs.dim() == 5:
@@ -147,6 +153,7 @@ def _finer(engine: Engine, plan: Plan, frames: int) -> Engine:
         lean=engine.lean,
         hashes=False,
         graphs=engine.graphs,
+        layout=engine.layout,
     )
 
 
@@ -155,7 +162,13 @@ def _moment(found: Attribution, inputs: Tensor, style: str) -> Moment:
         raise InputError("an animation is of one map: got several targets or inputs; take one")
     values = found.map("sum" if style == "signed" else "l2")
     assert isinstance(values, Tensor)
-    if values.shape != (1, *inputs.shape[2:]):
+    axes = found.axes()
+    if axes is None:
+        raise InputError(
+            f"which axis of the input {list(inputs.shape)} holds its channels is not known: pass "
+            "layout= to the engine, such as 'BTCHW'"
+        )
+    if values.shape != (1, *axes.size(inputs.shape)):
         raise InputError(
             f"the map does not lie over the input: got {list(values.shape)}, expected "
             f"{[1, *inputs.shape[2:]]}; maps of layers have no picture"

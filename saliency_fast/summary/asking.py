@@ -99,13 +99,15 @@ def remove(subject: Subject, labels: Tensor, gone: list[int]) -> list[Removed | 
 def _asked(subject: Subject, write: Any, item: Tensor) -> tuple[list[Verdict], list[Verdict]]:
     """Verdicts at the inputs, and at the points."""
     targets = read_targets(subject.classes, subject.batch).to(subject.inputs.device)
-    arguments = subject.running.arguments().values()
-    targets = with_padding(targets, subject.model, (subject.inputs,), *arguments)  # type: ignore[arg-type]
+    running = subject.running
+    arguments = running.arguments().values()
+    inputs = running.back(subject.inputs)
+    targets = with_padding(targets, subject.model, (inputs,), *arguments)  # type: ignore[arg-type]
     plain = targets.classes is not None and targets.position is None
     classes = targets.classes[:, 0] if plain else None  # type: ignore[index]
-    asked, running = Questions(write, item, item), subject.running
+    asked = Questions(lambda item, place: running.back(write(item, place)), item, item)
     engine = running.engine(subject.model, asked)  # type: ignore[arg-type]
-    engine(subject.inputs, Reading(classes, targets), **running.arguments())
+    engine(inputs, Reading(classes, targets), **running.arguments())
     first, points = (_verdicts(one) for one in asked.found)
     return first, points
 

@@ -115,8 +115,9 @@ def concepts(
     sight = LayerSight(grid=grid, special=special)
     engine = Engine(model, sight, at=at, memory_budget=memory_budget, hashes=False)
     found = engine(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
-    size = tuple(inputs.shape[2:] if inputs.dim() > 2 else inputs.shape[1:])
-    return _found(found, size, count, method, seed)
+    axes = found.axes()
+    size = inputs.shape[1:] if axes is None else axes.size(inputs.shape)
+    return _found(found, tuple(size), count, method, seed)
 
 
 def _found(

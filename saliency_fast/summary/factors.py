@@ -32,7 +32,14 @@ def directions(vectors: Array, weights: Array, count: int, method: str, seed: in
     vectors, weights = vectors[order], weights[order] / weights[order].max()
     found = (_parts if method == NMF else _clusters)(vectors, weights, count, seed)
     length = np.linalg.norm(found, axis=1, keepdims=True)
-    return found / np.where(length > 0, length, 1.0)
+    units: Array = found / np.where(length > 0, length, 1.0)
+    several = len(np.unique(units[length[:, 0] > 0].round(9), axis=0))
+    if several < count:
+        raise InputError(
+            f"count asks for more concepts than the activations hold: got {count}, and only "
+            f"{several} directions differ; use count={max(1, several)} or more inputs"
+        )
+    return units
 
 
 def amounts(vectors: Array, units: Array, method: str) -> Array:
@@ -50,6 +57,11 @@ def amounts(vectors: Array, units: Array, method: str) -> Array:
 
 
 def _parts(vectors: Array, weights: Array, count: int, seed: int) -> Array:
+    if count > min(vectors.shape):
+        raise InputError(
+            f"count must be at most the layer's channels, {vectors.shape[1]}, and the places that "
+            f"speak for the target, {len(vectors)}: got {count}; use fewer concepts"
+        )
     learner = _learner("decomposition", "NMF")(
         count, init="nndsvda", max_iter=2000, tol=1e-5, random_state=seed
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from saliency_fast.attribution import Attribution
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.subject import Subject, read_subject
+from saliency_fast.model.axes import LayoutLike
 from saliency_fast.summary.grouping import COMPONENTS, check_how, group
 from saliency_fast.summary.spots import spot
 
@@ -81,6 +82,7 @@ def regions(
     most: int = 5,
     boxes: Any = None,
     names: Names = None,
+    layout: LayoutLike = None,
 ) -> Regions:
     """Groups maps of inputs [B, C, *spatial] into at most `most` regions each.
 
@@ -89,11 +91,13 @@ def regions(
     "grid:4" merge superpixels of the input (Achanta, 2012; "slic" needs the extra 'segments') whose
     attribution is alike; a tensor of whole numbers [B | 1, *spatial] gives the parts, 0 for the
     rest. boxes: of the objects, as [B, 2 D] corners or masks. names: of labels that were given, or
-    of features (from 0), instead of words for their place.
+    of features (from 0), instead of words for their place. layout: of the inputs, where the maps
+    are no attribution that states it.
 
     Raises InputError for maps that do not fit, are not finite, and for unknown ways.
     """
-    return regions_of(read_subject(None, inputs, maps, boxes=boxes), how, most, names)
+    subject = read_subject(None, inputs, maps, boxes=boxes, layout=layout)
+    return regions_of(subject, how, most, names)
 
 
 def regions_of(subject: Subject, how: str | Tensor, most: int, names: Names) -> Regions:

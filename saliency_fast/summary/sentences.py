@@ -13,6 +13,7 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.scores import Running
 from saliency_fast.evaluate.subject import Explainer, read_subject
+from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import restore_target
 from saliency_fast.summary.caveats import caveats
@@ -69,6 +70,7 @@ def summarise(
     forward_kwargs: Mapping[str, Any] | None = None,
     memory_budget: int | str | None = None,
     points_per_launch: int | None = None,
+    layout: LayoutLike = None,
 ) -> list[Summary]:
     """Says in words what maps of `inputs` hold, one `Summary` per example.
 
@@ -77,7 +79,7 @@ def summarise(
     or zero). maps: an `Attribution`, whose target counts unless given, or a tensor. how, most,
     names, boxes: of the regions, see `regions`. labels: names of classes; object_name: of what the
     boxes hold. stability: so many times the inputs are explained again under noise of 5 % of their
-    range; needs the attribution's or a given `method`.
+    range; needs the attribution's or a given `method`. layout: of the inputs, as in `explain`.
 
     Shares are of the map, not of the truth: a map that is wrong is summarised as faithfully.
     """
@@ -95,6 +97,7 @@ def summarise(
         method=method,
         baseline=baseline,
         running=running,
+        layout=layout,
     )
     grouped = regions_of(subject, how, most, names)
     facts = facts_of(subject, grouped, labels, object_name, stability, found)

@@ -78,7 +78,7 @@ def test_black_taken_from_black_is_not_asked_again() -> None:
     x[1, 0, 5, 5] = 4.0
     values = torch.arange(36.0).flip(0).view(1, 1, 6, 6).expand(2, 1, 6, 6).double()
     model = Counting()
-    found = Deletion(output="logit", steps=36)(model, x, values, target=0)
+    found = Deletion(output="logit", steps=36)(model, x, values, target=0, layout="BCHW")
     assert found.curve is not None
     assert found.curve.y[0].tolist() == [6.0, 5.0, 3.0] + [0.0] * 34
     assert found.curve.y[1].tolist() == [4.0] * 36 + [0.0]

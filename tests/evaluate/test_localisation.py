@@ -27,6 +27,9 @@ from tests.models import randn
 SPATIAL = [(9,), (13, 8), (4, 5, 6)]
 
 
+LAYOUTS = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
+
+
 def _maps(spatial: tuple[int, ...], batch: int = 4, channels: int = 2) -> tuple[Tensor, Tensor]:
     """Maps with ties, and masks that hold something."""
     values = (randn(batch, channels, *spatial) * 2).round() / 2
@@ -43,7 +46,7 @@ def _each(values: Tensor, masks: Tensor) -> list[tuple[Any, Any]]:
 @pytest.mark.parametrize("tolerance", [0, 1, 1.5, 2.3, 40])
 def test_the_pointing_game_is_the_loop(spatial: tuple[int, ...], tolerance: float) -> None:
     values, masks = _maps(spatial)
-    found = PointingGame(tolerance)(None, values, values, boxes=masks)
+    found = PointingGame(tolerance)(None, values, values, boxes=masks, layout=LAYOUTS[values.dim()])
     pairs = _each(values, masks)
     assert found.values.tolist() == [naive.pointing(a, m, tolerance) for a, m in pairs]
     chance = torch.tensor([naive.chance(m, tolerance) for _, m in pairs], dtype=torch.float64)
@@ -65,7 +68,7 @@ def test_tolerance_counts_from_the_edge_of_the_object() -> None:
 def test_energy_is_the_loop(spatial: tuple[int, ...], evidence: str) -> None:
     values, masks = _maps(spatial)
     values = values + 0.25
-    found = EnergyInBox(evidence)(None, values, values, boxes=masks)
+    found = EnergyInBox(evidence)(None, values, values, boxes=masks, layout=LAYOUTS[values.dim()])
     expected = [naive.energy(a, m, evidence) for a, m in _each(values, masks)]
     np.testing.assert_allclose(found.values.numpy(), expected, rtol=1e-10)
     share = masks.flatten(1).double().mean(1)
@@ -82,8 +85,8 @@ def test_the_top_is_the_loop(spatial: tuple[int, ...], k: int | float | None) ->
         count = int(m.sum()) if k is None else k if isinstance(k, int) else round(k * total)
         unions.append(naive.top_iou(a, m, count))
         shares.append(naive.rank_accuracy(a, m, count))
-    union = TopKIoU(k)(None, values, values, boxes=masks)
-    share = RankAccuracy(k)(None, values, values, boxes=masks)
+    union = TopKIoU(k)(None, values, values, boxes=masks, layout=LAYOUTS[values.dim()])
+    share = RankAccuracy(k)(None, values, values, boxes=masks, layout=LAYOUTS[values.dim()])
     np.testing.assert_allclose(union.values.numpy(), unions, rtol=1e-12)
     np.testing.assert_allclose(share.values.numpy(), shares, rtol=1e-12)
     assert torch.equal(union.details["rank_accuracy"], share.values)
@@ -108,7 +111,7 @@ def test_numbers_are_those_of_quantus(dtype: torch.dtype, batch: int) -> None:
         (RankAccuracy(30), quantus.TopKIntersection(k=30, abs=False, **common)),
     ]
     for ours, theirs in pairs:
-        found = ours(None, values, values, boxes=masks)
+        found = ours(None, values, values, boxes=masks, layout=LAYOUTS[values.dim()])
         expected = theirs(
             model=None,
             x_batch=values.numpy(),

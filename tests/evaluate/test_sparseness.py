@@ -25,7 +25,8 @@ def test_shares_are_the_loop(shape: tuple[int, ...], per: str, kind: Any, slow: 
     values = randn(4, *shape)
     values[1] = values[1].round()
     seen = values if per == "element" or values.dim() == 2 else values.sum(1)
-    found = kind(per)(None, values, values)
+    layout = {2: "BF", 3: "BCT", 4: "BCHW", 5: "BCDHW"}[values.dim()]
+    found = kind(per)(None, values, values, layout=layout)
     np.testing.assert_allclose(
         found.values.numpy(), [slow(one.numpy()) for one in seen], rtol=1e-10
     )

@@ -40,7 +40,8 @@ def of(shape: tuple[int, ...]) -> Tensor:
 def test_like_the_loop(shape: tuple[int, ...]) -> None:
     x = of(shape)
     metric = Stability(noise_level=0.1, samples=2, shifts=(2,), seed=3)
-    found = metric(Sums(), x, x * x, target=0, method="input_x_gradient")
+    layout = {2: "BF", 3: "BCT", 4: "BCHW", 5: "BCDHW"}[x.dim()]
+    found = metric(Sums(), x, x * x, target=0, method="input_x_gradient", layout=layout)
     # The gradient of a square times the input is twice the square.
     maps = (x * x).sum(1) if x.dim() > 2 else x * x
     item = torch.arange(len(x))

@@ -121,7 +121,7 @@ def test_substrates_that_do_not_fit(
 
 
 def test_features_have_no_blur() -> None:
-    with pytest.raises(InputError, match="substrate='blur' needs axes behind the channels"):
+    with pytest.raises(InputError, match="substrate='blur' needs axes of time or space"):
         Deletion("blur")(make(Tabular), randn(2, 7), randn(2, 7), target=1)
 
 

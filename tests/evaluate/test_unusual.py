@@ -214,10 +214,12 @@ def test_tables_volumes_and_functions() -> None:
     assert bool(found.scores.isfinite().all())
     volume = torch.randn(30, 2, 4, 5, 6)
     wide = nn.Sequential(nn.Flatten(), nn.Linear(240, 3))
-    assert len(adversarial_score(wide, volume[:1], volume[1:]).scores) == 1
+    assert len(adversarial_score(wide, volume[:1], volume[1:], layout="BCDHW").scores) == 1
     signal = torch.randn(30, 2, 40)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(80, 3)).double()
-    found = adversarial_score(flat, signal[:4].double(), signal[4:].double(), edge_detector)
+    found = adversarial_score(
+        flat, signal[:4].double(), signal[4:].double(), edge_detector, layout="BCT"
+    )
     # A map without negative places has the same net for all.
     assert found.reference.left_out == ("net",)
 

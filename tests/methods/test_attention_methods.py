@@ -11,6 +11,8 @@ import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
 from saliency_fast.methods.attention import is_causal
 from saliency_fast.methods.parts.patches import Patches
+from saliency_fast.model.axes import Axes
+from saliency_fast.model.layout import Space
 from tests import naive_attention
 from tests.models import Tokens, make, randn
 from tests.transformer_models import eager_attention, tiny
@@ -130,28 +132,34 @@ def test_images_get_maps_of_their_size(form: str) -> None:
         (198, (2, 3, 224, 224), 2, (14, 14)),
         (201, (2, 3, 224, 224), 5, (14, 14)),
         (196, (2, 3, 224, 224), 0, (14, 14)),
-        (257, (2, 3, 230, 230), 1, (16, 16)),
+        (197, (2, 3, 230, 230), 1, (14, 14)),
         (393, (2, 3, 224, 448), 1, (14, 28)),
-        (28, (2, 1, 12, 12, 12), 1, (3, 3, 3)),
+        (28, (2, 1, 48, 48, 48), 1, (3, 3, 3)),
         (6, (2, 6, 8), 0, None),
-        (50, (2, 1, 16000), 0, (50,)),
+        (1000, (2, 1, 16000), 0, (1000,)),
     ],
 )
 def test_patches_are_found(
     tokens: int, shape: tuple[int, ...], special: int, grid: tuple[int, ...] | None
 ) -> None:
-    found = Patches.of(tokens, shape, None, None)
-    assert (found.special, found.grid) == (special, grid)
+    kinds = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+    model, letters = kinds[len(shape)](3, 6, 16, 16), {3: "BTF", 4: "BCHW", 5: "BCDHW"}[len(shape)]
+    letters = "BCT" if grid == (1000,) else letters
+    found = Patches.of(tokens, Space(shape, Axes(letters)), None, None, model)
+    assert found.grid == grid
+    assert found.index == tuple(range(special, tokens))
 
 
 def test_patches_by_hand() -> None:
     weights = torch.arange(9.0).view(1, 9)
-    found = Patches.of(9, (1, 3, 2, 4), -1, (2, 4)).map(weights)
+    found = Patches.of(9, Space((1, 3, 2, 4), Axes("BCHW")), -1, (2, 4)).map(weights)
     assert found.tolist() == [[[[0, 1, 2, 3], [4, 5, 6, 7]]]]
-    assert Patches.of(9, (1, 8, 5), 1, None).map(weights).tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
+    assert Patches.of(9, Space((1, 8, 5), Axes("BTF")), 1, None).map(weights).tolist() == [
+        [1, 2, 3, 4, 5, 6, 7, 8]
+    ]
     for grid, special in (((3, 3), 1), ((2, 2), 1), (None, 2)):
         with pytest.raises(InputError, match=r"(9 tokens of|grid does not fit) attention"):
-            Patches.of(9, (1, 3, 8, 8), special, grid)
+            Patches.of(9, Space((1, 3, 8, 8), Axes("BCHW")), special, grid)
 
 
 class Pooled(nn.Module):

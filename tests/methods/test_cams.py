@@ -13,6 +13,7 @@ import pytest
 import torch
 from captum.attr import GuidedGradCam, LayerGradCam
 from torch import Tensor, nn
+from torch.nn import functional
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
@@ -287,9 +288,29 @@ def test_layers_with_other_rows() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
-    x = randn(2, 4, 3, 12, 16)
-    with pytest.raises(InputError, match=r"examples on its first axis: got \[8, 8, 6, 8\] for 2"):
-        sf.explain(Frames(), x, target=1, method=GradCAM("net.features.4"))
+    x, model = randn(2, 4, 3, 12, 16), Frames()
+    found = sf.explain(model, x, target=1, method=GradCAM("net.features.4"))
+    assert found.layout == ("BTCHW",)
+    kept: list[Tensor] = []
+    handle = model.net.features[4].register_forward_hook(lambda *about: kept.append(about[2]))
+    score = model(x)[:, 1].sum()
+    handle.remove()
+    (slopes,) = torch.autograd.grad(score, kept)
+    seen, slopes = (one.unflatten(0, (2, 4)).transpose(1, 2) for one in (kept[0], slopes))
+    drawn = (slopes.mean((2, 3, 4), keepdim=True) * seen).sum(1, keepdim=True).relu()
+    drawn = functional.interpolate(drawn, (4, 12, 16), mode="trilinear").transpose(1, 2)
+    torch.testing.assert_close(found.values, drawn, rtol=0, atol=1e-12)
+    assert found.map().shape == (2, 4, 12, 16)
+    assert found.overlay(x).shape == (2, 4, 12, 16, 3)
+
+    class Apart(Frames):
+        """Frames before examples."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (4, -1)).mean(0)
+
+    with pytest.raises(InputError, match="each with its steps one after the other"):
+        sf.explain(Apart(), x, target=1, method=GradCAM("net.features.4"))
     with pytest.raises(InputError, match="no layer with spatial output"):
         sf.explain(Frames(), x, target=1, method="grad_cam")
 

@@ -7,7 +7,6 @@ import torch
 
 import saliency_fast as sf
 from saliency_fast.methods.cam import GradCAM
-from saliency_fast.model.layout import input_axis
 
 transformers = pytest.importorskip("transformers")
 SMALL = {
@@ -58,6 +57,9 @@ def test_networks(kind: str) -> None:
     found = sf.explain(model, x, target=1, method=GradCAM(relu=False))
     named = sf.explain(model, x, target=1, method=GradCAM(layer, relu=False))
     assert torch.equal(found.values, named.values)
-    axis = input_axis(model, tuple(x.shape))
+    (letters,) = found.layout
+    assert letters is not None
+    axis = letters.index("C")
+    assert axis == x.dim() - 3
     assert found.values.shape == tuple(1 if n == axis else s for n, s in enumerate(x.shape))
     assert (found.extras["layer"] != 0).all()

@@ -141,7 +141,7 @@ class TestBlurIG:
 
     def test_what_has_no_space_is_refused(self) -> None:
         model = make(Multimodal)
-        with pytest.raises(InputError, match="input 1 is \\[1, 7\\]"):
+        with pytest.raises(InputError, match="input 1 \\[1, 7\\]"):
             sf.explain(model, (randn(1, 3, 12, 12), randn(1, 7)), target=1, method="blur_ig")
         with pytest.raises(InputError, match="got a baseline; leave it out"):
             sf.explain(make(Image), randn(1, 3, 12, 12), target=1, method="blur_ig", baseline=0.0)

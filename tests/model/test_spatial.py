@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.model.layout import channel_axis, grids_of, input_axis, read_layout
+from saliency_fast.model.axes import Axes
+from saliency_fast.model.layout import Space, channel_axis, patch_grid, read_layout
 from saliency_fast.model.outputs import tensors_of
 from saliency_fast.model.spatial import last_spatial
 from tests.model.spatial_models import LAYERS, ResNet, ViT
@@ -126,80 +127,53 @@ def test_channel_axis() -> None:
     assert channel_axis(nn.GELU(), (2, 5, 7), default=-1) == -1
 
 
-@pytest.mark.parametrize(
-    ("tokens", "space", "grids"),
-    [
-        (196, (224, 224), [(14, 14)]),
-        (12, (12, 16), [(3, 4)]),
-        (13, (12, 16), []),
-        (12, (96,), [(12,)]),
-        (216, (96, 96, 96), [(6, 6, 6)]),
-        (1568, (16, 224, 224), []),
-        (9, (8, 8, 8), []),
-    ],
-)
-def test_grids(tokens: int, space: tuple[int, ...], grids: list[tuple[int, ...]]) -> None:
-    assert grids_of(tokens, space) == grids
-
-
-@pytest.mark.parametrize(
-    ("convolutions", "x", "axis"),
-    [
-        ([], (2, 3, 8, 8), 1),
-        ([nn.Conv2d(3, 8, 1)], (2, 3, 8, 8), 1),
-        ([nn.Conv2d(3, 8, 1)], (2, 8, 8, 3), 3),
-        ([nn.Conv3d(3, 8, 1)], (2, 16, 3, 8, 8), 2),
-        ([nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1)], (2, 3, 8, 4), 1),
-        ([nn.Conv1d(3, 8, 1)], (2, 100), None),
-    ],
-)
-def test_channels_of_the_input(
-    convolutions: list[nn.Module], x: tuple[int, ...], axis: int | None
-) -> None:
-    assert input_axis(nn.Sequential(*convolutions), x) == axis
-
-
 @pytest.mark.parametrize("special", [0, 1, 2, 5])
 def test_special_tokens_are_stripped(special: int) -> None:
     tokens = 196 + special
-    layout = read_layout(nn.LayerNorm(6), (2, tokens, 6), (2, 3, 224, 224))
-    assert (layout.special, layout.grid, layout.shape) == (special, (14, 14), (1, 224, 224))
+    space, model = Space((2, 3, 224, 224), Axes("BCHW")), nn.Conv2d(3, 6, 16, 16)
+    layout = read_layout(nn.LayerNorm(6), (2, tokens, 6), space, model=model)
+    assert (layout.grid, layout.shape) == ((14, 14), (1, 224, 224))
     output = randn(2, tokens, 6)
     places = output[:, special:].view(2, 14, 14, 6)
     assert torch.equal(layout.maps(output), places.permute(0, 3, 1, 2))
 
 
 def test_patches_of_the_model_tell_the_grid() -> None:
-    """Clips and rows in which the number of tokens can be read in more than one way."""
+    """Patches that overlap, are padded or leave a rest, in one to three axes."""
     norm = nn.LayerNorm(6)
-    for patches, tokens, space, grid in (
-        (nn.Conv3d(3, 6, (2, 16, 16), (2, 16, 16)), 1568, (16, 224, 224), (8, 14, 14)),
-        (nn.Conv1d(3, 6, 4, 4), 4, (12,), (3,)),
-        (nn.Conv2d(3, 6, 16, 16), 14 * 12 + 1, (225, 200), (14, 12)),
+    for patches, tokens, letters, space, grid in (
+        (nn.Conv3d(3, 6, (2, 16, 16), (2, 16, 16)), 1568, "BCTHW", (16, 224, 224), (8, 14, 14)),
+        (nn.Conv1d(3, 6, 4, 4), 4, "BCT", (12,), (3,)),
+        (nn.Conv2d(3, 6, 16, 16), 14 * 12 + 1, "BCHW", (225, 200), (14, 12)),
+        (nn.Conv2d(3, 6, 16, 10), 5 * 2 + 2, "BCHW", (64, 32), (5, 2)),
+        (nn.Conv2d(3, 6, 7, 4, padding=3), 8 * 6, "BCHW", (32, 24), (8, 6)),
     ):
         model, x = nn.ModuleList([nn.Conv1d(1, 1, 3), patches, norm]), (2, 3, *space)
-        layout = read_layout(norm, (2, tokens, 6), x, model=model)
-        assert (layout.grid, layout.special) == (grid, tokens - math.prod(grid))
-        if len(space) != 2:
-            with pytest.raises(InputError, match=r"more than one grid|make no grid"):
-                read_layout(norm, (2, tokens, 6), x)
+        made = patches.float()(torch.zeros(1, 3, *space))
+        assert patch_grid(model, space) == tuple(made.shape[2:]) == grid
+        layout = read_layout(norm, (2, tokens, 6), Space(x, Axes(letters)), model=model)
+        assert layout.grid == grid
+        assert layout.index == tuple(range(tokens - math.prod(grid), tokens))
+        with pytest.raises(InputError, match=r"cannot be told from the model: pass grid="):
+            read_layout(norm, (2, tokens, 6), Space(x, Axes(letters)))
 
 
 def test_grid_and_special_by_hand() -> None:
-    norm, output = nn.LayerNorm(6), randn(2, 13, 6)
-    layout = read_layout(norm, (2, 13, 6), (2, 3, 50, 50), grid=(3, 4), special=-1)
+    norm, output, space = nn.LayerNorm(6), randn(2, 13, 6), Space((2, 3, 50, 50), Axes("BCHW"))
+    layout = read_layout(norm, (2, 13, 6), space, grid=(3, 4), special=-1)
     assert torch.equal(layout.maps(output)[:, :, 1, 2], output[:, 6])
-    layout = read_layout(norm, (2, 13, 6), (2, 3, 50, 50), grid=(2, 5))
+    layout = read_layout(norm, (2, 13, 6), space, grid=(2, 5))
     assert torch.equal(layout.maps(output)[:, :, 0, 0], output[:, 3])
 
 
 def test_features_of_a_sequence_may_come_last() -> None:
-    layout = read_layout(nn.LayerNorm(8), (2, 9, 8), (2, 9, 5))
+    layout = read_layout(nn.LayerNorm(8), (2, 9, 8), Space((2, 9, 5), Axes("BTF")))
     assert (layout.grid, layout.shape) == ((9,), (9, 1))
 
 
 def test_channels_last_images() -> None:
-    layout = read_layout(nn.LayerNorm(8), (2, 3, 4, 8), (2, 3, 12, 16))
+    space = Space((2, 3, 12, 16), Axes("BCHW"))
+    layout = read_layout(nn.LayerNorm(8), (2, 3, 4, 8), space)
     assert layout.last
     assert layout.grid == (3, 4)
 
@@ -214,9 +188,9 @@ def test_channels_last_images() -> None:
             r"layer Linear has no spatial output: got \[2, 5\]",
         ),
         (nn.ReLU(), (2, 5, 1, 1), (2, 3, 8, 8), r"no spatial output: got \[2, 5, 1, 1\]"),
-        (nn.LayerNorm(6), (2, 13, 6), (2, 3, 50, 60), "no grid of the input's aspect"),
-        (nn.LayerNorm(6), (2, 1568, 6), (2, 3, 16, 224, 224), "make no grid"),
-        (nn.LayerNorm(6), (2, 4, 6), (2, 3, 12), "more than one grid"),
+        (nn.LayerNorm(6), (2, 13, 6), (2, 3, 50, 60), "cannot be told from the model"),
+        (nn.LayerNorm(6), (2, 1568, 6), (2, 3, 16, 224, 224), "cannot be told from the model"),
+        (nn.LayerNorm(6), (2, 4, 6), (2, 3, 12), "cannot be told from the model"),
         (nn.Conv1d(3, 6, 1), (2, 6, 9), (2, 3, 8, 8), "as many spatial axes"),
     ],
 )
@@ -224,11 +198,12 @@ def test_outputs_without_a_map(
     layer: nn.Module, shape: tuple[int, ...], x: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        read_layout(layer, shape, x)
+        read_layout(layer, shape, Space(x, Axes({3: "BCT", 4: "BCHW", 5: "BCTHW"}[len(x)])))
 
 
 def test_grids_that_do_not_fit() -> None:
     with pytest.raises(InputError, match=r"grid does not fit layer LayerNorm: got \[4, 4\]"):
-        read_layout(nn.LayerNorm(6), (2, 13, 6), (2, 3, 50, 60), grid=(4, 4))
+        read_layout(nn.LayerNorm(6), (2, 13, 6), Space((2, 3, 50, 60), Axes("BCHW")), grid=(4, 4))
+    space = Space((2, 3, 8, 8), Axes("BCHW"))
     with pytest.raises(InputError, match="grid and special are for tokens"):
-        read_layout(nn.Conv2d(3, 6, 1), (2, 6, 5, 5), (2, 3, 8, 8), grid=(5, 5))
+        read_layout(nn.Conv2d(3, 6, 1), (2, 6, 5, 5), space, grid=(5, 5))

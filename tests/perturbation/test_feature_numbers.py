@@ -52,7 +52,7 @@ def test_numbers_span_inputs_and_generated_ones_follow() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "cells"), [((4, 6), (3, 3)), ((7,), (3,)), ((2, 4, 6), (2, 3, 3))]
+    ("shape", "cells"), [((4, 6), (3, 3)), ((7,), (3,)), ((3, 4, 6), (3, 3, 3))]
 )
 def test_a_grid_has_blocks_of_all_channels(shape: tuple[int, ...], cells: tuple[int, ...]) -> None:
     (found,) = read_features("grid:3", (randn(2, 5, *shape),))

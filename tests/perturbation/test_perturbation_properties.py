@@ -198,7 +198,7 @@ def test_fills_that_do_not_fit(name: str) -> None:
     model, x = make(Tabular), randn(2, 7)
     for fill, words in (
         (torch.zeros(3, 7), r"baseline must match x or broadcast to it: got \[3, 7\]"),
-        ("blur", "needs axes behind the channels"),
+        ("blur", r"needs axes of time or space: got \[2, 7\]; pass layout='BT'"),
         (float("nan"), "the model gives NaN"),
     ):
         method = make_method(name, {"grid": 2} if name == "rise" else {})

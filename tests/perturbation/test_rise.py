@@ -19,9 +19,8 @@ from tests.perturbation import naive_perturbation as naive
 @pytest.mark.parametrize("size", [(7,), (12, 12), (5, 13), (5, 7, 6)])
 @pytest.mark.parametrize("grid", [1, 3, 5])
 def test_masks_are_enlarged_grids(size: tuple[int, ...], grid: int) -> None:
-    x = randn(1, 2, *size)
     sample = torch.tensor([0, 3, 17, 4])
-    found = masks(sf.Rise(grid=grid, keep=0.4), 1, x, torch.full_like(sample, 5), sample)
+    found = masks(sf.Rise(grid=grid, keep=0.4), 1, size, torch.full_like(sample, 5), sample)
     for row, number in zip(found, sample.tolist(), strict=True):
         expected = naive.rise_mask(5, number, 1, size, grid, 0.4)
         torch.testing.assert_close(row.view(size), expected, rtol=0.0, atol=1e-12)
@@ -29,7 +28,7 @@ def test_masks_are_enlarged_grids(size: tuple[int, ...], grid: int) -> None:
 
 def test_masks_keep_their_share() -> None:
     sample = torch.arange(4000)
-    found = masks(sf.Rise(grid=4, keep=0.3), 0, randn(1, 3, 9, 9), 0 * sample, sample)
+    found = masks(sf.Rise(grid=4, keep=0.3), 0, (9, 9), 0 * sample, sample)
     # Cells are drawn with a chance of .3: their mean has a deviation of .46 / sqrt(4000).
     assert float((found.mean(0) - 0.3).abs().max()) < 5 * 0.46 / 4000**0.5
 

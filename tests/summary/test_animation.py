@@ -99,7 +99,7 @@ def test_videos_show_their_strongest_frame(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 40, 2))
     x = torch.zeros(1, 1, 3, 4, 40)
     x[:, :, 2] = 1.0
-    engine = sf.Engine(model, sf.IntegratedGradients(steps=8))
+    engine = sf.Engine(model, sf.IntegratedGradients(steps=8), layout="BCTHW")
     found = progress(engine, x, 1)
     assert torch.equal(alone(found), engine(x, 1).overlay(x)[0, 2])
 

@@ -153,7 +153,7 @@ def ascent(engine: Engine, x: Tensor, classes: Tensor, running: Running) -> Tens
     """The gradient of the cross-entropy of classes int64 [B] at x [B, *], by an engine of it."""
     values = engine(running.cast(x), CrossEntropy(classes), **running.arguments()).values
     assert isinstance(values, Tensor)
-    return values[:, 0]
+    return running.standard(values[:, 0])
 
 
 @dataclass(frozen=True, eq=False)

@@ -188,6 +188,7 @@ class _Hunt:
         running = self.subject.running
         values = self.homing(running.cast(x), self.subject.classes, **running.arguments()).values
         assert isinstance(values, Tensor)
+        values = running.standard(values)
         return values if values.dim() == 2 else values.sum(1)
 
     def _descent(self, x: Tensor, maps: Tensor, recipe: Recipe | None, step: int) -> Tensor:
@@ -198,12 +199,13 @@ class _Hunt:
             maps, origin = self._gradient(x), self.straight
         direction = _correlation_slope(maps, origin)
         direction = direction if x.dim() == 2 else direction[:, None]
+        direction = running.back(direction)
         steering = Steering(recipe, direction, self.how.points, step, self.how.softplus)
         engine = running.engine(self.model, steering)
-        baseline = None if recipe.baseline == "none" else self.subject.baseline
+        baseline = None if recipe.baseline == "none" else self.subject.started
         found = engine(running.cast(x), classes, baseline, **running.arguments()).values
         assert isinstance(found, Tensor)
-        return found
+        return running.standard(found)
 
 
 def _own_recipe(subject: Subject) -> Recipe | None:

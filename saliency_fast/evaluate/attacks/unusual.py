@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from saliency_fast.engine.baselines import Baseline
@@ -16,9 +17,10 @@ from saliency_fast.evaluate.attacks.coherence import CoherenceReference
 from saliency_fast.evaluate.attacks.linf import Attacked, Bounds, classes_of, decisions, fgsm, pgd
 from saliency_fast.evaluate.attacks.roc import Roc, roc
 from saliency_fast.evaluate.scores import Running
-from saliency_fast.evaluate.subject import Explainer, Model, Subject
+from saliency_fast.evaluate.subject import Explainer, Model, read_subject
 from saliency_fast.evaluate.substrates import named
 from saliency_fast.methods import read_method
+from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.targets import PREDICTED, Target
 
 ATTACKS = ("fgsm", "pgd")
@@ -109,15 +111,17 @@ def adversarial_score(
     baseline: Baseline = None,
     seed: int = 0,
     running: Running | None = None,
+    layout: LayoutLike = None,
 ) -> AdversarialScore:
     """Scores inputs [B, *] by how unusual their maps are against those of clean references.
 
     references: clean inputs [N, *], 20 at least, that are none of the inputs, or a reference fitted
     to maps of the same method. target: of the maps; one class per example is the inputs', and
     references are explained for what the model predicts. seed: which half of them is fitted.
+    layout: of the inputs, one letter per axis, as in `explain`.
     How much the score tells depends on the model and the method: `attack_roc` measures it.
     """
-    seen = _Explained(model, method, baseline, running or Running())
+    seen = _Explained(model, method, baseline, running or Running(), layout)
     maps = seen.maps(inputs, target)
     if isinstance(references, CoherenceReference):
         reference = references
@@ -181,12 +185,14 @@ def attack_roc(
     baseline: Baseline = None,
     seed: int = 0,
     running: Running | None = None,
+    layout: LayoutLike = None,
 ) -> AttackRoc:
     """Whether the score tells attacked inputs from clean ones: reported as it is.
 
     Clean are the inputs [B, *] that the model is right about, by labels int64 [B]; attacked are
     those of their versions that fool it. references: clean inputs that are none of these. epsilon,
     steps, step_size and bounds: as of `fgsm` and `pgd`. All maps are for the predicted class.
+    layout: as in `adversarial_score`.
     """
     running = running or Running()
     names = (attacks,) if isinstance(attacks, str) else tuple(attacks)
@@ -203,7 +209,7 @@ def attack_roc(
 
     def scored(x: Tensor, usual: Tensor | CoherenceReference) -> AdversarialScore:
         return adversarial_score(
-            *(model, x, usual, method), baseline=baseline, seed=seed, running=running
+            *(model, x, usual, method), baseline=baseline, seed=seed, running=running, layout=layout
         )
 
     # First, for what is wrong with an attack is known sooner than what is wrong with its maps.
@@ -257,20 +263,21 @@ class _Explained:
     method: Explainer
     baseline: Baseline
     running: Running
+    layout: LayoutLike = None
 
     def maps(self, inputs: Tensor, target: Target) -> Tensor:
         """Maps [B, *spatial] of inputs [B, C, *spatial]."""
         if not isinstance(inputs, Tensor):
             raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
-        (x,), (dtype,) = read_inputs(inputs)
-        subject = Subject(
-            self.model,
-            *(x, x, target),
+        subject = read_subject(
+            *(self.model, inputs, torch.zeros_like(inputs)),
+            target=target,
             method=self.method,
             baseline=self.baseline,
-            running=self.running.taking(dtype),
+            running=self.running,
+            layout=self.layout,
         )
-        values = subject.explain(x)
+        values = subject.explain(subject.inputs)
         return values if values.dim() == 2 else values.sum(1)
 
     def parameters(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Completeness(Metric):
         """What scores are compared with, each [B | 1, *], and how results state it."""
         x = subject.inputs
         if self.substrate is not None:
-            return [substrate_of(self.substrate, x, self.seed)], named(self.substrate)
+            return [subject.fill(self.substrate, self.seed)], named(self.substrate)
         given, recipe = subject.baseline, _recipe(subject)
         if recipe is not None and isinstance(recipe.family, Starting):
             return [recipe.family.start((x,))[0]], "the path's start"

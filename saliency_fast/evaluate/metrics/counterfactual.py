@@ -19,7 +19,7 @@ from saliency_fast.evaluate.outcome import Curve, Outcome
 from saliency_fast.evaluate.ranking import ranking
 from saliency_fast.evaluate.scores import Scores
 from saliency_fast.evaluate.subject import Subject
-from saliency_fast.evaluate.substrates import Substrate, check_substrate, substrate_of
+from saliency_fast.evaluate.substrates import Substrate, check_substrate
 from saliency_fast.methods.parts import checks
 from saliency_fast.ops import philox, random_bits
 
@@ -78,7 +78,7 @@ class Counterfactual(Metric):
         inpainted = isinstance(self.by, str) and self.by == INPAINT
         if inpainted:
             need_axes(x)
-        fill = None if inpainted else substrate_of(self.by, x, self.seed)
+        fill = None if inpainted else subject.fill(self.by, self.seed)
 
         def write(item: Tensor, place: Tensor) -> Tensor:
             gone = (rank[item] < ends[place, None]).gather(1, elsewhere[place])

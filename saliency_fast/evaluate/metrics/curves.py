@@ -13,7 +13,7 @@ from saliency_fast.evaluate.metric import Metric, check_output
 from saliency_fast.evaluate.outcome import Curve, Outcome
 from saliency_fast.evaluate.ranking import check_ranking, ranking
 from saliency_fast.evaluate.subject import Subject
-from saliency_fast.evaluate.substrates import Substrate, check_substrate, named, substrate_of
+from saliency_fast.evaluate.substrates import Substrate, check_substrate, named
 from saliency_fast.ops import rank_points
 
 
@@ -58,7 +58,7 @@ class _Ranked(Metric):
 
     def _walked(self, subject: Subject, *, insert: bool) -> Outcome:
         x = subject.inputs
-        fill = substrate_of(self.substrate, x, self.seed, missing=True)
+        fill = subject.fill(self.substrate, self.seed, missing=True)
         rank, sequence = ranking(subject.values, x, self.per, self.order)
         counts = self.counts(rank.shape[1]).to(x.device)
         begin, end = (fill.expand_as(x).contiguous(), x) if insert else (x, fill)

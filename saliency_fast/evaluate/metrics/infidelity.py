@@ -15,7 +15,7 @@ from saliency_fast.errors import InputError
 from saliency_fast.evaluate.metric import Metric, check_output
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.subject import Subject
-from saliency_fast.evaluate.substrates import Substrate, check_substrate, substrate_of
+from saliency_fast.evaluate.substrates import Substrate, check_substrate
 from saliency_fast.methods.parts import checks
 from saliency_fast.ops import noise_points, philox, random_bits, rank_points, window_points
 
@@ -76,7 +76,7 @@ class Infidelity(Metric):
 
     def _judge(self, subject: Subject) -> Outcome:
         x = subject.inputs
-        fill = substrate_of(self.substrate, x, self.seed)
+        fill = subject.fill(self.substrate, self.seed)
         slope = _per_unit(subject.values, x, fill) if self.contributions else subject.values
         sizes = (0,) if self.perturbation == "gaussian" else self._sizes()
         told, done, weight = [], [], []

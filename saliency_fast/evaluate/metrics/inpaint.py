@@ -43,7 +43,8 @@ def need_axes(x: Tensor) -> None:
     if x.dim() < 3:
         raise InputError(
             f"inpainting needs axes behind the channels, whose places have neighbours: got "
-            f"{list(x.shape)}; replace places by a substrate"
+            f"{list(x.shape)}; replace places by a substrate, or pass layout='BT' where they are "
+            "steps of time"
         )
 
 

@@ -17,7 +17,7 @@ from saliency_fast.evaluate.outcome import Curve, Outcome
 from saliency_fast.evaluate.ranking import PER, ranking
 from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.evaluate.subject import Subject
-from saliency_fast.evaluate.substrates import Substrate, check_substrate, substrate_of
+from saliency_fast.evaluate.substrates import Substrate, check_substrate
 from saliency_fast.methods.parts import checks
 from saliency_fast.ops import philox, random_bits, rank_points, segment_points
 
@@ -69,7 +69,7 @@ class SensitivityN(Metric):
             )
 
     def _judge(self, subject: Subject) -> Outcome:
-        fill = substrate_of(self.substrate, subject.inputs, self.seed, missing=True)
+        fill = subject.fill(self.substrate, self.seed, missing=True)
         values = _elements(subject, self)[0]
         places = values.shape[1]
         counts = [max(1, round(share * places)) for share in self.shares]
@@ -137,7 +137,7 @@ class FaithfulnessCorrelation(Metric):
         _check_rest(self)
 
     def _judge(self, subject: Subject) -> Outcome:
-        fill = substrate_of(self.substrate, subject.inputs, self.seed, missing=True)
+        fill = subject.fill(self.substrate, self.seed, missing=True)
         places, size = _elements(subject, self)[0].shape[1], self.size
         count = max(1, round(size * places)) if isinstance(size, float) else size
         if count > places:

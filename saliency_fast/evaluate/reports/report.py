@@ -20,6 +20,7 @@ from saliency_fast.evaluate.reports.rows import Given, read_rows
 from saliency_fast.evaluate.reports.suite import Suite
 from saliency_fast.evaluate.scores import Running
 from saliency_fast.evaluate.subject import Model, Subject, read_subject
+from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.targets import PREDICTED, Target
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def report(
     progress: bool = False,
     title: str = "Are the maps any good?",
     labels: Mapping[int, str] | Sequence[str] | None = None,
+    layout: LayoutLike = None,
 ) -> Report:
     """Judges methods by metrics on the same examples, beside controls that never ask the model.
 
@@ -110,7 +112,9 @@ def report(
     given allows. target: one class per example as in `explain`; None for models that give one
     number. boxes [B, 2 D] or masks [B, *spatial]: where the object is. controls: of `CONTROLS`, or
     functions; () for none. confidence, seed: of the bootstrap intervals, and the seed of a suite's
-    metrics. labels: names of classes. Others as in `Engine`.
+    metrics. labels: names of classes. layout: of the
+    inputs, as in `explain`; a report holds them and its maps as [B, C, *spatial]. Others as in
+    `Engine`.
 
     What a metric cannot say of a method is told with its reason and stops nothing; raises
     InputError or InputTypeError where the arguments themselves are wrong.
@@ -119,7 +123,7 @@ def report(
     # Asked here, not after minutes: the interval, the names and the options.
     bootstrap(torch.zeros(1), confidence, seed=seed)
     running = Running(forward_args, forward_kwargs, memory_budget, points_per_launch)
-    base = _base(model, inputs, target, boxes, baseline, running)
+    base = _base(model, inputs, target, boxes, baseline, running, layout)
     chosen = read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)
     judged = judge(rows, base, chosen, progress)
     classes = base.classes if isinstance(base.classes, Tensor) else None
@@ -144,12 +148,23 @@ def report(
 
 
 def _base(
-    model: Model, inputs: Any, target: Target, boxes: Any, baseline: Baseline, running: Running
+    model: Model,
+    inputs: Any,
+    target: Target,
+    boxes: Any,
+    baseline: Baseline,
+    running: Running,
+    layout: LayoutLike,
 ) -> Subject:
     """The inputs without maps, and what the model says of them."""
     maps = inputs.detach() * 0.0 if isinstance(inputs, Tensor) else inputs
     return read_subject(
-        model, inputs, maps, target=target, boxes=boxes, baseline=baseline, running=running
+        *(model, inputs, maps),
+        target=target,
+        boxes=boxes,
+        baseline=baseline,
+        running=running,
+        layout=layout,
     )
 
 

@@ -37,10 +37,12 @@ class Row:
         """
         given, model = self.given, cast(Model, base.model)
         if isinstance(given, Tensor):
-            return base.beside(read_maps(given, base.inputs), None), (), {"kind": "maps"}
+            return base.beside(base.read(given), None), (), {"kind": "maps"}
         if isinstance(given, Attribution):
             _same_targets(given, base)
-            own = read_subject(None, base.inputs, given)
+            own = read_subject(
+                None, base.running.back(base.inputs), given, layout=base.running.letters
+            )
             past = own.baseline if base.baseline is None else base.baseline
             return (base.beside(own.values, own.method, past), *_told(given))
         if isinstance(given, str) or hasattr(given, "recipe"):
@@ -51,12 +53,13 @@ class Row:
                     f"{self.name} gave several maps per example, and one is judged: pass target= "
                     "one class, or int64 [B]"
                 )
-            return (base.beside(read_maps(found.values, base.inputs), method), *_told(found))
-        made = cast(Callable[..., Tensor], given)(
-            *(model, base.running.cast(base.inputs)), base.classes
-        )
+            return (base.beside(base.read(found.values), method), *_told(found))
+        # Our own controls know the standard layout alone.
+        own_control = given in CONTROLS.values()
+        x = base.inputs if own_control else base.running.cast(base.inputs)
+        made = cast(Callable[..., Tensor], given)(model, x, base.classes)
         about = {"kind": "control" if self.control else "function", "function": _name_of(given)}
-        return base.beside(read_maps(made, base.inputs), given), (), about
+        return base.beside(read_maps(made, x) if own_control else base.read(made), given), (), about
 
 
 def _told(found: Attribution) -> tuple[tuple[str, ...], dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast.engine.rounds import Asked, Found, Round
 from saliency_fast.errors import InputError
+from saliency_fast.model.follow import Inside
 from saliency_fast.model.layers import LayerTaps
-from saliency_fast.model.layout import Layout, read_layout
+from saliency_fast.model.layout import Layout, Space, read_layout
 from saliency_fast.model.routes import Inputs
 
 Weights = Callable[[Tensor, Tensor], Tensor]
@@ -69,26 +71,37 @@ class Canvas:
                 f"a layer gives several tensors: got {len(taps)} from {len(layers)} layers; name "
                 "layers of one tensor each, or one layer, whose first tensor is taken"
             )
-        for one in taps[: len(layers)]:
-            if one.dim() == 0 or len(one) != rows:
+        for number, one in enumerate(taps[: len(layers)]):
+            fold = self._layouts(number, one)[0].fold if one.dim() > 2 else 1
+            if one.dim() == 0 or len(one) != rows * fold:
                 raise InputError(
                     f"a layer must have the examples on its first axis: got {list(one.shape)} for "
                     f"{rows} examples; choose a layer before or behind the one that moves them"
                 )
         return taps[: len(layers)]
 
-    def read(self, number: int, output: Tensor) -> Tensor:
-        """What layer `number` gave, or gradients of it, as maps [R, C, *s]."""
+    @cached_property
+    def _spaces(self) -> list[Space]:
+        """The spaces of the inputs."""
+        asked = self.asked
+        inside = asked.layouts.inside(asked.layers, asked.layer_input) or Inside()
+        axes = asked.layouts.needed("a class activation map")
+        return [
+            Space(tuple(x.shape), one, inside, number)
+            for number, (x, one) in enumerate(zip(asked.inputs, axes, strict=True))
+        ]
+
+    def _layouts(self, number: int, output: Tensor) -> list[Layout]:
+        """The layouts of what layer `number` gives in the space of each input."""
         if number == len(self.layouts):
             layer, shape = self.asked.layers[number], tuple(output.shape)
-            shapes = [tuple(x.shape) for x in self.asked.inputs]
-            self.layouts.append(
-                [
-                    read_layout(layer, shape, x, self.grid, self.special, self.asked.model)
-                    for x in shapes
-                ]
-            )
-        maps = self.layouts[number][0].maps(output)
+            about = self.grid, self.special, self.asked.model, number
+            self.layouts.append([read_layout(layer, shape, x, *about) for x in self._spaces])
+        return self.layouts[number]
+
+    def read(self, number: int, output: Tensor) -> Tensor:
+        """What layer `number` gave, or gradients of it, as maps [R, C, *s]."""
+        maps = self._layouts(number, output)[0].maps(output)
         return (maps if maps.dtype == torch.float64 else maps.float()).contiguous()
 
     def draw(self, number: int, rows: slice, k: int, activations: Tensor, weights: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.points import Seed, seeds
 from saliency_fast.engine.rounds import Asked, Maps, Round
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import segment_points
 
@@ -107,7 +108,7 @@ class Game:
         return ((weight * variance).sum(2) / norm).sqrt()
 
 
-def players(inputs: Inputs, features: Inputs) -> int:
+def players(inputs: Inputs, features: Inputs, layouts: Layouts | None = None) -> int:
     """How many features a call has."""
     if not features:
         return sum(x[:1].numel() for x in inputs)

@@ -5,64 +5,65 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts.canvas import resize
-from saliency_fast.model.layout import input_axis, patch_grid, token_grid
+from saliency_fast.model.layout import Space, patch_grid, tokens_at
 
 
 @dataclass(frozen=True)
 class Patches:
-    """The tokens of inputs [B, C, *size] that lie in a `grid`; of token inputs, where `grid` is
-    None, every token that the input has.
+    """The tokens of inputs that lie in a `grid` over their places of `size`; of token inputs, where
+    `grid` is None, every token that the input has.
 
-    special: so many leading tokens are no patches, or trailing ones where negative.
+    index: the token at each point, or of each token of the input; shape: of one example's map, as
+    the input has its axes. pooled: whether there is no token but patches, so that the model must
+    read its answer of all.
     """
 
-    special: int
+    index: tuple[int, ...]
     grid: tuple[int, ...] | None
     size: tuple[int, ...]
+    shape: tuple[int, ...]
+    pooled: bool
 
     @classmethod
     def of(
         cls,
         tokens: int,
-        shape: tuple[int, ...],
+        space: Space,
         special: int | None,
         grid: tuple[int, ...] | None,
         model: object = None,
     ) -> Patches:
-        """Finds the patches among so many tokens for an input of `shape` [B, ...]."""
-        if len(shape) <= 3 and grid is None and tokens - abs(special or 0) == shape[1]:
-            return cls(special or 0, None, ())
-        axis = input_axis(model, shape)
-        size = tuple(one for number, one in enumerate(shape) if number not in (0, axis))
-        if len(size) > 3:
-            raise InputError(
-                f"tokens make a map over up to 3 spatial axes: got an input {list(shape)}"
-            )
+        """Finds the patches among so many tokens for inputs of a space."""
+        size = space.size
+        if len(size) == 1 and grid is None and tokens - abs(special or 0) == size[0]:
+            start = max(special or 0, 0)
+            index = tuple(range(start, start + size[0]))
+            return cls(index, None, size, size, False)
         known = patch_grid(model, size)
-        if known is not None and grid is None and tokens < math.prod(known):
+        if (
+            (known is not None and grid is None and special is None)
+            and tokens < math.prod(known)
+            and space.inside.sequence(tokens, space.axes.places, space.number) is None
+        ):
             # Windows that are folded into the batch look like heads that are.
             raise InputError(
                 f"attention is over {tokens} tokens, and the model cuts {math.prod(known)} "
                 "patches: weights of windows have no place in the input, so use another method; "
                 "if it is over all of the input, pass grid=(rows, columns)"
             )
-        return cls(*token_grid("attention", tokens, size, grid, special, known), size)
-
-    @property
-    def pooled(self) -> bool:
-        """Whether there is no token but patches, so that the model must read its answer of all."""
-        return self.grid is not None and self.special == 0
+        found = tokens_at("attention", tokens, space, grid, special, model)
+        pooled = len(found.index) == tokens
+        return cls(found.index, found.grid, size, space.of_map, pooled)
 
     def map(self, weights: Tensor) -> Tensor:
-        """Weights [R, T] as [R, T'] of the input's own tokens, or as a map [R, 1, *size]."""
-        if self.special > 0:
-            weights = weights[:, self.special :]
-        elif self.special < 0:
-            weights = weights[:, : self.special]
+        """Weights [R, T] as [R, T'] of the input's own tokens, or as maps [R, *shape]."""
+        weights = weights[:, torch.tensor(self.index, device=weights.device)]
         if self.grid is None:
             return weights
-        return resize(weights.reshape(len(weights), *self.grid), self.size)[:, None]
+        resized = resize(weights.reshape(len(weights), *self.grid), self.size)
+        return resized.reshape(len(weights), *self.shape)

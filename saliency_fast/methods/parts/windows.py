@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.superpixels import spatial_axes
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.model.axes import Layouts
 
 
 @dataclass(frozen=True)
@@ -107,21 +107,33 @@ def hierarchy(grid: Grid, levels: int) -> list[Grid]:
     return found
 
 
-def read_windows(window: Any, stride: Any, shapes: list[torch.Size]) -> list[Grid]:
+def read_windows(window: Any, stride: Any, layouts: Layouts) -> list[Grid]:
     """The grid of each input [B, *] from what the user gave: an int or None for all, or a tuple of
     ints (one input), or a tuple with an entry per input.
     """
+    shapes = list(layouts.shapes)
     windows, strides = _per_input(window, shapes), _per_input(stride, shapes)
     grids = []
     for number, shape in enumerate(shapes):
-        width = _widths(windows[number], shape)
-        step = _steps(strides[number], width, shape)
+        given = windows[number], strides[number]
+        # What has a number for every axis means the same in all layouts.
+        own = [one is None or _each(one, shape) for one in given]
+        own[1] = own[1] or isinstance(given[1], int)
+        named = own[0] and own[1] and given[0] is not None
+        places = () if named else layouts.need(number, "a window").places
+        width = _widths(given[0], shape, places)
+        step = _steps(given[1], width, shape, places)
         _check(width, step, shape)
         grids.append(Grid.of(tuple(shape[1:]), width, step))
     return grids
 
 
-def _per_input(given: Any, shapes: list[torch.Size]) -> list[Any]:
+def _each(given: Any, shape: tuple[int, ...]) -> bool:
+    """Whether there is a number for every axis behind the batch."""
+    return isinstance(given, (tuple, list)) and len(given) == len(shape) - 1
+
+
+def _per_input(given: Any, shapes: list[tuple[int, ...]]) -> list[Any]:
     nested = isinstance(given, (tuple, list)) and any(not isinstance(one, int) for one in given)
     if not nested:
         return [given] * len(shapes)
@@ -133,19 +145,21 @@ def _per_input(given: Any, shapes: list[torch.Size]) -> list[Any]:
     return list(given)
 
 
-def _widths(given: Any, shape: torch.Size) -> tuple[int, ...]:
+def _widths(given: Any, shape: tuple[int, ...], places: tuple[int, ...]) -> tuple[int, ...]:
     """The window along each axis behind the batch; channels go together unless they are named."""
-    places = [axis - 1 for axis in spatial_axes(shape)]
     if given is None:
-        given = [-(-shape[place + 1] // 8) for place in places]
+        # About as many windows of a series as of a picture.
+        share = 64 if len(places) == 1 else 8
+        given = [-(-shape[place] // share) for place in places]
     widths = _named("window", given, places, shape)
     # Where channels go together, windows cover them all.
     return tuple(n if one is None else one for one, n in zip(widths, shape[1:], strict=True))
 
 
-def _steps(given: Any, widths: tuple[int, ...], shape: torch.Size) -> tuple[int, ...]:
+def _steps(
+    given: Any, widths: tuple[int, ...], shape: tuple[int, ...], places: tuple[int, ...]
+) -> tuple[int, ...]:
     """The stride along each axis behind the batch: half of the window unless it is named."""
-    places = [axis - 1 for axis in spatial_axes(shape)]
     if isinstance(given, int):
         # Of channels too, where windows do not cover them all.
         given = (given,) * len(widths)
@@ -157,7 +171,9 @@ def _steps(given: Any, widths: tuple[int, ...], shape: torch.Size) -> tuple[int,
     )
 
 
-def _named(name: str, given: Any, places: list[int], shape: torch.Size) -> list[int | None]:
+def _named(
+    name: str, given: Any, places: tuple[int, ...], shape: tuple[int, ...]
+) -> list[int | None]:
     """The numbers of a window or a stride by axis; None where there is no number for it."""
     if isinstance(given, int):
         given = (given,) * len(places)
@@ -170,11 +186,11 @@ def _named(name: str, given: Any, places: list[int], shape: torch.Size) -> list[
         )
     found: list[int | None] = [None] * (len(shape) - 1)
     for place, one in zip(places, given, strict=True):
-        found[place] = one
+        found[place - 1] = one
     return found
 
 
-def _check(window: tuple[int, ...], stride: tuple[int, ...], shape: torch.Size) -> None:
+def _check(window: tuple[int, ...], stride: tuple[int, ...], shape: tuple[int, ...]) -> None:
     for axis, (width, step, size) in enumerate(zip(window, stride, shape[1:], strict=True), 1):
         if width > size:
             raise InputError(
