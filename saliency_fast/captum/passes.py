@@ -107,7 +107,8 @@ def passes(method: Method, call: Asked, first: Tensor) -> Passes:
         baseline_scores = yield Pass(1, partial(copies, starts))
     scores = first.reshape(1, -1).double()
     about = engine.Asked(
-        *(whole, starts, scores, baseline_scores, call.at_once, _features(call, recipe))
+        *(whole, starts, scores, baseline_scores, call.at_once, _features(call, recipe)),
+        layouts=Layouts([tuple(x.shape) for x in whole]),
     )
     assert recipe.rounds is not None
     rounds, found = recipe.rounds(about), None
