@@ -21,6 +21,7 @@ from saliency_fast.captum.inside import Inside
 from saliency_fast.captum.integrated_gradients import RULES, check_steps
 from saliency_fast.captum.layer import LayerGradientAttribution
 from saliency_fast.captum.noise import samples_at_once
+from saliency_fast.captum.run import batches_meet
 from saliency_fast.model.routes import Inputs
 
 
@@ -54,20 +55,32 @@ class LayerConductance(LayerGradientAttribution):
         inside = Inside.of(self, attribute_to_layer_input)
         alphas = RULES[method].points(n_steps + 1)[0].tolist()
         batch, total = len(parts[0]), list[Tensor]()
+        pairs = list(zip(parts, starts, strict=True))
         at_once = samples_at_once(parts, n_steps + 1)
         if internal_batch_size is not None:
             at_once = internal_batch_size // batch
-        # Chunks share a point: each change is between two of one chunk.
-        for first in range(0, n_steps, step := max(1, at_once - 1)):
-            chunk = alphas[first : first + step + 1]
-            rows = tuple(
-                torch.cat([start + alpha * (x - start) for alpha in chunk])
-                for x, start in zip(parts, starts, strict=True)
-            )
+        apart = batches_meet(self.forward_func, parts, starts, further)
+
+        def at(chunk: list[float]) -> tuple[Inputs, Inputs]:
+            """The layer's values and the gradients there at points of the path, step-major."""
+            rows = tuple(torch.cat([s + alpha * (x - s) for alpha in chunk]) for x, s in pairs)
             own = tuple(_repeated(one, len(chunk)) for one in further)
             wanted = _repeated(as_target(target), len(chunk))
             values, gradients = inside.gradients(rows, wanted, own, grad_kwargs)
-            found = [_sum(*pair, batch) for pair in zip(values[0], gradients[0], strict=True)]
+            return values[0], gradients[0]
+
+        # Chunks share a point: each change is between two of one chunk.
+        for first in range(0, n_steps, step := max(1, at_once - 1)):
+            chunk = alphas[first : first + step + 1]
+            if apart:
+                several = [at([alpha]) for alpha in chunk]
+                values, gradients = (
+                    tuple(torch.cat(one) for one in zip(*side, strict=True))
+                    for side in zip(*several, strict=True)
+                )
+            else:
+                values, gradients = at(chunk)
+            found = [_sum(*pair, batch) for pair in zip(values, gradients, strict=True)]
             total = [a + b for a, b in zip(total, found, strict=True)] if total else found
         maps: Inputs = tuple(total)
         formatted = inside.like_layers([maps])

@@ -21,8 +21,8 @@ from saliency_fast.captum.contract import (
     like_inputs,
     public,
 )
-from saliency_fast.captum.passes import alike, output_of
-from saliency_fast.captum.run import _repeated, kept
+from saliency_fast.captum.passes import output_of
+from saliency_fast.captum.run import _repeated, alike, kept
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.parts.regression import fit
 from saliency_fast.model.routes import Inputs
@@ -148,8 +148,7 @@ class _Calls:
                 middle = len(points) // 2
                 with torch.random.fork_rng([]):
                     alone = self._of([points[middle]])
-                pair = found[middle : middle + 1].double(), alone.double()
-                self.shares = alike(*pair, found.dtype)
+                self.shares = alike(found[middle : middle + 1], alone)
             if self.shares:
                 return found
         return torch.cat([self._of([one]) for one in points])

@@ -23,7 +23,7 @@ from saliency_fast.captum.contract import (
 from saliency_fast.captum.forward import compute_gradients
 from saliency_fast.captum.gradient import Saliency
 from saliency_fast.captum.noise import Sampled, draw_seeds, noisy, read_stdevs, samples_at_once
-from saliency_fast.captum.run import explained
+from saliency_fast.captum.run import batches_meet, explained
 from saliency_fast.errors import ContractError
 from saliency_fast.model.routes import Inputs
 
@@ -85,6 +85,8 @@ class NoiseTunnel(Attribution):
             return self._in_one(tunnel, inputs, parts, nt_samples_batch_size, kwargs)
         found = _Sums()
         chunk = self._chunk(parts, nt_samples, nt_samples_batch_size)
+        if chunk > 1 and self._meet(parts, deviations, seeds, kwargs):
+            chunk = 1
         for start in range(0, nt_samples, chunk):
             stop = min(start + chunk, nt_samples)
             with torch.no_grad():
@@ -95,7 +97,7 @@ class NoiseTunnel(Attribution):
         values = like_inputs(() if found.is_tuple else None, maps)
         if not found.deltas:
             return values
-        return values, found.delta(as_asked=nt_samples_batch_size is not None)
+        return values, found.delta(nt_samples_batch_size or nt_samples)
 
     def _fused(self, nt_type: str, stdevs: tuple[float, ...], kwargs: dict[str, Any]) -> str | None:
         """The reduction of gradients that comes to the same, where there is one."""
@@ -128,6 +130,16 @@ class NoiseTunnel(Attribution):
             return min(samples, at_once)
         ours = isinstance(self.attribution_method, Attribution)
         return samples_at_once(parts, samples) if ours else samples
+
+    def _meet(
+        self, parts: Inputs, stdevs: tuple[float, ...], seeds: Tensor, kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether samples of one call would meet in the model."""
+        if not isinstance(self.attribution_method, Attribution):
+            return False
+        first, second = (noisy(parts, stdevs, seeds, one, one + 1) for one in (0, 1))
+        further = as_args(kwargs.get("additional_forward_args"))
+        return batches_meet(self.attribution_method.forward_func, first, second, further)
 
     def _of(self, rows: Any, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
         """The method's maps of noisy rows, and its deltas."""
@@ -180,11 +192,10 @@ class _Sums:
             found = [b - a * a for a, b in zip(means, squares, strict=True)]
         return tuple(one.to(kept) for one, kept in zip(found, self.kinds, strict=True))
 
-    def delta(self, *, as_asked: bool) -> Tensor:
-        """Example-major; within each of the chunks that the caller has asked for."""
-        if as_asked:
-            return torch.cat([one.flatten() for one in self.deltas])
-        return torch.cat(self.deltas, 1).flatten()
+    def delta(self, chunk: int) -> Tensor:
+        """Example-major within each chunk of samples that the caller has asked for."""
+        parts = torch.split(torch.cat(self.deltas, 1), chunk, 1)
+        return torch.cat([one.flatten() for one in parts])
 
 
 def _expanded(kwargs: dict[str, Any], inputs: Inputs, samples: int, draw: bool) -> dict[str, Any]:

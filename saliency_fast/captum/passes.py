@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from saliency_fast.captum.contract import Baselines, as_args, as_target, copies, filled
 from saliency_fast.captum.forward import read_output, selected
+from saliency_fast.captum.run import alike
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.recipe import Method, Recipe
@@ -65,8 +66,6 @@ class Pass:
     write: Callable[[], Inputs]
 
 
-ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-"""Of the largest number, what batches of other sizes may differ by: PyTorch's kernels do."""
 Passes = Generator[Pass, Tensor, Values]
 """A method at work: yields passes and is sent the numbers [count, N] of each, float64."""
 
@@ -223,16 +222,8 @@ class _Calls:
         found = shared.numbers(self.call.forward(*shared.rows, *shared.further), self.first.shape)
         if not proves:
             return found
-        self.shares = alike(found[middle], self.first.reshape(-1).double(), self.first.dtype)
+        self.shares = alike(found[middle], self.first.reshape(-1))
         return torch.cat((found[:middle], found[middle + 1 :])) if self.shares else None
-
-
-def alike(found: Tensor, expected: Tensor, kind: torch.dtype) -> bool:
-    """Whether numbers of a type are the same but for the rounding of a batch of another size."""
-    if not expected.numel():
-        return True
-    room = ROUNDING.get(kind, 0.0) * expected.abs().amax()
-    return bool((found - expected).abs().amax() <= room)
 
 
 @dataclass(frozen=True)

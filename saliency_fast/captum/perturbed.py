@@ -30,6 +30,7 @@ from saliency_fast.captum.run import (
     _rowwise,
     _targets,
     _tried,
+    alike,
     kept,
 )
 from saliency_fast.engine.independence import Known
@@ -203,10 +204,9 @@ def _is_by_rows(asked: Asked, first: Tensor) -> bool:
         after = torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpu)
     if any(not torch.equal(*pair) for pair in zip(before, after, strict=True)):
         return True
-    rows = first.double().flatten()
+    rows = first.flatten()
     # The largest of all rows is what they are compared with.
-    pair = torch.cat((rows[:-1], alone)), rows
-    return len(alone) == 1 and passes.alike(*pair, first.dtype)
+    return len(alone) == 1 and alike(torch.cat((rows[:-1].double(), alone)), rows)
 
 
 def _last(value: Any, batch: int) -> Any:

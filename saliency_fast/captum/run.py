@@ -31,7 +31,7 @@ from saliency_fast.captum.forward import (
     run_forward,
     selected,
 )
-from saliency_fast.engine.independence import Independence, Known
+from saliency_fast.engine.independence import TOLERANCE, Independence, Known
 from saliency_fast.engine.job import Job
 from saliency_fast.engine.launch import Moment
 from saliency_fast.engine.recipe import Method, Recipe
@@ -402,6 +402,52 @@ def _owner(forward: Callable[..., Any]) -> nn.Module | None:
     if isinstance(owner, FunctionType):
         return _read_by(owner)
     return owner if isinstance(owner, nn.Module) else None
+
+
+@torch.no_grad()
+def batches_meet(
+    forward: Callable[..., Any], one: Inputs, other: Inputs, further: tuple[Any, ...]
+) -> bool:
+    """Whether rows of a batch have other outputs where further batches share the call: larger ones,
+    which move a maximum or a branch, or where the function refuses these, the other one.
+    """
+
+    def of(*batches: Inputs) -> Tensor:
+        count = len(batches)
+        args = tuple(_repeated(arg, count) if isinstance(arg, Tensor) else arg for arg in further)
+        rows = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+        return read_output(forward(*rows, *args))
+
+    rows, more = len(one[0]), [tuple(map(change, one)) for change in (_larger, _opposite)]
+    with kept(forward), torch.random.fork_rng([]):
+        try:
+            alone = of(one)
+            try:
+                found = of(one, *more)
+            except Exception:
+                found = of(one, other)
+        except Exception:
+            # The call itself says what is wrong.
+            return True
+    if alone.shape[:1] != (rows,) or found.shape[:1] == (rows,):
+        return True
+    return not alike(found[:rows], alone)
+
+
+def _larger(x: Tensor) -> Tensor:
+    return 3 * x.flip(-1) + x.abs().amax() if x.is_floating_point() else x.flip(-1)
+
+
+def _opposite(x: Tensor) -> Tensor:
+    return -2 * x if x.is_floating_point() else x.roll(1, -1)
+
+
+def alike(found: Tensor, expected: Tensor) -> bool:
+    """Whether numbers are the same but for the rounding of a batch of another size."""
+    if not expected.numel():
+        return True
+    room = TOLERANCE.get(expected.dtype, 0.0) * float(expected.abs().amax())
+    return float((found.double() - expected.double()).abs().amax()) <= room
 
 
 @contextmanager
