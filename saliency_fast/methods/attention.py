@@ -120,7 +120,7 @@ class _OverTokens:
             maps.append(shown.expand(-1, targets, *shown.shape[2:]))
 
         item = torch.arange(len(x), device=x.device)
-        taps, gradients = AttentionTaps(), self._gradients
+        taps, gradients = AttentionTaps(self.special, self.grid), self._gradients
         yield Round(lambda item, _: (x[item],), item, item, gradients, taps, each=each)
         return Maps((torch.cat(maps),))
 

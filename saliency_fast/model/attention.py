@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from saliency_fast.errors import ModelError, NoAttentionError
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.provenance import Variation, among, variations
 from saliency_fast.model.recomputation import without_recomputation
 
 LOOKED_FOR = (
@@ -48,26 +49,52 @@ class AttentionTaps:
 
     Layers count in the order in which they run. Cross-attention and pooling by attention, whose
     maps are not square, are passed over; dropout of fused attention is off.
+
+    Args:
+        special: Tokens beside those of the input, leading ones or, where negative, trailing ones.
+        grid: The rows and columns of a picture's tokens, where they are told.
     """
+
+    def __init__(self, special: int | None = None, grid: tuple[int, ...] | None = None) -> None:
+        self._special, self._grid = special or 0, grid
+        # Which layers count, once a row has been looked at.
+        self._own: list[bool] | None = None
+
+    def look(self, run: Callable[[tuple[Tensor, ...]], Any], rows: tuple[Tensor, ...]) -> None:
+        """Finds the layers whose queries and keys are the tokens of the explained input, from runs
+        with one row: `rows`, and others.
+        """
+        if self._own is not None or len(rows) != 1:
+            return
+        (x,) = rows
+        plain, every = _Watched(reading=True), list[tuple[Variation, list[Tensor]]]()
+        with torch.no_grad():
+            _run(plain, lambda: run((x.clone(),)))
+            for change in variations(x, self._grid is None):
+                mode = _Watched(reading=True, frozen=plain.products)
+                _run(mode, lambda points=change.points: run((points,)))  # type: ignore[misc]
+                if len(mode.logits) != len(plain.logits):
+                    raise NoAttentionError(
+                        "attention layers come and go with the input's values, so which of them "
+                        "are over its tokens cannot be told; use a method that does not read "
+                        "attention"
+                    )
+                every.append((change, mode.logits))
+        found = []
+        for number, before in enumerate(plain.logits):
+            own = [(change, several[number]) for change, several in every]
+            found.append(among(x, before, own, self._special))
+        self._own = found
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and [R, heads, T, T] of each layer, where gradients can be taken.
 
-        Raises NoAttentionError where no self-attention is met, or one that is not over all of an
-        example's tokens.
+        Raises NoAttentionError where no self-attention is met, one that is not over all of an
+        example's tokens, or none that is over those of the explained input.
         """
         mode = _Watched()
-        try:
-            with uncompiled(), without_recomputation(), mode:
-                raw = call()
-        except Exception as error:
-            # FlexAttention compiles itself, and cannot with a mode that watches.
-            if type(error).__module__.startswith("torch._dynamo"):
-                raise NoAttentionError(
-                    f"attention inside compiled code is not seen: {CURE}"
-                ) from error
-            raise
-        return raw, _square(mode, raw)
+        raw = _run(mode, call)
+        return raw, _square(mode, raw, self._own)
 
     def need(self, reached: Sequence[bool]) -> None:
         """Raises ModelError where gradients reach none of the layers."""
@@ -78,12 +105,35 @@ class AttentionTaps:
             )
 
 
-def _square(mode: _Watched, raw: Any) -> list[Tensor]:
+def _run(mode: _Watched, call: Callable[[], Any]) -> Any:
+    try:
+        with uncompiled(), without_recomputation(), mode:
+            return call()
+    except Exception as error:
+        # FlexAttention compiles itself, and cannot with a mode that watches.
+        if type(error).__module__.startswith("torch._dynamo"):
+            raise NoAttentionError(f"attention inside compiled code is not seen: {CURE}") from error
+        raise
+
+
+def _square(mode: _Watched, raw: Any, own: Sequence[bool] | None) -> list[Tensor]:
     found = [one for one in mode.found if one.shape[2] == one.shape[3]]
     if not found:
         shapes = sorted({str(list(one.shape)) for one in mode.found})
         met = f"; met only {', '.join(shapes)}, which is not self-attention" if shapes else ""
         raise NoAttentionError(f"the model has no attention to read: {LOOKED_FOR}{met}; {CURE}")
+    if own is not None and len(own) == len(mode.found):
+        kept = [one for one, mine in zip(mode.found, own, strict=True) if mine]
+        if not kept:
+            shapes = sorted({str(list(one.shape)) for one in found})
+            raise NoAttentionError(
+                "the model has no attention among the tokens of the explained input: queries and "
+                f"keys of {', '.join(shapes)} are other tokens, as in a decoder or the tower of "
+                "another input, or each of them depends on all tokens before any attention; "
+                "explain the part of the model that reads these tokens, or use a method that does "
+                "not read attention"
+            )
+        found = kept
     for one in found:
         rows = {mode.rows, *(len(x) for x in tree_leaves(raw)[:1] if _has_rows(x))}
         if len(one) not in rows:
@@ -92,6 +142,12 @@ def _square(mode: _Watched, raw: Any) -> list[Tensor]:
                 f"for {mode.rows} examples, expected [{mode.rows}, heads, T, T]; use a method "
                 "that does not read attention"
             )
+    if len({one.shape[2] for one in found}) > 1:
+        counts = ", ".join(str(one.shape[2]) for one in found)
+        raise NoAttentionError(
+            f"attention layers are over different numbers of tokens: got {counts}, so that one's "
+            "tokens are not the next one's; use a method that does not read attention"
+        )
     return found
 
 
@@ -102,13 +158,20 @@ def _has_rows(value: object) -> bool:
 class _Watched(Calls):
     """Notes attention probabilities as the model's calls go by."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, reading: bool = False, frozen: Sequence[Tensor] | None = None) -> None:
+        """reading: notes `logits` before the softmax of each layer, and `products` of probabilities
+        and values; frozen: products of another run, which stand in the place of this one's.
+        """
         super().__init__()
+        # Those that are looked at come one by one.
+        self.rows: int | None = 1 if reading else None
         self.found: list[Tensor] = []
-        self.rows: int | None = None
+        self.logits: list[Tensor] = []
+        self.products: list[Tensor] = []
+        self._reading, self._frozen = reading, frozen
         self._heads: int | None = None
         # By identity, with the tensors themselves, so that no number is used twice.
-        self._soft: dict[int, Tensor] = {}
+        self._soft: dict[int, tuple[Tensor, Tensor]] = {}
         self._tapped: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
@@ -136,33 +199,52 @@ class _Watched(Calls):
         if func in _PRODUCT:
             left, right, *rest = *args, *kwargs.values()
             if not rest and self._is_attention(left, right):
-                args, kwargs = (self._tap(left), right), {}
+                return self._mixed(super().call(func, (self._tap(left), right), {}))
             return super().call(func, args, kwargs)
         if func is _EINSUM:
-            return super().call(func, (args[0], self._contracted(*args)), kwargs)
+            operands = self._contracted(*args)
+            result = super().call(func, (args[0], operands), kwargs)
+            tapped = any(a is not b for a, b in zip(operands, args[1], strict=True))
+            return self._mixed(result) if tapped else result
         name = getattr(func, "__name__", None) or str(func)
         if any(word in name for word in _OPAQUE):
             raise NoAttentionError(f"{name} keeps no attention probabilities: {LOOKED_FOR}; {CURE}")
         result = super().call(func, args, kwargs)
         if func in _SOFTMAX:
-            self._note(result, kwargs["dim"] if "dim" in kwargs else args[1])
-        elif name in _KEEPS and isinstance(result, Tensor) and self._goes_on(args, result):
-            self._soft[id(result)] = result
+            given = args[0] if args else kwargs["input"]
+            self._note(result, given, kwargs["dim"] if "dim" in kwargs else args[1])
+        elif name in _KEEPS and isinstance(result, Tensor):
+            before = self._before(args, result)
+            if before is not None:
+                self._soft[id(result)] = result, before
         return result
 
-    def _note(self, result: Tensor, axis: object) -> None:
+    def _mixed(self, result: Tensor) -> Tensor:
+        """What attention hands on, or what it handed on in the run that is frozen."""
+        if not self._reading:
+            return result
+        number = len(self.products)
+        if self._frozen is not None and number < len(self._frozen):
+            kept = self._frozen[number]
+            result = kept.clone() if kept.shape == result.shape else result
+        self.products.append(result.detach().clone() if self._frozen is None else result)
+        return result
+
+    def _note(self, result: Tensor, logits: Tensor, axis: object) -> None:
         """Remembers what may turn out as attention."""
         if result.dim() in (3, 4) and axis in (-1, result.dim() - 1):
-            self._soft[id(result)] = result
+            self._soft[id(result)] = result, logits
 
-    def _goes_on(self, args: tuple[Any, ...], result: Tensor) -> bool:
-        """Whether a result is what probabilities among the arguments have become."""
-        return any(
-            id(one) in self._soft
-            and one.shape[-2:] == result.shape[-2:]
-            and one.numel() == result.numel()
-            for one in args
-        )
+    def _before(self, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
+        """The logits of the probabilities among the arguments, if a result is these again."""
+        for one in args:
+            if (
+                id(one) in self._soft
+                and one.shape[-2:] == result.shape[-2:]
+                and one.numel() == result.numel()
+            ):
+                return self._soft[id(one)][1]
+        return None
 
     def _is_attention(self, left: Tensor, right: Tensor) -> bool:
         """Whether probabilities weigh values that each example has of its own.
@@ -199,11 +281,14 @@ class _Watched(Calls):
             return length // self._heads
         return self.rows if self.rows and length % self.rows == 0 else None
 
-    def _tap(self, weights: Tensor) -> Tensor:
+    def _tap(self, weights: Tensor, logits: Tensor | None = None) -> Tensor:
         """Notes probabilities; returns the tensor that the model must go on with."""
         if id(weights) in self._tapped:
             return self._tapped[id(weights)][1]
         given = weights
+        if self._reading:
+            before = self._soft[id(weights)][1] if logits is None else logits
+            self.logits.append(before.detach().clone())
         if not weights.requires_grad:
             # Also where another mode runs what does not depend on points without autograd.
             with torch.enable_grad():
@@ -227,9 +312,9 @@ class _Watched(Calls):
                 "attention must be over [B, heads, T, E]: got scaled_dot_product_attention of "
                 f"{list(query.shape) if not query.is_nested else 'a nested tensor'}"
             )
-        weights, value = super().call(probabilities, args, kwargs)
-        result: Tensor = self._tap(weights) @ value
-        return result
+        logits, value = super().call(scaled_products, args, kwargs)
+        weights = torch._safe_softmax(logits, -1, dtype=logits.dtype)
+        return self._mixed(self._tap(weights, logits) @ value)
 
 
 class _OnGraph(torch.autograd.Function):
@@ -244,7 +329,7 @@ class _OnGraph(torch.autograd.Function):
         return None, None
 
 
-def probabilities(
+def scaled_products(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -255,10 +340,7 @@ def probabilities(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What `scaled_dot_product_attention` weighs values with, and those values, one per head.
-
-    Rows that may attend to nothing are zero, as they are there.
-    """
+    """The logits of `scaled_dot_product_attention`, masked, and its values, one per head."""
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (one.repeat_interleave(times, -3) for one in (key, value))
@@ -271,7 +353,16 @@ def probabilities(
             scores = scores.masked_fill(~attn_mask, -math.inf)
         else:
             scores = scores + attn_mask
-    return torch._safe_softmax(scores, -1, dtype=scores.dtype), value
+    return scores, value
+
+
+def probabilities(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """What `scaled_dot_product_attention` weighs values with, and those values, one per head.
+
+    Rows that may attend to nothing are zero, as they are there.
+    """
+    logits, value = scaled_products(*args, **kwargs)
+    return torch._safe_softmax(logits, -1, dtype=logits.dtype), value
 
 
 def _rows(values: tuple[Any, ...]) -> int | None:

@@ -29,6 +29,9 @@ class Taps(Protocol):
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tapped tensors [R, *], on autograd's graph."""
 
+    def look(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
+        """Before the first run: what runs of the model with one row tell."""
+
     def need(self, reached: Sequence[bool]) -> None:
         """Raises ModelError where what is asked for has no gradient; reached: of each tensor."""
 
@@ -188,6 +191,9 @@ class LayerTaps:
     of_input: bool = False
     counts: list[int] = field(default_factory=list, compare=False)
     """How many tensors each layer had in the last run."""
+
+    def look(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
+        """Layers are named: nothing is to be found."""
 
     def need(self, reached: Sequence[bool]) -> None:
         """Raises ModelError where the score depends on none of a layer's tensors."""

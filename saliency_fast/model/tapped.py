@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.model.failures import BACKWARD
+from saliency_fast.model.failures import BACKWARD, FORWARD
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Taps
@@ -31,12 +31,18 @@ class TappedFunction(PointFunction):
         given = {one.name: getattr(function, one.name) for one in fields(function)}
         return cls(**given, taps=taps, backward=backward)
 
+    def _one(self, item: Tensor, rows: Inputs) -> Any:
+        """What the model returns for one row of the first example's."""
+        with self.failing(FORWARD, item[:1]):
+            return self.route(list(rows), *self.rows(item[:1]))
+
     def _gradients(
         self, points: Inputs, item: Tensor
     ) -> tuple[Tensor, Tensor | None, list[Inputs]]:
         """Scores, classes, and in the list the activations first, then each target's gradients."""
         taps = self.taps
         assert taps is not None
+        taps.look(partial(self._one, item), tuple(one[:1] for one in self.taken(points)))
         given, tapped = list(self.taken(points)), list[Tensor]()
         forward = partial(self.route, given, *self.rows(item))
 
