@@ -196,8 +196,9 @@ REFUSED: dict[str, Callable[[Parts, Tensor, Tensor], Tensor]] = {
 def test_none_among_these_tokens(method: str, kind: str, case: str) -> None:
     torch.manual_seed(0)
     model, (x, other) = Parts(REFUSED[case], True).eval().double(), _given(kind)
+    layout = "BTC" if kind == "vectors" else None
     with pytest.raises(NoAttentionError, match="among the tokens of the explained input"):
-        sf.explain(model, x, target=1, method=method, forward_args=(other,))
+        sf.explain(model, x, target=1, method=method, forward_args=(other,), layout=layout)
 
 
 class Pictures(nn.Module):
