@@ -17,6 +17,8 @@ from saliency_fast.model.routes import Inputs
 
 _USUAL = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
 """Of records that state no layout."""
+TOLD = 0.01
+"""Share of a map from which its line tells what decides it."""
 REGION_MASK = "region.mask"
 """The name under which `kept` holds a region's mask."""
 
@@ -70,8 +72,10 @@ class Attribution:
     baseline_scores), None for methods without completeness. classes int64: the explained class.
     points [B]: gradients taken. converged [B]: whether a tolerance was met, None without one.
     kept: tensors that a replay needs (baselines, masks). precision_error: what of the error is the
-    precision's, as measured on some of the points; None for float32. extras: further results of
-    the method by name, [B, *] or [B, K, *].
+    precision's, as measured on some of the points; None for float32. tie_share [B], float64: the
+    share of the gradient, at one point, that goes through maxima which several places reach, up to
+    rounding, so that the first of them has it all; NaN where that could not be told, None where
+    nobody looked. extras: further results of the method by name, [B, *] or [B, K, *].
     """
 
     values: Tensor | Inputs
@@ -87,6 +91,7 @@ class Attribution:
     precision_error: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     layouts: Layouts | None = None
+    tie_share: Tensor | None = None
 
     def __repr__(self) -> str:
         """One line: method, shapes, and the worst that is known of the maps."""
@@ -96,6 +101,11 @@ class Attribution:
             facts.append(f"|delta| <= {float(self.delta.abs().max()):.2g}")
         if self.converged is not None and not bool(self.converged.all()):
             facts.append(f"{int((~self.converged).sum())} not converged")
+        if (
+            self.tie_share is not None
+            and (tied := float(self.tie_share.nan_to_num().max())) >= TOLD
+        ):
+            facts.append(f"ties decide {tied:.0%}")
         return f"<Attribution {'; '.join(facts)}>"
 
     @property
@@ -267,6 +277,7 @@ _OPTIONAL = (
     "points",
     "converged",
     "precision_error",
+    "tie_share",
 )
 
 

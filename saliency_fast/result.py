@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saliency_fast.attribution import REGION_MASK, Attribution, Provenance
+from saliency_fast.attribution import REGION_MASK, TOLD, Attribution, Provenance
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.job import Job
@@ -17,6 +18,7 @@ from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.recipe import Method
 from saliency_fast.engine.region import Part
+from saliency_fast.engine.ties import Tied
 from saliency_fast.specs import describe_baseline, describe_features, describe_target
 from saliency_fast.version import __version__
 
@@ -61,7 +63,7 @@ def attribution(
         at=at,
         layer_input=layer_input,
         layout=list(layouts.settled) if any(layouts.settled) else None,
-        notes={} if lost is None else {"underflow": outcome.underflow},
+        notes=_notes(outcome),
         **facts,
     )
     whole = outcome.values if job.part is None else tuple(map(job.part.kept, outcome.values))
@@ -81,7 +83,27 @@ def attribution(
         kept=kept | baseline_kept | _mask(job.part) | describe_features(call.features),
         extras={name: _column(one, squeeze) for name, one in outcome.extras.items()},
         layouts=layouts,
+        tie_share=_share(outcome.tied),
     )
+
+
+def _notes(outcome: Outcome) -> dict[str, Any]:
+    notes = {} if outcome.precision_error is None else {"underflow": outcome.underflow}
+    rounded = 0.0 if outcome.tied is None else outcome.tied.rounded
+    return notes | ({"rounded_ties": rounded} if rounded else {})
+
+
+def _share(tied: Tied | None) -> Tensor | None:
+    """The share of the gradient that passes ties, where anybody looked."""
+    if tied is not None and tied.rounded >= TOLD:
+        warnings.warn(
+            f"saliency_fast: up to {tied.rounded:.0%} of a map hangs on ties within rounding: the "
+            "model takes maxima of values that are equal but for the last digits, and the gradient "
+            "goes to one place of several. Other versions of PyTorch, processors and batch sizes "
+            "give another map; see Attribution.tie_share",
+            stacklevel=2,
+        )
+    return None if tied is None else tied.share
 
 
 def _mask(part: Part | None) -> dict[str, Tensor]:

@@ -206,6 +206,7 @@ def in_rows(
         baseline_scores=None if found.baseline_scores is None else baseline_scores(),
         delta=None if found.delta is None else every(found.delta),
         error=every(found.error),
+        tie_share=None if found.tie_share is None else every(found.tie_share),
         precision_error=None if found.precision_error is None else every(found.precision_error),
         classes=None if classes is None else classes[:, 0],
         points=every(found.points),

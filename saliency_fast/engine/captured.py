@@ -248,6 +248,7 @@ class CapturedRun(Run):
         else:
             self._finish()
             found = replace(self._outcome, converged=self.converged, halvings=self.halvings)
+            found = replace(found, tied=self.tied)
         parts = {column.name: getattr(found, column.name) for column in fields(Outcome)}
         copies = {name: _cloned(value) for name, value in parts.items()}
         return Outcome(**copies)

@@ -29,6 +29,7 @@ from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part
 from saliency_fast.engine.rounds import RoundsRun
 from saliency_fast.engine.run import Run
+from saliency_fast.engine.ties import Tied, find_ties
 from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import ModelCallError, SaliencyError
@@ -121,27 +122,29 @@ class Job:
         """The steps of one run for each baseline; outcomes average over those so far."""
         finished: list[Outcome] = []
         for number in range(len(self.baselines)):
-            known = self._known()
-            if (yield from self._captured_steps(number, known, finished)):
+            known, tied = self._known(), self._tied(number)
+            if (yield from self._captured_steps(number, known, tied, finished)):
                 continue
             run = self.run(number, known)
+            run.know(tied)
             yield from run.steps(partial(self._moment, run, tuple(finished), known is None))
             if number < len(self.baselines) - 1:
                 finished.append(run.outcome())
 
     def _captured_steps(
-        self, number: int, known: Loss | None, finished: list[Outcome]
+        self, number: int, known: Loss | None, tied: Tied | None, finished: list[Outcome]
     ) -> Generator[Want | Moment, Any, bool]:
         """The steps of a run by recorded launches, whose outcome it adds to `finished`; False where
         there is no such run, or it came to nothing.
         """
         run, key = self._captured(number)
-        if run is None:
+        if run is None or (tied is not None and tied.apart):
             return False
         owner, cache = self._probed.captures, cache_of(self.call.device)
         yield from self.run(number).prove()
         try:
             run.load(self.call, self.baselines[number], self.recipe, self.plan, known)
+            run.tied = tied
             yield from run.steps(partial(self._moment, run, tuple(finished), known is None))
         except NotRecordedError as refusal:
             cause = refusal.__cause__
@@ -159,6 +162,13 @@ class Job:
         run.release()
         cache.put(owner, key, run)
         return True
+
+    def _tied(self, number: int) -> Tied | None:
+        if self._probed.cost.drew:
+            # A point taken once more would move the model's random numbers.
+            return None
+        about = (self.call, self.recipe, self.baselines[number], self.plan)
+        return find_ties(self.model, *about)
 
     def _captured(self, number: int) -> tuple[CapturedRun | None, Any]:
         """A run by recorded launches that nobody else uses now, and its key."""

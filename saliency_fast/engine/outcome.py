@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.folds import norm_of
+from saliency_fast.engine.ties import Tied
 from saliency_fast.errors import ModelError
 from saliency_fast.model.routes import Inputs
 
@@ -21,7 +22,8 @@ class Outcome:
     estimated): float64 [B, K]; classes int64 [B, K] where targets are classes. points int64 [B]
     visited, converged bool [B] where a tolerance was asked for. precision_error [B, K]: what of
     the error its precision costs, where that is not float32, and `underflow` the share of gradients
-    that it could not hold. extras: further results [B, K, *] by name.
+    that it could not hold. tied: what hangs on ties, where anybody looked. extras: further results
+    [B, K, *] by name.
     """
 
     values: Inputs
@@ -36,6 +38,7 @@ class Outcome:
     precision_error: Tensor | None = None
     underflow: float = 0.0
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    tied: Tied | None = None
 
     @property
     def delta(self) -> Tensor | None:
@@ -77,6 +80,7 @@ def average(outcomes: list[Outcome]) -> Outcome:
         halvings=max(one.halvings for one in outcomes),
         precision_error=relative(lost) if lost else None,
         underflow=max(one.underflow for one in outcomes),
+        tied=Tied.of_all([one.tied for one in outcomes if one.tied is not None]),
         extras={
             name: torch.stack([one.extras[name].double() for one in outcomes]).mean(0)
             for name in last.extras

@@ -29,6 +29,7 @@ from saliency_fast.engine.memory import bytes_text
 from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.recipe import Level, Recipe, Rows, Source
+from saliency_fast.engine.ties import Tied
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError
 from saliency_fast.model.failures import is_out_of_memory
@@ -81,6 +82,7 @@ class Run:
         self.classes = function.targets.classes
         self.points = torch.zeros(call.batch, dtype=torch.int64, device=device)
         self.converged: Tensor | None = None
+        self.tied: Tied | None = None
 
     def steps(self, moment: Callable[[int, int], Moment]) -> Steps:
         """Runs every level launch by launch, with a moment after each; at the end `outcome` is the
@@ -116,6 +118,12 @@ class Run:
         maps = self.scores.shape[1]
         self.folds = Folds(self.recipe, self.call.inputs, self.baselines, maps, self.hoist)
         self.source = self.recipe.family.bind(*self._ends_of_lines())
+
+    def know(self, tied: Tied | None) -> None:
+        """What hangs on ties, before the first launch."""
+        self.tied = tied
+        if tied is not None and tied.apart:
+            self.size = 1
 
     def enter(self, level: Level, active: Tensor) -> None:
         """A level begins, for the examples `active`."""
@@ -320,6 +328,7 @@ class Run:
             self.halvings,
             lost,
             0.0 if self.loss is None else self.loss.underflow,
+            tied=self.tied,
         )
 
 

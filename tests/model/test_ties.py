@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import saliency_fast as sf
 from saliency_fast import zoo
 from saliency_fast.engine import probe
 from saliency_fast.model.lean import LEAN
+from saliency_fast.model.ties import Ties
 
 STEPS = 4
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -160,6 +163,7 @@ METHODS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:saliency_fast. up to .* hangs on ties")
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels last"])
 @pytest.mark.parametrize("kind", ["colours", "saturated", "border"])
 @pytest.mark.parametrize("name", MODELS)
@@ -207,3 +211,91 @@ def test_float64_takes_no_way_that_rounds_otherwise(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(LEAN, torch.batch_norm, rounded)
     assert _by_way(torch.float64) == "off"
     assert _by_way(torch.float32).startswith("recorded")
+
+
+def test_rows_go_alone_where_rounding_decides() -> None:
+    """PyTorch's float64 convolutions round channels-last rows otherwise in a batch than alone."""
+    torch.manual_seed(134)
+    stem = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+    layers = (stem, nn.ReLU(), nn.Conv2d(16, 16, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    model, rows = model.double().eval(), list[int]()
+    x = _flat((3, 45, 45), "colours").contiguous(memory_format=torch.channels_last)
+    method, alphas = METHODS["midpoint"]
+    hook = stem.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = sf.explain(model, x, target=1, method=method, lean=False)
+    hook.remove()
+    assert set(rows[-STEPS:]) == {1}
+    assert found.provenance.notes["rounded_ties"] > 0.01
+    assert "ties within rounding" in str(told[-1].message)
+    assert _gap(found.values, _by_hand(model, x, 1, alphas)) < 1e-9
+
+
+SHARES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    # Of windows [1, 2], [3, 3] and so on, the share with two maxima.
+    "windows": (lambda y: F.max_pool1d(y, 2), 0.5),
+    "windows with indices": (lambda y: F.max_pool1d(y, 2, return_indices=True)[0], 0.5),
+    "images": (lambda y: F.max_pool2d(y.unflatten(2, (1, -1)), (1, 2)).flatten(2), 0.5),
+    "volumes": (lambda y: F.max_pool3d(y.unflatten(2, (1, 1, -1)), (1, 1, 2)).flatten(2), 0.5),
+    "padding": (lambda y: F.max_pool1d(y, 2, 2, padding=1), 0.0),
+    "dilation": (lambda y: F.max_pool1d(y, 2, 1, dilation=2), 0.0),
+    "adaptive": (lambda y: F.adaptive_max_pool1d(y, 4), 0.5),
+    "amax": (lambda y: y.unflatten(2, (-1, 2)).amax(-1), 0.5),
+    "max": (lambda y: y.unflatten(2, (-1, 2)).max(-1).values, 0.5),
+    "torch.max": (lambda y: torch.max(y.unflatten(2, (-1, 2)), -1)[0], 0.5),
+}
+ROW = (1.0, 2.0, 3.0, 3.0, 5.0, 4.0, 6.0, 6.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", SHARES)
+def test_shares_of_ties(name: str, dtype: torch.dtype) -> None:
+    pool, share = SHARES[name]
+    x = torch.tensor(ROW).to(dtype).view(1, 1, -1)
+    for bits, rounded in ((0, 0.0), (1, share / 2)):
+        given = x.clone()
+        # One unit in the last place apart: a tie by rounding.
+        given[0, 0, 3] += bits * 2 * torch.finfo(dtype).eps
+        given.requires_grad_()
+        ties = Ties(pool)
+        ties((given * 1,), (), {}).sum().backward()
+        assert ties.shares() == (share, rounded)
+
+
+def test_zeros_of_a_rectifier_pass_no_gradient() -> None:
+    ties = Ties(lambda y: F.max_pool1d(torch.relu(y), 2))
+    x = torch.tensor([-1.0, -1.0, 2.0, 3.0]).view(1, 1, -1).requires_grad_()
+    ties((x * 1,), (), {}).sum().backward()
+    assert ties.shares() == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_attributions_tell_what_ties_decide(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, method = _vgg(2, 3, True).to(dtype), sf.IntegratedGradients(steps=32)
+    x = torch.cat([_flat((3, 40, 40), "colours"), torch.rand(1, 3, 40, 40)]).to(dtype)
+    found = sf.explain(model, x, target=1, method=method)
+    assert found.tie_share is not None
+    flat, noisy = found.tie_share.tolist()
+    assert flat > 0.1
+    assert noisy == 0.0
+    assert f"ties decide {flat:.0%}" in repr(found)
+    assert "ties" not in repr(sf.explain(model, x[1:], target=1, method=method))
+
+
+def test_few_points_in_float32_are_not_looked_at() -> None:
+    torch.manual_seed(0)
+    model, x = _vgg(2, 3, True).float(), _flat((3, 40, 40), "colours").float()
+    assert sf.explain(model, x, target=1, method=METHODS["midpoint"][0]).tie_share is None
+
+
+def test_tie_shares_are_recorded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _vgg(2, 3, True).double(), _flat((3, 40, 40), "colours")
+    found = sf.explain(model, x, target=1, method=METHODS["midpoint"][0])
+    read = sf.load(found.save(tmp_path / "record.safetensors"))
+    assert found.tie_share is not None
+    assert read.tie_share is not None
+    assert torch.equal(read.tie_share, found.tie_share)

@@ -1,0 +1,85 @@
+"""Ties: what of a call's maps hangs on values that are equal up to rounding."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saliency_fast.engine.bind import Call
+from saliency_fast.engine.plan import MARGIN, Plan
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.way import Model, function_of
+from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.routes import Inputs
+from saliency_fast.model.ties import Ties, may_tie
+
+LOOKED = 32
+"""Points of an example from which one more is taken to find ties; in float64 it always is."""
+
+
+@dataclass(frozen=True)
+class Tied:
+    """share [B]: of the gradient at a point of each example, what passes ties; NaN where that could
+    not be told. rounded: the largest share of ties that rounding decides. apart: whether points
+    must go through the model one by one: PyTorch's kernels round rows of a batch otherwise than one
+    alone, and rounding decides.
+    """
+
+    share: Tensor
+    rounded: float = 0.0
+    apart: bool = False
+
+    @classmethod
+    def of_all(cls, several: list[Tied]) -> Tied | None:
+        """The mean over several baselines."""
+        if not several:
+            return None
+        share = torch.stack([one.share for one in several]).mean(0)
+        apart = any(one.apart for one in several)
+        return cls(share, max(one.rounded for one in several), apart)
+
+
+def find_ties(
+    model: Model, call: Call, recipe: Recipe, baselines: Inputs, plan: Plan
+) -> Tied | None:
+    """Looks at one point of each example by the model as it is; None where that would cost more
+    than it is worth, and for methods that are no sum over points.
+    """
+    exact = torch.float64 in call.dtypes
+    affordable = 2 * MARGIN * plan.saved_before <= plan.budget
+    summed = recipe.gradients and recipe.rules is None and recipe.rounds is None
+    if not (summed and affordable and (exact or recipe.count >= LOOKED)):
+        return None
+    level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
+    order = level.place.argsort()
+    spots = [int(order[level.count // 2])]
+    if exact and level.count > 1 and float(level.place[order[0]]) == 0.0:
+        # At the baseline all may be flat.
+        spots.append(int(order[0]))
+    share, largest, apart = torch.zeros(call.batch, dtype=torch.float64), 0.0, False
+    for example in range(call.batch):
+        item = torch.full((1,), example, device=call.device)
+        for spot in spots:
+            points = source.write(level.rows(item, spot, spot + 1))
+            if not may_tie(points):
+                continue
+            tied, rounded = _shares(model, call, points, item)
+            apart |= exact and rounded > 0
+            if spot == spots[0]:
+                share[example], largest = tied, max(largest, rounded)
+    return Tied(share, largest, apart)
+
+
+def _shares(model: Model, call: Call, points: Inputs, item: Tensor) -> tuple[float, float]:
+    """The shares of the gradient at a point that pass ties, and ties that rounding decides."""
+    ties = Ties(model)
+    try:
+        with uncompiled():
+            function_of(ties, call).gradients(points, item)
+    except (RuntimeError, MemoryError):
+        # What is not known is not told; the launches say what fails.
+        return math.nan, 0.0
+    return ties.shares()

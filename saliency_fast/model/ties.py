@@ -1,0 +1,183 @@
+"""Ties: how much of a gradient goes through maxima that several places reach, up to rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from saliency_fast.model.calls import Calls
+from saliency_fast.model.lean.convolutions import each_axis
+from saliency_fast.model.routes import Inputs
+
+WITHIN = {torch.float64: 2.0**-40, torch.float32: 2.0**-20}
+"""Relative difference up to which rounding may have told two values apart: some dozen units in the
+last place; float64 has room for more. Half types: one unit."""
+_nn = torch._C._nn
+
+
+@dataclass
+class Ties:
+    """A route through the model as it is, which finds the ties that its gradient passes.
+
+    passed: for each maximum over places that the model takes, what of the gradient goes through it
+    in all, through ties, and through those whose values are not equal to the last bit: sums of
+    absolute values.
+    """
+
+    model: Callable[..., Any]
+    passed: list[list[float]] = field(default_factory=list)
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        with _Watch(self):
+            return self.model(*points, *args, **kwargs)
+
+    def shares(self) -> tuple[float, float]:
+        """The share of the gradient that passes ties, and ties by rounding: where most does."""
+        found = [[one / whole for one in ties] for whole, *ties in self.passed if whole > 0]
+        return max((tied for tied, _ in found), default=0.0), max(
+            (one for _, one in found), default=0.0
+        )
+
+    def note(self, x: Tensor, y: Tensor, near: Tensor, equal: Tensor) -> None:
+        """Follows the gradient of maxima y of x, near which so many values lie, and equal ones."""
+        tied = near > 1
+        if "Relu" in type(x.grad_fn).__name__:
+            # No gradient passes the rectifier before it.
+            tied &= y.detach() != 0
+        rounded, sums = tied & (near > equal), [0.0, 0.0, 0.0]
+        self.passed.append(sums)
+
+        def passing(grad: Tensor) -> None:
+            size = grad.detach().abs().double()
+            for number, part in enumerate((size, size[tied], size[rounded])):
+                sums[number] += float(part.sum())
+
+        y.register_hook(passing)  # type: ignore[no-untyped-call]
+
+
+class _Watch(Calls):
+    """Runs every call as it is, and tells of those that take maxima."""
+
+    def __init__(self, ties: Ties) -> None:
+        super().__init__()
+        self._ties = ties
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        result = func(*args, **kwargs)
+        look = _MAXIMA.get(func)
+        y = result if isinstance(result, Tensor) else None
+        if isinstance(result, tuple) and result and isinstance(result[0], Tensor):
+            y = result[0]
+        if look is None or y is None or not y.requires_grad:
+            return result
+        with torch.no_grad():
+            counts = look(args[0].detach(), y.detach(), *args[1:], **kwargs)
+        if counts is not None:
+            self._ties.note(args[0], y, *counts)
+        return result
+
+
+Counts = tuple[Tensor, Tensor] | None
+
+
+def _counts(seen: Tensor, y: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """How many of the values that each maximum has `seen` lie near it, and how many are equal."""
+    within = WITHIN.get(y.dtype, torch.finfo(y.dtype).eps)
+    gap = (seen - y).abs()
+    near = (gap <= within * y.abs()).sum(axes)
+    return near, (gap == 0).sum(axes)
+
+
+def _windows(axes: int) -> Callable[..., Counts]:
+    def look(
+        x: Tensor,
+        y: Tensor,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        **_: Any,
+    ) -> Counts:
+        kernel = each_axis(kernel_size, axes)
+        steps = kernel if stride is None or stride == [] else each_axis(stride, axes)
+        edges, holes = each_axis(padding, axes), each_axis(dilation, axes)
+        pads: list[int] = []
+        for number, (k, s, p, d) in enumerate(zip(kernel, steps, edges, holes, strict=True)):
+            axis = number - axes
+            reach = (y.shape[axis] - 1) * s + d * (k - 1) + 1
+            pads[:0] = [p, max(0, reach - p - x.shape[axis])]
+        seen = functional.pad(x, pads, value=-math.inf)
+        for number, (k, s, d) in enumerate(zip(kernel, steps, holes, strict=True)):
+            axis = x.dim() - axes + number
+            size = y.shape[number - axes]
+            seen = seen.unfold(axis, d * (k - 1) + 1, s)[..., ::d].narrow(axis, 0, size)
+        return _counts(seen, y[(..., *(None,) * axes)], tuple(range(-axes, 0)))
+
+    return look
+
+
+def _adaptive(axes: int) -> Callable[..., Counts]:
+    def look(x: Tensor, y: Tensor, *_: Any, **__: Any) -> Counts:
+        pairs = list(zip(x.shape[-axes:], y.shape[-axes:], strict=True))
+        if any(size % out for size, out in pairs):
+            return None
+        kernel = [size // out for size, out in pairs]
+        return _windows(axes)(x, y, kernel)
+
+    return look
+
+
+def _along(x: Tensor, y: Tensor, dim: Any = (), keepdim: bool = False, **_: Any) -> Counts:
+    if isinstance(dim, Tensor):
+        return None
+    given = (dim,) if isinstance(dim, int) else tuple(dim)
+    axes = tuple(sorted(one % x.dim() for one in given)) or tuple(range(x.dim()))
+    wide = y
+    for axis in () if keepdim else axes:
+        wide = wide.unsqueeze(axis)
+    near, equal = _counts(x, wide, axes)
+    return near.view(y.shape), equal.view(y.shape)
+
+
+_MAXIMA: dict[Any, Callable[..., Counts]] = {
+    torch.max_pool1d: _windows(1),
+    torch.max_pool1d_with_indices: _windows(1),
+    torch.max_pool2d: _windows(2),
+    _nn.max_pool2d_with_indices: _windows(2),
+    torch.max_pool3d: _windows(3),
+    _nn.max_pool3d_with_indices: _windows(3),
+    torch.adaptive_max_pool1d: _adaptive(1),
+    _nn.adaptive_max_pool2d: _adaptive(2),
+    _nn.adaptive_max_pool3d: _adaptive(3),
+    torch.amax: _along,
+    Tensor.amax: _along,
+    torch.max: _along,
+    Tensor.max: _along,
+}
+
+
+def may_tie(inputs: Inputs) -> bool:
+    """Whether a model may see the same at several places of an example, [1, *] for each input:
+    neighbours are equal in all channels, or any two places of a series or a cloud.
+    """
+    return any(_repeats(x[0] if x.dim() > 2 else x) for x in inputs)
+
+
+def _repeats(places: Tensor) -> bool:
+    for axis in range(1, places.dim()):
+        count = places.shape[axis] - 1
+        same = places.narrow(axis, 1, count) == places.narrow(axis, 0, count)
+        if bool(same.all(0).any()):
+            return True
+    return places.dim() == 2 and torch.unique(places, dim=1).shape[1] < places.shape[1]
