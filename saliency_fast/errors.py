@@ -1,4 +1,9 @@
-"""Every exception of the library. Each is also the built-in type that plain code would catch."""
+"""Every exception of the library, each also the built-in type that plain code would catch, and how
+it warns.
+"""
+
+import sys
+import warnings
 
 
 class SaliencyError(Exception):
@@ -72,3 +77,14 @@ class ChoiceError(ContractError, KeyError):
 
 class RecordError(SaliencyError, ValueError):
     """An attribution record is truncated, altered, or written under another schema."""
+
+
+_OWN = ("saliency_fast", "contextlib", "threading", "concurrent")
+
+
+def warn(text: str) -> None:
+    """Warns the caller of this library, wherever in it that is found out."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"saliency_fast: {text}", UserWarning, stacklevel=level - 1)

@@ -1,4 +1,6 @@
-"""Leaves no trace: evaluation mode, random state and autograd modes come back in any event."""
+"""Leaves no trace: evaluation mode, random state, autograd modes and what a model changes of itself
+come back in any event.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from saliency_fast.model.recomputation import without_recomputation
+from saliency_fast.model.state import preserved
 
 _LOCK = threading.Lock()
 _HELD: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -25,7 +28,7 @@ def untouched(
 ) -> Iterator[bool]:
     """Runs its body with the model in evaluation mode; yields whether it was in training mode.
 
-    Restores modes and random states on the way out, also after an exception or Ctrl-C. Threads
+    Restores modes, random states and what the model changed of itself on the way out, also after an exception or Ctrl-C. Threads
     may share a model, or parts of one: modes come back when the last of them leaves. draws: whether
     random states are restored, which are the whole process's: not where other threads work on.
     """
@@ -49,6 +52,7 @@ def untouched(
 @contextmanager
 def _quiet(model: Callable[..., Any], device: torch.device) -> Iterator[bool]:
     with (
+        preserved(model),
         _evaluating(model) as was_training,
         torch.inference_mode(False),
         torch.enable_grad(),
