@@ -41,6 +41,7 @@ from saliency_fast.errors import InputError, InputTypeError, ModelCallError, Sal
 from saliency_fast.methods import read_method
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.failures import diagnosed
+from saliency_fast.model.fingerprint import unchanging
 from saliency_fast.model.guard import uncompiled, untouched
 from saliency_fast.model.layers import At, names_of
 from saliency_fast.model.precision import AUTO, PRECISIONS
@@ -208,8 +209,9 @@ class Engine:
                 outcome = last.outcome()
             need_finite(outcome, job.plan.precision)
             usage = usage_of(job.plan, resident, time.perf_counter() - started)
-            facts = usage | self._hashes(call)
-            return self._attribution(job, outcome, baseline, training, facts, at)
+        # Of the weights as they are outside of the call, whatever the model does to them inside.
+        facts = usage | self._hashes(call)
+        return self._attribution(job, outcome, baseline, training, facts, at)
 
     def stream(
         self,
@@ -245,7 +247,7 @@ class Engine:
         resident = resident_before(call)
         with untouched(self.model, call.device), self._diagnosing(call):
             job, at = self._prepare(call, baseline, region)
-            hashes = self._hashes(call)
+        hashes = self._hashes(call)
         moments = job.moments()
         while True:
             # The guard is entered anew for each launch: nothing is held while the caller works.
@@ -436,6 +438,21 @@ class Engine:
         alone: bool = True,
     ) -> tuple[Job, list[str] | None]:
         """A job, and the names of the layers that it is about."""
+        # Recordings stand for the model as calls find it; to look takes time where there are none.
+        known = [probe for one in list(self._place.knowns.values()) for probe in list(one.values())]
+        looked = not known or any(probe.mark is not None for probe in known)
+        with unchanging(*[self._called] * looked):
+            return self._prepared(call, baseline, region, method, recipe, alone)
+
+    def _prepared(
+        self,
+        call: Call,
+        baseline: Baseline,
+        region: Region,
+        method: Method | None,
+        recipe: Recipe | None,
+        alone: bool,
+    ) -> tuple[Job, list[str] | None]:
         recipe, method = recipe or self._recipe, method or self.method
         call = following(self.model, assigned(self._called, call, self._place.known))
         model, call, start, known, layers = self._place.taken(call, recipe, baseline)

@@ -87,4 +87,4 @@ def warn(text: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN):
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"saliency_fast: {text}", UserWarning, stacklevel=level - 1)
+    warnings.warn(f"saliency_fast: {text}", UserWarning, stacklevel=level)

@@ -18,7 +18,7 @@ import saliency_fast as sf
 from saliency_fast.engine.memory import MemoryMeter, bytes_text, read_budget
 from saliency_fast.errors import BudgetError, ModelError
 from saliency_fast.model.failures import is_out_of_memory
-from tests.traces import Net, one_thread, unchanged
+from tests.traces import Net, Notes, one_thread, unchanged
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
@@ -64,10 +64,10 @@ class Limited(Net):
 
     def __init__(self, most: int, fail: Callable[[], None]) -> None:
         super().__init__()
-        self.most, self.fail, self.seen = most, fail, []
+        self.most, self.fail, self.notes = most, fail, Notes(seen=[])
 
     def forward(self, x: Tensor, *more: Any) -> Tensor:
-        self.seen.append(len(x))
+        self.notes.seen.append(len(x))
         if len(x) > self.most:
             self.fail()
         return super().forward(x)
@@ -88,9 +88,9 @@ def test_a_launch_that_does_not_fit_is_halved(fail: Callable[[], None], most: in
     torch.testing.assert_close(found.delta, expected.delta, rtol=0, atol=1e-6)
     assert torch.equal(found.points, expected.points)
     # Nothing is taken twice, and what once failed is not tried again.
-    taken = [rows for rows in model.seen if rows <= most]
+    taken = [rows for rows in model.notes.seen if rows <= most]
     assert sum(taken) == 1 + 4 + 4 + 9 * 4
-    assert len(model.seen) - len(taken) == found.provenance.halvings
+    assert len(model.notes.seen) - len(taken) == found.provenance.halvings
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda one: one.name)
@@ -162,7 +162,7 @@ def test_a_plan_respects_points_per_launch(wanted: int) -> None:
     assert ("was lowered to 36" in str(plan)) == (wanted > 36)
     found = engine(X, 1)
     assert found.provenance.halvings == 0
-    assert max(model.seen) == min(wanted, 36)
+    assert max(model.notes.seen) == min(wanted, 36)
 
 
 @pytest.mark.parametrize("points", [1, 2, 7])

@@ -5,11 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+
+class Notes(SimpleNamespace):
+    """What a model notes of its calls; lists and numbers of a module itself would come back."""
 
 
 class Net(nn.Module):

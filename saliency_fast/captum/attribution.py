@@ -23,8 +23,9 @@ from saliency_fast.captum.contract import (
     public,
 )
 from saliency_fast.captum.forward import compute_gradients, run_forward
-from saliency_fast.captum.run import Asked, kept
+from saliency_fast.captum.run import Asked
 from saliency_fast.errors import ContractError
+from saliency_fast.model.state import preserved
 
 
 class Attribution:
@@ -139,7 +140,7 @@ class GradientAttribution(Attribution):
         target = as_target(target)
         check_target(target, len(ends[0]))
         further = as_args(additional_forward_args)
-        with torch.no_grad(), kept(self.forward_func):
+        with torch.no_grad(), preserved(self.forward_func):
             start = run_forward(self.forward_func, copies(starts), target, further)
             end = run_forward(self.forward_func, copies(ends), target, further)
             total = torch.stack([_rows(one) for one in maps]).sum(0)

@@ -19,13 +19,14 @@ from saliency_fast.captum.forward import (
     read_output,
     run_forward,
 )
-from saliency_fast.captum.run import Asked, explained, kept
+from saliency_fast.captum.run import Asked, explained
 from saliency_fast.errors import ContractError, ModelError, RepeatedLayerError
 from saliency_fast.methods import Gradient
 from saliency_fast.model.casts import cast
 from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, with_floats
 from saliency_fast.model.routes import Inputs
+from saliency_fast.model.state import preserved
 
 LITTLE = 512 * 1024
 """Bytes of inputs and a layer's tensors up to which all that autograd keeps behind is little."""
@@ -92,7 +93,7 @@ class Inside:
                 raise _Enough
 
         hooks = hooked(self.layers, seen, of_input=self.of_input)
-        with suppress(_Enough), kept(self.forward), hooks:
+        with suppress(_Enough), preserved(self.forward), hooks:
             self.forward(*copies(inputs), *as_args(further))
         for number, layer in enumerate(self.layers):
             if number not in found:
@@ -195,7 +196,7 @@ class Inside:
 
         on = torch.inference_mode(False), torch.enable_grad()
         hooks = hooked(self.layers, seen)
-        with suppress(Exception, _Enough), on[0], on[1], kept(self.forward), hooks:
+        with suppress(Exception, _Enough), on[0], on[1], preserved(self.forward), hooks:
             rows = tuple(x.detach().clone() for x in inputs)
             scores = run_forward(self.forward, rows, target, further)
             need_one_number(scores)
@@ -221,7 +222,7 @@ class Inside:
         hooks = hooked(self.layers, seen, of_input=self.of_input)
         on = torch.inference_mode(False), torch.enable_grad()
         try:
-            with on[0], on[1], kept(self.forward), hooks:
+            with on[0], on[1], preserved(self.forward), hooks:
                 rows = tuple(x.detach().clone() for x in inputs)
                 scores = run_forward(self.forward, rows, target, further)
                 need_one_number(scores)

@@ -29,13 +29,14 @@ from saliency_fast.captum.lime_base import (
 from saliency_fast.captum.passes import Asked
 from saliency_fast.captum.perturbation import default_masks, for_fill, numbers_of, read_masks
 from saliency_fast.captum.perturbed import Draws, by_rows, first_of
-from saliency_fast.captum.run import _owner, kept
+from saliency_fast.captum.run import _owner
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
 from saliency_fast.methods.parts.coalitions import Game
 from saliency_fast.model.routes import Inputs
+from saliency_fast.model.state import preserved
 
 MANY = 10_000
 """Features that make an interpretable model slow."""
@@ -110,7 +111,7 @@ class Lime(LimeBase):
         known = numbers_of(asked.features or (), asked.inputs)
         draws = Draws()
         method = self._method(samples, known, count, draws)
-        with kept(asked.forward), asked.shown(method) as bar:
+        with preserved(asked.forward), asked.shown(method) as bar:
             found = by_rows(method, asked, first_of(asked), draws, bar)
         if found is None:
             return None
@@ -135,7 +136,7 @@ class Lime(LimeBase):
         """Slopes [N, F] as Captum finds them, a model for each row that has a number."""
         batch, numbers = len(asked.inputs[0]), 1
         if batch > 1:
-            with kept(self.forward_func):
+            with preserved(self.forward_func):
                 numbers = first_of(asked).numel()
         if numbers not in (1, batch):
             raise ContractError(_OUTPUTS)

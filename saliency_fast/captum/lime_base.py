@@ -22,10 +22,11 @@ from saliency_fast.captum.contract import (
     public,
 )
 from saliency_fast.captum.passes import output_of
-from saliency_fast.captum.run import _repeated, alike, kept
+from saliency_fast.captum.run import _repeated, alike
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.parts.regression import fit
 from saliency_fast.model.routes import Inputs
+from saliency_fast.model.state import preserved
 
 
 class LimeBase(PerturbationAttribution):
@@ -87,7 +88,7 @@ class LimeBase(PerturbationAttribution):
         total = -(-n_samples // perturbations_per_eval)
         words = f"{self.get_name()} attribution"
         bar = tqdm(total=total, desc=words, disable=not show_progress)
-        with kept(self.forward_func), bar:
+        with preserved(self.forward_func), bar:
             for _ in range(n_samples):
                 try:
                     simple, point = drawn()

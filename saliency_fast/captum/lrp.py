@@ -24,13 +24,14 @@ from saliency_fast.captum.contract import (
 )
 from saliency_fast.captum.forward import run_forward
 from saliency_fast.captum.lrp_rules import EpsilonRule, PropagationRule
-from saliency_fast.captum.run import explained, kept
+from saliency_fast.captum.run import explained
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import InputTypeError
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
 from saliency_fast.model.rules import Ruling
+from saliency_fast.model.state import preserved
 
 RULED = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
@@ -79,7 +80,7 @@ class LRP(GradientAttribution):
                     print(f"Applied {rule} on layer {layer}")
         shares = explained(_ByModule(rules), self._asked(parts, target, further))
         shares = like_types(shares, parts)
-        with torch.no_grad(), kept(self.forward_func):
+        with torch.no_grad(), preserved(self.forward_func):
             output = run_forward(self.forward_func, copies(parts), target, further)
         maps = tuple(one * output.reshape(-1, *(1,) * (one.dim() - 1)) for one in shares)
         found = like_inputs(inputs, maps)

@@ -31,12 +31,12 @@ from saliency_fast.captum.run import (
     _targets,
     _tried,
     alike,
-    kept,
 )
 from saliency_fast.engine.independence import Known
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import ContractError
 from saliency_fast.model.routes import Inputs
+from saliency_fast.model.state import preserved
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
     """
     full = [number for number, x in enumerate(asked.inputs) if x.numel()]
     inner, restored = _full_alone(asked, full)
-    with kept(asked.forward), asked.shown(method) as bar:
+    with preserved(asked.forward), asked.shown(method) as bar:
         first = first_of(inner)
         bar.update()
         if full:
@@ -129,7 +129,7 @@ def promised(
     def over(values: passes.Values, first: Tensor) -> Any:
         return finish(restored(Maps(*values, first.shape, first.dtype)))
 
-    with kept(asked.forward), asked.shown(method) as bar:
+    with preserved(asked.forward), asked.shown(method) as bar:
         found = passes.promised(method, asked, over, bar.update)
     if draws is not None:
         torch.set_rng_state(draws.state)

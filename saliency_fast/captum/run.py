@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from types import FunctionType, MethodType
@@ -40,6 +40,7 @@ from saliency_fast.model.failures import as_well, diagnosed
 from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Behind
 from saliency_fast.model.routes import Inputs, Plain, Ruled
+from saliency_fast.model.state import preserved
 
 PLAIN = (torch.float32, torch.float64)
 SMALL = 16 * 1024
@@ -123,7 +124,7 @@ class _Engine(Engine):
 def explained(method: Method, asked: Asked) -> Inputs:
     """The maps of a method, like the inputs."""
     owner, known, alone = _owner(asked.forward), _known(asked.forward), _known_whole(asked)
-    with kept(asked.forward):
+    with preserved(asked.forward):
         try:
             found = _explained(method, asked, owner, known, alone)
         except ModelCallError as error:
@@ -419,7 +420,7 @@ def batches_meet(
         return read_output(forward(*rows, *args))
 
     rows, more = len(one[0]), [tuple(map(change, one)) for change in (_larger, _opposite)]
-    with kept(forward), torch.random.fork_rng([]):
+    with preserved(forward), torch.random.fork_rng([]):
         try:
             alone = of(one)
             try:
@@ -448,19 +449,3 @@ def alike(found: Tensor, expected: Tensor) -> bool:
         return True
     room = TOLERANCE.get(expected.dtype, 0.0) * float(expected.abs().amax())
     return float((found.double() - expected.double()).abs().amax()) <= room
-
-
-@contextmanager
-def kept(forward: Callable[..., Any]) -> Iterator[None]:
-    """Running statistics come back as they were: a module in training mode stays in it."""
-    module = _owner(forward)
-    training = [] if module is None else [one for one in module.modules() if one.training]
-    held = [b for one in training for b in one._buffers.values() if b is not None]
-    before = [one.clone() for one in held]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for one, was in zip(held, before, strict=True):
-                if not torch.equal(one, was):
-                    one.copy_(was)

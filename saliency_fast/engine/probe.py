@@ -28,6 +28,7 @@ from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.fingerprint import same_model
 from saliency_fast.model.fusion import fused, with_rectifiers
+from saliency_fast.model.layers import Behind
 from saliency_fast.model.lean.convolutions import LEAN as CONVOLUTIONS
 from saliency_fast.model.precision import Precision
 from saliency_fast.model.prefix import prefix_of
@@ -68,7 +69,7 @@ class Probe:
 
     exact: what a point costs in float32, where the way's precision is another one. reason: why no
     better way serves. disagreed: whether the gradient of a way was not the model's. mark: the
-    model's fingerprint where a program stands for it. foreseen: on shapes alone. launches: what
+    model's fingerprints where a program stands for it. foreseen: on shapes alone. launches: what
     they take, and seconds: what a point takes in them, by way and size; losses: what the precision
     costs, and order: precisions, the fastest first; filled as they become known. captures: recorded
     launches by kind, or why there are none. suspect: why rows may meet in the model, None where a
@@ -92,7 +93,9 @@ class Probe:
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was probed."""
-        return self.mark is None or self.mark == (*same_model(model), *settings(call))
+        if self.mark is None:
+            return True
+        return (same_model(_root(model)), settings(call)) in self.mark
 
     def as_it_is(self, reason: str) -> Probe:
         """The same point through the model as it is."""
@@ -495,7 +498,14 @@ def _line(error: Exception) -> str:
 
 
 def _mark(model: Callable[..., Any], call: Call) -> tuple[object, ...]:
-    """What a program depends on beside tensors: the model and the call's other arguments. The model
-    has just run, and may have noted it.
+    """What a program depends on beside tensors: the call's other arguments and the model, as it was
+    before it ran and as it is now. What it notes of itself is put back after the call, where it is
+    an attribute of a module, and stays elsewhere.
     """
-    return *same_model(model, anew=True), *settings(call)
+    root, others = _root(model), settings(call)
+    return (same_model(root), others), (same_model(root, anew=True), others)
+
+
+def _root(model: Callable[..., Any]) -> object:
+    """The user's model, where layers of it are explained: which ones is known beside it."""
+    return model.model if isinstance(model, Behind) else model

@@ -42,23 +42,31 @@ def fingerprint(*values: object) -> tuple[object, ...]:
 
 
 def same_model(model: object, *, anew: bool = False) -> tuple[object, ...]:
-    """The fingerprint of a model; inside `unchanging` what was found there last."""
+    """The fingerprint of a model; inside `unchanging` as it was when that began.
+
+    anew: as it is now, where the model has run since.
+    """
     known: dict[int, tuple[object, ...]] | None = getattr(_HELD, "known", None)
-    if known is None:
+    if known is None or anew:
         return fingerprint(model)
-    if anew or id(model) not in known:
+    if id(model) not in known:
         known[id(model)] = fingerprint(model)
     return known[id(model)]
 
 
 @contextmanager
-def unchanging() -> Iterator[None]:
-    """Inside, this thread takes models to stay as they are: for calls that begin at once."""
-    _HELD.known = {}
+def unchanging(*models: object) -> Iterator[None]:
+    """Inside, this thread takes models to be as they were, those of `models` as they are now: for
+    calls that begin at once, and because models change while they run and are put back later.
+    """
+    known = getattr(_HELD, "known", None)
+    _HELD.known = {} if known is None else known
     try:
+        for model in models:
+            same_model(model)
         yield
     finally:
-        _HELD.known = None
+        _HELD.known = known
 
 
 _HELD = threading.local()

@@ -28,9 +28,10 @@ def untouched(
 ) -> Iterator[bool]:
     """Runs its body with the model in evaluation mode; yields whether it was in training mode.
 
-    Restores modes, random states and what the model changed of itself on the way out, also after an exception or Ctrl-C. Threads
-    may share a model, or parts of one: modes come back when the last of them leaves. draws: whether
-    random states are restored, which are the whole process's: not where other threads work on.
+    Restores modes, random states and what the model changed of itself on the way out, also after an
+    exception or Ctrl-C. Threads may share a model, or parts of one: modes come back when the last
+    of them leaves. draws: whether random states are restored, which are the whole process's: not
+    where other threads work on.
     """
     if not draws:
         with _quiet(model, device) as was_training:
@@ -52,8 +53,8 @@ def untouched(
 @contextmanager
 def _quiet(model: Callable[..., Any], device: torch.device) -> Iterator[bool]:
     with (
-        preserved(model),
         _evaluating(model) as was_training,
+        preserved(model),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),

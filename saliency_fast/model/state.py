@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from operator import attrgetter, is_
@@ -33,7 +33,7 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _BASE = frozenset(vars(nn.Module()))
 """Attributes of every module: modes, tables and hooks, which are put back elsewhere."""
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
-_CONTAINERS = (dict, list, set, deque)
+_CONTAINERS = (OrderedDict, dict, list, set, deque)
 _versions = attrgetter("_version")
 _LOCK = threading.Lock()
 
@@ -41,13 +41,13 @@ _LOCK = threading.Lock()
 class _Kept:
     """A module as it was before the first of the calls that hold it.
 
-    overwritten: names of the tensors that it is known to write to, None before its first call. room:
-    bytes of tensors that may be copied.
+    overwritten: names of the tensors that it is known to write to, None before its first call.
+    room: bytes of tensors that may be copied.
     """
 
     __slots__ = (
         "attributes", "containers", "copies", "holders", "module", "names", "tables", "tensors",
-        "versions",
+        "transient", "versions",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, overwritten: set[str] | None, room: int) -> None:
@@ -55,6 +55,7 @@ class _Kept:
         self.module, self.holders = module, 0
         self.attributes = own.copy()
         self.tables = [own[name].copy() for name in _TABLES]
+        self.transient = own["_non_persistent_buffers_set"].copy()
         self.containers: list[_Container] = []
         parameters, buffers, _ = self.tables
         self.names, self.tensors = list(parameters), list(parameters.values())
@@ -95,6 +96,9 @@ class _Kept:
         self, parameters: dict[str, Any], overwritten: set[str] | None, room: int
     ) -> dict[int, Tensor]:
         """Copies of tensors that may be overwritten: at first all but parameters."""
+        if self.module.training:
+            # As batch normalisation does.
+            overwritten = None
         if overwritten is not None and not overwritten:
             return {}
         copies: dict[int, Tensor] = {}
@@ -106,23 +110,24 @@ class _Kept:
         return copies
 
     def restore(self) -> tuple[list[str], list[str]]:
-        """Puts the module back; names of the tensors that it wrote to, and of all that is lost."""
+        """Puts the module back; names of the tensors that it wrote to, and of what is lost."""
         own = vars(self.module)
         for name, before in zip(_TABLES, self.tables, strict=True):
             if not _same(before, own[name]):
                 own[name].clear()
                 own[name].update(before)
+        if (transient := own["_non_persistent_buffers_set"]) != self.transient:
+            transient.clear()
+            transient.update(self.transient)
         if not _same(self.attributes, own):
             self._attributes(own)
         lost = [one.name for one in self.containers if one.changed() and not one.restore()]
-        written = list[str]()
         now = list(map(_versions, self.tensors))
-        if now != self.versions:
-            for number, (was, found) in enumerate(zip(self.versions, now, strict=True)):
-                if was != found:
-                    written.append(self.names[number])
-                    if not self._rewritten(number):
-                        lost.append(self.names[number])
+        wrote = [n for n, was in enumerate(self.versions) if now[n] != was]
+        # Batch normalisation writes to its statistics without counting.
+        wrote += [n for n, copy in self.copies.items() if not torch.equal(copy, self.tensors[n])]
+        written = [self.names[n] for n in dict.fromkeys(wrote)]
+        lost += [self.names[n] for n in dict.fromkeys(wrote) if not self._rewritten(n)]
         return written, lost
 
     def _attributes(self, own: dict[str, Any]) -> None:
@@ -131,6 +136,9 @@ class _Kept:
         for name, value in self.attributes.items():
             if name not in _BASE and own.get(name, own) is not value:
                 own[name] = value
+        if list(own) != list(self.attributes):
+            for name in self.attributes:
+                own[name] = own.pop(name)
 
     def _rewritten(self, number: int) -> bool:
         tensor, copy = self.tensors[number], self.copies.get(number)
@@ -243,7 +251,7 @@ def modules_of(model: object) -> list[nn.Module]:
     compiled scripts, and lazy modules, whose parameters are made by their first call.
     """
     found: dict[int, nn.Module] = {}
-    left = [one for one in _roots(model)]
+    left = list(_roots(model))
     while left:
         module = left.pop()
         if id(module) in found or module is None:
@@ -273,6 +281,9 @@ def _roots(model: object, depth: int = 3) -> Iterator[nn.Module]:
         for name in model.__code__.co_names:
             if isinstance(one := model.__globals__.get(name), nn.Module):
                 yield one
+    elif depth and not isinstance(model, type):
+        for one in getattr(model, "__dict__", {}).values():
+            yield from _roots(one, depth - 1)
 
 
 def _tell(held: list[_Kept], lost: list[tuple[nn.Module, str]]) -> None:

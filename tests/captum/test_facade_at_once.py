@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import saliency_fast.captum as facade
 from saliency_fast.captum import run
 from saliency_fast.errors import SaliencyError
+from tests.traces import Notes
 
 NAMES = ("Saliency", "InputXGradient", "GuidedBackprop", "Deconvolution")
 
@@ -21,10 +22,10 @@ class Net(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(inplace))
         self.head = nn.Linear(5, 3)
-        self.runs = 0
+        self.notes = Notes(runs=0)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        self.runs += 1
+        self.notes.runs += 1
         return self.head(self.body(x * scale).mean((2, 3)))
 
 
@@ -56,7 +57,7 @@ def test_either_way_is_captums(
 def test_one_run_serves(x: Tensor) -> None:
     net = _net()
     facade.Saliency(net).attribute(x, 1)
-    assert net.runs == 1
+    assert net.notes.runs == 1
 
 
 def test_large_modules_and_inputs_go_by_the_engine(

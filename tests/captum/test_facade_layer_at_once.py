@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import saliency_fast.captum as facade
 from saliency_fast.captum import inside
 from saliency_fast.errors import ModelError
+from tests.traces import Notes
 
 
 class Net(nn.Module):
@@ -20,10 +21,10 @@ class Net(nn.Module):
         self.early = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4))
         self.late = nn.Conv2d(4, 6, 3)
         self.head = nn.Linear(6, 3)
-        self.runs = 0
+        self.notes = Notes(runs=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.runs += 1
+        self.notes.runs += 1
         found = self.late(self.early(x).relu_()).relu()
         return self.head(found.mean((2, 3)))
 
@@ -59,7 +60,7 @@ def test_either_way_is_captums(
 
 def test_one_run_serves(net: Net, x: Tensor) -> None:
     facade.LayerGradCam(net, net.late).attribute(x, target=1)
-    assert net.runs == 1
+    assert net.notes.runs == 1
 
 
 @pytest.mark.parametrize("little", [0, inside.LITTLE])

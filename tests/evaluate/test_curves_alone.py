@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saliency_fast.errors import InputError
+from saliency_fast.errors import InputError, ModelError
 from saliency_fast.evaluate.metrics.curves import Deletion, Insertion
 from tests.models import Image, Tabular, Video, make, randn
+from tests.traces import Notes
 
 TARGET = torch.tensor([0, 1, 2, 3, 4])
 METRICS = [Deletion(steps=30), Insertion("mean", steps=30), Deletion("uniform", steps=30)]
@@ -21,10 +22,10 @@ class Counting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.rows: list[Tensor] = []
+        self.notes = Notes(rows=[])
 
     def forward(self, x: Tensor) -> Tensor:
-        self.rows.append(x.detach().clone())
+        self.notes.rows.append(x.detach().clone())
         return torch.stack([x.flatten(1).sum(1), x.flatten(1).square().sum(1)], 1)
 
 
@@ -33,11 +34,11 @@ class Failing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner, self.seen = Image(), 0
+        self.inner, self.notes = Image(), Notes(seen=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.seen += 1
-        if self.seen > 2:
+        self.notes.seen += 1
+        if self.notes.seen > 2:
             raise KeyError("broken")
         return self.inner(x)
 
@@ -83,9 +84,9 @@ def test_black_taken_from_black_is_not_asked_again() -> None:
     assert found.curve.y[0].tolist() == [6.0, 5.0, 3.0] + [0.0] * 34
     assert found.curve.y[1].tolist() == [4.0] * 36 + [0.0]
     # Four distinct points of one example and two of the other, out of 2 * 37.
-    alone = [row for rows in model.rows for row in rows]
+    alone = [row for rows in model.notes.rows for row in rows]
     assert len({tuple(row.flatten().tolist()) for row in alone}) == 5
-    assert sum(len(rows) for rows in model.rows) < 37
+    assert sum(len(rows) for rows in model.notes.rows) < 37
 
 
 def test_the_first_and_the_last_point_are_the_input_and_its_substrate() -> None:
@@ -134,7 +135,7 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
 def test_also_after_an_error() -> None:
     model = Failing().double().train()
     x = randn(2, 3, 12, 12)
-    with pytest.raises(KeyError, match="broken"):
+    with pytest.raises(ModelError, match="KeyError: 'broken'"):
         Deletion(steps=5)(model, x, x, target=1, points_per_launch=1)
     assert all(one.training for one in model.modules())
     assert not any(one._forward_hooks for one in model.modules())
