@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast import ops, record, render
-from saliency_fast.errors import InputError, RecordError
+from saliency_fast import ops, record, render, schema
+from saliency_fast.errors import InputError
 from saliency_fast.model.axes import Axes, Layouts
 from saliency_fast.model.routes import Inputs
 
@@ -282,12 +282,12 @@ _OPTIONAL = (
 
 
 def load(path: str | Path) -> Attribution:
-    """Reads a record; raises RecordError where it is truncated, altered or of another schema."""
+    """Reads a record; raises RecordError where it is truncated, altered, of another schema, or
+    holds what no attribution does (docs/record.md).
+    """
     tensors, metadata = record.read(path)
-    try:
-        return _assembled(tensors, metadata)
-    except (KeyError, TypeError, IndexError) as error:
-        raise RecordError(f"record {path} lacks a part of its schema: {error!r}") from error
+    schema.check(path, tensors, metadata)
+    return _assembled(tensors, metadata)
 
 
 def _assembled(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Attribution:

@@ -41,7 +41,7 @@ from saliency_fast.errors import InputError, InputTypeError, ModelCallError, Sal
 from saliency_fast.methods import read_method
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.failures import diagnosed
-from saliency_fast.model.fingerprint import unchanging
+from saliency_fast.model.fingerprint import same_model, unchanging
 from saliency_fast.model.guard import uncompiled, untouched
 from saliency_fast.model.layers import At, names_of
 from saliency_fast.model.precision import AUTO, PRECISIONS
@@ -441,7 +441,9 @@ class Engine:
         # Recordings stand for the model as calls find it; to look takes time where there are none.
         known = [probe for one in list(self._place.knowns.values()) for probe in list(one.values())]
         looked = not known or any(probe.mark is not None for probe in known)
-        with unchanging(*[self._called] * looked):
+        with unchanging():
+            if looked:
+                same_model(self._called)
             return self._prepared(call, baseline, region, method, recipe, alone)
 
     def _prepared(

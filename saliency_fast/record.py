@@ -59,9 +59,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "written by Attribution.save"
         )
     try:
-        metadata = dict(json.loads(header[KEY]))
-    except ValueError as error:
+        metadata = json.loads(header[KEY])
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"record {path} has metadata that is no JSON: {error}") from error
+    if not isinstance(metadata, dict):
+        raise RecordError(f"record {path} has metadata that is no object: got {header[KEY][:40]}")
     if metadata.get("schema") != SCHEMA:
         raise RecordError(
             f"record {path} has another schema: got {metadata.get('schema')!r}, expected {SCHEMA}; "

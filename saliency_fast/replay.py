@@ -12,6 +12,7 @@ from torch import Tensor
 from saliency_fast import record
 from saliency_fast.api import Engine
 from saliency_fast.attribution import REGION_MASK, Attribution, load, relative_l2
+from saliency_fast.errors import InputError, RecordError
 from saliency_fast.methods import make_method
 from saliency_fast.model.routes import Inputs
 from saliency_fast.specs import restore_baseline, restore_features, restore_target
@@ -70,15 +71,22 @@ def replay(
     old = recorded if isinstance(recorded, Attribution) else load(recorded)
     past = old.provenance
     device = (inputs if isinstance(inputs, Tensor) else inputs[0]).device
-    if target is None:
-        target = restore_target(past.target, old.classes, old.many, old.kept)
-    parameters = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in past.parameters.items()
-    }
+    try:
+        if target is None:
+            target = restore_target(past.target, old.classes, old.many, old.kept)
+        method = make_method(past.method, _parameters(past.parameters))
+        baseline = restore_baseline(past.baseline, old.kept, device)
+        features = restore_features(old.kept, device)
+    except RecordError:
+        raise
+    except Exception as broken:
+        raise RecordError(
+            f"the record's call cannot be made again: {broken}; read it with the version of "
+            f"saliency_fast that wrote it, {past.versions.get('saliency_fast', 'which it lacks')}"
+        ) from broken
     engine = Engine(
         model,
-        make_method(past.method, parameters),
+        method,
         precision=past.precision,
         memory_budget=memory_budget,
         lean=past.lean,
@@ -93,12 +101,17 @@ def replay(
     again = engine(
         inputs,
         target,
-        restore_baseline(past.baseline, old.kept, device),
+        baseline,
         forward_args=forward_args,
         forward_kwargs=forward_kwargs,
         region=region,
-        features=restore_features(old.kept, device),
+        features=features,
     )
+    mine, theirs = ([list(one.shape) for one in att._parts()] for att in (again, old))
+    if mine != theirs:
+        raise InputError(
+            f"the inputs are not those of the record: got maps {mine}, it has {theirs}"
+        )
     same_input = _same(past.input_sha256, again.provenance.input_sha256)
     same_weights = _same(past.weights_sha256, record.weights_sha256(model))
     error, tolerance = relative_l2(again, old), TOLERANCE.get(past.dtype, OF_WHOLE)
@@ -106,6 +119,12 @@ def replay(
         tolerance = max(tolerance, float(old.precision_error.max()))
     agrees = error <= tolerance and same_input is not False and same_weights is not False
     return Replay(agrees, error, tolerance, same_input, same_weights, again)
+
+
+def _parameters(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's fields: JSON has lists for tuples."""
+    pairs = recorded.items()
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in pairs}
 
 
 def _same(recorded: object, found: object) -> bool | None:

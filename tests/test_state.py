@@ -146,7 +146,8 @@ def test_after_success(change: str, method: Any, lean: bool) -> None:
             found = engine(x, 1)
         assert picture(model) == before
     still = Changing(lambda m, x: None).eval()
-    assert torch.equal(found.values, sf.explain(still, x, target=1, method=method).values)
+    expected = sf.explain(still, x, target=1, method=method)
+    assert torch.allclose(found.values, expected.values, 1e-5, 1e-6)
 
 
 @every_change
@@ -157,7 +158,7 @@ def test_after_a_failure(change: str, error: type[BaseException]) -> None:
     def fails(m: Changing, x: Tensor) -> None:
         CHANGES[change](m, x)
         calls.append(len(x))
-        if len(calls) == 4:
+        if len(calls) >= 4:
             raise error
 
     model = Changing(fails).eval()

@@ -36,6 +36,7 @@ from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
+from saliency_fast.model.fingerprint import unchanging
 from saliency_fast.model.layers import Behind
 from saliency_fast.model.precision import (
     AUTO,
@@ -70,6 +71,7 @@ class Choice:
     lean: bool
     alone: bool
     told: list[bool] = field(default_factory=list)
+    _seen: dict[int, tuple[object, ...]] = field(default_factory=dict)
 
     @cached_property
     def _key(self) -> tuple[object, ...]:
@@ -85,6 +87,11 @@ class Choice:
 
     def probed(self, precision: Precision) -> Probe:
         """What is known of a point, or is found out now."""
+        # Of the model as the call found it, also where the call begins anew.
+        with unchanging(self._seen):
+            return self._probed(precision)
+
+    def _probed(self, precision: Precision) -> Probe:
         key = (*self._key, precision.name)
         found = self.known.get(key)
         if found is not None:
@@ -107,8 +114,7 @@ class Choice:
 
     def independence(self, probed: Probe) -> Independence:
         """What is known of the model's rows."""
-        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
-        key = (self.call.shapes, about(self.call), *map(id, modules))
+        key = (self.call.shapes, about(self.call), *self._modules)
         several = self.known.rows
         while len(several) >= MOST_KNOWN:
             several.pop(next(iter(several)))
@@ -116,6 +122,10 @@ class Choice:
         found.learn(probed.suspect)
         found.provoke = probed.suspect is not None or self.call.targets.function is not None
         return found
+
+    @cached_property
+    def _modules(self) -> tuple[int, ...]:
+        return tuple(map(id, self.model.modules())) if isinstance(self.model, nn.Module) else ()
 
     @property
     def _vmaps(self) -> bool:

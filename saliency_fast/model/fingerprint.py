@@ -46,7 +46,7 @@ def same_model(model: object, *, anew: bool = False) -> tuple[object, ...]:
 
     anew: as it is now, where the model has run since.
     """
-    known: dict[int, tuple[object, ...]] | None = getattr(_HELD, "known", None)
+    known: Known | None = getattr(_HELD, "known", None)
     if known is None or anew:
         return fingerprint(model)
     if id(model) not in known:
@@ -55,20 +55,26 @@ def same_model(model: object, *, anew: bool = False) -> tuple[object, ...]:
 
 
 @contextmanager
-def unchanging(*models: object) -> Iterator[None]:
-    """Inside, this thread takes models to be as they were, those of `models` as they are now: for
-    calls that begin at once, and because models change while they run and are put back later.
+def unchanging(known: Known | None = None) -> Iterator[None]:
+    """Inside, this thread takes models to be as they were when it first looked: for calls that
+    begin at once, and because models change while they run and are put back later.
+
+    known: what was seen before, which stays with it.
     """
-    known = getattr(_HELD, "known", None)
-    _HELD.known = {} if known is None else known
+    outer: Known | None = getattr(_HELD, "known", None)
+    if known is None:
+        known = {} if outer is None else outer
+    for model, found in (outer or {}).items():
+        known.setdefault(model, found)
+    _HELD.known = known
     try:
-        for model in models:
-            same_model(model)
         yield
     finally:
-        _HELD.known = known
+        _HELD.known = outer
 
 
+Known = dict[int, tuple[object, ...]]
+"""Fingerprints by the ids of models."""
 _HELD = threading.local()
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from saliency_fast.errors import ModelError
-from saliency_fast.model.outputs import tensors_of
 from saliency_fast.model.gradients import steps_behind
+from saliency_fast.model.outputs import tensors_of
 from saliency_fast.model.rules.base import Answer, Ruling, call_name
 from saliency_fast.model.rules.names import ELEMENTWISE, VIEWS
 from saliency_fast.model.rules.shares import Affine, Epsilon, Share
