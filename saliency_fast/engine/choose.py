@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,7 @@ from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Model, Way
-from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
+from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError, warn
 from saliency_fast.model.fingerprint import unchanging
 from saliency_fast.model.layers import Behind
 from saliency_fast.model.precision import (
@@ -234,16 +233,18 @@ class Choice:
         for number in range(len(everyone)):
             one = everyone[number : number + 1]
             alone, _ = function.judged(tuple(x[one] for x in call.inputs), one)
-            if not near(together[number], alone[0], scale, function):
-                warnings.warn(
-                    "saliency_fast: the examples of this call depend on each other: example "
-                    f"{number} scores {numbers(alone[0])} alone and {numbers(together[number])} "
-                    f"in a batch of {len(everyone)}. Each is explained as it is alone; where the "
-                    "rows are parts of one input, such as the nodes of a graph, use "
-                    "rows='together'",
-                    stacklevel=2,
+            if near(together[number], alone[0], scale, function):
+                continue
+            again, _ = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
+            # A model that draws random numbers scores everything anew.
+            if near(again[number], together[number], scale, function):
+                warn(
+                    f"the examples of this call depend on each other: example {number} scores "
+                    f"{numbers(alone[0])} alone and {numbers(together[number])} in a batch of "
+                    f"{len(everyone)}. Each is explained as it is alone; where the rows are parts "
+                    "of one input, such as the nodes of a graph, use rows='together'"
                 )
-                return
+            return
 
 
 def prepare(
