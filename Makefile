@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What is installed of PyTorch, and the releases that `make test-versions` takes instead.
+TORCH ?= torch
+RELEASES ?= 2.9.0 2.14.1 2.15.0
 # A pip before 24.2 does not read the system's certificates, without which no index is reached
 # behind a proxy that has its own; pip's own `cert` setting wins over this one.
 CERTIFICATES ?= $(firstword $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt))
@@ -9,7 +12,7 @@ PIP := REQUESTS_CA_BUNDLE="$${REQUESTS_CA_BUNDLE:-$${CURL_CA_BUNDLE:-$(CERTIFICA
 	$(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint types imports unit bench bench-gpu kernels larger accuracy format clean
+.PHONY: demo test lint types imports unit test-versions bench bench-gpu kernels larger accuracy format clean
 
 demo: $(VENV)/installed
 	$(BIN)/saliency-fast demo --out out
@@ -29,6 +32,17 @@ imports: $(VENV)/test-installed
 unit: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
+
+# The suite on other releases of PyTorch, with torchvision. Each has a copy of the sources, since C++
+# ops fit one release, and an environment of 3 to 7 GB: `make test-torch-2.15.0` takes one of them.
+test-versions: $(RELEASES:%=test-torch-%)
+
+test-torch-%:
+	mkdir -p build/torch-$*
+	git ls-files --cached --others --exclude-standard | tar -cf - -T - | tar -xf - -C build/torch-$*
+	grep -vE '^(torch|triton)==' constraints.txt > build/torch-$*/constraints.txt
+	touch -r constraints.txt build/torch-$*/constraints.txt
+	$(MAKE) -C build/torch-$* unit VENV=.venv TORCH="torch==$* torchvision"
 
 bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.ops
@@ -74,7 +88,7 @@ clean:
 $(VENV)/installed: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "== 1 of 2: PyTorch into $(VENV). From PyPI on Linux 3 GB with its CUDA libraries: minutes, once."
-	$(PIP) torch numpy setuptools wheel ninja
+	$(PIP) $(TORCH) numpy setuptools wheel ninja
 	@echo "== 2 of 2: saliency_fast, with its C++ ops where a compiler is found: a minute or two."
 	$(PIP) --no-build-isolation --editable .
 	touch $@
