@@ -88,7 +88,7 @@ clean:
 $(VENV)/installed: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@echo "== 1 of 2: PyTorch into $(VENV). From PyPI on Linux 3 GB with its CUDA libraries: minutes, once."
-	$(PIP) $(TORCH) numpy setuptools wheel ninja
+	$(PIP) $(TORCH) numpy "setuptools>=77" wheel ninja
 	@echo "== 2 of 2: saliency_fast, with its C++ ops where a compiler is found: a minute or two."
 	$(PIP) --no-build-isolation --editable .
 	touch $@
