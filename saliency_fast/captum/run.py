@@ -84,7 +84,7 @@ class _Apart(Independence):
         self.reason, self.proved = reason, False
         raise _NotByRowsError(reason)
 
-    def due(self, rows: int, *, apart: bool) -> int | None:
+    def due(self, rows: int, *, apart: bool) -> tuple[int, ...]:
         if self.reason:
             raise _NotByRowsError(self.reason)
         return super().due(rows, apart=apart)

@@ -25,6 +25,7 @@ from saliency_fast.engine.points import seeds
 from saliency_fast.engine.recipe import Level, Recipe, Rows
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way
+from saliency_fast.model.axes import Layouts
 from saliency_fast.model.routes import Inputs
 
 LARGE = 2 * 1024**3
@@ -270,7 +271,9 @@ def _copied(call: Call) -> Call:
     kwargs = {name: _cloned(one) for name, one in call.kwargs.items()}
     if targets.mask is not None:
         targets = replace(targets, mask=targets.mask.clone())
-    return replace(call, inputs=inputs, targets=targets, args=args, kwargs=kwargs)
+    # Layouts ask the model, which recorded launches must not keep alive.
+    layouts = Layouts(())
+    return replace(call, inputs=inputs, targets=targets, args=args, kwargs=kwargs, layouts=layouts)
 
 
 def _write(mine: Any, theirs: Any) -> None:

@@ -131,8 +131,7 @@ class _Graph:
 
     def _prove(self, points: Inputs, item: Tensor, scores: Tensor) -> None:
         """Raises RowsMeetError where one of the rows scores alone something else."""
-        number = self.independence.due(item.numel(), apart=False)
-        if number is not None:
+        for number in self.independence.due(item.numel(), apart=False):
             row = Row.of(tuple(one.detach() for one in points), item, number)
             self.independence.check(self.function, row, scores.detach())
 

@@ -28,6 +28,9 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, tor
 in kernels that PyTorch chooses by size."""
 ROUGH = {"tf32": 1e-2, "float16": 2e-2, "bfloat16": 8e-2}
 """The same for precisions of products."""
+LAUNCHES = 2
+"""Launches of several rows that are proved before others go unproved: the first one often holds an
+input and its baseline alone."""
 VMAP, SINGLE = "vmap", "one row a launch"
 UNRECORDED = Suspicion("the model was not recorded")
 _CHANCE = random.Random()
@@ -55,6 +58,7 @@ class Independence:
     apart: str | None = None
     reason: str = ""
     compared: bool = False
+    _launches: int = 0
     _left: int = 0
 
     def __post_init__(self) -> None:
@@ -68,23 +72,27 @@ class Independence:
         if not suspect.proof and (self.apart is None or not suspect.vmap):
             self.meet(suspect.reason, vmapped=not suspect.vmap)
 
-    def due(self, rows: int, *, apart: bool) -> int | None:
-        """The row of a launch of so many that is to be proved, if one is; raises RowsMeetError for
-        a launch that does not keep apart what was seen to meet.
+    def due(self, rows: int, *, apart: bool) -> tuple[int, ...]:
+        """The rows of a launch of so many that are to be proved; raises RowsMeetError for a launch
+        that does not keep apart what was seen to meet.
         """
         if rows < 2:
-            return None
+            return ()
         if self.apart is not None and not apart:
             raise RowsMeetError(self.reason)
         if not self.proved:
-            return rows // 2
-        if self.suspect is not None and not apart:
-            return _CHANCE.randrange(rows)
-        self._left -= 1
-        if self._left > 0:
-            return None
-        self._left = _CHANCE.randrange(64, 256)
-        return _CHANCE.randrange(rows)
+            self._launches += 1
+            # Of an input and its baseline the input: at zeros many models score zero, whatever they
+            # do. Where scores are saturated a row tells nothing: of a suspect several are asked.
+            middle = (rows - 1) // 2
+            several = (middle // 2, middle, rows - 1) if self.suspect else (middle,)
+            return tuple(dict.fromkeys(several))
+        if self.suspect is None or apart:
+            self._left -= 1
+            if self._left > 0:
+                return ()
+            self._left = _CHANCE.randrange(64, 256)
+        return (_CHANCE.randrange(rows),)
 
     def check(self, function: PointFunction, row: Row, scores: Tensor) -> None:
         """Compares a row's scores with what it scores alone; raises RowsMeetError."""
@@ -96,7 +104,7 @@ class Independence:
             )
         if self.provoke and not self.proved and function.lone is None:
             self._provoke(function, row, lone, scale)
-        if not self.proved:
+        if not self.proved and self._launches >= LAUNCHES:
             self.proved, self._left = True, _CHANCE.randrange(2, 16)
 
     def _provoke(self, function: PointFunction, row: Row, lone: Tensor, scale: float) -> None:
@@ -116,7 +124,7 @@ class Independence:
     def meet(self, reason: str, *, vmapped: bool = False) -> None:
         """Rows were seen to meet, or `vmapped`: not to be kept apart by vmap."""
         self.apart = SINGLE if vmapped or self.apart == SINGLE else VMAP
-        self.reason, self.proved = reason, False
+        self.reason, self.proved, self._launches = reason, False, 0
 
 
 @dataclass(frozen=True)

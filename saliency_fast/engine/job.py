@@ -186,9 +186,10 @@ class Job:
 
     def _not_captured(self) -> str | None:
         known = self.independence
-        if known is not None and self.plan.points_per_launch > 1 and known.suspect:
+        reason = refusal(self.way, self.call, self.recipe, self.plan)
+        if reason is None and known is not None and known.suspect is not None:
             return f"every launch is to be proved: {known.suspect.reason}"
-        return refusal(self.way, self.call, self.recipe, self.plan)
+        return reason
 
     def _capture_key(self, number: int) -> Any:
         if self.call.device.type not in RECORDERS or self.way.program is None:

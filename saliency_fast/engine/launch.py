@@ -156,16 +156,14 @@ def _to_prove(wants: Sequence[Want], items: Sequence[Tensor]) -> list[tuple[int,
     several = {id(one): one for want in wants if (one := want.independence) is not None}
     ends, found = list(itertools.accumulate(len(item) for item in items)), []
     for one in several.values():
-        row = one.due(ends[-1], apart=wants[0].function.lone is not None)
-        if row is None:
-            continue
-        number = bisect_right(ends, row)
-        if wants[number].independence is one:
-            found.append((number, row - (ends[number - 1] if number else 0)))
-        else:
-            # Another call's row: the first one of those that this is about.
-            found.append(([want.independence is one for want in wants].index(True), 0))
-    return found
+        for row in one.due(ends[-1], apart=wants[0].function.lone is not None):
+            number = bisect_right(ends, row)
+            if wants[number].independence is one:
+                found.append((number, row - (ends[number - 1] if number else 0)))
+            else:
+                # Another call's row: the first one of those that this is about.
+                found.append(([want.independence is one for want in wants].index(True), 0))
+    return list(dict.fromkeys(found))
 
 
 def together(wants: Sequence[tuple[Want, int]], arena: Arena) -> list[Answer | Exception]:

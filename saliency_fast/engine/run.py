@@ -187,16 +187,17 @@ class Run:
         return True
 
     def prove(self) -> Generator[Want, Answer, None]:
-        """A launch whose rows are proved apart, for runs whose own launches are recorded."""
+        """Launches whose rows are proved apart, for runs whose own launches are recorded."""
         size = min(3, self.size, self.recipe.count * self.call.batch)
-        if self.independence is None or self.independence.proved:
+        if self.independence is None or size < 2:
             return
         item = torch.arange(size, device=self.call.device) % self.call.batch
-        level = self.recipe.levels[0].to(self.call.device)
-        rows = level.rows(item, 0, size)
-        want = _wanted(self.behind, self.recipe.family.bind(*self._ends_of_lines()), rows)
-        want.independence = self.independence
-        yield want
+        rows = self.recipe.levels[0].to(self.call.device).rows(item, 0, size)
+        source = self.recipe.family.bind(*self._ends_of_lines())
+        while not self.independence.proved:
+            want = _wanted(self.behind, source, rows)
+            want.independence = self.independence
+            yield want
 
     def try_launch(self, rows: int, arena: Arena) -> None:
         """A launch of the first point, `rows` times, in `arena`; nothing is kept of it."""

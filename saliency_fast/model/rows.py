@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from saliency_fast.model.program import Program, Ref, Step, Value, refs_in
+from saliency_fast.model.program import PerRow, Program, Ref, Step, Value, refs_in
 
 # Calls that keep their argument's shape and mix along one axis; those that take it second.
 _ALONG = frozenset(
@@ -30,6 +30,14 @@ _ROWS_FIRST = frozenset(
 _SPLITS = frozenset("split chunk tensor_split split_with_sizes unsafe_split".split())
 _INDEXED = frozenset("index_select take index_add index_copy index_put scatter scatter_add".split())
 _DEFAULTS = {"normalize": 1, "flipud": 0, "msort": 0} | dict.fromkeys(_SPLITS, 0)
+# Calls that take sizes, of which one may be the number of rows.
+_SIZED = frozenset(
+    "view reshape expand repeat tile broadcast_to unflatten resize_ as_strided narrow __getitem__ "
+    "__setitem__ split chunk tensor_split split_with_sizes unsafe_split new_zeros new_ones "
+    "new_full new_empty zeros ones full empty arange eye rand randn randint repeat_interleave "
+    "select index_select unfold fold view_as_complex size sparse_coo_tensor range tril_indices "
+    "triu_indices multi_head_attention_forward bincount one_hot meshgrid".split()
+)
 # Their results have the type and device of an argument, and none of its numbers.
 _FRESH = frozenset(
     "new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like "
@@ -53,9 +61,24 @@ def suspicion(program: Program) -> Suspicion | None:
     """The first call through which rows may meet; None where there is none."""
     values = program.values
     for step in program.steps:
+        if step.name not in _SIZED and any(_counts_rows((step.args, dict(step.kwargs)))):
+            return Suspicion(f"{step.name} takes the number of rows for a number", proof=False)
         if step.varying and step.name not in _FRESH and _meets(step, values):
             return Suspicion(f"{step.name} works along the rows", proof=False)
     return None
+
+
+def _counts_rows(template: Any) -> Iterator[bool]:
+    """Whether each number in a call's arguments follows the rows."""
+    if isinstance(template, (tuple, list)):
+        for one in template:
+            yield from _counts_rows(one)
+    elif isinstance(template, dict):
+        yield from _counts_rows(tuple(template.values()))
+    elif isinstance(template, slice):
+        yield from _counts_rows((template.start, template.stop, template.step))
+    else:
+        yield isinstance(template, PerRow)
 
 
 def _meets(step: Step, values: Mapping[int, Value]) -> bool:
@@ -66,6 +89,8 @@ def _meets(step: Step, values: Mapping[int, Value]) -> bool:
         return False
     if any(len(_axes(values[number])) != 1 for number in step.made):
         return True
+    if step.name == "einsum":
+        return _contracts(step, values)
     first = step.args[0] if step.args else None
     if not isinstance(first, Ref) or not (axes := _axes(values[first.number])):
         return False
@@ -128,6 +153,35 @@ def _picks(index: Any, axis: int, values: Mapping[int, Value]) -> bool:
             return not (whole and getattr(part, "stop", None) is None)
         at += 1
     return False
+
+
+def _contracts(step: Step, values: Mapping[int, Value]) -> bool:
+    """Whether an einsum pairs rows with other rows: they must have one letter, and keep it."""
+    equation, *operands = step.args
+    if not isinstance(equation, str):
+        return True
+    inputs, arrow, kept = equation.replace(" ", "").partition("->")
+    if not arrow:
+        # What comes once is kept, and so is an ellipsis.
+        kept = "".join(one for one in inputs if one.isalpha() and inputs.count(one) == 1) + "..."
+    parts = operands[0] if isinstance(operands[0], (tuple, list)) else operands
+    letters = {
+        _letter(term, axis, len(values[one.number].shape))
+        for term, one in zip(inputs.split(","), parts, strict=True)
+        if isinstance(one, Ref) and values[one.number].varying
+        for axis in _axes(values[one.number])
+    }
+    return len(letters) != 1 or not any(one[:1] in kept for one in letters)
+
+
+def _letter(term: str, axis: int, rank: int) -> str:
+    """The letter of an operand's axis; for one that an ellipsis stands for its place."""
+    before, ellipsis, after = term.partition("...")
+    if axis < len(before):
+        return before[axis]
+    if not ellipsis or axis >= rank - len(after):
+        return after[axis - rank]
+    return f".{rank - len(after) - axis}"
 
 
 def _of_batch(step: Step) -> bool:

@@ -169,7 +169,11 @@ class Targets:
     def _structured(self, output: Tensor, item: Tensor) -> Tensor:
         if self.places is not None:
             rows = torch.arange(len(item), device=item.device)
-            return output[(rows, *self._placed(output.shape[1:])[item].unbind(1))]
+            places = (
+                self._placed(output.shape[1:]) if self.padding.real is not None else self.places
+            )
+            # Negative ones count from the last by themselves: recorded launches read no numbers.
+            return output[(rows, *places[item].unbind(1))]
         if self.index is None:
             if output[0].numel() != 1:
                 raise InputError(
