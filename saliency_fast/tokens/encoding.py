@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.tokens.characters import Span, is_byte_level, shown, spelled
 from saliency_fast.tokens.words import Row, Word, words_of
 
 Text = str | tuple[str, str]
@@ -166,7 +167,7 @@ def _padded(
     return Encoded(
         filled(encoding["input_ids"], 0 if pad is None else pad),
         further,
-        tuple(row.tokens for row in rows),
+        tuple(row.shown for row in rows),
         tuple(words),
         further["attention_mask"].bool(),
         filled([[int(one) for one in row.special] for row in rows], 0).bool(),
@@ -182,7 +183,7 @@ def _row(tokenizer: Any, encoding: Any, number: int, texts: tuple[str, ...]) -> 
     else:
         special = tuple(map(bool, mask[number]))
     tokens = tuple(tokenizer.convert_ids_to_tokens(list(ids)))
-    spans: tuple[tuple[int, int, int] | None, ...] = (None,) * len(ids)
+    spans: tuple[Span | None, ...] = (None,) * len(ids)
     if "offset_mapping" in encoding:
         parts = encoding.sequence_ids(number)
         offsets = encoding["offset_mapping"][number]
@@ -190,7 +191,10 @@ def _row(tokenizer: Any, encoding: Any, number: int, texts: tuple[str, ...]) -> 
             None if part is None else (part, int(start), int(stop))
             for part, (start, stop) in zip(parts, offsets, strict=True)
         )
-    return Row(texts, tokens, special, spans)
+    letters = is_byte_level(tokenizer)
+    if letters and spans[0] is None and not any(spans):
+        spans, texts = spelled(tokens, special)
+    return Row(texts, tokens, special, spans, shown(tokens, special, letters=letters))
 
 
 def token_named(tokenizer: Any, baseline: str | int) -> int:

@@ -70,8 +70,8 @@ class TokenAttribution:
         member = self.values.new_zeros(len(self.pieces), widest, self.values.shape[1])
         for number, words in enumerate(self.pieces):
             for place, word in enumerate(words):
-                for token in word.places:
-                    member[number, place, start[number] + token] = 1
+                for token, share in word.tokens:
+                    member[number, place, start[number] + token] = share
 
         def summed(column: Tensor | None) -> Tensor | None:
             if column is None:
