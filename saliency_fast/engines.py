@@ -37,7 +37,14 @@ from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.engine.region import Region
 from saliency_fast.engine.service import Request, Service, Statistics
 from saliency_fast.engine.traced import wait_for
-from saliency_fast.errors import InputError, InputTypeError, ModelCallError, SaliencyError
+from saliency_fast.engine.zeros import still_unused, unused, warn_of_zeros
+from saliency_fast.errors import (
+    InputError,
+    InputTypeError,
+    ModelCallError,
+    SaliencyError,
+    UnseenInputError,
+)
 from saliency_fast.methods import read_method
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.failures import diagnosed
@@ -135,6 +142,8 @@ class Engine:
         self.rows, self._wholes = rows, dict[int, Engine]()
         self._recipe = self.method.recipe()
         self.create_graph = create_graph
+        # Metrics, which explain many inputs and models, judge maps of zeros themselves.
+        self.tells_zeros = True
         if create_graph:
             check_differentiable(self.method, self._recipe, at=at, precision=precision)
             if rows == "together":
@@ -208,6 +217,8 @@ class Engine:
                     last = moment
                 outcome = last.outcome()
             need_finite(outcome, job.plan.precision)
+            if self.tells_zeros:
+                warn_of_zeros(outcome, job.call, job.recipe, job.baselines)
             usage = usage_of(job.plan, resident, time.perf_counter() - started)
         # Of the weights as they are outside of the call, whatever the model does to them inside.
         facts = usage | self._hashes(call)
@@ -457,6 +468,31 @@ class Engine:
     ) -> tuple[Job, list[str] | None]:
         recipe, method = recipe or self._recipe, method or self.method
         call = following(self.model, assigned(self._called, call, self._place.known))
+        known_unused = self._place.known.unused
+        if known_unused:
+            call = replace(call, unused=still_unused(self._called, call, known_unused))
+        planned = partial(self._planned, baseline, region, method, recipe, alone=alone)
+        try:
+            return planned(call)
+        except UnseenInputError as error:
+            # Several may be unused: the same again until all are known.
+            number = error.number
+            seen = self._place.at is not None or number in call.unused
+            if seen or not unused(self._called, call, number):
+                raise
+        known_unused.add(number)
+        return self._prepare(call, baseline, region, method, recipe, alone=alone)
+
+    def _planned(
+        self,
+        baseline: Baseline,
+        region: Region,
+        method: Method,
+        recipe: Recipe,
+        call: Call,
+        *,
+        alone: bool,
+    ) -> tuple[Job, list[str] | None]:
         model, call, start, known, layers = self._place.taken(call, recipe, baseline)
         if self._place.at is not None:
             found = read_features(call.features, call.inputs, call.layouts)

@@ -45,6 +45,16 @@ class ModelCallError(ModelError):
     rows = 0
 
 
+class UnseenInputError(ModelError):
+    """No gradient of the target reaches an input.
+
+    Attributes:
+        number: Of the input.
+    """
+
+    number = 0
+
+
 class RepeatedLayerError(ModelError):
     """A layer that runs several times for one input has no single output."""
 

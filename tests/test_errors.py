@@ -231,7 +231,6 @@ MODELS = {
     "detached": asked("not differentiable|detach()", ModelError, after=lambda y: y.detach()),
     "constant": asked("not differentiable", ModelError, after=lambda y: torch.ones(len(y), 5)),
     "integers": asked("not differentiable|integer", ModelError, after=lambda y: y.long()),
-    "ignores input 1": asked("in input 1|forward_args", ModelError, (X, X)),
     "mean of the batch": asked("one row per|got []", ModelError, after=lambda y: y.mean()),
     "no batch axis": asked("got [5]|batch of 1", ModelError, after=lambda y: y.mean(0)),
     "one row": asked(

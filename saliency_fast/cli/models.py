@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from saliency_fast import zoo
-from saliency_fast.cli.pictures import Form
+from saliency_fast.cli.pictures import Form, eight_bits
 from saliency_fast.errors import InputError
 
 Prepare = Callable[[Image.Image], Tensor]
@@ -156,7 +156,7 @@ def _hugging_face(spec: str, name: str, pretrained: bool) -> Loaded:
     model, processor = _fetched(spec, "hf", load)
 
     def prepare(picture: Image.Image) -> Tensor:
-        made = processor(images=picture.convert("RGB"), return_tensors="pt")
+        made = processor(images=eight_bits(picture, "RGB"), return_tensors="pt")
         pixels: Tensor = made["pixel_values"]
         return pixels
 
@@ -174,7 +174,7 @@ def _torchvision(spec: str, name: str, pretrained: bool) -> Loaded:
     transform = chosen.transforms()
 
     def prepare(picture: Image.Image) -> Tensor:
-        made: Tensor = transform(picture.convert("RGB"))[None]
+        made: Tensor = transform(eight_bits(picture, "RGB"))[None]
         return made
 
     names = chosen.meta.get("categories", ())
@@ -190,7 +190,7 @@ def _timm(spec: str, name: str, pretrained: bool) -> Loaded:
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
 
     def prepare(picture: Image.Image) -> Tensor:
-        made: Tensor = transform(picture.convert(mode))[None]
+        made: Tensor = transform(eight_bits(picture, mode))[None]
         return made
 
     return Loaded(spec, model, prepare, {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,9 +24,9 @@ class Form:
     channels: int | None = None
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        grey = picture.mode in ("1", "L", "LA", "F") or picture.mode.startswith("I")
-        if picture.mode.startswith("I"):
-            picture = Image.fromarray(np.asarray(picture, dtype=np.float32) / 65535.0 * 255.0)
+        grey = picture.mode in ("1", "L", "LA", "F") or _deep(picture)
+        if _deep(picture):
+            picture = Image.fromarray(_levels(picture))
         channels = self.channels or (1 if grey else 3)
         if channels == 3 and picture.mode == "F":
             parts = [picture] * 3
@@ -38,6 +39,26 @@ class Form:
             parts = [one.resize((width, height), Image.Resampling.BILINEAR) for one in parts]
         planes = np.stack([np.asarray(one, dtype=np.float32) for one in parts])
         return torch.from_numpy(planes)[None] / 255.0
+
+
+def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
+    """A picture in mode "RGB" or "L", for processors that take 8 bits: 16 bits are rounded to 8.
+    Pillow itself would cut all but the darkest 256th to white.
+    """
+    if _deep(picture):
+        picture = Image.fromarray(_levels(picture).round().astype(np.uint8))
+    return picture.convert(mode)
+
+
+def _deep(picture: Image.Image) -> bool:
+    """Whether a picture has 16 bits a pixel."""
+    return picture.mode.startswith("I")
+
+
+def _levels(picture: Image.Image) -> npt.NDArray[np.float32]:
+    """Grey levels of 16 bits, from 0 to 255."""
+    levels = np.asarray(picture, dtype=np.float64).clip(0.0, 65535.0) / 257.0
+    return levels.astype(np.float32)
 
 
 def read_form(size: str | None, channels: int | None) -> Form | None:

@@ -73,6 +73,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     finite: bool = True
+    unused: frozenset[int] = frozenset()
     features: Any = ()
     layers: tuple[nn.Module, ...] = ()
     layer_input: bool = False

@@ -193,10 +193,12 @@ def numbers(scores: Tensor) -> str:
 
 class Known(dict[tuple[object, ...], "Probe"]):
     """What points of a model took, by their shapes and by what they were asked for; rows: what is
-    known of its rows, arguments: which of its further arguments go whole, by shapes.
+    known of its rows, arguments: which of its further arguments go whole, by shapes; unused: inputs
+    that no score depended on.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: dict[tuple[object, ...], Independence] = {}
         self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
+        self.unused: set[int] = set()

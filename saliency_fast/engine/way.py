@@ -61,6 +61,7 @@ def function_of(route: Route, call: Call, kind: tuple[object, ...] = ()) -> Poin
         dtypes=dtypes,
         kind=kind,
         whole=call.whole,
+        unused=call.unused,
         innermost=call.innermost,
     )
 

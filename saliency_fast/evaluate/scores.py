@@ -47,7 +47,7 @@ class Running:
     axes: Axes | None = None
 
     def engine(self, model: Callable[..., Any], method: Any, *, lean: bool = True) -> Engine:
-        return Engine(
+        engine = Engine(
             model,
             method,
             lean=lean,
@@ -57,6 +57,8 @@ class Running:
             hashes=False,
             layout=self.letters,
         )
+        engine.tells_zeros = False
+        return engine
 
     @property
     def letters(self) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from saliency_fast.errors import ModelCallError, ModelError
+from saliency_fast.errors import ModelCallError, ModelError, UnseenInputError
 from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
 from saliency_fast.model.gradients import gradients
 from saliency_fast.model.outputs import map_tensors, rows_of
@@ -79,9 +79,9 @@ class PointFunction:
 
     Further arguments that are tensors with the batch's length on their first axis belong to the
     examples and follow them into the rows, but for those named in `whole`, by number or name; all
-    others are passed as they are. lone: what takes a row alone, where that is not this function
-    itself. With `prefix` the
-    route is its rest, and gradients are taken at its places; `lifted`: points are places already.
+    others are passed as they are. unused: inputs that no score depends on, whose gradients are 0.
+    lone: what takes a row alone, where that is not this function itself. With `prefix` the route is
+    its rest, and gradients are taken at its places; `lifted`: points are places already.
     dtypes: what the model takes, where points are not written so. scale: what the cotangent is
     multiplied with, and gradients with it, where half types underflow; a number, or one per row.
     kind: equal for functions that take points through the model in the same way. shape: of an
@@ -105,6 +105,7 @@ class PointFunction:
     references: Inputs | None = None
     relevance: bool = False
     whole: frozenset[int | str] = frozenset()
+    unused: frozenset[int] = frozenset()
     lone: PointFunction | None = None
     overwrites: bool = False
     innermost: tuple[bool, ...] = ()
@@ -164,7 +165,7 @@ class PointFunction:
                 for k in range(scores.shape[1])
             ]
         if self.prefix is None:
-            _check_seen(found)
+            _check_seen(found, self.unused)
         grads = [_filled(one, like) for one in found]
         if self.prefix is not None:
             return scores.detach(), classes, [self.prefix.turned_back(one) for one in grads]
@@ -265,17 +266,19 @@ class PointFunction:
         return long and key not in self.whole
 
 
-def _check_seen(found: Sequence[tuple[Tensor | None, ...]]) -> None:
-    """An input that none of the targets sees is an error."""
+def _check_seen(found: Sequence[tuple[Tensor | None, ...]], unused: frozenset[int]) -> None:
+    """An input that none of the targets sees is an error, unless it is known to be unused."""
     for number, grads in enumerate(zip(*found, strict=True)):
-        if all(grad is None for grad in grads):
-            raise ModelError(
+        if number not in unused and all(grad is None for grad in grads):
+            error = UnseenInputError(
                 f"the model is not differentiable in input {number}: no gradient of the target "
                 f"reaches it; if the model uses it, look for {CUTS} on its way, or take a method "
                 "that asks for scores alone, such as sf.Occlusion; if not, pass it through "
                 f"forward_args. {OF_LAYERS}, and explain each by itself where one lies behind "
                 "another"
             )
+            error.number = number
+            raise error
 
 
 def _filled(grads: tuple[Tensor | None, ...], like: Sequence[Tensor]) -> Inputs:

@@ -163,6 +163,44 @@ def test_torchvision_is_called_as_documented(monkeypatch):
     assert loaded.prepare(Image.new("L", (9, 9))).shape == (1, 3, 7, 7)
 
 
+def _hub(hub, monkeypatch):
+    """A model whose own processor takes 8-bit pictures, by each hub."""
+
+    def pixels(picture):
+        assert picture.mode == "RGB"
+        return torch.from_numpy(np.array(picture)).movedim(2, 0).float()
+
+    weights = SimpleNamespace(transforms=lambda: pixels, meta={})
+    processor = SimpleNamespace(from_pretrained=lambda name: processed)
+
+    def processed(images, return_tensors):
+        return {"pixel_values": pixels(images)[None]}
+
+    model = nn.Conv2d(3, 1, 1)
+    model.config = SimpleNamespace(id2label={})
+    made = SimpleNamespace(
+        AutoModelForImageClassification=SimpleNamespace(from_pretrained=lambda name: model),
+        AutoImageProcessor=processor,
+        get_model_weights=lambda name: SimpleNamespace(DEFAULT=weights),
+        get_model=lambda name, weights: model,
+        create_model=lambda name, pretrained: model,
+        resolve_model_data_config=lambda model: {"input_size": (3, 4, 4)},
+        create_transform=lambda input_size, is_training: pixels,
+    )
+    monkeypatch.setattr("saliency_fast.cli.models._package", lambda *_: made)
+    return load_model(f"{hub}:any")
+
+
+@pytest.mark.parametrize("hub", ["hf", "torchvision", "timm"])
+def test_sixteen_bits_are_not_cut_to_white(hub, here, monkeypatch):
+    """Processors of models take 8 bits: they get the nearest levels, by every hub."""
+    levels = (np.arange(12, dtype=np.uint16).reshape(3, 4) * 5500).astype(np.uint16)
+    Image.fromarray(levels).save(here / "deep.png")
+    with Image.open(here / "deep.png") as opened:
+        found = _hub(hub, monkeypatch).prepare(opened)[0]
+    assert torch.equal(found, torch.from_numpy(np.rint(levels / 257)).float().expand(3, 3, 4))
+
+
 def test_weights_of_each_kind(here, tiny):
     model = tiny.Net()
     nn.init.constant_(model.head.bias, 7.0)

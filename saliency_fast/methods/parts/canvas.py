@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast.engine.rounds import Asked, Found, Round
 from saliency_fast.errors import InputError
+from saliency_fast.model.callers import warn
 from saliency_fast.model.follow import Inside
 from saliency_fast.model.layers import LayerTaps
 from saliency_fast.model.layout import Layout, Space, read_layout
@@ -128,14 +128,20 @@ class Canvas:
         return whole.view(*self.asked.scores.shape, *layouts[0].shape)
 
     def need_gradients(self) -> None:
-        """Warns of layers whose places the scores do not depend on."""
+        """Warns of layers whose places the scores do not depend on, and of maps without evidence
+        for the target.
+        """
         for number, felt in self.felt.items():
+            name = type(self.asked.layers[number]).__name__
             if not felt:
-                warnings.warn(
-                    "saliency_fast: the scores do not depend on any place of the layer "
-                    f"{type(self.asked.layers[number]).__name__}, so its map is zero; choose an "
-                    "earlier one (of a transformer, one before its last attention)",
-                    stacklevel=2,
+                warn(
+                    f"the scores do not depend on any place of the layer {name}, so its map is "
+                    "zero; choose an earlier one (of a transformer, one before its last attention)"
+                )
+            elif self.relu and not bool(self.maps[number].any()):
+                warn(
+                    f"the map of the layer {name} is zero everywhere: all of its evidence is "
+                    "against the target, and negative parts are left out; pass relu=False"
                 )
 
     def extras(self) -> dict[str, Tensor]:
