@@ -45,12 +45,15 @@ from saliency_fast.model.precision import (
     Precision,
     read_precision,
 )
-from saliency_fast.model.routes import Inputs
+from saliency_fast.model.routes import Inputs, tensors_among
 
 ALLOWED = 0.02
 """Relative L2 that precision "auto" may cost a map, unless the user says otherwise."""
 FASTER = 0.9
 """Of a float32 point's time, what a precision may take to count as faster."""
+MOST_READ = 8
+"""Kinds of further arguments, by what the model's Python reads of them, that have programs."""
+OTHERS = "the model reads other numbers of its further arguments in every call"
 MOST_KNOWN = 256
 """Kinds of points that are remembered of a model."""
 
@@ -71,6 +74,8 @@ class Choice:
     alone: bool
     told: list[bool] = field(default_factory=list)
     _seen: dict[int, tuple[object, ...]] = field(default_factory=dict)
+    used: dict[str, tuple[tuple[object, ...], Probe]] = field(default_factory=dict)
+    """By precision: what was found in this call, and its key; a call looks at its model once."""
 
     @cached_property
     def _key(self) -> tuple[object, ...]:
@@ -86,30 +91,71 @@ class Choice:
 
     def probed(self, precision: Precision) -> Probe:
         """What is known of a point, or is found out now."""
-        # Of the model as the call found it, also where the call begins anew.
-        with unchanging(self._seen):
-            return self._probed(precision)
+        if precision.name not in self.used:
+            # Of the model as the call found it, also where the call begins anew.
+            with unchanging(self._seen):
+                self.used[precision.name] = self._probed(precision)
+        return self.used[precision.name][1]
 
-    def _probed(self, precision: Precision) -> Probe:
-        key = (*self._key, precision.name)
-        found = self.known.get(key)
-        if found is not None:
-            if found.holds(self.model, self.call):
-                return found
-            # Another model than the one whose rows were proved.
-            self.known.rows.clear()
-        if precision.exact:
-            budget = read_budget(self.limits.memory_budget, self.call.device)
-            about = (self.model, self.call, self.recipe, self.baselines[0])
-            found = probe(*about, lean=self.lean, budget=budget)
-            found = found if self.alone else sharing(found, self.model, self._trial)
-        else:
-            found = in_precision(self.probed(FLOAT32), precision, self.model, self._trial)
+    def _keep(self, key: tuple[object, ...], precision: Precision, found: Probe) -> Probe:
         # Arguments that are new in every call must not pile up.
         while len(self.known) >= MOST_KNOWN:
             self.known.pop(next(iter(self.known)))
         self.known[key] = found
+        self.used[precision.name] = key, found
         return found
+
+    def _probed(self, precision: Precision) -> tuple[tuple[object, ...], Probe]:
+        key = (*self._key, precision.name)
+        found = self._found(key, precision, self._trial)
+        if (read := self._read(found)) is None:
+            return key, found
+        # Further arguments by which the model's Python goes another way; where there are many such
+        # ways, or examples go several of them, no program serves.
+        key, kinds = (*key, read), sum(one[: len(key)] == key for one in self.known)
+        if kinds < MOST_READ:
+            found = self._found(key, precision, self._trial)
+            if self._read(found) is None:
+                return key, found
+        else:
+            key = (*key[:-1], "others")
+        found = self._found(key, precision, replace(self._trial, programs=False))
+        return key, found
+
+    def _found(self, key: tuple[object, ...], precision: Precision, trial: Trial) -> Probe:
+        found = self.known.get(key)
+        if found is not None and not (trial.programs or found.way.program is None):
+            found = None
+        if found is not None:
+            if found.holds(self.model, self.call):
+                return found
+            if (again := found.renewed(self.model, trial)) is not None:
+                return self._keep(key, precision, again)
+            # Another model than the one whose rows were proved.
+            self.known.rows.clear()
+        if precision.exact:
+            budget = read_budget(self.limits.memory_budget, self.call.device)
+            found = probe(trial, self.model, lean=self.lean, budget=budget)
+            found = found if self.alone else sharing(found, self.model, trial)
+        else:
+            found = in_precision(self.probed(FLOAT32), precision, self.model, trial)
+        return self._keep(key, precision, found)
+
+    def _read(self, known: Probe) -> tuple[object, ...] | None:
+        """What the model's Python reads of each example's further arguments, and of all; None where
+        that is what it read when it was recorded.
+        """
+        program = known.way.program
+        if program is None or not program.reads:
+            return None
+        function, everyone = known.way.function(self.model, self.call), range(self.call.batch)
+        found, same = list[object](), True
+        for rows in (*([one] for one in everyone), list(everyone)):
+            item = torch.tensor(rows, device=self.call.device)
+            for read, value in program.reading(tensors_among(*function.rows(item)), len(rows)):
+                found.append((type(value), repr(value)))
+                same = same and read.holds(value)
+        return None if same else tuple(found)
 
     def independence(self, probed: Probe) -> Independence:
         """What is known of the model's rows."""
@@ -119,6 +165,11 @@ class Choice:
             several.pop(next(iter(several)))
         found = several.setdefault(key, Independence(probed.suspect))
         found.learn(probed.suspect)
+        if probed.suspect is not None and probed.suspect.arguments and found.apart is None:
+            # Which way Python goes depends on the examples of a launch, not on its points.
+            how = self._differing(self.call.batch) if self.call.batch > 1 else None
+            if how is not None:
+                found.meet(how)
         found.provoke = probed.suspect is not None or self.call.targets.function is not None
         return found
 
@@ -134,7 +185,7 @@ class Choice:
 
     def job(self, precision: Precision, said: str | None = None) -> Job:
         """A job by the first way that the plan affords; `said`: why not in another precision."""
-        probed, key = self.probed(precision), (*self._key, precision.name)
+        probed, key = self.probed(precision), self.used[precision.name][0]
         budget = read_budget(self.limits.memory_budget, self.call.device)
         rows, limits, notes = self.independence(probed), self.limits, list[str]()
         if said is not None:
@@ -151,7 +202,8 @@ class Choice:
         planned = partial(self._planned, tuple(notes), limits)
 
         def as_it_is(reason: str) -> tuple[Probe, Plan]:
-            self.known[key] = found = probed.as_it_is(reason)
+            found = self._keep(key, precision, probed.as_it_is(reason))
+            self.independence(found)
             return found, planned(found)
 
         refusal: BudgetError | None = None
@@ -220,16 +272,27 @@ class Choice:
         """Warns, once, where one of the first so many examples of the call scores together with
         them something else than alone.
         """
-        call, function = self.call, Way().function(self.model, self.call)
-        everyone = torch.arange(min(call.batch, examples), device=call.device)
-        if call.batch == 1 or self.told:
+        if self.told or self.call.batch == 1:
             return
         self.told.append(True)
+        if (found := self._differing(examples)) is not None:
+            warn(
+                f"the examples of this call depend on each other: {found}. Each is explained as it "
+                "is alone; where the rows are parts of one input, such as the nodes of a graph, "
+                "use rows='together'"
+            )
+
+    def _differing(self, examples: int) -> str | None:
+        """How one of the first so many examples scores together with them something else than
+        alone; None where none does.
+        """
+        call, function = self.call, Way().function(self.model, self.call)
+        everyone = torch.arange(min(call.batch, examples), device=call.device)
         try:
             together, scale = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
         except ModelError:
             # A model that takes one row at a time has no score of all to tell of.
-            return
+            return None
         for number in range(len(everyone)):
             one = everyone[number : number + 1]
             alone, _ = function.judged(tuple(x[one] for x in call.inputs), one)
@@ -238,13 +301,12 @@ class Choice:
             again, _ = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
             # A model that draws random numbers scores everything anew.
             if near(again[number], together[number], scale, function):
-                warn(
-                    f"the examples of this call depend on each other: example {number} scores "
-                    f"{numbers(alone[0])} alone and {numbers(together[number])} in a batch of "
-                    f"{len(everyone)}. Each is explained as it is alone; where the rows are parts "
-                    "of one input, such as the nodes of a graph, use rows='together'"
+                return (
+                    f"example {number} scores {numbers(alone[0])} alone and "
+                    f"{numbers(together[number])} in a batch of {len(everyone)}"
                 )
-            return
+            return None
+        return None
 
 
 def prepare(

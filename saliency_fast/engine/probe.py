@@ -20,7 +20,6 @@ from saliency_fast.engine.independence import UNRECORDED, settings
 from saliency_fast.engine.loss import Losses
 from saliency_fast.engine.memory import bytes_text
 from saliency_fast.engine.plan import MARGIN, Plan
-from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.trial import Cost, Taken, Trial
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError, InputError, ModelError
@@ -33,8 +32,8 @@ from saliency_fast.model.lean.convolutions import LEAN as CONVOLUTIONS
 from saliency_fast.model.precision import Precision
 from saliency_fast.model.prefix import prefix_of
 from saliency_fast.model.program import Program
-from saliency_fast.model.recorder import Recording, unified
-from saliency_fast.model.routes import Inputs, Plain
+from saliency_fast.model.recorder import Recording, same_calls, unified
+from saliency_fast.model.routes import Plain
 from saliency_fast.model.rows import Suspicion, suspicion
 from saliency_fast.model.widened import Wider, native
 
@@ -73,7 +72,7 @@ class Probe:
     they take, and seconds: what a point takes in them, by way and size; losses: what the precision
     costs, and order: precisions, the fastest first; filled as they become known. captures: recorded
     launches by kind, or why there are none. suspect: why rows may meet in the model, None where a
-    recording shows no call that could let them.
+    recording shows no call that could let them. whole: the program as it was recorded.
     """
 
     way: Way
@@ -90,6 +89,7 @@ class Probe:
     order: list[str] = field(default_factory=list, repr=False)
     captures: Captures = field(default_factory=Captures, repr=False)
     suspect: Suspicion | None = UNRECORDED
+    whole: Program | None = field(default=None, repr=False)
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was probed."""
@@ -97,10 +97,24 @@ class Probe:
             return True
         return (same_model(_root(model)), settings(call)) in self.mark
 
+    def renewed(self, model: Model, trial: Trial) -> Probe | None:
+        """The same for a model that has changed since, where it still makes the recorded calls: one
+        that counts its calls, and was called.
+        """
+        if self.whole is None:
+            return None
+        try:
+            same = same_calls(self.whole, unified(*(trial.recorded(model, n) for n in (1, 2))))
+        except Exception:
+            # Whatever it is, it shows again when the model is probed.
+            return None
+        return replace(self, mark=_mark(model, trial.call)) if same else None
+
     def as_it_is(self, reason: str) -> Probe:
         """The same point through the model as it is."""
         way, exact = Way(precision=self.way.precision), self.exact and self.plain
-        return Probe(way, self.plain, self.plain, reason, exact=exact, suspect=self.suspect)
+        suspect = _reading(self.whole) or self.suspect
+        return Probe(way, self.plain, self.plain, reason, exact=exact, suspect=suspect)
 
     def row_by_row(self) -> Probe:
         """The same point, each alone by vmap, since rows would meet."""
@@ -123,21 +137,20 @@ def in_precision(probed: Probe, precision: Precision, model: Model, trial: Trial
             continue
         reason, mark = "; ".join(reasons) or None, probed.mark if way.program else None
         known = (mark, probed.cost, probed.foreseen)
-        return Probe(way, cost, probed.plain, reason, *known, suspect=probed.suspect)
+        found = Probe(way, cost, probed.plain, reason, *known, suspect=probed.suspect)
+        return replace(found, whole=probed.whole if way.program else None)
     raise ModelError(
         f"the model does not run in precision={precision.name!r}: {reasons[-1]}; use "
         "precision='float32'"
     )
 
 
-def probe(
-    model: Model, call: Call, recipe: Recipe, baselines: Inputs, *, lean: bool, budget: int
-) -> Probe:
+def probe(trial: Trial, model: Model, *, lean: bool, budget: int) -> Probe:
     """Takes one point's gradient as it is and, with `lean`, by the best way that agrees.
 
     Where a point might take much memory as it is, that is foreseen on shapes alone first.
     """
-    trial = Trial(call, baselines, recipe)
+    call, recipe = trial.call, trial.recipe
     if recipe.second:
         way = Way(rules=recipe.rules)
         cost = trial.twice(way.function(model, call)).cost
@@ -167,7 +180,8 @@ def _suspect(model: Model, trial: Trial, recording: Recording | None = None) -> 
         recording = Recording(model)
         trial.scores(function_of(recording, trial.call))
     try:
-        return suspicion(_recorded(model, trial, recording))
+        program = _recorded(model, trial, recording)
+        return suspicion(program) or _reading(program)
     except Exception as refusal:
         return _suspicion(recording, refusal)
 
@@ -178,7 +192,7 @@ def _recorded(model: Model, trial: Trial, recording: Recording) -> Program:
     """
     second: Program | NotLeanError
     try:
-        second = trial.second(model)
+        second = trial.recorded(model, 2)
     except NotLeanError as refusal:
         second = refusal
     except Exception as error:
@@ -189,7 +203,11 @@ def _recorded(model: Model, trial: Trial, recording: Recording) -> Program:
     first = recording.program
     if isinstance(second, NotLeanError):
         raise second
-    return unified(first, second)
+    try:
+        return unified(first, second)
+    except NotLeanError:
+        # Tables that a model makes in its first run are there in the second.
+        return unified(trial.recorded(model, 1), second)
 
 
 class _OneRowError(Exception):
@@ -206,7 +224,7 @@ def _suspicion(recording: Recording, refusal: Exception) -> Suspicion:
         return Suspicion(reason, proof=False, vmap=False)
     if recording.read is not None:
         return Suspicion(f"Python reads numbers of the points ({recording.read})", proof=False)
-    return Suspicion(_line(refusal))
+    return Suspicion(_line(refusal), arguments=recording.asked is not None)
 
 
 def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
@@ -217,8 +235,7 @@ def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
     else:
         asked = replace(trial, recipe=replace(trial.recipe, gradients=True))
         with suppress(ModelError, BudgetError, InputError, RuntimeError):
-            about = (asked.call, asked.recipe, asked.baselines)
-            found = probe(model, *about, lean=lean, budget=budget)
+            found = probe(asked, model, lean=lean, budget=budget)
     plain = trial.scores(Way().function(model, trial.call))
     if found.way.program is None:
         taken = trial.scores(found.way.function(model, trial.call))
@@ -266,11 +283,26 @@ def _probed(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
             reasons.append(why)
         else:
             reason = "; ".join(reasons) or None
-            found = Probe(way, taken.cost, plain.cost, reason, mark if way.program else None)
+            found = Probe(way, taken.cost, plain.cost, reason)
             break
     else:
         found = Probe(Way(), plain.cost, plain.cost, "; ".join(reasons))
-    return replace(found, suspect=ways.suspect, disagreed=judge.disagreed)
+    if found.way.program is not None:
+        found = replace(found, mark=mark, whole=ways.recorded)
+    suspect = ways.suspect
+    if found.way.program is None and suspect is None:
+        suspect = _reading(ways.recorded)
+    return replace(found, suspect=suspect, disagreed=judge.disagreed)
+
+
+def _reading(program: Program | None) -> Suspicion | None:
+    """What a model is suspected of whose Python reads numbers of further arguments, where no
+    program makes sure that they are what each example alone has.
+    """
+    if program is None or not program.reads:
+        return None
+    reason = f"Python reads numbers of further arguments ({program.reads[-1].name})"
+    return Suspicion(reason, arguments=True)
 
 
 class _DisagreedError(Exception):
@@ -312,8 +344,8 @@ class _Judge:
         """Raises _DisagreedError where a way, which gave `taken` at the first point, is off."""
         self._compare(way, self.trial, taken, self.plain)
         if not self._others:
-            plain = Plain(self.model)
-            self._others = [(one, one.plain(plain)) for one in self.trial.elsewhere()]
+            plain, draws = Plain(self.model), self.plain.cost.drew
+            self._others = [(one, one.plain(plain)) for one in self.trial.elsewhere(draws=draws)]
         for trial, theirs in self._others:
             self._compare(way, trial, trial.take(way, self.model), theirs)
 
@@ -449,14 +481,15 @@ def fitting(
 
 @dataclass(frozen=True)
 class _Ways:
-    """Lean ways, the best first; the program as it was recorded, or why there is none; why its rows
-    may meet.
+    """Lean ways, the best first; why rows may meet; the program without what nothing needs, and as
+    it was recorded, or why there is none.
     """
 
     found: list[Way]
     suspect: Suspicion | None
     whole: Program | None = None
     refusal: str | None = None
+    recorded: Program | None = None
 
     def alike(self, other: _Ways) -> bool:
         """Whether both make the same calls by the same ways."""
@@ -470,12 +503,14 @@ class _Ways:
 def _ways(model: Model, trial: Trial, recording: Recording) -> _Ways:
     watched = Way(watched=True)
     try:
-        program = _recorded(model, trial, recording)
-        suspect, whole = suspicion(program), program.pruned()
+        recorded = _recorded(model, trial, recording)
+        suspect, whole = suspicion(recorded), recorded.pruned()
     except Exception as refusal:
         return _Ways([watched], _suspicion(recording, refusal), None, _line(refusal))
+    if not trial.programs:
+        return _Ways([watched], suspect, recorded=recorded)
     if _exact(trial.call):
-        return _Ways([Way(whole), watched], suspect, whole)
+        return _Ways([Way(whole), watched], suspect, whole, recorded=recorded)
     program, apart, recipe = fused(whole), with_rectifiers(whole), trial.recipe
     images = any(step.varying and step.func in CONVOLUTIONS for step in whole.steps)
     ways = []
@@ -486,7 +521,7 @@ def _ways(model: Model, trial: Trial, recording: Recording) -> _Ways:
             prefix = prefix_of(whole, channels_last=channels_last, line=recipe.family.straight)
             ways += [] if prefix is None else [Way(ordered, prefix=prefix, unfolded=apart)]
         ways.append(Way(ordered, unfolded=apart))
-    return _Ways([*ways, watched], suspect, whole)
+    return _Ways([*ways, watched], suspect, whole, recorded=recorded)
 
 
 def _exact(call: Call) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_iter
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.memory import Ledger, MemoryMeter
@@ -20,9 +19,10 @@ from saliency_fast.errors import BudgetError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.directional import Directional, summed
 from saliency_fast.model.failures import is_out_of_memory
-from saliency_fast.model.function import PointFunction
+from saliency_fast.model.function import PointFunction, entered
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.meta import OnMeta, shapes_only
+from saliency_fast.model.outputs import leaves_of
 from saliency_fast.model.prefix import check_affine
 from saliency_fast.model.program import Program
 from saliency_fast.model.recorder import Recording
@@ -56,16 +56,19 @@ class Cost:
 
 @dataclass(frozen=True)
 class Taken:
-    """outputs: all numbers that the model returned, where gradients were taken."""
+    """outputs: the tensors that the model returned, where gradients were taken; None for leaves
+    that are none, or that a program does not make.
+    """
 
     scores: Tensor
     grads: list[Inputs]
     cost: Cost
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor | None] = field(default_factory=list)
 
     def exactly(self, other: Taken) -> bool:
         """Whether the model returned the same numbers, bit for bit."""
-        return all(map(torch.equal, self.outputs, other.outputs))
+        pairs = zip(self.outputs, other.outputs, strict=True)
+        return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
 
     def gap(self, other: Taken) -> float:
         """The largest relative difference, of scores or of a gradient."""
@@ -94,13 +97,13 @@ class _Kept:
     """A route that keeps what it returned last."""
 
     route: Route
-    outputs: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor | None] = field(default_factory=list)
 
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         raw = self.route(points, args, kwargs)
-        self.outputs = [one.detach() for one in tree_iter(raw) if isinstance(one, Tensor)]
+        self.outputs = [None if one is None else one.detach() for one in leaves_of(raw)]
         return raw
 
 
@@ -110,7 +113,8 @@ class Trial:
 
     foreseen: on shapes alone, for what it would cost; scores and gradients are meta tensors then.
     example, number: of the example, and of its point in the first level. metered: whether its cost
-    is measured, which takes time.
+    is measured, which takes time; draws: whether the model draws random numbers, where not.
+    programs: whether ways may be by a recorded program.
     """
 
     call: Call
@@ -120,8 +124,10 @@ class Trial:
     example: int = 0
     number: int = 0
     metered: bool = True
+    draws: bool = False
+    programs: bool = True
 
-    def elsewhere(self) -> list[Trial]:
+    def elsewhere(self, *, draws: bool) -> list[Trial]:
         """Two other points at most, one where there are few: the end of the last example's path,
         and the middle of another's.
 
@@ -217,7 +223,7 @@ class Trial:
         if not self.metered:
             hooks = meter = nullcontext()
         try:
-            drew = same_draws(lambda: ledger.meter.drew or not self.metered)
+            drew = same_draws(lambda: ledger.meter.drew or self.draws)
             with self._place(), drew, uncompiled(), meter, hooks:
                 scores, _, grads = gradients()
         except (RuntimeError, MemoryError) as error:
@@ -235,13 +241,16 @@ class Trial:
         cost = Cost(counted.peak, counted.largest, ledger.kept, counted.drew)
         return Taken(scores, grads, cost)
 
-    def second(self, model: Callable[..., Any]) -> Program:
-        """A recording of the model with two rows, without gradients; raises NotLeanError."""
+    def recorded(self, model: Callable[..., Any], rows: int) -> Program:
+        """A recording of the model with so many rows, one of them with the graph of its gradient;
+        raises NotLeanError.
+        """
         recording, meter = Recording(model), MemoryMeter()
         with self._place(), same_draws(lambda: meter.drew), uncompiled(), meter:
             state = torch.random.get_rng_state()
-            function, (points, item) = self._function(recording), self._points(2)
-            function.forward(function.taken(points), item)
+            function, (points, item) = self._function(recording), self._points(rows)
+            taken = function.taken(points)
+            function.forward(entered(taken)[0] if rows == 1 else taken, item)
             drawn = not torch.equal(state, torch.random.get_rng_state())
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
         if meter.drew and drawn:

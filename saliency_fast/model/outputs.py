@@ -10,11 +10,42 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from saliency_fast.model.calls import NotLeanError
+
+
+class Unread:
+    """Stands for a part of an output that a recorded program does not make.
+
+    Whoever looks at it raises NotLeanError with the reason, and the model itself runs.
+    """
+
+    def __init__(self, reason: str) -> None:
+        object.__setattr__(self, "reason", reason)
+
+    def __getattribute__(self, name: str) -> Any:
+        reason = object.__getattribute__(self, "reason")
+        raise NotLeanError(f"the target reads a part of the output that is not recorded: {reason}")
+
+    def _read(self, *_: object) -> Any:
+        return Unread.__getattribute__(self, "")
+
+    __bool__ = __len__ = __iter__ = __getitem__ = __contains__ = __call__ = _read
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __neg__ = __float__ = _read
+
+
+def leaves_of(output: Any) -> list[Tensor | None]:
+    """The tensors among an output's leaves; None in the place of any other."""
+    leaves = tree_leaves(output)
+    read = (None if type(one) is Unread else one for one in leaves)
+    return [one if isinstance(one, Tensor) else None for one in read]
+
 
 def tensors_of(output: Any) -> list[Tensor]:
     """The tensors in an output, however nested."""
     found: list[Tensor] = []
     for leaf in tree_leaves(output):
+        if type(leaf) is Unread:
+            continue
         if isinstance(leaf, Tensor):
             found.append(leaf)
         else:
@@ -36,6 +67,8 @@ def map_tensors(change: Callable[[Tensor], Tensor], output: Any) -> Any:
 
 
 def _changed(change: Callable[[Tensor], Tensor], leaf: Any) -> Any:
+    if type(leaf) is Unread:
+        return leaf
     if isinstance(leaf, Tensor):
         return change(leaf)
     found = [(name, map_tensors(change, own)) for name, own in _parts(leaf) if tensors_of(own)]

@@ -7,7 +7,7 @@ be run in parts, fused and analysed. What cannot be recorded with certainty is r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from saliency_fast.model.calls import NotLeanError, lean_call
+from saliency_fast.model.outputs import Unread
 
 Env = dict[int, Any]
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -36,6 +37,39 @@ class PerRow:
 
     base: int
     slope: int
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A part of the model's return value that a program does not make, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Read:
+    """A call that tells Python numbers: what follows holds for `value` alone."""
+
+    func: Callable[..., Any]
+    value: Any
+
+    @property
+    def __name__(self) -> str:
+        return str(getattr(self.func, "__name__", self.func))
+
+    def holds(self, found: Any) -> bool:
+        """Whether it is the number that was read."""
+        return type(found) is type(self.value) and bool(found == self.value)
+
+    def check(self, found: Any) -> None:
+        """Raises NotLeanError for another number."""
+        if not self.holds(found):
+            raise NotLeanError(
+                f"the model reads {found!r} where it read {self.value!r} ({self.__name__})"
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.check(self.func(*args, **kwargs))
 
 
 @dataclass(frozen=True)
@@ -127,6 +161,7 @@ class Program:
     `tree`. channels_last: images and volumes enter with their channels innermost in memory.
     pieces: places of steps up to which a pass with gradients forgets all but the values that are
     still needed, to compute it again on the way back. note: told of every step before it runs.
+    reads: steps that read again what the model's Python read, before all others.
     """
 
     steps: tuple[Step, ...]
@@ -138,6 +173,7 @@ class Program:
     channels_last: bool = False
     pieces: tuple[int, ...] = ()
     note: Callable[[Step], None] | None = field(default=None, compare=False, repr=False)
+    reads: tuple[Step, ...] = ()
 
     def __call__(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> Any:
         """What the model returns for a launch of `points` and its further arguments."""
@@ -176,10 +212,23 @@ class Program:
         return dict(zip(left, found, strict=True))
 
     def enter(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> Env:
-        """The values that a run begins with."""
+        """The values that a run begins with; raises NotLeanError where another is read now."""
+        for read, value in self.reading(extras, len(points[0])):
+            read.check(value)
         if self.channels_last:
             points = [_innermost(one) for one in points]
         return dict(zip((*self.inputs, *self.extras), (*points, *extras), strict=True))
+
+    def reading(self, extras: Sequence[Tensor], rows: int) -> Iterator[tuple[Read, Any]]:
+        """What the model's Python would read now, and where it did."""
+        known = dict(zip(self.extras, extras, strict=True)) if self.reads else {}
+        for step in self.reads:
+            if isinstance(step.func, Read):
+                args, kwargs = (filled(one, known, rows, False) for one in (step.args, step.kwargs))
+                with torch.no_grad():
+                    yield step.func, step.func.func(*args, **kwargs)
+            else:
+                step.run(known, rows)
 
     def run(self, env: Env, rows: int, start: int, stop: int) -> None:
         """Runs steps `start` to `stop` on the values in `env`, which forgets what is over."""
@@ -198,7 +247,10 @@ class Program:
 
     def leave(self, env: Env) -> Any:
         """The model's return value from the values that a run ends with."""
-        return tree_unflatten(filled(list(self.outputs), env, 0, False), self.tree)
+        found = filled(list(self.outputs), env, 0, False)
+        # As late as here: whoever looks at one raises.
+        leaves = [Unread(one.reason) if isinstance(one, Missing) else one for one in found]
+        return tree_unflatten(leaves, self.tree)
 
     @cached_property
     def memories(self) -> frozenset[int]:
@@ -252,17 +304,27 @@ class Program:
 
         Calls on points stay, needed or not: their shapes tell that a recording does not hold.
         """
-        needed = {one.number for one in refs_in(self.outputs)}
+        varying = [step for step in self.steps if step.varying]
+        return replace(self, steps=self._needed(varying, refs_in(self.outputs)))
+
+    def _needed(self, wanted: Sequence[Step], outputs: Iterable[Ref]) -> tuple[Step, ...]:
+        """The steps `wanted`, and those that they or `outputs` need."""
+        needed, asked = {one.number for one in outputs}, set(map(id, wanted))
         memories, kept = {self.values[number].memory for number in needed}, list[Step]()
         for step in reversed(self.steps):
             # What is written through one view is read through others.
             written = {self.values[after].memory for _, after in step.changed}
-            if not (step.varying or needed & set(step.made) or memories & written):
+            if not (id(step) in asked or needed & set(step.made) or memories & written):
                 continue
             kept.append(step)
             needed |= step.used
             memories |= {self.values[number].memory for number in (*step.used, *step.made)}
-        return replace(self, steps=tuple(reversed(kept)))
+        return tuple(reversed(kept))
+
+    def rereading(self) -> tuple[Step, ...]:
+        """The steps that tell Python numbers, and those that lead there."""
+        asked = [step for step in self.steps if isinstance(step.func, Read)]
+        return self._needed(asked, ())
 
     def innermost(self) -> Program:
         """The program on channels-last images and volumes, which views may have to copy."""

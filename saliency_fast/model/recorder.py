@@ -13,8 +13,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 
 from saliency_fast.model.calls import INNER_GRADIENTS, Calls, NotLeanError
 from saliency_fast.model.program import (
+    Missing,
     PerRow,
     Program,
+    Read,
     Ref,
     Step,
     Value,
@@ -141,7 +143,9 @@ class Recorder(Calls):
         self._by_memory: dict[int, list[int]] = {}
         self.read: str | None = None
         self.own: str | None = None
+        self.asked: str | None = None
         self._varying = {id(one): weakref.ref(one) for one in points}
+        self._given = {id(one): weakref.ref(one) for one in extras}
         self._inputs = [self._number(one, varying=True) for one in points]
         self._extras = [self._number(one, varying=False) for one in extras]
 
@@ -162,29 +166,34 @@ class Recorder(Calls):
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], result: Any
     ) -> None:
         """Follows what depends on the points, also where the recording was refused; `read` is the
-        first call that tells Python of its numbers, `own` what gives gradients of its own.
+        first call that tells Python of its numbers, `asked` of those of further arguments, `own`
+        what gives gradients of its own.
         """
         given = list(tensors_in((args, kwargs)))
         self.own = self.own or _own_gradient(func, given, result)
         if self.own is None and self.packs:
             self.own = "saved_tensors_hooks"
-        if not any(self._depends(one) for one in given):
-            return
+        for known in (self._varying, self._given):
+            if any(_among(known, one) for one in given):
+                self._follow_one(known, func, given, result)
+
+    def _follow_one(
+        self, known: dict[int, Any], func: Callable[..., Any], given: list[Tensor], result: Any
+    ) -> None:
         made = list(tensors_in(result))
         for one in made:
-            self._varying[id(one)] = weakref.ref(one)
+            known[id(one)] = weakref.ref(one)
         name = _name(func)
         if name.endswith("_") or name == "__setitem__":
-            self._varying[id(given[0])] = weakref.ref(given[0])
+            known[id(given[0])] = weakref.ref(given[0])
         counted = name in _COUNTED or (name == "where" and len(given) == 1)
         if name in ("__setitem__", "__set__"):
             return
-        if self.read is None and (counted or not (made or name in _SHAPES)):
-            self.read = name
-
-    def _depends(self, tensor: Tensor) -> bool:
-        found = self._varying.get(id(tensor))
-        return found is not None and found() is tensor
+        if counted or not (made or name in _SHAPES):
+            if known is self._varying:
+                self.read = self.read or name
+            else:
+                self.asked = self.asked or name
 
     def _kept(self, note: Callable[..., Any], *args: Any) -> Any:
         """Runs `note`, unless the recording was refused; remembers why it is."""
@@ -210,17 +219,30 @@ class Recorder(Calls):
         if self._refusal is not None:
             raise NotLeanError(self._refusal)
         leaves, tree = tree_flatten(raw)
-        outputs = tuple(self._template(leaves))
-        if any(isinstance(one, Tensor) or not isinstance(one, (Ref, *_PLAIN)) for one in outputs):
-            raise NotLeanError("the model returns what no recorded call made")
+        outputs = tuple(self._output(one) for one in leaves)
+        missing = [one for one in outputs if isinstance(one, Missing)]
+        if missing and not any(isinstance(one, Ref) for one in outputs):
+            raise NotLeanError(missing[0].reason)
         inputs, extras = tuple(self._inputs), tuple(self._extras)
         return Program(tuple(self._steps), inputs, extras, outputs, tree, self._values)
+
+    def _output(self, leaf: Any) -> Any:
+        """A part of what the model returns; Missing where no noted call made it."""
+        try:
+            found = self._template(leaf)
+        except NotLeanError as refusal:
+            return Missing(str(refusal))
+        except Exception as error:
+            return Missing(f"the model returns what cannot be followed ({_line(error)})")
+        if isinstance(found, (Ref, *_PLAIN)):
+            return found
+        return Missing(f"the model returns what no noted call made ({type(leaf).__name__})")
 
     def _note(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
         made, changed = list(tensors_in(result)), given.changed()
         if not (made or changed):
             if given.tensors:
-                _check_read(func, result)
+                self._note_read(func, given, result)
             return
         if _inside_a_mode():
             raise NotLeanError(
@@ -242,7 +264,7 @@ class Recorder(Calls):
             number = self._known(one)
             after.append(number if number in fresh else self._number(one, varying=varying))
         for memory in {one.untyped_storage()._cdata for one in changed}:
-            self._look_again(memory)
+            self._look_again(memory, varying)
         self._steps.append(
             Step(
                 func,
@@ -254,6 +276,21 @@ class Recorder(Calls):
                 tuple(zip(before, after, strict=True)),  # type: ignore[arg-type]
             )
         )
+
+    def _note_read(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
+        """Notes a call that tells Python numbers, where these do not depend on the points: they are
+        read again in every launch, and must be the same.
+        """
+        name = _name(func)
+        if isinstance(result, torch.autograd.graph.Node):
+            raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
+        if name in _SHAPES and _is_plain(result):
+            return
+        args, kwargs = given.template
+        varying = any(self._values[one.number].varying for one in refs_in(given.template))
+        if varying or name in ("__set__", "__delete__") or not _is_plain(result):
+            raise NotLeanError(f"the model reads numbers out of its tensors ({name})")
+        self._steps.append(Step(Read(func, result), args, kwargs, (), False, True))
 
     def _template(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -278,15 +315,16 @@ class Recorder(Calls):
         seen = self._seen.get(id(tensor))
         return seen.number if seen is not None and seen.tensor() is tensor else None
 
-    def _look_again(self, memory: int) -> None:
+    def _look_again(self, memory: int, varying: bool) -> None:
         """Notes anew how gradients reach the tensors of a memory that a call has overwritten: what
-        is written to one view changes the graph of the others.
+        is written to one view changes the graph and the numbers of the others.
         """
         for key in self._by_memory[memory]:
             seen = self._seen[key]
-            tensor = seen.tensor()
-            if tensor is not None and self._values[seen.number].memory == memory:
+            tensor, value = seen.tensor(), self._values[seen.number]
+            if tensor is not None and value.memory == memory:
                 self._seen[key] = seen._replace(gradient=gradient_of(tensor))
+                self._values[seen.number] = replace(value, varying=value.varying or varying)
 
     def _sized_by_numbers(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
         name = _name(func)
@@ -312,7 +350,8 @@ class Recorder(Calls):
 
 class Recording:
     """A route that runs the model as it is and records it. read: the first call, if any, by which
-    Python learns numbers that depend on the points; own: what gives gradients of its own.
+    Python learns numbers that depend on the points, and asked: on further arguments; own: what
+    gives gradients of its own.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
@@ -320,6 +359,7 @@ class Recording:
         self._found: Program | str = "the model has not run"
         self.read: str | None = None
         self.own: str | None = None
+        self.asked: str | None = None
 
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -327,7 +367,7 @@ class Recording:
         recorder = Recorder(points, tensors_among(args, kwargs))
         with recorder:
             raw = self._model(*points, *args, **kwargs)
-        self.read, self.own = recorder.read, recorder.own
+        self.read, self.own, self.asked = recorder.read, recorder.own, recorder.asked
         if torch.is_grad_enabled():
             leaves = [one for one in tree_leaves(raw) if isinstance(one, Tensor)]
             self.own = self.own or _own_gradient(tree_leaves, leaves, None)
@@ -365,7 +405,8 @@ def unified(one: Program, two: Program) -> Program:
         for a, b in zip(one.steps, two.steps, strict=True)
         if _same_call(a, b)
     )
-    outputs = _merged(one.outputs, two.outputs)
+    pairs = zip(one.outputs, two.outputs, strict=True)
+    outputs = tuple(_merged_outputs(a, b) for a, b in pairs)
     values = {
         number: replace(
             value,
@@ -378,15 +419,20 @@ def unified(one: Program, two: Program) -> Program:
     for step in steps:
         if _parts_of_rows(step, values):
             raise NotLeanError(f"the model takes rows in parts of a fixed size ({step.name})")
-    return Program(steps, one.inputs, one.extras, outputs, tree, values)
+    found = Program(steps, one.inputs, one.extras, outputs, tree, values)
+    return replace(found, reads=found.rereading())
 
 
-def _check_read(func: Callable[..., Any], result: Any) -> None:
-    """Raises NotLeanError where a call without tensors among its results tells of their numbers."""
-    if getattr(func, "__name__", "") not in _SHAPES:
-        raise NotLeanError(f"the model reads numbers out of its tensors ({_name(func)})")
-    if isinstance(result, torch.autograd.graph.Node):
-        raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
+def _is_plain(value: Any) -> bool:
+    """Whether a value is numbers, text and names alone, which can be compared later."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+def _among(known: Mapping[int, Any], tensor: Tensor) -> bool:
+    found = known.get(id(tensor))
+    return found is not None and found() is tensor
 
 
 def _own_gradient(func: Callable[..., Any], given: Sequence[Tensor], result: Any) -> str | None:
@@ -445,6 +491,45 @@ def _merged(a: Any, b: Any) -> Any:
     elif type(a) is type(b) and (a is b or bool(a == b)):
         return a
     raise NotLeanError("the model's calls depend on the number of rows, or use tensors made anew")
+
+
+def same_calls(one: Program, other: Program) -> bool:
+    """Whether two recordings are of the same calls on the same tensors of the model's own."""
+    parts = [
+        (each.tree, each.inputs, each.extras, each.outputs, _kinds(each), len(each.steps))
+        for each in (one, other)
+    ]
+    return parts[0] == parts[1] and all(
+        a.func == b.func
+        and (a.outputs, a.varying, a.detached, a.changed)
+        == (b.outputs, b.varying, b.detached, b.changed)
+        and _equal((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)))
+        for a, b in zip(one.steps, other.steps, strict=True)
+    )
+
+
+def _kinds(program: Program) -> list[object]:
+    """What is known of the values, with their memories by the order in which they come."""
+    seen: dict[int, int] = {}
+    return [
+        (number, replace(value, memory=seen.setdefault(value.memory, len(seen))))
+        for number, value in program.values.items()
+    ]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return type(a) is type(b) and list(a) == list(b) and all(_equal(a[n], b[n]) for n in a)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _merged_outputs(a: Any, b: Any) -> Any:
+    missing = next((each for each in (a, b) if isinstance(each, Missing)), None)
+    return _merged(a, b) if missing is None else missing
 
 
 def _rowwise(one: tuple[int, ...], two: tuple[int, ...]) -> bool:

@@ -49,12 +49,14 @@ _FRESH = frozenset(
 class Suspicion:
     """Why rows may meet in a model. proof: whether a proof in every launch can tell; else what was
     seen may move some rows alone, and rows are kept apart. vmap: whether by `torch.func.vmap`,
-    under which hooks do not run.
+    under which hooks do not run. arguments: whether Python reads numbers of further arguments, so
+    that the other examples of a launch may lead it another way.
     """
 
     reason: str
     proof: bool = True
     vmap: bool = True
+    arguments: bool = False
 
 
 def suspicion(program: Program) -> Suspicion | None:

@@ -95,7 +95,7 @@ def test_a_fault_where_the_first_point_is_silent(
     assert found.provenance.way == "call by call", why(engine)
     assert gap(found.values, expected) < 1e-5
     # The test's own premise: by the first point alone the fault would not be seen.
-    monkeypatch.setattr(probe.Trial, "elsewhere", lambda self: [])
+    monkeypatch.setattr(probe.Trial, "elsewhere", lambda self, draws: [])
     engine = sf.Engine(made(5.0, gate=0.16), method)
     assert gap(engine(x, 1).values, expected) > 0.1, why(engine)
 
