@@ -168,6 +168,7 @@ TENSORS: dict[str, Holds] = {
     "points": Holds(WHOLE, "examples", required=True, least=0),
     "converged": Holds(TRUTH, "examples"),
     "precision_error": Holds((torch.float64,), finite=False, least=0),
+    "tie_share": Holds((torch.float64,), "examples", finite=False, least=0),
 }
 
 

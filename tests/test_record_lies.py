@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast import record
+from saliency_fast import attribution, record, schema
 from saliency_fast.errors import RecordError, SaliencyError
 from tests.traces import one_thread
 
@@ -218,3 +218,7 @@ def test_metadata_that_is_no_object(records: Any, tmp_path: Path, text: str) -> 
     path.write_bytes(save(tensors, metadata=header))
     with pytest.raises(RecordError):
         sf.load(path)
+
+
+def test_the_schema_knows_every_tensor_that_a_record_may_hold() -> None:
+    assert set(attribution._OPTIONAL) == set(schema.TENSORS)
