@@ -74,8 +74,8 @@ class Attribution:
     kept: tensors that a replay needs (baselines, masks). precision_error: what of the error is the
     precision's, as measured on some of the points; None for float32. tie_share [B], float64: the
     share of the gradient, at one point, that goes through maxima which several places reach, up to
-    rounding, so that the first of them has it all; NaN where that could not be told, None where
-    nobody looked. extras: further results of the method by name, [B, *] or [B, K, *].
+    rounding, so that the first of them has it all; NaN for examples at which nobody looked,
+    None where those are all. extras: further results of the method by name, [B, *] or [B, K, *].
     """
 
     values: Tensor | Inputs

@@ -16,14 +16,15 @@ from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.ties import Ties, may_tie
 
-LOOKED = 32
-"""Points of an example from which one more is taken to find ties; in float64 it always is."""
+SHARED, FIRST = 128, 32
+"""Points of a call for each example that is looked at, and for one in a first call: a point as it
+is takes as long as three or four in a launch. In float64 all examples are looked at."""
 
 
 @dataclass(frozen=True)
 class Tied:
-    """share [B]: of the gradient at a point of each example, what passes ties; NaN where that could
-    not be told. rounded: the largest share of ties that rounding decides. apart: whether points
+    """share [B]: of the gradient at a point of each example, what passes ties; NaN where nobody
+    looked. rounded: the largest share of ties that rounding decides. apart: whether points
     must go through the model one by one: PyTorch's kernels round rows of a batch otherwise than one
     alone, and rounding decides.
     """
@@ -43,15 +44,17 @@ class Tied:
 
 
 def find_ties(
-    model: Model, call: Call, recipe: Recipe, baselines: Inputs, plan: Plan
+    model: Model, call: Call, recipe: Recipe, baselines: Inputs, plan: Plan, *, first: bool
 ) -> Tied | None:
-    """Looks at one point of each example by the model as it is; None where that would cost more
-    than it is worth, and for methods that are no sum over points.
+    """Looks at one point of some examples by the model as it is; None where that would cost more
+    than it is worth, and for methods that are no sum over points. first: of the calls of a kind.
     """
     exact = torch.float64 in call.dtypes
     affordable = 2 * MARGIN * plan.saved_before <= plan.budget
     summed = recipe.gradients and recipe.rules is None and recipe.rounds is None
-    if not (summed and affordable and (exact or recipe.count >= LOOKED)):
+    count = recipe.count * call.batch
+    many = call.batch if exact else max(count // SHARED, int(first and count >= FIRST))
+    if not (summed and affordable and many):
         return None
     level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
     order = level.place.argsort()
@@ -59,8 +62,9 @@ def find_ties(
     if exact and level.count > 1 and float(level.place[order[0]]) == 0.0:
         # At the baseline all may be flat.
         spots.append(int(order[0]))
-    share, largest, apart = torch.zeros(call.batch, dtype=torch.float64), 0.0, False
-    for example in range(call.batch):
+    share, largest, apart = torch.full((call.batch,), math.nan, dtype=torch.float64), 0.0, False
+    for example in range(min(call.batch, many)):
+        share[example] = 0.0
         item = torch.full((1,), example, device=call.device)
         for spot in spots:
             points = source.write(level.rows(item, spot, spot + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -56,9 +57,9 @@ class Ties:
         self.passed.append(sums)
 
         def passing(grad: Tensor) -> None:
-            size = grad.detach().abs().double()
+            size = grad.detach().abs()
             for number, part in enumerate((size, size[tied], size[rounded])):
-                sums[number] += float(part.sum())
+                sums[number] += float(part.double().sum())
 
         y.register_hook(passing)  # type: ignore[no-untyped-call]
 
@@ -90,12 +91,10 @@ class _Watch(Calls):
 Counts = tuple[Tensor, Tensor] | None
 
 
-def _counts(seen: Tensor, y: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """How many of the values that each maximum has `seen` lie near it, and how many are equal."""
-    within = WITHIN.get(y.dtype, torch.finfo(y.dtype).eps)
-    gap = (seen - y).abs()
-    near = (gap <= within * y.abs()).sum(axes)
-    return near, (gap == 0).sum(axes)
+def _near(seen: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a value that a maximum has seen lies near it, and where it is equal."""
+    reach = y.abs() * WITHIN.get(y.dtype, torch.finfo(y.dtype).eps)
+    return y - seen <= reach, y == seen
 
 
 def _windows(axes: int) -> Callable[..., Counts]:
@@ -112,17 +111,22 @@ def _windows(axes: int) -> Callable[..., Counts]:
         kernel = each_axis(kernel_size, axes)
         steps = kernel if stride is None or stride == [] else each_axis(stride, axes)
         edges, holes = each_axis(padding, axes), each_axis(dilation, axes)
+        parts = list(zip(y.shape[-axes:], kernel, steps, edges, holes, strict=True))
         pads: list[int] = []
-        for number, (k, s, p, d) in enumerate(zip(kernel, steps, edges, holes, strict=True)):
-            axis = number - axes
-            reach = (y.shape[axis] - 1) * s + d * (k - 1) + 1
-            pads[:0] = [p, max(0, reach - p - x.shape[axis])]
-        seen = functional.pad(x, pads, value=-math.inf)
-        for number, (k, s, d) in enumerate(zip(kernel, steps, holes, strict=True)):
-            axis = x.dim() - axes + number
-            size = y.shape[number - axes]
-            seen = seen.unfold(axis, d * (k - 1) + 1, s)[..., ::d].narrow(axis, 0, size)
-        return _counts(seen, y[(..., *(None,) * axes)], tuple(range(-axes, 0)))
+        for size, (out, k, s, p, d) in zip(x.shape[-axes:], parts, strict=True):
+            pads[:0] = [p, max(0, (out - 1) * s + d * (k - 1) + 1 - p - size)]
+        padded = functional.pad(x, pads, value=-math.inf)
+        near = torch.zeros(y.shape, dtype=torch.int16, device=y.device)
+        equal = torch.zeros_like(near)
+        for place in itertools.product(*map(range, kernel)):
+            axis = zip(place, parts, strict=True)
+            spans: tuple[Any, ...] = tuple(
+                slice(n * d, n * d + (out - 1) * s + 1, s) for n, (out, _, s, _, d) in axis
+            )
+            close, same = _near(padded[(..., *spans)], y)
+            near += close
+            equal += same
+        return near, equal
 
     return look
 
@@ -131,9 +135,12 @@ def _adaptive(axes: int) -> Callable[..., Counts]:
     def look(x: Tensor, y: Tensor, *_: Any, **__: Any) -> Counts:
         pairs = list(zip(x.shape[-axes:], y.shape[-axes:], strict=True))
         if any(size % out for size, out in pairs):
+            # Windows of several sizes, that overlap.
             return None
-        kernel = [size // out for size, out in pairs]
-        return _windows(axes)(x, y, kernel)
+        lead = x.dim() - axes
+        apart = x.reshape(*x.shape[:lead], *(n for size, out in pairs for n in (out, size // out)))
+        inner = tuple(range(lead + 1, apart.dim(), 2))
+        return _along(apart, y, inner)
 
     return look
 
@@ -146,8 +153,8 @@ def _along(x: Tensor, y: Tensor, dim: Any = (), keepdim: bool = False, **_: Any)
     wide = y
     for axis in () if keepdim else axes:
         wide = wide.unsqueeze(axis)
-    near, equal = _counts(x, wide, axes)
-    return near.view(y.shape), equal.view(y.shape)
+    near, equal = _near(x, wide)
+    return near.sum(axes).view(y.shape), equal.sum(axes).view(y.shape)
 
 
 _MAXIMA: dict[Any, Callable[..., Counts]] = {

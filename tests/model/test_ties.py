@@ -274,7 +274,7 @@ def test_zeros_of_a_rectifier_pass_no_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attributions_tell_what_ties_decide(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    model, method = _vgg(2, 3, True).to(dtype), sf.IntegratedGradients(steps=32)
+    model, method = _vgg(2, 3, True).to(dtype), sf.IntegratedGradients(steps=128)
     x = torch.cat([_flat((3, 40, 40), "colours"), torch.rand(1, 3, 40, 40)]).to(dtype)
     found = sf.explain(model, x, target=1, method=method)
     assert found.tie_share is not None
@@ -285,10 +285,15 @@ def test_attributions_tell_what_ties_decide(dtype: torch.dtype) -> None:
     assert "ties" not in repr(sf.explain(model, x[1:], target=1, method=method))
 
 
-def test_few_points_in_float32_are_not_looked_at() -> None:
+def test_how_many_examples_are_looked_at_in_float32() -> None:
     torch.manual_seed(0)
-    model, x = _vgg(2, 3, True).float(), _flat((3, 40, 40), "colours").float()
-    assert sf.explain(model, x, target=1, method=METHODS["midpoint"][0]).tie_share is None
+    model, x = _vgg(2, 3, True).float(), _flat((3, 40, 40), "colours").float().expand(3, -1, -1, -1)
+    for steps, later in ((4, None), (32, None), (64, 1), (128, 3)):
+        engine = sf.Engine(model, sf.IntegratedGradients(steps=steps))
+        first = max(later or 0, int(steps >= 32)) or None
+        for looked in (first, later):
+            share = engine(x, target=1).tie_share
+            assert (None if share is None else int((~share.isnan()).sum())) == looked, steps
 
 
 def test_tie_shares_are_recorded(tmp_path: Path) -> None:
