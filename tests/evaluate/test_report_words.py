@@ -80,7 +80,12 @@ def test_of_volumes_the_slice_with_most_evidence_is_shown_with_its_box():
     maps[0, 3, 2, 2], maps[1, 1, 0, 0], maps[1, 4, 0, 0] = 1.0, 2.0, -3.0
     boxes = torch.tensor([[2, 1, 0, 4, 4, 7]] * 2)
     found = report(
-        model, x, methods={"mine": maps}, metrics=[Known()], boxes=boxes, controls=("centre",)
+        *(model, x),
+        methods={"mine": maps},
+        metrics=[Known()],
+        boxes=boxes,
+        controls=("centre",),
+        layout="BCDHW",
     )
     assert [slice_of(found, row) for row in range(2)] == [3, 4]
     page = Reader(found.html())

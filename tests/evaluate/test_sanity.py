@@ -184,12 +184,16 @@ def test_independent_names_what_the_map_does_not_notice() -> None:
     assert "ssim" not in below.details
 
 
-@pytest.mark.parametrize("shape", [(4, 2, 30), (3, 1, 6, 7, 8), (1, 3, 9, 9)])
-def test_shapes(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((4, 2, 30), "BCT"), ((3, 1, 6, 7, 8), "BCDHW"), ((1, 3, 9, 9), "BCHW")],
+)
+def test_shapes(shape: tuple[int, ...], layout: str) -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape[1:]), 4)).double().train()
     x = torch.randn(shape, dtype=torch.float64)
-    found = SanityCheck(draws=1)(model, x, sf.explain(model, x, method="gradient", target=1))
+    maps = sf.explain(model, x, method="gradient", target=1, layout=layout)
+    found = SanityCheck(draws=1)(model, x, maps, layout=layout)
     assert found.passed
     assert "rank_ssim" in found.details
     assert any("one example" in one for one in found.caveats) is (shape[0] == 1)
