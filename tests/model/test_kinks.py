@@ -95,7 +95,6 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
             "amin": torch.amin,
             "max": lambda x, axis: x.max(axis).values,
             "min": lambda x, axis: x.min(axis).values,
-            "aminmax": lambda x, axis: torch.aminmax(x, dim=axis).max,
             "median": lambda x, axis: x.median(axis).values,
             "cummax": lambda x, axis: x.cummax(axis).values,
             "mode": lambda x, axis: x.mode(axis).values,
@@ -171,11 +170,13 @@ def asked_anew() -> Iterator[None]:
 @pytest.mark.usefixtures("asked_anew")
 def test_it_is_asked_apart_from_what_the_caller_has_switched_on() -> None:
     """Modes, devices and threads of the caller neither see the question nor change the answer."""
-    usual = ties.passes(torch.clamp, ((-1.0, 1.0),), (-1.0, 1.0))
+    question = torch.clamp, (-1.0, 1.0), (-1.0, 0.0, 1.0)
+    threads, usual = threading.active_count(), ties.passes(*question)
+    assert usual[1]
     ties.passes.cache_clear()
     with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
-        assert ties.passes(torch.clamp, ((-1.0, 1.0),), (-1.0, 1.0)) == usual
-    assert threading.active_count() < 50
+        assert ties.passes(*question) == usual
+    assert threading.active_count() == threads
 
 
 @pytest.mark.usefixtures("asked_anew")
@@ -185,7 +186,7 @@ def test_asking_takes_no_time() -> None:
     for _ in range(5):
         ties.passes.cache_clear()
         start = time.perf_counter()
-        ties.passes(torch.relu, ((),), (0.0, -0.0))
+        ties.passes(torch.relu, (), (0.0, -0.0))
         took.append(time.perf_counter() - start)
     assert min(took) < 5e-3
 

@@ -6,8 +6,8 @@ question is asked once, when a lean version first needs the answer.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -46,14 +46,12 @@ def _slopes(call: Callable[..., Any], args: Args, points: Sequence[float]) -> li
     """The gradient of the sum of `call(x, *args)` at the points, in a thread of its own, where no
     mode, device, autocast or tracing of the caller's holds.
     """
-    found: list[float] = []
 
-    def ask() -> None:
+    def ask() -> list[float]:
         x = torch.tensor(points, dtype=torch.float64, device="cpu", requires_grad=True)
         (slopes,) = torch.autograd.grad(call(x, *args).sum(), x)
-        found.extend(slopes.tolist())
+        found: list[float] = slopes.tolist()
+        return found
 
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    return found
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()
