@@ -314,4 +314,4 @@ def relative_l2(found: Attribution, expected: Attribution) -> float:
     ]
     gap = sum(float((a.double().cpu() - b.double().cpu()).square().sum()) for a, b in pairs)
     norm = sum(float(b.double().square().sum()) for _, b in pairs)
-    return float(torch.tensor(gap / norm if norm else gap).sqrt())
+    return float(torch.tensor(gap / norm if norm else gap, device="cpu").sqrt())

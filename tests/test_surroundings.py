@@ -47,23 +47,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "integrated_gradients": {"baseline": "mean"},
     "tolerance": {"method": sf.IntegratedGradients(steps=4, tolerance=0.1)},
     "smoothgrad": {},
-    "vargrad": {},
     "expected_gradients": {"baseline": ROWS},
-    "gradient_shap": {"baseline": ROWS},
     "guided_ig": {},
-    "blur_ig": {},
-    "hessian": {"method": sf.IntegratedHessians(steps=2), "features": "grid:4"},
-    "guided_backprop": {},
+    "hessian": {"method": sf.IntegratedHessians(steps=2, softplus=2.0), "features": "grid:4"},
     "deeplift": {},
     "lrp": {},
     "occlusion": {"method": sf.Occlusion(4, 4)},
-    "feature_ablation": {"features": "grid:4"},
     "kernel_shap": {"features": "grid:4"},
-    "shapley_sampling": {"features": "grid:4"},
-    "rise": {},
     "grad_cam": {"at": "body.2"},
     "score_cam": {"at": "body.2"},
-    "conductance": {"at": "body.0"},
     "at a layer": {"method": "integrated_gradients", "at": "body.0"},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -133,7 +125,8 @@ SURROUNDINGS: dict[str, Callable[[], Any]] = {
 def test_what_surrounds_a_call(name: str, around: str) -> None:
     model = Net().double().eval()
     expected = explained(model, name)
-    for asked in (model, Net().double().eval()):
+    fresh = Net().double().eval()
+    for asked in (model, fresh):
         with SURROUNDINGS[around](), unchanged(asked, X):
             found = explained(asked, name)
         torch.testing.assert_close(found.values, expected.values, rtol=1e-9, atol=1e-12)
@@ -177,7 +170,7 @@ def hooked() -> Net:
 
 def watched_backward() -> Net:
     model = Net().double().eval()
-    model.body[0].register_full_backward_hook(lambda m, a, b: None)
+    model.body[3].register_full_backward_hook(lambda m, a, b: None)
     model.head.register_full_backward_pre_hook(lambda m, a: None)
     return model
 
@@ -210,6 +203,8 @@ MODELS: dict[str, Callable[[], Any]] = {
 def test_what_a_model_is(name: str, kind: str) -> None:
     if kind in ("function", "lambda") and METHODS[name].get("at"):
         pytest.skip("layers have names in modules alone")
+    if (kind, name) == ("backward hooks", "lrp"):
+        pytest.skip("LRP refuses functions with a gradient of their own, as these hooks are")
     expected, model = explained(Net().double().eval(), name), MODELS[kind]()
     for _ in range(2):
         found = explained(model, name)

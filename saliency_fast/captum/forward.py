@@ -37,7 +37,9 @@ def read_output(raw: Any) -> Tensor:
         ModelError: an output has several tensors by other names.
     """
     if isinstance(raw, (int, float)):
-        return torch.tensor(raw, dtype=torch.int64 if isinstance(raw, int) else torch.float64)
+        return torch.tensor(
+            raw, dtype=torch.int64 if isinstance(raw, int) else torch.float64, device="cpu"
+        )
     if (found := read_of(raw)) is not None:
         return found
     if isinstance(raw, torch.Future):
@@ -90,7 +92,7 @@ def selected(output: Tensor, target: Any) -> Tensor:
             f"{len(output)} rows"
         )
     if isinstance(target[0], int):
-        return _classes(output, torch.tensor(target))
+        return _classes(output, torch.tensor(target, device="cpu"))
     if not isinstance(target[0], tuple):
         raise ContractError(
             f"Target element type {type(target[0])} in list is not valid; pass ints or tuples"

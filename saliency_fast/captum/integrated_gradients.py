@@ -34,7 +34,7 @@ def _legendre(n: int) -> tuple[Array, Array]:
 
 def _riemann(first: Callable[[int], float], last: Callable[[int], float]) -> Any:
     def points(n: int) -> tuple[Array, Array]:
-        alphas = torch.linspace(first(n), last(n), n).double().numpy()
+        alphas = torch.linspace(first(n), last(n), n, device="cpu").double().numpy()
         return alphas, np.full(n, 1.0 / n)
 
     return points

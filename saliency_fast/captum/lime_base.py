@@ -227,4 +227,4 @@ def coin_tosses(original: Any, **kwargs: Any) -> Tensor:
 
 def toss(count: int, device: torch.device) -> Tensor:
     """So many coins from PyTorch's global generator, int64 [1, F]."""
-    return torch.bernoulli(torch.full((1, count), 0.5)).to(device).long()
+    return torch.bernoulli(torch.full((1, count), 0.5, device="cpu")).to(device).long()

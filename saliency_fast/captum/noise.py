@@ -38,7 +38,7 @@ def read_stdevs(stdevs: Any, inputs: Inputs) -> tuple[float, ...]:
 
 def draw_seeds(batch: int) -> Tensor:
     """A seed for each example, int64 [B]: examples of one batch have noise of their own."""
-    return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64)
+    return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device="cpu")
 
 
 def samples_at_once(inputs: Inputs, samples: int) -> int:

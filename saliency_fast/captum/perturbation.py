@@ -307,10 +307,10 @@ def _permute_feature(x: Tensor, feature_mask: Tensor) -> Tensor:
     count = len(x)
     if count < 2:
         raise ContractError("cannot permute features with batch_size = 1; pass two rows or more")
-    still = torch.arange(count)
-    order = torch.randperm(count)
+    still = torch.arange(count, device="cpu")
+    order = torch.randperm(count, device="cpu")
     while bool((order == still).all()):
-        order = torch.randperm(count)
+        order = torch.randperm(count, device="cpu")
     return torch.where(feature_mask.bool(), x[order.to(x.device)], x)
 
 

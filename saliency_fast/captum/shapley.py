@@ -190,14 +190,14 @@ class _Walked:
 
 
 def _ranks(method: _Walked, game: Game) -> Callable[[int, int], Tensor]:
-    known = torch.tensor(method.known) - min(0, method.known[0])
+    known = torch.tensor(method.known, device="cpu") - min(0, method.known[0])
 
     def ranks(start: int, stop: int) -> Tensor:
         drawn = method.draws.kept
         if start not in drawn:
             with method.draws.taken():
                 drawn[start] = torch.stack(
-                    [torch.randperm(method.count) for _ in range(start, stop)]
+                    [torch.randperm(method.count, device="cpu") for _ in range(start, stop)]
                 )
         place = drawn[start].argsort(dim=1)[:, known]
         return place.argsort(dim=1).argsort(dim=1)[None].to(game.device)

@@ -60,7 +60,9 @@ class Place:
         if recipe.layers is not None:
             call = replace(call, layers=layers, layer_input=self.of_input)
             return self.model, call, baseline, self.known, layers
-        values, counts = self._values(call.inputs, call, layers, torch.arange(call.batch))
+        values, counts = self._values(
+            call.inputs, call, layers, torch.arange(call.batch, device="cpu")
+        )
         key = (self.of_input, *map(id, layers), *counts)
         if key not in self._behind:
             self._behind[key] = Behind(self.model, layers, self.of_input, counts)
@@ -161,7 +163,10 @@ class Place:
             rows = read_baseline_set(baseline, call.inputs, call.layouts)
         else:
             rows = read_baselines(baseline, call.inputs, layouts=call.layouts)
-        function, item = _function(self.model, call), torch.zeros(len(rows[0]), dtype=torch.int64)
+        function, item = (
+            _function(self.model, call),
+            torch.zeros(len(rows[0]), dtype=torch.int64, device="cpu"),
+        )
         if any(function.follows(key, one) for key, one in call.further()):
             if recipe.baseline == "set":
                 raise InputError(
@@ -169,7 +174,7 @@ class Place:
                     "are each example's own: explain one example at a time"
                 )
             rows = tuple(one.expand(call.batch, *one.shape[1:]) for one in rows)
-            item = torch.arange(call.batch)
+            item = torch.arange(call.batch, device="cpu")
         return self._values(rows, call, layers, item)[0]
 
 

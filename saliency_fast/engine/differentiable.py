@@ -170,7 +170,10 @@ class _Graph:
         """Scores at the baselines, float64 [B, K]; of a set their mean."""
         recipe, batch, rows = self.job.recipe, len(everyone), len(self.baselines[0])
         if recipe.baseline == "set" and rows <= recipe.count:
-            item, row = everyone.repeat_interleave(rows), torch.arange(rows).repeat(batch)
+            item, row = (
+                everyone.repeat_interleave(rows),
+                torch.arange(rows, device="cpu").repeat(batch),
+            )
             drawn = tuple(one[row.to(one.device)] for one in self.baselines)
             return self._scores(drawn, item)[0].view(batch, rows, -1).mean(1)
         if recipe.baseline != "one" or not recipe.ends:

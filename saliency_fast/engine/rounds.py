@@ -114,8 +114,8 @@ def in_rounds(
 
     fields: further ones of a `Recipe`, such as `baseline` and `gradients`.
     """
-    one = torch.ones(1, dtype=torch.float64)
-    level = Level(one, one, torch.zeros(1, dtype=torch.int64))
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    level = Level(one, one, torch.zeros(1, dtype=torch.int64, device="cpu"))
     return Recipe(Itself(), (level,), rounds=rounds, points=points, **fields)
 
 

@@ -62,7 +62,8 @@ def find_ties(
     if exact and level.count > 1 and float(level.place[order[0]]) == 0.0:
         # At the baseline all may be flat.
         spots.append(int(order[0]))
-    share, largest, apart = torch.full((call.batch,), math.nan, dtype=torch.float64), 0.0, False
+    share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")
+    largest, apart = 0.0, False
     for example in range(min(call.batch, many)):
         share[example] = 0.0
         item = torch.full((1,), example, device=call.device)

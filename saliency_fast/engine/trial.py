@@ -88,7 +88,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 def _moved(x: Tensor) -> Tensor:
     """In float64, and no two of its numbers equal."""
     draw = torch.Generator().manual_seed(0)
-    noise = torch.rand(x.shape, generator=draw, dtype=torch.float64).to(x.device)
+    noise = torch.rand(x.shape, generator=draw, dtype=torch.float64, device="cpu").to(x.device)
     return x.double() + OFF_TIES * (noise - 0.5) * x.abs().max().clamp_min(OFF_TIES)
 
 

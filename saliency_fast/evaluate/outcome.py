@@ -94,8 +94,8 @@ def bootstrap(values: Tensor, confidence: float = 0.95, *, seed: int = 0) -> Int
     if count == 0:
         return Interval(math.nan, math.nan, math.nan, confidence, 0)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (RESAMPLES, count), generator=generator)
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator, device="cpu")
     means = known[drawn].mean(1)
     tail = (1.0 - confidence) / 2.0
-    ends = means.quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
+    ends = means.quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64, device="cpu"))
     return Interval(float(known.mean()), float(ends[0]), float(ends[1]), confidence, count)

@@ -13,8 +13,8 @@ from saliency_fast.methods.parts import checks
 
 def at_input() -> tuple[Level]:
     """One point of weight one: alpha = 1 on the line from zero."""
-    one = torch.ones(1, dtype=torch.float64)
-    return (Level(one, one, torch.zeros(1, dtype=torch.int64)),)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    return (Level(one, one, torch.zeros(1, dtype=torch.int64, device="cpu")),)
 
 
 @dataclass(frozen=True)

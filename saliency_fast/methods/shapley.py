@@ -107,7 +107,9 @@ def exact_rounds(game: Game) -> Rounds:
     worth = torch.cat((ends[0], between, ends[1]), dim=2)
     # A coalition of s features counts for each one it has, and against each one it lacks.
     sizes = torch.arange(game.count + 1, dtype=torch.float64, device=game.device)
-    ways = torch.tensor([comb(game.count, s) for s in range(game.count + 1)]).to(sizes)
+    ways = torch.tensor([comb(game.count, s) for s in range(game.count + 1)], device="cpu").to(
+        sizes
+    )
     gain, loss = 1.0 / (sizes * ways), 1.0 / ((game.count - sizes) * ways)
     gain[0] = loss[-1] = 0.0
     size = present.sum(1)

@@ -17,8 +17,8 @@ from saliency_fast.methods.parts.groups import GROUPS, smooth_rounds, variance_r
 
 def samples_level(samples: int, antithetic: bool) -> tuple[Level]:
     """Samples 0 to n - 1 of equal weight; folds take turns, and a pair stays in one fold."""
-    number = torch.arange(samples)
-    weight = torch.full((samples,), 1.0 / samples, dtype=torch.float64)
+    number = torch.arange(samples, device="cpu")
+    weight = torch.full((samples,), 1.0 / samples, dtype=torch.float64, device="cpu")
     return (Level(number, weight, (number // 2 if antithetic else number) % 2),)
 
 

@@ -292,7 +292,7 @@ class _Watched(Calls):
         if not weights.requires_grad:
             # Also where another mode runs what does not depend on points without autograd.
             with torch.enable_grad():
-                anchor = torch.zeros((), requires_grad=True)
+                anchor = torch.zeros((), requires_grad=True, device="cpu")
                 weights = _OnGraph.apply(weights, anchor)  # type: ignore[no-untyped-call]
         if weights.dim() == 4:
             self.found.append(weights)

@@ -40,6 +40,10 @@ _CURES = (
         "as sf.Occlusion",
     ),
     (
+        ("Inference tensors",),
+        "make the model and its tensors outside of torch.inference_mode(), or clone() them there",
+    ),
+    (
         ("does not require grad", "does not have a grad_fn"),
         "look for detach(), no_grad(), .item(), NumPy or integer steps inside the model",
     ),

@@ -66,7 +66,7 @@ def _owing(output: Tensor) -> Any:
 
 def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
     """Points as a model may take them, and where their gradients are asked for."""
-    anchor = torch.zeros((), requires_grad=True)
+    anchor = torch.zeros((), requires_grad=True, device="cpu")
     # Detached: work in place on a view would be its base's, too, and its gradient lost.
     apart = [one.detach() for one in points]
     inside = [_Enter.apply(one, anchor) for one in apart]  # type: ignore[no-untyped-call]

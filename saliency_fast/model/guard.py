@@ -7,12 +7,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from saliency_fast.model.recomputation import without_recomputation
 from saliency_fast.model.state import preserved
@@ -53,6 +54,7 @@ def untouched(
 @contextmanager
 def _quiet(model: Callable[..., Any], device: torch.device) -> Iterator[bool]:
     with (
+        _outside_transforms(),
         _evaluating(model) as was_training,
         preserved(model),
         torch.inference_mode(False),
@@ -61,6 +63,13 @@ def _quiet(model: Callable[..., Any], device: torch.device) -> Iterator[bool]:
         without_recomputation(once=False),
     ):
         yield was_training
+
+
+def _outside_transforms() -> AbstractContextManager[object]:
+    """Inside, transforms of torch.func that the caller is in do not see what runs."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 @contextmanager

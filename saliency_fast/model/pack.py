@@ -85,7 +85,7 @@ def packed(
         for name, value in first.kwargs.items()
     }
     scales = [
-        torch.full((size,), function.scale)
+        torch.full((size,), function.scale, device="cpu")
         for function, size in zip(functions, pack.sizes, strict=True)
     ]
     scaled = any(function.scale != 1.0 for function in functions)

@@ -81,13 +81,13 @@ def _differ(a: Tensor, b: Tensor) -> bool:
 def noisy(x: Tensor) -> Tensor:
     """Other values of the same kind and range."""
     if x.is_floating_point() or x.is_complex():
-        noise = torch.rand(x.shape, generator=_generator(), dtype=torch.float64)
+        noise = torch.rand(x.shape, generator=_generator(), dtype=torch.float64, device="cpu")
         size = x.abs().max().nan_to_num(1.0) + 1
         return x.nan_to_num() + (noise.to(x.device, x.real.dtype) - 0.5) * size
     if x.dtype == torch.bool or x.numel() == 0:
         return ~x if x.dtype == torch.bool else x
     low, high = int(x.min()), int(x.max())
-    drawn = torch.randint(low, high + 1, x.shape, generator=_generator())
+    drawn = torch.randint(low, high + 1, x.shape, generator=_generator(), device="cpu")
     return drawn.to(x.device, x.dtype)
 
 

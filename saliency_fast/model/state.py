@@ -46,13 +46,13 @@ class _Kept:
     """
 
     __slots__ = (
-        "attributes", "containers", "copies", "holders", "module", "names", "tables", "tensors",
-        "transient", "versions",
+        "attributes", "containers", "copies", "holders", "inference", "module", "names", "tables",
+        "tensors", "transient", "versions",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, overwritten: set[str] | None, room: int) -> None:
         own = vars(module)
-        self.module, self.holders = module, 0
+        self.module, self.holders, self.inference = module, 0, False
         self.attributes = own.copy()
         self.tables = [own[name].copy() for name in _TABLES]
         self.transient = own["_non_persistent_buffers_set"].copy()
@@ -69,6 +69,7 @@ class _Kept:
             self.versions = list(map(_versions, self.tensors))
         except (RuntimeError, AttributeError):
             # Inference tensors count no writes, and take none outside of their mode.
+            self.inference = True
             pairs = zip(self.names, self.tensors, strict=True)
             several = [(n, t) for n, t in pairs if isinstance(t, Tensor) and not t.is_inference()]
             self.names, self.tensors = [n for n, _ in several], [t for _, t in several]
@@ -129,6 +130,21 @@ class _Kept:
         written = [self.names[n] for n in dict.fromkeys(wrote)]
         lost += [self.names[n] for n in dict.fromkeys(wrote) if not self._rewritten(n)]
         return written, lost
+
+    def replace_inference(self, made: dict[int, Tensor]) -> None:
+        """Puts copies in the place of parameters and buffers that were made in inference mode, and
+        cannot take part in gradients; `made`: those of the tensors that modules share.
+        """
+        for name in ("_parameters", "_buffers"):
+            table = vars(self.module)[name]
+            for key, one in table.items():
+                if isinstance(one, Tensor) and one.is_inference():
+                    if id(one) not in made:
+                        copy = one.clone()
+                        wanted = one.requires_grad
+                        is_parameter = isinstance(one, nn.Parameter)
+                        made[id(one)] = nn.Parameter(copy, wanted) if is_parameter else copy
+                    table[key] = made[id(one)]
 
     def _attributes(self, own: dict[str, Any]) -> None:
         for name in [one for one in own if one not in self.attributes and one not in _BASE]:
@@ -205,12 +221,14 @@ def preserved(model: object) -> Iterator[None]:
     cannot be put back, by name.
     """
     held: list[_Kept] = []
-    room = COPIED
-    with _LOCK, torch.no_grad():
+    room, made = COPIED, dict[int, Tensor]()
+    with _LOCK, torch.inference_mode(False), torch.no_grad():
         for module in modules_of(model):
             kept = _KEPT.get(id(module))
             if kept is None:
                 kept = _KEPT[id(module)] = _Kept(module, _overwritten(module), room)
+                if kept.inference:
+                    kept.replace_inference(made)
                 if kept.copies:
                     room -= sum(one.nbytes for one in kept.copies.values())
             kept.holders += 1

@@ -315,7 +315,9 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
     if isinstance(target, (np.ndarray, np.generic)):
         return read_targets(target.tolist(), batch, signed=signed)
     if isinstance(target, int):
-        return Targets(batch, classes=_classes(torch.full((batch, 1), target), signed))
+        return Targets(
+            batch, classes=_classes(torch.full((batch, 1), target, device="cpu"), signed)
+        )
     if isinstance(target, Tensor):
         return _per_example(target, batch, signed)
     if isinstance(target, tuple):
@@ -373,9 +375,10 @@ def _sequence(target: Sequence[Any], batch: int, signed: bool) -> Targets:
         _need_length(len(target), batch)
         if len({len(one) for one in target}) != 1:
             raise InputError("target: the tuples of a list must have one length")
-        return Targets(batch, places=_classes(torch.tensor(target), signed=True))
+        return Targets(batch, places=_classes(torch.tensor(target, device="cpu"), signed=True))
     try:
-        numbers = torch.as_tensor(target)
+        with torch.device("cpu"):
+            numbers = torch.as_tensor(target)
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(
             f"target: a list must hold one int per example, or K ints for each: {error}"

@@ -41,9 +41,14 @@ def _convolved(
 def _transformed(weight: Tensor) -> Tensor:
     """G w G^T of every kernel, in parts of up to four registers of results."""
     _check_weight(weight)
-    places = torch.tensor([math.sqrt(0.5), -math.sqrt(0.5), _ROOT, -_ROOT], dtype=torch.float64)
-    rows = places[:, None] ** torch.arange(3) * torch.tensor(_POINTS, dtype=torch.float64)[:, None]
-    ends = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    places = torch.tensor(
+        [math.sqrt(0.5), -math.sqrt(0.5), _ROOT, -_ROOT], dtype=torch.float64, device="cpu"
+    )
+    rows = (
+        places[:, None] ** torch.arange(3, device="cpu")
+        * torch.tensor(_POINTS, dtype=torch.float64, device="cpu")[:, None]
+    )
+    ends = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
     g = torch.cat([ends[:1], rows, ends[1:]]).to(weight.device)
     u = torch.einsum("ah,bw,ochw->abco", g, g, weight.double()).flatten(0, 1)
     lanes = _LANES.get(torch.backends.cpu.get_cpu_capability())

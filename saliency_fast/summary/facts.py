@@ -182,13 +182,13 @@ def _stability(subject: Subject, count: int) -> Tensor | None:
     """The mean correlation of the maps with those of `count` noisy inputs, float64 [B]."""
     if not count:
         return None
-    x, total = subject.inputs, torch.zeros(subject.batch, dtype=torch.float64)
+    x, total = subject.inputs, torch.zeros(subject.batch, dtype=torch.float64, device="cpu")
     low, high = torch.aminmax(x.flatten(1), dim=1)
     span = (high - low).view(-1, *(1,) * (x.dim() - 1))
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
         # The same for all examples, so that a batch changes nothing.
-        noise = torch.randn(x.shape[1:], generator=generator, dtype=torch.float64)
+        noise = torch.randn(x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
         near = x + NOISE * span * noise.to(x.device, x.dtype)
         other = subject.of(near, subject.explain(near))
         total += correlation(subject.places, other.places).cpu()

@@ -96,7 +96,9 @@ class CoherenceReference:
             )
         found = coherence(maps, neighbours=neighbours)
         values = torch.stack(list(found.values()), 1)
-        order = torch.randperm(len(maps), generator=torch.Generator().manual_seed(seed % 2**63))
+        order = torch.randperm(
+            len(maps), generator=torch.Generator().manual_seed(seed % 2**63), device="cpu"
+        )
         fitted, kept_back = order.to(maps.device).tensor_split([(len(maps) + 1) // 2])
         centre, deviation = values[fitted].mean(0), values[fitted].std(0)
         varied = deviation > FLAT * (1.0 + centre.abs())

@@ -71,14 +71,18 @@ def roc(clean: Tensor, attacked: Tensor, confidence: float = 0.95, *, seed: int 
     fpr, tpr = (
         (len(one) - torch.searchsorted(one, cuts)).double() / len(one) for one in (low, high)
     )
-    start = torch.zeros(1, dtype=torch.float64)
+    start = torch.zeros(1, dtype=torch.float64, device="cpu")
     parts = {"fpr": fpr, "tpr": tpr}
     parts = {name: torch.cat([start, one]) for name, one in parts.items()}
     thresholds = torch.cat([start + torch.inf, cuts])
-    area = float(_areas(low, high, torch.ones(1, len(low)), torch.ones(1, len(high))))
+    area = float(
+        _areas(
+            low, high, torch.ones(1, len(low), device="cpu"), torch.ones(1, len(high), device="cpu")
+        )
+    )
     drawn = torch.cat(list(_resampled(low, high, seed)))
     tail = (1.0 - confidence) / 2.0
-    ends = drawn.quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64))
+    ends = drawn.quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64, device="cpu"))
     count = len(low) + len(high)
     interval = Interval(area, float(ends[0]), float(ends[1]), confidence, count)
     return Roc(**parts, thresholds=thresholds, area=interval, clean=len(low), attacked=len(high))
@@ -86,7 +90,7 @@ def roc(clean: Tensor, attacked: Tensor, confidence: float = 0.95, *, seed: int 
 
 def _areas(low: Tensor, high: Tensor, drawn_low: Tensor, drawn_high: Tensor) -> Tensor:
     """Areas [R] of sorted groups whose members were drawn so often, [R, N] and [R, M]."""
-    until = torch.zeros(len(drawn_low), len(low) + 1, dtype=torch.float64)
+    until = torch.zeros(len(drawn_low), len(low) + 1, dtype=torch.float64, device="cpu")
     torch.cumsum(drawn_low.double(), 1, out=until[:, 1:])
     below = torch.searchsorted(low, high)
     upto = torch.searchsorted(low, high, right=True)
@@ -104,9 +108,11 @@ def _resampled(low: Tensor, high: Tensor, seed: int) -> Iterator[Tensor]:
 
 def _counts(rows: int, count: int, generator: torch.Generator) -> Tensor:
     """How often each of `count` was drawn in as many draws, float64 [rows, count]."""
-    drawn = torch.randint(count, (rows, count), generator=generator)
-    found = torch.zeros(rows, count, dtype=torch.float64)
-    return found.scatter_add_(1, drawn, torch.ones(1, 1, dtype=torch.float64).expand(rows, count))
+    drawn = torch.randint(count, (rows, count), generator=generator, device="cpu")
+    found = torch.zeros(rows, count, dtype=torch.float64, device="cpu")
+    return found.scatter_add_(
+        1, drawn, torch.ones(1, 1, dtype=torch.float64, device="cpu").expand(rows, count)
+    )
 
 
 def _read(name: str, scores: Tensor) -> Tensor:

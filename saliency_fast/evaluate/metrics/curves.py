@@ -51,9 +51,9 @@ class _Ranked(Metric):
     def counts(self, places: int) -> Tensor:
         """How many of the places are gone after each step, int64 from 0 to all."""
         if self.step_size is not None:
-            found = torch.arange(0, places, self.step_size)
-            return torch.cat([found, torch.tensor([places])])
-        ends = torch.arange(min(self.steps, places) + 1, dtype=torch.int64)
+            found = torch.arange(0, places, self.step_size, device="cpu")
+            return torch.cat([found, torch.tensor([places], device="cpu")])
+        ends = torch.arange(min(self.steps, places) + 1, dtype=torch.int64, device="cpu")
         return (ends * places + ends[-1] // 2) // ends[-1]
 
     def _walked(self, subject: Subject, *, insert: bool) -> Outcome:

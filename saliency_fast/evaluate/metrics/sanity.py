@@ -303,7 +303,9 @@ def _about_zeros(maps: Tensor, final: list[Tensor], threshold: float) -> list[st
             left.append(
                 rank_correlation(a[some][None], b[some][None]).abs() if some.any() else None
             )
-    known = torch.cat([one for one in left if one is not None] or [torch.ones(1)]).nanmean()
+    known = torch.cat(
+        [one for one in left if one is not None] or [torch.ones(1, device="cpu")]
+    ).nanmean()
     share = sum(shares) / len(shares)
     if share == 0 or not float(known) < threshold:
         return []

@@ -121,7 +121,7 @@ def report(
     """
     rows = read_rows(methods, controls)
     # Asked here, not after minutes: the interval, the names and the options.
-    bootstrap(torch.zeros(1), confidence, seed=seed)
+    bootstrap(torch.zeros(1, device="cpu"), confidence, seed=seed)
     running = Running(forward_args, forward_kwargs, memory_budget, points_per_launch)
     base = _base(model, inputs, target, boxes, baseline, running, layout)
     chosen = read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)

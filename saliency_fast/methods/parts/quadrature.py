@@ -75,8 +75,10 @@ def level(rule: Rule, steps: int) -> Level:
     """
     alpha, weight = rule.points(steps)
     pairs = _bit_reversed((steps + 1) // 2)
-    order = torch.tensor([i for pair in pairs for i in (2 * pair, 2 * pair + 1) if i < steps])
-    fold = torch.arange(steps) % 2
+    order = torch.tensor(
+        [i for pair in pairs for i in (2 * pair, 2 * pair + 1) if i < steps], device="cpu"
+    )
+    fold = torch.arange(steps, device="cpu") % 2
     return Level(_tensor(alpha)[order], _tensor(weight)[order], fold[order])
 
 
@@ -84,12 +86,12 @@ def nested_levels(rule: Rule, steps: int, most: int) -> Iterator[Level]:
     """A first level of `steps` points and its refinements, as far as `most` points in all reach."""
     assert rule.refined is not None
     alpha, weight = rule.points(steps)
-    yield Level(_tensor(alpha), _tensor(weight), torch.ones(steps, dtype=torch.int64))
+    yield Level(_tensor(alpha), _tensor(weight), torch.ones(steps, dtype=torch.int64, device="cpu"))
     while (finer := rule.refined(steps)) <= most:
         alpha, weight = rule.points(finer)
         new = np.ones(finer, dtype=bool)
         new[rule.old] = False
-        fold = torch.ones(finer - steps, dtype=torch.int64)
+        fold = torch.ones(finer - steps, dtype=torch.int64, device="cpu")
         yield Level(_tensor(alpha[new]), _tensor(weight[new]), fold, rule.keep)
         steps = finer
 

@@ -63,7 +63,7 @@ def _lasso(rows: Tensor, y: Tensor, weight: Tensor, alpha: float) -> Slopes:
         ) from error
     scale = (len(weight) / weight.sum()).sqrt()
     table, wanted = (scale * rows).cpu().numpy(), (scale * y).cpu().numpy()
-    values = torch.zeros(rows.shape[1], y.shape[1], dtype=torch.float64)
+    values = torch.zeros(rows.shape[1], y.shape[1], dtype=torch.float64, device="cpu")
     variance = torch.zeros_like(values)
     for number in range(y.shape[1]):
         solved = Lasso(alpha=alpha, fit_intercept=False).fit(table, wanted[:, number])

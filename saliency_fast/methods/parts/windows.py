@@ -27,7 +27,7 @@ class Grid:
         """Windows of a shape and stride; the last one of an axis is cut at the edge."""
         bounds = []
         for size, width, step in zip(shape, window, stride, strict=True):
-            start = torch.arange(1 + -(-(size - width) // step)) * step
+            start = torch.arange(1 + -(-(size - width) // step), device="cpu") * step
             bounds.append((start, (start + width).clamp_max(size)))
         return Grid(tuple(bounds))
 

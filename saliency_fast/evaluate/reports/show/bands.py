@@ -30,12 +30,12 @@ def _band(report: Findings, name: str, curve: Curve) -> Band | None:
     if not len(y):
         return None
     generator = torch.Generator().manual_seed(report.seed)
-    drawn = torch.randint(len(y), (RESAMPLES, len(y)), generator=generator)
+    drawn = torch.randint(len(y), (RESAMPLES, len(y)), generator=generator, device="cpu")
     # How often each example is drawn: means of resampled curves are then one product.
-    times = torch.zeros(RESAMPLES, len(y), dtype=torch.float64)
+    times = torch.zeros(RESAMPLES, len(y), dtype=torch.float64, device="cpu")
     times.scatter_add_(1, drawn, torch.ones_like(times))
     tail = (1.0 - report.confidence) / 2.0
-    ends = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
+    ends = torch.tensor([tail, 1.0 - tail], dtype=torch.float64, device="cpu")
     low, high = (times @ y / len(y)).quantile(ends, dim=0)
     return Band(
         told_as(name),
