@@ -108,7 +108,7 @@ def spoilt(one: Tensor, way: int, draw: random.Random) -> Tensor:
     if way == 1:
         return one.flatten()[: draw.randint(0, one.numel())]
     if way == 2:
-        return one[None] if draw.random() < 0.5 else one[:1]
+        return one[None] if draw.random() < 0.5 or one.dim() == 0 else one[:1]
     if way == 3:
         return torch.full_like(one.double(), draw.choice([float("nan"), float("inf"), -1.0])).to(
             one.dtype if one.is_floating_point() else torch.float64
