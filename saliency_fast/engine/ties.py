@@ -16,9 +16,9 @@ from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.ties import Ties, may_tie
 
-SHARED, FIRST = 128, 32
-"""Points of a call for each example that is looked at, and for one in a first call: a point as it
-is takes as long as three or four in a launch. In float64 all examples are looked at."""
+SHARED = 128
+"""Points of a call for each example that is looked at; one is in a first call. A point as it is
+takes as long as three or four in a launch. In float64 all examples are looked at."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def find_ties(
     affordable = 2 * MARGIN * plan.saved_before <= plan.budget
     summed = recipe.gradients and recipe.rules is None and recipe.rounds is None
     count = recipe.count * call.batch
-    many = call.batch if exact else max(count // SHARED, int(first and count >= FIRST))
+    many = call.batch if exact else max(count // SHARED, int(first))
     if not (summed and affordable and many):
         return None
     level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
