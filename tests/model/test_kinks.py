@@ -185,9 +185,9 @@ def test_asking_takes_no_time() -> None:
     took = []
     for _ in range(5):
         ties.passes.cache_clear()
-        start = time.perf_counter()
+        start = time.process_time()
         ties.passes(torch.relu, (), (0.0, -0.0))
-        took.append(time.perf_counter() - start)
+        took.append(time.process_time() - start)
     assert min(took) < 5e-3
 
 
