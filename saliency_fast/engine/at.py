@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call, read_inputs
@@ -16,9 +17,21 @@ from saliency_fast.engine.layouts import layouts_at
 from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError
+from saliency_fast.model.embeddings import embeddings
 from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.layers import At, Behind, Read, find_layers, module_of
+from saliency_fast.model.layers import (
+    EMBEDDINGS,
+    At,
+    Behind,
+    Layer,
+    OneCall,
+    Read,
+    find_layers,
+    module_at,
+    module_of,
+    names_of,
+)
 from saliency_fast.model.program import laid, lies_innermost
 from saliency_fast.model.routes import Inputs, Plain
 from saliency_fast.model.spatial import Change, last_spatial
@@ -40,7 +53,7 @@ class Place:
     of_input: bool
     knowns: dict[tuple[object, ...], Known]
     _behind: dict[tuple[object, ...], Behind] = field(default_factory=dict)
-    _found: dict[tuple[object, ...], nn.Module] = field(default_factory=dict)
+    _found: dict[tuple[object, ...], tuple[Layer, ...]] = field(default_factory=dict)
 
     @property
     def known(self) -> Known:
@@ -49,7 +62,7 @@ class Place:
 
     def taken(
         self, call: Call, recipe: Recipe, baseline: Any
-    ) -> tuple[Model, Call, Any, Known, tuple[nn.Module, ...]]:
+    ) -> tuple[Model, Call, Any, Known, tuple[Layer, ...]]:
         """(model, call, baseline, what is known, layers) to run in the place of a call."""
         at = recipe.layers if self.at is None else self.at
         if at is None and self.of_input:
@@ -63,25 +76,31 @@ class Place:
         values, counts = self._values(
             call.inputs, call, layers, torch.arange(call.batch, device="cpu")
         )
-        key = (self.of_input, *map(id, layers), *counts)
+        key = (self.of_input, *map(id_of, layers), *counts)
         if key not in self._behind:
             self._behind[key] = Behind(self.model, layers, self.of_input, counts)
         behind, known = self._behind[key], self.knowns.setdefault(key, Known())
         # A baseline that the method has no use for is refused where others are.
         if recipe.baseline != "none" and not isinstance(recipe.family, Starting):
-            baseline = self._baseline(baseline, call, layers, recipe)
+            baseline = self._baseline(baseline, call, layers, recipe, values)
         moved = _moved(call, values)
         layouts = layouts_at(behind, moved, layers, counts, self.of_input)
         return behind, replace(moved, layouts=layouts), baseline, known, layers
 
-    def _layers(self, at: At, call: Call) -> tuple[nn.Module, ...]:
-        if at != AUTO:
+    def _layers(self, at: At, call: Call) -> tuple[Layer, ...]:
+        if not isinstance(at, str) or at not in (AUTO, EMBEDDINGS):
             return find_layers(self.model, at)
         # By what it is called with: to look takes a run.
-        key = tuple((x.shape[1:], x.dtype) for x in call.inputs)
+        key = (at, *((x.shape[1:], x.dtype) for x in call.inputs))
         known = self._found.get(key)
-        if known is None or not any(one is known for one in module_of(self.model).modules()):
+        if known is None or not _are_in(known, self.model):
             function = _function(self.model, call)
+            if at == EMBEDDINGS:
+                first = torch.zeros(1, dtype=torch.int64, device=call.device)
+                rows = tuple(x[:1] for x in call.inputs)
+                known = embeddings(self.model, _forward(function, rows, first), rows)
+                self._found[key] = known
+                return known
 
             def run(number: int, change: Change | None) -> tuple[Any, Tensor]:
                 item = torch.tensor([number], device=call.device)
@@ -90,14 +109,15 @@ class Place:
                 raw = _forward(function, rows, item)()
                 return raw, function.read(raw, item)[0]
 
-            known, general = last_spatial(self.model, run, call.batch)
+            layer, general = last_spatial(self.model, run, call.batch)
+            known = (layer,)
             # A function may read what the output holds beside.
             if general and call.targets.function is None:
                 self._found[key] = known
-        return (known,)
+        return known
 
     def _values(
-        self, rows: Inputs, call: Call, layers: tuple[nn.Module, ...], item: Tensor
+        self, rows: Inputs, call: Call, layers: tuple[Layer, ...], item: Tensor
     ) -> tuple[Inputs, tuple[int, ...]]:
         """What the layers give for `rows` of the inputs, with the arguments of examples `item`, and
         how many tensors each layer gives.
@@ -119,7 +139,7 @@ class Place:
         return tuple(map(torch.cat, zip(*parts, strict=True))), counts
 
     def _read(
-        self, layers: tuple[nn.Module, ...], function: PointFunction, rows: Inputs, item: Tensor
+        self, layers: tuple[Layer, ...], function: PointFunction, rows: Inputs, item: Tensor
     ) -> tuple[list[Tensor], tuple[int, ...]]:
         """The tensors that the layers give for some rows, and how many each of them gives."""
         found = Read(layers, self.of_input).run(_forward(function, rows, item))
@@ -127,7 +147,7 @@ class Place:
 
     def _apart(
         self,
-        layers: tuple[nn.Module, ...],
+        layers: tuple[Layer, ...],
         function: PointFunction,
         rows: Inputs,
         item: Tensor,
@@ -152,11 +172,17 @@ class Place:
         return [torch.cat(several) for several in zip(*map(alone, range(count)), strict=True)]
 
     def _baseline(
-        self, baseline: Any, call: Call, layers: tuple[nn.Module, ...], recipe: Recipe
+        self,
+        baseline: Any,
+        call: Call,
+        layers: tuple[Layer, ...],
+        recipe: Recipe,
+        values: Inputs,
     ) -> Any:
         """A baseline of the inputs as the layers give it; one of the layers as it is."""
         if isinstance(baseline, list) and recipe.baseline in ("one", "fill"):
-            return [self._baseline(one, call, layers, recipe) for one in choices(baseline)]
+            several = choices(baseline)
+            return [self._baseline(one, call, layers, recipe, values) for one in several]
         if not _of_inputs(baseline, call.inputs):
             return baseline
         if recipe.baseline == "set":
@@ -175,7 +201,39 @@ class Place:
                 )
             rows = tuple(one.expand(call.batch, *one.shape[1:]) for one in rows)
             item = torch.arange(call.batch, device="cpu")
-        return self._values(rows, call, layers, item)[0]
+        found = self._values(rows, call, layers, item)[0]
+        if recipe.baseline != "set" and all(map(_same, found, values)):
+            self._warn_of_no_change(call, rows, layers)
+        return found
+
+    def _warn_of_no_change(self, call: Call, rows: Inputs, layers: tuple[Layer, ...]) -> None:
+        """Warns where a baseline changes the scores past the layers."""
+        item = torch.arange(call.batch, device=call.device)
+        function = _function(self.model, call)
+        ends = (call.inputs, tuple(one.expand(call.batch, *one.shape[1:]) for one in rows))
+        scores, others = (function.scores(tuple(x.clone() for x in end), item)[0] for end in ends)
+        if not torch.equal(scores, others):
+            names = ", ".join(names_of(self.model, layers))
+            warnings.warn(
+                f"saliency_fast: the baseline changes the score and not what {names} gives, so the "
+                "map is zero and tells nothing of the difference: the score depends on the input "
+                "past this layer; name the layer that the change goes through",
+                stacklevel=2,
+            )
+
+
+def _same(baseline: Tensor, values: Tensor) -> bool:
+    return bool((baseline == values).all())
+
+
+def id_of(layer: Layer) -> tuple[int, int]:
+    """Equal for the same layer, or the same of its calls."""
+    return id(module_at(layer)), layer.call if isinstance(layer, OneCall) else -1
+
+
+def _are_in(layers: tuple[Layer, ...], model: object) -> bool:
+    inside = set(map(id, module_of(model).modules()))
+    return all(id(module_at(one)) in inside for one in layers)
 
 
 def _of_inputs(baseline: Any, inputs: Inputs) -> bool:

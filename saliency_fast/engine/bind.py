@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saliency_fast.engine.baselines import MISSING
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.model.axes import LayoutLike, Layouts
+from saliency_fast.model.layers import Layer
 from saliency_fast.model.precision import HALVES
 from saliency_fast.model.program import lies_innermost
 from saliency_fast.model.routes import Inputs
@@ -75,7 +76,7 @@ class Call:
     finite: bool = True
     unused: frozenset[int] = frozenset()
     features: Any = ()
-    layers: tuple[nn.Module, ...] = ()
+    layers: tuple[Layer, ...] = ()
     layer_input: bool = False
     whole: frozenset[int | str] = frozenset()
     told: frozenset[int | str] = frozenset()

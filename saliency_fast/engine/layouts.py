@@ -13,6 +13,7 @@ from saliency_fast.engine.way import Model, function_of
 from saliency_fast.model.axes import LayoutLike, Layouts
 from saliency_fast.model.follow import Inside, follow, follow_inside, followed
 from saliency_fast.model.guard import untouched
+from saliency_fast.model.layers import Layer, module_at
 from saliency_fast.model.layout import channel_axis
 from saliency_fast.model.routes import Plain
 
@@ -40,7 +41,7 @@ def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
         with untouched(model, device):
             return follow(model, rows, run)
 
-    def look(layers: Sequence[nn.Module], of_input: bool) -> Inside:
+    def look(layers: Sequence[Layer], of_input: bool) -> Inside:
         # Two rows: where a layer folds steps into the batch, their order tells.
         rows, run = ready(2)
         with untouched(model, device):
@@ -52,13 +53,15 @@ def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
 
 
 def layouts_at(
-    behind: Model, call: Call, layers: Sequence[nn.Module], counts: Sequence[int], of_input: bool
+    behind: Model, call: Call, layers: Sequence[Layer], counts: Sequence[int], of_input: bool
 ) -> Layouts:
     """The layouts of what layers give, which are the inputs of a call that was moved to them: as a
     layer's own kind says, else what comes behind it.
     """
     found = layouts_of(behind, call, call.layout)
-    owners = [layer for layer, count in zip(layers, counts, strict=True) for _ in range(count)]
+    owners = [
+        module_at(layer) for layer, count in zip(layers, counts, strict=True) for _ in range(count)
+    ]
     told = [
         letters or (None if of_input else _given_by(layer, shape))
         for layer, shape, letters in zip(owners, found.shapes, found.settled, strict=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.launch import Answer, Moment, Steps, Want
@@ -23,7 +23,7 @@ from saliency_fast.model.axes import Layouts
 from saliency_fast.model.directional import Directional, Project, summed
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.guard import uncompiled
-from saliency_fast.model.layers import Taps
+from saliency_fast.model.layers import Layer, Taps
 from saliency_fast.model.routes import Inputs, Plain, Route, Ruled, Rules, Watched
 from saliency_fast.model.tapped import TappedFunction
 
@@ -49,7 +49,7 @@ class Asked:
     baseline_scores: Tensor | None
     size: int
     features: Inputs = ()
-    layers: tuple[nn.Module, ...] = ()
+    layers: tuple[Layer, ...] = ()
     model: object = None
     layer_input: bool = False
     layouts: Layouts = field(default_factory=lambda: Layouts(()))

@@ -27,7 +27,7 @@ from saliency_fast.model.followed import (
     letters_of,
 )
 from saliency_fast.model.guard import uncompiled
-from saliency_fast.model.layers import floats_at, hooked
+from saliency_fast.model.layers import Layer, floats_at, hooked
 
 PATIENCE = 200
 """Calls that touch nothing followed, behind which nothing is expected any more."""
@@ -370,7 +370,7 @@ class Inside:
 def follow_inside(
     inputs: Sequence[Tensor],
     run: Callable[[Sequence[Tensor]], Any],
-    layers: Sequence[nn.Module],
+    layers: Sequence[Layer],
     of_input: bool,
 ) -> Inside:
     """Follows inputs [R, *] to layers; takes a whole run."""

@@ -23,6 +23,27 @@ At = str | nn.Module | Sequence[str | nn.Module]
 EMBEDDINGS = "embeddings"
 
 
+@dataclass(frozen=True, eq=False)
+class OneCall:
+    """One of the calls of a layer that runs several times in a forward pass, counted from 0."""
+
+    layer: nn.Module
+    call: int
+
+
+Layer = nn.Module | OneCall
+
+
+def module_at(layer: Layer) -> nn.Module:
+    """The module of a layer, or of one of its calls."""
+    return layer.layer if isinstance(layer, OneCall) else layer
+
+
+def kind_of(layer: Layer) -> str:
+    """What messages call a layer."""
+    return type(module_at(layer)).__name__
+
+
 class Taps(Protocol):
     """Tensors inside of a model at which gradients are taken."""
 
@@ -36,8 +57,11 @@ class Taps(Protocol):
         """Raises ModelError where what is asked for has no gradient; reached: of each tensor."""
 
 
-def find_layers(model: object, at: At) -> tuple[nn.Module, ...]:
-    """The layers that `at` names, in its order; raises InputError with near names."""
+def find_layers(model: object, at: At) -> tuple[Layer, ...]:
+    """The layers that `at` names, in its order; raises InputError with near names.
+
+    "name:2" is the third call of a layer that runs several times.
+    """
     parts = list(at) if isinstance(at, (tuple, list)) else [at]
     if not parts:
         raise InputError("at is empty: expected a layer, its name, or several of these")
@@ -64,14 +88,18 @@ def module_of(model: object) -> nn.Module:
     return inner
 
 
-def names_of(model: object, layers: Sequence[nn.Module]) -> list[str]:
-    """The names of layers, as `named_modules` has them."""
+def names_of(model: object, layers: Sequence[Layer]) -> list[str]:
+    """The names of layers, as `named_modules` has them, and the numbers of calls."""
     named = module_of(model).named_modules() if _is_module(model) else ()
     known = {id(layer): name for name, layer in named}
-    return [known.get(id(layer), type(layer).__name__) for layer in layers]
+    found = [known.get(id(module_at(layer)), kind_of(layer)) for layer in layers]
+    pairs = zip(found, layers, strict=True)
+    return [f"{name}:{one.call}" if isinstance(one, OneCall) else name for name, one in pairs]
 
 
-def _find(model: nn.Module, at: object) -> nn.Module:
+def _find(model: nn.Module, at: object) -> Layer:
+    if isinstance(at, OneCall):
+        return at
     if isinstance(at, nn.Module):
         layer: nn.Module = getattr(at, "_orig_mod", at)
         if not any(one is layer for one in model.modules()):
@@ -86,11 +114,11 @@ def _find(model: nn.Module, at: object) -> nn.Module:
         )
     named = model.named_modules(remove_duplicate=False)
     layers: dict[str, nn.Module] = {name: one for name, one in named if name}
-    # Before layers of that name: BERT's adds positions to what is asked for.
-    if at == EMBEDDINGS:
-        return _embeddings(model, layers)
     if at in layers:
         return layers[at]
+    name, colon, number = at.rpartition(":")
+    if colon and name in layers and number.isdigit():
+        return OneCall(layers[name], int(number))
     near = get_close_matches(at, layers, n=5, cutoff=0.4)
     ends = [name for name in layers if name.endswith(f".{at}")][:5]
     hint = (
@@ -101,44 +129,33 @@ def _find(model: nn.Module, at: object) -> nn.Module:
     raise InputError(f"at: the model has no layer {at!r}; {hint}")
 
 
-def _embeddings(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """The layer that turns token ids into vectors."""
-    if callable(found := getattr(model, "get_input_embeddings", None)):
-        layer = found()
-        if isinstance(layer, nn.Module):
-            # Encoders may run a twin of their own that shares its weight (T5), and not the layer.
-            several = [one for one in layers.values() if isinstance(one, nn.Embedding)]
-            weight = getattr(layer, "weight", None)
-            twins = [one for one in several if one is not layer and one.weight is weight]
-            return twins[0] if twins else layer
-    for layer in layers.values():
-        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
-            return layer
-    raise InputError(
-        "at='embeddings': the model has no torch.nn.Embedding and no get_input_embeddings(); name "
-        "the layer that makes vectors of tokens"
-    )
-
-
 @contextmanager
 def hooked(
-    layers: Sequence[nn.Module], seen: Callable[[int, Any], Any], *, of_input: bool = False
+    layers: Sequence[Layer], seen: Callable[[int, Any], Any], *, of_input: bool = False
 ) -> Iterator[None]:
     """Inside, `seen(number, value)` gets what each layer gives, or what it takes, and answers what
     goes on instead (None: as it is). Runs of other threads pass by; nothing stays behind.
     """
-    thread = threading.get_ident()
+    thread, calls = threading.get_ident(), [0] * len(layers)
+
+    def meant(number: int) -> bool:
+        """Whether this call of the layer is the one that is asked for."""
+        if threading.get_ident() != thread:
+            return False
+        calls[number] += 1
+        layer = layers[number]
+        return not isinstance(layer, OneCall) or calls[number] == layer.call + 1
 
     def after(number: int) -> Callable[..., Any]:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            return seen(number, output) if threading.get_ident() == thread else None
+            return seen(number, output) if meant(number) else None
 
         return hook
 
     def before(number: int) -> Callable[..., Any]:
         # While a hook comes or goes, PyTorch calls it without keywords in other threads.
         def hook(_: nn.Module, args: Any, kwargs: Any = None) -> Any:
-            if threading.get_ident() != thread:
+            if not meant(number):
                 return None
             if not floats_at(args):
                 return seen(number, (args, kwargs))
@@ -149,7 +166,7 @@ def hooked(
         return hook
 
     with uncompiled(), without_recomputation(), ExitStack() as stack:
-        for number, layer in enumerate(layers):
+        for number, layer in enumerate(map(module_at, layers)):
             if of_input:
                 handle = layer.register_forward_pre_hook(before(number), with_kwargs=True)
             else:
@@ -187,7 +204,7 @@ def with_floats(value: Any, found: Sequence[Tensor]) -> Any:
 class LayerTaps:
     """What layers give, or take, as taps: one for each tensor of each layer."""
 
-    layers: tuple[nn.Module, ...]
+    layers: tuple[Layer, ...]
     of_input: bool = False
     counts: list[int] = field(default_factory=list, compare=False)
     """How many tensors each layer had in the last run."""
@@ -239,7 +256,7 @@ class Behind:
     """
 
     model: Callable[..., Any]
-    layers: tuple[nn.Module, ...]
+    layers: tuple[Layer, ...]
     of_input: bool
     counts: tuple[int, ...]
 
@@ -264,7 +281,7 @@ class Behind:
 class Read:
     """What layers gave, or took, in one run: per layer its tensors."""
 
-    layers: tuple[nn.Module, ...]
+    layers: tuple[Layer, ...]
     of_input: bool = False
     found: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -282,38 +299,40 @@ class Read:
             if not own:
                 side = "takes" if self.of_input else "gives"
                 raise InputError(
-                    f"at: the layer {type(layer).__name__} {side} no floating point tensor, so "
+                    f"at: the layer {kind_of(layer)} {side} no floating point tensor, so "
                     "nothing can be attributed to it; name a layer around it"
                 )
         return values
 
 
-def _all_of(layers: Sequence[nn.Module], found: Mapping[int, object]) -> range:
+def _all_of(layers: Sequence[Layer], found: Mapping[int, object]) -> range:
     for number, layer in enumerate(layers):
         if number not in found:
+            often = " as often" if isinstance(layer, OneCall) else ""
             raise ModelError(
-                f"at: the layer {type(layer).__name__} did not run when the model did; name one "
+                f"at: the layer {kind_of(layer)} did not run{often} when the model did; name one "
                 "that the model calls for these inputs"
             )
     return range(len(layers))
 
 
-def _need_once(layer: nn.Module, again: bool) -> None:
+def _need_once(layer: Layer, again: bool) -> None:
     if again:
         raise RepeatedLayerError(
-            f"at: the layer {type(layer).__name__} runs more than once for one input, so it has no "
-            "single output; name a layer that runs once, such as the one around it, or, where it "
-            "runs once for each of several inputs, explain one of these by a function of it alone, "
-            "what the model makes of the others given through forward_args"
+            f"at: the layer {kind_of(layer)} runs more than once for one input, so it has no "
+            "single output; name a layer that runs once, such as the one around it, or one of its "
+            "calls ('name:0' is the first); where it runs once for each of several inputs, explain "
+            "one of these by a function of it alone, what the model makes of the others given "
+            "through forward_args"
         )
 
 
-def need_reached(layers: Sequence[nn.Module], reached: Sequence[bool]) -> None:
+def need_reached(layers: Sequence[Layer], reached: Sequence[bool]) -> None:
     """Raises ModelError where gradients reach none of a layer's tensors."""
     for layer, one in zip(layers, reached, strict=True):
         if not one:
             raise ModelError(
-                f"at: the explained score does not depend on the layer {type(layer).__name__}: it "
+                f"at: the explained score does not depend on the layer {kind_of(layer)}: it "
                 "ran, and no gradient reaches it, as of an auxiliary head that another output is "
                 "for, or a layer whose result is detached; name one that the score is made from"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,9 @@ from saliency_fast.attribution import Attribution
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
 from saliency_fast.methods import read_method
-from saliency_fast.model.layers import EMBEDDINGS, find_layers
+from saliency_fast.model.embeddings import Lookup, lookups
+from saliency_fast.model.guard import untouched
+from saliency_fast.model.layers import names_of
 from saliency_fast.model.positions import PREDICTED, NextToken
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import restore_target
@@ -79,15 +82,19 @@ def explain_tokens(
         target = _named(tokenizer, target)
         if query == "auto" and isinstance(target.position, int):
             query = target.position
+    # Methods that look at scores alone exchange ids, and need no table.
+    table = None
+    if attention is not False or read_method(method).recipe().gradients:
+        table = _table(model, found, further)
     whole, values = _attributed(
-        model, tokenizer, method, baseline, found, target, further, reduction, options
+        model, tokenizer, method, baseline, found, target, further, table, reduction, options
     )
     seen: Seen = (None, None, None, None)
     if attention is not False:
         reading = Beside(found.real, query, layer)
         # The classes that were explained, where "predicted" chose them.
         same = target if whole.classes is None else _same(whole)
-        seen = _beside(model, reading, found, same, further, attention, options)
+        seen = _beside(model, reading, found, same, further, table, attention, options)
     return TokenAttribution(
         found.tokens, found.words, found.real, found.special, values * found.real, *seen, whole
     )
@@ -101,6 +108,7 @@ def _attributed(
     found: Encoded,
     target: Target,
     further: Mapping[str, Any],
+    table: Lookup | None,
     reduction: str | None,
     options: Mapping[str, Any],
 ) -> tuple[Attribution, Tensor]:
@@ -108,9 +116,9 @@ def _attributed(
     chosen = read_method(method)
     recipe, start = chosen.recipe(), None
     if recipe.baseline != "none":
-        start = _baseline(model, tokenizer, baseline, found, recipe.gradients)
+        start = _baseline(tokenizer, baseline, found, recipe.gradients, table)
     if recipe.gradients:
-        engine, features = Engine(model, chosen, at=EMBEDDINGS, **options), None
+        engine, features = Engine(model, chosen, at=_name(model, table), **options), None
     else:
         # Methods that look at scores alone take tokens away whole, one id for another.
         engine = Engine(model, chosen, **options)
@@ -144,6 +152,36 @@ def _named(tokenizer: Any, target: NextToken) -> NextToken:
     return target
 
 
+def _name(model: nn.Module, table: Lookup | None) -> str:
+    assert table is not None
+    return names_of(model, [table.layer])[0]
+
+
+def _table(model: nn.Module, found: Encoded, further: Mapping[str, Any]) -> Lookup:
+    """The table that makes vectors of the texts' tokens; raises InputError where it is none, or
+    several of which none takes the tokens as they are.
+    """
+    with untouched(model, found.ids.device):
+        several = lookups(model, lambda: model(found.ids, **further), (found.ids,))
+    own = [one for one in several if one.ids.shape == found.ids.shape and one.ids.equal(found.ids)]
+    if len(own) == 1 and len(several) > 1:
+        rest = names_of(model, [one.layer for one in several if one is not own[0]])
+        warnings.warn(
+            f"saliency_fast: {', '.join(rest)} makes vectors of the texts' tokens, too, beside "
+            f"{_name(model, own[0])}, which is explained: what the score owes to it is left out "
+            "(of a decoder, pass decoder_input_ids in forward_kwargs)",
+            stacklevel=3,
+        )
+    chosen = own if len(own) == 1 else several
+    if len(chosen) > 1:
+        names = ", ".join(map(repr, names_of(model, [one.layer for one in chosen])))
+        raise InputError(
+            f"tokens have vectors from several tables: got {names}; explain the ids themselves by "
+            "sf.explain(..., at=[...]) with those names, a map for each"
+        )
+    return chosen[0]
+
+
 def _listed(texts: Text | Sequence[Text]) -> list[Text]:
     """Several texts. A tuple of two strings is a pair: several texts come in a list."""
     if isinstance(texts, str) or (isinstance(texts, tuple) and _is_pair(texts)):
@@ -162,7 +200,11 @@ def _is_pair(text: tuple[object, ...]) -> bool:
 
 
 def _baseline(
-    model: nn.Module, tokenizer: Any, baseline: str | int, found: Encoded, gradients: bool
+    tokenizer: Any,
+    baseline: str | int,
+    found: Encoded,
+    gradients: bool,
+    table: Lookup | None,
 ) -> Tensor:
     """The token ids, or embeddings, with nothing in the place of the texts' own tokens."""
     if baseline == ZERO and not gradients:
@@ -172,9 +214,9 @@ def _baseline(
         )
     if baseline != ZERO:
         return found.ids.masked_fill(found.content, token_named(tokenizer, baseline))
-    (layer,) = find_layers(model, EMBEDDINGS)
+    assert table is not None
     with torch.no_grad():
-        vectors: Tensor = layer(found.ids)
+        vectors: Tensor = table.table(found.ids)
     return vectors.masked_fill(found.content[..., None], 0.0)
 
 
@@ -190,13 +232,14 @@ def _beside(
     found: Encoded,
     target: Target,
     further: Mapping[str, Any],
+    table: Lookup | None,
     wanted: bool | None,
     options: Mapping[str, Any],
 ) -> Seen:
     """Attention of the same call; raises where there is none only if it is asked for."""
     # Half types are for sums of gradients, whose error can be measured.
     kept = {name: one for name, one in options.items() if name not in ("precision", "tolerance")}
-    engine = Engine(model, reading, **{**kept, "at": EMBEDDINGS, "hashes": False})
+    engine = Engine(model, reading, **{**kept, "at": _name(model, table), "hashes": False})
     try:
         answer = engine(found.ids, target, forward_kwargs=further)
     except NoAttentionError as error:

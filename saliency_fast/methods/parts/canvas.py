@@ -14,7 +14,7 @@ from saliency_fast.engine.rounds import Asked, Found, Round
 from saliency_fast.errors import InputError
 from saliency_fast.model.callers import warn
 from saliency_fast.model.follow import Inside
-from saliency_fast.model.layers import LayerTaps
+from saliency_fast.model.layers import LayerTaps, kind_of, module_at
 from saliency_fast.model.layout import Layout, Space, read_layout
 from saliency_fast.model.routes import Inputs
 
@@ -94,7 +94,7 @@ class Canvas:
     def _layouts(self, number: int, output: Tensor) -> list[Layout]:
         """The layouts of what layer `number` gives in the space of each input."""
         if number == len(self.layouts):
-            layer, shape = self.asked.layers[number], tuple(output.shape)
+            layer, shape = module_at(self.asked.layers[number]), tuple(output.shape)
             about = self.grid, self.special, self.asked.model, number
             self.layouts.append([read_layout(layer, shape, x, *about) for x in self._spaces])
         return self.layouts[number]
@@ -132,7 +132,7 @@ class Canvas:
         for the target.
         """
         for number, felt in self.felt.items():
-            name = type(self.asked.layers[number]).__name__
+            name = kind_of(self.asked.layers[number])
             if not felt:
                 warn(
                     f"the scores do not depend on any place of the layer {name}, so its map is "
