@@ -67,7 +67,7 @@ class Engine:
     points and part of `Attribution.error`. "auto" is the fastest that costs no more than
     `tolerance`, relative L2: .02, or half of the method's own tolerance, unless given. at: layers
     to explain instead of the inputs, by name or themselves; "embeddings" are the tables that make
-    vectors of the inputs' ids, "auto" the last spatial one. Values are like what the layers give or, with
+    vectors of ids, "auto" the last spatial one. Values are like what they give or, with
     `layer_input`, take; baselines are still the inputs' (of integers: token ids, or the layer's).
     memory_budget: bytes or text such as "8GiB" over what is in use, 80 % of what is free unless
     given. points_per_launch: an upper bound, for those who know better than the plan. lean: whether

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +16,7 @@ from saliency_fast.engine.layouts import layouts_at
 from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError
+from saliency_fast.model.callers import warn
 from saliency_fast.model.embeddings import embeddings
 from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
@@ -214,11 +214,10 @@ class Place:
         scores, others = (function.scores(tuple(x.clone() for x in end), item)[0] for end in ends)
         if not torch.equal(scores, others):
             names = ", ".join(names_of(self.model, layers))
-            warnings.warn(
-                f"saliency_fast: the baseline changes the score and not what {names} gives, so the "
+            warn(
+                f"the baseline changes the score and not what {names} gives, so the "
                 "map is zero and tells nothing of the difference: the score depends on the input "
-                "past this layer; name the layer that the change goes through",
-                stacklevel=2,
+                "past this layer; name the layer that the change goes through"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +14,7 @@ from saliency_fast.attribution import Attribution
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
 from saliency_fast.methods import read_method
+from saliency_fast.model.callers import warn
 from saliency_fast.model.embeddings import Lookup, lookups
 from saliency_fast.model.guard import untouched
 from saliency_fast.model.layers import names_of
@@ -166,11 +166,10 @@ def _table(model: nn.Module, found: Encoded, further: Mapping[str, Any]) -> Look
     own = [one for one in several if one.ids.shape == found.ids.shape and one.ids.equal(found.ids)]
     if len(own) == 1 and len(several) > 1:
         rest = names_of(model, [one.layer for one in several if one is not own[0]])
-        warnings.warn(
-            f"saliency_fast: {', '.join(rest)} makes vectors of the texts' tokens, too, beside "
+        warn(
+            f"{', '.join(rest)} makes vectors of the texts' tokens, too, beside "
             f"{_name(model, own[0])}, which is explained: what the score owes to it is left out "
-            "(of a decoder, pass decoder_input_ids in forward_kwargs)",
-            stacklevel=3,
+            "(of a decoder, pass decoder_input_ids in forward_kwargs)"
         )
     chosen = own if len(own) == 1 else several
     if len(chosen) > 1:
