@@ -63,7 +63,7 @@ def _other(x: Tensor, token: int) -> Tensor:
 
 
 def _noise(part: Tensor, whole: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     noise = torch.randn(part.shape, generator=generator, dtype=torch.float64, device="cpu")
     return part + noise.to(part.device, part.dtype) * (whole.std(correction=0) + whole.abs().mean())
 
@@ -104,7 +104,7 @@ def among(
 def _changed(before: Tensor, after: Tensor) -> Tensor:
     """Bool [T, T]: which logits differ in any head; what is no number is equal to itself."""
     if before.shape != after.shape:
-        return torch.ones(before.shape[-2:], dtype=torch.bool, device="cpu")
+        return torch.ones(before.shape[-2:], dtype=torch.bool, device=before.device)
     differ = (before != after) & ~(before.isnan() & after.isnan())
     return differ.flatten(0, -3).any(0)
 

@@ -92,7 +92,7 @@ def noisy(x: Tensor) -> Tensor:
 
 
 def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+    return torch.Generator("cpu").manual_seed(0)
 
 
 @dataclass
