@@ -467,7 +467,7 @@ class Engine:
         alone: bool,
     ) -> tuple[Job, list[str] | None]:
         recipe, method = recipe or self._recipe, method or self.method
-        call = following(self.model, assigned(self._called, call, self._place.known))
+        call = assigned(self._called, following(self.model, call), self._place.known)
         known_unused = self._place.known.unused
         if known_unused:
             call = replace(call, unused=still_unused(self._called, call, known_unused))

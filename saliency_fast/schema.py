@@ -20,7 +20,7 @@ from saliency_fast.model.axes import LETTERS, Axes
 from saliency_fast.model.precision import PRECISIONS
 
 _SHA256 = re.compile("[0-9a-f]{64}")
-_KINDS = ("scalar", "classes", "predicted", "places", "index", "function")
+_KINDS = ("scalar", "classes", "predicted", "next_token", "places", "index", "function")
 ROWS = ("alone", "together")
 
 
@@ -250,8 +250,10 @@ def _need_numbers(name: str, tensor: Tensor, holds: Holds) -> None:
 
 def _check_references(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
     kind, shape = provenance["target"]["kind"], tensors["scores"].shape
-    if kind in ("classes", "predicted"):
+    if kind in ("classes", "predicted", "next_token"):
         _need("classes" in tensors, f"target {kind}", "no classes", "the tensor classes")
+    if kind == "next_token":
+        _check_position(tensors, shape[0])
     if kind == "places":
         places = tensors.get("kept.target.places")
         right = places is not None and places.dtype == torch.int64 and places.dim() == 2
@@ -265,6 +267,15 @@ def _check_references(tensors: Mapping[str, Tensor], provenance: Mapping[str, An
     whole = all(tensors[name].dtype == torch.int64 for name in features)
     _need(whole, "its features", "other dtypes", "torch.int64")
     _check_places(tensors, provenance)
+
+
+def _check_position(tensors: Mapping[str, Tensor], batch: int) -> None:
+    """Where the next tokens of texts stand, and which places of these are no padding."""
+    position, real = tensors.get("kept.target.position"), tensors.get("kept.target.real")
+    right = position is not None and position.dtype == torch.int64 and position.shape == (batch,)
+    _need(right, "target next_token", "other tensors", "kept.target.position, int64 [B]")
+    right = real is None or (real.dtype == torch.bool and real.dim() == 2 and len(real) == batch)
+    _need(right, "target next_token", "another mask", "kept.target.real, bool [B, T]")
 
 
 def _check_places(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
