@@ -35,6 +35,7 @@ from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError, warn
+from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.fingerprint import unchanging
 from saliency_fast.model.layers import Behind
 from saliency_fast.model.precision import (
@@ -290,9 +291,11 @@ class Choice:
         everyone = torch.arange(min(call.batch, examples), device=call.device)
         try:
             together, scale = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
-        except ModelError:
+        except (RuntimeError, MemoryError) as error:
             # A model that takes one row at a time has no score of all to tell of.
-            return None
+            if isinstance(error, ModelError) or is_out_of_memory(error):
+                return None
+            raise
         for number in range(len(everyone)):
             one = everyone[number : number + 1]
             alone, _ = function.judged(tuple(x[one] for x in call.inputs), one)

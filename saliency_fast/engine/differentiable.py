@@ -133,7 +133,7 @@ class _Graph:
         """Raises RowsMeetError where one of the rows scores alone something else."""
         for number in self.independence.due(item.numel(), apart=False):
             row = Row.of(tuple(one.detach() for one in points), item, number)
-            self.independence.check(self.function, row, scores.detach())
+            self.independence.prove(self.function, row)(scores.detach())
 
     def _scores(self, table: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores float64 [R, K], and classes, of the rows of a table [R, *]."""

@@ -8,6 +8,7 @@ of several rows counts: one of its rows must score alone what it scored among th
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,18 +95,25 @@ class Independence:
             self._left = _CHANCE.randrange(64, 256)
         return (_CHANCE.randrange(rows),)
 
-    def check(self, function: PointFunction, row: Row, scores: Tensor) -> None:
-        """Compares a row's scores with what it scores alone; raises RowsMeetError."""
+    def prove(self, function: PointFunction, row: Row) -> Callable[[Tensor], None]:
+        """Runs a row alone, before its launch, so that no memory is held beside that; returns what
+        compares the launch's scores [R, K] with it, and raises RowsMeetError.
+        """
         lone, scale = (function.lone or function).judged(*row.alone())
-        if not near(scores[row.number], lone[0], scale, function):
-            raise RowsMeetError(
-                f"one scores {numbers(lone[0])} alone and {numbers(scores[row.number])} in a "
-                f"launch of {len(scores)}"
-            )
         if self.provoke and not self.proved and function.lone is None:
             self._provoke(function, row, lone, scale)
-        if not self.proved and self._launches >= LAUNCHES:
-            self.proved, self._left = True, _CHANCE.randrange(2, 16)
+        number = row.number
+
+        def compare(scores: Tensor) -> None:
+            if not near(scores[number], lone[0], scale, function):
+                raise RowsMeetError(
+                    f"one scores {numbers(lone[0])} alone and {numbers(scores[number])} in a "
+                    f"launch of {len(scores)}"
+                )
+            if not self.proved and self._launches >= LAUNCHES:
+                self.proved, self._left = True, _CHANCE.randrange(2, 16)
+
+        return compare
 
     def _provoke(self, function: PointFunction, row: Row, lone: Tensor, scale: float) -> None:
         """The same between rows that are far from all others: these move a maximum, a median or a
@@ -115,6 +123,7 @@ class Independence:
             found, _ = function.judged(*row.among_others())
         except Exception:
             # Values that the model refuses. What is suspect is proved in every launch anyway.
+            self.provoke = False
             return
         if not near(found[1], lone[0], scale, function):
             raise RowsMeetError(

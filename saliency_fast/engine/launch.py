@@ -42,14 +42,14 @@ def _turn() -> Iterator[None]:
 class Want:
     """What a call wants from the model next: `rows` points at most.
 
-    write: makes the first so many points, and their examples. gradients: or scores alone.
+    write: makes the points of some rows, and their examples. gradients: or scores alone.
     launches: what their memory is known to be. independence: what is known of the model's rows,
     where a launch of several is to be proved. taken: how many points the launch had.
     """
 
     function: PointFunction
     rows: int
-    write: Callable[[int], tuple[Inputs, Tensor]]
+    write: Callable[[slice], tuple[Inputs, Tensor]]
     gradients: bool = True
     launches: Launches | None = None
     independence: Independence | None = None
@@ -57,7 +57,7 @@ class Want:
 
     def take(self, rows: int) -> tuple[Inputs, Tensor]:
         self.taken = min(rows, self.rows)
-        return self.write(self.taken)
+        return self.write(slice(0, self.taken))
 
     def answer(self, function: PointFunction, points: Inputs, item: Tensor) -> Answer:
         """What `function` says of points."""
@@ -65,10 +65,11 @@ class Want:
             return Answer(*function.scores(points, item))
         return Answer(*function.gradients(points, item))
 
-    def prove(self, row: Row, scores: Tensor) -> None:
-        """Proves that a row of a launch met no other; raises RowsMeetError."""
+    def prove(self, number: int) -> Callable[[Tensor], None]:
+        """Runs one of its rows alone; returns what compares a launch's scores with that."""
         assert self.independence is not None
-        self.independence.check(self.function, row, scores)
+        row = Row(*self.write(slice(number, number + 1)), number)
+        return self.independence.prove(self.function, row)
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -132,15 +133,14 @@ def launch(want: Want, rows: int, arena: Arena) -> Answer | Exception:
     """The answer to a want, for so many of its points, or why there is none."""
 
     def answer() -> Answer:
-        expected = want.launches.of(min(rows, want.rows)) if want.launches else None
+        count = min(rows, want.rows)
+        expected = want.launches.of(count) if want.launches else None
+        with _turn(), arena.launch():
+            proofs = [want.prove(row) for _, row in _to_prove([want], [count])]
         with _turn(), arena.launch(expected):
-            points, item = want.take(rows)
-            kept = [Row.of(points, item, row) for _, row in _to_prove([want], [item])]
-            found = want.answer(want.function, points, item)
-            del points
-        for row in kept:
-            with _turn():
-                want.prove(row, found.scores)
+            found = want.answer(want.function, *want.take(count))
+        for compare in proofs:
+            compare(found.scores)
         return found
 
     try:
@@ -149,12 +149,12 @@ def launch(want: Want, rows: int, arena: Arena) -> Answer | Exception:
         return error
 
 
-def _to_prove(wants: Sequence[Want], items: Sequence[Tensor]) -> list[tuple[int, int]]:
+def _to_prove(wants: Sequence[Want], counts: Sequence[int]) -> list[tuple[int, int]]:
     """(want, row of its points) of a launch's rows that are to be proved: one for all that know of
     each other.
     """
     several = {id(one): one for want in wants if (one := want.independence) is not None}
-    ends, found = list(itertools.accumulate(len(item) for item in items)), []
+    ends, found = list(itertools.accumulate(counts)), []
     for one in several.values():
         for row in one.due(ends[-1], apart=wants[0].function.lone is not None):
             number = bisect_right(ends, row)
@@ -169,26 +169,27 @@ def _to_prove(wants: Sequence[Want], items: Sequence[Tensor]) -> list[tuple[int,
 def together(wants: Sequence[tuple[Want, int]], arena: Arena) -> list[Answer | Exception]:
     """The answers to wants of one kind, so many points of each, by one launch."""
     first = wants[0][0]
-    total = sum(min(rows, want.rows) for want, rows in wants)
-    expected = first.launches.of(total) if first.launches else None
+    asked, counts = zip(*((want, min(rows, want.rows)) for want, rows in wants), strict=True)
+    expected = first.launches.of(sum(counts)) if first.launches else None
+    with _turn(), arena.launch():
+        proofs = [(number, asked[number].prove(row)) for number, row in _to_prove(asked, counts)]
     with _turn(), arena.launch(expected):
-        points, items = zip(*(want.take(rows) for want, rows in wants), strict=True)
-        functions = [want.function for want, _ in wants]
-        to_prove = _to_prove([want for want, _ in wants], items)
-        kept = [(number, Row.of(points[number], items[number], row)) for number, row in to_prove]
+        parts = [want.take(count) for want, count in zip(asked, counts, strict=True)]
+        points, items = zip(*parts, strict=True)
+        functions = [want.function for want in asked]
         function, joined, item, pack = packed(functions, points, items)
-        del points
+        del points, parts
         found = first.answer(function, joined, item)
         scores, grads = found.scores, found.grads
     answers: list[Answer | Exception] = []
-    parts = zip(torch.split(scores, pack.sizes), pack.classes, strict=True)
-    for number, (own, classes) in enumerate(parts):
+    shares = zip(torch.split(scores, pack.sizes), pack.classes, strict=True)
+    for number, (own, classes) in enumerate(shares):
         start = sum(pack.sizes[:number])
         rows = slice(start, start + len(own))
         mine = [tuple(one[rows] for one in several) for several in grads]
         failed = pack.errors.get(number)
-        for one, row in kept:
+        for one, compare in proofs:
             if one == number and failed is None:
-                wants[number][0].prove(row, own)
+                compare(own)
         answers.append(Answer(own, classes, mine) if failed is None else failed)
     return answers

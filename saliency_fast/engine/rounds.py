@@ -177,8 +177,8 @@ class RoundsRun(Run):
         alone = step.taps is None and step.project is None and not step.gradients
         while start < step.item.numel():
 
-            def write(count: int, start: int = start) -> tuple[Inputs, Tensor]:
-                part = slice(start, start + count)
+            def write(own: slice, start: int = start) -> tuple[Inputs, Tensor]:
+                part = slice(start + own.start, start + own.stop)
                 return step.write(step.item[part], step.place[part]), step.item[part]
 
             rows = min(size, self.size, step.item.numel() - start)

@@ -268,9 +268,9 @@ class Run:
         scores, classes, start = [], [], 0
         while start < row.numel():
 
-            def write(count: int, start: int = start) -> tuple[Inputs, Tensor]:
+            def write(own: slice, start: int = start) -> tuple[Inputs, Tensor]:
                 # Indexing copies, so a model that works in place spares the user's tensors.
-                part = slice(start, start + count)
+                part = slice(start + own.start, start + own.stop)
                 return tuple(one[row[part]] for one in table), item[part]
 
             rows = min(self.size, row.numel() - start)
@@ -338,8 +338,8 @@ def _wanted(
 ) -> Want:
     """The gradients of a table of rows."""
 
-    def write(count: int) -> tuple[Inputs, Tensor]:
-        part = rows.first(count)
+    def write(own: slice) -> tuple[Inputs, Tensor]:
+        part = rows.part(own.start, own.stop)
         return source.write(part), part.item
 
     return Want(function, rows.item.numel(), write, launches=launches)
