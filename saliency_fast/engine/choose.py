@@ -83,8 +83,7 @@ class Choice:
         call, recipe = self.call, self.recipe
         # The prefix differs between methods whose points lie on lines and others.
         kind = (recipe.family.straight, hoistable(recipe), recipe.gradients, repr(recipe.rules))
-        alone = self.alone or recipe.gradients
-        return call.shapes, call.targets.count, self.lean, alone, kind, settings(call)
+        return call.shapes, call.targets.count, self.lean, self.alone, kind, settings(call)
 
     @cached_property
     def _trial(self) -> Trial:

@@ -115,7 +115,8 @@ def make_plan(
     each, (examples, of_each) = _each(cost), looked_at(recipe, call.batch) if exact else (0, 0)
     # Copies of weights, and the maps of the points that are taken in two precisions.
     ready = probed.way.ready_bytes(recipe)
-    fixed += probed.way.lowered_bytes + ready + 3 * (sum_bytes // call.batch) * examples * of_each
+    fixed += probed.way.settled_bytes + probed.way.lowered_bytes + ready
+    fixed += 3 * (sum_bytes // call.batch) * examples * of_each
     if (tiled := probed.way.tiled) is not None:
         # What operators take for themselves is at most what a tile takes, not a whole map.
         each = int(MARGIN * cost.peak) + tile_bytes(tiled.stem, tiled.tile)

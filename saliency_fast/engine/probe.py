@@ -258,11 +258,14 @@ def _scored(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
 
 def sharing(found: Probe, model: Model, trial: Trial) -> Probe:
     """The same for launches that several calls share."""
-    if trial.recipe.gradients or found.way.program is None:
+    if found.way.program is None or (trial.recipe.gradients and not found.way.settled_bytes):
         return found
     way = replace(found.way, copies=False)
-    cost = trial.scores(way.function(model, trial.call, trial.recipe)).cost
-    return replace(found, way=way, cost=cost)
+    if trial.recipe.gradients:
+        cost = trial.take(way, model).cost
+    else:
+        cost = trial.scores(way.function(model, trial.call, trial.recipe)).cost
+    return replace(found, way=way, cost=cost, launches={}, seconds={})
 
 
 def _probed(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:

@@ -17,6 +17,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import BudgetError
 from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.function import PointFunction
+from saliency_fast.model.invariant import Settled, settled, settled_bytes
 from saliency_fast.model.local import Box
 from saliency_fast.model.precision import FLOAT32, Lowered, Precision, lowered, lowered_bytes
 from saliency_fast.model.prefix import Prefix
@@ -74,9 +75,10 @@ class Way:
     prefix: the program in two, where the sum of gradients is taken behind its affine beginning.
     tiled: the program with its local beginning tile by tile. offloaded: what is kept from forward
     to backward waits in the host's memory. unfolded: the program with its layers apart, for tiles.
-    rules: backward rules, under which the model runs call by call. copies: of weights, where they
-    pay: not for launches that calls share, of which each would make its own. apart: each row goes
-    through the model as it is alone, by `torch.func.vmap`, since rows would meet.
+    rules: backward rules, under which the model runs call by call. copies: of weights, and what is
+    made of them alone, where they pay: not for launches that calls share, of which each would make
+    its own. apart: each row goes through the model as it is alone, by `torch.func.vmap`, since rows
+    would meet.
     """
 
     program: Program | None = None
@@ -119,7 +121,11 @@ class Way:
         if self.apart:
             return self._apart(model, call)
         if self.half is None:
-            route = self._route(model) if self.prefix is None else Recorded(self.prefix.rest)
+            program = None if self.tiled is not None or self.rules is not None else self._launched
+            if program is None:
+                route = self._route(model)
+            else:
+                route = Offloaded(program) if self.offloaded else Recorded(program)
         elif self._lowered is None:
             route = Widened(Autocast(model, self.half))
         else:
@@ -141,6 +147,40 @@ class Way:
         return (*map(id, parts), self.watched, self.offloaded)
 
     @property
+    def _whole(self) -> Program | None:
+        """The program of a launch, behind the prefix where there is one."""
+        return self.program if self.prefix is None else self.prefix.rest
+
+    @property
+    def _launched(self) -> Program | None:
+        """The same, of which what does not depend on the points has run, where copies pay."""
+        return self._whole if self._settled is None else self._settled.program
+
+    @cached_property
+    def _settled(self) -> Settled | None:
+        if self._whole is None or not self.settled_bytes:
+            return None
+        return settled(self._whole, self._made)
+
+    @cached_property
+    def _made(self) -> dict[Any, Any]:
+        return {}
+
+    @cached_property
+    def _scored(self) -> Program | None:
+        """The program from the inputs, with what its launches' own has made of the weights."""
+        if self.program is None or self._settled is None:
+            return self.program
+        same = self.prefix is None
+        return self._settled.program if same else settled(self.program, self._made).program
+
+    @cached_property
+    def settled_bytes(self) -> int:
+        """What is made of the weights once, for the time of a call."""
+        exact = self.half is None and self.tiled is None and self.copies
+        return settled_bytes(self._whole) if self._whole is not None and exact else 0
+
+    @property
     def half(self) -> torch.dtype | None:
         """The type of its products, None where that is the points'; tiles keep theirs."""
         return None if self.tiled is not None else self.precision.half
@@ -148,12 +188,12 @@ class Way:
     @property
     def lowered_bytes(self) -> int:
         """What copies of the weights in a half type take, for the time of a call."""
-        whole = self.program if self.prefix is None else self.prefix.rest
+        whole = self._whole
         return 0 if self.half is None or whole is None else lowered_bytes(whole)
 
     @cached_property
     def _lowered(self) -> Lowered | None:
-        whole = self.program if self.prefix is None else self.prefix.rest
+        whole = self._whole
         return None if self.half is None or whole is None else lowered(whole, self.half)
 
     def _scores(self, recipe: Recipe) -> bool:
@@ -172,9 +212,11 @@ class Way:
         return 0 if self.program is None or not self._scores(recipe) else ready_bytes(self.program)
 
     def refresh(self) -> None:
-        """Copies weights in a half type anew, for a way that outlives a call."""
+        """Makes copies of weights anew, for a way that outlives a call."""
         if self._lowered is not None:
             self._lowered.refresh()
+        if self._settled is not None:
+            self._settled.refresh()
 
     def of_now(self) -> Way:
         """The same way for one call, with copies of weights of its own."""
@@ -199,6 +241,8 @@ class Way:
         """Ways that take less memory and more time, in the order in which they are to be tried."""
         if self.program is None:
             return
+        if self.settled_bytes:
+            yield replace(self, copies=False)
         if self.prefix is not None:
             yield replace(self, prefix=None)
         precision = self.precision
@@ -246,8 +290,8 @@ class Way:
             return Ruled(model, self.rules)
         if self.tiled is not None:
             return self.tiled
-        if self.program is not None:
-            return Offloaded(self.program) if self.offloaded else Recorded(self.program)
+        if self._scored is not None:
+            return Offloaded(self._scored) if self.offloaded else Recorded(self._scored)
         return Watched(model) if self.watched else Plain(model)
 
     def __str__(self) -> str:

@@ -21,8 +21,8 @@ Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
 """(weight, bias, mean, variance, eps) of a batch normalisation with frozen statistics."""
 CONVOLUTIONS = frozenset((torch.conv1d, torch.conv2d, torch.conv3d))
 SMALLER = 8
-"""Times that a weight must be smaller than what its convolution writes for a row, to be folded
-anew in every launch."""
+"""Times that a weight must be smaller than what its convolution writes for a row, to be folded:
+where calls share launches, anew in every one."""
 
 
 def folded_convolution(

@@ -52,8 +52,28 @@ def test_what_is_unfolded_is_never_larger_than_what_is_given() -> None:
 
 def test_small_single_volumes_are_not_unfolded() -> None:
     weight, few = torch.randn(4, 1, 7, 7, 7), torch.Size((8, 8, 8))
-    assert not convolutions._to_gray_volumes(torch.randn(1, 4, 8, 8, 8), weight, few, 1)
-    assert convolutions._to_gray_volumes(torch.randn(2, 4, 8, 8, 8), weight, few, 1)
+    assert not convolutions._by_backward(torch.randn(1, 4, 8, 8, 8), weight, few, 1)
+    assert convolutions._by_backward(torch.randn(2, 4, 8, 8, 8), weight, few, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kernel", [(25, 22), (1, 16), (3, 18), (16, 1)])
+def test_wide_kernels(kernel: tuple[int, int], channels: int, rows: int) -> None:
+    """With channels innermost oneDNN has no fast transpose to few of them by a wide kernel."""
+    torch.manual_seed(0)
+    for stride, padding in itertools.product((1, 2), (0, 1)):
+        weight = torch.randn(8, channels, *kernel)
+        x = torch.randn(rows, channels, 40, 31, dtype=torch.float64, requires_grad=True)
+        y = functional.conv2d(x, weight.double(), None, stride, padding)
+        grad = torch.randn(y.shape).contiguous(memory_format=torch.channels_last)
+        (expected,) = torch.autograd.grad(y, x, grad.double())
+        options = ([stride] * 2, [padding] * 2, [1, 1], False, 1)
+        found = convolutions._transpose(grad, weight, x.shape[2:], *options)
+        assert found.shape == x.shape
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+    served = convolutions._by_backward(grad, weight, x.shape[2:], 1)
+    assert served == (channels <= 4 and kernel[1] >= 16)
 
 
 @pytest.mark.parametrize("axes", [2, 3])
