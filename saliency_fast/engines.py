@@ -89,6 +89,9 @@ class Engine:
     The model is explained in evaluation mode and left as it was, whatever happens.
     """
 
+    zeros_of_unused = True
+    """Whether inputs that no score depends on have zeros, and a warning, instead of an error."""
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -478,7 +481,7 @@ class Engine:
             # Several may be unused: the same again until all are known.
             number = error.number
             seen = self._place.at is not None or number in call.unused
-            if seen or not unused(self._called, call, number):
+            if seen or not self.zeros_of_unused or not unused(self._called, call, number):
                 raise
         known_unused.add(number)
         return self._prepare(call, baseline, region, method, recipe, alone=alone)

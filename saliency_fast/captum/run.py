@@ -107,6 +107,8 @@ class _Engine(Engine):
     its moments; of calls, the first of which is over.
     """
 
+    zeros_of_unused = False
+
     def __init__(
         self, model: Callable[..., Any], method: Method, known: Known, bar: Any = None, **of: Any
     ) -> None:

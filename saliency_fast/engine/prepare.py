@@ -107,6 +107,8 @@ def make_plan(
     if len(baselines) > 1:
         # The map of each, and the accumulators of the one before until the next has a launch.
         fixed += copies * sum_bytes + (len(baselines) - 1) * map_bytes
+    # A row that is proved alone before its launch.
+    fixed += sum(x[0].nbytes for x in call.inputs)
     finish = (1 if recipe.at_input else WORKING_COPIES) * map_bytes + (
         0 if prefix is None else 2 * sum_bytes
     )

@@ -138,7 +138,10 @@ class Trial:
         spots = [(batch - 1, int(order[-1])), (batch // 2, int(order[level.count // 2]))]
         few = level.count * batch < FEW
         spots = list(dict.fromkeys(one for one in spots if one != (0, 0)))[: 1 if few else 2]
-        return [replace(self, example=one, number=number, metered=False) for one, number in spots]
+        return [
+            replace(self, example=one, number=number, metered=False, draws=draws)
+            for one, number in spots
+        ]
 
     def in_float64(self) -> Trial:
         """The same point in float64, moved a little: where values tie, ways that are right to

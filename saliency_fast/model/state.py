@@ -105,7 +105,9 @@ class _Kept:
         copies: dict[int, Tensor] = {}
         for number, (name, tensor) in enumerate(zip(self.names, self.tensors, strict=True)):
             wanted = name not in parameters and (overwritten is None or name in overwritten)
-            if wanted and not tensor.is_meta and tensor.nbytes <= room:
+            # Layouts of their own, such as sparse ones, can be told by their versions alone.
+            plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+            if wanted and plain and tensor.nbytes <= room:
                 copies[number] = tensor.detach().clone()
                 room -= tensor.nbytes
         return copies

@@ -37,7 +37,10 @@ FAST = ("--method-arg", "steps=2")
         (("--memory-budget", "1KiB"), "smaller than one point"),
         (("--points-per-launch", "0"), "points_per_launch"),
         (("--size", "big"), "--size must be"),
-        (("--model", "tiny:colour"), "the model failed on an input [1, 1, 14, 12]"),
+        (
+            ("--model", "tiny:colour"),
+            "fails on these inputs, model(float32 [1, 1, 14, 12])",
+        ),
         (("--out", "grey.png"), "--out grey.png cannot be made"),
     ],
 )

@@ -327,7 +327,7 @@ def test_a_model_that_draws(method: Any) -> None:
     lean, plain = (sf.Engine(model, method, lean=one, hashes=False) for one in (True, False))
     with unchanged(model, X):
         found = lean(X, 1).values
-        assert way_of(lean) == "watched", why(lean)
+        assert way_of(lean) in ("watched", "off"), why(lean)
         torch.testing.assert_close(found, plain(X, 1).values, rtol=1e-12, atol=1e-15)
 
 
