@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -16,6 +17,9 @@ from saliency_fast.model.guard import untouched
 from saliency_fast.model.layers import Layer, module_at
 from saliency_fast.model.layout import channel_axis
 from saliency_fast.model.routes import Plain
+
+SERVICE = "saliency_fast"
+"""The thread of the service: random states are the whole process's, and not its to put back."""
 
 
 def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
@@ -38,13 +42,13 @@ def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
 
     def find() -> Sequence[str | None]:
         rows, run = ready(1)
-        with untouched(model, device):
+        with untouched(model, device, draws=threading.current_thread().name != SERVICE):
             return follow(model, rows, run)
 
     def look(layers: Sequence[Layer], of_input: bool) -> Inside:
         # Two rows: where a layer folds steps into the batch, their order tells.
         rows, run = ready(2)
-        with untouched(model, device):
+        with untouched(model, device, draws=threading.current_thread().name != SERVICE):
             return follow_inside(rows, run, layers, of_input)
 
     found = Layouts(shapes, given, find, look)
