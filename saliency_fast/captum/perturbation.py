@@ -402,21 +402,38 @@ class _Permuted:
         values = asked.scores.new_zeros((*asked.scores.shape, game.count))
         features = [one for one in range(game.count) if one not in self.few]
         kept: dict[int, Inputs] = {}
+        # From a feature to the first of those that are drawn with it, and to the state before.
+        groups: dict[int, tuple[int, Tensor]] = {}
+
+        def drawn(feature: int) -> None:
+            """Draws in Captum's order: so many features at once, one input after another."""
+            for one in features:
+                if feature in groups:
+                    break
+                if one not in groups:
+                    before = self.draws.state
+                    with self.draws.taken():
+                        found = self._drawn(game, one)
+                    groups.update((other, (one, before)) for other in found)
+            first, before = groups[feature]
+            now, self.draws.state = self.draws.state, before
+            with self.draws.taken():
+                found = self._drawn(game, first)
+            self.draws.state = now
+            kept.clear()
+            kept.update(found)
 
         def write(item: Tensor, place: Tensor) -> Inputs:
-            features, row = torch.unique(place, return_inverse=True)
+            several, row = torch.unique(place, return_inverse=True)
             tables = []
-            for feature in features.tolist():
+            for feature in several.tolist():
                 if feature not in kept:
-                    # Drawn in Captum's order: so many features at once, one input after another.
-                    kept.clear()
-                    with self.draws.taken():
-                        kept.update(self._drawn(game, feature))
+                    drawn(feature)
                 tables.append(kept[feature])
             found = []
             for number, x in enumerate(asked.inputs):
                 own = torch.stack([table[number] for table in tables])
-                whole = own.view(len(features), *x.shape)
+                whole = own.view(len(several), *x.shape)
                 found.append(whole[row, item].contiguous())
             return tuple(found)
 
