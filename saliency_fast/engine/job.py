@@ -100,8 +100,6 @@ class Job:
         except NotLeanError as refusal:
             self._probed, self.plan = self._as_it_is(f"given up in a launch: {refusal}")
             self.way, self.launches = self._probed.way.of_now(), None
-            # Whose rows may be suspected of more than the program's were.
-            made = self.again if self.independence and self.independence.apart else None
         except _CostlyError as found:
             assert self.otherwise is not None
             made = partial(self.otherwise, str(found))

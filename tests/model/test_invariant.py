@@ -44,8 +44,8 @@ def filled(m: Net, x: Tensor) -> Tensor:
 
 def repeated(m: Net, x: Tensor) -> Tensor:
     """Weights and rows: what is made for each row is no invariant."""
-    token = m.scale.exp().expand(len(x), 4, 1, 1)
-    return torch.cat([m.first(x) * token, m.first(x) + m.scale.exp()], 1)[:, :4]
+    token = m.scale.exp().expand(len(x), 4, 6, 6)
+    return torch.cat([token, m.first(x) + m.scale.exp()], 1)[:, 2:6].sin()
 
 
 def positions(m: Net, x: Tensor) -> Tensor:
@@ -76,7 +76,12 @@ def test_against_autograd(name: str, method: Any) -> None:
     check(engine, case)
     assert way_of(engine) == "program", why(engine)
     program = record(model, X).pruned()
-    left = {step.name for step in settled(program).program.steps}
+    ready = settled(program).program
+    for rows in (1, 2, 5):
+        # Points are handed over.
+        points = [randn(rows, 2, 6, 6, seed=rows) for _ in range(2)]
+        assert torch.equal(program(points[:1], ()), ready(points[1:], ()))
+    left = {step.name for step in ready.steps}
     assert left.isdisjoint(over.split())
     # Nothing is kept: weights that were written to, also behind PyTorch's count, are read anew.
     for one in model.parameters():

@@ -91,6 +91,20 @@ def test_examples_by_which_python_goes_several_ways(name: str, lean: bool) -> No
         check(engine, Case(lambda: model, inputs=(X,), args=(mask,)))
 
 
+@pytest.mark.filterwarnings("ignore:saliency_fast. the examples of this call depend:UserWarning")
+def test_examples_of_which_some_lead_python_another_way() -> None:
+    """Each alone and all at once read the same; two of them in a launch do not."""
+    engine = sf.Engine(seeded(lambda: Net(neighbours)), METHODS[0], points_per_launch=2)
+    ids = torch.tensor([[0], [1], [5]])
+    check(engine, Case(lambda: seeded(lambda: Net(neighbours)), inputs=(X,), args=(ids,)))
+    assert way_of(engine) != "program", why(engine)
+
+
+def neighbours(m: Net, x: Tensor, ids: Tensor) -> Tensor:
+    y = m.first(x)
+    return y.sin() if ids.max() - ids.min() == 1 else y
+
+
 def test_a_number_that_differs_in_every_call() -> None:
     """Programs do not pile up."""
     engine, model = engine_of(lambda m, x, factor: m.first(x) * factor.sum().item())
