@@ -49,7 +49,7 @@ from saliency_fast.methods import read_method
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.failures import diagnosed
 from saliency_fast.model.fingerprint import same_model, unchanging
-from saliency_fast.model.guard import uncompiled, untouched
+from saliency_fast.model.guard import uncaptured, uncompiled, untouched
 from saliency_fast.model.layers import At, names_of
 from saliency_fast.model.precision import AUTO, PRECISIONS
 from saliency_fast.model.routes import Inputs
@@ -161,6 +161,7 @@ class Engine:
             memory_budget=memory_budget,
         )
 
+    @uncaptured
     def plan(
         self,
         inputs: Tensor | Inputs,
@@ -189,6 +190,7 @@ class Engine:
             job.tell_graphs()
             return replace(job.plan, layout=job.call.layouts.told)
 
+    @uncaptured
     def __call__(
         self,
         inputs: Tensor | Inputs,

@@ -112,8 +112,9 @@ def test_after_success(method: Any) -> None:
         engine(x, "predicted", **options)
 
 
-PROBE, ENDS, MIDDLE = 1, 3, 6
-"""Calls of a model in a run of three examples, two points per launch."""
+PROBE, PROOF, ENDS, MIDDLE = 1, 3, 4, 8
+"""Calls of a model in a run of three examples, two points per launch: its first point, a row alone,
+scores, and gradients."""
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ PROBE, ENDS, MIDDLE = 1, 3, 6
         *(
             (error, at)
             for error in (ForwardError, KeyboardInterrupt)
-            for at in (PROBE, ENDS, MIDDLE)
+            for at in (PROBE, PROOF, ENDS, MIDDLE)
         ),
         (BackwardError, PROBE),
         (BackwardError, MIDDLE),

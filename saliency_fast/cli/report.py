@@ -17,7 +17,7 @@ from saliency_fast.attribution import Attribution, Provenance
 from saliency_fast.cli.inputs import Read
 from saliency_fast.cli.models import Loaded, reason
 from saliency_fast.cli.words import animations, over, summaries, write_words
-from saliency_fast.errors import InputError, ModelError, SaliencyError
+from saliency_fast.errors import InputError, ModelCallError, ModelError, SaliencyError
 from saliency_fast.methods import METHODS
 from saliency_fast.model.guard import untouched
 from saliency_fast.model.targets import tensor_of
@@ -175,17 +175,25 @@ class Reporter:
         return tuple(figures)
 
 
+_CHECK = (
+    "how inputs are read is said by --channels (3 makes grey pictures coloured, 1 the other way "
+    "round), --size and --batched; --debug shows where it fails"
+)
+
+
 @contextmanager
 def failures_named(read: Read) -> Iterator[None]:
     """Errors inside tell the input; those of the model itself become a ModelError."""
     try:
         yield
+    except ModelCallError as error:
+        raise ModelCallError(f"{read.source}: {error}; {_CHECK}") from error
     except SaliencyError as error:
         raise type(error)(f"{read.source}: {error}") from error
     except Exception as error:
         raise ModelError(
             f"{read.source}: the model failed on an input {list(read.x.shape)} ({reason(error)}); "
-            "check the input's shape, --size, --channels and --batched; --debug shows where"
+            f"{_CHECK}"
         ) from error
 
 

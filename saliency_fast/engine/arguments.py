@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.independence import Known, about, near, numbers
+from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import InputError, SaliencyError
+from saliency_fast.model.guard import same_draws, uncompiled
 
 MOST_TRIED = 4
 """Arguments of the batch's length of which all combinations are tried."""
@@ -36,7 +38,9 @@ def assigned(model: Model, call: Call, known: Known) -> Call:
     key = (call.shapes, tuple(unsaid), about(call))
     whole = known.arguments.get(key)
     if whole is None:
-        whole = _proved(model, call, list(unsaid))
+        meter = MemoryMeter()
+        with same_draws(lambda: meter.drew, call.device), uncompiled(), meter:
+            whole = _proved(model, call, list(unsaid))
         # Rows that are all alike prove nothing for the next call.
         if not any(torch.equal(one, one[:1].expand_as(one)) for one in unsaid.values()):
             known.arguments[key] = whole

@@ -37,6 +37,7 @@ from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError, warn
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.fingerprint import unchanging
+from saliency_fast.model.guard import same_draws
 from saliency_fast.model.layers import Behind
 from saliency_fast.model.precision import (
     AUTO,
@@ -165,9 +166,10 @@ class Choice:
             several.pop(next(iter(several)))
         found = several.setdefault(key, Independence(probed.suspect))
         found.learn(probed.suspect)
+        found.draws = probed.cost.drew
         if probed.suspect is not None and probed.suspect.arguments and found.apart is None:
             # Which way Python goes depends on the examples of a launch, not on its points.
-            how = self._differing(self.call.batch) if self.call.batch > 1 else None
+            how = self._differing(self.call.batch, found) if self.call.batch > 1 else None
             if how is not None:
                 found.meet(how)
         found.provoke = probed.suspect is not None or self.call.targets.function is not None
@@ -198,7 +200,7 @@ class Choice:
                 probed = probed.row_by_row()
             else:
                 limits = replace(limits, points_per_launch=1)
-            self._tell(self.call.batch)
+            self._tell(self.call.batch, rows)
         planned = partial(self._planned, tuple(notes), limits)
 
         def as_it_is(reason: str) -> tuple[Probe, Plan]:
@@ -225,7 +227,7 @@ class Choice:
                 if plan.points_per_launch == 1 and not (rows.proved or rows.compared):
                     # No launch will tell. Two of them, since memory may be why there is one.
                     rows.compared = True
-                    self._tell(2)
+                    self._tell(2, rows)
                 return job
         assert refusal is not None
         raise refusal
@@ -268,24 +270,28 @@ class Choice:
         plan = make_plan(self.method, *about, probed, limits, launches)
         return replace(plan, notes=(*plan.notes, *notes))
 
-    def _tell(self, examples: int) -> None:
+    def _tell(self, examples: int, rows: Independence) -> None:
         """Warns, once, where one of the first so many examples of the call scores together with
         them something else than alone.
         """
         if self.told or self.call.batch == 1:
             return
         self.told.append(True)
-        if (found := self._differing(examples)) is not None:
+        if (found := self._differing(examples, rows)) is not None:
             warn(
                 f"the examples of this call depend on each other: {found}. Each is explained as it "
                 "is alone; where the rows are parts of one input, such as the nodes of a graph, "
                 "use rows='together'"
             )
 
-    def _differing(self, examples: int) -> str | None:
+    def _differing(self, examples: int, rows: Independence) -> str | None:
         """How one of the first so many examples scores together with them something else than
         alone; None where none does.
         """
+        with same_draws(lambda: rows.draws, self.call.device):
+            return self._compared(examples)
+
+    def _compared(self, examples: int) -> str | None:
         call, function = self.call, Way().function(self.model, self.call)
         everyone = torch.arange(min(call.batch, examples), device=call.device)
         try:

@@ -118,7 +118,8 @@ class _Graph:
 
     def __init__(self, job: Job, function: PointFunction, x: Inputs, baselines: Inputs) -> None:
         self.job, self.function, self.x, self.baselines = job, function, x, baselines
-        self.size, self.independence = job.plan.points_per_launch, Independence()
+        known, self.size = job.independence, job.plan.points_per_launch
+        self.independence = Independence(draws=known is not None and known.draws)
 
     def _launched(self, count: int, launch: Callable[[slice], Made]) -> list[Made]:
         """What launches of so many points make; of one point each, where rows meet in the model."""

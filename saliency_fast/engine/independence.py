@@ -18,6 +18,7 @@ from torch import Tensor
 from saliency_fast.engine.bind import Call
 from saliency_fast.model.fingerprint import fingerprint
 from saliency_fast.model.function import PointFunction
+from saliency_fast.model.guard import same_draws
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.rows import Suspicion
 
@@ -50,7 +51,8 @@ class Independence:
     recording has shown that no call mixes rows, nothing is known. provoke: whether the first row is
     proved beside extreme ones, too. apart: how points are kept from meeting, once rows were seen
     to: by `torch.func.vmap`, or one row a launch; reason: what was seen. compared: whether examples
-    were compared with what they score together.
+    were compared with what they score together. draws: whether the model draws random numbers,
+    which it draws once more after a proof.
     """
 
     suspect: Suspicion | None = UNRECORDED
@@ -59,6 +61,7 @@ class Independence:
     apart: str | None = None
     reason: str = ""
     compared: bool = False
+    draws: bool = False
     _launches: int = 0
     _left: int = 0
 
@@ -99,9 +102,10 @@ class Independence:
         """Runs a row alone, before its launch, so that no memory is held beside that; returns what
         compares the launch's scores [R, K] with it, and raises RowsMeetError.
         """
-        lone, scale = (function.lone or function).judged(*row.alone())
-        if self.provoke and not self.proved and function.lone is None:
-            self._provoke(function, row, lone, scale)
+        with same_draws(lambda: self.draws, row.item.device):
+            lone, scale = (function.lone or function).judged(*row.alone())
+            if self.provoke and not self.proved and function.lone is None:
+                self._provoke(function, row, lone, scale)
         number = row.number
 
         def compare(scores: Tensor) -> None:

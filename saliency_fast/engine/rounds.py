@@ -17,12 +17,11 @@ from saliency_fast.engine.plan import point_bytes
 from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Level, Points, Recipe
 from saliency_fast.engine.run import Run
-from saliency_fast.engine.trial import same_draws
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.model.axes import Layouts
 from saliency_fast.model.directional import Directional, Project, summed
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.guard import same_draws, uncompiled
 from saliency_fast.model.layers import Layer, Taps
 from saliency_fast.model.routes import Inputs, Plain, Route, Ruled, Rules, Watched
 from saliency_fast.model.tapped import TappedFunction
@@ -214,7 +213,7 @@ class RoundsRun(Run):
         if function is self.function or rows == 1 or SCARCE * self.plan.launch_bytes <= room:
             return self.size
         item, meter = step.item[:1], MemoryMeter()
-        with same_draws(lambda: meter.drew), uncompiled(), meter:
+        with same_draws(lambda: meter.drew, item.device), uncompiled(), meter:
             grads = function.again(
                 lambda: function.gradients(step.write(item, step.place[:1]), item)[2]
             )

@@ -10,7 +10,7 @@ import torch
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, Launches, Trace, served
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.run import Run
-from saliency_fast.engine.trial import same_draws
+from saliency_fast.model.guard import same_draws
 
 TRACED_FROM = 16 * 1024**2
 """Bytes of a launch from which its trace pays, which costs up to five points."""
@@ -37,7 +37,7 @@ def seconds_per_point(run: Run, plan: Plan, *, draws: bool) -> float | None:
     arena = Arena(run.call.device, about=plan.launch_bytes)
     try:
         # As below.
-        with suppress(Exception), same_draws(lambda: draws):
+        with suppress(Exception), same_draws(lambda: draws, run.call.device):
             for _ in range(2):
                 started = time.perf_counter()
                 run.try_launch(rows, arena)
@@ -61,7 +61,7 @@ def _trace(run: Run, rows: int, draws: bool) -> Trace | None:
     arena = Arena(run.call.device, LEAST_TRACED, run.plan.launch_bytes)
     try:
         # Whatever goes wrong here goes wrong in a launch again, and is told there.
-        with suppress(Exception), same_draws(lambda: draws):
+        with suppress(Exception), same_draws(lambda: draws, run.call.device):
             run.try_launch(rows, arena)
             return arena.trace()
         return None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.directional import Directional, summed
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import PointFunction, entered
-from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.guard import same_draws, uncompiled
 from saliency_fast.model.meta import OnMeta, shapes_only
 from saliency_fast.model.outputs import leaves_of
 from saliency_fast.model.prefix import check_affine
@@ -226,7 +226,7 @@ class Trial:
         if not self.metered:
             hooks = meter = nullcontext()
         try:
-            drew = same_draws(lambda: ledger.meter.drew or self.draws)
+            drew = same_draws(lambda: ledger.meter.drew or self.draws, self.call.device)
             with self._place(), drew, uncompiled(), meter, hooks:
                 scores, _, grads = gradients()
         except (RuntimeError, MemoryError) as error:
@@ -249,7 +249,7 @@ class Trial:
         raises NotLeanError.
         """
         recording, meter = Recording(model), MemoryMeter()
-        with self._place(), same_draws(lambda: meter.drew), uncompiled(), meter:
+        with self._place(), same_draws(lambda: meter.drew, self.call.device), uncompiled(), meter:
             state = torch.random.get_rng_state()
             function, (points, item) = self._function(recording), self._points(rows)
             taken = function.taken(points)
@@ -282,16 +282,3 @@ class Trial:
 def _refuses_hooks(error: BaseException) -> bool:
     """Whether the model uses torch.func, whose transforms take no saved-tensor hooks."""
     return "saved tensor hooks" in str(error)
-
-
-@contextmanager
-def same_draws(drew: Callable[[], bool]) -> Iterator[None]:
-    """Whatever a model draws inside, it draws again afterwards. drew: whether it did; else random
-    numbers are other threads' business, since the state is the whole process's.
-    """
-    state = torch.random.get_rng_state()
-    try:
-        yield
-    finally:
-        if drew():
-            torch.random.set_rng_state(state)

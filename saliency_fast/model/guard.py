@@ -8,7 +8,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,17 +39,28 @@ def untouched(
         with _quiet(model, device) as was_training:
             yield was_training
         return
+    with same_draws(lambda: True, device), _quiet(model, device) as was_training:
+        yield was_training
+
+
+@contextmanager
+def same_draws(drew: Callable[[], bool], device: torch.device) -> Iterator[None]:
+    """Whatever a model draws inside, it draws again afterwards. drew: whether it did; else random
+    numbers are other threads' business, since the state is the whole process's.
+    """
     state = torch.random.get_rng_state()
     gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     try:
-        with _quiet(model, device) as was_training:
-            yield was_training
+        yield
     finally:
-        # A model that draws nothing leaves the state alone, and so do we.
-        if not torch.equal(state, torch.random.get_rng_state()):
-            torch.random.set_rng_state(state)
-        if gpu_state is not None and not torch.equal(gpu_state, torch.cuda.get_rng_state(device)):
-            torch.cuda.set_rng_state(gpu_state, device)
+        if drew():
+            # A model that draws nothing leaves the state alone, and so do we.
+            if not torch.equal(state, torch.random.get_rng_state()):
+                torch.random.set_rng_state(state)
+            if gpu_state is not None and not torch.equal(
+                gpu_state, torch.cuda.get_rng_state(device)
+            ):
+                torch.cuda.set_rng_state(gpu_state, device)
 
 
 @contextmanager
@@ -97,6 +109,23 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
 
 
 _EAGER = threading.Lock()
+Called = TypeVar("Called", bound=Callable[..., Any])
+
+
+def uncaptured(function: Called) -> Called:
+    """The function, which torch.compile leaves as it is with all that it calls: in a function that
+    is being compiled, it would compile our own frames one by one.
+    """
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    return cast(Called, called)
+
+
 _STANCES: list[Any] = []
 """PyTorch's stance, which is the whole process's, once for every thread inside `uncompiled`."""
 
