@@ -89,12 +89,12 @@ class RecordError(SaliencyError, ValueError):
     """An attribution record is truncated, altered, or written under another schema."""
 
 
-_OWN = ("saliency_fast", "contextlib", "threading", "concurrent")
-
-
-def warn(text: str) -> None:
-    """Warns the caller of this library, wherever in it that is found out."""
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_OWN):
+def warn(text: str, category: type[Warning] = UserWarning) -> None:
+    """Warns whoever called this library, wherever in it that is found out."""
+    own, frame = __name__.partition(".")[0], sys._getframe(1)
+    level = outermost = 2
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == own:
+            outermost = level
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"saliency_fast: {text}", UserWarning, stacklevel=level)
+    warnings.warn(f"{own}: {text}", category, stacklevel=outermost + 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import warnings
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.recipe import Method
 from saliency_fast.engine.region import Part
 from saliency_fast.engine.ties import Tied
+from saliency_fast.errors import warn
 from saliency_fast.specs import describe_baseline, describe_features, describe_target
 from saliency_fast.version import __version__
 
@@ -96,12 +96,11 @@ def _notes(outcome: Outcome) -> dict[str, Any]:
 def _share(tied: Tied | None) -> Tensor | None:
     """The share of the gradient that passes ties, where anybody looked."""
     if tied is not None and tied.rounded >= TOLD:
-        warnings.warn(
-            f"saliency_fast: up to {tied.rounded:.0%} of a map hangs on ties within rounding: the "
+        warn(
+            f"up to {tied.rounded:.0%} of a map hangs on ties within rounding: the "
             "model takes maxima of values that are equal but for the last digits, and the gradient "
             "goes to one place of several. Other versions of PyTorch, processors and batch sizes "
-            "give another map; see Attribution.tie_share",
-            stacklevel=2,
+            "give another map; see Attribution.tie_share"
         )
     return None if tied is None else tied.share
 

@@ -15,8 +15,7 @@ from saliency_fast.engine.independence import Known, near
 from saliency_fast.engine.layouts import layouts_at
 from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
-from saliency_fast.errors import InputError
-from saliency_fast.model.callers import warn
+from saliency_fast.errors import InputError, warn
 from saliency_fast.model.embeddings import embeddings
 from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction

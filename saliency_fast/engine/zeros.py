@@ -12,7 +12,7 @@ from saliency_fast.engine.bind import Call
 from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.way import Model, function_of
-from saliency_fast.model.callers import warn
+from saliency_fast.errors import warn
 from saliency_fast.model.routes import Inputs, Plain
 
 SHOWN = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
-from saliency_fast.errors import InputError, ModelError
+from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import maps_of, totals_like, unknown
 from saliency_fast.methods.parts.quadrature import gauss_logarithm
@@ -58,7 +57,7 @@ class HessianVectorProduct:
         project = _regions(asked, whole, 1)
         yield Round(write, item, item, project=project, each=each)
         if not any(bool(one.any()) for one in totals):
-            warnings.warn(f"saliency_fast: {FLAT.format('all products are zero')}", stacklevel=2)
+            warn(FLAT.format("all products are zero"))
         return Maps(maps_of(totals, maps))
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.errors import InputError, InputTypeError, warn
 
 LETTERS = "BCFTDHW"
 LayoutLike = str | Sequence[str | None] | None
@@ -191,12 +188,11 @@ class Layouts:
             )
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"saliency_fast: {what} depends on which axis of {name} {list(shape)} holds its "
+            warn(
+                f"{what} depends on which axis of {name} {list(shape)} holds its "
                 f"channels, and the model does not tell: taken as layout={letters!r}, channels "
                 "first; pass layout= to say so, or 'BHWC' for channels last",
                 LayoutWarning,
-                stacklevel=_outside(),
             )
         return Axes(letters)
 
@@ -227,17 +223,6 @@ def standard_layouts(inputs: Sequence[Tensor]) -> Layouts:
     """The layouts of inputs that are in their standard form."""
     names = {2: "BF", 3: "BCT", 4: "BCHW", 5: "BCDHW", 6: "BCTDHW"}
     return Layouts([x.shape for x in inputs], tuple(names.get(x.dim()) for x in inputs))
-
-
-def _outside() -> int:
-    """The `stacklevel` of who called the library."""
-    root, frame = str(Path(__file__).parents[1]), sys._getframe(1)
-    level = found = 1
-    while frame.f_back is not None:
-        if frame.f_code.co_filename.startswith(root):
-            found = level + 1
-        frame, level = frame.f_back, level + 1
-    return found
 
 
 def _read(given: LayoutLike, shapes: tuple[tuple[int, ...], ...]) -> tuple[str | None, ...]:

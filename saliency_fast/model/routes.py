@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from saliency_fast.errors import warn
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.outputs import map_tensors
 from saliency_fast.model.precision import HALVES
@@ -135,7 +135,7 @@ class Ruled:
         raw = calls.run(self.model, points, args, kwargs)
         # Without gradients no call needs a rule.
         if calls.met == 0 and self.rules.unmet and torch.is_grad_enabled():
-            warnings.warn(f"saliency_fast: {self.rules.unmet}", stacklevel=2)
+            warn(self.rules.unmet)
         return raw
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.errors import InputError, InputTypeError, warn
 from saliency_fast.tokens.characters import Span, is_byte_level, shown, spelled
 from saliency_fast.tokens.words import Row, Word, words_of
 
@@ -61,7 +60,7 @@ def encode(
                 f"texts are longer than the model takes: {shown}, expected at most {limit}; "
                 "shorten or split them, or pass truncate=True to cut them"
             )
-        warnings.warn(f"texts are cut to {limit} tokens: {shown}", UserWarning, stacklevel=3)
+        warn(f"texts are cut to {limit} tokens: {shown}")
         encoding = _called(tokenizer, pairs, truncation=True, max_length=limit)
     if not all(encoding["input_ids"]):
         empty = [number for number, ids in enumerate(encoding["input_ids"]) if not ids]
@@ -84,12 +83,10 @@ def _positions(model: object, found: Encoded) -> dict[str, Tensor]:
     if "position_ids" in _parameters(model):
         return {"position_ids": (found.real.cumsum(1) - 1).clamp_min(0)}
     if tables:
-        warnings.warn(
+        warn(
             "texts are padded on the left, and the model counts positions from there, so that a "
             "text gets another map than alone: use tokenizer.padding_side = 'right', or one text "
-            "at a time",
-            UserWarning,
-            stacklevel=4,
+            "at a time"
         )
     return {}
 

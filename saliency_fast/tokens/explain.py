@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from saliency_fast.api import Engine
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.recipe import Method
-from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
+from saliency_fast.errors import InputError, InputTypeError, NoAttentionError, warn
 from saliency_fast.methods import read_method
-from saliency_fast.model.callers import warn
 from saliency_fast.model.embeddings import Lookup, lookups
 from saliency_fast.model.guard import untouched
 from saliency_fast.model.layers import names_of

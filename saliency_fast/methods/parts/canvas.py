@@ -11,8 +11,7 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast.engine.rounds import Asked, Found, Round
-from saliency_fast.errors import InputError
-from saliency_fast.model.callers import warn
+from saliency_fast.errors import InputError, warn
 from saliency_fast.model.follow import Inside
 from saliency_fast.model.layers import LayerTaps, kind_of, module_at
 from saliency_fast.model.layout import Layout, Space, read_layout
