@@ -221,9 +221,7 @@ class Engine:
                 for moment in self._shown(job):
                     last = moment
                 outcome = last.outcome()
-            need_finite(outcome, job.plan.precision)
-            if self.tells_zeros:
-                warn_of_zeros(outcome, job.call, job.recipe, job.baselines)
+            self._look_at(job, outcome)
             usage = usage_of(job.plan, resident, time.perf_counter() - started)
         # Of the weights as they are outside of the call, whatever the model does to them inside.
         facts = usage | self._hashes(call)
@@ -275,7 +273,7 @@ class Engine:
                     continue
                 outcome = moment.outcome()
                 if moment.done == moment.of:
-                    need_finite(outcome, job.plan.precision)
+                    self._look_at(job, outcome)
                 usage = usage_of(job.plan, resident, time.perf_counter() - started)
                 facts = usage | hashes
                 partial = self._attribution(job, outcome, baseline, training, facts, at)
@@ -330,7 +328,7 @@ class Engine:
 
         def finish(job: Job, last: Moment) -> Attribution:
             outcome = last.outcome()
-            need_finite(outcome, job.plan.precision)
+            self._look_at(job, outcome)
             # Others use memory at the same time, so that its peak tells nothing.
             usage = usage_of(job.plan, None, time.perf_counter() - started)
             facts = usage | self._hashes(call)
@@ -390,6 +388,12 @@ class Engine:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(cancel=kind is not None)
+
+    def _look_at(self, job: Job, outcome: Outcome) -> None:
+        """Raises for a whole map that is not finite, and warns of one that is zero."""
+        need_finite(outcome, job.plan.precision)
+        if self.tells_zeros:
+            warn_of_zeros(outcome, job.call, job.recipe, job.baselines)
 
     @contextmanager
     def _diagnosing(self, call: Call) -> Iterator[None]:
