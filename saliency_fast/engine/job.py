@@ -168,10 +168,7 @@ class Job:
             # A point taken once more would move the model's random numbers.
             return None
         about = (self.call, self.recipe, self.baselines[number], self.plan)
-        found = find_ties(self.model, *about, first=not self._probed.looked)
-        if found is not None:
-            self._probed.looked[:] = [True]
-        return found
+        return find_ties(self.model, *about, self._probed.maxima)
 
     def _captured(self, number: int) -> tuple[CapturedRun | None, Any]:
         """A run by recorded launches that nobody else uses now, and its key."""

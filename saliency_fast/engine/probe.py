@@ -71,9 +71,9 @@ class Probe:
     model's fingerprints where a program stands for it. foreseen: on shapes alone. launches: what
     they take, and seconds: what a point takes in them, by way and size; losses: what the precision
     costs, and order: precisions, the fastest first; filled as they become known. captures: recorded
-    launches by kind, or why there are none. looked: not empty once ties were looked for. suspect:
-    why rows may meet in the model, None where a recording shows no call that could let them. whole:
-    the program as it was recorded.
+    launches by kind, or why there are none. maxima: whether the model takes any, once that is
+    known. suspect: why rows may meet in the model, None where a recording shows no call that could
+    let them. whole: the program as it was recorded.
     """
 
     way: Way
@@ -89,7 +89,7 @@ class Probe:
     losses: Losses = field(default_factory=Losses, repr=False)
     order: list[str] = field(default_factory=list, repr=False)
     captures: Captures = field(default_factory=Captures, repr=False)
-    looked: list[bool] = field(default_factory=list, repr=False)
+    maxima: list[bool] = field(default_factory=list, repr=False)
     suspect: Suspicion | None = UNRECORDED
     whole: Program | None = field(default=None, repr=False)
 

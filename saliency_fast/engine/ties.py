@@ -16,9 +16,10 @@ from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.ties import Ties, may_tie
 
-SHARED = 128
-"""Points of a call for each example that is looked at; one is in a first call. A point as it is
-takes as long as three or four in a launch. In float64 all examples are looked at."""
+SHARED, LEAST = 128, 32
+"""Points of a call for each example that is looked at, and of calls in which one is; one is in a
+first call of a kind. A point as it is takes as long as three or four in a launch. In float64 all
+examples are looked at."""
 
 
 @dataclass(frozen=True)
@@ -44,47 +45,57 @@ class Tied:
 
 
 def find_ties(
-    model: Model, call: Call, recipe: Recipe, baselines: Inputs, plan: Plan, *, first: bool
+    model: Model, call: Call, recipe: Recipe, baselines: Inputs, plan: Plan, maxima: list[bool]
 ) -> Tied | None:
     """Looks at one point of some examples by the model as it is; None where that would cost more
-    than it is worth, and for methods that are no sum over points. first: of the calls of a kind.
+    than it is worth, and for methods that are no sum over points. maxima: whether the model takes
+    any, empty until that is known.
     """
     exact = torch.float64 in call.dtypes
     affordable = 2 * MARGIN * plan.saved_before <= plan.budget
     summed = recipe.gradients and recipe.rules is None and recipe.rounds is None
     count = recipe.count * call.batch
-    many = call.batch if exact else max(count // SHARED, int(first))
+    few = int(not maxima or count >= LEAST)
+    many = call.batch if exact else max(count // SHARED, few)
     if not (summed and affordable and many):
         return None
+    share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")
+    if maxima == [False]:
+        return Tied(share.zero_())
     level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
     order = level.place.argsort()
     spots = [int(order[level.count // 2])]
     if exact and level.count > 1 and float(level.place[order[0]]) == 0.0:
         # At the baseline all may be flat.
         spots.append(int(order[0]))
-    share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")
     largest, apart = 0.0, False
-    for example in range(min(call.batch, many)):
-        share[example] = 0.0
+    for example in range(call.batch):
         item = torch.full((1,), example, device=call.device)
-        for spot in spots:
-            points = source.write(level.rows(item, spot, spot + 1))
-            if not may_tie(points):
-                continue
-            tied, rounded = _shares(model, call, points, item)
-            apart |= exact and rounded > 0
-            if spot == spots[0]:
-                share[example], largest = tied, max(largest, rounded)
+        several = [source.write(level.rows(item, spot, spot + 1)) for spot in spots]
+        tying = [may_tie(points) for points in several]
+        if not any(tying):
+            share[example] = 0.0
+        elif many > 0:
+            many, share[example] = many - 1, 0.0
+            for number, points in enumerate(several):
+                if not tying[number]:
+                    continue
+                tied, rounded = _shares(Ties(model), call, points, item, maxima)
+                apart |= exact and rounded > 0
+                if number == 0:
+                    share[example], largest = tied, max(largest, rounded)
     return Tied(share, largest, apart)
 
 
-def _shares(model: Model, call: Call, points: Inputs, item: Tensor) -> tuple[float, float]:
+def _shares(
+    ties: Ties, call: Call, points: Inputs, item: Tensor, maxima: list[bool]
+) -> tuple[float, float]:
     """The shares of the gradient at a point that pass ties, and ties that rounding decides."""
-    ties = Ties(model)
     try:
         with uncompiled():
             function_of(ties, call).gradients(points, item)
     except (RuntimeError, MemoryError):
         # What is not known is not told; the launches say what fails.
         return math.nan, 0.0
+    maxima[:] = [ties.met]
     return ties.shares()

@@ -28,10 +28,11 @@ class Ties:
 
     passed: for each maximum over places that the model takes, what of the gradient goes through it
     in all, through ties, and through those whose values are not equal to the last bit: sums of
-    absolute values.
+    absolute values. met: whether it takes any.
     """
 
     model: Callable[..., Any]
+    met: bool = False
     passed: list[list[float]] = field(default_factory=list)
 
     def __call__(
@@ -81,6 +82,7 @@ class _Watch(Calls):
             y = result[0]
         if look is None or y is None or not y.requires_grad:
             return result
+        self._ties.met = True
         with torch.no_grad():
             counts = look(args[0].detach(), y.detach(), *args[1:], **kwargs)
         if counts is not None:

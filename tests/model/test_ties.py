@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import saliency_fast as sf
 from saliency_fast import zoo
-from saliency_fast.engine import probe
+from saliency_fast.engine import probe, ties
 from saliency_fast.model.lean import LEAN
 from saliency_fast.model.ties import Ties
 
@@ -288,12 +288,25 @@ def test_attributions_tell_what_ties_decide(dtype: torch.dtype) -> None:
 def test_how_many_examples_are_looked_at_in_float32() -> None:
     torch.manual_seed(0)
     model, x = _vgg(2, 3, True).float(), _flat((3, 40, 40), "colours").float().expand(3, -1, -1, -1)
-    for number, (steps, later) in enumerate(((4, None), (32, None), (64, 1), (128, 3))):
+    for number, (steps, later) in enumerate(((4, None), (32, 1), (64, 1), (128, 3))):
         engine = sf.Engine(model, sf.IntegratedGradients(steps=steps))
         first = max(later or 0, int(number == 0)) or None
         for looked in (first, later):
             share = engine(x, target=1).tie_share
             assert (None if share is None else int((~share.isnan()).sum())) == looked, steps
+
+
+def test_models_without_maxima_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    x, looks = torch.full((2, 3, 6, 6), 0.5), list[object]()
+    shares = ties._shares
+    monkeypatch.setattr(ties, "_shares", lambda *given: looks.append(given) or shares(*given))
+    engine = sf.Engine(model, sf.IntegratedGradients(steps=64))
+    for expected in ([0.0, 0.0], [0.0, 0.0]):
+        share = engine(x, target=1).tie_share
+        assert share is not None
+        assert share.nan_to_num().tolist() == expected
+    assert len(looks) == 1
 
 
 def test_tie_shares_are_recorded(tmp_path: Path) -> None:
