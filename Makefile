@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What is installed of PyTorch, and the releases that `make test-versions` takes instead.
 TORCH ?= torch
+RELEASES ?= 2.9.0 2.14.1 2.15.0
 # Tests run in so many processes at a time.
 WORKERS ?= 2
-RELEASES ?= 2.9.0 2.14.1 2.15.0
 # A pip before 24.2 does not read the system's certificates, without which no index is reached
 # behind a proxy that has its own; pip's own `cert` setting wins over this one.
 CERTIFICATES ?= $(firstword $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt))

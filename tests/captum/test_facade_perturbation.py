@@ -131,7 +131,7 @@ def several(original: Tensor, **more: Any) -> Iterator[Tensor]:
         {"perturb_func": uneven, "similarity_func": similarity},
         {"perturb_func": several, "interpretable_model": SkLearnRidge(alpha=0.1)},
     ],
-    ids=str,
+    ids=" ".join,
 )
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("at_once", [1, 7])
