@@ -21,6 +21,7 @@ from saliency_fast.engine.independence import (
     Independence,
     Known,
     about,
+    meeting,
     near,
     numbers,
     settings,
@@ -201,6 +202,8 @@ class Choice:
             else:
                 limits = replace(limits, points_per_launch=1)
             self._tell(self.call.batch, rows)
+        if self.recipe.rules is not None and self.recipe.rules.references:
+            self._need_pairs(rows)
         planned = partial(self._planned, tuple(notes), limits)
 
         def as_it_is(reason: str) -> tuple[Probe, Plan]:
@@ -269,6 +272,27 @@ class Choice:
         about = (self.recipe, self.call, self.baselines)
         plan = make_plan(self.method, *about, probed, limits, launches)
         return replace(plan, notes=(*plan.notes, *notes))
+
+    def _need_pairs(self, rows: Independence) -> None:
+        """Raises ModelError where an example and its reference, which rules take through the model
+        together, depend on each other.
+        """
+        reason, number = rows.reason if rows.apart is not None else None, self.call.batch // 2
+        if reason is None and not rows.paired:
+            item = torch.tensor([number, number], device=self.call.device)
+            parts = zip(self.call.inputs, self.baselines[0], strict=True)
+            points = tuple(torch.cat([x[item[:1]], b[item[:1] % len(b)]]) for x, b in parts)
+            function = Way().function(self.model, self.call)
+            with same_draws(lambda: rows.draws, self.call.device):
+                reason = meeting(function, points, item, extremes=rows.suspect is not None)
+            rows.paired = reason is None
+        if reason is not None:
+            raise ModelError(
+                f"{self.method.name} takes each example through the model together with its "
+                f"reference, and the model lets rows depend on each other ({reason}): its rules "
+                "would compare something else than this example and this reference; use "
+                "'integrated_gradients', or a model without what joins its rows"
+            )
 
     def _tell(self, examples: int, rows: Independence) -> None:
         """Warns, once, where one of the first so many examples of the call scores together with

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.model.fingerprint import fingerprint
@@ -52,7 +53,8 @@ class Independence:
     proved beside extreme ones, too. apart: how points are kept from meeting, once rows were seen
     to: by `torch.func.vmap`, or one row a launch; reason: what was seen. compared: whether examples
     were compared with what they score together. draws: whether the model draws random numbers,
-    which it draws once more after a proof.
+    which it draws once more after a proof. paired: whether an example and its reference have gone
+    through the model together, and scored what they score alone.
     """
 
     suspect: Suspicion | None = UNRECORDED
@@ -62,8 +64,11 @@ class Independence:
     reason: str = ""
     compared: bool = False
     draws: bool = False
+    paired: bool = False
     _launches: int = 0
     _left: int = 0
+    _sizes: set[int] = field(default_factory=set)
+    _tied_alike: bool = False
 
     def __post_init__(self) -> None:
         self.learn(self.suspect)
@@ -76,6 +81,10 @@ class Independence:
         if not suspect.proof and (self.apart is None or not suspect.vmap):
             self.meet(suspect.reason, vmapped=not suspect.vmap)
 
+    def knows(self, rows: int) -> bool:
+        """Whether launches of so many rows need no proof, but for some of them at random."""
+        return self.proved and rows in self._sizes
+
     def due(self, rows: int, *, apart: bool) -> tuple[int, ...]:
         """The rows of a launch of so many that are to be proved; raises RowsMeetError for a launch
         that does not keep apart what was seen to meet.
@@ -84,7 +93,8 @@ class Independence:
             return ()
         if self.apart is not None and not apart:
             raise RowsMeetError(self.reason)
-        if not self.proved:
+        # A model may branch on the number of its rows.
+        if not (self.knows(rows) or (self.proved and apart)):
             self._launches += 1
             # Of an input and its baseline the input: at zeros many models score zero, whatever they
             # do. Where scores are saturated a row tells nothing: of a suspect several are asked.
@@ -98,13 +108,19 @@ class Independence:
             self._left = _CHANCE.randrange(64, 256)
         return (_CHANCE.randrange(rows),)
 
-    def prove(self, function: PointFunction, row: Row) -> Callable[[Tensor], None]:
+    def prove(
+        self, function: PointFunction, row: Row, *, gradients: bool = False
+    ) -> Callable[[Tensor], None]:
         """Runs a row alone, before its launch, so that no memory is held beside that; returns what
-        compares the launch's scores [R, K] with it, and raises RowsMeetError.
+        compares the launch's scores [R, K] with it, and raises RowsMeetError. gradients: whether
+        the launch asks for any.
         """
         with same_draws(lambda: self.draws, row.item.device):
             lone, scale = (function.lone or function).judged(*row.alone())
-            if self.provoke and not self.proved and function.lone is None:
+            if function.lone is not None:
+                if gradients and not self._tied_alike:
+                    self._at_ties(function, function.lone, row)
+            elif self.provoke and not self.proved:
                 self._provoke(function, row, lone, scale)
         number = row.number
 
@@ -114,6 +130,7 @@ class Independence:
                     f"one scores {numbers(lone[0])} alone and {numbers(scores[number])} in a "
                     f"launch of {len(scores)}"
                 )
+            self._sizes.add(len(scores))
             if not self.proved and self._launches >= LAUNCHES:
                 self.proved, self._left = True, _CHANCE.randrange(2, 16)
 
@@ -133,6 +150,22 @@ class Independence:
             raise RowsMeetError(
                 f"one scores {numbers(lone[0])} alone and {numbers(found[1])} among larger ones"
             )
+
+    def _at_ties(self, function: PointFunction, lone: PointFunction, row: Row) -> None:
+        """The gradients of rows of few values, whose maxima and medians several places reach: under
+        vmap PyTorch may choose among those otherwise than without, while scores are the same.
+        """
+        points, item = row.of_few_values()
+        found = function.gradients(tuple(one.clone() for one in points), item)[2]
+        for number in range(len(item)):
+            own = slice(number, number + 1)
+            alone = lone.gradients(tuple(one[own].clone() for one in points), item[own])[2]
+            for several, single in zip(tree_leaves(found), tree_leaves(alone), strict=True):
+                a, b = several[own].detach().double(), single.detach().double()
+                limit = TOLERANCE.get(single.dtype, 0.0) + ROUGH.get(function.precision.name, 0.0)
+                if not bool((a - b).norm() <= limit * b.norm()) and bool(b.isfinite().all()):
+                    raise RowsMeetError("torch.func.vmap gives another gradient where values tie")
+        self._tied_alike = True
 
     def meet(self, reason: str, *, vmapped: bool = False) -> None:
         """Rows were seen to meet, or `vmapped`: not to be kept apart by vmap."""
@@ -156,9 +189,22 @@ class Row:
     def alone(self) -> tuple[Inputs, Tensor]:
         return tuple(one.clone() for one in self.points), self.item
 
+    def of_few_values(self) -> tuple[Inputs, Tensor]:
+        """The row twice, rounded to three and to five values."""
+        return tuple(torch.cat([_rounded(one, n) for n in (1, 2)]) for one in self.points), (
+            self.item.expand(2)
+        )
+
     def among_others(self) -> tuple[Inputs, Tensor]:
         """The row as the second one of five."""
         return tuple(map(_between, self.points)), self.item.expand(5)
+
+
+def _rounded(row: Tensor, levels: int) -> Tensor:
+    if not row.is_floating_point():
+        return row
+    size = row.abs().amax().clamp_min(torch.finfo(row.dtype).tiny)
+    return (row / size * levels).round() * (size / levels)
 
 
 def _between(row: Tensor) -> Tensor:
@@ -187,6 +233,27 @@ def settings(call: Call) -> tuple[object, ...]:
     """What tells the arguments of a call apart that are no tensors."""
     further = {key: None if isinstance(one, Tensor) else one for key, one in call.further()}
     return fingerprint(further) if further else ()
+
+
+def meeting(
+    function: PointFunction, points: Inputs, item: Tensor, *, extremes: bool
+) -> str | None:
+    """How one of these rows scores among the others something else than alone; None where none
+    does. extremes: whether each is also tried among rows that are far from all others.
+    """
+    together, scale = function.judged(tuple(one.clone() for one in points), item)
+    known = Independence(None)
+    for number in range(len(item)):
+        row = Row.of(points, item, number)
+        alone, _ = function.judged(*row.alone())
+        if not near(together[number], alone[0], scale, function):
+            return f"one scores {numbers(alone[0])} alone and {numbers(together[number])} there"
+        try:
+            if extremes:
+                known._provoke(function, row, alone, scale)
+        except RowsMeetError as error:
+            return str(error)
+    return None
 
 
 def near(one: Tensor, other: Tensor, scale: float, function: PointFunction) -> bool:

@@ -69,7 +69,7 @@ class Want:
         """Runs one of its rows alone; returns what compares a launch's scores with that."""
         assert self.independence is not None
         row = Row(*self.write(slice(number, number + 1)), number)
-        return self.independence.prove(self.function, row)
+        return self.independence.prove(self.function, row, gradients=self.gradients)
 
     @property
     def kind(self) -> tuple[object, ...]:

@@ -188,13 +188,13 @@ class Run:
 
     def prove(self) -> Generator[Want, Answer, None]:
         """Launches whose rows are proved apart, for runs whose own launches are recorded."""
-        size = min(3, self.size, self.recipe.count * self.call.batch)
+        size = min(self.size, self.recipe.count * self.call.batch)
         if self.independence is None or size < 2:
             return
         item = torch.arange(size, device=self.call.device) % self.call.batch
         rows = self.recipe.levels[0].to(self.call.device).rows(item, 0, size)
         source = self.recipe.family.bind(*self._ends_of_lines())
-        while not self.independence.proved:
+        while not self.independence.knows(size):
             want = _wanted(self.behind, source, rows)
             want.independence = self.independence
             yield want

@@ -58,6 +58,8 @@ class Vmapped:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        if len(points[0]) == 1:
+            return self.model(*points, *args, **kwargs)
         further = dict(enumerate(args)) | dict(kwargs)
         own = {key: one for key, one in further.items() if key in self.owned}
         seen: list[Any] = []
