@@ -11,11 +11,11 @@ from torch import Tensor
 
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call, read_inputs
-from saliency_fast.engine.independence import Known, near
+from saliency_fast.engine.independence import Known
 from saliency_fast.engine.layouts import layouts_at
 from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
-from saliency_fast.errors import InputError, warn
+from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.model.embeddings import embeddings
 from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
@@ -35,8 +35,6 @@ from saliency_fast.model.program import laid, lies_innermost
 from saliency_fast.model.routes import Inputs, Plain
 from saliency_fast.model.spatial import Change, last_spatial
 
-ROWS = 32
-"""Examples whose activations are read at a time."""
 AUTO = "auto"
 
 
@@ -77,6 +75,7 @@ class Place:
         )
         key = (self.of_input, *map(id_of, layers), *counts)
         if key not in self._behind:
+            self._need_batch_first(call, layers)
             self._behind[key] = Behind(self.model, layers, self.of_input, counts)
         behind, known = self._behind[key], self.knowns.setdefault(key, Known())
         # A baseline that the method has no use for is refused where others are.
@@ -121,21 +120,30 @@ class Place:
         """What the layers give for `rows` of the inputs, with the arguments of examples `item`, and
         how many tensors each layer gives.
         """
-        function, parts = _function(self.model, call), []
+        function, parts = _function(self.model, call), list[list[Tensor]]()
         counts: tuple[int, ...] = ()
         item = item.to(call.device)
-        for start in range(0, len(item), ROWS):
-            own = slice(start, start + ROWS)
+        # One by one: before the layers rows may meet, and no later proof would see it.
+        for number in range(len(item)):
+            own = slice(number, number + 1)
             part = tuple(one[own] for one in rows)
             flat, counts = self._read(layers, function, part, item[own])
-            for tensor in flat:
-                if tensor.dim() == 0 or len(tensor) != len(item[own]):
-                    raise InputError(
-                        f"at: the layer's tensor must have the batch on its first axis: got "
-                        f"{list(tensor.shape)} for {len(item[own])} examples; name another layer"
-                    )
-            parts.append(self._apart(layers, function, part, item[own], flat))
+            _need_rows(flat, 1)
+            parts.append(flat)
         return tuple(map(torch.cat, zip(*parts, strict=True))), counts
+
+    def _need_batch_first(self, call: Call, layers: tuple[Layer, ...]) -> None:
+        """Raises InputError where what the layers give for two rows has another axis first: it may
+        be as long as the batch.
+        """
+        item = torch.zeros(2, dtype=torch.int64, device=call.device)
+        function, rows = _function(self.model, call), tuple(x[item] for x in call.inputs)
+        try:
+            flat, _ = self._read(layers, function, rows, item)
+        except ModelError:
+            # A model of one row at a time.
+            return
+        _need_rows(flat, 2)
 
     def _read(
         self, layers: tuple[Layer, ...], function: PointFunction, rows: Inputs, item: Tensor
@@ -143,32 +151,6 @@ class Place:
         """The tensors that the layers give for some rows, and how many each of them gives."""
         found = Read(layers, self.of_input).run(_forward(function, rows, item))
         return [one for several in found for one in several], tuple(map(len, found))
-
-    def _apart(
-        self,
-        layers: tuple[Layer, ...],
-        function: PointFunction,
-        rows: Inputs,
-        item: Tensor,
-        found: list[Tensor],
-    ) -> list[Tensor]:
-        """What the layers gave for several rows, if a middle row alone gives what it gave among the
-        others; else what each of them gives alone.
-        """
-
-        def alone(number: int) -> list[Tensor]:
-            own = slice(number, number + 1)
-            return self._read(layers, function, tuple(x[own] for x in rows), item[own])[0]
-
-        count = len(item)
-        middle = count // 2
-        if count == 1 or all(
-            one.shape == every[middle : middle + 1].shape
-            and near(every[middle], one[0], float(one.abs().max()), function)
-            for one, every in zip(alone(middle), found, strict=True)
-        ):
-            return found
-        return [torch.cat(several) for several in zip(*map(alone, range(count)), strict=True)]
 
     def _baseline(
         self,
@@ -217,6 +199,16 @@ class Place:
                 f"the baseline changes the score and not what {names} gives, so the "
                 "map is zero and tells nothing of the difference: the score depends on the input "
                 "past this layer; name the layer that the change goes through"
+            )
+
+
+def _need_rows(found: list[Tensor], rows: int) -> None:
+    for tensor in found:
+        if tensor.dim() == 0 or len(tensor) != rows:
+            raise InputError(
+                "at: the layer's tensor must have the batch on its first axis: got "
+                f"{list(tensor.shape)} for {rows} example{'s' if rows > 1 else ''}; name another "
+                "layer"
             )
 
 
