@@ -322,3 +322,30 @@ def test_runs_of_other_threads_while_hooks_come_and_go(kind: str) -> None:
 
         assert last_spatial(model, run, 1)[0] is model[1]
     assert torch.equal(found[0], expected)
+
+
+class TimeFirst(nn.Module):
+    """Series [B, T, 4], whose middle has the steps before the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned, self.mixed = nn.Identity(), nn.Linear(4, 4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.mixed(self.turned(x.transpose(0, 1)))).mean(0))
+
+
+@pytest.mark.parametrize("method", ["conductance", "gradient", "lrp", "integrated_gradients"])
+@pytest.mark.parametrize(("batch", "steps"), [(1, 5), (2, 2), (4, 4), (1, 51), (33, 32)])
+def test_a_layer_whose_first_axis_is_time(method: str, batch: int, steps: int) -> None:
+    # Where there are as many steps as examples or rows, the length of the axis tells nothing.
+    model, x = TimeFirst().double(), torch.randn(batch, steps, 4).double()
+    with pytest.raises(InputError, match=r"batch on its first axis: got \[\d+, \d+, 4\] for"):
+        sf.explain(model, x, target=1, at="turned", method=method)
+
+
+def test_conductance_of_one_step_whose_axis_comes_first() -> None:
+    model, x = TimeFirst().double(), torch.randn(1, 1, 4).double()
+    with pytest.raises(InputError, match="batch on its first axis"):
+        sf.explain(model, x, target=1, at="turned", method="conductance")

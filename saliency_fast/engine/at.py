@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -128,7 +128,7 @@ class Place:
             own = slice(number, number + 1)
             part = tuple(one[own] for one in rows)
             flat, counts = self._read(layers, function, part, item[own])
-            _need_rows(flat, 1)
+            need_batch_first(flat, 1)
             parts.append(flat)
         return tuple(map(torch.cat, zip(*parts, strict=True))), counts
 
@@ -143,7 +143,7 @@ class Place:
         except ModelError:
             # A model of one row at a time.
             return
-        _need_rows(flat, 2)
+        need_batch_first(flat, 2)
 
     def _read(
         self, layers: tuple[Layer, ...], function: PointFunction, rows: Inputs, item: Tensor
@@ -202,13 +202,13 @@ class Place:
             )
 
 
-def _need_rows(found: list[Tensor], rows: int) -> None:
-    for tensor in found:
+def need_batch_first(tensors: Sequence[Tensor], rows: int) -> None:
+    """Raises InputError where what layers give for so many rows has another axis in front."""
+    for tensor in tensors:
         if tensor.dim() == 0 or len(tensor) != rows:
             raise InputError(
-                "at: the layer's tensor must have the batch on its first axis: got "
-                f"{list(tensor.shape)} for {rows} example{'s' if rows > 1 else ''}; name another "
-                "layer"
+                f"at: the layer's tensor must have the batch on its first axis: got "
+                f"{list(tensor.shape)} for {rows} example{'s' * (rows != 1)}; name another layer"
             )
 
 

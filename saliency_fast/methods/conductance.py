@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 from saliency_fast import ops
+from saliency_fast.engine.at import need_batch_first
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_like, unknown
 from saliency_fast.methods.parts.quadrature import RULES
+from saliency_fast.model.guard import same_draws
 from saliency_fast.model.layers import LayerTaps
 from saliency_fast.model.routes import Inputs
 
@@ -45,6 +51,7 @@ class Conductance:
         path = Neighbours(asked, sorted(RULES[self.rule].points(self.steps + 1)[0].tolist()))
 
         def each(rows: slice, found: Found) -> None:
+            need_batch_first(found.taps, rows.stop - rows.start)
             totals[:] = totals or [totals_like(found.taps, asked.scores.numel())]
             for item, weight, here, there in path.pairs(rows, found):
                 changes = [b - a for a, b in zip(here.taps, there.taps, strict=True)]
@@ -53,6 +60,24 @@ class Conductance:
                         slot = item * maps + k
                         ops.accumulate(total, gradient * change, slot, weight, "sum")
 
-        taps = LayerTaps(asked.layers, asked.layer_input)
+        taps = _BatchFirst(asked.layers, asked.layer_input)
         yield Round(path.write, path.item, path.place, taps=taps, each=each)
         return Maps(maps_of(totals[0], maps), unknown(asked))
+
+
+@dataclass(frozen=True)
+class _BatchFirst(LayerTaps):
+    """Taps at layers whose tensors have the batch on their first axis, as is found out once."""
+
+    _looked: list[bool] = field(default_factory=list, compare=False)
+
+    def look(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
+        """Raises InputError where one row alone shows another axis in front: a launch may have as
+        many rows as there are steps.
+        """
+        if self._looked:
+            return
+        with torch.no_grad(), same_draws(lambda: True, rows[0].device):
+            _, found = self.run(lambda: run(tuple(one.clone() for one in rows)))
+        need_batch_first(found, 1)
+        self._looked.append(True)
