@@ -17,11 +17,11 @@ from torch import Tensor
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Belonging, Call, Shared, bind
-from saliency_fast.errors import InputError
+from saliency_fast.errors import InputError, ModelError
 from saliency_fast.model.axes import LayoutLike, Layouts
 from saliency_fast.model.outputs import map_tensors, tensors_of
 from saliency_fast.model.routes import Inputs
-from saliency_fast.model.targets import Reader, Target, Targets
+from saliency_fast.model.targets import Reader, Target, Targets, tensor_of
 from saliency_fast.specs import describe_baseline, describe_target
 
 
@@ -71,8 +71,25 @@ class Summed(Reader):
                     f"the {self.rows.batch} rows, with rows='together': got {got}"
                 )
             return found
-        everyone = torch.arange(self.rows.batch, device=next(iter(tensors_of(raw))).device)
-        return self.rows.read(raw, everyone)[0][:, 0]
+        return _read(self.rows, raw)[0][:, 0]
+
+
+def _read(rows: Targets, raw: Any) -> tuple[Tensor, Tensor | None]:
+    """Scores [N, 1] of the rows of an input, and their classes, from what the model returns."""
+    if rows.function is not None:
+        # An object, which reads what the model returns as it likes.
+        everyone = torch.arange(rows.batch, device=next(iter(tensors_of(raw))).device)
+        return rows.read(raw, everyone)
+    output = tensor_of(raw)
+    if output.dim() == 0 or len(output) != rows.batch:
+        number = ("output", "output[0]", "output[0, 1]")[min(output.dim(), 2)]
+        raise ModelError(
+            f"this target reads a score of each of the {rows.batch} rows, whose sum "
+            f"rows='together' explains, and the model must return as many rows: got "
+            f"{list(output.shape)}; where it returns something else of the whole input, pass a "
+            f"function that reads one number of that, such as target=lambda output: {number}"
+        )
+    return rows.read(raw, torch.arange(rows.batch, device=output.device))
 
 
 @dataclass(frozen=True)
@@ -122,10 +139,8 @@ def whole_call(
     if rows.targets.predicted:
         with torch.no_grad():
             raw = model(*(x.clone() for x in rows.inputs), *rows.args, **rows.kwargs)
-        everyone = torch.arange(rows.batch, device=rows.device)
-        rows = replace(
-            rows, targets=replace(rows.targets, classes=rows.targets.read(raw, everyone)[1])
-        )
+        classes = _read(rows.targets, raw)[1]
+        rows = replace(rows, targets=replace(rows.targets, classes=classes))
     marked = args if isinstance(args, tuple) else (args,)
     return Whole(
         rows,

@@ -140,6 +140,11 @@ TARGETS = {
         "one score per row|got [1, 5]|expected [1]", InputError, target=lambda y: y
     ),
     "function sums the batch": asked("got []|expected [1]", InputError, target=lambda y: y.sum()),
+    "function averages the batch": asked(
+        "got []|expected [1]|4 examples|lambda output: output[:, 1]|over the rows",
+        InputError,
+        target=lambda y: y[:, 1].mean(),
+    ),
     "function of no tensor": asked("got float", InputError, target=lambda y: y[0, 0].item()),
 }
 MASKS = {

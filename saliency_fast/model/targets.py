@@ -49,6 +49,16 @@ PLACES = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference up to which scores of equal rows are equal, to rounding; 1e-2 in half types.
 """
 
+_EACH = (
+    "read each row of the output by itself, such as target=lambda output: output[:, 1], without a "
+    "sum or a mean over the rows"
+)
+_PARTS = (
+    "; one result of the whole batch cannot be explained row by row: where the rows are parts of "
+    "one input, such as the nodes of a graph, use rows='together' and a target function that reads "
+    "one number, such as target=lambda output: output[0, 1]"
+)
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -215,9 +225,14 @@ class Targets:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(
                 f"target: a function of the output must return one score per row: got {got}, "
-                f"expected [{item.numel()}]{self._held(got, item.numel(), BY_EXAMPLE)}"
+                f"expected [{item.numel()}]{self._cure(got, item.numel())}"
             )
         return scores[:, None]
+
+    def _cure(self, got: object, rows: int) -> str:
+        """The cure of a function that returns something else than a score per row."""
+        several = f", of inputs with {self.batch} examples" if self.batch != rows else ""
+        return self._held(got, rows, BY_EXAMPLE) or f"{several}; {_EACH}"
 
     def _held(self, got: object, rows: int, cure: str) -> str:
         """The cure where an output has as many rows as there are examples, whatever was given."""
@@ -228,8 +243,8 @@ class Targets:
         got = list(output.shape)
         held = self._held(got, rows, BY_ARGUMENT)
         return ModelError(
-            f"the model must return one row per input row: got {got} for a batch of {rows}{held}; "
-            "scalars over the whole batch cannot be explained"
+            f"the model must return one row per input row: got {got} for a batch of {rows}"
+            f"{held or _PARTS}"
         )
 
     def _need_any_place(self, raw: Any, item: Tensor) -> None:
