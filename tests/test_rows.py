@@ -314,3 +314,105 @@ def test_rows_together_errors() -> None:
         sf.Engine(model, "grad_cam", rows="together")
     with pytest.raises(sf.errors.InputError, match="call the engine itself"):
         sf.Engine(model, rows="together").submit(torch.randn(5, 4).double(), 1)
+
+
+class Pooled(nn.Module):
+    """Scores [G, 3] of the graphs that nodes [N, 4] belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        found = torch.zeros(int(graph.max()) + 1, 3, dtype=x.dtype)
+        return found.index_add(0, graph, self.a(x).relu())
+
+
+@pytest.mark.parametrize("target", [1, "predicted", [0, 1, 2, 0, 1, 2]])
+def test_rows_together_of_a_model_with_a_row_for_each_graph(target: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled().double(), torch.randn(6, 4).double()
+    graph = torch.tensor([0, 0, 0, 1, 1, 1])
+    with pytest.raises(sf.errors.ModelError) as caught:
+        sf.explain(model, x, target=target, rows="together", forward_args=(graph,))
+    for words in ("got [2, 3]", "each of the 6 rows", "target=lambda output: output[0, 1]"):
+        assert words in str(caught.value)
+    assert "scalar" not in str(caught.value)
+    found = sf.explain(
+        model, x, target=lambda output: output[0, 1], rows="together", forward_args=(graph,)
+    )
+    assert bool((found.values[3:] == 0).all())
+
+
+def test_rows_together_of_a_model_with_one_number() -> None:
+    x = torch.randn(5, 4).double()
+    with pytest.raises(sf.errors.ModelError, match=r"got \[\].*target=lambda output: output"):
+        sf.explain(lambda x: x.tanh().sum(), x, rows="together")
+    assert sf.explain(lambda x: x.tanh().sum(), x, target=lambda y: y, rows="together")
+
+
+def test_fewer_rows_than_the_input_has_are_no_scalars() -> None:
+    model, x = Pooled().double(), torch.randn(6, 4).double()
+    with pytest.raises(sf.errors.ModelError, match=r"got \[2, 3\].*use rows='together'") as caught:
+        sf.explain(model, x, target=1, forward_args=(torch.tensor([0, 0, 0, 1, 1, 1]),))
+    assert "scalar" not in str(caught.value)
+
+
+class Average(nn.Module):
+    """Inputs against a moving average of all that it was called with."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+        self.kept, self.seen, self.named = kept, [torch.zeros(4)], {"mean": torch.zeros(4)}
+        self.pair: Any = (torch.zeros(4), 0)
+        self.plain, self.out = torch.zeros(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = {
+            "buffer": self.mean, "attribute": self.plain, "list": self.seen[-1],
+            "dictionary": self.named["mean"], "tuple": self.pair[0],
+        }[self.kept]  # fmt: skip
+        mean = 0.9 * before + 0.1 * x.detach().mean(0)
+        if self.kept == "buffer":
+            self.mean = mean
+        elif self.kept == "attribute":
+            self.plain = mean
+        elif self.kept == "list":
+            self.seen.append(mean)
+        elif self.kept == "tuple":
+            self.pair = (mean, self.pair[1] + 1)
+        else:
+            self.named["mean"] = mean
+        return self.out(torch.tanh(x - mean))
+
+
+@pytest.mark.parametrize("kept", ["buffer", "attribute", "list", "dictionary", "tuple"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_model_that_keeps_an_average_of_its_rows(kept: str, rows: int) -> None:
+    # Kept apart by vmap, it keeps a tensor that is none outside of vmap.
+    torch.manual_seed(0)
+    model, x = Average(kept).double(), torch.randn(rows, 4).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [sf.explain(model, x, target=1) for _ in range(2)]
+    assert all(bool(one.values.isfinite().all()) for one in found)
+    assert all(float(one.delta.abs().max()) < 1.0 for one in found if one.delta is not None)
+    assert torch.equal(model.mean, torch.zeros(4).double())
+    assert len(model.seen) == 1
+    assert torch.equal(model.pair[0], torch.zeros(4))
+
+
+def test_vmap_asks_nobody_to_file_an_issue() -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x - x.mean()
+            counts = torch.histc(y.detach(), 3, -1.0, 1.0)
+            return y[:, :3].tanh() * counts.to(x.dtype)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = sf.explain(Counts().double(), torch.randn(1, 4).double(), target=1)
+    assert "vmap" in found.provenance.way
+    with pytest.warns(UserWarning, match="performance drop"):
+        torch.func.vmap(lambda x: torch.histc(x, 3))(torch.randn(3, 4))

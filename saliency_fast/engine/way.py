@@ -40,6 +40,7 @@ from saliency_fast.model.routes import (
 from saliency_fast.model.scoring import ready_bytes, scoring
 from saliency_fast.model.stem import local_stem
 from saliency_fast.model.tiles import Tiled, tile_sizes
+from saliency_fast.model.vmapped import Confined
 from saliency_fast.model.widened import Wider
 
 Model = Callable[..., Any]
@@ -108,7 +109,7 @@ class Way:
         plain = function_of(Plain(model), call)
         owned = frozenset(key for key, one in call.further() if plain.follows(key, one))
         # Equal to no other: such launches are a call's own.
-        found = function_of(Vmapped(model, owned), call, (object(),))
+        found = function_of(Vmapped(Confined(model), owned), call, (object(),))
         return replace(found, lone=plain)
 
     def launched(
