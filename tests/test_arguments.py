@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -58,6 +59,11 @@ class Masked(nn.Module):
         return (torch.tanh(self.a(x + table)) * mask[..., None]).sum(1)
 
 
+def whose(seen: Any) -> list[str]:
+    """Warnings of arguments that go whole."""
+    return [text for one in seen if "sf.PerExample(" in (text := str(one.message))]
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
@@ -77,8 +83,12 @@ def test_prompts_that_all_examples_share(rows: int, by_name: bool) -> None:
 def test_an_adjacency_of_as_many_nodes_as_examples(rows: int) -> None:
     model, x = Adjacency().double(), torch.randn(rows, 4, 5).double()
     edges = torch.rand(4, 4).double()
-    found = sf.explain(model, x, target=1, method=METHOD, forward_args=(edges,))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        found = sf.explain(model, x, target=1, method=METHOD, forward_args=(edges,))
     assert gap(found.values, naive(model, x, lambda row: (edges,))) < TIGHT
+    # One row of them is a graph, too, and gives another score.
+    assert len(whose(seen)) == (rows == 4)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 6])
@@ -163,3 +173,63 @@ def test_at_layers_arguments_go_where_they_belong() -> None:
         lambda p, q: behind(p + base.detach(), q), hidden - base.detach(), lambda row: (prompts,)
     )
     assert gap(found.values, shifted) < TIGHT
+
+
+class Trimmed(nn.Module):
+    """The mean over as many steps as the longest of the batch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x[:, : int(lengths.max())])).mean(1))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_choice_between_two_numbers_is_told_once(by_name: bool) -> None:
+    model, x = Trimmed().double(), torch.randn(3, 5, 4).double()
+    lengths = torch.tensor([5, 3, 2])
+
+    def given(value: Any) -> dict[str, Any]:
+        return {"forward_kwargs": {"lengths": value}} if by_name else {"forward_args": (value,)}
+
+    engine = sf.Engine(model, METHOD)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        engine(x, 1, **given(lengths))
+        engine(x, 1, **given(lengths))
+    (text,) = whose(seen)
+    assert "goes whole to every example" in text
+    lone, whole = float(model(x[1:2], lengths[1:2])[0, 1]), float(model(x, lengths)[1, 1])
+    name = "forward_kwargs['lengths']" if by_name else "forward_args[0]"
+    for words in (name, f"{lone:.6g}", f"{whole:.6g}", "sf.Shared(tensor)", "sf.PerExample("):
+        assert words in text
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared = engine(x, 1, **given(sf.Shared(lengths)))
+    assert gap(shared.values, naive(model, x, lambda row: (lengths,))) < TIGHT
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        own = engine(x, 1, **given(sf.PerExample(lengths)))
+    assert gap(own.values, naive(model, x, lambda row: (lengths[row : row + 1],))) < TIGHT
+
+
+def test_rows_that_are_alike_are_told_of_once() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+            return torch.tanh(x) * weights.sum()
+
+    engine, x = sf.Engine(Sum().double(), METHOD), torch.randn(3, 4).double()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            engine(x, 1, forward_args=(torch.ones(3).double(),))
+    assert len(whose(seen)) == 1
+
+
+def test_where_one_choice_alone_runs_there_is_nothing_to_tell() -> None:
+    model, x = Prompts().double(), torch.randn(3, 5).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.explain(model, x, target=1, method=METHOD, forward_args=(torch.randn(3, 5).double(),))

@@ -15,7 +15,7 @@ from saliency_fast.engine.bind import Call
 from saliency_fast.engine.independence import Known, about, near, numbers
 from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.engine.way import Model, Way
-from saliency_fast.errors import InputError, SaliencyError
+from saliency_fast.errors import InputError, SaliencyError, warn
 from saliency_fast.model.guard import same_draws, uncompiled
 
 MOST_TRIED = 4
@@ -27,7 +27,8 @@ def assigned(model: Model, call: Call, known: Known) -> Call:
     InputError where that cannot be proved.
 
     An argument of the batch's length belongs to the examples if one of them, alone with its part,
-    scores what it scores in the whole call; else it goes whole, if that gives the same score.
+    scores what it scores in the whole call; else it goes whole, if that gives the same score, and a
+    warning says so where the model runs either way.
     """
     further = call.further()
     if call.batch == 1 or not any(isinstance(one, Tensor) for one in tree_leaves(further)):
@@ -40,7 +41,12 @@ def assigned(model: Model, call: Call, known: Known) -> Call:
     if whole is None:
         meter = MemoryMeter()
         with same_draws(lambda: meter.drew, call.device), uncompiled(), meter:
-            whole = _proved(model, call, list(unsaid))
+            whole, alone = _proved(model, call, list(unsaid))
+        # Of its own, since rows that are all alike are proved again in every call.
+        told = (*key, "told")
+        if alone and known.arguments.get(told) != whole:
+            known.arguments[told] = whole
+            _tell(whole, alone, call)
         # Rows that are all alike prove nothing for the next call.
         if not any(torch.equal(one, one[:1].expand_as(one)) for one in unsaid.values()):
             known.arguments[key] = whole
@@ -53,9 +59,26 @@ def _unsaid(key: int | str, value: Any, call: Call) -> bool:
     return long and key not in call.told
 
 
-def _proved(model: Model, call: Call, unsaid: list[int | str]) -> frozenset[int | str]:
-    """Which arguments go whole, by what an example scores alone and in the whole call."""
-    one, found = call.batch // 2, list[str]()
+def _tell(whole: frozenset[int | str], alone: str, call: Call) -> None:
+    """Warns that arguments go whole whose rows might as well belong to the examples."""
+    names = [
+        f"forward_args[{one}]" if isinstance(one, int) else f"forward_kwargs[{one!r}]"
+        for one in sorted(whole, key=str)
+    ]
+    several = len(names) > 1
+    warn(
+        f"{' and '.join(names)} {'have' if several else 'has'} a row for each of the {call.batch} "
+        f"examples and {'go' if several else 'goes'} whole to every example: {alone}. "
+        "sf.Shared(tensor) says that this is meant; if the rows belong to the examples, one to "
+        "each, pass sf.PerExample(tensor)"
+    )
+
+
+def _proved(model: Model, call: Call, unsaid: list[int | str]) -> tuple[frozenset[int | str], str]:
+    """Which arguments go whole, by what an example scores alone and in the whole call; and what it
+    scores alone with its rows of them, "" where that is the same or the model refuses them.
+    """
+    one, found, differs = call.batch // 2, list[str](), ""
     item = torch.arange(call.batch, device=call.device)
     points = tuple(x.clone() for x in call.inputs)
     together, scale = Way().function(model, call).judged(points, item)
@@ -71,8 +94,13 @@ def _proved(model: Model, call: Call, unsaid: list[int | str]) -> frozenset[int 
             continue
         # Beside itself, too: in launches no example has a number of rows of its own.
         if all(near(together[one], row, scale, function) for row in (*alone, *several)):
-            return whole
+            return whole, differs
         found.append(f"scores {numbers(alone[0])}")
+        if len(found) == 1:
+            differs = (
+                f"example {one} scores {numbers(together[one])} in this call, as it does alone "
+                f"with all of it, and {numbers(alone[0])} alone with its own row of it"
+            )
     also = f", and with all of it {found[-1]}" if unsaid else ""
     raise InputError(
         f"forward_args: example {one} does not score alone what it scores in the whole call of "
