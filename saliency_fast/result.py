@@ -14,7 +14,7 @@ from saliency_fast.engine.bind import Call
 from saliency_fast.engine.job import Job
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.outcome import Outcome
-from saliency_fast.engine.plan import Plan
+from saliency_fast.engine.plan import DRAWS, Plan
 from saliency_fast.engine.recipe import Method
 from saliency_fast.engine.region import Part
 from saliency_fast.engine.ties import Tied
@@ -63,7 +63,7 @@ def attribution(
         at=at,
         layer_input=layer_input,
         layout=list(layouts.settled) if any(layouts.settled) else None,
-        notes=_notes(outcome),
+        notes=_notes(outcome, job.plan),
         **facts,
     )
     whole = outcome.values if job.part is None else tuple(map(job.part.kept, outcome.values))
@@ -87,8 +87,10 @@ def attribution(
     )
 
 
-def _notes(outcome: Outcome) -> dict[str, Any]:
-    notes = {} if outcome.precision_error is None else {"underflow": outcome.underflow}
+def _notes(outcome: Outcome, plan: Plan) -> dict[str, Any]:
+    notes: dict[str, Any] = {"draws": DRAWS} if DRAWS in plan.notes else {}
+    if outcome.precision_error is not None:
+        notes["underflow"] = outcome.underflow
     rounded = 0.0 if outcome.tied is None else outcome.tied.rounded
     return notes | ({"rounded_ties": rounded} if rounded else {})
 

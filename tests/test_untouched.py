@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError
@@ -233,6 +235,30 @@ def test_a_model_that_draws_random_numbers() -> None:
         sf.Engine(model, METHODS[4]).plan(x, 1)
         for _ in sf.Engine(model, METHODS[4], points_per_launch=4).stream(x, 1):
             pass
+
+
+@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("method", ["gradient", "integrated_gradients", "occlusion", "conductance"])
+def test_a_map_of_a_model_that_draws_says_so(method: str, lean: bool) -> None:
+    class Draws(nn.Module):
+        def __init__(self, share: float) -> None:
+            super().__init__()
+            self.a, self.share = nn.Conv2d(3, 2, 3), share
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = functional.dropout(self.a(x), self.share, training=self.share > 0)
+            # PyTorch calls this random, and without dropout it is not.
+            y = functional.scaled_dot_product_attention(y, y, y)
+            return torch.tanh(y).mean((2, 3))
+
+    options = {"at": "a"} if method == "conductance" else {}
+    for share in (0.5, 0.0):
+        engine = sf.Engine(Draws(share), method, lean=lean, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            text, found = str(engine.plan(image(1), 1)), engine(image(1), 1)
+        said = found.provenance.notes.get("draws", "")
+        assert ("draws random numbers" in text) == ("draws random numbers" in said) == (share > 0)
 
 
 def test_memory_does_not_grow() -> None:

@@ -18,6 +18,11 @@ CPU_LAUNCH = 256 * 1024**2
 GPU_LAUNCH = 8 * 1024**3
 # Operators' own scratch space and the allocator's slack, on top of the tensors that are counted.
 MARGIN = 1.25
+DRAWS = (
+    "the model draws random numbers: the map is of the draws that follow the caller's random "
+    "state, and the same in every call from there"
+)
+"""A note of plans."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import WORKING_COPIES
 from saliency_fast.engine.loss import looked_at
 from saliency_fast.engine.memory import read_budget
-from saliency_fast.engine.plan import MARGIN, Plan, point_bytes, points_per_launch
+from saliency_fast.engine.plan import DRAWS, MARGIN, Plan, point_bytes, points_per_launch
 from saliency_fast.engine.probe import Probe
 from saliency_fast.engine.recipe import Method, Recipe, Starting
 from saliency_fast.engine.trial import Cost
@@ -163,7 +163,7 @@ def make_plan(
         precision=probed.way.precision.name,
         looked_at=few,
         most=most,
-        notes=_notes(recipe, size, limits, probed.reason),
+        notes=_notes(recipe, size, limits, probed),
     )
 
 
@@ -186,8 +186,10 @@ def _left(kept: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(left, key=lambda one: -one[1]))
 
 
-def _notes(recipe: Recipe, size: int, limits: Limits, reason: str | None) -> tuple[str, ...]:
-    notes = [] if reason is None else [f"lean: {reason}"]
+def _notes(recipe: Recipe, size: int, limits: Limits, probed: Probe) -> tuple[str, ...]:
+    notes = [] if probed.reason is None else [f"lean: {probed.reason}"]
+    if probed.plain.random:
+        notes.append(DRAWS)
     if recipe.tolerance is not None:
         notes.append(f"stops early where the estimated error is within {recipe.tolerance:g}")
     if limits.points_per_launch is not None and size < limits.points_per_launch:

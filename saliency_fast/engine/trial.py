@@ -40,14 +40,16 @@ CORNER = 64
 @dataclass(frozen=True)
 class Cost:
     """Bytes of the tensors of a point that live at once, of the largest one, and of those that
-    autograd keeps from forward to backward, by the call that asked for them. drew: whether it took
-    random numbers.
+    autograd keeps from forward to backward, by the call that asked for them. drew: whether a call
+    was made that may take random numbers; random: whether it took any, which attention without
+    dropout does not.
     """
 
     peak: int
     largest: int
     kept: Mapping[str, int]
     drew: bool = False
+    random: bool = False
 
     @property
     def saved(self) -> int:
@@ -228,7 +230,9 @@ class Trial:
         try:
             drew = same_draws(lambda: ledger.meter.drew or self.draws, self.call.device)
             with self._place(), drew, uncompiled(), meter, hooks:
+                states = _random_states(self.call.device)
                 scores, _, grads = gradients()
+                moved = not all(map(torch.equal, states, _random_states(self.call.device)))
         except (RuntimeError, MemoryError) as error:
             if ledger.accepted and _refuses_hooks(error):
                 # What autograd keeps of such a model is not counted; all else is.
@@ -241,7 +245,8 @@ class Trial:
                 f"one point alone does not fit in memory; explain a smaller input at once ({error})"
             ) from error
         counted = ledger.meter
-        cost = Cost(counted.peak, counted.largest, ledger.kept, counted.drew)
+        drawn = counted.drew, counted.drew and moved
+        cost = Cost(counted.peak, counted.largest, ledger.kept, *drawn)
         return Taken(scores, grads, cost)
 
     def recorded(self, model: Callable[..., Any], rows: int) -> Program:
@@ -277,6 +282,12 @@ class Trial:
             self.number * rows,
         )
         return source.write(level.rows(item, start, start + rows)), item
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """The states of the generators that a model on `device` draws from."""
+    states = [torch.random.get_rng_state()]
+    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def _refuses_hooks(error: BaseException) -> bool:
