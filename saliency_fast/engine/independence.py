@@ -235,9 +235,7 @@ def settings(call: Call) -> tuple[object, ...]:
     return fingerprint(further) if further else ()
 
 
-def meeting(
-    function: PointFunction, points: Inputs, item: Tensor, *, extremes: bool
-) -> str | None:
+def meeting(function: PointFunction, points: Inputs, item: Tensor, *, extremes: bool) -> str | None:
     """How one of these rows scores among the others something else than alone; None where none
     does. extremes: whether each is also tried among rows that are far from all others.
     """
