@@ -26,6 +26,7 @@ from saliency_fast.errors import InputError, ModelError
 from saliency_fast.model.function import NO_GRADIENT, PointFunction
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.routes import Inputs, Plain
+from saliency_fast.model.state import keep_graphs
 from saliency_fast.ops.points import random_line
 from saliency_fast.ops.registry import rows_of
 
@@ -72,6 +73,7 @@ def differentiable(job: Job, inputs: Inputs) -> Outcome:
         given.to(own.dtype) if given.requires_grad else own
         for given, own in zip(inputs, job.call.inputs, strict=True)
     )
+    keep_graphs()
     with _twice():
         function = function_of(Plain(_own_buffers(job.model)), job.call)
         found = [_Graph(job, function, x, baselines).outcome() for baselines in job.baselines]
@@ -95,16 +97,17 @@ def _twice() -> Iterator[None]:
 
 
 def _own_buffers(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model with copies of its buffers: what a later call in training mode writes to the
-    model's own must not spoil the backward pass that is still to come.
+    """The model with copies of its buffers in each run: what a later one, or a later call in
+    training mode, writes to the model's own must not spoil the backward pass still to come.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         return model
-    copies = {name: one.clone() for name, one in model.named_buffers(remove_duplicate=False)}
-    if not copies:
+    if next(model.buffers(), None) is None:
         return model
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        own = model.named_buffers(remove_duplicate=False)
+        copies = {name: one.clone() for name, one in own}
         return functional_call(model, copies, args, kwargs, tie_weights=False)
 
     return call

@@ -18,6 +18,7 @@ from saliency_fast.model.precision import HALVES
 from saliency_fast.model.program import Program
 from saliency_fast.model.recomputation import without_recomputation
 from saliency_fast.model.rules.base import Ruling
+from saliency_fast.model.state import rewind
 
 Inputs = tuple[Tensor, ...]
 
@@ -42,6 +43,7 @@ class Plain:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        rewind()
         return self.model(*points, *args, **kwargs)
 
 
@@ -58,6 +60,7 @@ class Vmapped:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        rewind()
         if len(points[0]) == 1:
             return self.model(*points, *args, **kwargs)
         further = dict(enumerate(args)) | dict(kwargs)
@@ -92,6 +95,7 @@ class Watched:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        rewind()
         with without_recomputation(), Calls():
             return self.model(*points, *args, **kwargs)
 
@@ -133,6 +137,7 @@ class Ruled:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        rewind()
         calls = self.rules.calls(self.model)
         raw = calls.run(self.model, points, args, kwargs)
         # Without gradients no call needs a rule.

@@ -3,7 +3,9 @@
 A model may keep its last input, count its calls, cache masks by batch size or update a moving
 average. While it is explained it runs on points, which its user never gave it. So attributes,
 buffers, parameters and submodules of its modules come back as they were: attributes by identity,
-lists, dictionaries and sets by their entries, tensors by PyTorch's count of in-place writes.
+lists, dictionaries and sets by their entries, tensors by PyTorch's count of in-place writes. Before
+each run it comes back, too: a point's score is what the model says as the caller handed it over,
+whatever ran before.
 """
 
 from __future__ import annotations
@@ -42,17 +44,20 @@ class _Kept:
     """A module as it was before the first of the calls that hold it.
 
     overwritten: names of the tensors that it is known to write to, None before its first call.
-    room: bytes of tensors that may be copied.
+    room: bytes of tensors that may be copied. thread: the one that all calls are of, None for
+    several. moved: whether `restore` last found anything changed.
     """
 
     __slots__ = (
-        "attributes", "containers", "copies", "holders", "inference", "module", "names", "tables",
-        "tensors", "transient", "versions",
+        "attributes", "containers", "copies", "holders", "inference", "module", "moved", "names",
+        "tables", "tensors", "thread", "transient", "versions",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, overwritten: set[str] | None, room: int) -> None:
         own = vars(module)
         self.module, self.holders, self.inference = module, 0, False
+        self.thread: int | None = threading.get_ident()
+        self.moved = False
         self.attributes = own.copy()
         self.tables = [own[name].copy() for name in _TABLES]
         self.transient = own["_non_persistent_buffers_set"].copy()
@@ -112,11 +117,14 @@ class _Kept:
                 room -= tensor.nbytes
         return copies
 
-    def restore(self) -> tuple[list[str], list[str]]:
-        """Puts the module back; names of the tensors that it wrote to, and of what is lost."""
-        own = vars(self.module)
+    def restore(self, *, graphs: bool = False) -> tuple[list[str], list[str]]:
+        """Puts the module back; names of the tensors that it wrote to, and of what is lost.
+        graphs: whether graphs of its runs live on, which are to know that it was written to.
+        """
+        own, self.moved = vars(self.module), False
         for name, before in zip(_TABLES, self.tables, strict=True):
             if not _same(before, own[name]):
+                self.moved = True
                 own[name].clear()
                 own[name].update(before)
         if (transient := own["_non_persistent_buffers_set"]) != self.transient:
@@ -124,13 +132,16 @@ class _Kept:
             transient.update(self.transient)
         if not _same(self.attributes, own):
             self._attributes(own)
-        lost = [one.name for one in self.containers if one.changed() and not one.restore()]
+        changed = [one for one in self.containers if one.changed()]
+        lost = [one.name for one in changed if not one.restore()]
         now = list(map(_versions, self.tensors))
         wrote = [n for n, was in enumerate(self.versions) if now[n] != was]
         # Batch normalisation writes to its statistics without counting.
         wrote += [n for n, copy in self.copies.items() if not torch.equal(copy, self.tensors[n])]
+        self.moved |= bool(changed or wrote)
         written = [self.names[n] for n in dict.fromkeys(wrote)]
-        lost += [self.names[n] for n in dict.fromkeys(wrote) if not self._rewritten(n)]
+        left = [n for n in dict.fromkeys(wrote) if not self._rewritten(n, graphs=graphs)]
+        lost += [self.names[n] for n in left]
         return written, lost
 
     def replace_inference(self, made: dict[int, Tensor]) -> None:
@@ -150,21 +161,25 @@ class _Kept:
 
     def _attributes(self, own: dict[str, Any]) -> None:
         for name in [one for one in own if one not in self.attributes and one not in _BASE]:
+            self.moved = True
             del own[name]
         for name, value in self.attributes.items():
             if name not in _BASE and own.get(name, own) is not value:
+                self.moved = True
                 own[name] = value
         if list(own) != list(self.attributes):
             for name in self.attributes:
                 own[name] = own.pop(name)
 
-    def _rewritten(self, number: int) -> bool:
+    def _rewritten(self, number: int, *, graphs: bool) -> bool:
         tensor, copy = self.tensors[number], self.copies.get(number)
         if copy is None:
             return False
         with suppress(RuntimeError), torch.no_grad(), torch.inference_mode(False):
             tensor.copy_(copy)
-            # As if it had never been written to, for graphs that the user holds.
+            if graphs:
+                return True
+            # As if it had never been written to, for graphs that the user holds from before.
             with suppress(Exception):
                 was = (self.versions[number],)
                 torch._C._autograd._unsafe_set_version_counter((tensor,), was)
@@ -214,6 +229,54 @@ _OVERWRITTEN: dict[int, tuple[weakref.ref[nn.Module], set[str]]] = {}
 """Names of the tensors that modules write to, of every module that was held once."""
 
 
+class _Hold:
+    """What a call holds. runs: of the model so far; moving: modules that change when it runs;
+    graphs: whether graphs of its runs live on.
+    """
+
+    def __init__(self, kept: list[_Kept]) -> None:
+        self.kept, self.runs, self.moving, self.graphs = kept, 0, list[_Kept](), False
+
+
+class _Holds(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[_Hold] = []
+
+
+_HOLDS = _Holds()
+"""What this thread's calls hold, the innermost last."""
+
+
+def rewind() -> None:
+    """Puts the state back that earlier runs of the innermost call changed; to be called before each
+    run of its model. The second run tells which modules change. Calls of several threads at once
+    leave it as it is.
+    """
+    if not _HOLDS.stack:
+        return
+    hold = _HOLDS.stack[-1]
+    hold.runs += 1
+    several = hold.kept if hold.runs <= 2 else hold.moving
+    if not several:
+        return
+    with _LOCK:
+        for kept in several:
+            if kept.thread is None or kept.inference:
+                continue
+            written, _ = kept.restore(graphs=hold.graphs)
+            _note(kept.module, written)
+            if kept.moved and hold.runs == 2:
+                hold.moving.append(kept)
+
+
+def keep_graphs() -> None:
+    """Graphs of the innermost call's runs live on: where its model writes to what they keep,
+    PyTorch is to say so on the way back.
+    """
+    if _HOLDS.stack:
+        _HOLDS.stack[-1].graphs = True
+
+
 @contextmanager
 def preserved(model: object) -> Iterator[None]:
     """Runs its body; puts back what the model's modules change of themselves meanwhile.
@@ -233,18 +296,23 @@ def preserved(model: object) -> Iterator[None]:
                     kept.replace_inference(made)
                 if kept.copies:
                     room -= sum(one.nbytes for one in kept.copies.values())
+            elif kept.thread != threading.get_ident():
+                kept.thread = None
             kept.holders += 1
             held.append(kept)
     lost: list[tuple[nn.Module, str]] = []
+    hold = _Hold(held)
+    _HOLDS.stack.append(hold)
     try:
         yield
     finally:
+        _HOLDS.stack.remove(hold)
         with _LOCK:
             for kept in held:
                 kept.holders -= 1
                 if kept.holders == 0:
                     del _KEPT[id(kept.module)]
-                    written, gone = kept.restore()
+                    written, gone = kept.restore(graphs=hold.graphs)
                     _note(kept.module, written)
                     lost += [(kept.module, name) for name in gone]
         if lost:
