@@ -34,6 +34,7 @@ from saliency_fast.captum.neuron_deep_lift import NeuronDeepLift, NeuronDeepLift
 from saliency_fast.captum.noise_tunnel import NoiseTunnel
 from saliency_fast.captum.perturbation import FeatureAblation, FeaturePermutation, Occlusion
 from saliency_fast.captum.shapley import ShapleyValues, ShapleyValueSampling
+from saliency_fast.captum.theirs import kept_apart
 
 __all__ = [
     "LRP",
@@ -80,7 +81,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A name that Captum has and we do not is Captum's own, where it is installed."""
+    """A name that Captum has and we do not is Captum's own, where it is installed, or a child that
+    keeps copies of a batch apart where they meet.
+    """
     missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name.startswith("_"):
         raise missing
@@ -92,4 +95,4 @@ def __getattr__(name: str) -> Any:
         ) from None
     if name not in theirs.__all__:
         raise missing
-    return getattr(theirs, name)
+    return kept_apart(getattr(theirs, name))

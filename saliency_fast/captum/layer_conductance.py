@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast.captum.apart import calls_of
 from saliency_fast.captum.contract import (
     as_args,
     as_baselines,
@@ -21,7 +22,7 @@ from saliency_fast.captum.inside import Inside
 from saliency_fast.captum.integrated_gradients import RULES, check_steps
 from saliency_fast.captum.layer import LayerGradientAttribution
 from saliency_fast.captum.noise import samples_at_once
-from saliency_fast.captum.run import batches_meet
+from saliency_fast.captum.run import _repeated
 from saliency_fast.model.routes import Inputs
 
 
@@ -54,12 +55,12 @@ class LayerConductance(LayerGradientAttribution):
         starts, further = filled(parts, given), as_args(additional_forward_args)
         inside = Inside.of(self, attribute_to_layer_input)
         alphas = RULES[method].points(n_steps + 1)[0].tolist()
-        batch, total = len(parts[0]), list[Tensor]()
+        batch = len(parts[0])
         pairs = list(zip(parts, starts, strict=True))
         at_once = samples_at_once(parts, n_steps + 1)
         if internal_batch_size is not None:
             at_once = internal_batch_size // batch
-        apart = batches_meet(self.forward_func, parts, starts, further)
+        shared = calls_of(self.forward_func, further, *inside.layers)
 
         def at(chunk: list[float]) -> tuple[Inputs, Inputs]:
             """The layer's values and the gradients there at points of the path, step-major."""
@@ -69,9 +70,15 @@ class LayerConductance(LayerGradientAttribution):
             values, gradients = inside.gradients(rows, wanted, own, grad_kwargs)
             return values[0], gradients[0]
 
+        def meet(chunk: list[float]) -> bool:
+            points = (torch.stack([s + alpha * (x - s) for alpha in chunk]) for x, s in pairs)
+            return shared.meet(tuple(points))
+
         # Chunks share a point: each change is between two of one chunk.
-        for first in range(0, n_steps, step := max(1, at_once - 1)):
-            chunk = alphas[first : first + step + 1]
+        step = max(1, at_once - 1)
+        chunks = [alphas[first : first + step + 1] for first in range(0, n_steps, step)]
+        apart, total = any(map(meet, chunks)), list[Tensor]()
+        for chunk in chunks:
             if apart:
                 several = [at([alpha]) for alpha in chunk]
                 values, gradients = (
@@ -101,11 +108,3 @@ def _sum(values: Tensor, gradients: Tensor, batch: int) -> Tensor:
     """The sum over steps of rows that are step-major."""
     changes = (values[batch:] - values[:-batch]) * gradients[:-batch]
     return changes.view(-1, batch, *values.shape[1:]).sum(0)
-
-
-def _repeated(value: Any, count: int) -> Any:
-    """An example's value for each step, step-major."""
-    if isinstance(value, list):
-        return value * count
-    many = isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 1
-    return torch.cat([value] * count) if many else value

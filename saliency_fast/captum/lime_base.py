@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+from saliency_fast.captum.apart import SharedCalls, drawn_again
 from saliency_fast.captum.attribution import PerturbationAttribution
 from saliency_fast.captum.contract import (
     as_args,
@@ -22,7 +23,8 @@ from saliency_fast.captum.contract import (
     public,
 )
 from saliency_fast.captum.passes import output_of
-from saliency_fast.captum.run import _repeated, alike
+from saliency_fast.captum.run import _repeated, seen_to_meet
+from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.parts.regression import fit
 from saliency_fast.model.routes import Inputs
@@ -81,8 +83,32 @@ class LimeBase(PerturbationAttribution):
         **kwargs: Any,
     ) -> Tensor:
         """What the interpretable model's `representation` returns after its fit."""
+        further = as_target(target), as_args(additional_forward_args)
+        of = inputs, n_samples, perturbations_per_eval, show_progress, kwargs
+        again = drawn_again(as_tuple(inputs)[0].device)
+        apart = perturbations_per_eval < 2 or seen_to_meet(self.forward_func)
+        try:
+            table = self._sampled(_Calls(self.forward_func, *further, apart=apart), *of)
+        except RowsMeetError:
+            # Anew with the same draws: samples that shared a call before may have met, too.
+            again()
+            table = self._sampled(_Calls(self.forward_func, *further, apart=True), *of)
+        dataset = TensorDataset(*table)
+        self.interpretable_model.fit(DataLoader(dataset, batch_size=len(dataset)))
+        found: Tensor = self.interpretable_model.representation()
+        return found
+
+    def _sampled(
+        self,
+        calls: _Calls,
+        inputs: Any,
+        n_samples: int,
+        perturbations_per_eval: int,
+        show_progress: bool,
+        kwargs: dict[str, Any],
+    ) -> Inputs:
+        """Samples, their numbers and their weights; raises RowsMeetError where samples meet."""
         device = as_tuple(inputs)[0].device
-        calls = _Calls(self.forward_func, as_target(target), as_args(additional_forward_args))
         samples, weights, outputs, waiting = [], [], [], list[Inputs]()
         drawn = self._samples(inputs, kwargs)
         total = -(-n_samples // perturbations_per_eval)
@@ -108,11 +134,7 @@ class LimeBase(PerturbationAttribution):
             if waiting:
                 outputs.append(calls.numbers(waiting).to(device))
                 bar.update()
-        table = (torch.cat(one).float() for one in (samples, outputs, weights))
-        dataset = TensorDataset(*table)
-        self.interpretable_model.fit(DataLoader(dataset, batch_size=len(dataset)))
-        found: Tensor = self.interpretable_model.representation()
-        return found
+        return tuple(torch.cat(one).float() for one in (samples, outputs, weights))
 
     def _samples(self, inputs: Any, more: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
         """Draws a sample: what it is in the interpretable space, and as an input."""
@@ -131,28 +153,28 @@ class LimeBase(PerturbationAttribution):
 
 
 class _Calls:
-    """The calls of a function, one number for each point; several points share a call where one of
-    the first to share it has the number that it has alone.
+    """The calls of a function, one number for each point; several points share a call unless they
+    are kept apart.
     """
 
-    def __init__(self, forward: Callable[..., Any], target: Any, further: tuple[Any, ...]) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], target: Any, further: tuple[Any, ...], *, apart: bool
+    ) -> None:
         self.forward, self.target, self.further = forward, target, further
-        self.shares: bool | None = None
+        self.apart, self.shared = apart, SharedCalls(self._together)
 
     def numbers(self, points: list[Inputs]) -> Tensor:
-        """The numbers [M] of points."""
-        if len(points) == 1:
-            return self._of(points)
-        if self.shares is not False:
-            found = self._of(points)
-            if self.shares is None:
-                middle = len(points) // 2
-                with torch.random.fork_rng([]):
-                    alone = self._of([points[middle]])
-                self.shares = alike(found[middle : middle + 1], alone)
-            if self.shares:
-                return found
-        return torch.cat([self._of([one]) for one in points])
+        """The numbers [M] of points; raises RowsMeetError where they meet."""
+        like = {tuple(x.shape for x in one) for one in points}
+        if len(points) == 1 or self.apart or len(like) > 1:
+            return torch.cat([self._of([one]) for one in points])
+        stacked = tuple(torch.stack(one) for one in zip(*points, strict=True))
+        return self.shared.numbers(stacked).flatten()
+
+    def _together(self, points: Inputs) -> Tensor:
+        """The numbers [M, 1] of points [M, B, *]."""
+        several = [tuple(x[number] for x in points) for number in range(len(points[0]))]
+        return self._of(several)[:, None]
 
     def _of(self, points: list[Inputs]) -> Tensor:
         count = len(points)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saliency_fast.captum.apart import calls_of, drawn_again
 from saliency_fast.captum.attribution import Attribution
 from saliency_fast.captum.contract import (
     as_args,
@@ -23,7 +24,7 @@ from saliency_fast.captum.contract import (
 from saliency_fast.captum.forward import compute_gradients
 from saliency_fast.captum.gradient import Saliency
 from saliency_fast.captum.noise import Sampled, draw_seeds, noisy, read_stdevs, samples_at_once
-from saliency_fast.captum.run import batches_meet, explained
+from saliency_fast.captum.run import explained, seen_to_meet
 from saliency_fast.errors import ContractError
 from saliency_fast.model.routes import Inputs
 
@@ -83,16 +84,15 @@ class NoiseTunnel(Attribution):
         if reduction := self._fused(nt_type, deviations, kwargs):
             tunnel = Sampled(nt_samples, deviations[0], reduction, tuple(seeds.tolist()))
             return self._in_one(tunnel, inputs, parts, nt_samples_batch_size, kwargs)
-        found = _Sums()
         chunk = self._chunk(parts, nt_samples, nt_samples_batch_size)
-        if chunk > 1 and self._meet(parts, deviations, seeds, kwargs):
-            chunk = 1
-        for start in range(0, nt_samples, chunk):
-            stop = min(start + chunk, nt_samples)
-            with torch.no_grad():
-                rows = noisy(parts, deviations, seeds, start, stop)
-                own = _expanded(kwargs, parts, stop - start, draw_baseline_from_distrib)
-                found.add(*self._of(like_inputs(inputs, rows), own), stop - start)
+        of = inputs, parts, deviations, seeds, draw_baseline_from_distrib, kwargs
+        again = drawn_again(parts[0].device)
+        found = self._summed(nt_samples, chunk, *of)
+        if found is None:
+            # Anew with the same draws: samples that shared a call before may have met, too.
+            again()
+            found = self._summed(nt_samples, 1, *of)
+        assert found is not None
         maps = found.maps(nt_type, nt_samples)
         values = like_inputs(() if found.is_tuple else None, maps)
         if not found.deltas:
@@ -131,15 +131,39 @@ class NoiseTunnel(Attribution):
         ours = isinstance(self.attribution_method, Attribution)
         return samples_at_once(parts, samples) if ours else samples
 
-    def _meet(
-        self, parts: Inputs, stdevs: tuple[float, ...], seeds: Tensor, kwargs: dict[str, Any]
-    ) -> bool:
-        """Whether samples of one call would meet in the model."""
-        if not isinstance(self.attribution_method, Attribution):
-            return False
-        first, second = (noisy(parts, stdevs, seeds, one, one + 1) for one in (0, 1))
-        further = as_args(kwargs.get("additional_forward_args"))
-        return batches_meet(self.attribution_method.forward_func, first, second, further)
+    def _summed(
+        self,
+        samples: int,
+        chunk: int,
+        inputs: Any,
+        parts: Inputs,
+        stdevs: tuple[float, ...],
+        seeds: Tensor,
+        draw: bool,
+        kwargs: dict[str, Any],
+    ) -> _Sums | None:
+        """The maps of all samples, `chunk` at once; None where those of a chunk meet in the model.
+        What others' methods call together is theirs.
+        """
+        method, found = self.attribution_method, _Sums()
+        proves = chunk > 1 and isinstance(method, Attribution)
+        if proves and seen_to_meet(method.forward_func):
+            return None
+        layers = getattr(method, "layer", None) or ()
+        several = layers if isinstance(layers, (list, tuple)) else (layers,)
+        shared = calls_of(method.forward_func, kwargs.get("additional_forward_args"), *several)
+        for start in range(0, samples, chunk):
+            stop = min(start + chunk, samples)
+            with torch.no_grad():
+                rows = noisy(parts, stdevs, seeds, start, stop)
+                if proves and shared.meet(_by_sample(rows, stop - start)):
+                    return None
+                own = _expanded(kwargs, parts, stop - start, draw)
+                found.add(*self._of(like_inputs(inputs, rows), own), stop - start)
+                # What the engine has seen of points between the samples and their baselines.
+                if proves and seen_to_meet(method.forward_func):
+                    return None
+        return found
 
     def _of(self, rows: Any, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
         """The method's maps of noisy rows, and its deltas."""
@@ -196,6 +220,11 @@ class _Sums:
         """Example-major within each chunk of samples that the caller has asked for."""
         parts = torch.split(torch.cat(self.deltas, 1), chunk, 1)
         return torch.cat([one.flatten() for one in parts])
+
+
+def _by_sample(rows: Inputs, samples: int) -> Inputs:
+    """Example-major rows [B * samples, *] as copies of the batch [samples, B, *]."""
+    return tuple(x.view(-1, samples, *x.shape[1:]).transpose(0, 1) for x in rows)
 
 
 def _expanded(kwargs: dict[str, Any], inputs: Inputs, samples: int, draw: bool) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.futures import Future, collect_all
 from tqdm.auto import tqdm
 
+from saliency_fast.captum.apart import SharedCalls, calls_each
 from saliency_fast.captum.contract import Baselines, as_args, as_target, copies, filled
 from saliency_fast.captum.forward import read_output, selected
-from saliency_fast.captum.run import alike
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.features import numbered
+from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError, ModelError
 from saliency_fast.model.axes import Layouts
@@ -175,35 +176,48 @@ def _driven(steps: Passes, answer: Callable[[Pass], Tensor]) -> Values:
 
 
 @torch.no_grad()
-def run(method: Method, call: Asked, first: Tensor, update: Callable[[], object]) -> Values:
-    """The maps of a method; `update` is called after each pass."""
-    calls = _Calls(call, first)
+def run(
+    method: Method,
+    call: Asked,
+    first: Tensor,
+    bar: Any,
+    again: Callable[[], object],
+    *,
+    apart: bool = False,
+) -> Values:
+    """The maps of a method; `bar` counts the passes. apart: each perturbed batch has a call of its
+    own; else the method begins anew so where they are seen to meet, once `again` was called.
+    """
+    calls = _Calls(call, first, apart)
 
     def answer(step: Pass) -> Tensor:
         scores = calls.scores(step)
-        update()
+        bar.update()
         return scores
 
-    return _driven(passes(method, call, first), answer)
+    try:
+        return _driven(passes(method, call, first), answer)
+    except RowsMeetError:
+        again()
+        bar.reset()
+        bar.update()
+    return run(method, call, first, bar, again, apart=True)
 
 
 class _Calls:
-    """The calls of a function that returns tensors. Perturbed batches share a call where they were
-    asked to and where their rows are seen not to depend on each other: the first shared call
-    holds the inputs as they are, too, and must return for them what it returned for them alone.
+    """The calls of a function that returns tensors, with several perturbed batches each unless
+    these are kept apart.
     """
 
-    def __init__(self, call: Asked, first: Tensor) -> None:
-        self.call, self.first = call, first
-        self.shares: bool | None = None
+    def __init__(self, call: Asked, first: Tensor, apart: bool) -> None:
+        self.call, self.first, self.apart = call, first, apart
+        self.shared = SharedCalls(self._of, proved=calls_each(call.forward))
 
     def scores(self, step: Pass) -> Tensor:
-        """The numbers of a pass, float64 [count, N]."""
+        """The numbers of a pass, float64 [count, N]; raises RowsMeetError where batches meet."""
         points = step.write()
-        if step.count > 1 and self.shares is not False:
-            found = self._together(points, step.count)
-            if found is not None:
-                return found
+        if step.count > 1 and not self.apart:
+            return self.shared.numbers(points).double()
         rows = [self._one(tuple(x[number] for x in points)) for number in range(step.count)]
         return torch.stack(rows)
 
@@ -211,19 +225,10 @@ class _Calls:
         raw = self.call.forward(*inputs, *as_args(self.call.further))
         return output_of(raw, self.call.target).reshape(-1).double()
 
-    def _together(self, points: Inputs, count: int) -> Tensor | None:
-        """None where rows depend on each other."""
-        middle = count // 2
-        proves = self.shares is None
-        if proves:
-            pairs = zip(points, self.call.inputs, strict=True)
-            points = tuple(torch.cat((p[:middle], x[None], p[middle:])) for p, x in pairs)
+    def _of(self, points: Inputs) -> Tensor:
         shared = Shared.of(self.call, points)
-        found = shared.numbers(self.call.forward(*shared.rows, *shared.further), self.first.shape)
-        if not proves:
-            return found
-        self.shares = alike(found[middle], self.first.reshape(-1))
-        return torch.cat((found[:middle], found[middle + 1 :])) if self.shares else None
+        raw = self.call.forward(*shared.rows, *shared.further)
+        return shared.numbers(raw, self.first.shape)
 
 
 @dataclass(frozen=True)
@@ -262,7 +267,7 @@ class Shared:
                 f"batch size is {len(self.rows[0])}, the output shape is {found.shape}; pass "
                 "perturbations_per_eval=1"
             )
-        return found.reshape(self.count, -1).double()
+        return found.reshape(self.count, -1)
 
 
 def _repeated(value: Any, count: int, batch: int) -> Any:
@@ -305,7 +310,7 @@ def promised(
         raws = [one.value() for one in done.value()]
         first = output_of(raws[0], call.target)
         pairs = zip(made[1:], raws[1:], strict=True)
-        answers = (shared.numbers(raw, first.shape) for (shared, _), raw in pairs)
+        answers = (shared.numbers(raw, first.shape).double() for (shared, _), raw in pairs)
         return finish(_driven(passes(method, call, first), lambda _: next(answers)), first)
 
     return collect_all([one for _, one in made]).then(answered)

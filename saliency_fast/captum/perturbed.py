@@ -31,6 +31,7 @@ from saliency_fast.captum.run import (
     _targets,
     _tried,
     alike,
+    seen_to_meet,
 )
 from saliency_fast.engine.independence import Known
 from saliency_fast.engine.recipe import Method
@@ -90,7 +91,8 @@ def perturbed(method: Method, asked: Asked, draws: Draws | None = None) -> Maps:
         bar.update()
         if full:
             found = by_rows(method, inner, first, draws, bar)
-            found = found or passes.run(method, inner, first, bar.update)
+            apart, again = seen_to_meet(inner.forward), (draws or Draws()).again
+            found = found or passes.run(method, inner, first, bar, again, apart=apart)
         else:
             found = tuple(x.new_zeros((first.numel(), *x.shape[1:])) for x in asked.inputs), None
         bar.update((bar.total or bar.n) - bar.n)
@@ -185,34 +187,39 @@ def first_of(asked: Asked) -> Tensor:
 
 
 def _is_by_rows(asked: Asked, first: Tensor) -> bool:
-    """Whether the last row alone gives what it gives among the others: arguments may count rows,
-    and rows depend on each other. A function that draws is taken at its word.
+    """Whether rows alone give what they give among the others: arguments may count rows, and rows
+    depend on each other. A function that draws is taken at its word.
     """
     batch, device = len(first), asked.inputs[0].device
-    if batch == 1:
-        return True
-    last = partial(_last, batch=batch)
-    further = (last(one) if isinstance(one, Tensor) else one for one in as_args(asked.further))
-    gpu = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpu), torch.no_grad():
-        before = torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpu)
-        try:
-            raw = asked.forward(*(last(x).clone() for x in asked.inputs), *further)
-            alone = passes.output_of(raw, last(asked.target)).double().flatten()
-        except Exception:
+    rows, gpu = first.flatten(), [device] if device.type == "cuda" else []
+    # Any row may be the one that makes others what they are; of a large batch some are asked.
+    for number in dict.fromkeys((batch - 1, 0, batch // 2) if batch > 1 else ()):
+        own = partial(_of_row, row=number, batch=batch)
+        further = (own(one) if isinstance(one, Tensor) else one for one in as_args(asked.further))
+        with torch.random.fork_rng(gpu), torch.no_grad():
+            before = torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpu)
+            try:
+                raw = asked.forward(*(own(x).clone() for x in asked.inputs), *further)
+                alone = passes.output_of(raw, own(asked.target)).double().flatten()
+            except Exception:
+                return False
+            after = torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpu)
+        if any(not torch.equal(*pair) for pair in zip(before, after, strict=True)):
+            return True
+        if len(alone) != 1:
             return False
-        after = torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpu)
-    if any(not torch.equal(*pair) for pair in zip(before, after, strict=True)):
-        return True
-    rows = first.flatten()
-    # The largest of all rows is what they are compared with.
-    return len(alone) == 1 and alike(torch.cat((rows[:-1].double(), alone)), rows)
+        same = rows.double().clone()
+        same[number] = alone[0]
+        # The largest of all rows is what they are compared with.
+        if not alike(same, rows):
+            return False
+    return True
 
 
-def _last(value: Any, batch: int) -> Any:
-    """What of an argument belongs to the last row."""
+def _of_row(value: Any, row: int, batch: int) -> Any:
+    """What of an argument belongs to a row."""
     several = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
-    return value[-1:] if several and len(value) == batch else value
+    return value[row : row + 1] if several and len(value) == batch else value
 
 
 def _by_rows(method: Method, asked: Asked, target: Any, known: Known, bar: Any) -> passes.Values:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any, TypeVar
@@ -77,8 +77,14 @@ class _NotByRowsError(Exception):
     """Rows of a call are not each their own."""
 
 
+@dataclass
 class _Apart(Independence):
-    """What is known of rows that are each an example, unless they are seen to meet."""
+    """What is known of rows that are each an example, unless they are seen to meet. sizes: of
+    launches that were proved; a function may branch on the number of rows, and calls ask for
+    launches of other sizes.
+    """
+
+    sizes: set[int] = field(default_factory=set)
 
     def meet(self, reason: str, *, vmapped: bool = False) -> None:
         self.reason, self.proved = reason, False
@@ -87,12 +93,19 @@ class _Apart(Independence):
     def due(self, rows: int, *, apart: bool) -> tuple[int, ...]:
         if self.reason:
             raise _NotByRowsError(self.reason)
-        return super().due(rows, apart=apart)
+        due = super().due(rows, apart=apart)
+        if rows in self.sizes or rows < 2:
+            return due
+        self.sizes.add(rows)
+        return due or ((rows - 1) // 2,)
 
 
 class _Rows(dict[tuple[object, ...], Independence]):
     def setdefault(self, key: tuple[object, ...], default: Any = None) -> Independence:
-        return super().setdefault(key, _Apart(default.suspect))
+        # Kept before it learns what raises: other forms of the call read it.
+        found = super().setdefault(key, _Apart(None))
+        found.learn(default.suspect)
+        return found
 
 
 def _known_rows() -> Known:
@@ -407,42 +420,11 @@ def _owner(forward: Callable[..., Any]) -> nn.Module | None:
     return owner if isinstance(owner, nn.Module) else None
 
 
-@torch.no_grad()
-def batches_meet(
-    forward: Callable[..., Any], one: Inputs, other: Inputs, further: tuple[Any, ...]
-) -> bool:
-    """Whether rows of a batch have other outputs where further batches share the call: larger ones,
-    which move a maximum or a branch, or where the function refuses these, the other one.
-    """
-
-    def of(*batches: Inputs) -> Tensor:
-        count = len(batches)
-        args = tuple(_repeated(arg, count) if isinstance(arg, Tensor) else arg for arg in further)
-        rows = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-        return read_output(forward(*rows, *args))
-
-    rows, more = len(one[0]), [tuple(map(change, one)) for change in (_larger, _opposite)]
-    with preserved(forward), torch.random.fork_rng([]):
-        try:
-            alone = of(one)
-            try:
-                found = of(one, *more)
-            except Exception:
-                found = of(one, other)
-        except Exception:
-            # The call itself says what is wrong.
-            return True
-    if alone.shape[:1] != (rows,) or found.shape[:1] == (rows,):
-        return True
-    return not alike(found[:rows], alone)
-
-
-def _larger(x: Tensor) -> Tensor:
-    return 3 * x.flip(-1) + x.abs().amax() if x.is_floating_point() else x.flip(-1)
-
-
-def _opposite(x: Tensor) -> Tensor:
-    return -2 * x if x.is_floating_point() else x.roll(1, -1)
+def seen_to_meet(forward: Callable[..., Any]) -> bool:
+    """Whether the engine has seen rows meet in a function, or behind layers of it."""
+    owner = _owner(forward)
+    several = {} if owner is None else _KNOWN.get(owner, {})
+    return any(one.reason for known in several.values() for one in known.rows.values())
 
 
 def alike(found: Tensor, expected: Tensor) -> bool:

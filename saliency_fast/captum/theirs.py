@@ -1,0 +1,132 @@
+"""Theirs: classes that only Captum has, without the copies of a batch that meet in the model.
+
+They are Captum's, and call the model as they do in Captum: with all steps, perturbations or samples
+that were asked for. Where copies of the batch are seen to meet, each has a call of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.captum.apart import calls_of
+from saliency_fast.captum.contract import as_tuple, public
+from saliency_fast.captum.run import seen_to_meet
+from saliency_fast.model.routes import Inputs
+
+STEPS = ("InternalInfluence", "NeuronConductance", "NeuronIntegratedGradients")
+PERTURBED = ("LayerFeatureAblation", "LayerFeaturePermutation", "NeuronFeatureAblation")
+SAMPLED = ("LayerGradientShap", "NeuronGradientShap")
+
+
+@functools.cache
+def kept_apart(theirs: Any) -> Any:
+    """A child of one of Captum's classes, where several copies of a batch share its calls; what
+    else Captum has as it is.
+    """
+    if getattr(theirs, "__name__", "") not in (*STEPS, *PERTURBED, *SAMPLED):
+        return theirs
+    signature = inspect.signature(theirs.attribute)
+
+    @functools.wraps(theirs.attribute)
+    def attribute(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        if not _meet(self, theirs.__name__, call.arguments):
+            return theirs.attribute(self, *args, **kwargs)
+        if theirs.__name__ in SAMPLED:
+            return _sample_by_sample(theirs.attribute, call)
+        if theirs.__name__ in STEPS:
+            call.arguments["internal_batch_size"] = len(as_tuple(call.arguments["inputs"])[0])
+        else:
+            call.arguments["perturbations_per_eval"] = 1
+        return theirs.attribute(*call.args, **call.kwargs)
+
+    return type(theirs)(
+        theirs.__name__,
+        (theirs,),
+        {"attribute": public(attribute), "__module__": __package__, "__doc__": theirs.__doc__},
+    )
+
+
+def _meet(method: Any, name: str, given: dict[str, Any]) -> bool:
+    """Whether copies of the batch that are to share a call meet in the model."""
+    inputs, sizes = as_tuple(given["inputs"]), _sizes(name, given)
+    if not sizes or not inputs[0].dim():
+        return False
+    if seen_to_meet(method.forward_func):
+        return True
+    layers = method.layer if isinstance(method.layer, (list, tuple)) else (method.layer,)
+    shared = calls_of(method.forward_func, given["additional_forward_args"], *layers)
+    starts = _starts(inputs, given.get("baselines"))
+    return any(shared.meet(_between(inputs, starts, size)) for size in sizes)
+
+
+def _sizes(name: str, given: dict[str, Any]) -> list[int]:
+    """The numbers of copies in a call, as a model may branch on them."""
+    batch = max(1, len(as_tuple(given["inputs"])[0]))
+    if name in SAMPLED:
+        found = [given["n_samples"]]
+    elif name in STEPS:
+        steps, most = given["n_steps"], given["internal_batch_size"]
+        each = steps if most is None else min(steps, max(1, most // batch))
+        found = [each, steps % max(1, each)]
+    else:
+        # Of how many features there are, and so of the last call, the layer decides.
+        found = list(range(given["perturbations_per_eval"], 1, -1))
+    return [one for one in dict.fromkeys(found) if one > 1]
+
+
+def _starts(inputs: Inputs, baselines: Any) -> list[Any]:
+    """Where lines to the inputs begin: at baselines that fit them, else at zeros."""
+    several = baselines if isinstance(baselines, tuple) else (baselines,) * len(inputs)
+    found = []
+    for x, one in zip(inputs, several, strict=False):
+        fits = isinstance(one, (int, float)) or (isinstance(one, Tensor) and one.dim() == x.dim())
+        start = torch.as_tensor(one if fits else 0, dtype=x.dtype, device=x.device)
+        found.append(start[:1] if start.dim() and len(start) != len(x) else start)
+    return found
+
+
+def _between(inputs: Inputs, starts: list[Any], count: int) -> Inputs:
+    """Copies [count, B, *] on the lines to the inputs; of whole numbers in other orders."""
+    found = []
+    for x, start in zip(inputs, starts, strict=True):
+        if not x.is_floating_point():
+            found.append(torch.stack([x.roll(number, -1) for number in range(count)]))
+            continue
+        share = torch.linspace(0, 1, count, dtype=x.dtype, device=x.device)
+        line = share.view(-1, *(1,) * x.dim())
+        found.append((start + line * (x - start)).detach())
+    return tuple(found)
+
+
+def _sample_by_sample(attribute: Callable[..., Any], call: Any) -> Any:
+    """The mean of maps of one sample each, and the deltas of all [B * samples], example-major."""
+    count, deltas = call.arguments["n_samples"], list[Tensor]()
+    call.arguments["n_samples"], total = 1, None
+    for _ in range(count):
+        found = attribute(*call.args, **call.kwargs)
+        if call.arguments.get("return_convergence_delta"):
+            found, delta = found
+            deltas.append(delta)
+        total = found if total is None else _added(total, found)
+    maps = _scaled(total, 1 / count)
+    return (maps, torch.stack(deltas, 1).flatten()) if deltas else maps
+
+
+def _added(one: Any, other: Any) -> Any:
+    if isinstance(one, (tuple, list)):
+        return type(one)(_added(*pair) for pair in zip(one, other, strict=True))
+    return one + other
+
+
+def _scaled(one: Any, by: float) -> Any:
+    return (
+        type(one)(_scaled(part, by) for part in one) if isinstance(one, (tuple, list)) else one * by
+    )
