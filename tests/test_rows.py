@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast import evaluate
+from saliency_fast.errors import ModelError
 
 TIGHT = 1e-9
 
@@ -416,3 +417,105 @@ def test_vmap_asks_nobody_to_file_an_issue() -> None:
     assert "vmap" in found.provenance.way
     with pytest.warns(UserWarning, match="performance drop"):
         torch.func.vmap(lambda x: torch.histc(x, 3))(torch.randn(3, 4))
+
+
+class Ranged(nn.Module):
+    """Scales its whole input by what several places of it reach."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        parts = (nn.Conv2d(1, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.body = nn.Sequential(*parts, nn.Linear(16, 3)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "median":
+            return self.body(x - x.median())
+        if self.kind == "nanmedian":
+            return self.body(x - x.nanmedian())
+        low = x.min() if self.kind == "range" else 0.0
+        return self.body((x - low) / (x.max() - low + 1e-6))
+
+
+@pytest.mark.parametrize("kind", ["range", "largest", "median", "nanmedian"])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.filterwarnings("ignore:saliency_fast. the examples of this call depend")
+def test_values_that_tie_over_the_whole_input(kind: str, rows: int) -> None:
+    model, x = Ranged(kind).eval(), (picture(rows).clamp(0.4, 0.9) * 16).round() / 16
+    x[:, :, :2] = 0.4
+    x[:, :, 5:8, 5:8] = 1.0
+    method = sf.IntegratedGradients(steps=6, rule="midpoint")
+    for size in (None, 1):
+        found = sf.explain(model, x, target=1, method=method, points_per_launch=size).values
+        assert gap(found, naive(model, x, 6)) < TIGHT
+    engine = sf.Engine(model, method)
+    assert all(gap(engine(x, 1).values, naive(model, x, 6)) < TIGHT for _ in range(3))
+
+
+class Counting(nn.Module):
+    """Treats its rows apart as long as there are few of them."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.body = most, Ranged("largest").body
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return y if len(x) <= self.most else y - 0.5 * y.mean(0) * y.std(0)
+
+
+@pytest.mark.parametrize("most", [3, 8])
+def test_launches_of_more_rows_than_were_proved(most: int) -> None:
+    model, x = Counting(most).eval(), picture(1)
+    engines = [sf.Engine(model, sf.IntegratedGradients(steps=n, rule="midpoint")) for n in (2, 3)]
+    for engine in engines:
+        for _ in range(3):
+            engine(x, 1)
+    method = sf.IntegratedGradients(steps=50, rule="midpoint")
+    assert gap(sf.explain(model, x, target=1, method=method).values, naive(model, x, 50)) < TIGHT
+
+
+JOINS: dict[str, Any] = {
+    "last": lambda h: h + h[-1:],
+    "middle": lambda h: h + h[len(h) // 2],
+    "largest": lambda h: h / (h.amax() + 2),
+    "standardised": lambda h: (h - h.mean()) / (h.std() + 0.1),
+    "number": lambda h: h * len(h),
+    "sums": lambda h: h.cumsum(0),
+    "branch": lambda h: h * 2 if h.max() > 1.5 else h,
+}
+
+
+class Joined(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.name, self.first = name, nn.Linear(5, 6).double()
+        self.layer, self.last = nn.Tanh(), nn.Linear(6, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.layer(JOINS[self.name](self.first(x))))
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_deep_lift_refuses_what_joins_an_example_and_its_reference(name: str) -> None:
+    torch.manual_seed(1)
+    x = 3 * torch.randn(1, 5, dtype=torch.float64)
+    with pytest.raises(ModelError, match="together with its reference"):
+        sf.explain(Joined(name).eval(), x, target=1, method="deeplift")
+
+
+@pytest.mark.parametrize("name", JOINS)
+@pytest.mark.parametrize("method", ["gradient", "integrated_gradients", "feature_ablation"])
+@pytest.mark.filterwarnings("ignore:saliency_fast. the examples of this call depend")
+def test_layers_behind_what_joins_the_examples(name: str, method: str) -> None:
+    torch.manual_seed(1)
+    model, x = Joined(name).eval(), torch.randn(3, 5, dtype=torch.float64)
+    found = sf.explain(model, x, target=1, method=method, at="layer")
+    for number in range(3):
+        own = slice(number, number + 1)
+        single = sf.explain(model, x[own], target=1, method=method, at="layer")
+        assert gap(found.values[own], single.values) < TIGHT
+        with torch.no_grad():
+            torch.testing.assert_close(found.scores[own].double(), model(x[own])[:, 1])

@@ -319,3 +319,67 @@ def test_the_whole_model_is_unchanged() -> None:
     model, x = Changing(in_place), X()
     with unchanged(model, x):
         sf.explain(model, x, target=1)
+
+
+class Remembering(nn.Module):
+    """What it says depends on what it was asked before."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.calls = kind, 0
+        self.first, self.last = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
+        self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
+        self.register_buffer("bank", torch.ones(4, 6, dtype=torch.float64))
+        self.hidden: torch.Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        if self.kind == "average":
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+            h = h - self.mean
+        elif self.kind == "bank":
+            with torch.no_grad():
+                self.bank[self.calls % 4] = h[0]
+            self.calls += 1
+            h = h * self.bank.mean(0)
+        elif self.kind == "hidden":
+            before = torch.zeros_like(h) if self.hidden is None else self.hidden[: len(h)]
+            h = torch.tanh(h + 0.5 * before.expand_as(h))
+            self.hidden = h[:1].detach()
+        else:
+            self.calls += 1
+            h = h * (1 + 0.1 * self.calls)
+        return self.last(h)
+
+
+@pytest.mark.parametrize("kind", ["average", "bank", "hidden", "counter"])
+@pytest.mark.parametrize("size", [None, 1, 3])
+@pytest.mark.parametrize("lean", [True, False])
+def test_every_point_finds_the_state_of_the_call(kind: str, size: int | None, lean: bool) -> None:
+    model = Remembering(kind).eval()
+    with torch.no_grad():
+        model(torch.ones(1, 4, dtype=torch.float64))
+    start = copy.deepcopy(model)
+    torch.manual_seed(2)
+    x = torch.randn(1, 4, dtype=torch.float64)
+    expected = torch.zeros_like(x)
+    for number in range(6):
+        point = ((number + 0.5) / 6 * x).requires_grad_()
+        expected += torch.autograd.grad(copy.deepcopy(start)(point)[0, 1], point)[0] / 6 * x
+    engine = sf.Engine(
+        model,
+        sf.IntegratedGradients(steps=6, rule="midpoint"),
+        points_per_launch=size,
+        lean=lean,
+    )
+    for _ in range(2):
+        found = engine(x, 1)
+        torch.testing.assert_close(found.values, expected, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(found.scores.double(), copy.deepcopy(start)(x)[:, 1])
+    ablated = sf.explain(model, x, target=1, method="feature_ablation", lean=lean).values
+    for place in range(4):
+        off = x.clone()
+        off[0, place] = 0
+        change = copy.deepcopy(start)(x)[0, 1] - copy.deepcopy(start)(off)[0, 1]
+        torch.testing.assert_close(ablated[0, place], change)

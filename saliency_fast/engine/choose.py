@@ -49,6 +49,7 @@ from saliency_fast.model.precision import (
     read_precision,
 )
 from saliency_fast.model.routes import Inputs, tensors_among
+from saliency_fast.model.rules.rescale import Rescale
 
 ALLOWED = 0.02
 """Relative L2 that precision "auto" may cost a map, unless the user says otherwise."""
@@ -202,7 +203,9 @@ class Choice:
             else:
                 limits = replace(limits, points_per_launch=1)
             self._tell(self.call.batch, rows)
-        if self.recipe.rules is not None and self.recipe.rules.references:
+        rules = self.recipe.rules
+        # Captum's way takes the whole batch and its baselines through the model as they are.
+        if isinstance(rules, Rescale) and not rules.captum:
             self._need_pairs(rows)
         planned = partial(self._planned, tuple(notes), limits)
 
@@ -277,8 +280,8 @@ class Choice:
         """Raises ModelError where an example and its reference, which rules take through the model
         together, depend on each other.
         """
-        reason, number = rows.reason if rows.apart is not None else None, self.call.batch // 2
-        if reason is None and not rows.paired:
+        number = self.call.batch // 2
+        if not rows.paired:
             item = torch.tensor([number, number], device=self.call.device)
             parts = zip(self.call.inputs, self.baselines[0], strict=True)
             points = tuple(torch.cat([x[item[:1]], b[item[:1] % len(b)]]) for x, b in parts)
@@ -286,7 +289,7 @@ class Choice:
             with same_draws(lambda: rows.draws, self.call.device):
                 reason = meeting(function, points, item, extremes=rows.suspect is not None)
             rows.paired = reason is None
-        if reason is not None:
+        if not rows.paired:
             raise ModelError(
                 f"{self.method.name} takes each example through the model together with its "
                 f"reference, and the model lets rows depend on each other ({reason}): its rules "

@@ -27,7 +27,7 @@ class Tied:
     """share [B]: of the gradient at a point of each example, what passes ties; NaN where nobody
     looked. rounded: the largest share of ties that rounding decides. apart: whether points
     must go through the model one by one: PyTorch's kernels round rows of a batch otherwise than one
-    alone, and rounding decides.
+    alone, and rounding may decide, in pools as in sorts, rectifiers of differences and `where`.
     """
 
     share: Tensor
@@ -60,7 +60,7 @@ def find_ties(
     if not (summed and affordable and many):
         return None
     share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")
-    if maxima == [False]:
+    if maxima == [False] and not exact:
         return Tied(share.zero_())
     level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
     order = level.place.argsort()
@@ -73,17 +73,13 @@ def find_ties(
         item = torch.full((1,), example, device=call.device)
         several = [source.write(level.rows(item, spot, spot + 1)) for spot in spots]
         tying = [may_tie(points) for points in several]
-        if not any(tying):
+        apart |= exact and any(tying)
+        if not tying[0] or maxima == [False]:
             share[example] = 0.0
         elif many > 0:
-            many, share[example] = many - 1, 0.0
-            for number, points in enumerate(several):
-                if not tying[number]:
-                    continue
-                tied, rounded = _shares(Ties(model), call, points, item, maxima)
-                apart |= exact and rounded > 0
-                if number == 0:
-                    share[example], largest = tied, max(largest, rounded)
+            many -= 1
+            tied, rounded = _shares(Ties(model), call, several[0], item, maxima)
+            share[example], largest = tied, max(largest, rounded)
     return Tied(share, largest, apart)
 
 
