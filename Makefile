@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What is installed of PyTorch, and the releases that `make test-versions` takes instead.
 TORCH ?= torch
 RELEASES ?= 2.9.0 2.14.1 2.15.0
-# Tests run in so many processes at a time.
+# Tests run in so many processes at a time, of one thread each, but for those that set another number.
 WORKERS ?= 2
 # A pip before 24.2 does not read the system's certificates, without which no index is reached
 # behind a proxy that has its own; pip's own `cert` setting wins over this one.
@@ -32,7 +32,7 @@ imports: $(VENV)/test-installed
 	$(BIN)/lint-imports
 
 unit: $(VENV)/test-installed
-	$(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
 # The suite on other releases of PyTorch, with torchvision. Each has a copy of the sources, since C++
