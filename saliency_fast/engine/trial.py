@@ -255,11 +255,11 @@ class Trial:
         """
         recording, meter = Recording(model), MemoryMeter()
         with self._place(), same_draws(lambda: meter.drew, self.call.device), uncompiled(), meter:
-            state = torch.random.get_rng_state()
+            states = _random_states(self.call.device)
             function, (points, item) = self._function(recording), self._points(rows)
             taken = function.taken(points)
             function.forward(entered(taken)[0] if rows == 1 else taken, item)
-            drawn = not torch.equal(state, torch.random.get_rng_state())
+            drawn = not all(map(torch.equal, states, _random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
         if meter.drew and drawn:
             # Other memory formats and parts taken once would draw in another order.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saliency_fast.errors import ModelCallError, SaliencyError
 from saliency_fast.model.outputs import tensors_of
+from saliency_fast.model.state import rewind
 
 FORWARD, BACKWARD, TARGET = "forward", "backward", "target"
 _WHO = {FORWARD: "the model", BACKWARD: "the model's backward pass", TARGET: "the target function"}
@@ -193,6 +194,7 @@ class _Calling:
         further: Callable[[Any], Any] = lambda one: one,
     ) -> Exception | bool | None:
         """What it raises; False where it works, None where memory does not suffice."""
+        rewind()
         try:
             points = [change(one).detach() for one in self.inputs]
             args = [further(one) for one in self.args]

@@ -24,6 +24,7 @@ from saliency_fast.model.program import (
     tensors_in,
 )
 from saliency_fast.model.routes import tensors_among
+from saliency_fast.model.state import rewind
 
 # Answers that are no tensors and say nothing of the numbers inside one.
 _SHAPES = frozenset(
@@ -364,6 +365,7 @@ class Recording:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        rewind()
         recorder = Recorder(points, tensors_among(args, kwargs))
         with recorder:
             raw = self._model(*points, *args, **kwargs)

@@ -60,7 +60,8 @@ class Vmapped:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        rewind()
+        # Under vmap the model keeps nothing.
+        rewind(counts=len(points[0]) == 1)
         if len(points[0]) == 1:
             return self.model(*points, *args, **kwargs)
         further = dict(enumerate(args)) | dict(kwargs)
@@ -182,6 +183,7 @@ class Autocast:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        rewind()
         with torch.autocast(points[0].device.type, self.half):
             return self.model(*points, *args, **kwargs)
 

@@ -229,13 +229,18 @@ _OVERWRITTEN: dict[int, tuple[weakref.ref[nn.Module], set[str]]] = {}
 """Names of the tensors that modules write to, of every module that was held once."""
 
 
+_MOVING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that were seen to change when they run."""
+
+
 class _Hold:
     """What a call holds. runs: of the model so far; moving: modules that change when it runs;
     graphs: whether graphs of its runs live on.
     """
 
     def __init__(self, kept: list[_Kept]) -> None:
-        self.kept, self.runs, self.moving, self.graphs = kept, 0, list[_Kept](), False
+        self.kept, self.runs, self.graphs = kept, 0, False
+        self.moving = [one for one in kept if one.module in _MOVING] if _MOVING else []
 
 
 class _Holds(threading.local):
@@ -247,16 +252,16 @@ _HOLDS = _Holds()
 """What this thread's calls hold, the innermost last."""
 
 
-def rewind() -> None:
+def rewind(*, counts: bool = True) -> None:
     """Puts the state back that earlier runs of the innermost call changed; to be called before each
     run of its model. The second run tells which modules change. Calls of several threads at once
-    leave it as it is.
+    leave it as it is. counts: whether the run leaves its changes to be seen by the next.
     """
     if not _HOLDS.stack:
         return
     hold = _HOLDS.stack[-1]
-    hold.runs += 1
-    several = hold.kept if hold.runs <= 2 else hold.moving
+    hold.runs += counts
+    several = hold.kept if counts and hold.runs <= 2 else hold.moving
     if not several:
         return
     with _LOCK:
@@ -265,8 +270,9 @@ def rewind() -> None:
                 continue
             written, _ = kept.restore(graphs=hold.graphs)
             _note(kept.module, written)
-            if kept.moved and hold.runs == 2:
-                hold.moving.append(kept)
+            if kept.moved and kept not in hold.moving:
+                _MOVING.add(kept.module)
+                hold.moving = [*hold.moving, kept]
 
 
 def keep_graphs() -> None:
@@ -314,6 +320,8 @@ def preserved(model: object) -> Iterator[None]:
                     del _KEPT[id(kept.module)]
                     written, gone = kept.restore(graphs=hold.graphs)
                     _note(kept.module, written)
+                    if kept.moved:
+                        _MOVING.add(kept.module)
                     lost += [(kept.module, name) for name in gone]
         if lost:
             _tell(held, lost)

@@ -15,6 +15,7 @@ from torch.nn import functional
 from saliency_fast.model.calls import Calls
 from saliency_fast.model.lean.convolutions import each_axis
 from saliency_fast.model.routes import Inputs
+from saliency_fast.model.state import rewind
 
 WITHIN = {torch.float64: 2.0**-40, torch.float32: 2.0**-20}
 """Relative difference up to which rounding may have told two values apart: some dozen units in the
@@ -38,6 +39,7 @@ class Ties:
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        rewind()
         with _Watch(self):
             return self.model(*points, *args, **kwargs)
 
