@@ -73,13 +73,19 @@ def find_ties(
         item = torch.full((1,), example, device=call.device)
         several = [source.write(level.rows(item, spot, spot + 1)) for spot in spots]
         tying = [may_tie(points) for points in several]
-        apart |= exact and any(tying)
-        if not tying[0] or maxima == [False]:
+        # On the way: by pools, sorts, rectifiers of differences, where() and whatever else chooses.
+        apart |= exact and tying[0]
+        if not any(tying) or maxima == [False]:
             share[example] = 0.0
         elif many > 0:
-            many -= 1
-            tied, rounded = _shares(Ties(model), call, several[0], item, maxima)
-            share[example], largest = tied, max(largest, rounded)
+            many, share[example] = many - 1, 0.0
+            for number, points in enumerate(several):
+                if not tying[number]:
+                    continue
+                tied, rounded = _shares(Ties(model), call, points, item, maxima)
+                apart |= exact and rounded > 0
+                if number == 0:
+                    share[example], largest = tied, max(largest, rounded)
     return Tied(share, largest, apart)
 
 

@@ -155,15 +155,17 @@ def test_model_and_random_state_are_untouched(small, attack) -> None:
 @pytest.mark.parametrize("error", [BrokenError, KeyboardInterrupt])
 def test_untouched_after_errors(small, error) -> None:
     model, x, labels = small
+    left = [4]
 
     class Failing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner, self.left = model, 4
+            self.inner = model
 
         def forward(self, x):
-            self.left -= 1
-            if self.left < 0:
+            # Not of the module, whose attributes come back before each run.
+            left[0] -= 1
+            if left[0] < 0:
                 raise error
             return self.inner(x)
 
