@@ -36,7 +36,7 @@ def untouched(
     where other threads work on.
     """
     if not draws:
-        with _quiet(model, device) as was_training:
+        with _quiet(model, device, rewinds=False) as was_training:
             yield was_training
         return
     with same_draws(lambda: True, device), _quiet(model, device) as was_training:
@@ -64,11 +64,13 @@ def same_draws(drew: Callable[[], bool], device: torch.device) -> Iterator[None]
 
 
 @contextmanager
-def _quiet(model: Callable[..., Any], device: torch.device) -> Iterator[bool]:
+def _quiet(
+    model: Callable[..., Any], device: torch.device, *, rewinds: bool = True
+) -> Iterator[bool]:
     with (
         _outside_transforms(),
         _evaluating(model) as was_training,
-        preserved(model),
+        preserved(model, rewinds=rewinds),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False),

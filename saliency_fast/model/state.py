@@ -235,11 +235,12 @@ _MOVING: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 class _Hold:
     """What a call holds. runs: of the model so far; moving: modules that change when it runs;
-    graphs: whether graphs of its runs live on.
+    graphs: whether graphs of its runs live on. rewinds: whether its runs begin with the state as it
+    was held, not where a user may change the model meanwhile.
     """
 
-    def __init__(self, kept: list[_Kept]) -> None:
-        self.kept, self.runs, self.graphs = kept, 0, False
+    def __init__(self, kept: list[_Kept], rewinds: bool) -> None:
+        self.kept, self.runs, self.graphs, self.rewinds = kept, 0, False, rewinds
         self.moving = [one for one in kept if one.module in _MOVING] if _MOVING else []
 
 
@@ -257,7 +258,7 @@ def rewind(*, counts: bool = True) -> None:
     run of its model. The second run tells which modules change. Calls of several threads at once
     leave it as it is. counts: whether the run leaves its changes to be seen by the next.
     """
-    if not _HOLDS.stack:
+    if not _HOLDS.stack or not _HOLDS.stack[-1].rewinds:
         return
     hold = _HOLDS.stack[-1]
     hold.runs += counts
@@ -284,7 +285,7 @@ def keep_graphs() -> None:
 
 
 @contextmanager
-def preserved(model: object) -> Iterator[None]:
+def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
     """Runs its body; puts back what the model's modules change of themselves meanwhile.
 
     Of a plain function, the modules that it closes over, reads by name or is bound to. Several
@@ -307,7 +308,7 @@ def preserved(model: object) -> Iterator[None]:
             kept.holders += 1
             held.append(kept)
     lost: list[tuple[nn.Module, str]] = []
-    hold = _Hold(held)
+    hold = _Hold(held, rewinds)
     _HOLDS.stack.append(hold)
     try:
         yield
