@@ -22,7 +22,7 @@ from saliency_fast.captum.forward import read_output
 from saliency_fast.captum.run import _repeated
 from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.errors import ContractError
-from saliency_fast.model.guard import same_draws
+from saliency_fast.model.guard import draw_again, random_states, same_draws
 from saliency_fast.model.precision import FLOAT32, Precision
 from saliency_fast.model.routes import Inputs
 from saliency_fast.model.state import preserved
@@ -135,15 +135,16 @@ def drawn_again(device: torch.device) -> Callable[[], None]:
     """What puts the global generators back to where they are now: of PyTorch, of NumPy and of
     Python, of which a user's functions may draw.
     """
-    cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    states, numpy_state, python_state = (
+        random_states(device),
+        np.random.get_state(),
+        random.getstate(),
+    )
 
     def again() -> None:
-        torch.set_rng_state(cpu)
+        draw_again(states, device)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
-        if gpu is not None:
-            torch.cuda.set_rng_state(gpu, device)
 
     return again
 

@@ -20,7 +20,7 @@ from saliency_fast.model.calls import NotLeanError
 from saliency_fast.model.directional import Directional, summed
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import PointFunction, entered
-from saliency_fast.model.guard import same_draws, uncompiled
+from saliency_fast.model.guard import random_states, same_draws, uncompiled
 from saliency_fast.model.meta import OnMeta, shapes_only
 from saliency_fast.model.outputs import leaves_of
 from saliency_fast.model.prefix import check_affine
@@ -230,9 +230,9 @@ class Trial:
         try:
             drew = same_draws(lambda: ledger.meter.drew or self.draws, self.call.device)
             with self._place(), drew, uncompiled(), meter, hooks:
-                states = _random_states(self.call.device)
+                states = random_states(self.call.device)
                 scores, _, grads = gradients()
-                moved = not all(map(torch.equal, states, _random_states(self.call.device)))
+                moved = not all(map(torch.equal, states, random_states(self.call.device)))
         except (RuntimeError, MemoryError) as error:
             if ledger.accepted and _refuses_hooks(error):
                 # What autograd keeps of such a model is not counted; all else is.
@@ -255,11 +255,11 @@ class Trial:
         """
         recording, meter = Recording(model), MemoryMeter()
         with self._place(), same_draws(lambda: meter.drew, self.call.device), uncompiled(), meter:
-            states = _random_states(self.call.device)
+            states = random_states(self.call.device)
             function, (points, item) = self._function(recording), self._points(rows)
             taken = function.taken(points)
             function.forward(entered(taken)[0] if rows == 1 else taken, item)
-            drawn = not all(map(torch.equal, states, _random_states(self.call.device)))
+            drawn = not all(map(torch.equal, states, random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
         if meter.drew and drawn:
             # Other memory formats and parts taken once would draw in another order.
@@ -282,12 +282,6 @@ class Trial:
             self.number * rows,
         )
         return source.write(level.rows(item, start, start + rows)), item
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    """The states of the generators that a model on `device` draws from."""
-    states = [torch.random.get_rng_state()]
-    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def _refuses_hooks(error: BaseException) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from saliency_fast.model.recomputation import without_recomputation
@@ -48,19 +48,26 @@ def same_draws(drew: Callable[[], bool], device: torch.device) -> Iterator[None]
     """Whatever a model draws inside, it draws again afterwards. drew: whether it did; else random
     numbers are other threads' business, since the state is the whole process's.
     """
-    state = torch.random.get_rng_state()
-    gpu_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    before = random_states(device)
     try:
         yield
     finally:
-        if drew():
-            # A model that draws nothing leaves the state alone, and so do we.
-            if not torch.equal(state, torch.random.get_rng_state()):
-                torch.random.set_rng_state(state)
-            if gpu_state is not None and not torch.equal(
-                gpu_state, torch.cuda.get_rng_state(device)
-            ):
-                torch.cuda.set_rng_state(gpu_state, device)
+        # A model that draws nothing leaves the states alone, and so do we.
+        if drew() and not all(map(torch.equal, before, random_states(device))):
+            draw_again(before, device)
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that a model on the device draws from."""
+    states = [torch.random.get_rng_state()]
+    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def draw_again(states: list[Tensor], device: torch.device) -> None:
+    """Puts generators back to what `random_states` gave."""
+    torch.random.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager
