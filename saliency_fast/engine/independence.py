@@ -121,7 +121,7 @@ class Independence:
                 if gradients and not self._tied_alike:
                     self._at_ties(function, function.lone, row)
             elif self.provoke and not self.proved:
-                self._provoke(function, row, lone, scale)
+                self.provoke = provoked(function, row, lone, scale)
         number = row.number
 
         def compare(scores: Tensor) -> None:
@@ -135,21 +135,6 @@ class Independence:
                 self.proved, self._left = True, _CHANCE.randrange(2, 16)
 
         return compare
-
-    def _provoke(self, function: PointFunction, row: Row, lone: Tensor, scale: float) -> None:
-        """The same between rows that are far from all others: these move a maximum, a median or a
-        branch that the launch's own rows may have left where it was.
-        """
-        try:
-            found, _ = function.judged(*row.among_others())
-        except Exception:
-            # Values that the model refuses. What is suspect is proved in every launch anyway.
-            self.provoke = False
-            return
-        if not near(found[1], lone[0], scale, function):
-            raise RowsMeetError(
-                f"one scores {numbers(lone[0])} alone and {numbers(found[1])} among larger ones"
-            )
 
     def _at_ties(self, function: PointFunction, lone: PointFunction, row: Row) -> None:
         """The gradients of rows of few values, whose maxima and medians several places reach: under
@@ -235,12 +220,28 @@ def settings(call: Call) -> tuple[object, ...]:
     return fingerprint(further) if further else ()
 
 
+def provoked(function: PointFunction, row: Row, lone: Tensor, scale: float) -> bool:
+    """Whether a row runs between rows that are far from all others: these move a maximum, a median
+    or a branch that the launch's own rows may have left where it was. lone: its scores alone;
+    raises RowsMeetError where it has others there.
+    """
+    try:
+        found, _ = function.judged(*row.among_others())
+    except Exception:
+        # Values that the model refuses. What is suspect is proved in every launch anyway.
+        return False
+    if not near(found[1], lone[0], scale, function):
+        raise RowsMeetError(
+            f"one scores {numbers(lone[0])} alone and {numbers(found[1])} among larger ones"
+        )
+    return True
+
+
 def meeting(function: PointFunction, points: Inputs, item: Tensor, *, extremes: bool) -> str | None:
     """How one of these rows scores among the others something else than alone; None where none
     does. extremes: whether each is also tried among rows that are far from all others.
     """
     together, scale = function.judged(tuple(one.clone() for one in points), item)
-    known = Independence(None)
     for number in range(len(item)):
         row = Row.of(points, item, number)
         alone, _ = function.judged(*row.alone())
@@ -248,7 +249,7 @@ def meeting(function: PointFunction, points: Inputs, item: Tensor, *, extremes: 
             return f"one scores {numbers(alone[0])} alone and {numbers(together[number])} there"
         try:
             if extremes:
-                known._provoke(function, row, alone, scale)
+                provoked(function, row, alone, scale)
         except RowsMeetError as error:
             return str(error)
     return None
