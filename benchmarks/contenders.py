@@ -23,7 +23,7 @@ import saliency_fast as sf
 from benchmarks.models import Workload
 from saliency_fast.engine import hoist
 from saliency_fast.engine.plan import Plan
-from saliency_fast.model.precision import PRECISIONS
+from saliency_fast.graph.passes.half import PRECISIONS
 
 SIGMA = 0.15
 """Of SmoothGrad, absolute; the workloads' inputs have a deviation of one or a range of one."""

@@ -29,7 +29,7 @@ from benchmarks.end_to_end import command, machine
 from benchmarks.race import Clock
 from saliency_fast import zoo
 from saliency_fast.errors import SaliencyError
-from saliency_fast.model.precision import AUTO, FLOAT32, OF_DEVICE
+from saliency_fast.graph.passes.half import AUTO, FLOAT32, OF_DEVICE
 
 SHARE = 0.01
 """Of the pixels, those that count as the top."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.features import Features
@@ -15,7 +16,6 @@ from saliency_fast.engine.region import Region
 from saliency_fast.engines import Engine
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.layers import At
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target
 
 __all__ = ["Engine", "explain"]

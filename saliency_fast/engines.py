@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from saliency_fast import record
+from saliency_fast._types import Inputs
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.arguments import assigned
 from saliency_fast.engine.at import Place
@@ -45,14 +46,13 @@ from saliency_fast.errors import (
     SaliencyError,
     UnseenInputError,
 )
+from saliency_fast.graph.fingerprint import same_model, unchanging
+from saliency_fast.graph.passes.half import AUTO, PRECISIONS
 from saliency_fast.methods import read_method
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.failures import diagnosed
-from saliency_fast.model.fingerprint import same_model, unchanging
 from saliency_fast.model.guard import uncaptured, uncompiled, untouched
 from saliency_fast.model.layers import At, names_of
-from saliency_fast.model.precision import AUTO, PRECISIONS
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target, with_padding
 from saliency_fast.result import attribution, resident_before, usage_of
 from saliency_fast.together import Together, Whole, in_rows, layout_together, whole_call

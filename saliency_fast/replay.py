@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from saliency_fast import record
+from saliency_fast._types import Inputs
 from saliency_fast.api import Engine
 from saliency_fast.attribution import REGION_MASK, Attribution, load, relative_l2
 from saliency_fast.errors import InputError, RecordError
 from saliency_fast.methods import make_method
-from saliency_fast.model.routes import Inputs
 from saliency_fast.specs import restore_baseline, restore_features, restore_target
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9, "float16": 1e-2, "bfloat16": 5e-2}

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Belonging, Call, Shared, bind
 from saliency_fast.errors import InputError, ModelError
+from saliency_fast.graph.outputs import map_tensors, tensors_of
 from saliency_fast.model.axes import LayoutLike, Layouts
-from saliency_fast.model.outputs import map_tensors, tensors_of
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Reader, Target, Targets, tensor_of
 from saliency_fast.specs import describe_baseline, describe_target
 

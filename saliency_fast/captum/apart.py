@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.contract import as_args
 from saliency_fast.captum.forward import read_output
 from saliency_fast.captum.run import _repeated
 from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.errors import ContractError
+from saliency_fast.graph.passes.half import FLOAT32, Precision
 from saliency_fast.model.guard import draw_again, random_states, same_draws
-from saliency_fast.model.precision import FLOAT32, Precision
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.state import preserved
 
 FEW = 4

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.errors import ContractError
 from saliency_fast.model.casts import cast
-from saliency_fast.model.routes import Inputs
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Baselines = tuple[Tensor | int | float, ...]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.attribution import GradientAttribution
 from saliency_fast.captum.contract import (
     as_args,
@@ -25,7 +26,6 @@ from saliency_fast.captum.forward import Neuron
 from saliency_fast.captum.run import Asked, explained
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import DeepLift as Rescaled
-from saliency_fast.model.routes import Inputs
 
 
 class DeepLift(GradientAttribution):

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.contract import as_args, as_target, as_tuple
 from saliency_fast.errors import ContractError, ModelError, TargetRangeError
+from saliency_fast.graph.gradients import gradients
+from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.casts import cast
-from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import hooked, tensors_at
-from saliency_fast.model.outputs import tensors_of
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import read_of
 
 

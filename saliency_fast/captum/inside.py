@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.attribution import InternalAttribution
 from saliency_fast.captum.contract import as_args, copies, like_types
 from saliency_fast.captum.forward import (
@@ -21,11 +22,10 @@ from saliency_fast.captum.forward import (
 )
 from saliency_fast.captum.run import Asked, explained
 from saliency_fast.errors import ContractError, ModelError, RepeatedLayerError
+from saliency_fast.graph.gradients import gradients
 from saliency_fast.methods import Gradient
 from saliency_fast.model.casts import cast
-from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, with_floats
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.state import preserved
 
 LITTLE = 512 * 1024

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.attribution import GradientAttribution
 from saliency_fast.captum.contract import (
     as_baselines,
@@ -24,7 +25,6 @@ from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.parts.quadrature import Array, Rule, level
-from saliency_fast.model.routes import Inputs
 
 
 def _legendre(n: int) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.apart import calls_of
 from saliency_fast.captum.contract import (
     as_args,
@@ -23,7 +24,6 @@ from saliency_fast.captum.integrated_gradients import RULES, check_steps
 from saliency_fast.captum.layer import LayerGradientAttribution
 from saliency_fast.captum.noise import samples_at_once
 from saliency_fast.captum.run import _repeated
-from saliency_fast.model.routes import Inputs
 
 
 class LayerConductance(LayerGradientAttribution):

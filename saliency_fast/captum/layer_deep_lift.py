@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.attribution import InternalAttribution, LayerAttribution
 from saliency_fast.captum.contract import (
     as_baselines,
@@ -17,7 +18,6 @@ from saliency_fast.captum.contract import (
 )
 from saliency_fast.captum.deep_lift import DeepLift, DeepLiftShap, Each
 from saliency_fast.captum.inside import Inside
-from saliency_fast.model.routes import Inputs
 
 
 class LayerDeepLift(LayerAttribution, DeepLift):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.contract import (
     as_args,
     as_baselines,
@@ -35,7 +36,6 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
 from saliency_fast.methods.parts.coalitions import Game
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.state import preserved
 
 MANY = 10_000

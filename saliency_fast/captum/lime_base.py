@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.apart import SharedCalls, drawn_again
 from saliency_fast.captum.attribution import PerturbationAttribution
 from saliency_fast.captum.contract import (
@@ -27,7 +28,6 @@ from saliency_fast.captum.run import _repeated, seen_to_meet
 from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.parts.regression import fit
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.state import preserved
 
 

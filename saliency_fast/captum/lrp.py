@@ -30,8 +30,8 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import InputTypeError
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
-from saliency_fast.model.rules import Ruling
 from saliency_fast.model.state import preserved
+from saliency_fast.rules import Ruling
 
 RULED = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),

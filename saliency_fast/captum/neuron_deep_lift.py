@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.attribution import (
     GradientAttribution,
     InternalAttribution,
@@ -15,7 +16,6 @@ from saliency_fast.captum.attribution import (
 from saliency_fast.captum.contract import public
 from saliency_fast.captum.deep_lift import DeepLift, DeepLiftShap
 from saliency_fast.captum.forward import Neuron
-from saliency_fast.model.routes import Inputs
 
 
 class _OfNeuron(NeuronAttribution, GradientAttribution):

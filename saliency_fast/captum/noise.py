@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Noise, first_elements
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.smoothgrad import samples_level
-from saliency_fast.model.routes import Inputs
 
 CHUNK = 64 * 1024**2
 """Bytes of noisy inputs that are held at once, unless the caller says how many."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.apart import calls_of, drawn_again
 from saliency_fast.captum.attribution import Attribution
 from saliency_fast.captum.contract import (
@@ -26,7 +27,6 @@ from saliency_fast.captum.gradient import Saliency
 from saliency_fast.captum.noise import Sampled, draw_seeds, noisy, read_stdevs, samples_at_once
 from saliency_fast.captum.run import explained, seen_to_meet
 from saliency_fast.errors import ContractError
-from saliency_fast.model.routes import Inputs
 
 TYPES = ("smoothgrad", "smoothgrad_sq", "vargrad")
 

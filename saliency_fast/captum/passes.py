@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.futures import Future, collect_all
 from tqdm.auto import tqdm
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.apart import SharedCalls, calls_each
 from saliency_fast.captum.contract import Baselines, as_args, as_target, copies, filled
 from saliency_fast.captum.forward import read_output, selected
@@ -26,7 +27,6 @@ from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError, ModelError
 from saliency_fast.model.axes import Layouts
 from saliency_fast.model.casts import cast
-from saliency_fast.model.routes import Inputs
 
 Values = tuple[Inputs, Tensor | None]
 """Maps per input [N, *], and by feature [N, F] where the method tells."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.attribution import PerturbationAttribution, not_promised
 from saliency_fast.captum.contract import (
     Baselines,
@@ -36,7 +37,6 @@ from saliency_fast.methods.parts.coalitions import Game, players
 from saliency_fast.methods.parts.windows import read_windows
 from saliency_fast.model.axes import Layouts
 from saliency_fast.model.casts import cast
-from saliency_fast.model.routes import Inputs
 
 AT_ONCE = "Perturbations per evaluation must be an integer and at least 1."
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum import passes
 from saliency_fast.captum.contract import as_args, copies
 from saliency_fast.captum.passes import Asked
@@ -36,7 +37,6 @@ from saliency_fast.captum.run import (
 from saliency_fast.engine.independence import Known
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import ContractError
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.state import preserved
 
 

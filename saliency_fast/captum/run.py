@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from saliency_fast._types import Inputs
 from saliency_fast.api import Engine
 from saliency_fast.captum.contract import Baselines, as_args, as_target, filled
 from saliency_fast.captum.forward import (
@@ -36,11 +37,12 @@ from saliency_fast.engine.job import Job
 from saliency_fast.engine.launch import Moment
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
+from saliency_fast.graph.gradients import gradients
+from saliency_fast.model.executors import Plain
 from saliency_fast.model.failures import as_well, diagnosed
-from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Behind
-from saliency_fast.model.routes import Inputs, Plain, Ruled
 from saliency_fast.model.state import preserved
+from saliency_fast.rules.intercept import Ruled
 
 PLAIN = (torch.float32, torch.float64)
 SMALL = 16 * 1024

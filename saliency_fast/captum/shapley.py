@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.futures import Future
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.attribution import PerturbationAttribution
 from saliency_fast.captum.contract import (
     as_baselines,
@@ -38,7 +39,6 @@ from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.methods import shapley
 from saliency_fast.methods.parts.coalitions import Game
-from saliency_fast.model.routes import Inputs
 
 AT_ONCE = "Ablations per evaluation must be at least 1."
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.captum.apart import calls_of
 from saliency_fast.captum.contract import as_tuple, public
 from saliency_fast.captum.run import seen_to_meet
-from saliency_fast.model.routes import Inputs
 
 STEPS = ("InternalInfluence", "NeuronConductance", "NeuronIntegratedGradients")
 PERTURBED = ("LayerFeatureAblation", "LayerFeaturePermutation", "NeuronFeatureAblation")

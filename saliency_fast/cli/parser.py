@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from saliency_fast.cli.inputs import MAX_PIXELS
-from saliency_fast.model.precision import AUTO, PRECISIONS
+from saliency_fast.graph.passes.half import AUTO, PRECISIONS
 from saliency_fast.version import __version__
 
 _INPUT = """\

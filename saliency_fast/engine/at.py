@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call, read_inputs
 from saliency_fast.engine.independence import Known
@@ -16,7 +17,9 @@ from saliency_fast.engine.layouts import layouts_at
 from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError, ModelError, warn
+from saliency_fast.graph.program import laid, lies_innermost
 from saliency_fast.model.embeddings import embeddings
+from saliency_fast.model.executors import Plain
 from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import (
@@ -31,8 +34,6 @@ from saliency_fast.model.layers import (
     module_of,
     names_of,
 )
-from saliency_fast.model.program import laid, lies_innermost
-from saliency_fast.model.routes import Inputs, Plain
 from saliency_fast.model.spatial import Change, last_spatial
 
 AUTO = "auto"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from saliency_fast._types import Inputs
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.model.axes import Layouts, standard_layouts
 from saliency_fast.model.casts import cast
-from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
 
 MISSING = (

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.baselines import MISSING
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.graph.passes.half import HALVES
+from saliency_fast.graph.program import lies_innermost
 from saliency_fast.model.axes import LayoutLike, Layouts
 from saliency_fast.model.layers import Layer
-from saliency_fast.model.precision import HALVES
-from saliency_fast.model.program import lies_innermost
-from saliency_fast.model.routes import Inputs
 from saliency_fast.model.targets import Target, Targets, read_targets
 
 

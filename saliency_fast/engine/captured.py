@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.graphs import RECORDING, Recorder
@@ -26,7 +27,6 @@ from saliency_fast.engine.recipe import Level, Recipe, Rows
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.model.axes import Layouts
-from saliency_fast.model.routes import Inputs
 
 LARGE = 2 * 1024**3
 """Bytes of a launch from which the host's work no longer counts beside the device's."""

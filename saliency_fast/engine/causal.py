@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.way import Model, function_of
-from saliency_fast.model.routes import Plain
+from saliency_fast.model.executors import Plain
 from saliency_fast.model.targets import read_of
 
 _FOUND: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.bind import Call, is_finite
 from saliency_fast.engine.hoist import hoistable
@@ -36,11 +37,8 @@ from saliency_fast.engine.region import Part, Region, read_region
 from saliency_fast.engine.trial import Trial
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError, warn
-from saliency_fast.model.failures import is_out_of_memory
-from saliency_fast.model.fingerprint import unchanging
-from saliency_fast.model.guard import same_draws
-from saliency_fast.model.layers import Behind
-from saliency_fast.model.precision import (
+from saliency_fast.graph.fingerprint import unchanging
+from saliency_fast.graph.passes.half import (
     AUTO,
     FLOAT32,
     OF_DEVICE,
@@ -48,8 +46,11 @@ from saliency_fast.model.precision import (
     Precision,
     read_precision,
 )
-from saliency_fast.model.routes import Inputs, tensors_among
-from saliency_fast.model.rules.rescale import Rescale
+from saliency_fast.graph.program import tensors_among
+from saliency_fast.model.failures import is_out_of_memory
+from saliency_fast.model.guard import same_draws
+from saliency_fast.model.layers import Behind
+from saliency_fast.rules.deeplift import Rescale
 
 ALLOWED = 0.02
 """Relative L2 that precision "auto" may cost a map, unless the user says otherwise."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.independence import Independence, Row, RowsMeetError
 from saliency_fast.engine.job import Job
 from saliency_fast.engine.outcome import Outcome, average
@@ -23,9 +24,9 @@ from saliency_fast.engine.points import Itself, Line, Noise, RandomLine
 from saliency_fast.engine.recipe import Method, Recipe, Rows, Source
 from saliency_fast.engine.way import function_of
 from saliency_fast.errors import InputError, ModelError
+from saliency_fast.model.executors import Plain
 from saliency_fast.model.function import NO_GRADIENT, PointFunction
 from saliency_fast.model.guard import uncompiled
-from saliency_fast.model.routes import Inputs, Plain
 from saliency_fast.model.state import keep_graphs
 from saliency_fast.ops.points import random_line
 from saliency_fast.ops.registry import rows_of

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._types import Inputs
 from saliency_fast.engine.hoist import Hoist
 from saliency_fast.engine.recipe import Recipe, Rows, Source
-from saliency_fast.model.routes import Inputs
 
 
 @dataclass(frozen=True)

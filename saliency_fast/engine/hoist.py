@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.recipe import Recipe
+from saliency_fast.graph.passes.affine_prefix import Prefix
+from saliency_fast.graph.passes.half import FLOAT32, arithmetic
+from saliency_fast.graph.program import tensors_among
+from saliency_fast.model.executors import Recorded
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.precision import FLOAT32, arithmetic
-from saliency_fast.model.prefix import Prefix
-from saliency_fast.model.routes import Inputs, Recorded, tensors_among
 
 LEAST_POINTS = 4
 """Points per example from which two forwards and two transposes of the prefix pay."""

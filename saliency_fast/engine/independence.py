@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import Call
-from saliency_fast.model.fingerprint import fingerprint
+from saliency_fast.graph.fingerprint import fingerprint
+from saliency_fast.graph.rows import Suspicion
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.guard import same_draws
-from saliency_fast.model.routes import Inputs
-from saliency_fast.model.rows import Suspicion
 
 if TYPE_CHECKING:
     from saliency_fast.engine.probe import Probe

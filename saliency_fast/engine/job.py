@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.captured import (
@@ -33,9 +34,8 @@ from saliency_fast.engine.ties import Tied, find_ties
 from saliency_fast.engine.traced import launches_of, seconds_per_point, wait_for
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import ModelCallError, SaliencyError
-from saliency_fast.model.calls import NotLeanError
+from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.model.failures import is_out_of_memory
-from saliency_fast.model.routes import Inputs
 
 
 class _CostlyError(Exception):

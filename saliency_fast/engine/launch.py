@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.pack import alike, packed
-from saliency_fast.model.routes import Inputs
 
 AT_ONCE = max(4, os.cpu_count() or 1)
 """Launches that threads run at the same time: more of them halve what a processor gets done."""

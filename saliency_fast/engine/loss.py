@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.folds import Folds, norm_of
 from saliency_fast.engine.recipe import Level, Recipe, Rows, Source
-from saliency_fast.model.routes import Inputs
 
 POINTS = 3
 """Points of an example that are looked at."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.folds import norm_of
 from saliency_fast.engine.ties import Tied
 from saliency_fast.errors import ModelError
-from saliency_fast.model.routes import Inputs
 
 
 @dataclass(frozen=True)

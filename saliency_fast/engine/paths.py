@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Rows
 from saliency_fast.errors import InputError
+from saliency_fast.graph.passes.half import FLOAT32, arithmetic
 from saliency_fast.model.axes import Axes, Layouts
-from saliency_fast.model.precision import FLOAT32, arithmetic
-from saliency_fast.model.routes import Inputs
 
 REACH = 4.0
 """Standard deviations behind which a kernel ends."""

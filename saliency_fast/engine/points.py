@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Rows
 from saliency_fast.errors import InputError
-from saliency_fast.model.routes import Inputs
 
 Seed = int | tuple[int, ...]
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import Launches
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call
@@ -18,13 +19,12 @@ from saliency_fast.engine.probe import Probe
 from saliency_fast.engine.recipe import Method, Recipe, Starting
 from saliency_fast.engine.trial import Cost
 from saliency_fast.errors import InputError
+from saliency_fast.graph.autograd import LEAN
+from saliency_fast.graph.passes.affine_prefix import Prefix
+from saliency_fast.graph.passes.fuse_relu import rectified
+from saliency_fast.graph.passes.half import HALVES
+from saliency_fast.graph.tiles import tile_bytes
 from saliency_fast.model.casts import cast
-from saliency_fast.model.fusion import rectified
-from saliency_fast.model.lean import LEAN
-from saliency_fast.model.precision import HALVES
-from saliency_fast.model.prefix import Prefix
-from saliency_fast.model.routes import Inputs
-from saliency_fast.model.tiles import tile_bytes
 from saliency_fast.ops.dispatch import kernels
 
 

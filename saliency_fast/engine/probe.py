@@ -23,19 +23,19 @@ from saliency_fast.engine.plan import MARGIN, Plan
 from saliency_fast.engine.trial import Cost, Taken, Trial
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError, InputError, ModelError
-from saliency_fast.model.calls import NotLeanError
+from saliency_fast.graph.autograd.convolutions import LEAN as CONVOLUTIONS
+from saliency_fast.graph.fingerprint import same_model
+from saliency_fast.graph.intercept import NotLeanError
+from saliency_fast.graph.passes.affine_prefix import prefix_of
+from saliency_fast.graph.passes.float64 import Wider, native
+from saliency_fast.graph.passes.fuse_relu import fused, with_rectifiers
+from saliency_fast.graph.passes.half import Precision
+from saliency_fast.graph.program import Program
+from saliency_fast.graph.recorder import same_calls, unified
+from saliency_fast.graph.rows import Suspicion, suspicion
+from saliency_fast.model.executors import Plain, Recording
 from saliency_fast.model.failures import is_out_of_memory
-from saliency_fast.model.fingerprint import same_model
-from saliency_fast.model.fusion import fused, with_rectifiers
 from saliency_fast.model.layers import Behind
-from saliency_fast.model.lean.convolutions import LEAN as CONVOLUTIONS
-from saliency_fast.model.precision import Precision
-from saliency_fast.model.prefix import prefix_of
-from saliency_fast.model.program import Program
-from saliency_fast.model.recorder import Recording, same_calls, unified
-from saliency_fast.model.routes import Plain
-from saliency_fast.model.rows import Suspicion, suspicion
-from saliency_fast.model.widened import Wider, native
 
 NOTHING = Cost(0, 0, {})
 LEAN_FROM = 256 * 1024

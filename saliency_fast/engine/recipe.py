@@ -9,8 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.model.axes import Layouts
-from saliency_fast.model.routes import Inputs, Rules
+from saliency_fast.rules.intercept import Rules
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.graph.local import Box
 from saliency_fast.model.axes import Axes
-from saliency_fast.model.local import Box
 
 Region = Tensor | Sequence[slice | tuple[int, int]] | None
 

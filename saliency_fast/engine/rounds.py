@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.launch import Answer, Moment, Steps, Want
 from saliency_fast.engine.memory import MemoryMeter
@@ -20,11 +21,12 @@ from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.model.axes import Layouts
 from saliency_fast.model.directional import Directional, Project, summed
+from saliency_fast.model.executors import Plain, Route, Watched
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.guard import same_draws, uncompiled
 from saliency_fast.model.layers import Layer, Taps
-from saliency_fast.model.routes import Inputs, Plain, Route, Ruled, Rules, Watched
 from saliency_fast.model.tapped import TappedFunction
+from saliency_fast.rules.intercept import Ruled, Rules
 
 SCARCE = 32
 """Launches of the plan's size that must fit for memory not to be scarce."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import Arena, Launches
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.folds import Folds, norm_of
@@ -34,7 +35,6 @@ from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import BudgetError
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.routes import Inputs
 
 LOWER = 16.0
 """What a scale is divided by where half types overflow."""

@@ -24,7 +24,7 @@ from saliency_fast.engine.job import Job
 from saliency_fast.engine.launch import Answer, Moment, Steps, Want, answered, launch, together
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.errors import BusyError, ClosedError
-from saliency_fast.model.fingerprint import unchanging
+from saliency_fast.graph.fingerprint import unchanging
 
 Result = TypeVar("Result")
 REFUSALS = 3

@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.memory import Ledger, MemoryMeter
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError
-from saliency_fast.model.calls import NotLeanError
+from saliency_fast.graph.intercept import NotLeanError
+from saliency_fast.graph.outputs import leaves_of
+from saliency_fast.graph.passes.affine_prefix import check_affine
+from saliency_fast.graph.passes.float64 import wide
+from saliency_fast.graph.program import Program
 from saliency_fast.model.directional import Directional, summed
+from saliency_fast.model.executors import Recording, Route
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import PointFunction, entered
 from saliency_fast.model.guard import random_states, same_draws, uncompiled
 from saliency_fast.model.meta import OnMeta, shapes_only
-from saliency_fast.model.outputs import leaves_of
-from saliency_fast.model.prefix import check_affine
-from saliency_fast.model.program import Program
-from saliency_fast.model.recorder import Recording
-from saliency_fast.model.routes import Inputs, Route
-from saliency_fast.model.widened import wide
 
 FEW = 128
 """Points of a call up to which ways are compared at two of them, and at three above."""

@@ -10,38 +10,37 @@ from typing import Any
 
 import torch
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.hoist import Hoist
 from saliency_fast.engine.memory import Ledger
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import BudgetError
-from saliency_fast.model.calls import NotLeanError
-from saliency_fast.model.function import PointFunction
-from saliency_fast.model.invariant import Settled, settled, settled_bytes
-from saliency_fast.model.local import Box
-from saliency_fast.model.precision import FLOAT32, Lowered, Precision, lowered, lowered_bytes
-from saliency_fast.model.prefix import Prefix
-from saliency_fast.model.program import Program, Step
-from saliency_fast.model.recurrent import recurring
-from saliency_fast.model.routes import (
+from saliency_fast.graph.intercept import NotLeanError
+from saliency_fast.graph.local import Box
+from saliency_fast.graph.passes.affine_prefix import Prefix
+from saliency_fast.graph.passes.float64 import Wider
+from saliency_fast.graph.passes.half import FLOAT32, Lowered, Precision, lowered, lowered_bytes
+from saliency_fast.graph.passes.invariant import Settled, settled, settled_bytes
+from saliency_fast.graph.passes.scores_only import ready_bytes, scoring
+from saliency_fast.graph.program import Program, Step
+from saliency_fast.graph.stem import local_stem
+from saliency_fast.graph.tiles import Tiled, tile_sizes
+from saliency_fast.model.executors import (
     Autocast,
-    Inputs,
     Offloaded,
     Plain,
     Recorded,
     Route,
-    Ruled,
-    Rules,
     Scored,
     Vmapped,
     Watched,
     Widened,
 )
-from saliency_fast.model.scoring import ready_bytes, scoring
-from saliency_fast.model.stem import local_stem
-from saliency_fast.model.tiles import Tiled, tile_sizes
+from saliency_fast.model.function import PointFunction
+from saliency_fast.model.recurrent import recurring
 from saliency_fast.model.vmapped import Confined
-from saliency_fast.model.widened import Wider
+from saliency_fast.rules.intercept import Ruled, Rules
 
 Model = Callable[..., Any]
 
@@ -72,7 +71,7 @@ def function_of(route: Route, call: Call, kind: tuple[object, ...] = ()) -> Poin
 class Way:
     """By a program, else call by call in lean versions, else as it is.
 
-    precision: of the launches; see `model/precision.py`.
+    precision: of the launches; see `graph/passes/half.py`.
     prefix: the program in two, where the sum of gradients is taken behind its affine beginning.
     tiled: the program with its local beginning tile by tile. offloaded: what is kept from forward
     to backward waits in the host's memory. unfolded: the program with its layers apart, for tiles.

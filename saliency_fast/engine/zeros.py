@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import warn
-from saliency_fast.model.routes import Inputs, Plain
+from saliency_fast.model.executors import Plain
 
 SHOWN = 8
 """Examples that a warning names."""

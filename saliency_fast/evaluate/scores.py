@@ -13,8 +13,8 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, ModelError
+from saliency_fast.graph.passes.half import HALVES
 from saliency_fast.model.axes import Axes
-from saliency_fast.model.precision import HALVES
 from saliency_fast.model.targets import (
     PREDICTED,
     Target,

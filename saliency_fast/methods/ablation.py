@@ -8,13 +8,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, players
 from saliency_fast.model.axes import Layouts
-from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits, segment_points
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.methods.gradient import at_input
-from saliency_fast.model.rules import Deconv, Guided
+from saliency_fast.rules import Deconv, Guided
 
 
 @dataclass(frozen=True)

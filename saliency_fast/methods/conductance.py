@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from saliency_fast import ops
+from saliency_fast._types import Inputs
 from saliency_fast.engine.at import need_batch_first
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
@@ -18,7 +19,6 @@ from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_l
 from saliency_fast.methods.parts.quadrature import RULES
 from saliency_fast.model.guard import same_draws
 from saliency_fast.model.layers import LayerTaps
-from saliency_fast.model.routes import Inputs
 
 
 @dataclass(frozen=True)

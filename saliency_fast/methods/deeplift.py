@@ -8,7 +8,7 @@ from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.methods.parts import checks
-from saliency_fast.model.rules import Rescale
+from saliency_fast.rules import Rescale
 
 
 @dataclass(frozen=True)

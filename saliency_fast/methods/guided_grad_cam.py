@@ -9,7 +9,7 @@ import torch
 from saliency_fast.engine.rounds import Asked, Found, Maps, Rounds
 from saliency_fast.methods.cam import GradCAM
 from saliency_fast.methods.parts.canvas import Canvas
-from saliency_fast.model.rules import Guided
+from saliency_fast.rules import Guided
 
 
 class GuidedGradCAM(GradCAM):

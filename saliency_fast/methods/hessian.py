@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError, ModelError, warn
@@ -15,8 +16,8 @@ from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import maps_of, totals_like, unknown
 from saliency_fast.methods.parts.quadrature import gauss_logarithm
 from saliency_fast.model.directional import Project
-from saliency_fast.model.routes import Inputs, Rules
-from saliency_fast.model.rules import Softplus
+from saliency_fast.rules import Softplus
+from saliency_fast.rules.intercept import Rules
 
 MOST_REGIONS = 256
 """Each takes a backward pass of its own for every point."""

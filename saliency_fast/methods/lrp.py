@@ -9,7 +9,7 @@ from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import InputError
 from saliency_fast.methods.gradient import at_input
-from saliency_fast.model.rules import Composite, composite
+from saliency_fast.rules import Composite, composite
 
 BOUNDED = "epsilon_gamma_box"
 """The composite that looks at the input's bounds."""

@@ -10,13 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.windows import Grid, check_whole, hierarchy, read_windows
 from saliency_fast.model.axes import Layouts
-from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import window_points
 
 Window = int | tuple[int, ...] | tuple[int | tuple[int, ...] | None, ...] | None

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
@@ -16,7 +17,6 @@ from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_ro
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import own_seeds
-from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import mask_points, philox, random_bits
 from saliency_fast.ops.segments import repeated
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._types import Inputs
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
 from saliency_fast.methods.cam import Cam
 from saliency_fast.methods.parts.canvas import Canvas, resize
-from saliency_fast.model.routes import Inputs
 
 
 class ScoreCAM(Cam):

@@ -9,6 +9,7 @@ from math import comb
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Asked, Round, Rounds, in_rounds
@@ -16,7 +17,6 @@ from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
 from saliency_fast.model.axes import Layouts
-from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
 
 MOST = 20

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
@@ -18,7 +19,6 @@ from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
 from saliency_fast.methods.parts.regression import FITS, Slopes, fit, fit_shares
 from saliency_fast.methods.shapley import exact_rounds
 from saliency_fast.model.axes import Layouts
-from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import philox, random_bits
 
 Draw = Callable[[Game], Tensor]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.folds import Folds
 from saliency_fast.engine.recipe import Method, Recipe, Rows
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
@@ -16,7 +17,6 @@ from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import unknown
 from saliency_fast.model.axes import Layouts
-from saliency_fast.model.routes import Inputs
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from saliency_fast.errors import ModelError, NoAttentionError
-from saliency_fast.model.calls import Calls
+from saliency_fast.graph.intercept import Calls
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.provenance import Variation, among, variations
 from saliency_fast.model.recomputation import without_recomputation

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelError
-from saliency_fast.model.calls import Calls
+from saliency_fast.graph.gradients import gradients
+from saliency_fast.graph.intercept import Calls
 from saliency_fast.model.failures import BACKWARD
 from saliency_fast.model.function import NO_GRADIENT, PointFunction, entered
-from saliency_fast.model.gradients import gradients
-from saliency_fast.model.routes import Inputs
 
 Project = Callable[[Inputs, Tensor], Tensor]
 """From gradients per input [R, *] of the examples int64 [R] to M numbers [R, M], linear in them."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import ModelCallError, SaliencyError
-from saliency_fast.model.outputs import tensors_of
+from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.state import rewind
 
 FORWARD, BACKWARD, TARGET = "forward", "backward", "target"

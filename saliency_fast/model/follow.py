@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from saliency_fast.model.calls import unguarded
+from saliency_fast.graph.intercept import unguarded
 from saliency_fast.model.followed import (
     Followed,
     Lattice,

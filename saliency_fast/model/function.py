@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelCallError, ModelError, UnseenInputError
+from saliency_fast.graph.gradients import gradients
+from saliency_fast.graph.outputs import map_tensors, rows_of
+from saliency_fast.graph.passes.affine_prefix import Prefix
+from saliency_fast.graph.passes.half import FLOAT32, Precision, arithmetic
+from saliency_fast.graph.program import laid, tensors_among
+from saliency_fast.model.executors import Route
 from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
-from saliency_fast.model.gradients import gradients
-from saliency_fast.model.outputs import map_tensors, rows_of
-from saliency_fast.model.precision import FLOAT32, Precision, arithmetic
-from saliency_fast.model.prefix import Prefix
-from saliency_fast.model.program import laid
-from saliency_fast.model.routes import Inputs, Route, tensors_among
 from saliency_fast.model.targets import Targets, read_of
 
 Made = TypeVar("Made")

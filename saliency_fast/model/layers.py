@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from saliency_fast._types import Inputs
 from saliency_fast.errors import InputError, InputTypeError, ModelError, RepeatedLayerError
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.recomputation import without_recomputation
-from saliency_fast.model.routes import Inputs
 
 At = str | nn.Module | Sequence[str | nn.Module]
 """Layers: by name, or themselves."""

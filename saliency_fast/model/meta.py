@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_any, tree_map
 
-from saliency_fast.model.calls import NotLeanError, unguarded
-from saliency_fast.model.routes import Inputs
+from saliency_fast._types import Inputs
+from saliency_fast.graph.intercept import NotLeanError, unguarded
 
 _META = torch.device("meta")
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelError
+from saliency_fast.graph.outputs import rows_of
 from saliency_fast.model.function import NO_GRADIENT, PointFunction
-from saliency_fast.model.outputs import rows_of
-from saliency_fast.model.routes import Inputs
 
 
 @dataclass

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saliency_fast.model.calls import Calls
-from saliency_fast.model.routes import Offloaded, Recorded, Route
+from saliency_fast.graph.intercept import Calls
+from saliency_fast.model.executors import Offloaded, Recorded, Route
 
 LAYERS = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 

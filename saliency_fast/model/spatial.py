@@ -14,10 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from saliency_fast.errors import InputError
+from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.layers import floats_at, module_of, with_floats
 from saliency_fast.model.layout import channel_axis
-from saliency_fast.model.outputs import tensors_of
 from saliency_fast.model.targets import read_of
 
 Change = Callable[[Tensor], Tensor]

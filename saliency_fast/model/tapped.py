@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
+from saliency_fast.graph.gradients import gradients
 from saliency_fast.model.failures import BACKWARD, FORWARD
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.gradients import gradients
 from saliency_fast.model.layers import Taps
-from saliency_fast.model.routes import Inputs
 
 
 @dataclass

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saliency_fast.model.calls import Calls
-from saliency_fast.model.lean.convolutions import each_axis
-from saliency_fast.model.routes import Inputs
+from saliency_fast._types import Inputs
+from saliency_fast.graph.autograd.convolutions import each_axis
+from saliency_fast.graph.intercept import Calls
 from saliency_fast.model.state import rewind
 
 WITHIN = {torch.float64: 2.0**-40, torch.float32: 2.0**-20}

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import end_to_end, precision, tables
 from benchmarks.precision import rank_correlation, ranks, top_overlap
-from saliency_fast.model.precision import OF_DEVICE
+from saliency_fast.graph.passes.half import OF_DEVICE
 
 
 def test_ranks_of_equal_values_are_shared() -> None:

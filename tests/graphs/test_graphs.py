@@ -19,7 +19,7 @@ from saliency_fast.engine import captured, choose, graphs
 from saliency_fast.engine import run as runs
 from saliency_fast.engine.way import Way
 from saliency_fast.errors import InputError
-from saliency_fast.model import precision as precisions
+from saliency_fast.graph.passes import half as precisions
 from tests.graphs.tape import Tape
 from tests.models import Image, Tabular, Tokens, Video
 from tests.service.asking import METHODS, same, seeded

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saliency_fast.model.program import Program
-from saliency_fast.model.recorder import Recorder, unified
+from saliency_fast.graph.program import Program
+from saliency_fast.graph.recorder import Recorder, unified
 
 Model = Callable[[Tensor], Tensor]
 _DRAWN = torch.Generator().manual_seed(3)

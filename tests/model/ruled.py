@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saliency_fast.model.routes import Ruled
+from saliency_fast.rules.intercept import Ruled
 from tests.models import randn
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import saliency_fast as sf
-from saliency_fast.model.gradients import gradients
+from saliency_fast.graph.gradients import gradients
 from tests.models import randn
 
 CHANNELS = 6

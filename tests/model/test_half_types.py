@@ -17,10 +17,11 @@ from saliency_fast.engine import probe as probes
 from saliency_fast.engine import run as runs
 from saliency_fast.engine.loss import Loss, everywhere, finite, first_scale
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.model import precision as precisions
-from saliency_fast.model.calls import Calls
-from saliency_fast.model.precision import lowered
-from saliency_fast.model.recorder import Recording, unified
+from saliency_fast.graph.intercept import Calls
+from saliency_fast.graph.passes import half as precisions
+from saliency_fast.graph.passes.half import lowered
+from saliency_fast.graph.recorder import unified
+from saliency_fast.model.executors import Recording
 from tests.models import Audio, Image, Segmenter, Tabular, Tokens, Video
 
 SMOOTH: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {

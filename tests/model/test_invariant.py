@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import saliency_fast as sf
-from saliency_fast.model.invariant import settled, settled_bytes
+from saliency_fast.graph.passes.invariant import settled, settled_bytes
 from tests.model.answers import METHODS, always_lean, check, way_of, why
 from tests.model.lean_models import Case, Net, seeded
 from tests.model.recording import record

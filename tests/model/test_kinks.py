@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import saliency_fast as sf
-from saliency_fast.model.calls import Calls
-from saliency_fast.model.lean import ties
+from saliency_fast.graph.autograd import ties
+from saliency_fast.graph.intercept import Calls
 from tests.model.ways import check
 from tests.models import randn
 

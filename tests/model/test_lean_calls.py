@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from saliency_fast.model.calls import Calls
-from saliency_fast.model.lean import LEAN
-from saliency_fast.model.routes import Plain
+from saliency_fast.graph.autograd import LEAN
+from saliency_fast.graph.intercept import Calls
+from saliency_fast.model.executors import Plain
 from tests.model.lean_cases import CASES, made
 from tests.model.ways import check, compare, routes, take
 from tests.models import randn

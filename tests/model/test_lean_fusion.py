@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saliency_fast.model import fusion
-from saliency_fast.model.fusion import fused
-from saliency_fast.model.routes import Plain, Recorded
+from saliency_fast.graph.passes import fuse_relu as fusion
+from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.model.executors import Plain, Recorded
 from tests.model.lean_cases import made
 from tests.model.recording import record
 from tests.model.ways import check, compare, take

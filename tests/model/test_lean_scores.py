@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast import ops
-from saliency_fast.model.calls import lean_call
-from saliency_fast.model.lean import convolutions
-from saliency_fast.model.lean.winograd import pays
+from saliency_fast.graph.autograd import convolutions
+from saliency_fast.graph.autograd.winograd import pays
+from saliency_fast.graph.intercept import lean_call
 from saliency_fast.ops.dispatch import forced, native_library
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.models import randn as wide

@@ -15,7 +15,7 @@ import saliency_fast as sf
 from saliency_fast.engine import choose as choices
 from saliency_fast.engine import job as jobs
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.model.precision import FLOAT32, PRECISIONS, arithmetic
+from saliency_fast.graph.passes.half import FLOAT32, PRECISIONS, arithmetic
 from tests.models import Image, Tabular
 
 IMAGE = (Image, (3, 9, 9))

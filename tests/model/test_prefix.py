@@ -18,9 +18,10 @@ import saliency_fast as sf
 from saliency_fast.engine import probe
 from saliency_fast.engine.hoist import hoistable
 from saliency_fast.errors import ModelError
-from saliency_fast.model import prefix as prefixes
-from saliency_fast.model.prefix import Prefix, check_affine, prefix_of
-from saliency_fast.model.recorder import Recording, unified
+from saliency_fast.graph.passes import affine_prefix as prefixes
+from saliency_fast.graph.passes.affine_prefix import Prefix, check_affine, prefix_of
+from saliency_fast.graph.recorder import unified
+from saliency_fast.model.executors import Recording
 from tests.model.stems import IMAGE, STEMS, Chain, Net, Stem, chains
 from tests.models import randn
 from tests.traces import one_thread, unchanged

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.engine import way
 from saliency_fast.model import recurrent
+from saliency_fast.model.executors import Plain
 from saliency_fast.model.recurrent import Differentiable
-from saliency_fast.model.routes import Plain
 from tests import naive
 from tests.model.answers import always_lean
 from tests.models import randn

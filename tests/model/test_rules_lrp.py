@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.model.routes import Ruled
-from saliency_fast.model.rules import (
+from saliency_fast.rules import (
     AlphaBeta,
     Composite,
     Epsilon,
@@ -24,6 +23,7 @@ from saliency_fast.model.rules import (
     ZPlus,
     read_share,
 )
+from saliency_fast.rules.intercept import Ruled
 from tests import naive_rules
 from tests.models import randn
 from tests.naive import relative_l2

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.model.rules import COMPOSITES, Composite, Epsilon, Flat, ZBox, composite
+from saliency_fast.rules import COMPOSITES, Composite, Epsilon, Flat, ZBox, composite
 from tests.model.ruled import (
     RELUS,
     SHAPES,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import ModelError
-from saliency_fast.model.routes import Ruled
-from saliency_fast.model.rules import Deconv, Guided, Softplus, composite
+from saliency_fast.rules import Deconv, Guided, Softplus, composite
+from saliency_fast.rules.intercept import Ruled
 from tests import naive_rules
 from tests.model.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled
 from tests.naive import relative_l2

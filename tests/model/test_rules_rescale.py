@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.model.rules import Rescale
+from saliency_fast.rules import Rescale
 from tests.model.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled, scores
 from tests.models import Tokens, make, randn
 from tests.naive import relative_l2

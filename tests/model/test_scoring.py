@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.engine import way
-from saliency_fast.model import scoring as scorings
-from saliency_fast.model.fusion import fused
-from saliency_fast.model.lean.winograd import built
-from saliency_fast.model.program import Program
-from saliency_fast.model.scoring import ready_bytes, scoring
+from saliency_fast.graph.autograd.winograd import built
+from saliency_fast.graph.passes import scores_only as scorings
+from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.graph.passes.scores_only import ready_bytes, scoring
+from saliency_fast.graph.program import Program
 from saliency_fast.ops.dispatch import forced
 from tests.model.answers import why
 from tests.model.random_networks import KINDS, network

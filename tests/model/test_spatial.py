@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.axes import Axes
 from saliency_fast.model.layout import Space, channel_axis, patch_grid, read_layout
-from saliency_fast.model.outputs import tensors_of
 from saliency_fast.model.spatial import last_spatial
 from tests.model.spatial_models import LAYERS, ResNet, ViT
 from tests.models import Audio, Image, Tabular, Tokens, Video, make, randn

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import saliency_fast as sf
 from saliency_fast import zoo
 from saliency_fast.engine import probe, ties
-from saliency_fast.model.lean import LEAN
+from saliency_fast.graph.autograd import LEAN
 from saliency_fast.model.ties import Ties
 
 STEPS = 4

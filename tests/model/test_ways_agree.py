@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import saliency_fast as sf
 from saliency_fast.engine import probe
 from saliency_fast.errors import BudgetError
-from saliency_fast.model import prefix
-from saliency_fast.model.fusion import fused
+from saliency_fast.graph.passes import affine_prefix as prefix
+from saliency_fast.graph.passes.fuse_relu import fused
 from tests.model.answers import always_lean, way_of, why
 from tests.models import randn
 

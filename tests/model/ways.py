@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from saliency_fast.engine.memory import Ledger, MemoryMeter
-from saliency_fast.model.fusion import fused
-from saliency_fast.model.routes import Plain, Recorded, Route, Watched
+from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.model.executors import Plain, Recorded, Route, Watched
 from tests.model.recording import record
 from tests.models import randn
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saliency_fast import ops
-from saliency_fast.model.lean.winograd import built
+from saliency_fast.graph.autograd.winograd import built
 from tests.models import randn
 
 native = pytest.mark.skipif(not built(), reason="the C++ loops do not run here")

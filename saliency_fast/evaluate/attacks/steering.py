@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Line, Noise
 from saliency_fast.engine.recipe import Recipe, Rows
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
-from saliency_fast.model.routes import Inputs
-from saliency_fast.model.rules import Softplus
+from saliency_fast.rules import Softplus
 
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, are spread evenly however many they are."""

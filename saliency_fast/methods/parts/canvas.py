@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._types import Inputs
 from saliency_fast.engine.rounds import Asked, Found, Round
 from saliency_fast.errors import InputError, warn
 from saliency_fast.model.follow import Inside
 from saliency_fast.model.layers import LayerTaps, kind_of, module_at
 from saliency_fast.model.layout import Layout, Space, read_layout
-from saliency_fast.model.routes import Inputs
 
 Weights = Callable[[Tensor, Tensor], Tensor]
 

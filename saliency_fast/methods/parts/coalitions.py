@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.points import Seed, seeds
 from saliency_fast.engine.rounds import Asked, Maps, Round
 from saliency_fast.model.axes import Layouts
-from saliency_fast.model.routes import Inputs
 from saliency_fast.ops import segment_points
 
 Write = Callable[[Tensor, Tensor], Inputs]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Noise
 from saliency_fast.engine.recipe import Rows, Source
 from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
 from saliency_fast.methods.parts.neighbours import maps_of, totals_like
-from saliency_fast.model.routes import Inputs
 
 GROUPS = 8
 """More of them narrow the interval by a tenth at most, and each costs maps to hold."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._types import Inputs
 from saliency_fast.engine.rounds import Asked, Found
-from saliency_fast.model.routes import Inputs
 
 
 @dataclass

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from saliency_fast._types import Inputs
 from saliency_fast.engine.rounds import Asked, Found
-from saliency_fast.model.routes import Inputs
 
 CLOSE = 1e-9
 """Share of a path's length that counts as nothing."""

@@ -1,0 +1,1 @@
+"""Programs: what a model calls of PyTorch, recorded, rewritten and run again."""

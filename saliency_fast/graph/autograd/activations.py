@@ -1,0 +1,227 @@
+"""Piecewise linear activations that keep one bit per element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saliency_fast import ops
+from saliency_fast.graph.autograd.ties import passes
+from saliency_fast.ops.masks import DTYPES, layout_of
+
+SLOPE = 0.01
+"""PyTorch's own of leaky_relu where a call names none."""
+
+
+class _Ramp(torch.autograd.Function):
+    """relu_mask: 0 < scale x + shift + residual < upper lets gradients pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: Tensor | None,
+        slope: float,
+        upper: float,
+        inplace: bool,
+    ) -> Tensor:
+        args = (scale, shift, residual, slope, upper)
+        if inplace and layout_of(x) is not None:
+            y, mask = x, ops.relu_mask_(x, *args)
+        else:
+            y, mask = ops.relu_mask(x, *args)
+        ctx.channels_last, ctx.slope = not y.is_contiguous(), slope
+        if inplace:
+            y = x if y is x else x.copy_(y)
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(mask, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask, scale = ctx.saved_tensors
+        both = scale is not None and ctx.needs_input_grad[3]
+        found, passed = ops.relu_mask_backward(
+            grad, mask, scale, ctx.slope, "standard", both, ctx.channels_last
+        )
+        residual = (passed if both else found) if ctx.needs_input_grad[3] else None
+        return found, None, None, residual, None, None, None
+
+
+def ramp(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    slope: float = 0.0,
+    upper: float = math.inf,
+    inplace: bool = False,
+) -> Any:
+    """ReLU and its kin of scale x + shift + residual; `inplace` writes into `x`."""
+    if x.dtype not in DTYPES or x.dim() == 0:
+        return NotImplemented
+    if scale is shift is residual is None and not torch.is_grad_enabled():
+        return _ramp_alone(x, slope, upper, inplace)
+    return _Ramp.apply(x, scale, shift, residual, slope, upper, inplace)  # type: ignore[no-untyped-call]
+
+
+def _ramp_alone(x: Tensor, slope: float, upper: float, inplace: bool) -> Tensor:
+    """A ramp of which nothing is kept."""
+    if slope:
+        leaky = torch._C._nn.leaky_relu_ if inplace else torch._C._nn.leaky_relu
+        return leaky(x, slope)
+    if upper < math.inf:
+        return torch.clamp(x, 0.0, upper, out=x if inplace else None)
+    return torch.relu_(x) if inplace else torch.relu(x)
+
+
+@dataclass(frozen=True)
+class Rectifier:
+    """A call that `relu_mask` serves; plain: the same call not in place. Below 0 its slope is 0 or,
+    where leaky, its second argument.
+    """
+
+    plain: Callable[..., Any]
+    upper: float = math.inf
+    leaky: bool = False
+    inplace: bool = False
+
+    def agrees(self) -> bool:
+        """Whether PyTorch's gradient at 0 and at the upper end is that of `relu_mask`."""
+        args, slope = ((0.25,), 0.25) if self.leaky else ((), 0.0)
+        ends = (0.0, -0.0) if self.upper == math.inf else (0.0, -0.0, self.upper)
+        return all(one is False for one in passes(self.plain, args, ends, slope))
+
+    def lean(self) -> Callable[..., Any]:
+        """Its lean version."""
+
+        def leaky_relu(input: Tensor, negative_slope: float = SLOPE) -> Any:
+            served = self.agrees()
+            return (
+                ramp(input, slope=negative_slope, inplace=self.inplace)
+                if served
+                else NotImplemented
+            )
+
+        def relu(input: Tensor) -> Any:
+            served = self.agrees()
+            return ramp(input, upper=self.upper, inplace=self.inplace) if served else NotImplemented
+
+        return leaky_relu if self.leaky else relu
+
+
+class _Gate(torch.autograd.Function):
+    """An activation whose gradient is 1 where `flags` are set and `slope` elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, flags: Tensor, slope: Tensor | None) -> Tensor:
+        if layout_of(flags) is None:
+            flags = flags.contiguous()
+        ctx.channels_last = not flags.is_contiguous()
+        ctx.save_for_backward(ops.pack_mask(flags), slope)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        mask, slope = ctx.saved_tensors
+        found, _ = ops.relu_mask_backward(
+            grad, mask, None, 0.0, "standard", False, ctx.channels_last
+        )
+        if slope is not None:
+            # grad where the bit is set, slope * grad elsewhere.
+            found = found + slope * (grad - found)
+        return found, None, None, None
+
+
+def _gate(x: Tensor, apply: Callable[[Tensor], Tensor], flags: Tensor, slope: Any = None) -> Any:
+    if x.dtype not in DTYPES or not x.requires_grad:
+        return NotImplemented
+    with torch.no_grad():
+        y = apply(x)
+    return _Gate.apply(x, y, flags, slope)  # type: ignore[no-untyped-call]
+
+
+def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Any:
+    low, high = passes(torch._C._nn.hardtanh, (-1.0, 1.0), (-1.0, 1.0))
+    if low is None or high is None:
+        return NotImplemented
+    plain = input.detach()
+    flags = _above(plain, min_val, low) & _below(plain, max_val, high)
+    return _gate(input, lambda x: torch.clamp(x, min_val, max_val), flags)
+
+
+def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Any:
+    if isinstance(min, Tensor) or isinstance(max, Tensor) or (min is None and max is None):
+        return NotImplemented
+    asked = (None if min is None else -1.0, None if max is None else 1.0)
+    low, high = passes(torch.clamp, asked, (-1.0, 1.0))
+    if low is None or high is None:
+        return NotImplemented
+    plain = input.detach()
+    flags = torch.ones_like(plain, dtype=torch.bool) if min is None else _above(plain, min, low)
+    if max is not None:
+        flags &= _below(plain, max, high)
+    return _gate(input, lambda x: torch.clamp(x, min, max), flags)
+
+
+def _threshold(input: Tensor, threshold: float, value: float) -> Any:
+    (at,) = passes(torch.threshold, (0.5, 0.5), (0.5,))
+    if at is None:
+        return NotImplemented
+    flags = _above(input.detach(), threshold, at)
+    return _gate(input, lambda x: torch.threshold(x, threshold, value), flags)
+
+
+def _prelu_of_a_quarter(x: Tensor) -> Tensor:
+    return torch.prelu(x, x.new_tensor([0.25]))
+
+
+def _prelu(input: Tensor, weight: Tensor) -> Any:
+    (at,) = passes(_prelu_of_a_quarter, (), (0.0,), 0.25)
+    if weight.requires_grad or at is None:
+        return NotImplemented
+    wide = weight.view(-1, *(1,) * (input.dim() - 2)) if weight.numel() > 1 else weight.view(())
+    return _gate(input, lambda x: torch.prelu(x, weight), _above(input.detach(), 0.0, at), wide)
+
+
+def _above(x: Tensor, bound: float, itself: bool) -> Tensor:
+    return x >= bound if itself else x > bound
+
+
+def _below(x: Tensor, bound: float, itself: bool) -> Tensor:
+    return x <= bound if itself else x < bound
+
+
+_nn = torch._C._nn
+
+RECTIFIERS: dict[Callable[..., Any], Rectifier] = {
+    torch.relu: Rectifier(torch.relu),
+    Tensor.relu: Rectifier(torch.relu),
+    torch.relu_: Rectifier(torch.relu, inplace=True),
+    Tensor.relu_: Rectifier(torch.relu, inplace=True),
+    _nn.relu6: Rectifier(_nn.relu6, upper=6.0),
+    _nn.relu6_: Rectifier(_nn.relu6, upper=6.0, inplace=True),
+    _nn.leaky_relu: Rectifier(_nn.leaky_relu, leaky=True),
+    _nn.leaky_relu_: Rectifier(_nn.leaky_relu, leaky=True, inplace=True),
+}
+
+LEAN: dict[Callable[..., Any], Callable[..., Any]] = {
+    **{call: kind.lean() for call, kind in RECTIFIERS.items()},
+    _nn.hardtanh: _hardtanh,
+    torch.clamp: _clamp,
+    Tensor.clamp: _clamp,
+    torch.threshold: _threshold,
+    torch.prelu: _prelu,
+    Tensor.prelu: _prelu,
+}

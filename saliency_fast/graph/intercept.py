@@ -1,0 +1,179 @@
+"""Follows a model's calls of PyTorch while it runs, and answers them by lean versions.
+
+No tracing and no change to the model: a function mode sees every call, of modules and of functions
+alike. Calls that do not depend on the points run without autograd, weights take part in the
+others as plain numbers, and the calls that autograd would keep too much for go to `lean`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from saliency_fast.errors import SaliencyError
+from saliency_fast.graph.autograd import LEAN
+
+_GUARDS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+INNER_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+_EXACT = ("torch.utils.checkpoint", "torch.autograd.graph")
+"""Modules whose hooks give back what was saved: it is computed again, or kept elsewhere."""
+_GRAPH = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+
+
+class NotLeanError(SaliencyError, RuntimeError):
+    """The model does what lean versions cannot serve; autograd's own must run."""
+
+
+class Calls(TorchFunctionMode):
+    """Inside its `with`, calls that depend on points keep only what input gradients need.
+
+    Tensors depend on the points where they have a gradient function: weights are leaves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._saving = _saving()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in INNER_GRADIENTS:
+            return self.call(func, args, kwargs or {})
+        body = unguarded(func) if isinstance(func, FunctionType) else None
+        if body is None:
+            return self.call(func, args, kwargs or {})
+        with self:
+            return body(*args, **(kwargs or {}))
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """One call, as light as it can be."""
+        if func in INNER_GRADIENTS:
+            raise NotLeanError("the model takes gradients of its own")
+        self.check_saving()
+        if func == _GRAPH:
+            return _hookable(func(*args, **kwargs))
+        leaves, varying = _gradients((*args, *kwargs.values()))
+        if not (leaves or varying) or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if not varying:
+            with torch.no_grad():
+                return func(*args, **kwargs)
+        if leaves:
+            args = _frozen(args)
+            kwargs = {name: _frozen(value) for name, value in kwargs.items()}
+        return self.answer(func, args, kwargs)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model changes what is kept for the backward pass."""
+        found = _saving()
+        return found != self._saving and getattr(found[0], "__module__", "") not in _EXACT
+
+    def check_saving(self) -> None:
+        """Raises NotLeanError where it does: lean calls keep other tensors than autograd's."""
+        if self.packs:
+            raise NotLeanError("the model changes what autograd saves (saved_tensors_hooks)")
+
+    def answer(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """A call that depends on the points, its weights plain numbers."""
+        return lean_call(func, args, kwargs)
+
+
+def lean_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """`func` by its lean version, or by autograd's own where there is none for these arguments."""
+    lean = LEAN.get(func)
+    if lean is not None and not _autocast():
+        result = lean(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+    return func(*args, **kwargs)
+
+
+def _saving() -> Any:
+    """(pack, unpack) of the hooks that are told of what autograd saves now; a pair in any case."""
+    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return found or (None, None)
+
+
+def _hookable(node: Any) -> Any:
+    """A node of autograd's graph that a model reads, to hook it: a lean call's takes and gives
+    other gradients than autograd's own, that of a module's full hooks the same.
+    """
+    if node is not None and node.name() != "BackwardHookFunctionBackward":
+        raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
+    return node
+
+
+def _autocast() -> bool:
+    return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
+def _gradients(values: Any) -> tuple[bool, bool]:
+    """Whether leaves that ask for gradients, and whether results that do, are among `values`."""
+    leaves = varying = False
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.requires_grad:
+                leaf = value.is_leaf
+                leaves, varying = leaves or leaf, varying or not leaf
+        elif isinstance(value, (list, tuple)):
+            inner = _gradients(value)
+            leaves, varying = leaves or inner[0], varying or inner[1]
+    return leaves, varying
+
+
+def _frozen(value: Any) -> Any:
+    """`value` with leaves that ask for gradients as plain tensors of the same memory."""
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad and value.is_leaf else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_frozen, value))
+    return value
+
+
+@cache
+def unguarded(func: FunctionType) -> FunctionType | None:
+    """`func` without its own check for function modes, so that the calls inside it are seen.
+
+    PyTorch's Python functions hand themselves over whole to a mode; this twin has the same body
+    and lets it run. None for functions without such a check, and for methods of Tensor: what they
+    call goes by their own name again.
+    """
+    if func.__module__ == "torch._tensor":
+        return None
+    cells = func.__closure__ or ()
+    inner = tuple(CellType(_twin_or_self(cell.cell_contents)) for cell in cells)
+    # As its own global name: what is reached through a module (`torch.sym_int`) stays on guard.
+    own = set(_GUARDS) & set(func.__code__.co_names) & set(func.__globals__)
+    # Some pooling functions are a choice between two guarded ones.
+    chosen = any(a.cell_contents is not b.cell_contents for a, b in zip(inner, cells, strict=True))
+    if not own and not chosen:
+        return None
+    space = {**func.__globals__, **dict.fromkeys(_GUARDS, _never)}
+    closure = inner if chosen else func.__closure__
+    twin = FunctionType(func.__code__, space, func.__name__, func.__defaults__, closure)
+    twin.__kwdefaults__ = func.__kwdefaults__
+    return twin
+
+
+def _twin_or_self(value: Any) -> Any:
+    twin = unguarded(value) if isinstance(value, FunctionType) else None
+    return value if twin is None else twin
+
+
+def _never(*_: object) -> bool:
+    return False

@@ -1,0 +1,100 @@
+"""Outputs: the tensors in whatever a model returns."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from saliency_fast.graph.intercept import NotLeanError
+
+
+class Unread:
+    """Stands for a part of an output that a recorded program does not make.
+
+    Whoever looks at it raises NotLeanError with the reason, and the model itself runs.
+    """
+
+    def __init__(self, reason: str) -> None:
+        object.__setattr__(self, "reason", reason)
+
+    def __getattribute__(self, name: str) -> Any:
+        reason = object.__getattribute__(self, "reason")
+        raise NotLeanError(f"the target reads a part of the output that is not recorded: {reason}")
+
+    def _read(self, *_: object) -> Any:
+        return Unread.__getattribute__(self, "")
+
+    __bool__ = __len__ = __iter__ = __getitem__ = __contains__ = __call__ = _read
+    __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = __neg__ = __float__ = _read
+
+
+def leaves_of(output: Any) -> list[Tensor | None]:
+    """The tensors among an output's leaves; None in the place of any other."""
+    leaves = tree_leaves(output)
+    read = (None if type(one) is Unread else one for one in leaves)
+    return [one if isinstance(one, Tensor) else None for one in read]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in an output, however nested."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if type(leaf) is Unread:
+            continue
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        else:
+            found += [one for _, value in _parts(leaf) for one in tensors_of(value)]
+    return found
+
+
+def rows_of(output: Any, part: slice, rows: int) -> Any:
+    """Some rows of an output of so many; what has no rows is left, to be refused."""
+    return map_tensors(lambda one: one[part] if one.dim() and len(one) == rows else one, output)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], output: Any) -> Any:
+    """An output with each of its tensors changed: containers, dataclasses, mappings and objects of
+    the user's own are copied, and stay what they are.
+    """
+    leaves, tree = tree_flatten(output)
+    return tree_unflatten([_changed(change, one) for one in leaves], tree)
+
+
+def _changed(change: Callable[[Tensor], Tensor], leaf: Any) -> Any:
+    if type(leaf) is Unread:
+        return leaf
+    if isinstance(leaf, Tensor):
+        return change(leaf)
+    found = [(name, map_tensors(change, own)) for name, own in _parts(leaf) if tensors_of(own)]
+    made: Any = copy.copy(leaf) if found else leaf
+    for name, value in found:
+        if isinstance(leaf, Mapping):
+            made[name] = value
+        else:
+            # Frozen dataclasses, too.
+            object.__setattr__(made, name, value)
+    return made
+
+
+def _parts(leaf: Any) -> Iterator[tuple[Any, Any]]:
+    """The values with tensors of an object that PyTorch does not know as a container."""
+    if isinstance(leaf, (nn.Module, type)):
+        return
+    if isinstance(leaf, Mapping):
+        named = dict(leaf.items())
+    elif is_dataclass(leaf):
+        named = {one.name: getattr(leaf, one.name, None) for one in fields(leaf)}
+    else:
+        named = dict(getattr(leaf, "__dict__", {}))
+        slots = [getattr(kind, "__slots__", ()) for kind in type(leaf).__mro__]
+        names = [one for own in slots for one in ((own,) if isinstance(own, str) else own)]
+        named |= {one: getattr(leaf, one) for one in names if hasattr(leaf, one)}
+    for name, value in named.items():
+        if isinstance(value, (Tensor, tuple, list, Mapping)) or is_dataclass(value):
+            yield name, value

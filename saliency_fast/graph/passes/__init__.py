@@ -1,0 +1,1 @@
+"""Passes over a recorded program: each takes a program and gives an equal one."""
