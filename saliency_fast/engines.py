@@ -51,7 +51,7 @@ from saliency_fast.graph.passes.half import AUTO, PRECISIONS
 from saliency_fast.methods import read_method
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.failures import diagnosed
-from saliency_fast.model.guard import uncaptured, uncompiled, untouched
+from saliency_fast.model.guard import preserve_model_state, uncaptured, uncompiled
 from saliency_fast.model.layers import At, names_of
 from saliency_fast.model.targets import Target, with_padding
 from saliency_fast.result import attribution, resident_before, usage_of
@@ -155,7 +155,7 @@ class Engine:
             self.lean = self.graphs = False
         self._place = Place(self._called, at, layer_input, _probes_of(self._called))
         self._service: Service[Attribution] = Service(
-            partial(untouched, model, draws=False),
+            partial(preserve_model_state, model, draws=False),
             capacity=waiting,
             latency=latency,
             memory_budget=memory_budget,
@@ -184,7 +184,7 @@ class Engine:
             with self._whole(*about, region=region) as (engine, whole, given):
                 return engine.plan(*given, layout=laid, **whole.further)
         call = self._bound(inputs, target, forward_args, forward_kwargs, features, layout)
-        with untouched(self.model, call.device), self._diagnosing(call):
+        with preserve_model_state(self.model, call.device), self._diagnosing(call):
             job, _ = self._prepare(call, baseline, region)
             job.time()
             job.tell_graphs()
@@ -213,7 +213,7 @@ class Engine:
         started = time.perf_counter()
         call = self._bound(inputs, target, forward_args, forward_kwargs, features, layout)
         resident = resident_before(call)
-        with untouched(self.model, call.device) as training, self._diagnosing(call):
+        with preserve_model_state(self.model, call.device) as training, self._diagnosing(call):
             job, at = self._prepare(call, baseline, region)
             if self.create_graph:
                 outcome = self._differentiable(job, inputs)
@@ -250,7 +250,7 @@ class Engine:
             with self._whole(*about, region=region) as (engine, whole, given):
                 partials = engine.stream(*given, layout=laid, **whole.further)
             while True:
-                with untouched(self.model, whole.rows.device):
+                with preserve_model_state(self.model, whole.rows.device):
                     found = next(partials, None)
                     if found is None:
                         return
@@ -259,13 +259,13 @@ class Engine:
         started = time.perf_counter()
         call = self._bound(inputs, target, forward_args, forward_kwargs, features, layout)
         resident = resident_before(call)
-        with untouched(self.model, call.device), self._diagnosing(call):
+        with preserve_model_state(self.model, call.device), self._diagnosing(call):
             job, at = self._prepare(call, baseline, region)
         hashes = self._hashes(call)
         moments = job.moments()
         while True:
             # The guard is entered anew for each launch: nothing is held while the caller works.
-            with untouched(self.model, call.device) as training, self._diagnosing(call):
+            with preserve_model_state(self.model, call.device) as training, self._diagnosing(call):
                 moment = next(moments, None)
                 if moment is None:
                     return
@@ -439,7 +439,7 @@ class Engine:
             )
         first = inputs[0] if isinstance(inputs, (tuple, list)) and inputs else inputs
         device = first.device if isinstance(first, Tensor) else torch.device("cpu")
-        with untouched(self.model, device):
+        with preserve_model_state(self.model, device):
             whole = whole_call(self._called, inputs, target, baseline, args, kwargs, features)
             yield self._wholes[count], whole, (whole.inputs, whole.target, whole.baseline)
 

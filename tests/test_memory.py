@@ -313,12 +313,12 @@ def test_no_point_is_kept() -> None:
     """The tensors of a launch are gone before the next begins."""
     meter, found = MemoryMeter(), []
 
-    class Watched(nn.Module):
+    class InterceptedExecutor(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             found.append(meter.live)
             return x.flatten(1).sin().sum(1)
 
-    engine = sf.Engine(Watched(), sf.IntegratedGradients(steps=40), points_per_launch=4)
+    engine = sf.Engine(InterceptedExecutor(), sf.IntegratedGradients(steps=40), points_per_launch=4)
     engine.plan(X)
     found.clear()
     with meter:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.model.layers import LayerTaps
 from tests.models import Image, Multimodal, make, randn
@@ -28,7 +28,7 @@ class Zeroed:
     def recipe(self) -> Recipe:
         return in_rounds(self.rounds, 20, gradients=False, baseline="one")
 
-    def rounds(self, asked: Asked) -> Rounds:
+    def rounds(self, asked: RoundContext) -> Rounds:
         (x,), lost = asked.inputs, torch.zeros((*asked.scores.shape, asked.inputs[0][0].numel()))
         lost = lost.to(x.dtype)
         item = torch.arange(len(x))
@@ -59,7 +59,7 @@ class Inside:
     def recipe(self) -> Recipe:
         return in_rounds(self.rounds, 1, at_input=True, layers=self.layer)
 
-    def rounds(self, asked: Asked) -> Rounds:
+    def rounds(self, asked: RoundContext) -> Rounds:
         item = torch.arange(len(asked.inputs[0]))
 
         def write(item: Tensor, place: Tensor) -> tuple[Tensor, ...]:
@@ -79,14 +79,14 @@ class Folded:
     def recipe(self) -> Recipe:
         return in_rounds(self.rounds, 2)
 
-    def rounds(self, asked: Asked) -> Rounds:
+    def rounds(self, asked: RoundContext) -> Rounds:
         total = [torch.zeros_like(x) for x in asked.inputs]
         item = torch.arange(len(total[0])).repeat(2)
 
         def write(item: Tensor, place: Tensor) -> tuple[Tensor, ...]:
             return tuple(x[item] for x in asked.inputs)
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             for slot, grads in zip(total, found.grads[0], strict=True):
                 slot.index_add_(0, item[rows], grads / 2)
 
@@ -135,7 +135,7 @@ def test_taps_give_activations_and_gradients() -> None:
 
 
 @dataclass(frozen=True)
-class Watched:
+class InterceptedExecutor:
     """Activations at a layer alone."""
 
     name = "watched"
@@ -143,7 +143,7 @@ class Watched:
     def recipe(self) -> Recipe:
         return in_rounds(self.rounds, 1, at_input=True, layers="4", gradients=False)
 
-    def rounds(self, asked: Asked) -> Rounds:
+    def rounds(self, asked: RoundContext) -> Rounds:
         item = torch.arange(len(asked.inputs[0]))
         taps = LayerTaps(asked.layers, asked.layer_input)
         found = yield Round(lambda i, _: (asked.inputs[0][i],), item, item, False, taps)
@@ -159,7 +159,7 @@ def test_taps_without_gradients_need_none(of_input: bool) -> None:
         return model(x).round()
 
     expected = nn.Sequential(*list(model)[: 4 if of_input else 5])(x).detach()
-    found = sf.Engine(rounded, Watched(), at=model[4], layer_input=of_input)(x, 1)
+    found = sf.Engine(rounded, InterceptedExecutor(), at=model[4], layer_input=of_input)(x, 1)
     torch.testing.assert_close(found.values, expected)
     torch.testing.assert_close(found.scores, rounded(x)[:, 1].detach())
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError
-from saliency_fast.model import untouched
+from saliency_fast.model import preserve_model_state
 from tests.traces import Net, one_thread, unchanged
 
 
@@ -294,8 +294,8 @@ def test_a_part_of_a_model_that_is_explained_at_the_same_time() -> None:
     """The one that began first ends first; modes come back with the last."""
     model = Net()
     with unchanged(model), ExitStack() as first, ExitStack() as second:
-        assert first.enter_context(untouched(model, CPU))
-        assert second.enter_context(untouched(model.body, CPU))
+        assert first.enter_context(preserve_model_state(model, CPU))
+        assert second.enter_context(preserve_model_state(model.body, CPU))
         first.close()
         assert not any(module.training for module in model.body.modules())
         assert model.drop.training

@@ -25,7 +25,7 @@ from saliency_fast.errors import ContractError, ModelError, RepeatedLayerError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.methods import Gradient
 from saliency_fast.model.casts import cast
-from saliency_fast.model.layers import Behind, floats_at, hooked, tensors_at, with_floats
+from saliency_fast.model.layers import Downstream, floats_at, hooked, tensors_at, with_floats
 from saliency_fast.model.state import preserved
 
 LITTLE = 512 * 1024
@@ -37,7 +37,7 @@ class _Enough(BaseException):
 
 
 @dataclass(frozen=True)
-class _Between(Behind):
+class _Between(Downstream):
     """The rest of a model, whose inputs, of these dtypes, are points as the layers' values are."""
 
     kinds: tuple[torch.dtype, ...]
@@ -119,7 +119,7 @@ class Inside:
     ) -> Asked:
         """The call with layers' values as inputs; the model's own follow as arguments."""
         counts = tuple(map(len, values))
-        behind = Behind(self.forward, self.layers, self.of_input, counts)
+        behind = Downstream(self.forward, self.layers, self.of_input, counts)
         rest = (*(x.detach() for x in inputs), *as_args(further))
         gradient_func = compute_gradients
         if grad_kwargs:
@@ -132,7 +132,7 @@ class Inside:
         not come through the layers differs between the two as well. touched: layers that the
         output does not use have zeros for gradients.
         """
-        assert isinstance(asked.forward, Behind)
+        assert isinstance(asked.forward, Downstream)
         assert asked.baselines is not None
         kind = asked.inputs[0].dtype
         kinds = tuple(x.dtype for x in inputs)

@@ -238,7 +238,7 @@ class _Fitted:
     name = "lime"
 
     def recipe(self) -> Recipe:
-        def rounds(asked: engine.Asked) -> engine.Rounds:
+        def rounds(asked: engine.RoundContext) -> engine.Rounds:
             return surrogates.fitted(asked, self.draw, self.weigh, self.how, self.alpha)
 
         kind = {"baseline": "fill", "gradients": False, "features": True}

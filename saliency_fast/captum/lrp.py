@@ -103,11 +103,11 @@ class LRP(GradientAttribution):
         return True
 
 
-Ruled = list[tuple[nn.Module, Any]]
+RulesExecutor = list[tuple[nn.Module, Any]]
 """Leaf layers, each with its rule; None hands relevance on."""
 
 
-def _rules_of(model: nn.Module) -> Ruled:
+def _rules_of(model: nn.Module) -> RulesExecutor:
     leaves = [one for one in model.modules() if one is not model and not any(one.children())]
     return [(layer, _rule_of(layer)) for layer in leaves]
 
@@ -136,7 +136,7 @@ def _is_rule(rule: object) -> bool:
 class _ByModule:
     """Gradients of which a model's layers make relevance, for a score of one."""
 
-    rules: Ruled
+    rules: RulesExecutor
     name = "lrp"
 
     def recipe(self) -> Recipe:
@@ -171,7 +171,7 @@ def _fields(rule: Any) -> Any:
 class _Hooks(Ruling):
     """A run in which layers hand back relevance."""
 
-    def __init__(self, rules: Ruled) -> None:
+    def __init__(self, rules: RulesExecutor) -> None:
         super().__init__("LRP", {})
         self.rules = rules
         self.given: dict[int, list[tuple[Any, ...]]] = defaultdict(list)

@@ -106,7 +106,7 @@ def passes(method: Method, call: Asked, first: Tensor) -> Passes:
     if recipe.baseline == "one":
         baseline_scores = yield Pass(1, partial(copies, starts))
     scores = first.reshape(1, -1).double()
-    about = engine.Asked(
+    about = engine.RoundContext(
         *(whole, starts, scores, baseline_scores, call.at_once, _features(call, recipe)),
         layouts=Layouts([tuple(x.shape) for x in whole]),
     )
@@ -124,18 +124,18 @@ def passes(method: Method, call: Asked, first: Tensor) -> Passes:
 
 def _answered(
     step: engine.Round, at_once: int, like: Tensor
-) -> Generator[Pass, Tensor, engine.Found]:
+) -> Generator[Pass, Tensor, engine.RoundResult]:
     """The numbers of a round, pass by pass."""
     parts = [like.new_zeros((0, like.shape[1]))]
     for start in range(0, step.item.numel(), at_once):
         rows = slice(start, min(start + at_once, step.item.numel()))
         write = partial(step.write, step.item[rows], step.place[rows])
-        found = engine.Found((yield Pass(rows.stop - start, write)))
+        found = engine.RoundResult((yield Pass(rows.stop - start, write)))
         if step.each is None:
             parts.append(found.scores)
         else:
             step.each(rows, found)
-    return engine.Found(torch.cat(parts))
+    return engine.RoundResult(torch.cat(parts))
 
 
 def _values(maps: engine.Maps, call: Asked, first: Tensor) -> Values:

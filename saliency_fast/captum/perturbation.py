@@ -230,7 +230,7 @@ class _Occluded:
     def recipe(self) -> Recipe:
         return engine.in_rounds(self._rounds, self._points, baseline="fill", gradients=False)
 
-    def _rounds(self, asked: engine.Asked) -> engine.Rounds:
+    def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
         return (yield from occlusion.occluded(asked, self._method(asked.inputs)))
 
     def _points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
@@ -397,7 +397,7 @@ class _Permuted:
     def recipe(self) -> Recipe:
         return engine.in_rounds(self._rounds, players, gradients=False, features=True)
 
-    def _rounds(self, asked: engine.Asked) -> engine.Rounds:
+    def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
         game = Game.of(asked)
         values = asked.scores.new_zeros((*asked.scores.shape, game.count))
         features = [one for one in range(game.count) if one not in self.few]
@@ -437,7 +437,7 @@ class _Permuted:
                 found.append(whole[row, item].contiguous())
             return tuple(found)
 
-        def each(rows: slice, found: engine.Found) -> None:
+        def each(rows: slice, found: engine.RoundResult) -> None:
             own = item[rows]
             values[own, :, place[rows]] = asked.scores[own] - found.scores
 

@@ -38,11 +38,11 @@ from saliency_fast.engine.launch import Moment
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
 from saliency_fast.graph.gradients import gradients
-from saliency_fast.model.executors import Plain
+from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import as_well, diagnosed
-from saliency_fast.model.layers import Behind
+from saliency_fast.model.layers import Downstream
 from saliency_fast.model.state import preserved
-from saliency_fast.rules.intercept import Ruled
+from saliency_fast.rules.intercept import RulesExecutor
 
 PLAIN = (torch.float32, torch.float64)
 SMALL = 16 * 1024
@@ -201,7 +201,7 @@ def _at_once(recipe: Recipe, asked: Asked, owner: nn.Module | None) -> Inputs | 
     usual = asked.gradient_func is compute_gradients and not (rules and rules.relevance)
     if not (single and usual and owner is not None and _is_small(owner, inputs)):
         return None
-    route = Plain(asked.forward) if rules is None else Ruled(asked.forward, rules)
+    route = EagerExecutor(asked.forward) if rules is None else RulesExecutor(asked.forward, rules)
     on = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
     with suppress(Exception), on[0], on[1], on[2]:
         points = [x.detach().clone().requires_grad_() for x in inputs]
@@ -373,7 +373,7 @@ def _known(forward: Callable[..., Any], *at: object) -> Known:
     """What points of a user's function took, at its inputs or behind layers of it, for as long as
     it lives.
     """
-    if isinstance(forward, Behind):
+    if isinstance(forward, Downstream):
         kind = type(forward)
         at = (*at, kind, forward.of_input, *map(id, forward.layers), *forward.counts)
         forward = forward.model
@@ -412,7 +412,7 @@ def _read_by(function: FunctionType) -> nn.Module | None:
 
 
 def _owner(forward: Callable[..., Any]) -> nn.Module | None:
-    if isinstance(forward, (Behind, Neuron)):
+    if isinstance(forward, (Downstream, Neuron)):
         forward = forward.model
     while isinstance(forward, partial):
         forward = forward.func

@@ -184,7 +184,7 @@ class _Walked:
             self._rounds, points, baseline="one", gradients=False, features=True
         )
 
-    def _rounds(self, asked: engine.Asked) -> engine.Rounds:
+    def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
         game = Game.of(asked)
         return (yield from shapley.walked(game, self.orders, _ranks(self, game), 1))
 

@@ -19,7 +19,7 @@ from saliency_fast.cli.models import Loaded, reason
 from saliency_fast.cli.words import animations, over, summaries, write_words
 from saliency_fast.errors import InputError, ModelCallError, ModelError, SaliencyError
 from saliency_fast.methods import METHODS
-from saliency_fast.model.guard import untouched
+from saliency_fast.model.guard import preserve_model_state
 from saliency_fast.model.targets import tensor_of
 from saliency_fast.render.files import encode, write_frames
 from saliency_fast.render.frames import STYLES, grey, picture
@@ -204,7 +204,7 @@ def target_rows(target: Any, x: Tensor) -> Any:
 
 def ranking(loaded: Loaded, x: Tensor) -> list[tuple[Ranked, ...]]:
     """The likeliest classes of each example; empty where the model does not classify."""
-    with untouched(loaded.model, x.device), torch.no_grad():
+    with preserve_model_state(loaded.model, x.device), torch.no_grad():
         # One by one: a batch that fits the plan's launches need not fit at once.
         output = torch.cat([tensor_of(loaded.model(one[None].clone())) for one in x])
     if output.dim() != 2 or output.shape[1] < 2:

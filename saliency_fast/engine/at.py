@@ -19,13 +19,13 @@ from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.graph.program import laid, lies_innermost
 from saliency_fast.model.embeddings import embeddings
-from saliency_fast.model.executors import Plain
+from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import (
     EMBEDDINGS,
     At,
-    Behind,
+    Downstream,
     Layer,
     OneCall,
     Read,
@@ -50,7 +50,7 @@ class Place:
     at: At | None
     of_input: bool
     knowns: dict[tuple[object, ...], Known]
-    _behind: dict[tuple[object, ...], Behind] = field(default_factory=dict)
+    _behind: dict[tuple[object, ...], Downstream] = field(default_factory=dict)
     _found: dict[tuple[object, ...], tuple[Layer, ...]] = field(default_factory=dict)
 
     @property
@@ -77,7 +77,7 @@ class Place:
         key = (self.of_input, *map(id_of, layers), *counts)
         if key not in self._behind:
             self._need_batch_first(call, layers)
-            self._behind[key] = Behind(self.model, layers, self.of_input, counts)
+            self._behind[key] = Downstream(self.model, layers, self.of_input, counts)
         behind, known = self._behind[key], self.knowns.setdefault(key, Known())
         # A baseline that the method has no use for is refused where others are.
         if recipe.baseline != "none" and not isinstance(recipe.family, Starting):
@@ -259,7 +259,7 @@ def _moved(call: Call, values: Inputs) -> Call:
 
 
 def _function(model: Model, call: Call) -> PointFunction:
-    return function_of(Plain(model), call)
+    return function_of(EagerExecutor(model), call)
 
 
 def _forward(function: PointFunction, rows: Inputs, item: Tensor) -> Callable[[], Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.way import Model, function_of
-from saliency_fast.model.executors import Plain
+from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.targets import read_of
 
 _FOUND: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
@@ -67,7 +67,7 @@ def _other(ids: Tensor, place: int) -> Tensor:
 
 @torch.no_grad()
 def _output(model: nn.Module, call: Call, ids: Tensor, row: Tensor) -> Tensor | None:
-    function = function_of(Plain(model), call)
+    function = function_of(EagerExecutor(model), call)
     args, kwargs = function.rows(row)
     rest: list[Any] = [x[row] for x in call.inputs[1:]]
     return read_of(function.route([ids.clone(), *rest], args, kwargs))

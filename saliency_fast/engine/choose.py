@@ -49,7 +49,7 @@ from saliency_fast.graph.passes.half import (
 from saliency_fast.graph.program import tensors_among
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.guard import same_draws
-from saliency_fast.model.layers import Behind
+from saliency_fast.model.layers import Downstream
 from saliency_fast.rules.deeplift import Rescale
 
 ALLOWED = 0.02
@@ -185,7 +185,7 @@ class Choice:
     @property
     def _vmaps(self) -> bool:
         """Whether vmap may keep points apart: rules and what looks inside do not go with it."""
-        recipe, inside = self.recipe, self.call.layers or isinstance(self.model, Behind)
+        recipe, inside = self.recipe, self.call.layers or isinstance(self.model, Downstream)
         return not (inside or recipe.second or recipe.rules is not None or self.call.halves)
 
     def job(self, precision: Precision, said: str | None = None) -> Job:

@@ -24,7 +24,7 @@ from saliency_fast.engine.points import Itself, Line, Noise, RandomLine
 from saliency_fast.engine.recipe import Method, Recipe, Rows, Source
 from saliency_fast.engine.way import function_of
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.model.executors import Plain
+from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.function import NO_GRADIENT, PointFunction
 from saliency_fast.model.guard import uncompiled
 from saliency_fast.model.state import keep_graphs
@@ -76,7 +76,7 @@ def differentiable(job: Job, inputs: Inputs) -> Outcome:
     )
     keep_graphs()
     with _twice():
-        function = function_of(Plain(_own_buffers(job.model)), job.call)
+        function = function_of(EagerExecutor(_own_buffers(job.model)), job.call)
         found = [_Graph(job, function, x, baselines).outcome() for baselines in job.baselines]
     plain = [replace(one, values=tuple(v.detach() for v in one.values)) for one in found]
     parts = zip(*(one.values for one in found), strict=True)

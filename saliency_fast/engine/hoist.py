@@ -14,7 +14,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.graph.passes.affine_prefix import Prefix
 from saliency_fast.graph.passes.half import FLOAT32, arithmetic
 from saliency_fast.graph.program import tensors_among
-from saliency_fast.model.executors import Recorded
+from saliency_fast.model.executors import RecordedExecutor
 from saliency_fast.model.function import PointFunction
 
 LEAST_POINTS = 4
@@ -85,7 +85,7 @@ class Hoist:
 
     def _extras(self, item: Tensor) -> list[Tensor]:
         function = PointFunction(
-            Recorded(self.prefix.rest), self.call.targets, self.call.args, self.call.kwargs
+            RecordedExecutor(self.prefix.rest), self.call.targets, self.call.args, self.call.kwargs
         )
         return tensors_among(*function.rows(item))
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.model.axes import LayoutLike, Layouts
-from saliency_fast.model.executors import Plain
+from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.follow import Inside, follow, follow_inside, followed
-from saliency_fast.model.guard import untouched
+from saliency_fast.model.guard import preserve_model_state
 from saliency_fast.model.layers import Layer, module_at
 from saliency_fast.model.layout import channel_axis
 
@@ -30,7 +30,7 @@ def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
     about = replace(call, inputs=ones, features=(), layouts=Layouts(()))
 
     def ready(count: int) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], object]]:
-        function = function_of(Plain(model), about)
+        function = function_of(EagerExecutor(model), about)
         rows = [one.repeat(count, *(1,) * (one.dim() - 1)) for one in function.taken(ones)]
         item = torch.zeros(count, dtype=torch.int64, device=device)
 
@@ -42,13 +42,13 @@ def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
 
     def find() -> Sequence[str | None]:
         rows, run = ready(1)
-        with untouched(model, device, draws=threading.current_thread().name != SERVICE):
+        with preserve_model_state(model, device, draws=threading.current_thread().name != SERVICE):
             return follow(model, rows, run)
 
     def look(layers: Sequence[Layer], of_input: bool) -> Inside:
         # Two rows: where a layer folds steps into the batch, their order tells.
         rows, run = ready(2)
-        with untouched(model, device, draws=threading.current_thread().name != SERVICE):
+        with preserve_model_state(model, device, draws=threading.current_thread().name != SERVICE):
             return follow_inside(rows, run, layers, of_input)
 
     found = Layouts(shapes, given, find, look)

@@ -33,9 +33,9 @@ from saliency_fast.graph.passes.half import Precision
 from saliency_fast.graph.program import Program
 from saliency_fast.graph.recorder import same_calls, unified
 from saliency_fast.graph.rows import Suspicion, suspicion
-from saliency_fast.model.executors import Plain, Recording
+from saliency_fast.model.executors import EagerExecutor, RecordingExecutor
 from saliency_fast.model.failures import is_out_of_memory
-from saliency_fast.model.layers import Behind
+from saliency_fast.model.layers import Downstream
 
 NOTHING = Cost(0, 0, {})
 LEAN_FROM = 256 * 1024
@@ -176,10 +176,12 @@ def _ruled(model: Model, trial: Trial, way: Way) -> Probe:
     return Probe(way, cost, cost, reason, suspect=_suspect(model, trial))
 
 
-def _suspect(model: Model, trial: Trial, recording: Recording | None = None) -> Suspicion | None:
+def _suspect(
+    model: Model, trial: Trial, recording: RecordingExecutor | None = None
+) -> Suspicion | None:
     """Why rows may meet in the model, by what it calls with one row and with two."""
     if recording is None:
-        recording = Recording(model)
+        recording = RecordingExecutor(model)
         trial.scores(function_of(recording, trial.call))
     try:
         program = _recorded(model, trial, recording)
@@ -188,7 +190,7 @@ def _suspect(model: Model, trial: Trial, recording: Recording | None = None) -> 
         return _suspicion(recording, refusal)
 
 
-def _recorded(model: Model, trial: Trial, recording: Recording) -> Program:
+def _recorded(model: Model, trial: Trial, recording: RecordingExecutor) -> Program:
     """The model's program, of which `recording` has one row; raises NotLeanError, _OneRowError
     where the model takes no two, and what goes wrong otherwise.
     """
@@ -216,7 +218,7 @@ class _OneRowError(Exception):
     """A model that ran with one row fails with two."""
 
 
-def _suspicion(recording: Recording, refusal: Exception) -> Suspicion:
+def _suspicion(recording: RecordingExecutor, refusal: Exception) -> Suspicion:
     """What a model that could not be recorded is suspected of."""
     if isinstance(refusal, _OneRowError):
         return Suspicion(_line(refusal), proof=False, vmap=False)
@@ -269,7 +271,7 @@ def sharing(found: Probe, model: Model, trial: Trial) -> Probe:
 
 
 def _probed(model: Model, trial: Trial, *, lean: bool, budget: int) -> Probe:
-    recording = Recording(model)
+    recording = RecordingExecutor(model)
     plain = trial.plain(recording)
     # Recorded launches have no calls that cost time, and need a program.
     least = 0 if trial.call.device.type in RECORDERS else LEAN_FROM
@@ -349,7 +351,7 @@ class _Judge:
         """Raises _DisagreedError where a way, which gave `taken` at the first point, is off."""
         self._compare(way, self.trial, taken, self.plain)
         if not self._others:
-            plain, draws = Plain(self.model), self.plain.cost.drew
+            plain, draws = EagerExecutor(self.model), self.plain.cost.drew
             self._others = [(one, one.plain(plain)) for one in self.trial.elsewhere(draws=draws)]
         for trial, theirs in self._others:
             self._compare(way, trial, trial.take(way, self.model), theirs)
@@ -391,7 +393,7 @@ class _Judge:
         wider = Wider()
         if small.call.inputs[0].shape != self.trial.call.inputs[0].shape:
             with suppress(Exception):
-                recording = Recording(self.model)
+                recording = RecordingExecutor(self.model)
                 small.plain(recording)
                 ways = _ways(self.model, small, recording)
                 # Another size may take another branch, or have no prefix that pays.
@@ -417,7 +419,7 @@ def _foreseen(model: Model, trial: Trial, budget: int) -> Probe | None:
 
     The way must have agreed with the model on a smaller input.
     """
-    shapes, recording = replace(trial, foreseen=True), Recording(model)
+    shapes, recording = replace(trial, foreseen=True), RecordingExecutor(model)
     try:
         plain = shapes.plain(recording)
         if MARGIN * plain.cost.peak <= min(budget, FREELY):
@@ -505,7 +507,7 @@ class _Ways:
         return calls[0] == calls[1] and kinds[0] == kinds[1]
 
 
-def _ways(model: Model, trial: Trial, recording: Recording) -> _Ways:
+def _ways(model: Model, trial: Trial, recording: RecordingExecutor) -> _Ways:
     watched = Way(watched=True)
     try:
         recorded = _recorded(model, trial, recording)
@@ -548,4 +550,4 @@ def _mark(model: Callable[..., Any], call: Call) -> tuple[object, ...]:
 
 def _root(model: Callable[..., Any]) -> object:
     """The user's model, where layers of it are explained: which ones is known beside it."""
-    return model.model if isinstance(model, Behind) else model
+    return model.model if isinstance(model, Downstream) else model

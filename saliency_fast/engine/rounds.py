@@ -21,19 +21,19 @@ from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.model.axes import Layouts
 from saliency_fast.model.directional import Directional, Project, summed
-from saliency_fast.model.executors import Plain, Route, Watched
+from saliency_fast.model.executors import EagerExecutor, Executor, InterceptedExecutor
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.guard import same_draws, uncompiled
 from saliency_fast.model.layers import Layer, Taps
 from saliency_fast.model.tapped import TappedFunction
-from saliency_fast.rules.intercept import Ruled, Rules
+from saliency_fast.rules.intercept import Rules, RulesExecutor
 
 SCARCE = 32
 """Launches of the plan's size that must fit for memory not to be scarce."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class RoundContext:
     """What rounds are given.
 
     inputs [B, *] and baselines [B | 1 | M, *] of the call (zeros where it has none); scores at the
@@ -57,7 +57,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Found:
+class RoundResult:
     """The answers to a round: scores float64 [R, K]; for each of K targets the gradients [R, *] at
     the inputs, or at the taps, whose activations [R, *] are `taps`.
     """
@@ -87,7 +87,7 @@ class Round:
     taps: Taps | None = None
     rules: Rules | None = None
     project: Project | None = None
-    each: Callable[[slice, Found], None] | None = None
+    each: Callable[[slice, RoundResult], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,12 @@ class Maps:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Rounds = Generator[Round | Maps, Found, Maps]
+Rounds = Generator[Round | Maps, RoundResult, Maps]
 """A method at work: yields rounds and gets what was found; may yield maps so far on the way."""
 
 
 def in_rounds(
-    rounds: Callable[[Asked], Rounds], points: int | Points | None, **fields: Any
+    rounds: Callable[[RoundContext], Rounds], points: int | Points | None, **fields: Any
 ) -> Recipe:
     """The recipe of a method that asks in rounds, for about so many points of each example.
 
@@ -150,9 +150,9 @@ class RoundsRun(Run):
                 found = yield from self._answered(step)
         yield moment(of, of)
 
-    def _asked(self) -> Asked:
+    def _asked(self) -> RoundContext:
         call = self.call
-        return Asked(
+        return RoundContext(
             call.inputs,
             self.baselines,
             self.scores,
@@ -170,7 +170,7 @@ class RoundsRun(Run):
         of = self.recipe.count * self.call.batch
         return replace(self._moment(min(int(self.points.sum()), of - 1), of), maps=False)
 
-    def _answered(self, step: Round) -> Generator[Want | Moment, Any, Found]:
+    def _answered(self, step: Round) -> Generator[Want | Moment, Any, RoundResult]:
         """The answers to a round, launch by launch."""
         function, start, parts = self._function(step), 0, []
         # What is not the plan's function does not keep rows apart.
@@ -242,9 +242,9 @@ class RoundsRun(Run):
         if step.taps is None and step.rules is None:
             return self.function
         lean = self.way.program is not None or self.way.watched
-        route: Route = Watched(self.model) if lean else Plain(self.model)
+        route: Executor = InterceptedExecutor(self.model) if lean else EagerExecutor(self.model)
         if step.rules is not None:
-            route = Ruled(self.model, step.rules)
+            route = RulesExecutor(self.model, step.rules)
         function = replace(function_of(route, self.call), targets=self.function.targets)
         if step.taps is not None:
             function = TappedFunction.of(function, step.taps, backward=step.gradients is not False)
@@ -285,21 +285,21 @@ class RoundsRun(Run):
         )
 
 
-def _found(answer: Answer, *, tapped: bool) -> Found:
+def _found(answer: Answer, *, tapped: bool) -> RoundResult:
     scores, grads = answer.scores.double(), answer.grads
-    return Found(scores, grads[1:], grads[0]) if tapped else Found(scores, grads)
+    return RoundResult(scores, grads[1:], grads[0]) if tapped else RoundResult(scores, grads)
 
 
-def _together(parts: list[Found], like: Tensor) -> Found:
+def _together(parts: list[RoundResult], like: Tensor) -> RoundResult:
     """The answers of all launches in the order of their rows."""
     if not parts:
-        return Found(like.new_zeros((0, like.shape[1])))
+        return RoundResult(like.new_zeros((0, like.shape[1])))
 
     def joined(several: Any) -> Inputs:
         return tuple(torch.cat(one) for one in zip(*several, strict=True))
 
     grads = zip(*(one.grads for one in parts), strict=True)
-    return Found(
+    return RoundResult(
         torch.cat([one.scores for one in parts]),
         [joined(one) for one in grads],
         joined([one.taps for one in parts]),

@@ -23,7 +23,7 @@ from saliency_fast.graph.passes.affine_prefix import check_affine
 from saliency_fast.graph.passes.float64 import wide
 from saliency_fast.graph.program import Program
 from saliency_fast.model.directional import Directional, summed
-from saliency_fast.model.executors import Recording, Route
+from saliency_fast.model.executors import Executor, RecordingExecutor
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import PointFunction, entered
 from saliency_fast.model.guard import random_states, same_draws, uncompiled
@@ -98,7 +98,7 @@ def _moved(x: Tensor) -> Tensor:
 class _Kept:
     """A route that keeps what it returned last."""
 
-    route: Route
+    route: Executor
     outputs: list[Tensor | None] = field(default_factory=list)
 
     def __call__(
@@ -169,7 +169,7 @@ class Trial:
         call = replace(self.call, inputs=tuple(map(corner, self.call.inputs)))
         return replace(self, call=call, baselines=tuple(map(corner, self.baselines)))
 
-    def plain(self, route: Route) -> Taken:
+    def plain(self, route: Executor) -> Taken:
         """By the model as it is."""
         kept = _Kept(route)
         function = self._function(kept)
@@ -253,7 +253,7 @@ class Trial:
         """A recording of the model with so many rows, one of them with the graph of its gradient;
         raises NotLeanError.
         """
-        recording, meter = Recording(model), MemoryMeter()
+        recording, meter = RecordingExecutor(model), MemoryMeter()
         with self._place(), same_draws(lambda: meter.drew, self.call.device), uncompiled(), meter:
             states = random_states(self.call.device)
             function, (points, item) = self._function(recording), self._points(rows)
@@ -269,7 +269,7 @@ class Trial:
     def _place(self) -> AbstractContextManager[object]:
         return OnMeta(self.call.device) if self.foreseen else nullcontext()
 
-    def _function(self, route: Route) -> PointFunction:
+    def _function(self, route: Executor) -> PointFunction:
         return function_of(route, self.call)
 
     def _points(self, rows: int) -> tuple[Inputs, Tensor]:

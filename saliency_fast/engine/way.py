@@ -27,20 +27,20 @@ from saliency_fast.graph.program import Program, Step
 from saliency_fast.graph.stem import local_stem
 from saliency_fast.graph.tiles import Tiled, tile_sizes
 from saliency_fast.model.executors import (
-    Autocast,
-    Offloaded,
-    Plain,
-    Recorded,
-    Route,
-    Scored,
-    Vmapped,
-    Watched,
-    Widened,
+    AutocastExecutor,
+    EagerExecutor,
+    Executor,
+    InterceptedExecutor,
+    OffloadedExecutor,
+    RecordedExecutor,
+    ScoresExecutor,
+    VmapExecutor,
+    WidenedExecutor,
 )
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.recurrent import recurring
 from saliency_fast.model.vmapped import Confined
-from saliency_fast.rules.intercept import Ruled, Rules
+from saliency_fast.rules.intercept import Rules, RulesExecutor
 
 Model = Callable[..., Any]
 
@@ -53,7 +53,7 @@ PIECES = (2, 4, 8, 16)
 """Numbers of pieces that are tried where a point does not fit."""
 
 
-def function_of(route: Route, call: Call, kind: tuple[object, ...] = ()) -> PointFunction:
+def function_of(route: Executor, call: Call, kind: tuple[object, ...] = ()) -> PointFunction:
     """A route with the arguments and targets of a call."""
     dtypes = call.dtypes if call.halves else None
     route = recurring(route, call.device)
@@ -98,17 +98,17 @@ class Way:
         recipe: of a call with many launches, whose copies of weights pay where it asks for scores.
         """
         if recipe is not None and self.program is not None and self._scores(recipe):
-            route: Route = Scored(self.program, self._ready)
+            route: Executor = ScoresExecutor(self.program, self._ready)
             return function_of(route, call, (*self._kind(model), "scores"))
         if self.apart:
             return self._apart(model, call)
         return function_of(self._route(model), call, (*self._kind(model), "whole"))
 
     def _apart(self, model: Model, call: Call) -> PointFunction:
-        plain = function_of(Plain(model), call)
+        plain = function_of(EagerExecutor(model), call)
         owned = frozenset(key for key, one in call.further() if plain.follows(key, one))
         # Equal to no other: such launches are a call's own.
-        found = function_of(Vmapped(Confined(model), owned), call, (object(),))
+        found = function_of(VmapExecutor(Confined(model), owned), call, (object(),))
         return replace(found, lone=plain)
 
     def launched(
@@ -125,12 +125,14 @@ class Way:
             if program is None:
                 route = self._route(model)
             else:
-                route = Offloaded(program) if self.offloaded else Recorded(program)
+                route = OffloadedExecutor(program) if self.offloaded else RecordedExecutor(program)
         elif self._lowered is None:
-            route = Widened(Autocast(model, self.half))
+            route = WidenedExecutor(AutocastExecutor(model, self.half))
         else:
             program = self._lowered.program
-            route = Widened(Offloaded(program) if self.offloaded else Recorded(program))
+            route = WidenedExecutor(
+                OffloadedExecutor(program) if self.offloaded else RecordedExecutor(program)
+            )
         lifted = self.prefix is not None and recipe.family.straight
         found = function_of(route, call, (*self._kind(model), self.precision.name))
         found = replace(found, prefix=self.prefix, lifted=lifted, precision=self.precision)
@@ -285,14 +287,18 @@ class Way:
             else replace(prefix, rest=replace(prefix.rest, note=note)),
         )
 
-    def _route(self, model: Model) -> Route:
+    def _route(self, model: Model) -> Executor:
         if self.rules is not None:
-            return Ruled(model, self.rules)
+            return RulesExecutor(model, self.rules)
         if self.tiled is not None:
             return self.tiled
         if self._scored is not None:
-            return Offloaded(self._scored) if self.offloaded else Recorded(self._scored)
-        return Watched(model) if self.watched else Plain(model)
+            return (
+                OffloadedExecutor(self._scored)
+                if self.offloaded
+                else RecordedExecutor(self._scored)
+            )
+        return InterceptedExecutor(model) if self.watched else EagerExecutor(model)
 
     def __str__(self) -> str:
         if self.apart:

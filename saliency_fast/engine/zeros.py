@@ -14,7 +14,7 @@ from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import warn
-from saliency_fast.model.executors import Plain
+from saliency_fast.model.executors import EagerExecutor
 
 SHOWN = 8
 """Examples that a warning names."""
@@ -37,7 +37,7 @@ def still_unused(model: Model, call: Call, known: set[int]) -> frozenset[int]:
 
 
 def _score(model: Model, call: Call, number: int, instead: Tensor) -> Tensor:
-    function = function_of(Plain(model), call)
+    function = function_of(EagerExecutor(model), call)
     item = torch.zeros(1, dtype=torch.int64, device=call.device)
     parts = [x[:1].clone() for x in call.inputs]
     parts[number] = instead.clone()

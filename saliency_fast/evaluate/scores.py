@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.passes.half import HALVES
@@ -179,14 +179,14 @@ class Questions:
         points = max(1, -(-len(self.item) // max(1, int(self.item.max()) + 1)))
         return in_rounds(self.rounds, points, gradients=False, held=0)
 
-    def rounds(self, asked: Asked) -> Rounds:
+    def rounds(self, asked: RoundContext) -> Rounds:
         """One round; the scores at the inputs come first."""
         # A run may begin again.
         self.found.clear()
         self.found.append(asked.scores)
         answers = asked.scores.new_empty((len(self.item), asked.scores.shape[1]))
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             answers[rows] = found.scores
 
         yield Round(lambda i, p: (self.write(i, p),), self.item, self.place, each=each)

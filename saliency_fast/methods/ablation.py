@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, players
@@ -32,7 +32,7 @@ class FeatureAblation:
         return in_rounds(_ablated, players, baseline="fill", gradients=False, features=True)
 
 
-def _ablated(asked: Asked) -> Rounds:
+def _ablated(asked: RoundContext) -> Rounds:
     game = Game.of(asked)
     values = asked.scores.new_zeros((*asked.scores.shape, game.count))
     # Examples may have segments of their own: the features that one has not cost it nothing.
@@ -44,7 +44,7 @@ def _ablated(asked: Asked) -> Rounds:
         present[row, place] = False
         return present, row
 
-    def each(rows: slice, found: Found) -> None:
+    def each(rows: slice, found: RoundResult) -> None:
         own = item[rows]
         values[own, :, place[rows]] = asked.scores[own] - found.scores
 
@@ -82,7 +82,7 @@ class FeaturePermutation:
         return in_rounds(rounds, points, gradients=False, features=True)
 
 
-def _permuted(asked: Asked, repeats: int, seed: int) -> Rounds:
+def _permuted(asked: RoundContext, repeats: int, seed: int) -> Rounds:
     game, batch = Game.of(asked), len(asked.inputs[0])
     if batch < 2:
         raise InputError(
@@ -105,7 +105,7 @@ def _permuted(asked: Asked, repeats: int, seed: int) -> Rounds:
 
     kept = asked.scores.new_zeros((repeats * game.count, *asked.scores.shape))
 
-    def each(rows: slice, found: Found) -> None:
+    def each(rows: slice, found: RoundResult) -> None:
         own = item[rows]
         kept[place[rows], own] = asked.scores[own] - found.scores
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.patches import Patches
@@ -100,7 +100,7 @@ class _OverTokens:
         """Per target (or once for all) the weights [R, T] that `start` has at the input."""
         raise NotImplementedError
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         if len(asked.inputs) != 1:
             raise InputError(
                 f"attention belongs to one sequence: got {len(asked.inputs)} inputs; pass the "
@@ -111,7 +111,7 @@ class _OverTokens:
         axes = asked.layouts.need(0, "a map of tokens")
         space = Space(tuple(x.shape), axes, asked.layouts.inside() or Inside())
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             layers = wide(found.taps)
             patches = Patches.of(layers[0].shape[2], space, self.special, self.grid, asked.model)
             start = start_of(self.query, layers, pooled=patches.pooled)

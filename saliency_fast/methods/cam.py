@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Maps, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, RoundContext, Rounds, in_rounds
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import Canvas
 
@@ -49,7 +49,7 @@ class Cam:
         about = {"layers": self.layer, "gradients": self.uses_gradients}
         return in_rounds(self.rounds, 1, at_input=True, **about)
 
-    def rounds(self, asked: Asked) -> Rounds:
+    def rounds(self, asked: RoundContext) -> Rounds:
         """One round, at the inputs."""
         canvas = Canvas(asked, self.relu, self.grid, self.special)
         yield canvas.round(self.weights, gradients=self.uses_gradients)

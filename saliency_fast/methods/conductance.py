@@ -12,7 +12,7 @@ from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.at import need_batch_first
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_like, unknown
@@ -41,7 +41,7 @@ class Conductance:
     def recipe(self) -> Recipe:
         return in_rounds(self._rounds, self.steps + 1, baseline="one", layers="auto")
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         if len(asked.layers) > 1:
             raise InputError(
                 f"conductance is about one layer: got {len(asked.layers)}; call once for each, "
@@ -50,7 +50,7 @@ class Conductance:
         maps, totals = asked.scores.shape[1], list[Inputs]()
         path = Neighbours(asked, sorted(RULES[self.rule].points(self.steps + 1)[0].tolist()))
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             need_batch_first(found.taps, rows.stop - rows.start)
             totals[:] = totals or [totals_like(found.taps, asked.scores.numel())]
             for item, weight, here, there in path.pairs(rows, found):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from saliency_fast.engine.rounds import Asked, Found, Maps, Rounds
+from saliency_fast.engine.rounds import Maps, RoundContext, RoundResult, Rounds
 from saliency_fast.methods.cam import GradCAM
 from saliency_fast.methods.parts.canvas import Canvas
 from saliency_fast.rules import Guided
@@ -19,7 +19,7 @@ class GuidedGradCAM(GradCAM):
 
     name = "guided_grad_cam"
 
-    def rounds(self, asked: Asked) -> Rounds:
+    def rounds(self, asked: RoundContext) -> Rounds:
         """One round at the layers, then one at the inputs under guided rules."""
         canvas = Canvas(asked, self.relu, self.grid, self.special)
         yield (first := canvas.round(self.weights, gradients=True))
@@ -27,7 +27,7 @@ class GuidedGradCAM(GradCAM):
         maps, many = canvas.values(), asked.scores.shape
         values = tuple(x.new_empty((*many, *x.shape[1:])) for x in asked.inputs)
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             for k, grads in enumerate(found.grads):
                 for value, one, grad in zip(values, maps, grads, strict=True):
                     torch.mul(one[rows, k], grad, out=value[rows, k])

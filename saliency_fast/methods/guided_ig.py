@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, Rounds, in_rounds
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import unknown
 from saliency_fast.methods.parts.walk import HELD, Walk
@@ -33,7 +33,7 @@ class GuidedIG:
     def recipe(self) -> Recipe:
         return in_rounds(self._rounds, self.steps, baseline="one", held=HELD)
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         walk = Walk(asked)
         for number in range(self.steps):
             # One after another: where a point lies follows from the gradient at the last one.

@@ -10,7 +10,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import maps_of, totals_like, unknown
@@ -41,7 +41,7 @@ class HessianVectorProduct:
         rules = _smooth(self.softplus)
         return in_rounds(self._rounds, 1, baseline="fill", rules=rules, second=True)
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         maps, inputs = asked.scores.shape[1], len(asked.inputs)
         item = torch.arange(len(asked.scores), device=asked.scores.device)
         whole = tuple(torch.zeros_like(x[:1], dtype=torch.int64) for x in asked.inputs)
@@ -50,7 +50,7 @@ class HessianVectorProduct:
         def write(item: Tensor, place: Tensor) -> Inputs:
             return tuple(x[item] for x in asked.inputs)
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             for k, (_, _, *further) in enumerate(found.grads):
                 for total, product in zip(totals, further[inputs:], strict=True):
                     total[item[rows] * maps + k] = product.to(total.dtype)
@@ -87,7 +87,7 @@ class IntegratedHessians:
         kind = {"baseline": "one", "second": True, "features": True}
         return in_rounds(self._rounds, self.steps, rules=rules, **kind)
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         features, count = _features(asked)
         device, batch = asked.scores.device, len(asked.scores)
         nodes, weights = (torch.from_numpy(one).to(device) for one in gauss_logarithm(self.steps))
@@ -99,7 +99,7 @@ class IntegratedHessians:
             both = zip(asked.inputs, asked.baselines, strict=True)
             return tuple(ops.line_points(x, start, item, nodes[place]) for x, start in both)
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             sums.add(item[rows], weights[place[rows]], nodes[place[rows]], found)
 
         yield Round(write, item, place, project=_regions(asked, features, count), each=each)
@@ -113,13 +113,13 @@ class _Sums:
     both, element by element.
     """
 
-    def __init__(self, asked: Asked, count: int) -> None:
+    def __init__(self, asked: RoundContext, count: int) -> None:
         self.asked, slots = asked, asked.scores.numel()
         self.totals = totals_like(asked.inputs, slots)
         self.alone = asked.scores.new_zeros((slots, count))
         self.pairs = asked.scores.new_zeros((slots, count, count))
 
-    def add(self, item: Tensor, weight: Tensor, t: Tensor, found: Found) -> None:
+    def add(self, item: Tensor, weight: Tensor, t: Tensor, found: RoundResult) -> None:
         """Adds the answers of points t of the examples `item`."""
         maps, inputs = self.asked.scores.shape[1], len(self.totals)
         for k, (first, second, *further) in enumerate(found.grads):
@@ -144,7 +144,7 @@ class _Sums:
         return Maps(maps_of(values, maps), unknown(asked), sums, extras)
 
 
-def _regions(asked: Asked, features: Inputs, count: int) -> Project:
+def _regions(asked: RoundContext, features: Inputs, count: int) -> Project:
     """For each region the sum of gradient times way over its elements."""
 
     def project(grads: Inputs, item: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def _regions(asked: Asked, features: Inputs, count: int) -> Project:
     return project
 
 
-def _features(asked: Asked) -> tuple[Inputs, int]:
+def _features(asked: RoundContext) -> tuple[Inputs, int]:
     """Numbers of regions [B | 1, *] per input, and how many there are."""
     features, first = asked.features, 0
     if not features:
@@ -178,7 +178,7 @@ def _features(asked: Asked) -> tuple[Inputs, int]:
     return features, count
 
 
-def _need_linear(asked: Asked, sums: Tensor) -> None:
+def _need_linear(asked: RoundContext, sums: Tensor) -> None:
     """Without second derivatives the rest must explain the gain, as it does for linear models."""
     assert asked.baseline_scores is not None
     gain = asked.scores - asked.baseline_scores

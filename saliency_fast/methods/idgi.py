@@ -9,7 +9,7 @@ import torch
 from saliency_fast import ops
 from saliency_fast.engine.folds import square_norm
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_like, unknown
 
@@ -32,12 +32,12 @@ class IDGI:
     def recipe(self) -> Recipe:
         return in_rounds(self._rounds, self.steps + 1, baseline="one")
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         maps = asked.scores.shape[1]
         totals = totals_like(asked.inputs, asked.scores.numel())
         path = Neighbours(asked, [step / self.steps for step in range(self.steps + 1)])
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             for item, weight, here, there in path.pairs(rows, found):
                 gain = (there.scores - here.scores) * weight[:, None]
                 for k, grads in enumerate(here.grads):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.windows import Grid, check_whole, hierarchy, read_windows
@@ -69,7 +69,7 @@ class Occlusion:
         return total
 
 
-def occluded(asked: Asked, method: Occlusion) -> Rounds:
+def occluded(asked: RoundContext, method: Occlusion) -> Rounds:
     """The rounds of occlusion: one, or one for each level of windows, coarse ones first."""
     device, batch = asked.scores.device, len(asked.scores)
     grids = read_windows(method.window, method.stride, asked.layouts)
@@ -103,7 +103,7 @@ def occluded(asked: Asked, method: Occlusion) -> Rounds:
 
 
 def _round(
-    asked: Asked, grids: tuple[Grid, ...], chosen: list[Tensor], effects: list[Tensor]
+    asked: RoundContext, grids: tuple[Grid, ...], chosen: list[Tensor], effects: list[Tensor]
 ) -> Round:
     """Points without the chosen windows [B, n] of each input; `effects` [B, K, n] takes answers."""
     first, pairs = 0, []
@@ -126,7 +126,7 @@ def _round(
             )
         return tuple(found)
 
-    def each(rows: slice, found: Found) -> None:
+    def each(rows: slice, found: RoundResult) -> None:
         lost = asked.scores[item[rows]] - found.scores
         for effect, before in zip(effects, firsts, strict=True):
             index = place[rows] - before

@@ -13,7 +13,7 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import own_seeds
@@ -52,7 +52,7 @@ class Rise:
         return in_rounds(rounds, self.samples, baseline="fill", gradients=False)
 
 
-def _averaged(asked: Asked, method: Rise) -> Rounds:
+def _averaged(asked: RoundContext, method: Rise) -> Rounds:
     batch, targets = asked.scores.shape
     seed = own_seeds(method.seed, asked)
     axes = asked.layouts.needed("rise")
@@ -82,7 +82,7 @@ def _averaged(asked: Asked, method: Rise) -> Rounds:
             one.back(_faded(x, fill, mask, item, row)).contiguous() for one, x, fill, mask in parts
         )
 
-    def each(rows: slice, found: Found) -> None:
+    def each(rows: slice, found: RoundResult) -> None:
         own, place = item[rows], place_of[rows]
         mask, sample, row = drawn(own, place)
         weight = found.scores.new_zeros(batch, targets, len(sample))
@@ -113,7 +113,7 @@ def _faded(x: Tensor, fill: Tensor, mask: Tensor, item: Tensor, row: Tensor) -> 
     return torch.where(share == 1.0, x[item], points)
 
 
-def _maps(asked: Asked, sums: list[Tensor], samples: int, keep: float) -> Maps:
+def _maps(asked: RoundContext, sums: list[Tensor], samples: int, keep: float) -> Maps:
     counts = (-(-samples // 2), samples // 2)
     gap = torch.zeros(sums[0].shape[1], dtype=torch.float64, device=sums[0].device)
     norm, values = gap.clone(), []

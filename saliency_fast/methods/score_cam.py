@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds
 from saliency_fast.methods.cam import Cam
 from saliency_fast.methods.parts.canvas import Canvas, resize
 
@@ -22,12 +22,12 @@ class ScoreCAM(Cam):
     name = "score_cam"
     uses_gradients = False
 
-    def rounds(self, asked: Asked) -> Rounds:
+    def rounds(self, asked: RoundContext) -> Rounds:
         """One round for the activations, then one for each layer's channels."""
         canvas = Canvas(asked, self.relu, self.grid, self.special)
         kept: dict[int, list[Tensor]] = {}
 
-        def keep(rows: slice, found: Found) -> None:
+        def keep(rows: slice, found: RoundResult) -> None:
             for number, output in enumerate(canvas.of_layers(found)):
                 kept.setdefault(number, []).append(canvas.read(number, output))
 

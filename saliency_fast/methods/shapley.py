@@ -12,7 +12,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Round, RoundContext, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
@@ -67,7 +67,7 @@ class ShapleySampling:
         kind = {"baseline": "one", "gradients": False, "features": True}
         return in_rounds(self._rounds, points, **kind)
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         game = Game.of(asked)
         if 2**game.count - 2 <= self.permutations * (game.count - 1):
             return (yield from exact_rounds(game))
@@ -89,7 +89,7 @@ def _coalitions(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
     return (1 << count) - 2
 
 
-def _exact(asked: Asked) -> Rounds:
+def _exact(asked: RoundContext) -> Rounds:
     return (yield from exact_rounds(Game.of(asked)))
 
 

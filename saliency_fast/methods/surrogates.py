@@ -12,7 +12,7 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Rounds, in_rounds
+from saliency_fast.engine.rounds import RoundContext, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
@@ -62,7 +62,7 @@ class Lime:
             d = distances(game, present, self.distance)
             return torch.exp(-d.square() / (2.0 * self.kernel_width**2))
 
-        def rounds(asked: Asked) -> Rounds:
+        def rounds(asked: RoundContext) -> Rounds:
             return fitted(asked, draw, weigh, self.fit, self.alpha)
 
         kind = {"baseline": "fill", "gradients": False, "features": True}
@@ -96,7 +96,7 @@ class KernelShap:
         kind = {"baseline": "one", "gradients": False, "features": True}
         return in_rounds(self._rounds, points, **kind)
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         game = Game.of(asked)
         if 2**game.count <= self.samples + 2:
             return (yield from exact_rounds(game))
@@ -119,7 +119,7 @@ class KernelShap:
         return game.maps(*slopes, sums=True)
 
 
-def fitted(asked: Asked, draw: Draw, weigh: Weigh, how: str, alpha: float) -> Rounds:
+def fitted(asked: RoundContext, draw: Draw, weigh: Weigh, how: str, alpha: float) -> Rounds:
     """Slopes of the score on the coalitions that are drawn, as they are weighed."""
     game = Game.of(asked)
     present = draw(game)

@@ -12,7 +12,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.folds import Folds
 from saliency_fast.engine.recipe import Method, Recipe, Rows
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import unknown
@@ -66,7 +66,7 @@ class TemporalRescaling:
         maps = 2 + steps + (1.0 - self.above) * steps * others
         return math.ceil(maps) * self._base().count
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         series = _Series(asked, self._base(), self.axis)
         batch, steps, features = series.x.shape
         every = torch.ones(batch, steps, dtype=torch.bool, device=series.x.device)
@@ -84,7 +84,7 @@ class TemporalRescaling:
 class _Series:
     """Maps of copies of a series in which a step, or one feature of it, is masked."""
 
-    asked: Asked
+    asked: RoundContext
     base: Recipe
     axis: int
 
@@ -96,7 +96,7 @@ class _Series:
     def _steps_first(self, x: Tensor) -> Tensor:
         return x if self.axis == 1 else x.mT
 
-    def changes(self, steps: Tensor, masks: range) -> Generator[Round | Maps, Found, Tensor]:
+    def changes(self, steps: Tensor, masks: range) -> Generator[Round | Maps, RoundResult, Tensor]:
         """L1 change of the map for each mask of the steps [B, T]: float64 [B, K, T * masks]. Mask 0
         is the whole step, mask f its feature f - 1; zero where `steps` is False.
         """
@@ -129,7 +129,7 @@ class _Series:
         x[row, step] = torch.where(here, start[row, step], x[row, step])
         return x
 
-    def _maps(self, item: Tensor, x: Tensor) -> Generator[Round | Maps, Found, Tensor]:
+    def _maps(self, item: Tensor, x: Tensor) -> Generator[Round | Maps, RoundResult, Tensor]:
         """The base method's maps [V * K, ...] of variants [V, T, F] of the examples `item`."""
         base, inputs = self.base, (self._steps_first(x).contiguous(),)
         start = self.asked.baselines[0]
@@ -143,7 +143,7 @@ class _Series:
             columns = (rows.item, rows.place, rows.weight, rows.fold)
             return source.write(Rows(*(one[place] for one in columns)))
 
-        def each(part: slice, found: Found) -> None:
+        def each(part: slice, found: RoundResult) -> None:
             folds.add(rows.part(part.start, part.stop), found.grads, source)
 
         place = torch.arange(len(rows.item), device=x.device)

@@ -20,7 +20,7 @@ from saliency_fast.model.recomputation import without_recomputation
 from saliency_fast.model.state import rewind
 
 
-class Route(Protocol):
+class Executor(Protocol):
     """What the model returns for the points of a launch and its further arguments.
 
     Points in a list may be let go of, and the list be empty afterwards.
@@ -32,7 +32,7 @@ class Route(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain:
+class EagerExecutor:
     """The model as it is; autograd keeps what it keeps."""
 
     model: Callable[..., Any]
@@ -45,7 +45,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Vmapped:
+class VmapExecutor:
     """The model as it is for each row alone, all at once by `torch.func.vmap`: rows cannot meet.
 
     owned: the further arguments, by number or name, that come with a row for each point.
@@ -85,7 +85,7 @@ class Vmapped:
 
 
 @dataclass(frozen=True)
-class Watched:
+class InterceptedExecutor:
     """The model as it is, call by call in lean versions: for models that cannot be recorded."""
 
     model: Callable[..., Any]
@@ -99,7 +99,7 @@ class Watched:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedExecutor:
     """The model's program, fused; the model's Python does not run."""
 
     program: Program
@@ -111,7 +111,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoresExecutor:
     """The same, where scores alone are asked for as a rule: by `ready`, from `scoring`."""
 
     program: Program
@@ -125,7 +125,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Autocast:
+class AutocastExecutor:
     """The model as it is, with products in a half type as PyTorch's autocast has them."""
 
     model: Callable[..., Any]
@@ -140,10 +140,10 @@ class Autocast:
 
 
 @dataclass(frozen=True)
-class Widened:
+class WidenedExecutor:
     """A route of which what it returns in half types is float32, for targets to be read from."""
 
-    route: Route
+    route: Executor
 
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -156,7 +156,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Offloaded:
+class OffloadedExecutor:
     """A program of which what autograd keeps waits in the host's memory, apart from weights."""
 
     program: Program
@@ -184,7 +184,7 @@ def _from_host(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-class Recording:
+class RecordingExecutor:
     """A route that runs the model as it is and records it. read: the first call, if any, by which
     Python learns numbers that depend on the points, and asked: on further arguments; own: what
     gives gradients of its own.

@@ -18,7 +18,7 @@ from saliency_fast.graph.outputs import map_tensors, rows_of
 from saliency_fast.graph.passes.affine_prefix import Prefix
 from saliency_fast.graph.passes.half import FLOAT32, Precision, arithmetic
 from saliency_fast.graph.program import laid, tensors_among
-from saliency_fast.model.executors import Route
+from saliency_fast.model.executors import Executor
 from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
 from saliency_fast.model.targets import Targets, read_of
 
@@ -92,7 +92,7 @@ class PointFunction:
     inputs lie with their channels innermost in memory, so that their points are to lie so.
     """
 
-    route: Route
+    route: Executor
     targets: Targets
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -25,7 +25,7 @@ _HELD: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 @contextmanager
-def untouched(
+def preserve_model_state(
     model: Callable[..., Any], device: torch.device, *, draws: bool = True
 ) -> Iterator[bool]:
     """Runs its body with the model in evaluation mode; yields whether it was in training mode.

@@ -248,7 +248,7 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Behind:
+class Downstream:
     """What comes behind layers, as a model of its own: `behind(*points, *inputs, **kwargs)` is what
     the model says of its inputs with `points` in the place of what the layers give (or take).
 

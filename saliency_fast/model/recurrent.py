@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.graph.intercept import Calls
-from saliency_fast.model.executors import Offloaded, Recorded, Route
+from saliency_fast.model.executors import Executor, OffloadedExecutor, RecordedExecutor
 
 LAYERS = frozenset((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu))
 
@@ -42,7 +42,7 @@ def _trained(args: tuple[Any, ...]) -> tuple[Any, ...]:
 class Recurring:
     """A route through recurrent layers on a GPU."""
 
-    route: Route
+    route: Executor
 
     def __call__(
         self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -51,14 +51,14 @@ class Recurring:
             return self.route(points, args, kwargs)
 
 
-def recurring(route: Route, device: torch.device) -> Route:
+def recurring(route: Executor, device: torch.device) -> Executor:
     """The route as gradients need it."""
     return Recurring(route) if device.type == "cuda" and _recurs(route) else route
 
 
 def _recurs(route: Any) -> bool:
     """Whether a route may meet recurrent layers; each call costs time where it is watched."""
-    if isinstance(route, (Recorded, Offloaded)):
+    if isinstance(route, (RecordedExecutor, OffloadedExecutor)):
         return any(step.func in LAYERS for step in route.program.steps)
     if isinstance(route, nn.Module):
         return any(isinstance(one, nn.RNNBase) for one in route.modules())

@@ -205,7 +205,7 @@ class Rules(Protocol):
 
 
 @dataclass(frozen=True)
-class Ruled:
+class RulesExecutor:
     """The model as it is, call by call under backward rules.
 
     Where `rules.references`, points and arguments come with their references behind them, and so

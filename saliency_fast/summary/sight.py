@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import Canvas
 
-Each = Callable[[slice, Found], None]
+Each = Callable[[slice, RoundResult], None]
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class LayerSight:
     def recipe(self) -> Recipe:
         return in_rounds(self.rounds, 1, at_input=True, layers=self.layer)
 
-    def rounds(self, asked: Asked) -> Rounds:
+    def rounds(self, asked: RoundContext) -> Rounds:
         """One round, at the inputs."""
         if asked.scores.shape[1] > 1:
             raise InputError("target must be one per example: got several; take one of them")
         canvas = Canvas(asked, False, self.grid, self.special)
         seen: dict[str, list[Tensor]] = {"activations": [], "gradients": []}
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             (output, *_) = canvas.of_layers(found)
             seen["activations"].append(canvas.read(0, output).detach())
             seen["gradients"].append(canvas.read(0, found.grads[0][0]).detach())

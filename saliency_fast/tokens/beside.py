@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
 from saliency_fast.methods.attention import (
     Layers,
@@ -44,11 +44,11 @@ class Beside:
     def recipe(self) -> Recipe:
         return in_rounds(self._rounds, 1, at_input=True)
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         (x,) = asked.inputs
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             layers, real = wide(found.taps), self.real[rows]
             if layers[0].shape[2] != real.shape[1]:
                 raise NoAttentionError(

@@ -15,7 +15,7 @@ from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError, warn
 from saliency_fast.methods import read_method
 from saliency_fast.model.embeddings import Lookup, lookups
-from saliency_fast.model.guard import untouched
+from saliency_fast.model.guard import preserve_model_state
 from saliency_fast.model.layers import names_of
 from saliency_fast.model.positions import PREDICTED, NextToken
 from saliency_fast.model.targets import Target
@@ -160,7 +160,7 @@ def _table(model: nn.Module, found: Encoded, further: Mapping[str, Any]) -> Look
     """The table that makes vectors of the texts' tokens; raises InputError where it is none, or
     several of which none takes the tokens as they are.
     """
-    with untouched(model, found.ids.device):
+    with preserve_model_state(model, found.ids.device):
         several = lookups(model, lambda: model(found.ids, **further), (found.ids,))
     own = [one for one in several if one.ids.shape == found.ids.shape and one.ids.equal(found.ids)]
     if len(own) == 1 and len(several) > 1:

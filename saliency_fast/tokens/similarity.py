@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.model.guard import untouched
+from saliency_fast.model.guard import preserve_model_state
 from saliency_fast.tokens.encoding import Encoded
 
 
@@ -66,7 +66,7 @@ class Compared(nn.Module):
 
     def embedded(self, texts: Encoded) -> Tensor:
         """Embeddings [B, E] of encoded texts, without gradients."""
-        with untouched(self.model, texts.ids.device), torch.no_grad():
+        with preserve_model_state(self.model, texts.ids.device), torch.no_grad():
             return self.by.pool(self.model(texts.ids, **texts.further), texts.real)
 
 

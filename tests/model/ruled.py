@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saliency_fast.rules.intercept import Ruled
+from saliency_fast.rules.intercept import RulesExecutor
 from tests.models import randn
 
 
@@ -17,7 +17,7 @@ def ruled(model: Any, rules: Any, x: Tensor, target: Any, baseline: Tensor | Non
     """What the rules give at the points x [B, *]; `baseline` [B, *] where they compare."""
     leaf = x.clone().requires_grad_()
     points = leaf.view_as(leaf) if baseline is None else torch.cat([leaf, baseline])
-    raw = Ruled(model, rules)([points], (), {})[: len(x)]
+    raw = RulesExecutor(model, rules)([points], (), {})[: len(x)]
     score = raw[torch.arange(len(x)), torch.as_tensor(target)]
     cotangent = score.detach() if rules.relevance else torch.ones_like(score)
     return torch.autograd.grad(score, leaf, cotangent)[0]

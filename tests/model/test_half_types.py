@@ -21,7 +21,7 @@ from saliency_fast.graph.intercept import Calls
 from saliency_fast.graph.passes import half as precisions
 from saliency_fast.graph.passes.half import lowered
 from saliency_fast.graph.recorder import unified
-from saliency_fast.model.executors import Recording
+from saliency_fast.model.executors import RecordingExecutor
 from tests.models import Audio, Image, Segmenter, Tabular, Tokens, Video
 
 SMOOTH: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
@@ -178,7 +178,7 @@ def test_what_it_costs_is_estimated(build, method):
 
 def test_products_alone_are_lowered():
     net, x = seeded(Image, (3, 9, 9))
-    recording, second = Recording(net), Recording(net)
+    recording, second = RecordingExecutor(net), RecordingExecutor(net)
     with torch.enable_grad():
         recording([x[:1].requires_grad_() * 1], (), {})
         second([x[:2].requires_grad_() * 1], (), {})

@@ -127,7 +127,7 @@ def test_as_autograd(name: str, layout: torch.memory_format, dtype: torch.dtype)
     check(CALLS[name], x, 8 * torch.finfo(dtype).eps)
 
 
-class Behind(nn.Module):
+class Downstream(nn.Module):
     """A call between two convolutions: exact numbers with ties, whatever the layout."""
 
     def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
@@ -149,7 +149,7 @@ class Behind(nn.Module):
 def test_maps_as_autograd(name: str, dtype: torch.dtype) -> None:
     """Large enough for the lean program; whole numbers, as pictures of few colours have."""
     torch.manual_seed(0)
-    model = Behind(CALLS[name]).to(dtype).eval()
+    model = Downstream(CALLS[name]).to(dtype).eval()
     x = torch.randint(-1, 3, (2, 3, 136, 128)).to(dtype) / 2
     leaf = x.clone().requires_grad_()
     (expected,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)

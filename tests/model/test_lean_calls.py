@@ -11,7 +11,7 @@ from torch import nn
 
 from saliency_fast.graph.autograd import LEAN
 from saliency_fast.graph.intercept import Calls
-from saliency_fast.model.executors import Plain
+from saliency_fast.model.executors import EagerExecutor
 from tests.model.lean_cases import CASES, made
 from tests.model.ways import check, compare, routes, take
 from tests.models import randn
@@ -85,7 +85,7 @@ def test_other_types(model: nn.Module, dtype: torch.dtype) -> None:
 def test_the_comparison_fails_where_it_should(name: str) -> None:
     case = CASES[name]
     x = case.points()
-    expected = take(Plain(case.model), x)
+    expected = take(EagerExecutor(case.model), x)
     for route in routes(case.model, x).values():
         found = take(route, x)
         found.gradient[0, 0, 0, 0] += 1e-9

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from saliency_fast.graph.passes import fuse_relu as fusion
 from saliency_fast.graph.passes.fuse_relu import fused
-from saliency_fast.model.executors import Plain, Recorded
+from saliency_fast.model.executors import EagerExecutor, RecordedExecutor
 from tests.model.lean_cases import made
 from tests.model.recording import record
 from tests.model.ways import check, compare, take
@@ -277,10 +277,10 @@ def test_a_dropped_residual_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(x, norm, None, *rest)
 
     model = made(Block, added_in_place)
-    expected = take(Plain(model), image())
-    compare(take(Recorded(fused(record(model, image()))), image()), expected, 1e-12)
+    expected = take(EagerExecutor(model), image())
+    compare(take(RecordedExecutor(fused(record(model, image()))), image()), expected, 1e-12)
     monkeypatch.setattr(fusion, "rectified", dropped)
-    found = take(Recorded(fused(record(model, image()))), image())
+    found = take(RecordedExecutor(fused(record(model, image()))), image())
     with pytest.raises(AssertionError, match="off by"):
         compare(found, expected, 1e-12)
     # In the gradient too.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.graph.passes.fuse_relu import fused, with_rectifiers
-from saliency_fast.model.executors import Recorded
+from saliency_fast.model.executors import RecordedExecutor
 from tests import naive
 from tests.model.answers import always_lean, by_hand, score_of, way_of, why
 from tests.model.random_networks import KINDS, network
@@ -81,7 +81,7 @@ def test_pieces(axes: int, kinds: list[str], seed: int) -> None:
         if program.channels_last and whole.aliased:
             continue
         for count in (2, 4):
-            route = Recorded(program.in_pieces(count))
+            route = RecordedExecutor(program.in_pieces(count))
             found = gradient(lambda points, route=route: route((points,), (), {}), x)
             assert naive.relative_l2(found, expected) <= TOLERANCE
 

@@ -21,7 +21,7 @@ from saliency_fast.errors import ModelError
 from saliency_fast.graph.passes import affine_prefix as prefixes
 from saliency_fast.graph.passes.affine_prefix import Prefix, check_affine, prefix_of
 from saliency_fast.graph.recorder import unified
-from saliency_fast.model.executors import Recording
+from saliency_fast.model.executors import RecordingExecutor
 from tests.model.stems import IMAGE, STEMS, Chain, Net, Stem, chains
 from tests.models import randn
 from tests.traces import one_thread, unchanged
@@ -252,7 +252,7 @@ def test_the_plan_names_what_is_taken_once() -> None:
 def recorded(model: nn.Module, *shape: int) -> Any:
     runs = []
     for rows in (1, 2):
-        recording = Recording(model)
+        recording = RecordingExecutor(model)
         recording((randn(rows, *shape),), (), {})
         runs.append(recording.program)
     return unified(*runs)

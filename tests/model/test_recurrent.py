@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.engine import way
 from saliency_fast.model import recurrent
-from saliency_fast.model.executors import Plain
+from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.recurrent import Differentiable
 from tests import naive
 from tests.model.answers import always_lean
@@ -172,10 +172,13 @@ def test_training_stays_as_it_is() -> None:
 
 def test_other_models_are_not_watched() -> None:
     cuda = torch.device("cuda")
-    plain = Plain(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
+    plain = EagerExecutor(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
     assert recurrent.recurring(plain, cuda) is plain
-    assert recurrent.recurring(Plain(made(nn.GRU)), torch.device("cpu")).__class__ is Plain
-    for route in (Plain(made(nn.GRU)), Plain(lambda x: x)):
+    assert (
+        recurrent.recurring(EagerExecutor(made(nn.GRU)), torch.device("cpu")).__class__
+        is EagerExecutor
+    )
+    for route in (EagerExecutor(made(nn.GRU)), EagerExecutor(lambda x: x)):
         assert isinstance(recurrent.recurring(route, cuda), recurrent.Recurring)
 
 

@@ -23,7 +23,7 @@ from saliency_fast.rules import (
     ZPlus,
     read_share,
 )
-from saliency_fast.rules.intercept import Ruled
+from saliency_fast.rules.intercept import RulesExecutor
 from tests import naive_rules
 from tests.models import randn
 from tests.naive import relative_l2
@@ -83,7 +83,7 @@ def shared(
     """Relevance of x and of the layer's outputs, all of them where none is given."""
     composite = Composite(rule, rule, **fields)
     leaf = x.clone().requires_grad_()
-    raw = Ruled(layer, composite)([leaf.view_as(leaf)], (), {})
+    raw = RulesExecutor(layer, composite)([leaf.view_as(leaf)], (), {})
     relevance = randn(*raw.shape, seed=7) if relevance is None else relevance
     return torch.autograd.grad(raw, leaf, relevance)[0], relevance
 

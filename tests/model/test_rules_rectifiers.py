@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saliency_fast.errors import ModelError
 from saliency_fast.rules import Deconv, Guided, Softplus, composite
-from saliency_fast.rules.intercept import Ruled
+from saliency_fast.rules.intercept import RulesExecutor
 from tests import naive_rules
 from tests.model.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled
 from tests.naive import relative_l2
@@ -94,13 +94,13 @@ def test_other_types(dtype: torch.dtype) -> None:
 def test_softplus_is_the_smooth_model_twice_differentiable(kind: str) -> None:
     beta = 2.5
     x, direction = points(kind), points(kind, seed=1)
-    found = _curved(Ruled(network(kind), Softplus(beta)), x, direction)
+    found = _curved(RulesExecutor(network(kind), Softplus(beta)), x, direction)
     smooth = network(kind, lambda: nn.Softplus(beta, 40))
     expected = _curved(lambda points, *_: smooth(*points), x, direction)
     for one, other in zip(found, expected, strict=True):
         assert relative_l2(one, other) < 1e-10
     with torch.no_grad():
-        scores = Ruled(network(kind), Softplus(beta))([x], (), {})
+        scores = RulesExecutor(network(kind), Softplus(beta))([x], (), {})
     assert relative_l2(scores, found[0]) < EXACT
 
 

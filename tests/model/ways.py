@@ -12,7 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from saliency_fast.engine.memory import Ledger, MemoryMeter
 from saliency_fast.graph.passes.fuse_relu import fused
-from saliency_fast.model.executors import Plain, Recorded, Route, Watched
+from saliency_fast.model.executors import (
+    EagerExecutor,
+    Executor,
+    InterceptedExecutor,
+    RecordedExecutor,
+)
 from tests.model.recording import record
 from tests.models import randn
 
@@ -33,7 +38,7 @@ class Taken:
     nodes: frozenset[str]
 
 
-def take(route: Route, x: Tensor) -> Taken:
+def take(route: Executor, x: Tensor) -> Taken:
     """One launch, with the points made inside, so that keeping them counts."""
     leaf, ledger = x.clone().requires_grad_(), Ledger(MemoryMeter())
     with ledger.meter, ledger:
@@ -64,12 +69,15 @@ def _nodes(outputs: list[Tensor]) -> Iterator[str]:
             waiting += [one for one, _ in node.next_functions]
 
 
-def routes(model: Model, x: Tensor) -> dict[str, Route]:
+def routes(model: Model, x: Tensor) -> dict[str, Executor]:
     """Every lean route of a model that can be recorded."""
     program = fused(record(model, x))
-    found: dict[str, Route] = {"watched": Watched(model), "program": Recorded(program)}
+    found: dict[str, Executor] = {
+        "watched": InterceptedExecutor(model),
+        "program": RecordedExecutor(program),
+    }
     if x.dim() in FORMATS:
-        found["channels last"] = Recorded(replace(program, channels_last=True))
+        found["channels last"] = RecordedExecutor(replace(program, channels_last=True))
     return found
 
 
@@ -90,7 +98,7 @@ def compare(found: Taken, expected: Taken, tolerance: float, where: str = "") ->
 
 def check(model: Model, x: Tensor, tolerance: float = 1e-12) -> dict[str, Taken]:
     """Compares every lean route with plain autograd; returns what each one took."""
-    expected = take(Plain(model), x)
+    expected = take(EagerExecutor(model), x)
     taken = {name: take(route, x) for name, route in routes(model, x).items()}
     for name, one in taken.items():
         compare(one, expected, tolerance, name)

@@ -10,7 +10,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Line, Noise
 from saliency_fast.engine.recipe import Recipe, Rows
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds, in_rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.rules import Softplus
 
 GOLDEN = 0.6180339887498949
@@ -53,7 +53,7 @@ class Steering:
     def _count(self) -> int:
         return min(self.points, self.of.levels[0].count)
 
-    def _rounds(self, asked: Asked) -> Rounds:
+    def _rounds(self, asked: RoundContext) -> Rounds:
         (x,), (start,) = asked.inputs, asked.baselines
         factor = {"none": torch.ones_like(x[:1]), "input": x, "difference": x - start}
         push = (self.direction.to(x) * factor[self.of.factor]).expand_as(x)
@@ -75,7 +75,7 @@ class Steering:
         def projected(grads: Inputs, item: Tensor) -> Tensor:
             return (grads[0] * push[item]).flatten(1).sum(1, keepdim=True)
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             _, _, gradient, product = found.grads[0]
             for sums, parts, by in ((moved, product, follows), (total, gradient, weight)):
                 scaled = parts * by[number[rows]].to(x).view(-1, *(1,) * (x.dim() - 1))

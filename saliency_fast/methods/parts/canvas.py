@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.rounds import Asked, Found, Round
+from saliency_fast.engine.rounds import Round, RoundContext, RoundResult
 from saliency_fast.errors import InputError, warn
 from saliency_fast.model.follow import Inside
 from saliency_fast.model.layers import LayerTaps, kind_of, module_at
@@ -24,7 +24,7 @@ Weights = Callable[[Tensor, Tensor], Tensor]
 class Canvas:
     """The maps of a call so far, [B, K, *s] for each layer; relu, grid, special as in `cam.Cam`."""
 
-    asked: Asked
+    asked: RoundContext
     relu: bool
     grid: tuple[int, ...] | None
     special: int | None
@@ -39,7 +39,7 @@ class Canvas:
         weights get activations in their place.
         """
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             for number, output in enumerate(self.of_layers(found)):
                 activations = self.read(number, output)
                 for k in range(self.asked.scores.shape[1]):
@@ -51,7 +51,7 @@ class Canvas:
 
         return self.inputs_round(each, gradients=gradients)
 
-    def inputs_round(self, each: Callable[[slice, Found], None], *, gradients: bool) -> Round:
+    def inputs_round(self, each: Callable[[slice, RoundResult], None], *, gradients: bool) -> Round:
         """A round at the inputs themselves."""
         inputs = self.asked.inputs
         item = torch.arange(len(inputs[0]), device=inputs[0].device)
@@ -62,7 +62,7 @@ class Canvas:
         taps = LayerTaps(self.asked.layers, self.asked.layer_input)
         return Round(write, item, item, gradients, taps, each=each)
 
-    def of_layers(self, found: Found) -> Inputs:
+    def of_layers(self, found: RoundResult) -> Inputs:
         """One tensor [R, ...] of each layer; of a single layer its first."""
         taps, layers, rows = found.taps, self.asked.layers, len(found.scores)
         if len(layers) > 1 and len(taps) != len(layers):

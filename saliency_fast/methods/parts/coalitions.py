@@ -11,7 +11,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.points import Seed, seeds
-from saliency_fast.engine.rounds import Asked, Maps, Round
+from saliency_fast.engine.rounds import Maps, Round, RoundContext
 from saliency_fast.model.axes import Layouts
 from saliency_fast.ops import segment_points
 
@@ -24,12 +24,12 @@ Members = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class Game:
     """The features of a call as players. segments: int64 [B | 1, *] per input."""
 
-    asked: Asked
+    asked: RoundContext
     segments: Inputs
     count: int
 
     @staticmethod
-    def of(asked: Asked) -> Game:
+    def of(asked: RoundContext) -> Game:
         segments = asked.features or numbered(None, asked.inputs)
         return Game(asked, segments, players(asked.inputs, segments))
 
@@ -115,7 +115,7 @@ def players(inputs: Inputs, features: Inputs, layouts: Layouts | None = None) ->
     return 1 + max(int(one.max()) for one in features)
 
 
-def own_seeds(seed: Seed, asked: Asked) -> Tensor:
+def own_seeds(seed: Seed, asked: RoundContext) -> Tensor:
     """int64 [1] where examples share their draws, or [B]."""
     found = seeds(seed, asked.inputs[0])
     return found[:1] if isinstance(seed, int) else found

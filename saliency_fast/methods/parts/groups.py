@@ -14,7 +14,7 @@ from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Noise
 from saliency_fast.engine.recipe import Rows, Source
-from saliency_fast.engine.rounds import Asked, Found, Maps, Round, Rounds
+from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds
 from saliency_fast.methods.parts.neighbours import maps_of, totals_like
 
 GROUPS = 8
@@ -29,7 +29,7 @@ class Groups:
     noise stay together. Holds a mean, and with `moments` a spread, for every map and group.
     """
 
-    asked: Asked
+    asked: RoundContext
     noise: Noise
     samples: int
     moments: bool
@@ -74,7 +74,7 @@ class Groups:
         def write(item: Tensor, place: Tensor) -> Inputs:
             return self.source.write(Rows(item, place, place.double(), item))
 
-        def each(rows: slice, found: Found) -> None:
+        def each(rows: slice, found: RoundResult) -> None:
             group, maps = self._group(place[rows]), self.asked.scores.shape[1]
             for k, grads in enumerate(found.grads):
                 slot = (item[rows] * maps + k) * self.count + group
@@ -97,7 +97,7 @@ class Groups:
         return found
 
 
-def smooth_rounds(asked: Asked, noise: Noise, samples: int) -> Rounds:
+def smooth_rounds(asked: RoundContext, noise: Noise, samples: int) -> Rounds:
     """Mean gradients, with the standard error of every pixel from how the groups' means differ."""
     groups = Groups(asked, noise, samples, moments=False)
     yield groups.round()
@@ -111,7 +111,7 @@ def smooth_rounds(asked: Asked, noise: Noise, samples: int) -> Rounds:
     return _maps(asked, values, errors, {"standard_error": errors})
 
 
-def variance_rounds(asked: Asked, noise: Noise, samples: int, confidence: float) -> Rounds:
+def variance_rounds(asked: RoundContext, noise: Noise, samples: int, confidence: float) -> Rounds:
     """Variances of gradients, with an interval for every pixel: the jackknife over groups (Miller,
     1974) of the logarithm, on whose scale a variance is closest to normal.
     """
@@ -148,7 +148,7 @@ def _spreads_without(
 
 
 def _maps(
-    asked: Asked, values: list[Tensor], errors: list[Tensor], extras: dict[str, list[Tensor]]
+    asked: RoundContext, values: list[Tensor], errors: list[Tensor], extras: dict[str, list[Tensor]]
 ) -> Maps:
     maps = asked.scores.shape[1]
     named = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.rounds import Asked, Found
+from saliency_fast.engine.rounds import RoundContext, RoundResult
 
 
 @dataclass
@@ -19,9 +19,9 @@ class Neighbours:
     found at the last of them. A launch may end anywhere: its last point waits for the next one.
     """
 
-    asked: Asked
+    asked: RoundContext
     alphas: Sequence[float]
-    last: Found | None = field(default=None, init=False)
+    last: RoundResult | None = field(default=None, init=False)
 
     @property
     def item(self) -> Tensor:
@@ -40,7 +40,9 @@ class Neighbours:
         pairs = zip(self.asked.inputs, self.asked.baselines, strict=True)
         return tuple(ops.line_points(x, baseline, item, place) for x, baseline in pairs)
 
-    def pairs(self, rows: slice, found: Found) -> Iterator[tuple[Tensor, Tensor, Found, Found]]:
+    def pairs(
+        self, rows: slice, found: RoundResult
+    ) -> Iterator[tuple[Tensor, Tensor, RoundResult, RoundResult]]:
         """(item int64 [P], weight float64 [P], here, there) of a launch's rows and the last one's
         end; weight 0 where the path of one example ends and another's begins.
         """
@@ -59,7 +61,7 @@ class Neighbours:
         return item, within.double()
 
 
-def part(found: Found, start: int, stop: int, *, copied: bool = False) -> Found:
+def part(found: RoundResult, start: int, stop: int, *, copied: bool = False) -> RoundResult:
     """The answers of some rows; copied: in memory of their own."""
 
     def own(several: Inputs) -> Inputs:
@@ -67,7 +69,7 @@ def part(found: Found, start: int, stop: int, *, copied: bool = False) -> Found:
         return tuple(one.clone() for one in rows) if copied else rows
 
     scores = own((found.scores,))[0]
-    return Found(scores, [own(one) for one in found.grads], own(found.taps))
+    return RoundResult(scores, [own(one) for one in found.grads], own(found.taps))
 
 
 def totals_like(tensors: Inputs, slots: int) -> Inputs:
@@ -82,7 +84,7 @@ def totals_like(tensors: Inputs, slots: int) -> Inputs:
     )
 
 
-def unknown(asked: Asked) -> Tensor:
+def unknown(asked: RoundContext) -> Tensor:
     """The error of maps that nothing estimates, [B, K]."""
     return torch.full_like(asked.scores, torch.nan)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.rounds import Asked, Found
+from saliency_fast.engine.rounds import RoundContext, RoundResult
 
 CLOSE = 1e-9
 """Share of a path's length that counts as nothing."""
@@ -24,7 +24,7 @@ class Walk:
     gradient times movement; gradient [S, N]: where the paths are now.
     """
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: RoundContext) -> None:
         self.asked, self.maps = asked, asked.scores.shape[1]
         x = asked.inputs[0]
         self.item = torch.arange(len(x), device=x.device).repeat_interleave(self.maps)
@@ -44,7 +44,7 @@ class Walk:
             found.append(start + share.to(x.dtype) * (x[item] - start))
         return tuple(found)
 
-    def note(self, rows: slice, found: Found) -> None:
+    def note(self, rows: slice, found: RoundResult) -> None:
         """Keeps the gradient of each row's own target."""
         for k, grads in enumerate(found.grads):
             own = self.place[rows] == k
