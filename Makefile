@@ -1,12 +1,14 @@
-# Two commands: `make demo` explains real inputs into out/, `make test` runs every check.
+# `make help` lists the targets: each comment behind ## is one line of it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What is installed of PyTorch, and the releases that `make test-versions` takes instead.
+# What is installed of PyTorch, and the releases on which `make test-versions` runs the tests.
 TORCH ?= torch
 RELEASES ?= 2.9.0 2.14.1 2.15.0
-# Tests run in so many processes at a time, of one thread each, but for those that set another number.
+# Number of test processes, of one thread each unless a test sets another number.
 WORKERS ?= 2
+# Which tests run, as pytest's -m takes it: slow matrices are for `make test-all`.
+MARKS ?= not slow
 # A pip before 24.2 does not read the system's certificates, without which no index is reached
 # behind a proxy that has its own; pip's own `cert` setting wins over this one.
 CERTIFICATES ?= $(firstword $(wildcard /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt))
@@ -14,39 +16,46 @@ PIP := REQUESTS_CA_BUNDLE="$${REQUESTS_CA_BUNDLE:-$${CURL_CA_BUNDLE:-$(CERTIFICA
 	$(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: demo test lint types imports unit test-versions bench bench-gpu kernels larger accuracy format clean
+.PHONY: help demo test test-all lint types imports unit test-versions bench bench-gpu kernels larger accuracy format clean
 
-demo: $(VENV)/installed
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/installed ## explain held-out digits into out/
 	$(BIN)/saliency-fast demo --out out
 
-test: lint types imports unit
+test: lint types imports unit ## run every check: what continuous integration runs
 
-lint: $(VENV)/test-installed
+test-all: ## run every check with slow matrices, and the tests on all releases of PyTorch
+	$(MAKE) test MARKS=
+	$(MAKE) test-versions MARKS=
+
+lint: $(VENV)/test-installed ## check style and layout
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/test-installed
+types: $(VENV)/test-installed ## check types
 	$(BIN)/mypy
 
-imports: $(VENV)/test-installed
+imports: $(VENV)/test-installed ## check that modules import from lower layers only
 	$(BIN)/lint-imports
 
-unit: $(VENV)/test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile
+unit: $(VENV)/test-installed ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses $(WORKERS) --dist loadfile -m "$(MARKS)"
 	$(BIN)/python -m pytest benchmarks --benchmark-disable
 
-# The suite on other releases of PyTorch, with torchvision. Each has a copy of the sources, since C++
-# ops fit one release, and an environment of 3 to 7 GB: `make test-torch-2.15.0` takes one of them.
-test-versions: $(RELEASES:%=test-torch-%)
+# Each release has a copy of the sources, since C++ ops fit one release, and an environment of 3 to
+# 7 GB: `make test-torch-2.15.0` takes one of them.
+test-versions: $(RELEASES:%=test-torch-%) ## run the tests on other releases of PyTorch
 
 test-torch-%:
 	mkdir -p build/torch-$*
 	git ls-files --cached --others --exclude-standard | tar -cf - -T - | tar -xf - -C build/torch-$*
 	grep -vE '^(torch|triton)==' constraints.txt > build/torch-$*/constraints.txt
 	touch -r constraints.txt build/torch-$*/constraints.txt
-	$(MAKE) -C build/torch-$* unit VENV=.venv TORCH="torch==$* torchvision"
+	$(MAKE) -C build/torch-$* unit VENV=.venv TORCH="torch==$* torchvision" MARKS="$(MARKS)"
 
-bench: $(VENV)/test-installed
+bench: $(VENV)/test-installed ## measure on the CPU and fill the tables of the documentation
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.end_to_end --device cpu
 	$(BIN)/python -m benchmarks.lean
@@ -58,32 +67,31 @@ bench: $(VENV)/test-installed
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.tables
 
-# What compilers make of the GPU kernels: needs nvcc and Triton, and no GPU.
-kernels: $(VENV)/test-installed
+# Needs nvcc and Triton, and no GPU.
+kernels: $(VENV)/test-installed ## compile the GPU kernels for every target and tabulate registers
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.tables
 
-# Inputs larger than memory: three minutes and 14 GiB.
-larger: $(VENV)/test-installed
+larger: $(VENV)/test-installed ## explain inputs larger than memory: three minutes and 14 GiB
 	$(BIN)/python -m benchmarks.larger
 
-# How far maps are off, how well the estimate tells it, and what metrics say of the built-in models: ten
-# minutes more. Then how many samples Captum takes for the same error: half an hour more.
-accuracy: $(VENV)/test-installed
+# Ten minutes for errors, their estimates and metrics of the built-in models; then half an hour for the
+# number of samples that Captum needs for the same error.
+accuracy: $(VENV)/test-installed ## measure errors of maps and how well they are estimated
 	$(BIN)/python -m benchmarks.accuracy
 	$(BIN)/python -m benchmarks.judged
 	$(BIN)/python -m benchmarks.smoothgrad
 	$(BIN)/python -m benchmarks.tables
 
 # Uses the Python that runs it, so that a GPU machine's own PyTorch is measured.
-bench-gpu:
+bench-gpu: ## check and measure on a GPU
 	$(PYTHON) -m benchmarks.gpu --out benchmarks/results
 
-format: $(VENV)/test-installed
+format: $(VENV)/test-installed ## format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:
+clean: ## remove what was built and installed here
 	rm -rf $(VENV) build dist out *.egg-info saliency_fast/*.so .pytest_cache .ruff_cache .mypy_cache
 
 # Building against the installed torch needs it in the environment, hence no build isolation.

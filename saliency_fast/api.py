@@ -1,4 +1,4 @@
-"""The public face: `explain` for one call, `Engine` for many."""
+"""`explain`: one call from a model and inputs to maps; `Engine` serves many."""
 
 from __future__ import annotations
 
@@ -44,32 +44,76 @@ def explain(
     progress: bool = False,
     create_graph: bool = False,
 ) -> Attribution:
-    """Explains what `model` says of `inputs`.
+    """Explains which parts of `inputs` a scalar of the model's output depends on.
 
-    inputs: a tensor [B, *] of float32 or float64, or a tuple of them for a model of several inputs.
-    target: None (the model gives one number per example), a class, one class per example,
-    [B, K] classes (K maps per example from shared forward passes), a tuple index into the output
-    behind its batch axis, summed over what it leaves, with a mask as its last element if wanted,
-    one tuple of ints per example in a list, "predicted", or a function `outputs -> [R]` of the
-    outputs of R rows, points made of the examples in any order and number; with two required
-    parameters, or one named `example`, it also gets int64 [R], the indices of the rows' examples.
-    baseline: None (zeros), a number, a tensor that broadcasts, "blur", "mean", "uniform", a tuple
-    (one per input), or a list of these: Integrated Gradients averages over it, expected gradients
-    draw from it. forward_args, forward_kwargs: further arguments of the model; tensors with the
-    batch's length belong to the examples. region: the part of an input [B, C, *spatial] that is
-    asked about, as a bool mask [*spatial] or one slice per spatial axis; values are zero elsewhere,
-    and what they do not need is not computed. features: segments for methods that take features
-    away together: numbers [B | 1, *] like an input (any integers, equal ones belong together; for
-    several inputs a tuple), "slic" or "grid:8"; None: every element is one. layout: one letter for
-    each axis of an input, such as "BCHW", "BTF" or "BTCHW" (B batch, C channels, F features, T
-    time, D, H, W space), or a tuple of them, one per input; found from the model's first
-    convolution, recurrence or attention unless given, and asked for where that does not tell and it
-    matters.
-    Other arguments: see `Engine`.
+    Args:
+        model: Any callable from input tensors to an output.
+        inputs: A tensor [B, *] of B examples, or a tuple of them for a model of several inputs,
+            float32 or float64 (integers where the method takes no gradients at the inputs).
+        target: The scalar that is explained for each example:
 
-    Raises InputError, InputTypeError, ModelError or BudgetError with what was got, what is
-    expected and the cure. What the model or a target function raises becomes a ModelError, with
-    the exception as its `__cause__`.
+            - None: the model returns one number per example;
+            - a class, or a tensor [B] of classes: an element of an output [B, classes];
+            - "predicted": the class with the largest output at the inputs;
+            - a tensor [B, K] of classes: K maps per example, from shared forward passes;
+            - a tuple: an index into an example's output, summed over the elements that it selects;
+              a bool mask may be its last element;
+            - a list of B tuples of ints: one element of each example's output;
+            - `NextToken`: a token that may follow a text;
+            - a function from the outputs of R rows to [R] scores. Rows are evaluation points of the
+              examples in any order and number. A second required parameter, or one named
+              `example`, receives the rows' example indices, int64 [R].
+        method: A name (see `saliency-fast methods`) or a method such as
+            `IntegratedGradients(steps=100)`.
+        baseline: What the inputs are compared with: None (zeros), a number, a tensor that
+            broadcasts to the inputs, "blur", "mean", "uniform", a tuple with one per input, or a
+            list of these: Integrated Gradients averages over it, Expected Gradients draws from it.
+        forward_args: Further positional arguments of the model. Tensors whose first axis has
+            length B belong to the examples, unless `Shared` or `PerExample` says otherwise.
+        forward_kwargs: Further keyword arguments of the model, likewise.
+        precision: Arithmetic of the model's convolutions and matrix products: "float32" (float64
+            inputs stay float64), "bfloat16", on GPUs also "tf32" and "float16", or "auto". Its cost
+            is measured and part of `Attribution.error`.
+        tolerance: Largest relative L2 error that "auto" may cost; 0.02 by default, or half of the
+            method's own tolerance.
+        at: Layers to explain instead of the inputs: names or modules, "embeddings", or "auto" for
+            the last spatial one.
+        layer_input: Whether maps are about what these layers take, instead of what they return.
+        memory_budget: Bytes, or text such as "8GiB", over what is in use; 80 % of the free memory
+            by default.
+        points_per_launch: Upper bound on the evaluation points of a launch; planned by default.
+        lean: Whether memory-efficient backward passes may be used. Maps agree to rounding.
+        region: The part of an input [B, C, *spatial] to explain: a bool mask [*spatial] or one
+            slice per spatial axis. Values elsewhere are zero and not computed where possible.
+        features: Groups of elements that perturbation methods replace together: integers [B | 1, *]
+            like an input (a tuple for several inputs), "slic" or "grid:8". None: every element.
+        rows: "alone": each row of the inputs is an example. "together": all rows are one input,
+            such as the nodes of a graph, and the sum of their scores is explained.
+        layout: One letter per axis of each input, such as "BCHW", "BTF" or "BTCHW" (B batch, C
+            channels, F features, T time, D, H, W space), or a tuple of these, one per input.
+            Derived from the model's first layers by default.
+        progress: Whether to show a progress bar.
+        create_graph: Whether the maps are part of autograd's graph, for losses that depend on them.
+
+    Returns:
+        The maps with their scores, errors and provenance.
+
+    Raises:
+        InputError: An argument has a wrong shape, value or range.
+        InputTypeError: An argument has a wrong type.
+        ModelError: The model's output cannot be explained, or the model or the target function
+            raised, with that exception as `__cause__`.
+        BudgetError: One evaluation point alone exceeds the memory budget.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model = torch.nn.Linear(4, 3)
+        >>> x = torch.ones(2, 4)
+        >>> attribution = sf.explain(model, x, target=1, method=sf.IntegratedGradients(steps=8))
+        >>> torch.allclose(attribution.values, model.weight[1] * x)
+        True
+        >>> sf.explain(model, x, target=torch.tensor([[0, 1], [1, 2]])).values.shape
+        torch.Size([2, 2, 4])
     """
     engine = Engine(
         model,

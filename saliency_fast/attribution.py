@@ -1,37 +1,71 @@
-"""Attribution: the result of a call, what it rests on, and its record on disk."""
+"""Attribution: the result of a call, its provenance, and how it is built and stored."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from saliency_fast import ops, record, render, schema
+from saliency_fast import ops, record, render
 from saliency_fast._types import Inputs
-from saliency_fast.errors import InputError
+from saliency_fast.engine.baselines import Baseline
+from saliency_fast.engine.bind import Call
+from saliency_fast.engine.job import Job
+from saliency_fast.engine.memory import resident_bytes
+from saliency_fast.engine.outcome import Outcome
+from saliency_fast.engine.plan import DRAWS, Plan
+from saliency_fast.engine.ties import Tied
+from saliency_fast.errors import InputError, warn
 from saliency_fast.model.axes import Axes, Layouts
+from saliency_fast.version import __version__
 
-_USUAL = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
-"""Of records that state no layout."""
-TOLD = 0.01
-"""Share of a map from which its line tells what decides it."""
+_USUAL_LAYOUTS = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
+"""Layouts that are assumed, by the number of axes, for records that state none."""
+_REPORTED_TIES = 0.01
+"""Share of a map that ties decide from which it is reported."""
+_MEASURED_FROM = 64 * 1024
+"""Bytes of inputs from which memory is measured; for less, asking the system takes too long."""
 REGION_MASK = "region.mask"
-"""The name under which `kept` holds a region's mask."""
+"""The name under which `Attribution.kept` holds a region's mask."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What an attribution rests on: enough to compute it again and to see that nothing changed.
+    """What an attribution rests on: enough to compute it again and to detect changes.
 
-    sha256 fields are None where hashing was turned off or the model is a plain function. peak_bytes
-    is over what was in use before the call; `peak_measured` tells a measured one from the plan's.
-    way: how points went through the model. region: (start, stop) per spatial axis. at: the layers
-    that the map belongs to, where that is not the inputs; layer_input: at what they take. layout:
-    one letter per axis of each input, where known (`Attribution.layout` finds it).
+    Attributes:
+        method: Name of the method.
+        parameters: All fields of the method, its seed among them.
+        target: Kind of the target and what belongs to it, as JSON.
+        baseline: As it was passed; tensors as `{"tensor": name}` of one in `Attribution.kept`.
+        precision: Arithmetic of the model: "float32", "bfloat16", "tf32" or "float16".
+        dtype: Data type of the inputs, such as "float32".
+        device: Device of the inputs.
+        backend: The version of the kernels that ran.
+        versions: Versions of saliency_fast, torch and Python.
+        input_sha256: A hash per input; None where hashing was turned off.
+        weights_sha256: Hash of parameters and buffers; None where hashing was turned off and for
+            plain functions.
+        trained_mode: Whether the model was passed in training mode. It is explained in evaluation
+            mode.
+        seconds: Wall time.
+        peak_bytes: Peak memory in bytes over what was in use before the call.
+        peak_measured: Whether `peak_bytes` was measured; else it is the plan's estimate.
+        points_per_launch: Evaluation points per launch.
+        halvings: How often a launch ran out of memory and was halved.
+        lean: Whether memory-efficient backward passes were allowed.
+        way: The execution strategy that was chosen.
+        region: (start, stop) per spatial axis of the region that was asked for.
+        at: Names of the layers that the maps belong to; None for the inputs.
+        layer_input: Whether the maps belong to the inputs of these layers.
+        rows: "alone" or "together", as in `explain`.
+        layout: One letter per axis of each input, None where unknown.
+        notes: Free. The command line stores the model's and the input's name here.
     """
 
     method: str
@@ -63,19 +97,41 @@ class Provenance:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
-    """Maps and what is known of them.
+    """Maps of a batch of inputs, their errors and their provenance.
 
-    values: like the inputs (a tuple where they are one), with an axis K behind the batch where
-    each example has several targets. scores, baseline_scores, error [B] or [B, K], float64:
-    the explained scalar at x and at the baseline, and the map's estimated relative L2 error, 0 for
-    exact methods and NaN where it is unknown. delta: sum of the values - (scores -
-    baseline_scores), None for methods without completeness. classes int64: the explained class.
-    points [B]: gradients taken. converged [B]: whether a tolerance was met, None without one.
-    kept: tensors that a replay needs (baselines, masks). precision_error: what of the error is the
-    precision's, as measured on some of the points; None for float32. tie_share [B], float64: the
-    share of the gradient, at one point, that goes through maxima which several places reach, up to
-    rounding, so that the first of them has it all; NaN for examples at which nobody looked,
-    None where those are all. extras: further results of the method by name, [B, *] or [B, K, *].
+    B is the number of examples. Where a call names K targets per example, an axis K follows the
+    batch axis.
+
+    Attributes:
+        values: The maps, [B, *] like the inputs or [B, K, *]; a tuple where the inputs are one.
+            float32, or float64 for float64 inputs.
+        scores: The explained scalar at the inputs, float64 [B] or [B, K].
+        baseline_scores: The same at the baseline; None for methods without one.
+        delta: Completeness residual, like `scores`: sum of the values less (scores -
+            baseline_scores). None for methods without completeness.
+        error: Estimated relative L2 error of the maps, like `scores`; 0 for exact methods, NaN
+            where it is unknown.
+        classes: The explained classes, int64 like `scores`; None where targets are no classes.
+        points: Number of evaluation points of each example, int64 [B].
+        converged: Whether each example met the method's tolerance, bool [B]; None without one.
+        provenance: What the maps rest on.
+        kept: Tensors that a replay needs, such as baselines and masks.
+        precision_error: The part of `error` that the precision causes, measured on some points;
+            None for float32.
+        extras: Further results of the method by name, [B, *] or [B, K, *].
+        layouts: Layouts of the inputs as the call found them; None for records.
+        tie_share: Share of the gradient at one point, float64 [B], that passes maxima which
+            several elements reach up to rounding, of which the first receives all of it. NaN for
+            examples that were not examined; None where none was.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model = torch.nn.Linear(4, 3)
+        >>> attribution = sf.explain(model, torch.ones(2, 4), target=1)
+        >>> attribution.values.shape, attribution.scores.shape
+        (torch.Size([2, 4]), torch.Size([2]))
+        >>> bool((attribution.delta.abs() < 1e-6).all())
+        True
     """
 
     values: Tensor | Inputs
@@ -94,75 +150,116 @@ class Attribution:
     tie_share: Tensor | None = None
 
     def __repr__(self) -> str:
-        """One line: method, shapes, and the worst that is known of the maps."""
-        shapes = ", ".join(str(list(one.shape)) for one in self._parts())
+        """One line: method, shapes and the largest errors.
+
+        Returns:
+            The text.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> sf.explain(torch.nn.Linear(4, 3), torch.ones(2, 4), target=1, method="gradient")
+            <Attribution gradient [2, 4]; error <= 0>
+        """
+        shapes = ", ".join(str(list(one.shape)) for one in maps_of(self))
         facts = [f"{self.provenance.method} {shapes}", f"error <= {float(self.error.max()):.2g}"]
         if self.delta is not None:
             facts.append(f"|delta| <= {float(self.delta.abs().max()):.2g}")
         if self.converged is not None and not bool(self.converged.all()):
             facts.append(f"{int((~self.converged).sum())} not converged")
-        if (
-            self.tie_share is not None
-            and (tied := float(self.tie_share.nan_to_num().max())) >= TOLD
-        ):
+        tied = 0.0 if self.tie_share is None else float(self.tie_share.nan_to_num().max())
+        if tied >= _REPORTED_TIES:
             facts.append(f"ties decide {tied:.0%}")
         return f"<Attribution {'; '.join(facts)}>"
 
     @property
     def many(self) -> bool:
-        """Whether each example has several maps."""
+        """Whether each example has K maps.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> targets = torch.tensor([[0, 2]])
+            >>> sf.explain(torch.nn.Linear(4, 3), torch.ones(1, 4), target=targets).many
+            True
+        """
         return self.scores.dim() == 2
 
     @property
     def layout(self) -> tuple[str | None, ...]:
-        """One letter per axis of each input (see `explain`), None where neither the call nor the
-        model tells.
+        """One letter per axis of each input (see `explain`), None where neither call nor model
+        determines it.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> x = torch.ones(1, 1, 3, 3)
+            >>> sf.explain(torch.nn.Conv2d(1, 1, 3), x, target=(0, 0, 0)).layout
+            ('BCHW',)
         """
         return self._layouts.letters
 
     def axes(self, number: int = 0) -> Axes | None:
-        """The layout of an input as its axes; [B, C, H, W] of pictures where it is not known."""
+        """The layout of an input as its axes.
+
+        Args:
+            number: Index of the input.
+
+        Returns:
+            The axes; [B, C, H, W] is assumed for unknown layouts of 4 axes, None for others.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> attribution = sf.explain(
+            ...     torch.nn.Conv2d(1, 1, 3), torch.ones(1, 1, 3, 3), target=(0, 0, 0))
+            >>> attribution.axes().channel
+            1
+        """
         return self._layouts.usual(number)
 
     @property
     def _layouts(self) -> Layouts:
-        """Those of the call; of a record those that it states."""
         if self.layouts is not None:
             return self.layouts
         lead = 2 if self.many else 1
-        shapes = [(len(one), *one.shape[lead:]) for one in self._parts()]
+        shapes = [(len(one), *one.shape[lead:]) for one in maps_of(self)]
         stated = self.provenance.layout
-        usual = [_USUAL.get(len(shape)) for shape in shapes] if stated is None else stated
+        usual = [_USUAL_LAYOUTS.get(len(shape)) for shape in shapes] if stated is None else stated
         return Layouts(shapes, tuple(usual))
 
     def map(self, reduction: str = "sum", channel_axis: int | None = None) -> Tensor | Inputs:
-        """Values with their channels reduced: [B, *spatial], or [B, K, *spatial].
+        """Reduces the values over their channels.
 
-        reduction: "sum" (signed), "absmax" or "l2". channel_axis counts the batch as 0, such as 1
-        of images; None is the one of the layout. Values [B, F] are their own map.
+        Args:
+            reduction: "sum" (signed), "absmax" or "l2".
+            channel_axis: The axis of the channels, counted with the batch as 0; the one of the
+                layout by default.
 
-        Raises InputError where the layout is not known and matters.
+        Returns:
+            [B, *spatial] or [B, K, *spatial], a tuple for several inputs. Values [B, F] have no
+            channels and are returned as they are, or their magnitudes.
+
+        Raises:
+            InputError: The reduction or the axis does not exist, or the layout is unknown.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8), torch.nn.Flatten())
+            >>> sf.explain(model, torch.ones(2, 3, 8, 8), target=1).map("l2").shape
+            torch.Size([2, 8, 8])
         """
-        maps = tuple(
-            self._map(one, reduction, number, channel_axis)
-            for number, one in enumerate(self._parts())
-        )
-        return maps if isinstance(self.values, tuple) else maps[0]
-
-    def _parts(self) -> Inputs:
-        return self.values if isinstance(self.values, tuple) else (self.values,)
-
-    def _map(self, values: Tensor, reduction: str, number: int, channel_axis: int | None) -> Tensor:
         if reduction not in ops.REDUCTIONS[1:]:
             raise InputError(
                 f"reduction must be one of {', '.join(ops.REDUCTIONS[1:])}: got {reduction!r}"
             )
+        maps = tuple(
+            self._map(one, reduction, number, channel_axis)
+            for number, one in enumerate(maps_of(self))
+        )
+        return maps if isinstance(self.values, tuple) else maps[0]
+
+    def _map(self, values: Tensor, reduction: str, number: int, channel_axis: int | None) -> Tensor:
         lead = 2 if self.many else 1
-        if values.dim() == lead + 1:
-            return values if reduction == "sum" else values.abs()
-        if channel_axis is None:
+        if channel_axis is None and values.dim() > lead + 1:
             channel_axis = self._layouts.need(number, "map()").channel
-        if channel_axis is None:
+        if channel_axis is None or values.dim() == lead + 1:
             return values if reduction == "sum" else values.abs()
         flat = values.flatten(0, lead - 1)
         if not -flat.dim() < channel_axis < flat.dim() or channel_axis == 0:
@@ -170,11 +267,16 @@ class Attribution:
                 f"channel_axis must name an axis behind the batch of {list(flat.shape)}: got "
                 f"{channel_axis}"
             )
-        if values.requires_grad:
-            reduced = _reduced(flat, reduction, channel_axis)
-            return reduced.view(*values.shape[:lead], *reduced.shape[1:])
-        moved = flat.movedim(channel_axis, 1).contiguous()
-        reduced, _ = ops.finish(moved, None, None, reduction)
+        if not values.requires_grad:
+            reduced, _ = ops.finish(
+                flat.movedim(channel_axis, 1).contiguous(), None, None, reduction
+            )
+        elif reduction == "sum":
+            reduced = flat.sum(channel_axis)
+        elif reduction == "absmax":
+            reduced = flat.abs().amax(channel_axis)
+        else:
+            reduced = flat.norm(dim=channel_axis)
         result: Tensor = reduced.view(*values.shape[:lead], *reduced.shape[1:])
         return result
 
@@ -187,131 +289,284 @@ class Attribution:
         opacity: float = 0.85,
         input: int | None = None,
     ) -> Tensor | tuple[Tensor | None, ...]:
-        """The map over the input as uint8 frames: [B, H, W, 3] for images, [B, T, H, W, 3] for
-        video, and slices [B, D, H, W, 3] for volumes; a K axis stands behind the batch.
+        """Draws the maps over the inputs.
 
-        style: "signed" (warm for, cool against) or "heat" (magnitude). percentile: the magnitude
-        drawn at full strength, per example. input: the number of one of several inputs; without it
-        all are drawn, and those that have no picture (tables, series) are None in the tuple. Raises
-        InputError where there is no picture.
+        Args:
+            x: The inputs that were explained.
+            style: "signed" (warm for the target, cool against it) or "heat" (magnitude).
+            percentile: Percentile of the magnitudes that is drawn at full strength, per example.
+            opacity: Of the map at full strength, in [0, 1].
+            input: Index of one of several inputs; all by default.
+
+        Returns:
+            uint8 frames: [B, H, W, 3] of images, [B, T, H, W, 3] of videos and [B, D, H, W, 3] of
+            volumes, with an axis K after the batch for several targets. For several inputs a
+            tuple, with None for tables and series.
+
+        Raises:
+            InputError: No input has a picture, or `x` does not fit the maps.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8), torch.nn.Flatten())
+            >>> x = torch.ones(2, 3, 8, 8)
+            >>> sf.explain(model, x, target=1).overlay(x, "heat").shape
+            torch.Size([2, 8, 8, 3])
         """
         images = tuple(x) if isinstance(x, (tuple, list)) else (x,)
-        if len(images) != len(self._parts()):
+        count = len(maps_of(self))
+        if len(images) != count:
             raise InputError(
                 f"overlay needs the inputs that were explained: got {len(images)}, expected "
-                f"{len(self._parts())}; pass them as a tuple, as to explain"
+                f"{count}; pass them as a tuple, as to explain"
             )
+        drawn = style, percentile, opacity
         if input is not None:
-            if not -len(images) <= input < len(images):
-                raise InputError(
-                    f"input must be the number of one of {len(images)} inputs: got {input}"
-                )
-            return self._overlaid(images[input], input % len(images), style, percentile, opacity)
-        kinds = [image.dim() in (4, 5) for image in images]
-        several = isinstance(self.values, tuple)
-        if several and not any(kinds):
+            if not -count <= input < count:
+                raise InputError(f"input must be the number of one of {count} inputs: got {input}")
+            return self._overlaid(images[input], input % count, *drawn)
+        if not isinstance(self.values, tuple):
+            return self._overlaid(images[0], 0, *drawn)
+        if not any(_is_picture(image) for image in images):
             shapes = ", ".join(str(list(one.shape)) for one in images)
             raise InputError(
                 "only images, videos and volumes have a picture: none of the inputs is one, "
                 f"{shapes}; use Attribution.map()"
             )
-        if not several:
-            return self._overlaid(images[0], 0, style, percentile, opacity)
         return tuple(
-            self._overlaid(image, number, style, percentile, opacity) if kind else None
-            for number, (image, kind) in enumerate(zip(images, kinds, strict=True))
+            self._overlaid(image, number, *drawn) if _is_picture(image) else None
+            for number, image in enumerate(images)
         )
 
     def _overlaid(
         self, image: Tensor, number: int, style: str, percentile: float, opacity: float
     ) -> Tensor:
-        """The map of one input over it."""
-        layouts, lead = self._layouts, 2 if self.many else 1
-        reduction = "sum" if style == "signed" else "l2"
-        if image.dim() not in (4, 5):
-            axes = layouts.of(number)
-            # A picture without a channel axis.
-            if axes is None or image.dim() != 3 or axes.channel is not None:
-                what = "the input" if len(layouts) == 1 else f"input {number}"
-                raise InputError(
-                    f"only images, videos and volumes have a picture: got {what} "
-                    f"{list(image.shape)}; use Attribution.map()"
-                )
-        values = self._parts()[number]
-        if values.dim() - lead + 1 != image.dim():
+        layouts, values = self._layouts, maps_of(self)[number]
+        axes = layouts.of(number)
+        grey = axes is not None and image.dim() == 3 and axes.channel is None
+        if not _is_picture(image) and not grey:
+            what = "the input" if len(layouts) == 1 else f"input {number}"
+            raise InputError(
+                f"only images, videos and volumes have a picture: got {what} "
+                f"{list(image.shape)}; use Attribution.map()"
+            )
+        if values.dim() - self.many != image.dim():
             raise InputError(
                 f"the input is not the one explained: got {list(image.shape)} for values "
                 f"{list(values.shape)}"
             )
-        maps = self._map(values, reduction, number, None)
+        maps = self._map(values, "sum" if style == "signed" else "l2", number, None)
         shown = layouts.need(number, "overlay()").standard(image)
         return render.frames(shown.detach(), maps.detach(), style, percentile, opacity)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the record (safetensors with JSON metadata, docs/record.md); returns its path."""
-        tensors = {f"values.{number}": one for number, one in enumerate(self._parts())}
-        for name in _OPTIONAL:
-            if (value := getattr(self, name)) is not None:
-                tensors[name] = value
+        """Writes a record: safetensors with JSON metadata (docs/record.md).
+
+        Args:
+            path: The file, which is replaced where it exists.
+
+        Returns:
+            The path.
+
+        Example:
+            >>> import tempfile, torch, saliency_fast as sf
+            >>> attribution = sf.explain(torch.nn.Linear(4, 3), torch.ones(2, 4), target=1)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = attribution.save(f"{folder}/map.safetensors")
+            ...     bool((sf.load(path).values == attribution.values).all())
+            True
+        """
+        tensors = {f"values.{number}": one for number, one in enumerate(maps_of(self))}
+        fields = {name: getattr(self, name) for name in record.TENSORS}
+        tensors |= {name: value for name, value in fields.items() if value is not None}
         tensors |= {f"kept.{name}": value for name, value in self.kept.items()}
         tensors |= {f"extras.{name}": value for name, value in self.extras.items()}
-        layout = list(self.layout) if any(self.layout) else None
-        provenance = asdict(replace(self.provenance, layout=layout))
+        provenance = asdict(self.provenance)
+        if self.layouts is not None:
+            provenance["layout"] = list(self.layout) if any(self.layout) else None
         metadata = {"tuple": isinstance(self.values, tuple), "provenance": provenance}
         return record.write(path, tensors, metadata)
 
 
-def _reduced(values: Tensor, reduction: str, axis: int) -> Tensor:
-    """The same reductions on autograd's graph."""
-    if reduction == "sum":
-        return values.sum(axis)
-    return values.abs().amax(axis) if reduction == "absmax" else values.norm(dim=axis)
+def maps_of(attribution: Attribution) -> Inputs:
+    """The maps, one per input."""
+    values = attribution.values
+    return values if isinstance(values, tuple) else (values,)
 
 
-_OPTIONAL = (
-    "scores",
-    "baseline_scores",
-    "delta",
-    "error",
-    "classes",
-    "points",
-    "converged",
-    "precision_error",
-    "tie_share",
-)
+def _is_picture(image: Tensor) -> bool:
+    return image.dim() in (4, 5)
 
 
 def load(path: str | Path) -> Attribution:
-    """Reads a record; raises RecordError where it is truncated, altered, of another schema, or
-    holds what no attribution does (docs/record.md).
+    """Reads a record that `Attribution.save` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The attribution, with its tensors on the CPU.
+
+    Raises:
+        RecordError: The file is truncated, altered, of another schema, or holds fields or tensors
+            that no attribution has.
+
+    Example:
+        >>> import tempfile, torch, saliency_fast as sf
+        >>> attribution = sf.explain(torch.nn.Linear(4, 3), torch.ones(2, 4), target=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sf.load(attribution.save(f"{folder}/map.safetensors")).provenance.method
+        'integrated_gradients'
     """
     tensors, metadata = record.read(path)
-    schema.check(path, tensors, metadata)
-    return _assembled(tensors, metadata)
-
-
-def _assembled(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Attribution:
     count = sum(name.startswith("values.") for name in tensors)
-    parts = tuple(tensors[f"values.{number}"] for number in range(count))
+    maps = tuple(tensors[f"values.{number}"] for number in range(count))
 
     def under(prefix: str) -> dict[str, Tensor]:
         own = [name for name in tensors if name.startswith(prefix)]
         return {name.removeprefix(prefix): tensors[name] for name in own}
 
     return Attribution(
-        values=parts if metadata["tuple"] else parts[0],
+        values=maps if metadata["tuple"] else maps[0],
         provenance=Provenance(**metadata["provenance"]),
         kept=under("kept."),
         extras=under("extras."),
-        **{name: tensors.get(name) for name in _OPTIONAL},  # type: ignore[arg-type]
+        **{name: tensors.get(name) for name in record.TENSORS},  # type: ignore[arg-type]
     )
 
 
-def relative_l2(found: Attribution, expected: Attribution) -> float:
-    """Relative L2 distance of two attributions' values over all inputs."""
-    pairs = [
-        (a.detach(), b.detach()) for a, b in zip(found._parts(), expected._parts(), strict=True)
-    ]
-    gap = sum(float((a.double().cpu() - b.double().cpu()).square().sum()) for a, b in pairs)
-    norm = sum(float(b.double().square().sum()) for _, b in pairs)
-    return float(torch.tensor(gap / norm if norm else gap, device="cpu").sqrt())
+# --- From a job to its attribution ------------------------------------------------------------
+
+
+def attribution(
+    job: Job,
+    outcome: Outcome,
+    baseline: Baseline,
+    *,
+    training: bool,
+    lean: bool,
+    facts: dict[str, Any],
+    at: list[str] | None = None,
+    layer_input: bool = False,
+) -> Attribution:
+    """The attribution of a job.
+
+    Args:
+        job: What was run.
+        outcome: What came of it, with an axis K everywhere.
+        baseline: As the user gave it.
+        training: Whether the model was in training mode.
+        lean: Whether memory-efficient backward passes were allowed.
+        facts: Further fields of the provenance.
+        at: Names of the layers that it is about.
+        layer_input: Whether it is about what these layers take.
+    """
+    call, part = job.call, job.part
+    target, kept = record.describe_target(call.targets)
+    baseline_spec, baseline_kept = record.describe_baseline(baseline)
+    kept = kept | baseline_kept
+    if part is not None and part.mask is not None:
+        kept[REGION_MASK] = part.mask
+    kept |= {f"features.{number}": one for number, one in enumerate(call.features)}
+    layouts = call.layouts.released()
+    if isinstance(job.model, nn.Module):
+        # Found once for all calls with inputs of one shape; functions are asked when it matters.
+        layouts.letters  # noqa: B018
+    facts = facts | {"trained_mode": training, "lean": lean, "at": at, "layer_input": layer_input}
+    facts |= {"target": target, "baseline": baseline_spec}
+    facts["layout"] = list(layouts.settled) if any(layouts.settled) else None
+
+    def column(found: Any) -> Any:
+        """Without the axis K where the call named one target."""
+        return found if found is None or call.targets.many else found[:, 0]
+
+    values = tuple(column(one if part is None else part.kept(one)) for one in outcome.values)
+    return Attribution(
+        values=values if call.is_tuple or len(values) > 1 else values[0],
+        scores=column(outcome.scores),
+        baseline_scores=column(outcome.baseline_scores),
+        # The values of a region do not add up to the score.
+        delta=column(outcome.delta) if part is None else None,
+        error=column(outcome.error),
+        precision_error=column(outcome.precision_error),
+        classes=column(outcome.classes),
+        points=outcome.points,
+        converged=outcome.converged,
+        provenance=_provenance(job, outcome, facts),
+        kept=kept,
+        extras={name: column(one) for name, one in outcome.extras.items()},
+        layouts=layouts,
+        tie_share=_tie_share(outcome.tied),
+    )
+
+
+def _provenance(job: Job, outcome: Outcome, facts: dict[str, Any]) -> Provenance:
+    plan = job.plan
+    return Provenance(
+        method=job.method.name,
+        parameters=_parameters(job.method),
+        precision=plan.precision,
+        dtype=plan.dtype,
+        device=plan.device,
+        backend=plan.backend,
+        versions={
+            "saliency_fast": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        points_per_launch=plan.points_per_launch,
+        halvings=outcome.halvings,
+        way=str(job.way),
+        region=None if job.part is None else [list(span) for span in job.part.box],
+        notes=_notes(outcome, plan),
+        **facts,
+    )
+
+
+def _notes(outcome: Outcome, plan: Plan) -> dict[str, Any]:
+    notes: dict[str, Any] = {"draws": DRAWS} if DRAWS in plan.notes else {}
+    if outcome.precision_error is not None:
+        notes["underflow"] = outcome.underflow
+    if outcome.tied is not None and outcome.tied.rounded:
+        notes["rounded_ties"] = outcome.tied.rounded
+    return notes
+
+
+def _tie_share(tied: Tied | None) -> Tensor | None:
+    """The share of the gradient that passes ties, with a warning where rounding breaks them."""
+    if tied is not None and tied.rounded >= _REPORTED_TIES:
+        warn(
+            f"up to {tied.rounded:.0%} of a map hangs on ties within rounding: the "
+            "model takes maxima of values that are equal but for the last digits, and the gradient "
+            "goes to one place of several. Other versions of PyTorch, processors and batch sizes "
+            "give another map; see Attribution.tie_share"
+        )
+    return None if tied is None else tied.share
+
+
+def _parameters(method: Any) -> dict[str, Any]:
+    """The fields of a method; methods among them by name and fields, as `make_method` reads."""
+    found = {}
+    for name in getattr(method, "__dataclass_fields__", {}):
+        value = getattr(method, name)
+        if not isinstance(value, type) and callable(getattr(value, "recipe", None)):
+            value = {"method": value.name, "parameters": _parameters(value)}
+        found[name] = value
+    return found
+
+
+def resident_before(call: Call) -> tuple[int, int] | None:
+    """Resident bytes before a call and their high-water mark, where memory is measured."""
+    large = sum(x[0].nbytes for x in call.inputs) >= _MEASURED_FROM
+    return resident_bytes() if call.device.type == "cpu" and large else None
+
+
+def usage_of(plan: Plan, resident: tuple[int, int] | None, seconds: float) -> dict[str, Any]:
+    """Wall time and peak memory; the plan's estimate where the high-water mark did not rise."""
+    peak = resident_bytes()[1] if resident is not None else 0
+    measured = resident is not None and peak > resident[1]
+    return {
+        "seconds": seconds,
+        "peak_bytes": peak - resident[0] if resident and measured else plan.peak_bytes,
+        "peak_measured": measured,
+    }

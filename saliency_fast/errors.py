@@ -1,6 +1,4 @@
-"""Every exception of the library, each also the built-in type that plain code would catch, and how
-it warns.
-"""
+"""Exceptions, each also of the built-in type that plain code would catch, and warnings."""
 
 import sys
 import warnings
@@ -37,8 +35,8 @@ class ModelCallError(ModelError):
     class can be both, so that code which catches it goes on to work.
 
     Attributes:
-        stage: What failed: "forward", "backward" or "target".
-        rows: The number of rows that the model was called with.
+        stage: "forward", "backward" or "target".
+        rows: Number of rows that the model was called with.
     """
 
     stage = "forward"
@@ -49,7 +47,7 @@ class UnseenInputError(ModelError):
     """No gradient of the target reaches an input.
 
     Attributes:
-        number: Of the input.
+        number: Index of the input.
     """
 
     number = 0
@@ -68,19 +66,19 @@ class BudgetError(SaliencyError, RuntimeError):
 
 
 class BackendError(SaliencyError, RuntimeError):
-    """A fast version was asked for that is not built, or one that is built does not load."""
+    """A fast version of an op was requested but is not built, or does not load."""
 
 
 class BusyError(SaliencyError, RuntimeError):
-    """Too many requests wait for an engine."""
+    """The queue of an engine's requests is full."""
 
 
 class ClosedError(SaliencyError, RuntimeError):
-    """An engine that was closed takes no more requests."""
+    """A request to an engine that was closed."""
 
 
 class ChoiceError(ContractError, KeyError):
-    """A name that is none of those to choose from, where Captum looks it up by name."""
+    """An unknown name, in `saliency_fast.captum`: Captum raises KeyError."""
 
     __str__ = Exception.__str__
 
@@ -90,7 +88,7 @@ class RecordError(SaliencyError, ValueError):
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
-    """Warns whoever called this library, wherever in it that is found out."""
+    """Warns at the line of the user's code that called this library."""
     own, frame = __name__.partition(".")[0], sys._getframe(1)
     level = outermost = 2
     while frame.f_back is not None:

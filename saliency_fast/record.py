@@ -1,13 +1,15 @@
-"""Records on disk: safetensors with JSON metadata, a schema version and a hash (docs/record.md)."""
+"""Attribution records: files of tensors and JSON, checked when read (docs/record.md)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,33 +21,40 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from saliency_fast.errors import RecordError
+from saliency_fast.graph.passes.half import PRECISIONS
+from saliency_fast.model.axes import LETTERS, Axes
+from saliency_fast.model.positions import NextToken
+from saliency_fast.model.targets import Targets
 
 SCHEMA = 1
 KEY = "saliency_fast"
 
-_LOCK = threading.Lock()
-_WEIGHTS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = WeakKeyDictionary()
+# --- Files ------------------------------------------------------------------------------------
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
     """Writes a record; tensors are stored on the CPU, contiguous, in their own dtypes."""
     stored = {name: one.detach().cpu().contiguous() for name, one in tensors.items()}
     text = json.dumps({"schema": SCHEMA, **metadata}, sort_keys=True)
-    header = {KEY: text, "sha256": _digest(text, stored)}
     path = Path(path)
-    # First beside it, so that a record is whole or not there.
+    # Written beside the target and renamed, so that a record is complete or absent.
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(save(stored, metadata=header))
+    partial.write_bytes(save(stored, metadata={KEY: text, "sha256": digest(text, stored)}))
     partial.replace(path)
     return path
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a record; raises RecordError where it is truncated, altered or of another schema."""
+    """The tensors and the metadata of a record.
+
+    Raises:
+        RecordError: The file is truncated, altered, of another schema, or holds fields or tensors
+            that no attribution has.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
-            # Copies, since what the file hands out is mapped and changes with it.
+            # Copies, because the tensors that safetensors returns are mapped to the file.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise RecordError(f"record {path} does not exist") from error
@@ -69,62 +78,448 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"record {path} has another schema: got {metadata.get('schema')!r}, expected {SCHEMA}; "
             "read it with the version of saliency_fast that wrote it"
         )
-    if _digest(header[KEY], tensors) != header["sha256"]:
+    if digest(header[KEY], tensors) != header["sha256"]:
         raise RecordError(f"record {path} fails its hash: its numbers or metadata were altered")
+    try:
+        _check_fields(metadata)
+        _check_tensors(tensors, metadata)
+        _check_references(tensors, metadata["provenance"])
+    except _MismatchError as error:
+        raise RecordError(f"record {path} does not match its schema: {error}") from error
     return tensors, metadata
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
+# --- Schema -----------------------------------------------------------------------------------
+# The hash finds accidents, not fields that make no sense. Every field and tensor is checked against
+# a table, and tensors against each other, so that a record that is read can be shown and replayed.
+
+Test = Callable[[Any], bool]
+
+
+class _Field(NamedTuple):
+    """What a field of the provenance must be: in words, and as a test."""
+
+    expected: str
+    test: Test
+    required: bool = True
+
+
+class _Kind(NamedTuple):
+    """What a tensor must be: of these dtypes, shaped like the scores or [B], at least `least`."""
+
+    dtypes: tuple[torch.dtype, ...]
+    per_example: bool = False
+    required: bool = False
+    finite: bool = True
+    least: float = -math.inf
+
+
+def _number(kind: type, least: float) -> Test:
+    return lambda value: type(value) is kind and bool(least <= value < math.inf)  # type: ignore[operator]
+
+
+def _optional(test: Test) -> Test:
+    return lambda value: value is None or test(value)
+
+
+def _list_of(test: Test, least: int = 1) -> Test:
+    return lambda value: isinstance(value, list) and len(value) >= least and all(map(test, value))
+
+
+def _bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _span(value: Any) -> bool:
+    """[start, stop] of an axis."""
+    return _list_of(_COUNT)(value) and len(value) == 2 and bool(value[0] < value[1])
+
+
+def _layout(value: Any) -> bool:
+    letters = isinstance(value, str) and value[:1] == "B" and set(value) <= set(LETTERS)
+    return letters and len(set(value)) == len(value) > 1
+
+
+def _index(value: Any) -> bool:
+    """One element of a target's index: a number, an ellipsis, or a slice."""
+    if isinstance(value, dict):
+        ends = value.get("slice")
+        return len(value) == 1 and _list_of(_optional(_INT), 3)(ends) and len(value["slice"]) == 3
+    return _INT(value) or value == "..."
+
+
+def _target(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("kind") not in _TARGETS:
+        return False
+    further = _TARGETS[value["kind"]]
+    return set(value) == {"kind", *further} and all(
+        test(value[name]) for name, test in further.items()
+    )
+
+
+def _baseline(value: Any) -> bool:
+    if not isinstance(value, dict):
+        number = type(value) in (int, float) and math.isfinite(value)
+        return value is None or number or _text(value)
+    if len(value) != 1:
+        return False
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return _text(inner)
+    return kind in ("tuple", "list") and _list_of(_baseline)(inner)
+
+
+_INT, _COUNT = _number(int, -math.inf), _number(int, 0)
+_TARGETS: dict[str, dict[str, Test]] = {
+    "scalar": {},
+    "classes": {},
+    "predicted": {},
+    "next_token": {},
+    "places": {},
+    "index": {"index": _list_of(_index, 0)},
+    "function": {"name": _text},
+}
+_ROWS = ("alone", "together")
+_FLAG = "true or false"
+_FIELDS: dict[str, _Field] = {
+    "method": _Field("text that is not empty", _text),
+    "parameters": _Field("names and values", _mapping),
+    "target": _Field(f"a kind, one of {', '.join(_TARGETS)}, and what belongs to it", _target),
+    "baseline": _Field("null, a number, a name, or a tuple, list or tensor of these", _baseline),
+    "precision": _Field(
+        f"one of {', '.join(PRECISIONS)}", lambda value: _string(value) and value in PRECISIONS
+    ),
+    "dtype": _Field(
+        "the name of a dtype",
+        lambda value: _string(value) and isinstance(getattr(torch, value, None), torch.dtype),
+    ),
+    "device": _Field("text that is not empty", _text),
+    "backend": _Field("text that is not empty", _text),
+    "versions": _Field(
+        "names and texts", lambda value: _mapping(value) and all(map(_text, value.values()))
+    ),
+    "input_sha256": _Field("null or SHA-256s", _optional(_list_of(_sha256))),
+    "weights_sha256": _Field("null or a SHA-256", _optional(_sha256)),
+    "trained_mode": _Field(_FLAG, _bool),
+    "seconds": _Field(
+        "a number, 0 or more", lambda value: _number(float, 0)(value) or _COUNT(value)
+    ),
+    "peak_bytes": _Field("a whole number, 0 or more", _COUNT),
+    "peak_measured": _Field(_FLAG, _bool),
+    "points_per_launch": _Field("a whole number, 1 or more", _number(int, 1)),
+    "halvings": _Field("a whole number, 0 or more", _COUNT),
+    "lean": _Field(_FLAG, _bool, False),
+    "way": _Field("text", _string, False),
+    "region": _Field("null, or a start and a stop per axis", _optional(_list_of(_span)), False),
+    "at": _Field("null, or names of layers", _optional(_list_of(_string)), False),
+    "layer_input": _Field(_FLAG, _bool, False),
+    "rows": _Field(f"one of {', '.join(_ROWS)}", lambda value: value in _ROWS, False),
+    "layout": _Field(
+        "null, or a letter per axis of each input", _optional(_list_of(_optional(_layout))), False
+    ),
+    "notes": _Field("names and values", _mapping, False),
+}
+_FLOAT64, _INT64 = (torch.float64,), (torch.int64,)
+TENSORS: dict[str, _Kind] = {
+    "scores": _Kind(_FLOAT64, required=True),
+    "baseline_scores": _Kind(_FLOAT64),
+    "delta": _Kind(_FLOAT64),
+    "error": _Kind(_FLOAT64, required=True, finite=False, least=0),
+    "classes": _Kind(_INT64, least=0),
+    "points": _Kind(_INT64, per_example=True, required=True, least=0),
+    "converged": _Kind((torch.bool,), per_example=True),
+    "precision_error": _Kind(_FLOAT64, finite=False, least=0),
+    "tie_share": _Kind(_FLOAT64, per_example=True, finite=False, least=0),
+}
+"""The tensors of a record beside its maps, each a field of `Attribution`."""
+_MAP = _Kind((torch.float32, torch.float64))
+
+
+class _MismatchError(Exception):
+    """How a record differs from its schema."""
+
+
+def _need(right: bool, what: str, got: Any, expected: str) -> None:
+    if not right:
+        shown = repr(got)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        raise _MismatchError(f"{what}: got {shown}, expected {expected}")
+
+
+def _check_fields(metadata: Mapping[str, Any]) -> None:
+    known = {"schema", "tuple", "provenance"}
+    _need(set(metadata) == known, "its fields", sorted(metadata), f"{sorted(known)}")
+    _need(_bool(metadata["tuple"]), "tuple", metadata["tuple"], _FLAG)
+    provenance = metadata["provenance"]
+    _need(_mapping(provenance), "provenance", provenance, "names and values")
+    missing = [name for name, one in _FIELDS.items() if one.required and name not in provenance]
+    _need(not missing, "provenance lacks", missing, "all of its fields")
+    for name, value in provenance.items():
+        _need(name in _FIELDS, "provenance", name, "no such field")
+        _need(_FIELDS[name].test(value), name, value, _FIELDS[name].expected)
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    maps = [name for name in tensors if name.startswith("values.")]
+    expected = [f"values.{number}" for number in range(len(maps))]
+    _need(sorted(maps) == sorted(expected) and maps != [], "its maps", maps, "values.0 and on")
+    several = metadata["tuple"] or len(maps) == 1
+    _need(several, "tuple", metadata["tuple"], f"true for {len(maps)} maps")
+    others = [n for n in tensors if not n.startswith(("values.", "kept.", "extras."))]
+    _need(set(others) <= set(TENSORS), "its tensors", others, f"of {', '.join(TENSORS)}")
+    for name, kind in TENSORS.items():
+        _need(not kind.required or name in tensors, "a tensor is missing", name, "to be there")
+    shape = tensors["scores"].shape
+    right = len(shape) in (1, 2) and tensors["scores"].numel() > 0
+    _need(right, "scores", list(shape), "[B] or [B, K]")
+    for name in others:
+        _check_numbers(name, tensors[name], TENSORS[name])
+        like = shape[:1] if TENSORS[name].per_example else shape
+        _need(tensors[name].shape == like, name, list(tensors[name].shape), f"{list(like)}")
+    double = metadata["provenance"]["dtype"] == "float64"
+    for name in maps:
+        one = tensors[name]
+        _check_numbers(name, one, _MAP)
+        right = one.shape[: len(shape)] == shape and one.numel() > 0
+        _need(right, name, list(one.shape), f"{list(shape)} and more axes")
+        right = one.dtype == torch.float64 or not double
+        _need(right, name, one.dtype, "float64 for float64 inputs")
+    for name in (one for one in tensors if one.startswith("extras.")):
+        right = tensors[name].shape[:1] == shape[:1]
+        _need(right, name, list(tensors[name].shape), f"{shape[0]} examples")
+
+
+def _check_numbers(name: str, tensor: Tensor, kind: _Kind) -> None:
+    _need(tensor.dtype in kind.dtypes, name, tensor.dtype, f"{', '.join(map(str, kind.dtypes))}")
+    if kind.finite and tensor.is_floating_point():
+        _need(bool(tensor.isfinite().all()), name, "NaN or infinity", "finite numbers")
+    if kind.least > -math.inf:
+        # NaN stands for an unknown number and passes.
+        _need(not bool((tensor < kind.least).any()), name, "less than 0", "0 or more")
+
+
+def _check_references(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    """Targets, baselines and features against the tensors that they name."""
+    kind, batch = provenance["target"]["kind"], tensors["scores"].shape[0]
+
+    def need(name: str, dtype: torch.dtype, dim: int, what: str, shape: str) -> None:
+        one = tensors.get(f"kept.{name}")
+        right = one is not None and one.dtype == dtype and one.dim() == dim
+        right = right and one is not None and len(one) == batch and one.numel() > 0
+        _need(right, what, "other tensors", f"kept.{name}, {shape}")
+
+    if kind in ("classes", "predicted", "next_token"):
+        _need("classes" in tensors, f"target {kind}", "no classes", "the tensor classes")
+    if kind == "next_token":
+        need("target.position", torch.int64, 1, "target next_token", "int64 [B]")
+        if "kept.target.real" in tensors:
+            need("target.real", torch.bool, 2, "target next_token", "bool [B, T]")
+    if kind == "places":
+        need("target.places", torch.int64, 2, "target places", "int64 [B, D]")
+    for name in _tensor_names(provenance["baseline"]):
+        _need(f"kept.{name}" in tensors, "baseline", name, "the name of a kept tensor")
+    features = [name for name in tensors if name.startswith("kept.features.")]
+    expected = [f"kept.features.{number}" for number in range(len(features))]
+    _need(sorted(features) == sorted(expected), "its features", features, f"{expected}")
+    whole = all(tensors[name].dtype == torch.int64 for name in features)
+    _need(whole, "its features", "other dtypes", "torch.int64")
+    _check_layout(tensors, provenance)
+
+
+def _check_layout(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
+    """Layouts, regions and masks of regions against the maps."""
+    lead = tensors["scores"].dim()
+    layouts = provenance.get("layout")
+    maps = [tensors[f"values.{n}"] for n in range(sum(n.startswith("values.") for n in tensors))]
+    axes = [1 + one.dim() - lead for one in maps]
+    if layouts is not None:
+        lengths = [None if one is None else len(one) for one in layouts]
+        right = len(axes) == len(lengths)
+        right = right and all(b in (a, None) for a, b in zip(axes, lengths, strict=True))
+        _need(right, "layout", layouts, f"{axes} letters")
+    region, mask = provenance.get("region"), tensors.get("kept.region.mask")
+    sizes = list(maps[0].shape[lead:])
+    if layouts and layouts[0] is not None:
+        sizes = [sizes[axis - 1] for axis in Axes(layouts[0]).places]
+    if region is not None:
+        sizes = sizes[-len(region) :]
+        inside = len(sizes) == len(region)
+        inside = inside and all(b <= n for (_, b), n in zip(region, sizes, strict=True))
+        _need(inside, "region", region, f"within {sizes}")
+    if mask is not None:
+        right = mask.dtype == torch.bool and region is not None and list(mask.shape) == sizes
+        _need(right, "kept.region.mask", list(mask.shape), f"bool {sizes}, with a region")
+
+
+def _tensor_names(baseline: Any) -> list[str]:
+    if not isinstance(baseline, dict):
+        return []
+    if "tensor" in baseline:
+        return [baseline["tensor"]]
+    return [name for part in next(iter(baseline.values())) for name in _tensor_names(part)]
+
+
+# --- Targets and baselines ----------------------------------------------------------------------
+
+
+def describe_target(targets: Targets) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(JSON, tensors) from which `restore_target` makes the same target again."""
+    kept: dict[str, Tensor] = {}
+    if targets.function is not None:
+        name = getattr(targets.function, "__qualname__", type(targets.function).__name__)
+        return {"kind": "function", "name": name}, kept
+    if targets.position is not None:
+        kept["target.position"] = targets.position
+        if targets.padding.real is not None:
+            kept["target.real"] = targets.padding.real
+        return {"kind": "next_token"}, kept
+    if targets.classes is not None or targets.predicted:
+        return {"kind": "predicted" if targets.predicted else "classes"}, kept
+    if targets.places is not None:
+        kept["target.places"] = targets.places
+        return {"kind": "places"}, kept
+    if targets.index is None:
+        return {"kind": "scalar"}, kept
+    if targets.mask is not None:
+        kept["target.mask"] = targets.mask
+    return {"kind": "index", "index": [_part(one) for one in targets.index]}, kept
+
+
+def restore_target(
+    spec: Mapping[str, Any], classes: Tensor | None, many: bool, kept: Mapping[str, Tensor]
+) -> Any:
+    """The target of a record; raises RecordError for a function, which no record can hold."""
+    kind = spec["kind"]
+    if kind == "function":
+        raise RecordError(
+            f"the record's target is the function {spec['name']!r}, which a record cannot hold; "
+            "pass it as target=..."
+        )
+    if kind in ("classes", "predicted"):
+        assert classes is not None
+        return classes if many else classes.flatten()
+    if kind == "next_token":
+        assert classes is not None
+        token = classes if many else classes.flatten()
+        return NextToken(token, kept["target.position"], kept.get("target.real"))
+    if kind == "places":
+        return [tuple(row) for row in kept["target.places"].tolist()]
+    if kind == "index":
+        index = tuple(_restored(one) for one in spec["index"])
+        return (*index, kept["target.mask"]) if "target.mask" in kept else index
+    return None
+
+
+def _part(one: Any) -> Any:
+    if isinstance(one, slice):
+        return {"slice": [one.start, one.stop, one.step]}
+    return "..." if one is Ellipsis else one
+
+
+def _restored(one: Any) -> Any:
+    if isinstance(one, dict):
+        return slice(*one["slice"])
+    return ... if one == "..." else one
+
+
+def describe_baseline(baseline: Any) -> tuple[Any, dict[str, Tensor]]:
+    """(JSON, tensors) of a baseline as the user gave it."""
+    kept: dict[str, Tensor] = {}
+
+    def walk(one: Any) -> Any:
+        if isinstance(one, Tensor):
+            name = f"baseline.{len(kept)}"
+            # A copy, since the user may write to the tensor later.
+            kept[name] = one.detach().clone()
+            return {"tensor": name}
+        if isinstance(one, (tuple, list)):
+            return {type(one).__name__: [walk(part) for part in one]}
+        return one
+
+    return walk(baseline), kept
+
+
+def restore_baseline(spec: Any, kept: Mapping[str, Tensor], device: torch.device) -> Any:
+    """The baseline of a record, with its tensors on `device`."""
+    if not isinstance(spec, dict):
+        return spec
+    if "tensor" in spec:
+        return kept[spec["tensor"]].to(device)
+    kind = "tuple" if "tuple" in spec else "list"
+    parts = [restore_baseline(one, kept, device) for one in spec[kind]]
+    return tuple(parts) if kind == "tuple" else parts
+
+
+# --- Hashes -------------------------------------------------------------------------------------
+
+_LOCK = threading.Lock()
+_WEIGHTS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = WeakKeyDictionary()
+
+
+def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a text and of tensors in the order of their names, as docs/record.md has it."""
+    found = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         for part in _parts(tensors[name]):
             if isinstance(part, str):
-                digest.update(f"{name}:{part}".encode())
+                found.update(f"{name}:{part}".encode())
             else:
-                digest.update(f"{name}:{part.dtype}:{list(part.shape)}".encode())
-                digest.update(_bytes(part))
-    return digest.hexdigest()
+                found.update(f"{name}:{part.dtype}:{list(part.shape)}".encode())
+                found.update(_bytes(part))
+    return found.hexdigest()
 
 
 def tensor_sha256(tensor: Tensor) -> str:
     """SHA-256 of dtype, shape and contents."""
-    return _digest("", {"": tensor})
+    return digest("", {"": tensor})
 
 
 def weights_sha256(model: Callable[..., Any]) -> str | None:
-    """SHA-256 of a module's parameters and buffers by name, and of what else its state holds; None
-    for a plain function, and where a tensor has numbers that cannot be read.
+    """SHA-256 of all tensors that a module holds, by name.
 
-    Remembered until one of them is replaced or written to.
+    The result is cached until one of the tensors is replaced or written to. It is None for plain
+    functions and for tensors whose contents cannot be read.
     """
     if not isinstance(model, nn.Module):
         return None
-    state = _state(model)
-    versions = tuple((_place(one), _version(one)) for one in state.values())
+    state = {name: one for name, one in _state(model).items() if isinstance(one, Tensor)}
+    memory = [_memory(one) for one in state.values()]
+    key = tuple(memory)
     with _LOCK:
-        known = _WEIGHTS.get(model)
-    if known is not None and known[0] == versions and all(v >= 0 for _, v in versions):
-        return known[1]
+        cached = _WEIGHTS.get(model)
+    if cached is not None and cached[0] == key and None not in memory:
+        return cached[1]
     try:
-        digest = _digest("", state)
+        found = digest("", state)
     except (RuntimeError, NotImplementedError, TypeError):
-        # A kind of tensor of somebody's own: a map is not lost for its record's sake.
+        # A tensor subclass of the user's: a missing hash must not lose the map.
         return None
     with _LOCK:
-        _WEIGHTS[model] = (versions, digest)
-    return digest
+        _WEIGHTS[model] = (key, found)
+    return found
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers()), **_further(model)}
-    return {name: value for name, value in named.items() if isinstance(value, Tensor)}
-
-
-def _further(model: nn.Module) -> dict[str, Any]:
-    """Tensors that are neither parameters nor buffers: packed weights of quantised layers, extra
-    state, and the constants that frozen TorchScript has of them.
+def _state(model: nn.Module) -> dict[str, Any]:
+    """Parameters, buffers, and the other tensors of a module's state: packed weights of quantised
+    layers, extra state, and constants of frozen TorchScript.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if isinstance(model, torch.jit.ScriptModule):
         graph: Any = model.inlined_graph
         for number, node in enumerate(graph.findAllNodes("prim::Constant")):
@@ -142,24 +537,18 @@ def _further(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _place(tensor: Tensor) -> tuple[object, ...] | None:
-    """Where a tensor's numbers lie, and how; None where that is no one place."""
-    other = tensor.is_meta or tensor.is_nested or tensor.is_quantized
-    if other or type(tensor) not in _DENSE or tensor.layout != torch.strided:
-        return None
-    # Another view of the same memory is another tensor.
-    read = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-    return tensor.data_ptr(), *read
-
-
-def _version(tensor: Tensor) -> int:
-    """PyTorch's count of in-place writes; -1 where that tells nothing: for inference tensors, which
-    keep none, and for those that are made of others.
+def _memory(tensor: Tensor) -> tuple[object, ...] | None:
+    """The memory of a tensor, its view of it and PyTorch's count of in-place writes; None where
+    this does not determine the contents: wrappers, and inference tensors, which count no writes.
     """
-    return -1 if _place(tensor) is None or tensor.is_inference() else tensor._version
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout != torch.strided:
+        return None
+    if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.is_inference():
+        return None
+    view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return tensor.data_ptr(), *view, tensor._version
 
 
-_DENSE = (Tensor, nn.Parameter, nn.Buffer)
 _COMPRESSED = {
     torch.sparse_csr: ("crow_indices", "col_indices", "values"),
     torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
@@ -169,7 +558,7 @@ _COMPRESSED = {
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor | str]:
-    """A tensor as dense ones, and text for what is none: itself, where it is dense."""
+    """The dense tensors that a tensor consists of, and text that says how."""
     if is_lazy(tensor):
         yield "not initialised"
         return

@@ -1,4 +1,4 @@
-"""Replay: compute a record again and say whether it agrees."""
+"""Replay: compute a record again and compare."""
 
 from __future__ import annotations
 
@@ -7,29 +7,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from saliency_fast import record
 from saliency_fast._types import Inputs
 from saliency_fast.api import Engine
-from saliency_fast.attribution import REGION_MASK, Attribution, load, relative_l2
+from saliency_fast.attribution import REGION_MASK, Attribution, load, maps_of
 from saliency_fast.errors import InputError, RecordError
 from saliency_fast.methods import make_method
-from saliency_fast.specs import restore_baseline, restore_features, restore_target
 
 TOLERANCE = {"float32": 1e-4, "float64": 1e-9, "float16": 1e-2, "bfloat16": 5e-2}
-"""Relative L2 distance within which two runs agree, by the model's type: rounding, amplified by a
-model's kinks. A precision may move a map as far as it was found to."""
-OF_WHOLE = TOLERANCE["float32"]
-"""The same of inputs that are whole numbers, whatever the model's type."""
+"""Relative L2 distance within which two runs agree, by the inputs' dtype: rounding, amplified by
+the kinks of a model. A half precision may move a map as far as it was measured to."""
+INTEGER_TOLERANCE = TOLERANCE["float32"]
+"""The same for integer inputs, whatever the model's dtype."""
 
 
 @dataclass(frozen=True)
 class Replay:
     """Whether a record agrees with the attribution computed again, and if not, why.
 
-    error: relative L2 distance of the maps. input_matches, weights_match: by SHA-256; None where
-    the record holds no hash.
+    It is true where it agrees, and prints as lines of text.
+
+    Attributes:
+        agrees: Whether inputs and weights are the recorded ones and the maps differ by rounding
+            alone.
+        error: Relative L2 distance of the maps.
+        tolerance: The largest distance that counts as rounding.
+        input_matches: Whether the inputs have the recorded SHA-256; None where none is recorded.
+        weights_match: The same for the weights.
+        again: The attribution computed again.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
+        >>> print(sf.replay(sf.explain(model, x, target=1), model, x))
+        agrees: relative L2 distance 0.00e+00, tolerance 1e-04
+        input: the same
+        weights: the same
     """
 
     agrees: bool
@@ -43,14 +59,12 @@ class Replay:
         return self.agrees
 
     def __str__(self) -> str:
-        lines = [
+        words = {True: "the same", False: "NOT the same", None: "not recorded"}
+        return (
             f"{'agrees' if self.agrees else 'DISAGREES'}: relative L2 distance {self.error:.2e}, "
-            f"tolerance {self.tolerance:.0e}"
-        ]
-        for what, same in (("input", self.input_matches), ("weights", self.weights_match)):
-            word = {True: "the same", False: "NOT the same", None: "not recorded"}[same]
-            lines.append(f"{what}: {word}")
-        return "\n".join(lines)
+            f"tolerance {self.tolerance:.0e}\ninput: {words[self.input_matches]}\n"
+            f"weights: {words[self.weights_match]}"
+        )
 
 
 def replay(
@@ -63,27 +77,52 @@ def replay(
     forward_kwargs: Mapping[str, Any] | None = None,
     memory_budget: int | str | None = None,
 ) -> Replay:
-    """Computes a record's attribution again with `model` on `inputs` and compares.
+    """Computes a recorded attribution again and compares.
 
-    target: only for records whose target was a function, which a record cannot hold. It agrees
-    when inputs and weights are the recorded ones and the maps differ by rounding alone.
+    Args:
+        recorded: An attribution, or the path of its record.
+        model: The model that was explained.
+        inputs: The inputs that were explained, as for `explain`.
+        target: The target, only where it was a function, which a record cannot hold.
+        forward_args: Further positional arguments of the model.
+        forward_kwargs: Further keyword arguments of the model.
+        memory_budget: Bytes or text such as "8GiB", as for `explain`.
+
+    Returns:
+        Whether they agree, and why not.
+
+    Raises:
+        RecordError: The record is broken, or its target was a function and none is given.
+        InputError: The maps of `inputs` have other shapes than the recorded ones.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
+        >>> attribution = sf.explain(model, x, target=1)
+        >>> bool(sf.replay(attribution, model, x)), bool(sf.replay(attribution, model, x + 1))
+        (True, False)
     """
     old = recorded if isinstance(recorded, Attribution) else load(recorded)
     past = old.provenance
     device = (inputs if isinstance(inputs, Tensor) else inputs[0]).device
+    features = [name for name in old.kept if name.startswith("features.")]
     try:
         if target is None:
-            target = restore_target(past.target, old.classes, old.many, old.kept)
-        method = make_method(past.method, _parameters(past.parameters))
-        baseline = restore_baseline(past.baseline, old.kept, device)
-        features = restore_features(old.kept, device)
+            target = record.restore_target(past.target, old.classes, old.many, old.kept)
+        # JSON has lists in place of tuples.
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in past.parameters.items()
+        }
+        method = make_method(past.method, fields)
+        baseline = record.restore_baseline(past.baseline, old.kept, device)
     except RecordError:
         raise
-    except Exception as broken:
+    except Exception as error:
         raise RecordError(
-            f"the record's call cannot be made again: {broken}; read it with the version of "
+            f"the record's call cannot be made again: {error}; read it with the version of "
             f"saliency_fast that wrote it, {past.versions.get('saliency_fast', 'which it lacks')}"
-        ) from broken
+        ) from error
     engine = Engine(
         model,
         method,
@@ -105,27 +144,38 @@ def replay(
         forward_args=forward_args,
         forward_kwargs=forward_kwargs,
         region=region,
-        features=features,
+        features=tuple(old.kept[f"features.{n}"].to(device) for n in range(len(features))) or None,
     )
-    mine, theirs = ([list(one.shape) for one in att._parts()] for att in (again, old))
+    return _compared(old, again, record.weights_sha256(model))
+
+
+def _compared(old: Attribution, again: Attribution, weights_sha256: str | None) -> Replay:
+    mine, theirs = ([list(one.shape) for one in maps_of(found)] for found in (again, old))
     if mine != theirs:
         raise InputError(
             f"the inputs are not those of the record: got maps {mine}, it has {theirs}"
         )
-    same_input = _same(past.input_sha256, again.provenance.input_sha256)
-    same_weights = _same(past.weights_sha256, record.weights_sha256(model))
-    error, tolerance = relative_l2(again, old), TOLERANCE.get(past.dtype, OF_WHOLE)
+    past = old.provenance
+    same_input, same_weights = (
+        None if recorded is None else recorded == found
+        for recorded, found in (
+            (past.input_sha256, again.provenance.input_sha256),
+            (past.weights_sha256, weights_sha256),
+        )
+    )
+    error, tolerance = _relative_l2(again, old), TOLERANCE.get(past.dtype, INTEGER_TOLERANCE)
     if old.precision_error is not None:
         tolerance = max(tolerance, float(old.precision_error.max()))
     agrees = error <= tolerance and same_input is not False and same_weights is not False
     return Replay(agrees, error, tolerance, same_input, same_weights, again)
 
 
-def _parameters(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's fields: JSON has lists for tuples."""
-    pairs = recorded.items()
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in pairs}
-
-
-def _same(recorded: object, found: object) -> bool | None:
-    return None if recorded is None else recorded == found
+def _relative_l2(found: Attribution, expected: Attribution) -> float:
+    """Relative L2 distance of two attributions' maps over all inputs."""
+    pairs = [
+        (a.detach().double().cpu(), b.detach().double().cpu())
+        for a, b in zip(maps_of(found), maps_of(expected), strict=True)
+    ]
+    gap = sum(float((a - b).square().sum()) for a, b in pairs)
+    norm = sum(float(b.square().sum()) for _, b in pairs)
+    return float(torch.tensor(gap / norm if norm else gap, device="cpu").sqrt())

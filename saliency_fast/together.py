@@ -1,7 +1,7 @@
-"""Together: calls whose rows are parts of one input, such as the nodes of a graph.
+"""Calls with rows="together", whose rows are parts of one input, such as the nodes of a graph.
 
-The whole input is one example. The model is called with all of its rows, once for each point, and
-what is explained is the sum of the rows' scores.
+The whole input is one example: the model is called with all rows, once per evaluation point, and
+the sum of the rows' scores is explained.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.attribution import Attribution
+from saliency_fast.attribution import Attribution, maps_of
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Belonging, Call, Shared, bind
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.outputs import map_tensors, tensors_of
 from saliency_fast.model.axes import LayoutLike, Layouts
 from saliency_fast.model.targets import Reader, Target, Targets, tensor_of
-from saliency_fast.specs import describe_baseline, describe_target
+from saliency_fast.record import describe_baseline, describe_target
 
 
 @dataclass(frozen=True)
 class Together:
-    """A model whose examples are whole inputs: points [R, N, *] give outputs [R, N, *], by one call
-    of `model` for each of R. count: of its inputs; further arguments follow.
+    """A model of whole inputs: R points [R, N, *] give outputs [R, N, *], by R calls of `model`.
+
+    count: number of inputs, before the model's further arguments.
     """
 
     model: Callable[..., Any]
@@ -46,7 +47,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Summed(Reader):
-    """A target that adds up what `rows` reads of the `batch` rows of an input."""
+    """A target that sums what `rows` reads of the rows of an input."""
 
     rows: Targets
 
@@ -77,7 +78,7 @@ class Summed(Reader):
 def _read(rows: Targets, raw: Any) -> tuple[Tensor, Tensor | None]:
     """Scores [N, 1] of the rows of an input, and their classes, from what the model returns."""
     if rows.function is not None:
-        # An object, which reads what the model returns as it likes.
+        # A `Reader`, which reads the raw output itself.
         everyone = torch.arange(rows.batch, device=next(iter(tensors_of(raw))).device)
         return rows.read(raw, everyone)
     output = tensor_of(raw)
@@ -94,8 +95,8 @@ def _read(rows: Targets, raw: Any) -> tuple[Tensor, Tensor | None]:
 
 @dataclass(frozen=True)
 class Whole:
-    """A call with rows together, as `call`, an engine's of `Together`, takes it: inputs [1, N, *],
-    its target, baseline, arguments and features; rows: the call as it was given.
+    """A call with rows together, as an engine of `Together` takes it: inputs [1, N, *], its target,
+    baseline, arguments and features. rows: the call as the user made it.
     """
 
     rows: Call
@@ -107,7 +108,7 @@ class Whole:
 
     @property
     def further(self) -> dict[str, Any]:
-        """What an engine takes by name."""
+        """Keyword arguments of the engine's call."""
         return {
             "forward_args": self.args,
             "forward_kwargs": self.kwargs,
@@ -153,13 +154,13 @@ def whole_call(
 
 
 def _shared(value: Any) -> Any:
-    """Arguments go whole, whatever their length."""
+    """Further arguments belong to all rows, whatever their length."""
     value = value.tensor if isinstance(value, Belonging) else value
     return Shared(value) if isinstance(value, Tensor) else value
 
 
 def _lead(value: Any, inputs: Inputs) -> Any:
-    """Tensors like the inputs with an axis in front, as `Together` has them; others as they are."""
+    """Tensors with an axis in front, as `Together` takes them; other values unchanged."""
     if isinstance(value, (tuple, list)):
         return type(value)(_lead(one, inputs) for one in value)
     ranks = {x.dim() for x in inputs}
@@ -167,7 +168,7 @@ def _lead(value: Any, inputs: Inputs) -> Any:
 
 
 def layout_together(layout: LayoutLike) -> LayoutLike:
-    """The layout of a whole input from that of its rows: the rows are places of it."""
+    """The layout of a whole input from that of its rows, whose axis becomes a spatial one."""
     if isinstance(layout, str):
         free = next((one for one in "TDHW" if one not in layout.upper()), "T")
         return f"B{free}{layout[1:]}"
@@ -177,10 +178,10 @@ def layout_together(layout: LayoutLike) -> LayoutLike:
 def in_rows(
     found: Attribution, call: Whole, model: Callable[..., Any], baseline: Any, kind: str
 ) -> Attribution:
-    """The attribution of a whole input as one of its rows: values like the inputs, each row's own
-    scores, and what is known of the whole, such as delta and error, the same for every row.
+    """The attribution of a whole input as one of its rows.
 
-    kind: what the method compares with, as its recipe says.
+    Values are like the inputs and scores are each row's own; delta, error and the like are those of
+    the whole, the same for every row. kind: what the method compares with, as its recipe says.
     """
     count, inputs = call.rows.batch, call.inputs
 
@@ -195,40 +196,46 @@ def in_rows(
         return call.target.of_rows(raw).double().reshape(-1).expand(count).clone()
 
     def baseline_scores() -> Tensor:
+        several: list[Inputs]
         if kind == "set":
             several = list(
                 zip(*read_baseline_set(call.baseline, inputs, found.layouts), strict=True)
             )
         else:
-            rows = [
+            rows = (
                 read_baselines(one, inputs, layouts=found.layouts) for one in choices(call.baseline)
-            ]
+            )
             several = [tuple(one[0] for one in parts) for parts in rows]
-        like = [x.dtype for x in inputs]
-        several = [tuple(one.to(t) for one, t in zip(b, like, strict=True)) for b in several]
-        return torch.stack([scores(one) for one in several]).mean(0)
+        return torch.stack(
+            [
+                scores(tuple(one.to(x.dtype) for one, x in zip(points, inputs, strict=True)))
+                for points in several
+            ]
+        ).mean(0)
 
     target, kept = describe_target(call.rows.targets)
     spec, kept_baseline = describe_baseline(baseline)
     others = {n: one for n, one in found.kept.items() if not n.startswith(("baseline.", "target."))}
-    values = found.values if isinstance(found.values, tuple) else (found.values,)
+    values = tuple(one[0, 0] for one in maps_of(found))
     classes = call.rows.targets.classes
+    of_whole: dict[str, Any] = {
+        name: every(one) for name in _OF_WHOLE if (one := getattr(found, name)) is not None
+    }
     return replace(
         found,
         layouts=Layouts([tuple(x.shape) for x in call.rows.inputs]),
-        values=tuple(one[0, 0] for one in values) if call.rows.is_tuple else values[0][0, 0],
+        values=values if call.rows.is_tuple else values[0],
         scores=scores(tuple(x[0] for x in inputs)),
         baseline_scores=None if found.baseline_scores is None else baseline_scores(),
-        delta=None if found.delta is None else every(found.delta),
-        error=every(found.error),
-        tie_share=None if found.tie_share is None else every(found.tie_share),
-        precision_error=None if found.precision_error is None else every(found.precision_error),
         classes=None if classes is None else classes[:, 0],
-        points=every(found.points),
-        converged=None if found.converged is None else every(found.converged),
         extras={name: every(one) for name, one in found.extras.items()},
         kept=others | kept | kept_baseline,
         provenance=replace(
             found.provenance, rows="together", target=target, baseline=spec, layout=None
         ),
+        **of_whole,
     )
+
+
+_OF_WHOLE = ("delta", "error", "tie_share", "precision_error", "points", "converged")
+"""Fields of an attribution that rows have from the whole input."""

@@ -33,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(command: str, args: Namespace, given: Sequence[str]) -> int:
     # Each command imports what it needs, so that --help answers at once.
-    if command == "explain":
-        from saliency_fast.cli.explain import explain
+    if command in ("explain", "demo"):
+        from saliency_fast.cli.explain import demo, explain
 
-        return explain(args, given)
+        return (explain if command == "explain" else demo)(args, given)
     if command == "evaluate":
         from saliency_fast.cli.evaluate import evaluate
 
@@ -45,18 +45,10 @@ def _run(command: str, args: Namespace, given: Sequence[str]) -> int:
         from saliency_fast.cli.verify import verify
 
         return verify(args)
-    if command == "demo":
-        from saliency_fast.cli.demo import demo
+    from saliency_fast.cli.tables import LISTS
 
-        return demo(args, given)
-    from saliency_fast.cli import tables
-
-    shown = {
-        "methods": tables.show_methods,
-        "metrics": tables.show_metrics,
-        "backends": tables.show_backends,
-    }
-    return shown[command]()
+    LISTS[command]()
+    return 0
 
 
 __all__ = ["main"]

@@ -1,4 +1,4 @@
-"""saliency-fast evaluate: are a model's maps any good? Tables, a page and numbers."""
+"""saliency-fast evaluate: metrics of a model's maps, as tables, a page and numbers."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ import torch
 from torch import Tensor
 
 from saliency_fast import zoo
-from saliency_fast.cli.boxes import read_boxes
-from saliency_fast.cli.inputs import Read, read_inputs
+from saliency_fast.cli.inputs import Read, read_form, read_inputs
 from saliency_fast.cli.models import Loaded, load_model
 from saliency_fast.cli.options import (
     read_baseline,
+    read_boxes,
     read_fields,
     read_methods,
     read_one_target,
 )
-from saliency_fast.cli.pictures import read_form
 from saliency_fast.cli.report import failures_named, out_folder
 from saliency_fast.cli.tables import show_paths
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import CONTROLS
 from saliency_fast.evaluate.reports.entries import ENTRIES
-from saliency_fast.evaluate.reports.report import Report, report
+from saliency_fast.evaluate.reports.report import report
 from saliency_fast.evaluate.reports.show.files import save
 from saliency_fast.evaluate.reports.suite import Suite
 
@@ -38,7 +37,7 @@ FAILED = 1
 
 @dataclass(frozen=True)
 class _Examples:
-    """What is judged, all of one shape. title: of the report."""
+    """What is evaluated, all of one shape, and the title of the report."""
 
     x: Tensor
     target: Any
@@ -48,12 +47,20 @@ class _Examples:
 
 
 def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Runs the command; see `saliency-fast evaluate --help`."""
+    """Runs `saliency-fast evaluate`."""
     methods = read_methods(args.method or METHODS, args.method_arg)
-    suite = read_suite(args)
+    metrics = [one.replace("-", "_").replace(" ", "_") for one in args.metric] or None
+    suite = Suite(
+        names=metrics,
+        quick=args.quick,
+        substrate=None if args.substrate is None else _substrate(args.substrate, args.device),
+        steps=args.steps,
+        seed=args.seed,
+        fields=read_fields("--metric-arg", metrics or list(ENTRIES), args.metric_arg),
+    )
     loaded = load_model(args.model, args.weights, read_form(args.size, args.channels), args.device)
     baseline = read_baseline(args.baseline, args.device)
-    given = _files(args, loaded) if args.input else _scenes(args, loaded)
+    given = _files(args, loaded) if args.input else _scenes(args)
     out = out_folder(args.out)
     x = given.x.to(args.device)
     with failures_named(Read("inputs", given.source, x)):
@@ -80,31 +87,15 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
     else:
         found.show()
         show_paths(written)
-    return _checked(found) if args.check else 0
-
-
-def read_suite(args: argparse.Namespace) -> Suite:
-    """The metrics that are asked for; all of them where none is."""
-    names = [one.replace("-", "_").replace(" ", "_") for one in args.metric] or None
-    return Suite(
-        names=names,
-        quick=args.quick,
-        substrate=None if args.substrate is None else _substrate(args.substrate, args.device),
-        steps=args.steps,
-        seed=args.seed,
-        fields=read_fields("--metric-arg", names or list(ENTRIES), args.metric_arg),
-    )
-
-
-def _checked(found: Report) -> int:
-    if found.passed is None:
+    if args.check and found.passed is None:
         raise InputError(
             "--check needs a metric that gives a verdict, and none did: leave out --metric, or see "
             "what could not be measured above"
         )
-    if not found.passed:
+    if args.check and not found.passed:
         print("saliency-fast: a check failed", file=sys.stderr)
-    return 0 if found.passed else FAILED
+        return FAILED
+    return 0
 
 
 def _substrate(text: str, device: str) -> Any:
@@ -139,7 +130,7 @@ def _files(args: argparse.Namespace, loaded: Loaded) -> _Examples:
     return _Examples(x, target, boxes, source, f"Are the maps of {args.model} any good?")
 
 
-def _scenes(args: argparse.Namespace, loaded: Loaded) -> _Examples:
+def _scenes(args: argparse.Namespace) -> _Examples:
     """The built-in held-out scenes, with their labels and boxes."""
     if args.model not in zoo.MODELS:
         raise InputError(

@@ -1,11 +1,11 @@
-"""Model specs: from a word on the command line to a model and how it wants its pictures."""
+"""Models from the value of `--model`, with how they take pictures."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from saliency_fast import zoo
-from saliency_fast.cli.pictures import Form, eight_bits
+from saliency_fast.cli.inputs import Form, Prepare, eight_bits
 from saliency_fast.errors import InputError
 
-Prepare = Callable[[Image.Image], Tensor]
 FORMS = (
     "package.module:factory (a callable without arguments, or a module), hf:PATH_OR_ID, "
     "torchvision:NAME, timm:NAME"
@@ -29,7 +28,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in evaluation mode. prepare: a picture to [1, C, H, W]; labels: class names."""
+    """A model in evaluation mode, how it takes a picture, and the names of its classes."""
 
     spec: str
     model: Callable[..., Any]
@@ -38,45 +37,15 @@ class Loaded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, which arrays are brought to."""
-        if isinstance(self.model, nn.Module):
-            for weight in self.model.parameters():
-                if weight.is_floating_point():
-                    return weight.dtype
-        return torch.float32
+        """The dtype of the weights, which arrays are cast to."""
+        weights = self.model.parameters() if isinstance(self.model, nn.Module) else ()
+        return next((one.dtype for one in weights if one.is_floating_point()), torch.float32)
 
 
 def load_model(
     spec: str, weights: str | None = None, form: Form | None = None, device: str = "cpu"
 ) -> Loaded:
-    """The model that `spec` names. form: overrides how pictures are read.
-
-    Raises InputError for an unknown or missing model, a missing package, and weights that do not
-    fit, each with the cure.
-    """
-    check_device(device)
-    kind, _, name = spec.partition(":")
-    if spec in zoo.MODELS:
-        labels = {number: f"digit {number}" for number in range(10)}
-        found = Loaded(spec, zoo.MODELS[spec](), Form((64, 64), 1), labels)
-    elif name and kind in _HUBS:
-        found = _HUBS[kind](spec, name, weights is None)
-    elif name:
-        found = Loaded(spec, _made(spec, kind, name), Form(), {})
-    else:
-        raise InputError(
-            f"--model {spec!r} is unknown: expected one of {', '.join(zoo.MODELS)}, or {FORMS}"
-        )
-    model = found.model
-    if weights is not None:
-        _load_weights(model, weights)
-    if isinstance(model, nn.Module):
-        model = model.to(device).eval()
-    return Loaded(spec, model, found.prepare if form is None else form, found.labels)
-
-
-def check_device(device: str) -> None:
-    """Raises InputError where PyTorch cannot use `device`."""
+    """The model that `spec` names. form: how pictures are read, instead of its own processing."""
     try:
         torch.empty(1, device=device)
     except Exception as error:
@@ -84,10 +53,27 @@ def check_device(device: str) -> None:
             f"--device {device!r} cannot be used: {reason(error)}; expected cpu, or cuda where "
             "PyTorch sees a GPU"
         ) from error
+    kind, _, name = spec.partition(":")
+    if spec in zoo.MODELS:
+        labels = {number: f"digit {number}" for number in range(10)}
+        loaded = Loaded(spec, zoo.MODELS[spec](), Form((64, 64), 1), labels)
+    elif name and kind in _HUBS:
+        loaded = _HUBS[kind](spec, name, weights is None)
+    elif name:
+        loaded = Loaded(spec, _made(spec, kind, name), Form(), {})
+    else:
+        raise InputError(
+            f"--model {spec!r} is unknown: expected one of {', '.join(zoo.MODELS)}, or {FORMS}"
+        )
+    if weights is not None:
+        _load_weights(loaded.model, weights)
+    if isinstance(loaded.model, nn.Module):
+        loaded = replace(loaded, model=loaded.model.to(device).eval())
+    return loaded if form is None else replace(loaded, prepare=form)
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the error that started it all."""
+    """The first line of the root cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -95,7 +81,7 @@ def reason(error: BaseException) -> str:
 
 
 def _made(spec: str, module_name: str, attribute: str) -> Callable[..., Any]:
-    """What `package.module:factory` makes; the current directory can be imported from."""
+    """What `package.module:factory` makes; modules of the current directory can be imported."""
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -119,19 +105,16 @@ def _made(spec: str, module_name: str, attribute: str) -> Callable[..., Any]:
 
 
 def _package(name: str, extra: str, spec: str) -> ModuleType:
-    """Imports an optional package; an error names the extra that brings it."""
+    """Imports an optional package; an error names the extra that installs it."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise InputError(
-            f"--model {spec!r} needs {name}, which is not installed ({reason(error)}): install the "
-            f"extra with pip install 'saliency-fast[{extra}]'"
-        ) from error
     except Exception as error:
+        missing = isinstance(error, ImportError)
+        state = "not installed" if missing else "installed but does not import"
+        version = f"a version that matches torch {torch.__version__}, for example"
         raise InputError(
-            f"--model {spec!r} needs {name}, which is installed but does not import "
-            f"({reason(error)}): install a version that matches torch {torch.__version__}, for "
-            f"example with pip install 'saliency-fast[{extra}]'"
+            f"--model {spec!r} needs {name}, which is {state} ({reason(error)}): install "
+            f"{'the extra' if missing else version} with pip install 'saliency-fast[{extra}]'"
         ) from error
 
 
@@ -146,6 +129,11 @@ def _fetched(spec: str, extra: str, load: Callable[[], Any]) -> Any:
         ) from error
 
 
+def _eight_bit(transform: Callable[[Image.Image], Tensor], mode: str = "RGB") -> Prepare:
+    """Pictures by a hub's own processing, which takes 8 bits."""
+    return lambda picture: transform(eight_bits(picture, mode))[None]
+
+
 def _hugging_face(spec: str, name: str, pretrained: bool) -> Loaded:
     transformers = _package("transformers", "hf", spec)
 
@@ -155,12 +143,17 @@ def _hugging_face(spec: str, name: str, pretrained: bool) -> Loaded:
 
     model, processor = _fetched(spec, "hf", load)
 
-    def prepare(picture: Image.Image) -> Tensor:
-        made = processor(images=eight_bits(picture, "RGB"), return_tensors="pt")
-        pixels: Tensor = made["pixel_values"]
+    def transform(picture: Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
         return pixels
 
-    return Loaded(spec, model, prepare, _labels(model.config.id2label))
+    # Models without class names carry placeholders.
+    labels = {
+        int(number): label
+        for number, label in model.config.id2label.items()
+        if label.upper() != f"LABEL_{int(number)}"
+    }
+    return Loaded(spec, model, _eight_bit(transform), labels)
 
 
 def _torchvision(spec: str, name: str, pretrained: bool) -> Loaded:
@@ -171,29 +164,17 @@ def _torchvision(spec: str, name: str, pretrained: bool) -> Loaded:
         return models.get_model(name, weights=chosen if pretrained else None), chosen
 
     model, chosen = _fetched(spec, "torchvision", load)
-    transform = chosen.transforms()
-
-    def prepare(picture: Image.Image) -> Tensor:
-        made: Tensor = transform(eight_bits(picture, "RGB"))[None]
-        return made
-
-    names = chosen.meta.get("categories", ())
-    return Loaded(spec, model, prepare, dict(enumerate(names)) if pretrained else {})
+    labels = dict(enumerate(chosen.meta.get("categories", ()))) if pretrained else {}
+    return Loaded(spec, model, _eight_bit(chosen.transforms()), labels)
 
 
 def _timm(spec: str, name: str, pretrained: bool) -> Loaded:
-    timm = _package("timm", "timm", spec)
-    data = _package("timm.data", "timm", spec)
+    timm, data = _package("timm", "timm", spec), _package("timm.data", "timm", spec)
     model = _fetched(spec, "timm", lambda: timm.create_model(name, pretrained=pretrained))
     settings = data.resolve_model_data_config(model)
     transform = data.create_transform(**settings, is_training=False)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"
-
-    def prepare(picture: Image.Image) -> Tensor:
-        made: Tensor = transform(eight_bits(picture, mode))[None]
-        return made
-
-    return Loaded(spec, model, prepare, {})
+    return Loaded(spec, model, _eight_bit(transform, mode), {})
 
 
 _HUBS: dict[str, Callable[[str, str, bool], Loaded]] = {
@@ -203,19 +184,24 @@ _HUBS: dict[str, Callable[[str, str, bool], Loaded]] = {
 }
 
 
-def _labels(names: Mapping[Any, str]) -> dict[int, str]:
-    """Class names, without the placeholders that models carry which were given none."""
-    return {
-        int(number): name
-        for number, name in names.items()
-        if name.upper() != f"LABEL_{int(number)}"
-    }
-
-
-def _load_weights(model: Callable[..., Any], path: str) -> None:
+def _load_weights(model: Callable[..., Any], file: str) -> None:
+    """Loads tensors and nothing else: a pickle that would run code is refused."""
     if not isinstance(model, nn.Module):
         raise InputError(f"--weights needs a module: the model is a {type(model).__name__}")
-    state = _read_weights(Path(path))
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"--weights {file} is not a file")
+    try:
+        tensors = path.suffix == ".safetensors"
+        state: Any = load_file(path) if tensors else torch.load(path, "cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"--weights {file} cannot be read: {reason(error)}") from error
+    except Exception as error:
+        # torch.load raises many kinds, and its text explains how to switch the protection off.
+        raise InputError(
+            f"--weights {file} hold more than tensors or are damaged, and are refused: expected "
+            ".safetensors, or a file of torch.save(model.state_dict())"
+        ) from error
     # Training scripts often save the weights beside an optimizer's state.
     for name in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
@@ -226,23 +212,5 @@ def _load_weights(model: Callable[..., Any], path: str) -> None:
     except (RuntimeError, TypeError, AttributeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise InputError(
-            f"--weights {path} do not fit the model: {' '.join(lines[:3])[:300]}"
-        ) from error
-
-
-def _read_weights(path: Path) -> Any:
-    """Reads tensors and nothing else: a pickle that would run code is refused."""
-    if not path.is_file():
-        raise InputError(f"--weights {path} is not a file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"--weights {path} cannot be read: {reason(error)}") from error
-    except Exception as error:
-        # torch.load raises many kinds, and its text explains how to switch the protection off.
-        raise InputError(
-            f"--weights {path} hold more than tensors or are damaged, and are refused: expected "
-            ".safetensors, or a file of torch.save(model.state_dict())"
+            f"--weights {file} do not fit the model: {' '.join(lines[:3])[:300]}"
         ) from error

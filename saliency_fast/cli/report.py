@@ -1,4 +1,4 @@
-"""From inputs and engines to records, pictures and the page."""
+"""From inputs and engines to records, pictures, sentences, animations and the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from saliency_fast.api import Engine
 from saliency_fast.attribution import Attribution, Provenance
 from saliency_fast.cli.inputs import Read
 from saliency_fast.cli.models import Loaded, reason
-from saliency_fast.cli.words import animations, over, summaries, write_words
 from saliency_fast.errors import InputError, ModelCallError, ModelError, SaliencyError
 from saliency_fast.methods import METHODS
 from saliency_fast.model.guard import preserve_model_state
@@ -25,10 +24,19 @@ from saliency_fast.render.files import encode, write_frames
 from saliency_fast.render.frames import STYLES, grey, picture
 from saliency_fast.render.page import Entry, Inside, MapView, Numbers, Page, Ranked, page_html
 from saliency_fast.render.parts import Figure
+from saliency_fast.summary.animation import progress
+from saliency_fast.summary.sentences import summarise
 
 Box = tuple[int, int, int, int]
-TOP = 4
+Index = tuple[int, ...]
+"""Of one map: (example,), or (example, target) where examples have several."""
+_RANKED = 4
+"""Classes that the page lists for an input."""
 _CAPTIONS = {"signed": "Signed: red for, blue against", "heat": "Heat: magnitude"}
+_CHECK = (
+    "how inputs are read is said by --channels (3 makes grey pictures coloured, 1 the other way "
+    "round), --size and --batched; --debug shows where it fails"
+)
 
 
 @dataclass(frozen=True)
@@ -41,20 +49,20 @@ class Truth:
 
 @dataclass(frozen=True)
 class _Result:
-    """An attribution with its record's name and its pictures by style, all examples at once."""
+    """An attribution of all examples, its record's file, its pictures by style and sentences."""
 
     found: Attribution
     record: str
-    drawn: Mapping[str, Tensor | tuple[Tensor, ...]]
-    words: Mapping[tuple[int, ...], str]
+    drawn: Mapping[str, Tensor]
+    sentences: Mapping[Index, str]
 
 
 @dataclass
 class Reporter:
-    """Explains inputs one by one, writes what it finds into `out`, and keeps it for the page.
+    """Explains inputs one by one, writes files into `out`, and collects entries for the page.
 
-    Each input is a call of its own, so that time, memory and record are its own; the points of a
-    call still share launches.
+    Each input is a call of its own, with time, memory and a record of its own; the evaluation
+    points of a call still share launches.
     """
 
     loaded: Loaded
@@ -71,119 +79,151 @@ class Reporter:
     animation: bool = False
     entries: list[Entry] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
-    last: Provenance | None = None
+    facts: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(self, read: Read, truth: Truth | None = None) -> list[Entry]:
-        """Explains one input [B, *] by every engine; returns an entry for each example."""
+    def add(self, read: Read, truth: Truth | None = None) -> None:
+        """Explains one input [B, *] by every engine; each example becomes an entry."""
         x = read.x.to(self.device)
         results = [self._explain(engine, read, x) for engine in self.engines]
-        rankings = ranking(self.loaded, x)
-        hashes = results[0].found.provenance.input_sha256
-        entries = []
+        rankings = _ranking(self.loaded, x)
+        first = results[0].found
+        hashes, axes = first.provenance.input_sha256, first.axes()
         for row in range(len(x)):
             name = read.name if len(x) == 1 else f"{read.name}.{row}"
-            maps = [view for one in results for view in self._views(one, row, name, truth)]
-            entries.append(
+            shown = None
+            if x.dim() in (4, 5) and axes is not None and len(axes.letters) == x.dim():
+                frames = picture(axes.standard(x[row : row + 1]))[0]
+                shown = _figure(frames, f"the input {name}", "Input", truth)
+            self.entries.append(
                 Entry(
                     name=name,
                     source=read.source,
                     shape=" x ".join(str(size) for size in x.shape[1:]),
                     sha256=hashes[0] if hashes else None,
-                    figure=_input_figure(results[0].found, x, row, name, truth),
+                    figure=shown,
                     ranking=rankings[row] if rankings else (),
                     truth=truth.label if truth else None,
-                    maps=tuple(maps),
+                    maps=tuple(
+                        self._view(one, index, name, truth)
+                        for one in results
+                        for index in _indices(one.found)
+                        if index[0] == row
+                    ),
                 )
             )
-        self.entries += entries
-        return entries
 
-    def page(self, title: str, lead: str, command: str, file: str = "index.html") -> Path:
-        """Writes the page of all entries so far and returns its path."""
-        facts: list[tuple[str, str]] = [("model", self.loaded.spec)]
-        if self.last:
-            facts += _facts(self.last)
-        page = Page(title, lead, tuple(self.entries), tuple(facts), command)
-        path = self.out / file
-        path.write_text(page_html(page), encoding="utf-8")
+    def page(self, title: str, lead: str, command: str) -> None:
+        """Writes the page of all entries so far."""
+        facts = (("model", self.loaded.spec), *self.facts)
+        path = self.out / "index.html"
+        page = page_html(Page(title, lead, tuple(self.entries), facts, command))
+        path.write_text(page, encoding="utf-8")
         self.written.append(path)
-        return path
 
     def _explain(self, engine: Engine, read: Read, x: Tensor) -> _Result:
+        features = self.features if engine.method.recipe().features else None
+        target = target_rows(self.target, x)
         with failures_named(read):
-            rows = target_rows(self.target, x)
-            features = self.features if engine.method.recipe().features else None
-            found = engine(x, rows, self.baseline, features=features)
-        self.last = replace(
-            found.provenance, notes=found.provenance.notes | {**self.notes, "input": read.source}
-        )
-        found = replace(found, provenance=self.last)
-        record = f"{read.name}.{self.last.method}.safetensors"
+            found = engine(x, target, self.baseline, features=features)
+        past = found.provenance
+        notes = past.notes | {**self.notes, "input": read.source}
+        found = replace(found, provenance=replace(past, notes=notes))
+        self.facts = _facts(past)
+        record = f"{read.name}.{past.method}.safetensors"
         self.written.append(found.save(self.out / record))
+        over = _lies_over(found, x) and x.dim() in (4, 5) and found.axes() is not None
         with failures_named(read):
-            words = summaries(self.loaded, found, x) if self.summary else {}
-            if self.animation and fits(found, x):
-                about = (engine, x, found, self.baseline, features, rows)
-                self.written += animations(*about, self.styles[0], self.out, read.name)
+            sentences = self._sentences(found, x) if self.summary else {}
+            if self.animation and over:
+                self._animate(engine, found, read.name, x, target, features)
         drawn: dict[str, Any] = {}
-        if fits(found, x):
-            axes = found.axes()
-            assert axes is not None
+        if over and (axes := found.axes()) is not None:
             shown = axes.back(grey(axes.standard(x)))
             drawn = {style: found.overlay(shown, style) for style in self.styles}
-        return _Result(found, record, drawn, words)
+        return _Result(found, record, drawn, sentences)
 
-    def _views(self, result: _Result, row: int, name: str, truth: Truth | None) -> list[MapView]:
-        """A view for each of the K maps of example `row`."""
-        found, views = result.found, []
-        past = found.provenance
-        for place in [(row, k) for k in range(found.scores.shape[1])] if found.many else [(row,)]:
-            stem = f"{name}.{past.method}" + (f".{_suffix(found, place)}" if found.many else "")
-            label = explained(found, place, self.loaded.labels)
-            words = result.words.get(place, "")
-            if words:
-                self.written.append(write_words(words, self.out / f"{stem}.txt"))
-            views.append(
-                MapView(
-                    method=METHODS[past.method].__name__,
-                    parameters=_parameters(past.parameters, past.baseline),
-                    explains=f"explains {label}",
-                    figures=self._figures(result, place, stem, label, truth),
-                    numbers=numbers(found, place, truth),
-                    record=result.record,
-                    words=words,
-                )
+    def _sentences(self, found: Attribution, x: Tensor) -> dict[Index, str]:
+        """A summary of each map."""
+        if not _lies_over(found, x):
+            raise InputError("--summary is about maps of the input: leave it out, or --at")
+        model, labels = self.loaded.model, self.loaded.labels
+        if not found.many:
+            told = summarise(model, x, found, labels=labels)
+            return {(row,): str(one) for row, one in enumerate(told)}
+        return {
+            (row, k): str(one)
+            for k in range(found.scores.shape[1])
+            for row, one in enumerate(summarise(model, x, _of_target(found, k), labels=labels))
+        }
+
+    def _animate(
+        self, engine: Engine, found: Attribution, name: str, x: Tensor, target: Any, features: Any
+    ) -> None:
+        """Writes a GIF of each map during its computation, where it takes several launches."""
+        for index in _indices(found):
+            row = index[0]
+            stem = name if len(x) == 1 else f"{name}.{row}"
+            stem += f".{found.provenance.method}" + "".join(f".map{k}" for k in index[1:])
+            moving = progress(
+                engine,
+                x[row : row + 1],
+                target if found.classes is None else int(found.classes[index]),
+                style=self.styles[0],
+                baseline=_of_example(self.baseline, row, x),
+                features=_of_example(features, row, x),
             )
-        return views
+            if len(moving.frames) > 1:
+                self.written.append(moving.save(self.out / f"{stem}.progress.gif"))
+
+    def _view(self, result: _Result, index: Index, name: str, truth: Truth | None) -> MapView:
+        """Writes the sentences and the pictures of one map, and returns its view for the page."""
+        found, past = result.found, result.found.provenance
+        stem = f"{name}.{past.method}"
+        if found.many:
+            known = found.classes is not None
+            stem += f".class{int(found.classes[index])}" if known else f".map{index[1]}"  # type: ignore[index]
+        label = _explained(found, index, self.loaded.labels)
+        sentences = result.sentences.get(index, "")
+        if sentences:
+            path = self.out / f"{stem}.txt"
+            path.write_text(sentences + "\n", encoding="utf-8")
+            self.written.append(path)
+        fields = [f"{key}={value}" for key, value in past.parameters.items() if value is not None]
+        if past.baseline is not None:
+            plain = past.baseline if isinstance(past.baseline, (str, int, float)) else "from a file"
+            fields.append(f"baseline={plain}")
+        return MapView(
+            method=METHODS[past.method].__name__,
+            parameters=", ".join(fields),
+            explains=f"explains {label}",
+            figures=self._figures(result, index, stem, label, truth),
+            numbers=_numbers(found, index, truth),
+            record=result.record,
+            words=sentences,
+        )
 
     def _figures(
-        self, result: _Result, place: tuple[int, ...], stem: str, label: str, truth: Truth | None
+        self, result: _Result, index: Index, stem: str, label: str, truth: Truth | None
     ) -> tuple[Figure, ...]:
-        """Writes the pictures of one map; the page also shows the strongest frame of several."""
+        """Writes the pictures of one map; of a clip the page also shows the strongest frame."""
         figures = []
         for style, drawn in result.drawn.items():
-            assert isinstance(drawn, Tensor)
-            frames = drawn[place]
+            frames, caption = drawn[index], _CAPTIONS[style]
             extension = self.extension or (".png" if frames.dim() == 3 else ".gif")
             self.written.append(write_frames(frames, self.out / f"{stem}.{style}{extension}"))
             alt = f"{style} map for {label}, {stem}"
             if frames.dim() == 4:
-                best = strongest(result.found, place)
-                caption = f"{_CAPTIONS[style]} · frame {best + 1} of {len(frames)}, the strongest"
-                figures.append(figure(frames[best], alt, caption, truth))
-            figures.append(figure(frames, alt, _CAPTIONS[style], truth))
+                sums = _map(result.found, "l2")[index].double().sum((1, 2))
+                best = int(sums.argmax())
+                strongest = f"{caption} · frame {best + 1} of {len(frames)}, the strongest"
+                figures.append(_figure(frames[best], alt, strongest, truth))
+            figures.append(_figure(frames, alt, caption, truth))
         return tuple(figures)
-
-
-_CHECK = (
-    "how inputs are read is said by --channels (3 makes grey pictures coloured, 1 the other way "
-    "round), --size and --batched; --debug shows where it fails"
-)
 
 
 @contextmanager
 def failures_named(read: Read) -> Iterator[None]:
-    """Errors inside tell the input; those of the model itself become a ModelError."""
+    """Names the input in errors raised inside; those of the model itself become a ModelError."""
     try:
         yield
     except ModelCallError as error:
@@ -198,11 +238,72 @@ def failures_named(read: Read) -> Iterator[None]:
 
 
 def target_rows(target: Any, x: Tensor) -> Any:
-    """The target of a call: a list of K classes becomes a row of them for every example."""
+    """The target of a call: a list of K classes becomes [B, K] of them."""
     return torch.tensor([target] * len(x)) if isinstance(target, list) else target
 
 
-def ranking(loaded: Loaded, x: Tensor) -> list[tuple[Ranked, ...]]:
+def class_name(number: int, labels: Mapping[int, str]) -> str:
+    """The name of a class, or its number where it has none."""
+    return labels.get(number, f"class {number}")
+
+
+def inside(found: Attribution, index: Index, box: Box) -> Inside:
+    """The share of the positive evidence that falls into a box, and the box's share of the map."""
+    positive = _map(found, "sum")[index].double().clamp_min(0.0)
+    top, left, bottom, right = box
+    within, whole = positive[..., top:bottom, left:right], float(positive.sum())
+    share = float(within.sum()) / whole if whole else 0.0
+    return Inside(share, within.numel() / positive.numel())
+
+
+def out_folder(path: str) -> Path:
+    """The folder to write to, made where it is missing."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path} cannot be made: {error.strerror}") from error
+    return folder
+
+
+def _indices(found: Attribution) -> list[Index]:
+    """The indices of all maps, example by example."""
+    return [tuple(one) for one in torch.ones_like(found.scores).nonzero().tolist()]
+
+
+def _map(found: Attribution, reduction: str) -> Tensor:
+    values = found.map(reduction)
+    assert isinstance(values, Tensor)
+    return values
+
+
+def _lies_over(found: Attribution, x: Tensor) -> bool:
+    """Whether maps have the spatial size of the inputs, which those of layers need not have."""
+    values, axes = found.values, found.axes()
+    if not isinstance(values, Tensor) or values.dim() != x.dim() + found.many:
+        return False
+    places = range(1, x.dim()) if axes is None else axes.places
+    return all(values.shape[axis + found.many] == x.shape[axis] for axis in places)
+
+
+def _of_target(found: Attribution, k: int) -> Attribution:
+    """The maps of each example's target `k` alone."""
+    names = ["values", "scores", "baseline_scores", "delta", "error", "classes", "precision_error"]
+    fields: dict[str, Any] = {
+        name: value[:, k] for name in names if (value := getattr(found, name)) is not None
+    }
+    return replace(found, **fields, extras={name: one[:, k] for name, one in found.extras.items()})
+
+
+def _of_example(value: Any, row: int, x: Tensor) -> Any:
+    """The part of a batch's baselines or features that belongs to one example."""
+    if isinstance(value, list):
+        return [_of_example(one, row, x) for one in value]
+    own = isinstance(value, Tensor) and value.dim() == x.dim() and len(value) == len(x)
+    return value[row : row + 1] if own else value
+
+
+def _ranking(loaded: Loaded, x: Tensor) -> list[tuple[Ranked, ...]]:
     """The likeliest classes of each example; empty where the model does not classify."""
     with preserve_model_state(loaded.model, x.device), torch.no_grad():
         # One by one: a batch that fits the plan's launches need not fit at once.
@@ -212,8 +313,7 @@ def ranking(loaded: Loaded, x: Tensor) -> list[tuple[Ranked, ...]]:
     output = output.double()
     sums = output.sum(1)
     is_share = bool((output >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
-    shares = output if is_share else output.softmax(1)
-    best = shares.topk(min(TOP, shares.shape[1]), dim=1)
+    best = (output if is_share else output.softmax(1)).topk(min(_RANKED, output.shape[1]), dim=1)
     return [
         tuple(
             Ranked(class_name(number, loaded.labels), share)
@@ -223,68 +323,35 @@ def ranking(loaded: Loaded, x: Tensor) -> list[tuple[Ranked, ...]]:
     ]
 
 
-def class_name(number: int, labels: Mapping[int, str]) -> str:
-    return labels.get(number, f"class {number}")
-
-
-def explained(found: Attribution, place: tuple[int, ...], labels: Mapping[int, str]) -> str:
+def _explained(found: Attribution, index: Index, labels: Mapping[int, str]) -> str:
     """What a map explains, in words."""
     if found.classes is not None:
-        return class_name(int(found.classes[place]), labels)
+        return class_name(int(found.classes[index]), labels)
     target = found.provenance.target
     if target["kind"] == "index":
         return f"the output at {json.dumps(target['index'])}"
     return "the model's output"
 
 
-def numbers(found: Attribution, place: tuple[int, ...], truth: Truth | None) -> Numbers:
-    """What is known of the map at `place`, (example,) or (example, target)."""
-    past, score = found.provenance, float(found.scores[place])
-    start = found.baseline_scores
+def _numbers(found: Attribution, index: Index, truth: Truth | None) -> Numbers:
+    past, score, row = found.provenance, float(found.scores[index]), index[0]
+    start, delta, converged = found.baseline_scores, found.delta, found.converged
     return Numbers(
         score=score,
-        gain=None if start is None else score - float(start[place]),
-        delta=None if found.delta is None else float(found.delta[place]),
-        error=float(found.error[place]),
-        converged=None if found.converged is None else bool(found.converged[place[0]]),
-        points=int(found.points[place[0]]),
+        gain=None if start is None else score - float(start[index]),
+        delta=None if delta is None else float(delta[index]),
+        error=float(found.error[index]),
+        converged=None if converged is None else bool(converged[row]),
+        points=int(found.points[row]),
         seconds=past.seconds,
         peak_bytes=past.peak_bytes,
         peak_measured=past.peak_measured,
         batch=len(found.scores),
-        inside=None if truth is None else inside(found, place, truth.box),
+        inside=None if truth is None else inside(found, index, truth.box),
     )
 
 
-def inside(found: Attribution, place: tuple[int, ...], box: Box) -> Inside:
-    """The share of the positive evidence that falls into a box, and the box's share of the map."""
-    values = found.map("sum")
-    assert isinstance(values, Tensor)
-    positive = values[place].double().clamp_min(0.0)
-    top, left, bottom, right = box
-    within, whole = positive[..., top:bottom, left:right], float(positive.sum())
-    share = float(within.sum()) / whole if whole else 0.0
-    return Inside(share, within.numel() / positive.numel())
-
-
-def strongest(found: Attribution, place: tuple[int, ...]) -> int:
-    """The frame of a video or slice of a volume that holds most of the map."""
-    values = found.map("l2")
-    assert isinstance(values, Tensor)
-    return int(values[place].double().sum((1, 2)).argmax())
-
-
-def has_picture(x: Tensor) -> bool:
-    """Whether an input [B, C, *] is images, videos or volumes."""
-    return x.dim() in (4, 5)
-
-
-def fits(found: Attribution, x: Tensor) -> bool:
-    """Whether a map lies over a picture: those of layers may have places of their own."""
-    return has_picture(x) and found.axes() is not None and over(found, x)
-
-
-def figure(frames: Tensor, alt: str, caption: str, truth: Truth | None) -> Figure:
+def _figure(frames: Tensor, alt: str, caption: str, truth: Truth | None) -> Figure:
     """A figure for the page: PNG for one frame [H, W, 3], GIF for several."""
     kind = "png" if frames.dim() == 3 else "gif"
     if kind == "gif":
@@ -297,27 +364,6 @@ def figure(frames: Tensor, alt: str, caption: str, truth: Truth | None) -> Figur
     return Figure(encode(frames, f".{kind}"), f"image/{kind}", width, alt, caption, box)
 
 
-def _input_figure(
-    found: Attribution, x: Tensor, row: int, name: str, truth: Truth | None
-) -> Figure | None:
-    axes = found.axes()
-    if not has_picture(x) or axes is None or len(axes.letters) != x.dim():
-        return None
-    return figure(picture(axes.standard(x[row : row + 1]))[0], f"the input {name}", "Input", truth)
-
-
-def _suffix(found: Attribution, place: tuple[int, ...]) -> str:
-    return f"class{int(found.classes[place])}" if found.classes is not None else f"map{place[1]}"
-
-
-def _parameters(parameters: Mapping[str, Any], baseline: Any) -> str:
-    shown = [f"{name}={value}" for name, value in parameters.items() if value is not None]
-    if baseline is not None:
-        plain = baseline if isinstance(baseline, (str, int, float)) else "from a file"
-        shown.append(f"baseline={plain}")
-    return ", ".join(shown)
-
-
 def _facts(past: Provenance) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {version}" for name, version in past.versions.items())
     return [
@@ -325,13 +371,3 @@ def _facts(past: Provenance) -> list[tuple[str, str]]:
         ("arithmetic", f"{past.dtype} on {past.device}, {past.backend} kernels"),
         ("versions", versions),
     ]
-
-
-def out_folder(path: str) -> Path:
-    """The folder to write to, made where it is missing."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {path} cannot be made: {error.strerror}") from error
-    return folder

@@ -1,4 +1,4 @@
-"""saliency-fast verify: is a record whole, and does it come out again?"""
+"""saliency-fast verify: checks a record and computes it again."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import argparse
 from pathlib import Path
 
 from saliency_fast import zoo
-from saliency_fast.attribution import Attribution, load
-from saliency_fast.cli.inputs import MAX_PIXELS, read_inputs
+from saliency_fast.attribution import Attribution, load, maps_of
+from saliency_fast.cli.inputs import MAX_PIXELS, read_form, read_inputs
 from saliency_fast.cli.models import load_model
-from saliency_fast.cli.pictures import read_form
 from saliency_fast.cli.report import failures_named
-from saliency_fast.cli.tables import show_pairs
 from saliency_fast.errors import InputError, RecordError
 from saliency_fast.replay import replay
 
 AGREES, DISAGREES = 0, 1
-# A record may come from anyone; a model that is named as code to import must be asked for.
+# A record may come from anyone: code that it names is imported only where --model asks for it.
 _SAFE = ("hf", "torchvision", "timm")
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Runs the command; see `saliency-fast verify --help`. 0 agrees, 1 disagrees or is broken."""
+    """Runs `saliency-fast verify`. Returns 0 where the record agrees, 1 where it disagrees or is
+    broken.
+    """
     if not Path(args.record).is_file():
         raise InputError(f"record {args.record} does not exist or is not a file")
     try:
@@ -31,14 +31,13 @@ def verify(args: argparse.Namespace) -> int:
         return DISAGREES
     _describe(recorded)
     print("record: whole, its hash and schema are right")
-    missing = _missing(args, recorded)
-    if missing:
-        print(f"not computed again: {missing}")
+    if reason := _not_computed(args, recorded):
+        print(f"not computed again: {reason}")
         return AGREES
     return _replay(args, recorded)
 
 
-def _missing(args: argparse.Namespace, recorded: Attribution) -> str | None:
+def _not_computed(args: argparse.Namespace, recorded: Attribution) -> str | None:
     """Why the record is not computed again, or None."""
     if args.hash_only:
         return "--hash-only"
@@ -74,17 +73,18 @@ def _replay(args: argparse.Namespace, recorded: Attribution) -> int:
 
 def _describe(recorded: Attribution) -> None:
     past = recorded.provenance
-    parts = recorded.values if isinstance(recorded.values, tuple) else (recorded.values,)
     parameters = ", ".join(f"{name}={value}" for name, value in past.parameters.items())
     pairs = [
         ("method", f"{past.method}({parameters})"),
         ("target", past.target["kind"]),
         ("baseline", str(past.baseline)),
-        ("values", ", ".join(f"{list(one.shape)} {past.dtype}" for one in parts)),
+        ("values", ", ".join(f"{list(one.shape)} {past.dtype}" for one in maps_of(recorded))),
         ("made on", f"{past.device}, {past.backend} kernels"),
         ("versions", ", ".join(f"{name} {one}" for name, one in past.versions.items())),
         ("weights", past.weights_sha256 or "not recorded"),
         ("input", ", ".join(past.input_sha256 or ["not recorded"])),
         ("layout", ", ".join(str(one) for one in past.layout or ["not known"])),
     ]
-    show_pairs([*pairs, *((name, str(value)) for name, value in sorted(past.notes.items()))])
+    notes = ((name, str(value)) for name, value in sorted(past.notes.items()))
+    for name, value in (*pairs, *notes):
+        print(f"{name:<12} {value}")

@@ -38,8 +38,15 @@ class Glyphs:
 class Samples:
     """Cluttered scenes that each hold one whole digit.
 
-    `images` [N, 1, 64, 64] float32 in [0, 1]; `labels` [N] int64; `boxes` [N, 4] int64, the
-    digit's ink as (top, left, bottom, right) in pixels, half-open.
+    Attributes:
+        images: float32 [N, 1, 64, 64] in [0, 1].
+        labels: int64 [N].
+        boxes: int64 [N, 4], the digit's ink as (top, left, bottom, right) in pixels, half-open.
+
+    Example:
+        >>> from saliency_fast import zoo
+        >>> zoo.held_out().labels.dtype
+        torch.int64
     """
 
     images: Tensor
@@ -87,7 +94,17 @@ def hide(glyphs: Glyphs, which: Tensor, seed: int, strength: float = 1.0) -> Sam
 
 
 def held_out() -> Samples:
-    """Load the shipped scenes of held-out digits; scikit-learn is not needed."""
+    """The shipped scenes of held-out digits, which neither model was trained on.
+
+    Returns:
+        100 scenes with labels and boxes.
+
+    Example:
+        >>> from saliency_fast import zoo
+        >>> samples = zoo.held_out()
+        >>> samples.images.shape[1:], samples.boxes.shape[1:]
+        (torch.Size([1, 64, 64]), torch.Size([4]))
+    """
     stored = load_file(_HELD_OUT_FILE)
     images = stored["images"].to(torch.float32) / 255.0
     return Samples(images, stored["labels"], stored["boxes"])

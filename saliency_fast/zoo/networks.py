@@ -119,12 +119,32 @@ class Attention(nn.Module):
 
 
 def digits_cnn() -> nn.Module:
-    """The trained `DigitsCNN` in eval mode: [B, 1, 64, 64] float32 in [0, 1] to logits [B, 10]."""
+    """The trained `DigitsCNN` of cluttered digits.
+
+    Returns:
+        The model in evaluation mode: float32 [B, 1, 64, 64] in [0, 1] to logits [B, 10].
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast import zoo
+        >>> zoo.digits_cnn()(torch.zeros(2, 1, 64, 64)).shape
+        torch.Size([2, 10])
+    """
     return _trained(DigitsCNN, "digits_cnn.safetensors")
 
 
 def digits_vit() -> nn.Module:
-    """The trained `DigitsViT` in eval mode: [B, 1, 64, 64] float32 in [0, 1] to logits [B, 10]."""
+    """The trained `DigitsViT` of cluttered digits.
+
+    Returns:
+        The model in evaluation mode: float32 [B, 1, 64, 64] in [0, 1] to logits [B, 10].
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast import zoo
+        >>> zoo.digits_vit()(torch.zeros(2, 1, 64, 64)).shape
+        torch.Size([2, 10])
+    """
     return _trained(DigitsViT, "digits_vit.safetensors")
 
 
