@@ -1,4 +1,4 @@
-"""Maps over time: long clips and series explained in windows that overlap."""
+"""Maps of long clips and series, explained in overlapping windows."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from saliency_fast.attribution import Attribution
 from saliency_fast.errors import InputError, InputTypeError
 
 LARGEST_STEP = 0.25
-"""Of diffusion, in frames squared: stable and positive up to a half."""
+"""Time step of the diffusion, in frames squared: stable and positive up to a half."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A map over a whole clip, and what was done for it.
+    """A map over a whole clip; `explain_video` has an example.
 
-    values: like the clip [B, *], or [B, K, *] for several targets: each frame's mean over windows
-    that hold it. starts: the first frame of each of W windows; windows: their own attributions,
-    [B * W, *], window after window of one example; scores [B, W] or [B, W, K]. coherence: width of
-    the smoothing over time in frames, 0 for none. change [B]: relative L2 by which it moved the
-    values away from what the model's gradients say. flicker [B, 2]: mean change from frame to frame
-    over mean magnitude, before and after it.
+    Attributes:
+        values: Each frame's mean over the windows that hold it, like the clip [B, *]; [B, K, *] for
+            K targets.
+        starts: The first frame of each of W windows.
+        windows: The attributions of the windows, [B * W, *], the windows of one example together.
+        scores: The scores of the windows, [B, W] or [B, W, K].
+        coherence: The width of the smoothing over time in frames, 0 for none.
+        change: The relative L2 distance by which the smoothing moved the values, [B].
+        flicker: The mean change from frame to frame over the mean magnitude, before and after the
+            smoothing, [B, 2].
     """
 
     values: Tensor
@@ -53,18 +57,38 @@ def explain_video(
     coherence: float = 0.0,
     **options: Any,
 ) -> Clip:
-    """Explains a clip [B, C, T, H, W], or a series [B, T, F] with `axis` 1, that is longer than the
-    model takes, in windows of `window` frames that begin every `stride` (half a window unless
-    given); the last one ends with the clip. All windows of all examples are one batch.
+    """Explains a clip that is longer than the model takes, in overlapping windows.
 
-    target: as of `explain`, for every window; one for each example where it is a list or a tensor
-    of length B. baseline: as of `explain`; a tensor as long as the clip is cut like it.
-    forward_args: tensors of length B belong to the examples, and go with each of their windows.
-    coherence: values are smoothed over time by so many frames where the clip stands still, less the
-    more a pixel changes; their sum over time stays. It hides flicker, and real changes of what the
-    model looks at with it: `Clip.change` says by how much. Noise that all frames share
-    (`SmoothGrad(shared_axis=2)`) makes less of it in the first place. options: of `Engine`, where
-    `model` is none yet.
+    All windows of all examples are one batch, and the last window ends with the clip.
+
+    Args:
+        model: A model, or an `Engine` of one.
+        clip: A clip [B, C, T, H, W], or a series [B, T, F] with `axis=1`.
+        window: The number of frames that the model takes.
+        stride: The distance of windows in frames; half a window by default.
+        axis: The axis of time.
+        target: As in `explain`, for every window; a list or tensor of length B holds the target of
+            each example.
+        baseline: As in `explain`; a tensor as long as the clip is cut into the same windows.
+        forward_args: Further arguments of the model; tensors of length B belong to the examples.
+        coherence: The width in frames of a smoothing over time, where the clip stands still; less
+            of it the more a pixel changes (Perona & Malik, 1990). Sums over time stay. It hides
+            flicker and real changes alike: `Clip.change` says how much. Noise that all frames share
+            (`SmoothGrad(shared_axis=2)`) avoids flicker in the first place.
+        **options: Options of `Engine`, where `model` is none.
+
+    Returns:
+        The map of the whole clip.
+
+    Raises:
+        InputError: For windows that do not fit, and what `explain` raises.
+
+    Example:
+        >>> model = lambda x: x.square().flatten(1).sum(1)
+        >>> clip = torch.ones(1, 1, 8, 2, 2)
+        >>> found = explain_video(model, clip, window=4, method="gradient")
+        >>> found.starts, found.values.shape, float(found.values.max())
+        ((0, 2, 4), torch.Size([1, 1, 8, 2, 2]), 2.0)
     """
     starts = _starts(clip, window, stride, axis)
     if not 0.0 <= coherence < math.inf:
@@ -72,23 +96,24 @@ def explain_video(
     if isinstance(model, Engine) and options:
         raise InputError(f"an Engine has its own options: got {', '.join(options)} beside it")
     engine = model if isinstance(model, Engine) else Engine(model, **options)
-    count = len(starts)
+    batch, count = len(clip), len(starts)
     if isinstance(baseline, Tensor) and baseline.shape[-clip.dim() + 1 :] == clip.shape[1:]:
         baseline = _windows(baseline.expand_as(clip), starts, window, axis)
     found = engine(
         _windows(clip, starts, window, axis),
-        _repeated(target, len(clip), count),
+        _per_window(target, batch, count),
         baseline,
-        forward_args=tuple(_repeated(one, len(clip), count) for one in forward_args),
+        forward_args=tuple(_per_window(one, batch, count) for one in forward_args),
     )
     assert isinstance(found.values, Tensor)
-    lead = axis + 1 if found.many else axis
-    raw = _averaged(_apart(found.values, len(clip)), starts, window, lead, clip.shape[axis])
-    values = _coherent(raw, clip, coherence, axis, lead) if coherence else raw
+    time_axis = axis + 1 if found.many else axis
+    windows = found.values.view(batch, count, *found.values.shape[1:])
+    raw = _averaged(windows, starts, window, time_axis, clip.shape[axis])
+    values = _smoothed(raw, clip, coherence, axis, time_axis) if coherence else raw
     norm = raw.flatten(1).norm(dim=1).clamp_min(torch.finfo(raw.dtype).tiny)
     change = (values - raw).flatten(1).norm(dim=1) / norm
-    flicker = torch.stack([_flicker(raw, lead), _flicker(values, lead)], 1)
-    scores = _apart(found.scores, len(clip))
+    flicker = torch.stack([_flicker(raw, time_axis), _flicker(values, time_axis)], 1)
+    scores = found.scores.view(batch, count, *found.scores.shape[1:])
     return Clip(values, starts, found, scores, float(coherence), change, flicker)
 
 
@@ -109,23 +134,18 @@ def _starts(clip: Tensor, window: int, stride: int | None, axis: int) -> tuple[i
     return (*range(0, length - window, stride), length - window)
 
 
-def _repeated(value: Any, batch: int, count: int) -> Any:
-    """What belongs to the examples, for each of their windows."""
+def _per_window(value: Any, batch: int, count: int) -> Any:
+    """A list or tensor of the examples, repeated for each of their windows."""
     if isinstance(value, list) and len(value) == batch:
         return [one for one in value for _ in range(count)]
-    own = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
-    return value.repeat_interleave(count, dim=0) if own else value
+    is_own = isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch
+    return value.repeat_interleave(count, dim=0) if is_own else value
 
 
 def _windows(clip: Tensor, starts: tuple[int, ...], window: int, axis: int) -> Tensor:
     """[B * W, *], the windows of one example together."""
     parts = [clip.narrow(axis, start, window) for start in starts]
     return torch.stack(parts, 1).flatten(0, 1)
-
-
-def _apart(windows: Tensor, batch: int) -> Tensor:
-    """[B * W, *] as [B, W, *]."""
-    return windows.view(batch, -1, *windows.shape[1:])
 
 
 def _averaged(
@@ -135,33 +155,33 @@ def _averaged(
     shape = list(windows[:, 0].shape)
     shape[axis] = length
     total = windows.new_zeros(shape)
-    seen = torch.zeros(length, dtype=windows.dtype, device=windows.device)
+    covering = torch.zeros(length, dtype=windows.dtype, device=windows.device)
     for number, start in enumerate(starts):
         total.narrow(axis, start, window).add_(windows[:, number])
-        seen[start : start + window] += 1
-    return total / seen.view(-1, *(1,) * (total.dim() - axis - 1))
+        covering[start : start + window] += 1
+    return total / covering.view(-1, *(1,) * (total.dim() - axis - 1))
 
 
-def _coherent(values: Tensor, clip: Tensor, width: float, axis: int, lead: int) -> Tensor:
+def _smoothed(values: Tensor, clip: Tensor, width: float, axis: int, time_axis: int) -> Tensor:
     """Diffusion along time (Perona & Malik, 1990) until `width` frames where nothing changes.
 
-    Neighbours exchange by one conductivity for both ways, so that sums over time stay.
+    Both neighbours use the same conductivity, so that sums over time stay.
     """
-    found, time = values.movedim(lead, -1), clip.movedim(axis, -1).to(values.dtype)
+    found, time = values.movedim(time_axis, -1), clip.movedim(axis, -1).to(values.dtype)
     steps = torch.diff(time, dim=-1).square()
     if steps.dim() > 3:
         # One conductivity for all channels of a pixel.
         steps = steps.mean(1, keepdim=True)
     usual = steps.flatten(1).mean(1).view(-1, *(1,) * (steps.dim() - 1))
-    open_to = torch.exp(-0.5 * steps / usual.clamp_min(torch.finfo(values.dtype).tiny))
-    if lead > axis:
-        open_to = open_to[:, None]
-    time_left = width**2 / 2.0
-    count = math.ceil(time_left / LARGEST_STEP)
+    conductivity = torch.exp(-0.5 * steps / usual.clamp_min(torch.finfo(values.dtype).tiny))
+    if time_axis > axis:
+        conductivity = conductivity[:, None]
+    duration = width**2 / 2.0
+    count = math.ceil(duration / LARGEST_STEP)
     for _ in range(count):
-        flow = torch.diff(found, dim=-1) * open_to * (time_left / count)
+        flow = torch.diff(found, dim=-1) * conductivity * (duration / count)
         found = found + functional.pad(flow, (0, 1)) - functional.pad(flow, (1, 0))
-    return found.movedim(-1, lead)
+    return found.movedim(-1, time_axis)
 
 
 def _flicker(values: Tensor, axis: int) -> Tensor:

@@ -22,8 +22,8 @@ from saliency_fast.model.guard import preserve_model_state
 from saliency_fast.model.targets import tensor_of
 from saliency_fast.render.files import encode, write_frames
 from saliency_fast.render.frames import STYLES, grey, picture
+from saliency_fast.render.html import Figure
 from saliency_fast.render.page import Entry, Inside, MapView, Numbers, Page, Ranked, page_html
-from saliency_fast.render.parts import Figure
 from saliency_fast.summary.animation import progress
 from saliency_fast.summary.sentences import summarise
 

@@ -1,4 +1,4 @@
-"""Pictures of maps: frames, files and the page that shows them."""
+"""Pictures of maps: overlays as frames, picture files and HTML pages."""
 
 from saliency_fast.render.frames import frames
 

@@ -1,4 +1,4 @@
-"""Frames as files: PNG, animated GIF and PNG, and MP4, by extension."""
+"""Picture files of frames: PNG, GIF, animated PNG and MP4, chosen by the extension."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Frames = NDArray[np.uint8]
 def write_frames(
     frames: Tensor, path: str | Path, frames_per_second: float = FRAMES_PER_SECOND
 ) -> Path:
-    """Writes uint8 frames [H, W, 3] or [T, H, W, 3] as the path's extension says; returns it.
+    """Writes uint8 frames [H, W, 3] or [T, H, W, 3] in the format of the path's extension.
 
     .png holds one frame; .gif, .apng and .mp4 hold any number. Raises InputError for another
     extension, and for .mp4 without the extra `video`.
@@ -39,25 +39,22 @@ def encode(frames: Tensor, extension: str, frames_per_second: float = FRAMES_PER
     """Frames [H, W, 3] or [T, H, W, 3] as the bytes of a ".png", ".gif" or ".apng"."""
     from PIL import Image
 
-    if extension.lower() not in EXTENSIONS[:3]:
-        raise InputError(
-            f"pictures end in one of {', '.join(EXTENSIONS)}: got {extension or 'no extension'!r}"
-        )
-    shown = [Image.fromarray(one) for one in _checked(frames)]
+    extension = extension.lower() or "no extension"
+    if extension not in EXTENSIONS[:3]:
+        raise InputError(f"pictures end in one of {', '.join(EXTENSIONS)}: got {extension!r}")
+    first, *rest = [Image.fromarray(one) for one in _checked(frames)]
     buffer = BytesIO()
-    if extension.lower() == ".png":
-        if len(shown) > 1:
+    if extension == ".png":
+        if rest:
             raise InputError(
-                f"a .png holds one frame: got {len(shown)}; write a .gif or an .mp4 instead"
+                f"a .png holds one frame: got {1 + len(rest)}; write a .gif or an .mp4 instead"
             )
-        shown[0].save(buffer, "PNG", optimize=True)
+        first.save(buffer, "PNG", optimize=True)
     else:
-        kind = "GIF" if extension.lower() == ".gif" else "PNG"
+        kind = "GIF" if extension == ".gif" else "PNG"
         duration = round(1000.0 / frames_per_second)
-        # Pillow joins equal neighbours into one longer frame: fewer frames, the same time.
-        shown[0].save(
-            buffer, kind, save_all=True, append_images=shown[1:], duration=duration, loop=0
-        )
+        # Pillow joins equal neighbours into one longer frame, so the total time stays the same.
+        first.save(buffer, kind, save_all=True, append_images=rest, duration=duration, loop=0)
     return buffer.getvalue()
 
 
@@ -70,7 +67,7 @@ def _write_mp4(frames: Frames, path: Path, frames_per_second: float) -> None:
             "writing .mp4 needs imageio and imageio-ffmpeg: install the extra with pip install "
             "'saliency-fast[video]', or write a .gif"
         ) from error
-    # H.264 with 4:2:0 colour takes even sizes only.
+    # H.264 with 4:2:0 chroma subsampling accepts even sizes only.
     height, width = frames.shape[1:3]
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with imageio.get_writer(

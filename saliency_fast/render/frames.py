@@ -1,4 +1,4 @@
-"""Frames: a map laid over its input, as uint8."""
+"""Frames: a map drawn over its input, as uint8 pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast.errors import InputError
 
-# Anchors (position, red, green, blue). Signed: deep blue, pale, deep red. Heat: black to pale.
+# Colours (position, red, green, blue) between which the table is interpolated.
 _ANCHORS = {
     "signed": (
         (0.0, 20, 60, 160),
@@ -50,10 +50,10 @@ def frames(
     opacity: float,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """Lays maps [B, *spatial] or [B, K, *spatial] over x [B, C, *spatial]: uint8 [..., 3].
+    """Draws maps [B, *spatial] or [B, K, *spatial] over x [B, C, *spatial] as uint8 [..., 3].
 
     spatial: two axes for images, three for video and volumes, whose frames share one scale. scale:
-    the magnitude drawn at full strength, one per map; that of `percentile` unless given.
+    the magnitude drawn at full strength, one per map; the magnitude at `percentile` by default.
     """
     if not 0.0 <= percentile <= 100.0:
         raise InputError(f"percentile must lie in [0, 100]: got {percentile}")
@@ -83,9 +83,10 @@ def frames(
 
 
 def picture(x: Tensor) -> Tensor:
-    """An input [B, C, *spatial] as uint8 [B, *spatial, 3]: each example over its own range.
+    """An input [B, C, *spatial] as uint8 [B, *spatial, 3], each example scaled to its own range.
 
-    Three or four channels are red, green and blue; one or two are grey, as is the mean of more.
+    Of three or four channels the first three are red, green and blue. Of one or two the first is
+    the grey level; of more it is the mean.
     """
     if x.shape[1] in (3, 4):
         channels = x[:, :3]
@@ -99,7 +100,7 @@ def picture(x: Tensor) -> Tensor:
 
 
 def grey(x: Tensor) -> Tensor:
-    """A picture [B, C, *] as [B, 1, *], so that the only colours in an overlay are the map's."""
+    """The luma [B, 1, *] of a coloured picture: in an overlay only the map has colour."""
     if x.shape[1] not in (3, 4):
         return x
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype, device=x.device)

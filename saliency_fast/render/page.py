@@ -1,25 +1,16 @@
-"""One self-contained HTML page that shows inputs, their maps and what is known of them."""
+"""The page of explanations: inputs, predictions, maps and the measured properties of each map."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from html import escape
 
-from saliency_fast.render.parts import (
-    Figure,
-    document,
-    figure_html,
-    legends,
-    number_text,
-    pairs_html,
-    percent_text,
-)
+from saliency_fast.render.html import Figure, legends, number_text, percent_text, render
 
 
 @dataclass(frozen=True)
 class Inside:
-    """Share of the map's positive evidence in a box, and the box's share of the picture."""
+    """The share of a map's positive evidence in a box, and the box's share of the picture."""
 
     share: float
     area: float
@@ -27,11 +18,11 @@ class Inside:
 
 @dataclass(frozen=True)
 class Numbers:
-    """What is known of one map.
+    """The measured properties of one map.
 
-    delta: None for a method without completeness; gain: score - baseline score, which makes it
-    relative. error: relative L2, 0 for exact methods, NaN where unknown. batch: the examples that
-    share `seconds` and `peak_bytes`.
+    delta: None for a method without completeness. gain: score - baseline score, which makes the
+    delta relative. error: relative L2, 0 for exact methods, NaN where unknown. batch: the number of
+    examples that `seconds` and `peak_bytes` cover together.
     """
 
     score: float
@@ -49,7 +40,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class MapView:
-    """One map: its method, what it explains, its pictures, the record that holds it, and words."""
+    """One map: method, explained output, pictures, the file of its record, and its summary."""
 
     method: str
     parameters: str
@@ -58,6 +49,24 @@ class MapView:
     numbers: Numbers
     record: str
     words: str = ""
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """(name, value) pairs under the map."""
+        numbers = self.numbers
+        shared = f", for {numbers.batch} examples together" if numbers.batch > 1 else ""
+        facts = [
+            ("score explained", number_text(numbers.score)),
+            ("completeness delta", delta_text(numbers)),
+            ("estimated error", error_text(numbers)),
+            ("points", f"{numbers.points} gradients"),
+            ("wall time", f"{numbers.seconds:.3g} s{shared}"),
+            ("peak memory", memory_text(numbers) + shared),
+        ]
+        if numbers.inside:
+            share, area = percent_text(numbers.inside.share), percent_text(numbers.inside.area)
+            facts.append(("evidence in the box", f"{share}; the box covers {area} of the picture"))
+        return [*facts, ("settings", self.parameters or "none"), ("record", self.record)]
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,12 @@ class Entry:
     truth: str | None
     maps: tuple[MapView, ...]
 
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """(name, value) pairs under the input."""
+        facts = [("shape", self.shape), ("read from", self.source)]
+        return [*facts, ("SHA-256", self.sha256)] if self.sha256 else facts
+
 
 @dataclass(frozen=True)
 class Page:
@@ -94,24 +109,9 @@ class Page:
 
 
 def page_html(page: Page) -> str:
-    """The page as one HTML document: no script, nothing loaded from elsewhere."""
-    entries = "\n".join(_entry(one) for one in page.entries)
+    """The page as one HTML document without scripts or external resources."""
     pictured = any(view.figures for one in page.entries for view in one.maps)
-    body = f"""<header>
-<h1>{escape(page.title)}</h1>
-<p class="lead">{escape(page.lead)}</p>
-</header>
-{legends() if pictured else ""}
-<main>
-{entries}
-</main>
-<footer>
-<h3>Reproduce this page</h3>
-<pre><code>{escape(page.command)}</code></pre>
-<h3>What it rests on</h3>
-{pairs_html(page.facts)}
-</footer>"""
-    return document(page.title, body)
+    return render("page.html.jinja", page=page, styles=legends() if pictured else [])
 
 
 def delta_text(numbers: Numbers) -> str:
@@ -138,86 +138,10 @@ def error_text(numbers: Numbers) -> str:
 
 def memory_text(numbers: Numbers) -> str:
     """Peak memory, and whether it was measured."""
-    count, unit = float(numbers.peak_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count, unit = count / 1024, larger
     how = "measured" if numbers.peak_measured else "planned"
-    return f"{count:.0f} {unit} ({how})" if unit == "B" else f"{count:.1f} {unit} ({how})"
-
-
-def _entry(entry: Entry) -> str:
-    maps = "\n".join(_map(view) for view in entry.maps)
-    picture = figure_html(entry.figure) if entry.figure else '<p class="soft">No picture.</p>'
-    facts = [("shape", entry.shape), ("read from", entry.source)]
-    if entry.sha256:
-        facts.append(("SHA-256", entry.sha256))
-    return f"""<article class="card">
-<div class="head"><h2>{escape(entry.name)}</h2>{_verdict(entry)}</div>
-<div class="columns">
-<div class="input">
-{picture}
-{_ranking(entry.ranking)}
-</div>
-<div class="maps">
-{maps}
-</div>
-</div>
-{pairs_html(facts)}
-</article>"""
-
-
-def _verdict(entry: Entry) -> str:
-    if not entry.ranking:
-        return ""
-    best = entry.ranking[0]
-    said = f"predicted <strong>{escape(best.label)}</strong>, {percent_text(best.probability)}"
-    if entry.truth is not None:
-        right = entry.truth == best.label
-        word = "right" if right else "wrong"
-        said += f' · truly {escape(entry.truth)}: <span class="{word}">{word}</span>'
-    return f'<div class="verdict">{said}</div>'
-
-
-def _ranking(ranking: tuple[Ranked, ...]) -> str:
-    rows = []
-    for number, one in enumerate(ranking):
-        kind = ' class="first"' if number == 0 else ""
-        width = f"{100.0 * min(max(one.probability, 0.0), 1.0):.2f}%"
-        rows.append(
-            f'<li{kind}><div class="row"><span class="name">{escape(one.label)}</span>'
-            f"<span>{percent_text(one.probability)}</span></div>"
-            f'<div class="track"><div class="fill" style="width:{width}"></div></div></li>'
-        )
-    return f'<ol class="ranking">{"".join(rows)}</ol>' if rows else ""
-
-
-def _map(view: MapView) -> str:
-    figures = "\n".join(figure_html(one) for one in view.figures)
-    pictures = f'<div class="pair">{figures}</div>' if figures else ""
-    if view.words:
-        pictures += f'\n<p class="small">{escape(view.words)}</p>'
-    return f"""<section class="method">
-<h3>{escape(view.method)}</h3>
-<p class="small soft">{escape(view.explains)}</p>
-{pictures}
-{pairs_html(_facts(view))}
-</section>"""
-
-
-def _facts(view: MapView) -> list[tuple[str, str]]:
-    numbers = view.numbers
-    shared = f", for {numbers.batch} examples together" if numbers.batch > 1 else ""
-    facts = [
-        ("score explained", number_text(numbers.score)),
-        ("completeness delta", delta_text(numbers)),
-        ("estimated error", error_text(numbers)),
-        ("points", f"{numbers.points} gradients"),
-        ("wall time", f"{numbers.seconds:.3g} s{shared}"),
-        ("peak memory", memory_text(numbers) + shared),
-    ]
-    if numbers.inside:
-        share, area = percent_text(numbers.inside.share), percent_text(numbers.inside.area)
-        facts.append(("evidence in the box", f"{share}; the box covers {area} of the picture"))
-    return [*facts, ("settings", view.parameters or "none"), ("record", view.record)]
+    count, units = float(numbers.peak_bytes), ["GiB", "MiB", "KiB", "B"]
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        units.pop()
+    digits = 0 if units[-1] == "B" else 1
+    return f"{count:.{digits}f} {units[-1]} ({how})"

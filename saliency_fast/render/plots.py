@@ -13,7 +13,7 @@ CURE = "install the extra with pip install 'saliency-fast[plots]'"
 SIZE, DOTS = (7.2, 3.6), 144
 _INK = {"light": ("#1b1d21", "#5d636d", "#dcdee2"), "dark": ("#e9eaec", "#a0a6b0", "#3a3f48")}
 _PAPER = {"light": "#ffffff", "dark": "#1c1f24"}
-# Told apart with colour-blind eyes too (after Okabe and Ito, 2008).
+# Distinguishable with colour-blindness too (after Okabe and Ito, 2008).
 _COLORS = {
     "light": ("#0072b2", "#d55e00", "#009e73", "#b0578d", "#8a6d00", "#3b4cc0"),
     "dark": ("#56b4e9", "#ff8a4c", "#2fc29a", "#e39ac4", "#e6c229", "#93a4ff"),
@@ -25,7 +25,7 @@ _LINES = ("-", (0, (7, 1.5)), (0, (3, 1)))
 
 @dataclass(frozen=True)
 class Band:
-    """A mean curve with the ends of its interval; control: drawn in grey and dashed."""
+    """A mean curve with the bounds of its interval; controls are grey and dashed."""
 
     name: str
     x: tuple[float, ...]
@@ -37,6 +37,8 @@ class Band:
 
 @dataclass(frozen=True)
 class Plot:
+    """Curves over a common axis."""
+
     title: str
     x_name: str
     y_name: str
@@ -59,10 +61,9 @@ def plot_png(plot: Plot, theme: str = "light") -> bytes:
     figure = Figure(figsize=SIZE, dpi=DOTS, facecolor=_PAPER[theme], layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot(facecolor=_PAPER[theme])
-    number = {True: 0, False: 0}
-    for band in plot.bands:
-        _draw(axes, band, number[band.control], theme)
-        number[band.control] += 1
+    for is_control in (False, True):
+        for number, band in enumerate(one for one in plot.bands if one.control == is_control):
+            _draw(axes, band, number, theme)
     axes.set_xlabel(plot.x_name, color=soft, fontsize=9)
     axes.set_ylabel(plot.y_name, color=soft, fontsize=9)
     axes.tick_params(colors=soft, labelsize=8, length=3)

@@ -1,4 +1,4 @@
-"""From scores to words: parts of a map, concepts of many, and sentences that a person can check."""
+"""Summaries: regions of a map, concepts of a layer, and sentences with numbers to check."""
 
 from saliency_fast.summary.animation import Moment, Progress, animate, progress
 from saliency_fast.summary.concepts import Concepts, Prototype, concepts

@@ -1,4 +1,4 @@
-"""Animation: how a map grows sharp while its points come in, with its error in every frame."""
+"""Animation: a map while its points are computed, with its estimated error in every frame."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from saliency_fast import ops
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.features import Features
-from saliency_fast.engine.plan import Plan
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import Target
 from saliency_fast.render.files import write_frames
-from saliency_fast.render.frames import frames as drawn
-from saliency_fast.render.parts import percent_text
+from saliency_fast.render.frames import frames as overlay
+from saliency_fast.render.html import percent_text
 
 WIDTH = 192
-"""Pictures are enlarged by whole numbers until they are about this wide, so that text fits."""
+"""Pictures are enlarged by whole numbers to about this width, so that the text fits."""
 BAR, STRIP = 4, 16
-"""Rows of the bar and of the text under it."""
+"""Rows of the progress bar and of the text below it."""
 PAPER, INK, TRACK, FILL = (250, 250, 250), (30, 30, 30), (215, 215, 215), (60, 110, 190)
 PERCENTILE, OPACITY = 99.0, 0.85
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A map on the way: values with their channels reduced [1, *spatial], its estimated relative
-    L2 error (NaN where it is unknown) and the points that it rests on.
+    """An intermediate map.
+
+    Attributes:
+        values: The map with its channels reduced, [1, *spatial].
+        error: Its estimated relative L2 error; NaN where it is unknown.
+        points: The number of points so far.
     """
 
     values: Tensor
@@ -45,10 +49,13 @@ class Moment:
 
 @dataclass(frozen=True, eq=False)
 class Progress:
-    """Pictures of a map on its way.
+    """Pictures of a map while its points are computed; `progress` has an example.
 
-    frames: uint8 [T, H, W, 3], the picture enlarged `zoom` times, a bar of points and a line of
-    text below. moments: what each shows. size: (rows, columns) of the picture alone, enlarged.
+    Attributes:
+        frames: uint8 [T, H, W, 3]: the picture enlarged `zoom` times, a bar of points and a text.
+        moments: The map in each frame.
+        zoom: The enlargement.
+        size: The (rows, columns) of the enlarged picture alone.
     """
 
     frames: Tensor
@@ -57,7 +64,15 @@ class Progress:
     size: tuple[int, int]
 
     def save(self, path: str | Path, frames_per_second: float = 8.0) -> Path:
-        """Writes .gif, .apng or .mp4, by extension; the last frame stays for a second."""
+        """Writes a .gif, .apng or .mp4 file, in which the last frame stays for a second.
+
+        Args:
+            path: The file; its extension chooses the format.
+            frames_per_second: The speed.
+
+        Returns:
+            The path.
+        """
         rest = self.frames[-1:].expand(max(0, round(frames_per_second) - 1), *self.frames.shape[1:])
         return write_frames(torch.cat([self.frames, rest]), path, frames_per_second)
 
@@ -74,41 +89,72 @@ def progress(
     forward_args: Any = (),
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> Progress:
-    """At most `frames` pictures of the map of one image, video or volume [1, C, *spatial].
+    """Draws the map of one input after every launch.
 
-    stream: an engine, whose launches are made small enough for so many frames, or what
-    `Engine.stream` yields. All frames share the colour scale of the last, which is
-    `Attribution.overlay`. Of videos and volumes the frame that holds most of the map is shown.
+    All frames share the colour scale of the last, which is `Attribution.overlay`. Of videos and
+    volumes the frame that holds most of the map is shown.
+
+    Args:
+        stream: An engine, whose launches are made small enough for so many frames, or the output of
+            `Engine.stream`.
+        inputs: One image, video or volume [1, C, *spatial].
+        target: As in `explain`; this and the following arguments are used with an engine.
+        style: "signed" or "heat", as in `Attribution.overlay`.
+        frames: The largest number of frames.
+        baseline: As in `explain`.
+        features: As in `explain`.
+        forward_args: Further arguments of the model.
+        forward_kwargs: Further arguments of the model, by name.
+
+    Returns:
+        The frames with their maps.
+
+    Raises:
+        InputError: If there is no picture, or several maps.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
+        >>> engine = Engine(model, "smoothgrad")
+        >>> found = progress(engine, torch.rand(1, 1, 8, 8), target=0, frames=4)
+        >>> found.frames.shape, found.zoom
+        (torch.Size([4, 212, 192, 3]), 24)
     """
-    _check(inputs, frames)
+    if not isinstance(inputs, Tensor):
+        raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
+    if len(inputs) != 1 or inputs.dim() not in (4, 5):
+        cure = "pass x[:1]" if inputs.dim() in (4, 5) else "features and signals have no pictures"
+        raise InputError(
+            "an animation is of one image, video or volume [1, C, *spatial]: got "
+            f"{list(inputs.shape)}; {cure}"
+        )
+    checks.whole("frames", frames, 1)
     if isinstance(stream, Engine):
-        further = {
+        about: dict[str, Any] = {
             "forward_args": forward_args,
             "forward_kwargs": forward_kwargs,
             "features": features,
         }
-        plan = stream.plan(inputs, target, baseline, **further)
-        finer = _finer(stream, plan, frames)
-        stream = finer.stream(inputs, target, baseline, **further)
-    found, axes = list[Moment](), None
+        plan = stream.plan(inputs, target, baseline, **about)
+        points = max(1, min(plan.points_per_launch, -(-plan.points // frames)))
+        stream = _with_launches(stream, points).stream(inputs, target, baseline, **about)
+    moments, axes = list[Moment](), None
     for one in stream:
-        found.append(_moment(one, inputs, style))
+        moments.append(_moment(one, inputs, style))
         axes = one.axes()
-    moments = _thinned(found, frames)
-    if not moments:
+    if axes is None:
         raise InputError("stream holds no map: expected one Attribution or more")
-    assert axes is not None
-    inputs = axes.standard(inputs)
-    scale = ops.magnitude_percentile(moments[-1].values.reshape(1, -1), PERCENTILE)
-    pictures = [drawn(inputs, one.values, style, PERCENTILE, OPACITY, scale)[0] for one in moments]
+    moments = _thinned(moments, frames)
+    inputs, last = axes.standard(inputs), moments[-1]
+    scale = ops.magnitude_percentile(last.values.reshape(1, -1), PERCENTILE)
+    pictures = [overlay(inputs, m.values, style, PERCENTILE, OPACITY, scale)[0] for m in moments]
     if inputs.dim() == 5:
-        best = int(moments[-1].values[0].double().abs().sum((1, 2)).argmax())
-        pictures = [one[best] for one in pictures]
+        strongest = int(last.values[0].double().abs().sum((1, 2)).argmax())
+        pictures = [one[strongest] for one in pictures]
     rows, columns = pictures[0].shape[:2]
     zoom = max(1, round(WIDTH / columns))
-    total = moments[-1].points
     framed = [
-        _framed(one.cpu(), zoom, at, total) for one, at in zip(pictures, moments, strict=True)
+        _framed(one.cpu(), zoom, moment, last.points)
+        for one, moment in zip(pictures, moments, strict=True)
     ]
     return Progress(torch.stack(framed), tuple(moments), zoom, (rows * zoom, columns * zoom))
 
@@ -122,34 +168,43 @@ def animate(
     frames_per_second: float = 8.0,
     **fields: Any,
 ) -> Path:
-    """Writes `progress` as .gif, .apng or .mp4, by extension; returns the path."""
+    """Writes `progress` as an animation.
+
+    Args:
+        stream: As in `progress`.
+        inputs: As in `progress`.
+        target: As in `progress`.
+        path: The .gif, .apng or .mp4 file to write.
+        frames_per_second: The speed.
+        **fields: Further arguments of `progress`.
+
+    Returns:
+        The path.
+
+    Raises:
+        InputError: As `progress`, and for another extension.
+
+    Example:
+        >>> import tempfile
+        >>> engine = Engine(torch.nn.Flatten(), "smoothgrad")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     animate(engine, torch.rand(1, 1, 8, 8), 0, f"{folder}/map.gif", frames=4).name
+        'map.gif'
+    """
     if not 0.0 < frames_per_second < math.inf:
         raise InputError(f"frames_per_second must be positive: got {frames_per_second!r}")
     return progress(stream, inputs, target, **fields).save(path, frames_per_second)
 
 
-def _check(inputs: object, frames: object) -> None:
-    if not isinstance(inputs, Tensor):
-        raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
-    if len(inputs) != 1 or inputs.dim() not in (4, 5):
-        cure = "pass x[:1]" if inputs.dim() in (4, 5) else "features and signals have no pictures"
-        raise InputError(
-            "an animation is of one image, video or volume [1, C, *spatial]: got "
-            f"{list(inputs.shape)}; {cure}"
-        )
-    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
-        raise InputError(f"frames must be a whole number, 1 or more: got {frames!r}")
-
-
-def _finer(engine: Engine, plan: Plan, frames: int) -> Engine:
-    """An engine like this one, whose launches take few enough points."""
+def _with_launches(engine: Engine, points: int) -> Engine:
+    """A compatible engine whose launches take at most so many points."""
     return Engine(
         engine.model,
         engine.method,
         precision=engine.precision,
         tolerance=engine.tolerance,
         memory_budget=engine.limits.memory_budget,
-        points_per_launch=max(1, min(plan.points_per_launch, -(-plan.points // frames))),
+        points_per_launch=points,
         lean=engine.lean,
         hashes=False,
         graphs=engine.graphs,
@@ -160,9 +215,8 @@ def _finer(engine: Engine, plan: Plan, frames: int) -> Engine:
 def _moment(found: Attribution, inputs: Tensor, style: str) -> Moment:
     if found.many or not isinstance(found.values, Tensor):
         raise InputError("an animation is of one map: got several targets or inputs; take one")
-    values = found.map("sum" if style == "signed" else "l2")
+    values, axes = found.map("sum" if style == "signed" else "l2"), found.axes()
     assert isinstance(values, Tensor)
-    axes = found.axes()
     if axes is None:
         raise InputError(
             f"which axis of the input {list(inputs.shape)} holds its channels is not known: pass "
@@ -177,14 +231,13 @@ def _moment(found: Attribution, inputs: Tensor, style: str) -> Moment:
 
 
 def _thinned(moments: Sequence[Moment], count: int) -> list[Moment]:
-    """So many of them at most, evenly, the last one among them."""
+    """At most `count` of the moments at equal distances, with the last one."""
     if len(moments) <= count:
         return list(moments)
-    picks = [((number + 1) * len(moments)) // count - 1 for number in range(count)]
-    return [moments[one] for one in picks]
+    return [moments[((number + 1) * len(moments)) // count - 1] for number in range(count)]
 
 
-def _framed(picture: Tensor, zoom: int, at: Moment, total: int) -> Tensor:
+def _framed(picture: Tensor, zoom: int, moment: Moment, total: int) -> Tensor:
     """A picture [H, W, 3] enlarged, above a bar of the points so far and a line of text."""
     from PIL import Image, ImageDraw
 
@@ -193,14 +246,14 @@ def _framed(picture: Tensor, zoom: int, at: Moment, total: int) -> Tensor:
     below = Image.new("RGB", (width, BAR + STRIP), PAPER)
     draw = ImageDraw.Draw(below)
     draw.rectangle((0, 0, width - 1, BAR - 1), fill=TRACK)
-    done = round(width * at.points / max(1, total))
+    done = round(width * moment.points / max(1, total))
     if done:
         draw.rectangle((0, 0, done - 1, BAR - 1), fill=FILL)
-    draw.text((3, BAR + 2), caption(at, total), fill=INK)
+    draw.text((3, BAR + 2), caption(moment, total), fill=INK)
     return torch.cat([large, torch.from_numpy(np.array(below))])
 
 
-def caption(at: Moment, total: int) -> str:
-    """What is written under a frame."""
-    error = "unknown" if math.isnan(at.error) else percent_text(at.error)
-    return f"{at.points}/{total} points, error {error}"
+def caption(moment: Moment, total: int) -> str:
+    """The text under a frame."""
+    error = "unknown" if math.isnan(moment.error) else percent_text(moment.error)
+    return f"{moment.points}/{total} points, error {error}"

@@ -1,35 +1,87 @@
-"""Concepts: what a layer sees again and again where it speaks for the target, over many inputs."""
+"""Concepts: directions of a layer's channels that recur in the evidence of many inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
+from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.rounds import Maps, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.methods.parts.canvas import resize
+from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.canvas import Canvas, resize
 from saliency_fast.model.layers import At
 from saliency_fast.model.targets import PREDICTED, Target
-from saliency_fast.summary.factors import AUTO, KMEANS, METHODS, NMF, Array, amounts, directions
 from saliency_fast.summary.grouping import connected
-from saliency_fast.summary.sight import LayerSight
 
-SHOWN = 3
+NMF, KMEANS, AUTO = "nmf", "kmeans", "auto"
+METHODS = (AUTO, NMF, KMEANS)
+PROTOTYPES = 3
 """Examples that stand for a concept."""
 HALF = 0.5
-"""Of a map's peak, where the box of a concept ends."""
+"""The share of a map's peak that bounds the box of a prototype."""
+ROWS = 20_000
+"""Positions that directions are learned from, at most; those with the largest weight."""
+SWEEPS, RESIDUAL = 1000, 1e-12
+"""Sweeps of coordinate descent at most, and the relative change at which it ends."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """A method: a layer's activations and the score's gradients there, as `extras` [B, C, *s].
+
+    Its values are their product, summed over channels. grid, special: as in `GradCAM`.
+    """
+
+    layer: str = "auto"
+    grid: tuple[int, ...] | None = None
+    special: int | None = None
+    name = "layer_evidence"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grid", checks.grid(self.grid))
+
+    def recipe(self) -> Recipe:
+        return in_rounds(self._rounds, 1, at_input=True, layers=self.layer)
+
+    def _rounds(self, asked: RoundContext) -> Rounds:
+        if asked.scores.shape[1] > 1:
+            raise InputError("target must be one per example: got several; take one of them")
+        canvas = Canvas(asked, False, self.grid, self.special)
+        parts: dict[str, list[Tensor]] = {"activations": [], "gradients": []}
+
+        def each(rows: slice, found: RoundResult) -> None:
+            (output, *_) = canvas.of_layers(found)
+            parts["activations"].append(canvas.read(0, output).detach())
+            parts["gradients"].append(canvas.read(0, found.grads[0][0]).detach())
+
+        yield canvas.inputs_round(each, gradients=True)
+        extras = {name: torch.cat(several)[:, None] for name, several in parts.items()}
+        evidence = (extras["activations"] * extras["gradients"]).sum(2)
+        return Maps((evidence,), extras=extras)
 
 
 @dataclass(frozen=True)
 class Prototype:
-    """An example in which a concept is strong; box: of the connected places around its peak above
-    half of it, starts and then stops, half-open. share: as in `Concepts.shares`.
+    """An example in which a concept is strong.
+
+    Attributes:
+        example: The index of the example.
+        box: The half-open corners, starts and then stops, of the connected positions around the
+            concept's peak that are above half of it.
+        share: The concept's share of the evidence, as in `Concepts.shares`.
     """
 
     example: int
@@ -39,19 +91,22 @@ class Prototype:
 
 @dataclass(frozen=True, eq=False)
 class Concepts:
-    """Directions in a layer's channels and what they account for.
+    """K directions in a layer's channels and their shares of the evidence of B examples.
 
-    The evidence of a place is its activations times the score's gradients there. Where activations
-    are sums of concepts and a remainder, so is the evidence.
+    The evidence of a position is its activations times the score's gradients there. All tensors are
+    on the CPU and float64.
 
-    Tensors are on the CPU. directions: float64 [K, C], of length 1, the concept with the largest
-    share first. maps: float64 [B, K, *spatial], each concept's evidence, resized linearly to the
-    input. shares: float64
-    [B, K], its sum over the places, of the sum of the evidence's amounts; signed. rest: float64
-    [B], the remainder's. total: float64 [B], their sum, of all evidence for and against. explained:
-    float64 [B], 1 - what the concepts miss of the evidence, place by place: 1 is all, and under 0
-    is worse than nothing. prototypes: for each concept, where it is strongest. classes: the
-    explained ones, int64 [B], or None. layer: its name.
+    Attributes:
+        directions: [K, C], of length 1, the concept with the largest share first.
+        maps: Each concept's evidence [B, K, *spatial], resized linearly to the input.
+        shares: The signed sum of each concept's evidence, divided by the magnitude of all [B, K].
+        rest: The share of the evidence that no concept holds [B].
+        explained: 1 - the magnitude of the evidence that the concepts miss, position by position,
+            divided by the magnitude of all [B]: 1 is everything, below 0 is worse than nothing.
+        prototypes: The examples in which each concept is strongest.
+        classes: The explained classes, int64 [B], or None.
+        layer: The name of the layer.
+        method: "nmf" or "kmeans".
     """
 
     directions: Tensor
@@ -66,10 +121,18 @@ class Concepts:
 
     @property
     def total(self) -> Tensor:
+        """The share of evidence for less evidence against the target, [B]."""
         return self.shares.sum(1) + self.rest
 
     def by_class(self) -> dict[int, Tensor]:
-        """The mean share [K] of each concept in the examples of each class."""
+        """The mean share [K] of each concept over the examples of each class.
+
+        Returns:
+            Shares by class.
+
+        Raises:
+            InputError: If the target is no class.
+        """
         if self.classes is None:
             raise InputError("classes are unknown: the target is no class; see `shares`")
         numbers = torch.unique(self.classes).tolist()
@@ -98,34 +161,63 @@ def concepts(
     forward_kwargs: Mapping[str, Any] | None = None,
     memory_budget: int | str | None = None,
 ) -> Concepts:
-    """Finds `count` concepts of a layer in what speaks for the target, after CRAFT (Fel, 2023) and
-    ACE (Ghorbani, 2019); needs the extra 'concepts' (scikit-learn).
+    """Finds concepts of a layer in the evidence for the target (Fel, 2023; Ghorbani, 2019).
 
-    at: a layer or its name, "auto" for the last spatial one. The channel vectors of all places of
-    all inputs, weighted by the positive part of their evidence, are factorised by "nmf" (where no
-    activation is negative, "auto" takes it) or their directions clustered by "kmeans". The same
-    seed gives the same concepts. grid, special: of a transformer's tokens, as in `GradCAM`.
+    The channel vectors of all positions of all inputs, weighted by the positive part of their
+    evidence, are factorised or clustered. A concept has no name: look at its prototypes. Where
+    `explained` is low, activations are no sums of few directions, and shares mean little. Needs the
+    extra 'concepts' (scikit-learn).
 
-    A concept has no name: look at its prototypes. Where activations are no sums of few directions,
-    `explained` is low, and shares mean little.
+    Args:
+        model: The model.
+        inputs: The inputs [B, C, *spatial].
+        target: As in `explain`.
+        at: A layer or its name; "auto" is the last spatial one.
+        count: The number K of concepts.
+        method: "nmf" for activations that are not negative, "kmeans" for clusters of directions, or
+            "auto".
+        seed: The same seed gives the same concepts.
+        grid: The grid of a transformer's tokens, as in `GradCAM`.
+        special: The number of its special tokens.
+        forward_args: Further arguments of the model.
+        forward_kwargs: Further arguments of the model, by name.
+        memory_budget: As in `Engine`.
+
+    Returns:
+        The concepts, their maps and shares.
+
+    Raises:
+        InputError: For more concepts than the activations hold, and for unknown arguments.
+
+    Example:
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(1, 2, 1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8, 1)
+        ... )
+        >>> for weight in model.parameters():
+        ...     _ = torch.nn.init.constant_(weight, 1.0)
+        >>> found = concepts(model, torch.ones(3, 1, 2, 2), None, count=1)
+        >>> found.shares.shape, found.maps.shape, float(found.explained.mean().round(decimals=3))
+        (torch.Size([3, 1]), torch.Size([3, 1, 2, 2]), 1.0)
     """
-    _check(count, method, seed)
+    checks.whole("count", count, 1)
+    checks.choice("method", method, METHODS)
+    checks.whole("seed", seed, 0)
     if not isinstance(inputs, Tensor):
         raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
-    sight = LayerSight(grid=grid, special=special)
-    engine = Engine(model, sight, at=at, memory_budget=memory_budget, hashes=False)
+    evidence = LayerEvidence(grid=grid, special=special)
+    engine = Engine(model, evidence, at=at, memory_budget=memory_budget, hashes=False)
     found = engine(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
     axes = found.axes()
     size = inputs.shape[1:] if axes is None else axes.size(inputs.shape)
-    return _found(found, tuple(size), count, method, seed)
+    return _concepts(found, tuple(size), count, method, seed)
 
 
-def _found(
+def _concepts(
     found: Attribution, size: tuple[int, ...], count: int, method: str, seed: int
 ) -> Concepts:
     """The concepts of a layer's activations and gradients, for inputs of a spatial size."""
     activations, gradients = found.extras["activations"], found.extras["gradients"]
-    vectors, slopes = _rows(activations), _rows(gradients)
+    vectors, slopes = _vectors(activations), _vectors(gradients)
     evidence = (vectors * slopes).sum(1)
     if method == AUTO:
         method = NMF if vectors.min() >= 0 else KMEANS
@@ -135,52 +227,32 @@ def _found(
             "behind a ReLU, or use 'kmeans'"
         )
     units = directions(vectors, np.maximum(evidence, 0.0), count, method, seed)
-    # What each concept gives to each place; the largest sum first.
+    # Where activations are sums of concepts and a remainder, so is the evidence.
     parts = amounts(vectors, units, method) * (slopes @ units.T)
     order = np.argsort(-parts.sum(0), kind="stable")
-    places = (len(activations), *activations.shape[2:])
-    maps = torch.from_numpy(parts[:, order]).view(*places, count).movedim(-1, 1)
-    whole = torch.from_numpy(evidence).view(places)
-    return _concepts(
-        maps,
-        whole,
-        size,
+    shape = (len(activations), *activations.shape[2:])
+    maps = torch.from_numpy(parts[:, order]).view(*shape, count).movedim(-1, 1)
+    whole = torch.from_numpy(evidence).view(shape)
+    amount = whole.abs().flatten(1).sum(1)
+    scale = torch.where(amount > 0, amount, 1.0)
+    shares = maps.flatten(2).sum(2) / scale[:, None]
+    missed = (whole - maps.sum(1)).abs().flatten(1).sum(1)
+    large = resize(maps.flatten(0, 1).contiguous(), size).view(len(whole), count, *size)
+    return Concepts(
         directions=torch.from_numpy(units[order]),
+        maps=large,
+        shares=shares,
+        rest=whole.flatten(1).sum(1) / scale - shares.sum(1),
+        explained=torch.where(amount > 0, 1.0 - missed / scale, torch.nan),
+        prototypes=tuple(_prototypes(large[:, k], shares[:, k]) for k in range(count)),
         classes=None if found.classes is None else found.classes.cpu(),
         layer=", ".join(found.provenance.at or ()),
         method=method,
     )
 
 
-def _concepts(maps: Tensor, whole: Tensor, size: tuple[int, ...], **about: Any) -> Concepts:
-    """Concepts with maps [B, K, *s] at a layer whose evidence is `whole` [B, *s]."""
-    batch, count = maps.shape[:2]
-    large = resize(maps.flatten(0, 1).contiguous(), size).view(batch, count, *size)
-    amount = whole.abs().flatten(1).sum(1)
-    scale = torch.where(amount > 0, amount, 1.0)
-    shares = maps.flatten(2).sum(2) / scale[:, None]
-    missed = (whole - maps.sum(1)).abs().flatten(1).sum(1)
-    return Concepts(
-        maps=large,
-        shares=shares,
-        rest=whole.flatten(1).sum(1) / scale - shares.sum(1),
-        explained=torch.where(amount > 0, 1.0 - missed / scale, torch.nan),
-        prototypes=tuple(_prototypes(large[:, k], shares[:, k]) for k in range(count)),
-        **about,
-    )
-
-
-def _check(count: object, method: object, seed: object) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise InputError(f"count must be a whole number, 1 or more: got {count!r}")
-    if method not in METHODS:
-        raise InputError(f"method must be one of {', '.join(METHODS)}: got {method!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise InputError(f"seed must be a whole number, 0 or more: got {seed!r}")
-
-
-def _rows(maps: Tensor) -> Array:
-    """Maps [B, C, *s] as vectors [B * places, C]."""
+def _vectors(maps: Tensor) -> Array:
+    """Maps [B, C, *s] as vectors [B * positions, C]."""
     rows: Array = maps.double().cpu().flatten(2).mT.reshape(-1, maps.shape[1]).numpy()
     return rows
 
@@ -188,12 +260,95 @@ def _rows(maps: Tensor) -> Array:
 def _prototypes(maps: Tensor, shares: Tensor) -> tuple[Prototype, ...]:
     """The examples in which one concept [B, *spatial] has its largest share."""
     found = []
-    for b in shares.argsort(descending=True, stable=True)[:SHOWN].tolist():
-        peak = maps[b].max()
-        if not bool(peak > 0):
+    for b in shares.argsort(descending=True, stable=True)[:PROTOTYPES].tolist():
+        one = maps[b].numpy()
+        if one.max() <= 0:
             continue
-        number = connected((maps[b] >= HALF * peak)[None])[0]
-        own = (number == number.flatten()[maps[b].argmax()]).nonzero()
-        box = (*own.amin(0).tolist(), *(own.amax(0) + 1).tolist())
+        label = connected(one >= HALF * one.max())
+        own = np.argwhere(label == label.flat[one.argmax()])
+        box = (*own.min(0).tolist(), *(own.max(0) + 1).tolist())
         found.append(Prototype(b, box, float(shares[b])))
     return tuple(found)
+
+
+def directions(vectors: Array, weights: Array, count: int, method: str, seed: int) -> Array:
+    """Unit directions [K, C] of vectors [N, C] with weights [N]: additive parts (NMF; Lee and
+    Seung, 1999), or the centres of clusters of their directions (k-means).
+    """
+    kept = weights > 0
+    if int(kept.sum()) < count:
+        raise InputError(
+            f"count must be at most the positions with evidence for the target: got {count}, and "
+            f"there are {int(kept.sum())}; use fewer concepts or more inputs"
+        )
+    order = np.argsort(-weights, kind="stable")[:ROWS]
+    order = order[kept[order]]
+    vectors, weights = vectors[order], weights[order] / weights[order].max()
+    found = (_nmf if method == NMF else _cluster_centres)(vectors, weights, count, seed)
+    units = _unit(found)
+    several = len(np.unique(units[units.any(1)].round(9), axis=0))
+    if several < count:
+        raise InputError(
+            f"count must be at most the different directions of the activations: got {count}, and "
+            f"there are {several}; use count={max(1, several)} or more inputs"
+        )
+    return units
+
+
+def amounts(vectors: Array, units: Array, method: str) -> Array:
+    """The amount of each direction [K, C] in each vector [N, C], [N, K] and not negative: by
+    non-negative least squares, or of clusters the projection on the nearest centre.
+    """
+    if method == NMF:
+        factorization = _learn("decomposition").non_negative_factorization
+        found: Array = factorization(
+            vectors,
+            H=units,
+            n_components=len(units),
+            update_H=False,
+            tol=RESIDUAL,
+            max_iter=SWEEPS,
+        )[0]
+        return found
+    along = vectors @ units.T
+    is_nearest = np.arange(len(units)) == along.argmax(1)[:, None]
+    return np.where(is_nearest, np.maximum(along, 0.0), 0.0)
+
+
+def _unit(vectors: Array) -> Array:
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    units: Array = vectors / np.where(length > 0, length, 1.0)
+    return units
+
+
+def _nmf(vectors: Array, weights: Array, count: int, seed: int) -> Array:
+    if count > min(vectors.shape):
+        raise InputError(
+            f"count must be at most the layer's channels, {vectors.shape[1]}, and the positions "
+            f"with evidence for the target, {len(vectors)}: got {count}; use fewer concepts"
+        )
+    learner = _learn("decomposition").NMF(
+        count, init="nndsvda", max_iter=2000, tol=1e-5, random_state=seed
+    )
+    # A row times the root of its weight has that weight in the squared error.
+    learner.fit(vectors * np.sqrt(weights)[:, None])
+    parts: Array = learner.components_.astype(np.float64)
+    return parts
+
+
+def _cluster_centres(vectors: Array, weights: Array, count: int, seed: int) -> Array:
+    learner = _learn("cluster").KMeans(count, n_init=10, random_state=seed)
+    learner.fit(_unit(vectors), sample_weight=weights)
+    centres: Array = learner.cluster_centers_.astype(np.float64)
+    return centres
+
+
+def _learn(module: str) -> ModuleType:
+    """A module of scikit-learn, which is an extra."""
+    try:
+        return import_module(f"sklearn.{module}")
+    except ImportError as error:
+        raise InputError(
+            "concepts need scikit-learn, which is not installed: use pip install "
+            "'saliency-fast[concepts]'"
+        ) from error

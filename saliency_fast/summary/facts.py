@@ -1,10 +1,13 @@
-"""Facts: all that a summary says of an example, as plain numbers that JSON can hold."""
+"""Facts: everything that a summary says of an example, as plain numbers that JSON can hold.
+
+Deletion queries measure what the model predicts when the strongest region is replaced.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,96 +15,80 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baselines
+from saliency_fast.evaluate.metrics.inpaint import inpaint
+from saliency_fast.evaluate.scores import UNTOLD, Questions, probabilities
 from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.evaluate.subject import Subject
+from saliency_fast.evaluate.substrates import substrate_of
 from saliency_fast.methods import read_method
-from saliency_fast.model.targets import Targets, read_targets
-from saliency_fast.summary.asking import Removed, Verdict, ask, remove
-from saliency_fast.summary.regions import Region, Regions
-from saliency_fast.summary.spots import KINDS
+from saliency_fast.model.targets import Targets, read_targets, tensor_of, with_padding
+from saliency_fast.summary.locations import KINDS
+from saliency_fast.summary.regions import Names, Region, Regions, by_number
 
-Labels = Mapping[int, str] | Sequence[str] | None
 Facts = dict[str, Any]
 NOISE = 0.05
-"""The deviation of the noise under which stability is looked at, as a share of an input's range."""
+"""The standard deviation of the noise of stability, as a share of an input's range."""
 
 
 def facts_of(
     subject: Subject,
     grouped: Regions,
-    labels: Labels,
+    labels: Names,
     object_name: str,
     stability: int,
     found: Attribution | None,
 ) -> list[Facts]:
     """The facts of every example."""
-    verdicts = ask(subject)
+    names = by_number(labels)
     tops = [_top(one) for one in grouped]
-    gone = [0 if top is None else grouped[b][top].label for b, top in enumerate(tops)]
-    removed = remove(subject, grouped.labels, gone)
+    queried = [0 if top is None else grouped[b][top].label for b, top in enumerate(tops)]
+    predictions, removals = deletion_queries(subject, grouped.labels, queried, names)
     confidence = _confidence(subject, stability, found)
-    targets = read_targets(subject.classes, subject.batch)
-    return [
-        {
-            "kind": KINDS.get(grouped.labels.dim() - 1, "input") if _spatial(subject) else "input",
-            "object": object_name if subject.masks is not None else None,
-            **_explained(targets, verdicts[b], b, labels),
-            **_verdict(verdicts[b], labels),
-            "evidence": _evidence(grouped, b),
-            "regions": [_plain(one) for one in grouped[b]],
-            "rest": _plain(grouped.rest[b]),
-            "top": tops[b],
-            "removal": _removal(removed[b], verdicts[b], labels),
-            "confidence": confidence[b],
-            "notes": list(subject.caveats),
+    classes = read_targets(subject.classes, subject.batch).classes
+    facts = []
+    for b, prediction in enumerate(predictions):
+        # The only number of an output is no class to decide for.
+        number = None
+        if classes is not None and prediction["decision"] is not None:
+            number = int(classes[b, 0])
+        removal = {
+            name: one | {"change": one["score"] - prediction["score"]}
+            for name, one in removals[b].items()
         }
-        for b in range(subject.batch)
-    ]
-
-
-def label_of(number: int, labels: Labels) -> str:
-    """A class in words."""
-    if isinstance(labels, Mapping):
-        return labels.get(number, f"class {number}")
-    return labels[number] if labels is not None and number < len(labels) else f"class {number}"
-
-
-def _spatial(subject: Subject) -> bool:
-    return subject.inputs.dim() > 2
+        facts.append(
+            {
+                "kind": KINDS.get(subject.inputs.dim() - 2, "input"),
+                "object": object_name if subject.masks is not None else None,
+                "class": number,
+                "name": "the output" if number is None else _class_name(number, names),
+                **prediction,
+                "evidence": _evidence(float(grouped.positive[b]), float(grouped.negative[b])),
+                "regions": [_plain_region(one) for one in grouped[b]],
+                "rest": _plain_region(grouped.rest[b]),
+                "top": tops[b],
+                "removal": removal or None,
+                "confidence": confidence[b],
+                "notes": list(subject.caveats),
+            }
+        )
+    return facts
 
 
 def _top(found: Sequence[Region]) -> int | None:
-    """The region that holds most of the evidence for the target, of those that speak for it."""
-    speaking = [number for number, one in enumerate(found) if one.share > 0]
-    return max(speaking, key=lambda number: found[number].positive, default=None)
+    """The index of the region with most positive evidence, of those with a positive share."""
+    positive = [number for number, one in enumerate(found) if one.share > 0]
+    return max(positive, key=lambda number: found[number].positive, default=None)
 
 
-def _explained(targets: Targets, found: Verdict, row: int, labels: Labels) -> Facts:
-    # The only number of an output is no class to decide for.
-    if targets.classes is None or found.decision is None:
-        return {"class": None, "name": "the output"}
-    number = int(targets.classes[row, 0])
-    return {"class": number, "name": label_of(number, labels)}
+def _class_name(number: int, names: Mapping[int, str]) -> str:
+    return names.get(number, f"class {number}")
 
 
-def _verdict(found: Verdict, labels: Labels) -> Facts:
-    return {
-        "score": found.score,
-        "probability": found.probability,
-        "decision": _class(found.decision, labels),
-        "runner_up": _class(found.runner_up, labels),
-    }
+def _plain_region(region: Region) -> Facts:
+    return asdict(region) | {"box": list(region.box), "centre": list(region.centre)}
 
 
-def _class(found: tuple[int, float] | None, labels: Labels) -> Facts | None:
-    if found is None:
-        return None
-    number, probability = found
-    return {"class": number, "name": label_of(number, labels), "probability": probability}
-
-
-def _evidence(grouped: Regions, row: int) -> Facts:
-    positive, negative = float(grouped.positive[row]), float(grouped.negative[row])
+def _evidence(positive: float, negative: float) -> Facts:
     whole = positive + negative
     return {
         "positive": positive,
@@ -111,43 +98,123 @@ def _evidence(grouped: Regions, row: int) -> Facts:
     }
 
 
-def _plain(region: Region) -> Facts:
-    return asdict(region) | {"box": list(region.box), "centre": list(region.centre)}
+@dataclass(frozen=True)
+class _Reader:
+    """A target (`model.targets.Reader`) that reads [R, 6]: the score, and where there are several
+    classes the probability of the target's class and the two largest with their probabilities;
+    `UNTOLD` otherwise.
+    """
+
+    classes: Tensor | None
+    targets: Targets
+    count: int = 6
+
+    def read(self, raw: Any, item: Tensor) -> Tensor:
+        self.targets.check(raw, item)
+        score = self.targets.read(raw, item)[0][:, :1]
+        score = score if score.dtype in (torch.float32, torch.float64) else score.float()
+        rest = score.new_full((len(item), 5), UNTOLD)
+        if self.classes is not None:
+            output = tensor_of(raw).detach()
+            if output.shape[1] > 1:
+                shares = probabilities(output, output.to(score.dtype))
+                best = shares.topk(2, dim=1)
+                own = shares.gather(1, self.classes[item][:, None])
+                rest = torch.cat([own, best.indices.to(own.dtype), best.values], 1)
+        return torch.cat([score, rest], 1)
 
 
-def _removal(found: Removed | None, before: Verdict, labels: Labels) -> Facts | None:
-    """What the model says without the top region; change: of the score, from before."""
-    if found is None:
-        return None
+def deletion_queries(
+    subject: Subject, labels: Tensor, queried: list[int], names: Mapping[int, str]
+) -> tuple[list[Facts], list[dict[str, Facts]]]:
+    """The predictions of the inputs, and per example and replacement those without the region
+    `queried[b]` of labels [B, *spatial]; none where that is 0.
+    """
+    inputs = subject.inputs
+    item = torch.tensor([b for b, one in enumerate(queried) if one], device=inputs.device).long()
+    number = torch.tensor(queried, device=inputs.device).view(-1, *(1,) * (labels.dim() - 1))
+    mask = (labels == number) & (number > 0)
+    fills = replacements(inputs, mask) if len(item) else {}
+    mask = mask if inputs.dim() == 2 else mask[:, None]
+    removals: list[dict[str, Facts]] = [{} for _ in queried]
+    predictions = None
+    for name, fill in fills.items():
+        points = torch.where(mask, fill, inputs)
+        predictions, without = _predictions(subject, points, item, names)
+        for b, one in zip(item.tolist(), without, strict=True):
+            removals[b][name] = one
+    if predictions is None:
+        everything = torch.arange(subject.batch, device=inputs.device)
+        predictions, _ = _predictions(subject, inputs, everything, names)
+    return predictions, removals
+
+
+def replacements(inputs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """Two replacements of the masked positions, bool [B, *spatial], of inputs [B, C, *spatial]:
+    "blurred" (5 % of each axis) and "inpainted" (Rong, 2022). Features are "set to the mean" of the
+    example and "set to zero".
+    """
+    if inputs.dim() == 2:
+        mean = substrate_of("mean", inputs).expand_as(inputs)
+        return {"set to the mean": mean, "set to zero": torch.zeros_like(inputs)}
+    return {"blurred": substrate_of("blur", inputs), "inpainted": inpaint(inputs, mask)}
+
+
+def _predictions(
+    subject: Subject, points: Tensor, item: Tensor, names: Mapping[int, str]
+) -> tuple[list[Facts], list[Facts]]:
+    """The predictions of the inputs, and of the rows `item` of points [B, *]."""
+    targets = read_targets(subject.classes, subject.batch).to(subject.inputs.device)
+    running = subject.running
+    arguments = running.arguments().values()
+    inputs = running.back(subject.inputs)
+    targets = with_padding(targets, subject.model, (inputs,), *arguments)  # type: ignore[arg-type]
+    classes = None
+    if targets.classes is not None and targets.position is None:
+        classes = targets.classes[:, 0]
+    queries = Questions(lambda item, place: running.back(points[item]), item, item)
+    engine = running.engine(subject.model, queries)  # type: ignore[arg-type]
+    engine(inputs, _Reader(classes, targets), **running.arguments())
+    first, second = ([_prediction(row, names) for row in one.tolist()] for one in queries.found)
+    return first, second
+
+
+def _prediction(row: list[float], names: Mapping[int, str]) -> Facts:
+    """What `_Reader` has read; None for models that do not classify."""
+    score, probability, *numbers = row
+    if probability == UNTOLD:
+        return {"score": score, "probability": None, "decision": None, "runner_up": None}
+    decision, runner_up = (
+        {"class": int(number), "name": _class_name(int(number), names), "probability": share}
+        for number, share in zip(numbers[:2], numbers[2:], strict=True)
+    )
     return {
-        name: _verdict(one, labels) | {"change": one.score - before.score}
-        for name, one in found.verdicts.items()
+        "score": score,
+        "probability": probability,
+        "decision": decision,
+        "runner_up": runner_up,
     }
 
 
 def _confidence(subject: Subject, stability: int, found: Attribution | None) -> list[Facts]:
-    batch = subject.batch
-    equal = _equal_to_baseline(subject)
-    stable = _stability(subject, stability)
+    equal, stable = _equal_to_baseline(subject), _stability(subject, stability)
     rows: list[Facts] = []
-    for b in range(batch):
-        gain = delta = error = None
-        converged = None
+    for b in range(subject.batch):
+        gain = delta = error = converged = None
         if found is not None:
-            error = _known(found.error[b])
+            error = _finite(found.error[b])
             converged = None if found.converged is None else bool(found.converged[b])
             if found.delta is not None and found.baseline_scores is not None:
-                delta = _known(found.delta[b])
-                gain = _known(found.scores[b] - found.baseline_scores[b])
-        share = abs(delta / gain) if delta is not None and gain else None
+                delta = _finite(found.delta[b])
+                gain = _finite(found.scores[b] - found.baseline_scores[b])
         rows.append(
             {
                 "error": error,
                 "delta": delta,
                 "gain": gain,
-                "delta_share": share,
+                "delta_share": abs(delta / gain) if delta is not None and gain else None,
                 "converged": converged,
-                "stability": None if stable is None else _known(stable[b]),
+                "stability": None if stable is None else _finite(stable[b]),
                 "noisy_inputs": stability,
                 "at_baseline": None if equal is None else float(equal[b]),
             }
@@ -155,14 +222,14 @@ def _confidence(subject: Subject, stability: int, found: Attribution | None) -> 
     return rows
 
 
-def _known(value: Tensor) -> float | None:
+def _finite(value: Tensor) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
 
 
 def _equal_to_baseline(subject: Subject) -> Tensor | None:
-    """The share of places where an input is its baseline, so that a path between them says nothing
-    of them; None for methods without such a path.
+    """The share of positions where an input equals its baseline, of which a path between them says
+    nothing; None for methods without such a path.
     """
     method, x = subject.method, subject.inputs
     if not (isinstance(method, str) or hasattr(method, "recipe")):
@@ -187,7 +254,7 @@ def _stability(subject: Subject, count: int) -> Tensor | None:
     span = (high - low).view(-1, *(1,) * (x.dim() - 1))
     generator = torch.Generator().manual_seed(0)
     for _ in range(count):
-        # The same for all examples, so that a batch changes nothing.
+        # All examples get the same noise, so that the batch does not matter.
         noise = torch.randn(x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
         near = x + NOISE * span * noise.to(x.device, x.dtype)
         other = subject.of(near, subject.explain(near))

@@ -1,4 +1,4 @@
-"""Sentences: what a map says, and what became of it when it was put to the test."""
+"""`summarise`: the content of a map in sentences, and the effect of removing its main region."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.errors import InputError
 from saliency_fast.evaluate.scores import Running
 from saliency_fast.evaluate.subject import Explainer, read_subject
+from saliency_fast.methods.parts import checks
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import restore_target
-from saliency_fast.summary.caveats import caveats
-from saliency_fast.summary.facts import Facts, Labels, facts_of
+from saliency_fast.summary.evidence_text import Cited, EvidenceText
+from saliency_fast.summary.facts import Facts, facts_of
 from saliency_fast.summary.grouping import COMPONENTS
 from saliency_fast.summary.regions import Names, regions_of
-from saliency_fast.summary.telling import Cited, Teller
-from saliency_fast.summary.templates import sentences
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Summary:
-    """What is said of one example.
+    """The summary of one example; `summarise` has an example.
 
-    sentences: the decision, the evidence with its places, what removing the strongest region does,
-    and what is known of the map's error. caveats: further sentences, what the numbers give reason
-    to doubt; `facts["caveats"]` names their kinds. facts: every number, as JSON can hold it. cited:
-    each number of the text, as written, with its path in the facts.
+    Attributes:
+        sentences: The decision, the evidence with its locations, the effect of removing the
+            strongest region, the evidence against, and the known errors of the map.
+        caveats: Reasons for doubt; `facts["caveats"]` names their kinds.
+        facts: Every number, as JSON can hold it.
+        cited: Each number of the text as written, with its path in the facts.
     """
 
     sentences: tuple[str, ...]
@@ -42,8 +42,8 @@ class Summary:
     @property
     def text(self) -> str:
         """All sentences, caveats last."""
-        told = " ".join(self.sentences)
-        return f"{told} Caution: {' '.join(self.caveats)}" if self.caveats else told
+        text = " ".join(self.sentences)
+        return f"{text} Caution: {' '.join(self.caveats)}" if self.caveats else text
 
     def __str__(self) -> str:
         return self.text
@@ -59,7 +59,7 @@ def summarise(
     target: Target = None,
     how: str | Tensor = COMPONENTS,
     most: int = 5,
-    labels: Labels = None,
+    labels: Names = None,
     names: Names = None,
     boxes: Any = None,
     object_name: str = "object",
@@ -72,31 +72,59 @@ def summarise(
     points_per_launch: int | None = None,
     layout: LayoutLike = None,
 ) -> list[Summary]:
-    """Says in words what maps of `inputs` hold, one `Summary` per example.
+    """Says in sentences what the maps of inputs hold.
 
-    The model is asked: what it decides, and what it says when the region that holds most of the
-    evidence for the target is blurred or painted over from around it (features: the example's mean
-    or zero). maps: an `Attribution`, whose target counts unless given, or a tensor. how, most,
-    names, boxes: of the regions, see `regions`. labels: names of classes; object_name: of what the
-    boxes hold. stability: so many times the inputs are explained again under noise of 5 % of their
-    range; needs the attribution's or a given `method`. layout: of the inputs, as in `explain`.
+    The model is run for its decision, and again with the strongest region, the one with most of the
+    evidence for the target, blurred and inpainted (features: set to the example's mean and to
+    zero). Shares are of the map and not of the truth: a wrong map is summarised as faithfully.
 
-    Shares are of the map, not of the truth: a map that is wrong is summarised as faithfully.
+    Args:
+        model: The explained model.
+        inputs: The explained inputs [B, C, *spatial] or features [B, F].
+        maps: An attribution, whose target is the default, or values as in `regions`.
+        target: As in `explain`.
+        how: The kind of grouping; this and `most`, `names` and `boxes` are as in `regions`.
+        most: The largest number of regions.
+        labels: The names of the classes, as a mapping or a sequence.
+        names: The names of given labels or features.
+        boxes: The objects.
+        object_name: The word for the object in the boxes.
+        stability: The number of times that the inputs are explained again under noise of 5 % of
+            their range; needs an attribution or a `method`.
+        method: The method of maps that are no attribution.
+        baseline: The baseline of maps that are no attribution.
+        forward_args: Further arguments of the model.
+        forward_kwargs: Further arguments of the model, by name.
+        memory_budget: As in `Engine`.
+        points_per_launch: As in `Engine`.
+        layout: The axes of the inputs, as in `explain`.
+
+    Returns:
+        One summary per example.
+
+    Raises:
+        InputError: For maps that do not fit, and for unknown arguments.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+        >>> x = torch.tensor([[3.0, 1.0]])
+        >>> (summary,) = summarise(model, x, 2 * x, names=["age", "dose"])
+        >>> summary.sentences[1]
+        '75 % of what raises the output lies in age, 25 % in dose.'
     """
-    if isinstance(stability, bool) or not isinstance(stability, int) or stability < 0:
-        raise InputError(f"stability must be a whole number, 0 or more: got {stability!r}")
+    checks.whole("stability", stability, 0)
     found = maps if isinstance(maps, Attribution) else None
     if target is None and found is not None and found.classes is None:
-        past = found.provenance.target
-        target = restore_target(past, None, False, found.kept)
-    running = Running(forward_args, forward_kwargs, memory_budget, points_per_launch)
+        target = restore_target(found.provenance.target, None, False, found.kept)
     subject = read_subject(
         *(model, inputs, maps),
         target=target,
         boxes=boxes,
         method=method,
         baseline=baseline,
-        running=running,
+        running=Running(forward_args, forward_kwargs, memory_budget, points_per_launch),
         layout=layout,
     )
     grouped = regions_of(subject, how, most, names)
@@ -105,8 +133,7 @@ def summarise(
 
 
 def _summary(facts: Facts) -> Summary:
-    tell = Teller(facts)
-    told = sentences(facts, tell)
-    doubts = caveats(facts, tell)
-    facts["caveats"] = [kind for kind, _ in doubts]
-    return Summary(tuple(told), tuple(text for _, text in doubts), facts, tuple(tell.cited))
+    text = EvidenceText(facts)
+    sentences, caveats = text.sentences(), text.caveats()
+    facts["caveats"] = [kind for kind, _ in caveats]
+    return Summary(tuple(sentences), tuple(one for _, one in caveats), facts, tuple(text.cited))

@@ -1,4 +1,4 @@
-"""Texts: attributions of tokens and words, beside attention to the same ones."""
+"""Texts: attributions of tokens and words, beside attention to the same tokens."""
 
 from saliency_fast.tokens.explain import explain_tokens
 from saliency_fast.tokens.result import TokenAttribution

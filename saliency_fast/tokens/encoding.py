@@ -1,4 +1,4 @@
-"""Encoding: texts as a model takes them, and what is known of each token."""
+"""Encoding: texts as padded token ids, with the model's further arguments and the words."""
 
 from __future__ import annotations
 
@@ -11,26 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError, warn
-from saliency_fast.tokens.characters import Span, is_byte_level, shown, spelled
-from saliency_fast.tokens.words import Row, Word, words_of
+from saliency_fast.tokens.words import (
+    Span,
+    TokenizedText,
+    Word,
+    is_byte_level,
+    readable_tokens,
+    spell,
+    words_of,
+)
 
 Text = str | tuple[str, str]
 """A text, or two for models that take pairs."""
-_POSITIONS = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
+_POSITION_TABLES = ("position_embeddings", "wpe", "embed_positions", "position_embedding")
 _UNLIMITED = 10**6
-"""Tokenizers without a limit give a number beyond all texts."""
-NAMED = ("pad", "mask", "unk")
+"""Tokenizers without a limit state a larger number."""
+BASELINE_TOKENS = ("pad", "mask", "unk")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts as token ids [B, T], padded. further: the model's other arguments, by name.
+    """Texts as padded token ids [B, T].
 
-    real, special: bool [B, T]. words: of each text, with the places of their tokens in its row.
+    arguments: the model's further arguments, by name. real, special: bool [B, T]; padding is not
+    real. words: of each text, with the indices of their tokens.
     """
 
     ids: Tensor
-    further: dict[str, Tensor]
+    arguments: dict[str, Tensor]
     tokens: tuple[tuple[str, ...], ...]
     words: tuple[tuple[Word, ...], ...]
     real: Tensor
@@ -38,18 +46,18 @@ class Encoded:
 
     @property
     def content(self) -> Tensor:
-        """Tokens of the texts themselves, bool [B, T]."""
+        """Which tokens are neither padding nor special, bool [B, T]."""
         return self.real & ~self.special
 
 
 def encode(
     model: object, tokenizer: Any, texts: Sequence[Text], max_length: int | None, truncate: bool
 ) -> Encoded:
-    """Texts with a model's own tokenizer; raises InputError where they are too long."""
+    """Encodes texts with a model's own tokenizer; raises InputError where they are too long."""
     pairs = [(one,) if isinstance(one, str) else tuple(one) for one in texts]
     if len({len(one) for one in pairs}) != 1:
         raise InputError("texts must be all single or all pairs: got both")
-    encoding = _called(tokenizer, pairs)
+    encoding = _tokenized(tokenizer, pairs)
     limit = _limit(model, tokenizer) if max_length is None else max_length
     lengths = [len(ids) for ids in encoding["input_ids"]]
     if limit is not None and max(lengths) > limit:
@@ -61,27 +69,74 @@ def encode(
                 "shorten or split them, or pass truncate=True to cut them"
             )
         warn(f"texts are cut to {limit} tokens: {shown}")
-        encoding = _called(tokenizer, pairs, truncation=True, max_length=limit)
+        encoding = _tokenized(tokenizer, pairs, truncation=True, max_length=limit)
     if not all(encoding["input_ids"]):
         empty = [number for number, ids in enumerate(encoding["input_ids"]) if not ids]
         raise InputError(f"texts have no tokens: got {empty}; leave empty texts out")
-    found = _padded(tokenizer, encoding, pairs, _device(model))
-    further = _accepted(model, found)
-    return replace(found, further=further | _positions(model, found))
+    encoded = _padded(tokenizer, encoding, pairs, _device(model))
+    arguments = _accepted(model, encoded) | _position_ids(model, encoded)
+    return replace(encoded, arguments=arguments)
 
 
-def _positions(model: object, found: Encoded) -> dict[str, Tensor]:
-    """Positions that do not count padding on the left, where the model takes any: most tables of
-    positions know nothing of it.
+def _tokenized(tokenizer: Any, pairs: list[tuple[str, ...]], **options: Any) -> Any:
+    if getattr(tokenizer, "is_fast", False):
+        options["return_offsets_mapping"] = True
+    columns = [list(one) for one in zip(*pairs, strict=True)]
+    return tokenizer(*columns, return_special_tokens_mask=True, verbose=False, **options)
+
+
+def _limit(model: object, tokenizer: Any) -> int | None:
+    """The largest number of tokens that a model has positions for; None where it is unknown."""
+    known = [getattr(tokenizer, "model_max_length", None)]
+    known.append(getattr(getattr(model, "config", None), "max_position_embeddings", None))
+    for table in _position_tables(model):
+        # A table that keeps a row for padding counts positions from behind it.
+        first = 0 if table.padding_idx is None else table.padding_idx + 1
+        known.append(table.num_embeddings - first)
+    return min((n for n in known if isinstance(n, int) and 0 < n < _UNLIMITED), default=None)
+
+
+def _position_tables(model: object) -> list[nn.Embedding]:
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    return [
+        layer
+        for name, layer in named
+        if isinstance(layer, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITION_TABLES
+    ]
+
+
+def _parameters(model: object) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(getattr(model, "forward", model)).parameters  # type: ignore[arg-type]
+
+
+def _device(model: object) -> torch.device:
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((one.device for one in parameters), torch.device("cpu"))
+
+
+def _accepted(model: object, encoded: Encoded) -> dict[str, Tensor]:
+    """The arguments that the model's signature accepts."""
+    names = _parameters(model)
+    if any(one.kind is one.VAR_KEYWORD for one in names.values()):
+        return encoded.arguments
+    if "attention_mask" not in names and not bool(encoded.real.all()):
+        raise InputError(
+            "texts of several lengths need a model that takes an attention_mask, which leaves "
+            f"padding out: got {type(model).__name__}; explain them one by one"
+        )
+    return {name: value for name, value in encoded.arguments.items() if name in names}
+
+
+def _position_ids(model: object, encoded: Encoded) -> dict[str, Tensor]:
+    """Positions that skip padding on the left, where the model accepts any: most models count
+    positions from the start of the row.
     """
-    if bool(found.real[:, 0].all()):
-        return {}
-    tables = _tables(model)
-    # Models that keep a position for padding count by themselves.
-    if any(one.padding_idx is not None for one in tables):
+    tables = _position_tables(model)
+    # Tables that keep a row for padding belong to models that skip it themselves.
+    if bool(encoded.real[:, 0].all()) or any(one.padding_idx is not None for one in tables):
         return {}
     if "position_ids" in _parameters(model):
-        return {"position_ids": (found.real.cumsum(1) - 1).clamp_min(0)}
+        return {"position_ids": (encoded.real.cumsum(1) - 1).clamp_min(0)}
     if tables:
         warn(
             "texts are padded on the left, and the model counts positions from there, so that a "
@@ -91,56 +146,6 @@ def _positions(model: object, found: Encoded) -> dict[str, Tensor]:
     return {}
 
 
-def _parameters(model: object) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(getattr(model, "forward", model)).parameters  # type: ignore[arg-type]
-
-
-def _tables(model: object) -> list[nn.Embedding]:
-    """Tables of positions."""
-    named = model.named_modules() if isinstance(model, nn.Module) else ()
-    return [
-        layer
-        for name, layer in named
-        if isinstance(layer, nn.Embedding) and name.rsplit(".", 1)[-1] in _POSITIONS
-    ]
-
-
-def _accepted(model: object, found: Encoded) -> dict[str, Tensor]:
-    """The arguments that the model has a place for."""
-    names = _parameters(model)
-    if any(one.kind is one.VAR_KEYWORD for one in names.values()):
-        return found.further
-    if "attention_mask" not in names and not bool(found.real.all()):
-        raise InputError(
-            "texts of several lengths need a model that takes an attention_mask, which leaves "
-            f"padding out: got {type(model).__name__}; explain them one by one"
-        )
-    return {name: value for name, value in found.further.items() if name in names}
-
-
-def _called(tokenizer: Any, pairs: list[tuple[str, ...]], **options: Any) -> Any:
-    if getattr(tokenizer, "is_fast", False):
-        options["return_offsets_mapping"] = True
-    columns = [list(one) for one in zip(*pairs, strict=True)]
-    return tokenizer(*columns, return_special_tokens_mask=True, verbose=False, **options)
-
-
-def _limit(model: object, tokenizer: Any) -> int | None:
-    """The most tokens of a text that a model has places for; None where nothing tells."""
-    known = [getattr(tokenizer, "model_max_length", None)]
-    known.append(getattr(getattr(model, "config", None), "max_position_embeddings", None))
-    for layer in _tables(model):
-        # Where a place is kept for padding, texts begin behind it.
-        first = 0 if layer.padding_idx is None else layer.padding_idx + 1
-        known.append(layer.num_embeddings - first)
-    return min((n for n in known if isinstance(n, int) and 0 < n < _UNLIMITED), default=None)
-
-
-def _device(model: object) -> torch.device:
-    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
-    return next((one.device for one in parameters), torch.device("cpu"))
-
-
 def _padded(
     tokenizer: Any, encoding: Any, pairs: list[tuple[str, ...]], device: torch.device
 ) -> Encoded:
@@ -148,30 +153,30 @@ def _padded(
     left = getattr(tokenizer, "padding_side", "right") == "left"
 
     def filled(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-        found = torch.full((len(rows), max(lengths)), value, device=device)
+        padded = torch.full((len(rows), max(lengths)), value, device=device)
         for number, row in enumerate(rows):
             start = max(lengths) - len(row) if left else 0
-            found[number, start : start + len(row)] = torch.tensor(row, device=device)
-        return found
+            padded[number, start : start + len(row)] = torch.tensor(row, device=device)
+        return padded
 
     rows = [_row(tokenizer, encoding, number, pair) for number, pair in enumerate(pairs)]
     words = [words_of(tokenizer, encoding, number, row) for number, row in enumerate(rows)]
-    further = {"attention_mask": filled([[1] * n for n in lengths], 0)}
+    arguments = {"attention_mask": filled([[1] * n for n in lengths], 0)}
     if "token_type_ids" in encoding:
         fill = getattr(tokenizer, "pad_token_type_id", 0)
-        further["token_type_ids"] = filled(encoding["token_type_ids"], fill)
+        arguments["token_type_ids"] = filled(encoding["token_type_ids"], fill)
     pad = getattr(tokenizer, "pad_token_id", None)
     return Encoded(
         filled(encoding["input_ids"], 0 if pad is None else pad),
-        further,
-        tuple(row.shown for row in rows),
+        arguments,
+        tuple(row.readable for row in rows),
         tuple(words),
-        further["attention_mask"].bool(),
+        arguments["attention_mask"].bool(),
         filled([[int(one) for one in row.special] for row in rows], 0).bool(),
     )
 
 
-def _row(tokenizer: Any, encoding: Any, number: int, texts: tuple[str, ...]) -> Row:
+def _row(tokenizer: Any, encoding: Any, number: int, texts: tuple[str, ...]) -> TokenizedText:
     ids = encoding["input_ids"][number]
     mask = encoding.get("special_tokens_mask") if isinstance(encoding, Mapping) else None
     if mask is None:
@@ -181,26 +186,27 @@ def _row(tokenizer: Any, encoding: Any, number: int, texts: tuple[str, ...]) -> 
         special = tuple(map(bool, mask[number]))
     tokens = tuple(tokenizer.convert_ids_to_tokens(list(ids)))
     spans: tuple[Span | None, ...] = (None,) * len(ids)
+    byte_level = is_byte_level(tokenizer)
     if "offset_mapping" in encoding:
-        parts = encoding.sequence_ids(number)
-        offsets = encoding["offset_mapping"][number]
+        parts, offsets = encoding.sequence_ids(number), encoding["offset_mapping"][number]
         spans = tuple(
             None if part is None else (part, int(start), int(stop))
             for part, (start, stop) in zip(parts, offsets, strict=True)
         )
-    letters = is_byte_level(tokenizer)
-    if letters and spans[0] is None and not any(spans):
-        spans, texts = spelled(tokens, special)
-    return Row(texts, tokens, special, spans, shown(tokens, special, letters=letters))
+    if byte_level and not any(spans):
+        text, ranges = spell(tokens, special, byte_level=True)
+        texts, spans = (text,), tuple(None if one is None else (0, *one) for one in ranges)
+    readable = readable_tokens(tokens, special, byte_level=byte_level)
+    return TokenizedText(texts, tokens, special, spans, readable)
 
 
-def token_named(tokenizer: Any, baseline: str | int) -> int:
+def baseline_id(tokenizer: Any, baseline: str | int) -> int:
     """The id of the token that stands for no information."""
     if isinstance(baseline, bool) or not isinstance(baseline, (str, int)):
         raise InputTypeError(f"baseline must be a name or a token id: got {baseline!r}")
     if isinstance(baseline, int):
         return baseline
-    known = {name: getattr(tokenizer, f"{name}_token_id", None) for name in NAMED}
+    known = {name: getattr(tokenizer, f"{name}_token_id", None) for name in BASELINE_TOKENS}
     found = known.get(baseline)
     if found is None:
         has = [name for name, value in known.items() if value is not None]
@@ -212,7 +218,7 @@ def token_named(tokenizer: Any, baseline: str | int) -> int:
 
 
 def id_of(tokenizer: Any, token: str) -> int:
-    """The id of a token by its text, as the tokenizer writes it inside of texts, or by its name in
+    """The id of a token by its text as the tokenizer writes it inside of texts, or by its name in
     the vocabulary; raises InputError where the text is several tokens.
     """
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]

@@ -1,10 +1,10 @@
-"""Explains texts: attributions of their tokens, beside attention to the same ones."""
+"""`explain_tokens`: attributions of the tokens of texts, beside attention to the same tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,12 @@ from saliency_fast.model.layers import names_of
 from saliency_fast.model.positions import PREDICTED, NextToken
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import restore_target
-from saliency_fast.tokens.beside import Beside
-from saliency_fast.tokens.encoding import Encoded, Text, encode, id_of, token_named
+from saliency_fast.tokens.attention import AttentionColumns
+from saliency_fast.tokens.encoding import Encoded, Text, baseline_id, encode, id_of
 from saliency_fast.tokens.result import TokenAttribution
-from saliency_fast.tokens.similarity import Compared, Similarity
+from saliency_fast.tokens.similarity import Similarity, SimilarityModel
 
 ZERO = "zero"
-Seen = tuple[Tensor | None, Tensor | None, Tensor | None, str | None]
-"""Attention weights, rollout, and weighed by gradients [B, T]; else why there are none."""
 
 
 def explain_tokens(
@@ -47,102 +45,167 @@ def explain_tokens(
     forward_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> TokenAttribution:
-    """Explains what a model of the Hugging Face kind says of texts, token by token.
+    """Explains the output of a Hugging Face kind of model for texts, token by token.
 
-    The embeddings of the tokens are explained, and reduced over their channels: `reduction` is
-    "sum", "absmax", "l2" or None, the sum, and the norm of gradients alone, whose sum is next to
-    zero where a layer norm follows. Methods that look at scores alone exchange tokens instead.
-    texts: one, several, or pairs. target: as in `explain`, or a `Similarity` to other texts. Of
-    language models `NextToken` names the token that follows, by its id or text; "predicted" is the
-    likeliest one behind each text. Positions count a text's own tokens, whatever the padding.
-    baseline: what stands for no information in the place of the texts' own tokens, while special
-    tokens stay: "pad", "mask", "unk", a token id, or "zero" for embeddings of zeros. attention:
-    whether attention is read too; None: where the model has any. query: the token whose attention
-    is read: "first", "last", its number in the text, "mean", or "auto", what a `Similarity` pools;
-    the last where tokens see only what is before them; else the first. layer: the one whose
-    attention weights are shown. max_length: tokens of a text, where that is less than the
-    model takes. truncate: cuts longer texts with a warning. options: further arguments of `Engine`,
-    such as `precision`, `memory_budget` or `progress`.
+    The embeddings of the tokens are explained and reduced over their channels. Methods that use
+    scores alone replace whole tokens instead. Positions count a text's own tokens, on whichever
+    side padding is.
 
-    Raises InputError where texts are longer than the model takes, and what `explain` raises.
+    Args:
+        model: Called as `model(ids, attention_mask=...)` with the arguments that it accepts.
+        tokenizer: The model's own tokenizer.
+        texts: One text, a list of B texts, a pair of texts as a tuple, or a list of pairs.
+        target: As in `explain`, or a `Similarity` to other texts. For language models, `NextToken`
+            names the token that follows by its id or text, and "predicted" is the likeliest one.
+        method: A method or its name.
+        baseline: The replacement of the texts' own tokens that stands for no information: "pad",
+            "mask", "unk", a token id, or "zero" for embeddings of zeros. Special tokens stay.
+        attention: Whether attention is read too; by default where the model has any.
+        query: The token whose attention is read: "first", "last", "mean", an index, or "auto": the
+            pooled token of a `Similarity`, else the last token of causal models, else the first.
+        layer: The layer whose attention weights are returned.
+        reduction: "sum", "absmax" or "l2" over channels. By default the norm for gradients alone,
+            whose sum is almost zero in front of a layer norm, and the sum for all other methods.
+        max_length: The largest number of tokens of a text; by default as many as the model takes.
+        truncate: Whether longer texts are cut, with a warning, instead of raising.
+        forward_kwargs: Further arguments of the model.
+        **options: Further arguments of `Engine`, such as `precision` or `memory_budget`.
+
+    Returns:
+        The attributions [B, T] with the attention weights, rollout and gradient-weighted attention.
+
+    Raises:
+        InputError: If texts are too long, or for arguments that do not fit; see also `explain`.
+        NoAttentionError: If `attention` is True and the model has none.
+
+    Example:
+        >>> class Words:
+        ...     names, pad_token_id = ["[PAD]", "a", "good", "film"], 0
+        ...     def __call__(self, texts, **options):
+        ...         return {"input_ids": [[self.names.index(w) for w in t.split()] for t in texts]}
+        ...     def convert_ids_to_tokens(self, ids):
+        ...         return [self.names[one] for one in ids]
+        ...     def get_vocab(self):
+        ...         return {name: number for number, name in enumerate(self.names)}
+        >>> model = nn.Sequential(nn.Embedding(4, 2), nn.Flatten(), nn.Linear(6, 1, bias=False))
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.copy_(torch.tensor([[0.0, 0.0], [1, 0], [3, 1], [2, 0]]))
+        ...     _ = model[2].weight.fill_(1.0)
+        >>> found = explain_tokens(model, Words(), "a good film", method="input_x_gradient")
+        >>> found.tokens, found.values
+        ((('a', 'good', 'film'),), tensor([[1., 4., 2.]]))
     """
-    several = _listed(texts)
+    listed = _as_list(texts)
     if not callable(tokenizer):
         raise InputTypeError(f"tokenizer must be callable: got {type(tokenizer).__name__}")
-    found = encode(model, tokenizer, several, max_length, truncate)
-    further: dict[str, Any] = {**found.further, **(forward_kwargs or {})}
+    encoded = encode(model, tokenizer, listed, max_length, truncate)
+    arguments: dict[str, Any] = {**encoded.arguments, **(forward_kwargs or {})}
+    goal: Target
     if isinstance(target, Similarity):
         if query == "auto" and isinstance(target.pooling, str):
             query = target.pooling
-        others = encode(model, tokenizer, target.texts(len(several)), max_length, truncate)
-        model, target = Compared(model, target), None
-        further |= {"pooled": found.real, "other": model.embedded(others)}
-    if isinstance(target, NextToken):
-        target = _named(tokenizer, target)
-        if query == "auto" and isinstance(target.position, int):
-            query = target.position
-    # Methods that look at scores alone exchange ids, and need no table.
-    table = None
-    if attention is not False or read_method(method).recipe().gradients:
-        table = _table(model, found, further)
-    whole, values = _attributed(
-        model, tokenizer, method, baseline, found, target, further, table, reduction, options
-    )
-    seen: Seen = (None, None, None, None)
-    if attention is not False:
-        reading = Beside(found.real, query, layer)
-        # The classes that were explained, where "predicted" chose them.
-        same = target if whole.classes is None else _same(whole)
-        seen = _beside(model, reading, found, same, further, table, attention, options)
-    return TokenAttribution(
-        found.tokens, found.words, found.real, found.special, values * found.real, *seen, whole
-    )
-
-
-def _attributed(
-    model: nn.Module,
-    tokenizer: Any,
-    method: Method | str,
-    baseline: str | int,
-    found: Encoded,
-    target: Target,
-    further: Mapping[str, Any],
-    table: Lookup | None,
-    reduction: str | None,
-    options: Mapping[str, Any],
-) -> tuple[Attribution, Tensor]:
-    """The attribution of embeddings, and what is each token's [B, T]."""
-    chosen = read_method(method)
-    recipe, start = chosen.recipe(), None
-    if recipe.baseline != "none":
-        start = _baseline(tokenizer, baseline, found, recipe.gradients, table)
-    if recipe.gradients:
-        engine, features = Engine(model, chosen, at=_name(model, table), **options), None
+        others = encode(model, tokenizer, target.texts(len(listed)), max_length, truncate)
+        model, goal = SimilarityModel(model, target), None
+        arguments |= {"pooled": encoded.real, "other": model.embedded(others)}
     else:
-        # Methods that look at scores alone take tokens away whole, one id for another.
-        engine = Engine(model, chosen, **options)
-        features = _numbered(found) if recipe.features else None
-    whole = engine(found.ids, target, start, forward_kwargs=further, features=features)
-    if whole.many:
-        raise InputError(
-            f"target must be one per text: got {whole.scores.shape[1]} for each; call once for each"
+        goal = _with_ids(tokenizer, target)
+        if query == "auto" and isinstance(goal, NextToken) and isinstance(goal.position, int):
+            query = goal.position
+    method = read_method(method)
+    # Methods that use scores alone replace ids and need no table.
+    table = None
+    if attention is not False or method.recipe().gradients:
+        table = _embedding_table(model, encoded, arguments)
+    call = _Call(model, encoded, arguments, table)
+    whole = call.attribution(method, goal, _baseline(tokenizer, baseline, call, method), options)
+    values = _per_token(whole, method, reduction) * encoded.real
+    columns: _Columns = (None, None, None, None)
+    if attention is not False:
+        # Where "predicted" chose classes, attention is read for the same ones.
+        if whole.classes is not None:
+            goal = restore_target(whole.provenance.target, whole.classes, whole.many, whole.kept)
+        reading = AttentionColumns(encoded.real, query, layer)
+        columns = call.attention(reading, goal, bool(attention), options)
+    return TokenAttribution(
+        encoded.tokens, encoded.words, encoded.real, encoded.special, values, *columns, whole
+    )
+
+
+_Columns = tuple[Tensor | None, Tensor | None, Tensor | None, str | None]
+"""Attention weights, rollout and gradient-weighted attention [B, T], or why there are none."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A model with encoded texts, and the table that embeds them where embeddings are explained."""
+
+    model: nn.Module
+    encoded: Encoded
+    arguments: Mapping[str, Any]
+    table: Lookup | None
+
+    @property
+    def at(self) -> str:
+        """The name of the table."""
+        assert self.table is not None
+        return names_of(self.model, [self.table.layer])[0]
+
+    def attribution(
+        self, method: Method, target: Target, baseline: Tensor | None, options: Mapping[str, Any]
+    ) -> Attribution:
+        """The attribution of embeddings, or of ids by methods that use scores alone."""
+        recipe, encoded, features = method.recipe(), self.encoded, None
+        if recipe.gradients:
+            engine = Engine(self.model, method, at=self.at, **options)
+        else:
+            engine = Engine(self.model, method, **options)
+            if recipe.features:
+                # Each token is a segment; special tokens and padding are the one that stays.
+                index = torch.arange(encoded.ids.shape[1], device=encoded.ids.device)
+                features = torch.where(encoded.content, index, -1)
+        whole = engine(
+            encoded.ids, target, baseline, forward_kwargs=self.arguments, features=features
         )
+        if whole.many:
+            count = whole.scores.shape[1]
+            raise InputError(f"target must be one per text: got {count}; call once for each")
+        return whole
+
+    def attention(
+        self, reading: AttentionColumns, target: Target, needed: bool, options: Mapping[str, Any]
+    ) -> _Columns:
+        """The attention of the same call; without attention this raises only where it is needed."""
+        # Half types are for sums of gradients, whose error can be measured.
+        kept = {
+            name: one for name, one in options.items() if name not in ("precision", "tolerance")
+        }
+        engine = Engine(self.model, reading, **{**kept, "at": self.at, "hashes": False})
+        try:
+            found = engine(self.encoded.ids, target, forward_kwargs=self.arguments)
+        except NoAttentionError as error:
+            if needed:
+                raise
+            return None, None, None, str(error)
+        assert isinstance(found.values, Tensor)
+        real, extras = self.encoded.real, found.extras
+        return extras["attention"] * real, extras["rollout"] * real, found.values * real, None
+
+
+def _per_token(whole: Attribution, method: Method, reduction: str | None) -> Tensor:
+    """The values [B, T] of tokens."""
     values = whole.values
     if isinstance(values, Tensor) and values.dim() > 2:
-        alone = recipe.rounds is None and recipe.factor == "none"
-        values = whole.map(reduction or ("l2" if alone else "sum"), channel_axis=-1)
+        recipe = method.recipe()
+        is_gradient = recipe.rounds is None and recipe.factor == "none"
+        values = whole.map(reduction or ("l2" if is_gradient else "sum"), channel_axis=-1)
     assert isinstance(values, Tensor)
-    return whole, values
+    return values
 
 
-def _same(whole: Attribution) -> Target:
-    """The target that was explained, where "predicted" chose it."""
-    target: Target = restore_target(whole.provenance.target, whole.classes, whole.many, whole.kept)
-    return target
-
-
-def _named(tokenizer: Any, target: NextToken) -> NextToken:
+def _with_ids(tokenizer: Any, target: Target) -> Target:
     """The target with the ids of tokens that it names by their text."""
+    if not isinstance(target, NextToken):
+        return target
     token = target.token
     if isinstance(token, str) and token != PREDICTED:
         return replace(target, token=id_of(tokenizer, token))
@@ -151,99 +214,59 @@ def _named(tokenizer: Any, target: NextToken) -> NextToken:
     return target
 
 
-def _name(model: nn.Module, table: Lookup | None) -> str:
-    assert table is not None
-    return names_of(model, [table.layer])[0]
-
-
-def _table(model: nn.Module, found: Encoded, further: Mapping[str, Any]) -> Lookup:
-    """The table that makes vectors of the texts' tokens; raises InputError where it is none, or
-    several of which none takes the tokens as they are.
-    """
-    with preserve_model_state(model, found.ids.device):
-        several = lookups(model, lambda: model(found.ids, **further), (found.ids,))
-    own = [one for one in several if one.ids.shape == found.ids.shape and one.ids.equal(found.ids)]
-    if len(own) == 1 and len(several) > 1:
-        rest = names_of(model, [one.layer for one in several if one is not own[0]])
+def _embedding_table(model: nn.Module, encoded: Encoded, arguments: Mapping[str, Any]) -> Lookup:
+    """The table that embeds the texts' tokens; raises InputError unless exactly one takes them."""
+    ids = encoded.ids
+    with preserve_model_state(model, ids.device):
+        tables = lookups(model, lambda: model(ids, **arguments), (ids,))
+    own = [one for one in tables if one.ids.shape == ids.shape and one.ids.equal(ids)]
+    if len(own) == 1 and len(tables) > 1:
+        rest = names_of(model, [one.layer for one in tables if one is not own[0]])
+        (name,) = names_of(model, [own[0].layer])
         warn(
-            f"{', '.join(rest)} makes vectors of the texts' tokens, too, beside "
-            f"{_name(model, own[0])}, which is explained: what the score owes to it is left out "
-            "(of a decoder, pass decoder_input_ids in forward_kwargs)"
+            f"{', '.join(rest)} embeds the texts' tokens, too, beside {name}, which is explained: "
+            "evidence through it is left out (of a decoder, pass decoder_input_ids in "
+            "forward_kwargs)"
         )
-    chosen = own if len(own) == 1 else several
+    chosen = own if len(own) == 1 else tables
     if len(chosen) > 1:
         names = ", ".join(map(repr, names_of(model, [one.layer for one in chosen])))
         raise InputError(
-            f"tokens have vectors from several tables: got {names}; explain the ids themselves by "
+            f"several tables embed the tokens: got {names}; explain the ids themselves by "
             "sf.explain(..., at=[...]) with those names, a map for each"
         )
     return chosen[0]
 
 
-def _listed(texts: Text | Sequence[Text]) -> list[Text]:
+def _as_list(texts: Text | Sequence[Text]) -> list[Text]:
     """Several texts. A tuple of two strings is a pair: several texts come in a list."""
-    if isinstance(texts, str) or (isinstance(texts, tuple) and _is_pair(texts)):
-        return [texts]
-    several = list(texts)
+    several = [texts] if _is_text(texts) else list(texts)
     if not several:
         raise InputError("texts is empty: expected one or more")
     for one in several:
-        if not (isinstance(one, str) or (isinstance(one, tuple) and _is_pair(one))):
+        if not _is_text(one):
             raise InputTypeError(f"texts must be strings or pairs of them: got {one!r}")
     return several
 
 
-def _is_pair(text: tuple[object, ...]) -> bool:
-    return len(text) == 2 and all(isinstance(one, str) for one in text)
+def _is_text(one: object) -> TypeGuard[Text]:
+    is_pair = isinstance(one, tuple) and len(one) == 2 and all(isinstance(p, str) for p in one)
+    return is_pair or isinstance(one, str)
 
 
-def _baseline(
-    tokenizer: Any,
-    baseline: str | int,
-    found: Encoded,
-    gradients: bool,
-    table: Lookup | None,
-) -> Tensor:
-    """The token ids, or embeddings, with nothing in the place of the texts' own tokens."""
-    if baseline == ZERO and not gradients:
+def _baseline(tokenizer: Any, baseline: str | int, call: _Call, method: Method) -> Tensor | None:
+    """Token ids or embeddings in which the texts' own tokens are replaced by the baseline."""
+    recipe, encoded = method.recipe(), call.encoded
+    if recipe.baseline == "none":
+        return None
+    if baseline != ZERO:
+        return encoded.ids.masked_fill(encoded.content, baseline_id(tokenizer, baseline))
+    if not recipe.gradients:
         raise InputError(
             "baseline 'zero' is of embeddings, and this method exchanges tokens: pass 'pad', "
             "'mask', 'unk' or a token id"
         )
-    if baseline != ZERO:
-        return found.ids.masked_fill(found.content, token_named(tokenizer, baseline))
-    assert table is not None
+    assert call.table is not None
     with torch.no_grad():
-        vectors: Tensor = table.table(found.ids)
-    return vectors.masked_fill(found.content[..., None], 0.0)
-
-
-def _numbered(found: Encoded) -> Tensor:
-    """Tokens as segments [B, T]; what is not text is one that stays."""
-    tokens = torch.arange(found.ids.shape[1], device=found.ids.device)
-    return torch.where(found.content, tokens, -1)
-
-
-def _beside(
-    model: nn.Module,
-    reading: Beside,
-    found: Encoded,
-    target: Target,
-    further: Mapping[str, Any],
-    table: Lookup | None,
-    wanted: bool | None,
-    options: Mapping[str, Any],
-) -> Seen:
-    """Attention of the same call; raises where there is none only if it is asked for."""
-    # Half types are for sums of gradients, whose error can be measured.
-    kept = {name: one for name, one in options.items() if name not in ("precision", "tolerance")}
-    engine = Engine(model, reading, **{**kept, "at": _name(model, table), "hashes": False})
-    try:
-        answer = engine(found.ids, target, forward_kwargs=further)
-    except NoAttentionError as error:
-        if wanted:
-            raise
-        return None, None, None, str(error)
-    assert isinstance(answer.values, Tensor)
-    weights, rolled = answer.extras["attention"], answer.extras["rollout"]
-    return weights * found.real, rolled * found.real, answer.values * found.real, None
+        vectors: Tensor = call.table.table(encoded.ids)
+    return vectors.masked_fill(encoded.content[..., None], 0.0)

@@ -1,30 +1,53 @@
-"""The result: attributions of tokens, and what attention says of the same ones."""
+"""The result of `explain_tokens`: columns of numbers per token, as tables and HTML."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.errors import InputError
-from saliency_fast.tokens import show
+from saliency_fast.render.html import render
 from saliency_fast.tokens.words import Word
 
-ATTENTION = ("attention", "rollout", "gradient_attention")
+TITLES = {
+    "attribution": "attribution",
+    "attention": "attention",
+    "rollout": "rollout",
+    "gradient_attention": "grad. attention",
+}
+AGREEMENT = "rank correlation with |attribution|"
+NOTE = "Attention says where the model looked, attribution what its answer rests on."
+_WARM, _COOL = "214, 69, 45", "45, 108, 214"
+_OPACITY = 0.75
+"""The opacity of the strongest shade."""
+_LEAST_TOKENS = 3
+"""A rank correlation of fewer tokens is undefined."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenAttribution:
-    """Attributions of texts' tokens, beside attention to the same tokens.
+    """Attributions of the tokens of B texts, beside attention to the same tokens.
 
-    tokens: of each text, without padding. real, special: bool [B, T]. values [B, T]: attributions,
-    which add up to the score's gain where the method is complete. attention, rollout,
-    gradient_attention [B, T]: of one layer, through all layers (Abnar, 2020), and weighed by its
-    gradient, without the identity (Chefer, 2021); None for a `reason`. All are zero at padding,
-    and those of a word are the sums of its tokens'. pieces: of each text, its words. attribution:
-    the whole result, of embeddings [B, T, E].
+    All columns are [B, T] and zero at padding. `explain_tokens` has an example.
+
+    Attributes:
+        tokens: The tokens of each text, without padding.
+        pieces: The words of each text with the indices of their tokens.
+        real: Which tokens are no padding, bool [B, T].
+        special: Which tokens the tokenizer has added, bool [B, T].
+        values: The attributions. They add up to the gain of the score over the baseline where the
+            method is complete.
+        attention: The attention weights of one layer; None where `reason` says why.
+        rollout: The attention of all layers multiplied (Abnar and Zuidema, 2020), or None.
+        gradient_attention: The attention of all layers weighted by its gradient, without the
+            identity (Chefer et al., 2021), or None.
+        reason: Why attention could not be read, or None.
+        attribution: The whole result: scores, delta, error, provenance, values [B, T, E].
     """
 
     tokens: tuple[tuple[str, ...], ...]
@@ -40,22 +63,21 @@ class TokenAttribution:
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """What there is of each token, by name."""
-        found = {"attribution": self.values}
-        for name in ATTENTION:
+        """The available columns by name, [B, T] each, "attribution" first."""
+        columns = {"attribution": self.values}
+        for name in list(TITLES)[1:]:
             if (column := getattr(self, name)) is not None:
-                found[name] = column
-        return found
+                columns[name] = column
+        return columns
 
     @property
     def correlation(self) -> dict[str, Tensor]:
-        """How well each kind of attention ranks tokens as |attribution| does: [B] by name.
+        """Spearman's rank correlation of each kind of attention with |attribution|: [B] by name.
 
-        Spearman's rank correlation over the tokens that are not special; NaN under three of them,
-        and where all are alike.
+        Special tokens do not count. NaN for fewer than three other tokens and for constant columns.
         """
-        columns = self.columns
-        size, content = columns.pop("attribution").abs(), self.real & ~self.special
+        columns, content = self.columns, self.real & ~self.special
+        size = columns.pop("attribution").abs()
         return {
             name: torch.stack(
                 [_spearman(size[n][own], column[n][own]) for n, own in enumerate(content)]
@@ -64,59 +86,84 @@ class TokenAttribution:
         }
 
     def words(self) -> TokenAttribution:
-        """The same of whole words: sums over their tokens."""
+        """The same result per word: every column of a word is the sum over its tokens."""
         widest = max(map(len, self.pieces))
         start = self.real.int().argmax(1).tolist()
         member = self.values.new_zeros(len(self.pieces), widest, self.values.shape[1])
         for number, words in enumerate(self.pieces):
-            for place, word in enumerate(words):
+            for index, word in enumerate(words):
                 for token, share in word.tokens:
-                    member[number, place, start[number] + token] = share
-
-        def summed(column: Tensor | None) -> Tensor | None:
-            if column is None:
-                return None
-            return (member.to(column.dtype) @ column[..., None])[..., 0]
-
+                    member[number, index, start[number] + token] = share
+        summed: dict[str, Any] = {
+            "values" if name == "attribution" else name: _products(member, column)
+            for name, column in self.columns.items()
+        }
         counts = torch.tensor([len(words) for words in self.pieces], device=self.real.device)
-        values = summed(self.values)
-        assert values is not None
         return replace(
             self,
             tokens=tuple(tuple(word.text for word in words) for words in self.pieces),
             pieces=tuple(
-                tuple(Word(word.text, (place,)) for place, word in enumerate(words))
+                tuple(Word(word.text, (index,)) for index, word in enumerate(words))
                 for words in self.pieces
             ),
             real=torch.arange(widest, device=counts.device) < counts[:, None],
-            special=(member @ self.special.to(member.dtype)[..., None])[..., 0] > 0,
-            values=values,
-            attention=summed(self.attention),
-            rollout=summed(self.rollout),
-            gradient_attention=summed(self.gradient_attention),
+            special=_products(member, self.special.to(member.dtype)) > 0,
+            **summed,
         )
 
     def rows(self, text: int = 0) -> list[tuple[str, bool, dict[str, float]]]:
-        """(token, whether special, its number in each column) of one text."""
+        """The tokens of one text.
+
+        Args:
+            text: The index of the text.
+
+        Returns:
+            (token, whether it is special, its number in each column) per token.
+
+        Raises:
+            InputError: If there is no such text.
+        """
         if not -len(self.tokens) <= text < len(self.tokens):
             raise InputError(f"text out of range: got {text}, there are {len(self.tokens)}")
         own = self.real[text]
         columns = {name: one[text][own].tolist() for name, one in self.columns.items()}
         special = self.special[text][own].tolist()
         return [
-            (token, special[place], {name: one[place] for name, one in columns.items()})
-            for place, token in enumerate(self.tokens[text])
+            (token, special[index], {name: one[index] for name, one in columns.items()})
+            for index, token in enumerate(self.tokens[text])
         ]
 
     def table(self, text: int = 0) -> str:
-        """One text's tokens with their numbers, as plain text."""
-        shown = show.table(self.rows(text), self._facts(text), self._ranks(text))
-        return shown if self.reason is None else f"{shown}\nno attention: {self.reason}"
+        """The tokens of one text with their numbers, as plain text; special ones in brackets.
+
+        Args:
+            text: The index of the text.
+
+        Returns:
+            A line per token, and the rank correlations.
+
+        Raises:
+            InputError: If there is no such text.
+        """
+        rows = self.rows(text)
+        labels = [f"({token})" if special else token for token, special, _ in rows]
+        width = max(len(one) for one in (*labels, "token"))
+        head = "token".ljust(width) + "".join(f"  {TITLES[name]:>15}" for name in self.columns)
+        lines = [self._facts(text), head, "-" * len(head)]
+        for label, (_, _, numbers) in zip(labels, rows, strict=True):
+            lines.append(
+                label.ljust(width) + "".join(f"  {one:>15.3g}" for one in numbers.values())
+            )
+        if agreements := self._agreements(text):
+            lines.append(f"{AGREEMENT}: {_listed(agreements)}")
+        if self.reason is not None:
+            lines.append(f"no attention: {self.reason}")
+        return "\n".join(lines)
 
     def html(self) -> str:
-        """All texts as a fragment of HTML: a line per column of shaded tokens."""
-        several = range(len(self.tokens))
-        return show.html([(self.rows(n), self._facts(n), self._ranks(n)) for n in several])
+        """All texts as a fragment of HTML: a line of shaded tokens per column."""
+        texts = [self._shaded(number) for number in range(len(self.tokens))]
+        return render("tokens.html.jinja", texts=texts, agrees=AGREEMENT, note=NOTE)
 
     def _repr_html_(self) -> str:
         return self.html()
@@ -140,21 +187,49 @@ class TokenAttribution:
             facts.append(f"delta {float(found.delta[text]):.2g}")
         return "; ".join(facts)
 
-    def _ranks(self, text: int) -> dict[str, float]:
-        return {name: float(one[text]) for name, one in self.correlation.items()}
+    def _agreements(self, text: int) -> dict[str, str]:
+        """The rank correlations of one text, written out."""
+        values = {name: float(one[text]) for name, one in self.correlation.items()}
+        return {
+            name: "undefined" if math.isnan(value) else f"{value:+.2f}"
+            for name, value in values.items()
+        }
+
+    def _shaded(self, text: int) -> dict[str, Any]:
+        """One text for the template."""
+        rows, agreements, columns = self.rows(text), self._agreements(text), []
+        for name in self.columns:
+            # Special tokens draw most of the attention: they would leave no shade for the others.
+            own = [abs(numbers[name]) for _, special, numbers in rows if not special]
+            top = max((one for one in own if math.isfinite(one)), default=0.0)
+            tokens = []
+            for token, special, numbers in rows:
+                value = numbers[name]
+                is_shaded = top and math.isfinite(value) and not special
+                opacity = _OPACITY * min(abs(value) / top, 1.0) if is_shaded else 0.0
+                tokens.append((token, special, value, _WARM if value > 0 else _COOL, opacity))
+            columns.append((TITLES[name], agreements.get(name), tokens))
+        return {"facts": self._facts(text), "columns": columns, "agreements": _listed(agreements)}
+
+
+def _listed(agreements: dict[str, str]) -> str:
+    return ", ".join(f"{TITLES[name]} {value}" for name, value in agreements.items())
+
+
+def _products(member: Tensor, column: Tensor) -> Tensor:
+    """Sums [B, W] of a column [B, T] over words by their shares [B, W, T] of tokens."""
+    return (member.to(column.dtype) @ column[..., None])[..., 0]
 
 
 def _spearman(x: Tensor, y: Tensor) -> Tensor:
-    """Pearson's correlation of ranks, equal values sharing theirs."""
-    if len(x) < 3:
+    """Pearson's correlation of ranks; NaN, as 0 / 0, for constant columns."""
+    if len(x) < _LEAST_TOKENS:
         return x.new_full((), torch.nan, dtype=torch.float64)
-    a, b = (_ranked(one) for one in (x, y))
-    a, b = a - a.mean(), b - b.mean()
-    # 0 / 0, where all are alike, is NaN.
-    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt()
+    return torch.corrcoef(torch.stack([_ranks(x), _ranks(y)]))[0, 1]
 
 
-def _ranked(x: Tensor) -> Tensor:
-    less = (x[None] < x[:, None]).double().sum(1)
-    same = (x[None] == x[:, None]).double().sum(1)
-    return less + (same - 1) / 2
+def _ranks(x: Tensor) -> Tensor:
+    """Ranks, of which equal values share the mean."""
+    _, group, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    ranks: Tensor = counts.cumsum(0) - (counts.double() - 1) / 2
+    return ranks[group]

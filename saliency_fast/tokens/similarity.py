@@ -1,4 +1,4 @@
-"""Similarity of two texts, as something to explain."""
+"""Similarity of two texts as a target of explanations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,22 @@ from saliency_fast.tokens.encoding import Encoded
 
 @dataclass(frozen=True)
 class Similarity:
-    """A target: the cosine of a text's embedding with another text's, which stays as it is.
+    """A target of `explain_tokens`: the cosine of a text's embedding and another text's embedding.
 
-    to: one text, or one for each. pooling: "mean" of the last layer's tokens without padding,
-    "first" token's, or a function of what the model returns and a bool mask [R, T], false at
-    padding, to [R, E].
+    The embedding of the other text is a constant.
+
+    Args:
+        to: One text, or one for each text that is explained.
+        pooling: How the last hidden states [B, T, E] become embeddings [B, E]: "mean" over the
+            tokens without padding, the "first" token, or a function of the model's output and a
+            bool mask [B, T] that is False at padding.
+
+    Raises:
+        InputError: If `pooling` is neither a name nor a function.
+
+    Example:
+        >>> Similarity("A kitten takes a nap.", pooling="first")
+        Similarity(to='A kitten takes a nap.', pooling='first')
     """
 
     to: str | Sequence[str]
@@ -35,25 +46,26 @@ class Similarity:
             )
 
     def texts(self, count: int) -> list[str]:
-        """One for each of so many."""
+        """The other text of each of `count` texts."""
         several = [self.to] if isinstance(self.to, str) else list(self.to)
         if len(several) not in (1, count):
             raise InputError(f"to must be one text, or one for each of {count}: got {len(several)}")
         return several * count if len(several) == 1 else several
 
     def pool(self, raw: Any, mask: Tensor) -> Tensor:
-        """Embeddings [R, E] of what a model returned."""
-        pooled = self.pooling(raw, mask) if callable(self.pooling) else None
-        return POOLINGS[str(self.pooling)](_hidden(raw), mask) if pooled is None else pooled
+        """The embeddings [B, E] of a model's output."""
+        if callable(self.pooling):
+            return self.pooling(raw, mask)
+        return POOLINGS[self.pooling](_hidden_states(raw), mask)
 
 
-class Compared(nn.Module):
-    """A model that returns how similar its texts are to others, of known embeddings."""
+class SimilarityModel(nn.Module):
+    """A model whose output is the cosine of its texts' embeddings and constant embeddings."""
 
-    def __init__(self, model: nn.Module, by: Similarity) -> None:
+    def __init__(self, model: nn.Module, similarity: Similarity) -> None:
         super().__init__()
-        self.model, self.by = model, by
-        # As the model is, so that nothing is switched but what it switches itself.
+        self.model, self.similarity = model, similarity
+        # A new module is in training mode, and the model's own mode must stay.
         self.training = model.training
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -61,13 +73,13 @@ class Compared(nn.Module):
         return found
 
     def forward(self, input_ids: Tensor, pooled: Tensor, other: Tensor, **further: Any) -> Tensor:
-        found = self.by.pool(self.model(input_ids, **further), pooled)
-        return functional.cosine_similarity(found, other, 1)
+        embedding = self.similarity.pool(self.model(input_ids, **further), pooled)
+        return functional.cosine_similarity(embedding, other, 1)
 
     def embedded(self, texts: Encoded) -> Tensor:
-        """Embeddings [B, E] of encoded texts, without gradients."""
+        """The embeddings [B, E] of encoded texts, without gradients."""
         with preserve_model_state(self.model, texts.ids.device), torch.no_grad():
-            return self.by.pool(self.model(texts.ids, **texts.further), texts.real)
+            return self.similarity.pool(self.model(texts.ids, **texts.arguments), texts.real)
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -76,14 +88,14 @@ def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
 
 
 def _first(hidden: Tensor, mask: Tensor) -> Tensor:
-    # With padding on the left, the first token that is none.
+    # Padding may be on the left.
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.int().argmax(1)]
 
 
 POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "first": _first}
 
 
-def _hidden(raw: Any) -> Tensor:
+def _hidden_states(raw: Any) -> Tensor:
     found = raw if isinstance(raw, Tensor) else getattr(raw, "last_hidden_state", None)
     if found is None and isinstance(raw, (tuple, list)):
         found = raw[0]

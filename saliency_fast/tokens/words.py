@@ -1,158 +1,274 @@
-"""Words: which sub-words of a tokenizer belong together."""
+"""Words: tokens as readable text, and the sub-words of a tokenizer grouped into words."""
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from saliency_fast.tokens.characters import SPACED as _SPACED
-from saliency_fast.tokens.characters import Span, is_byte_level, parted
+SPACED = "\N{LOWER ONE EIGHTH BLOCK}"
+"""SentencePiece's mark of a space before a piece."""
+_BYTE_SPACED = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"
+"""The same mark of byte-level BPE."""
+_ENDS, _CONTINUES = "</w>", "##"
+"""Marks of BPE (behind the last piece of a word) and WordPiece (before all but the first)."""
+_SINGLE_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""SentencePiece's tokens of a single byte."""
+_JOINER, _SELECTOR = "\N{ZERO WIDTH JOINER}", "\N{VARIATION SELECTOR-16}"
+_SKIN_TONES = range(0x1F3FB, 0x1F400)
+_FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 
-_BYTES = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"
-"""The same of byte-level BPE."""
-_ENDS, _GOES_ON = "</w>", "##"
+Span = tuple[int, int, int]
+"""(text, start, stop) of a token, in characters."""
 
 
 @dataclass(frozen=True)
 class Word:
-    """A word as it is shown, and the places of its tokens; shares: of each token's value, 1 unless
-    the token has characters of several words.
+    """A word and the indices of its tokens.
+
+    shares: the share of each token's value that the word gets; 1 unless the token has characters of
+    several words.
     """
 
     text: str
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     shares: tuple[float, ...] = ()
 
     @property
     def tokens(self) -> list[tuple[int, float]]:
-        """The place and the share of each token."""
-        return list(zip(self.places, self.shares or (1.0,) * len(self.places), strict=True))
-
-
-def words_of(tokenizer: Any, encoding: Any, number: int, row: Row) -> tuple[Word, ...]:
-    """The words of one text, in order; each special token is one of its own.
-
-    Pieces of SentencePiece and pieces without a fast tokenizer are told by their marks, and words
-    of the others by `word_ids()`, which parts punctuation from them. Tokens that are parts of one
-    character stay together, and ideographs and emoji are words of their own.
-    """
-    marked = any(token.startswith(_SPACED) for token in row.tokens)
-    if not marked and getattr(encoding, "is_fast", False):
-        begins = _by_ids(encoding.word_ids(number), encoding.sequence_ids(number))
-    else:
-        begins = _by_marks(row.tokens, _style(tokenizer, marked))
-    begins = _by_characters(row, begins)
-    groups: list[list[int]] = []
-    for place, begin in enumerate(begins):
-        before = place > 0 and row.special[place - 1]
-        if begin or before or row.special[place] or not groups:
-            groups.append([place])
-        else:
-            groups[-1].append(place)
-    return tuple(word for places in groups for word in _apart(row, places))
-
-
-def _apart(row: Row, places: list[int]) -> list[Word]:
-    """A group of tokens as one word, or as several that their characters part: ideographs that
-    tokens hold together. A token's value is shared equally among the words that it belongs to.
-    """
-    whole = Word(_text(row, places), tuple(places))
-    spans = [row.spans[place] for place in places]
-    first, last = spans[0], spans[-1]
-    if first is None or last is None or row.special[places[0]]:
-        return [whole]
-    text, start, stop = row.texts[first[0]], first[1], last[2]
-    start += len(text[start:stop]) - len(text[start:stop].lstrip())
-    cuts = [one for one in range(start + 1, stop) if parted(text, one)]
-    if not cuts:
-        return [whole]
-    pairs = zip([start, *cuts], [*cuts, stop], strict=True)
-    bounds = [(a, b) for a, b in pairs if text[a:b].strip()]
-    held = [_held(bounds, span) for span in spans]
-    found = []
-    for number, (a, b) in enumerate(bounds):
-        own = [(p, 1.0 / len(one)) for p, one in zip(places, held, strict=True) if number in one]
-        if own:
-            found.append(Word(text[a:b].strip(), *map(tuple, zip(*own, strict=True))))
-    return found
-
-
-def _held(bounds: list[tuple[int, int]], span: Span | None) -> list[int]:
-    """The words that a token has characters of; of one that is a space, the word behind it."""
-    start, stop = (span or (0, 0, 0))[1:]
-    within = [n for n, (a, b) in enumerate(bounds) if start < b and a < stop]
-    behind = [n for n, (a, _) in enumerate(bounds) if a >= start]
-    return within or (behind or [len(bounds) - 1])[:1]
+        """The index and the share of each token."""
+        return list(zip(self.indices, self.shares or (1.0,) * len(self.indices), strict=True))
 
 
 @dataclass(frozen=True)
-class Row:
-    """A text's tokens without padding. spans: where each stands in `texts`, by (text, start, stop),
-    where the tokenizer tells. shown: the tokens as they can be read.
+class TokenizedText:
+    """A text's tokens without padding.
+
+    spans: the position of each token in `texts`, where the tokenizer gives it. readable: the tokens
+    as text; see `readable_tokens`.
     """
 
     texts: tuple[str, ...]
     tokens: tuple[str, ...]
     special: tuple[bool, ...]
     spans: tuple[Span | None, ...]
-    shown: tuple[str, ...] = ()
+    readable: tuple[str, ...]
 
 
-def _by_ids(words: Sequence[int | None], parts: Sequence[int | None]) -> list[bool]:
-    keys = list(zip(parts, words, strict=True))
-    return [place == 0 or keys[place - 1] != key for place, key in enumerate(keys)]
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE's letter of each byte (Radford, 2019): printable bytes stay as they are."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [one for one in range(256) if one not in kept]
+    return {chr(one): one for one in kept} | {chr(256 + n): one for n, one in enumerate(others)}
 
 
-def _by_characters(row: Row, begins: list[bool]) -> list[bool]:
-    """Where words begin, with what the characters of the text say."""
-    found, end = [], (0, 0)
-    for span, begin in zip(row.spans, begins, strict=True):
+_BYTES = _byte_alphabet()
+
+
+def is_byte_level(tokenizer: Any) -> bool:
+    """Whether a tokenizer's tokens spell bytes in letters of `_BYTES`."""
+    if hasattr(tokenizer, "byte_decoder"):
+        return True
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return "ByteLevel" in str(getattr(backend, "decoder", ""))
+
+
+def _bytes_of(token: str, byte_level: bool) -> bytes | None:
+    """The bytes that a token spells; None where the token is its own text."""
+    single = _SINGLE_BYTE.fullmatch(token)
+    if single:
+        return bytes([int(single[1], 16)])
+    if byte_level and all(one in _BYTES for one in token):
+        return bytes(_BYTES[one] for one in token)
+    return None
+
+
+def spell(
+    tokens: Sequence[str], special: Sequence[bool], *, byte_level: bool
+) -> tuple[str, list[tuple[int, int] | None]]:
+    """The text that the tokens' bytes spell, and the half-open range of characters in it of which
+    each token has bytes; None for tokens that are their own text.
+    """
+    characters: list[bytes] = []
+    spans: list[tuple[int, int] | None] = []
+    # Continuation bytes begin a character only where there is none to continue.
+    open_character = False
+    for token, is_special in zip(tokens, special, strict=True):
+        raw = None if is_special else _bytes_of(token, byte_level)
+        if raw is None:
+            spans.append(None)
+            open_character = False
+            continue
+        continues = open_character and raw != b"" and raw[0] & 0xC0 == 0x80
+        start = len(characters) - int(continues)
+        for byte in raw:
+            if not open_character or byte & 0xC0 != 0x80:
+                characters.append(b"")
+            open_character = True
+            characters[-1] += bytes([byte])
+        spans.append((start, len(characters)))
+    return "".join(one.decode(errors="replace")[:1] for one in characters), spans
+
+
+def readable_tokens(
+    tokens: Sequence[str], special: Sequence[bool], *, byte_level: bool
+) -> tuple[str, ...]:
+    """Tokens as readable text. A space before a token is marked as SentencePiece marks it; a token
+    that is part of a character is that character with the number of the part.
+    """
+    characters, spans = spell(tokens, special, byte_level=byte_level)
+    holders: dict[int, list[int]] = {}
+    for number, span in enumerate(spans):
+        for character in range(*(span or (0, 0))):
+            holders.setdefault(character, []).append(number)
+    found = []
+    for number, (token, span) in enumerate(zip(tokens, spans, strict=True)):
         if span is None:
-            found.append(begin)
+            found.append(token)
+            continue
+        text = characters[slice(*span)]
+        text = text.replace(" ", SPACED).replace("\n", "\\n").replace("\t", "\\t")
+        if any(len(holders[character]) > 1 for character in range(*span)):
+            parts = holders[span[1] - 1]
+            text += f"[{parts.index(number) + 1}/{len(parts)}]"
+        found.append(text)
+    return tuple(found)
+
+
+def is_word_boundary(text: str, index: int) -> bool:
+    """Whether the characters around an index alone let a word begin there: ideographs, emoji and
+    other symbols are words without spaces between them.
+    """
+    if not 0 < index < len(text):
+        return True
+    before, after = text[index - 1], text[index]
+    if after in (_JOINER, _SELECTOR) or before == _JOINER or ord(after) in _SKIN_TONES:
+        return False
+    if unicodedata.category(after).startswith("M"):
+        return False
+    if before in _FLAG_LETTERS and after in _FLAG_LETTERS:
+        # Two letters make a flag.
+        return (index - len(text[:index].rstrip(_FLAG_LETTERS))) % 2 == 0
+    return _is_word(before) or _is_word(after)
+
+
+def _is_word(character: str) -> bool:
+    """Whether a character is a word of its own."""
+    if character in (_JOINER, _SELECTOR) or ord(character) in _SKIN_TONES:
+        return True
+    if unicodedata.category(character) in ("So", "Sk"):
+        return True
+    return unicodedata.name(character, "").startswith("CJK UNIFIED IDEOGRAPH")
+
+
+def words_of(tokenizer: Any, encoding: Any, number: int, row: TokenizedText) -> tuple[Word, ...]:
+    """The words of text `number`, in order; each special token is a word of its own.
+
+    Pieces of SentencePiece and of slow tokenizers are grouped by their marks, those of other fast
+    tokenizers by `word_ids()`, which separates punctuation. Tokens that are parts of one character
+    stay together, and ideographs and emoji are words of their own.
+    """
+    groups: list[list[int]] = []
+    starts = _starts_in_text(row, _starts_of_pieces(tokenizer, encoding, number, row.tokens))
+    for index, starts_word in enumerate(starts):
+        behind_special = index > 0 and row.special[index - 1]
+        if starts_word or behind_special or row.special[index] or not groups:
+            groups.append([index])
+        else:
+            groups[-1].append(index)
+    return tuple(word for indices in groups for word in _split(row, indices))
+
+
+def _starts_of_pieces(
+    tokenizer: Any, encoding: Any, number: int, tokens: Sequence[str]
+) -> list[bool]:
+    """Which tokens begin a word by the tokenizer's own account."""
+    spaced = any(token.startswith(SPACED) for token in tokens)
+    if not spaced and getattr(encoding, "is_fast", False):
+        keys = list(zip(encoding.sequence_ids(number), encoding.word_ids(number), strict=True))
+        return [index == 0 or keys[index - 1] != key for index, key in enumerate(keys)]
+    mark = SPACED if spaced else _mark_of(tokenizer)
+    if mark == _CONTINUES:
+        return [not token.startswith(mark) for token in tokens]
+    if mark == _ENDS:
+        return [index == 0 or tokens[index - 1].endswith(mark) for index in range(len(tokens))]
+    return [token.startswith(mark) for token in tokens]
+
+
+def _mark_of(tokenizer: Any) -> str:
+    """The mark of words of a slow tokenizer, by common words in its vocabulary."""
+    if is_byte_level(tokenizer):
+        return _BYTE_SPACED
+    vocabulary = tokenizer.get_vocab()
+    if f"{_BYTE_SPACED}the" in vocabulary or f"{_BYTE_SPACED}a" in vocabulary:
+        return _BYTE_SPACED
+    return _ENDS if f"the{_ENDS}" in vocabulary or f"a{_ENDS}" in vocabulary else _CONTINUES
+
+
+def _starts_in_text(row: TokenizedText, starts: list[bool]) -> list[bool]:
+    """Word starts corrected by the characters of the text."""
+    found, part_before, end = [], 0, 0
+    for span, starts_word in zip(row.spans, starts, strict=True):
+        if span is None:
+            found.append(starts_word)
             continue
         part, start, stop = span
         text = row.texts[part]
-        # Spaces before a word may be part of its token.
-        start += len(text[start:stop]) - len(text[start:stop].lstrip())
-        inside = part == end[0] and start < end[1]
-        found.append(not inside and (begin or (start < stop and parted(text, start))))
-        end = (part, max(stop, end[1] if part == end[0] else 0))
+        start = _skip_spaces(text, start, stop)
+        inside = part == part_before and start < end
+        boundary = start < stop and is_word_boundary(text, start)
+        found.append(not inside and (starts_word or boundary))
+        part_before, end = part, max(stop, end if part == part_before else 0)
     return found
 
 
-def _by_marks(tokens: Sequence[str], style: str) -> list[bool]:
-    if style == _GOES_ON:
-        return [not token.startswith(_GOES_ON) for token in tokens]
-    if style == _ENDS:
-        return [place == 0 or tokens[place - 1].endswith(_ENDS) for place in range(len(tokens))]
-    return [token.startswith(style) for token in tokens]
+def _skip_spaces(text: str, start: int, stop: int) -> int:
+    """The start without the spaces before a word, which may be part of its token."""
+    return start + len(text[start:stop]) - len(text[start:stop].lstrip())
 
 
-def _style(tokenizer: Any, spaced: bool) -> str:
-    """How a tokenizer marks words, by its commonest."""
-    if spaced:
-        return _SPACED
-    if is_byte_level(tokenizer):
-        return _BYTES
-    vocabulary = tokenizer.get_vocab()
-    if f"{_BYTES}the" in vocabulary or f"{_BYTES}a" in vocabulary:
-        return _BYTES
-    return _ENDS if f"the{_ENDS}" in vocabulary or f"a{_ENDS}" in vocabulary else _GOES_ON
+def _split(row: TokenizedText, indices: list[int]) -> list[Word]:
+    """A group of tokens as one word, or as several where a token holds several ideographs.
 
-
-def _text(row: Row, places: Sequence[int]) -> str:
-    """The word as the text has it, or as its pieces spell it."""
-    spans = [row.spans[place] for place in places]
+    A token's value is shared equally among the words that it has characters of.
+    """
+    spans = [row.spans[index] for index in indices]
     first, last = spans[0], spans[-1]
-    if first is not None and last is not None and not row.special[places[0]]:
-        written = row.texts[first[0]][first[1] : last[2]].strip()
-        if written:
-            return written
-    return "".join(_plain((row.shown or row.tokens)[place]) for place in places)
+    if first is None or last is None or row.special[indices[0]]:
+        return [Word(_plain(row, indices), tuple(indices))]
+    text, start, stop = row.texts[first[0]], first[1], last[2]
+    start = _skip_spaces(text, start, stop)
+    cuts = [one for one in range(start + 1, stop) if is_word_boundary(text, one)]
+    if not cuts:
+        return [Word(text[start:stop].strip() or _plain(row, indices), tuple(indices))]
+    pairs = zip([start, *cuts], [*cuts, stop], strict=True)
+    bounds = [(a, b) for a, b in pairs if text[a:b].strip()]
+    held = [_words_of_span(bounds, span) for span in spans]
+    found = []
+    for number, (a, b) in enumerate(bounds):
+        own = [
+            (index, 1.0 / len(words))
+            for index, words in zip(indices, held, strict=True)
+            if number in words
+        ]
+        if own:
+            found.append(Word(text[a:b].strip(), *map(tuple, zip(*own, strict=True))))
+    return found
 
 
-def _plain(token: str) -> str:
-    for mark in (_SPACED, _BYTES, _ENDS):
-        token = token.replace(mark, "")
-    return token.removeprefix(_GOES_ON)
+def _words_of_span(bounds: list[tuple[int, int]], span: Span | None) -> list[int]:
+    """The words that a token has characters of; for spaces alone, the word behind them."""
+    start, stop = (span or (0, 0, 0))[1:]
+    within = [n for n, (a, b) in enumerate(bounds) if start < b and a < stop]
+    behind = [n for n, (a, _) in enumerate(bounds) if a >= start]
+    return within or (behind or [len(bounds) - 1])[:1]
+
+
+def _plain(row: TokenizedText, indices: Sequence[int]) -> str:
+    """The word as its pieces spell it, without their marks."""
+    pieces = [row.readable[index] for index in indices]
+    for mark in (SPACED, _BYTE_SPACED, _ENDS):
+        pieces = [piece.replace(mark, "") for piece in pieces]
+    return "".join(piece.removeprefix(_CONTINUES) for piece in pieces)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from saliency_fast.render.files import encode
+from saliency_fast.render.html import Figure, percent_text
 from saliency_fast.render.page import (
     Entry,
     Inside,
@@ -22,7 +23,6 @@ from saliency_fast.render.page import (
     memory_text,
     page_html,
 )
-from saliency_fast.render.parts import Figure, percent_text
 from tests.pages import Reader
 
 NUMBERS = Numbers(

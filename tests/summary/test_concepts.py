@@ -9,7 +9,7 @@ from torch import nn
 
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.summary import concepts
-from saliency_fast.summary.factors import amounts, directions
+from saliency_fast.summary.concepts import amounts, directions
 from saliency_fast.zoo import digits_cnn, digits_vit, held_out
 
 ONE = torch.tensor([1.0, 2.0, 0.0, 0.0, 0.5], dtype=torch.float64)
@@ -151,7 +151,7 @@ def test_weights_count(method):
         ({"at": "head"}, InputError, "no spatial output"),
         ({"target": [[0, 1]] * 4}, InputError, "one per example"),
         ({"count": 1000}, InputError, "fewer concepts"),
-        ({"target": 1}, InputError, "speak for the target"),
+        ({"target": 1}, InputError, "evidence for the target"),
         ({"inputs": (planted_inputs(),)}, InputTypeError, "one tensor"),
         ({"inputs": planted_inputs()[:0]}, InputError, None),
     ],

@@ -14,8 +14,8 @@ from torch import nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, RecordError
 from saliency_fast.summary import summarise
-from saliency_fast.summary.fills import fills
-from saliency_fast.summary.telling import share_text, value_at
+from saliency_fast.summary.evidence_text import share_text, value_at
+from saliency_fast.summary.facts import replacements
 from saliency_fast.zoo import digits_cnn, held_out
 
 DIGITS = [str(number) for number in range(10)]
@@ -294,10 +294,14 @@ def test_what_is_painted_over_knows_nothing_of_what_was_there():
     gone = torch.zeros(2, 15, 18, dtype=torch.bool)
     gone[0, 3:9, 4:12], gone[1] = True, True
     other = torch.where(gone[:, None], -7.0, x)
-    assert torch.allclose(fills(other, gone)["inpainted"][0], fills(x, gone)["inpainted"][0])
+    assert torch.allclose(
+        replacements(other, gone)["inpainted"][0], replacements(x, gone)["inpainted"][0]
+    )
     flat, part = seeded((2, 4)), torch.ones(2, 4, dtype=torch.bool)
-    assert torch.allclose(fills(flat, part)["set to the mean"], flat.mean(1)[:, None].expand(2, 4))
-    assert not fills(flat, part)["set to zero"].any()
+    assert torch.allclose(
+        replacements(flat, part)["set to the mean"], flat.mean(1)[:, None].expand(2, 4)
+    )
+    assert not replacements(flat, part)["set to zero"].any()
 
 
 @pytest.mark.parametrize(

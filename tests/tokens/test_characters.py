@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from saliency_fast.tokens.characters import parted, shown
 from saliency_fast.tokens.encoding import Encoded, encode
+from saliency_fast.tokens.words import is_word_boundary, readable_tokens
 
 TEXTS = (
     "the cat sat, don't you think?",
@@ -135,15 +135,15 @@ def test_which_words(tokenizer: Any, text: str, words: list[str]) -> None:
 
 def test_parts_of_a_character_say_which() -> None:
     tokens = ["ðŁ", "ĺ", "Ģ", "Ġnow"]
-    found = shown(tokens, [False] * 4, letters=True)
+    found = readable_tokens(tokens, [False] * 4, byte_level=True)
     assert found == ("😀[1/3]", "😀[2/3]", "😀[3/3]", "▁now")
     # A special token keeps its name, and bytes that are no text are told.
-    assert shown(["Ċ", "ĠĊ"], [True, False], letters=True) == ("Ċ", "▁\\n")
-    assert shown(["Ģ"], [False], letters=True) == ("\N{REPLACEMENT CHARACTER}",)
+    assert readable_tokens(["Ċ", "ĠĊ"], [True, False], byte_level=True) == ("Ċ", "▁\\n")
+    assert readable_tokens(["Ģ"], [False], byte_level=True) == ("\N{REPLACEMENT CHARACTER}",)
 
 
 def test_characters_that_are_words() -> None:
-    cuts = [place for place in range(1, len("a我b 😀é")) if parted("a我b 😀é", place)]
+    cuts = [place for place in range(1, len("a我b 😀é")) if is_word_boundary("a我b 😀é", place)]
     assert cuts == [1, 2, 4, 5]
-    assert not any(parted("👍🏽", place) for place in (1,))
-    assert [parted("🇩🇪🇫🇷", place) for place in (1, 2, 3)] == [False, True, False]
+    assert not any(is_word_boundary("👍🏽", place) for place in (1,))
+    assert [is_word_boundary("🇩🇪🇫🇷", place) for place in (1, 2, 3)] == [False, True, False]

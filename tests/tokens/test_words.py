@@ -16,7 +16,7 @@ class Ids:
 
 def words(tokenizer: object, text: object = "") -> list[tuple[str, tuple[int, ...]]]:
     found = encode(Ids(), tokenizer, [text], None, False)  # type: ignore[list-item]
-    return [(one.text, one.places) for one in found.words[0]]
+    return [(one.text, one.indices) for one in found.words[0]]
 
 
 G, S = "\u0120", "\u2581"

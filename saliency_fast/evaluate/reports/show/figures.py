@@ -13,7 +13,7 @@ from saliency_fast.evaluate.reports.show.bands import plot_of
 from saliency_fast.evaluate.reports.show.words import told_as
 from saliency_fast.render.files import encode
 from saliency_fast.render.frames import frames, grey, picture
-from saliency_fast.render.parts import Figure
+from saliency_fast.render.html import Figure
 from saliency_fast.render.plots import plot_png
 
 SHOWN = 4

@@ -24,15 +24,18 @@ from saliency_fast.evaluate.reports.show.words import (
 )
 from saliency_fast.evaluate.reports.suite import entry_of
 from saliency_fast.render.evaluation import (
+    Cell,
     Described,
     Drawn,
     Evaluation,
+    Line,
+    Matrix,
     Option,
     Sample,
+    Table,
     evaluation_html,
 )
 from saliency_fast.render.plots import CURE, Plot, have_plots, plot_png
-from saliency_fast.render.tables import Cell, Line, Matrix, Table
 
 NO_CURVES = f"This page has no curves: matplotlib is not installed. To have them, {CURE}."
 

@@ -1,4 +1,4 @@
-"""What attention says of the same tokens: its weights, rollout, and weighed by gradients."""
+"""Attention weights, rollout and gradient-weighted attention of the tokens that are explained."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from saliency_fast.model.attention import AttentionTaps
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
-    """All three from one forward and one backward pass; padding is no token of the mean.
+class AttentionColumns:
+    """A method: all three kinds of attention from one forward and one backward pass.
 
-    real: bool [B, T]. query: "first", "last", "mean", the number of a token, or "auto": the last
-    one where tokens see only what is before them, else the first.
+    real: bool [B, T]; padding is left out of means. query: the token whose attention is read:
+    "first", "last", "mean", an index, or "auto": the last one of causal models, else the first.
+    layer: the one whose weights are read.
     """
 
     real: Tensor
@@ -58,29 +59,29 @@ class Beside:
             start = self._start(real, layers)
             weights = last_row(start, layers, self.layer)
             rolled = rollout(start, layers, 0.5, "mean", 0.0)
-            # Without the identity, which every token has of itself.
-            weighed = weighted_by_gradient(start, layers, wide(found.grads[0])) - start
-            parts.append((weights, rolled, weighed))
+            # The identity, which every token has of itself, is no evidence.
+            weighted = weighted_by_gradient(start, layers, wide(found.grads[0])) - start
+            parts.append((weights, rolled, weighted))
 
         item = torch.arange(len(x), device=x.device)
         yield Round(lambda item, _: (x[item],), item, item, taps=AttentionTaps(), each=each)
-        weights, rolled, weighed = (torch.cat(one)[:, None] for one in zip(*parts, strict=True))
-        return Maps((weighed,), extras={"attention": weights, "rollout": rolled})
+        weights, rolled, weighted = (torch.cat(one)[:, None] for one in zip(*parts, strict=True))
+        return Maps((weighted,), extras={"attention": weights, "rollout": rolled})
 
     def _start(self, real: Tensor, layers: Layers) -> Tensor:
+        """The weight of each token as a query [R, T]."""
         start = real.to(layers[0].dtype)
         if self.query == "mean":
             return start / start.sum(1, keepdim=True)
         query = self.query
         if query == "auto":
             query = "last" if is_causal(layers[0], real) else "first"
-        place = {"first": 0, "last": -1}[query] if isinstance(query, str) else query
+        index = {"first": 0, "last": -1}[query] if isinstance(query, str) else query
         count = real.sum(1)
-        wanted = torch.full_like(count, place)
-        wanted = torch.where(wanted < 0, wanted + count, wanted)
+        wanted = torch.full_like(count, index) + (count if index < 0 else 0)
         if bool(((wanted < 0) | (wanted >= count)).any()):
             raise InputError(
-                f"query out of range: got {place}, and a text has {int(count.min())} tokens"
+                f"query out of range: got {index}, and a text has {int(count.min())} tokens"
             )
-        # The token of that number among those that are real.
+        # The index counts real tokens, on whichever side padding is.
         return start * (real.cumsum(1) == wanted[:, None] + 1)
