@@ -1,4 +1,4 @@
-"""The classes of Captum 0.9 on our engine: change the import, and nothing else."""
+"""The classes of Captum 0.9 on this library's engine: only the import changes."""
 
 from importlib import import_module
 from typing import Any
@@ -11,30 +11,52 @@ from saliency_fast.captum.attribution import (
     NeuronAttribution,
     PerturbationAttribution,
 )
-from saliency_fast.captum.deep_lift import DeepLift, DeepLiftShap
-from saliency_fast.captum.gradient import InputXGradient, Saliency
-from saliency_fast.captum.gradient_shap import GradientShap
-from saliency_fast.captum.guided import Deconvolution, GuidedBackprop, GuidedGradCam
-from saliency_fast.captum.integrated_gradients import IntegratedGradients
-from saliency_fast.captum.layer import LayerActivation, LayerGradCam, LayerGradientXActivation
-from saliency_fast.captum.layer_conductance import LayerConductance
-from saliency_fast.captum.layer_deep_lift import LayerDeepLift, LayerDeepLiftShap
-from saliency_fast.captum.layer_integrated_gradients import LayerIntegratedGradients
-from saliency_fast.captum.lime import KernelShap, Lime
-from saliency_fast.captum.lime_base import LimeBase, get_exp_kernel_similarity_function
-from saliency_fast.captum.lrp import LRP
-from saliency_fast.captum.lrp_rules import (
+from saliency_fast.captum.captum_only import kept_apart
+from saliency_fast.captum.deep_lift import (
+    DeepLift,
+    DeepLiftShap,
+    LayerDeepLift,
+    LayerDeepLiftShap,
+    NeuronDeepLift,
+    NeuronDeepLiftShap,
+)
+from saliency_fast.captum.gradients import (
+    Deconvolution,
+    GuidedBackprop,
+    GuidedGradCam,
+    InputXGradient,
+    LayerActivation,
+    LayerGradCam,
+    LayerGradientXActivation,
+    Saliency,
+)
+from saliency_fast.captum.lime import (
+    KernelShap,
+    Lime,
+    LimeBase,
+    get_exp_kernel_similarity_function,
+)
+from saliency_fast.captum.lrp import (
+    LRP,
     Alpha1_Beta0_Rule,
     EpsilonRule,
     GammaRule,
     IdentityRule,
     PropagationRule,
 )
-from saliency_fast.captum.neuron_deep_lift import NeuronDeepLift, NeuronDeepLiftShap
-from saliency_fast.captum.noise_tunnel import NoiseTunnel
-from saliency_fast.captum.perturbation import FeatureAblation, FeaturePermutation, Occlusion
-from saliency_fast.captum.shapley import ShapleyValues, ShapleyValueSampling
-from saliency_fast.captum.theirs import kept_apart
+from saliency_fast.captum.noise import GradientShap, NoiseTunnel
+from saliency_fast.captum.paths import (
+    IntegratedGradients,
+    LayerConductance,
+    LayerIntegratedGradients,
+)
+from saliency_fast.captum.perturbation import (
+    FeatureAblation,
+    FeaturePermutation,
+    Occlusion,
+    ShapleyValues,
+    ShapleyValueSampling,
+)
 
 __all__ = [
     "LRP",
@@ -81,9 +103,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A name that Captum has and we do not is Captum's own, where it is installed, or a child that
-    keeps copies of a batch apart where they meet.
-    """
+    """Names that only Captum has: its own, where it is installed; see `captum_only`."""
     missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name.startswith("_"):
         raise missing

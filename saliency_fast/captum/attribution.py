@@ -1,4 +1,4 @@
-"""Base classes, as Captum has them."""
+"""Base classes with Captum's names, and the documentation of the arguments that classes share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saliency_fast.captum.contract import (
+from saliency_fast._types import Inputs
+from saliency_fast.captum.arguments import (
     as_args,
     as_baselines,
     as_target,
@@ -20,19 +21,55 @@ from saliency_fast.captum.contract import (
     check_target,
     copies,
     filled,
+    for_fill,
     public,
+    read_masks,
 )
+from saliency_fast.captum.attribute_call import AttributeCall
 from saliency_fast.captum.forward import compute_gradients, run_forward
-from saliency_fast.captum.run import Asked
 from saliency_fast.errors import ContractError
 from saliency_fast.model.state import preserved
 
 
 class Attribution:
-    """A method of attribution on a function of tensors, read anew at every call."""
+    """An attribution method of a function of tensors, which is read anew in every call.
+
+    Classes document the arguments of their own. The others mean the same everywhere:
+
+    Args:
+        forward_func: (also `model`) a module or function that returns scores for its inputs.
+        layer: the module of `forward_func` at which a layer class attributes; some take a list.
+        device_ids: kept for code that reads it.
+        multiply_by_inputs: False returns what inputs (or their difference from the baselines)
+            would be multiplied by.
+        inputs: a tensor [B, *], or a tuple of them, which `forward_func` takes first.
+        baselines: where nothing is left of the inputs: a number, a tensor of their shape or
+            [1, *], or a tuple with one for each input. None is 0.
+        target: the element of the output that is explained: an int, a tuple of indices after the
+            batch axis, a list or tensor with one int for each example, or a list of tuples. None
+            where the function returns one number per example.
+        additional_forward_args: further arguments of `forward_func`, which get no attributions: a
+            tuple of any types, or a single argument.
+        attribute_to_layer_input: whether the layer's input counts instead of its output.
+        grad_kwargs: arguments of `torch.autograd.grad`; with them the batch runs at once.
+        return_convergence_delta: whether the result is (attributions, delta), with the sum of the
+            attributions less what the score gains over the baselines, for each example [B].
+        feature_mask: integers that broadcast to the inputs [1 | B, *], the same for elements that
+            are one feature; a tuple for a tuple of inputs. None: every element is a feature.
+        perturbations_per_eval: perturbed batches in one call of `forward_func`.
+        show_progress: whether a progress bar counts those calls.
+
+    Attributions are a tensor of the inputs' shape, or a tuple where `inputs` is one.
+
+    Raises:
+        ContractError: wrong arguments, with the leading words of Captum's AssertionError.
+        ModelError: the function's output cannot be explained.
+    """
 
     attribute: Callable[..., Any]
     compute_convergence_delta: Callable[..., Any]
+    _multiply_by_inputs = False
+    _has_delta = False
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         self.forward_func = forward_func
@@ -40,7 +77,7 @@ class Attribution:
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         """The class; where Captum is loaded, a child of it and of Captum's class of that name, so
-        that Captum's own classes, which look by `isinstance`, take these methods.
+        that Captum's own classes, which check by `isinstance`, accept these methods.
         """
         return _beside_captums(type(self))
 
@@ -48,21 +85,22 @@ class Attribution:
         return _remade, (type(self),), self.__dict__
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises NotImplementedError; some of the perturbation classes return maps as futures."""
-        return not_promised(self)
+        """Raises NotImplementedError; some perturbation classes return attributions as futures."""
+        name = type(self).__name__
+        raise NotImplementedError(f"attribute_future is not implemented for {name}")
 
     @property
     def multiplies_by_inputs(self) -> bool:
-        """Whether maps are multiplied by the inputs, or their distance from a baseline."""
-        return False
+        """Whether attributions are multiplied by the inputs or their difference from baselines."""
+        return self._multiply_by_inputs
 
     def has_convergence_delta(self) -> bool:
         """Whether `attribute` takes return_convergence_delta."""
-        return False
+        return self._has_delta
 
     @classmethod
     def get_name(cls) -> str:
-        """The class's name in words: "Integrated Gradients"."""
+        """The class's name in words, as in "Integrated Gradients"."""
         return re.sub(r"(?<!^)([^a-z])", r" \1", cls.__name__)
 
 
@@ -96,27 +134,32 @@ def _remade(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
-def not_promised(method: Attribution) -> Any:
-    """Raises what Captum's classes without `attribute_future` raise."""
-    name = type(method).__name__
-    raise NotImplementedError(f"attribute_future is not implemented for {name}")
-
-
 class GradientAttribution(Attribution):
     """A method that takes gradients at the inputs.
 
-    gradient_func(forward_fn, inputs, target_ind, additional_forward_args): an instance may be given
-    another one, which then takes the place of the model's gradients.
+    `gradient_func(forward_fn, inputs, target_ind, additional_forward_args)` may be assigned to an
+    instance, and then takes the place of the model's gradients.
     """
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         super().__init__(forward_func)
         self.gradient_func: Callable[..., tuple[Tensor, ...]] = compute_gradients
 
-    def _asked(self, inputs: tuple[Tensor, ...], target: Any, further: Any, **more: Any) -> Asked:
-        return Asked(
-            *(self.forward_func, inputs, target, further), gradient_func=self.gradient_func, **more
-        )
+    def _call(self, inputs: Any, target: Any, further: Any, **options: Any) -> AttributeCall:
+        """The call of `attribute`; `baselines` among the options are checked."""
+        parts = as_tuple(inputs)
+        if "baselines" in options:
+            options["baselines"] = as_baselines(options["baselines"], parts)
+            check_baselines(parts, options["baselines"])
+        options["gradient_func"] = self.gradient_func
+        return AttributeCall(self.forward_func, parts, target, further, **options)
+
+    def _with_delta(self, call: AttributeCall, maps: Inputs, result: Any, wanted: bool) -> Any:
+        """The result, and the delta of the call's maps where it is wanted."""
+        if not wanted:
+            return result
+        of = call.baselines, call.inputs, call.target, call.further
+        return result, self.compute_convergence_delta(maps, *of)
 
     @public
     def compute_convergence_delta(
@@ -127,7 +170,16 @@ class GradientAttribution(Attribution):
         target: Any = None,
         additional_forward_args: Any = None,
     ) -> Tensor:
-        """The sum of the attributions less F(end_point) - F(start_point), for each example [B]."""
+        """The sum of the attributions less F(end_point) - F(start_point), for each example.
+
+        Args:
+            attributions: of each input or layer tensor, [B, *].
+            start_point: the baselines.
+            end_point: the inputs.
+
+        Returns:
+            The deltas [B].
+        """
         ends, maps = as_tuple(end_point), as_tuple(attributions)
         starts = filled(ends, as_baselines(start_point, ends))
         for one, end in zip(maps, ends, strict=False):
@@ -143,24 +195,40 @@ class GradientAttribution(Attribution):
         with torch.no_grad(), preserved(self.forward_func):
             start = run_forward(self.forward_func, copies(starts), target, further)
             end = run_forward(self.forward_func, copies(ends), target, further)
-            total = torch.stack([_rows(one) for one in maps]).sum(0)
-            return total - (_rows(end) - _rows(start))
+            total = torch.stack([_row_sums(one) for one in maps]).sum(0)
+            return total - (_row_sums(end) - _row_sums(start))
 
 
-def _rows(values: Tensor) -> Tensor:
+def _row_sums(values: Tensor) -> Tensor:
     return values.reshape(len(values), -1).sum(1)
 
 
 class PerturbationAttribution(Attribution):
-    """A method that changes inputs and looks at what the function returns."""
+    """A method that changes inputs and compares what the function returns."""
 
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        return True
+    _multiply_by_inputs = True
+    _perturbations_error = ""
+    """What Captum says of a wrong perturbations_per_eval; "" where it does not check it."""
+
+    def _call(
+        self, inputs: Any, baselines: Any, target: Any, further: Any, mask: Any, *shown: Any
+    ) -> AttributeCall:
+        """The call of `attribute`; shown: perturbations_per_eval and show_progress."""
+        parts, (at_once, progress) = as_tuple(inputs), shown
+        starts = as_baselines(baselines, parts)
+        if self._perturbations_error and (not isinstance(at_once, int) or at_once < 1):
+            words = self._perturbations_error
+            raise ContractError(f"{words} Got {at_once!r}; pass perturbations_per_eval=1")
+        return AttributeCall(
+            *(self.forward_func, for_fill(parts, starts), target, further, starts),
+            features=read_masks(mask, parts),
+            at_once=at_once,
+            progress=self.get_name() if progress else "",
+        )
 
 
 class InternalAttribution(Attribution):
-    """A method on a layer within a model; `device_ids` is kept for those who read it."""
+    """A method at a layer of a model."""
 
     def __init__(
         self,
@@ -173,7 +241,7 @@ class InternalAttribution(Attribution):
 
 
 class LayerAttribution(InternalAttribution):
-    """A method whose maps are like what a layer gives or takes."""
+    """A method whose attributions have the shapes of a layer's tensors."""
 
     @staticmethod
     def interpolate(
@@ -181,9 +249,37 @@ class LayerAttribution(InternalAttribution):
         interpolate_dims: int | tuple[int, ...],
         interpolate_mode: str = "nearest",
     ) -> Tensor:
-        """Maps [B, C, *s] at another spatial size."""
+        """Resizes attributions.
+
+        Args:
+            layer_attribution: [B, C, *spatial].
+            interpolate_dims: the new spatial size.
+            interpolate_mode: of `torch.nn.functional.interpolate`.
+
+        Returns:
+            Attributions [B, C, *interpolate_dims].
+
+        Example:
+            >>> import torch
+            >>> from saliency_fast.captum import LayerAttribution
+            >>> LayerAttribution.interpolate(torch.ones(1, 1, 2, 2), (4, 4)).shape
+            torch.Size([1, 1, 4, 4])
+        """
         return functional.interpolate(layer_attribution, interpolate_dims, mode=interpolate_mode)
 
 
 class NeuronAttribution(InternalAttribution):
-    """A method whose maps are of a neuron within a layer."""
+    """A method whose attributions are of one neuron of a layer."""
+
+
+class LayerGradientAttribution(LayerAttribution, GradientAttribution):
+    """A method that takes gradients at a layer."""
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+    ) -> None:
+        GradientAttribution.__init__(self, forward_func)
+        InternalAttribution.__init__(self, forward_func, layer, device_ids)

@@ -1,35 +1,57 @@
-"""DeepLift and DeepLiftShap: differences from baselines, shared out layer by layer."""
+"""DeepLIFT in Captum's six classes: of inputs, layers and neurons, with one baseline or a set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from inspect import signature
+from dataclasses import replace
+from functools import wraps
+from inspect import Signature, signature
 from typing import Any
 
 from torch import Tensor, nn
 
+from saliency_fast import methods
 from saliency_fast._types import Inputs
-from saliency_fast.captum.attribution import GradientAttribution
-from saliency_fast.captum.contract import (
-    as_args,
+from saliency_fast.captum.arguments import (
+    arguments_of,
     as_baselines,
     as_target,
     as_tuple,
-    check_baselines,
     filled,
+    interleaved,
     like_inputs,
     like_types,
     public,
 )
+from saliency_fast.captum.attribute_call import AttributeCall, explained
+from saliency_fast.captum.attribution import (
+    GradientAttribution,
+    InternalAttribution,
+    LayerAttribution,
+    NeuronAttribution,
+)
 from saliency_fast.captum.forward import Neuron
-from saliency_fast.captum.run import Asked, explained
+from saliency_fast.captum.layers import Layers
 from saliency_fast.errors import ContractError
-from saliency_fast.methods import DeepLift as Rescaled
+
+Custom = Callable[..., Inputs] | None
 
 
 class DeepLift(GradientAttribution):
-    """(x - x') times DeepLIFT's multipliers by the rescale rule (Shrikumar, 2017)."""
+    """(x - x') times DeepLIFT's multipliers by the rescale rule (Shrikumar, 2017).
+
+    Args:
+        model: see `Attribution`, as for `multiply_by_inputs`.
+        eps: nonlinearities whose input differs less from the baseline's have their gradient.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import DeepLift
+        >>> DeepLift(torch.nn.ReLU()).attribute(torch.tensor([[4.0, -2.0]]), -1.0, target=0)
+        tensor([[4., 0.]])
+    """
+
+    _has_delta = True
 
     def __init__(
         self, model: Callable[..., Any], multiply_by_inputs: bool = True, eps: float = 1e-10
@@ -46,53 +68,49 @@ class DeepLift(GradientAttribution):
         target: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
-        custom_attribution_func: Callable[..., Inputs] | None = None,
+        custom_attribution_func: Custom = None,
     ) -> Any:
-        """Maps like the inputs, and the delta of each example [B] where it is asked for.
+        """Attributes to the inputs; see `Attribution` for the other arguments.
 
-        custom_attribution_func(multipliers), or with inputs, or also with baselines: what maps are
-        made of these tuples instead.
+        Args:
+            custom_attribution_func: makes the attributions of the multipliers, or of multipliers,
+                inputs and baselines, each a tuple of tensors.
+
+        Returns:
+            Attributions of the inputs' shape, or (attributions, delta).
         """
-        parts = as_tuple(inputs)
-        given = as_baselines(baselines, parts)
-        check_baselines(parts, given)
-        starts, further = filled(parts, given), additional_forward_args
-        asked = self._asked(parts, target, further, baselines=starts, whole=self._is_whole())
-        maps = self._made(asked, starts, custom_attribution_func)
-        found = like_inputs(inputs, maps)
-        if not return_convergence_delta:
-            return found
-        return found, self.compute_convergence_delta(found, starts, parts, target, further)
+        call = self._deep_lift_call(inputs, baselines, target, additional_forward_args)
+        maps = self._maps(call, call.baselines, custom_attribution_func)
+        return self._with_delta(call, maps, like_inputs(inputs, maps), return_convergence_delta)
 
-    def _made(self, asked: Asked, starts: Inputs, custom: Callable[..., Inputs] | None) -> Inputs:
-        """Maps by the multipliers of a call, of as many of its inputs as there are starts."""
-        found = explained(Rescaled(self.eps, multiply=False, captum=True), asked)[: len(starts)]
-        parts = tuple(x.detach() for x in asked.inputs[: len(starts)])
-        multipliers = like_types(found, parts)
-        starts = tuple(one.detach() for one in starts)
+    def _deep_lift_call(
+        self, inputs: Any, baselines: Any, target: Any, further: Any
+    ) -> AttributeCall:
+        """A call with tensors for baselines. Softmax as a module makes the batch one example:
+        Captum averages its multipliers over the batch.
+        """
+        model = self.forward_func
+        model = model.model if isinstance(model, Neuron) else model
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        whole = any(type(one) is nn.Softmax for one in modules)
+        call = self._call(inputs, target, further, baselines=baselines, whole=whole)
+        return replace(call, baselines=filled(call.inputs, call.baselines or ()))
+
+    def _maps(self, call: AttributeCall, baselines: Any, custom: Custom) -> Inputs:
+        """Maps by the multipliers of a call, of as many of its inputs as there are baselines."""
+        method = methods.DeepLift(self.eps, multiply=False, captum=True)
+        starts = tuple(one.detach() for one in baselines)
+        parts = tuple(x.detach() for x in call.inputs[: len(starts)])
+        multipliers = like_types(explained(method, call)[: len(starts)], parts)
         if custom is not None:
-            return _custom(custom, multipliers, parts, starts)
+            return _custom_maps(custom, multipliers, parts, starts)
         if not self.multiplies_by_inputs:
             return multipliers
         both = zip(multipliers, parts, starts, strict=True)
         return tuple((x - start) * one for one, x, start in both)
 
-    def _is_whole(self) -> bool:
-        """Captum takes the mean of softmax's multipliers over the whole batch."""
-        model = self.forward_func
-        model = model.model if isinstance(model, Neuron) else model
-        modules = model.modules() if isinstance(model, nn.Module) else ()
-        return any(type(one) is nn.Softmax for one in modules)
 
-    def has_convergence_delta(self) -> bool:
-        return True
-
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        return self._multiply_by_inputs
-
-
-def _custom(
+def _custom_maps(
     function: Callable[..., Inputs], multipliers: Inputs, inputs: Inputs, baselines: Inputs
 ) -> Inputs:
     if not callable(function):
@@ -108,95 +126,209 @@ def _custom(
     return function(*(multipliers, inputs, baselines)[:count])
 
 
+def over_baselines(single: Callable[..., Any], name: str) -> Any:
+    """`attribute` of a class that averages over a set of baselines.
+
+    Args:
+        single: `attribute` of the class with one baseline for each example.
+        name: that class, for an error message.
+
+    Returns:
+        A method with the same arguments, but for `grad_kwargs`. `baselines` is a set [M, *] for
+        each input, or a function that returns them, of the inputs if it takes an argument; deltas
+        are [B * M], example-major.
+    """
+    own = [one for one in signature(single).parameters.values() if one.name != "grad_kwargs"]
+    own = [one.replace(default=one.empty) if one.name == "baselines" else one for one in own]
+
+    @wraps(single)
+    def attribute(*args: Any, **kwargs: Any) -> Any:
+        call = Signature(own).bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        parts, rows = as_tuple(given["inputs"]), given["baselines"]
+        if callable(rows):
+            inputs = parts if name == "LayerDeepLift" else given["inputs"]
+            rows = rows(inputs) if signature(rows).parameters else rows()
+        rows = _sets(rows, parts, name)
+        count = len(rows[0])
+        # Every example with every row of the set, example-major.
+        pairs = tuple(x.detach().repeat_interleave(count, 0) for x in parts)
+        given["inputs"] = like_inputs(given["inputs"], pairs)
+        given["baselines"] = tuple(
+            one.repeat(len(parts[0]), *(1,) * (one.dim() - 1)) for one in rows
+        )
+        further = arguments_of(given["additional_forward_args"], interleaved, count)
+        given["additional_forward_args"] = further or None
+        if "target" in given:
+            given["target"] = interleaved(as_target(given["target"]), count)
+        has_delta = given.get("return_convergence_delta", False)
+        found = single(*call.args, **call.kwargs)
+        maps, delta = found if has_delta else (found, None)
+        several = maps if isinstance(maps, tuple) else (maps,)
+        means = tuple(one.view(-1, count, *one.shape[1:]).mean(1) for one in several)
+        result = means if isinstance(maps, tuple) else means[0]
+        return (result, delta) if has_delta else result
+
+    attribute.__signature__ = Signature(own)  # type: ignore[attr-defined]
+    return public(attribute)
+
+
+def _sets(baselines: Any, inputs: Inputs, single: str) -> Inputs:
+    """A set of baselines [M, *] for each input; single: the class for one baseline."""
+    rows = as_baselines(baselines, inputs)
+    first = rows[0]
+    if not isinstance(first, Tensor) or len(first) < 2:
+        raise ContractError(
+            "Baselines distribution has to be provided in form of a torch.Tensor with more "
+            f"than one example but found: {first}. If baselines are provided in shape of "
+            f"scalars or with a single baseline example, `{single}` approach can be used "
+            "instead."
+        )
+    for one in rows:
+        if not isinstance(one, Tensor):
+            raise ContractError(
+                "Baselines distribution has to be provided in form of a torch.Tensor: got "
+                f"{one}; pass a tensor [M, ...] for each input"
+            )
+    return rows  # type: ignore[return-value]
+
+
 class DeepLiftShap(DeepLift):
-    """The mean of DeepLift's maps over a set of baselines (Lundberg, 2017)."""
+    """The mean of DeepLift's attributions over a set of baselines (Lundberg, 2017).
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import DeepLiftShap
+        >>> x, baselines = torch.ones(1, 2), torch.zeros(3, 2)
+        >>> DeepLiftShap(torch.nn.ReLU()).attribute(x, baselines, target=0)
+        tensor([[1., 0.]])
+    """
 
     def __init__(self, model: Callable[..., Any], multiply_by_inputs: bool = True) -> None:
         super().__init__(model, multiply_by_inputs)
+
+    attribute = over_baselines(DeepLift.attribute, "DeepLift")
+
+
+class LayerDeepLift(LayerAttribution, DeepLift):
+    """(a - a') times DeepLIFT's multipliers at a layer (Shrikumar, 2017).
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import LayerDeepLift
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
+        >>> LayerDeepLift(model, model[0]).attribute(torch.ones(1, 2), target=0).shape
+        torch.Size([1, 2])
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], layer: nn.Module, multiply_by_inputs: bool = True
+    ) -> None:
+        InternalAttribution.__init__(self, model, layer)
+        # Last: the other calls it with its defaults, on the way to the common base.
+        DeepLift.__init__(self, model, multiply_by_inputs)
 
     @public
     def attribute(  # type: ignore[override]
         self,
         inputs: Any,
-        baselines: Any,
+        baselines: Any = None,
         target: Any = None,
         additional_forward_args: Any = None,
         return_convergence_delta: bool = False,
-        custom_attribution_func: Callable[..., Inputs] | None = None,
+        attribute_to_layer_input: bool = False,
+        custom_attribution_func: Custom = None,
+        grad_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Maps like the inputs, and deltas [B * M], example-major, where they are asked for.
+        """Attributes to the layer; arguments as in `DeepLift.attribute` and `Attribution`.
 
-        baselines: [M, *] for each input, or a function that returns them, of the inputs if it takes
-        an argument.
+        Of `grad_kwargs` only `materialize_grads` counts: zeros for a layer that the output does not
+        use.
+
+        Returns:
+            Attributions of the layer's shapes, or (attributions, delta).
         """
-        parts = as_tuple(inputs)
-        each = Each.of(parts, inputs, baselines, "DeepLift")
-        found = super().attribute(
-            *(each.inputs, each.baselines, each.target(target)),
-            *(each.further(additional_forward_args), return_convergence_delta),
-            custom_attribution_func,
-        )
-        maps, delta = found if return_convergence_delta else (found, None)
-        values = like_inputs(inputs, each.means(maps))
-        return (values, delta) if return_convergence_delta else values
+        call = self._deep_lift_call(inputs, baselines, target, additional_forward_args)
+        layers = Layers.of(self, attribute_to_layer_input)
+        at, counts = layers.path(call)
+        materialize = bool((grad_kwargs or {}).get("materialize_grads"))
+        whole = layers.with_inputs(at, call, materialize=materialize)
+        maps = self._maps(whole, at.baselines, custom_attribution_func)
+        result = layers.formatted(layers.grouped(maps, counts))
+        return self._with_delta(call, maps, result, return_convergence_delta)
 
 
-@dataclass(frozen=True)
-class Each:
-    """Every example with every row of a set of baselines, example-major: [B * M, *] per input."""
+class LayerDeepLiftShap(LayerDeepLift, DeepLiftShap):
+    """The mean of LayerDeepLift's attributions over a set of baselines (Lundberg, 2017).
 
-    inputs: Inputs
-    baselines: Inputs
-    count: int
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import LayerDeepLiftShap
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
+        >>> x, baselines = torch.ones(1, 2), torch.zeros(3, 2)
+        >>> LayerDeepLiftShap(model, model[0]).attribute(x, baselines, target=0).shape
+        torch.Size([1, 2])
+    """
 
-    @classmethod
-    def of(cls, parts: Inputs, inputs: Any, baselines: Any, single: str) -> Each:
-        """baselines: a set for each input, or a function that returns them; single: the class for
-        one baseline.
+    attribute = over_baselines(LayerDeepLift.attribute, "LayerDeepLift")
+
+
+class NeuronDeepLift(NeuronAttribution, GradientAttribution):
+    """(x - x') times DeepLIFT's multipliers of a neuron (Shrikumar, 2017).
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import NeuronDeepLift
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
+        >>> NeuronDeepLift(model, model[0]).attribute(torch.ones(1, 2), 1)
+        tensor([[0., 1.]])
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], layer: nn.Module, multiply_by_inputs: bool = True
+    ) -> None:
+        GradientAttribution.__init__(self, model)
+        InternalAttribution.__init__(self, model, layer)
+        self._multiply_by_inputs = multiply_by_inputs
+
+    @public
+    def attribute(
+        self,
+        inputs: Any,
+        neuron_selector: Any,
+        baselines: Any = None,
+        additional_forward_args: Any = None,
+        attribute_to_neuron_input: bool = False,
+        custom_attribution_func: Custom = None,
+    ) -> Any:
+        """Attributes to the inputs; other arguments as in `DeepLift.attribute`.
+
+        Args:
+            neuron_selector: an index after the batch axis; a tuple of indices and slices, over
+                which is summed; or a function of the layer's tensor that returns one number a row.
+            attribute_to_neuron_input: whether the neuron is in the layer's input.
+
+        Returns:
+            Attributions of the inputs' shape.
         """
-        if callable(baselines):
-            baselines = baselines(inputs) if signature(baselines).parameters else baselines()
-        rows = as_baselines(baselines, parts)
-        first = rows[0]
-        if not isinstance(first, Tensor) or len(first) < 2:
-            raise ContractError(
-                "Baselines distribution has to be provided in form of a torch.Tensor with more "
-                f"than one example but found: {first}. If baselines are provided in shape of "
-                f"scalars or with a single baseline example, `{single}` approach can be used "
-                "instead."
-            )
-        batch, count = len(parts[0]), len(first)
-        return cls(
-            tuple(x.detach().repeat_interleave(count, 0) for x in parts),
-            tuple(one.repeat(batch, *(1,) * (one.dim() - 1)) for one in map(_tensor, rows)),
-            count,
-        )
-
-    def target(self, target: Any) -> Any:
-        """An example's target for each of its rows."""
-        return _repeated(as_target(target), self.count)
-
-    def further(self, further: Any) -> tuple[Any, ...] | None:
-        """An example's arguments for each of its rows."""
-        return tuple(_repeated(one, self.count) for one in as_args(further)) or None
-
-    def means(self, maps: Inputs) -> Inputs:
-        """The mean over the baselines of every example."""
-        return tuple(one.view(-1, self.count, *one.shape[1:]).mean(1) for one in maps)
+        assert isinstance(self.layer, nn.Module)
+        neuron = Neuron(self.forward_func, self.layer, attribute_to_neuron_input, neuron_selector)
+        method = DeepLift(neuron, self.multiplies_by_inputs)
+        of = inputs, baselines, None, additional_forward_args
+        return method.attribute(*of, custom_attribution_func=custom_attribution_func)
 
 
-def _tensor(rows: Tensor | float) -> Tensor:
-    if not isinstance(rows, Tensor):
-        raise ContractError(
-            f"Baselines distribution has to be provided in form of a torch.Tensor: got {rows}; "
-            "pass a tensor [M, ...] for each input"
-        )
-    return rows
+class NeuronDeepLiftShap(NeuronDeepLift):
+    """The mean of NeuronDeepLift's attributions over a set of baselines (Lundberg, 2017).
 
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import NeuronDeepLiftShap
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
+        >>> x, baselines = torch.ones(1, 2), torch.zeros(3, 2)
+        >>> NeuronDeepLiftShap(model, model[0]).attribute(x, 1, baselines)
+        tensor([[0., 1.]])
+    """
 
-def _repeated(value: Any, count: int) -> Any:
-    """An example's value for each of its baselines."""
-    if isinstance(value, list):
-        return [one for one in value for _ in range(count)]
-    many = isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 1
-    return value.repeat_interleave(count, 0) if many else value
+    attribute = over_baselines(NeuronDeepLift.attribute, "DeepLift")

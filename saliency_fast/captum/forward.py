@@ -1,4 +1,4 @@
-"""Forward: a user's function with its further arguments, and the number that a target picks."""
+"""Calls of the user's function: its output, the score that a target selects, and its gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.contract import as_args, as_target, as_tuple
+from saliency_fast.captum.arguments import as_args, as_target, as_tuple
 from saliency_fast.errors import ContractError, ModelError, TargetRangeError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.graph.outputs import tensors_of
@@ -22,19 +22,20 @@ from saliency_fast.model.targets import read_of
 def run_forward(
     forward: Callable[..., Any], inputs: Inputs, target: Any = None, further: Any = None
 ) -> Tensor:
-    """What the function returns for all rows at once, and of that what the target picks."""
+    """The target's elements of what the function returns for all rows at once."""
     return selected(read_output(forward(*inputs, *as_args(further))), target)
 
 
 def read_output(raw: Any) -> Tensor:
-    """The tensor that every class explains, in whatever a function returns.
+    """The tensor to explain in what a function returns.
 
-    A tensor itself; a number of Python's as a tensor of its type; the `logits` or `out` of an
-    output that has one; the first tensor of a tuple or list; the only tensor of another output.
+    Returns:
+        The tensor itself; a Python number as a tensor; `logits` or `out` of an output that has one;
+        the first tensor of a tuple or list; the only tensor of another output.
 
     Raises:
         ContractError: no tensor is found.
-        ModelError: an output has several tensors by other names.
+        ModelError: an output has several tensors of other names.
     """
     if isinstance(raw, (int, float)):
         return torch.tensor(
@@ -63,10 +64,13 @@ def read_output(raw: Any) -> Tensor:
 
 
 def selected(output: Tensor, target: Any) -> Tensor:
-    """What a target picks of an output [B, *].
+    """The elements of an output [B, *] that a target selects.
 
-    None: all of it; an int, or a tensor of one: that index behind the batch axis; a tuple: several
-    of them; a list of ints or a tensor [B]: one class per row; a list of tuples: one place per row.
+    Args:
+        output: what the user's function returned.
+        target: None for all elements; an int, or a tensor of one, for that index after the batch
+            axis; a tuple for several such indices; a list of ints or a tensor [B] for one class
+            per row; a list of tuples for one index per row.
     """
     target = as_target(target)
     if target is None:
@@ -139,13 +143,24 @@ def _classes(output: Tensor, classes: Tensor) -> Tensor:
     return output.gather(1, classes[:, None]).squeeze(1)
 
 
+def missing_layer(layer: nn.Module) -> ContractError:
+    """The error for a layer that did not run."""
+    return ContractError(
+        "Forward hook did not obtain any outputs for given layer: the "
+        f"{type(layer).__name__} did not run; name one that the model calls"
+    )
+
+
 @dataclass(frozen=True)
 class Neuron:
-    """One neuron of a layer as a model of its own: a number per row of what the layer gives or,
-    with `of_input`, takes; of a layer that runs several times in the last run.
+    """One neuron of a layer as a model of its own, with one number per row.
 
-    selector: an index behind the batch axis, a tuple of these and of slices, whose numbers are
-    added up, or a function of the layer's tensor (of the tuple, where it has several).
+    Args:
+        model: the user's function.
+        layer: its layer; of one that runs several times the last run counts.
+        of_input: whether the neuron is in the layer's input instead of its output.
+        selector: an index after the batch axis; a tuple of indices and slices, over which is
+            summed; or a function of the layer's tensor (of the tuple, where it has several).
     """
 
     model: Callable[..., Any]
@@ -162,14 +177,11 @@ class Neuron:
         with hooked((self.layer,), seen, of_input=self.of_input):
             self.model(*inputs)
         if not found:
-            raise ContractError(
-                "Forward hook did not obtain any outputs for given layer: the "
-                f"{type(self.layer).__name__} did not run; name one that the model calls"
-            )
+            raise missing_layer(self.layer)
         several = found[-1]
         if callable(self.selector):
-            selected_by: Tensor = self.selector(several if len(several) > 1 else several[0])
-            return selected_by
+            chosen: Tensor = self.selector(several if len(several) > 1 else several[0])
+            return chosen
         if len(several) != 1:
             raise ContractError(
                 "Cannot select neuron index from layer with multiple tensors,consider providing a "
@@ -198,10 +210,16 @@ def compute_gradients(
     additional_forward_args: Any = None,
     **grad_kwargs: Any,
 ) -> Inputs:
-    """The gradients of rows' scores at inputs that require them, for methods of users' own.
+    """The gradients of the rows' scores at inputs that require them, for users' own methods.
 
-    Our own methods put the engine in its place, unless an instance was given another one.
-    grad_kwargs: of `torch.autograd.grad`.
+    It is the default `gradient_func` of the gradient classes, which compute the same by the engine.
+
+    Args:
+        forward_fn: the user's function.
+        inputs: tensors [B, *] that require gradients.
+        target_ind: see `selected`.
+        additional_forward_args: further arguments of the function.
+        **grad_kwargs: of `torch.autograd.grad`.
     """
     leaves = as_tuple(inputs)
     with torch.enable_grad():

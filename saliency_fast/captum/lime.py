@@ -1,54 +1,325 @@
-"""LIME and Kernel SHAP in Captum's shape."""
+"""LIME and Kernel SHAP: interpretable models of the function on perturbed inputs."""
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.contract import (
-    as_args,
-    as_baselines,
+from saliency_fast.captum.arguments import (
+    arguments_of,
     as_tuple,
+    default_masks,
     like_inputs,
+    numbers_of,
     public,
+    read_masks,
+    row_of,
+    tiled,
 )
-from saliency_fast.captum.lime_base import (
-    LimeBase,
-    Linear,
-    coin_tosses,
-    from_coalition,
-    get_exp_kernel_similarity_function,
-    toss,
+from saliency_fast.captum.attribute_call import AttributeCall, rows_depend
+from saliency_fast.captum.attribution import PerturbationAttribution
+from saliency_fast.captum.perturbed import (
+    Draws,
+    by_rows,
+    first_of,
+    numbers_of_output,
+    progress_of,
 )
-from saliency_fast.captum.passes import Asked
-from saliency_fast.captum.perturbation import default_masks, for_fill, numbers_of, read_masks
-from saliency_fast.captum.perturbed import Draws, by_rows, first_of
-from saliency_fast.captum.run import _owner
+from saliency_fast.captum.shared_calls import SharedCalls, rewind_draws, together_or_apart
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
 from saliency_fast.methods.parts.coalitions import Game
+from saliency_fast.methods.parts.regression import fit
 from saliency_fast.model.state import preserved
 
-MANY = 10_000
+MANY_FEATURES = 10_000
 """Features that make an interpretable model slow."""
-INFINITE = 1e6
+INFINITE_WEIGHT = 1e6
 """Kernel SHAP's weight for all features and for none."""
+LASSO_PENALTY = 0.01
+
+
+def get_exp_kernel_similarity_function(
+    distance_mode: str = "cosine", kernel_width: float = 1.0
+) -> Callable[..., float]:
+    """A similarity function for `Lime`: exp(-d^2 / (2 kernel_width^2)) at distance d.
+
+    Args:
+        distance_mode: "cosine" or "euclidean", the distance of the perturbed from the input.
+        kernel_width: of the kernel, in units of the distance.
+
+    Returns:
+        A function of (original, perturbed, interpretable sample, **kwargs).
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import get_exp_kernel_similarity_function
+        >>> similarity = get_exp_kernel_similarity_function("euclidean")
+        >>> similarity(torch.ones(1, 2), torch.ones(1, 2), None)
+        1.0
+    """
+    if distance_mode not in ("cosine", "euclidean"):
+        raise ContractError(
+            f"distance_mode must be either cosine or euclidean. Got {distance_mode!r}"
+        )
+
+    def similarity(original: Any, perturbed: Any, _: Any, **kwargs: Any) -> float:
+        one, other = (
+            torch.cat([x.flatten().float() for x in as_tuple(each)])
+            for each in (original, perturbed)
+        )
+        if distance_mode == "cosine":
+            distance = 1.0 - float(torch.cosine_similarity(one, other, dim=0))
+        else:
+            distance = float((one - other).norm())
+        return math.exp(-(distance**2) / (2.0 * kernel_width**2))
+
+    return similarity
+
+
+class LimeBase(PerturbationAttribution):
+    """Any interpretable model, fitted to the score at perturbed inputs (Ribeiro, 2016).
+
+    Args:
+        forward_func: see `Attribution`.
+        interpretable_model: has `fit(dataloader)` and `representation()`.
+        similarity_func: weighs a sample, of (original, perturbed, interpretable sample, **kwargs).
+        perturb_func: of (original, **kwargs), returns a sample or is a generator function of them.
+        perturb_interpretable_space: whether samples are in the interpretable space.
+        from_interp_rep_transform: makes an input of such a sample, of (sample, original, **kwargs).
+        to_interp_rep_transform: the reverse, for samples that are inputs.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import LimeBase
+        >>> class Mean:
+        ...     def fit(self, data):
+        ...         self.mean = torch.cat([y for _, y, _ in data]).mean()
+        ...
+        ...     def representation(self):
+        ...         return self.mean
+        >>> same, constant = lambda x, *_, **__: x, lambda *_, **__: 1.0
+        >>> method = LimeBase(lambda x: x.sum(1), Mean(), constant, same, False, None, same)
+        >>> method.attribute(torch.tensor([[1.0, 2.0]]))
+        tensor(3.)
+    """
+
+    _multiply_by_inputs = False
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        interpretable_model: Any,
+        similarity_func: Callable[..., Any],
+        perturb_func: Callable[..., Any],
+        perturb_interpretable_space: bool,
+        from_interp_rep_transform: Callable[..., Any] | None,
+        to_interp_rep_transform: Callable[..., Any] | None,
+    ) -> None:
+        super().__init__(forward_func)
+        self.interpretable_model, self.similarity_func = interpretable_model, similarity_func
+        self.perturb_func = perturb_func
+        self.perturb_interpretable_space = perturb_interpretable_space
+        self.from_interp_rep_transform = from_interp_rep_transform
+        self.to_interp_rep_transform = to_interp_rep_transform
+        if perturb_interpretable_space and from_interp_rep_transform is None:
+            raise ContractError(
+                "Must provide transform from interpretable space to original input space when "
+                "sampling from interpretable space."
+            )
+        if not perturb_interpretable_space and to_interp_rep_transform is None:
+            raise ContractError(
+                "Must provide transform from original input space to interpretable space"
+            )
+
+    @public
+    @torch.no_grad()
+    def attribute(
+        self,
+        inputs: Any,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        n_samples: int = 50,
+        perturbations_per_eval: int = 1,
+        show_progress: bool = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Fits the interpretable model; see `Attribution` for the other arguments.
+
+        Args:
+            n_samples: perturbed inputs.
+            **kwargs: for the functions that the instance was given.
+
+        Returns:
+            What the model's `representation` returns after its fit.
+        """
+        call = AttributeCall(self.forward_func, as_tuple(inputs), target, additional_forward_args)
+        of = inputs, n_samples, perturbations_per_eval, show_progress, kwargs
+        rewind = rewind_draws(call.inputs[0].device)
+        apart = perturbations_per_eval < 2 or rows_depend(self.forward_func)
+        table = together_or_apart(
+            lambda apart: self._samples(_SampleCalls(call, apart), *of), rewind, apart=apart
+        )
+        dataset = TensorDataset(*table)
+        self.interpretable_model.fit(DataLoader(dataset, batch_size=len(dataset)))
+        found: Tensor = self.interpretable_model.representation()
+        return found
+
+    def _samples(
+        self,
+        calls: _SampleCalls,
+        inputs: Any,
+        n_samples: int,
+        at_once: int,
+        show_progress: bool,
+        kwargs: dict[str, Any],
+    ) -> Inputs:
+        """Samples, their numbers and their weights; raises RowsMeetError where samples of a call
+        change each other's numbers.
+        """
+        device = as_tuple(inputs)[0].device
+        samples, weights, outputs, waiting = [], [], [], list[Inputs]()
+        draw = self._draw(inputs, kwargs)
+        total, words = -(-n_samples // at_once), f"{self.get_name()} attribution"
+        bar = tqdm(total=total, desc=words, disable=not show_progress)
+        with preserved(self.forward_func), bar:
+            for _ in range(n_samples):
+                try:
+                    simple, point = draw()
+                except StopIteration:
+                    warnings.warn(
+                        "Generator completed prior to given n_samples iterations!", stacklevel=2
+                    )
+                    break
+                similar = self.similarity_func(inputs, point, simple, **kwargs)
+                samples.append(simple)
+                weights.append(torch.as_tensor(similar, device=device).reshape(-1))
+                waiting.append(as_tuple(point))
+                if len(waiting) == at_once:
+                    outputs.append(calls.numbers(waiting).to(device))
+                    bar.update()
+                    waiting.clear()
+            if waiting:
+                outputs.append(calls.numbers(waiting).to(device))
+                bar.update()
+        return tuple(torch.cat(one).float() for one in (samples, outputs, weights))
+
+    def _draw(self, inputs: Any, kwargs: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
+        """A function that draws a sample: in the interpretable space, and as an input."""
+        generator = inspect.isgeneratorfunction(self.perturb_func)
+        several = self.perturb_func(inputs, **kwargs) if generator else None
+
+        def draw() -> tuple[Any, Any]:
+            sample = self.perturb_func(inputs, **kwargs) if several is None else next(several)
+            if self.perturb_interpretable_space:
+                assert self.from_interp_rep_transform is not None
+                return sample, self.from_interp_rep_transform(sample, inputs, **kwargs)
+            assert self.to_interp_rep_transform is not None
+            return self.to_interp_rep_transform(sample, inputs, **kwargs), sample
+
+        return draw
+
+
+class _SampleCalls:
+    """Calls of a function that returns one number for each sample; samples share calls unless they
+    are kept `apart`.
+    """
+
+    def __init__(self, call: AttributeCall, apart: bool) -> None:
+        self.call, self.apart = call, apart
+        self.shared = SharedCalls(self._stacked)
+
+    def numbers(self, points: list[Inputs]) -> Tensor:
+        """The numbers [M] of samples; raises RowsMeetError where they change each other's."""
+        shapes = {tuple(x.shape for x in one) for one in points}
+        if len(points) == 1 or self.apart or len(shapes) > 1:
+            return torch.cat([self._of([one]) for one in points])
+        stacked = tuple(torch.stack(one) for one in zip(*points, strict=True))
+        return self.shared.numbers(stacked).flatten()
+
+    def _stacked(self, points: Inputs) -> Tensor:
+        """The numbers [M, 1] of samples [M, B, *]."""
+        return self._of(list(zip(*points, strict=True)))[:, None]
+
+    def _of(self, points: list[Inputs]) -> Tensor:
+        call, count = self.call, len(points)
+        rows = tuple(torch.cat(one) for one in zip(*points, strict=True))
+        raw = call.forward(*rows, *arguments_of(call.further, tiled, count))
+        found = numbers_of_output(raw, tiled(call.target, count))
+        if found.numel() != count:
+            raise ContractError(
+                "Number of outputs is not appropriate, must return one output per perturbed "
+                f"input: got {found.numel()} for {count}; pass target="
+            )
+        return found.reshape(-1)
+
+
+class _LinearModel:
+    """An interpretable model: a linear one, with the methods that Captum's have."""
+
+    def __init__(self, how: str, alpha: float) -> None:
+        self.how, self.alpha = how, alpha
+
+    def fit(self, train_data: DataLoader[Any]) -> None:
+        """Fits the slopes to samples, outputs and weights."""
+        z, y, weight = (torch.cat(one) for one in zip(*train_data, strict=True))
+        # The first weights of a linear layer, which Captum's model draws here.
+        nn.Linear(z.shape[1], 1)
+        slopes = fit(z, y.double()[:, None], weight.double(), self.how, self.alpha)
+        self.slopes = slopes.values.T.float()
+
+    def representation(self) -> Tensor:
+        """The slopes, [1, F]."""
+        return self.slopes
+
+
+def _from_coalition(sample: Tensor, original: Any, **kwargs: Any) -> Any:
+    """The input with the features [1, F] that are present, and the others from the baselines."""
+    masks, baselines = as_tuple(kwargs["feature_mask"]), kwargs["baselines"]
+    starts = baselines if isinstance(baselines, tuple) else (baselines,)
+    points = []
+    for x, mask, start in zip(as_tuple(original), masks, starts, strict=True):
+        present = sample[0][mask].bool()
+        points.append(present.to(x.dtype) * x + (~present).to(x.dtype) * start)
+    return like_inputs(original, tuple(points))
+
+
+def _coin_tosses(original: Any, **kwargs: Any) -> Tensor:
+    """A coalition int64 [1, F] that each feature is in with a chance of one half."""
+    return _toss(kwargs["num_interp_features"], as_tuple(original)[0].device)
+
+
+def _toss(count: int, device: torch.device) -> Tensor:
+    return torch.bernoulli(torch.full((1, count), 0.5, device="cpu")).to(device).long()
 
 
 class Lime(LimeBase):
-    """A linear model of the output on which features are there, a lasso unless another is given.
+    """A linear model of the score on which features are present (Ribeiro, 2016).
 
-    With Captum's defaults samples of all rows run on the engine; with functions of a user's own
-    they run one example after another, as `LimeBase` does.
+    With the defaults, a lasso on coin tosses, samples of all rows run on the engine; with functions
+    of the user's they run one example after another, as in `LimeBase`, which documents these.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import Lime
+        >>> _ = torch.manual_seed(0)
+        >>> method = Lime(lambda x: (3 * x).sum(1))
+        >>> method.attribute(torch.tensor([[1.0, -2.0]]), n_samples=50).shape
+        torch.Size([1, 2])
     """
 
     def __init__(
@@ -61,11 +332,11 @@ class Lime(LimeBase):
         given = (interpretable_model, similarity_func, perturb_func)
         super().__init__(
             forward_func,
-            interpretable_model or Linear("lasso", 0.01),
+            interpretable_model or _LinearModel("lasso", LASSO_PENALTY),
             similarity_func or get_exp_kernel_similarity_function(),
-            perturb_func or coin_tosses,
+            perturb_func or _coin_tosses,
             True,
-            from_coalition,
+            _from_coalition,
             None,
         )
         self._given = any(one is not None for one in given)
@@ -83,36 +354,42 @@ class Lime(LimeBase):
         return_input_shape: bool = True,
         show_progress: bool = False,
     ) -> Any:
-        """Slopes in float32: each element its feature's, or [N, F] unless return_input_shape."""
+        """Attributes to the inputs; see `Attribution` for the other arguments.
+
+        Args:
+            n_samples: coalitions of each example.
+            return_input_shape: whether elements get their feature's slope.
+
+        Returns:
+            Slopes in float32, of the inputs' shape or, without return_input_shape, [N, F].
+        """
         parts = as_tuple(inputs)
-        starts = as_baselines(baselines, parts)
         masks, count = _features(feature_mask, parts)
-        asked = Asked(
-            *(self.forward_func, for_fill(parts, starts)),
-            *(target, additional_forward_args, starts, masks),
-            at_once=perturbations_per_eval,
-            progress=self.get_name() if show_progress else "",
-        )
-        slopes = self._by_rows(asked, count, n_samples)
+        of = parts, baselines, target, additional_forward_args, masks
+        call = self._call(*of, perturbations_per_eval, show_progress)
+        slopes = self._by_rows(call, count, n_samples)
         if slopes is None:
-            slopes = self._by_hand(asked, count, n_samples, isinstance(inputs, tuple))
+            slopes = self._one_by_one(call, count, n_samples, isinstance(inputs, tuple))
         if not return_input_shape:
             return slopes
-        values = tuple(
-            _spread(slopes, mask, x) if x.numel() else torch.zeros_like(x, dtype=torch.float)
-            for mask, x in zip(masks, parts, strict=True)
-        )
-        return like_inputs(inputs, values)
+        values = []
+        for mask, x in zip(masks, parts, strict=True):
+            if not x.numel():
+                values.append(torch.zeros_like(x, dtype=torch.float))
+                continue
+            own = mask.expand(x.shape)[: len(slopes)].reshape(len(slopes), -1)
+            values.append(slopes.gather(1, own).view(len(slopes), *x.shape[1:]))
+        return like_inputs(inputs, tuple(values))
 
-    def _by_rows(self, asked: Asked, count: int, samples: int) -> Tensor | None:
-        """Slopes float32 [N, F], from Captum's draws, by the engine where it can have the rows."""
-        if self._given or _owner(asked.forward) is None:
+    def _by_rows(self, call: AttributeCall, count: int, samples: int) -> Tensor | None:
+        """Slopes float32 [N, F], from Captum's draws, by the engine where rows are independent."""
+        if self._given or call.owner is None:
             return None
-        known = numbers_of(asked.features or (), asked.inputs)
+        known = numbers_of(call.features or (), call.inputs)
         draws = Draws()
         method = self._method(samples, known, count, draws)
-        with preserved(asked.forward), asked.shown(method) as bar:
-            found = by_rows(method, asked, first_of(asked), draws, bar)
+        with preserved(call.forward), progress_of(method, call) as bar:
+            found = by_rows(method, call, first_of(call), draws.again, bar)
         if found is None:
             return None
         torch.set_rng_state(draws.state)
@@ -122,25 +399,28 @@ class Lime(LimeBase):
         return slopes.float()
 
     def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
-        def table(device: Any) -> Tensor:
-            tosses = [toss(count, device) for _ in range(samples)]
-            return torch.cat(tosses).bool()
+        def table(device: torch.device) -> Tensor:
+            return torch.cat([_toss(count, device) for _ in range(samples)]).bool()
 
-        def draw(game: Game) -> Tensor:
-            with draws.taken():
-                return _by_example(game, table)[..., known]
+        def weigh(game: Game, present: Tensor) -> Tensor:
+            return torch.exp(-surrogates.distances(game, present, "cosine").square() / 2.0)
 
-        return _Fitted(draw, _by_distance, "lasso", 0.01, samples)
+        draw = partial(_drawn, table, known, draws)
+        return _Fitted(draw, weigh, "lasso", LASSO_PENALTY, samples)
 
-    def _by_hand(self, asked: Asked, count: int, samples: int, is_tuple: bool) -> Tensor:
+    def _one_by_one(self, call: AttributeCall, count: int, samples: int, is_tuple: bool) -> Tensor:
         """Slopes [N, F] as Captum finds them, a model for each row that has a number."""
-        batch, numbers = len(asked.inputs[0]), 1
+        batch, numbers = len(call.inputs[0]), 1
         if batch > 1:
             with preserved(self.forward_func):
-                numbers = first_of(asked).numel()
+                numbers = first_of(call).numel()
         if numbers not in (1, batch):
-            raise ContractError(_OUTPUTS)
-        if numbers == 1 < batch and asked.at_once != 1:
+            raise ContractError(
+                "Invalid number of outputs, forward function should return ascalar per example or "
+                "a scalar per input batch. Pass target= with an index for each axis behind the "
+                "batch"
+            )
+        if numbers == 1 < batch and call.at_once != 1:
             raise ContractError(
                 "Perturbations per eval must be 1 when forward functionreturns single value per "
                 "batch!"
@@ -149,41 +429,22 @@ class Lime(LimeBase):
         found = []
         for row in rows:
             own = [
-                tuple(_row(one, row, batch) for one in several)
-                for several in (asked.inputs, asked.baselines or (), asked.features or ())
+                tuple(row_of(one, row, batch) for one in several)
+                for several in (call.inputs, call.baselines or (), call.features or ())
             ]
             inputs, starts, masks = (one if is_tuple else one[0] for one in own)
-            slopes = LimeBase.attribute.__wrapped__(  # type: ignore[attr-defined]
-                *(self, inputs, _row(asked.target, row, batch)),
-                tuple(_row(one, row, batch) for one in as_args(asked.further)) or None,
+            slopes = LimeBase.attribute(
+                *(self, inputs, row_of(call.target, row, batch)),
+                arguments_of(call.further, row_of, row, batch) or None,
                 samples,
-                asked.at_once,
-                bool(asked.progress),
+                call.at_once,
+                bool(call.progress),
                 baselines=starts,
                 feature_mask=masks,
                 num_interp_features=count,
             )
             found.append(slopes.reshape(1, -1))
         return torch.cat(found)
-
-
-def _spread(slopes: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-    """Slopes [N, F] at the elements of x, [N, *]."""
-    count = len(slopes)
-    own = mask.expand(x.shape)[:count].reshape(count, -1)
-    return slopes.gather(1, own).view(count, *x.shape[1:])
-
-
-def _row(value: Any, row: slice, batch: int) -> Any:
-    """What of an argument belongs to a row."""
-    many = isinstance(value, list) or (isinstance(value, Tensor) and value.dim() > 0)
-    return value[row] if many and len(value) == batch else value
-
-
-_OUTPUTS = (
-    "Invalid number of outputs, forward function should return ascalar per example or a scalar per "
-    "input batch. Pass target= with an index for each axis behind the batch"
-)
 
 
 def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
@@ -200,7 +461,7 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
         )
         masks = tuple(one - least for one in masks)
     count = 1 + max(int(one.max()) for one in masks if one.numel())
-    if count > MANY:
+    if count > MANY_FEATURES:
         warnings.warn(
             "Attempting to construct interpretable model with > 10000 features.This can be very "
             "slow or lead to OOM issues. Please provide a feature mask which groups input features "
@@ -210,25 +471,23 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     return masks, count
 
 
-def _by_example(game: Game, table: Callable[[Any], Tensor]) -> Tensor:
-    """A table for each example, [B, M, F], as Captum draws one after another."""
+def _drawn(
+    table: Callable[[torch.device], Tensor], known: Tensor, draws: Draws, game: Game
+) -> Tensor:
+    """A table of coalitions for each example, bool [B, M, F], as Captum draws one after another."""
     tables = []
-    for _ in game.asked.inputs[0]:
-        tables.append(table(game.device))
-        # What each example's fit draws: a data loader's seed, a linear layer's first weights.
-        torch.empty((), dtype=torch.int64).random_()
-        nn.Linear(tables[-1].shape[1], 1)
-    return torch.stack(tables)
-
-
-def _by_distance(game: Game, present: Tensor) -> Tensor:
-    distance = surrogates.distances(game, present, "cosine")
-    return torch.exp(-distance.square() / 2.0)
+    with draws.continued():
+        for _ in game.asked.inputs[0]:
+            tables.append(table(game.device))
+            # What each example's fit draws: a data loader's seed, a linear layer's first weights.
+            torch.empty((), dtype=torch.int64).random_()
+            nn.Linear(tables[-1].shape[1], 1)
+    return torch.stack(tables).to(game.device)[..., known]
 
 
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """A surrogate on coalitions of Captum's draws."""
+    """A linear model on coalitions of Captum's draws, as a method of the engine."""
 
     draw: surrogates.Draw
     weigh: surrogates.Weigh
@@ -246,41 +505,45 @@ class _Fitted:
 
 
 class KernelShap(Lime):
-    """Shapley values by a linear model on coalitions drawn by the Shapley kernel."""
+    """Shapley values by a linear model on coalitions of the Shapley kernel (Lundberg, 2017).
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import KernelShap
+        >>> _ = torch.manual_seed(0)
+        >>> method = KernelShap(lambda x: (3 * x).sum(1))
+        >>> method.attribute(torch.tensor([[1.0, -2.0]]), n_samples=50).round(decimals=2)
+        tensor([[ 3., -6.]])
+    """
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         super().__init__(forward_func)
-        self.interpretable_model = Linear("linear", 0.0)
-        self.similarity_func, self.perturb_func = self._similar, _coalitions
-        self.inf_weight = INFINITE
+        self.interpretable_model = _LinearModel("linear", 0.0)
+        self.similarity_func, self.perturb_func = self._weight, _kernel_coalitions
+        self.inf_weight = INFINITE_WEIGHT
 
-    def _similar(self, _: Any, __: Any, sample: Tensor, **kwargs: Any) -> float:
+    def _weight(self, _: Any, __: Any, sample: Tensor, **kwargs: Any) -> float:
         """The weight of a coalition [1, F]."""
         return self.inf_weight if int(sample.sum()) in (0, sample.numel()) else 1.0
 
     def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
-        def draw(game: Game) -> Tensor:
-            with draws.taken():
-                tables = _by_example(game, lambda _: kernel_coalitions(samples, count))
-            return tables.to(game.device)[..., known]
+        def table(_: torch.device) -> Tensor:
+            drawn = _kernel_coalitions(None, num_interp_features=count)
+            return torch.cat(list(itertools.islice(drawn, samples))).bool()
 
         def weigh(game: Game, present: Tensor) -> Tensor:
-            # All and none are the first two.
+            # The first two are all features and none.
             weight = present.new_ones(present.shape[:2], dtype=torch.float64)
             weight[:, :2] = self.inf_weight
             return weight
 
-        return _Fitted(draw, weigh, "linear", 0.0, samples)
+        return _Fitted(partial(_drawn, table, known, draws), weigh, "linear", 0.0, samples)
 
 
-def kernel_coalitions(samples: int, count: int) -> Tensor:
-    """All, none, and coalitions by the Shapley kernel from PyTorch's global generator: [M, F]."""
-    drawn = _coalitions(None, num_interp_features=count)
-    return torch.cat(list(itertools.islice(drawn, samples))).bool()
-
-
-def _coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
-    """The same, int64 [1, F] each."""
+def _kernel_coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
+    """All features, none, and coalitions of the Shapley kernel from PyTorch's global generator,
+    int64 [1, F] each.
+    """
     count = kwargs["num_interp_features"]
     device = None if original is None else as_tuple(original)[0].device
     yield torch.ones(1, count, dtype=torch.int64, device=device)

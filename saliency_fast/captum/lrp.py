@@ -1,7 +1,13 @@
-"""LRP by modules, as Captum has it: each leaf layer by its rule, plain gradients in between."""
+"""LRP by modules, as in Captum: each leaf module by its rule, plain gradients between modules.
+
+`saliency_fast.LRP` propagates through every call by the engine's rules. On a chain of modules the
+two agree; a tensor that several modules take, calls outside of modules and rules of the user's own
+have other numbers in Captum, which is why this class runs the model with hooks of its own.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,18 +19,16 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from saliency_fast.captum.attribution import GradientAttribution
-from saliency_fast.captum.contract import (
-    as_args,
+from saliency_fast.captum.arguments import (
     as_tuple,
     copies,
     like_inputs,
     like_types,
     public,
 )
+from saliency_fast.captum.attribute_call import explained
+from saliency_fast.captum.attribution import GradientAttribution
 from saliency_fast.captum.forward import run_forward
-from saliency_fast.captum.lrp_rules import EpsilonRule, PropagationRule
-from saliency_fast.captum.run import explained
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import InputTypeError
@@ -32,28 +36,175 @@ from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
 from saliency_fast.model.state import preserved
 from saliency_fast.rules import Ruling
+from saliency_fast.rules.shares import ratio
 
-RULED = (
+DEFAULT_EPSILON = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
     *(nn.Linear, nn.BatchNorm2d),
 )
-"""Layers with a rule of their own; Captum's Addition_Module is known by its name."""
+"""Layers with the epsilon rule by default; Captum's Addition_Module is known by its name."""
 PASSED = (nn.ReLU, nn.Dropout, nn.Tanh)
+"""Layers that hand relevance on unchanged."""
+
+
+class PropagationRule(ABC):
+    """How a layer propagates the relevance of its outputs to its inputs.
+
+    Rules are assigned to modules, as in `layer.rule = EpsilonRule()`; Captum's own serve as well.
+    `_manipulate_weights(module, inputs, outputs)` changes the weights of a copy of the layer, by
+    whose contributions relevance is divided; STABILITY_FACTOR keeps denominators off zero.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import LRP, PropagationRule
+        >>> class Absolute(PropagationRule):
+        ...     def _manipulate_weights(self, module, inputs, outputs):
+        ...         module.weight.data = module.weight.data.abs()
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> model[0].rule = Absolute()
+        >>> LRP(model).attribute(torch.ones(1, 4), target=0).shape
+        torch.Size([1, 4])
+    """
+
+    STABILITY_FACTOR = 1e-9
+
+    @abstractmethod
+    def _manipulate_weights(self, module: nn.Module, inputs: Any, outputs: Any) -> None: ...
+
+    def _create_backward_hook_output(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """From the relevance of the outputs to what goes back through the layer."""
+        return lambda relevance: ratio(relevance, outputs, self.STABILITY_FACTOR)
+
+    def _create_backward_hook_input(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        """From what came back through the layer to the relevance of its inputs."""
+        return lambda gradient: gradient * inputs
+
+
+class EpsilonRule(PropagationRule):
+    """Relevance in proportion to contributions; epsilon and the bias absorb theirs (Bach, 2015).
+
+    Args:
+        epsilon: is added to denominators, with their sign.
+
+    Example:
+        >>> from saliency_fast.captum import EpsilonRule
+        >>> EpsilonRule(0.1).STABILITY_FACTOR
+        0.1
+    """
+
+    def __init__(self, epsilon: float = 1e-9) -> None:
+        self.STABILITY_FACTOR = epsilon
+
+    def _manipulate_weights(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Weights stay as they are."""
+
+
+class _WeightRule(PropagationRule):
+    """A rule of other weights; `set_bias_to_zero` leaves the bias out."""
+
+    def __init__(self, set_bias_to_zero: bool) -> None:
+        self.set_bias_to_zero = set_bias_to_zero
+
+    @abstractmethod
+    def weight(self, weight: Tensor) -> Tensor: ...
+
+    def _manipulate_weights(self, module: Any, inputs: Any, outputs: Any) -> None:
+        if hasattr(module, "weight"):
+            module.weight.data = self.weight(module.weight.data)
+        if self.set_bias_to_zero and getattr(module, "bias", None) is not None:
+            module.bias.data = module.bias.data * 0
+
+
+class GammaRule(_WeightRule):
+    """Positive weights count 1 + gamma times (Montavon, 2019).
+
+    Args:
+        gamma: by how much they count more.
+        set_bias_to_zero: whether the bias is left out.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import GammaRule
+        >>> GammaRule(0.5).weight(torch.tensor([2.0, -2.0]))
+        tensor([ 3., -2.])
+    """
+
+    def __init__(self, gamma: float = 0.25, set_bias_to_zero: bool = False) -> None:
+        super().__init__(set_bias_to_zero)
+        self.gamma = gamma
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight + self.gamma * weight.clamp(min=0)
+
+
+class Alpha1_Beta0_Rule(_WeightRule):  # noqa: N801
+    """Only positive weights count (Bach, 2015).
+
+    Args:
+        set_bias_to_zero: whether the bias is left out.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import Alpha1_Beta0_Rule
+        >>> Alpha1_Beta0_Rule().weight(torch.tensor([2.0, -2.0]))
+        tensor([2., 0.])
+    """
+
+    def __init__(self, set_bias_to_zero: bool = False) -> None:
+        super().__init__(set_bias_to_zero)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight.clamp(min=0)
+
+
+class IdentityRule(EpsilonRule):
+    """Inputs get the relevance of the outputs, which have their shape.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import LRP, IdentityRule
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Softmax(1))
+        >>> model[1].rule = IdentityRule()
+        >>> LRP(model).attribute(torch.ones(1, 4), target=0).shape
+        torch.Size([1, 4])
+    """
+
+    def _create_backward_hook_output(self, outputs: Tensor) -> Callable[[Tensor], Tensor]:
+        def hook(relevance: Tensor) -> Tensor:
+            self.relevance = relevance
+            return relevance
+
+        return hook
+
+    def _create_backward_hook_input(self, inputs: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda gradient: self.relevance
 
 
 class LRP(GradientAttribution):
-    """The score, shared out from layer to layer down to the input (Bach, 2015).
+    """Layer-wise relevance propagation of the score to the input (Bach, 2015).
 
-    A leaf layer's rule is its attribute `rule`; layers of `RULED` have the epsilon rule unless they
-    are given another, and those of `PASSED` hand relevance on.
+    A leaf module's rule is its attribute `rule`. Layers of `DEFAULT_EPSILON` have the epsilon rule
+    unless they are given another, and those of `PASSED` hand relevance on.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import LRP
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+        >>> x = torch.tensor([[1.0, -2.0]])
+        >>> bool(LRP(model).attribute(x, target=0).sum() - model(x).sum() < 1e-5)
+        True
     """
+
+    _has_delta = _multiply_by_inputs = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.model = model
         for module in model.modules():
             rule = getattr(module, "rule", None)
-            if rule is not None and not _is_rule(rule):
+            # Captum's rules are known by name: it need not be installed.
+            names = [one.__name__ for one in type(rule).__mro__]
+            if rule is not None and PropagationRule.__name__ not in names:
                 raise InputTypeError(
                     "Please select propagation rules inherited from class PropagationRule for "
                     f"module: {module}; got {type(rule).__name__}"
@@ -68,28 +219,30 @@ class LRP(GradientAttribution):
         return_convergence_delta: bool = False,
         verbose: bool = False,
     ) -> Any:
-        """Maps like the inputs, and the delta of each example [B] where it is asked for.
+        """Attributes to the inputs; see `Attribution` for the other arguments.
 
-        verbose: prints which rule holds for which layer.
+        Args:
+            verbose: whether the rule of each layer is printed.
+
+        Returns:
+            Relevance of the inputs' shape, or (relevance, delta).
+
+        Raises:
+            TypeError: a layer has no rule.
         """
-        parts, further = as_tuple(inputs), as_args(additional_forward_args)
-        rules = _rules_of(self.model)
-        if verbose:
-            for layer, rule in rules:
-                if rule is not None:
-                    print(f"Applied {rule} on layer {layer}")
-        shares = explained(_ByModule(rules), self._asked(parts, target, further))
-        shares = like_types(shares, parts)
+        call, rules = self._call(inputs, target, additional_forward_args), _rules_of(self.model)
+        for layer, rule in rules:
+            if verbose and rule is not None:
+                print(f"Applied {rule} on layer {layer}")
+        method = _ModuleRules(tuple((ref(layer), copy(rule)) for layer, rule in rules))
+        shares = like_types(explained(method, call), call.inputs)
         with torch.no_grad(), preserved(self.forward_func):
-            output = run_forward(self.forward_func, copies(parts), target, further)
+            output = run_forward(call.forward, copies(call.inputs), call.target, call.further)
         maps = tuple(one * output.reshape(-1, *(1,) * (one.dim() - 1)) for one in shares)
         found = like_inputs(inputs, maps)
         if not return_convergence_delta:
             return found
         return found, self.compute_convergence_delta(maps, output)
-
-    def has_convergence_delta(self) -> bool:
-        return True
 
     def compute_convergence_delta(  # type: ignore[override]
         self, attributions: Tensor | tuple[Tensor, ...], output: Tensor
@@ -98,16 +251,12 @@ class LRP(GradientAttribution):
         sums = [one.reshape(len(one), -1).sum(1) for one in as_tuple(attributions)]
         return output.flatten() - torch.stack(sums).sum(0)
 
-    @property
-    def multiplies_by_inputs(self) -> bool:
-        return True
+
+LayerRules = list[tuple[nn.Module, Any]]
+"""Leaf modules, each with its rule; None hands relevance on."""
 
 
-RulesExecutor = list[tuple[nn.Module, Any]]
-"""Leaf layers, each with its rule; None hands relevance on."""
-
-
-def _rules_of(model: nn.Module) -> RulesExecutor:
+def _rules_of(model: nn.Module) -> LayerRules:
     leaves = [one for one in model.modules() if one is not model and not any(one.children())]
     return [(layer, _rule_of(layer)) for layer in leaves]
 
@@ -118,7 +267,7 @@ def _rule_of(layer: nn.Module) -> Any:
     rule = getattr(layer, "rule", None)
     if rule is not None:
         return rule
-    if type(layer) in RULED or type(layer).__name__ == "Addition_Module":
+    if type(layer) in DEFAULT_EPSILON or type(layer).__name__ == "Addition_Module":
         return EpsilonRule()
     raise InputTypeError(
         f"Module of type {type(layer)} has no rule defined and no default rule exists for this "
@@ -127,26 +276,11 @@ def _rule_of(layer: nn.Module) -> Any:
     )
 
 
-def _is_rule(rule: object) -> bool:
-    """Captum's rules are known by name: it need not be there."""
-    return any(one.__name__ == PropagationRule.__name__ for one in type(rule).__mro__)
-
-
-@dataclass(frozen=True)
-class _ByModule:
-    """Gradients of which a model's layers make relevance, for a score of one."""
-
-    rules: RulesExecutor
-    name = "lrp"
-
-    def recipe(self) -> Recipe:
-        layers = tuple((ref(layer), copy(rule)) for layer, rule in self.rules)
-        return Recipe(Line(), at_input(), at_input=True, rules=_Rules(layers))
-
-
 @dataclass(frozen=True, repr=False)
-class _Rules:
-    """Rules of layers, which it does not keep alive: the engine remembers it longer than a call."""
+class _ModuleRules:
+    """Gradients under the rules of a model's layers, for a score of one: a method of the engine and
+    its backward rules in one. It has weak references, since the engine keeps it longer than a call.
+    """
 
     layers: tuple[tuple[Any, Any], ...]
     name: ClassVar[str] = "LRP"
@@ -154,24 +288,27 @@ class _Rules:
     relevance: ClassVar[bool] = False
     unmet: ClassVar[str] = ""
 
+    def recipe(self) -> Recipe:
+        return Recipe(Line(), at_input(), at_input=True, rules=self)
+
     def __repr__(self) -> str:
-        return repr([(id(layer()), type(rule), _fields(rule)) for layer, rule in self.layers])
+        """What tells rules apart: layers, and the classes and attributes of their rules."""
+        plain, found = (bool, int, float, str), []
+        for layer, rule in self.layers:
+            own = getattr(rule, "__dict__", {}).items()
+            fields = [(key, one if isinstance(one, plain) else id(one)) for key, one in own]
+            found.append((id(layer()), type(rule), fields))
+        return repr(found)
 
     def calls(self, model: Callable[..., Any] | None = None) -> Ruling:
         alive = [(layer(), rule) for layer, rule in self.layers]
         return _Hooks([(layer, rule) for layer, rule in alive if layer is not None])
 
 
-def _fields(rule: Any) -> Any:
-    plain = (bool, int, float, str)
-    given = getattr(rule, "__dict__", {})
-    return [(k, v if isinstance(v, plain) else id(v)) for k, v in given.items()]
-
-
 class _Hooks(Ruling):
-    """A run in which layers hand back relevance."""
+    """A run in which layers propagate relevance."""
 
-    def __init__(self, rules: RulesExecutor) -> None:
+    def __init__(self, rules: LayerRules) -> None:
         super().__init__("LRP", {})
         self.rules = rules
         self.given: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
@@ -190,7 +327,7 @@ class _Hooks(Ruling):
             return super().run(model, points, args, kwargs)
 
     def _before(self, number: int, inputs: Any) -> Any:
-        """Keeps what a layer takes; what works in place gets a copy."""
+        """Keeps a layer's inputs; layers that work in place get copies."""
         self.given[number].append(inputs)
         if not getattr(self.rules[number][0], "inplace", False):
             return None
@@ -198,20 +335,22 @@ class _Hooks(Ruling):
 
     def _after(self, number: int, output: Any) -> Any:
         inputs, (layer, rule) = self.given[number].pop(), self.rules[number]
-        with _unseen():
+        with _not_intercepted():
             if rule is None:
                 return _Passed.apply(inputs[0], output.detach())  # type: ignore[no-untyped-call]
-            return self._shared(layer, copy(rule), inputs, output)
+            return self._propagated(layer, copy(rule), inputs, output)
 
-    def _shared(self, layer: nn.Module, rule: Any, inputs: tuple[Any, ...], output: Tensor) -> Any:
-        # What rules of Captum's write to.
+    def _propagated(
+        self, layer: nn.Module, rule: Any, inputs: tuple[Any, ...], output: Tensor
+    ) -> Any:
+        # Captum's rules write to these.
         rule._has_single_input = len(inputs) == 1
         rule.relevance_input, rule.relevance_output = defaultdict(list), {}
-        shared = _changed(layer, rule, inputs, output)
+        shared = _with_rule_weights(layer, rule, inputs, output)
         hook = rule._create_backward_hook_output(shared.detach())
         shared.register_hook(hook)  # type: ignore[no-untyped-call]
         for one in inputs:
-            # Once: the hook gets what all that take the tensor hand back, added up.
+            # Once per tensor: the hook gets the sum over all modules that take it.
             if isinstance(one, Tensor) and one.requires_grad and id(one) not in self.marked:
                 self.marked.add(id(one))
                 self.alive.append(one)
@@ -220,8 +359,10 @@ class _Hooks(Ruling):
         return _Passed.apply(shared, output.detach())  # type: ignore[no-untyped-call]
 
 
-def _changed(layer: nn.Module, rule: Any, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """What the layer would give with the weights that its rule reckons shares by."""
+def _with_rule_weights(
+    layer: nn.Module, rule: Any, inputs: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    """What the layer would return with the weights of its rule."""
     if type(rule).__name__ in ("EpsilonRule", "IdentityRule"):
         return output
     twin = copy(layer)
@@ -237,14 +378,14 @@ def _changed(layer: nn.Module, rule: Any, inputs: tuple[Any, ...], output: Tenso
 
 
 @contextmanager
-def _unseen() -> Iterator[None]:
-    """A mode is watching the model's calls; these are none of them."""
+def _not_intercepted() -> Iterator[None]:
+    """Inside, the mode that intercepts the model's calls intercepts none."""
     with torch._C.DisableTorchFunction(), torch.enable_grad():
         yield
 
 
 class _Passed(torch.autograd.Function):
-    """Y in the place of what became of x, which gets all that comes back."""
+    """Returns y, and hands its gradient on to x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:

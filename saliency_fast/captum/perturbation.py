@@ -1,109 +1,62 @@
-"""Ablation, occlusion and permutation in Captum's shape."""
+"""Classes that perturb the inputs feature by feature: ablation, occlusion, permutation and Shapley
+values.
+"""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.futures import Future
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.attribution import PerturbationAttribution, not_promised
-from saliency_fast.captum.contract import (
-    Baselines,
+from saliency_fast.captum.arguments import (
     as_baselines,
     as_tuple,
-    floating,
+    check_baselines,
+    default_masks,
     like_inputs,
+    numbers_of,
     public,
 )
-from saliency_fast.captum.passes import Asked
-from saliency_fast.captum.perturbed import (
-    Draws,
-    Maps,
-    check_at_once,
-    perturbed,
-    promised,
-)
+from saliency_fast.captum.attribution import Attribution, PerturbationAttribution
+from saliency_fast.captum.perturbed import Draws, PerturbationPlan, both_forms
 from saliency_fast.engine import rounds as engine
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError
-from saliency_fast.methods import ablation, occlusion
+from saliency_fast.methods import ablation, occlusion, shapley
 from saliency_fast.methods.parts.coalitions import Game, players
 from saliency_fast.methods.parts.windows import read_windows
 from saliency_fast.model.axes import Layouts
-from saliency_fast.model.casts import cast
 
-AT_ONCE = "Perturbations per evaluation must be an integer and at least 1."
+MANY_FEATURES = 10
+"""Features whose exact Shapley values take long."""
+Windows = tuple[tuple[int, ...], ...]
 logger = logging.getLogger(__name__)
 
 
-def read_masks(feature_mask: Any, inputs: Inputs) -> Inputs | None:
-    """Feature masks, one per input; raises where one does not broadcast to its input."""
-    if feature_mask is None:
-        return None
-    masks = as_tuple(feature_mask)
-    if len(masks) != len(inputs):
-        raise ContractError(
-            f"feature_mask must have one tensor for each of {len(inputs)} inputs: got {len(masks)}"
-        )
-    for number, (mask, x) in enumerate(zip(masks, inputs, strict=True)):
-        pairs = zip(reversed(mask.shape), reversed(x.shape), strict=False)
-        if mask.dim() > x.dim() or any(got not in (1, want) for got, want in pairs):
-            raise ContractError(
-                f"the shape of feature mask (index {number}) is invalid,input shape: {x.shape}, "
-                f"feature mask shape {mask.shape}; give it the input's shape, or 1 on any axis"
-            )
-    return tuple(
-        cast(mask.detach(), torch.int64, "feature_mask", "number features by whole numbers").to(
-            x.device
-        )
-        for mask, x in zip(masks, inputs, strict=True)
-    )
-
-
-def default_masks(inputs: Inputs) -> Inputs:
-    """A feature for each element behind the batch axis, counted over all inputs: int64 [1, *]."""
-    found, count = [], 0
-    for x in inputs:
-        row = x[:1]
-        found.append(count + torch.arange(row.numel(), device=x.device).view(row.shape))
-        count += row.numel()
-    return tuple(found)
-
-
-def numbers_of(masks: Inputs, inputs: Inputs) -> Tensor:
-    """The numbers of the features that inputs have, in order."""
-    own = [mask.flatten() for mask, x in zip(masks, inputs, strict=True) if x.numel()]
-    found: Tensor = torch.unique(torch.cat(own))
-    return found
-
-
-def for_fill(inputs: Inputs, baselines: Baselines) -> Inputs:
-    """Whole-numbered inputs whose baselines are not are taken as floating."""
-    return tuple(
-        floating((x,))[0] if isinstance(one, float) or _floats(one) else x
-        for x, one in zip(inputs, baselines, strict=True)
-    )
-
-
-def _floats(one: Any) -> bool:
-    return isinstance(one, Tensor) and one.is_floating_point()
-
-
 class FeatureAblation(PerturbationAttribution):
-    """What the output loses with each feature at its baseline."""
+    """What the score loses with each feature at its baseline.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import FeatureAblation
+        >>> FeatureAblation(lambda x: (x**2).sum(1)).attribute(torch.tensor([[1.0, -2.0]]))
+        tensor([[1., 4.]])
+    """
+
+    _perturbations_error = "Perturbations per evaluation must be an integer and at least 1."
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         super().__init__(forward_func)
         self.use_weights = False
 
-    @public
-    def attribute(
+    def _plan(
         self,
         inputs: Any,
         baselines: Any = None,
@@ -113,66 +66,35 @@ class FeatureAblation(PerturbationAttribution):
         perturbations_per_eval: int = 1,
         show_progress: bool = False,
         **kwargs: Any,
-    ) -> Any:
-        """Maps [B, *] like the inputs; [N, *] where the function returns N numbers for a batch."""
-        parts = as_tuple(inputs)
-        asked = self._call(
-            *(parts, baselines, target, additional_forward_args, feature_mask),
-            *(perturbations_per_eval, show_progress),
-        )
-        return like_inputs(inputs, _typed(perturbed(*self._method(parts, asked))))
+    ) -> PerturbationPlan:
+        """Attributes to the inputs; see `Attribution` for the arguments.
 
-    @public
-    def attribute_future(
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-        **kwargs: Any,
-    ) -> Future[Any]:
-        """What `attribute` returns, as a future, for a function that returns futures."""
-        parts = as_tuple(inputs)
-        asked = self._call(
-            *(parts, baselines, target, additional_forward_args, feature_mask),
-            *(perturbations_per_eval, show_progress),
-        )
-        method, asked, *draws = self._method(parts, asked)
-        return promised(method, asked, lambda found: like_inputs(inputs, _typed(found)), *draws)
+        Returns:
+            Attributions [B, *] of the inputs' shape; [N, *] where the function returns N numbers
+            for a batch. `attribute_future` returns a `torch.futures.Future` of them, for a function
+            that returns futures.
+        """
+        of = inputs, baselines, target, additional_forward_args, feature_mask
+        call = self._call(*of, perturbations_per_eval, show_progress)
+        return PerturbationPlan(ablation.FeatureAblation(), call, partial(_of_dtype, inputs))
 
-    def _call(
-        self,
-        inputs: Inputs,
-        baselines: Any,
-        target: Any,
-        further: Any,
-        feature_mask: Any,
-        at_once: int,
-        shows: bool,
-    ) -> Asked:
-        starts = as_baselines(baselines, inputs)
-        check_at_once(at_once, AT_ONCE)
-        return Asked(
-            *(self.forward_func, for_fill(inputs, starts), target, further, starts),
-            features=read_masks(feature_mask, inputs),
-            at_once=at_once,
-            progress=self.get_name() if shows else "",
-        )
-
-    def _method(self, inputs: Inputs, asked: Asked) -> Any:
-        """A method, its call, and what it draws where it does."""
-        return ablation.FeatureAblation(), asked
+    attribute, attribute_future = both_forms(_plan)
 
 
-def _typed(found: Maps) -> Inputs:
-    return tuple(one.to(found.dtype) for one in found.values)
+def _of_dtype(inputs: Any, maps: Inputs, first: Tensor) -> Any:
+    return like_inputs(inputs, tuple(one.to(first.dtype) for one in maps))
 
 
 class Occlusion(FeatureAblation):
-    """What the output loses where a window hides the inputs, a mean over windows."""
+    """What the score loses where a window hides the inputs, the mean over windows (Zeiler, 2014).
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import Occlusion
+        >>> x = torch.tensor([[1.0, 2.0, 4.0]])
+        >>> Occlusion(lambda x: x.sum(1)).attribute(x, (2,))
+        tensor([[3.0000, 4.5000, 6.0000]])
+    """
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         super().__init__(forward_func)
@@ -190,29 +112,38 @@ class Occlusion(FeatureAblation):
         perturbations_per_eval: int = 1,
         show_progress: bool = False,
     ) -> Any:
-        """Maps like the inputs, in float32 whatever the model's type."""
+        """Attributes to the inputs; see `Attribution` for the other arguments.
+
+        Args:
+            sliding_window_shapes: the window's size on each axis after the batch; a tuple of such
+                tuples for a tuple of inputs.
+            strides: the step of the window, a number or one for each axis (None: 1); a tuple of
+                them for a tuple of inputs.
+
+        Returns:
+            Attributions of the inputs' shape, in float32.
+        """
         parts = as_tuple(inputs)
         window, stride = _read_windows(sliding_window_shapes, strides, parts)
-        asked = self._call(
-            *(parts, baselines, target, additional_forward_args, None),
-            *(perturbations_per_eval, show_progress),
-        )
-        found = perturbed(_Occluded(window, stride), asked)
-        values = []
-        for one, width, step, x in zip(found.values, window, stride, parts, strict=True):
-            # Captum's sums become float32 before they are divided by how many windows there are.
-            windows = _covering(width, step, x).to(x.device)
-            values.append((one.double() * windows).to(found.dtype).float() / windows.float())
-        return like_inputs(inputs, tuple(values))
+        of = parts, baselines, target, additional_forward_args, None
+        call = self._call(*of, perturbations_per_eval, show_progress)
 
-    def attribute_future(self) -> Any:  # type: ignore[override]
-        """Raises NotImplementedError, as in Captum."""
-        return not_promised(self)
+        def finish(maps: Inputs, first: Tensor) -> Any:
+            values = []
+            for one, width, step, x in zip(maps, window, stride, parts, strict=True):
+                # Captum's sums become float32 before they are divided by the number of windows.
+                count = _windows_at(width, step, x).to(x.device)
+                values.append((one.double() * count).to(first.dtype).float() / count.float())
+            return like_inputs(inputs, tuple(values))
+
+        return PerturbationPlan(_Occluded(window, stride), call, finish).attributed()
+
+    attribute_future = Attribution.attribute_future
 
 
-def _covering(window: tuple[int, ...], stride: tuple[int, ...], x: Tensor) -> Tensor:
-    """How many windows cover each element behind the batch axis, float64; one where there is none
-    behind it.
+def _windows_at(window: tuple[int, ...], stride: tuple[int, ...], x: Tensor) -> Tensor:
+    """How many windows cover each element after the batch axis, float64; 1 where there is none
+    after it.
     """
     shape = torch.Size((1, *x.shape[1:])) if window else torch.Size((1, 1))
     (grid,) = read_windows((window or (1,),), (stride or (1,),), Layouts([tuple(shape)]))
@@ -221,36 +152,34 @@ def _covering(window: tuple[int, ...], stride: tuple[int, ...], x: Tensor) -> Te
 
 @dataclass(frozen=True)
 class _Occluded:
-    """Windows over the axes behind the batch, also where the batch is one example."""
+    """Windows over the axes after the batch, also where the batch is one example."""
 
-    window: tuple[tuple[int, ...], ...]
-    stride: tuple[tuple[int, ...], ...]
+    window: Windows
+    stride: Windows
     name = "occlusion"
 
     def recipe(self) -> Recipe:
-        return engine.in_rounds(self._rounds, self._points, baseline="fill", gradients=False)
+        def rounds(asked: engine.RoundContext) -> engine.Rounds:
+            return occlusion.occluded(asked, self._method(asked.inputs))
 
-    def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
-        return (yield from occlusion.occluded(asked, self._method(asked.inputs)))
+        def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
+            return self._method(inputs).points(inputs, features, layouts)
 
-    def _points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
-        return self._method(inputs).points(inputs, features, layouts)
+        return engine.in_rounds(rounds, points, baseline="fill", gradients=False)
 
     def _method(self, inputs: Inputs) -> occlusion.Occlusion:
         window, stride = [], []
         for x, width, step in zip(inputs, self.window, self.stride, strict=True):
-            more = x.dim() - 1 - len(width)
-            # A column that stands for [B] has a window of one; a batch in one is hidden as a whole.
-            before = tuple(x.shape[1 : 1 + more])
+            # A column that stands for [B] has a window of one; a batch in one example is hidden as
+            # a whole.
+            before = tuple(x.shape[1 : x.dim() - len(width)])
             window.append((*before, *width))
             stride.append((*before, *step))
         return occlusion.Occlusion(tuple(window), tuple(stride))
 
 
-def _read_windows(
-    shapes: Any, strides: Any, inputs: Inputs
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
-    """A window and a stride for each axis behind the batch of each input."""
+def _read_windows(shapes: Any, strides: Any, inputs: Inputs) -> tuple[Windows, Windows]:
+    """A window and a stride for each axis after the batch axis of each input."""
     steps = (1,) * len(inputs) if strides is None else strides
     if len(inputs) == 1 and not (isinstance(steps, tuple) and len(steps) == 1):
         steps = (steps,)
@@ -315,7 +244,20 @@ def _permute_feature(x: Tensor, feature_mask: Tensor) -> Tensor:
 
 
 class FeaturePermutation(FeatureAblation):
-    """What the output loses with each feature permuted within the batch."""
+    """What the score loses with each feature permuted within the batch (Breiman, 2001).
+
+    Args:
+        forward_func: see `Attribution`.
+        perm_func: returns a tensor [B, *] with the elements of a mask [1 | B, *] permuted.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import FeaturePermutation
+        >>> x = torch.tensor([[1.0, 5.0], [2.0, 5.0]])
+        >>> FeaturePermutation(lambda x: x.sum(1)).attribute(x)
+        tensor([[-1.,  0.],
+                [ 1.,  0.]])
+    """
 
     def __init__(
         self,
@@ -326,8 +268,7 @@ class FeaturePermutation(FeatureAblation):
         self.perm_func = perm_func
         self._min_examples_per_batch_grouped = 2
 
-    @public
-    def attribute(  # type: ignore[override]
+    def _plan(  # type: ignore[override]
         self,
         inputs: Any,
         target: Any = None,
@@ -336,36 +277,29 @@ class FeaturePermutation(FeatureAblation):
         perturbations_per_eval: int = 1,
         show_progress: bool = False,
         **kwargs: Any,
-    ) -> Any:
-        """Maps like the inputs; zeros, and a warning in the log, for features of a tensor with too
-        few rows to permute them.
+    ) -> PerturbationPlan:
+        """Attributes to the inputs; see `Attribution` for the arguments.
+
+        Returns:
+            Attributions as of FeatureAblation; zeros, with a warning in the log, for features of a
+            tensor with too few rows to permute.
         """
-        of = feature_mask, perturbations_per_eval, show_progress
-        own = FeatureAblation.attribute.__wrapped__  # type: ignore[attr-defined]
-        return own(self, inputs, None, target, additional_forward_args, *of)
+        parts = as_tuple(inputs)
+        of = parts, None, target, additional_forward_args, feature_mask
+        call = self._call(*of, perturbations_per_eval, show_progress)
+        full = tuple(x for x in parts if x.numel())
+        few = self._features_of_few_rows(parts, call.features or default_masks(parts))
+        draws = Draws()
+        method = _Permuted(self.perm_func, full, call.at_once, few, draws)
+        return PerturbationPlan(
+            method, replace(call, baselines=None), partial(_of_dtype, inputs), draws
+        )
 
-    @public
-    def attribute_future(  # type: ignore[override]
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-        **kwargs: Any,
-    ) -> Future[Any]:
-        """What `attribute` returns, as a future, for a function that returns futures."""
-        of = feature_mask, perturbations_per_eval, show_progress
-        own = FeatureAblation.attribute_future.__wrapped__  # type: ignore[attr-defined]
-        found: Future[Any] = own(self, inputs, None, target, additional_forward_args, *of)
-        return found
+    attribute, attribute_future = both_forms(_plan)  # type: ignore[assignment]
 
-    def _method(self, inputs: Inputs, asked: Asked) -> Any:
-        draws, full = Draws(), [x for x in inputs if x.numel()]
-        masks = asked.features or default_masks(inputs)
+    def _features_of_few_rows(self, inputs: Inputs, masks: Inputs) -> frozenset[int]:
+        """Features, counted without gaps as the engine does, that are not permuted."""
         own = [(x, mask) for x, mask in zip(inputs, masks, strict=True) if x.numel()]
-        # The engine counts features in their order, without gaps.
         numbers = numbers_of(masks, inputs).tolist() if own else []
         few, least = set[int](), self._min_examples_per_batch_grouped
         for number in (
@@ -377,14 +311,19 @@ class FeaturePermutation(FeatureAblation):
                 "dim less than %s",
                 *(number, least),
             )
-        method = _Permuted(self.perm_func, tuple(full), asked.at_once, frozenset(few), draws)
-        return method, replace(asked, baselines=None), draws
+        return frozenset(few)
 
 
 @dataclass(frozen=True, eq=False)
 class _Permuted:
-    """Features permuted by a function of the whole batch; few: those of tensors with too few rows,
-    which cost nothing.
+    """Features permuted by a function of the whole batch, as a method of the engine.
+
+    Args:
+        permute: the function.
+        inputs: the whole batch.
+        together: features whose permutations are drawn one input after another, as Captum does.
+        few: features of tensors with too few rows, which are left out.
+        draws: the generator's states.
     """
 
     permute: Callable[[Tensor, Tensor], Tensor]
@@ -401,40 +340,14 @@ class _Permuted:
         game = Game.of(asked)
         values = asked.scores.new_zeros((*asked.scores.shape, game.count))
         features = [one for one in range(game.count) if one not in self.few]
-        kept: dict[int, Inputs] = {}
-        # From a feature to the first of those that are drawn with it, and to the state before.
-        groups: dict[int, tuple[int, Tensor]] = {}
-
-        def drawn(feature: int) -> None:
-            """Draws in Captum's order: so many features at once, one input after another."""
-            for one in features:
-                if feature in groups:
-                    break
-                if one not in groups:
-                    before = self.draws.state
-                    with self.draws.taken():
-                        found = self._drawn(game, one)
-                    groups.update((other, (one, before)) for other in found)
-            first, before = groups[feature]
-            now, self.draws.state = self.draws.state, before
-            with self.draws.taken():
-                found = self._drawn(game, first)
-            self.draws.state = now
-            kept.clear()
-            kept.update(found)
+        permuted = self._permuted(game, features)
 
         def write(item: Tensor, place: Tensor) -> Inputs:
             several, row = torch.unique(place, return_inverse=True)
-            tables = []
-            for feature in several.tolist():
-                if feature not in kept:
-                    drawn(feature)
-                tables.append(kept[feature])
+            tables = [permuted(feature) for feature in several.tolist()]
             found = []
-            for number, x in enumerate(asked.inputs):
-                own = torch.stack([table[number] for table in tables])
-                whole = own.view(len(several), *x.shape)
-                found.append(whole[row, item].contiguous())
+            for x, own in zip(asked.inputs, zip(*tables, strict=True), strict=True):
+                found.append(torch.stack(own).view(-1, *x.shape)[row, item].contiguous())
             return tuple(found)
 
         def each(rows: slice, found: engine.RoundResult) -> None:
@@ -447,19 +360,175 @@ class _Permuted:
         yield engine.Round(write, item, place, each=each)
         return game.maps(values, None, sums=False)
 
-    def _drawn(self, game: Game, first: int) -> dict[int, Inputs]:
-        """The inputs with each of the next features permuted, as they are drawn together."""
-        stop = min(first + self.together, game.count)
-        features = [one for one in range(first, stop) if one not in self.few]
+    def _permuted(self, game: Game, features: list[int]) -> Callable[[int], Inputs]:
+        """A function that returns the inputs with a feature permuted: groups of features draw in
+        Captum's order, and a group that is asked for again draws the same.
+        """
+        groups, states, kept = list[list[int]](), list[Tensor](), dict[int, Inputs]()
+        for feature in features:
+            if not groups or feature >= groups[-1][0] + self.together:
+                groups.append([])
+            groups[-1].append(feature)
+        group_of = {one: number for number, group in enumerate(groups) for one in group}
+
+        def draw(group: list[int]) -> None:
+            with self.draws.continued():
+                found = self._drawn(game, group)
+            kept.clear()
+            kept.update(zip(group, found, strict=True))
+
+        def permuted(feature: int) -> Inputs:
+            number = group_of[feature]
+            if number < len(states) and feature not in kept:
+                now, self.draws.state = self.draws.state, states[number]
+                draw(groups[number])
+                self.draws.state = now
+            while number >= len(states):
+                states.append(self.draws.state)
+                draw(groups[len(states) - 1])
+            return kept[feature]
+
+        return permuted
+
+    def _drawn(self, game: Game, features: list[int]) -> list[Inputs]:
+        """The inputs with each of some features permuted."""
         tables: list[list[Tensor]] = [[] for _ in features]
         for x, segment in zip(self.inputs, game.segments, strict=True):
-            numbers = (
-                segment.view(-1, *x.shape[1:])
-                if segment.numel() != x.numel()
-                else segment.view(x.shape)
-            )
-            masks = [numbers == feature for feature in features]
+            masks = [segment.view(-1, *x.shape[1:]) == feature for feature in features]
             some = any(bool(mask.any()) for mask in masks)
             for table, mask in zip(tables, masks, strict=True):
                 table.append(self.permute(x, mask) if some else x)
-        return {feature: tuple(table) for feature, table in zip(features, tables, strict=True)}
+        return list(map(tuple, tables))
+
+
+class ShapleyValueSampling(PerturbationAttribution):
+    """The mean gains of features in random orders (Castro, 2009), from PyTorch's global generator.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import ShapleyValueSampling
+        >>> method = ShapleyValueSampling(lambda x: (3 * x).sum(1))
+        >>> method.attribute(torch.tensor([[1.0, -2.0]]), n_samples=2)
+        tensor([[ 3., -6.]])
+    """
+
+    _perturbations_error = "Ablations per evaluation must be at least 1."
+
+    def _plan(
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        feature_mask: Any = None,
+        n_samples: int = 25,
+        perturbations_per_eval: int = 1,
+        show_progress: bool = False,
+    ) -> PerturbationPlan:
+        """Attributes to the inputs; see `Attribution` for the other arguments.
+
+        Args:
+            n_samples: random orders of the features.
+
+        Returns:
+            Attributions in float32, [*output, *]: of the inputs' shape for one number per row.
+            `attribute_future` returns a future of them, for a function that returns futures.
+        """
+        parts = as_tuple(inputs)
+        check_baselines(parts, as_baselines(baselines, parts))
+        of = parts, baselines, target, additional_forward_args, feature_mask
+        call = self._call(*of, perturbations_per_eval, show_progress)
+        masks = call.features or default_masks(parts)
+        known = numbers_of(masks, parts).tolist()
+        # As many as Captum counts.
+        count = max(len(known), 1 + max(int(one.max()) for one in masks if one.numel()))
+        draws = Draws()
+        method = self._method(n_samples, known, count, draws)
+        finish = partial(_like_output, inputs)
+        return PerturbationPlan(method, replace(call, features=masks), finish, draws)
+
+    attribute, attribute_future = both_forms(_plan)
+
+    def _method(self, samples: int, known: list[int], count: int, draws: Draws) -> Method:
+        if len(known) < count:
+            warnings.warn(
+                "Feature mask is missing some integers between 0 and num_features, for optimal "
+                "performance, make sure each consecutive integer corresponds to a feature.",
+                stacklevel=5,
+            )
+        return _RandomOrders(samples, known, count, draws)
+
+
+def _like_output(inputs: Any, maps: Inputs, first: Tensor) -> Any:
+    shape = first.shape or (1,)
+    pairs = zip(maps, as_tuple(inputs), strict=True)
+    return like_inputs(inputs, tuple(one.float().view(*shape, *x.shape[1:]) for one, x in pairs))
+
+
+class ShapleyValues(ShapleyValueSampling):
+    """Exact Shapley values (Shapley, 1953), from 2^F points for F features; Captum takes F * F!.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum import ShapleyValues
+        >>> ShapleyValues(lambda x: x.prod(1)).attribute(torch.tensor([[1.0, 4.0]]))
+        tensor([[2., 2.]])
+    """
+
+    def _exact_plan(
+        self,
+        inputs: Any,
+        baselines: Any = None,
+        target: Any = None,
+        additional_forward_args: Any = None,
+        feature_mask: Any = None,
+        perturbations_per_eval: int = 1,
+        show_progress: bool = False,
+    ) -> PerturbationPlan:
+        """Attributes to the inputs; arguments and result as in `ShapleyValueSampling.attribute`."""
+        of = inputs, baselines, target, additional_forward_args, feature_mask
+        return self._plan(*of, 0, perturbations_per_eval, show_progress)
+
+    # As in Captum `attribute_future` is inherited, and its n_samples does nothing.
+    attribute, _ = both_forms(_exact_plan)  # type: ignore[assignment]
+
+    def _method(self, samples: int, known: list[int], count: int, draws: Draws) -> Method:
+        if count >= MANY_FEATURES:
+            warnings.warn(
+                "You are attempting to compute Shapley Values with at least 10 features, which "
+                "will likely be very computationally expensive.Consider using Shapley Value "
+                "Sampling instead.",
+                stacklevel=6,
+            )
+        return shapley.ShapleyValues()
+
+
+@dataclass(frozen=True)
+class _RandomOrders:
+    """Orders of all numbers up to `count`, of which only the known ones are features."""
+
+    orders: int
+    known: list[int]
+    count: int
+    draws: Draws
+    name = "shapley_sampling"
+
+    def recipe(self) -> Recipe:
+        points = max(1, self.orders * (len(self.known) - 1))
+        kind = {"baseline": "one", "gradients": False, "features": True}
+        return engine.in_rounds(self._rounds, points, **kind)
+
+    def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
+        game, drawn = Game.of(asked), self.draws.kept
+        known = torch.tensor(self.known, device="cpu") - min(0, self.known[0])
+
+        def ranks(start: int, stop: int) -> Tensor:
+            if start not in drawn:
+                with self.draws.continued():
+                    orders = [torch.randperm(self.count, device="cpu") for _ in range(start, stop)]
+                drawn[start] = torch.stack(orders)
+            place = drawn[start].argsort(dim=1)[:, known]
+            found: Tensor = place.argsort(dim=1).argsort(dim=1)[None].to(game.device)
+            return found
+
+        return shapley.walked(game, self.orders, ranks, 1)

@@ -1,34 +1,51 @@
-"""Pictures of attributions with matplotlib, under Captum's names and arguments."""
+"""Pictures of attributions, under Captum's names and arguments.
+
+Images are drawn by Captum's own visualization where Captum is installed; elsewhere there are heat
+maps, alone or over the image. Time series and texts are always drawn here: Captum 0.9 draws series
+only with matplotlib before 3.9, on pyplot's current figure, and writes words into HTML unescaped.
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import Enum
+from html import escape
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from saliency_fast.captum.drawn_masks import draw_mask_border, draw_mask_legend
-from saliency_fast.captum.drawn_text import (
-    VisualizationDataRecord,
-    format_classname,
-    format_special_tokens,
-    format_tooltip,
-    format_word_importances,
-    visualize_text,
-)
 from saliency_fast.errors import ChoiceError, ContractError, InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
+__all__ = [
+    "ImageVisualizationMethod",
+    "TimeseriesVisualizationMethod",
+    "VisualizationDataRecord",
+    "VisualizeSign",
+    "draw_mask_border",
+    "draw_mask_legend",
+    "format_classname",
+    "format_special_tokens",
+    "format_tooltip",
+    "format_word_importances",
+    "visualize_image_attr",
+    "visualize_image_attr_multiple",
+    "visualize_text",
+    "visualize_timeseries_attr",
+]
 CHANNELS = (1, 3, 4)
-"""How many channels a picture may have, by which the axis of a tensor's channels is known."""
+"""Numbers of channels a picture may have, by which a tensor's channel axis is found."""
+NEARLY_ZERO = 1e-5
+"""Attributions whose pictures are misleading."""
 Array = npt.NDArray[Any]
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -60,13 +77,13 @@ class VisualizeSign(Enum):
     all = 4
 
 
-_RANGES: dict[VisualizeSign, tuple[str | None, int, int]] = {
-    VisualizeSign.positive: ("Greens", 0, 1),
-    VisualizeSign.absolute_value: ("Blues", 0, 1),
-    VisualizeSign.negative: ("Reds", 0, 1),
-    VisualizeSign.all: (None, -1, 1),
+_COLOURS: dict[str, tuple[Any, int]] = {
+    "positive": ("Greens", 0),
+    "absolute_value": ("Blues", 0),
+    "negative": ("Reds", 0),
+    "all": (["red", "white", "green"], -1),
 }
-"""Each sign's colours (None: red over white to green) and limits."""
+"""The colour map of each sign, or its colours, and the lower limit; the upper limit is 1."""
 
 
 def visualize_image_attr(
@@ -83,43 +100,79 @@ def visualize_image_attr(
     fig_size: tuple[int, int] = (6, 6),
     use_pyplot: bool = True,
 ) -> tuple[Figure, Axes]:
-    """Draws attributions [H, W] or [H, W, C] of an image [H, W, C]; returns figure and axes.
+    """Draws attributions of an image.
 
-    Both may be tensors, these also in PyTorch's layout, [C, H, W] or [1, C, H, W]. method: a name
-    of `ImageVisualizationMethod`; sign: of `VisualizeSign`. Channels are added up, and the largest
-    attributions, together `outlier_perc` percent of the whole, are cut off.
-    plt_fig_axis: drawn here instead of on a new figure. use_pyplot: whether pyplot makes and shows
-    the figure.
+    Args:
+        attr: [H, W] or [H, W, C], or a tensor, also [C, H, W] or [1, C, H, W]. Channels are summed.
+        original_image: the image, in one of these shapes, on [0, 1] or [0, 255].
+        method: a name of `ImageVisualizationMethod`; without Captum "heat_map" or
+            "blended_heat_map".
+        sign: a name of `VisualizeSign`.
+        plt_fig_axis: a figure and its axes to draw on instead of new ones.
+        outlier_perc: the largest attributions, together this percentage of the sum, are cut off.
+        cmap: a colour map; None chooses one by the sign.
+        alpha_overlay: the opacity of a heat map over the image.
+        show_colorbar: whether a colour bar is drawn below.
+        title: of the axes.
+        fig_size: of a new figure, in inches.
+        use_pyplot: whether pyplot makes and shows the figure.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        ContractError: wrong arguments.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum.visualization import visualize_image_attr
+        >>> figure, axes = visualize_image_attr(torch.rand(1, 3, 8, 8), use_pyplot=False)
+        >>> axes.images[0].get_array().shape
+        (8, 8)
     """
     attr = _picture(attr, "attr")
     if original_image is not None:
         original_image = _picture(original_image, "original_image")
-    figure, axes = _figure(plt_fig_axis, use_pyplot, fig_size)
-    if isinstance(axes, (list, tuple)):
-        axes = axes[0]
-    kind = _chosen(ImageVisualizationMethod, method, "Method")
-    if original_image is not None:
-        if np.max(original_image) <= 1.0:
-            original_image = _bytes(original_image * 255)
-    elif kind is not ImageVisualizationMethod.heat_map:
-        raise InputError(
-            "Original Image must be provided for any visualization other than heatmap: got None "
-            f"for method={method!r}; pass original_image [H, W, C]"
+    _check_name(ImageVisualizationMethod, method, "Method")
+    _check_name(VisualizeSign, sign, "Sign")
+    try:
+        draw: Any = import_module("captum.attr._utils.visualization").visualize_image_attr
+    except ImportError:
+        draw = _heat_map
+    options = {
+        **{"method": method, "sign": sign, "plt_fig_axis": plt_fig_axis, "cmap": cmap},
+        **{"outlier_perc": outlier_perc, "alpha_overlay": alpha_overlay, "title": title},
+        **{"show_colorbar": show_colorbar, "fig_size": fig_size, "use_pyplot": use_pyplot},
+    }
+    try:
+        figure, axes = draw(attr, original_image, **options)
+    except (AssertionError, ValueError) as error:
+        raise ContractError(
+            f"{error} (got method={method!r}, sign={sign!r}, outlier_perc={outlier_perc}, "
+            f"original_image={None if original_image is None else original_image.shape})"
+        ) from error
+    return figure, axes
+
+
+def _heat_map(attr: Array, image: Array | None, **of: Any) -> tuple[Figure, Axes]:
+    """Draws heat maps with the options of `visualize_image_attr`, where Captum is not installed."""
+    method, sign, blended = of["method"], of["sign"], of["method"] == "blended_heat_map"
+    if not blended and method != "heat_map":
+        raise ContractError(f"without captum there are heat maps alone: install it for {method!r}")
+    if blended and image is None:
+        raise ContractError(
+            "Original Image must be provided for any visualization other than heatmap."
         )
-    _bare(axes)
-    signed = _chosen(VisualizeSign, sign, "Sign")
-    scaled = normalized(attr.sum(axis=2) if attr.ndim == 3 else attr, signed, outlier_perc)
-    drawn = _draw(axes, kind, original_image, scaled, signed, cmap, alpha_overlay)
-    if show_colorbar:
-        own = _strip_below(axes, 0.1)
-        if drawn is None:
-            # Kept, so that several pictures side by side stay in line.
-            own.axis("off")
-        else:
-            figure.colorbar(drawn, orientation="horizontal", cax=own)
-    if title:
-        axes.set_title(title)
-    _show(use_pyplot)
+    figure, axes = of["plt_fig_axis"] or _new_figure(of["use_pyplot"], of["fig_size"])
+    axes.set(xticks=[], yticks=[], title=of["title"] or "")
+    if blended and image is not None:
+        axes.imshow(image.mean(axis=2) if image.ndim == 3 else image, "gray")
+    scaled = _normalized(attr.sum(axis=2) if attr.ndim == 3 else attr, sign, of["outlier_perc"])
+    colours, opacity = _mappable(sign, of["cmap"]), of["alpha_overlay"] if blended else None
+    drawn = axes.imshow(scaled, cmap=colours.cmap, norm=colours.norm, alpha=opacity)
+    if of["show_colorbar"]:
+        figure.colorbar(drawn, orientation="horizontal", ax=axes)
+    _show(of["use_pyplot"])
     return figure, axes
 
 
@@ -133,9 +186,24 @@ def visualize_image_attr_multiple(
     use_pyplot: bool = True,
     **kwargs: Any,
 ) -> tuple[Figure, Axes | list[Axes]]:
-    """Draws attributions in several ways side by side; `kwargs` go to `visualize_image_attr`.
+    """Draws attributions of an image by several methods side by side.
 
-    Returns the figure and its axes: one, or a list of several.
+    Args:
+        methods: one for each picture.
+        signs: one for each.
+        titles: one for each, or None.
+        **kwargs: of `visualize_image_attr`, as are the other arguments.
+
+    Returns:
+        The figure and its axes, or a list of several.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum.visualization import visualize_image_attr_multiple
+        >>> names, signs = ["heat_map", "heat_map"], ["positive", "negative"]
+        >>> attr = torch.randn(8, 8)
+        >>> len(visualize_image_attr_multiple(attr, None, names, signs, use_pyplot=False)[1])
+        2
     """
     if len(methods) != len(signs):
         raise ContractError(
@@ -147,19 +215,12 @@ def visualize_image_attr_multiple(
             "If titles list is given, length must match that of methods list: got "
             f"{len(titles)} titles for {len(methods)} methods; pass one for each, or None"
         )
-    figure, axes = _figure(None, use_pyplot, fig_size, ncols=len(methods))
+    figure, axes = _new_figure(use_pyplot, fig_size, ncols=len(methods))
     every = [axes] if len(methods) == 1 else list(axes)
-    for number, (method, sign) in enumerate(zip(methods, signs, strict=True)):
-        visualize_image_attr(
-            attr,
-            original_image=original_image,
-            method=method,
-            sign=sign,
-            plt_fig_axis=(figure, every[number]),
-            use_pyplot=False,
-            title=titles[number] if titles else None,
-            **kwargs,
-        )
+    captions = titles or [""] * len(methods)
+    for method, sign, one, title in zip(methods, signs, every, captions, strict=True):
+        of = {"plt_fig_axis": (figure, one), "use_pyplot": False, "title": title, **kwargs}
+        visualize_image_attr(attr, original_image, method, sign, **of)
     figure.tight_layout()
     _show(use_pyplot)
     return figure, axes if len(methods) == 1 else every
@@ -183,19 +244,28 @@ def visualize_timeseries_attr(
     use_pyplot: bool = True,
     **pyplot_kwargs: Any,
 ) -> tuple[Figure, Axes | list[Axes]]:
-    """Draws attributions of a time series over it, both [N, C] ([C, N] without `channels_last`).
+    """Draws attributions of a time series over it; see `visualize_image_attr` for other arguments.
 
-    method: a name of `TimeseriesVisualizationMethod`. x_values: [N], or 0 to N - 1.
-    pyplot_kwargs: of the lines. Other arguments: see `visualize_image_attr`.
+    Args:
+        attr: [N, C], or [C, N] without `channels_last`; a tensor, too.
+        data: the series, of the same shape.
+        x_values: [N]; None counts from 0.
+        method: a name of `TimeseriesVisualizationMethod`.
+        channel_labels: [C].
+        channels_last: whether channels are the last axis.
+        **pyplot_kwargs: of the lines.
+
+    Returns:
+        The figure and its axes, one for each channel or, with "overlay_combined", for all.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.captum.visualization import visualize_timeseries_attr
+        >>> attr, data = torch.rand(9, 2), torch.rand(9, 2)
+        >>> len(visualize_timeseries_attr(attr, data, use_pyplot=False)[1])
+        2
     """
-    from saliency_fast.captum.drawn_series import Series
-
-    attr, data = _array(attr), _array(data)
-    for name, one in (("attr", attr), ("data", data)):
-        if one.ndim != 2:
-            raise ContractError(
-                f"Expected {name} of shape (N, C), got {tuple(one.shape)}; reshape it to two axes"
-            )
+    attr, data = (_series(one, name) for one, name in ((attr, "attr"), (data, "data")))
     if channels_last:
         attr, data = attr.T, data.T
     channels, length = attr.shape
@@ -205,30 +275,95 @@ def visualize_timeseries_attr(
             "verify input format",
             stacklevel=2,
         )
-    kind = _chosen(TimeseriesVisualizationMethod, method, "Method")
-    combined = kind is TimeseriesVisualizationMethod.overlay_combined
-    if x_values is None:
-        x_values = np.arange(length)
-    elif len(x_values) != length:
+    _check_name(TimeseriesVisualizationMethod, method, "Method")
+    _check_name(VisualizeSign, sign, "Sign")
+    x = np.arange(length) if x_values is None else x_values
+    if len(x) != length:
         raise ContractError(
-            f"x_values must have same length as data: got {len(x_values)}, expected {length}; pass "
-            "one for each step"
+            f"x_values must have same length as data: got {len(x)}, expected {length}; pass one "
+            "for each step"
         )
+    combined = method == "overlay_combined"
     rows = 1 if combined else channels
-    figure, axes = _figure(plt_fig_axis, use_pyplot, fig_size, nrows=rows, sharex=True)
-    every = list(axes) if isinstance(axes, (np.ndarray, list, tuple)) else [axes]
-    signed = _chosen(VisualizeSign, sign, "Sign")
-    scaled = normalized(attr.sum(axis=0) if combined else attr, signed, outlier_perc)
-    colours, limits = _colours(signed, cmap)
-    series = Series(x_values, data, scaled, channel_labels, colours, limits)
-    series.draw(figure, every, kind.name, alpha_overlay, pyplot_kwargs)
+    figure, axes = plt_fig_axis or _new_figure(use_pyplot, fig_size, nrows=rows, sharex=True)
+    every: Any = list(axes) if isinstance(axes, (np.ndarray, list, tuple)) else [axes]
+    scaled = _normalized(attr.sum(axis=0) if combined else attr, sign, outlier_perc)
+    opacity = 1.0 if method == "colored_graph" else alpha_overlay
+    series = _Series(x, data, scaled, channel_labels, _mappable(sign, cmap), opacity, pyplot_kwargs)
+    series.draw(method, every)
+    if not combined:
+        figure.subplots_adjust(hspace=0)
     if show_colorbar:
-        alpha = 1.0 if kind is TimeseriesVisualizationMethod.colored_graph else alpha_overlay
-        series.colorbar(figure, _strip_below(every[-1], 0.4), alpha)
+        from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+        strip = make_axes_locatable(every[-1]).append_axes("bottom", size="5%", pad=0.4)
+        figure.colorbar(series.colours, orientation="horizontal", cax=strip, alpha=opacity)
     if title:
         every[0].set_title(title)
     _show(use_pyplot)
     return figure, axes
+
+
+@dataclass(frozen=True)
+class _Series:
+    """A time series [C, N] over x [N] and its attributions on [-1, 1]: [C, N], or [N] of all."""
+
+    x: Array
+    data: Array
+    scaled: Array
+    labels: list[str] | None
+    colours: Any
+    opacity: float
+    line: dict[str, Any]
+
+    def draw(self, method: str, axes: list[Any]) -> None:
+        labels: list[Any] = self.labels or [None] * len(self.data)
+        if method == "overlay_combined":
+            from matplotlib import colormaps
+
+            dark: Any = colormaps["Dark2"]
+            axes[0].set_prop_cycle(color=dark.colors)
+            for values, label in zip(self.data, labels, strict=True):
+                axes[0].plot(self.x, values, label=label, **self.line)
+            self._draw_bands(axes[0], self.scaled)
+            axes[0].legend(loc="best")
+        else:
+            for one, *channel, label in zip(axes, self.data, self.scaled, labels, strict=False):
+                if method == "colored_graph":
+                    self._draw_coloured(one, *channel)
+                else:
+                    one.plot(self.x, channel[0], **self.line)
+                    self._draw_bands(one, channel[1])
+                if label is not None:
+                    one.set_ylabel(label)
+        for one in axes:
+            one.set_xlim(self.x[0], self.x[-1])
+
+    def _draw_bands(self, axes: Axes, scaled: Array) -> None:
+        """One coloured band for each step."""
+        half = (self.x[1] - self.x[0]) / 2.0
+        for middle, colour in zip(self.x, self.colours.to_rgba(scaled), strict=True):
+            axes.axvspan(middle - half, middle + half, facecolor=colour, alpha=self.opacity)
+
+    def _draw_coloured(self, axes: Axes, values: Array, scaled: Array) -> None:
+        """The line itself, each segment in the colour of the step it starts from."""
+        from matplotlib.collections import LineCollection
+
+        points, colours = np.stack([self.x, values], axis=1), self.colours
+        pieces = list(np.stack([points[:-1], points[1:]], axis=1))
+        lines = LineCollection(pieces, cmap=colours.cmap, norm=colours.norm, **self.line)
+        lines.set_array(scaled)
+        axes.add_collection(lines)
+        axes.set_ylim(1.2 * values.min(), 1.2 * values.max())
+
+
+def _series(value: Any, name: str) -> Array:
+    found = _array(value)
+    if found.ndim != 2:
+        raise ContractError(
+            f"Expected {name} of shape (N, C), got {tuple(found.shape)}; reshape it to two axes"
+        )
+    return found
 
 
 def _array(value: Any) -> Array:
@@ -237,7 +372,7 @@ def _array(value: Any) -> Array:
 
 def _picture(value: Any, name: str) -> Array:
     """An array [H, W] or [H, W, C] as it is; a tensor of these axes, [C, H, W] or [1, C, H, W] as
-    such an array. Raises InputError where the axes are others, or sizes do not tell which.
+    such an array. Raises InputError for other axes, or where sizes do not tell which they are.
     """
     found = _array(value)
     shape, is_tensor = list(found.shape), isinstance(value, Tensor)
@@ -258,113 +393,54 @@ def _picture(value: Any, name: str) -> Array:
     )
 
 
-def normalized(attr: Array, sign: VisualizeSign, outlier_perc: int | float) -> Array:
+def _normalized(attr: Array, sign: str, outlier_perc: int | float) -> Array:
     """Attributions of one sign, divided by the smallest of the outliers, on [-1, 1]."""
-    if sign is VisualizeSign.positive:
-        attr = np.maximum(attr, 0)
-    elif sign is VisualizeSign.negative:
-        attr = np.minimum(attr, 0)
-    elif sign is VisualizeSign.absolute_value:
-        attr = np.abs(attr)
-    scale = _share(np.abs(attr), 100.0 - outlier_perc)
+    bounds = {"positive": (0, None), "negative": (None, 0)}
+    attr = np.clip(attr, *bounds[sign]) if sign in bounds else attr
+    attr = np.abs(attr) if sign == "absolute_value" else attr
+    if not 0 <= outlier_perc <= 100:
+        raise ContractError(
+            "Percentile for thresholding must be between 0 and 100 inclusive: got outlier_perc="
+            f"{outlier_perc}; pass a percentage such as 2"
+        )
+    rising = np.sort(np.abs(attr), axis=None)
+    sums = np.cumsum(rising)
+    scale = float(rising[np.argmax(sums >= sums[-1] * 0.01 * (100.0 - outlier_perc))])
     if scale == 0:
         raise ContractError(
-            f"Cannot normalize by scale factor = 0: got no attributions of the sign {sign.name!r}; "
+            f"Cannot normalize by scale factor = 0: got no attributions of the sign {sign!r}; "
             "look at another sign, or at another attribution"
         )
-    if scale < 1e-5:
+    if scale < NEARLY_ZERO:
         warnings.warn(
             "Attempting to normalize by value approximately 0, visualized results may be "
             "misleading: all attributions are close to 0",
             stacklevel=3,
         )
     # Negative attributions are drawn as positive amounts.
-    return np.clip(attr / (-scale if sign is VisualizeSign.negative else scale), -1, 1)
+    return np.clip(attr / (-scale if sign == "negative" else scale), -1, 1)
 
 
-def _share(amounts: Array, percent: float) -> float:
-    """The amount at which amounts in rising order reach so many percent of their sum."""
-    if not 0 <= percent <= 100:
-        raise ContractError(
-            "Percentile for thresholding must be between 0 and 100 inclusive: got outlier_perc="
-            f"{100 - percent}; pass a percentage such as 2"
-        )
-    rising = np.sort(amounts, axis=None)
-    sums = np.cumsum(rising)
-    return float(rising[np.argmax(sums >= sums[-1] * 0.01 * percent)])
+def _mappable(sign: str, cmap: str | Colormap | None) -> Any:
+    """The colours of a sign, by its own colour map where none is given."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    own, low = _COLOURS[sign]
+    if isinstance(own, list):
+        own = LinearSegmentedColormap.from_list("RdWhGn", own)
+    return ScalarMappable(Normalize(low, 1), own if cmap is None else cmap)
 
 
-def _draw(
-    axes: Axes,
-    kind: ImageVisualizationMethod,
-    image: Any,
-    scaled: Array,
-    sign: VisualizeSign,
-    cmap: str | Colormap | None,
-    alpha: float,
-) -> AxesImage | None:
-    """One picture; a heat map's image, for its colour bar."""
-    if kind is ImageVisualizationMethod.original_image:
-        axes.imshow(image[:, :, 0] if image.ndim > 2 and image.shape[2] == 1 else image)
-        return None
-    if kind in (ImageVisualizationMethod.masked_image, ImageVisualizationMethod.alpha_scaling):
-        if sign is VisualizeSign.all:
-            shown = kind.name.replace("_", " ")
-            raise ContractError(
-                f"Cannot display {shown} with both positive and negative attributions, choose a "
-                f"different sign option: got 'all', expected one of {_names(VisualizeSign)}"
-            )
-        weight = scaled[:, :, None]
-        if kind is ImageVisualizationMethod.masked_image:
-            axes.imshow(_bytes(image * weight))
-        else:
-            axes.imshow(np.concatenate([image, _bytes(weight * 255)], axis=2))
-        return None
-    opacity = None
-    if kind is ImageVisualizationMethod.blended_heat_map:
-        axes.imshow(image.mean(axis=2), cmap="gray")
-        opacity = alpha
-    colours, (low, high) = _colours(sign, cmap)
-    return axes.imshow(scaled, cmap=colours, vmin=low, vmax=high, alpha=opacity)
-
-
-def _colours(
-    sign: VisualizeSign, cmap: str | Colormap | None
-) -> tuple[str | Colormap, tuple[int, int]]:
-    """A sign's colours, where none are given, and limits."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    own, low, high = _RANGES[sign]
-    if cmap is None and own is None:
-        own_map = LinearSegmentedColormap.from_list("RdWhGn", ["red", "white", "green"])
-        return own_map, (low, high)
-    return cmap if cmap is not None else str(own), (low, high)
-
-
-def _chosen(kind: type[Choice], name: str, argument: str) -> Choice:
+def _check_name(kind: type[Enum], name: str, argument: str) -> None:
     if name not in kind.__members__:
         raise ChoiceError(
-            f"Visualize {argument} type is not valid: got {name!r}, expected one of {_names(kind)}"
+            f"Visualize {argument} type is not valid: got {name!r}, expected one of "
+            f"{', '.join(kind.__members__)}"
         )
-    return kind[name]
 
 
-def _names(kind: type[Enum]) -> str:
-    return ", ".join(kind.__members__)
-
-
-def _bytes(image: Array) -> Array:
-    clipped: Array = np.clip(image.astype(int), 0, 255)
-    return clipped
-
-
-def _figure(
-    given: Any, use_pyplot: bool, size: tuple[int, int], **panels: Any
-) -> tuple[Figure, Any]:
-    """The given figure and axes, or new ones."""
-    if given is not None:
-        figure, axes = given
-        return figure, axes
+def _new_figure(use_pyplot: bool, size: tuple[int, int], **panels: Any) -> tuple[Figure, Any]:
     if use_pyplot:
         from matplotlib import pyplot
 
@@ -376,23 +452,6 @@ def _figure(
     return figure, figure.subplots(**panels)
 
 
-def _bare(axes: Axes) -> None:
-    """No ticks, no labels, no grid."""
-    axes.xaxis.set_ticks_position("none")
-    axes.yaxis.set_ticks_position("none")
-    axes.set_xticklabels([])
-    axes.set_yticklabels([])
-    axes.grid(visible=False)
-
-
-def _strip_below(axes: Axes, pad: float) -> Axes:
-    """Room for a colour bar."""
-    from mpl_toolkits.axes_grid1 import make_axes_locatable
-
-    strip: Axes = make_axes_locatable(axes).append_axes("bottom", size="5%", pad=pad)
-    return strip
-
-
 def _show(use_pyplot: bool) -> None:
     if use_pyplot:
         from matplotlib import pyplot
@@ -400,19 +459,167 @@ def _show(use_pyplot: bool) -> None:
         pyplot.show()
 
 
-__all__ = [
-    "ImageVisualizationMethod",
-    "TimeseriesVisualizationMethod",
-    "VisualizationDataRecord",
-    "VisualizeSign",
-    "draw_mask_border",
-    "draw_mask_legend",
-    "format_classname",
-    "format_special_tokens",
-    "format_tooltip",
-    "format_word_importances",
-    "visualize_image_attr",
-    "visualize_image_attr_multiple",
-    "visualize_text",
-    "visualize_timeseries_attr",
-]
+def draw_mask_border(
+    ax: Axes, mask: Array, border_width: int = 1, border_color: str | Array = "black"
+) -> None:
+    """Draws the inner border of a mask.
+
+    Args:
+        ax: the axes of an image.
+        mask: bool [H, W].
+        border_width: in pixels.
+        border_color: a name, or RGBA [4].
+    """
+    if not mask.any():
+        return
+    from matplotlib.colors import to_rgba
+
+    inner = mask.astype(bool)
+    for _ in range(border_width):
+        around = np.pad(inner, 1)
+        inner = inner & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
+    colour = np.array(to_rgba(border_color)) if isinstance(border_color, str) else border_color
+    ax.imshow((mask.astype(bool) & ~inner)[:, :, None] * np.asarray(colour).reshape(1, 1, -1))
+
+
+def draw_mask_legend(
+    ax: Axes,
+    mask: Array,
+    label: str,
+    fontsize: int = 10,
+    text_color: str = "white",
+    bbox_facecolor: str = "black",
+    bbox_alpha: float = 0.6,
+) -> None:
+    """Writes a label at the centroid of a mask.
+
+    Args:
+        ax: the axes of an image.
+        mask: bool [H, W].
+        label: the text.
+        fontsize: of the text, in points.
+        text_color: of the text.
+        bbox_facecolor: of the box around it.
+        bbox_alpha: the opacity of the box.
+    """
+    if not mask.any():
+        return
+    row, column = (one.mean() for one in np.where(mask))
+    box = {"boxstyle": "round,pad=0.2", "facecolor": bbox_facecolor, "alpha": bbox_alpha}
+    style: Any = {"color": text_color, "fontsize": fontsize, "bbox": box}
+    ax.text(column, row, label, ha="center", va="center", **style)
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class VisualizationDataRecord:
+    """One row of `visualize_text`: a text's words, their attributions [T], and the classes."""
+
+    word_attributions: Tensor
+    pred_prob: float
+    pred_class: int
+    true_class: int
+    attr_class: int
+    attr_score: float
+    raw_input_ids: list[str]
+    convergence_score: float
+
+
+def format_classname(classname: object) -> str:
+    """A class as a cell of the table.
+
+    Example:
+        >>> from saliency_fast.captum.visualization import format_classname
+        >>> format_classname("cat")
+        '<td><text style="padding-right:2em"><b>cat</b></text></td>'
+    """
+    name = escape(str(classname), quote=False)
+    return f'<td><text style="padding-right:2em"><b>{name}</b></text></td>'
+
+
+def format_special_tokens(token: str) -> str:
+    """A special token without its brackets.
+
+    Example:
+        >>> from saliency_fast.captum.visualization import format_special_tokens
+        >>> format_special_tokens("<pad>")
+        '#pad'
+    """
+    if token.startswith("<") and token.endswith(">"):
+        return "#" + token.strip("<>")
+    return token
+
+
+def format_tooltip(item: str, text: str) -> str:
+    """An item, as HTML, that shows a text when pointed at."""
+    return f'<div class="tooltip">{item}<span class="tooltiptext">{text}</span></div>'
+
+
+def format_word_importances(
+    words: Sequence[str], importances: Sequence[float] | Tensor | npt.NDArray[Any] | None
+) -> str:
+    """Words as a cell of the table, on green for positive and red for negative importances [T]."""
+    if importances is None or len(importances) == 0:
+        return "<td></td>"
+    if len(shape := getattr(importances, "shape", (0,))) != 1:
+        raise ContractError(
+            f"Expected 1D array, got {shape}; add the attributions of a word up first"
+        )
+    if len(words) > len(importances):
+        raise ContractError(
+            f"words are more than their importances: got {len(words)} words and "
+            f"{len(importances)} importances; pass one for each word"
+        )
+    marks = [
+        f'<mark style="background-color: {_word_colour(float(importance))}; opacity:1.0; '
+        'line-height:1.75"><font color="black"> '
+        f"{escape(format_special_tokens(word), quote=False)} </font></mark>"
+        for word, importance in zip(words, importances[: len(words)], strict=True)
+    ]
+    return f"<td>{''.join(marks)}</td>"
+
+
+def _word_colour(importance: float) -> str:
+    """White at 0, green up to 1, red down to -1."""
+    clipped = max(-1.0, min(1.0, importance))
+    if clipped > 0:
+        return f"hsl(120, 75%, {100 - int(50 * clipped)}%)"
+    return f"hsl(0, 75%, {100 - int(-40 * clipped)}%)"
+
+
+def visualize_text(datarecords: Iterable[VisualizationDataRecord], legend: bool = True) -> Any:
+    """Shows a table of texts in a notebook.
+
+    Args:
+        datarecords: the rows.
+        legend: whether the colours are explained above the table.
+
+    Returns:
+        The table as IPython's HTML.
+    """
+    try:
+        from IPython.display import HTML, display
+    except ImportError as error:
+        raise ContractError(
+            "IPython must be available to visualize text: got no module of that name; run "
+            "'pip install ipython'"
+        ) from error
+    titles = ("True Label", "Predicted Label", "Attribution Label", "Attribution Score")
+    table = "".join(f"<th>{title}</th>" for title in (*titles, "Word Importance"))
+    for one in datarecords:
+        predicted = f"{one.pred_class} ({one.pred_prob:.2f})"
+        cells = (one.true_class, predicted, one.attr_class, f"{one.attr_score:.2f}")
+        words = format_word_importances(one.raw_input_ids, one.word_attributions)
+        table += f"<tr>{''.join(map(format_classname, cells))}{words}</tr>"
+    html = HTML(f'{_legend() if legend else ""}<table style="width: 100%">{table}</table>')
+    display(html)
+    return html
+
+
+def _legend() -> str:
+    square = "display: inline-block; width: 10px; height: 10px; border: 1px solid"
+    keys = "".join(
+        f'<span style="{square}; background-color: {_word_colour(value)}"></span> {label}  '
+        for value, label in ((-1, "Negative"), (0, "Neutral"), (1, "Positive"))
+    )
+    frame = "border-top: 1px solid; margin-top: 5px; padding-top: 5px; display: inline-block"
+    return f'<div style="{frame}"><b>Legend: </b>{keys}</div>'

@@ -10,7 +10,7 @@ from captum import attr
 from torch import Tensor, nn
 
 import saliency_fast.captum as facade
-from saliency_fast.captum import inside
+from saliency_fast.captum import layers
 from saliency_fast.errors import ModelError
 from tests.traces import Notes
 
@@ -44,13 +44,13 @@ def _gap(found: Any, expected: Any) -> float:
     return float((found - expected).detach().norm() / expected.detach().norm())
 
 
-@pytest.mark.parametrize("little", [0, inside.LITTLE])
+@pytest.mark.parametrize("little", [0, layers.SMALL_GRAPH])
 @pytest.mark.parametrize("name", ["LayerGradCam", "LayerGradientXActivation"])
 @pytest.mark.parametrize("layer", ["early", "late", "head"])
 def test_either_way_is_captums(
     net: Net, x: Tensor, name: str, layer: str, little: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside, "LITTLE", little)
+    monkeypatch.setattr(layers, "SMALL_GRAPH", little)
     at, kwargs = net.get_submodule(layer), {"target": [0, 2, 1]}
     found = getattr(facade, name)(net, at).attribute(x, **kwargs)
     expected = getattr(attr, name)(net, at).attribute(x, **kwargs)
@@ -63,11 +63,11 @@ def test_one_run_serves(net: Net, x: Tensor) -> None:
     assert net.notes.runs == 1
 
 
-@pytest.mark.parametrize("little", [0, inside.LITTLE])
+@pytest.mark.parametrize("little", [0, layers.SMALL_GRAPH])
 def test_training_mode_leaves_no_trace(
     net: Net, x: Tensor, little: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside, "LITTLE", little)
+    monkeypatch.setattr(layers, "SMALL_GRAPH", little)
     net.train()
     before = {name: one.clone() for name, one in net.state_dict().items()}
     facade.LayerGradCam(net, net.late).attribute(x, target=1)

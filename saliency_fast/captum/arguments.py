@@ -1,4 +1,4 @@
-"""Contract: the argument forms of Captum 0.9, validated with the words that its users know."""
+"""The argument forms of Captum 0.9, validated with the error messages that its users know."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Baselines = tuple[Tensor | int | float, ...]
 
 
 def public(method: Method) -> Method:
-    """Marks a method that others call as `method.__wrapped__(self, ...)`, as Captum's own do."""
+    """Adds `__wrapped__` to a method, by which Captum's classes call the methods they hold."""
 
     @functools.wraps(method)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -46,22 +46,22 @@ def as_tuple(inputs: Any) -> Inputs:
 
 
 def like_inputs(inputs: Any, values: Inputs) -> Any:
-    """A tuple where the inputs were one, also of one; else the only tensor."""
+    """A tuple where the inputs were a tuple, also of one; else the only tensor."""
     return values if isinstance(inputs, tuple) else values[0]
 
 
 def like_types(values: Inputs, inputs: Inputs) -> Inputs:
-    """Values in the types of their inputs: the engine's are float32 where these are half types."""
+    """Values in the dtypes of their inputs: of half types the engine returns float32."""
     return tuple(one.to(x.dtype) for one, x in zip(values, inputs, strict=True))
 
 
 def copies(inputs: Inputs) -> Inputs:
-    """Tensors that a model may write to."""
+    """Clones, which a model may overwrite."""
     return tuple(x.clone() for x in inputs)
 
 
 def floating(inputs: Inputs) -> Inputs:
-    """Inputs that arithmetic has made floating: whole numbers in PyTorch's default type."""
+    """Inputs whose whole numbers are promoted to PyTorch's default floating dtype."""
     kind = torch.get_default_dtype()
     return tuple(x if x.is_floating_point() else x.to(kind) for x in inputs)
 
@@ -88,7 +88,13 @@ def as_baselines(baselines: Any, inputs: Inputs) -> Baselines:
 
 
 def check_baselines(inputs: Inputs, baselines: Baselines, *, drawn: bool = False) -> None:
-    """Raises where baselines do not go with their inputs. drawn: they are a set to draw from."""
+    """Raises where the shapes of baselines and inputs differ.
+
+    Args:
+        inputs: tensors [B, *].
+        baselines: one for each input.
+        drawn: whether a baseline is a set [M, *] to draw rows from.
+    """
     if len(inputs) != len(baselines):
         raise ContractError(
             "Input and baseline must have the same dimensions, baseline has "
@@ -131,7 +137,7 @@ def _full(x: Tensor, number: float) -> Tensor:
 
 
 def as_target(target: Any) -> Any:
-    """A target with PyTorch's and Python's numbers in the place of NumPy's."""
+    """A target whose NumPy numbers and arrays are Python's numbers and tensors."""
     if isinstance(target, np.ndarray):
         return torch.as_tensor(target)
     if isinstance(target, np.integer):
@@ -149,3 +155,94 @@ def check_target(target: Any, batch: int) -> None:
             f"The number of samples provied in theinput {batch} does not match with the number of "
             f"targets. {len(target)}; pass one target per example, or one int for all"
         )
+
+
+def has_rows(value: Any, least: int = 0) -> bool:
+    """Whether a value is a list, or a tensor with a batch axis and at least so many elements."""
+    if isinstance(value, Tensor):
+        return value.dim() > 0 and value.numel() >= least
+    return isinstance(value, list)
+
+
+def tiled(value: Any, count: int, batch: int | None = None) -> Any:
+    """A target or argument for `count` copies of the batch, one batch after another.
+
+    Args:
+        value: a list or tensor with a row for each example; anything else is returned as it is.
+        count: copies of the batch.
+        batch: the length of tensors that are repeated; None: all of two elements or more are.
+    """
+    if not has_rows(value, 2 if batch is None else 0):
+        return value
+    if isinstance(value, list):
+        return value * count
+    return torch.cat([value] * count) if batch in (None, len(value)) else value
+
+
+def interleaved(value: Any, count: int, least: int = 2) -> Any:
+    """A target or argument with each example's row `count` times in succession."""
+    if not has_rows(value, least):
+        return value
+    if isinstance(value, list):
+        return [one for one in value for _ in range(count)]
+    return value.repeat_interleave(count, 0)
+
+
+def row_of(value: Any, row: slice, batch: int) -> Any:
+    """The rows of a target or argument that has one for each example of the batch."""
+    return value[row] if has_rows(value) and len(value) == batch else value
+
+
+def arguments_of(further: Any, change: Callable[..., Any], *how: Any) -> tuple[Any, ...]:
+    """`additional_forward_args` with its tensors changed by one of the functions above; lists are
+    single arguments and stay.
+    """
+    return tuple(change(one, *how) if isinstance(one, Tensor) else one for one in as_args(further))
+
+
+def read_masks(feature_mask: Any, inputs: Inputs) -> Inputs | None:
+    """Feature masks, one per input; raises where one does not broadcast to its input."""
+    if feature_mask is None:
+        return None
+    masks, found = as_tuple(feature_mask), []
+    if len(masks) != len(inputs):
+        raise ContractError(
+            f"feature_mask must have one tensor for each of {len(inputs)} inputs: got {len(masks)}"
+        )
+    for number, (mask, x) in enumerate(zip(masks, inputs, strict=True)):
+        pairs = zip(reversed(mask.shape), reversed(x.shape), strict=False)
+        if mask.dim() > x.dim() or any(got not in (1, want) for got, want in pairs):
+            raise ContractError(
+                f"the shape of feature mask (index {number}) is invalid,input shape: {x.shape}, "
+                f"feature mask shape {mask.shape}; give it the input's shape, or 1 on any axis"
+            )
+        cure = "number features by whole numbers"
+        found.append(cast(mask.detach(), torch.int64, "feature_mask", cure).to(x.device))
+    return tuple(found)
+
+
+def default_masks(inputs: Inputs) -> Inputs:
+    """A feature for each element after the batch axis, counted over all inputs: int64 [1, *]."""
+    found, count = [], 0
+    for x in inputs:
+        row = x[:1]
+        found.append(count + torch.arange(row.numel(), device=x.device).view(row.shape))
+        count += row.numel()
+    return tuple(found)
+
+
+def numbers_of(masks: Inputs, inputs: Inputs) -> Tensor:
+    """The numbers of the features that inputs have, in order."""
+    own = [mask.flatten() for mask, x in zip(masks, inputs, strict=True) if x.numel()]
+    found: Tensor = torch.unique(torch.cat(own))
+    return found
+
+
+def for_fill(inputs: Inputs, baselines: Baselines) -> Inputs:
+    """Inputs of whole numbers are promoted where their baselines are floating."""
+
+    def is_floating(one: Any) -> bool:
+        return isinstance(one, float) or (isinstance(one, Tensor) and one.is_floating_point())
+
+    pairs = zip(inputs, baselines, strict=True)
+    return tuple(floating((x,))[0] if is_floating(one) else x for x, one in pairs)

@@ -1,23 +1,24 @@
-"""Theirs: classes that only Captum has, without the copies of a batch that meet in the model.
+"""Classes that only Captum has, with the copies of a batch kept apart that depend on each other.
 
-They are Captum's, and call the model as they do in Captum: with all steps, perturbations or samples
-that were asked for. Where copies of the batch are seen to meet, each has a call of its own.
+They are Captum's own, and call the model as they do there: with all steps, perturbations or samples
+that were asked for. Where copies of the batch are seen to depend on each other, each has a call of
+its own.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.apart import calls_of
-from saliency_fast.captum.contract import as_tuple, public
-from saliency_fast.captum.run import seen_to_meet
+from saliency_fast.captum.arguments import as_tuple, public
+from saliency_fast.captum.attribute_call import rows_depend
+from saliency_fast.captum.shared_calls import calls_of
 
 STEPS = ("InternalInfluence", "NeuronConductance", "NeuronIntegratedGradients")
 PERTURBED = ("LayerFeatureAblation", "LayerFeaturePermutation", "NeuronFeatureAblation")
@@ -26,8 +27,8 @@ SAMPLED = ("LayerGradientShap", "NeuronGradientShap")
 
 @functools.cache
 def kept_apart(theirs: Any) -> Any:
-    """A child of one of Captum's classes, where several copies of a batch share its calls; what
-    else Captum has as it is.
+    """A subclass of one of Captum's classes whose calls several copies of a batch share; any other
+    name of Captum's as it is.
     """
     if getattr(theirs, "__name__", "") not in (*STEPS, *PERTURBED, *SAMPLED):
         return theirs
@@ -37,10 +38,10 @@ def kept_apart(theirs: Any) -> Any:
     def attribute(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
-        if not _meet(self, theirs.__name__, call.arguments):
+        if not _depend(self, theirs.__name__, call.arguments):
             return theirs.attribute(self, *args, **kwargs)
         if theirs.__name__ in SAMPLED:
-            return _sample_by_sample(theirs.attribute, call)
+            return _sample_by_sample(theirs, call)
         if theirs.__name__ in STEPS:
             call.arguments["internal_batch_size"] = len(as_tuple(call.arguments["inputs"])[0])
         else:
@@ -54,17 +55,17 @@ def kept_apart(theirs: Any) -> Any:
     )
 
 
-def _meet(method: Any, name: str, given: dict[str, Any]) -> bool:
-    """Whether copies of the batch that are to share a call meet in the model."""
+def _depend(method: Any, name: str, given: dict[str, Any]) -> bool:
+    """Whether copies of the batch that are to share a call depend on each other in the model."""
     inputs, sizes = as_tuple(given["inputs"]), _sizes(name, given)
     if not sizes or not inputs[0].dim():
         return False
-    if seen_to_meet(method.forward_func):
+    if rows_depend(method.forward_func):
         return True
     layers = method.layer if isinstance(method.layer, (list, tuple)) else (method.layer,)
     shared = calls_of(method.forward_func, given["additional_forward_args"], *layers)
     starts = _starts(inputs, given.get("baselines"))
-    return any(shared.meet(_between(inputs, starts, size)) for size in sizes)
+    return any(shared.depend(_between(inputs, starts, size)) for size in sizes)
 
 
 def _sizes(name: str, given: dict[str, Any]) -> list[int]:
@@ -106,27 +107,15 @@ def _between(inputs: Inputs, starts: list[Any], count: int) -> Inputs:
     return tuple(found)
 
 
-def _sample_by_sample(attribute: Callable[..., Any], call: Any) -> Any:
+def _sample_by_sample(theirs: Any, call: Any) -> Any:
     """The mean of maps of one sample each, and the deltas of all [B * samples], example-major."""
-    count, deltas = call.arguments["n_samples"], list[Tensor]()
-    call.arguments["n_samples"], total = 1, None
+    count, deltas, maps = call.arguments["n_samples"], list[Tensor](), list[Any]()
+    call.arguments["n_samples"] = 1
     for _ in range(count):
-        found = attribute(*call.args, **call.kwargs)
+        found = theirs.attribute(*call.args, **call.kwargs)
         if call.arguments.get("return_convergence_delta"):
             found, delta = found
             deltas.append(delta)
-        total = found if total is None else _added(total, found)
-    maps = _scaled(total, 1 / count)
-    return (maps, torch.stack(deltas, 1).flatten()) if deltas else maps
-
-
-def _added(one: Any, other: Any) -> Any:
-    if isinstance(one, (tuple, list)):
-        return type(one)(_added(*pair) for pair in zip(one, other, strict=True))
-    return one + other
-
-
-def _scaled(one: Any, by: float) -> Any:
-    return (
-        type(one)(_scaled(part, by) for part in one) if isinstance(one, (tuple, list)) else one * by
-    )
+        maps = [found if not maps else tree_map(torch.add, maps[0], found)]
+    mean = tree_map(lambda one: one / count, maps[0])
+    return (mean, torch.stack(deltas, 1).flatten()) if deltas else mean
