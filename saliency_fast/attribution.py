@@ -13,7 +13,7 @@ from torch import Tensor
 from saliency_fast import ops, record, render, schema
 from saliency_fast._types import Inputs
 from saliency_fast.errors import InputError
-from saliency_fast.model.axes import Axes, Layouts
+from saliency_fast.model.layout import Axes, Layouts
 
 _USUAL = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
 """Of records that state no layout."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saliency_fast.errors import RecordError
 from saliency_fast.graph.passes.half import PRECISIONS
-from saliency_fast.model.axes import LETTERS, Axes
+from saliency_fast.model.layout import LETTERS, Axes
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _KINDS = ("scalar", "classes", "predicted", "next_token", "places", "index", "function")

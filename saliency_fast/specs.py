@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import RecordError
-from saliency_fast.model.positions import NextToken
-from saliency_fast.model.targets import Targets
+from saliency_fast.model.targets import NextToken, Targets
 
 
 def describe_target(targets: Targets) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -24,8 +24,7 @@ from saliency_fast.captum.run import _repeated
 from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.errors import ContractError
 from saliency_fast.graph.passes.half import FLOAT32, Precision
-from saliency_fast.model.guard import draw_again, random_states, same_draws
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import draw_again, preserved, random_states, same_draws
 
 FEW = 4
 """Copies of which each is proved."""

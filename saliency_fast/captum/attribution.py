@@ -25,7 +25,7 @@ from saliency_fast.captum.contract import (
 from saliency_fast.captum.forward import compute_gradients, run_forward
 from saliency_fast.captum.run import Asked
 from saliency_fast.errors import ContractError
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import preserved
 
 
 class Attribution:

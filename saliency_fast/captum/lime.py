@@ -36,7 +36,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
 from saliency_fast.methods.parts.coalitions import Game
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import preserved
 
 MANY = 10_000
 """Features that make an interpretable model slow."""

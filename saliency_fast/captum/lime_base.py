@@ -28,7 +28,7 @@ from saliency_fast.captum.run import _repeated, seen_to_meet
 from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.parts.regression import fit
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import preserved
 
 
 class LimeBase(PerturbationAttribution):

@@ -25,8 +25,8 @@ from saliency_fast.engine.features import numbered
 from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError, ModelError
-from saliency_fast.model.axes import Layouts
 from saliency_fast.model.casts import cast
+from saliency_fast.model.layout import Layouts
 
 Values = tuple[Inputs, Tensor | None]
 """Maps per input [N, *], and by feature [N, F] where the method tells."""

@@ -35,8 +35,8 @@ from saliency_fast.errors import ContractError
 from saliency_fast.methods import ablation, occlusion
 from saliency_fast.methods.parts.coalitions import Game, players
 from saliency_fast.methods.parts.windows import read_windows
-from saliency_fast.model.axes import Layouts
 from saliency_fast.model.casts import cast
+from saliency_fast.model.layout import Layouts
 
 AT_ONCE = "Perturbations per evaluation must be an integer and at least 1."
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from saliency_fast.captum.run import (
 from saliency_fast.engine.independence import Known
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import ContractError
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import preserved
 
 
 @dataclass(frozen=True)

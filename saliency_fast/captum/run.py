@@ -41,7 +41,7 @@ from saliency_fast.graph.gradients import gradients
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import as_well, diagnosed
 from saliency_fast.model.layers import Downstream
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import preserved
 from saliency_fast.rules.intercept import RulesExecutor
 
 PLAIN = (torch.float32, torch.float64)
