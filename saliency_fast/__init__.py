@@ -63,13 +63,13 @@ if TYPE_CHECKING:
         VarGrad,
         XGradCAM,
     )
-    from saliency_fast.model.positions import NextToken
+    from saliency_fast.model.targets import NextToken
     from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.video import Clip, explain_video
 
 _MODULES = ("evaluate", "summary")
 _LATER = {
-    "NextToken": "model.positions",
+    "NextToken": "model.targets",
     "Similarity": "tokens",
     "TokenAttribution": "tokens",
     "explain_tokens": "tokens",

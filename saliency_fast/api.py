@@ -14,8 +14,8 @@ from saliency_fast.engine.features import Features
 from saliency_fast.engine.recipe import Method
 from saliency_fast.engine.region import Region
 from saliency_fast.engines import Engine
-from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.layers import At
+from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import Target
 
 __all__ = ["Engine", "explain"]

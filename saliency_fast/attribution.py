@@ -21,7 +21,7 @@ from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.plan import DRAWS, Plan
 from saliency_fast.engine.ties import Tied
 from saliency_fast.errors import InputError, warn
-from saliency_fast.model.axes import Axes, Layouts
+from saliency_fast.model.layout import Axes, Layouts
 from saliency_fast.version import __version__
 
 _USUAL_LAYOUTS = {3: "BCT", 4: "BCHW", 5: "BCDHW"}

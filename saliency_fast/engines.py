@@ -49,10 +49,10 @@ from saliency_fast.errors import (
 from saliency_fast.graph.fingerprint import same_model, unchanging
 from saliency_fast.graph.passes.half import AUTO, PRECISIONS
 from saliency_fast.methods import read_method
-from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.failures import diagnosed
-from saliency_fast.model.guard import preserve_model_state, uncaptured, uncompiled
 from saliency_fast.model.layers import At, names_of
+from saliency_fast.model.layout import LayoutLike
+from saliency_fast.model.preserve import preserve_model_state, uncaptured, uncompiled
 from saliency_fast.model.targets import Target, with_padding
 from saliency_fast.result import attribution, resident_before, usage_of
 from saliency_fast.together import Together, Whole, in_rows, layout_together, whole_call

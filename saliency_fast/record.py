@@ -22,9 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from saliency_fast.errors import RecordError
 from saliency_fast.graph.passes.half import PRECISIONS
-from saliency_fast.model.axes import LETTERS, Axes
-from saliency_fast.model.positions import NextToken
-from saliency_fast.model.targets import Targets
+from saliency_fast.model.layout import LETTERS, Axes
+from saliency_fast.model.targets import NextToken, Targets
 
 SCHEMA = 1
 KEY = "saliency_fast"

@@ -20,7 +20,7 @@ from saliency_fast.engine.baselines import choices, read_baseline_set, read_base
 from saliency_fast.engine.bind import Belonging, Call, Shared, bind
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.outputs import map_tensors, tensors_of
-from saliency_fast.model.axes import LayoutLike, Layouts
+from saliency_fast.model.layout import LayoutLike, Layouts
 from saliency_fast.model.targets import Reader, Target, Targets, tensor_of
 from saliency_fast.record import describe_baseline, describe_target
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.engine.bind import bind
 from saliency_fast.errors import InputError, InputTypeError, ModelError
-from saliency_fast.model.layers import hooked
-from saliency_fast.model.spatial import Change, last_spatial
+from saliency_fast.model.layers import Change, hooked, last_spatial
 from tests.naive import relative_l2
 
 

@@ -17,7 +17,7 @@ from saliency_fast import evaluate, summary
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.reports.suite import Suite
 from saliency_fast.evaluate.subject import read_subject
-from saliency_fast.model.axes import Axes, LayoutWarning
+from saliency_fast.model.layout import Axes, LayoutWarning
 from tests.layout_models import LAYOUTS, SIZES, laid, standard, to
 from tests.models import Tabular, make, randn
 from tests.naive import relative_l2

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast import captum
-from saliency_fast.model import state
+from saliency_fast.model import preserve
 from tests.traces import one_thread, unchanged
 
 
@@ -242,10 +242,10 @@ def test_what_cannot_be_put_back_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.warns(UserWarning, match=r"changed body\.0\.weight") as caught:
         sf.explain(Changing(clips), X(), target=1)
     assert caught[0].filename == __file__
-    monkeypatch.setattr(state, "COPIED", 16)
+    monkeypatch.setattr(preserve, "COPIED", 16)
     with pytest.warns(UserWarning, match="changed average"):
         sf.explain(Changing(in_place), X(), target=1)
-    monkeypatch.setattr(state, "LONG", 3)
+    monkeypatch.setattr(preserve, "LONG", 3)
     model = Changing(lambda m, x: m.seen.append(x))
     model.seen = [0] * 5
     with pytest.warns(UserWarning, match="changed seen"):
@@ -383,3 +383,23 @@ def test_every_point_finds_the_state_of_the_call(kind: str, size: int | None, le
         off[0, place] = 0
         change = copy.deepcopy(start)(x)[0, 1] - copy.deepcopy(start)(off)[0, 1]
         torch.testing.assert_close(ablated[0, place], change)
+
+
+def test_shared_switches_are_on_while_anybody_uses_them() -> None:
+    switch: preserve.SharedSwitch[int] = preserve.SharedSwitch()
+    events: list[object] = []
+
+    def use(number: int) -> None:
+        with switch.on(lambda: events.append("on") or number, lambda held: events.append(held)):
+            gate.wait()
+
+    gate = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    assert events[0] == "on"
+    assert len(events) == 2
+    assert None not in switch
+    # A switch that cannot be turned on is not held.
+    with pytest.raises(ZeroDivisionError), switch.on(lambda: 1 // 0, print):
+        pass
+    assert None not in switch

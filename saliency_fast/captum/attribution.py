@@ -28,7 +28,7 @@ from saliency_fast.captum.arguments import (
 from saliency_fast.captum.attribute_call import AttributeCall
 from saliency_fast.captum.forward import compute_gradients, run_forward
 from saliency_fast.errors import ContractError
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import preserved
 
 
 class Attribution:

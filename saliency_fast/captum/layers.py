@@ -28,7 +28,7 @@ from saliency_fast.graph.gradients import gradients
 from saliency_fast.methods import Gradient
 from saliency_fast.model.casts import cast
 from saliency_fast.model.layers import Downstream, floats_at, hooked, tensors_at, with_floats
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import preserved
 
 SMALL_GRAPH = 512 * 1024
 """Bytes of inputs and a layer's tensors up to which autograd's graph of one run is small."""

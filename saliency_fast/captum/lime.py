@@ -44,7 +44,7 @@ from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
 from saliency_fast.methods.parts.coalitions import Game
 from saliency_fast.methods.parts.regression import fit
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import preserved
 
 MANY_FEATURES = 10_000
 """Features that make an interpretable model slow."""

@@ -34,7 +34,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import InputTypeError
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import preserved
 from saliency_fast.rules import Ruling
 from saliency_fast.rules.shares import ratio
 

@@ -32,7 +32,7 @@ from saliency_fast.errors import ContractError
 from saliency_fast.methods import ablation, occlusion, shapley
 from saliency_fast.methods.parts.coalitions import Game, players
 from saliency_fast.methods.parts.windows import read_windows
-from saliency_fast.model.axes import Layouts
+from saliency_fast.model.layout import Layouts
 
 MANY_FEATURES = 10
 """Features whose exact Shapley values take long."""

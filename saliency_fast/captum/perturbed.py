@@ -42,10 +42,9 @@ from saliency_fast.engine.features import numbered
 from saliency_fast.engine.independence import TOLERANCE
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError, ModelError
-from saliency_fast.model.axes import Layouts
 from saliency_fast.model.casts import cast
-from saliency_fast.model.guard import random_states, same_draws
-from saliency_fast.model.state import preserved
+from saliency_fast.model.layout import Layouts
+from saliency_fast.model.preserve import preserved, random_states, same_draws
 
 Values = tuple[Inputs, Tensor | None]
 """Maps per input [N, *], for the N numbers of the function, and by feature [N, F] where known."""

@@ -25,9 +25,8 @@ from saliency_fast.captum.forward import read_output
 from saliency_fast.engine.independence import Row, RowsMeetError, near, provoked
 from saliency_fast.errors import ContractError
 from saliency_fast.graph.passes.half import FLOAT32
-from saliency_fast.model.guard import draw_again, random_states, same_draws
 from saliency_fast.model.layers import hooked, tensors_at
-from saliency_fast.model.state import preserved
+from saliency_fast.model.preserve import draw_again, preserved, random_states, same_draws
 
 MOST_PROVED = 4
 """Copies in the first call of a size that are proved one by one; of more, the first, the last, the

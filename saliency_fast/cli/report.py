@@ -18,7 +18,7 @@ from saliency_fast.cli.inputs import Read
 from saliency_fast.cli.models import Loaded, reason
 from saliency_fast.errors import InputError, ModelCallError, ModelError, SaliencyError
 from saliency_fast.methods import METHODS
-from saliency_fast.model.guard import preserve_model_state
+from saliency_fast.model.preserve import preserve_model_state
 from saliency_fast.model.targets import tensor_of
 from saliency_fast.render.files import encode, write_frames
 from saliency_fast.render.frames import STYLES, grey, picture

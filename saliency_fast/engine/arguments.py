@@ -16,7 +16,7 @@ from saliency_fast.engine.independence import Known, about, near, numbers
 from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.engine.way import Model, Way
 from saliency_fast.errors import InputError, SaliencyError, warn
-from saliency_fast.model.guard import same_draws, uncompiled
+from saliency_fast.model.preserve import same_draws, uncompiled
 
 MOST_TRIED = 4
 """Arguments of the batch's length of which all combinations are tried."""

@@ -18,23 +18,24 @@ from saliency_fast.engine.recipe import Recipe, Starting
 from saliency_fast.engine.way import Model, function_of
 from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.graph.program import laid, lies_innermost
-from saliency_fast.model.embeddings import embeddings
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import (
     EMBEDDINGS,
     At,
+    Change,
     Downstream,
     Layer,
     OneCall,
     Read,
+    embeddings,
     find_layers,
+    last_spatial,
     module_at,
     module_of,
     names_of,
 )
-from saliency_fast.model.spatial import Change, last_spatial
 
 AUTO = "auto"
 

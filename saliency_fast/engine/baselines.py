@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from saliency_fast._types import Inputs
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.model.axes import Layouts, standard_layouts
 from saliency_fast.model.casts import cast
+from saliency_fast.model.layout import Layouts, standard_layouts
 from saliency_fast.ops import philox, random_bits
 
 MISSING = (

@@ -15,8 +15,8 @@ from saliency_fast.engine.baselines import MISSING
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.graph.passes.half import HALVES
 from saliency_fast.graph.program import lies_innermost
-from saliency_fast.model.axes import LayoutLike, Layouts
 from saliency_fast.model.layers import Layer
+from saliency_fast.model.layout import LayoutLike, Layouts
 from saliency_fast.model.targets import Target, Targets, read_targets
 
 

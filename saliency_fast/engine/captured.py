@@ -26,7 +26,7 @@ from saliency_fast.engine.points import seeds
 from saliency_fast.engine.recipe import Level, Recipe, Rows
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way
-from saliency_fast.model.axes import Layouts
+from saliency_fast.model.layout import Layouts
 
 LARGE = 2 * 1024**3
 """Bytes of a launch from which the host's work no longer counts beside the device's."""

@@ -48,8 +48,8 @@ from saliency_fast.graph.passes.half import (
 )
 from saliency_fast.graph.program import tensors_among
 from saliency_fast.model.failures import is_out_of_memory
-from saliency_fast.model.guard import same_draws
 from saliency_fast.model.layers import Downstream
+from saliency_fast.model.preserve import same_draws
 from saliency_fast.rules.deeplift import Rescale
 
 ALLOWED = 0.02

@@ -26,8 +26,7 @@ from saliency_fast.engine.way import function_of
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.function import NO_GRADIENT, PointFunction
-from saliency_fast.model.guard import uncompiled
-from saliency_fast.model.state import keep_graphs
+from saliency_fast.model.preserve import keep_graphs, uncompiled
 from saliency_fast.ops.points import random_line
 from saliency_fast.ops.registry import rows_of
 

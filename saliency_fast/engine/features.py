@@ -11,8 +11,8 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.superpixels import SEGMENTATIONS, segment
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.model.axes import Layouts, standard_layouts
 from saliency_fast.model.casts import cast
+from saliency_fast.model.layout import Layouts, standard_layouts
 
 Features = str | Tensor | tuple[Any, ...] | None
 """None: each element is a feature of its own. A tensor of whole numbers that broadcasts to the

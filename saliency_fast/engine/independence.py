@@ -21,7 +21,7 @@ from saliency_fast.engine.bind import Call
 from saliency_fast.graph.fingerprint import fingerprint
 from saliency_fast.graph.rows import Suspicion
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.guard import same_draws
+from saliency_fast.model.preserve import same_draws
 
 if TYPE_CHECKING:
     from saliency_fast.engine.probe import Probe

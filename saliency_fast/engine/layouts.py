@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.way import Model, function_of
-from saliency_fast.model.axes import LayoutLike, Layouts
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.follow import Inside, follow, follow_inside, followed
-from saliency_fast.model.guard import preserve_model_state
-from saliency_fast.model.layers import Layer, module_at
-from saliency_fast.model.layout import channel_axis
+from saliency_fast.model.layers import Layer, channel_axis, module_at
+from saliency_fast.model.layout import LayoutLike, Layouts
+from saliency_fast.model.preserve import preserve_model_state
 
 SERVICE = "saliency_fast"
 """The thread of the service: random states are the whole process's, and not its to put back."""

@@ -14,7 +14,7 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Rows
 from saliency_fast.errors import InputError
 from saliency_fast.graph.passes.half import FLOAT32, arithmetic
-from saliency_fast.model.axes import Axes, Layouts
+from saliency_fast.model.layout import Axes, Layouts
 
 REACH = 4.0
 """Standard deviations behind which a kernel ends."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.model.axes import Layouts
+from saliency_fast.model.layout import Layouts
 from saliency_fast.rules.intercept import Rules
 
 

@@ -19,13 +19,11 @@ from saliency_fast.engine.points import Itself
 from saliency_fast.engine.recipe import Level, Points, Recipe
 from saliency_fast.engine.run import Run
 from saliency_fast.engine.way import Model, Way, function_of
-from saliency_fast.model.axes import Layouts
-from saliency_fast.model.directional import Directional, Project, summed
 from saliency_fast.model.executors import EagerExecutor, Executor, InterceptedExecutor
-from saliency_fast.model.function import PointFunction
-from saliency_fast.model.guard import same_draws, uncompiled
+from saliency_fast.model.function import Directional, PointFunction, Project, TappedFunction, summed
 from saliency_fast.model.layers import Layer, Taps
-from saliency_fast.model.tapped import TappedFunction
+from saliency_fast.model.layout import Layouts
+from saliency_fast.model.preserve import same_draws, uncompiled
 from saliency_fast.rules.intercept import Rules, RulesExecutor
 
 SCARCE = 32

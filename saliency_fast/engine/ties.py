@@ -13,7 +13,7 @@ from saliency_fast.engine.bind import Call
 from saliency_fast.engine.plan import MARGIN, Plan
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.way import Model, function_of
-from saliency_fast.model.guard import uncompiled
+from saliency_fast.model.preserve import uncompiled
 from saliency_fast.model.ties import Ties, may_tie
 
 SHARED, LEAST = 128, 32

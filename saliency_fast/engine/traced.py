@@ -10,7 +10,7 @@ import torch
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, Launches, Trace, served
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.run import Run
-from saliency_fast.model.guard import same_draws
+from saliency_fast.model.preserve import same_draws
 
 TRACED_FROM = 16 * 1024**2
 """Bytes of a launch from which its trace pays, which costs up to five points."""

@@ -22,12 +22,10 @@ from saliency_fast.graph.outputs import leaves_of
 from saliency_fast.graph.passes.affine_prefix import check_affine
 from saliency_fast.graph.passes.float64 import wide
 from saliency_fast.graph.program import Program
-from saliency_fast.model.directional import Directional, summed
-from saliency_fast.model.executors import Executor, RecordingExecutor
+from saliency_fast.model.executors import Executor, OnMeta, RecordingExecutor, shapes_only
 from saliency_fast.model.failures import is_out_of_memory
-from saliency_fast.model.function import PointFunction, entered
-from saliency_fast.model.guard import random_states, same_draws, uncompiled
-from saliency_fast.model.meta import OnMeta, shapes_only
+from saliency_fast.model.function import Directional, PointFunction, entered, summed
+from saliency_fast.model.preserve import random_states, same_draws, uncompiled
 
 FEW = 128
 """Points of a call up to which ways are compared at two of them, and at three above."""

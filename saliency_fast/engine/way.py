@@ -28,6 +28,7 @@ from saliency_fast.graph.stem import local_stem
 from saliency_fast.graph.tiles import Tiled, tile_sizes
 from saliency_fast.model.executors import (
     AutocastExecutor,
+    Confined,
     EagerExecutor,
     Executor,
     InterceptedExecutor,
@@ -36,10 +37,9 @@ from saliency_fast.model.executors import (
     ScoresExecutor,
     VmapExecutor,
     WidenedExecutor,
+    recurring,
 )
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.recurrent import recurring
-from saliency_fast.model.vmapped import Confined
 from saliency_fast.rules.intercept import Rules, RulesExecutor
 
 Model = Callable[..., Any]

@@ -15,7 +15,7 @@ from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.scores import OUTPUTS, Running
 from saliency_fast.evaluate.subject import Explainer, Model, Subject, read_subject
 from saliency_fast.evaluate.substrates import named
-from saliency_fast.model.axes import LayoutLike
+from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import Target
 
 NEEDS = ("model", "masks", "method")

@@ -14,7 +14,7 @@ from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, 
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.passes.half import HALVES
-from saliency_fast.model.axes import Axes
+from saliency_fast.model.layout import Axes
 from saliency_fast.model.targets import (
     PREDICTED,
     Target,

@@ -20,7 +20,7 @@ from saliency_fast.evaluate.boxes import masks_of
 from saliency_fast.evaluate.scores import Running, Scorer, Scores, one_target
 from saliency_fast.evaluate.substrates import Substrate, substrate_of
 from saliency_fast.methods import make_method, read_method
-from saliency_fast.model.axes import Axes, LayoutLike, Layouts
+from saliency_fast.model.layout import Axes, LayoutLike, Layouts
 from saliency_fast.model.targets import PREDICTED, Target
 from saliency_fast.specs import restore_baseline
 

@@ -30,7 +30,34 @@ class NotLeanError(SaliencyError, RuntimeError):
     """The model does what lean versions cannot serve; autograd's own must run."""
 
 
-class Calls(TorchFunctionMode):
+class FunctionMode(TorchFunctionMode):
+    """Inside its `with`, hands every call of PyTorch to `call`.
+
+    PyTorch's Python functions run by their bodies, so that the calls which they make are seen.
+    """
+
+    def opens(self, func: FunctionType) -> bool:
+        """Whether a Python function is seen by the calls that it makes, and not as one call."""
+        return True
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        opened = isinstance(func, FunctionType) and self.opens(func)
+        body = unguarded(func) if opened else None
+        if body is None:
+            return self.call(func, args, kwargs or {})
+        with self:
+            return body(*args, **(kwargs or {}))
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """One call, outside of the mode."""
+        return func(*args, **kwargs)
+
+
+class Calls(FunctionMode):
     """Inside its `with`, calls that depend on points keep only what input gradients need.
 
     Tensors depend on the points where they have a gradient function: weights are leaves.
@@ -40,20 +67,9 @@ class Calls(TorchFunctionMode):
         super().__init__()
         self._saving = _saving()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func in INNER_GRADIENTS:
-            return self.call(func, args, kwargs or {})
-        body = unguarded(func) if isinstance(func, FunctionType) else None
-        if body is None:
-            return self.call(func, args, kwargs or {})
-        with self:
-            return body(*args, **(kwargs or {}))
+    def opens(self, func: FunctionType) -> bool:
+        """Whether a Python function is seen by the calls that it makes."""
+        return func not in INNER_GRADIENTS
 
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -14,7 +14,7 @@ from saliency_fast.engine.rounds import Round, RoundContext, RoundResult, Rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, players
-from saliency_fast.model.axes import Layouts
+from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import philox, random_bits, segment_points
 
 

@@ -17,8 +17,8 @@ from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_like, unknown
 from saliency_fast.methods.parts.quadrature import RULES
-from saliency_fast.model.guard import same_draws
 from saliency_fast.model.layers import LayerTaps
+from saliency_fast.model.preserve import same_draws
 
 
 @dataclass(frozen=True)

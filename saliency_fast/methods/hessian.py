@@ -15,7 +15,7 @@ from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import maps_of, totals_like, unknown
 from saliency_fast.methods.parts.quadrature import gauss_logarithm
-from saliency_fast.model.directional import Project
+from saliency_fast.model.function import Project
 from saliency_fast.rules import Softplus
 from saliency_fast.rules.intercept import Rules
 

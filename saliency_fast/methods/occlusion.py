@@ -16,7 +16,7 @@ from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, 
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.windows import Grid, check_whole, hierarchy, read_windows
-from saliency_fast.model.axes import Layouts
+from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import window_points
 
 Window = int | tuple[int, ...] | tuple[int | tuple[int, ...] | None, ...] | None

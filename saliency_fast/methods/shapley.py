@@ -16,7 +16,7 @@ from saliency_fast.engine.rounds import Round, RoundContext, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
-from saliency_fast.model.axes import Layouts
+from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import philox, random_bits
 
 MOST = 20

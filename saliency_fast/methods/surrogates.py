@@ -18,7 +18,7 @@ from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
 from saliency_fast.methods.parts.regression import FITS, Slopes, fit, fit_shares
 from saliency_fast.methods.shapley import exact_rounds
-from saliency_fast.model.axes import Layouts
+from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import philox, random_bits
 
 Draw = Callable[[Game], Tensor]

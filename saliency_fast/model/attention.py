@@ -1,25 +1,36 @@
 """Attention probabilities of a model that keeps none, on the autograd graph.
 
 A function mode sees each call while the model runs: fused attention is computed step by step, so
-that its probabilities exist, and attention that is written out is found by what it does.
+that its probabilities exist, and attention that is written out is recognised by its calls.
+
+Which layers attend among the tokens of the explained input is found by changing some of them: the
+model runs again with one token changed, while the outputs of attention stay what they were. Tokens
+are then independent of each other, so that in each layer queries and keys of that token alone
+change: its row and its column of the logits. Queries of a decoder or of another tower do not change
+at all.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
 
+from saliency_fast._torch_compat import (
+    EINSUM,
+    is_compiler_error,
+    softmax_of_masked,
+    tree_leaves,
+)
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import ModelError, NoAttentionError
 from saliency_fast.graph.intercept import Calls
-from saliency_fast.model.guard import uncompiled
-from saliency_fast.model.provenance import Variation, among, variations
-from saliency_fast.model.recomputation import without_recomputation
+from saliency_fast.model.preserve import uncompiled, without_recomputation
 
 LOOKED_FOR = (
     "looked for scaled_dot_product_attention, nn.MultiheadAttention, and softmax over the last "
@@ -29,19 +40,22 @@ CURE = (
     "pass the model as it is before torch.compile, and one with FlexAttention or flash-attn "
     "kernels in its 'sdpa' or 'eager' form (attn_implementation= in transformers)"
 )
-
+OTHER = "use a method that does not read attention"
 _FUSED = functional.scaled_dot_product_attention
 _MULTIHEAD = functional.multi_head_attention_forward
 _SOFTMAX = (torch.softmax, Tensor.softmax, torch.special.softmax)
 _PRODUCT = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
-_EINSUM = torch._VF.einsum  # type: ignore[attr-defined]
 _KEEPS = frozenset(
     "dropout alpha_dropout feature_dropout to type type_as float double half bfloat16 contiguous "
     "clone view reshape flatten unflatten squeeze unsqueeze masked_fill mul div __mul__ __rmul__ "
     "__truediv__ multiply divide nan_to_num where".split()
 )
-"""Calls that give probabilities again, as they were, or some of them cut or scaled."""
+"""Calls that return probabilities again, as they were, or some of them cut or scaled."""
 _OPAQUE = ("attention", "flash_attn", "attn_fwd")
+_CHANGED_TOKENS = 3
+"""Tokens that are changed, one at a time, to find the layers over them."""
+_CHANGED_SHARE = 16
+"""One in so many places of an axis is changed, in the middle."""
 
 
 class AttentionTaps:
@@ -52,7 +66,7 @@ class AttentionTaps:
 
     Args:
         special: Tokens beside those of the input, leading ones or, where negative, trailing ones.
-        grid: The rows and columns of a picture's tokens, where they are told.
+        grid: The rows and columns of a picture's tokens, where the user gave them.
     """
 
     def __init__(self, special: int | None = None, grid: tuple[int, ...] | None = None) -> None:
@@ -67,24 +81,23 @@ class AttentionTaps:
         if self._own is not None or len(rows) != 1:
             return
         (x,) = rows
-        plain, every = _Watched(reading=True), list[tuple[Variation, list[Tensor]]]()
+        plain, every = _Watched(reading=True), list[tuple[_Variation, list[Tensor]]]()
         with torch.no_grad():
             _run(plain, lambda: run((x.clone(),)))
-            for change in variations(x, self._grid is None):
+            for change in _variations(x, self._grid is None):
                 mode = _Watched(reading=True, frozen=plain.products)
                 _run(mode, lambda points=change.points: run((points,)))  # type: ignore[misc]
                 if len(mode.logits) != len(plain.logits):
                     raise NoAttentionError(
                         "attention layers come and go with the input's values, so which of them "
-                        "are over its tokens cannot be told; use a method that does not read "
-                        "attention"
+                        f"are over its tokens is undecidable; {OTHER}"
                     )
                 every.append((change, mode.logits))
-        found = []
+        own = []
         for number, before in enumerate(plain.logits):
-            own = [(change, several[number]) for change, several in every]
-            found.append(among(x, before, own, self._special))
-        self._own = found
+            after = [(change, several[number]) for change, several in every]
+            own.append(_is_among(x, before, after, self._special))
+        self._own = own
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and [R, heads, T, T] of each layer, where gradients can be taken.
@@ -110,62 +123,55 @@ def _run(mode: _Watched, call: Callable[[], Any]) -> Any:
         with uncompiled(), without_recomputation(), mode:
             return call()
     except Exception as error:
-        # FlexAttention compiles itself, and cannot with a mode that watches.
-        if type(error).__module__.startswith("torch._dynamo"):
+        # FlexAttention compiles itself, and cannot inside a function mode.
+        if is_compiler_error(error):
             raise NoAttentionError(f"attention inside compiled code is not seen: {CURE}") from error
         raise
 
 
 def _square(mode: _Watched, raw: Any, own: Sequence[bool] | None) -> list[Tensor]:
-    found = [one for one in mode.found if one.shape[2] == one.shape[3]]
-    if not found:
-        shapes = sorted({str(list(one.shape)) for one in mode.found})
-        met = f"; met only {', '.join(shapes)}, which is not self-attention" if shapes else ""
+    maps = [one for one in mode.maps if one.shape[2] == one.shape[3]]
+    shapes = ", ".join(sorted({str(list(one.shape)) for one in maps or mode.maps}))
+    if not maps:
+        met = f"; met only {shapes}, which is not self-attention" if shapes else ""
         raise NoAttentionError(f"the model has no attention to read: {LOOKED_FOR}{met}; {CURE}")
-    if own is not None and len(own) == len(mode.found):
-        kept = [one for one, mine in zip(mode.found, own, strict=True) if mine]
-        if not kept:
-            shapes = sorted({str(list(one.shape)) for one in found})
+    if own is not None and len(own) == len(mode.maps):
+        maps = [one for one, is_own in zip(mode.maps, own, strict=True) if is_own]
+        if not maps:
             raise NoAttentionError(
                 "the model has no attention among the tokens of the explained input: queries and "
-                f"keys of {', '.join(shapes)} are other tokens, as in a decoder or the tower of "
-                "another input, or each of them depends on all tokens before any attention; "
-                "explain the part of the model that reads these tokens, or use a method that does "
-                "not read attention"
+                f"keys of {shapes} are other tokens, as in a decoder or the tower of another "
+                "input, or each of them depends on all tokens before any attention; explain the "
+                f"part of the model that reads these tokens, or {OTHER}"
             )
-        found = kept
-    for one in found:
-        rows = {mode.rows, *(len(x) for x in tree_leaves(raw)[:1] if _has_rows(x))}
-        if len(one) not in rows:
+    leaves = [x for x in tree_leaves(raw)[:1] if isinstance(x, Tensor) and x.dim() > 0]
+    for one in maps:
+        if len(one) not in {mode.rows, *map(len, leaves)}:
             raise NoAttentionError(
                 f"attention is over parts of an example, such as windows: got {list(one.shape)} "
-                f"for {mode.rows} examples, expected [{mode.rows}, heads, T, T]; use a method "
-                "that does not read attention"
+                f"for {mode.rows} examples, expected [{mode.rows}, heads, T, T]; {OTHER}"
             )
-    if len({one.shape[2] for one in found}) > 1:
-        counts = ", ".join(str(one.shape[2]) for one in found)
+    if len({one.shape[2] for one in maps}) > 1:
+        counts = ", ".join(str(one.shape[2]) for one in maps)
         raise NoAttentionError(
             f"attention layers are over different numbers of tokens: got {counts}, so that one's "
-            "tokens are not the next one's; use a method that does not read attention"
+            f"tokens are not the next one's; {OTHER}"
         )
-    return found
-
-
-def _has_rows(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
+    return maps
 
 
 class _Watched(Calls):
-    """Notes attention probabilities as the model's calls go by."""
+    """Collects attention probabilities as the model's calls go by.
+
+    reading: collects `logits` before the softmax of each layer, too, and `products` of
+    probabilities and values. frozen: products of another run, in the place of this one's.
+    """
 
     def __init__(self, *, reading: bool = False, frozen: Sequence[Tensor] | None = None) -> None:
-        """reading: notes `logits` before the softmax of each layer, and `products` of probabilities
-        and values; frozen: products of another run, which stand in the place of this one's.
-        """
         super().__init__()
-        # Those that are looked at come one by one.
+        # Rows that are only looked at come one by one.
         self.rows: int | None = 1 if reading else None
-        self.found: list[Tensor] = []
+        self.maps: list[Tensor] = []
         self.logits: list[Tensor] = []
         self.products: list[Tensor] = []
         self._reading, self._frozen = reading, frozen
@@ -175,25 +181,22 @@ class _Watched(Calls):
         self._tapped: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Function, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if func is not _MULTIHEAD:
-            return super().__torch_function__(func, types, args, kwargs)
-        before, self._heads = self._heads, (kwargs or {}).get("num_heads") or args[4]
+        before = self._heads
+        if func is _MULTIHEAD:
+            self._heads = (kwargs or {}).get("num_heads") or args[4]
         try:
             return super().__torch_function__(func, types, args, kwargs)
         finally:
             self._heads = before
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if self.rows is None:
-            self.rows = _rows((*args, *kwargs.values()))
+            # The examples of a launch: the leading axis of the first tensor that is no weight.
+            given = (one for one in (*args, *kwargs.values()) if isinstance(one, Tensor))
+            points = [x for x in given if x.dim() > 0 and not isinstance(x, nn.Parameter)]
+            self.rows = len(points[0]) if points else None
         if func is _FUSED:
             return self._fused(args, kwargs)
         if func in _PRODUCT:
@@ -201,7 +204,7 @@ class _Watched(Calls):
             if not rest and self._is_attention(left, right):
                 return self._mixed(super().call(func, (self._tap(left), right), {}))
             return super().call(func, args, kwargs)
-        if func is _EINSUM:
+        if func is EINSUM:
             operands = self._contracted(*args)
             result = super().call(func, (args[0], operands), kwargs)
             tapped = any(a is not b for a, b in zip(operands, args[1], strict=True))
@@ -211,16 +214,18 @@ class _Watched(Calls):
             raise NoAttentionError(f"{name} keeps no attention probabilities: {LOOKED_FOR}; {CURE}")
         result = super().call(func, args, kwargs)
         if func in _SOFTMAX:
-            given = args[0] if args else kwargs["input"]
-            self._note(result, given, kwargs["dim"] if "dim" in kwargs else args[1])
+            axis = kwargs["dim"] if "dim" in kwargs else args[1]
+            if result.dim() in (3, 4) and axis in (-1, result.dim() - 1):
+                self._soft[id(result)] = result, args[0] if args else kwargs["input"]
         elif name in _KEEPS and isinstance(result, Tensor):
-            before = self._before(args, result)
-            if before is not None:
-                self._soft[id(result)] = result, before
+            soft = (one for one in args if id(one) in self._soft)
+            same = [x for x in soft if x.shape[-2:] == result.shape[-2:]]
+            if same := [x for x in same if x.numel() == result.numel()]:
+                self._soft[id(result)] = result, self._soft[id(same[0])][1]
         return result
 
     def _mixed(self, result: Tensor) -> Tensor:
-        """What attention hands on, or what it handed on in the run that is frozen."""
+        """The output of attention, or that of the run that is frozen."""
         if not self._reading:
             return result
         number = len(self.products)
@@ -230,36 +235,24 @@ class _Watched(Calls):
         self.products.append(result.detach().clone() if self._frozen is None else result)
         return result
 
-    def _note(self, result: Tensor, logits: Tensor, axis: object) -> None:
-        """Remembers what may turn out as attention."""
-        if result.dim() in (3, 4) and axis in (-1, result.dim() - 1):
-            self._soft[id(result)] = result, logits
-
-    def _before(self, args: tuple[Any, ...], result: Tensor) -> Tensor | None:
-        """The logits of the probabilities among the arguments, if a result is these again."""
-        for one in args:
-            if (
-                id(one) in self._soft
-                and one.shape[-2:] == result.shape[-2:]
-                and one.numel() == result.numel()
-            ):
-                return self._soft[id(one)][1]
-        return None
-
     def _is_attention(self, left: Tensor, right: Tensor) -> bool:
         """Whether probabilities weigh values that each example has of its own.
 
         Else it is a mixture of prototypes or experts: weights have no batch axis.
         """
-        if id(left) not in self._soft or left.dim() not in (3, 4) or right.dim() != left.dim():
+        if not self._is_soft(left) or right.dim() != left.dim():
             return False
         pairs = zip(left.shape[:-2], right.shape[:-2], strict=True)
-        if any(a != b and b != 1 for a, b in pairs) or len(left) != len(right):
+        return len(left) == len(right) and all(a == b or b == 1 for a, b in pairs)
+
+    def _is_soft(self, one: Tensor) -> bool:
+        """Whether a tensor is probabilities [B, heads, T, T] or [B * heads, T, T]."""
+        if id(one) not in self._soft or one.dim() not in (3, 4):
             return False
-        return left.dim() == 4 or self._split(len(left)) is not None
+        return one.dim() == 4 or self._split(len(one)) is not None
 
     def _contracted(self, equation: Any, given: Any) -> list[Any]:
-        """The operands of an einsum, those that are attention in it as noted."""
+        """The operands of an einsum, with taps in the place of attention."""
         operands: list[Any] = list(given)
         if not isinstance(equation, str) or len(operands) != 2 or "->" not in equation:
             return operands
@@ -267,11 +260,10 @@ class _Watched(Calls):
         terms = sides.split(",")
         for number, one in enumerate(operands):
             key, other = terms[number][-1], terms[1 - number]
-            if id(one) not in self._soft or one.dim() not in (3, 4):
+            if not self._is_soft(one):
                 continue
             batch = terms[number][0] == other[0] and len(one) == len(operands[1 - number])
-            whole = one.dim() == 4 or self._split(len(one)) is not None
-            if batch and whole and key in other and key not in out:
+            if batch and key in other and key not in out:
                 operands[number] = self._tap(one)
         return operands
 
@@ -282,7 +274,7 @@ class _Watched(Calls):
         return self.rows if self.rows and length % self.rows == 0 else None
 
     def _tap(self, weights: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Notes probabilities; returns the tensor that the model must go on with."""
+        """Collects probabilities; returns the tensor that the model must go on with."""
         if id(weights) in self._tapped:
             return self._tapped[id(weights)][1]
         given = weights
@@ -290,35 +282,33 @@ class _Watched(Calls):
             before = self._soft[id(weights)][1] if logits is None else logits
             self.logits.append(before.detach().clone())
         if not weights.requires_grad:
-            # Also where another mode runs what does not depend on points without autograd.
+            # Also where another mode runs calls that do not depend on points without autograd.
             with torch.enable_grad():
                 anchor = torch.zeros((), requires_grad=True, device="cpu")
                 weights = _OnGraph.apply(weights, anchor)  # type: ignore[no-untyped-call]
-        if weights.dim() == 4:
-            self.found.append(weights)
-        else:
+        heads = weights
+        if weights.dim() == 3:
             rows = self._split(len(weights)) or 1
             heads = weights.reshape(rows, -1, *weights.shape[1:])
-            self.found.append(heads)
             weights = heads.reshape(given.shape)
+        self.maps.append(heads)
         self._tapped[id(given)] = given, weights
         return weights
 
-    def _fused(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    def _fused(self, args: Args, kwargs: Kwargs) -> Tensor:
         query: Tensor = args[0] if args else kwargs["query"]
-        known = query.dim() == 4 or (query.dim() == 3 and self._split(len(query)) is not None)
-        if not known or query.is_nested:
+        split = query.dim() == 4 or (query.dim() == 3 and self._split(len(query)) is not None)
+        if not split or query.is_nested:
             raise NoAttentionError(
                 "attention must be over [B, heads, T, E]: got scaled_dot_product_attention of "
                 f"{list(query.shape) if not query.is_nested else 'a nested tensor'}"
             )
         logits, value = super().call(scaled_products, args, kwargs)
-        weights = torch._safe_softmax(logits, -1, dtype=logits.dtype)
-        return self._mixed(self._tap(weights, logits) @ value)
+        return self._mixed(self._tap(softmax_of_masked(logits), logits) @ value)
 
 
 class _OnGraph(torch.autograd.Function):
-    """Lets a gradient be taken of what depends on nothing that asks for one."""
+    """Puts a tensor on autograd's graph that depends on no leaf with a gradient."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, anchor: Tensor) -> Tensor:
@@ -357,17 +347,139 @@ def scaled_products(
 
 
 def probabilities(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """What `scaled_dot_product_attention` weighs values with, and those values, one per head.
+    """The weights of values in `scaled_dot_product_attention`, and those values, one per head.
 
     Rows that may attend to nothing are zero, as they are there.
     """
     logits, value = scaled_products(*args, **kwargs)
-    return torch._safe_softmax(logits, -1, dtype=logits.dtype), value
+    return softmax_of_masked(logits), value
 
 
-def _rows(values: tuple[Any, ...]) -> int | None:
-    """The examples of a launch: the leading axis of the first tensor met that is no weight."""
-    for one in values:
-        if isinstance(one, Tensor) and not isinstance(one, nn.Parameter) and one.dim() > 0:
-            return len(one)
-    return None
+# Which layers attend among the tokens of the explained input.
+
+
+@dataclass(frozen=True)
+class _Variation:
+    """points: the input [1, *] with something changed. token: which one of a sequence, None where
+    it is a place of a picture, a volume or a series.
+    """
+
+    points: Tensor
+    token: int | None
+
+
+def _variations(x: Tensor, sequence: bool) -> list[_Variation]:
+    """Changed copies of an input [1, *]; sequence: whether axis 1 may be the tokens'."""
+    changed: list[_Variation] = []
+    if sequence and x.dim() in (2, 3) and x.shape[1] > 0:
+        for token in _tokens(x):
+            points = x.clone()
+            points[0, token] = _other(x, token)
+            changed.append(_Variation(points, token))
+    if x.is_floating_point() and x.dim() > 2:
+        # Which axis holds channels is unknown: where one slice is a channel, others are places.
+        several: Sequence[Sequence[int]] = ((1,), (2,)) if x.dim() == 3 else (range(2, x.dim()),)
+        changed += [_Variation(_blotted(x, axes), None) for axes in several]
+    return changed
+
+
+def _tokens(x: Tensor) -> list[int]:
+    """The tokens to change; of ids rare ones, which are no padding, in the middle, where no special
+    tokens are.
+    """
+    length = x.shape[1]
+    if x.is_floating_point():
+        return sorted({0, length // 2, length - 1})
+    ids = x[0].tolist()
+    order = sorted(range(length), key=lambda n: (ids.count(ids[n]), abs(n - length // 2)))
+    return order[:_CHANGED_TOKENS]
+
+
+def _other(x: Tensor, token: int) -> Tensor:
+    """Another value for a token: noise, or another id of the same input."""
+    own = x[0, token]
+    if x.is_floating_point():
+        return _noise(own, x)
+    others = [n for n in (*_tokens(x), *range(x.shape[1])) if x[0, n] != own]
+    if others:
+        return x[0, others[0]]
+    return own - 1 if int(own.max()) > 0 else own + 1
+
+
+def _noise(part: Tensor, whole: Tensor) -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(0)
+    noise = torch.randn(part.shape, generator=generator, dtype=torch.float64, device="cpu")
+    return part + noise.to(part.device, part.dtype) * (whole.std(correction=0) + whole.abs().mean())
+
+
+def _blotted(x: Tensor, axes: Sequence[int]) -> Tensor:
+    """Noise in the middle of some axes."""
+    part: list[slice] = [slice(None)] * x.dim()
+    for axis in axes:
+        size = x.shape[axis]
+        width = max(1, size // _CHANGED_SHARE)
+        part[axis] = slice((size - width) // 2, (size - width) // 2 + width)
+    points = x.clone()
+    points[tuple(part)] = _noise(points[tuple(part)], x)
+    return points
+
+
+def _is_among(
+    x: Tensor, before: Tensor, after: Sequence[tuple[_Variation, Tensor]], special: int
+) -> bool:
+    """Whether a layer's queries and keys are the tokens of x [1, *].
+
+    before: its logits [1, heads, T, T] or [heads, T, T]; after: those of each variation.
+    """
+    tokens = before.shape[-1]
+    if before.shape[-2] != tokens:
+        return False
+    changes = [(change, _changed(before, one)) for change, one in after]
+    of_tokens = [(one.token, changed) for one, changed in changes if one.token is not None]
+    if of_tokens and tokens == x.shape[1] + abs(special):
+        lowest = torch.finfo(before.dtype).min / 2
+        is_open = (before > lowest).flatten(0, -3).all(0)
+        return _each_its_own(of_tokens, is_open, max(special, 0))
+    if not x.is_floating_point():
+        return False
+    return any(_both(changed) for one, changed in changes if one.token is None)
+
+
+def _changed(before: Tensor, after: Tensor) -> Tensor:
+    """Bool [T, T]: which logits differ in any head; NaN is equal to itself."""
+    if before.shape != after.shape:
+        return torch.ones(before.shape[-2:], dtype=torch.bool, device=before.device)
+    differ = (before != after) & ~(before.isnan() & after.isnan())
+    return differ.flatten(0, -3).any(0)
+
+
+def _each_its_own(changes: Sequence[tuple[int, Tensor]], is_open: Tensor, offset: int) -> bool:
+    """Whether every changed token changed its own queries and its own keys, and not all of them.
+
+    is_open: bool [T, T], which logits are not masked: those never change, so that not every token
+    shows both. Layers that mix neighbours before the attention, such as convolutions, change the
+    queries and keys of a token's neighbours too.
+    """
+    queries = keys = False
+    for token, changed in changes:
+        place = token + offset
+        if len(changed) == 1:
+            return bool(changed.any())
+        still = is_open & ~changed
+        others = torch.arange(len(changed), device=changed.device) != place
+        if not bool(still[others][:, others].any()):
+            # Of a mean of all tokens, or mixed before any attention.
+            return False
+        if bool(changed.any()) and not bool(changed[place, place] | ~is_open[place, place]):
+            return False
+        # A query changed where keys did not: another query sees the same logit as before.
+        queries |= bool((changed[place] & still[others].any(0))[others].any())
+        keys |= bool((changed[:, place] & still[:, others].any(1))[others].any())
+    return queries and keys
+
+
+def _both(changed: Tensor) -> bool:
+    """Whether both queries and keys changed: else all queries see the same keys change."""
+    if not bool(changed.any()) or bool(changed.all()):
+        return bool(changed.any())
+    return bool((changed != changed[:1]).any()) and bool((changed != changed[:, :1]).any())

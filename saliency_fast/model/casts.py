@@ -1,4 +1,4 @@
-"""Casts: a value moved to another dtype keeps its number, or the call is refused."""
+"""Casts that keep every number, or refuse."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ def cast(value: Tensor, dtype: torch.dtype, what: str, cure: str = "") -> Tensor
     Nothing else may change: fractions and NaN have no place in whole numbers, whole numbers must
     fit the range and the mantissa of the new type, and finite numbers must stay finite.
 
-    what: the name of the value in an error; cure: what the caller can do instead.
+    Args:
+        value: Of any shape.
+        dtype: The new type.
+        what: The name of the value in an error.
+        cure: What the caller can do instead.
 
-    Raises InputError where a number would change, InputTypeError for complex numbers.
+    Raises:
+        InputError: Where a number would change.
+        InputTypeError: For complex numbers where real ones are needed.
     """
     if value.dtype == dtype:
         return value
@@ -40,13 +46,13 @@ def _lost(value: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype.is_complex:
         return torch.zeros_like(value, dtype=torch.bool)
     if dtype.is_floating_point:
-        found = value.to(dtype).double()
+        cast_back = value.to(dtype).double()
         if value.is_floating_point():
-            return value.isfinite() & ~found.isfinite()
+            return value.isfinite() & ~cast_back.isfinite()
         whole = value.to(torch.int64)
         # Beyond 2 ** 63 the way back is undefined.
-        held = (found >= -(2.0**63)) & (found < 2.0**63)
-        return _wrapped(value, whole) | ~held | (torch.where(held, found, 0.0).long() != whole)
+        held = (cast_back >= -(2.0**63)) & (cast_back < 2.0**63)
+        return _wrapped(value, whole) | ~held | (torch.where(held, cast_back, 0.0).long() != whole)
     low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     if not value.is_floating_point():
         whole = value.to(torch.int64)

@@ -1,12 +1,11 @@
-"""Failures: exceptions that a model or a target function raises become `ModelCallError`.
+"""Exceptions that a model or a target function raises become `ModelCallError`, with the cure.
 
-The message says what was done to the model, what it answered, and the cure. `Failing` catches them;
-`diagnosed` then calls the model as its user would, to find out which cure fits.
+`Failing` catches them; `diagnosed` then calls the model as its user would, to find which cure fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saliency_fast._torch_compat import ErrorText
+from saliency_fast._types import Args, Kwargs
 from saliency_fast.errors import ModelCallError, SaliencyError
 from saliency_fast.graph.outputs import tensors_of
-from saliency_fast.model.state import rewind
+from saliency_fast.model.preserve import rewind
 
 FORWARD, BACKWARD, TARGET = "forward", "backward", "target"
 _WHO = {FORWARD: "the model", BACKWARD: "the model's backward pass", TARGET: "the target function"}
@@ -31,47 +32,46 @@ BY_ARGUMENT = (
 )
 _CURES = (
     (
-        ("inplace operation", "modified inplace", "in-place operation", "modified in-place"),
+        ErrorText.IN_PLACE,
         "the model overwrites what autograd needs: write y = y * 2 instead of y *= 2 or "
         "y[...] = ..., or overwrite a clone()",
     ),
     (
-        ("derivative for", "not implemented", "not differentiable", "does not support autograd"),
+        ErrorText.NO_DERIVATIVE,
         "replace the call that has no gradient, or take a method that asks for scores alone, such "
         "as sf.Occlusion",
     ),
     (
-        ("Inference tensors",),
+        ErrorText.INFERENCE_TENSOR,
         "make the model and its tensors outside of torch.inference_mode(), or clone() them there",
     ),
     (
-        ("does not require grad", "does not have a grad_fn"),
+        ErrorText.NO_GRADIENT,
         "look for detach(), no_grad(), .item(), NumPy or integer steps inside the model",
     ),
 )
-"""What messages hold, and the cure of that."""
+"""Texts of PyTorch's errors, and the cure."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is an allocator's, on any device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    words = ("can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, RuntimeError) and ErrorText.OUT_OF_MEMORY.of(error)
 
 
 def overwrites_saved(error: BaseException) -> bool:
-    """Whether a backward pass failed because the model had overwritten what it needs."""
-    return "needed for gradient computation has been modified by an inplace" in str(error)
+    """Whether a backward pass failed because the model had overwritten a saved tensor."""
+    return ErrorText.OVERWRITTEN.of(error)
 
 
 @dataclass
 class Failing:
-    """Turns what the model raises inside of the `with` into `ModelCallError`.
+    """Turns exceptions of the model inside of the `with` into `ModelCallError`.
 
-    Errors of this library and of allocators, to which launches have an answer, pass.
+    Errors of this library and of allocators pass: launches handle them.
 
-    Args:
+    Attributes:
         stage: `FORWARD`, `BACKWARD` or `TARGET`.
         rows: The number of rows that the model is called with.
         batch: The number of examples that the rows are made of.
@@ -97,10 +97,10 @@ def diagnosed(
     error: ModelCallError,
     model: Callable[..., Any],
     inputs: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    args: Args,
+    kwargs: Kwargs,
 ) -> ModelCallError:
-    """The same failure with the cure that fits, found by calling the model as its user would.
+    """The failure with the cure that fits, found by calling the model as its user would.
 
     Args:
         error: What `Failing` raised.
@@ -116,7 +116,6 @@ def diagnosed(
     tried = _Calling(model, inputs, args, kwargs, error.stage == BACKWARD)
     batch, whole = len(inputs[0]), tried.failure()
     if whole is None:
-        # Memory: nothing is known.
         return error
     if isinstance(whole, Exception):
         where = f"the model itself fails on these inputs, {tried}: "
@@ -126,7 +125,7 @@ def diagnosed(
 
 
 def _made(error: Exception, stage: str, rows: int, batch: int, cure: str) -> ModelCallError:
-    """The error that tells of `error`, and is of its class, too, where that is the user's own."""
+    """The error that reports `error`, and is of its class, too, where that is the user's own."""
     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     of = f"{rows} row{'s' * (rows != 1)} made of {batch} example{'s' * (batch != 1)}"
     text = f"{_WHO[stage]} failed on {of}. {said.rstrip('.')}"
@@ -170,7 +169,7 @@ def _reduced(error: Exception) -> tuple[type[ModelCallError], tuple[str]]:
 def _cure(error: BaseException, stage: str) -> str:
     if stage == TARGET:
         return f"it is called with the outputs of any number of rows; {BY_EXAMPLE}"
-    return next((cure for words, cure in _CURES if any(one in str(error) for one in words)), "")
+    return next((cure for text, cure in _CURES if text.of(error)), "")
 
 
 @dataclass(frozen=True)
@@ -179,8 +178,8 @@ class _Calling:
 
     model: Callable[..., Any]
     inputs: Sequence[Tensor]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: Args
+    kwargs: Kwargs
     backward: bool = False
 
     def __str__(self) -> str:

@@ -1,7 +1,13 @@
-"""Follows the axes of inputs through a model to the first layer that tells what they are."""
+"""Follows the elements of inputs through a model, to infer layouts and where layers' outputs lie.
+
+The kind of the first layer that an input reaches shows which of its axes holds channels.
+
+Each element of an input carries its coordinates, which move with it through the model's calls.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -12,25 +18,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
 
-from saliency_fast.graph.intercept import unguarded
-from saliency_fast.model.followed import (
-    Followed,
-    Lattice,
-    by_attention,
-    by_convolution,
-    channel_of,
-    coordinates,
-    lattice_of,
-    letters_of,
-)
-from saliency_fast.model.guard import uncompiled
+from saliency_fast._torch_compat import WithoutFunctionModes, tree_leaves, tree_map
+from saliency_fast._types import Args, Function, Kwargs
+from saliency_fast.graph.intercept import FunctionMode
 from saliency_fast.model.layers import Layer, floats_at, hooked
+from saliency_fast.model.preserve import uncompiled
 
 PATIENCE = 200
-"""Calls that touch nothing followed, behind which nothing is expected any more."""
+"""Calls in a row of no followed tensor, after which the search for a layout ends."""
+MOST_CACHED = 64
+"""Kinds of inputs whose layouts are cached for each model."""
+EXACT = 2**24
+"""Integers below this are float32 numbers."""
 
 _MOVES = frozenset(
     "permute transpose swapaxes swapdims movedim moveaxis t view reshape view_as reshape_as "
@@ -38,7 +38,7 @@ _MOVES = frozenset(
     "fliplr flipud roll narrow __getitem__ select index_select chunk split split_with_sizes unbind "
     "tensor_split unfold pixel_unshuffle pixel_shuffle channel_shuffle cat concat concatenate "
     "stack hstack vstack unsqueeze_ squeeze_ transpose_ t_ T mT rot90 swapaxes_ swapdims_ "
-    "broadcast_to atleast_3d".split()
+    "broadcast_to atleast_3d pad im2col".split()
 )
 _RESIZES = frozenset(
     "interpolate upsample avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d "
@@ -56,221 +56,362 @@ _RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 _CELLS = frozenset("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 
 
-class _Told(BaseException):
-    """All that is wanted is known: the model need not go on."""
+@dataclass(frozen=True)
+class Followed:
+    """A tensor made of an input by moves of its elements, and by calls that keep their order.
+
+    where: for each axis of the input the coordinate of each element, like the tensor (expanded: no
+    memory); -1 where it is padding. mixed: axes of the input that a product summed over.
+    """
+
+    number: int
+    where: tuple[Tensor, ...]
+    mixed: frozenset[int] = frozenset()
+
+    def along(self, axis: int) -> frozenset[int]:
+        """The input's axes whose coordinate changes along an axis of the tensor."""
+        return frozenset(number for number, one in enumerate(self.where) if _changes(one, axis))
+
+    def moved(self, change: Callable[[Tensor], Any]) -> list[Followed]:
+        """The same after `change` moved elements: one for each tensor that is made."""
+        made = [tree_leaves(change(one)) for one in self.where]
+        return [replace(self, where=tuple(parts)) for parts in zip(*made, strict=True)]
 
 
-class _Follow(TorchFunctionMode):
-    """Inside its `with`, follows inputs; `told` has the letters of each, once a layer tells."""
+def _changes(where: Tensor, axis: int) -> bool:
+    size = where.shape[axis]
+    if size < 2 or where.stride(axis) == 0:
+        return False
+    a, b = where.narrow(axis, 0, size - 1), where.narrow(axis, 1, size - 1)
+    return bool(((a != b) & (a >= 0) & (b >= 0)).any())
+
+
+def _coordinates(x: Tensor) -> tuple[Tensor, ...]:
+    coordinates = []
+    for axis, size in enumerate(x.shape):
+        kind = torch.float32 if size < EXACT else torch.float64
+        numbers = torch.arange(size, dtype=kind, device=x.device)
+        coordinates.append(numbers.view(-1, *(1,) * (x.dim() - 1 - axis)).expand(x.shape))
+    return tuple(coordinates)
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Tokens as spatial positions: the grid that they make over the positions of an input, and the
+    token at each of its points.
+    """
+
+    grid: tuple[int, ...]
+    index: tuple[int, ...]
+
+
+def lattice_of(tokens: Followed, places: Sequence[int]) -> Lattice | None:
+    """The lattice of followed tokens [R, T, C], None where they make none. Tokens made of no
+    position of the input (of classes, registers) are left over.
+    """
+    where = tokens.where[0]
+    # Rows of more than one place are windows, which are no sequence of an example.
+    if where.dim() != 3 or not places or (tokens.along(0) - {0}) or tokens.along(-1) & set(places):
+        return None
+    at = torch.stack([tokens.where[axis][0, :, 0] for axis in places], 1)
+    real = (at >= 0).all(1)
+    numbers = [torch.unique(one, return_inverse=True) for one in at[real].unbind(1)]
+    grid = tuple(len(values) for values, _ in numbers)
+    flat = torch.zeros(int(real.sum()), dtype=torch.int64, device=at.device)
+    for size, (_, number) in zip(grid, numbers, strict=True):
+        flat = flat * size + number
+    # As many tokens as points, and one for each.
+    if not len(flat) or len(flat) != math.prod(grid) or len(torch.unique(flat)) != len(flat):
+        return None
+    return Lattice(grid, tuple(real.nonzero().flatten()[flat.argsort()].tolist()))
+
+
+def order_of(tensor: Followed, space: Sequence[int], places: Sequence[int]) -> list[int] | None:
+    """For each of the input's `places` the axis among `space` of a tensor that lies along it; None
+    where that is unknown, or not one to one.
+    """
+    along = [tensor.along(axis) & set(places) for axis in space]
+    order = []
+    for place in places:
+        own = [axis for axis, one in zip(space, along, strict=True) if one == {place}]
+        if len(own) != 1:
+            return None
+        order.append(own[0])
+    return order
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Where the elements of layers' outputs, or inputs, lie in the model's inputs.
+
+    layers: of the first tensor of each layer, for each input, None where that was lost. tokens: of
+    all tensors [R, T, C] on the way, by T.
+    """
+
+    layers: tuple[tuple[Followed | None, ...], ...] = ()
+    tokens: Mapping[int, Sequence[Followed]] = field(default_factory=dict)
+
+    def of(self, layer: int, number: int) -> Followed | None:
+        """Of a layer, as it was made of input `number`."""
+        inputs = self.layers[layer] if layer < len(self.layers) else ()
+        return inputs[number] if number < len(inputs) else None
+
+    def sequence(self, count: int, places: Sequence[int], number: int) -> Lattice | None:
+        """The lattice of the model's `count` tokens; None where there are none, or several."""
+        several = [one for one in self.tokens.get(count, ()) if one.number == number]
+        lattices = {lattice_of(one, places) for one in several} - {None}
+        return lattices.pop() if len(lattices) == 1 else None
+
+
+_CACHED: WeakKeyDictionary[Any, dict[Any, tuple[str | None, ...]]] = WeakKeyDictionary()
+
+
+def follow(
+    model: Callable[..., Any], inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Any]
+) -> tuple[str | None, ...]:
+    """The letters of each input of a model, None where no layer shows them; cached for `followed`.
+
+    inputs: one row [1, *] of each; run: takes them through the model, which is stopped where all
+    layouts are found.
+    """
+    key = tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
+    cached = _CACHED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
+    watch = _Follow(inputs)
+    failed = False
+    try:
+        with torch.no_grad(), uncompiled(), watch:
+            run(inputs)
+    except _Finished:
+        pass
+    except Exception:
+        # The same call raises it again where the model runs for its map.
+        failed = True
+    letters = tuple(watch.letters.get(number) for number in range(len(inputs)))
+    if not failed:
+        while len(cached) >= MOST_CACHED:
+            cached.pop(next(iter(cached)))
+        cached[key] = letters
+    return letters
+
+
+def followed(
+    model: object, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
+) -> tuple[str | None, ...] | None:
+    """The result of an earlier `follow` of a module and inputs of these shapes and types."""
+    if not isinstance(model, nn.Module):
+        return None
+    key = tuple((shape[1:], kind) for shape, kind in zip(shapes, dtypes, strict=True))
+    return _CACHED.get(model, {}).get(key)
+
+
+def follow_inside(
+    inputs: Sequence[Tensor],
+    run: Callable[[Sequence[Tensor]], Any],
+    layers: Sequence[Layer],
+    of_input: bool,
+) -> Inside:
+    """Follows inputs [R, *] to layers; takes a whole run."""
+    watch = _Follow(inputs, through=True)
+    at_layers: dict[int, list[Followed | None]] = {}
+
+    def seen(number: int, value: Any) -> None:
+        with WithoutFunctionModes():
+            own = floats_at(value)
+        at_layers[number] = [watch.of(own[0], n) for n in range(len(inputs))] if own else []
+
+    hooks = hooked(tuple(layers), seen, of_input=of_input)
+    with torch.no_grad(), uncompiled(), suppress(Exception), watch, hooks:
+        run(inputs)
+    return Inside(tuple(tuple(at_layers.get(at, ())) for at in range(len(layers))), watch.tokens)
+
+
+class _Finished(BaseException):
+    """All layouts are found: the model need not go on."""
+
+
+class _Follow(FunctionMode):
+    """Inside its `with`, follows inputs.
+
+    letters: the layout of each input, once a layer shows it; closed: inputs whose first such layer
+    does not show it. through: whether it goes on after these layers, to others inside of the model,
+    and collects `tokens`.
+    """
 
     def __init__(self, inputs: Sequence[Tensor], *, through: bool = False) -> None:
         super().__init__()
-        # Through the layers that tell, to others inside of the model.
         self.through = through
         self.tokens: dict[int, list[Followed]] = {}
         self.shapes = [tuple(x.shape) for x in inputs]
-        self.told: dict[int, str] = {}
+        self.letters: dict[int, str] = {}
         self.closed: set[int] = set()
         self._idle = 0
-        # Tensors are held, so that no other one gets the name of one that is gone.
-        self._known: dict[tuple[int, int], tuple[Tensor, Followed]] = {}
-        # A tensor may be made of several inputs: they are followed one by one.
-        self._number = 0
+        # Tensors are held, so that no number of one that is gone is used again. A tensor may be
+        # made of several inputs: these are followed one by one.
+        self._followed: dict[tuple[int, int], tuple[Tensor, Followed]] = {}
         for number, x in enumerate(inputs):
-            self._keep(x, Followed(number, coordinates(x)))
+            self._keep([x], [Followed(number, _coordinates(x))])
+
+    def opens(self, func: FunctionType) -> bool:
+        """Moves and resizes are followed as one call."""
+        name = _name(func)
+        return name not in _RESIZES and name not in _MOVES and name != "linear"
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Function, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
-        name = _name(func)
-        found = self._among((args, dict(kwargs)))
-        self._idle = 0 if found else self._idle + 1
+        # Before its body runs, which is followed call by call.
+        if _name(func) == "multi_head_attention_forward":
+            for number in range(len(self.shapes)):
+                self._ask(number, func, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        flat = [one for one in tree_leaves((args, dict(kwargs))) if isinstance(one, Tensor)]
+        numbers = range(len(self.shapes))
+        given = {n: [one for one in flat if (id(one), n) in self._followed] for n in numbers}
+        given = {number: tensors for number, tensors in given.items() if tensors}
+        self._idle = 0 if given else self._idle + 1
         if self._idle > PATIENCE and not self.through:
-            raise _Told
-        for number in found if not self.through else ():
-            self._number = number
-            self._ask(name, args, kwargs)
-        body = unguarded(func) if isinstance(func, FunctionType) and not _as_one(name) else None
-        if body is not None:
-            with self:
-                return body(*args, **kwargs)
+            raise _Finished
+        for number in given:
+            self._ask(number, func, args, kwargs)
         result = func(*args, **kwargs)
-        for number, tensors in found.items():
-            self._number = number
-            # What a call makes of tensors that are followed in a way unknown is not followed.
-            with suppress(Exception), torch._C.DisableTorchFunction(), torch.no_grad():
-                self._after(func, name, args, kwargs, tensors, result)
+        for number, tensors in given.items():
+            # Results of a call that cannot be followed are not followed.
+            with suppress(Exception), WithoutFunctionModes(), torch.no_grad():
+                self._after(number, func, args, kwargs, tensors, result)
         return result
 
-    def _among(self, values: Any) -> dict[int, list[Tensor]]:
-        """The tensors that are followed, by the number of the input."""
-        flat = [one for one in tree_flatten(values)[0] if isinstance(one, Tensor)]
-        found = {
-            number: [one for one in flat if (id(one), number) in self._known]
-            for number in range(len(self.shapes))
-        }
-        return {number: several for number, several in found.items() if several}
+    def of(self, value: Any, number: int) -> Followed | None:
+        """What is followed of a tensor, as it was made of input `number`."""
+        key = id(value), number
+        return self._followed[key][1] if key in self._followed else None
 
-    def at(self, value: Any) -> list[Followed | None]:
-        """What is known of a tensor, for each of the inputs."""
-        return [
-            self._known.get((id(value), number), (None, None))[1]
-            for number in range(len(self.shapes))
-        ]
-
-    def of(self, value: Any) -> Followed | None:
-        key = id(value), self._number
-        known = self._known.get(key) if isinstance(value, Tensor) else None
-        return None if known is None else known[1]
-
-    def _keep(self, tensor: Any, followed: Followed) -> None:
-        if isinstance(tensor, Tensor) and tensor.shape == followed.where[0].shape:
-            self._known[id(tensor), followed.number] = tensor, followed
-            if self.through and tensor.dim() == 3:
-                self.tokens.setdefault(tensor.shape[1], []).append(followed)
+    def _keep(self, made: Sequence[Tensor], followed: Sequence[Followed]) -> None:
+        for tensor, one in zip(made, followed, strict=False):
+            if tensor.shape == one.where[0].shape:
+                self._followed[id(tensor), one.number] = tensor, one
+                if self.through and tensor.dim() == 3:
+                    self.tokens.setdefault(tensor.shape[1], []).append(one)
 
     def _after(
         self,
-        func: Callable[..., Any],
-        name: str,
-        args: Any,
-        kwargs: Mapping[str, Any],
-        found: list[Tensor],
+        number: int,
+        func: Function,
+        args: Args,
+        kwargs: Kwargs,
+        given: list[Tensor],
         result: Any,
     ) -> None:
-        """Follows what a call made of tensors that are followed."""
-        made = [one for one in tree_flatten(result)[0] if isinstance(one, Tensor)]
-        first = self.of(found[0])
-        assert first is not None
-        if not made:
+        """Follows the results of a call of followed tensors."""
+        name, made = _name(func), [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        first = self.of(given[0], number)
+        if first is None or not made:
             return
-        if name == "linear":
-            self._linear(first, found[0] is args[0] if args else True, made[0])
-        elif name in _MOVES or name in ("pad", "im2col"):
-            self._moved(func, name, args, kwargs, first, made)
-        elif name in _RESIZES:
-            size = made[0].shape[2:]
-            if made[0].dim() == first.where[0].dim() in (3, 4, 5):
-                self._put(made, first.moved(lambda one: _nearest(one, size)))
-        elif name in _CONVOLUTIONS:
-            size = made[0].shape[2:]
-            where = [_nearest(one[:, :1], size).expand(made[0].shape) for one in first.where]
-            if found[0] is args[0] and made[0].dim() == first.where[0].dim():
-                self._keep(made[0], replace(first, where=tuple(where)))
-        elif name not in _MIXES:
-            self._kept(name, found, made)
-
-    def _kept(self, name: str, found: list[Tensor], made: list[Tensor]) -> None:
-        """A call that keeps the order of elements, or one that is spread by broadcasting."""
-        for one in found:
-            own = self.of(one)
-            assert own is not None
-            shape = made[0].shape
-            if shape == one.shape:
-                self._keep(made[0], own)
+        rank, shape = first.where[0].dim(), made[0].shape
+        if name == "linear" or name in _CONVOLUTIONS:
+            # A product over one axis: the coordinates of its first element stand for all.
+            if (args and given[0] is not args[0]) or len(shape) != rank:
                 return
-        own = self.of(found[0])
-        if own is not None and len(made) == 1 and made[0].dim() >= found[0].dim():
-            pairs = zip(_right(found[0].shape, shape), shape, strict=True)
-            if name.strip("_").lstrip("ri") in _ARITHMETIC and all(a in (1, b) for a, b in pairs):
-                self._put(made, own.moved(lambda where: where.expand(shape)))
+            if name == "linear":
+                mixed = first.mixed | first.along(-1)
+                where = tuple(one[..., :1].expand(shape) for one in first.where)
+                self._keep(made[:1], [replace(first, where=where, mixed=mixed)])
+            else:
+                where = tuple(_nearest(one[:, :1], shape[2:]).expand(shape) for one in first.where)
+                self._keep(made[:1], [replace(first, where=where)])
+        elif name in _MOVES:
+            self._keep(made, self._moved(number, func, args, kwargs, first))
+        elif name in _RESIZES:
+            if len(shape) == rank in (3, 4, 5):
+                self._keep(made, first.moved(lambda one: _nearest(one, shape[2:])))
+        elif name not in _MIXES:
+            self._keep(made[:1], self._kept(number, name, given, made))
+
+    def _kept(
+        self, number: int, name: str, given: list[Tensor], made: list[Tensor]
+    ) -> list[Followed]:
+        """By a call that keeps the order of elements, or spreads them by broadcasting."""
+        shape = made[0].shape
+        same = [self.of(one, number) for one in given if one.shape == shape]
+        first = self.of(given[0], number)
+        if same and same[0] is not None:
+            return [same[0]]
+        wider = len(shape) - given[0].dim()
+        if first is None or len(made) != 1 or wider < 0:
+            return []
+        pairs = zip((1,) * wider + tuple(given[0].shape), shape, strict=True)
+        arithmetic = name.strip("_").lstrip("ri") in _ARITHMETIC
+        broadcast = arithmetic and all(a in (1, b) for a, b in pairs)
+        return first.moved(lambda where: where.expand(shape)) if broadcast else []
 
     def _moved(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        args: Any,
-        kwargs: Mapping[str, Any],
-        first: Followed,
-        made: list[Tensor],
-    ) -> None:
-        """A call that moves elements about: the same with their coordinates."""
+        self, number: int, func: Function, args: Args, kwargs: Kwargs, first: Followed
+    ) -> list[Followed]:
+        """By a call that moves elements about: the same call with their coordinates."""
+        name = _name(func)
+        if name in ("view", "view_as"):
+            # Coordinates lie in memory in another order than the tensor that they belong to.
+            func = Tensor.reshape if name == "view" else Tensor.reshape_as
 
-        def change(number: int) -> list[Tensor]:
+        def change(axis: int) -> list[Tensor]:
             def instead(value: Any) -> Any:
                 if not isinstance(value, Tensor):
                     return value
-                own = self.of(value)
-                if own is None:
-                    # Of a list that is put together, what is no input; an index stays as it is.
-                    return _nowhere(value) if name in _JOINS else value
-                return own.where[number]
+                own = self.of(value, number)
+                if own is not None:
+                    return own.where[axis]
+                if name not in _JOINS:
+                    # An index stays as it is.
+                    return value
+                return value.new_full((), -1.0, dtype=torch.float32).expand(value.shape)
 
-            changed, named = tree_map(instead, args), tree_map(instead, dict(kwargs))
+            changed, named = tree_map(instead, (args, dict(kwargs)))
             if name == "pad":
                 changed, named = _padded(changed, named)
-            return [
-                one for one in tree_flatten(func(*changed, **named))[0] if isinstance(one, Tensor)
-            ]
+            return [one for one in tree_leaves(func(*changed, **named)) if isinstance(one, Tensor)]
 
-        if name in ("view", "view_as"):
-            # Coordinates are laid out in another way than what they belong to.
-            func = Tensor.reshape if name == "view" else Tensor.reshape_as
-        parts = [change(number) for number in range(len(first.where))]
-        self._put(made, [replace(first, where=one) for one in zip(*parts, strict=True)])
+        parts = [change(axis) for axis in range(len(first.where))]
+        return [replace(first, where=one) for one in zip(*parts, strict=True)]
 
-    def _put(self, made: Sequence[Tensor], followed: Sequence[Followed]) -> None:
-        for tensor, one in zip(made, followed, strict=False):
-            self._keep(tensor, one)
-
-    def _linear(self, first: Followed, taken: bool, made: Tensor) -> None:
-        """A product over the last axis: the input's axes along it are mixed."""
-        if taken and made.dim() == first.where[0].dim():
-            mixed = first.mixed | first.along(-1)
-            where = tuple(one[..., :1].expand(made.shape) for one in first.where)
-            self._keep(made, replace(first, where=where, mixed=mixed))
-
-    def _ask(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> None:
-        """Looks whether a call tells what the axes of an input are, before it runs."""
-        values = [*args, *kwargs.values()]
-        taken = kwargs.get("input", kwargs.get("query", values[0] if values else None))
-        own = self.of(taken)
-        if own is None or own.number in self.told or own.number in self.closed:
+    def _ask(self, number: int, func: Function, args: Args, kwargs: Kwargs) -> None:
+        """Looks whether a call shows what the axes of an input are, before it runs."""
+        if self.through or number in self.letters or number in self.closed:
             return
-        rank, shape = len(own.where), self.shapes[own.number]
-        if name in _CONVOLUTIONS and taken.dim() == _CONVOLUTIONS[name] + 2:
-            self._tell(own, by_convolution(own, taken, values, kwargs, shape), _CONVOLUTIONS[name])
-        elif name in _RECURRENT:
+        name, values, shape = _name(func), [*args, *kwargs.values()], self.shapes[number]
+        taken = kwargs.get("input", kwargs.get("query", values[0] if values else None))
+        own = self.of(taken, number)
+        if own is None:
+            return
+        channel: int | bool | None
+        kernel = _CONVOLUTIONS.get(name, 0)
+        if kernel and taken.dim() == kernel + 2:
+            channel = _by_convolution(own, taken, values, kwargs, shape)
+        elif name in _RECURRENT or name == "_pack_padded_sequence":
             packed = isinstance(values[1], Tensor) and not values[1].is_floating_point()
-            if not packed:
-                self._tell(own, channel_of(own, {-1}, {0, 1}, shape, taken), 0)
-        elif name == "_pack_padded_sequence":
-            self._tell(own, channel_of(own, {-1}, {0, 1}, shape, taken), 0)
+            if packed and name in _RECURRENT:
+                return
+            channel = _channel_of(own, {-1}, {0, 1}, shape, taken)
         elif name in _CELLS and taken.dim() == 2:
-            self._tell(own, channel_of(own, {-1}, {0}, shape, taken), 0)
+            channel = _channel_of(own, {-1}, {0}, shape, taken)
         elif name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
-            tokens = 0 if name.startswith("multi") else -2
-            self._tell(own, by_attention(own, taken, tokens, shape), 0)
+            channel = _by_attention(own, 0 if name.startswith("multi") else -2, shape)
         elif name == "_transformer_encoder_layer_fwd" and taken.dim() == 3:
-            self._tell(own, by_attention(own, taken, 1, shape), 0)
-        elif name in _PRODUCTS and len(values) > 1 and (other := self.of(values[1])) is not None:
+            channel = _by_attention(own, 1, shape)
+        elif name in _PRODUCTS and len(values) > 1 and (other := self.of(values[1], number)):
             queries, keys = own.along(-2), other.along(-1)
-            if queries and queries == keys and rank > 2 and own.mixed:
-                self._tell(own, by_attention(own, taken, -2, shape), 0)
-
-    def _tell(self, own: Followed, channel: int | bool | None, kernel: int) -> None:
-        """Notes the layout of an input; False: this layer has a say, and does not tell."""
-        if channel is False:
-            self.closed.add(own.number)
+            if not (queries and queries == keys and len(own.where) > 2 and own.mixed):
+                return
+            channel = _by_attention(own, -2, shape)
         else:
-            axis = None if channel is None else int(channel)
-            letters = letters_of(len(self.shapes[own.number]), axis, kernel)
-            if letters is None:
-                self.closed.add(own.number)
-            else:
-                self.told[own.number] = letters
-        if len(self.told) + len(self.closed) == len(self.shapes):
-            raise _Told
-
-
-def _as_one(name: str) -> bool:
-    """Whether a call of PyTorch's Python is followed as one, and not by what it is made of."""
-    return name in _RESIZES or name in _MOVES or name in ("pad", "linear")
+            return
+        letters = None if channel is False else _letters_of(len(shape), channel, kernel)
+        if letters is None:
+            self.closed.add(number)
+        else:
+            self.letters[number] = letters
+        if len(self.letters) + len(self.closed) == len(self.shapes):
+            raise _Finished
 
 
 def _name(func: Any) -> str:
@@ -282,12 +423,7 @@ def _name(func: Any) -> str:
 
 
 def _nearest(where: Tensor, size: torch.Size) -> Tensor:
-    with torch._C.DisableTorchFunction():
-        return functional.interpolate(where, size=tuple(size), mode="nearest")
-
-
-def _nowhere(value: Tensor) -> Tensor:
-    return value.new_full((), -1.0, dtype=torch.float32).expand(value.shape)
+    return functional.interpolate(where, size=tuple(size), mode="nearest")
 
 
 def _padded(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -299,90 +435,64 @@ def _padded(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     return args[:3], kwargs
 
 
-def _right(shape: torch.Size, like: torch.Size) -> tuple[int, ...]:
-    return (1,) * (len(like) - len(shape)) + tuple(shape)
+# Which axis of an input holds its channels: None where it has none, False where a layer that should
+# show it does not.
 
 
-_FOUND: WeakKeyDictionary[Any, dict[Any, tuple[str | None, ...]]] = WeakKeyDictionary()
-MOST_FOUND = 64
+def _channel_of(
+    own: Followed, features: set[int], slid: set[int], shape: tuple[int, ...], taken: Tensor
+) -> int | bool | None:
+    """By the axes of a tensor that are `features`, and the axes `slid` over."""
+    over = frozenset().union(*(own.along(axis) for axis in slid))
+    axes = (own.mixed | frozenset().union(*(own.along(axis) for axis in features))) - over - {0}
+    if axes:
+        return next(iter(axes)) if len(axes) == 1 else False
+    ones = [axis for axis, size in enumerate(shape) if axis and size == 1]
+    if len(ones) > 1:
+        # An axis of one is a channel's where the layer has its own.
+        named = {axis % taken.dim() for axis in features}
+        ones = [axis for axis in ones if taken.dim() == len(shape) and axis in named] or ones
+    return ones[0] if ones else None
 
 
-def follow(
-    model: Callable[..., Any], inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Any]
-) -> tuple[str | None, ...]:
-    """The letters of each input of a model, None where it does not tell; kept for
-    `followed`.
+def _by_convolution(
+    own: Followed, taken: Tensor, values: Any, kwargs: Kwargs, shape: tuple[int, ...]
+) -> int | bool | None:
+    axes = set(range(2, taken.dim()))
+    channel = _channel_of(own, {1}, axes, shape, taken)
+    if channel is not None:
+        return channel
+    # The kernel lies on all of an axis: it does not slide there, and mixes it.
+    weight = kwargs.get("weight", values[1] if len(values) > 1 else None)
+    if isinstance(weight, Tensor) and weight.dim() == taken.dim():
+        whole = {axis for axis in axes if weight.shape[axis] == taken.shape[axis] > 1}
+        if whole and whole != axes:
+            return _channel_of(own, whole, axes - whole, shape, taken)
+    # Slices along an axis that was folded into the batch are separate: channels, or steps?
+    return False if own.along(0) - {0} else None
 
-    inputs: one row [1, *] of each; run: takes them through the model, which is stopped where all
-    is told.
+
+def _by_attention(own: Followed, tokens: int, shape: tuple[int, ...]) -> int | bool:
+    """By attention over tokens: the axis that is mixed into their vectors. An input [B, a, b] whose
+    model brings its axes into another order first may attend to its channels, which shows nothing.
     """
-    key = tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
-    known = _FOUND.setdefault(model, {}) if isinstance(model, nn.Module) else {}
-    watch = _Follow(inputs)
-    try:
-        with torch.no_grad(), uncompiled(), watch:
-            run(inputs)
-    except _Told:
-        pass
-    except Exception:
-        # What is wrong with the call is told where it runs.
-        return tuple(watch.told.get(number) for number in range(len(inputs)))
-    while len(known) >= MOST_FOUND:
-        known.pop(next(iter(known)))
-    known[key] = tuple(watch.told.get(number) for number in range(len(inputs)))
-    return known[key]
+    over = own.along(tokens)
+    axes = (own.mixed | own.along(-1)) - over - {0}
+    if len(axes) != 1 or not over - {0}:
+        return False
+    axis = next(iter(axes))
+    return axis if len(shape) > 3 or axis == len(shape) - 1 else False
 
 
-def followed(
-    model: object, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
-) -> tuple[str | None, ...] | None:
-    """What `follow` found before for a module and inputs of these shapes and types."""
-    if not isinstance(model, nn.Module):
+def _letters_of(rank: int, channel: int | None, kernel: int) -> str | None:
+    """A layout by its channel axis; names of the places by their number and the kernel's."""
+    count = rank - 1 - (channel is not None)
+    names = {1: "T", 2: "DT" if kernel == 1 else "HW", 3: "DHW" if kernel == 3 else "THW"}
+    names[4] = "TDHW"
+    if count not in names:
         return None
-    key = tuple((shape[1:], kind) for shape, kind in zip(shapes, dtypes, strict=True))
-    return _FOUND.get(model, {}).get(key)
-
-
-@dataclass(frozen=True)
-class Inside:
-    """Where the elements lie of what layers of a model give, or take: their first tensors, for each
-    input, None where that was lost; and of all tensors [R, T, C] on the way, by T.
-    """
-
-    layers: tuple[tuple[Followed | None, ...], ...] = ()
-    tokens: Mapping[int, Sequence[Followed]] = field(default_factory=dict)
-
-    def of(self, layer: int, number: int) -> Followed | None:
-        """Of a layer, as it was made of input `number`."""
-        found = self.layers[layer] if layer < len(self.layers) else ()
-        return found[number] if number < len(found) else None
-
-    def sequence(self, count: int, places: Sequence[int], number: int) -> Lattice | None:
-        """The lattice of the so many tokens that a model has; None where there are none, or
-        several.
-        """
-        several = [one for one in self.tokens.get(count, ()) if one.number == number]
-        found = {lattice_of(one, places) for one in several}
-        known = [one for one in found if one is not None]
-        return known[0] if len(known) == 1 else None
-
-
-def follow_inside(
-    inputs: Sequence[Tensor],
-    run: Callable[[Sequence[Tensor]], Any],
-    layers: Sequence[Layer],
-    of_input: bool,
-) -> Inside:
-    """Follows inputs [R, *] to layers; takes a whole run."""
-    watch = _Follow(inputs, through=True)
-    found: dict[int, list[Followed | None]] = {}
-
-    def seen(number: int, value: Any) -> None:
-        with torch._C.DisableTorchFunction():
-            own = floats_at(value)
-        found[number] = watch.at(own[0]) if own else []
-
-    hooks = hooked(tuple(layers), seen, of_input=of_input)
-    with torch.no_grad(), uncompiled(), suppress(Exception), watch, hooks:
-        run(inputs)
-    return Inside(tuple(tuple(found.get(at, ())) for at in range(len(layers))), watch.tokens)
+    letters = list(names[count])
+    if channel is not None:
+        # Channels are C of convolutions and of pictures, and F of steps.
+        letters.insert(channel - 1, "C" if kernel or rank > 3 else "F")
+    return "B" + "".join(letters)

@@ -1,28 +1,41 @@
-"""The model as a function from points to scores and input gradients."""
+"""The model as a function from points to scores and gradients.
+
+Gradients are those at the inputs, at layers inside of the model, or second derivatives.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
 
+from saliency_fast._torch_compat import ErrorText
 from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelCallError, ModelError, UnseenInputError
 from saliency_fast.graph.gradients import gradients
+from saliency_fast.graph.intercept import Calls
 from saliency_fast.graph.outputs import map_tensors, rows_of
 from saliency_fast.graph.passes.affine_prefix import Prefix
 from saliency_fast.graph.passes.half import FLOAT32, Precision, arithmetic
 from saliency_fast.graph.program import laid, tensors_among
+from saliency_fast.model.attention import probabilities
 from saliency_fast.model.executors import Executor
 from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
+from saliency_fast.model.layers import Taps
 from saliency_fast.model.targets import Targets, read_of
 
 Made = TypeVar("Made")
+ScoresExecutor = tuple[Tensor, Tensor | None, list[Inputs]]
+"""Scores [R, K], classes [R, K], and for each of K targets the gradients of the points."""
+Project = Callable[[Inputs, Tensor], Tensor]
+"""From gradients per input [R, *] of the examples int64 [R] to M numbers [R, M], linear in them."""
 CUTS = "detach(), no_grad(), .item(), NumPy or integer steps, and quantised layers (no gradient)"
 OF_LAYERS = "Of layers (at=), name one that the score is made from, no auxiliary head"
 NO_GRADIENT = (
@@ -32,6 +45,7 @@ NO_GRADIENT = (
 )
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Relative difference up to which two outputs of the same row are the same, to rounding."""
+CLOSE_IN_HALF = 1e-2
 
 
 class _Enter(torch.autograd.Function):
@@ -47,49 +61,52 @@ class _Enter(torch.autograd.Function):
         return None, None
 
 
-class _Owing(torch.autograd.Function):
-    """An output that hands back what the score owes to it, rather than its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor) -> Tensor:
-        ctx.save_for_backward(output)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (output,) = ctx.saved_tensors
-        return output * grad
-
-
-def _owing(output: Tensor) -> Any:
-    return _Owing.apply(output) if output.requires_grad else output  # type: ignore[no-untyped-call]
-
-
 def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
-    """Points as a model may take them, and where their gradients are asked for."""
+    """Differentiable points for the model, and the edges of autograd's graph of their gradients."""
     anchor = torch.zeros((), requires_grad=True, device="cpu")
     # Detached: work in place on a view would be its base's, too, and its gradient lost.
-    apart = [one.detach() for one in points]
-    inside = [_Enter.apply(one, anchor) for one in apart]  # type: ignore[no-untyped-call]
+    detached = [one.detach() for one in points]
+    inside = [_Enter.apply(one, anchor) for one in detached]  # type: ignore[no-untyped-call]
     return inside, [get_gradient_edge(one) for one in inside]
+
+
+def _times_itself(output: Tensor) -> Tensor:
+    """An output whose gradient arrives multiplied with the output, as relevance starts."""
+    if not output.requires_grad:
+        return output
+    relevant, value = output.view_as(output), output.detach()
+    relevant.register_hook(lambda grad: value * grad)  # type: ignore[no-untyped-call]
+    return relevant
 
 
 @dataclass
 class PointFunction:
-    """The model, by one of its routes, with its further arguments and targets, on a launch's rows.
+    """The model, by one executor, with its further arguments and targets, on a launch's rows.
 
     Further arguments that are tensors with the batch's length on their first axis belong to the
     examples and follow them into the rows, but for those named in `whole`, by number or name; all
-    others are passed as they are. unused: inputs that no score depends on, whose gradients are 0.
-    lone: what takes a row alone, where that is not this function itself. With `prefix` the route is
-    its rest, and gradients are taken at its places; `lifted`: points are places already.
-    dtypes: what the model takes, where points are not written so. scale: what the cotangent is
-    multiplied with, and gradients with it, where half types underflow; a number, or one per row.
-    kind: equal for functions that take points through the model in the same way. shape: of an
-    example's output, once it is known. references: rows [B | 1, *] that go through the model behind
-    the points, one for each; relevance: outputs hand back what the score owes to them. overwrites:
-    the model overwrites what autograd needs, so that copies of that are kept. innermost: which
-    inputs lie with their channels innermost in memory, so that their points are to lie so.
+    others are passed as they are.
+
+    Attributes:
+        route: The executor; behind a `prefix` of the rest of the model.
+        targets: Which scores are read from outputs.
+        args: Further arguments of the model.
+        kwargs: Those by name.
+        prefix: The affine beginning of the model, at whose end gradients are taken.
+        lifted: Whether points are values at the end of the prefix already.
+        precision: Of the arithmetic.
+        scale: Factor of the cotangent, and of gradients with it, where half types underflow; a
+            number, or one per row.
+        dtypes: What the model takes, where points are written in other dtypes.
+        kind: Equal for functions that take points through the model in the same way.
+        shape: Of an example's output, after the first run.
+        references: Rows [B | 1, *] that go through the model behind the points, one for each.
+        relevance: Whether gradients of outputs are multiplied with the outputs.
+        whole: Further arguments that do not belong to the examples.
+        unused: Inputs that no score depends on, whose gradients are 0.
+        lone: The function of a single row, where that is another one.
+        overwrites: Whether the model overwrites saved tensors, so that copies are saved.
+        innermost: Which inputs have their channels innermost in memory; their points have, too.
     """
 
     route: Executor
@@ -129,7 +146,7 @@ class PointFunction:
             finite = [one.detach().float().nan_to_num(0.0, 0.0, 0.0) for one in outputs]
             return scores, max(float(one.abs().max()) for one in finite if one.numel())
 
-    def gradients(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None, list[Inputs]]:
+    def gradients(self, points: Inputs, item: Tensor) -> ScoresExecutor:
         """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points.
 
         One forward pass serves all targets; each has its own backward pass. The points are handed
@@ -140,40 +157,28 @@ class PointFunction:
         with arithmetic(self.precision, item.device), copied if self.overwrites else nullcontext():
             return self._gradients(points, item)
 
-    def _gradients(
-        self, points: Inputs, item: Tensor
-    ) -> tuple[Tensor, Tensor | None, list[Inputs]]:
+    def _gradients(self, points: Inputs, item: Tensor) -> ScoresExecutor:
         points = self.taken(self._behind_prefix(points, item))
-        # Shapes alone: behind a prefix points are as large as activations, and must not outlive
-        # the calls that take them. A list, so that a program can let go of them for all.
-        like = [torch.empty((), dtype=p.dtype, device=p.device).expand(p.shape) for p in points]
-        inside, edges = entered(points)
+        shapes, (inside, edges) = _shapes(points), entered(points)
         del points
         scores, classes = self.forward(inside, item)
         inside.clear()
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
-        last = scores.shape[1] - 1
+        # A sum: where a gradient is handed in, PyTorch imports its symbolic shapes, which takes a
+        # third of a second.
+        sums = [(one * self.scale).sum() for one in scores.unbind(1)]
         with self.failing(BACKWARD, item):
-            found = [
-                # A sum: where a gradient is handed in, PyTorch imports its symbolic shapes, which
-                # takes a third of a second.
-                gradients(
-                    *((scores[:, k] * self.scale).sum(), edges),
-                    retain_graph=k < last,
-                    allow_unused=True,
-                )
-                for k in range(scores.shape[1])
-            ]
+            several = _each(sums, edges)
         if self.prefix is None:
-            _check_seen(found, self.unused)
-        grads = [_filled(one, like) for one in found]
+            _check_seen(several, self.unused)
+        filled = [_filled(grads, shapes) for grads in several]
         if self.prefix is not None:
-            return scores.detach(), classes, [self.prefix.turned_back(one) for one in grads]
-        return scores.detach(), classes, [tuple(g.contiguous() for g in one) for one in grads]
+            return scores.detach(), classes, [self.prefix.turned_back(one) for one in filled]
+        return scores.detach(), classes, [tuple(g.contiguous() for g in one) for one in filled]
 
     def _behind_prefix(self, points: Inputs, item: Tensor) -> Inputs:
-        """Points as launches write them where the route takes them."""
+        """Points as launches write them where the executor takes them."""
         if self.prefix is None:
             return points
         if not self.lifted:
@@ -183,10 +188,10 @@ class PointFunction:
     def forward(self, points: Sequence[Tensor], item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
         raw = self._run(points, item)
-        return self.read(map_tensors(_owing, raw) if self.relevance else raw, item)
+        return self.read(map_tensors(_times_itself, raw) if self.relevance else raw, item)
 
     def _run(self, points: Sequence[Tensor], item: Tensor) -> Any:
-        """What the model returns for points in the place where the route takes them."""
+        """What the model returns for points where the executor takes them."""
         if self.references is None:
             return self.called(lambda: self.route(points, *self.rows(item)), points, item)
         pairs = zip(points, self.taken(self.references), strict=True)
@@ -196,8 +201,8 @@ class PointFunction:
         return rows_of(raw, slice(len(item)), 2 * len(item))
 
     def again(self, call: Callable[[], Made]) -> Made:
-        """What `call` makes of points that it writes anew each time; once more, with copies of what
-        the model overwrites, where its backward pass needs them.
+        """The result of `call`, which writes its points anew each time; called once more, with
+        copies of saved tensors, where the model overwrites them.
         """
         try:
             return call()
@@ -208,7 +213,7 @@ class PointFunction:
         return call()
 
     def failing(self, stage: str, item: Tensor) -> Failing:
-        """Inside, what the model raises on rows of examples `item` [R] becomes a ModelError."""
+        """Inside, exceptions of the model on rows of examples `item` [R] become ModelError."""
         return Failing(stage, item.numel(), self.targets.batch)
 
     def called(self, call: Callable[[], Any], points: Sequence[Tensor], item: Tensor) -> Any:
@@ -233,19 +238,19 @@ class PointFunction:
             two = self.route(twice, *self.rows(torch.cat([item, item])))
             if not isinstance(two, Tensor) or two.shape != (2, *raw.shape):
                 return False
-            close = CLOSE.get(raw.dtype, 1e-2)
+            close = CLOSE.get(raw.dtype, CLOSE_IN_HALF)
             both = raw.expand_as(two)
             return raw.is_meta or torch.allclose(two, both, close, close, equal_nan=True)
         return False
 
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores [R, K] and classes [R, K] of what the model returned."""
+        """Scores [R, K] and classes [R, K] of the model's output."""
         if not self._checked:
             self.shape, self._checked = self.targets.check(raw, item), True
         return self.targets.read(raw, item)
 
     def taken(self, points: Inputs) -> Inputs:
-        """The points in the types that the model takes, and as its inputs lie in memory."""
+        """The points in the types and the memory order of the model's inputs."""
         if self.dtypes is not None:
             points = tuple(one.to(dtype) for one, dtype in zip(points, self.dtypes, strict=True))
         if self.prefix is not None or not any(self.innermost):
@@ -267,9 +272,158 @@ class PointFunction:
         return long and key not in self.whole
 
 
-def _check_seen(found: Sequence[tuple[Tensor | None, ...]], unused: frozenset[int]) -> None:
-    """An input that none of the targets sees is an error, unless it is known to be unused."""
-    for number, grads in enumerate(zip(*found, strict=True)):
+@dataclass
+class TappedFunction(PointFunction):
+    """A point function whose gradients are those at `taps`, behind the tapped tensors, which come
+    first in the list; without `backward` these are all.
+    """
+
+    taps: Taps | None = None
+    backward: bool = True
+
+    @classmethod
+    def of(cls, function: PointFunction, taps: Taps, *, backward: bool = True) -> TappedFunction:
+        """`function` with taps."""
+        return cls(**_fields(function), taps=taps, backward=backward)
+
+    def _gradients(self, points: Inputs, item: Tensor) -> ScoresExecutor:
+        taps, given, tapped = self.taps, list(self.taken(points)), list[Tensor]()
+        assert taps is not None
+
+        def one_row(rows: Inputs) -> Any:
+            with self.failing(FORWARD, item[:1]):
+                return self.route(list(rows), *self.rows(item[:1]))
+
+        def call() -> Any:
+            raw, tensors = taps.run(partial(self.route, given, *self.rows(item)))
+            tapped.extend(tensors)
+            return raw
+
+        taps.look(one_row, tuple(one[:1] for one in given))
+        with torch.set_grad_enabled(self.backward):
+            scores, classes = self.read(self.called(call, given, item), item)
+        if not self.backward:
+            return scores, classes, [tuple(one.detach() for one in tapped)]
+        several: list[tuple[Tensor | None, ...]] = [(None,) * len(tapped)] * scores.shape[1]
+        if scores.requires_grad:
+            with self.failing(BACKWARD, item):
+                several = _each([one.sum() for one in scores.unbind(1)], tapped)
+        taps.need([any(one is not None for one in own) for own in zip(*several, strict=True)])
+        values = tuple(one.detach() for one in tapped)
+        return scores.detach(), classes, [values, *(_filled(one, tapped) for one in several)]
+
+
+@dataclass
+class Directional(PointFunction):
+    """A point function of second derivatives.
+
+    For each of K targets it has, in the place of gradients, (p(g), p(H p'), the gradient g per
+    input, the sum of H p' over its columns per input) with the linear map `project` p, its
+    transpose p' and the Hessian H: [R, M], [R, M, M], [R, *].
+    """
+
+    project: Project | None = None
+
+    @classmethod
+    def of(cls, function: PointFunction, project: Project) -> Directional:
+        """`function`, whose executor must leave all calls to autograd."""
+        return cls(**_fields(function), project=project)
+
+    def _gradients(self, points: Inputs, item: Tensor) -> ScoresExecutor:
+        points = self.taken(points)
+        shapes, (inside, edges) = _shapes(points), entered(points)
+        del points
+        with _TwiceDifferentiable():
+            scores, classes = self.forward(inside, item)
+        if not scores.requires_grad:
+            raise ModelError(NO_GRADIENT)
+        with self.failing(BACKWARD, item):
+            try:
+                several = [self._twice(one, edges, shapes, item) for one in scores.unbind(1)]
+            except RuntimeError as error:
+                if not ErrorText.NO_SECOND_DERIVATIVE.of(error):
+                    raise
+                raise ModelError(
+                    f"the model has a call without a second derivative: {error}; use another layer "
+                    "in its place, or a method of first derivatives"
+                ) from error
+        return scores.detach(), classes, several
+
+    def _twice(
+        self, score: Tensor, edges: list[GradientEdge], shapes: list[Tensor], item: Tensor
+    ) -> Inputs:
+        assert self.project is not None
+
+        def gradient(numbers: Tensor, *, again: bool) -> Inputs:
+            """Of numbers [R], each of its own row; again: to be differentiated once more."""
+            options = {"retain_graph": True, "create_graph": again, "allow_unused": True}
+            return _filled(gradients(numbers, edges, torch.ones_like(numbers), **options), shapes)
+
+        first_order = gradient(score, again=True)
+        first = self.project(first_order, item)
+        count = first.shape[1]
+        sums = [torch.zeros_like(one) for one in first_order]
+        second = first.new_zeros((len(first), count, count))
+        # A model that is linear in its inputs has a gradient that depends on nothing.
+        for m in range(count) if first.requires_grad else ():
+            products = gradient(first[:, m], again=False)
+            second[:, m] = self.project(products, item)
+            for total, product in zip(sums, products, strict=True):
+                total += product
+        return first.detach(), second, *(one.detach() for one in first_order), *sums
+
+
+def summed(grads: Inputs, item: Tensor) -> Tensor:
+    """The simplest `Project`: the sum of all gradients, as one number."""
+    return torch.stack([one.flatten(1).sum(1) for one in grads]).sum(0)[:, None]
+
+
+class _TwiceDifferentiable(Calls):
+    """Runs fused attention, whose kernels can be differentiated once, by products and a softmax."""
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        weights, value = probabilities(*args, **kwargs)
+        drop = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
+        return functional.dropout(weights, drop) @ value
+
+
+def _fields(function: PointFunction) -> dict[str, Any]:
+    return {one.name: getattr(function, one.name) for one in fields(function)}
+
+
+def _shapes(points: Inputs) -> list[Tensor]:
+    """Tensors like the points, without memory.
+
+    Behind a prefix points are as large as activations, and must not outlive the calls that take
+    them.
+    """
+    return [torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape) for x in points]
+
+
+def _each(
+    sums: Sequence[Tensor], sources: Sequence[Tensor | GradientEdge]
+) -> list[tuple[Tensor | None, ...]]:
+    """The gradients of each sum, all of one graph."""
+    last = len(sums) - 1
+    return [
+        gradients(one, sources, retain_graph=k < last, allow_unused=True)
+        for k, one in enumerate(sums)
+    ]
+
+
+def _filled(grads: tuple[Tensor | None, ...], shapes: Sequence[Tensor]) -> Inputs:
+    """Zeros where a target does not depend on an input."""
+    pairs = zip(grads, shapes, strict=True)
+    return tuple(one.new_zeros(one.shape) if grad is None else grad for grad, one in pairs)
+
+
+def _check_seen(several: Sequence[tuple[Tensor | None, ...]], unused: frozenset[int]) -> None:
+    """An input that no target depends on is an error, unless it is in `unused`."""
+    for number, grads in enumerate(zip(*several, strict=True)):
         if number not in unused and all(grad is None for grad in grads):
             error = UnseenInputError(
                 f"the model is not differentiable in input {number}: no gradient of the target "
@@ -280,9 +434,3 @@ def _check_seen(found: Sequence[tuple[Tensor | None, ...]], unused: frozenset[in
             )
             error.number = number
             raise error
-
-
-def _filled(grads: tuple[Tensor | None, ...], like: Sequence[Tensor]) -> Inputs:
-    """Zeros where a target does not see an input."""
-    pairs = zip(grads, like, strict=True)
-    return tuple(one.new_zeros(one.shape) if grad is None else grad for grad, one in pairs)

@@ -1,26 +1,51 @@
-"""Layers of a model: found by name, tapped, or answered in place of, for the time of one run."""
+"""Layers of a model, by name or by their function, and the tensors at them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import partial
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from saliency_fast._types import Inputs
+from saliency_fast._torch_compat import (
+    WithoutFunctionModes,
+    eager_module,
+    tree_leaves,
+    tree_map,
+)
+from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import InputError, InputTypeError, ModelError, RepeatedLayerError
-from saliency_fast.model.guard import uncompiled
-from saliency_fast.model.recomputation import without_recomputation
+from saliency_fast.graph.intercept import FunctionMode
+from saliency_fast.graph.outputs import tensors_of
+from saliency_fast.model.preserve import uncompiled, without_recomputation
+from saliency_fast.model.targets import read_of
 
 At = str | nn.Module | Sequence[str | nn.Module]
 """Layers: by name, or themselves."""
 EMBEDDINGS = "embeddings"
+_NEAR, _LISTED, _OUTPUTS = 5, 20, 8
+"""How many near names, names of layers and outputs of layers a message shows."""
+Change = Callable[[Tensor], Tensor]
+Run = Callable[[int, Change | None], tuple[Any, Tensor]]
+"""Runs the model on the example of a number, its inputs changed: its output, and scores."""
+_POOLS = tuple(
+    getattr(nn, f"{adaptive}{kind}Pool{axes}d")
+    for adaptive in ("", "Adaptive")
+    for kind in ("Avg", "Max")
+    for axes in (1, 2, 3)
+)
+_FIRST = frozenset("expand_as view_as reshape_as type_as to".split())
+"""Calls whose other arguments give a shape or a type alone."""
+_SHAPES = ("_like", "new_")
+"""Calls that make new numbers in the shape of an argument."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,19 +69,6 @@ def kind_of(layer: Layer) -> str:
     return type(module_at(layer)).__name__
 
 
-class Taps(Protocol):
-    """Tensors inside of a model at which gradients are taken."""
-
-    def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-        """What `call` returns, and the tapped tensors [R, *], on autograd's graph."""
-
-    def look(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
-        """Before the first run: what runs of the model with one row tell."""
-
-    def need(self, reached: Sequence[bool]) -> None:
-        """Raises ModelError where what is asked for has no gradient; reached: of each tensor."""
-
-
 def find_layers(model: object, at: At) -> tuple[Layer, ...]:
     """The layers that `at` names, in its order; raises InputError with near names.
 
@@ -66,20 +78,16 @@ def find_layers(model: object, at: At) -> tuple[Layer, ...]:
     if not parts:
         raise InputError("at is empty: expected a layer, its name, or several of these")
     own = tuple(one for one in parts if isinstance(one, nn.Module))
-    if len(own) == len(parts) and not _is_module(model):
+    if len(own) == len(parts) and not isinstance(eager_module(model), nn.Module):
         # A function around a model: whether the layers run shows when it does.
         return own
     module = module_of(model)
     return tuple(_find(module, one) for one in parts)
 
 
-def _is_module(model: object) -> bool:
-    return isinstance(getattr(model, "_orig_mod", model), nn.Module)
-
-
 def module_of(model: object) -> nn.Module:
     """The module whose layers are meant; that of `torch.compile` is the one it was made from."""
-    inner: object = getattr(model, "_orig_mod", model)
+    inner = eager_module(model)
     if not isinstance(inner, nn.Module):
         raise InputTypeError(
             f"at names layers of a torch.nn.Module: got {type(model).__name__}; pass the module "
@@ -90,18 +98,19 @@ def module_of(model: object) -> nn.Module:
 
 def names_of(model: object, layers: Sequence[Layer]) -> list[str]:
     """The names of layers, as `named_modules` has them, and the numbers of calls."""
-    named = module_of(model).named_modules() if _is_module(model) else ()
-    known = {id(layer): name for name, layer in named}
-    found = [known.get(id(module_at(layer)), kind_of(layer)) for layer in layers]
-    pairs = zip(found, layers, strict=True)
-    return [f"{name}:{one.call}" if isinstance(one, OneCall) else name for name, one in pairs]
+    inner = eager_module(model)
+    named = inner.named_modules() if isinstance(inner, nn.Module) else ()
+    names = {id(layer): name for name, layer in named}
+    shown = [(names.get(id(module_at(one)), kind_of(one)), one) for one in layers]
+    return [f"{name}:{one.call}" if isinstance(one, OneCall) else name for name, one in shown]
 
 
 def _find(model: nn.Module, at: object) -> Layer:
     if isinstance(at, OneCall):
         return at
     if isinstance(at, nn.Module):
-        layer: nn.Module = getattr(at, "_orig_mod", at)
+        layer = eager_module(at)
+        assert isinstance(layer, nn.Module)
         if not any(one is layer for one in model.modules()):
             raise InputError(
                 f"at: the {type(layer).__name__} is no layer of this {type(model).__name__}; pass "
@@ -119,26 +128,49 @@ def _find(model: nn.Module, at: object) -> Layer:
     name, colon, number = at.rpartition(":")
     if colon and name in layers and number.isdigit():
         return OneCall(layers[name], int(number))
-    near = get_close_matches(at, layers, n=5, cutoff=0.4)
-    ends = [name for name in layers if name.endswith(f".{at}")][:5]
-    hint = (
-        f"did you mean {', '.join(map(repr, ends or near))}?"
-        if ends or near
-        else (f"its layers are {', '.join(map(repr, list(layers)[:20]))}")
-    )
-    raise InputError(f"at: the model has no layer {at!r}; {hint}")
+    ends = [name for name in layers if name.endswith(f".{at}")][:_NEAR]
+    near = ends or get_close_matches(at, layers, n=_NEAR, cutoff=0.4)
+    hint = f"did you mean {', '.join(map(repr, near))}?"
+    listed = f"its layers are {', '.join(map(repr, list(layers)[:_LISTED]))}"
+    raise InputError(f"at: the model has no layer {at!r}; {hint if near else listed}")
+
+
+def channel_axis(layer: nn.Module, shape: tuple[int, ...], default: int = 1) -> int:
+    """1 or -1: the axis of a layer's output [R, ...] that holds its channels.
+
+    By the layer's last part that has an attribute with its number of features; convolutions and
+    batch norms have them on axis 1 where both axes fit.
+    """
+    for part in reversed(list(layer.modules())):
+        early = _number(part, "out_channels", "num_channels", "num_features")
+        late = _number(part, "out_features", "embed_dim", "embedding_dim", "hidden_size")
+        if late is None and isinstance(part, nn.LayerNorm) and len(part.normalized_shape) == 1:
+            late = part.normalized_shape[0]
+        features = early if late is None else late
+        fits = [axis for axis in (1, -1) if shape[axis] == features]
+        if fits:
+            return fits[0] if early is not None else fits[-1]
+    return default
+
+
+def _number(part: nn.Module, *names: str) -> int | None:
+    values = [getattr(part, name, None) for name in names]
+    return next((one for one in values if isinstance(one, int)), None)
+
+
+# Values at layers, by hooks.
 
 
 @contextmanager
 def hooked(
     layers: Sequence[Layer], seen: Callable[[int, Any], Any], *, of_input: bool = False
 ) -> Iterator[None]:
-    """Inside, `seen(number, value)` gets what each layer gives, or what it takes, and answers what
-    goes on instead (None: as it is). Runs of other threads pass by; nothing stays behind.
+    """Inside, `seen(number, value)` gets the output of each layer, or its input, and returns the
+    value to go on with (None: as it is). Runs of other threads pass by; nothing stays behind.
     """
     thread, calls = threading.get_ident(), [0] * len(layers)
 
-    def meant(number: int) -> bool:
+    def applies(number: int) -> bool:
         """Whether this call of the layer is the one that is asked for."""
         if threading.get_ident() != thread:
             return False
@@ -148,20 +180,20 @@ def hooked(
 
     def after(number: int) -> Callable[..., Any]:
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            return seen(number, output) if meant(number) else None
+            return seen(number, output) if applies(number) else None
 
         return hook
 
     def before(number: int) -> Callable[..., Any]:
         # While a hook comes or goes, PyTorch calls it without keywords in other threads.
         def hook(_: nn.Module, args: Any, kwargs: Any = None) -> Any:
-            if not meant(number):
+            if not applies(number):
                 return None
             if not floats_at(args):
                 return seen(number, (args, kwargs))
-            # What comes by name beside it is masks and the like.
-            found = seen(number, args)
-            return None if found is None else (found, kwargs)
+            # Keyword arguments beside it are masks and the like.
+            changed = seen(number, args)
+            return None if changed is None else (changed, kwargs)
 
         return hook
 
@@ -175,42 +207,87 @@ def hooked(
         yield
 
 
+def _hooked_once(
+    layers: Sequence[Layer],
+    seen: Callable[[int, Any], Any],
+    of_input: bool,
+    call: Callable[[], Any],
+) -> Any:
+    """What `call` returns, in which each layer runs once; `seen` as in `hooked`."""
+    ran: set[int] = set()
+
+    def once(number: int, value: Any) -> Any:
+        if number in ran:
+            raise RepeatedLayerError(
+                f"at: the layer {kind_of(layers[number])} runs more than once for one input, so it "
+                "has no single output; name a layer that runs once, such as the one around it, or "
+                "one of its calls ('name:0' is the first); where it runs once for each of several "
+                "inputs, explain one of these by a function of it alone, what the model makes of "
+                "the others given through forward_args"
+            )
+        ran.add(number)
+        return seen(number, value)
+
+    with hooked(layers, once, of_input=of_input):
+        raw = call()
+    for number, layer in enumerate(layers):
+        if number not in ran:
+            often = " as often" if isinstance(layer, OneCall) else ""
+            raise ModelError(
+                f"at: the layer {kind_of(layer)} did not run{often} when the model did; name one "
+                "that the model calls for these inputs"
+            )
+    return raw
+
+
 def tensors_at(value: Any) -> list[Tensor]:
-    """The tensors in what a layer takes or gives: those of a tuple itself, without the states that
-    recurrent layers give in a tuple of their own, or, where it has none, all within it.
+    """The tensors in a layer's input or output: those of a tuple itself, without the states that
+    recurrent layers return in a tuple of their own, or, where it has none, all within it.
     """
     parts = value if isinstance(value, (tuple, list)) else [value]
     own = [one for one in parts if isinstance(one, Tensor)]
-    return own or [one for one in tree_flatten(value)[0] if isinstance(one, Tensor)]
+    return own or [one for one in tree_leaves(value) if isinstance(one, Tensor)]
 
 
 def floats_at(value: Any) -> list[Tensor]:
-    """The floating tensors in what a layer takes or gives, which points can take the place of."""
+    """The floating tensors in a layer's input or output, which points can take the place of."""
     return [one for one in tensors_at(value) if one.is_floating_point()]
 
 
-def with_floats(value: Any, found: Sequence[Tensor]) -> Any:
+def with_floats(value: Any, others: Sequence[Tensor]) -> Any:
     """`value` with those tensors replaced, in their order."""
-    pairs = zip(map(id, floats_at(value)), found, strict=True)
     instead: dict[int, list[Tensor]] = {}
-    for key, one in pairs:
-        instead.setdefault(key, []).append(one)
-    flat, tree = tree_flatten(value)
-    changed = [instead[id(one)].pop(0) if instead.get(id(one)) else one for one in flat]
-    return tree_unflatten(changed, tree)
+    for one, other in zip(floats_at(value), others, strict=True):
+        instead.setdefault(id(one), []).append(other)
+    return tree_map(lambda one: instead[id(one)].pop(0) if instead.get(id(one)) else one, value)
+
+
+class Taps(Protocol):
+    """Tensors inside of a model at which gradients are taken."""
+
+    def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+        """What `call` returns, and the tapped tensors [R, *], on autograd's graph."""
+
+    def look(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
+        """Before the first run: finds what to tap, by runs of the model with one row."""
+
+    def need(self, reached: Sequence[bool]) -> None:
+        """Raises ModelError where a tap has no gradient; reached: of each tensor."""
 
 
 @dataclass(frozen=True)
 class LayerTaps:
-    """What layers give, or take, as taps: one for each tensor of each layer."""
+    """The outputs of layers, or their inputs, as taps: one for each tensor of each layer.
+
+    counts: how many tensors each layer had in the last run.
+    """
 
     layers: tuple[Layer, ...]
     of_input: bool = False
     counts: list[int] = field(default_factory=list, compare=False)
-    """How many tensors each layer had in the last run."""
 
     def look(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
-        """Layers are named: nothing is to be found."""
+        """Layers are named: there is nothing to find."""
 
     def need(self, reached: Sequence[bool]) -> None:
         """Raises ModelError where the score depends on none of a layer's tensors."""
@@ -220,37 +297,42 @@ class LayerTaps:
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tensors at the layers."""
-        found: dict[int, list[Tensor]] = {}
+        tapped: dict[int, list[Tensor]] = {}
 
         def seen(number: int, value: Any) -> Any:
-            _need_once(self.layers[number], number in found)
-            # A mode may be watching the model's calls; these are none of them.
-            with torch._C.DisableTorchFunction(), torch.enable_grad():
-                # The first tap cuts the graph: nothing before it is kept for a way back. A later
-                # one may depend on it.
-                own = [
-                    one if any(found.values()) and one.requires_grad else _leaf(one)
+            # These calls are not the model's, for whichever mode follows its calls.
+            with WithoutFunctionModes(), torch.enable_grad():
+                # The first tap cuts the graph: nothing before it is kept for the backward pass. A
+                # later one may depend on it.
+                later = any(tapped.values())
+                tapped[number] = [
+                    one if later and one.requires_grad else one.detach().clone().requires_grad_()
                     for one in floats_at(value)
                 ]
-                found[number] = own
-                # The model may go on to overwrite what it gets.
-                return with_floats(value, [one.clone() for one in own])
+                # The model may go on to overwrite its tensors.
+                return with_floats(value, [one.clone() for one in tapped[number]])
 
-        with hooked(self.layers, seen, of_input=self.of_input):
-            raw = call()
-        several = [found[number] for number in _all_of(self.layers, found)]
+        raw = _hooked_once(self.layers, seen, self.of_input, call)
+        several = [tapped[number] for number in range(len(self.layers))]
         self.counts[:] = map(len, several)
         return raw, [one for own in several for one in own]
 
 
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_()
+def need_reached(layers: Sequence[Layer], reached: Sequence[bool]) -> None:
+    """Raises ModelError where gradients reach none of a layer's tensors."""
+    for layer, one in zip(layers, reached, strict=True):
+        if not one:
+            raise ModelError(
+                f"at: the explained score does not depend on the layer {kind_of(layer)}: it "
+                "ran, and no gradient reaches it, as of an auxiliary head that another output is "
+                "for, or a layer whose result is detached; name one that the score is made from"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class Downstream:
-    """What comes behind layers, as a model of its own: `behind(*points, *inputs, **kwargs)` is what
-    the model says of its inputs with `points` in the place of what the layers give (or take).
+    """The function behind layers, as a model of its own: `downstream(*points, *inputs, **kwargs)`
+    is the model's output for its inputs with `points` as the layers' outputs (or inputs).
 
     counts: tensors of each layer.
     """
@@ -263,38 +345,31 @@ class Downstream:
     def __call__(self, *values: Any, **kwargs: Any) -> Any:
         count = sum(self.counts)
         points, inputs = values[:count], values[count:]
-        found: dict[int, bool] = {}
 
         def seen(number: int, value: Any) -> Any:
-            _need_once(self.layers[number], number in found)
-            found[number] = True
             first = sum(self.counts[:number])
             return with_floats(value, points[first : first + self.counts[number]])
 
-        with hooked(self.layers, seen, of_input=self.of_input):
-            raw = self.model(*inputs, **kwargs)
-        _all_of(self.layers, found)
-        return raw
+        run = partial(self.model, *inputs, **kwargs)
+        return _hooked_once(self.layers, seen, self.of_input, run)
 
 
 @dataclass
 class Read:
-    """What layers gave, or took, in one run: per layer its tensors."""
+    """The outputs of layers, or their inputs, in one run: per layer its tensors."""
 
     layers: tuple[Layer, ...]
     of_input: bool = False
-    found: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def run(self, call: Callable[[], Any]) -> list[Inputs]:
         """The tensors at the layers while `call` runs, as plain copies."""
+        values: list[Inputs] = [()] * len(self.layers)
 
         def seen(number: int, value: Any) -> None:
-            _need_once(self.layers[number], number in self.found)
-            self.found[number] = [one.detach().clone() for one in floats_at(value)]
+            values[number] = tuple(one.detach().clone() for one in floats_at(value))
 
-        with hooked(self.layers, seen, of_input=self.of_input), torch.no_grad():
-            call()
-        values = [tuple(self.found[number]) for number in _all_of(self.layers, self.found)]
+        with torch.no_grad():
+            _hooked_once(self.layers, seen, self.of_input, call)
         for layer, own in zip(self.layers, values, strict=True):
             if not own:
                 side = "takes" if self.of_input else "gives"
@@ -305,34 +380,358 @@ class Read:
         return values
 
 
-def _all_of(layers: Sequence[Layer], found: Mapping[int, object]) -> range:
-    for number, layer in enumerate(layers):
-        if number not in found:
-            often = " as often" if isinstance(layer, OneCall) else ""
-            raise ModelError(
-                f"at: the layer {kind_of(layer)} did not run{often} when the model did; name one "
-                "that the model calls for these inputs"
-            )
-    return range(len(layers))
+# The tables of the explained tokens.
 
 
-def _need_once(layer: Layer, again: bool) -> None:
-    if again:
-        raise RepeatedLayerError(
-            f"at: the layer {kind_of(layer)} runs more than once for one input, so it has no "
-            "single output; name a layer that runs once, such as the one around it, or one of its "
-            "calls ('name:0' is the first); where it runs once for each of several inputs, explain "
-            "one of these by a function of it alone, what the model makes of the others given "
-            "through forward_args"
+@dataclass(frozen=True)
+class Lookup:
+    """One call of a table with ids that come from the explained input.
+
+    several: whether the table runs more than once.
+    """
+
+    table: nn.Module
+    call: int
+    ids: Tensor
+    several: bool = False
+
+    @property
+    def layer(self) -> Layer:
+        """The table, or the one of its calls."""
+        return OneCall(self.table, self.call) if self.several else self.table
+
+
+def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> list[Lookup]:
+    """The calls of embedding tables in `run` whose ids are numbers of `inputs`, however these were
+    cut, moved, added to or cast; not tables of positions or of types, whose ids follow from shapes
+    or from comparisons alone.
+
+    Raises InputError where there is none.
+    """
+    module = module_of(model)
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    tables: list[nn.Module] = [one for one in module.modules() if isinstance(one, kinds)]
+    named = getattr(module, "get_input_embeddings", None)
+    own = named() if callable(named) else None
+    if isinstance(own, nn.Module) and not any(one is own for one in tables):
+        tables.append(own)
+    if not tables:
+        raise InputError(
+            "at='embeddings': the model has no torch.nn.Embedding and no get_input_embeddings(); "
+            "name the layer that makes vectors of tokens"
+        )
+    mode, calls, counts = _FollowIds(inputs), list[Lookup](), [0] * len(tables)
+
+    def before(number: int, given: Any) -> None:
+        mode.given.append(_tensors(given)[:1])
+        mode.looked_up.append([])
+
+    def after(number: int, _: Any) -> None:
+        # Tables of positions may be passed the tokens for the sake of their number.
+        given, ids = mode.given.pop(), mode.looked_up.pop()
+        own = [one for one in ids or given if mode.follows(one)]
+        calls.extend(Lookup(tables[number], counts[number], one.detach()) for one in own[:1])
+        counts[number] += 1
+
+    with torch.no_grad(), hooked(tables, before, of_input=True), hooked(tables, after), mode:
+        run()
+    if not calls:
+        names = ", ".join(map(repr, names_of(model, tables)))
+        raise InputError(
+            f"at='embeddings': no table of the model gets ids from the explained input: it has "
+            f"{names}; name the layer that makes vectors of the input"
+        )
+    often = {id(table) for table, count in zip(tables, counts, strict=True) if count > 1}
+    return [replace(one, several=id(one.table) in often) for one in calls]
+
+
+def embeddings(
+    model: object, run: Callable[[], Any], inputs: Sequence[Tensor]
+) -> tuple[Layer, ...]:
+    """The layers that `at="embeddings"` means, in the order in which they run."""
+    return tuple(one.layer for one in lookups(model, run, inputs))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+
+
+class _FollowIds(FunctionMode):
+    """Follows numbers of some tensors through the calls of a model.
+
+    By identity, with weak references: activations are let go of as they would be. given, looked_up:
+    of each table at work, the tensor that it was passed, and the ids that it looks up.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.given: list[list[Tensor]] = []
+        self.looked_up: list[list[Tensor]] = []
+        self._followed = {id(one): weakref.ref(one) for one in inputs}
+
+    def opens(self, func: FunctionType) -> bool:
+        """A function is one step from its arguments to its results."""
+        return False
+
+    def follows(self, value: object) -> bool:
+        """Whether a tensor holds numbers of the inputs, or numbers made from them."""
+        reference = self._followed.get(id(value))
+        return reference is not None and reference() is value
+
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("embedding", "embedding_bag") and self.looked_up:
+            given = _tensors((args, kwargs))
+            self.looked_up[-1] += [one for one in given if not one.is_floating_point()]
+        result = func(*args, **kwargs)
+        sources = args[:1] if name in _FIRST else (args, kwargs)
+        if any(part in name for part in _SHAPES) or not any(map(self.follows, _tensors(sources))):
+            return result
+        made = _tensors(result)
+        if name in ("__setitem__", "copy_") or (name.endswith("_") and not name.endswith("__")):
+            made += [one for one in args[:1] if isinstance(one, Tensor)]
+        # The result of a comparison is no number of the input's any more.
+        self._followed |= {id(one): weakref.ref(one) for one in made if one.dtype != torch.bool}
+        return result
+
+
+# The last layer with spatial output.
+
+
+def last_spatial(model: object, run: Run, examples: int) -> tuple[nn.Module, bool]:
+    """The last module in order of execution with spatial output that lies between the explained
+    inputs and the explained score, and whether it does for every score that the output holds.
+
+    Spatial is an output [R, C, *s], [R, *s, C] or of tokens [R, T, C], with more than one position
+    and more than one channel. Left out are pooled maps (the paper's layer is the last
+    convolution's, before its resolution is lost); modules that run more than once; modules that
+    return several tensors, of which the rest of the model may read another, where others are; and,
+    where the model's own output is spatial (segmentation), maps of as many channels as it has.
+    Tokens are taken from before the last module that mixes them (attention, a recurrence): after
+    it, the head of a class token reads no other token. The first norm of a ViT's last block,
+    therefore. Auxiliary heads and the towers of other inputs are left out by proof: a module counts
+    if its output differs for other inputs, and if scores differ where its output is changed.
+
+    Raises InputError where there is none, with the last outputs that there are.
+    """
+    watch = _Watch(module_of(model))
+    modules = watch.modules
+    with torch.no_grad():
+        begin = hooked(modules, watch.begin, of_input=True)
+        with begin, hooked(modules, watch.end), _Attention(watch):
+            raw, scores = run(0, None)
+        before = watch.digests.copy()
+        with hooked(modules, watch.digest):
+            run(0, noisy)
+        varying = {one for one, value in watch.digests.items() if value != before.get(one)}
+        shown = _shown(raw)
+        candidates = watch.candidates(shown, varying)
+        proof = _Proof(run, examples, shown, scores)
+        while candidates:
+            module = watch.last(candidates, varying)
+            if (reached := proof.of(module)) is not None:
+                return module, reached
+            candidates = [one for one in candidates if one.module is not module]
+    raise watch.none(tried=True)
+
+
+def _shown(raw: Any) -> Tensor | None:
+    """The tensor that is explained in a model's output, as a rule."""
+    explained = read_of(raw)
+    return next(iter(tensors_of(raw)), None) if explained is None else explained
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Whether all numbers differ; NaN differs."""
+    return a.shape != b.shape or bool((a != b).all())
+
+
+def noisy(x: Tensor) -> Tensor:
+    """Other values of the same kind and range."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    if x.is_floating_point() or x.is_complex():
+        noise = torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu")
+        size = x.abs().max().nan_to_num(1.0) + 1
+        return x.nan_to_num() + (noise.to(x.device, x.real.dtype) - 0.5) * size
+    if x.dtype == torch.bool or x.numel() == 0:
+        return ~x if x.dtype == torch.bool else x
+    low, high = int(x.min()), int(x.max())
+    drawn = torch.randint(low, high + 1, x.shape, generator=generator, device="cpu")
+    return drawn.to(x.device, x.dtype)
+
+
+@dataclass
+class _Proof:
+    """Shows which modules the scores depend on: they differ where a module's output is changed.
+
+    shown, scores: the model's output and the score of the first example as they are.
+    """
+
+    run: Run
+    examples: int
+    shown: Tensor | None
+    scores: Tensor
+
+    def of(self, module: nn.Module) -> bool | None:
+        """Whether every number of the output depends on a module; None where a score does not."""
+        raw, scores = self._changed(module, 0)
+        if not _differ(scores, self.scores):
+            return None
+        shown = _shown(raw)
+        if shown is None or self.shown is None or _differ(shown, self.shown):
+            return True
+        for number in range(1, self.examples):
+            if not _differ(self.run(number, None)[1], self._changed(module, number)[1]):
+                return None
+        return False
+
+    def _changed(self, module: nn.Module, number: int) -> tuple[Any, Tensor]:
+        def change(_: int, output: Any) -> Any:
+            return with_floats(output, [noisy(one) for one in floats_at(output)])
+
+        try:
+            with hooked((module,), change):
+                return self.run(number, None)
+        except Exception:
+            # A model that cannot run with other values depends on them.
+            return None, self.scores * torch.nan
+
+
+@dataclass
+class _Output:
+    """A module's output: when it was ready, its shape, the axis of its channels, and whether the
+    module returned one tensor.
+    """
+
+    module: nn.Module
+    time: int
+    shape: tuple[int, ...]
+    axis: int
+    alone: bool
+
+    @property
+    def channels(self) -> int:
+        return self.shape[self.axis]
+
+
+class _Watch:
+    """What the modules of one forward pass did.
+
+    stack: modules at work, and since when; mixing: when which module mixed tokens; digests: numbers
+    that differ where outputs do; rows: of the model's input; pooled: the last pooled map.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root, self.modules = root, list(root.modules())
+        self.stack: list[tuple[nn.Module, int]] = []
+        self.calls: dict[nn.Module, int] = {}
+        self.outputs: list[_Output] = []
+        self.shapes: dict[nn.Module, list[int]] = {}
+        self.mixing: list[tuple[int, nn.Module]] = []
+        self.digests: dict[nn.Module, tuple[float, ...]] = {}
+        self.time = 0
+        self.rows: int | None = None
+        self.pooled: Tensor | None = None
+
+    def mixes(self) -> None:
+        """Tokens are mixed by the innermost module at work; a softmax module works for its own."""
+        at_work = [at for at in self.stack if not isinstance(at[0], nn.Softmax)]
+        if at_work:
+            self.mixing.append((at_work[-1][1], at_work[-1][0]))
+
+    def digest(self, number: int, output: Any) -> None:
+        """Hook of a module's output: keeps numbers that differ where outputs do."""
+        tensors = tensors_of(output)
+        if not tensors:
+            return
+        flat, digest = tensors[0].detach().flatten(), tuple[float, ...]()
+        if flat.numel() and not flat.is_complex():
+            flat = flat.double()
+            waves = torch.arange(flat.numel(), device=flat.device, dtype=torch.float64).cos_()
+            digest = tuple(torch.stack([flat.sum(), flat.square().sum(), flat @ waves]).tolist())
+        self.digests[self.modules[number]] = digest
+
+    def begin(self, number: int, given: Any) -> None:
+        """Hook of a module's input."""
+        module, self.time = self.modules[number], self.time + 1
+        if module is self.root and (tensors := tensors_of(given)):
+            self.rows = len(tensors[0]) if tensors[0].dim() else None
+        self.stack.append((module, self.time))
+        if isinstance(module, nn.RNNBase):
+            self.mixes()
+
+    def end(self, number: int, output: Any) -> None:
+        """Hook of a module's output."""
+        module, self.time = self.modules[number], self.time + 1
+        self.stack.pop()
+        self.calls[module] = self.calls.get(module, 0) + 1
+        tensors = tensors_of(output)
+        if not tensors or module is self.root:
+            return
+        tensor, shape = tensors[0], tuple(tensors[0].shape)
+        self.digest(number, output)
+        self.shapes[module] = list(shape)
+        if isinstance(module, _POOLS):
+            self.pooled = tensor
+        if tensor is self.pooled or len(shape) < 3 or self.rows not in (None, shape[0]):
+            return
+        # After attention, an output that fits both layouts is taken for tokens.
+        axis = channel_axis(module, shape, 1 if not self.mixing or len(shape) > 3 else -1)
+        space = shape[1:-1] if axis == -1 else shape[2:]
+        if max(space) > 1 and shape[axis] > 1:
+            self.outputs.append(_Output(module, self.time, shape, axis, len(tensors) == 1))
+
+    def candidates(self, raw: Tensor | None, varying: Collection[nn.Module]) -> list[_Output]:
+        """Outputs that may be meant by `layer="auto"`, of a model that returned `raw`. varying:
+        modules whose output differs for other inputs.
+        """
+        outputs = [one for one in self.outputs if self.calls[one.module] == 1]
+        if raw is not None and raw.dim() >= 3:
+            classes = {raw.shape[1], raw.shape[-1 if raw.dim() == 3 else 1]}
+            outputs = [one for one in outputs if one.channels not in classes]
+        outputs = [one for one in outputs if one.alone] or outputs
+        if not outputs:
+            raise self.none()
+        # Inputs with one possible value show nothing.
+        return [one for one in outputs if one.module in varying] or outputs
+
+    def last(self, outputs: list[_Output], varying: Collection[nn.Module]) -> nn.Module:
+        """The last of the candidates, of tokens before the last attention among those inputs."""
+        mixing = [time for time, module in self.mixing if module in varying]
+        if outputs[-1].axis == -1 and len(outputs[-1].shape) == 3 and mixing:
+            outputs = [one for one in outputs if one.time < mixing[-1]] or outputs
+        return outputs[-1].module
+
+    def none(self, *, tried: bool = False) -> InputError:
+        """The error where no module will do."""
+        names = {module: name for name, module in self.root.named_modules()}
+        last = list(self.shapes.items())[-_OUTPUTS:]
+        shown = ", ".join(f"{names[module]} {shape}" for module, shape in last) or "none"
+        again = {names[one.module]: None for one in self.outputs if self.calls[one.module] > 1}
+        more = f"; {', '.join(again)} run more than once" if again else ""
+        spatial = ", [B, C, *spatial] or tokens [B, T, C]"
+        lacking = " that the explained scores depend on" if tried else spatial
+        return InputError(
+            f'layer="auto" found no layer with spatial output{lacking}: the last outputs are '
+            f"{shown}{more}; pass the layer itself"
         )
 
 
-def need_reached(layers: Sequence[Layer], reached: Sequence[bool]) -> None:
-    """Raises ModelError where gradients reach none of a layer's tensors."""
-    for layer, one in zip(layers, reached, strict=True):
-        if not one:
-            raise ModelError(
-                f"at: the explained score does not depend on the layer {kind_of(layer)}: it "
-                "ran, and no gradient reaches it, as of an auxiliary head that another output is "
-                "for, or a layer whose result is detached; name one that the score is made from"
-            )
+class _Attention(FunctionMode):
+    """Reports attention to a watch: by its own functions, or a softmax over [T, T]."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def opens(self, func: FunctionType) -> bool:
+        """Functions are recognised by their own names."""
+        return False
+
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        name = getattr(func, "__name__", "")
+        shape = args[0].shape if args and isinstance(args[0], Tensor) else ()
+        square = len(shape) >= 3 and shape[-1] == shape[-2] > 1
+        if "attention" in name or "transformer" in name or (name == "softmax" and square):
+            self._watch.mixes()
+        return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Pack: points of several calls as one launch, whose targets and arguments are each call's own."""
+"""Points of several calls as one launch, each with the targets and arguments of its own call."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from saliency_fast.model.function import NO_GRADIENT, PointFunction
 class Pack:
     """Takes the place of `Targets` where the rows of a launch belong to several functions.
 
-    Each function reads its own rows of the model's output, as it would alone. What goes wrong for
-    one of them is kept in `errors`, and its rows count nothing.
+    Each function reads its own rows of the model's output, as it would alone. An exception of one
+    of them is kept in `errors`, by its number, and its rows have scores 0.
     """
 
     functions: Sequence[PointFunction]
@@ -35,23 +35,23 @@ class Pack:
 
     @cached_property
     def batch(self) -> int:
-        """Rows are examples of their own here."""
+        """The number of rows: each is an example of its own."""
         return sum(self.sizes)
 
     def check(self, raw: Any, item: Tensor) -> torch.Size | None:
-        """Nothing: each function checks what is its own, in `read`."""
+        """Does nothing: each function checks its own rows, in `read`."""
         return None
 
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, None]:
         """Scores [R, K] of all rows."""
-        found, start = [], 0
+        several, start = [], 0
         for number, (function, own) in enumerate(zip(self.functions, self.items, strict=True)):
             part = slice(start, start + own.numel())
             start = part.stop
             scores, classes = self._own(number, function, own, rows_of(raw, part, self.batch))
-            found.append(scores)
+            several.append(scores)
             self.classes.append(classes)
-        return torch.cat(found), None
+        return torch.cat(several), None
 
     def _own(
         self, number: int, function: PointFunction, item: Tensor, raw: Any
@@ -72,29 +72,23 @@ def packed(
 ) -> tuple[PointFunction, Inputs, Tensor, Pack]:
     """(function, points, item, pack): several functions of one kind as one, on all their points."""
     first, pack = functions[0], Pack(functions, items)
-    own = [function.rows(item) for function, item in zip(functions, items, strict=True)]
+    rows = [function.rows(item) for function, item in zip(functions, items, strict=True)]
 
-    def joined_rows(key: int | str, value: Any, parts: list[Any]) -> Any:
+    def joined(key: int | str, value: Any, parts: list[Any]) -> Any:
         return torch.cat(parts) if first.follows(key, value) else value
 
-    args = tuple(
-        joined_rows(n, value, [one[0][n] for one in own]) for n, value in enumerate(first.args)
-    )
-    kwargs = {
-        name: joined_rows(name, value, [one[1][name] for one in own])
-        for name, value in first.kwargs.items()
-    }
-    scales = [
-        torch.full((size,), function.scale, device="cpu")
-        for function, size in zip(functions, pack.sizes, strict=True)
-    ]
-    scaled = any(function.scale != 1.0 for function in functions)
-    scale: Any = torch.cat(scales).to(items[0].device) if scaled else 1.0
-    # A pack does for its rows what targets do.
+    args = tuple(joined(n, one, [own[n] for own, _ in rows]) for n, one in enumerate(first.args))
+    kwargs = {n: joined(n, one, [own[n] for _, own in rows]) for n, one in first.kwargs.items()}
+    scale: Any = 1.0
+    if any(function.scale != 1.0 for function in functions):
+        pairs = zip(functions, pack.sizes, strict=True)
+        scales = [torch.full((size,), one.scale, device="cpu") for one, size in pairs]
+        scale = torch.cat(scales).to(items[0].device)
+    # A pack reads its rows as targets do.
     targets: Any = pack
     together = replace(first, targets=targets, args=args, kwargs=kwargs, scale=scale)
-    joined = tuple(torch.cat(parts) for parts in zip(*points, strict=True))
-    return together, joined, torch.arange(pack.batch, device=items[0].device), pack
+    several = tuple(torch.cat(parts) for parts in zip(*points, strict=True))
+    return together, several, torch.arange(pack.batch, device=items[0].device), pack
 
 
 def alike(function: PointFunction) -> tuple[object, ...]:

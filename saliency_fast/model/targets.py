@@ -1,22 +1,81 @@
-"""Targets: which scalar of the model's output is explained, per example."""
+"""Targets: which scalar of the model's output is explained, per example.
+
+Positions in sequences are counted among each text's own tokens, so that the padding of a batch does
+not change which token a target names.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError, ModelError
 from saliency_fast.model.casts import cast
 from saliency_fast.model.failures import BY_ARGUMENT, BY_EXAMPLE, TARGET, Failing
-from saliency_fast.model.padding import Padding, padding_of, read_mask
-from saliency_fast.model.positions import PREDICTED as PREDICTED
-from saliency_fast.model.positions import NextToken, own_tokens, token_axis
+
+PREDICTED = "predicted"
+NAME, POSITION = "example", "position"
+"""How a target function takes the indices of the rows' examples."""
+CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Relative difference up to which scores of equal rows are equal, to rounding."""
+CLOSE_IN_HALF = 1e-2
+REAL = ("decoder_attention_mask", "attention_mask")
+"""Arguments [B, T] that are true, or 1, at a text's own tokens."""
+ABSENT = ("key_padding_mask", "src_key_padding_mask")
+"""PyTorch's own, which are true at padding."""
+DECODED = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask")
+"""With these, the output's sequence is the decoder's and not that of the inputs."""
+CURE = (
+    "pass the mask, 1 at a text's own tokens and 0 at padding, as "
+    "forward_kwargs={'attention_mask': ...}, or as sf.NextToken(token, position, mask=...)"
+)
+_EACH = (
+    "read each row of the output by itself, such as target=lambda output: output[:, 1], without a "
+    "sum or a mean over the rows"
+)
+_PARTS = (
+    "; one result of the whole batch cannot be explained row by row: where the rows are parts of "
+    "one input, such as the nodes of a graph, use rows='together' and a target function that reads "
+    "one number, such as target=lambda output: output[0, 1]"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class NextToken:
+    """A target: the score that a language model gives to the next token, from outputs [B, T, V].
+
+    Args:
+        token: "predicted", the token that is most likely at the inputs; a token id; one id per
+            text; [B, K] ids for K maps of each text; or, in `explain_tokens`, the token's text.
+        position: Behind which of a text's tokens it would follow, an int or one per text [B].
+            Padding does not count: -1 is a text's last token, 0 its first, on whichever side
+            padding is.
+        mask: bool, or 0 and 1, [B, T], true at a text's own tokens. None: the model's
+            attention_mask, among the further arguments of the call; none there is no padding.
+
+    Raises:
+        InputTypeError: If mask is no tensor.
+
+    Example:
+        >>> NextToken(token=7, position=-2)
+        NextToken(token=7, position=-2, mask=None)
+    """
+
+    token: Any = PREDICTED
+    position: Any = -1
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and not isinstance(self.mask, Tensor):
+            raise InputTypeError(
+                f"NextToken: mask must be a tensor [B, T]: got {type(self.mask).__name__}"
+            )
 
 
 @runtime_checkable
@@ -27,7 +86,7 @@ class Reader(Protocol):
     def count(self) -> int: ...
 
     def read(self, raw: Any, item: Tensor) -> Tensor:
-        """Scores [R, count] of the rows of examples `item` [R], from what the model returned."""
+        """Scores [R, count] of the rows of examples `item` [R], from the model's output."""
 
 
 Target = (
@@ -43,35 +102,110 @@ Target = (
     | Reader
     | None
 )
-NAME, POSITION = "example", "position"
-"""How a target function takes the indices of the rows' examples."""
-PLACES = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Relative difference up to which scores of equal rows are equal, to rounding; 1e-2 in half types.
-"""
 
-_EACH = (
-    "read each row of the output by itself, such as target=lambda output: output[:, 1], without a "
-    "sum or a mean over the rows"
-)
-_PARTS = (
-    "; one result of the whole batch cannot be explained row by row: where the rows are parts of "
-    "one input, such as the nodes of a graph, use rows='together' and a target function that reads "
-    "one number, such as target=lambda output: output[0, 1]"
-)
+
+@dataclass(frozen=True)
+class Padding:
+    """Which tokens of a call's sequences are padding.
+
+    Attributes:
+        real: bool [B, T], true at a text's own tokens; None where no text has padding.
+        doubt: Why it is unknown where texts end, or "".
+    """
+
+    real: Tensor | None = None
+    doubt: str = ""
+
+    def to(self, device: torch.device) -> Padding:
+        """The same on a device."""
+        return self if self.real is None else Padding(self.real.to(device), self.doubt)
+
+    def places(self, position: Tensor, length: int) -> Tensor:
+        """The indices int64 [B] of positions in outputs of `length` tokens.
+
+        Args:
+            position: int64 [B], counted among each text's own tokens; negative from the last.
+            length: T, of the output.
+
+        Raises:
+            InputError: Where a text is too short, or padding is unknown and matters.
+        """
+        if self.real is None:
+            if self.doubt and bool((position < 0).any()):
+                raise InputError(f"target: {self.doubt}; {CURE}")
+            index = torch.where(position < 0, position + length, position)
+            counts = torch.full_like(position, length)
+        else:
+            self.need_length(length)
+            counts = self.real.sum(1)
+            wanted = torch.where(position < 0, position + counts, position)
+            at = self.real & (self.real.cumsum(1) == wanted[:, None] + 1)
+            index = torch.where(at.any(1), at.int().argmax(1), -1)
+        outside = (index < 0) | (index >= length)
+        if bool(outside.any()):
+            text = int(outside.nonzero()[0])
+            raise InputError(
+                f"target out of range: got position {int(position[text])}, and example {text} has "
+                f"{int(counts[text])} tokens"
+            )
+        return index
+
+    def need_length(self, length: int) -> None:
+        """Raises InputError where the output's sequences are not of the mask's length."""
+        if self.real is not None and self.real.shape[1] != length:
+            raise InputError(
+                f"target: the output has {length} places and the attention mask "
+                f"{self.real.shape[1]}, so that it is not known where texts end in the output; "
+                "pass sf.NextToken(token, position, mask=...) with a mask of the output's length"
+            )
+
+    def axis(self, shape: torch.Size, index: Any) -> int | None:
+        """The axis of an example's output along which positions are counted without padding; None
+        where there is none, or no text has padding.
+
+        Raises InputError where an output may or may not be a sequence, and it matters.
+        """
+        if self.real is None:
+            if self.doubt and len(shape) > 1 and _from_the_end(index):
+                raise InputError(f"target: {self.doubt}; {CURE}")
+            return None
+        length = self.real.shape[1]
+        axes = [axis for axis, size in enumerate(shape) if size == length]
+        if len(shape) > 1 and (axes[:1] == [0] or len(axes) == 1):
+            return axes[0]
+        left = not bool(self.real[:, 0].all())
+        if len(shape) > 1 and (_from_the_end(index) or (left and axes)):
+            self.need_length(shape[0])
+        if len(shape) == 1 and axes and (left or _from_the_end(index)):
+            raise InputError(
+                f"target: the output has {length} numbers per example, as many as its texts have "
+                "places, which may be classes or tokens: pass a class as an int, and for the "
+                "number of a token a function of the output"
+            )
+        return None
 
 
 @dataclass(frozen=True)
 class Targets:
     """K scalars per example, read from the output of a batch of points.
 
-    `classes` int64 [B, K] names columns of an output [R, C]; `places` int64 [B, D] names one
-    element of an output [R, ...] per example; `index` is a tuple into the output behind its batch
-    axis, summed over what it leaves; `mask` weights what `index` leaves; `function` is the user's
-    own, called with the output and, where `example` says how, the indices int64 [R] of the examples
-    that the rows belong to. All of them None is the scalar output. `predicted` waits for the first
-    forward pass at the inputs. `position` int64 [B]: which place of an output [R, T, V] is read as
-    one [R, V]; negative from the last. Positions are counted among tokens that are no padding,
-    which `padding` tells of; `masked`: by the user's own mask.
+    All of the first six attributes None is the scalar output.
+
+    Attributes:
+        batch: B, the number of examples.
+        classes: int64 [B, K], columns of an output [R, C].
+        places: int64 [B, D], one element of an output [R, ...] per example.
+        index: A tuple into the output behind its batch axis; the rest is summed.
+        mask: Weights of what `index` selects.
+        function: The user's own, called with the output and, as `example` says, with the indices
+            int64 [R] of the examples that the rows belong to.
+        example: `NAME`, `POSITION` or "".
+        predicted: Whether classes wait for the first forward pass at the inputs.
+        many: Whether K is an axis of the result.
+        position: int64 [B], the token of an output [R, T, V] that is read as one [R, V]; negative
+            from the last.
+        padding: What positions are counted without.
+        masked: Whether the user gave the mask of the padding.
     """
 
     batch: int
@@ -103,20 +237,21 @@ class Targets:
         }
         return replace(self, **moved, padding=self.padding.to(device))
 
-    @property
-    def counts(self) -> bool:
-        """Whether it names places of a sequence, so that padding matters."""
-        return self.position is not None or self.places is not None or bool(self.index)
-
     def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] of the rows of examples `item` [R], and the classes [R, K] chosen."""
         if self.function is not None:
             return self._call(raw, item), None
         output = tensor_of(raw)
         if output.dim() == 0 or output.shape[0] != item.numel():
-            raise self._wrong_rows(output, item.numel())
+            got = list(output.shape)
+            raise ModelError(
+                f"the model must return one row per input row: got {got} for a batch of "
+                f"{item.numel()}{self._cure(got, item.numel(), BY_ARGUMENT) or _PARTS}"
+            )
         if self.position is not None:
-            output = self._after(output, item)
+            _need_sequence(output.shape[1:])
+            token = self.padding.places(self.position, output.shape[1])
+            output = output[torch.arange(len(item), device=item.device), token[item]]
         if self.predicted and self.classes is None:
             _need_matrix(output, "target='predicted'")
             classes = output.detach().argmax(1, keepdim=True)
@@ -125,7 +260,13 @@ class Targets:
             _need_matrix(output, "an integer target")
             classes = self.classes[item]
             return output.gather(1, classes), classes
-        return self._structured(output, item)[:, None], None
+        if self.places is not None:
+            rows = torch.arange(len(item), device=item.device)
+            # Negative ones count from the last by themselves: recorded launches read no numbers.
+            padded = self.padding.real is not None
+            places = self._placed(output.shape[1:]) if padded else self.places
+            return output[(rows, *places[item].unbind(1))][:, None], None
+        return self._indexed(output, item)[:, None], None
 
     def check(self, raw: Any, item: Tensor) -> torch.Size | None:
         """Raises where classes or indices lie outside the output, or a function depends on where a
@@ -134,7 +275,7 @@ class Targets:
         Returns the shape of an example's output, for `fit`; None where a function reads it.
         """
         if self.function is not None:
-            self._need_any_place(raw, item)
+            self._need_any_row(raw, item)
             return None
         shape = tensor_of(raw).shape[1:]
         self.fit(shape)
@@ -156,34 +297,20 @@ class Targets:
                 )
             self._placed(shape)
 
-    def _after(self, output: Tensor, item: Tensor) -> Tensor:
-        """The outputs [R, V] at the position of each row's example."""
-        assert self.position is not None
-        _need_sequence(output.shape[1:])
-        place = self.padding.places(self.position, output.shape[1])
-        return output[torch.arange(len(item), device=item.device), place[item]]
-
     def _placed(self, shape: torch.Size) -> Tensor:
         """`places` of outputs of that shape, int64 [B, D] from 0."""
         assert self.places is not None
-        axis, found = token_axis(self.padding, shape, self.places), []
-        for number, size in enumerate(shape):
-            column = self.places[:, number]
+        axis, columns = self.padding.axis(shape, self.places), []
+        for number, (column, size) in enumerate(zip(self.places.unbind(1), shape, strict=True)):
             if number == axis:
-                found.append(self.padding.places(column, size))
-                continue
-            _in_range(column, size)
-            found.append(torch.where(column < 0, column + size, column))
-        return torch.stack(found, 1)
+                columns.append(self.padding.places(column, size))
+            else:
+                _in_range(column, size)
+                columns.append(torch.where(column < 0, column + size, column))
+        return torch.stack(columns, 1)
 
-    def _structured(self, output: Tensor, item: Tensor) -> Tensor:
-        if self.places is not None:
-            rows = torch.arange(len(item), device=item.device)
-            places = (
-                self._placed(output.shape[1:]) if self.padding.real is not None else self.places
-            )
-            # Negative ones count from the last by themselves: recorded launches read no numbers.
-            return output[(rows, *places[item].unbind(1))]
+    def _indexed(self, output: Tensor, item: Tensor) -> Tensor:
+        """Sums [R] of what `index` selects."""
         if self.index is None:
             if output[0].numel() != 1:
                 raise InputError(
@@ -194,10 +321,9 @@ class Targets:
             return output.reshape(-1)
         index = self.index
         try:
-            axis = token_axis(self.padding, output.shape[1:], index)
+            axis = self.padding.axis(output.shape[1:], index)
             if axis is not None:
-                whole = self.mask is not None
-                output, index = own_tokens(self.padding, output, item, index, axis, whole=whole)
+                output, index = self._own_tokens(output, item, axis)
             picked = output[(slice(None), *index)]
         except IndexError as error:
             raise InputError(
@@ -214,7 +340,40 @@ class Targets:
             picked = picked * (self.mask if self.mask.shape == shape else self.mask[item])
         return picked.reshape(len(item), -1).sum(1)
 
+    def _own_tokens(
+        self, output: Tensor, item: Tensor, axis: int
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The output, and the index into it, with positions along a sequence's axis counted among
+        each text's own tokens. With a mask a slice is of all tokens: the user weights padding, too.
+        """
+        real, axes, length = self.padding.real, output.dim() - 1, output.shape[axis + 1]
+        assert self.index is not None
+        assert real is not None
+        index = self.index
+        if len(index) - (... in index) > axes:
+            raise IndexError(f"too many indices: got {len(index)} for {axes} axes")
+        start = index.index(...) if ... in index else len(index)
+        rest = (slice(None),) * (axes - len(index) + (... in index))
+        index = (*index[:start], *rest, *index[start + 1 :])
+        part = index[axis]
+        if isinstance(part, int):
+            position = torch.full((len(real),), part, device=item.device)
+            token = self.padding.places(position, length)[item]
+            rows = torch.arange(len(item), device=item.device)
+            return output.movedim(axis + 1, 1)[rows, token], (*index[:axis], *index[axis + 1 :])
+        if self.mask is None:
+            # A slice of each text's own tokens; the others count nothing.
+            kept = torch.zeros_like(real)
+            for text, own in enumerate(real):
+                kept[text, own.nonzero()[:, 0][part]] = True
+            shape = [1] * output.dim()
+            shape[0], shape[axis + 1] = len(item), length
+            output = torch.where(kept[item].view(shape), output, 0.0)
+            index = (*index[:axis], slice(None), *index[axis + 1 :])
+        return output, index
+
     def _call(self, raw: Any, item: Tensor) -> Tensor:
+        """Scores [R, K] by the user's function."""
         assert self.function is not None
         if isinstance(self.function, Reader):
             return self.function.read(raw, item)
@@ -223,44 +382,37 @@ class Targets:
             scores = self.function(raw, *args, **(kwargs if self.example == NAME else {}))
         if not isinstance(scores, Tensor) or scores.shape != item.shape:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            rows = item.numel()
+            several = f", of inputs with {self.batch} examples" if self.batch != rows else ""
             raise InputError(
                 f"target: a function of the output must return one score per row: got {got}, "
-                f"expected [{item.numel()}]{self._cure(got, item.numel())}"
+                f"expected [{rows}]{self._cure(got, rows, BY_EXAMPLE) or f'{several}; {_EACH}'}"
             )
         return scores[:, None]
 
-    def _cure(self, got: object, rows: int) -> str:
-        """The cure of a function that returns something else than a score per row."""
-        several = f", of inputs with {self.batch} examples" if self.batch != rows else ""
-        return self._held(got, rows, BY_EXAMPLE) or f"{several}; {_EACH}"
-
-    def _held(self, got: object, rows: int, cure: str) -> str:
-        """The cure where an output has as many rows as there are examples, whatever was given."""
+    def _cure(self, got: object, rows: int, cure: str) -> str:
+        """The cure where an output has as many rows as there are examples, whatever was passed."""
         several = isinstance(got, list) and got[:1] == [self.batch] != [rows]
         return f", of inputs with {self.batch} examples; {cure}" if several else ""
 
-    def _wrong_rows(self, output: Tensor, rows: int) -> ModelError:
-        got = list(output.shape)
-        held = self._held(got, rows, BY_ARGUMENT)
-        return ModelError(
-            f"the model must return one row per input row: got {got} for a batch of {rows}"
-            f"{held or _PARTS}"
-        )
-
-    def _need_any_place(self, raw: Any, item: Tensor) -> None:
-        """Raises where a function scores equal rows differently: it holds something of the batch,
-        which it takes by the places of rows. As many rows are tried as there are examples.
+    def _need_any_row(self, raw: Any, item: Tensor) -> None:
+        """Raises where a function scores equal rows differently: it holds a tensor of the batch,
+        which it reads by the number of a row. As many rows are tried as there are examples.
         """
-        if isinstance(self.function, Reader) or self.batch == 1 or not _has_rows(raw, item):
+        is_tensor = isinstance(raw, Tensor) and raw.is_floating_point()
+        if isinstance(self.function, Reader) or self.batch == 1 or not is_tensor:
+            return
+        if raw.shape[:1] != item.shape:
             return
         raw, many = raw.detach(), [self.batch] + [-1] * (raw.dim() - 1)
         with torch.no_grad():
-            # Copies: the function may write to what it gets.
+            # Copies: the function may write to its argument.
             one = self._call(raw[:1].clone(), item[:1])
             all_of = self._call(raw[:1].expand(many).clone(), item[:1].expand(self.batch))
         if raw.is_meta:
             return
-        size = PLACES.get(one.dtype, 1e-2) * max(float(one.abs().max()), float(raw[0].abs().max()))
+        close = CLOSE.get(one.dtype, CLOSE_IN_HALF)
+        size = close * max(float(one.abs().max()), float(raw[0].abs().max()))
         if not torch.allclose(all_of, one.expand_as(all_of), 0.0, size, equal_nan=True):
             raise InputError(
                 "target: the function scores equal rows of the output differently: "
@@ -269,41 +421,21 @@ class Targets:
             )
 
 
-def _has_rows(raw: Any, item: Tensor) -> bool:
-    return isinstance(raw, Tensor) and raw.shape[:1] == item.shape and raw.is_floating_point()
-
-
-def _example_of(function: Callable[..., Any]) -> str:
-    """How a function of the output takes the examples' indices, by its signature: `NAME` where it
-    has a parameter of that name, `POSITION` where exactly two positional parameters have no
-    default, "" where it takes none.
-    """
-    try:
-        given = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):
-        return ""
-    if any(one.name == NAME and one.kind is not one.POSITIONAL_ONLY for one in given):
-        return NAME
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [one for one in given if one.kind in positional and one.default is one.empty]
-    return POSITION if len(required) == 2 else ""
-
-
 def read_of(raw: Any) -> Tensor | None:
     """The tensor to explain in a model's output, itself, or its `logits` or `out`; or None."""
     if isinstance(raw, Tensor):
         return raw
     for name in ("logits", "out"):
-        found = raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
-        if isinstance(found, Tensor):
-            return found
+        tensor = raw.get(name) if isinstance(raw, Mapping) else getattr(raw, name, None)
+        if isinstance(tensor, Tensor):
+            return tensor
     return None
 
 
 def tensor_of(raw: Any) -> Tensor:
     """The same; raises ModelError where there is none."""
-    if (found := read_of(raw)) is not None:
-        return found
+    if (tensor := read_of(raw)) is not None:
+        return tensor
     raise ModelError(
         f"the model must return a tensor (or an output with .logits): got {type(raw).__name__}; "
         "pass target=function to pick one from a structured output"
@@ -315,10 +447,12 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
 
     signed: whether ints may be negative, where they are positions.
     """
+    if isinstance(target, (np.ndarray, np.generic)):
+        target = target.tolist()
     if target is None:
         return Targets(batch)
     if isinstance(target, NextToken):
-        return _next(target, batch)
+        return _next_token(target, batch)
     if isinstance(target, str):
         if target != PREDICTED:
             raise InputError(f"target: the only name is 'predicted': got {target!r}")
@@ -327,12 +461,9 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
         return Targets(batch, function=target, many=True)
     if isinstance(target, bool):
         raise InputTypeError("target must be an int, a sequence, a tuple or a function: got bool")
-    if isinstance(target, (np.ndarray, np.generic)):
-        return read_targets(target.tolist(), batch, signed=signed)
     if isinstance(target, int):
-        return Targets(
-            batch, classes=_classes(torch.full((batch, 1), target, device="cpu"), signed)
-        )
+        every = torch.full((batch, 1), target, device="cpu")
+        return Targets(batch, classes=_classes(every, signed))
     if isinstance(target, Tensor):
         return _per_example(target, batch, signed)
     if isinstance(target, tuple):
@@ -347,8 +478,23 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
     )
 
 
-def _next(target: NextToken, batch: int) -> Targets:
-    """The targets of the tokens that follow."""
+def _example_of(function: Callable[..., Any]) -> str:
+    """How a function of the output takes the examples' indices, by its signature: `NAME` where it
+    has a parameter of that name, `POSITION` where exactly two positional parameters have no
+    default, "" where it takes none.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ""
+    if any(one.name == NAME and one.kind is not one.POSITIONAL_ONLY for one in parameters):
+        return NAME
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [one for one in parameters if one.kind in positional and one.default is one.empty]
+    return POSITION if len(required) == 2 else ""
+
+
+def _next_token(target: NextToken, batch: int) -> Targets:
     token = target.token
     if isinstance(token, str) and token != PREDICTED:
         raise InputError(
@@ -366,23 +512,14 @@ def _next(target: NextToken, batch: int) -> Targets:
             f"NextToken: position must be an int, or one per text: got {target.position!r}"
         )
     mask = target.mask
-    padding = Padding() if mask is None else read_mask(mask, batch)
-    found = read_targets(token, batch)
-    return replace(found, position=position[:, 0], padding=padding, masked=mask is not None)
-
-
-def with_padding(
-    targets: Targets,
-    model: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    args: Any,
-    kwargs: Mapping[str, Any] | None,
-) -> Targets:
-    """Targets that know of the padding which a call's further arguments tell of."""
-    if targets.masked or not (targets.counts or targets.predicted):
-        return targets
-    args = args if isinstance(args, tuple) else (args,)
-    return replace(targets, padding=padding_of(model, inputs, args, kwargs or {}))
+    if mask is not None and not _is_mask(mask, batch):
+        raise InputError(
+            f"target: mask must be bool, or 0 and 1, [B, T] with B = {batch}: got {mask.dtype} "
+            f"{list(mask.shape)}"
+        )
+    padding = Padding() if mask is None else _padding_by("mask", mask, batch)
+    classes = read_targets(token, batch)
+    return replace(classes, position=position[:, 0], padding=padding, masked=mask is not None)
 
 
 def _sequence(target: Sequence[Any], batch: int, signed: bool) -> Targets:
@@ -403,12 +540,10 @@ def _sequence(target: Sequence[Any], batch: int, signed: bool) -> Targets:
 
 def _per_example(target: Tensor, batch: int, signed: bool) -> Targets:
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        cure = (
-            "target.argmax(1) of probabilities or one-hot rows" if target.dim() > 1 else ".long()"
-        )
+        several = "target.argmax(1) of probabilities or one-hot rows"
         raise InputTypeError(
             f"target: a tensor must hold integers: got {target.dtype} {list(target.shape)}; use "
-            f"{cure}, where these are classes"
+            f"{several if target.dim() > 1 else '.long()'}, where these are classes"
         )
     if target.dim() == 0:
         target = target.expand(batch)
@@ -417,13 +552,9 @@ def _per_example(target: Tensor, batch: int, signed: bool) -> Targets:
         raise InputError(
             f"target: a tensor must be [B] or [B, K]: got {list(target.shape)} for B = {batch}"
         )
-    many = target.dim() == 2
-    ones, zeros = (target == 1).sum(-1), (target == 0).sum(-1)
-    if (
-        many
-        and target.shape[1] > 2
-        and bool((ones == 1).all() & (zeros == target.shape[1] - 1).all())
-    ):
+    many, width = target.dim() == 2, target.shape[-1]
+    one_hot = ((target == 1).sum(-1) == 1) & ((target == 0).sum(-1) == width - 1)
+    if many and width > 2 and bool(one_hot.all()):
         raise InputError(
             f"target: rows {list(target.shape)} of one 1 among zeros are one-hot, and [B, K] "
             "holds K classes of each example: use target.argmax(1)"
@@ -442,14 +573,6 @@ def _index(target: tuple[Any, ...], batch: int) -> Targets:
                 f"mask: got {type(part).__name__}"
             )
     return Targets(batch, index=tuple(index), mask=mask)
-
-
-def _need_sequence(shape: torch.Size) -> None:
-    if len(shape) != 2:
-        raise InputError(
-            f"NextToken needs a model that returns [B, T, V], a number for each token that could "
-            f"follow each place: got {['B', *shape]}"
-        )
 
 
 def _classes(target: Tensor, signed: bool = False) -> Tensor:
@@ -477,6 +600,14 @@ def _need_length(length: int, batch: int) -> None:
         )
 
 
+def _need_sequence(shape: torch.Size) -> None:
+    if len(shape) != 2:
+        raise InputError(
+            f"NextToken needs a model that returns [B, T, V], a number for each token that could "
+            f"follow each place: got {['B', *shape]}"
+        )
+
+
 def _need_matrix(output: Tensor, what: str) -> None:
     if output.dim() == 1:
         raise InputError(
@@ -488,3 +619,125 @@ def _need_matrix(output: Tensor, what: str) -> None:
             "(class,), which sums over the other axes, or (class, mask), and for language models "
             "sf.NextToken(token)"
         )
+
+
+def _from_the_end(index: Any) -> bool:
+    """Whether positions are counted from the end."""
+    if isinstance(index, Tensor):
+        return bool((index < 0).any())
+    parts = [one for one in index if not isinstance(one, slice)]
+    parts += [end for one in index if isinstance(one, slice) for end in (one.start, one.stop)]
+    return any(isinstance(one, int) and one < 0 for one in parts)
+
+
+# Padding, by the arguments of a call.
+
+
+def with_padding(
+    targets: Targets,
+    model: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    args: Any,
+    kwargs: Mapping[str, Any] | None,
+) -> Targets:
+    """Targets with the padding that a call's further arguments describe."""
+    positions = targets.position is not None or targets.places is not None or targets.index
+    if targets.masked or not (positions or targets.predicted):
+        return targets
+    args = args if isinstance(args, tuple) else (args,)
+    return replace(targets, padding=_padding_of(model, inputs, args, kwargs or {}))
+
+
+def _padding_of(
+    model: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Padding:
+    """The padding by a call's arguments, by their names in the model's signature."""
+    named, batch = _by_name(model, inputs, args, kwargs), len(inputs[0])
+    decoded = any(named.get(name) is not None for name in DECODED)
+    for name in REAL[:1] if decoded else REAL[1:] + ABSENT:
+        if isinstance(mask := named.get(name), Tensor):
+            return _padding_by(name, mask, batch)
+    for name, value in named.items():
+        if not decoded and isinstance(value, Tensor) and _may_mask(name, value, batch):
+            doubt = f"position -1 may be padding, which the argument {name!r} may tell of"
+            return Padding(doubt=doubt)
+    ids = named.get("decoder_input_ids") if decoded else inputs[0]
+    if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+        for pad in _pad_ids(model):
+            if _ends_in(ids == pad):
+                return Padding(
+                    doubt=f"position -1 of some examples seems to be padding (token id {pad}), and "
+                    "no attention mask says where texts end"
+                )
+    return Padding()
+
+
+def _padding_by(name: str, mask: Tensor, batch: int) -> Padding:
+    """Padding by a mask of that name."""
+    if not _is_mask(mask, batch):
+        doubt = f"position -1 may be padding, and the {name} {list(mask.shape)} is none of [B, T]"
+        return Padding(doubt=f"{doubt} with 0 and 1")
+    real = mask.detach().bool().expand(batch, -1)
+    real = ~real if name in ABSENT else real
+    return Padding() if bool(real.all()) else Padding(real.contiguous())
+
+
+def _is_mask(mask: Tensor, batch: int) -> bool:
+    return mask.dim() == 2 and len(mask) in (1, batch) and _are_flags(mask)
+
+
+def _are_flags(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())
+
+
+def _may_mask(name: str, value: Tensor, batch: int) -> bool:
+    """Whether an argument looks like a mask of padding, or like lengths that differ."""
+    if "mask" in name.lower():
+        flags = value.dim() == 2 and len(value) == batch and _are_flags(value)
+    else:
+        whole = value.shape == (batch,) and not value.is_floating_point()
+        flags = "len" in name.lower() and whole
+    return flags and not bool((value == value.flatten()[0]).all())
+
+
+def _by_name(
+    model: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Arguments by name: those by position have the names that the model gives them."""
+    if not any(isinstance(one, Tensor) for one in args):
+        return dict(kwargs)
+    forward = model.forward if isinstance(model, nn.Module) else model
+    try:
+        bound = inspect.signature(forward).bind_partial(*inputs, *args)
+    except (TypeError, ValueError):
+        return dict(kwargs)
+    own = {name: value for name, value in bound.arguments.items() if not isinstance(value, tuple)}
+    given = {id(one) for one in inputs}
+    return {name: value for name, value in own.items() if id(value) not in given} | dict(kwargs)
+
+
+def _pad_ids(model: object) -> Iterator[int]:
+    """Ids that models use for padding."""
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    if isinstance(pad, int):
+        yield pad
+    for layer in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
+            yield layer.padding_idx % layer.num_embeddings
+
+
+def _ends_in(pad: Tensor) -> bool:
+    """Whether rows of ids bool [B, T] begin or end in runs of padding: of several lengths, or of
+    two and more tokens, since a single one may close every text.
+    """
+    for rows in (pad, pad.flip(1)):
+        runs = rows.int().cumprod(1).sum(1)
+        if int(runs.max()) > 0 and (int(runs.min()) != int(runs.max()) or int(runs.min()) > 1):
+            return True
+    return False

@@ -1,10 +1,10 @@
-"""Ties: how much of a gradient goes through maxima that several places reach, up to rounding."""
+"""Ties: how much of a gradient goes through maxima that several values reach, up to rounding."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,48 +12,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from saliency_fast._types import Inputs
+from saliency_fast._torch_compat import NN, is_rectifier_step
+from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.graph.autograd.convolutions import each_axis
 from saliency_fast.graph.intercept import Calls
-from saliency_fast.model.state import rewind
+from saliency_fast.model.preserve import rewind
 
 WITHIN = {torch.float64: 2.0**-40, torch.float32: 2.0**-20}
-"""Relative difference up to which rounding may have told two values apart: some dozen units in the
+"""Relative difference up to which rounding may have made two values differ: some dozen units in the
 last place; float64 has room for more. Half types: one unit."""
-_nn = torch._C._nn
+Counts = tuple[Tensor, Tensor] | None
+"""For each maximum, how many values are within rounding of it, and how many are equal to it."""
 
 
 @dataclass
 class Ties:
-    """A route through the model as it is, which finds the ties that its gradient passes.
+    """An executor that runs the model eagerly and finds the ties that its gradient passes.
 
-    passed: for each maximum over places that the model takes, what of the gradient goes through it
-    in all, through ties, and through those whose values are not equal to the last bit: sums of
-    absolute values. met: whether it takes any.
+    Attributes:
+        model: The model.
+        met: Whether it takes a maximum over places.
+        passed: For each of them sums of absolute gradients: of all that passes, through ties, and
+            through those whose values are not equal to the last bit.
     """
 
     model: Callable[..., Any]
     met: bool = False
     passed: list[list[float]] = field(default_factory=list)
 
-    def __call__(
-        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
         with _Watch(self):
             return self.model(*points, *args, **kwargs)
 
     def shares(self) -> tuple[float, float]:
-        """The share of the gradient that passes ties, and ties by rounding: where most does."""
-        found = [[one / whole for one in ties] for whole, *ties in self.passed if whole > 0]
-        return max((tied for tied, _ in found), default=0.0), max(
-            (one for _, one in found), default=0.0
-        )
+        """The largest shares of the gradient that pass ties, and ties by rounding."""
+        shares = [[one / whole for one in ties] for whole, *ties in self.passed if whole > 0]
+        tied, rounded = zip(*shares, strict=True) if shares else ((0.0,), (0.0,))
+        return max(tied), max(rounded)
 
     def note(self, x: Tensor, y: Tensor, near: Tensor, equal: Tensor) -> None:
-        """Follows the gradient of maxima y of x, near which so many values lie, and equal ones."""
+        """Sums the gradient of maxima y of x, from counts of near and of equal values."""
         tied = near > 1
-        if "Relu" in type(x.grad_fn).__name__:
+        if is_rectifier_step(x.grad_fn):
             # No gradient passes the rectifier before it.
             tied &= y.detach() != 0
         rounded, sums = tied & (near > equal), [0.0, 0.0, 0.0]
@@ -68,21 +69,17 @@ class Ties:
 
 
 class _Watch(Calls):
-    """Runs every call as it is, and tells of those that take maxima."""
+    """Runs every call as it is, and reports calls that take maxima."""
 
     def __init__(self, ties: Ties) -> None:
         super().__init__()
         self._ties = ties
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         result = func(*args, **kwargs)
         look = _MAXIMA.get(func)
-        y = result if isinstance(result, Tensor) else None
-        if isinstance(result, tuple) and result and isinstance(result[0], Tensor):
-            y = result[0]
-        if look is None or y is None or not y.requires_grad:
+        y = result[0] if isinstance(result, tuple) and result else result
+        if look is None or not isinstance(y, Tensor) or not y.requires_grad:
             return result
         self._ties.met = True
         with torch.no_grad():
@@ -92,11 +89,8 @@ class _Watch(Calls):
         return result
 
 
-Counts = tuple[Tensor, Tensor] | None
-
-
 def _near(seen: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a value that a maximum has seen lies near it, and where it is equal."""
+    """Where a value is within rounding of its maximum, and where it is equal."""
     reach = y.abs() * WITHIN.get(y.dtype, torch.finfo(y.dtype).eps)
     return y - seen <= reach, y == seen
 
@@ -143,8 +137,7 @@ def _adaptive(axes: int) -> Callable[..., Counts]:
             return None
         lead = x.dim() - axes
         apart = x.reshape(*x.shape[:lead], *(n for size, out in pairs for n in (out, size // out)))
-        inner = tuple(range(lead + 1, apart.dim(), 2))
-        return _along(apart, y, inner)
+        return _along(apart, y, tuple(range(lead + 1, apart.dim(), 2)))
 
     return look
 
@@ -165,12 +158,12 @@ _MAXIMA: dict[Any, Callable[..., Counts]] = {
     torch.max_pool1d: _windows(1),
     torch.max_pool1d_with_indices: _windows(1),
     torch.max_pool2d: _windows(2),
-    _nn.max_pool2d_with_indices: _windows(2),
+    NN.max_pool2d_with_indices: _windows(2),
     torch.max_pool3d: _windows(3),
-    _nn.max_pool3d_with_indices: _windows(3),
+    NN.max_pool3d_with_indices: _windows(3),
     torch.adaptive_max_pool1d: _adaptive(1),
-    _nn.adaptive_max_pool2d: _adaptive(2),
-    _nn.adaptive_max_pool3d: _adaptive(3),
+    NN.adaptive_max_pool2d: _adaptive(2),
+    NN.adaptive_max_pool3d: _adaptive(3),
     torch.amax: _along,
     Tensor.amax: _along,
     torch.max: _along,

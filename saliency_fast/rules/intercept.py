@@ -9,16 +9,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.function import once_differentiable
 
+from saliency_fast._torch_compat import OpOverload, OpOverloadPacket, kind_of_step
 from saliency_fast.errors import ModelError, warn
 from saliency_fast.graph.gradients import steps_behind
 from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, lean_call
 from saliency_fast.graph.outputs import map_tensors, tensors_of
-from saliency_fast.model.guard import uncompiled
-from saliency_fast.model.recomputation import without_recomputation
-from saliency_fast.model.state import rewind
+from saliency_fast.model.preserve import rewind, uncompiled, without_recomputation
 
 Answer = Callable[..., Any]
 """A rule for calls of one name: (the mode, the call, its arguments, its named ones) -> result."""
@@ -95,7 +93,7 @@ class Ruling(Calls):
 
     def check(self, node: Any) -> None:
         """Refuses a step of autograd's that is none of a call this mode has seen."""
-        kind = node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
+        kind = kind_of_step(node)
         if kind in self.hidden:
             raise ModelError(
                 f"the rules of {self.name} cannot see into all of the model: got {node.name()} "

@@ -13,7 +13,7 @@ from torch import Tensor
 from saliency_fast.attribution import Attribution
 from saliency_fast.evaluate.subject import Subject, read_subject
 from saliency_fast.methods.parts import checks
-from saliency_fast.model.axes import LayoutLike
+from saliency_fast.model.layout import LayoutLike
 from saliency_fast.summary.grouping import COMPONENTS, Labels, Values, check_how, group
 from saliency_fast.summary.locations import location
 

@@ -13,7 +13,7 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.evaluate.scores import Running
 from saliency_fast.evaluate.subject import Explainer, read_subject
 from saliency_fast.methods.parts import checks
-from saliency_fast.model.axes import LayoutLike
+from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import restore_target
 from saliency_fast.summary.evidence_text import Cited, EvidenceText

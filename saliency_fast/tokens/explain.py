@@ -14,11 +14,9 @@ from saliency_fast.attribution import Attribution
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError, warn
 from saliency_fast.methods import read_method
-from saliency_fast.model.embeddings import Lookup, lookups
-from saliency_fast.model.guard import preserve_model_state
-from saliency_fast.model.layers import names_of
-from saliency_fast.model.positions import PREDICTED, NextToken
-from saliency_fast.model.targets import Target
+from saliency_fast.model.layers import Lookup, lookups, names_of
+from saliency_fast.model.preserve import preserve_model_state
+from saliency_fast.model.targets import PREDICTED, NextToken, Target
 from saliency_fast.specs import restore_target
 from saliency_fast.tokens.attention import AttentionColumns
 from saliency_fast.tokens.encoding import Encoded, Text, baseline_id, encode, id_of

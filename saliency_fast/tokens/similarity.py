@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.model.guard import preserve_model_state
+from saliency_fast.model.preserve import preserve_model_state
 from saliency_fast.tokens.encoding import Encoded
 
 

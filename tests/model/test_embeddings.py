@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.model.embeddings import embeddings
+from saliency_fast.model.layers import embeddings
 from tests.transformer_models import tiny
 
 

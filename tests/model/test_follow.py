@@ -13,7 +13,7 @@ from torch.nn import functional
 import saliency_fast as sf
 from saliency_fast.engine.bind import bind
 from saliency_fast.engine.layouts import layouts_of
-from saliency_fast.model.followed import Lattice
+from saliency_fast.model.follow import Lattice
 
 
 def told(model: Any, *inputs: Tensor) -> tuple[str | None, ...]:

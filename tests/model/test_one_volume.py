@@ -13,7 +13,7 @@ import saliency_fast as sf
 from saliency_fast.engine.arena import LEAST_TRACED, Arena
 from saliency_fast.engine.bind import bind
 from saliency_fast.graph.autograd import convolutions
-from saliency_fast.model.meta import OnMeta, shapes_only
+from saliency_fast.model.executors import OnMeta, shapes_only
 from tests import naive
 from tests.models import randn
 

@@ -26,7 +26,7 @@ class Mapped(dict[str, Any]):
     """A dict of its own, as transformers' outputs are."""
 
 
-class Plain:
+class EagerExecutor:
     def __init__(self, logits: Tensor, loss: Tensor, states: Any) -> None:
         self.logits, self.loss, self.states = logits, loss, states
 
@@ -47,7 +47,7 @@ FORMS = {
     "namespace": lambda logits, loss, states: SimpleNamespace(
         states=states, logits=logits, loss=loss
     ),
-    "object": Plain,
+    "object": EagerExecutor,
     "slots": Slotted,
 }
 

@@ -11,7 +11,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import saliency_fast as sf
-from saliency_fast.model.recomputation import without_recomputation
+from saliency_fast.model.preserve import without_recomputation
 
 
 def _twice(block: nn.Module, x: Tensor) -> Any:

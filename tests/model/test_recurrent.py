@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.engine import way
-from saliency_fast.model import recurrent
-from saliency_fast.model.executors import EagerExecutor
-from saliency_fast.model.recurrent import Differentiable
+from saliency_fast.model import executors
+from saliency_fast.model.executors import Differentiable, EagerExecutor
 from tests import naive
 from tests.model.answers import always_lean
 from tests.models import randn
@@ -123,7 +122,7 @@ class Cudnn(torch.overrides.TorchFunctionMode):
         self.met = 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in recurrent.LAYERS and torch.is_grad_enabled():
+        if func in executors.LAYERS and torch.is_grad_enabled():
             packed = isinstance(args[1], Tensor) and not args[1].is_floating_point()
             dropout, train = args[6:8] if packed else args[5:7]
             assert train is True, "cudnn RNN backward can only be called in training mode"
@@ -144,7 +143,7 @@ def test_cudnns_terms(
     method = sf.IntegratedGradients(4)
     expected = sf.explain(model, x, target=(1, 2), method=method, forward_args=args)
     monkeypatch.setattr(
-        way, "recurring", lambda route, device: recurrent.recurring(route, torch.device("cuda"))
+        way, "recurring", lambda route, device: executors.recurring(route, torch.device("cuda"))
     )
     with always_lean(), Cudnn() as cudnn:
         found = sf.explain(model, x, target=(1, 2), method=method, forward_args=args, lean=lean)
@@ -173,13 +172,13 @@ def test_training_stays_as_it_is() -> None:
 def test_other_models_are_not_watched() -> None:
     cuda = torch.device("cuda")
     plain = EagerExecutor(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
-    assert recurrent.recurring(plain, cuda) is plain
+    assert executors.recurring(plain, cuda) is plain
     assert (
-        recurrent.recurring(EagerExecutor(made(nn.GRU)), torch.device("cpu")).__class__
+        executors.recurring(EagerExecutor(made(nn.GRU)), torch.device("cpu")).__class__
         is EagerExecutor
     )
     for route in (EagerExecutor(made(nn.GRU)), EagerExecutor(lambda x: x)):
-        assert isinstance(recurrent.recurring(route, cuda), recurrent.Recurring)
+        assert isinstance(executors.recurring(route, cuda), executors.Recurring)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.graph.outputs import tensors_of
-from saliency_fast.model.axes import Axes
-from saliency_fast.model.layout import Space, channel_axis, patch_grid, read_layout
-from saliency_fast.model.spatial import last_spatial
+from saliency_fast.model.layers import channel_axis, last_spatial
+from saliency_fast.model.layout import Axes, Space, patch_grid, read_layout
 from tests.model.spatial_models import LAYERS, ResNet, ViT
 from tests.models import Audio, Image, Tabular, Tokens, Video, make, randn
 

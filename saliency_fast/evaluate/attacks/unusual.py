@@ -20,7 +20,7 @@ from saliency_fast.evaluate.scores import Running
 from saliency_fast.evaluate.subject import Explainer, Model, read_subject
 from saliency_fast.evaluate.substrates import named
 from saliency_fast.methods import read_method
-from saliency_fast.model.axes import LayoutLike
+from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import PREDICTED, Target
 
 ATTACKS = ("fgsm", "pgd")

@@ -20,7 +20,7 @@ from saliency_fast.evaluate.reports.rows import Given, read_rows
 from saliency_fast.evaluate.reports.suite import Suite
 from saliency_fast.evaluate.scores import Running
 from saliency_fast.evaluate.subject import Model, Subject, read_subject
-from saliency_fast.model.axes import LayoutLike
+from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import PREDICTED, Target
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.model.axes import Layouts
+from saliency_fast.model.layout import Layouts
 
 
 @dataclass(frozen=True)

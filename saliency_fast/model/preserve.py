@@ -1,0 +1,589 @@
+"""Leaves a model as it was: modes, attributes, buffers, random numbers and checkpoints.
+
+A model may keep its last input, count its calls, cache masks by batch size or update a moving
+average. While it is explained it runs on points, which its user never gave it. So attributes,
+buffers, parameters and submodules of its modules come back as they were: attributes by identity,
+lists, dictionaries and sets by their entries, tensors by PyTorch's count of in-place writes. They
+come back before each run, too: a point's score depends on the model as the caller passed it, and
+not on the runs before.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial, wraps
+from operator import is_, methodcaller
+from types import FunctionType, MethodType
+from typing import Any, Generic, TypeVar, cast
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import checkpoint as torch_checkpoint
+
+from saliency_fast._torch_compat import (
+    TABLES,
+    TRANSIENT,
+    CheckpointHook,
+    ReentrantCheckpoint,
+    dynamo_loaded,
+    outside_transforms,
+    set_version,
+    version_of,
+)
+from saliency_fast.errors import warn
+
+COPIED = 64 * 1024**2
+"""Bytes of buffers that are copied before a model's first call, in case it overwrites them."""
+LONG = 100_000
+"""Entries of a container above which only its length is compared."""
+NESTED = 1000
+"""Entries of a container up to which the containers and tensors among them are restored, too."""
+_NAMED = 8
+"""Tensors that a warning names."""
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+_CONTAINERS = (OrderedDict, dict, list, set, deque)
+_BASE = frozenset(vars(nn.Module()))
+"""Attributes of every module: modes, tables and hooks, which are restored elsewhere."""
+Held = TypeVar("Held")
+Called = TypeVar("Called", bound=Callable[..., Any])
+
+
+class SharedSwitch(Generic[Held]):
+    """Something process-wide that calls of several threads hold at once, for each key.
+
+    The first user of a key turns it on, and the last one turns it off, both under `lock`.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._held: dict[object, tuple[int, Held]] = {}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._held
+
+    def acquire(self, key: object, turn_on: Callable[[], Held]) -> Held:
+        """What `turn_on` returned to the first user of `key`."""
+        with self.lock:
+            users, held = self._held.get(key) or (0, turn_on())
+            self._held[key] = users + 1, held
+            return held
+
+    def release(self, key: object, turn_off: Callable[[Held], object]) -> None:
+        """Ends a use of `key`."""
+        with self.lock:
+            users, held = self._held.pop(key)
+            if users > 1:
+                self._held[key] = users - 1, held
+            else:
+                turn_off(held)
+
+    @contextmanager
+    def on(self, turn_on: Callable[[], Held], turn_off: Callable[[Held], object]) -> Iterator[None]:
+        """A use of the only key, for the time of a `with`."""
+        self.acquire(None, turn_on)
+        try:
+            yield
+        finally:
+            self.release(None, turn_off)
+
+
+class _Local(threading.local):
+    """What this thread's calls hold, the innermost last, and how its checkpoints run."""
+
+    def __init__(self) -> None:
+        self.holds: list[_Hold] = []
+        self.once: bool | None = None
+
+
+_LOCAL = _Local()
+_MODES: SharedSwitch[None] = SharedSwitch()
+_SNAPSHOTS: SharedSwitch[_Snapshot] = SharedSwitch()
+_STANCE: SharedSwitch[Any] = SharedSwitch()
+_CHECKPOINTS: SharedSwitch[None] = SharedSwitch()
+_OVERWRITTEN: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Names of the tensors that modules write to, of every module that was held once."""
+_CHANGING: WeakSet[nn.Module] = WeakSet()
+"""Modules that were seen to change when they run."""
+
+
+@contextmanager
+def preserve_model_state(
+    model: Callable[..., Any], device: torch.device, *, draws: bool = True
+) -> Iterator[bool]:
+    """Runs its body with the model in evaluation mode; restores all that the model changes.
+
+    Modes, random states and the model's own state come back also after an exception or Ctrl-C.
+    Threads may share a model, or parts of one: modes come back when the last of them leaves.
+
+    Args:
+        model: The model, or a function around one.
+        device: The device of the model's inputs.
+        draws: Whether random states are restored, which are the whole process's: not where other
+            threads work on.
+
+    Yields:
+        Whether the model was in training mode.
+    """
+    with (
+        same_draws(lambda: True, device) if draws else nullcontext(),
+        outside_transforms(),
+        _evaluating(model) as was_training,
+        preserved(model, rewinds=draws),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+        without_recomputation(once=False),
+    ):
+        yield was_training
+
+
+@contextmanager
+def same_draws(drew: Callable[[], bool], device: torch.device) -> Iterator[None]:
+    """Whatever a model draws inside, it draws again afterwards. drew: whether it did; else random
+    numbers are other threads' business, since the state is the whole process's.
+    """
+    before = random_states(device)
+    try:
+        yield
+    finally:
+        # A model that draws nothing leaves the states alone, and so do we.
+        if drew() and not all(map(torch.equal, before, random_states(device))):
+            draw_again(before, device)
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """Of the generators that a model on the device draws from."""
+    states = [torch.random.get_rng_state()]
+    return states + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def draw_again(states: list[Tensor], device: torch.device) -> None:
+    """Puts generators back to what `random_states` gave."""
+    torch.random.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
+    """Inside, all modules of a model are in evaluation mode; yields whether one was not."""
+    held: list[nn.Module] = []
+    with _MODES.lock:
+        # Frozen TorchScript has no mode any more.
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            if hasattr(module, "training") and (module.training or module in _MODES):
+                _MODES.acquire(module, lambda: None)
+                module.training = False
+                held.append(module)
+    try:
+        yield bool(held)
+    finally:
+        for module in held:
+            _MODES.release(module, partial(_train, module))
+
+
+def _train(module: nn.Module, _: None) -> None:
+    module.training = True
+
+
+# Compilation and checkpoints.
+
+
+def uncaptured(function: Called) -> Called:
+    """The function, which torch.compile leaves as it is with all that it calls: in a function that
+    is being compiled, it would compile our own frames one by one.
+    """
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if not dynamo_loaded():
+            return function(*args, **kwargs)
+        return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    return cast(Called, called)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, models of torch.compile run eagerly: the compiler would try to compile our hooks and
+    modes, and give up the model for good.
+    """
+    with ExitStack() as stack:
+        # Refused in a function that is being compiled, where the model is no frame of its own.
+        with suppress(RuntimeError):
+            if dynamo_loaded():
+                set_stance = partial(torch.compiler.set_stance, "force_eager")
+                unset = methodcaller("__exit__", None, None, None)
+                stack.enter_context(_STANCE.on(set_stance, unset))
+        yield
+
+
+@contextmanager
+def without_recomputation(*, once: bool = True) -> Iterator[None]:
+    """Inside, torch.utils.checkpoint runs its functions once in this thread, as plain calls.
+
+    Hooks and function modes hold for one forward pass: a checkpoint's second run, in the backward
+    pass, would go without them, in one of autograd's threads. Activations are kept instead, and
+    counted as such. once: False leaves checkpoints with use_reentrant=False as they
+    are, and runs the other kind, which refuses torch.autograd.grad, as if it were that one.
+    """
+    before = _LOCAL.once
+    with _CHECKPOINTS.on(_patch_checkpoints, _unpatch_checkpoints):
+        # The stricter of nested ones holds.
+        _LOCAL.once = once or bool(before)
+        try:
+            yield
+        finally:
+            _LOCAL.once = before
+
+
+def _patch_checkpoints() -> None:
+    # All hide inherited methods, which other threads go on to.
+    ReentrantCheckpoint.apply = staticmethod(_apply)
+    CheckpointHook.__enter__, CheckpointHook.__exit__ = _enter, _leave
+
+
+def _unpatch_checkpoints(_: None) -> None:
+    del ReentrantCheckpoint.apply, CheckpointHook.__enter__, CheckpointHook.__exit__
+
+
+def _apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+    if _LOCAL.once is None:
+        return super(ReentrantCheckpoint, ReentrantCheckpoint).apply(function, preserve, *args)
+    if _LOCAL.once:
+        return function(*args)
+    return torch_checkpoint.checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=preserve
+    )
+
+
+def _enter(hook: Any) -> None:
+    # Without its hooks, tensors that a checkpoint's function saves are kept as anywhere else.
+    hook.skipped = bool(_LOCAL.once)
+    if not hook.skipped:
+        saved_tensors_hooks.__enter__(hook)
+
+
+def _leave(hook: Any, *error: Any) -> None:
+    # Entered before `_enter` was there, where another thread put it there meanwhile.
+    if not getattr(hook, "skipped", False):
+        saved_tensors_hooks.__exit__(hook, *error)
+
+
+# The state of modules.
+
+
+class _Snapshot:
+    """A module as it was before the first of the calls that hold it.
+
+    overwritten: names of the tensors that the module writes to, None before its first call. room:
+    bytes of tensors that may be copied. thread: the one that all calls are of, None for several.
+    changed: whether the last `restore` had something to put back. inference: whether tensors of
+    inference mode were replaced.
+    """
+
+    __slots__ = (
+        "attributes", "changed", "containers", "copies", "inference", "module", "names", "tables",
+        "tensors", "thread", "transient", "versions",
+    )  # fmt: skip
+
+    def __init__(self, module: nn.Module, room: int) -> None:
+        own = vars(module)
+        self.module, self.inference, self.changed = module, False, False
+        self.thread: int | None = threading.get_ident()
+        self.attributes = own.copy()
+        self.tables = [own[name].copy() for name in TABLES]
+        self.transient = own[TRANSIENT].copy()
+        self.containers: list[_Container] = []
+        parameters, buffers, _ = self.tables
+        self.names, self.tensors = [*parameters, *buffers], [*parameters.values()]
+        self.tensors += buffers.values()
+        if len(own) > len(_BASE):
+            for name, value in own.items():
+                if type(value) not in _PLAIN and name not in _BASE:
+                    self._gather(name, value, set())
+        try:
+            self.versions = list(map(version_of, self.tensors))
+        except (RuntimeError, AttributeError):
+            # Inference tensors count no writes, and take none outside of their mode.
+            self.inference = True
+            pairs = zip(self.names, self.tensors, strict=True)
+            counted = [(n, t) for n, t in pairs if isinstance(t, Tensor) and not t.is_inference()]
+            self.names, self.tensors = [n for n, _ in counted], [t for _, t in counted]
+            self.versions = list(map(version_of, self.tensors))
+        self.copies = self._copied(parameters, room)
+
+    def _gather(self, name: str, value: Any, seen: set[int]) -> None:
+        """Adds the containers and tensors in an attribute."""
+        if isinstance(value, Tensor):
+            self.names.append(name)
+            self.tensors.append(value)
+        elif isinstance(value, (*_CONTAINERS, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            if not isinstance(value, tuple):
+                self.containers.append(_Container(name, value))
+            if len(value) <= NESTED:
+                for one in list(value.values() if isinstance(value, dict) else value):
+                    if type(one) not in _PLAIN:
+                        self._gather(name, one, seen)
+
+    def _copied(self, parameters: dict[str, Any], room: int) -> dict[int, Tensor]:
+        """Copies of tensors that may be overwritten: at first all but parameters."""
+        # In training mode, batch normalisation writes to its statistics.
+        overwritten = None if self.module.training else _OVERWRITTEN.get(self.module)
+        copies: dict[int, Tensor] = {}
+        if overwritten is not None and not overwritten:
+            return copies
+        for number, (name, tensor) in enumerate(zip(self.names, self.tensors, strict=True)):
+            wanted = name not in parameters and (overwritten is None or name in overwritten)
+            # Writes to other layouts, such as sparse ones, show in their versions alone.
+            plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
+            if wanted and plain and tensor.nbytes <= room:
+                copies[number] = tensor.detach().clone()
+                room -= tensor.nbytes
+        return copies
+
+    def restore(self, *, graphs: bool) -> list[str]:
+        """Restores the module; returns the names of tensors and containers that stay changed.
+        graphs: whether graphs of its runs live on, whose backward pass is to fail where the module
+        was written to.
+        """
+        own, self.changed = vars(self.module), False
+        for name, before in zip(TABLES, self.tables, strict=True):
+            if not _same(before, own[name]):
+                self.changed = True
+                own[name].clear()
+                own[name].update(before)
+        if (transient := own[TRANSIENT]) != self.transient:
+            transient.clear()
+            transient.update(self.transient)
+        if not _same(self.attributes, own):
+            self._restore_attributes(own)
+        containers = [one for one in self.containers if one.changed()]
+        lost = [one.name for one in containers if not one.restore()]
+        now = list(map(version_of, self.tensors))
+        written = [n for n, was in enumerate(self.versions) if now[n] != was]
+        # Batch normalisation writes to its statistics without counting.
+        written += [n for n, one in self.copies.items() if not torch.equal(one, self.tensors[n])]
+        written = list(dict.fromkeys(written))
+        lost += [self.names[n] for n in written if not self._rewritten(n, graphs)]
+        self.changed |= bool(containers or written)
+        if self.changed:
+            _CHANGING.add(self.module)
+        earlier = _OVERWRITTEN.get(self.module)
+        if earlier is None or written:
+            _OVERWRITTEN[self.module] = (earlier or set()).union(self.names[n] for n in written)
+        return lost
+
+    def _restore_attributes(self, own: dict[str, Any]) -> None:
+        for name in [one for one in own if one not in self.attributes and one not in _BASE]:
+            self.changed = True
+            del own[name]
+        for name, value in self.attributes.items():
+            if name not in _BASE and own.get(name, own) is not value:
+                self.changed = True
+                own[name] = value
+        if list(own) != list(self.attributes):
+            for name in self.attributes:
+                own[name] = own.pop(name)
+
+    def _rewritten(self, number: int, graphs: bool) -> bool:
+        """Whether a tensor that was written to has its numbers again."""
+        tensor, copy = self.tensors[number], self.copies.get(number)
+        if copy is None:
+            return False
+        with suppress(RuntimeError), torch.no_grad(), torch.inference_mode(False):
+            tensor.copy_(copy)
+            if not graphs:
+                # As if it had never been written to, for graphs that the user holds from before.
+                with suppress(Exception):
+                    set_version(tensor, self.versions[number])
+            return True
+        return False
+
+    def replace_inference(self, made: dict[int, Tensor]) -> None:
+        """Puts copies in the place of parameters and buffers that were made in inference mode, and
+        cannot take part in gradients; `made`: those of the tensors that modules share.
+        """
+        for name in TABLES[:2]:
+            table = vars(self.module)[name]
+            for key, one in table.items():
+                if isinstance(one, Tensor) and one.is_inference():
+                    if id(one) not in made:
+                        copy, wanted = one.clone(), one.requires_grad
+                        is_parameter = isinstance(one, nn.Parameter)
+                        made[id(one)] = nn.Parameter(copy, wanted) if is_parameter else copy
+                    table[key] = made[id(one)]
+
+
+class _Container:
+    """A container of a module's, and its entries as they were; None where there are too many."""
+
+    __slots__ = ("before", "length", "name", "now")
+
+    def __init__(self, name: str, now: Any) -> None:
+        self.name, self.now, self.length = name, now, len(now)
+        copied = dict if isinstance(now, dict) else list
+        self.before: Any = copied(now) if self.length <= LONG else None
+
+    def changed(self) -> bool:
+        if self.before is None or len(self.now) != self.length:
+            return len(self.now) != self.length
+        if isinstance(self.now, dict):
+            return not _same(self.before, self.now)
+        if isinstance(self.now, set):
+            return set(map(id, self.now)) != set(map(id, self.before))
+        return not all(map(is_, self.before, self.now))
+
+    def restore(self) -> bool:
+        if self.before is None:
+            return False
+        # Of subclasses, too, without what they do when they are written to.
+        kind = next(one for one in _CONTAINERS if isinstance(self.now, one))
+        kind.clear(self.now)
+        add: Any = list.extend if kind is list else getattr(kind, "update", deque.extend)
+        add(self.now, self.before)
+        return True
+
+
+def _same(before: dict[Any, Any], now: dict[Any, Any]) -> bool:
+    """Whether a dictionary has the same keys in the same order, and the very same values."""
+    same = len(before) == len(now) and all(map(is_, before.values(), now.values()))
+    return same and list(before) == list(now)
+
+
+class _Hold:
+    """What a call holds. runs: of the model so far; changing: modules that change when it runs;
+    graphs: whether graphs of its runs live on. rewinds: whether its runs begin with the state as it
+    was held, not where a user may change the model meanwhile.
+    """
+
+    def __init__(self, snapshots: list[_Snapshot], rewinds: bool) -> None:
+        self.snapshots, self.rewinds, self.runs, self.graphs = snapshots, rewinds, 0, False
+        self.changing = [one for one in snapshots if one.module in _CHANGING] if _CHANGING else []
+
+
+def rewind(*, counts: bool = True) -> None:
+    """Restores the state that earlier runs of the innermost call changed.
+
+    To be called before each run of its model. The second run shows which modules change. Calls of
+    several threads at once leave the state as it is. counts: whether the run leaves its changes for
+    the next one to restore.
+    """
+    if not _LOCAL.holds or not _LOCAL.holds[-1].rewinds:
+        return
+    hold = _LOCAL.holds[-1]
+    hold.runs += counts
+    snapshots = hold.snapshots if counts and hold.runs <= 2 else hold.changing
+    if not snapshots:
+        return
+    with _SNAPSHOTS.lock:
+        for one in snapshots:
+            if one.thread is not None and not one.inference:
+                one.restore(graphs=hold.graphs)
+                if one.changed and one not in hold.changing:
+                    hold.changing = [*hold.changing, one]
+
+
+def keep_graphs() -> None:
+    """Graphs of the innermost call's runs live on: where its model writes to tensors that they
+    save, their backward pass is to fail.
+    """
+    if _LOCAL.holds:
+        _LOCAL.holds[-1].graphs = True
+
+
+@contextmanager
+def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
+    """Runs its body; restores the state that the model's modules change meanwhile.
+
+    Of a plain function, the modules that it closes over, reads by name or is bound to. Several
+    calls may hold a module at once: it comes back when the last of them leaves. Warns of what
+    cannot be restored, by name.
+    """
+    held: list[_Snapshot] = []
+    room, made = COPIED, dict[int, Tensor]()
+    with _SNAPSHOTS.lock, torch.inference_mode(False), torch.no_grad():
+        for module in modules_of(model):
+            is_new = module not in _SNAPSHOTS
+            one = _SNAPSHOTS.acquire(module, partial(_Snapshot, module, room))
+            held.append(one)
+            if one.thread != threading.get_ident():
+                one.thread = None
+            if is_new and one.inference:
+                one.replace_inference(made)
+            if is_new and one.copies:
+                room -= sum(copy.nbytes for copy in one.copies.values())
+    lost: list[tuple[nn.Module, str]] = []
+    hold = _Hold(held, rewinds)
+
+    def restore(one: _Snapshot) -> None:
+        lost.extend((one.module, name) for name in one.restore(graphs=hold.graphs))
+
+    _LOCAL.holds.append(hold)
+    try:
+        yield
+    finally:
+        _LOCAL.holds.remove(hold)
+        for one in held:
+            _SNAPSHOTS.release(one.module, restore)
+        if lost:
+            _warn_of_lost(held, lost)
+
+
+def modules_of(model: object) -> list[nn.Module]:
+    """The modules that a model is made of, apart from those that keep their state elsewhere:
+    compiled scripts, and lazy modules, whose parameters are made by their first call.
+    """
+    modules: dict[int, nn.Module] = {}
+    left = list(_roots(model))
+    while left:
+        module = left.pop()
+        if id(module) not in modules:
+            modules[id(module)] = module
+            left.extend(module.children())
+    return [one for one in modules.values() if _is_plain(one)]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    lazy = getattr(type(module), "has_uninitialized_params", None)
+    return not isinstance(module, torch.jit.ScriptModule) and not (lazy and lazy(module))
+
+
+def _roots(model: object, depth: int = 3) -> Iterator[nn.Module]:
+    inside: list[object] = []
+    if isinstance(model, nn.Module):
+        yield model
+    elif isinstance(model, functools.partial):
+        inside += [model.func, *model.args, *model.keywords.values()]
+    elif isinstance(model, MethodType):
+        inside.append(model.__self__)
+    elif isinstance(model, FunctionType):
+        for cell in model.__closure__ or ():
+            with suppress(ValueError):  # not filled yet
+                inside.append(cell.cell_contents)
+        read = (model.__globals__.get(name) for name in model.__code__.co_names)
+        inside += [one for one in read if isinstance(one, nn.Module)]
+    elif not isinstance(model, type):
+        inside += getattr(model, "__dict__", {}).values()
+    for one in inside if depth else ():
+        yield from _roots(one, depth - 1)
+
+
+def _warn_of_lost(held: list[_Snapshot], lost: list[tuple[nn.Module, str]]) -> None:
+    names: dict[int, str] = {}
+    for snapshot in held:
+        for name, one in snapshot.module.named_modules():
+            names.setdefault(id(one), name)
+    shown = [f"{names[id(one)]}.{name}".lstrip(".") for one, name in lost]
+    more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+    warn(
+        f"the model changed {', '.join(shown[:_NAMED])}{more} while it was explained, and that "
+        "could not be put back: look whether its forward() writes to it"
+    )
