@@ -213,7 +213,7 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
 def _by_example(game: Game, table: Callable[[Any], Tensor]) -> Tensor:
     """A table for each example, [B, M, F], as Captum draws one after another."""
     tables = []
-    for _ in game.asked.inputs[0]:
+    for _ in game.context.inputs[0]:
         tables.append(table(game.device))
         # What each example's fit draws: a data loader's seed, a linear layer's first weights.
         torch.empty((), dtype=torch.int64).random_()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saliency_fast.rules.shares import ratio
+from saliency_fast.rules.lrp import ratio
 
 
 class PropagationRule(ABC):

@@ -13,7 +13,7 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Noise, first_elements
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
-from saliency_fast.methods.smoothgrad import samples_level
+from saliency_fast.methods.sampling import samples_level
 
 CHUNK = 64 * 1024**2
 """Bytes of noisy inputs that are held at once, unless the caller says how many."""
