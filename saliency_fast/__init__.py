@@ -23,46 +23,44 @@ finally:
 if TYPE_CHECKING:
     from saliency_fast import evaluate as evaluate
     from saliency_fast import summary as summary
-    from saliency_fast.methods import (
-        IDGI,
-        LRP,
+    from saliency_fast.methods.ablation import FeatureAblation, FeaturePermutation
+    from saliency_fast.methods.attention import (
         AttentionRollout,
         AttentionWeights,
-        BlurIG,
-        Conductance,
-        Deconvolution,
-        DeepLift,
+        GradientAttention,
+    )
+    from saliency_fast.methods.cam import (
         EigenCAM,
-        ExpectedGradients,
-        FeatureAblation,
-        FeaturePermutation,
         GradCAM,
         GradCAMPlusPlus,
-        Gradient,
-        GradientAttention,
-        GradientShap,
-        GuidedBackprop,
         GuidedGradCAM,
-        GuidedIG,
-        HessianVectorProduct,
         HiResCAM,
-        InputXGradient,
-        IntegratedGradients,
-        IntegratedHessians,
-        KernelShap,
         LayerCAM,
-        Lime,
-        Occlusion,
-        Rise,
         ScoreCAM,
-        ShapleySampling,
-        ShapleyValues,
-        SmoothGrad,
-        SmoothGradSquared,
-        TemporalRescaling,
-        VarGrad,
         XGradCAM,
     )
+    from saliency_fast.methods.gradient import (
+        LRP,
+        Deconvolution,
+        DeepLift,
+        Gradient,
+        GuidedBackprop,
+        InputXGradient,
+    )
+    from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessians
+    from saliency_fast.methods.occlusion import Occlusion
+    from saliency_fast.methods.paths import IDGI, BlurIG, Conductance, GuidedIG, IntegratedGradients
+    from saliency_fast.methods.rise import Rise
+    from saliency_fast.methods.sampling import (
+        ExpectedGradients,
+        GradientShap,
+        SmoothGrad,
+        SmoothGradSquared,
+        VarGrad,
+    )
+    from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
+    from saliency_fast.methods.surrogates import KernelShap, Lime
+    from saliency_fast.methods.temporal import TemporalRescaling
     from saliency_fast.model.targets import NextToken
     from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.video import Clip, explain_video

@@ -25,7 +25,7 @@ from saliency_fast.captum.forward import (
 )
 from saliency_fast.errors import ModelError, RepeatedLayerError
 from saliency_fast.graph.gradients import gradients
-from saliency_fast.methods import Gradient
+from saliency_fast.methods.gradient import Gradient
 from saliency_fast.model.casts import cast
 from saliency_fast.model.layers import Downstream, floats_at, hooked, tensors_at, with_floats
 from saliency_fast.model.preserve import preserved

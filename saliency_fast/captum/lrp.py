@@ -36,7 +36,7 @@ from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
 from saliency_fast.model.preserve import preserved
 from saliency_fast.rules import Ruling
-from saliency_fast.rules.shares import ratio
+from saliency_fast.rules.lrp import ratio
 
 DEFAULT_EPSILON = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),

@@ -33,8 +33,8 @@ from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.engine.points import Noise, first_elements
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
-from saliency_fast.methods import Gradient
-from saliency_fast.methods.smoothgrad import samples_level
+from saliency_fast.methods.gradient import Gradient
+from saliency_fast.methods.sampling import samples_level
 
 TYPES = ("smoothgrad", "smoothgrad_sq", "vargrad")
 CHUNK_BYTES = 64 * 1024**2

@@ -30,7 +30,8 @@ from saliency_fast.cli.report import (
 )
 from saliency_fast.cli.tables import show_entries, show_paths
 from saliency_fast.errors import InputError
-from saliency_fast.methods import IntegratedGradients, SmoothGrad
+from saliency_fast.methods.paths import IntegratedGradients
+from saliency_fast.methods.sampling import SmoothGrad
 from saliency_fast.render.files import write_frames
 from saliency_fast.render.frames import STYLES
 

@@ -1,4 +1,4 @@
-"""Named recipes: each method is a small frozen dataclass."""
+"""Attribution methods by name: each is a small frozen dataclass whose recipe the engine runs."""
 
 from __future__ import annotations
 
@@ -12,53 +12,32 @@ from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 
 if TYPE_CHECKING:
-    from saliency_fast.methods.ablation import FeatureAblation, FeaturePermutation
-    from saliency_fast.methods.attention import (
-        AttentionRollout,
-        AttentionWeights,
-        GradientAttention,
-    )
-    from saliency_fast.methods.backward import Deconvolution, GuidedBackprop
-    from saliency_fast.methods.blur_ig import BlurIG
-    from saliency_fast.methods.cam import (
-        EigenCAM,
-        GradCAM,
-        GradCAMPlusPlus,
-        HiResCAM,
-        LayerCAM,
-        XGradCAM,
-    )
-    from saliency_fast.methods.conductance import Conductance
-    from saliency_fast.methods.deeplift import DeepLift
-    from saliency_fast.methods.expected_gradients import ExpectedGradients, GradientShap
-    from saliency_fast.methods.gradient import Gradient, InputXGradient
-    from saliency_fast.methods.guided_grad_cam import GuidedGradCAM
-    from saliency_fast.methods.guided_ig import GuidedIG
-    from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessians
-    from saliency_fast.methods.idgi import IDGI
-    from saliency_fast.methods.integrated_gradients import IntegratedGradients
-    from saliency_fast.methods.lrp import LRP
-    from saliency_fast.methods.occlusion import Occlusion
-    from saliency_fast.methods.rise import Rise
-    from saliency_fast.methods.score_cam import ScoreCAM
-    from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
-    from saliency_fast.methods.smoothgrad import SmoothGrad, SmoothGradSquared, VarGrad
-    from saliency_fast.methods.surrogates import KernelShap, Lime
-    from saliency_fast.methods.temporal import TemporalRescaling
+    from saliency_fast.methods.ablation import *  # noqa: F403
+    from saliency_fast.methods.attention import *  # noqa: F403
+    from saliency_fast.methods.cam import *  # noqa: F403
+    from saliency_fast.methods.gradient import *  # noqa: F403
+    from saliency_fast.methods.hessian import *  # noqa: F403
+    from saliency_fast.methods.occlusion import *  # noqa: F403
+    from saliency_fast.methods.paths import *  # noqa: F403
+    from saliency_fast.methods.rise import *  # noqa: F403
+    from saliency_fast.methods.sampling import *  # noqa: F403
+    from saliency_fast.methods.shapley import *  # noqa: F403
+    from saliency_fast.methods.surrogates import *  # noqa: F403
+    from saliency_fast.methods.temporal import *  # noqa: F403
 
-_PLACES = {
+_LOCATIONS = {
     "gradient": ("gradient", "Gradient"),
     "input_x_gradient": ("gradient", "InputXGradient"),
-    "integrated_gradients": ("integrated_gradients", "IntegratedGradients"),
-    "smoothgrad": ("smoothgrad", "SmoothGrad"),
-    "smoothgrad_squared": ("smoothgrad", "SmoothGradSquared"),
-    "vargrad": ("smoothgrad", "VarGrad"),
-    "expected_gradients": ("expected_gradients", "ExpectedGradients"),
-    "gradient_shap": ("expected_gradients", "GradientShap"),
-    "blur_ig": ("blur_ig", "BlurIG"),
-    "guided_ig": ("guided_ig", "GuidedIG"),
-    "idgi": ("idgi", "IDGI"),
-    "conductance": ("conductance", "Conductance"),
+    "integrated_gradients": ("paths", "IntegratedGradients"),
+    "smoothgrad": ("sampling", "SmoothGrad"),
+    "smoothgrad_squared": ("sampling", "SmoothGradSquared"),
+    "vargrad": ("sampling", "VarGrad"),
+    "expected_gradients": ("sampling", "ExpectedGradients"),
+    "gradient_shap": ("sampling", "GradientShap"),
+    "blur_ig": ("paths", "BlurIG"),
+    "guided_ig": ("paths", "GuidedIG"),
+    "idgi": ("paths", "IDGI"),
+    "conductance": ("paths", "Conductance"),
     "hessian_vector_product": ("hessian", "HessianVectorProduct"),
     "integrated_hessians": ("hessian", "IntegratedHessians"),
     "temporal_rescaling": ("temporal", "TemporalRescaling"),
@@ -70,10 +49,10 @@ _PLACES = {
     "kernel_shap": ("surrogates", "KernelShap"),
     "shapley_sampling": ("shapley", "ShapleySampling"),
     "shapley_values": ("shapley", "ShapleyValues"),
-    "guided_backprop": ("backward", "GuidedBackprop"),
-    "deconvolution": ("backward", "Deconvolution"),
-    "deeplift": ("deeplift", "DeepLift"),
-    "lrp": ("lrp", "LRP"),
+    "guided_backprop": ("gradient", "GuidedBackprop"),
+    "deconvolution": ("gradient", "Deconvolution"),
+    "deeplift": ("gradient", "DeepLift"),
+    "lrp": ("gradient", "LRP"),
     "attention_weights": ("attention", "AttentionWeights"),
     "attention_rollout": ("attention", "AttentionRollout"),
     "gradient_attention": ("attention", "GradientAttention"),
@@ -83,48 +62,49 @@ _PLACES = {
     "layer_cam": ("cam", "LayerCAM"),
     "hires_cam": ("cam", "HiResCAM"),
     "eigen_cam": ("cam", "EigenCAM"),
-    "score_cam": ("score_cam", "ScoreCAM"),
-    "guided_grad_cam": ("guided_grad_cam", "GuidedGradCAM"),
+    "score_cam": ("cam", "ScoreCAM"),
+    "guided_grad_cam": ("cam", "GuidedGradCAM"),
 }
-"""Where methods are, by name: a program imports those that it uses."""
-_CLASSES = {kind: place for place, kind in _PLACES.values()}
+"""The module and the class of each method by name: a module is imported when it is first used."""
 
 
 class _Methods(Mapping[str, "type[Any]"]):
-    """Every method by its name."""
+    """Every method class by its name."""
 
     def __getitem__(self, name: str) -> type[Any]:
-        found: type[Any] = __getattr__(_PLACES[name][1])
-        return found
+        module, kind = _LOCATIONS[name]
+        method: type[Any] = getattr(import_module(f"{__name__}.{module}"), kind)
+        return method
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_PLACES)
+        return iter(_LOCATIONS)
 
     def __len__(self) -> int:
-        return len(_PLACES)
+        return len(_LOCATIONS)
 
 
 METHODS: Mapping[str, type[Any]] = _Methods()
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _CLASSES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_CLASSES[name]}"), name)
+    for method, (_, kind) in _LOCATIONS.items():
+        if kind == name:
+            return METHODS[method]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def read_method(method: Method | str) -> Method:
     """A method from itself or its name; an unknown name lists the valid ones."""
     if isinstance(method, str):
         return make_method(method, {})
-    if isinstance(method, type) and callable(getattr(method, "recipe", None)):
-        raise InputTypeError(
-            f"method must be a method itself: got the class {method.__name__}; make one with "
-            f"{method.__name__}()"
-        )
     if not callable(getattr(method, "recipe", None)):
         raise InputTypeError(
             f"method must be a name or a method such as IntegratedGradients(): got {method!r}"
+        )
+    if isinstance(method, type):
+        raise InputTypeError(
+            f"method must be a method itself: got the class {method.__name__}; make one with "
+            f"{method.__name__}()"
         )
     return method
 
@@ -142,58 +122,12 @@ def make_method(name: str, parameters: dict[str, Any]) -> Method:
             raise InputError(
                 f"{name} has no field {one!r}: expected one of {', '.join(valid) or 'none'}"
             )
-    given = {field: _made(value) for field, value in parameters.items()}
-    made: Method = kind(**given)
+    made: Method = kind(**{field: _parsed(value) for field, value in parameters.items()})
     return made
 
 
-def _made(value: Any) -> Any:
-    """A method within a method, from what a record holds of it."""
+def _parsed(value: Any) -> Any:
+    """A field's value from that in a record, which holds methods as dicts and tuples as lists."""
     if isinstance(value, dict):
         return make_method(value["method"], value["parameters"])
     return tuple(value) if isinstance(value, list) else value
-
-
-__all__ = [
-    "IDGI",
-    "LRP",
-    "METHODS",
-    "AttentionRollout",
-    "AttentionWeights",
-    "BlurIG",
-    "Conductance",
-    "Deconvolution",
-    "DeepLift",
-    "EigenCAM",
-    "ExpectedGradients",
-    "FeatureAblation",
-    "FeaturePermutation",
-    "GradCAM",
-    "GradCAMPlusPlus",
-    "Gradient",
-    "GradientAttention",
-    "GradientShap",
-    "GuidedBackprop",
-    "GuidedGradCAM",
-    "GuidedIG",
-    "HessianVectorProduct",
-    "HiResCAM",
-    "InputXGradient",
-    "IntegratedGradients",
-    "IntegratedHessians",
-    "KernelShap",
-    "LayerCAM",
-    "Lime",
-    "Occlusion",
-    "Rise",
-    "ScoreCAM",
-    "ShapleySampling",
-    "ShapleyValues",
-    "SmoothGrad",
-    "SmoothGradSquared",
-    "TemporalRescaling",
-    "VarGrad",
-    "XGradCAM",
-    "make_method",
-    "read_method",
-]

@@ -1,4 +1,4 @@
-"""Ablation and permutation: what the score loses without a feature, or with another's."""
+"""Ablation and permutation: the change of the score without a feature, or with another's values."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from saliency_fast.engine.rounds import Round, RoundContext, RoundResult, Rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, players
+from saliency_fast.methods.parts.maps import every_row
 from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import philox, random_bits, segment_points
 
 
 @dataclass(frozen=True)
 class FeatureAblation:
-    """The score less the score with one feature at its baseline, for each feature (Zeiler, 2014).
+    """Score less the score with one feature at its baseline, for each feature (Zeiler, 2014).
 
     `features=` of the call says what a feature is; without it every element is one. Every element
     gets its feature's value.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[1.0, 2.0, 3.0]]), sf.FeatureAblation()
+        >>> sf.explain(lambda x: x[:, 0] * x[:, 1], x, method=method).values
+        tensor([[2., 2., 0.]])
     """
 
     name = "feature_ablation"
@@ -32,33 +39,48 @@ class FeatureAblation:
         return in_rounds(_ablated, players, baseline="fill", gradients=False, features=True)
 
 
-def _ablated(asked: RoundContext) -> Rounds:
-    game = Game.of(asked)
-    values = asked.scores.new_zeros((*asked.scores.shape, game.count))
-    # Examples may have segments of their own: the features that one has not cost it nothing.
-    place, item = (game.elements() > 0).expand(len(values), -1).T.nonzero().unbind(1)
+def _ablated(context: RoundContext) -> Rounds:
+    game = Game.of(context)
+    values = context.scores.new_zeros((*context.scores.shape, game.count))
+    # Examples may have segments of their own: values of features that one lacks are zero.
+    feature, example = (game.elements() > 0).expand(len(values), -1).T.nonzero().unbind(1)
 
-    def members(item: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        row = torch.arange(len(place), device=place.device)
-        present = torch.ones(len(place), game.count, dtype=torch.bool, device=place.device)
-        present[row, place] = False
-        return present, row
+    def members(example: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        return _all_but(feature, game.count), torch.arange(len(feature), device=feature.device)
 
-    def each(rows: slice, found: RoundResult) -> None:
-        own = item[rows]
-        values[own, :, place[rows]] = asked.scores[own] - found.scores
+    def each(rows: slice, result: RoundResult) -> None:
+        own = example[rows]
+        values[own, :, feature[rows]] = context.scores[own] - result.scores
 
-    yield Round(game.writer(members), item, place, each=each)
+    yield Round(game.writer(members), example, feature, each=each)
     return game.maps(values, None, sums=False)
+
+
+def _all_but(feature: Tensor, count: int) -> Tensor:
+    """Coalitions bool [R, F] of all features but one."""
+    return torch.arange(count, device=feature.device) != feature[:, None]
 
 
 @dataclass(frozen=True)
 class FeaturePermutation:
-    """The score less the score with one feature's values permuted within the batch, for each
-    feature (Breiman, 2001).
+    """Score less the score with one feature permuted within the batch (Breiman, 2001).
 
-    repeats: permutations of each feature, whose differences are averaged. seed: one int. A batch
-    of two or more examples is needed, and a map depends on the others in the batch.
+    `features=` of the call says what a feature is. A map depends on the other examples of the
+    batch, of which there must be two or more.
+
+    Args:
+        repeats: Permutations of each feature, whose differences are averaged.
+        seed: One int.
+
+    Raises:
+        InputError, InputTypeError: A field has another type or is out of range.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[1.0, 2.0], [3.0, 2.0]]), sf.FeaturePermutation()
+        >>> sf.explain(lambda x: x.sum(1), x, method=method).values
+        tensor([[-2.,  0.],
+                [ 2.,  0.]])
     """
 
     repeats: int = 1
@@ -82,44 +104,41 @@ class FeaturePermutation:
         return in_rounds(rounds, points, gradients=False, features=True)
 
 
-def _permuted(asked: RoundContext, repeats: int, seed: int) -> Rounds:
-    game, batch = Game.of(asked), len(asked.inputs[0])
+def _permuted(context: RoundContext, repeats: int, seed: int) -> Rounds:
+    game, batch = Game.of(context), len(context.inputs[0])
     if batch < 2:
         raise InputError(
             "feature_permutation permutes features within the batch: got 1 example, expected 2 or "
             "more; use feature_ablation for one"
         )
 
-    def write(item: Tensor, place: Tensor) -> Inputs:
-        row = torch.arange(len(place), device=place.device)
-        present = torch.ones(len(place), game.count, dtype=torch.bool, device=place.device)
-        present[row, place % game.count] = False
-        other = permutations(place, batch, seed)[row, item]
-        found = []
-        for x, segment in zip(asked.inputs, game.segments, strict=True):
-            own = segment if len(segment) == 1 else segment[item]
-            found.append(
-                segment_points(x[item], x[other], own.view(len(own), -1), present, row, row)
-            )
-        return tuple(found)
+    def write(example: Tensor, draw: Tensor) -> Inputs:
+        row = torch.arange(len(draw), device=draw.device)
+        present = _all_but(draw % game.count, game.count)
+        other = permutations(draw, batch, seed)[row, example]
+        points = []
+        for x, segment in zip(context.inputs, game.segments, strict=True):
+            own = segment if len(segment) == 1 else segment[example]
+            columns = own.view(len(own), -1), present, row, row
+            points.append(segment_points(x[example], x[other], *columns))
+        return tuple(points)
 
-    kept = asked.scores.new_zeros((repeats * game.count, *asked.scores.shape))
+    losses = context.scores.new_zeros((repeats * game.count, *context.scores.shape))
 
-    def each(rows: slice, found: RoundResult) -> None:
-        own = item[rows]
-        kept[place[rows], own] = asked.scores[own] - found.scores
+    def each(rows: slice, result: RoundResult) -> None:
+        own = example[rows]
+        losses[draw[rows], own] = context.scores[own] - result.scores
 
-    place = torch.arange(repeats * game.count, device=game.device).repeat_interleave(batch)
-    item = torch.arange(batch, device=game.device).repeat(repeats * game.count)
-    yield Round(write, item, place, each=each)
-    drawn = kept.view(repeats, game.count, *asked.scores.shape).permute(2, 3, 1, 0)
-    # Of one permutation nothing is known: the variance is 0 / 0.
+    example, draw = every_row(context, repeats * game.count)
+    yield Round(write, example, draw, each=each)
+    drawn = losses.view(repeats, game.count, *context.scores.shape).permute(2, 3, 1, 0)
+    # The variance of a single permutation is unknown: 0 / 0.
     spread = (drawn - drawn.mean(3, keepdim=True)).square().sum(3)
     return game.maps(drawn.mean(3), spread / (repeats * (repeats - 1.0)), sums=False)
 
 
 def permutations(number: Tensor, batch: int, seed: int) -> Tensor:
-    """The permutation of that number of a batch, never the identity: int64 [R, B]."""
+    """The permutations of these numbers of a batch, never the identity: int64 [R, B]."""
     words = random_bits(torch.full_like(number, seed), number, batch, 0, philox.ORDER)
     order = words.argsort(dim=1, stable=True)
     still = (order == torch.arange(batch, device=order.device)).all(1, keepdim=True)

@@ -1,11 +1,12 @@
 """Attention as a map: weights of one layer, rollout, and gradient-weighted attention.
 
-All three send one example's weight back through the layers, from the token that the model reads
-its answer from to the tokens that went in: a row times a matrix per layer, never their product.
+All three multiply the weights of the tokens that the model reads its answer from with one matrix
+per layer, from the last layer to the input; matrices are never multiplied with each other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
-from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.patches import Patches
+from saliency_fast.methods.parts.canvas import resize
+from saliency_fast.methods.parts.maps import at_inputs, every_row
 from saliency_fast.model.attention import AttentionTaps
 from saliency_fast.model.follow import Inside
-from saliency_fast.model.layout import Space
+from saliency_fast.model.layout import Space, patch_grid, tokens_at
 
 FUSIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda heads: heads.mean(1),
@@ -31,7 +33,7 @@ Layers = Sequence[Tensor]
 
 
 def last_row(start: Tensor, layers: Layers, layer: int) -> Tensor:
-    """What the tokens weighed by `start` [R, T] attend to in one layer, mean over heads."""
+    """The weights [R, T] that tokens of weights `start` [R, T] attend with in one layer."""
     if not -len(layers) <= layer < len(layers):
         raise InputError(
             f"layer out of range: got {layer}, the model has {len(layers)} layers of attention; "
@@ -50,7 +52,7 @@ def rollout(start: Tensor, layers: Layers, residual: float, fusion: str, discard
             attention = flat.scatter(1, lowest, 0.0).view_as(attention)
         mixed = (1 - residual) * attention
         mixed.diagonal(dim1=1, dim2=2).add_(residual)
-        # Whatever fusion and discarding left: rows of a mixture sum to one.
+        # Rows sum to one again, whatever fusion and discarding removed.
         start = _times(start, mixed / mixed.sum(2, keepdim=True))
     return start
 
@@ -66,15 +68,92 @@ def _times(row: Tensor, matrix: Tensor) -> Tensor:
     return (row[:, None].to(matrix.dtype) @ matrix)[:, 0]
 
 
+def wide(layers: Sequence[Tensor]) -> list[Tensor]:
+    """Layers in float32 at least."""
+    return [one if one.dtype == torch.float64 else one.float() for one in layers]
+
+
+def is_causal(heads: Tensor, real: Tensor | None = None) -> bool:
+    """Whether tokens attend only to themselves and earlier ones.
+
+    Padding, where `real` bool [R, T] is False, may attend to anything.
+    """
+    if real is not None:
+        heads = heads.masked_fill(~(real[:, None, :, None] & real[:, None, None, :]), 0.0)
+    return heads.shape[2] > 1 and not bool(heads.triu(1).any())
+
+
+def _start(query: int | str, layers: Layers, *, pooled: bool) -> Tensor:
+    """Weights [R, T] of the tokens that the model reads its answer from; pooled: from all."""
+    start = layers[-1].new_zeros(len(layers[-1]), layers[-1].shape[2])
+    if query == "auto":
+        query = "mean" if pooled else (-1 if is_causal(layers[0]) else 0)
+    if query == "mean":
+        return start.fill_(1 / start.shape[1])
+    if not isinstance(query, int) or not -start.shape[1] <= query < start.shape[1]:
+        raise InputError(
+            f"query out of range: got {query}, expected a token of {start.shape[1]}, or 'mean'"
+        )
+    start[:, query] = 1
+    return start
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The tokens that are patches: in a `grid` over the input's spatial axes of `size`.
+
+    index: numbers of these tokens; shape: of one example's map, axes as in the input; pooled:
+    whether all tokens are patches, so that the model must read its answer from all. Without a grid
+    (of token inputs) they are the input's own tokens.
+    """
+
+    index: tuple[int, ...]
+    grid: tuple[int, ...] | None
+    size: tuple[int, ...]
+    shape: tuple[int, ...]
+    pooled: bool
+
+    @classmethod
+    def of(
+        cls,
+        tokens: int,
+        space: Space,
+        special: int | None,
+        grid: tuple[int, ...] | None,
+        model: object = None,
+    ) -> Patches:
+        """Finds the patches among so many tokens for inputs of a space."""
+        size = space.size
+        if len(size) == 1 and grid is None and tokens - abs(special or 0) == size[0]:
+            start = max(special or 0, 0)
+            return cls(tuple(range(start, start + size[0])), None, size, size, False)
+        known = patch_grid(model, size)
+        if (
+            (known is not None and grid is None and special is None)
+            and tokens < math.prod(known)
+            and space.inside.sequence(tokens, space.axes.places, space.number) is None
+        ):
+            # Windows that are folded into the batch look like heads that are.
+            raise InputError(
+                f"attention is over {tokens} tokens, and the model cuts {math.prod(known)} "
+                "patches: weights of windows have no place in the input, so use another method; "
+                "if it is over all of the input, pass grid=(rows, columns)"
+            )
+        found = tokens_at("attention", tokens, space, grid, special, model)
+        return cls(found.index, found.grid, size, space.of_map, len(found.index) == tokens)
+
+    def map(self, weights: Tensor) -> Tensor:
+        """Weights [R, T] as [R, T'] of the input's own tokens, or as maps [R, *shape]."""
+        weights = weights[:, torch.tensor(self.index, device=weights.device)]
+        if self.grid is None:
+            return weights
+        resized = resize(weights.reshape(len(weights), *self.grid), self.size)
+        return resized.reshape(len(weights), *self.shape)
+
+
 @dataclass(frozen=True)
 class _OverTokens:
-    """What methods over tokens share: which token is asked, and where patches lie.
-
-    query: the token whose attention is read: its number, "mean" of all, or "auto", which is the
-    class token, the first one; the last one where tokens see only what is before them; and the
-    mean where an image has no special tokens. special, grid: of patches, where their number
-    does not tell: leading tokens that are none (trailing ones where negative), rows and columns.
-    """
+    """Fields of all methods over tokens, see `AttentionWeights`."""
 
     query: int | str = field(default="auto", kw_only=True)
     special: int | None = field(default=None, kw_only=True)
@@ -84,12 +163,10 @@ class _OverTokens:
     def __post_init__(self) -> None:
         if isinstance(self.query, str):
             checks.choice("query", self.query, ("auto", "mean"))
-        elif isinstance(self.query, bool) or not isinstance(self.query, int):
-            raise InputTypeError(f"query must be a whole number or a name: got {self.query!r}")
-        if self.special is not None and (
-            isinstance(self.special, bool) or not isinstance(self.special, int)
-        ):
-            raise InputTypeError(f"special must be a whole number: got {self.special!r}")
+        else:
+            checks.integer("query", self.query)
+        if self.special is not None:
+            checks.integer("special", self.special)
         object.__setattr__(self, "grid", checks.grid(self.grid))
 
     def recipe(self) -> Recipe:
@@ -100,67 +177,58 @@ class _OverTokens:
         """Per target (or once for all) the weights [R, T] that `start` has at the input."""
         raise NotImplementedError
 
-    def _rounds(self, asked: RoundContext) -> Rounds:
-        if len(asked.inputs) != 1:
+    def _rounds(self, context: RoundContext) -> Rounds:
+        if len(context.inputs) != 1:
             raise InputError(
-                f"attention belongs to one sequence: got {len(asked.inputs)} inputs; pass the "
+                f"attention belongs to one sequence: got {len(context.inputs)} inputs; pass the "
                 "others through forward_args"
             )
-        (x,), targets = asked.inputs, asked.scores.shape[1]
+        (x,), targets = context.inputs, context.scores.shape[1]
         maps: list[Tensor] = []
-        axes = asked.layouts.need(0, "a map of tokens")
-        space = Space(tuple(x.shape), axes, asked.layouts.inside() or Inside())
+        axes = context.layouts.need(0, "a map of tokens")
+        space = Space(tuple(x.shape), axes, context.layouts.inside() or Inside())
 
-        def each(rows: slice, found: RoundResult) -> None:
-            layers = wide(found.taps)
-            patches = Patches.of(layers[0].shape[2], space, self.special, self.grid, asked.model)
-            start = start_of(self.query, layers, pooled=patches.pooled)
-            read = self._read(start, layers, [wide(one) for one in found.grads])
-            shown = torch.stack([patches.map(one) for one in read], 1)
+        def each(rows: slice, result: RoundResult) -> None:
+            layers = wide(result.taps)
+            tokens = layers[0].shape[2]
+            patches = Patches.of(tokens, space, self.special, self.grid, context.model)
+            start = _start(self.query, layers, pooled=patches.pooled)
+            weights = self._read(start, layers, [wide(one) for one in result.grads])
+            shown = torch.stack([patches.map(one) for one in weights], 1)
             maps.append(shown.expand(-1, targets, *shown.shape[2:]))
 
-        item = torch.arange(len(x), device=x.device)
+        example, _ = every_row(context, 1)
         taps, gradients = AttentionTaps(self.special, self.grid), self._gradients
-        yield Round(lambda item, _: (x[item],), item, item, gradients, taps, each=each)
+        yield Round(at_inputs(context), example, example, gradients, taps, each=each)
         return Maps((torch.cat(maps),))
-
-
-def wide(layers: Sequence[Tensor]) -> list[Tensor]:
-    """Layers in float32 at least."""
-    return [one if one.dtype == torch.float64 else one.float() for one in layers]
-
-
-def start_of(query: int | str, layers: Layers, *, pooled: bool = False) -> Tensor:
-    """The weight [R, T] of each token in what the model reads. pooled: from all of them."""
-    last = layers[-1]
-    start = last.new_zeros(len(last), last.shape[2])
-    if query == "auto":
-        query = "mean" if pooled else (-1 if is_causal(layers[0]) else 0)
-    if query == "mean":
-        return start.fill_(1 / last.shape[2])
-    if not isinstance(query, int) or not -start.shape[1] <= query < start.shape[1]:
-        raise InputError(
-            f"query out of range: got {query}, expected a token of {start.shape[1]}, or 'mean'"
-        )
-    start[:, query] = 1
-    return start
-
-
-def is_causal(heads: Tensor, real: Tensor | None = None) -> bool:
-    """Whether tokens see only themselves and what is before them. real: bool [R, T]; padding may
-    see anything.
-    """
-    if real is not None:
-        heads = heads.masked_fill(~(real[:, None, :, None] & real[:, None, None, :]), 0.0)
-    return heads.shape[2] > 1 and not bool(heads.triu(1).any())
 
 
 @dataclass(frozen=True)
 class AttentionWeights(_OverTokens):
-    """The attention of one layer, mean over its heads, from one token to all.
+    """Attention of one layer from one token to all, mean over heads.
 
-    Not an attribution: it says where one layer looked, for every target alike. layer: counted in
-    the order in which layers run, from the end where negative.
+    It is no attribution: it is the same for every target, and of one layer.
+
+    Args:
+        layer: Number of the attention layer in the order in which layers run; negative from the
+            end.
+        query: The token whose attention is read: its number, "mean" of all, or "auto": the class
+            token, the first one; the last one where attention is causal; the mean where all tokens
+            are patches.
+        special: Number of leading (where negative, trailing) tokens that are no patches; None finds
+            it by the model's patches or the number of tokens.
+        grid: (rows, columns) of the patches; None finds it likewise.
+
+    Raises:
+        InputError, InputTypeError: A field has another type or is out of range.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> from torch.nn.functional import scaled_dot_product_attention as attention
+        >>> model = lambda x: attention(x, x, x).sum(1)
+        >>> x, method = torch.ones(2, 5, 4), sf.AttentionWeights()
+        >>> sf.explain(model, x, target=1, method=method, layout="BTF").values.shape
+        torch.Size([2, 5])
     """
 
     layer: int = -1
@@ -168,8 +236,7 @@ class AttentionWeights(_OverTokens):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int):
-            raise InputTypeError(f"layer must be a whole number: got {self.layer!r}")
+        checks.integer("layer", self.layer)
 
     def _read(self, start: Tensor, layers: Layers, gradients: list[Layers]) -> list[Tensor]:
         return [last_row(start, layers, self.layer)]
@@ -177,11 +244,27 @@ class AttentionWeights(_OverTokens):
 
 @dataclass(frozen=True)
 class AttentionRollout(_OverTokens):
-    """Attention multiplied through all layers, the residual stream as identity (Abnar, Zuidema,
-    2020); the same for every target.
+    """Product of the attention of all layers, each mixed with the identity (Abnar & Zuidema, 2020).
 
-    residual: the share of the identity in each layer. fusion: of heads, "mean", "max" or "min".
-    discard: the share of each layer's weights, the lowest of an example, that is left out.
+    It is the same for every target.
+
+    Args:
+        residual: Share of the identity, which stands for the residual stream, in each layer.
+        fusion: How heads are joined: "mean", "max" or "min".
+        discard: Share of each layer's weights, the lowest of an example, that is set to zero.
+        query, special, grid: As of `AttentionWeights`.
+
+    Raises:
+        InputError, InputTypeError: A field has another type or is out of range.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> from torch.nn.functional import scaled_dot_product_attention as attention
+        >>> model = lambda x: attention(x, x, x).sum(1)
+        >>> x, method = torch.ones(2, 5, 4), sf.AttentionRollout(query="mean")
+        >>> att = sf.explain(model, x, target=1, method=method, layout="BTF")
+        >>> torch.allclose(att.values, torch.tensor(0.2))
+        True
     """
 
     residual: float = 0.5
@@ -193,10 +276,7 @@ class AttentionRollout(_OverTokens):
         super().__post_init__()
         checks.choice("fusion", self.fusion, tuple(FUSIONS))
         for what in ("residual", "discard"):
-            value = getattr(self, what)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise InputTypeError(f"{what} must be a number: got {value!r}")
-            if not 0 <= value < 1:
+            if not 0 <= (value := checks.number(what, getattr(self, what))) < 1:
                 raise InputError(f"{what} must be a share from 0 to below 1: got {value}")
 
     def _read(self, start: Tensor, layers: Layers, gradients: list[Layers]) -> list[Tensor]:
@@ -205,8 +285,24 @@ class AttentionRollout(_OverTokens):
 
 @dataclass(frozen=True)
 class GradientAttention(_OverTokens):
-    """Attention weighed by its gradient, through all layers: R += mean_h(relu(grad * A)) R, for
-    self-attention (Chefer, Gur, Wolf, 2021).
+    """Attention times its gradient through all self-attention layers (Chefer, Gur & Wolf, 2021).
+
+    The relevance R of the tokens is R + mean over heads of relu(gradient * attention) R, layer by
+    layer.
+
+    Args:
+        query, special, grid: As of `AttentionWeights`.
+
+    Raises:
+        InputError, InputTypeError: A field has another type or is out of range.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> from torch.nn.functional import scaled_dot_product_attention as attention
+        >>> model = lambda x: attention(x, x, x).sum(1)
+        >>> x, method = torch.ones(2, 5, 4), sf.GradientAttention()
+        >>> sf.explain(model, x, target=1, method=method, layout="BTF").values.shape
+        torch.Size([2, 5])
     """
 
     name = "gradient_attention"

@@ -1,14 +1,20 @@
-"""The gradient at the input itself."""
+"""Methods of one point, the input itself: gradients, and backward rules in their place."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from saliency_fast.engine.points import Line
+from saliency_fast.engine.points import Itself, Line
 from saliency_fast.engine.recipe import Level, Recipe
+from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
+from saliency_fast.rules import Composite, Deconv, Guided, Rescale, composite
+
+BOUNDED = "epsilon_gamma_box"
+"""The composite whose first rule needs the bounds of the input."""
 
 
 def at_input() -> tuple[Level]:
@@ -19,7 +25,21 @@ def at_input() -> tuple[Level]:
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient of the score at the input; |gradient| where `absolute` (Simonyan, 2013)."""
+    """Gradient of the score at the input (Simonyan, 2013).
+
+    Args:
+        absolute: Whether values are absolute values.
+
+    Raises:
+        InputTypeError: `absolute` is not a bool.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model = torch.nn.Linear(4, 3)
+        >>> att = sf.explain(model, torch.ones(2, 4), target=1, method=sf.Gradient())
+        >>> torch.equal(att.values[0], model.weight[1].detach())
+        True
+    """
 
     absolute: bool = False
     name = "gradient"
@@ -34,9 +54,154 @@ class Gradient:
 
 @dataclass(frozen=True)
 class InputXGradient:
-    """The input times the gradient there (Shrikumar, 2016)."""
+    """Input times the gradient of the score there (Shrikumar, 2016).
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model, x = torch.nn.Linear(4, 3), torch.full((1, 4), 2.0)
+        >>> att = sf.explain(model, x, target=1, method=sf.InputXGradient())
+        >>> torch.equal(att.values[0], 2 * model.weight[1].detach())
+        True
+    """
 
     name = "input_x_gradient"
 
     def recipe(self) -> Recipe:
         return Recipe(Line(), at_input(), factor="input", at_input=True)
+
+
+@dataclass(frozen=True)
+class GuidedBackprop:
+    """Gradient in which each ReLU passes back positive values alone (Springenberg, 2015).
+
+    Maps look sharp because they recover edges of the image, more than what the class depends on:
+    they change little when the weights are random (Adebayo, 2018; Nie, 2018).
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[-1.0, 2.0]]), sf.GuidedBackprop()
+        >>> sf.explain(lambda x: x.relu().sum(1), x, method=method).values
+        tensor([[0., 1.]])
+    """
+
+    name = "guided_backprop"
+
+    def recipe(self) -> Recipe:
+        return Recipe(Itself(), at_input(), at_input=True, rules=Guided())
+
+
+@dataclass(frozen=True)
+class Deconvolution:
+    """Gradient in which each ReLU passes back max(0, gradient), whatever its input (Zeiler, 2014).
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[-1.0, 2.0]]), sf.Deconvolution()
+        >>> sf.explain(lambda x: x.relu().sum(1), x, method=method).values
+        tensor([[1., 1.]])
+    """
+
+    name = "deconvolution"
+
+    def recipe(self) -> Recipe:
+        return Recipe(Itself(), at_input(), at_input=True, rules=Deconv())
+
+
+@dataclass(frozen=True)
+class DeepLift:
+    """(Input - baseline) times DeepLIFT's multipliers by the rescale rule (Shrikumar, 2017).
+
+    Args:
+        epsilon: Change of a nonlinearity's input below which its gradient is the multiplier.
+        multiply: False gives the multipliers alone, without baseline scores and delta.
+        captum: Whether to depart from the paper as Captum's DeepLift does, for equal numbers; see
+            `saliency_fast.rules.Rescale`.
+
+    Raises:
+        InputError, InputTypeError: A field has another type, or `epsilon` is not positive.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(4, 3))
+        >>> att = sf.explain(model, torch.ones(2, 4), target=1, method=sf.DeepLift())
+        >>> bool((att.delta.abs() < 1e-5).all())
+        True
+    """
+
+    epsilon: float = 1e-10
+    multiply: bool = True
+    captum: bool = False
+    name = "deeplift"
+
+    def __post_init__(self) -> None:
+        checks.positive("epsilon", self.epsilon)
+        checks.flag("multiply", self.multiply)
+        checks.flag("captum", self.captum)
+
+    def recipe(self) -> Recipe:
+        rules = Rescale(float(self.epsilon), self.captum)
+        # Multipliers alone add up to nothing.
+        factor, ends = ("difference", True) if self.multiply else ("none", False)
+        one = Recipe(Itself(), at_input(), factor=factor, baseline="one", at_input=True)
+        return replace(one, ends=ends, rules=rules)
+
+
+@dataclass(frozen=True)
+class LRP:
+    """Layer-wise relevance propagation of the score down to the input (Bach, 2015).
+
+    Args:
+        composite: Which rule is for which kind of layer: "epsilon", "z_plus", "epsilon_plus",
+            "epsilon_plus_flat", "epsilon_gamma", "epsilon_gamma_box", "epsilon_alpha2_beta1",
+            "epsilon_alpha2_beta1_flat" or "captum".
+        epsilon: Stabiliser of the denominators.
+        gamma: Extra weight of contributions that have the output's sign, in the gamma rule.
+        bounds: (low, high) of the input for "epsilon_gamma_box", each a number or one per channel.
+        layers: (layer's name, rule) pairs that win over the composite. A rule is a name or a name
+            with parameters: ("features.0", "flat"), ("head", ("epsilon", 0.1)).
+        softmax: "taylor" expands softmax at its input (Achtibat, 2024), "constant" gives attention
+            weights no relevance (Ali, 2022).
+
+    Raises:
+        InputError, InputTypeError: An unknown composite, rule or parameter, or bounds that the
+            composite does not take.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(4, 3))
+        >>> att = sf.explain(model, torch.ones(2, 4), target=1, method=sf.LRP("epsilon"))
+        >>> att.values.shape
+        torch.Size([2, 4])
+    """
+
+    composite: str = "epsilon_plus"
+    epsilon: float = 1e-6
+    gamma: float = 0.25
+    bounds: tuple[Any, Any] | None = None
+    layers: tuple[tuple[str, Any], ...] = ()
+    softmax: str = "taylor"
+    name = "lrp"
+
+    def __post_init__(self) -> None:
+        # Records hold lists in the place of tuples.
+        for field in ("bounds", "layers"):
+            object.__setattr__(self, field, _tuples(getattr(self, field)))
+        if self.bounds is not None and self.composite != BOUNDED:
+            raise InputError(
+                f"bounds are for {BOUNDED}: got {self.bounds!r} with composite {self.composite!r}; "
+                f"leave them out, or name a layer's rule: (layer, ('z_box', low, high))"
+            )
+        self._rules()
+
+    def _rules(self) -> Composite:
+        options = {"softmax": self.softmax}
+        return composite(
+            self.composite, self.epsilon, self.gamma, self.bounds, self.layers, **options
+        )
+
+    def recipe(self) -> Recipe:
+        return Recipe(Itself(), at_input(), at_input=True, rules=self._rules())
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""Shapley values: the mean gain that a feature brings to those before it, over all orders."""
+"""Shapley values: the mean gain of adding a feature to those before it, over all orders."""
 
 from __future__ import annotations
 
@@ -15,22 +15,26 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Round, RoundContext, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
+from saliency_fast.methods.parts.coalitions import LOOKS, Game, players
+from saliency_fast.methods.parts.maps import every_row
 from saliency_fast.model.layout import Layouts
-from saliency_fast.ops import philox, random_bits
+from saliency_fast.ops import philox
 
 MOST = 20
-"""Features whose coalitions are all taken: a million points."""
-LOOKS = 16
-"""Maps so far that a call gives on the way."""
+"""Most features of which all coalitions are evaluated: a million points."""
 
 
 @dataclass(frozen=True)
 class ShapleyValues:
-    """Shapley values from all coalitions of the features (Shapley, 1953), exact.
+    """Exact Shapley values from all 2^F coalitions of at most 20 features (Shapley, 1953).
 
-    There are 2^F of them, for at most 20 features; `features=` of the call says what they are.
-    Values add up to the gain over the baseline.
+    `features=` of the call says what a feature is. Values sum to the gain over the baseline.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[1.0, 2.0, 3.0]]), sf.ShapleyValues()
+        >>> sf.explain(lambda x: x[:, 0] * x[:, 1] + x[:, 2], x, method=method).values
+        tensor([[1., 1., 3.]])
     """
 
     name = "shapley_values"
@@ -43,10 +47,23 @@ class ShapleyValues:
 class ShapleySampling:
     """Shapley values by random orders of the features (Castro, 2009).
 
-    permutations: orders, of F - 1 points each; where all 2^F coalitions are no more, these are
-    taken and the values are exact. antithetic: every order comes with its reverse (Mitchell, 2022),
-    which lowers the error for the same number. Values add up to the gain over the baseline. seed:
-    an int, or one per example. `features=` of the call says what a feature is.
+    `features=` of the call says what a feature is. Values sum to the gain over the baseline.
+
+    Args:
+        permutations: Orders of F - 1 points each; where all 2^F coalitions are no more points,
+            these are evaluated instead, and values are exact.
+        antithetic: Whether every order comes with its reverse, which lowers the error for the same
+            number of points (Mitchell, 2022).
+        seed: An int, or one for each example.
+
+    Raises:
+        InputError, InputTypeError: A field has another type or is out of range.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[1.0, 2.0, 3.0]]), sf.ShapleySampling()
+        >>> sf.explain(lambda x: x[:, 0] * x[:, 1] + x[:, 2], x, method=method).values
+        tensor([[1., 1., 3.]])
     """
 
     permutations: int = 25
@@ -67,19 +84,27 @@ class ShapleySampling:
         kind = {"baseline": "one", "gradients": False, "features": True}
         return in_rounds(self._rounds, points, **kind)
 
-    def _rounds(self, asked: RoundContext) -> Rounds:
-        game = Game.of(asked)
+    def _rounds(self, context: RoundContext) -> Rounds:
+        game = Game.of(context)
         if 2**game.count - 2 <= self.permutations * (game.count - 1):
             return (yield from exact_rounds(game))
 
         def ranks(start: int, stop: int) -> Tensor:
-            return random_ranks(game, start, stop, self.seed, antithetic=self.antithetic)
+            """Random orders; every other antithetic one is the reverse of the one before."""
+            number = torch.arange(start, stop, device=game.device)
+            drawn = number // 2 if self.antithetic else number
+            words = game.random_words(self.seed, drawn, game.count, philox.ORDER)
+            # The rank of random words is as random as an order by them.
+            rank = words.argsort(dim=2, stable=True).argsort(dim=2)
+            if self.antithetic:
+                rank = torch.where((number % 2 == 1)[:, None], game.count - 1 - rank, rank)
+            return rank
 
         return (yield from walked(game, self.permutations, ranks, 2 if self.antithetic else 1))
 
 
 def _coalitions(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
-    """How many there are but none and all."""
+    """How many coalitions there are between none and all."""
     count = players(inputs, features)
     if count > MOST:
         raise InputError(
@@ -89,28 +114,28 @@ def _coalitions(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
     return (1 << count) - 2
 
 
-def _exact(asked: RoundContext) -> Rounds:
-    return (yield from exact_rounds(Game.of(asked)))
+def _exact(context: RoundContext) -> Rounds:
+    return (yield from exact_rounds(Game.of(context)))
 
 
 def exact_rounds(game: Game) -> Rounds:
-    """All coalitions but none and all, whose scores are known."""
+    """All coalitions; the scores of the empty and of the full one are in the context."""
     number = torch.arange(2**game.count, device=game.device)
     present = ((number[:, None] >> torch.arange(game.count, device=game.device)) & 1).bool()
-    asked = game.asked
-    assert asked.baseline_scores is not None
-    between = asked.scores.new_zeros((*asked.scores.shape, 0))
+    context = game.context
+    assert context.baseline_scores is not None
+    between = context.scores.new_zeros((*context.scores.shape, 0))
     if game.count > 1:
-        found = yield game.table(present[None, 1:-1])
-        between = game.answers(found.scores)
-    ends = asked.baseline_scores[..., None], asked.scores[..., None]
+        result = yield game.table(present[None, 1:-1])
+        between = game.answers(result.scores)
+    ends = context.baseline_scores[..., None], context.scores[..., None]
     worth = torch.cat((ends[0], between, ends[1]), dim=2)
-    # A coalition of s features counts for each one it has, and against each one it lacks.
+    # A coalition of s features counts for each feature it has, and against each one it lacks.
     sizes = torch.arange(game.count + 1, dtype=torch.float64, device=game.device)
-    ways = torch.tensor([comb(game.count, s) for s in range(game.count + 1)], device="cpu").to(
-        sizes
-    )
-    gain, loss = 1.0 / (sizes * ways), 1.0 / ((game.count - sizes) * ways)
+    equal = [comb(game.count, size) for size in range(game.count + 1)]
+    number_of_size = torch.tensor(equal, device="cpu").to(sizes)
+    gain = 1.0 / (sizes * number_of_size)
+    loss = 1.0 / ((game.count - sizes) * number_of_size)
     gain[0] = loss[-1] = 0.0
     size = present.sum(1)
     both, against = worth * (gain + loss)[size], (worth * loss[size]).sum(2)
@@ -121,20 +146,20 @@ def exact_rounds(game: Game) -> Rounds:
 def walked(game: Game, orders: int, ranks: Callable[[int, int], Tensor], together: int) -> Rounds:
     """Mean gains along orders of the features.
 
-    ranks(start, stop): int64 [1 | B, stop - start, F], the place of every feature in those orders.
-    together: orders that are one draw. With one draw alone the error is not known.
+    ranks(start, stop): int64 [1 | B, stop - start, F], the position of every feature in these
+    orders. together: orders that are one draw. With one draw alone the error is unknown.
     """
-    total = game.asked.scores.new_zeros((*game.asked.scores.shape, game.count))
+    total = game.context.scores.new_zeros((*game.context.scores.shape, game.count))
     mean, square, draws = total.clone(), total.clone(), 0
     step = together * -(-orders // (LOOKS * together))
     for start in range(0, orders, step):
         stop = min(start + step, orders)
         own = ranks(start, stop)
-        found = yield _walk(game, own)
-        gains = _gains(game, own, game.answers(found.scores))
+        result = yield _walk(game, own)
+        gains = _gains(game, own, game.answers(result.scores))
         total += gains.sum(2)
         for one in torch.split(gains, together, dim=2):
-            # The mean and the squares about it, draw by draw (Welford, 1962).
+            # Welford's mean and sum of squared deviations (1962), draw by draw.
             draws, change = draws + 1, one.mean(2) - mean
             mean += change / draws
             square += change * (one.mean(2) - mean)
@@ -147,48 +172,23 @@ def walked(game: Game, orders: int, ranks: Callable[[int, int], Tensor], togethe
 
 def _walk(game: Game, ranks: Tensor) -> Round:
     """The coalitions along orders int64 [1 | B, P, F], between none and all."""
-    batch, steps = len(game.asked.inputs[0]), game.count - 1
+    steps = game.count - 1
     flat, shift = ranks.flatten(0, 1), ranks.shape[1] if len(ranks) > 1 else 0
 
-    def members(item: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        last = place % steps
-        present = flat[place // steps + shift * item] <= last[:, None]
-        return present, torch.arange(len(place), device=place.device)
+    def members(example: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        present = flat[number // steps + shift * example] <= (number % steps)[:, None]
+        return present, torch.arange(len(number), device=number.device)
 
-    place = torch.arange(ranks.shape[1] * steps, device=game.device)
-    item = torch.arange(batch, device=game.device).repeat(len(place))
-    return Round(game.writer(members), item, place.repeat_interleave(batch))
+    return Round(game.writer(members), *every_row(game.context, ranks.shape[1] * steps))
 
 
 def _gains(game: Game, ranks: Tensor, answers: Tensor) -> Tensor:
-    """What each feature brings in each order, [B, K, P, F], from the answers of `_walk`."""
-    asked = game.asked
-    assert asked.baseline_scores is not None
-    batch, targets, orders = *asked.scores.shape, ranks.shape[1]
+    """The gain of each feature in each order, [B, K, P, F], from the answers of `_walk`."""
+    context = game.context
+    assert context.baseline_scores is not None
+    batch, targets, orders = *context.scores.shape, ranks.shape[1]
     wide = (batch, targets, orders, 1)
-    begin = asked.baseline_scores[..., None, None].expand(wide)
-    end = asked.scores[..., None, None].expand(wide)
+    begin = context.baseline_scores[..., None, None].expand(wide)
+    end = context.scores[..., None, None].expand(wide)
     worth = torch.cat((begin, answers.reshape(batch, targets, orders, -1), end), dim=3)
-    own = ranks[:, None].expand(batch, targets, -1, -1)
-    return worth.diff(dim=3).gather(3, own)
-
-
-def random_ranks(game: Game, start: int, stop: int, seed: Seed, *, antithetic: bool) -> Tensor:
-    """The place of every feature in orders `start` to `stop`, int64 [1 | B, stop - start, F]; of
-    antithetic ones every other is the reverse of the one before.
-    """
-    own = own_seeds(seed, game.asked)
-    number = torch.arange(start, stop, device=own.device)
-    drawn = number // 2 if antithetic else number
-    words = random_bits(
-        own.repeat_interleave(len(number)),
-        drawn.repeat(len(own)),
-        game.count,
-        0,
-        philox.ORDER,
-    )
-    # The rank of random words is as random as an order by them.
-    rank: Tensor = words.argsort(dim=1, stable=True).argsort(dim=1).view(len(own), -1, game.count)
-    if antithetic:
-        rank = torch.where((number % 2 == 1)[:, None], game.count - 1 - rank, rank)
-    return rank
+    return worth.diff(dim=3).gather(3, ranks[:, None].expand(batch, targets, -1, -1))

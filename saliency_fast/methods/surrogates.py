@@ -1,4 +1,4 @@
-"""Surrogates: linear models of the score on which features are there, LIME and Kernel SHAP."""
+"""Linear surrogates of the score as a function of which features are present: LIME, Kernel SHAP."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import RoundContext, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.coalitions import Game, own_seeds, players
-from saliency_fast.methods.parts.regression import FITS, Slopes, fit, fit_shares
+from saliency_fast.methods.parts.coalitions import Game, players
+from saliency_fast.methods.parts.regression import FITS, Slopes, fit, fit_shapley
 from saliency_fast.methods.shapley import exact_rounds
 from saliency_fast.model.layout import Layouts
-from saliency_fast.ops import philox, random_bits
+from saliency_fast.ops import philox
 
 Draw = Callable[[Game], Tensor]
 """A table of coalitions bool [1 | B, M, F] for the features of a call."""
@@ -29,13 +29,28 @@ Weigh = Callable[[Game, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Lime:
-    """Slopes of a linear model of the score on which features are there (Ribeiro, 2016).
+    """Slopes of a linear model of the score on which features are present (Ribeiro, 2016).
 
-    samples: random coalitions, each feature there with a chance of one half. fit: "ridge", "lasso"
-    (scikit-learn) or "linear", with the penalty `alpha`. A coalition at distance d of the whole
-    weighs exp(-d^2 / (2 kernel_width^2)); distance: "features", the cosine distance of the features
-    that are there, or "cosine" or "euclidean" of the points themselves. seed: an int, or one per
-    example. `features=` of the call says what a feature is.
+    `features=` of the call says what a feature is. A coalition at distance d from the whole example
+    has the weight exp(-d^2 / (2 kernel_width^2)).
+
+    Args:
+        samples: Random coalitions; each feature is present with a chance of one half.
+        kernel_width: Width of the weights, in units of the distance.
+        distance: "features", the cosine distance of the features that are present, or "cosine" or
+            "euclidean" of the points themselves.
+        fit: "ridge", "lasso" (needs scikit-learn) or "linear".
+        alpha: Penalty of "ridge" and "lasso".
+        seed: An int, or one for each example.
+
+    Raises:
+        InputError, InputTypeError: A field has another type or is out of range.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[1.0, 2.0, 3.0]]), sf.Lime(samples=50, fit="linear")
+        >>> sf.explain(lambda x: x.sum(1), x, method=method).values.round(decimals=3)
+        tensor([[1., 2., 3.]])
     """
 
     samples: int = 1000
@@ -56,14 +71,15 @@ class Lime:
 
     def recipe(self) -> Recipe:
         def draw(game: Game) -> Tensor:
-            return coin_tosses(game, self.samples, self.seed)
+            number = torch.arange(self.samples, device=game.device)
+            return game.random_words(self.seed, number, game.count, philox.COALITION) >= 2**31
 
         def weigh(game: Game, present: Tensor) -> Tensor:
             d = distances(game, present, self.distance)
             return torch.exp(-d.square() / (2.0 * self.kernel_width**2))
 
-        def rounds(asked: RoundContext) -> Rounds:
-            return fitted(asked, draw, weigh, self.fit, self.alpha)
+        def rounds(context: RoundContext) -> Rounds:
+            return fitted(context, draw, weigh, self.fit, self.alpha)
 
         kind = {"baseline": "fill", "gradients": False, "features": True}
         return in_rounds(rounds, self.samples, **kind)
@@ -73,10 +89,23 @@ class Lime:
 class KernelShap:
     """Shapley values by weighted regression on random coalitions (Lundberg and Lee, 2017).
 
-    samples: coalitions; where all of them are no more, they are all taken and the values are exact.
-    paired: every coalition comes with its complement, which lowers the error for the same number
-    (Covert and Lee, 2021). Values add up to the gain over the baseline. seed: an int, or one per
-    example. `features=` of the call says what a feature is.
+    `features=` of the call says what a feature is. Values sum to the gain over the baseline.
+
+    Args:
+        samples: Coalitions; where there are no more in all, each is evaluated once, and values are
+            exact.
+        paired: Whether every coalition comes with its complement, which lowers the error for the
+            same number of points (Covert and Lee, 2021).
+        seed: An int, or one for each example.
+
+    Raises:
+        InputError, InputTypeError: A field has another type or is out of range.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[1.0, 2.0, 3.0]]), sf.KernelShap()
+        >>> sf.explain(lambda x: x[:, 0] * x[:, 1] + x[:, 2], x, method=method).values
+        tensor([[1., 1., 3.]])
     """
 
     samples: int = 2048
@@ -96,8 +125,8 @@ class KernelShap:
         kind = {"baseline": "one", "gradients": False, "features": True}
         return in_rounds(self._rounds, points, **kind)
 
-    def _rounds(self, asked: RoundContext) -> Rounds:
-        game = Game.of(asked)
+    def _rounds(self, context: RoundContext) -> Rounds:
+        game = Game.of(context)
         if 2**game.count <= self.samples + 2:
             return (yield from exact_rounds(game))
         if self.samples <= game.count:
@@ -106,98 +135,72 @@ class KernelShap:
                 f"{game.count}; group elements with features=, such as 'grid:8' or 'slic', or "
                 "raise samples"
             )
-        present = kernel_coalitions(game, self.samples, self.seed, paired=self.paired)
-        found = yield game.table(present)
-        assert asked.baseline_scores is not None
-        answers = game.answers(found.scores) - asked.baseline_scores[..., None]
-        slopes = _per_group(
+        present = self._coalitions(game)
+        result = yield game.table(present)
+        assert context.baseline_scores is not None
+        answers = game.answers(result.scores) - context.baseline_scores[..., None]
+        gains = (context.scores - context.baseline_scores).reshape(len(present), -1)
+        slopes = _per_table(
             present,
             answers,
-            lambda number, table, y, own: fit_shares(table, y, own, paired=self.paired),
-            game.gain(),
+            lambda number, y: fit_shapley(present[number], y, gains[number], paired=self.paired),
         )
         return game.maps(*slopes, sums=True)
 
+    def _coalitions(self, game: Game) -> Tensor:
+        """Coalitions bool [1 | B, M, F] of s features, by the Shapley kernel of all of that size.
 
-def fitted(asked: RoundContext, draw: Draw, weigh: Weigh, how: str, alpha: float) -> Rounds:
-    """Slopes of the score on the coalitions that are drawn, as they are weighed."""
-    game = Game.of(asked)
+        The chance of s is proportional to 1 / (s (F - s)). Every other paired one is the complement
+        of the one before, and an odd sample is left out.
+        """
+        size = torch.arange(1, game.count, dtype=torch.float64, device=game.device)
+        chance = 1.0 / (size * (game.count - size))
+        bounds = chance.cumsum(0) / chance.sum()
+        draws = torch.arange(self.samples // (2 if self.paired else 1), device=game.device)
+        words = game.random_words(self.seed, draws, game.count + 1, philox.COALITION)
+        share = ((words[..., 0] >> 8).double() + 0.5) * 2.0**-24
+        wanted = torch.searchsorted(bounds, share.contiguous()) + 1
+        rank = words[..., 1:].argsort(dim=-1, stable=True).argsort(dim=-1)
+        present = rank < wanted[..., None]
+        return torch.stack((present, ~present), dim=2).flatten(1, 2) if self.paired else present
+
+
+def fitted(context: RoundContext, draw: Draw, weigh: Weigh, how: str, alpha: float) -> Rounds:
+    """Slopes of the score on drawn coalitions with their weights."""
+    game = Game.of(context)
     present = draw(game)
     weight = weigh(game, present)
-    found = yield game.table(present)
-    answers = game.answers(found.scores)
-    if len(weight) > len(present):
-        present = present.expand(len(weight), -1, -1)
-    slopes = _per_group(
-        present,
-        answers,
-        lambda number, table, y, _: fit(table, y, weight[number], how, alpha),
-        game.asked.scores,
+    result = yield game.table(present)
+    answers = game.answers(result.scores)
+    table = present.expand(max(len(present), len(weight)), -1, -1)
+    slopes = _per_table(
+        table, answers, lambda number, y: fit(table[number], y, weight[number], how, alpha)
     )
     return game.maps(*slopes, sums=False)
 
 
-def _per_group(
-    present: Tensor,
-    answers: Tensor,
-    solve: Callable[[int, Tensor, Tensor, Tensor], Slopes],
-    gain: Tensor,
+def _per_table(
+    present: Tensor, answers: Tensor, solve: Callable[[int, Tensor], Slopes]
 ) -> tuple[Tensor, Tensor]:
-    """Slopes and variances [B, K, F] from answers [B, K, M]; examples that share their coalitions
-    are solved for at once.
-    """
+    """Slopes and variances [B, K, F] from answers [B, K, M], all examples of a table at once."""
     batch, targets, count = answers.shape
-    shared = len(present) == 1
-    groups = answers.reshape(1 if shared else batch, -1, count)
-    gains = gain.reshape(len(groups), -1)
-    found = [
-        solve(number, table, y.T, own)
-        for number, (table, y, own) in enumerate(zip(present, groups, gains, strict=True))
-    ]
-    values = torch.cat([one.values.T for one in found]).view(batch, targets, -1)
-    return values, torch.cat([one.variance.T for one in found]).view(batch, targets, -1)
-
-
-def coin_tosses(game: Game, samples: int, seed: Seed) -> Tensor:
-    """Coalitions that every feature is in with a chance of one half, bool [1 | B, M, F]."""
-    words = _words(game, samples, seed, game.count)
-    return words >= 2**31
-
-
-def kernel_coalitions(game: Game, samples: int, seed: Seed, *, paired: bool) -> Tensor:
-    """Coalitions of s of F features with a chance proportional to 1 / (s (F - s)), which is the
-    Shapley kernel's of all of that size: bool [1 | B, M, F]. paired: every other one is the
-    complement of the one before, and an odd sample is left out.
-    """
-    size = torch.arange(1, game.count, dtype=torch.float64, device=game.device)
-    chance = 1.0 / (size * (game.count - size))
-    bounds = chance.cumsum(0) / chance.sum()
-    words = _words(game, samples // 2 if paired else samples, seed, game.count + 1)
-    share = ((words[..., 0] >> 8).double() + 0.5) * 2.0**-24
-    wanted = torch.searchsorted(bounds, share.contiguous()) + 1
-    rank = words[..., 1:].argsort(dim=-1, stable=True).argsort(dim=-1)
-    present = rank < wanted[..., None]
-    return torch.stack((present, ~present), dim=2).flatten(1, 2) if paired else present
-
-
-def _words(game: Game, samples: int, seed: Seed, count: int) -> Tensor:
-    """Random words int64 [1 | B, samples, count]."""
-    own = own_seeds(seed, game.asked)
-    number = torch.arange(samples, device=own.device).repeat(len(own))
-    words: Tensor = random_bits(own.repeat_interleave(samples), number, count, 0, philox.COALITION)
-    return words.view(len(own), samples, count)
+    groups = answers.reshape(len(present), -1, count)
+    slopes = [solve(number, y.T) for number, y in enumerate(groups)]
+    values = torch.cat([one.values.T for one in slopes]).view(batch, targets, -1)
+    return values, torch.cat([one.variance.T for one in slopes]).view(batch, targets, -1)
 
 
 def _of_features(game: Game, present: Tensor) -> Tensor:
-    """Cosine distance of the features that are there from all, float64 [1 | B, M]."""
+    """Cosine distance of the present features from all, float64 [1 | B, M]."""
     return 1.0 - (present.double().sum(2) / game.count).sqrt()
 
 
 def _cosine(game: Game, present: Tensor) -> Tensor:
     """Cosine distance of points from their examples, float64 [B, M]."""
     z = present.double()
-    both = _sums(game, z, lambda x, fill: x * x) + _sums(game, 1 - z, lambda x, fill: x * fill)
-    point = _sums(game, z, lambda x, fill: x * x) + _sums(game, 1 - z, lambda x, fill: fill * fill)
+    kept = _sums(game, z, lambda x, fill: x * x)
+    both = kept + _sums(game, 1 - z, lambda x, fill: x * fill)
+    point = kept + _sums(game, 1 - z, lambda x, fill: fill * fill)
     whole = _sums(game, torch.ones_like(z), lambda x, fill: x * x)
     return 1.0 - both / (point.sqrt() * whole.sqrt()).clamp_min(1e-8)
 
@@ -208,10 +211,10 @@ def _euclidean(game: Game, present: Tensor) -> Tensor:
 
 
 def _sums(game: Game, share: Tensor, each: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Sums over elements of what each gives, times its feature's share [1 | B, M, F]: [B, M]."""
-    asked, batch = game.asked, len(game.asked.inputs[0])
+    """Sums over elements of each(x, baseline) times the feature's share [1 | B, M, F]: [B, M]."""
+    context, batch = game.context, len(game.context.inputs[0])
     total = share.new_zeros(batch, game.count)
-    for x, fill, segment in zip(asked.inputs, asked.baselines, game.segments, strict=True):
+    for x, fill, segment in zip(context.inputs, context.baselines, game.segments, strict=True):
         amount = each(x.double(), fill.double()).expand_as(x).reshape(batch, -1)
         total.scatter_add_(1, segment.view(len(segment), -1).expand(batch, -1), amount)
     return (share @ total[:, :, None])[..., 0]
@@ -221,13 +224,14 @@ DISTANCES = {"features": _of_features, "cosine": _cosine, "euclidean": _euclidea
 
 
 def distances(game: Game, present: Tensor, kind: str) -> Tensor:
-    """How far coalitions are from the whole, float64 [1 | B, M]; raises InputError where values
-    that are missing have no distance.
+    """Distances of coalitions from the whole example, float64 [1 | B, M].
+
+    InputError where missing values have no distance.
     """
-    found = DISTANCES[kind](game, present)
-    if not is_finite(found):
+    each = DISTANCES[kind](game, present)
+    if not is_finite(each):
         raise InputError(
             f"distance={kind!r} is undefined for inputs or baselines that hold NaN or infinity; "
             "use distance='features'"
         )
-    return found
+    return each

@@ -1,4 +1,4 @@
-"""Temporal saliency rescaling: which steps matter, and within these which features."""
+"""Temporal saliency rescaling: which time steps matter, and which of their features."""
 
 from __future__ import annotations
 
@@ -15,18 +15,33 @@ from saliency_fast.engine.recipe import Method, Recipe, Rows
 from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.neighbours import unknown
+from saliency_fast.methods.parts.maps import unknown_error
 from saliency_fast.model.layout import Layouts
 
 
 @dataclass(frozen=True)
 class TemporalRescaling:
-    """How much the map of a method changes when a step is masked, times how much when one of its
-    features is (Ismail, 2020). For a series [B, T, F], or [B, F, T] with `axis` 2.
+    """Change of a method's map when a time step, and then each feature of it, is masked.
 
-    base: a method, or its name, whose maps are sums of gradients. above: the quantile of the steps'
-    relevance from which on features are told apart; values of other steps are zero. What is masked
-    takes the baseline's value. Costs T + (1 - above) T F maps of the base.
+    The value of a feature at a step is the product of both changes (Ismail, 2020), for a series
+    [B, T, F], or [B, F, T] with `axis` 2. Masked elements take the baseline's value. Costs
+    T + (1 - above) T F maps of the base method.
+
+    Args:
+        base: A method, or its name, whose maps are weighted sums of gradients.
+        axis: Axis of time, 1 or 2.
+        above: Quantile of the steps' relevance above which features are masked one by one; values
+            of other steps are zero.
+
+    Raises:
+        InputError, InputTypeError: A field has another type or is out of range, or `base` is of
+            another kind.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model, x = lambda x: (x**2).sum((1, 2)), torch.rand(2, 5, 3)
+        >>> sf.explain(model, x, method=sf.TemporalRescaling(), layout="BTF").values.shape
+        torch.Size([2, 5, 3])
     """
 
     base: Method | str = "gradient"
@@ -55,7 +70,7 @@ class TemporalRescaling:
         return in_rounds(self._rounds, self._points, baseline="fill")
 
     def _points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
-        """About how many an example gets."""
+        """About how many points an example gets."""
         if len(inputs) != 1 or inputs[0].dim() != 3:
             shapes = ", ".join(str(list(x.shape)) for x in inputs)
             raise InputError(
@@ -66,8 +81,8 @@ class TemporalRescaling:
         maps = 2 + steps + (1.0 - self.above) * steps * others
         return math.ceil(maps) * self._base().count
 
-    def _rounds(self, asked: RoundContext) -> Rounds:
-        series = _Series(asked, self._base(), self.axis)
+    def _rounds(self, context: RoundContext) -> Rounds:
+        series = _Series(context, self._base(), self.axis)
         batch, steps, features = series.x.shape
         every = torch.ones(batch, steps, dtype=torch.bool, device=series.x.device)
         times = yield from series.changes(every, range(1))
@@ -76,76 +91,74 @@ class TemporalRescaling:
         each = yield from series.changes(chosen.any(1), range(1, features + 1))
         values = times[..., None] * each.view(*times.shape, features) * chosen[..., None]
         values = values.to(series.x.dtype)
-        error = None if series.base.at_input else unknown(asked)
+        error = None if series.base.at_input else unknown_error(context)
         return Maps((values if self.axis == 1 else values.mT,), error)
 
 
-@dataclass
 class _Series:
-    """Maps of copies of a series in which a step, or one feature of it, is masked."""
+    """Maps of copies of a series in which a step, or one feature of it, is masked.
 
-    asked: RoundContext
-    base: Recipe
-    axis: int
+    x, baseline: [B, T, F], whatever the axis of time in the call.
+    """
 
-    @property
-    def x(self) -> Tensor:
-        """[B, T, F]"""
-        return self._steps_first(self.asked.inputs[0])
+    def __init__(self, context: RoundContext, base: Recipe, axis: int) -> None:
+        self.context, self.base, self.axis = context, base, axis
+        self.x, self.baseline = (
+            self._swapped(one) for one in (context.inputs[0], context.baselines[0])
+        )
 
-    def _steps_first(self, x: Tensor) -> Tensor:
+    def _swapped(self, x: Tensor) -> Tensor:
         return x if self.axis == 1 else x.mT
 
     def changes(self, steps: Tensor, masks: range) -> Generator[Round | Maps, RoundResult, Tensor]:
-        """L1 change of the map for each mask of the steps [B, T]: float64 [B, K, T * masks]. Mask 0
-        is the whole step, mask f its feature f - 1; zero where `steps` is False.
+        """L1 change of the map for each mask of the steps bool [B, T]: float64 [B, K, T * masks].
+
+        Mask 0 is the whole step, mask f its feature f - 1; changes are zero where `steps` is False.
         """
         batch, count = steps.shape
-        # Maps of this many variants are held beside each launch.
-        maps, size = self.asked.scores.shape[1], max(1, self.asked.size // 4)
+        # The maps of so many variants are held beside each launch.
+        targets, size = self.context.scores.shape[1], max(1, self.context.size // 4)
         device = steps.device
         whole = yield from self._maps(torch.arange(batch, device=device), self.x)
-        whole = whole.view(batch, maps, -1)
-        found = torch.zeros(batch, count, len(masks), maps, dtype=torch.float64, device=device)
-        item, step = steps.nonzero(as_tuple=True)
-        item, step = (one.repeat_interleave(len(masks)) for one in (item, step))
+        whole = whole.view(batch, targets, -1)
+        changes = torch.zeros(batch, count, len(masks), targets, dtype=torch.float64, device=device)
+        example, step = steps.nonzero(as_tuple=True)
+        example, step = (one.repeat_interleave(len(masks)) for one in (example, step))
         mask = torch.arange(masks.start, masks.stop, device=device)
-        mask = mask.repeat(len(item) // len(masks))
-        for start in range(0, len(item), size):
-            one, at, which = (column[start : start + size] for column in (item, step, mask))
-            part = yield from self._maps(one, self._masked(one, at, which))
-            change = (part.view(len(one), maps, -1) - whole[one]).abs().sum(2, dtype=torch.float64)
-            found[one, at, which - masks.start] = change
-        return found.flatten(1, 2).mT
+        mask = mask.repeat(len(example) // len(masks))
+        for start in range(0, len(example), size):
+            own, at, which = (one[start : start + size] for one in (example, step, mask))
+            part = yield from self._maps(own, self._masked(own, at, which))
+            gap = (part.view(len(own), targets, -1) - whole[own]).abs().sum(2, dtype=torch.float64)
+            changes[own, at, which - masks.start] = gap
+        return changes.flatten(1, 2).mT
 
-    def _masked(self, item: Tensor, step: Tensor, mask: Tensor) -> Tensor:
-        """Copies of the examples `item`, each with a step or one of its features masked."""
-        x = self.x[item]
-        start = self._steps_first(self.asked.baselines[0])
-        start = start[item % len(start)]
+    def _masked(self, example: Tensor, step: Tensor, mask: Tensor) -> Tensor:
+        """Copies of the examples, each with a step or one of its features masked."""
+        x, start = self.x[example], self.baseline[example % len(self.baseline)]
         feature = torch.arange(x.shape[2], device=x.device)
         here = (mask == 0)[:, None] | (feature == mask[:, None] - 1)
         row = torch.arange(len(x), device=x.device)
         x[row, step] = torch.where(here, start[row, step], x[row, step])
         return x
 
-    def _maps(self, item: Tensor, x: Tensor) -> Generator[Round | Maps, RoundResult, Tensor]:
-        """The base method's maps [V * K, ...] of variants [V, T, F] of the examples `item`."""
-        base, inputs = self.base, (self._steps_first(x).contiguous(),)
-        start = self.asked.baselines[0]
-        baselines: Inputs = (start if len(start) == 1 else start[item],)
-        folds = Folds(base, inputs, baselines, self.asked.scores.shape[1])
+    def _maps(self, example: Tensor, x: Tensor) -> Generator[Round | Maps, RoundResult, Tensor]:
+        """The base method's maps [V * K, ...] of variants [V, T, F] of the examples."""
+        base, inputs = self.base, (self._swapped(x).contiguous(),)
+        start = self.context.baselines[0]
+        baselines: Inputs = (start if len(start) == 1 else start[example],)
+        folds = Folds(base, inputs, baselines, self.context.scores.shape[1])
         source, level = base.family.bind(inputs, baselines), base.levels[0].to(x.device)
-        number = torch.arange(len(item), device=x.device)
-        rows = level.rows(number, 0, level.count * len(item))
+        variant = torch.arange(len(example), device=x.device)
+        rows = level.rows(variant, 0, level.count * len(example))
 
-        def write(_: Tensor, place: Tensor) -> Inputs:
+        def write(_: Tensor, row: Tensor) -> Inputs:
             columns = (rows.item, rows.place, rows.weight, rows.fold)
-            return source.write(Rows(*(one[place] for one in columns)))
+            return source.write(Rows(*(one[row] for one in columns)))
 
-        def each(part: slice, found: RoundResult) -> None:
-            folds.add(rows.part(part.start, part.stop), found.grads, source)
+        def each(part: slice, result: RoundResult) -> None:
+            folds.add(rows.part(part.start, part.stop), result.grads, source)
 
-        place = torch.arange(len(rows.item), device=x.device)
-        yield Round(write, item[rows.item], place, gradients=True, each=each)
+        row = torch.arange(len(rows.item), device=x.device)
+        yield Round(write, example[rows.item], row, gradients=True, each=each)
         return folds.estimate().values[0]

@@ -1,11 +1,10 @@
-"""Backward rules: a model runs as it is, and its calls hand back something else than gradients."""
+"""Backward rules: operators of a model pass back something else than their gradients."""
 
-from saliency_fast.rules.composites import COMPOSITES, Composite, composite
+from saliency_fast.rules.composites import COMPOSITES, composite
 from saliency_fast.rules.deeplift import CAPTUM, Rescale
 from saliency_fast.rules.intercept import Ruling
-from saliency_fast.rules.rectifiers import Deconv, Guided, Softplus
-from saliency_fast.rules.shares import (
-    SHARES,
+from saliency_fast.rules.lrp import (
+    PROPAGATION_RULES,
     AlphaBeta,
     Epsilon,
     Flat,
@@ -13,13 +12,15 @@ from saliency_fast.rules.shares import (
     Pass,
     ZBox,
     ZPlus,
-    read_share,
+    read_rule,
 )
+from saliency_fast.rules.lrp_operators import Composite
+from saliency_fast.rules.rectifiers import Deconv, Guided, Softplus
 
 __all__ = [
     "CAPTUM",
     "COMPOSITES",
-    "SHARES",
+    "PROPAGATION_RULES",
     "AlphaBeta",
     "Composite",
     "Deconv",
@@ -34,5 +35,5 @@ __all__ = [
     "ZBox",
     "ZPlus",
     "composite",
-    "read_share",
+    "read_rule",
 ]

@@ -1,10 +1,10 @@
-"""What all backward rules share: what they are as data, and how a model runs under them."""
+"""Runs a model under backward rules: calls of operators that have a rule are answered by it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -18,43 +18,55 @@ from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, lean_call
 from saliency_fast.graph.outputs import map_tensors, tensors_of
 from saliency_fast.model.preserve import rewind, uncompiled, without_recomputation
 
-Answer = Callable[..., Any]
-"""A rule for calls of one name: (the mode, the call, its arguments, its named ones) -> result."""
+Func = Callable[..., Any]
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+OperatorRule = Callable[..., Any]
+"""The rule of an operator: (the mode, the call, its arguments, its named ones) -> result; or
+NotImplemented where the rule does not hold for these arguments."""
+Back = Callable[..., tuple[Tensor | None, ...]]
+"""(gradient or relevance of the result, saved tensors ...) -> those of the inputs."""
 
 _WHOLE = (torch.nn.functional.softsign,)
-"""Python functions that have rules as a whole, rather than what they call."""
+"""Python functions that have a rule as a whole, rather than the operators that they call."""
+
+ACTIVATIONS = frozenset(
+    "relu relu6 leaky_relu elu celu selu gelu silu mish softplus softsign tanh sigmoid expit "
+    "log_sigmoid logsigmoid hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink "
+    "prelu _prelu_kernel threshold clamp clip clamp_min clamp_max".split()
+)
+ELEMENTWISE = ACTIVATIONS | frozenset(
+    "abs absolute square sqrt rsqrt reciprocal pow __rpow__ float_power exp exp2 expm1 log log2 "
+    "log10 log1p logit sin cos tan asin acos atan sinh cosh asinh acosh atanh erf erfc erfinv "
+    "sign sgn round floor ceil trunc frac nan_to_num".split()
+)
+"""Operators of which every element of the result depends on one element of the input."""
 
 
 class Ruling(Calls):
     """Inside its `with`, calls that depend on points and whose name is in `table` have a rule.
 
-    Calls in place are answered as calls that are not, and written over their input. met: how many
+    In-place calls are answered as calls out of place, and written over their input. met: how many
     calls had a rule. paired: points are followed by as many references; rows: of both.
-    hidden: kinds of autograd's steps that no call under these rules takes.
+    hidden: kinds of autograd nodes that no call under these rules creates.
     """
 
     paired = False
     hidden = frozenset(("Relu", "DifferentiableGraph"))
 
-    def __init__(self, name: str, table: Mapping[str, Answer]) -> None:
+    def __init__(self, name: str, table: Mapping[str, OperatorRule]) -> None:
         super().__init__()
         self.name, self.table = name, table
         self.met = self.rows = 0
 
     def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
+        self, func: Func, types: Any, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         if func in _WHOLE:
             return self.call(func, args, kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
         if func in INNER_GRADIENTS:
             raise ModelError(
                 "the model takes gradients of its own, which backward rules would change: use a "
@@ -62,37 +74,33 @@ class Ruling(Calls):
             )
         return super().call(func, args, kwargs)
 
-    def answer(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def answer(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
         name, outside = call_name(func)
         rule = self.table.get(name)
         if rule is None:
             return self.other(func, args, kwargs)
         if outside is None:
-            found = rule(self, func, args, kwargs)
+            result = rule(self, func, args, kwargs)
         else:
             target = args[0]
-            # What a rule keeps must not be written over.
+            # Tensors that a rule saves must not be written over.
             given = target.clone() if self.keeps(name) else target
-            found = rule(self, outside, (given, *args[1:]), kwargs)
-        if found is NotImplemented:
+            result = rule(self, outside, (given, *args[1:]), kwargs)
+        if result is NotImplemented:
             return self.other(func, args, kwargs)
         self.met += 1
-        return found if outside is None else target.copy_(found)
+        return result if outside is None else target.copy_(result)
 
     def keeps(self, name: str) -> bool:
-        """Whether the rule of `name` keeps its input for the way back."""
+        """Whether the rule of `name` saves its input for the backward pass."""
         return False
 
-    def other(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def other(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
         """A call without a rule."""
         return lean_call(func, args, kwargs)
 
     def check(self, node: Any) -> None:
-        """Refuses a step of autograd's that is none of a call this mode has seen."""
+        """Refuses an autograd node that was not created by a call of this mode."""
         kind = kind_of_step(node)
         if kind in self.hidden:
             raise ModelError(
@@ -101,16 +109,8 @@ class Ruling(Calls):
                 "model with plain functions"
             )
 
-    def run(
-        self,
-        model: Callable[..., Any],
-        points: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """What the model returns for `points`, under these rules; ModelError where they cannot
-        see into it.
-        """
+    def run(self, model: Func, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
+        """The model's output for `points` under these rules; ModelError where calls are hidden."""
         _check_visible(model, self.name)
         if self.paired:
             self.rows = len(points[0])
@@ -122,18 +122,16 @@ class Ruling(Calls):
 
 
 @cache
-def call_name(func: Callable[..., Any]) -> tuple[str, Callable[..., Any] | None]:
-    """How PyTorch names a call, and for a call in place the same call that is not.
+def call_name(func: Func) -> tuple[str, Func | None]:
+    """The operator's name, and for an in-place call the same call out of place.
 
-    The name is of functions and methods alike: torch.relu, Tensor.relu and Tensor.relu_ are
-    "relu". "" for operators of other libraries.
+    Functions and methods have one name: torch.relu, Tensor.relu and Tensor.relu_ are "relu".
+    Operators of other libraries have none: "".
     """
     if isinstance(func, (OpOverload, OpOverloadPacket)):
         space, _, name = str(func).partition(".")
         name = name.partition(".")[0]
-        if space != "aten" or name.endswith("_"):
-            return "", None
-        return name, None
+        return ("" if space != "aten" or name.endswith("_") else name), None
     name = getattr(func, "__name__", "")
     owner = getattr(func, "__self__", None) or getattr(func, "__objclass__", None)
     if name == "__get__":
@@ -141,14 +139,76 @@ def call_name(func: Callable[..., Any]) -> tuple[str, Callable[..., Any] | None]
     for space in ("special_", "linalg_"):
         name = name.removeprefix(space)
     if name.endswith("_") and not name.endswith("__"):
-        # Functions of the `torch` namespace name no owner.
+        # Functions of the `torch` namespace have no owner.
         outside = getattr(torch if owner is None else owner, name[:-1], None)
         return (name, None) if outside is None else (name[:-1], outside)
     return name, None
 
 
+def register(
+    table: dict[str, OperatorRule], *names: str, **options: Any
+) -> Callable[[OperatorRule], OperatorRule]:
+    """Decorator that makes a function, with `options`, the rule of operators.
+
+    names: of operators, several in a string with spaces between them.
+    """
+
+    def add(rule: OperatorRule) -> OperatorRule:
+        each = (name for several in names for name in several.split())
+        table.update(dict.fromkeys(each, partial(rule, **options) if options else rule))
+        return rule
+
+    return add
+
+
+def named(names: Sequence[str], args: Sequence[Any], kwargs: Kwargs) -> dict[str, Any]:
+    """The arguments of a call by name; `names` are those of positional arguments."""
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def split(func: Func, args: Args, kwargs: Kwargs) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The input of a call, and the call as a function of the input alone."""
+    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    return args[0] if args else kwargs["input"], lambda x: func(x, *args[1:], **rest)
+
+
+def varies(value: Any) -> bool:
+    """Whether it is a tensor that depends on the points."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def only_input_varies(args: Args, kwargs: Kwargs) -> bool:
+    """Whether the first argument depends on the points, and no other one."""
+    rest = (*args[1:], *(value for name, value in kwargs.items() if name != "input"))
+    return varies(args[0] if args else kwargs.get("input")) and not any(map(varies, rest))
+
+
+class _WithBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: tuple[Tensor], back: Back, saved: tuple[Tensor | None, ...], *inputs: Tensor
+    ) -> Tensor:
+        # In a tuple: autograd takes a tensor that goes in and out for a view.
+        ctx.save_for_backward(*saved)
+        ctx.back = back
+        return y[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return None, None, None, *ctx.back(grad, *ctx.saved_tensors)
+
+
+def with_backward(
+    y: Tensor, back: Back, saved: tuple[Tensor | None, ...], *inputs: Tensor
+) -> Tensor:
+    """Y as a function of `inputs`, whose gradients are back(gradient of y, *saved)."""
+    result: Tensor = _WithBackward.apply((y,), back, saved, *inputs)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _Mirrored(torch.autograd.Function):
-    """Asks of references what is asked of their points."""
+    """Gives references the output gradients of their points."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -166,12 +226,11 @@ def _mirrored(raw: Tensor) -> Any:
     return _Mirrored.apply(raw)  # type: ignore[no-untyped-call]
 
 
-def _check_visible(model: Callable[..., Any], name: str) -> None:
-    """Scripted parts run where no function mode sees their calls."""
-    scripted = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+def _check_visible(model: Func, name: str) -> None:
+    """Refuses scripted parts, whose calls no function mode sees."""
     parts = model.named_modules() if isinstance(model, nn.Module) else [("", model)]
     for path, part in parts:
-        if isinstance(part, scripted):
+        if isinstance(part, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
             raise ModelError(
                 f"the rules of {name} cannot see into scripted code: got a "
                 f"{type(part).__name__}{f' at {path!r}' if path else ''}; pass the model that it "
@@ -180,11 +239,11 @@ def _check_visible(model: Callable[..., Any], name: str) -> None:
 
 
 class Rules(Protocol):
-    """Backward rules that a model runs under, instead of the chain rule; see `rules`.
+    """Backward rules that a model runs under, instead of the chain rule.
 
-    references: points are followed by a row of the baseline for each; relevance: what flows back
-    is what the score owes to an output, its own for a single one, not its derivative. unmet: what
-    to warn of where a run made no call that has a rule; "" for nothing.
+    references: points are followed by a row of the baseline for each; relevance: backward starts
+    from the score itself, not from its derivative 1. unmet: the warning where a run made no call
+    that has a rule; "" for none.
     """
 
     @property
@@ -199,23 +258,21 @@ class Rules(Protocol):
     @property
     def unmet(self) -> str: ...
 
-    def calls(self, model: Callable[..., Any] | None = None) -> Ruling: ...
+    def calls(self, model: Func | None = None) -> Ruling: ...
 
 
 @dataclass(frozen=True)
 class RulesExecutor:
-    """The model as it is, call by call under backward rules.
+    """Runs the model itself, call by call under backward rules.
 
-    Where `rules.references`, points and arguments come with their references behind them, and so
-    do outputs.
+    Where `rules.references`, points and arguments are followed by their references, and so are
+    outputs.
     """
 
-    model: Callable[..., Any]
+    model: Func
     rules: Rules
 
-    def __call__(
-        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
         calls = self.rules.calls(self.model)
         raw = calls.run(self.model, points, args, kwargs)

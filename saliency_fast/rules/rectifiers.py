@@ -1,8 +1,8 @@
 """Rules of the rectifier max(0, x): guided backpropagation, deconvolution, softplus.
 
 They hold for a rectifier under each of its names (modules, functions, methods, in place,
-clamp(min=0), threshold(0, 0)) and for nothing else: the papers define them for ReLU, and the
-two sides of a leaky or bounded one mean something else. Those keep their gradient.
+clamp(min=0), threshold(0, 0)) and for nothing else: the papers define them for ReLU. Leaky and
+bounded rectifiers keep their gradient.
 """
 
 from __future__ import annotations
@@ -14,50 +14,40 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from saliency_fast import ops
 from saliency_fast.errors import InputError
 from saliency_fast.ops.masks import DTYPES
-from saliency_fast.rules.intercept import Ruling
+from saliency_fast.rules.intercept import (
+    Args,
+    Func,
+    Kwargs,
+    OperatorRule,
+    Ruling,
+    split,
+    with_backward,
+)
 
 _UNMET = (
     "the model has no ReLU that {} could change: these are plain gradients (leaky, bounded and "
     "smooth activations keep their gradient); fused layers such as nn.RNN hide theirs"
 )
-
-
-class _Rectified(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rule: str) -> Tensor:
-        y: Tensor
-        y, mask = ops.relu_mask(x, None, None, None, 0.0, torch.inf)
-        ctx.channels_last, ctx.rule = not y.is_contiguous(), rule
-        ctx.save_for_backward(mask)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (mask,) = ctx.saved_tensors
-        return ops.relu_mask_backward(grad, mask, None, 0.0, ctx.rule, False, ctx.channels_last)[
-            0
-        ], None
+_LINEAR_FROM = 40.0
+"""beta * x from which softplus is x to the last digit of a float64; exp of it fits a float32."""
 
 
 def _is_zero(value: Any) -> bool:
     return isinstance(value, (int, float)) and value == 0
 
 
-def _bounded(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _bounded(args: Args, kwargs: Kwargs) -> bool:
     """Whether clamp(x, min, max) is max(0, x)."""
     low, high = (*args[1:], None, None)[:2]
-    low, high = kwargs.get("min", low), kwargs.get("max", high)
-    return _is_zero(low) and high is None
+    return _is_zero(kwargs.get("min", low)) and kwargs.get("max", high) is None
 
 
-def _threshold(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _threshold(args: Args, kwargs: Kwargs) -> bool:
     level, value = (*args[1:], None, None)[:2]
     return _is_zero(kwargs.get("threshold", level)) and _is_zero(kwargs.get("value", value))
 
@@ -71,91 +61,93 @@ _IS_RECTIFIER: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any]], bool]] =
 }
 
 
-def _table(apply: Callable[[Tensor], Any]) -> dict[str, Callable[..., Any]]:
+def _table(apply: Callable[[Tensor], Tensor]) -> dict[str, OperatorRule]:
     """`apply` for rectifiers under all their names."""
 
-    def answer(
-        is_rectifier: Callable[..., bool], _: Ruling, func: Any, args: Any, kwargs: Any
-    ) -> Any:
-        x = args[0] if args else kwargs["input"]
+    def answer(mode: Ruling, func: Any, args: Any, kwargs: Any, is_rectifier: Any) -> Any:
+        x, _ = split(func, args, kwargs)
         if not is_rectifier(args, kwargs) or x.dtype not in DTYPES:
             return NotImplemented
         return apply(x)
 
-    return {name: partial(answer, check) for name, check in _IS_RECTIFIER.items()}
+    return {name: partial(answer, is_rectifier=check) for name, check in _IS_RECTIFIER.items()}
 
 
-def _masked(x: Tensor, rule: str) -> Any:
+def _masked(x: Tensor, rule: str) -> Tensor:
+    """ReLU with a backward rule of the op `relu_mask_backward`, which saves one bit per element."""
     if x.dim() == 0:
         return _masked(x.view(1), rule).view(())
-    return _Rectified.apply(x, rule)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        y, mask = ops.relu_mask(x, None, None, None, 0.0, torch.inf)
+    channels_last = not y.is_contiguous()
+
+    def back(grad: Tensor, mask: Tensor) -> tuple[Tensor]:
+        backward = ops.relu_mask_backward
+        return (backward(grad, mask, None, 0.0, rule, False, channels_last)[0],)
+
+    return with_backward(y, back, (mask,), x)
+
+
+_GUIDED = _table(partial(_masked, rule="guided"))
+_DECONV = _table(partial(_masked, rule="deconv"))
 
 
 @dataclass(frozen=True)
 class Guided:
-    """ReLU hands back what is positive, where its input was (Springenberg, 2015)."""
+    """ReLU passes back positive values where its input was positive (Springenberg, 2015)."""
 
     name: ClassVar[str] = "guided backpropagation"
     references: ClassVar[bool] = False
     relevance: ClassVar[bool] = False
-    unmet: ClassVar[str] = _UNMET.format("guided backpropagation")
+    unmet: ClassVar[str] = _UNMET.format(name)
 
-    def calls(self, model: Callable[..., Any] | None = None) -> Ruling:
+    def calls(self, model: Func | None = None) -> Ruling:
         return Ruling(self.name, _GUIDED)
 
 
 @dataclass(frozen=True)
 class Deconv:
-    """ReLU hands back what is positive, whatever its input was (Zeiler and Fergus, 2014)."""
+    """ReLU passes back positive values, whatever its input was (Zeiler and Fergus, 2014)."""
 
     name: ClassVar[str] = "deconvolution"
     references: ClassVar[bool] = False
     relevance: ClassVar[bool] = False
-    unmet: ClassVar[str] = _UNMET.format("deconvolution")
+    unmet: ClassVar[str] = _UNMET.format(name)
 
-    def calls(self, model: Callable[..., Any] | None = None) -> Ruling:
+    def calls(self, model: Func | None = None) -> Ruling:
         return Ruling(self.name, _DECONV)
-
-
-_GUIDED = _table(partial(_masked, rule="guided"))
-_DECONV = _table(partial(_masked, rule="deconv"))
-_LINEAR_FROM = 40.0
-"""beta * x from which softplus is x to the last digit of a float64; exp of it fits a float32."""
 
 
 @dataclass(frozen=True)
 class Softplus:
     """ReLU becomes softplus log(1 + exp(beta x)) / beta, forward and backward (Janizek, 2021).
 
-    For second derivatives, which ReLU has none of. Gradients can be differentiated again; scores
+    For second derivatives, which ReLU does not have. Gradients can be differentiated again; scores
     are those of the smooth model.
     """
 
     beta: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.beta < torch.inf:
-            raise InputError(f"beta must be a positive finite number: got {self.beta}")
-
     name: ClassVar[str] = "softplus"
     references: ClassVar[bool] = False
     relevance: ClassVar[bool] = False
     unmet: ClassVar[str] = ""
 
-    def calls(self, model: Callable[..., Any] | None = None) -> Ruling:
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < torch.inf:
+            raise InputError(f"beta must be a positive finite number: got {self.beta}")
+
+    def calls(self, model: Func | None = None) -> Ruling:
         table = _table(lambda x: functional.softplus(x, self.beta, _LINEAR_FROM))
         return _Smooth(self.name, table)
 
 
 class _Smooth(Ruling):
-    """A model that is smooth also where nothing is differentiated.
+    """Rules that hold without gradients too, by autograd's own operators.
 
-    Lean versions can be differentiated but once; autograd's own answer here.
+    Memory-efficient versions can be differentiated but once.
     """
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
         if torch.is_grad_enabled():
             return super().call(func, args, kwargs)
         return self.answer(func, args, kwargs)
@@ -163,10 +155,5 @@ class _Smooth(Ruling):
     def keeps(self, name: str) -> bool:
         return True
 
-    def other(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def other(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
         return func(*args, **kwargs)
-
-
-__all__ = ["Deconv", "Guided", "Softplus"]

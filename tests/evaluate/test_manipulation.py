@@ -15,14 +15,11 @@ from saliency_fast.evaluate.attacks.steering import Steering, steerable
 from saliency_fast.evaluate.controls import edge_detector
 from saliency_fast.evaluate.similarity import correlation, overlap, rank_correlation
 from saliency_fast.evaluate.subject import read_subject
-from saliency_fast.methods import (
-    GradCAM,
-    Gradient,
-    InputXGradient,
-    IntegratedGradients,
-    Occlusion,
-    SmoothGrad,
-)
+from saliency_fast.methods.cam import GradCAM
+from saliency_fast.methods.gradient import Gradient, InputXGradient
+from saliency_fast.methods.occlusion import Occlusion
+from saliency_fast.methods.paths import IntegratedGradients
+from saliency_fast.methods.sampling import SmoothGrad
 from tests.evaluate import naive_adversarial as naive
 
 QUICK = {"steps": 4, "points": 4}

@@ -14,7 +14,7 @@ from saliency_fast.evaluate.attacks.linf import fgsm, pgd
 from saliency_fast.evaluate.attacks.roc import roc
 from saliency_fast.evaluate.attacks.unusual import adversarial_score, attack_roc
 from saliency_fast.evaluate.controls import edge_detector
-from saliency_fast.methods import IntegratedGradients
+from saliency_fast.methods.paths import IntegratedGradients
 from tests.evaluate import naive_adversarial as naive
 
 IG = IntegratedGradients(steps=4)

@@ -9,8 +9,7 @@ from torch.nn import functional
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
-from saliency_fast.methods.attention import is_causal
-from saliency_fast.methods.parts.patches import Patches
+from saliency_fast.methods.attention import Patches, is_causal
 from saliency_fast.model.layout import Axes, Space
 from tests import naive_attention
 from tests.models import Tokens, make, randn

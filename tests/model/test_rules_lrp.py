@@ -21,7 +21,7 @@ from saliency_fast.rules import (
     Pass,
     ZBox,
     ZPlus,
-    read_share,
+    read_rule,
 )
 from saliency_fast.rules.intercept import RulesExecutor
 from tests import naive_rules
@@ -256,9 +256,9 @@ def test_what_moves_numbers_moves_relevance(name: str) -> None:
         (lambda: Gamma(bias="none"), InputError, "bias must be one of rule, keep, zero"),
         (lambda: AlphaBeta(2, 0), InputError, "alpha - beta must be 1"),
         (lambda: ZBox("a", 1.0), InputTypeError, "low must be a number"),
-        (lambda: read_share("z"), InputError, "a rule must be one of epsilon, gamma"),
-        (lambda: read_share(("epsilon", 1, 2)), InputError, "takes the parameters epsilon"),
-        (lambda: read_share("z_box"), InputError, "takes the parameters low, high"),
+        (lambda: read_rule("z"), InputError, "a rule must be one of epsilon, gamma"),
+        (lambda: read_rule(("epsilon", 1, 2)), InputError, "takes the parameters epsilon"),
+        (lambda: read_rule("z_box"), InputError, "takes the parameters low, high"),
         (lambda: Composite(norms="x"), InputError, "norms must be one of merge, epsilon"),
     ],
 )

@@ -18,7 +18,8 @@ from saliency_fast.evaluate.metric import Metric
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.similarity import overlap, rank_correlation
 from saliency_fast.evaluate.subject import Subject
-from saliency_fast.methods import Gradient, read_method
+from saliency_fast.methods import read_method
+from saliency_fast.methods.gradient import Gradient
 from saliency_fast.methods.parts import checks
 
 ATTACKS = ("gradient", "random")

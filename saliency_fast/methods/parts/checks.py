@@ -7,30 +7,40 @@ import math
 from saliency_fast.errors import InputError, InputTypeError
 
 MOST = 2**31
-"""Beyond what any field counts."""
+"""No field counts as many as this."""
+
+
+def integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputTypeError(f"{name} must be a whole number: got {value!r}")
 
 
 def whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputTypeError(f"{name} must be a whole number: got {value!r}")
+    integer(name, value)
+    assert isinstance(value, int)
     if value < least:
         raise InputError(f"{name} must be at least {least}: got {value}")
     if value >= MOST:
         raise InputError(f"{name} must be less than {MOST}: got {value}")
 
 
-def positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputTypeError(f"{name} must be a number: got {value!r}")
-    if not (math.isfinite(value) and value > 0):
+def positive(name: str, value: object, *, optional: bool = False) -> None:
+    """A positive finite number; with `optional` also None."""
+    if optional and value is None:
+        return
+    if not (math.isfinite(given := number(name, value)) and given > 0):
         raise InputError(f"{name} must be a positive finite number: got {value}")
 
 
 def share(name: str, value: object) -> None:
+    if not 0.0 <= number(name, value) <= 1.0:
+        raise InputError(f"{name} is a share, from 0 to 1: got {value}")
+
+
+def number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputTypeError(f"{name} must be a number: got {value!r}")
-    if not 0.0 <= value <= 1.0:
-        raise InputError(f"{name} is a share, from 0 to 1: got {value}")
+    return value
 
 
 def choice(name: str, value: object, valid: tuple[str, ...]) -> None:

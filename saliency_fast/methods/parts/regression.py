@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from saliency_fast.errors import InputError
 FITS = ("ridge", "lasso", "linear")
 
 
-@dataclass(frozen=True)
-class Slopes:
+class Slopes(NamedTuple):
     """values [F, N] of N regressions, and the variances of their sampling errors."""
 
     values: Tensor
@@ -23,9 +22,9 @@ class Slopes:
 def fit(present: Tensor, answers: Tensor, weight: Tensor, how: str, alpha: float) -> Slopes:
     """Slopes of answers float64 [M, N] on coalitions bool [M, F], weighted [M], with an intercept.
 
-    how: "ridge" and "lasso" penalise the slopes by `alpha`, "linear" does not and takes the
-    shortest of many solutions. Variances are those of heteroscedastic residuals (White, 1980), NaN
-    where there are not more coalitions than features.
+    how: "ridge" and "lasso" penalise the slopes by `alpha`, "linear" does not, and has the solution
+    of the least norm. Variances are those of heteroscedastic residuals (White, 1980), NaN where
+    there are not more coalitions than features.
     """
     z = present.double()
     share = weight / weight.sum()
@@ -41,15 +40,13 @@ def fit(present: Tensor, answers: Tensor, weight: Tensor, how: str, alpha: float
     else:
         inverse = torch.linalg.pinv(rows)
     values = inverse @ y
-    return Slopes(values, _variance(inverse, y - rows @ values))
+    return Slopes(values, _variance(inverse, y - rows @ values, rows.shape[1] + 1))
 
 
-def _variance(inverse: Tensor, residual: Tensor) -> Tensor:
-    """Of slopes inverse @ y, from the residuals [M, N]."""
-    features, count = inverse.shape
-    free = count - features - 1
-    found = inverse.square() @ residual.square()
-    return found * (count / free) if free > 0 else torch.full_like(found, torch.nan)
+def _variance(inverse: Tensor, residual: Tensor, fitted: int) -> Tensor:
+    """Of slopes inverse @ y, from the residuals [M, N] of so many fitted numbers."""
+    count, free = len(residual), len(residual) - fitted
+    return inverse.square() @ residual.square() * (count / free if free > 0 else torch.nan)
 
 
 def _lasso(rows: Tensor, y: Tensor, weight: Tensor, alpha: float) -> Slopes:
@@ -72,28 +69,27 @@ def _lasso(rows: Tensor, y: Tensor, weight: Tensor, alpha: float) -> Slopes:
         active = values[:, number] != 0
         own = rows.cpu()[:, active]
         residual = y.cpu()[:, number : number + 1] - own @ values[active, number : number + 1]
-        variance[active, number] = _variance(torch.linalg.pinv(own), residual)[:, 0]
+        inverse = torch.linalg.pinv(own)
+        variance[active, number] = _variance(inverse, residual, own.shape[1] + 1)[:, 0]
     return Slopes(values.to(y.device), variance.to(y.device))
 
 
-def fit_shares(present: Tensor, answers: Tensor, gain: Tensor, *, paired: bool) -> Slopes:
-    """Slopes of answers float64 [M, N] on coalitions bool [M, F] that add up to `gain` [N] exactly,
-    without an intercept (Lundberg and Lee, 2017).
+def fit_shapley(present: Tensor, answers: Tensor, gain: Tensor, *, paired: bool) -> Slopes:
+    """Slopes of answers float64 [M, N] on coalitions bool [M, F] that sum to `gain` [N] exactly.
 
-    paired: rows 2j and 2j + 1 are complements, one draw (Covert and Lee, 2021).
+    There is no intercept (Lundberg and Lee, 2017). paired: rows 2j and 2j + 1 are complements, one
+    draw (Covert and Lee, 2021).
     """
     z = present.double()
     even = gain / z.shape[1]
-    # Slopes are even shares and what adds up to nothing beside them.
+    # Slopes are equal shares of the gain, plus slopes that sum to zero.
     rest = answers - z.sum(1, keepdim=True) * even
     rows = z - z.mean(1, keepdim=True)
     inverse = torch.linalg.pinv(rows)
-    beside = inverse @ rest
-    residual = rest - rows @ beside
+    centred = inverse @ rest
+    residual = rest - rows @ centred
     if paired:
-        # A complement's row is the opposite one, so that a pair counts by its difference.
+        # A complement's row is the negative one, so that a pair counts by its difference.
         inverse, residual = inverse[:, ::2], residual[::2] - residual[1::2]
-    free = residual.shape[0] - (z.shape[1] - 1)
-    variance = inverse.square() @ residual.square()
-    scale = residual.shape[0] / free if free > 0 else torch.nan
-    return Slopes(even + beside - beside.mean(0), variance * scale)
+    variance = _variance(inverse, residual, z.shape[1] - 1)
+    return Slopes(even + centred - centred.mean(0), variance)

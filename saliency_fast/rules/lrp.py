@@ -1,4 +1,4 @@
-"""The rules of layer-wise relevance propagation: how a layer's relevance goes to its inputs.
+"""Propagation rules of LRP: how the relevance of a layer's outputs goes to its inputs.
 
 Each rule is data and a formula: x [B, *] and the relevance of a layer's outputs in, the relevance
 of its inputs out. Denominators z are kept off zero as z + sign(z) epsilon, with sign(0) = 1.
@@ -26,9 +26,9 @@ Part = Callable[[Tensor | None], Tensor | None]
 class Affine:
     """A layer: `call(x, weight, bias)` is affine in x and linear in weight and bias.
 
-    weight: None for layers without, which the rules by sign cannot serve. channels: the axis of
-    the input's channels. outputs: the axis of the weight that numbers the outputs' channels, None
-    where nothing can be merged into it.
+    weight: None for layers without, which the rules by sign do not serve. channels: the axis of the
+    input's channels. outputs: the axis of the weight that numbers the output channels, None where
+    nothing can be merged into the layer.
     """
 
     call: Call
@@ -37,17 +37,17 @@ class Affine:
     channels: int = 1
     outputs: int | None = None
 
-    def pulled(self, x: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Callable[..., Tensor]]:
-        """Z = call(x, weight, bias), and the function from cotangents of z to those of x."""
+    def vjp(self, x: Tensor, weight: Any, bias: Any) -> tuple[Tensor, Callable[..., Tensor]]:
+        """Z = call(x, weight, bias), and the vector-Jacobian product in x."""
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             z = self.call(leaf, weight, bias)
 
-        def pull(cotangent: Tensor) -> Tensor:
-            found: Tensor = gradients(z, leaf, cotangent)[0]
-            return found
+        def product(cotangent: Tensor) -> Tensor:
+            grad: Tensor = gradients(z, leaf, cotangent)[0]
+            return grad
 
-        return z.detach(), pull
+        return z.detach(), product
 
     def scaled(self, scale: Tensor, shift: Tensor) -> Affine | None:
         """The layer followed by scale [C] * z + shift [C], as one layer."""
@@ -56,11 +56,10 @@ class Affine:
         shape = [1] * self.weight.dim()
         shape[self.outputs] = -1
         bias = shift if self.bias is None else self.bias * scale + shift
-        weight = self.weight * scale.view(shape)
-        return Affine(self.call, weight, bias, self.channels, self.outputs)
+        return replace(self, weight=self.weight * scale.view(shape), bias=bias)
 
 
-class Share(Protocol):
+class PropagationRule(Protocol):
     """A rule of relevance propagation."""
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor: ...
@@ -70,16 +69,12 @@ def ratio(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
     """R / (z + sign(z) epsilon) of the relevance R; without an epsilon, R / 0 is 0."""
     if epsilon == 0:
         return torch.where(z == 0, 0.0, relevance / z)
-    # The sign of -0.0 does not matter: it is a sum of nothing but zeros.
+    # The sign of -0.0 does not matter: it is a sum of zeros alone.
     divisor = torch.copysign(torch.full((), epsilon, dtype=z.dtype, device=z.device), z)
     return relevance / divisor.add_(z)
 
 
-def _check_epsilon(epsilon: object) -> None:
-    _check_number("epsilon", epsilon, 0.0)
-
-
-def _check_number(name: str, value: object, least: float) -> None:
+def _check_number(name: str, value: object, least: float = 0.0) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InputTypeError(f"{name} must be a number: got {value!r}")
     if not (math.isfinite(value) and value >= least):
@@ -94,21 +89,72 @@ def _check_bias(bias: object) -> None:
         raise InputError(f"bias must be one of {', '.join(_BIASES)}: got {bias!r}")
 
 
+def _positive(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.clamp(min=0)
+
+
+def _negative(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.clamp(max=0)
+
+
+def _raised(gamma: float, part: Part) -> Part:
+    """Values with gamma times a part of them added."""
+
+    def raised(value: Tensor | None) -> Tensor | None:
+        given = part(value)
+        return None if value is None or given is None else torch.add(value, given, alpha=gamma)
+
+    return raised
+
+
+def _biased(kind: str, bias: Tensor | None, rule: Part) -> Tensor | None:
+    if kind == "rule":
+        return rule(bias)
+    return bias if kind == "keep" else None
+
+
+def _by_sign(
+    layer: Affine,
+    x: Tensor,
+    relevance: Tensor,
+    weights: tuple[Tensor | None, ...],
+    bias: Tensor | None,
+    epsilon: float,
+) -> Tensor:
+    """The epsilon rule with one weight for positive and another for negative elements of x."""
+    high, low = x.clamp(min=0), x.clamp(max=0)
+    z, vjp = layer.vjp(high, weights[0], bias)
+    # On a GPU this test would wait for the device.
+    if not x.is_cuda and not bool(low.any()):
+        return high * vjp(ratio(relevance, z, epsilon))
+    z_low, vjp_low = layer.vjp(low, weights[1], None)
+    cotangent = ratio(relevance, z + z_low, epsilon)
+    return high * vjp(cotangent) + low * vjp_low(cotangent)
+
+
+def _of_one_sign(
+    layer: Affine, x: Tensor, relevance: Tensor, sign: int, bias: Tensor | None, epsilon: float
+) -> Tensor:
+    """Relevance in proportion to the contributions w x of one sign."""
+    weights = _positive(layer.weight), _negative(layer.weight)
+    return _by_sign(layer, x, relevance, weights[::sign], bias, epsilon)
+
+
 @dataclass(frozen=True)
 class Epsilon:
     """R_i = x_i sum_j w_ij R_j / (z_j + sign(z_j) epsilon) (Bach, 2015); 0: the plain z rule.
 
-    The bias and epsilon absorb their share.
+    The bias and epsilon absorb a part of the relevance.
     """
 
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_epsilon(self.epsilon)
+        _check_number("epsilon", self.epsilon)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
-        z, pull = layer.pulled(x, layer.weight, layer.bias)
-        return x * pull(ratio(relevance, z, self.epsilon))
+        z, vjp = layer.vjp(x, layer.weight, layer.bias)
+        return x * vjp(ratio(relevance, z, self.epsilon))
 
 
 @dataclass(frozen=True)
@@ -128,63 +174,38 @@ class Gamma:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("gamma", self.gamma, 0.0)
-        _check_epsilon(self.epsilon)
+        _check_number("gamma", self.gamma)
+        _check_number("epsilon", self.epsilon)
         _check_bias(self.bias)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         if not self.signed:
             raised = _raised(self.gamma, _positive)
             bias = _biased(self.bias, layer.bias, raised)
-            return Epsilon(self.epsilon)(
-                replace(layer, weight=raised(layer.weight), bias=bias), x, relevance
-            )
+            own = replace(layer, weight=raised(layer.weight), bias=bias)
+            return Epsilon(self.epsilon)(own, x, relevance)
         with torch.no_grad():
             negative = layer.call(x, layer.weight, layer.bias) < 0
-        found = self._shared(layer, x, relevance.masked_fill(negative, 0.0), _positive, _negative)
-        # On a GPU the look would wait for it.
+        result = self._raise(layer, x, relevance.masked_fill(negative, 0.0), _positive, _negative)
+        # On a GPU this test would wait for the device.
         if x.is_cuda or bool(negative.any()):
             relevance = relevance.masked_fill(~negative, 0.0)
-            found = found + self._shared(layer, x, relevance, _negative, _positive)
-        return found
+            result = result + self._raise(layer, x, relevance, _negative, _positive)
+        return result
 
-    def _shared(
+    def _raise(
         self, layer: Affine, x: Tensor, relevance: Tensor, same: Part, opposite: Part
     ) -> Tensor:
-        """By contributions of which those of one sign are raised, `same` where x is positive."""
+        """Relevance by contributions of which one sign is raised, `same` where x is positive."""
         raised = _raised(self.gamma, same)
         weights = raised(layer.weight), _raised(self.gamma, opposite)(layer.weight)
         bias = _biased(self.bias, layer.bias, raised)
         return _by_sign(layer, x, relevance, weights, bias, self.epsilon)
 
 
-def _raised(gamma: float, part: Part) -> Part:
-    """Values with gamma times a part of them added."""
-
-    def raised(value: Tensor | None) -> Tensor | None:
-        given = part(value)
-        return None if value is None or given is None else torch.add(value, given, alpha=gamma)
-
-    return raised
-
-
-def _positive(part: Tensor | None) -> Tensor | None:
-    return None if part is None else part.clamp(min=0)
-
-
-def _negative(part: Tensor | None) -> Tensor | None:
-    return None if part is None else part.clamp(max=0)
-
-
-def _biased(kind: str, bias: Tensor | None, rule: Part) -> Tensor | None:
-    if kind == "rule":
-        return rule(bias)
-    return bias if kind == "keep" else None
-
-
 @dataclass(frozen=True)
 class ZPlus:
-    """Positive contributions alone share the relevance: alpha 1, beta 0 (Bach, 2015).
+    """Relevance in proportion to positive contributions: alpha 1, beta 0 (Bach, 2015).
 
     bias: "rule" (its positive part counts), "keep" (all of it) or "zero". signed: where inputs are
     negative, negative weights contribute; False takes positive weights whatever the input's sign.
@@ -195,47 +216,20 @@ class ZPlus:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        _check_epsilon(self.epsilon)
+        _check_number("epsilon", self.epsilon)
         _check_bias(self.bias)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         bias = _biased(self.bias, layer.bias, _positive)
         if self.signed:
-            return _signed(layer, x, relevance, 1, bias, self.epsilon)
-        z, pull = layer.pulled(x, _positive(layer.weight), bias)
-        return x * pull(ratio(relevance, z, self.epsilon))
-
-
-def _signed(
-    layer: Affine, x: Tensor, relevance: Tensor, sign: int, bias: Tensor | None, epsilon: float
-) -> Tensor:
-    """Relevance shared among the contributions w x of one sign."""
-    weights = _positive(layer.weight), _negative(layer.weight)
-    return _by_sign(layer, x, relevance, weights[::sign], bias, epsilon)
-
-
-def _by_sign(
-    layer: Affine,
-    x: Tensor,
-    relevance: Tensor,
-    weights: tuple[Tensor | None, ...],
-    bias: Tensor | None,
-    epsilon: float,
-) -> Tensor:
-    """The epsilon rule with one weight for what is positive in x, another for what is negative."""
-    high, low = x.clamp(min=0), x.clamp(max=0)
-    z, pull = layer.pulled(high, weights[0], bias)
-    # On a GPU the look would wait for it.
-    if not x.is_cuda and not bool(low.any()):
-        return high * pull(ratio(relevance, z, epsilon))
-    z_low, pull_low = layer.pulled(low, weights[1], None)
-    cotangent = ratio(relevance, z + z_low, epsilon)
-    return high * pull(cotangent) + low * pull_low(cotangent)
+            return _of_one_sign(layer, x, relevance, 1, bias, self.epsilon)
+        own = replace(layer, weight=_positive(layer.weight), bias=bias)
+        return Epsilon(self.epsilon)(own, x, relevance)
 
 
 @dataclass(frozen=True)
 class AlphaBeta:
-    """alpha times the shares of positive, less beta those of negative contributions (Bach, 2015).
+    """alpha times the positive less beta times the negative contributions' part (Bach, 2015).
 
     alpha - beta = 1, so that relevance is kept where there are contributions of both signs.
     """
@@ -245,9 +239,8 @@ class AlphaBeta:
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_number("alpha", self.alpha, 0.0)
-        _check_number("beta", self.beta, 0.0)
-        _check_epsilon(self.epsilon)
+        for name in ("alpha", "beta", "epsilon"):
+            _check_number(name, getattr(self, name))
         if not math.isclose(self.alpha - self.beta, 1.0):
             raise InputError(
                 f"alpha - beta must be 1, or relevance is not conserved: got alpha {self.alpha}, "
@@ -255,28 +248,22 @@ class AlphaBeta:
             )
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
-        gained = _signed(layer, x, relevance, 1, _positive(layer.bias), self.epsilon)
+        gained = _of_one_sign(layer, x, relevance, 1, _positive(layer.bias), self.epsilon)
         if self.beta == 0:
             return self.alpha * gained
-        lost = _signed(layer, x, relevance, -1, _negative(layer.bias), self.epsilon)
+        lost = _of_one_sign(layer, x, relevance, -1, _negative(layer.bias), self.epsilon)
         return self.alpha * gained - self.beta * lost
 
 
 @dataclass(frozen=True)
 class Flat:
-    """Every input of an output gets the same share (Lapuschkin, 2017; Montavon, 2019)."""
+    """Equal relevance for every input of an output (Lapuschkin, 2017; Montavon, 2019)."""
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         weight = None if layer.weight is None else torch.ones_like(layer.weight)
-        z, pull = layer.pulled(torch.ones_like(x), weight, None)
-        # Counts: only windows that lie in the padding as a whole have none.
-        return pull(ratio(relevance, z, 0.0))
-
-
-def _as_long(*several: tuple[float, ...]) -> list[tuple[float, ...]]:
-    """One number stands for all channels."""
-    longest = max(map(len, several))
-    return [one * longest if len(one) == 1 else one for one in several]
+        z, vjp = layer.vjp(torch.ones_like(x), weight, None)
+        # z counts inputs: it is zero only for windows that lie wholly in the padding.
+        return vjp(ratio(relevance, z, 0.0))
 
 
 @dataclass(frozen=True)
@@ -292,27 +279,32 @@ class ZBox:
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_epsilon(self.epsilon)
+        _check_number("epsilon", self.epsilon)
+        bounds = []
         for name in ("low", "high"):
             value = getattr(self, name)
-            value = tuple(value) if isinstance(value, list) else value
-            object.__setattr__(self, name, value)
-            for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(value, list):
+                object.__setattr__(self, name, value := tuple(value))
+            bounds.append(value if isinstance(value, tuple) else (value,))
+            for one in bounds[-1]:
                 _check_number(name, one, -math.inf)
-        low, high = (one if isinstance(one, tuple) else (one,) for one in (self.low, self.high))
+        low, high = bounds
         if len(low) != len(high) and 1 not in (len(low), len(high)):
             raise InputError(f"low and high differ in channels: got {len(low)} and {len(high)}")
-        if not all(a < b for a, b in zip(*_as_long(low, high), strict=True)):
+        # One number is for all channels.
+        longest = max(len(low), len(high))
+        low, high = (one * longest if len(one) == 1 else one for one in bounds)
+        if not all(a < b for a, b in zip(low, high, strict=True)):
             raise InputError(f"low must be less than high: got bounds {self.low}, {self.high}")
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         low, high = (self._wide(name, layer, x) for name in ("low", "high"))
         weight, bias = layer.weight, layer.bias
-        z, pull = layer.pulled(x, weight, bias)
-        below, pull_low = layer.pulled(low, _positive(weight), _positive(bias))
-        above, pull_high = layer.pulled(high, _negative(weight), _negative(bias))
+        z, vjp = layer.vjp(x, weight, bias)
+        below, vjp_low = layer.vjp(low, _positive(weight), _positive(bias))
+        above, vjp_high = layer.vjp(high, _negative(weight), _negative(bias))
         cotangent = ratio(relevance, z - below - above, self.epsilon)
-        return x * pull(cotangent) - low * pull_low(cotangent) - high * pull_high(cotangent)
+        return x * vjp(cotangent) - low * vjp_low(cotangent) - high * vjp_high(cotangent)
 
     def _wide(self, name: str, layer: Affine, x: Tensor) -> Tensor:
         bound = torch.as_tensor(getattr(self, name), dtype=x.dtype, device=x.device)
@@ -340,7 +332,7 @@ class Pass:
         return relevance
 
 
-SHARES: dict[str, type[Any]] = {
+PROPAGATION_RULES: dict[str, type[Any]] = {
     "epsilon": Epsilon,
     "gamma": Gamma,
     "z_plus": ZPlus,
@@ -351,19 +343,19 @@ SHARES: dict[str, type[Any]] = {
 }
 
 
-def read_share(given: Any) -> Share:
+def read_rule(given: Any) -> PropagationRule:
     """A rule from itself, its name, or its name and parameters in order: ("gamma", 0.5)."""
-    if type(given) in SHARES.values():
-        found: Share = given
-        return found
+    if type(given) in PROPAGATION_RULES.values():
+        rule: PropagationRule = given
+        return rule
     name, *parameters = given if isinstance(given, (tuple, list)) and given else (given,)
-    if not isinstance(name, str) or name not in SHARES:
-        raise InputError(f"a rule must be one of {', '.join(SHARES)}: got {name!r}")
-    kind = SHARES[name]
+    if not isinstance(name, str) or name not in PROPAGATION_RULES:
+        raise InputError(f"a rule must be one of {', '.join(PROPAGATION_RULES)}: got {name!r}")
+    kind = PROPAGATION_RULES[name]
     names = [field.name for field in fields(kind)]
     if len(parameters) > len(names) or (kind is ZBox and len(parameters) < 2):
         raise InputError(
             f"the rule {name!r} takes the parameters {', '.join(names) or 'none'}: got {parameters}"
         )
-    made: Share = kind(*parameters)
+    made: PropagationRule = kind(*parameters)
     return made

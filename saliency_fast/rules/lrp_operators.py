@@ -1,0 +1,637 @@
+"""Layer-wise relevance propagation (Bach, 2015) by operator: relevance flows as gradients do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from saliency_fast.errors import InputError, ModelError
+from saliency_fast.graph.autograd.norms import affine_of
+from saliency_fast.graph.gradients import steps_behind
+from saliency_fast.graph.intercept import lean_call
+from saliency_fast.graph.outputs import tensors_of
+from saliency_fast.rules.intercept import (
+    ELEMENTWISE,
+    Args,
+    Func,
+    Kwargs,
+    OperatorRule,
+    Ruling,
+    call_name,
+    named,
+    only_input_varies,
+    register,
+    split,
+    varies,
+    with_backward,
+)
+from saliency_fast.rules.lrp import Affine, Epsilon, PropagationRule, ratio
+
+LRP: dict[str, OperatorRule] = {}
+"""The rules of operators by name."""
+lrp_rule = partial(register, LRP)
+_EPSILON = Epsilon()
+
+VIEWS = frozenset(
+    "view view_as reshape reshape_as _reshape_alias flatten unflatten ravel squeeze unsqueeze "
+    "permute transpose t T mT H mH adjoint movedim moveaxis swapaxes swapdims contiguous clone "
+    "alias detach to type type_as float double half bfloat16 cpu cuda chunk split split_with_sizes "
+    "tensor_split unsafe_chunk unsafe_split hsplit vsplit dsplit unbind narrow select diagonal "
+    "__getitem__ __setitem__ index_select take take_along_dim gather masked_select masked_fill "
+    "where index index_put index_fill index_copy scatter select_scatter slice_scatter copy "
+    "fill zero cat concat concatenate stack hstack vstack dstack column_stack expand expand_as "
+    "broadcast_to broadcast_tensors repeat tile repeat_interleave flip fliplr flipud roll rot90 "
+    "tril triu diag diag_embed pad constant_pad_nd reflection_pad1d reflection_pad2d "
+    "reflection_pad3d replication_pad1d replication_pad2d replication_pad3d _pad_circular "
+    "pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle unfold im2col "
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
+    "_upsample_nearest_exact2d _upsample_nearest_exact3d as_strided_copy real "
+    "max min amax amin maximum minimum fmax fmin topk sort msort kthvalue median cummax cummin "
+    "requires_grad_ pin_memory as_subclass atleast_1d atleast_2d atleast_3d meshgrid "
+    "__len__ __iter__ retain_grad register_hook".split()
+)
+"""Results are elements of the input, or zeros: their gradients pass relevance on as it is."""
+
+
+@dataclass(frozen=True)
+class Composite:
+    """Which propagation rule is for which kind of layer.
+
+    convolution, linear: rules of layers with weights; first: of layers with weights that get the
+    input before any other. layers: (name, rule) pairs for layers by name, or all within one; they
+    win. epsilon: of sums, means, norms and additions. norms: batch normalisation is "merge"d into
+    the layer before it, or a layer of its own with the "epsilon" rule. pools: a maximum's relevance
+    goes to the "winner", or by the "epsilon" rule. softmax: by its "taylor" expansion (Achtibat,
+    2024), or "constant": attention weights get none (Ali, 2022).
+    """
+
+    convolution: PropagationRule = _EPSILON
+    linear: PropagationRule = _EPSILON
+    first: PropagationRule | None = None
+    layers: tuple[tuple[str, PropagationRule], ...] = ()
+    epsilon: float = 1e-6
+    norms: str = "merge"
+    pools: str = "winner"
+    softmax: str = "taylor"
+    name: ClassVar[str] = "LRP"
+    references: ClassVar[bool] = False
+    relevance: ClassVar[bool] = True
+    unmet: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        Epsilon(self.epsilon)
+        for field, valid in (
+            ("norms", ("merge", "epsilon")),
+            ("pools", ("winner", "epsilon")),
+            ("softmax", ("taylor", "constant")),
+        ):
+            if getattr(self, field) not in valid:
+                raise InputError(
+                    f"{field} must be one of {', '.join(valid)}: got {getattr(self, field)!r}"
+                )
+
+    def calls(self, model: Func | None = None) -> Ruling:
+        return Relevance(self, self._by_weight(model))
+
+    def _by_weight(self, model: Func | None) -> dict[int, PropagationRule]:
+        """The rules of layers by name, by the identity of the layers' weights."""
+        rules: dict[int, PropagationRule] = {}
+        modules: dict[str, nn.Module] = {}
+        if self.layers and isinstance(model, nn.Module):
+            modules = dict(model.named_modules())
+        for wanted, rule in self.layers:
+            own = [m for n, m in modules.items() if n == wanted or n.startswith(f"{wanted}.")]
+            if not own:
+                near = difflib.get_close_matches(wanted, modules, 3)
+                hint = "see named_modules()"
+                if near:
+                    hint = f"did you mean {', '.join(map(repr, near))}?"
+                raise InputError(f"layers: the model has no layer {wanted!r}; {hint}")
+            weights = [w for m in own for w in (*m.parameters(False), *m.buffers(False))]
+            if not weights:
+                raise InputError(
+                    f"layers: {wanted!r} has no weights, and rules by name are for layers with "
+                    "weights"
+                )
+            rules |= dict.fromkeys(map(id, weights), rule)
+        return rules
+
+
+class Relevance(Ruling):
+    """Inside its `with`, gradients of what depends on points are relevance.
+
+    by_weight: rules by the identity of a layer's weights. own: the one of the present call;
+    weights: whether the present call has parameters of the model.
+    """
+
+    hidden = Ruling.hidden | frozenset(
+        "Convolution MkldnnConvolution Addmm Mm Bmm Baddbmm Mul Add Sub Rsub Div Neg Pow Exp Gelu "
+        "Silu Elu LeakyRelu Hardtanh Sigmoid Tanh Softplus Softmax LogSoftmax Sum Mean "
+        "NativeLayerNorm NativeBatchNorm NativeGroupNorm".split()
+    )
+
+    def __init__(self, composite: Composite, by_weight: Mapping[int, PropagationRule]) -> None:
+        super().__init__("LRP", LRP)
+        self.composite, self.by_weight = composite, by_weight
+        self.own: PropagationRule | None = None
+        self.weights = False
+
+    @property
+    def epsilon(self) -> Epsilon:
+        return Epsilon(self.composite.epsilon)
+
+    def call(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+        # The base class makes plain tensors of weights.
+        given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
+        self.weights = any(isinstance(one, nn.Parameter) for one in given)
+        own = (self.by_weight.get(id(one)) for one in given)
+        self.own = next((rule for rule in own if rule is not None), None)
+        return super().call(func, args, kwargs)
+
+    def keeps(self, name: str) -> bool:
+        return name not in ELEMENTWISE
+
+    def weighted(self, name: str, x: Tensor, layer: Affine) -> Tensor:
+        """A layer with weights, by the rule of its kind."""
+        rule = self.own
+        if rule is None and self.composite.first is not None and _is_first(x):
+            rule = self.composite.first
+        if rule is None:
+            of_kind = name.startswith("conv")
+            rule = self.composite.convolution if of_kind else self.composite.linear
+        with torch.no_grad():
+            y = layer.call(x, layer.weight, layer.bias)
+        return with_backward(y, _LayerBack(layer, rule, True), (x,), x)
+
+    def linear(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        """A call that is linear in x and has no weights: the epsilon rule."""
+        with torch.no_grad():
+            y = apply(x)
+        layer = Affine(lambda x, *_: apply(x))
+        return with_backward(y, _LayerBack(layer, self.epsilon), (x,), x)
+
+    def other(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+        name, _ = call_name(func)
+        result = func(*args, **kwargs)
+        if name.removesuffix("_") in VIEWS or name in VIEWS:
+            return result
+        if any(one.requires_grad for one in tensors_of(result)):
+            raise ModelError(
+                f"LRP has no rule for {name or func}: relevance cannot go through this call of the "
+                "model; use a method by gradients such as integrated gradients, or explain a "
+                "layer behind it"
+            )
+        return result
+
+    def check(self, node: Any) -> None:
+        super().check(node)
+        # Functions with a gradient of their own are not seen by the mode; their Python class.
+        kind = getattr(type(node), "_forward_cls", None)
+        if kind is not None and not kind.__module__.startswith("saliency_fast."):
+            raise ModelError(
+                f"LRP has no rule for {node.name()}: the model has a function with a gradient "
+                "of its own; use a method by gradients such as integrated gradients"
+            )
+
+
+@dataclass(frozen=True)
+class _LayerBack:
+    """Relevance of a layer's input by a propagation rule; weighted: whether it has weights."""
+
+    layer: Affine
+    rule: PropagationRule
+    weighted: bool = False
+
+    def __call__(self, relevance: Tensor, x: Tensor) -> tuple[Tensor]:
+        return (self.rule(self.layer, x, relevance),)
+
+
+def _is_first(x: Tensor) -> bool:
+    """Whether no layer with weights is between the points and x."""
+    backs = (getattr(node, "back", None) for node in steps_behind([x]))
+    return not any(getattr(back, "weighted", False) for back in backs)
+
+
+def _passed(x: Tensor, y: Tensor, open: Tensor | None = None) -> Tensor:
+    """Y shaped like x, which gets all relevance, or that of elements where `open`."""
+
+    def back(relevance: Tensor, open: Tensor | None) -> tuple[Tensor]:
+        return (relevance if open is None else relevance * open,)
+
+    return with_backward(y, back, (open,), x)
+
+
+# Operators of one tensor.
+
+
+@lrp_rule(*ELEMENTWISE, "rms_norm", "_fused_rms_norm")
+def _elementwise(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    if not only_input_varies(args, kwargs):
+        return NotImplemented
+    x, apply = split(func, args, kwargs)
+    with torch.no_grad():
+        y = apply(x)
+    return _passed(x, y)
+
+
+@lrp_rule("neg negative __neg__")
+def _negate(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    with torch.no_grad():
+        y = func(*args, **kwargs)
+    return _passed(args[0], y)
+
+
+@lrp_rule("dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout")
+def _dropout(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    x, apply = split(func, args, kwargs)
+    with torch.no_grad():
+        y = apply(x)
+    return _passed(x, y, (y != 0) | (x == 0))
+
+
+@lrp_rule(
+    "sum mean cumsum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d upsample_linear1d "
+    "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa grid_sampler grid_sampler_2d grid_sampler_3d col2im diff trace "
+    "norm vector_norm std"
+)
+def _homogeneous(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """f(c x) = c f(x), so that x * f'(x) sums to f(x): sums, means, norms."""
+    if not only_input_varies(args, kwargs):
+        return NotImplemented
+    return mode.linear(*split(func, args, kwargs))
+
+
+@lrp_rule("var")
+def _variance(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """Homogeneous of degree two: x * f'(x) sums to 2 f(x)."""
+    x, apply = split(func, args, kwargs)
+    with torch.no_grad():
+        y = apply(x)
+    layer, rule = Affine(lambda x, *_: apply(x)), mode.epsilon
+    return with_backward(y, lambda relevance, x: (rule(layer, x, relevance / 2),), (x,), x)
+
+
+@lrp_rule(
+    "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
+    *(f"{kind}max_pool{n}d_with_indices" for kind in ("", "adaptive_") for n in (1, 2, 3)),
+)
+def _max_pool(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    if mode.composite.pools == "winner":
+        return func(*args, **kwargs)
+    x, apply = split(func, args, kwargs)
+    with torch.no_grad():
+        result = apply(x)
+    if isinstance(result, Tensor):
+        return mode.linear(x, apply)
+    return mode.linear(x, lambda x: apply(x)[0]), result[1]
+
+
+# Normalisations.
+
+_BATCH_NORM = tuple(
+    "input weight bias running_mean running_var training momentum eps cudnn_enabled".split()
+)
+
+
+@lrp_rule("batch_norm")
+def _batch_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    given = named(_BATCH_NORM, args, kwargs)
+    x, weight, bias, eps = (given[name] for name in ("input", "weight", "bias", "eps"))
+    mean, variance = given["running_mean"], given["running_var"]
+    if given["training"] or mean is None:
+        raise ModelError(
+            "LRP needs batch normalisation with frozen statistics: got one with the batch's; call "
+            "model.eval() and keep track_running_stats"
+        )
+    scale, shift = affine_of(weight, bias, mean, variance, eps)
+    scale, shift = scale.to(x.dtype), shift.to(x.dtype)
+    with torch.no_grad():
+        y = lean_call(func, args, kwargs)
+    before: Any = getattr(x.grad_fn, "back", None)
+    if mode.composite.norms == "merge" and mode.own is None and _mergeable(before, x):
+        (first,) = x.grad_fn.saved_tensors
+        back = _LayerBack(before.layer.scaled(scale, shift), before.rule, True)
+        return with_backward(y, back, (first,), first)
+
+    def normalised(x: Tensor, weight: Any, bias: Any) -> Tensor:
+        return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
+
+    layer = Affine(normalised, torch.ones_like(mean) if weight is None else weight, bias)
+    back = _LayerBack(layer, mode.own or mode.epsilon, mode.own is not None)
+    return with_backward(y, back, (x,), x)
+
+
+def _mergeable(before: Any, x: Tensor) -> bool:
+    """Whether x is the whole output of a layer with weights, with its channels on axis 1."""
+    if not isinstance(before, _LayerBack) or not before.weighted or before.layer.outputs is None:
+        return False
+    return before.layer.channels == 1 or x.dim() == 2
+
+
+@lrp_rule("instance_norm")
+def _instance_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    given = named(_BATCH_NORM, args, kwargs)
+    if not given.pop("use_input_stats", given["training"]):
+        return _batch_norm(mode, torch.batch_norm, (), given | {"training": False})
+    return _standardised(mode, partial(func, *args, **kwargs), given, given["input"].flatten(2), 1)
+
+
+@lrp_rule("layer_norm")
+def _layer_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    given = named(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
+    x, shape = given["input"], given["normalized_shape"]
+    groups = x.reshape(*x.shape[: x.dim() - len(shape)], -1)
+    return _standardised(mode, partial(func, *args, **kwargs), given, groups, None)
+
+
+@lrp_rule("group_norm")
+def _group_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    given = named(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
+    groups = given["input"].reshape(len(given["input"]), given["num_groups"], -1)
+    return _standardised(mode, partial(func, *args, **kwargs), given, groups, 1)
+
+
+def _standardised(
+    mode: Relevance,
+    apply: Callable[[], Tensor],
+    given: Mapping[str, Any],
+    groups: Tensor,
+    channels: int | None,
+) -> Tensor:
+    """Normalisation of the last axis of `groups` by the epsilon rule (Achtibat, 2024).
+
+    With its deviation taken as a constant it is affine. channels: the axis of its weights.
+    """
+    x, shape = given["input"], groups.shape
+    weight, bias = given.get("weight"), given.get("bias")
+    with torch.no_grad():
+        y = apply()
+        variance = groups.var(-1, unbiased=False, keepdim=True)
+        rate = torch.rsqrt(variance + given.get("eps", 1e-5))
+    if channels is not None:
+        wide = (-1, *(1,) * (x.dim() - 2))
+        weight, bias = (one if one is None else one.view(wide) for one in (weight, bias))
+
+    def affine(x: Tensor, *_: Any) -> Tensor:
+        parts = x.reshape(shape)
+        z = ((parts - parts.mean(-1, keepdim=True)) * rate).reshape(x.shape)
+        z = z if weight is None else z * weight
+        return z if bias is None else z + bias
+
+    return with_backward(y, _LayerBack(Affine(affine), mode.epsilon), (x,), x)
+
+
+# Layers with weights.
+
+_CONVOLUTION = tuple("input weight bias stride padding dilation groups".split())
+_TRANSPOSED = tuple("input weight bias stride padding output_padding groups dilation".split())
+
+
+@lrp_rule("linear")
+def _linear(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    given = named(("input", "weight", "bias"), args, kwargs)
+    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    if varies(weight) or varies(bias):
+        return NotImplemented
+    return mode.weighted("linear", x, Affine(functional.linear, weight, bias, x.dim() - 1, 0))
+
+
+@lrp_rule("conv1d conv2d conv3d", names=_CONVOLUTION, outputs=0)
+@lrp_rule("conv_transpose1d conv_transpose2d conv_transpose3d", names=_TRANSPOSED, outputs=1)
+def _convolution(
+    mode: Relevance, func: Func, args: Args, kwargs: Kwargs, names: Args, outputs: int
+) -> Any:
+    given = named(names, args, kwargs)
+    x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+    if varies(weight) or varies(bias):
+        return NotImplemented
+
+    def convolved(x: Tensor, weight: Any, bias: Any) -> Tensor:
+        result: Tensor = lean_call(func, (x, weight, bias), given)
+        return result
+
+    # Weights of grouped transposed convolutions number the outputs of one group alone.
+    merges = outputs == 0 or given.get("groups", 1) == 1
+    layer = Affine(convolved, weight, bias, x.dim() - weight.dim() + 1, outputs if merges else None)
+    return mode.weighted(func.__name__, x, layer)
+
+
+def _product(mode: Relevance, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X @ weight + bias with a parameter of the model."""
+
+    def call(x: Tensor, weight: Any, bias: Any) -> Tensor:
+        z = torch.matmul(x, weight)
+        return z if bias is None else z + bias
+
+    outputs = 1 if weight.dim() == 2 else None
+    return mode.weighted("linear", x, Affine(call, weight, bias, x.dim() - 1, outputs))
+
+
+# Operators of two tensors.
+
+
+def _two(args: Args, kwargs: Kwargs, swapped: bool) -> tuple[Any, Any]:
+    further = [kwargs[name] for name in ("input", "other", "mat2", "vec2") if name in kwargs]
+    first, second = (*args, *further)[:2]
+    return (second, first) if swapped else (first, second)
+
+
+@lrp_rule("add __add__ __radd__")
+@lrp_rule("sub subtract __sub__", sign=-1)
+@lrp_rule("rsub __rsub__", sign=-1, swapped=True)
+def _add(
+    mode: Relevance, func: Func, args: Args, kwargs: Kwargs, sign: int = 1, swapped: bool = False
+) -> Any:
+    """Relevance of a + factor * b is in proportion to the summands (Bach, 2015).
+
+    Constants are biases, but for changes of the input's units.
+    """
+    a, b = _two(args, kwargs, swapped)
+    factor = sign * kwargs.get("alpha", 1)
+    varying = a if varies(a) else b
+    if not (varies(a) and varies(b)) and _is_first(varying):
+        with torch.no_grad():
+            y = torch.add(a, b, alpha=factor) if isinstance(a, Tensor) else a + factor * b
+        return _passed(varying.expand(y.shape), y)
+    a, b = (
+        one if isinstance(one, Tensor) else torch.as_tensor(one, device=varying.device)
+        for one in (a, b)
+    )
+    needed, epsilon = (varies(a), varies(b)), mode.composite.epsilon
+    with torch.no_grad():
+        y = torch.add(a, b, alpha=factor)
+
+    def back(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
+        rate = ratio(relevance, torch.add(a, b, alpha=factor), epsilon)
+        terms = zip(needed, (a, b * factor), strict=True)
+        return tuple((term * rate).sum_to_size(term.shape) if own else None for own, term in terms)
+
+    return with_backward(y, back, (a, b), a, b)
+
+
+@lrp_rule("mul multiply __mul__ __rmul__")
+def _multiply(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """Each of two factors that depend on the points gets half (Achtibat, 2024)."""
+    a, b = _two(args, kwargs, False)
+    x, factor = (a, b) if varies(a) else (b, a)
+    with torch.no_grad():
+        y = x * factor
+    if not varies(factor):
+        # Elements that are multiplied by zero, as by masks, get nothing.
+        return _passed(x.expand(y.shape), y, factor != 0 if isinstance(factor, Tensor) else None)
+    shapes = x.shape, factor.shape
+
+    def back(relevance: Tensor) -> tuple[Tensor, ...]:
+        return tuple((relevance / 2).sum_to_size(shape) for shape in shapes)
+
+    return with_backward(y, back, (), x, factor)
+
+
+@lrp_rule("div divide true_divide __truediv__")
+@lrp_rule("__rdiv__ __rtruediv__", swapped=True)
+def _divide(mode: Relevance, func: Func, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
+    """A divisor is a normalisation's, and gets nothing where the dividend varies."""
+    a, b = _two(args, kwargs, swapped)
+    x = a if varies(a) else b
+    with torch.no_grad():
+        a = torch.as_tensor(a, device=x.device)
+        y = torch.div(a, b, rounding_mode=kwargs.get("rounding_mode"))
+    return _passed(x.expand(y.shape), y)
+
+
+def _bilinear(mode: Relevance, a: Any, b: Any, call: Func) -> Any:
+    """A sum of products of elements of a and b: relevance by products, of which each factor gets
+    half where both depend on the points.
+    """
+    if not varies(b):
+        return mode.linear(a, lambda a: call(a, b))
+    if not varies(a):
+        return mode.linear(b, lambda b: call(a, b))
+    epsilon = mode.composite.epsilon
+    with torch.no_grad():
+        y = call(a, b)
+
+    def back(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            leaves = [one.detach().requires_grad_() for one in (a, b)]
+            z = call(*leaves)
+        grads = torch.autograd.grad(z, leaves, ratio(relevance / 2, z.detach(), epsilon))
+        return tuple(one * grad for one, grad in zip((a, b), grads, strict=True))
+
+    return with_backward(y, back, (a, b), a, b)
+
+
+@lrp_rule("matmul mm bmm mv dot __matmul__")
+@lrp_rule("__rmatmul__", swapped=True)
+def _matmul(mode: Relevance, func: Func, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
+    a, b = _two(args, kwargs, swapped)
+    if mode.weights and not varies(b):
+        return _product(mode, a, b)
+    if mode.weights and not varies(a):
+        layer = Affine(lambda x, weight, _: weight @ x, a, None, max(b.dim() - 2, 0))
+        return mode.weighted("linear", b, layer)
+    return _bilinear(mode, a, b, torch.matmul)
+
+
+@lrp_rule("einsum")
+def _einsum(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    equation, operands = args[0], args[1:]
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    varying = [number for number, one in enumerate(operands) if varies(one)]
+    if not isinstance(equation, str) or len(varying) > 2:
+        return NotImplemented
+
+    def call(*given: Tensor) -> Any:
+        filled = list(operands)
+        for number, one in zip(varying, given, strict=True):
+            filled[number] = one
+        return torch.einsum(equation, *filled)
+
+    if len(varying) == 1:
+        return mode.linear(operands[varying[0]], call)
+    return _bilinear(mode, operands[varying[0]], operands[varying[1]], call)
+
+
+@lrp_rule("addmm")
+def _addmm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """Adds bias + x @ weight: a linear layer with its weight transposed, or a sum and a product."""
+    if len(args) == 3 and not kwargs and mode.weights and varies(args[1]):
+        bias, x, weight = args
+        if not (varies(bias) or varies(weight)):
+            return _product(mode, x, weight, bias)
+    return _baddbmm(mode, func, args, kwargs)
+
+
+@lrp_rule("baddbmm")
+def _baddbmm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    base, a, b = args[:3]
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    with mode:
+        product = torch.matmul(a, b) * alpha
+        return torch.add(product, base, alpha=beta) if beta else product
+
+
+# Attention.
+
+
+@lrp_rule("softmax")
+def _softmax(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """R_i = x_i (R_i - s_i sum_j R_j), softmax's first-order expansion at x (Achtibat, 2024)."""
+    given = named(("input", "dim", "dtype"), args, kwargs)
+    x, dim, dtype = given["input"], given["dim"], given.get("dtype")
+    with torch.no_grad():
+        # Tensor.softmax may get a stack level for warnings in the place of the type.
+        y = torch.softmax(x, dim, dtype=dtype if isinstance(dtype, torch.dtype) else None)
+    if mode.composite.softmax == "constant":
+        return y
+
+    def back(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        result = x * (relevance - y * relevance.sum(dim, keepdim=True))
+        # Masked elements of x are -inf.
+        return (torch.where(y == 0, 0.0, result).to(x.dtype),)
+
+    return with_backward(y, back, (x, y), x)
+
+
+@lrp_rule("scaled_dot_product_attention")
+def _attention(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    """Scaled dot-product attention, in calls that have rules."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = named(names, args, kwargs)
+    if given.get("dropout_p"):
+        return NotImplemented
+    query, key, value = given["query"], given["key"], given["value"]
+    scale, mask = given.get("scale"), given.get("attn_mask")
+    with mode:
+        if given.get("enable_gqa"):
+            times = query.shape[-3] // key.shape[-3]
+            key, value = (one.repeat_interleave(times, -3) for one in (key, value))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = (query * scale) @ key.transpose(-2, -1)
+        if given.get("is_causal"):
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            scores = scores + mask
+        return torch.matmul(scores.softmax(-1), value)
+
+
+@lrp_rule("cosine_similarity")
+def _cosine_similarity(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    given = named(("x1", "x2", "dim", "eps"), args, kwargs)
+    dim, eps = given.get("dim", 1), given.get("eps", 1e-8)
+    with mode:
+        sides = (given[name] for name in ("x1", "x2"))
+        a, b = (one / one.norm(dim=dim, keepdim=True).clamp_min(eps) for one in sides)
+        return (a * b).sum(dim)
