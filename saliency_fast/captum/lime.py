@@ -477,7 +477,7 @@ def _drawn(
     """A table of coalitions for each example, bool [B, M, F], as Captum draws one after another."""
     tables = []
     with draws.continued():
-        for _ in game.asked.inputs[0]:
+        for _ in game.context.inputs[0]:
             tables.append(table(game.device))
             # What each example's fit draws: a data loader's seed, a linear layer's first weights.
             torch.empty((), dtype=torch.int64).random_()
