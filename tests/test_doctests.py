@@ -15,57 +15,18 @@ import torch
 
 import saliency_fast as sf
 
-WITHOUT_EXAMPLE = {
-    "AttentionRollout",
-    "AttentionWeights",
-    "BlurIG",
-    "Clip",
-    "Conductance",
-    "Deconvolution",
-    "DeepLift",
-    "EigenCAM",
-    "Engine",
-    "ExpectedGradients",
-    "FeatureAblation",
-    "FeaturePermutation",
-    "GradCAM",
-    "GradCAMPlusPlus",
-    "Gradient",
-    "GradientAttention",
-    "GradientShap",
-    "GuidedBackprop",
-    "GuidedGradCAM",
-    "GuidedIG",
-    "HessianVectorProduct",
-    "HiResCAM",
-    "IDGI",
-    "InputXGradient",
-    "IntegratedGradients",
-    "IntegratedHessians",
-    "KernelShap",
-    "LRP",
-    "LayerCAM",
-    "Lime",
-    "NextToken",
-    "Occlusion",
-    "PerExample",
-    "Plan",
-    "Rise",
-    "ScoreCAM",
-    "ShapleySampling",
-    "ShapleyValues",
-    "Shared",
-    "Similarity",
-    "SmoothGrad",
-    "SmoothGradSquared",
-    "TemporalRescaling",
-    "TokenAttribution",
-    "VarGrad",
-    "XGradCAM",
-    "backends",
-    "explain_tokens",
-    "explain_video",
-}
+WITHOUT_EXAMPLE = set(
+    """
+    AttentionRollout AttentionWeights BlurIG Clip Conductance Deconvolution DeepLift
+    EigenCAM Engine ExpectedGradients FeatureAblation FeaturePermutation GradCAM
+    GradCAMPlusPlus Gradient GradientAttention GradientShap GuidedBackprop GuidedGradCAM
+    GuidedIG HessianVectorProduct HiResCAM IDGI InputXGradient IntegratedGradients
+    IntegratedHessians KernelShap LRP LayerCAM Lime NextToken Occlusion PerExample Plan Rise
+    ScoreCAM ShapleySampling ShapleyValues Shared Similarity SmoothGrad SmoothGradSquared
+    TemporalRescaling TokenAttribution VarGrad XGradCAM backends explain_tokens
+    explain_video
+    """.split()
+)
 """Public names that have no `Example:` yet. The list may only get shorter."""
 
 NUMBER = re.compile(r"-?\d+\.\d*(?:e-?\d+)?")

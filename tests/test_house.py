@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,3 +166,19 @@ def test_functions_stay_short() -> None:
     }
     assert not long - LONGER, f"split these functions: {sorted(long - LONGER)}"
     assert not (tracked and LONGER - long), f"take off the list: {sorted(LONGER - long)}"
+
+
+def test_links_of_the_documentation_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    assert pages
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_every_decision_is_in_the_index() -> None:
+    folder = ROOT / "docs/decisions"
+    index = (folder / "README.md").read_text()
+    for page in folder.glob("0*.md"):
+        assert f"({page.name})" in index

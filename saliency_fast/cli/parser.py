@@ -29,93 +29,89 @@ models:
 """
 
 
-def _text(metavar: str, help: str, **settings: Any) -> Settings:
-    return {"metavar": metavar, "help": help, **settings}
+def _option(help: str, metavar: str | None = None, **settings: Any) -> Settings:
+    return {"help": help, **({"metavar": metavar} if metavar else {}), **settings}
 
 
 def _flag(help: str) -> Settings:
-    return {"help": help, "action": "store_true"}
+    return _option(help, action="store_true")
 
 
-def _repeated(metavar: str, help: str) -> Settings:
-    return {"metavar": metavar, "help": help, "action": "append", "default": []}
+def _repeated(help: str, metavar: str) -> Settings:
+    return _option(help, metavar, action="append", default=[])
 
 
 _METHOD = "a method (see saliency-fast methods); may be repeated (default: {})"
 _MODEL: Mapping[str, Settings] = {
-    "--model": _text("SPEC", "a model", required=True),
-    "--weights": _text("FILE", "weights to load: .safetensors, or a file of torch.save"),
-    "--memory-budget": _text("BYTES", "such as 8GiB or 500MB"),
-    "--device": {"default": "cpu", "help": "such as cuda (default: cpu)"},
+    "--model": _option("a model", "SPEC", required=True),
+    "--weights": _option("weights to load: .safetensors, or a file of torch.save", "FILE"),
+    "--memory-budget": _option("such as 8GiB or 500MB", "BYTES"),
+    "--device": _option("such as cuda (default: cpu)", default="cpu"),
 }
 _OUT: Mapping[str, Settings] = {
-    "--out": _text("DIR", "where to write (default: out)", default="out"),
+    "--out": _option("where to write (default: out)", "DIR", default="out"),
     "--progress": _flag("show a bar"),
 }
 _METHODS: Mapping[str, Settings] = {
     "--method-arg": _repeated(
-        "FIELD=VALUE",
         "a field of the method, METHOD.FIELD=VALUE where there are several; may be repeated",
+        "FIELD=VALUE",
     ),
-    "--points-per-launch": _text("N", "an upper bound", type=int),
+    "--points-per-launch": _option("an upper bound", "N", type=int),
 }
 _READING: Mapping[str, Settings] = {
-    "--size": _text("H[xW]", "resize pictures to this, instead of the model's own processing"),
-    "--channels": {
-        "type": int,
-        "choices": (1, 3),
-        "help": "read pictures as grey (1) or colour (3)",
-    },
+    "--size": _option("resize pictures to this, instead of the model's own processing", "H[xW]"),
+    "--channels": _option("read pictures as grey (1) or colour (3)", type=int, choices=(1, 3)),
     "--batched": _flag("the first axis of arrays is a batch axis"),
-    "--layout": _text(
-        "LETTERS",
+    "--layout": _option(
         "what the axes of an input with its batch are, a letter each, such as BCHW, BTF or BTCHW "
         "(default: as the model's first layers determine)",
+        "LETTERS",
     ),
-    "--max-pixels": _text(
-        "N",
+    "--max-pixels": _option(
         f"refuse larger pictures (default: {MAX_PIXELS}, 16384 x 16384)",
+        "N",
         type=int,
         default=MAX_PIXELS,
     ),
 }
 _EXPLAIN: Mapping[str, Settings] = {
-    "input": _text("INPUT", "see below", nargs="+"),
+    "input": _option("see below", "INPUT", nargs="+"),
     **_MODEL,
-    "--method": _repeated("NAME", _METHOD.format("integrated_gradients")),
+    "--method": _repeated(_METHOD.format("integrated_gradients"), "NAME"),
     **_METHODS,
-    "--target": {
-        "default": "predicted",
-        "help": "predicted (default), none (one number per example), a class, classes such as 3,5 "
+    "--target": _option(
+        "predicted (default), none (one number per example), a class, classes such as 3,5 "
         "(a map each), or a tuple such as '(1,)' into a structured output",
-    },
-    "--baseline": {
-        "default": "none",
-        "help": "none (zeros, default), a number, blur, mean, uniform, an .npy or .safetensors "
+        default="predicted",
+    ),
+    "--baseline": _option(
+        "none (zeros, default), a number, blur, mean, uniform, an .npy or .safetensors "
         "file, or a comma list of these",
-    },
-    "--at": _text(
-        "LAYER",
+        default="none",
+    ),
+    "--at": _option(
         "explain at layers instead of the input: a name, several with commas, embeddings, or auto "
         "for the last spatial one; class activation maps are always at a layer (default: auto)",
+        "LAYER",
     ),
-    "--features": {
-        "default": "none",
-        "help": "what perturbation methods replace together: none (every element alone, default), "
+    "--features": _option(
+        "what perturbation methods replace together: none (every element alone, default), "
         "grid:8, slic:50 (needs the extra 'segments'), or a file of whole numbers",
-    },
-    "--precision": {
-        "default": "float32",
-        "choices": (*PRECISIONS, AUTO),
-        "help": "of the model's products (default: float32); what another one costs is measured; "
+        default="none",
+    ),
+    "--precision": _option(
+        "of the model's products (default: float32); what another one costs is measured; "
         "auto is the fastest whose maps are off by --tolerance at most",
-    },
-    "--tolerance": _text("T", "relative L2, for --precision auto", type=float),
-    "--style": {"choices": ("signed", "heat"), "help": "default: both"},
-    "--overlay-format": {
-        "choices": ("png", "gif", "mp4"),
-        "help": "default: png for images, gif for videos and volumes; mp4 needs the extra 'video'",
-    },
+        default="float32",
+        choices=(*PRECISIONS, AUTO),
+    ),
+    "--tolerance": _option("relative L2, for --precision auto", "T", type=float),
+    "--style": _option("default: both", choices=("signed", "heat")),
+    "--overlay-format": _option(
+        "default: png for images, gif for videos and volumes; mp4 needs the extra 'video'",
+        choices=("png", "gif", "mp4"),
+    ),
     **_READING,
     "--summary": _flag("say in sentences what each map holds, and test it"),
     "--animate": _flag("write a GIF of each map growing sharp, where it takes several launches"),
@@ -123,41 +119,37 @@ _EXPLAIN: Mapping[str, Settings] = {
     "--plan": _flag("print the plan and stop"),
 }
 _EVALUATE: Mapping[str, Settings] = {
-    "input": _text("INPUT", "all of one shape; see below", nargs="*"),
+    "input": _option("all of one shape; see below", "INPUT", nargs="*"),
     **_MODEL,
-    "--method": _repeated("NAME", _METHOD.format("gradient, smoothgrad and integrated_gradients")),
+    "--method": _repeated(_METHOD.format("gradient, smoothgrad and integrated_gradients"), "NAME"),
     **_METHODS,
     "--metric": _repeated(
-        "NAME",
         "a metric (see saliency-fast metrics); may be repeated (default: all that the given "
         "inputs, boxes and outputs allow)",
+        "NAME",
     ),
-    "--metric-arg": _repeated("NAME.FIELD=VALUE", "a field of a metric; may be repeated"),
-    "--target": {
-        "help": "predicted (default for inputs), none (one number per example), a class, a tuple "
+    "--metric-arg": _repeated("a field of a metric; may be repeated", "NAME.FIELD=VALUE"),
+    "--target": _option(
+        "predicted (default for inputs), none (one number per example), a class, a tuple "
         "such as '(1,)', or an .npy or .safetensors file with a class for each input; the built-in "
         "scenes have their labels"
-    },
-    "--baseline": {"default": "none", "help": "of the methods: as in saliency-fast explain"},
-    "--boxes": _text(
-        "FILE",
+    ),
+    "--baseline": _option("of the methods: as in saliency-fast explain", default="none"),
+    "--boxes": _option(
         "where the objects are: .npy, .safetensors, .json or .csv, a box top,left,bottom,right for "
         "each input, in their order or by name",
+        "FILE",
     ),
-    "--substrate": {
-        "help": "what replaces removed elements, in all metrics: zero, mean, blur, uniform, a "
+    "--substrate": _option(
+        "what replaces removed elements, in all metrics: zero, mean, blur, uniform, a "
         "number, or a file (default: each metric's own)"
-    },
-    "--steps": _text("N", "of all metrics that have steps", type=int),
+    ),
+    "--steps": _option("of all metrics that have steps", "N", type=int),
     "--quick": _flag("fewer steps and samples, for a look"),
     "--no-controls": _flag("methods only"),
-    "--confidence": {
-        "type": float,
-        "default": 0.95,
-        "help": "of the intervals (default: 0.95)",
-    },
-    "--seed": {"type": int, "default": 0, "help": "of intervals and metrics (default: 0)"},
-    "--examples": _text("N", "of the built-in scenes (default: all)", type=int),
+    "--confidence": _option("of the intervals (default: 0.95)", type=float, default=0.95),
+    "--seed": _option("of intervals and metrics (default: 0)", type=int, default=0),
+    "--examples": _option("of the built-in scenes (default: all)", "N", type=int),
     "--json": _flag("print the numbers as JSON"),
     "--check": _flag("exit code 1 where a check fails"),
     **_READING,
@@ -166,12 +158,12 @@ _EVALUATE: Mapping[str, Settings] = {
 _VERIFY: Mapping[str, Settings] = {
     "record": {"metavar": "RECORD"},
     **_MODEL,
-    "--model": _text("SPEC", "a model (default: the one that the record names)"),
-    "--input": _text("INPUT", "default: the one that the record names"),
+    "--model": _option("a model (default: the one that the record names)", "SPEC"),
+    "--input": _option("default: the one that the record names", "INPUT"),
     "--hash-only": _flag("do not compute it again"),
 }
 _DEMO: Mapping[str, Settings] = {
-    "--examples": _text("N", "default: 6", type=int, default=6),
+    "--examples": _option("default: 6", "N", type=int, default=6),
     **_OUT,
 }
 
