@@ -48,11 +48,11 @@ from saliency_fast.engine.launch import Moment
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
 from saliency_fast.graph.gradients import gradients
-from saliency_fast.model.executors import Plain
+from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import as_well, diagnosed
 from saliency_fast.model.layers import Downstream
 from saliency_fast.model.state import preserved
-from saliency_fast.rules.intercept import Ruled
+from saliency_fast.rules.intercept import RulesExecutor
 
 SMALL_INPUTS = 16 * 1024
 """Bytes of inputs up to which one plain run of the batch is faster than planned launches."""
@@ -206,7 +206,7 @@ def _in_one_run(method: Method, call: AttributeCall) -> Inputs | None:
     single = single and _is_usual(call) and not (rules and rules.relevance)
     if not (single and call.owner is not None and is_small(call.owner, inputs)):
         return None
-    route = Plain(call.forward) if rules is None else Ruled(call.forward, rules)
+    route = EagerExecutor(call.forward) if rules is None else RulesExecutor(call.forward, rules)
     on = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
     with suppress(Exception), on[0], on[1], on[2]:
         points = [x.detach().clone().requires_grad_() for x in inputs]
