@@ -30,12 +30,7 @@ from saliency_fast.captum.gradients import (
     LayerGradientXActivation,
     Saliency,
 )
-from saliency_fast.captum.lime import (
-    KernelShap,
-    Lime,
-    LimeBase,
-    get_exp_kernel_similarity_function,
-)
+from saliency_fast.captum.lime import KernelShap, Lime, LimeBase, get_exp_kernel_similarity_function
 from saliency_fast.captum.lrp import (
     LRP,
     Alpha1_Beta0_Rule,

@@ -47,7 +47,7 @@ class DeepLift(GradientAttribution):
     Example:
         >>> import torch
         >>> from saliency_fast.captum import DeepLift
-        >>> DeepLift(torch.nn.ReLU()).attribute(torch.tensor([[4.0, -2.0]]), -1.0, target=0)
+        >>> DeepLift(torch.nn.ReLU()).attribute(torch.tensor([[4.0, 2.0]]), -1.0, target=0)
         tensor([[4., 0.]])
     """
 

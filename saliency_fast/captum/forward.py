@@ -101,7 +101,7 @@ def selected(output: Tensor, target: Any) -> Tensor:
         raise ContractError(
             f"Target element type {type(target[0])} in list is not valid; pass ints or tuples"
         )
-    return torch.stack([_picked(output, (row, *place)) for row, place in enumerate(target)])
+    return torch.stack([_picked(output, (row, *index)) for row, index in enumerate(target)])
 
 
 def _column(output: Tensor, index: tuple[Any, ...]) -> Tensor:

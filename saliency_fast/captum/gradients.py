@@ -55,11 +55,7 @@ class Saliency(_InputGradient):
 
     @public
     def attribute(  # type: ignore[override]
-        self,
-        inputs: Any,
-        target: Any = None,
-        abs: bool = True,
-        additional_forward_args: Any = None,
+        self, inputs: Any, target: Any = None, abs: bool = True, additional_forward_args: Any = None
     ) -> Any:
         """Attributes to the inputs; see `Attribution` for the other arguments.
 

@@ -115,7 +115,7 @@ class Layers:
                 side = "takes" if self.of_input else "gives"
                 raise ModelError(
                     f"the layer {type(layer).__name__} {side} no floating point tensor, so it has "
-                    "no gradient; name a layer behind it, or set attribute_to_layer_input=False"
+                    "no gradient; name a later layer, or set attribute_to_layer_input=False"
                 )
         return found
 

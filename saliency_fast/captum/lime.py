@@ -30,13 +30,7 @@ from saliency_fast.captum.arguments import (
 )
 from saliency_fast.captum.attribute_call import AttributeCall, rows_depend
 from saliency_fast.captum.attribution import PerturbationAttribution
-from saliency_fast.captum.perturbed import (
-    Draws,
-    by_rows,
-    first_of,
-    numbers_of_output,
-    progress_of,
-)
+from saliency_fast.captum.perturbed import Draws, by_rows, first_of, numbers_of_output, progress_of
 from saliency_fast.captum.shared_calls import SharedCalls, rewind_draws, together_or_apart
 from saliency_fast.engine import rounds as engine
 from saliency_fast.engine.recipe import Recipe
@@ -417,8 +411,7 @@ class Lime(LimeBase):
         if numbers not in (1, batch):
             raise ContractError(
                 "Invalid number of outputs, forward function should return ascalar per example or "
-                "a scalar per input batch. Pass target= with an index for each axis behind the "
-                "batch"
+                "a scalar per input batch. Pass target= with an index for each axis after the batch"
             )
         if numbers == 1 < batch and call.at_once != 1:
             raise ContractError(

@@ -19,13 +19,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from saliency_fast.captum.arguments import (
-    as_tuple,
-    copies,
-    like_inputs,
-    like_types,
-    public,
-)
+from saliency_fast.captum.arguments import as_tuple, copies, like_inputs, like_types, public
 from saliency_fast.captum.attribute_call import explained
 from saliency_fast.captum.attribution import GradientAttribution
 from saliency_fast.captum.forward import run_forward

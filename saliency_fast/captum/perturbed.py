@@ -164,9 +164,7 @@ def _count_of_calls(method: Method, call: AttributeCall) -> int:
     return 1 + (recipe.baseline == "one") - (-int(points or 0) // call.at_once)
 
 
-def _without_empty(
-    call: AttributeCall,
-) -> tuple[AttributeCall, Callable[[Inputs, Tensor], Inputs]]:
+def _without_empty(call: AttributeCall) -> tuple[AttributeCall, Callable[[Inputs, Tensor], Inputs]]:
     """A call without the inputs that have no elements, which the function still gets, and what adds
     zeros for them to the maps.
     """
