@@ -67,8 +67,8 @@ def _rows(result: RoundResult, start: int, stop: int, *, copied: bool = False) -
 class GuidedPath:
     """S = B * K paths that move first where the gradient is small (Kapishnikov, 2021).
 
-    The N elements of all inputs are in one row. progress [S, N]: share of its own displacement that each
-    element has gone; total [S, N]: sum of gradient times movement; gradient [S, N]: at the paths'
+    The N elements of all inputs are in one row. progress [S, N]: share of its own displacement that
+    each element has moved; total [S, N]: sum of gradient times movement; gradient [S, N]: at the
     present points.
     """
 
