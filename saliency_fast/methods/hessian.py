@@ -201,9 +201,9 @@ def _region_sums(context: RoundContext, features: Inputs, count: int) -> Project
         sums = grads[0].new_zeros((len(example), count))
         parts = zip(grads, context.inputs, context.baselines, features, strict=True)
         for gradient, x, start, region in parts:
-            way = x[example] - start[example % len(start)]
+            difference = x[example] - start[example % len(start)]
             rows = region[example % len(region)].expand_as(x[example]).flatten(1)
-            sums = sums.scatter_add(1, rows, (gradient * way).flatten(1).to(sums.dtype))
+            sums = sums.scatter_add(1, rows, (gradient * difference).flatten(1).to(sums.dtype))
         return sums
 
     return project

@@ -145,7 +145,7 @@ class GuidedIG:
     Args:
         steps: Points of each path; each target has its own path.
         fraction: Share of elements, those with the smallest gradients, that move first.
-        max_dist: Share of its own way by which an element may leave the straight path, from 0 (the
+        max_dist: Share of its own displacement by which an element may leave the line, from 0 (the
             straight path) to 1 (free).
 
     Raises:

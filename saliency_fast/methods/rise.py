@@ -16,7 +16,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.coalitions import LOOKS, own_seeds
+from saliency_fast.methods.parts.coalitions import PARTIAL_MAPS, own_seeds
 from saliency_fast.methods.parts.maps import every_row
 from saliency_fast.ops import mask_points, philox, random_bits
 from saliency_fast.ops.segments import repeated
@@ -104,7 +104,7 @@ def _averaged(context: RoundContext, method: Rise) -> Rounds:
             for total, one in zip(sums, several, strict=True):
                 total[parity] += weight[..., part].flatten(0, 1) @ one[part]
 
-    step = -(-method.samples // LOOKS)
+    step = -(-method.samples // PARTIAL_MAPS)
     for start in range(0, method.samples, step):
         stop = min(start + step, method.samples)
         example, sample = every_row(context, stop - start)

@@ -15,7 +15,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.engine.rounds import Round, RoundContext, Rounds, in_rounds
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.coalitions import LOOKS, Game, players
+from saliency_fast.methods.parts.coalitions import PARTIAL_MAPS, Game, players
 from saliency_fast.methods.parts.maps import every_row
 from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import philox
@@ -151,7 +151,7 @@ def walked(game: Game, orders: int, ranks: Callable[[int, int], Tensor], togethe
     """
     total = game.context.scores.new_zeros((*game.context.scores.shape, game.count))
     mean, square, draws = total.clone(), total.clone(), 0
-    step = together * -(-orders // (LOOKS * together))
+    step = together * -(-orders // (PARTIAL_MAPS * together))
     for start in range(0, orders, step):
         stop = min(start + step, orders)
         own = ranks(start, stop)

@@ -58,7 +58,7 @@ class TemporalRescaling:
         if not alone or base.baseline == "set" or hasattr(base.family, "start"):
             raise InputError(
                 "base must be a gradient, InputXGradient, IntegratedGradients without a tolerance, "
-                f"SmoothGrad or one of its kin: got {self.base!r}"
+                f"SmoothGrad or a variant of it: got {self.base!r}"
             )
 
     def _base(self) -> Recipe:

@@ -56,7 +56,7 @@ def _multipliers(change: Tensor, change_out: Tensor, slope: Tensor, epsilon: flo
 class Paired(Ruling):
     """Compares points with references, each a half of the first axis.
 
-    With `rules.captum`, a call directly behind one that has a rule keeps its gradient.
+    With `rules.captum`, a call directly after one that has a rule keeps its gradient.
     """
 
     paired = True
@@ -72,8 +72,8 @@ class Paired(Ruling):
 
     def answer(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
         x = args[0] if args else kwargs.get("input")
-        behind = self.rules.captum and isinstance(x, Tensor) and x in self._ruled
-        if behind and call_name(func)[0] in self.table:
+        follows = self.rules.captum and isinstance(x, Tensor) and x in self._ruled
+        if follows and call_name(func)[0] in self.table:
             return self.other(func, args, kwargs)
         met = self.met
         result = super().answer(func, args, kwargs)
@@ -190,7 +190,7 @@ class Rescale:
     change is below `epsilon` the gradient stays. Softmax's multipliers lose their mean over the
     example. Linear operators, normalisations by the data and products of two tensors keep their
     gradient. captum: as Captum 0.9 has it, for equal numbers: of the elementwise operators only
-    `CAPTUM` have the rule, a nonlinearity directly behind another keeps its gradient (sums then
+    `CAPTUM` have the rule, a nonlinearity directly after another keeps its gradient (sums then
     miss the scores' change), softmax's mean is the whole batch's, and pools weigh references by
     gradients of their own, so that the references' scores are to be differentiated as well.
     """

@@ -186,7 +186,7 @@ class Relevance(Ruling):
             raise ModelError(
                 f"LRP has no rule for {name or func}: relevance cannot go through this call of the "
                 "model; use a method by gradients such as integrated gradients, or explain a "
-                "layer behind it"
+                "layer downstream of it"
             )
         return result
 

@@ -20,7 +20,7 @@ from saliency_fast.engine.way import Way
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import make_method
 from saliency_fast.rules import Guided
-from tests.model.ruled import Functional, Row, network, points
+from tests.rules.ruled import Functional, Row, network, points
 from tests.models import Multimodal, make, randn
 from tests.naive import relative_l2
 

@@ -175,7 +175,7 @@ def test_compiled_models() -> None:
 def test_layers_that_the_score_does_not_see() -> None:
     """Behind the last attention only a class token is looked at."""
     model, x = make(ViT), randn(2, 3, 12, 16)
-    with pytest.warns(UserWarning, match="do not depend on any place of the layer LayerNorm"):
+    with pytest.warns(UserWarning, match="do not depend on any position of the layer LayerNorm"):
         sf.explain(model, x, target=1, method=GradCAM("norm"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

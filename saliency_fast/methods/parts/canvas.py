@@ -72,7 +72,7 @@ class Canvas:
             if one.dim() == 0 or len(one) != rows * times:
                 raise InputError(
                     f"a layer must have the examples on its first axis: got {list(one.shape)} for "
-                    f"{rows} examples; choose a layer before or behind the one that moves them"
+                    f"{rows} examples; choose a layer before or after the one that moves them"
                 )
         return taps[: len(layers)]
 
@@ -128,7 +128,7 @@ class Canvas:
             name = kind_of(self.context.layers[number])
             if not nonzero:
                 warn(
-                    f"the scores do not depend on any place of the layer {name}, so its map is "
+                    f"the scores do not depend on any position of the layer {name}, so its map is "
                     "zero; choose an earlier one (of a transformer, one before its last attention)"
                 )
             elif self.relu and not bool(self.maps[number].any()):

@@ -16,7 +16,7 @@ from saliency_fast.methods.parts.maps import every_row
 from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import random_bits, segment_points
 
-LOOKS = 16
+PARTIAL_MAPS = 16
 """Partial maps that a call with random points yields."""
 Write = Callable[[Tensor, Tensor], Inputs]
 Members = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

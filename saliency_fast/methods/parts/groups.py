@@ -1,4 +1,4 @@
-"""Groups of noisy samples, whose differences tell the standard error of every element."""
+"""Groups of noisy samples, whose differences estimate the standard error of every element."""
 
 from __future__ import annotations
 

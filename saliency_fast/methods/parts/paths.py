@@ -67,8 +67,8 @@ def _rows(result: RoundResult, start: int, stop: int, *, copied: bool = False) -
 class GuidedPath:
     """S = B * K paths that move first where the gradient is small (Kapishnikov, 2021).
 
-    The N elements of all inputs are in one row. progress [S, N]: share of its own way that each
-    element has gone; total [S, N]: sum of gradient times movement; gradient [S, N]: at the paths'
+    The N elements of all inputs are in one row. progress [S, N]: share of its own displacement that
+    each element has moved; total [S, N]: sum of gradient times movement; gradient [S, N]: at the
     present points.
     """
 
@@ -78,10 +78,12 @@ class GuidedPath:
         self.example = torch.arange(len(x), device=x.device).repeat_interleave(self.targets)
         self.target = torch.arange(self.targets, device=x.device).repeat(len(x))
         ends = zip(context.inputs, context.baselines, strict=True)
-        ways = [(one - baseline).flatten(1) for one, baseline in ends]
-        self.way = torch.cat(ways, 1).repeat_interleave(self.targets, dim=0)
-        self.distance = self.way.abs()
-        self.progress, self.total, self.gradient = (torch.zeros_like(self.way) for _ in range(3))
+        displacements = [(one - baseline).flatten(1) for one, baseline in ends]
+        self.displacement = torch.cat(displacements, 1).repeat_interleave(self.targets, dim=0)
+        self.distance = self.displacement.abs()
+        self.progress, self.total, self.gradient = (
+            torch.zeros_like(self.displacement) for _ in range(3)
+        )
 
     def write(self, example: Tensor, target: Tensor) -> Inputs:
         shares = self._per_input(self.progress[example * self.targets + target])
@@ -102,13 +104,15 @@ class GuidedPath:
 
     def step(self, alpha: float, fraction: float, reach: float) -> None:
         """Moves on until the share 1 - `alpha` of each path's L1 length is left."""
-        low, high = (self.way.new_tensor(min(max(alpha + d, 0.0), 1.0)) for d in (-reach, reach))
+        low, high = (
+            self.displacement.new_tensor(min(max(alpha + d, 0.0), 1.0)) for d in (-reach, reach)
+        )
         size = self.gradient.abs()
         length = _sum(self.distance)
         left = length * (1.0 - alpha)
         # Elements that lag behind the straight path move whatever their gradient.
         self._move(torch.maximum(self.progress, low))
-        rank = math.floor(fraction * (self.way.shape[1] - 1)) + 1
+        rank = math.floor(fraction * (self.displacement.shape[1] - 1)) + 1
         active = length > 0
         while True:
             room = self.distance * (high - self.progress)
@@ -120,13 +124,13 @@ class GuidedPath:
             if not bool(active.any()):
                 return
             share = over / _sum(room * chosen)
-            part = share.clamp_max(1.0).to(self.way.dtype)[:, None]
+            part = share.clamp_max(1.0).to(self.displacement.dtype)[:, None]
             there = torch.where(part < 1.0, self.progress.lerp(high, part), high)
             self._move(torch.where(chosen & active[:, None], there, self.progress))
             active &= share > 1.0
 
     def _move(self, progress: Tensor) -> None:
-        self.total += self.gradient * self.way * (progress - self.progress)
+        self.total += self.gradient * self.displacement * (progress - self.progress)
         self.progress = progress
 
     @property

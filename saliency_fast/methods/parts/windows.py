@@ -115,8 +115,8 @@ def read_windows(window: Any, stride: Any, layouts: Layouts) -> list[Grid]:
         named = _for_every_axis(width, shape) and (
             step is None or isinstance(step, int) or _for_every_axis(step, shape)
         )
-        places = () if named else layouts.need(number, "a window").places
-        grids.append(Grid.of(tuple(shape[1:]), *_sizes(width, step, places, shape)))
+        spatial = () if named else layouts.need(number, "a window").places
+        grids.append(Grid.of(tuple(shape[1:]), *_sizes(width, step, spatial, shape)))
     return grids
 
 
@@ -137,19 +137,19 @@ def _per_input(given: Any, shapes: list[tuple[int, ...]]) -> list[Any]:
 
 
 def _sizes(
-    window: Any, stride: Any, places: tuple[int, ...], shape: tuple[int, ...]
+    window: Any, stride: Any, spatial: tuple[int, ...], shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The window and the stride along each axis behind the batch; places: the spatial axes."""
+    """The window and the stride along each axis behind the batch."""
     if window is None:
         # About as many windows of a series as of a picture.
-        share = 64 if len(places) == 1 else 8
-        window = [-(-shape[place] // share) for place in places]
-    widths = _by_axis("window", window, places, shape)
+        share = 64 if len(spatial) == 1 else 8
+        window = [-(-shape[axis] // share) for axis in spatial]
+    widths = _by_axis("window", window, spatial, shape)
     # A window covers all channels unless it has a size for them.
     widths = [n if one is None else one for one, n in zip(widths, shape[1:], strict=True)]
     if stride is None or isinstance(stride, int):
         stride = (stride,) * len(widths)
-    steps = _by_axis("stride", stride, places, shape)
+    steps = _by_axis("stride", stride, spatial, shape)
     steps = [max(1, n // 2) if one is None else one for one, n in zip(steps, widths, strict=True)]
     for axis, (width, step, size) in enumerate(zip(widths, steps, shape[1:], strict=True), 1):
         if width > size:
@@ -165,18 +165,18 @@ def _sizes(
     return tuple(widths), tuple(steps)
 
 
-def _by_axis(name: str, given: Any, places: tuple[int, ...], shape: tuple[int, ...]) -> list[Any]:
+def _by_axis(name: str, given: Any, spatial: tuple[int, ...], shape: tuple[int, ...]) -> list[Any]:
     """The sizes of a window or a stride by axis behind the batch; None where there is no size."""
     if isinstance(given, int):
-        given = (given,) * len(places)
+        given = (given,) * len(spatial)
     if len(given) == len(shape) - 1:
         return list(given)
-    if len(given) != len(places):
+    if len(given) != len(spatial):
         raise InputError(
-            f"{name} must have a number for each spatial axis ({len(places)}) or for each axis "
+            f"{name} must have a number for each spatial axis ({len(spatial)}) or for each axis "
             f"behind the batch ({len(shape) - 1}) of an input {list(shape)}: got {tuple(given)}"
         )
-    sizes = dict(zip(places, given, strict=True))
+    sizes = dict(zip(spatial, given, strict=True))
     return [sizes.get(axis) for axis in range(1, len(shape))]
 
 

@@ -24,9 +24,9 @@ from saliency_fast.rules import (
     read_rule,
 )
 from saliency_fast.rules.intercept import RulesExecutor
-from tests import naive_rules
 from tests.models import randn
 from tests.naive import relative_l2
+from tests.rules import naive_rules
 
 EXACT = 1e-11
 LOW, HIGH = -3.5, 4.0

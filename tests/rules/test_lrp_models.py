@@ -21,7 +21,9 @@ from torch.nn import functional as F
 
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.rules import COMPOSITES, Composite, Epsilon, Flat, ZBox, composite
-from tests.model.ruled import (
+from tests.models import randn
+from tests.naive import relative_l2
+from tests.rules.ruled import (
     RELUS,
     SHAPES,
     Functional,
@@ -32,8 +34,6 @@ from tests.model.ruled import (
     ruled,
     scores,
 )
-from tests.models import randn
-from tests.naive import relative_l2
 
 EXACT = 1e-10
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from saliency_fast.errors import ModelError
 from saliency_fast.rules import Deconv, Guided, Softplus, composite
 from saliency_fast.rules.intercept import RulesExecutor
-from tests import naive_rules
-from tests.model.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled
 from tests.naive import relative_l2
+from tests.rules import naive_rules
+from tests.rules.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled
 
 EXACT = 1e-12
 BOTH = [(Guided(), "guided"), (Deconv(), "deconv")]

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 import saliency_fast as sf
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.rules import Rescale
-from tests.model.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled, scores
 from tests.models import Tokens, make, randn
 from tests.naive import relative_l2
+from tests.rules.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled, scores
 
 EXACT = 1e-10
 ACTIVATIONS = [
