@@ -39,8 +39,7 @@ def show_methods() -> int:
 def show_metrics() -> int:
     """saliency-fast metrics: every metric of a report, its fields and defaults."""
     # The library's evaluation is imported only where it is asked for.
-    from saliency_fast.evaluate.reports.entries import ENTRIES
-    from saliency_fast.evaluate.reports.suite import METRICS, fields_of
+    from saliency_fast.evaluate.metric import ENTRIES, METRICS, fields_of
 
     needs = {"masks": "boxes", "method": "to explain again"}
     table = _table("metric", "what it asks", "needs", "fields")

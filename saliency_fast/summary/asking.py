@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast.evaluate.inputs import Subject
 from saliency_fast.evaluate.scores import UNTOLD, Questions, probabilities
-from saliency_fast.evaluate.subject import Subject
 from saliency_fast.model.targets import Targets, read_targets, tensor_of, with_padding
 from saliency_fast.summary.fills import fills
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baselines
+from saliency_fast.evaluate.inputs import Subject
 from saliency_fast.evaluate.similarity import correlation
-from saliency_fast.evaluate.subject import Subject
 from saliency_fast.methods import read_method
 from saliency_fast.model.targets import Targets, read_targets
 from saliency_fast.summary.asking import Removed, Verdict, ask, remove

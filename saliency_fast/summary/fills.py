@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saliency_fast.evaluate.inputs import substrate_of
 from saliency_fast.evaluate.metrics.inpaint import inpaint
-from saliency_fast.evaluate.substrates import substrate_of
 
 BLURRED, INPAINTED = "blurred", "inpainted"
 AVERAGED, ZEROED = "set to the mean", "set to zero"

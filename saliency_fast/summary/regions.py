@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.subject import Subject, read_subject
+from saliency_fast.evaluate.inputs import Subject, read_subject
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.summary.grouping import COMPONENTS, check_how, group
 from saliency_fast.summary.spots import spot

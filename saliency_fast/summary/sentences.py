@@ -11,8 +11,8 @@ from torch import Tensor
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError
+from saliency_fast.evaluate.inputs import Explainer, read_subject
 from saliency_fast.evaluate.scores import Running
-from saliency_fast.evaluate.subject import Explainer, read_subject
 from saliency_fast.model.axes import LayoutLike
 from saliency_fast.model.targets import Target
 from saliency_fast.specs import restore_target
