@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast import evaluate, summary
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.reports.suite import Suite
-from saliency_fast.evaluate.subject import read_subject
+from saliency_fast.evaluate.inputs import read_subject
+from saliency_fast.evaluate.metric import Suite
 from saliency_fast.model.layout import Axes, LayoutWarning
 from tests.layout_models import LAYOUTS, SIZES, laid, standard, to
 from tests.models import Tabular, make, randn

@@ -26,10 +26,9 @@ from saliency_fast.cli.report import failures_named, out_folder
 from saliency_fast.cli.tables import show_paths
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import CONTROLS
-from saliency_fast.evaluate.reports.entries import ENTRIES
+from saliency_fast.evaluate.metric import ENTRIES, Suite
+from saliency_fast.evaluate.reports.export import save
 from saliency_fast.evaluate.reports.report import report
-from saliency_fast.evaluate.reports.show.files import save
-from saliency_fast.evaluate.reports.suite import Suite
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients")
 FAILED = 1

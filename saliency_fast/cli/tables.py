@@ -49,8 +49,7 @@ def _show_methods() -> None:
 def _show_metrics() -> None:
     """Every metric with its question, needs, fields and defaults."""
     # Evaluation is imported only where it is needed.
-    from saliency_fast.evaluate.reports.entries import ENTRIES
-    from saliency_fast.evaluate.reports.suite import METRICS, fields_of
+    from saliency_fast.evaluate.metric import ENTRIES, METRICS, fields_of
 
     words = {"masks": "boxes", "method": "to explain again"}
     rows = []

@@ -1,38 +1,44 @@
-"""Is the map any good? Metrics of maps, run by the engine, and a report of them."""
+"""Is the map any good? Metrics of maps, attacks, and reports of many metrics and methods."""
 
-from saliency_fast.evaluate.attacks.coherence import CoherenceReference, coherence
-from saliency_fast.evaluate.attacks.linf import Attacked, fgsm, pgd
-from saliency_fast.evaluate.attacks.manipulation import Manipulated, Manipulation
-from saliency_fast.evaluate.attacks.roc import Roc, roc
-from saliency_fast.evaluate.attacks.unusual import (
+from saliency_fast.evaluate.attacks.adversarial import Attacked, fgsm, pgd
+from saliency_fast.evaluate.attacks.detection import (
     AdversarialScore,
     AttackRoc,
+    CoherenceReference,
+    Roc,
     adversarial_score,
     attack_roc,
+    coherence,
+    roc,
 )
 from saliency_fast.evaluate.controls import CONTROLS, centre_map, edge_detector, random_map
-from saliency_fast.evaluate.metric import Metric
-from saliency_fast.evaluate.metrics.agreement import Agreement, agreement
-from saliency_fast.evaluate.metrics.completeness import Completeness
-from saliency_fast.evaluate.metrics.counterfactual import Counterfactual
-from saliency_fast.evaluate.metrics.curves import Deletion, Insertion
-from saliency_fast.evaluate.metrics.infidelity import Infidelity
+from saliency_fast.evaluate.inputs import Subject
+from saliency_fast.evaluate.metric import METRICS, Metric, Suite, make_metric
+
+# Metrics register when they are imported, in the order of a report.
+# isort: off
+from saliency_fast.evaluate.metrics.removal import Counterfactual, Deletion, Insertion, Road
+from saliency_fast.evaluate.metrics.perturbation import (
+    FaithfulnessCorrelation,
+    Infidelity,
+    SensitivityN,
+)
 from saliency_fast.evaluate.metrics.localisation import (
     EnergyInBox,
     PointingGame,
     RankAccuracy,
     TopKIoU,
 )
-from saliency_fast.evaluate.metrics.max_sensitivity import AvgSensitivity, MaxSensitivity
-from saliency_fast.evaluate.metrics.road import Road
+from saliency_fast.evaluate.metrics.completeness import Completeness
 from saliency_fast.evaluate.metrics.sanity import SanityCheck
-from saliency_fast.evaluate.metrics.sensitivity_n import FaithfulnessCorrelation, SensitivityN
+from saliency_fast.evaluate.metrics.robustness import AvgSensitivity, MaxSensitivity, Stability
+from saliency_fast.evaluate.attacks.manipulation import Manipulated, Manipulation
 from saliency_fast.evaluate.metrics.sparseness import Complexity, Sparseness
-from saliency_fast.evaluate.metrics.stability import Stability
+
+# isort: on
+from saliency_fast.evaluate.metrics.agreement import Agreement, agreement
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, bootstrap
 from saliency_fast.evaluate.reports.report import Report, report
-from saliency_fast.evaluate.reports.suite import METRICS, Suite, make_metric
-from saliency_fast.evaluate.subject import Subject
 
 __all__ = [
     "CONTROLS",

@@ -1,28 +1,50 @@
-"""Metric: a frozen recipe that judges maps, and what all of them share."""
+"""Metrics: their base class, how they register for the suite of a report, and the suite."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError
+from saliency_fast.evaluate.inputs import (
+    Explainer,
+    Model,
+    Replacement,
+    Subject,
+    check_replacement,
+    describe,
+    read_subject,
+)
 from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.scores import OUTPUTS, Running
-from saliency_fast.evaluate.subject import Explainer, Model, Subject, read_subject
-from saliency_fast.evaluate.substrates import named
+from saliency_fast.evaluate.scores import Running
+from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import Target
 
-NEEDS = ("model", "masks", "method")
-"""What a metric may need of a `Subject` beside inputs and maps."""
-
-_CURES = {
-    "model": "needs model, which it asks: got None; pass the model",
+FAITHFULNESS, LOCALISATION, AXIOMS = "faithfulness", "localisation", "axioms"
+SANITY, ROBUSTNESS, FORM, FURTHER = "sanity", "robustness", "form", "further"
+GROUPS = {
+    FAITHFULNESS: "Does the model depend on what the map marks?",
+    LOCALISATION: "Is what the map marks where the object is?",
+    AXIOMS: "Do the values add up to what they explain?",
+    SANITY: "Does the map depend on the model at all?",
+    ROBUSTNESS: "Does the map stay when next to nothing changes?",
+    FORM: "What does the map look like?",
+    FURTHER: "Further metrics",
+}
+"""The groups of a report's table in their order, and the question of each."""
+CLASS_OUTPUTS = ("softmax", "accuracy")
+"""Outputs that need several classes; a suite replaces them by the logit where there are none."""
+_NEEDS = {
+    "model": "needs model, whose scores it reads: got None; pass the model",
     "masks": "needs boxes or masks, which say where the object is: got None; pass boxes=",
     "method": "needs method, since it explains again: got None; pass method= a method, its name or "
     "a function (model, inputs, target) -> maps",
@@ -30,10 +52,22 @@ _CURES = {
 
 
 class Metric:
-    """Base of the metrics: frozen dataclasses of options, called with what they judge.
+    """Base of the metrics: frozen dataclasses of options, called with what they evaluate.
 
-    name: as tables say it. better: "higher", "lower" or "". needs: names out of `NEEDS`.
-    takes_missing: whether inputs and the substrate may hold NaN, where the model takes it.
+    A metric defines `_evaluate(data)`, and registers with `in_suite` where reports should have it.
+
+    Attributes:
+        name: As tables state it.
+        better: "higher", "lower", or "" where neither is.
+        needs: Which of "model", "masks" and "method" the evaluation input must hold.
+        takes_missing: Whether inputs and replacements may hold NaN, where the model accepts it.
+
+    Example:
+        >>> import torch
+        >>> from saliency_fast.evaluate import Sparseness
+        >>> maps = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+        >>> Sparseness()(None, torch.ones(1, 4), maps).values
+        tensor([0.7500], dtype=torch.float64)
     """
 
     name: ClassVar[str]
@@ -58,12 +92,29 @@ class Metric:
         progress: bool = False,
         layout: LayoutLike = None,
     ) -> Outcome:
-        """Judges `maps`, an attribution or a tensor, that explain what `model` says of `inputs`.
+        """Evaluates maps that explain a model's output for inputs.
 
-        See `read_subject` for maps, boxes, method and layout, and `Engine` for the others.
+        Args:
+            model: None for metrics that do not need it.
+            inputs: [B, C, *spatial] or [B, F] in the model's layout.
+            maps: An `Attribution`, or a tensor [B, C, *spatial], [B, 1, *spatial] or [B, *spatial].
+            target: One class per example, as in `explain`; by default the attribution's.
+            boxes: [B, 2 D] as (top, left, bottom, right), half-open, or masks bool [B, *spatial].
+            method: How the maps were made, for metrics that explain again; by default the
+                attribution's. A method, its name, or a function (model, inputs, target) -> maps.
+            baseline: Of that method.
+            forward_args: As in `explain`; so are all that follow.
+            forward_kwargs: Keyword arguments of the model.
+            memory_budget: Of a launch.
+            points_per_launch: How many points are scored at once.
+            progress: Whether a bar is shown.
+            layout: Of the inputs, one letter per axis.
+
+        Raises:
+            InputError: If the metric needs what is not given, or something does not fit.
         """
         running = Running(forward_args, forward_kwargs, memory_budget, points_per_launch, progress)
-        subject = read_subject(
+        data = read_subject(
             *(model, inputs, maps),
             target=target,
             boxes=boxes,
@@ -72,33 +123,34 @@ class Metric:
             running=running,
             layout=layout,
         )
-        return self.judge(subject)
+        return self.evaluate(data)
 
-    def judge(self, subject: Subject) -> Outcome:
-        """The outcome for what was checked already."""
-        missing = self.missing(subject)
+    def evaluate(self, data: Subject) -> Outcome:
+        """The outcome for an evaluation input, which was validated."""
+        missing = self.missing(data)
         if missing:
-            raise InputError(f"{self.name} {_CURES[missing]}")
-        if not self.takes_missing and not subject.finite:
+            raise InputError(f"{self.name} {_NEEDS[missing]}")
+        if not self.takes_missing and not data.finite:
             raise InputError(
                 f"the input holds NaN or infinity, and {self.name} needs finite numbers; deletion, "
                 "insertion, sensitivity-n and faithfulness correlation take values that are missing"
             )
-        found = self._judge(subject)
-        caveats = subject.caveats if "model" in self.needs else ()
-        parameters = self._parameters() | dict(found.parameters)
-        return dataclasses.replace(found, parameters=parameters, caveats=caveats + found.caveats)
-
-    def missing(self, subject: Subject) -> str | None:
-        """The first thing that it needs and the subject lacks."""
-        return next((one for one in self.needs if getattr(subject, one) is None), None)
-
-    def _judge(self, subject: Subject) -> Outcome:
-        raise NotImplementedError
-
-    def _parameters(self) -> dict[str, Any]:
+        outcome = self._evaluate(data)
+        caveats = data.caveats if "model" in self.needs else ()
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return {one.name: named(getattr(self, one.name)) for one in fields}
+        parameters = {one.name: describe(getattr(self, one.name)) for one in fields}
+        return dataclasses.replace(
+            outcome,
+            parameters=parameters | dict(outcome.parameters),
+            caveats=caveats + outcome.caveats,
+        )
+
+    def missing(self, data: Subject) -> str | None:
+        """The first thing that the metric needs and the evaluation input lacks."""
+        return next((one for one in self.needs if getattr(data, one) is None), None)
+
+    def _evaluate(self, data: Subject) -> Outcome:
+        raise NotImplementedError
 
     def _outcome(self, values: Tensor, **further: Any) -> Outcome:
         """An outcome of this metric; see `Outcome`."""
@@ -106,7 +158,199 @@ class Metric:
         return Outcome(self.name, values.detach().double(), self.better, **further)
 
 
-def check_output(output: str) -> None:
-    """Raises unless it names a way to read outputs."""
-    if output not in OUTPUTS:
-        raise InputError(f"output must be one of {', '.join(OUTPUTS)}: got {output!r}")
+def check_fields(metric: Metric, **rules: Any) -> None:
+    """Validates fields: a rule is the smallest whole number, the valid names, or a function of the
+    field's name and value.
+    """
+    for name, rule in rules.items():
+        value = getattr(metric, name)
+        if isinstance(rule, int):
+            checks.whole(name, value, rule)
+        elif isinstance(rule, tuple):
+            checks.choice(name, value, rule)
+        else:
+            rule(name, value)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A metric of the suite.
+
+    group: one of `GROUPS`. asks: what the metric measures and how its value is read. quick: fields
+    of a quick run. fields: fields that differ from the defaults of the class.
+    """
+
+    kind: type[Metric]
+    group: str
+    paper: str
+    asks: str
+    quick: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+ENTRIES: dict[str, Entry] = {}
+"""The registered metrics by name, in the order of a report."""
+METRICS: dict[str, type[Metric]] = {}
+"""The classes of the registered metrics by name."""
+_M = TypeVar("_M", bound=type[Metric])
+
+
+def in_suite(
+    group: str,
+    paper: str,
+    *,
+    name: str = "",
+    asks: str = "",
+    quick: Mapping[str, Any] | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> Callable[[_M], _M]:
+    """Registers a metric class for reports and the command line; see `Entry`.
+
+    name: where it is not the metric's own. asks: where it is not the summary of the docstring.
+    """
+
+    def register(kind: _M) -> _M:
+        key = name or plain_name(kind.name)
+        ENTRIES[key] = Entry(kind, group, paper, asks or _summary(kind), quick or {}, fields or {})
+        METRICS[key] = kind
+        return kind
+
+    return register
+
+
+def entry_of(metric: Metric, name: str = "") -> Entry:
+    """The entry of a metric under the name that a report uses, or under its own; for metrics that
+    are not registered, one made of their docstring.
+    """
+    for one in (name, plain_name(metric.name)):
+        if one in ENTRIES and type(metric) is ENTRIES[one].kind:
+            return ENTRIES[one]
+    return Entry(type(metric), FURTHER, "", _summary(type(metric)))
+
+
+def _summary(kind: type[Metric]) -> str:
+    """The first paragraph of a metric's docstring."""
+    return " ".join(inspect.cleandoc(kind.__doc__ or "").partition("\n\n")[0].split())
+
+
+def make_metric(name: str, fields: Mapping[str, Any]) -> Metric:
+    """A metric of the suite by its name.
+
+    Args:
+        name: One of `METRICS`; hyphens and spaces count as underscores.
+        fields: Options that differ from the defaults.
+
+    Raises:
+        InputError: If the name or a field is unknown; the message lists the valid ones.
+
+    Example:
+        >>> make_metric("pointing-game", {"tolerance": 2.0})
+        PointingGame(tolerance=2.0, smooth=0.0)
+    """
+    name = plain_name(name)
+    if name not in ENTRIES:
+        near = get_close_matches(str(name), ENTRIES, n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise InputError(f"metric must be one of {', '.join(ENTRIES)}: got {name!r}{hint}")
+    entry = ENTRIES[name]
+    valid = fields_of(entry.kind)
+    for one in fields:
+        if one not in valid:
+            raise InputError(
+                f"{name} has no field {one!r}: expected one of {', '.join(valid) or 'none'}"
+            )
+    return entry.kind(**{**entry.fields, **fields})
+
+
+def fields_of(kind: type[Metric]) -> dict[str, Any]:
+    """The fields of a metric with their defaults."""
+    return {one.name: one.default for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def field_meanings(kind: type[Metric]) -> dict[str, str]:
+    """The meaning of each field, from the `Args` sections of the class and its bases."""
+    lines: list[str] = []
+    for one in reversed(kind.__mro__[: kind.__mro__.index(Metric)]):
+        section = inspect.cleandoc(one.__doc__ or "").partition("Args:\n")[2]
+        lines += section.partition("\n\n")[0].splitlines()
+    meanings: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if line.startswith(" " * 8):
+            meanings[name] += f" {line.strip()}"
+        else:
+            name, _, text = line.strip().partition(": ")
+            meanings[name] = text
+    return {name: text.replace("`", "").rstrip(".") for name, text in meanings.items()}
+
+
+def plain_name(name: str) -> str:
+    """A name with underscores alone, as Python and the command line take it."""
+    return "_".join(str(name).replace("-", " ").split()).lower()
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """The metrics of a report and their options.
+
+    Args:
+        names: Of the metrics; None for all that the arguments of the report allow.
+        quick: Fewer steps and samples, for a first look.
+        substrate: Of every metric that replaces positions.
+        steps: Of the same metrics.
+        seed: Of all metrics.
+        fields: Options of single metrics by name, which take precedence.
+
+    Raises:
+        InputError: If a name or an option is unknown or invalid.
+
+    Example:
+        >>> suite = Suite(["deletion"], steps=10, fields={"deletion": {"output": "logit"}})
+        >>> suite.metrics()["deletion"].steps
+        10
+    """
+
+    names: Sequence[str] | None = None
+    quick: bool = False
+    substrate: Replacement | None = None
+    steps: int | None = None
+    seed: int = 0
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str):
+            raise InputError(f"names must be several: got {self.names!r}; write [{self.names!r}]")
+        if self.substrate is not None:
+            check_replacement("substrate", self.substrate)
+        known = [plain_name(name) for name in (ENTRIES if self.names is None else self.names)]
+        for name in self.fields:
+            if name not in known:
+                raise InputError(
+                    f"fields are for {name!r}, which is not asked for: expected one of "
+                    f"{', '.join(known)}"
+                )
+        self.metrics()
+
+    def metrics(self, classes: bool = True) -> dict[str, Metric]:
+        """The metrics by name.
+
+        Args:
+            classes: Whether the model returns several classes.
+        """
+        names = ENTRIES if self.names is None else self.names
+        return {plain_name(name): self._metric(plain_name(name), classes) for name in names}
+
+    def _metric(self, name: str, classes: bool) -> Metric:
+        if name not in ENTRIES:
+            # Raises with the valid names.
+            return make_metric(name, {})
+        valid = fields_of(ENTRIES[name].kind)
+        shared: dict[str, Any] = {"seed": self.seed or None}
+        # Not of completeness, whose None is the maps' own baseline, nor the steps of an attack.
+        if valid.get("substrate") is not None:
+            shared |= {"substrate": self.substrate, "steps": self.steps}
+        if not classes and valid.get("output") in CLASS_OUTPUTS:
+            shared["output"] = "logit"
+        shared = {one: value for one, value in shared.items() if value is not None and one in valid}
+        quick = ENTRIES[name].quick if self.quick else {}
+        return make_metric(name, {**quick, **shared, **self.fields.get(name, {})})

@@ -1,9 +1,9 @@
-"""Outcome: what a metric found, for every example, with everything that it rests on."""
+"""What a metric measured: a value for every example, with intervals, curve and parameters."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,25 @@ from saliency_fast.errors import InputError
 
 RESAMPLES = 2000
 """Bootstrap samples: the ends of a 95 % interval then move by about 1 % of its width."""
+_HELD = 2**22
+"""Numbers of a bootstrap that are in memory at once."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Curve:
-    """Values y, float64 [B, n], of every example over shared places x, float64 [n]."""
+    """Values of every example over a shared axis, such as the score while positions are deleted.
+
+    Args:
+        x: The axis, float64 [n].
+        y: The values, float64 [B, n].
+        x_name: What the axis is.
+        y_name: What the values are.
+
+    Example:
+        >>> curve = Curve(torch.tensor([0.0, 1.0]), torch.tensor([[1.0, 0.0]]), "share", "score")
+        >>> curve.area()
+        tensor([0.5000])
+    """
 
     x: Tensor
     y: Tensor
@@ -32,7 +46,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with the ends of its bootstrap interval; NaN where there is nothing to average."""
+    """A mean with its bootstrap interval; NaN where there are no values.
+
+    Args:
+        mean: The mean of the values.
+        low: The lower end of the interval.
+        high: The upper end.
+        confidence: Of the interval, such as 0.95.
+        count: How many values the mean is of.
+
+    Example:
+        >>> print(Interval(0.5, 0.25, 0.75, 0.95, 20))
+        0.5 [0.25, 0.75]
+    """
 
     mean: float
     low: float
@@ -46,12 +72,22 @@ class Interval:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Outcome:
-    """What a metric found.
+    """The result of a metric.
 
-    values: float64 [B], NaN where the metric says nothing of an example. better: "higher", "lower"
-    or "" where neither is. parameters: the metric's fields and all else that the numbers depend
-    on. passed: the verdict of metrics that give one, by `threshold`. details: further numbers by
-    name. caveats: what a reader must know.
+    Args:
+        metric: The metric's name.
+        values: One per example, float64 [B]; NaN where the metric is undefined.
+        better: "higher", "lower", or "" where neither is.
+        parameters: The metric's fields and all else that the values depend on.
+        curve: Of metrics that have one.
+        passed: The verdict of metrics that give one, by `threshold`.
+        threshold: Of the verdict.
+        details: Further results by name.
+        caveats: Sentences that a reader of the values must know.
+
+    Example:
+        >>> Outcome("deletion", torch.tensor([0.5, 0.5]), "lower", {})
+        deletion: 0.5 [0.5, 0.5] over 2 examples, lower is better
     """
 
     metric: str
@@ -65,11 +101,20 @@ class Outcome:
     caveats: tuple[str, ...] = ()
 
     def mean(self, confidence: float = 0.95, *, seed: int = 0) -> Interval:
-        """The mean over examples, with its bootstrap interval (Efron, 1979)."""
+        """The mean over examples with its bootstrap interval; see `bootstrap`."""
         return bootstrap(self.values, confidence, seed=seed)
 
     def over(self, other: Outcome, confidence: float = 0.95, *, seed: int = 0) -> Interval:
-        """How much larger the mean is than another's on the same examples, paired."""
+        """The mean of the paired differences from another outcome on the same examples.
+
+        Args:
+            other: The outcome that is subtracted.
+            confidence: Of the interval.
+            seed: Of the resampling.
+
+        Raises:
+            InputError: If the outcomes differ in their number of examples.
+        """
         if other.values.shape != self.values.shape:
             raise InputError(
                 "outcomes must be of the same examples: got "
@@ -85,17 +130,63 @@ class Outcome:
 
 
 def bootstrap(values: Tensor, confidence: float = 0.95, *, seed: int = 0) -> Interval:
-    """The mean of values [B] and the percentile interval of means of resampled examples."""
-    if not 0.0 < confidence < 1.0:
-        raise InputError(f"confidence must lie between 0 and 1: got {confidence}")
+    """The mean and its percentile bootstrap interval (Efron, 1979) over resampled examples.
+
+    Args:
+        values: One per example, [B]; NaN and infinity are left out.
+        confidence: Of the interval, between 0 and 1.
+        seed: Of the 2000 resamples.
+
+    Returns:
+        The mean with its interval; NaN where no value is finite.
+
+    Raises:
+        InputError: If `confidence` is not between 0 and 1.
+
+    Example:
+        >>> print(bootstrap(torch.tensor([2.0, 2.0, 2.0])))
+        2 [2, 2]
+    """
+    check_confidence(confidence)
     known = values.detach().double().cpu().flatten()
     known = known[known.isfinite()]
-    count = len(known)
-    if count == 0:
+    if len(known) == 0:
         return Interval(math.nan, math.nan, math.nan, confidence, 0)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(count, (RESAMPLES, count), generator=generator, device="cpu")
-    means = known[drawn].mean(1)
+    low, high = mean_ends(known[:, None], confidence, seed)
+    return Interval(float(known.mean()), float(low), float(high), confidence, len(known))
+
+
+def mean_ends(rows: Tensor, confidence: float, seed: int) -> Tensor:
+    """The ends of the intervals of the means of rows, float64 [N, n] to [2, n]."""
+    means = [times @ rows / len(rows) for (times,) in resampled((len(rows),), seed)]
+    return percentile_ends(torch.cat(means), confidence)
+
+
+def percentile_ends(statistics: Tensor, confidence: float) -> Tensor:
+    """The ends of the percentile interval of resampled statistics, float64 [R, *] to [2, *]."""
     tail = (1.0 - confidence) / 2.0
-    ends = means.quantile(torch.tensor([tail, 1.0 - tail], dtype=torch.float64, device="cpu"))
-    return Interval(float(known.mean()), float(ends[0]), float(ends[1]), confidence, count)
+    ends = torch.tensor([tail, 1.0 - tail], dtype=torch.float64, device="cpu")
+    return statistics.quantile(ends, dim=0)
+
+
+def resampled(sizes: tuple[int, ...], seed: int) -> Iterator[tuple[Tensor, ...]]:
+    """How often each member of some groups is drawn in each of `RESAMPLES` resamples.
+
+    Yields one float64 [rows, size] per group, until there are enough rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    most = max(1, _HELD // max(sizes))
+    one = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    for start in range(0, RESAMPLES, most):
+        times = []
+        for size in sizes:
+            shape = (min(most, RESAMPLES - start), size)
+            drawn = torch.randint(size, shape, generator=generator, device="cpu")
+            times.append(one.new_zeros(shape).scatter_add_(1, drawn, one.expand(shape)))
+        yield tuple(times)
+
+
+def check_confidence(confidence: float) -> None:
+    """Raises unless it lies between 0 and 1."""
+    if not 0.0 < confidence < 1.0:
+        raise InputError(f"confidence must lie between 0 and 1: got {confidence}")

@@ -1,4 +1,4 @@
-"""Scores: what a model says of many points made of a batch of inputs, in the engine's launches."""
+"""The model's scores of many points made of a batch of inputs, in the engine's launches."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ from saliency_fast.model.targets import (
 
 OUTPUTS = ("softmax", "logit")
 SUMS = 1e-4
-"""How far the sum of outputs may be from one for them to be probabilities already, in float32."""
+"""How far outputs may sum from one and still count as probabilities, in float32."""
 UNTOLD = -1.0
-"""What is neither a probability nor a class; the engine refuses NaN."""
+"""Stands for a missing probability or class, since the engine refuses NaN."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """How a model is run: further arguments, and what `Engine` takes; dtype: what the model takes,
-    where that is a half type and inputs are read as float32. axes: the layout that it takes;
-    inputs are judged in the standard one, [B, C, *places].
+    """How a model is run: further arguments and the options of `Engine`.
+
+    dtype: that of the inputs where it is a half type, which are read as float32. axes: the model's
+    layout; evaluation inputs are [B, C, *spatial].
     """
 
     forward_args: Any = ()
@@ -62,41 +63,49 @@ class Running:
 
     @property
     def letters(self) -> str | None:
-        """The layout that the model takes, where it is known."""
+        """The model's layout, where it is known."""
         return None if self.axes is None else self.axes.letters
 
     def cast(self, inputs: Tensor) -> Tensor:
-        """Inputs as the model takes them."""
-        laid = self.back(inputs)
-        return laid if self.dtype is None else laid.to(self.dtype)
+        """Inputs in the model's layout and dtype."""
+        laid_out = self.back(inputs)
+        return laid_out if self.dtype is None else laid_out.to(self.dtype)
 
     def back(self, values: Tensor) -> Tensor:
-        """Inputs, points, or maps of their shape as the model has its axes."""
+        """Inputs, points or maps of their shape from channels first to the model's layout."""
         if self.axes is None or self.axes.is_standard:
             return values
         return self.axes.back(values).contiguous()
 
     def standard(self, values: Tensor) -> Tensor:
-        """The reverse: values of a model in the standard layout."""
+        """The reverse of `back`."""
         if self.axes is None or self.axes.is_standard:
             return values
         return self.axes.standard(values).contiguous()
 
     def taking(self, dtype: torch.dtype, axes: Axes | None = None) -> Running:
-        """The same for a model that takes inputs of that type and layout."""
-        found = replace(self, dtype=dtype) if dtype in HALVES else self
-        return found if axes is None else replace(found, axes=axes)
+        """The same for a model with inputs of that dtype and layout."""
+        changed = replace(self, dtype=dtype) if dtype in HALVES else self
+        return changed if axes is None else replace(changed, axes=axes)
+
+    def map(self, engine: Engine, x: Tensor, target: Any, baseline: Any = None) -> Tensor:
+        """The map of inputs [B, *] by an engine, channels first; of several targets [B, T, *]."""
+        values = engine(self.cast(x), target, baseline, **self.arguments()).values
+        assert isinstance(values, Tensor)
+        return values if values.dim() > x.dim() else self.standard(values)
 
     def arguments(self) -> dict[str, Any]:
-        """What calls of an engine take."""
+        """The model's further arguments, as an engine's call takes them."""
         return {"forward_args": self.forward_args, "forward_kwargs": self.forward_kwargs}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What the model says of points. scores float64 [R]: the target's output; where the model tells
-    classes apart, also its probability, float64 [R], by softmax unless the outputs are
-    probabilities, and the class that is largest, int64 [R].
+    """The model's scores of R points.
+
+    scores: the target's output, float64 [R]. Where the model returns classes, also probabilities:
+    the target's, float64 [R], by softmax unless the outputs are probabilities already; and
+    decisions: the predicted classes, int64 [R].
     """
 
     scores: Tensor
@@ -104,7 +113,7 @@ class Scores:
     decisions: Tensor | None
 
     def of(self, output: str) -> Tensor:
-        """The scores as "logit", the output as it is, or as "softmax"; float64 [R]."""
+        """The target's "logit" or "softmax" probability, float64 [R]."""
         if output == "logit":
             return self.scores
         if self.probabilities is None:
@@ -117,9 +126,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Reading:
-    """A target (`model.targets.Reader`): its score, its probability and the decision of each row.
+    """A target (`model.targets.Reader`) of three outputs: score, probability and decision.
 
-    classes int64 [B], or None for the class that is largest; targets: any other target.
+    classes: int64 [B], or None for the predicted class. targets: a target that is no class.
     """
 
     classes: Tensor | None
@@ -127,10 +136,10 @@ class Reading:
     count: int = 3
 
     def read(self, raw: Any, item: Tensor) -> Tensor:
-        """Scores [R, 3]; `UNTOLD` for what the output does not tell."""
+        """Scores [R, 3]; `UNTOLD` for what the output does not hold."""
         if self.targets is not None:
             self.targets.check(raw, item)
-            return _alone(self.targets.read(raw, item)[0][:, :1])
+            return _score_only(self.targets.read(raw, item)[0][:, :1])
         output = tensor_of(raw)
         if output.dim() != 2 or len(output) != len(item):
             raise InputError(
@@ -139,35 +148,43 @@ class Reading:
             )
         decision = output.detach().argmax(1, keepdim=True)
         classes = decision if self.classes is None else self.classes[item][:, None]
-        _need_classes(classes, output.shape[1])
-        # The numbers of classes are exact up to 2 ** 24, but not in half types.
+        for one in (int(classes.max()), int(classes.min())):
+            if not 0 <= one < output.shape[1]:
+                raise InputError(
+                    f"target must lie in the model's {output.shape[1]} classes: got {one}, "
+                    f"expected 0 to {output.shape[1] - 1}"
+                )
+        # Class indices are exact up to 2 ** 24 in float32, but not in half types.
         wide = output if output.dtype in (torch.float32, torch.float64) else output.float()
         score = wide.gather(1, classes)
         if output.shape[1] == 1:
-            return _alone(score)
-        return torch.cat(
-            [score, probabilities(output, wide).gather(1, classes), decision.to(wide.dtype)], 1
-        )
+            return _score_only(score)
+        share = probabilities(output, wide).gather(1, classes)
+        return torch.cat([score, share, decision.to(wide.dtype)], 1)
 
 
 def probabilities(output: Tensor, wide: Tensor) -> Tensor:
     """Softmax of outputs [R, C]; rows that are probabilities already stay as they are.
 
-    wide: the outputs in the type of the result. Half types round probabilities, and their sum.
+    wide: the outputs in the result's dtype. Half types round probabilities, and their sum.
     """
     slack = max(SUMS, torch.finfo(output.dtype).eps) if output.is_floating_point() else SUMS
-    told = (wide >= 0).all(1) & ((wide.sum(1) - 1.0).abs() < slack)
-    return torch.where(told[:, None], wide, wide.softmax(1))
+    already = (wide >= 0).all(1) & ((wide.sum(1) - 1.0).abs() < slack)
+    return torch.where(already[:, None], wide, wide.softmax(1))
 
 
-def _alone(score: Tensor) -> Tensor:
-    """Scores [R, 1] of outputs that tell no classes apart."""
+def _score_only(score: Tensor) -> Tensor:
+    """Scores [R, 1] of outputs that are no classes, as [R, 3]."""
     return torch.cat([score, score.detach().new_full((len(score), 2), UNTOLD)], 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Questions:
-    """A method that only asks: points written as `Round.write` says, answered into `found`."""
+    """A method that only reads scores, at points written as `Round.write` says.
+
+    item: the example index of each point. place: which of its points. found: after a run, the
+    scores at the inputs and at the points.
+    """
 
     write: Callable[[Tensor, Tensor], Tensor]
     item: Tensor
@@ -184,21 +201,21 @@ class Questions:
         # A run may begin again.
         self.found.clear()
         self.found.append(asked.scores)
-        answers = asked.scores.new_empty((len(self.item), asked.scores.shape[1]))
+        scores = asked.scores.new_empty((len(self.item), asked.scores.shape[1]))
 
         def each(rows: slice, found: RoundResult) -> None:
-            answers[rows] = found.scores
+            scores[rows] = found.scores
 
         yield Round(lambda i, p: (self.write(i, p),), self.item, self.place, each=each)
-        self.found.append(answers)
+        self.found.append(scores)
         return Maps((asked.scores.new_zeros((*asked.scores.shape, 1)),))
 
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A model with the target of each of its inputs [B, *]: int64 [B], or None for one number.
+    """A model with the target of each of its inputs [B, *].
 
-    lean: False where points may hold NaN, which the model itself is to read.
+    lean: False where points may hold NaN, which the model itself reads.
     """
 
     model: Callable[..., Any]
@@ -208,25 +225,50 @@ class Scorer:
     lean: bool = True
 
     def at(
-        self, write: Callable[[Tensor, Tensor], Tensor], item: Tensor, place: Tensor
+        self, write: Callable[[Tensor, Tensor], Tensor], example: Tensor, number: Tensor
     ) -> tuple[Scores, Scores]:
-        """Scores at the inputs [B], and at the points [R] that `write(item, place)` makes in fresh
-        memory; item int64 [R]: the example of each point.
+        """Scores at the inputs [B], and at the R points that `write(example, number)` makes in
+        fresh memory; example int64 [R] and number int64 [R] say which point of which example.
         """
-
-        def laid(item: Tensor, place: Tensor) -> Tensor:
-            return self.running.back(write(item, place))
-
-        asked = Questions(laid, item, place)
-        engine = self.running.engine(self.model, asked, lean=self.lean)
+        query = Questions(lambda i, n: self.running.back(write(i, n)), example, number)
+        engine = self.running.engine(self.model, query, lean=self.lean)
         engine(self.running.cast(self.inputs), self._reading(), **self.running.arguments())
-        _need_finite(asked.found[1], item)
-        return _read(asked.found[0]), _read(asked.found[1])
+        first, points = query.found
+        wrong = sorted(set(example[~points.isfinite().all(1)].tolist()))
+        if wrong:
+            raise ModelError(
+                f"the model gives NaN or infinite scores for points made of examples {wrong[:8]}: "
+                "expected finite numbers; check the model there, or take another substrate"
+            )
+        return _split(first), _split(points)
+
+    def grid(
+        self, write: Callable[[Tensor, Tensor], Tensor], count: int, *, numbers_first: bool = False
+    ) -> tuple[Scores, Scores]:
+        """Scores at the inputs [B], and at `count` points of each example [B, count].
+
+        numbers_first: whether a launch holds the same point of all examples, rather than all points
+        of an example, for a `write` that prepares what they share.
+        """
+        batch, device = len(self.inputs), self.inputs.device
+        example, number = torch.arange(batch, device=device), torch.arange(count, device=device)
+        if numbers_first:
+            example, number = example.repeat(count), number.repeat_interleave(batch)
+        else:
+            example, number = example.repeat_interleave(count), number.repeat(batch)
+        first, points = self.at(write, example, number)
+
+        def table(rows: Tensor) -> Tensor:
+            return rows.view(count, batch).T if numbers_first else rows.view(batch, count)
+
+        if points.probabilities is None or points.decisions is None:
+            return first, Scores(table(points.scores), None, None)
+        return first, Scores(*map(table, (points.scores, points.probabilities, points.decisions)))
 
     def again(self) -> tuple[Scores, Scores]:
-        """Scores at the inputs, twice: a model that is deterministic says the same."""
-        item = torch.arange(len(self.inputs), device=self.inputs.device)
-        return self.at(lambda item, place: self.inputs[item], item, item)
+        """Scores at the inputs by two runs, which are equal if the model is deterministic."""
+        example = torch.arange(len(self.inputs), device=self.inputs.device)
+        return self.at(lambda i, _: self.inputs[i], example, example)
 
     def _reading(self) -> Reading:
         if isinstance(self.target, str) and self.target == PREDICTED:
@@ -240,12 +282,12 @@ class Scorer:
 
 
 def one_target(target: Target, batch: int) -> Targets:
-    """The target read; raises where it is wrong, or several of each example."""
+    """The target of a batch; raises where it is invalid, or several of each example."""
     targets = read_targets(target, batch)
     if targets.count > 1:
         raise InputError(
-            f"target must be one per example, as maps are: got {targets.count} of each; judge the "
-            "maps of one target at a time"
+            f"target must be one per example, as maps are: got {targets.count} of each; evaluate "
+            "the maps of one target at a time"
         )
     if targets.position is not None and targets.predicted:
         raise InputError(
@@ -255,26 +297,8 @@ def one_target(target: Target, batch: int) -> Targets:
     return targets
 
 
-def _read(found: Tensor) -> Scores:
-    score, share, decision = found.unbind(1)
+def _split(rows: Tensor) -> Scores:
+    score, share, decision = rows.unbind(1)
     if bool((decision == UNTOLD).all()):
         return Scores(score, None, None)
     return Scores(score, share, decision.long())
-
-
-def _need_finite(found: Tensor, item: Tensor) -> None:
-    wrong = sorted(set(item[~found.isfinite().all(1)].tolist()))
-    if wrong:
-        raise ModelError(
-            f"the model gives NaN or infinite scores for points made of examples {wrong[:8]}: "
-            "expected finite numbers; check the model there, or take another substrate"
-        )
-
-
-def _need_classes(classes: Tensor, count: int) -> None:
-    low, high = int(classes.min()), int(classes.max())
-    if low < 0 or high >= count:
-        raise InputError(
-            f"target must lie in the model's {count} classes: got {high if high >= count else low},"
-            f" expected 0 to {count - 1}"
-        )

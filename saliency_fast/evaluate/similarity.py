@@ -1,4 +1,4 @@
-"""Similarity of two maps: correlation of values and of ranks, SSIM, overlap of what is largest."""
+"""Similarity of two maps: Pearson and Spearman correlation, SSIM, overlap of the largest values."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch.nn import functional
 from saliency_fast.errors import InputError
 
 WINDOW = 7
-"""Places along each axis of SSIM's window, as is usual (Wang, 2004; scikit-image)."""
+"""Positions along each axis of SSIM's window, as is usual (Wang, 2004; scikit-image)."""
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson's correlation of rows [B, *], float64 [B]; NaN where a row is constant."""
     a, b = a.flatten(1).double(), b.flatten(1).double()
-    # Asked of the rows themselves: a constant one is not always its own mean to the last digit.
-    flat = _constant(a) | _constant(b)
+    # Not read from the differences: the mean of a constant row may differ by rounding.
+    flat = is_constant(a) | is_constant(b)
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     norms = a.norm(dim=1) * b.norm(dim=1)
-    found: Tensor = ((a * b).sum(1) / norms).masked_fill(flat, math.nan).clamp(-1.0, 1.0)
-    return found
+    result: Tensor = ((a * b).sum(1) / norms).masked_fill(flat, math.nan).clamp(-1.0, 1.0)
+    return result
 
 
 def ranks(values: Tensor) -> Tensor:
-    """The rank of each element of rows [B, *], from 1; equal ones share their mean rank."""
+    """The rank of each element of rows [B, *], from 1; ties share their mean rank."""
     rows = values.flatten(1).contiguous()
     order = rows.sort(1).values
     below = torch.searchsorted(order, rows)
@@ -39,68 +39,63 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     return correlation(ranks(a), ranks(b))
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """The cosine between rows [B, *], float64 [B]; NaN where one is zero."""
-    a, b = a.flatten(1).double(), b.flatten(1).double()
-    found: Tensor = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    return found
+def _check_axes(maps: Tensor) -> None:
+    if not 1 <= maps.dim() - 1 <= 3:
+        raise InputError(f"SSIM is of maps with one to three axes: got {list(maps.shape)}")
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of maps [B, *spatial], float64 [B] (Wang, 2004), with a window of 7
-    places (fewer on short axes) and the range of both maps together. Each map is divided by its
-    largest amount first, since a map's unit means nothing; NaN where one is constant.
+    """Structural similarity of maps [B, *spatial], float64 [B] (Wang, 2004); NaN where one is
+    constant.
+
+    The window has 7 positions per axis (fewer on short axes); the data range is that of both maps.
+    Each map is divided by its largest magnitude first, since the unit of a map means nothing.
     """
-    if not 1 <= a.dim() - 1 <= 3:
-        raise InputError(f"SSIM is of maps with one to three axes: got {list(a.shape)}")
-    flat = _constant(a) | _constant(b)
+    _check_axes(a)
+    flat = is_constant(a) | is_constant(b)
     a, b = _to_peak(a.double()), _to_peak(b.double())
     both = torch.stack([a, b]).movedim(1, 0).flatten(1)
     span = (both.amax(1) - both.amin(1)).view(-1, *(1,) * (a.dim() - 1))
-    found: Tensor = _structure(a, b, span).flatten(1).mean(1).masked_fill(flat, math.nan)
-    return found
+    result: Tensor = _structure(a, b, span).flatten(1).mean(1).masked_fill(flat, math.nan)
+    return result
 
 
 def rank_ssim(a: Tensor, b: Tensor) -> Tensor:
-    """SSIM of the ranks of maps [B, *spatial], from 0 to 1, float64 [B]; NaN where one is constant.
+    """SSIM of the ranks of maps [B, *spatial], float64 [B]; NaN where one is constant.
 
-    A few high peaks make all the rest of a map flat, and flat is like flat: so maps of unrelated
-    images are alike by `ssim`. Ranks have no peaks, and all maps without ties the same mean and
-    variance. Windows in which neither map varies count for nothing: where no structure is, none can
-    be compared.
+    A few high peaks flatten the rest of a map, so that `ssim` is high for maps of unrelated images.
+    Ranks have no peaks. Windows in which neither map varies are left out.
     """
-    if not 1 <= a.dim() - 1 <= 3:
-        raise InputError(f"SSIM is of maps with one to three axes: got {list(a.shape)}")
-    flat = _constant(a) | _constant(b)
+    _check_axes(a)
+    flat = is_constant(a) | is_constant(b)
     count = max(1, a[0].numel())
     one = torch.ones((), dtype=torch.float64, device=a.device)
     a, b = ranks(a) / count, ranks(b) / count
     varies = (_varies(a) | _varies(b)).flatten(1)
-    found = _structure(a, b, one).flatten(1)
-    mean: Tensor = (found * varies).sum(1) / varies.sum(1)
+    structure = _structure(a, b, one).flatten(1)
+    mean: Tensor = (structure * varies).sum(1) / varies.sum(1)
     return mean.masked_fill(flat, math.nan)
 
 
 def _structure(a: Tensor, b: Tensor, span: Tensor) -> Tensor:
     """SSIM of every window that lies inside of maps float64 [B, *spatial]."""
-    small, less = (0.01 * span) ** 2, (0.03 * span) ** 2
+    c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
     mean_a, mean_b = _local(a), _local(b)
-    # Sample covariances, as scikit-image has them.
+    # Sample covariances, as in scikit-image.
     count = math.prod(min(WINDOW, size) for size in a.shape[1:])
     unbiased = count / max(1, count - 1)
     var_a = unbiased * (_local(a * a) - mean_a**2)
     var_b = unbiased * (_local(b * b) - mean_b**2)
-    both_vary = unbiased * (_local(a * b) - mean_a * mean_b)
-    above = (2 * mean_a * mean_b + small) * (2 * both_vary + less)
-    below = (mean_a**2 + mean_b**2 + small) * (var_a + var_b + less)
-    found: Tensor = above / below
-    return found
+    covariance = unbiased * (_local(a * b) - mean_a * mean_b)
+    above = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    below = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    ratio: Tensor = above / below
+    return ratio
 
 
 def overlap(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Intersection over union of the largest `share` of the elements of rows [B, *], float64 [B].
-
-    Equal ones at the cut count in order of their place.
+    """Intersection over union of the largest `share` of the elements of rows [B, *], float64 [B];
+    ties at the cut count in the order of their index.
     """
     first, second = largest(a, share), largest(b, share)
     both, either = (first & second).flatten(1).sum(1), (first | second).flatten(1).sum(1)
@@ -119,17 +114,17 @@ def _local(maps: Tensor) -> Tensor:
     """Means over the windows that lie inside of maps [B, *spatial]."""
     pool = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[maps.dim() - 2]
     window = tuple(min(WINDOW, size) for size in maps.shape[1:])
-    found: Tensor = pool(maps[:, None], window, 1)[:, 0]
-    return found
+    means: Tensor = pool(maps[:, None], window, 1)[:, 0]
+    return means
 
 
 def _varies(maps: Tensor) -> Tensor:
-    """Which of those windows hold different values."""
+    """Whether each of those windows holds different values, bool."""
     pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[maps.dim() - 2]
     window = tuple(min(WINDOW, size) for size in maps.shape[1:])
     high, low = pool(maps[:, None], window, 1), pool(-maps[:, None], window, 1)
-    found: Tensor = (high != -low)[:, 0]
-    return found
+    differs: Tensor = (high != -low)[:, 0]
+    return differs
 
 
 def _to_peak(maps: Tensor) -> Tensor:
@@ -137,6 +132,7 @@ def _to_peak(maps: Tensor) -> Tensor:
     return maps / torch.where(peak == 0, 1.0, peak).view(-1, *(1,) * (maps.dim() - 1))
 
 
-def _constant(rows: Tensor) -> Tensor:
+def is_constant(rows: Tensor) -> Tensor:
+    """Which rows [B, *] hold one value, bool [B]."""
     flat = rows.flatten(1)
     return flat.amax(1) == flat.amin(1)

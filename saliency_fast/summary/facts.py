@@ -15,11 +15,10 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baselines
+from saliency_fast.evaluate.inputs import Subject, substrate_of
 from saliency_fast.evaluate.metrics.inpaint import inpaint
 from saliency_fast.evaluate.scores import UNTOLD, Questions, probabilities
 from saliency_fast.evaluate.similarity import correlation
-from saliency_fast.evaluate.subject import Subject
-from saliency_fast.evaluate.substrates import substrate_of
 from saliency_fast.methods import read_method
 from saliency_fast.model.targets import Targets, read_targets, tensor_of, with_padding
 from saliency_fast.summary.locations import KINDS

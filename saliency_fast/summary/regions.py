@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
-from saliency_fast.evaluate.subject import Subject, read_subject
+from saliency_fast.evaluate.inputs import Subject, read_subject
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.summary.grouping import COMPONENTS, Labels, Values, check_how, group

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
+from saliency_fast.evaluate.inputs import Explainer, read_subject
 from saliency_fast.evaluate.scores import Running
-from saliency_fast.evaluate.subject import Explainer, read_subject
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import Target

@@ -27,15 +27,16 @@ def pictures(batch: int = 4, channels: int = 3, dtype: torch.dtype = torch.float
 class Check(Metric):
     """Passes maps that hold a negative number.
 
-    threshold: the least number that is good.
+    Args:
+        threshold: The least number that is good.
     """
 
     threshold: float = 0.0
     name = "has signs"
     better = "lower"
 
-    def _judge(self, subject):
-        least = subject.places.flatten(1).amin(1)
+    def _evaluate(self, data):
+        least = data.places.flatten(1).amin(1)
         passed = bool((least < self.threshold).all())
         return self._outcome(least, passed=passed, threshold=self.threshold)
 
@@ -47,8 +48,8 @@ class Known(Metric):
     name = "known"
     better = "higher"
 
-    def _judge(self, subject):
-        values = subject.places.flatten(1)[:, 0].double().clone()
+    def _evaluate(self, data):
+        values = data.places.flatten(1)[:, 0].double().clone()
         values[0] = math.nan
         y = torch.stack([values, 2 * values], 1)
         curve = Curve(torch.tensor([0.0, 1.0]), y, "place", "value")
@@ -62,6 +63,6 @@ class Again(Metric):
     name = "again"
     needs = ("model", "method")
 
-    def _judge(self, subject):
-        gap = subject.explain(subject.inputs) - subject.values
+    def _evaluate(self, data):
+        gap = data.explain(data.inputs) - data.values
         return self._outcome(gap.flatten(1).abs().amax(1))

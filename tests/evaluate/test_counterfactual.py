@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.metrics.counterfactual import Counterfactual
-from saliency_fast.evaluate.substrates import substrate_of
+from saliency_fast.evaluate.inputs import substrate_of
+from saliency_fast.evaluate.metrics.removal import Counterfactual
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import SHAPES, Audio, Image, Scalar, Tabular, Video, make, randn
@@ -80,9 +80,9 @@ def test_against_a_loop(kind: type[nn.Module], by: Any, patch: int) -> None:
         assert got == float(needed) or (math.isnan(got) and not any(changed))
 
 
-def test_random_regions_are_the_same_one_elsewhere() -> None:
+def test_random_regions_are_the_same_oneregion_sources() -> None:
     metric, x = Counterfactual(draws=50, shares=(0.5,)), randn(1, 2, 6, 5)
-    table = metric._elsewhere(x, 30)
+    table = metric.region_sources(x, 30)
     assert torch.equal(table[0], torch.arange(30))
     assert torch.equal(table[-1], torch.arange(30))
     gone = torch.zeros(6, 5, dtype=torch.bool)
@@ -95,7 +95,7 @@ def test_random_regions_are_the_same_one_elsewhere() -> None:
     drawn = {tuple(gone.flatten()[row].tolist()) for row in table[1:-1]}
     assert drawn <= every
     assert len(drawn) > 15
-    features = metric._elsewhere(randn(1, 30), 30)[1:-1]
+    features = metric.region_sources(randn(1, 30), 30)[1:-1]
     assert torch.equal(features.sort(1).values, torch.arange(30).expand(50, 30))
 
 
@@ -105,7 +105,7 @@ def test_random_regions_against_a_loop() -> None:
     target = model(x).argmax(1)
     metric = Counterfactual(0.4, by="mean", draws=5)
     found = metric(model, x, maps, target=target)
-    table = metric._elsewhere(x, 144)[1:6]
+    table = metric.region_sources(x, 144)[1:6]
     fill = x.mean((2, 3), keepdim=True).expand_as(x)
     for row in range(3):
         gone = region(maps[row], 0.4, 1).flatten()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.metrics.infidelity import Infidelity
-from saliency_fast.evaluate.substrates import substrate_of
+from saliency_fast.evaluate.inputs import substrate_of
+from saliency_fast.evaluate.metrics.perturbation import Infidelity
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import SHAPES, Audio, Image, Tabular, Video, make, randn
@@ -32,7 +32,7 @@ def one_score(model: nn.Module, target: int) -> naive.Score:
 def points_of(metric: Infidelity, x: Tensor, size: int = 0, number: int = 0) -> Tensor:
     """The perturbed inputs [n, B, *] that a metric makes."""
     fill = substrate_of(metric.substrate, x, metric.seed)
-    count, write = metric._family(x, fill, size, number)
+    count, write = metric.perturbations(x, fill, size, number)
     item = torch.arange(count * len(x)) % len(x)
     return write(item, torch.arange(count * len(x)) // len(x)).view(count, *x.shape)
 

@@ -188,7 +188,7 @@ def test_what_does_not_fit_the_maps_is_told() -> None:
     x = torch.rand(2, 3)
     boxes = [[0, 1], [1, 3]]
     assert PointingGame()(None, x, x, boxes=boxes).values.shape == (2,)
-    with pytest.raises(InputError, match="at most the maps' 3 places: got 4"):
+    with pytest.raises(InputError, match="at most the maps' 3 positions: got 4"):
         TopKIoU(4)(None, x, x, boxes=boxes)
     with pytest.raises(InputError, match="smooth needs maps with spatial axes"):
         PointingGame(smooth=0.1)(None, x, x, boxes=boxes)

@@ -10,11 +10,15 @@ from torch import nn
 from saliency_fast import explain, ops, zoo
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError, ModelError
-from saliency_fast.evaluate.attacks.manipulation import Manipulation, _correlation_slope
-from saliency_fast.evaluate.attacks.steering import Steering, steerable
+from saliency_fast.evaluate.attacks.manipulation import (
+    Manipulation,
+    Steering,
+    correlation_slope,
+    steerable,
+)
 from saliency_fast.evaluate.controls import edge_detector
+from saliency_fast.evaluate.inputs import read_subject
 from saliency_fast.evaluate.similarity import correlation, overlap, rank_correlation
-from saliency_fast.evaluate.subject import read_subject
 from saliency_fast.methods.cam import GradCAM
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.occlusion import Occlusion
@@ -107,7 +111,7 @@ def test_slope_is_the_correlations_gradient() -> None:
     found = (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
     (expected,) = torch.autograd.grad(found.sum(), a)
     expected = expected / expected.norm(dim=1, keepdim=True)
-    assert torch.allclose(_correlation_slope(a.detach(), b), expected, atol=1e-12)
+    assert torch.allclose(correlation_slope(a.detach(), b), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("attack", ["gradient", "random"])
@@ -128,7 +132,7 @@ def test_inside_of_the_ball_and_decisions_kept(digits, attack) -> None:
     classes = subject.classes
     before = explain(model, x, method="gradient", target=classes).values[:, 0]
     after = explain(model, found.inputs, method="gradient", target=classes).values[:, 0]
-    outcome = how.judge(_subject(model, x, "gradient"))
+    outcome = how.evaluate(_subject(model, x, "gradient"))
     assert torch.allclose(outcome.values, rank_correlation(before, after), atol=1e-4)
     assert torch.allclose(outcome.details["overlap"], overlap(before, after, 0.1), atol=0.02)
 
@@ -152,7 +156,7 @@ def test_smoothgrad_and_paths_are_harder_to_move_than_gradients(digits) -> None:
         "ig": IntegratedGradients(steps=8),
     }
     how = Manipulation(epsilon=0.03, steps=6, points=4)
-    found = {name: how.judge(_subject(model, x, one)) for name, one in methods.items()}
+    found = {name: how.evaluate(_subject(model, x, one)) for name, one in methods.items()}
     # Less than half of what its map said is left.
     assert float(found["gradient"].values.mean()) < 0.5
     assert found["smoothgrad"].over(found["gradient"]).low > 0.0
@@ -162,15 +166,17 @@ def test_smoothgrad_and_paths_are_harder_to_move_than_gradients(digits) -> None:
 def test_gradient_attack_is_stronger_than_random_and_grows_with_the_ball(digits) -> None:
     model, x, _ = digits
     subject = _subject(model, x, "gradient")
-    strong = Manipulation(epsilon=0.02, steps=6).judge(subject)
-    assert Manipulation(epsilon=0.02, steps=6, attack="random").judge(subject).over(strong).low > 0
-    assert Manipulation(epsilon=0.002, steps=6).judge(subject).over(strong).low > 0
+    strong = Manipulation(epsilon=0.02, steps=6).evaluate(subject)
+    assert (
+        Manipulation(epsilon=0.02, steps=6, attack="random").evaluate(subject).over(strong).low > 0
+    )
+    assert Manipulation(epsilon=0.002, steps=6).evaluate(subject).over(strong).low > 0
 
 
 @pytest.mark.parametrize("method", [GradCAM(), Occlusion(window=16, stride=16), edge_detector])
 def test_other_methods_and_functions(digits, method) -> None:
     model, x, _ = digits
-    found = Manipulation(steps=2, points=2).judge(_subject(model, x[:3], method))
+    found = Manipulation(steps=2, points=2).evaluate(_subject(model, x[:3], method))
     assert found.parameters["through"] == "gradient"
     assert any("through the gradient's" in one for one in found.caveats)
     assert bool((found.values <= 1.0 + 1e-12).all())
@@ -178,7 +184,7 @@ def test_other_methods_and_functions(digits, method) -> None:
 
 def test_what_is_stated(digits) -> None:
     model, x, _ = digits
-    found = Manipulation(steps=2, points=2, seed=7).judge(_subject(model, x[:1], "gradient"))
+    found = Manipulation(steps=2, points=2, seed=7).evaluate(_subject(model, x[:1], "gradient"))
     fields = {"epsilon": 0.03, "steps": 2, "attack": "gradient", "points": 2, "seed": 7}
     assert fields.items() <= dict(found.parameters).items()
     assert found.parameters["through"] == "itself"
@@ -200,7 +206,7 @@ def test_same_seed_same_attack(digits) -> None:
 def test_constant_inputs_and_maps_have_no_value(digits) -> None:
     model, x, _ = digits
     x = torch.cat([x[:1], torch.full_like(x[:1], 0.5)])
-    found = Manipulation(**QUICK).judge(_subject(model, x, "gradient"))
+    found = Manipulation(**QUICK).evaluate(_subject(model, x, "gradient"))
     assert not math.isnan(found.values[0])
     assert math.isnan(found.values[1])
     linear = nn.Linear(5, 3)
@@ -209,7 +215,7 @@ def test_constant_inputs_and_maps_have_no_value(digits) -> None:
     def flat(model, inputs, target):
         return torch.ones_like(inputs)
 
-    found = Manipulation(**QUICK).judge(_subject(linear, table, flat))
+    found = Manipulation(**QUICK).evaluate(_subject(linear, table, flat))
     assert bool(found.values.isnan().all())
     assert any("constant" in one for one in found.caveats)
 
@@ -235,7 +241,7 @@ def test_decisions_that_are_not_kept_have_no_value(digits) -> None:
     assert subject.first.decisions is not None
     subject.classes  # noqa: B018
     moody.turned = True
-    found = Manipulation(**QUICK).judge(subject)
+    found = Manipulation(**QUICK).evaluate(subject)
     assert bool(found.values.isnan().all())
     assert any("not kept" in one for one in found.caveats)
 
@@ -245,7 +251,7 @@ def test_tables_and_random_search_where_nothing_is_differentiable() -> None:
     table = torch.randn(5, 6)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
     assert bool(
-        Manipulation(**QUICK).judge(_subject(model, table, "gradient")).values.isfinite().all()
+        Manipulation(**QUICK).evaluate(_subject(model, table, "gradient")).values.isfinite().all()
     )
 
     def steps(x):
@@ -253,8 +259,8 @@ def test_tables_and_random_search_where_nothing_is_differentiable() -> None:
 
     subject = _subject(steps, table, lambda model, x, target: x * x)
     with pytest.raises(ModelError, match="attack='random'"):
-        Manipulation(**QUICK).judge(subject)
-    found = Manipulation(epsilon=0.3, steps=20, attack="random").judge(subject)
+        Manipulation(**QUICK).evaluate(subject)
+    found = Manipulation(epsilon=0.3, steps=20, attack="random").evaluate(subject)
     assert float(found.values.mean()) < 1.0
 
 
@@ -263,7 +269,7 @@ def test_untouched(digits) -> None:
     subject = _subject(model, x[:2], "gradient")
     state = torch.random.get_rng_state()
     modes = [one.training for one in model.modules()]
-    Manipulation(**QUICK).judge(subject)
+    Manipulation(**QUICK).evaluate(subject)
     assert torch.equal(state, torch.random.get_rng_state())
     assert modes == [one.training for one in model.modules()]
     assert all(one.grad is None for one in model.parameters())

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from saliency_fast.evaluate.metrics.curves import Deletion, Insertion
-from saliency_fast.evaluate.metrics.infidelity import Infidelity
-from saliency_fast.evaluate.metrics.road import Road
-from saliency_fast.evaluate.metrics.sensitivity_n import SensitivityN
+from saliency_fast.evaluate.metrics.perturbation import Infidelity, SensitivityN
+from saliency_fast.evaluate.metrics.removal import Deletion, Insertion, Road
 from tests.models import Image, make, randn
 
 quantus = pytest.importorskip("quantus")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from saliency_fast.errors import ModelError
-from saliency_fast.evaluate.metrics.randomise import Randomised, seed_of
+from saliency_fast.evaluate.metrics.sanity import Randomised, seed_of
 from saliency_fast.zoo import digits_cnn, digits_vit
 from tests.traces import Net, one_thread, unchanged
 

@@ -13,9 +13,15 @@ from torch import nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate import Deletion, Insertion, bootstrap
-from saliency_fast.evaluate.reports.entries import ENTRIES
+from saliency_fast.evaluate.metric import (
+    ENTRIES,
+    METRICS,
+    Suite,
+    fields_of,
+    make_metric,
+    plain_name,
+)
 from saliency_fast.evaluate.reports.report import report
-from saliency_fast.evaluate.reports.suite import METRICS, Suite, fields_of, make_metric, name_of
 
 QUICK = (Deletion(steps=4), Insertion(steps=4))
 
@@ -288,7 +294,7 @@ def test_wrong_suites(options, text):
 def test_every_metric_of_the_suite_is_made_by_its_name_and_says_what_it_asks(name):
     metric = make_metric(name, dict(ENTRIES[name].quick))
     assert type(metric) is METRICS[name]
-    assert ENTRIES[name].fields or name_of(metric) == name
+    assert ENTRIES[name].fields or plain_name(metric.name) == name
     assert ENTRIES[name].asks.endswith(".")
     assert ENTRIES[name].paper
     assert set(ENTRIES[name].quick) <= set(fields_of(type(metric)))

@@ -16,12 +16,13 @@ from reporting import Again, Check, Known, network, pictures
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate import Deletion, Insertion
+from saliency_fast.evaluate import Deletion, Insertion, SensitivityN
+from saliency_fast.evaluate.metric import field_meanings as meanings
+from saliency_fast.evaluate.metric import fields_of
 from saliency_fast.evaluate.outcome import Interval, bootstrap
+from saliency_fast.evaluate.reports.export import plot_of
 from saliency_fast.evaluate.reports.report import report
-from saliency_fast.evaluate.reports.show.bands import plot_of
-from saliency_fast.evaluate.reports.show.fields import meanings
-from saliency_fast.evaluate.reports.show.words import interval_text, verdict_of, verdicts
+from saliency_fast.evaluate.reports.text import interval_text, verdict_of, verdicts
 from saliency_fast.render import plots
 from tests.pages import Reader
 
@@ -78,7 +79,7 @@ def test_the_page_says_what_a_reader_must_know(shown):
         "PASS",
         "again of <b>&mine",
         "Note: the first is left out",
-        "what stands in the place of what is gone",
+        "What replaces the removed positions",
         "Samek et al., 2017",
         "threshold of the verdict",
         "bootstrap intervals of fewer than about 20 examples are too narrow",
@@ -217,9 +218,10 @@ def test_numbers_have_the_digits_that_they_deserve(mean, low, high, expected):
 
 def test_the_meaning_of_fields_is_read_from_docstrings():
     told = meanings(Deletion)
-    assert told["steps"].startswith("how many there are")
-    assert "step_size" not in told
-    assert told["seed"] == "of the uniform substrate"
+    assert told["steps"].startswith("The number of steps")
+    assert told["step_size"] == "Positions per step, instead of steps"
+    assert told["seed"] == "Of the uniform replacement"
+    assert set(meanings(SensitivityN)) == set(fields_of(SensitivityN))
     assert meanings(Known) == {}
 
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.metrics.sensitivity_n import (
+from saliency_fast.evaluate.inputs import substrate_of
+from saliency_fast.evaluate.metrics.perturbation import (
     FaithfulnessCorrelation,
     SensitivityN,
-    subset_ranks,
 )
-from saliency_fast.evaluate.substrates import substrate_of
+from saliency_fast.evaluate.positions import random_ranks
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import SHAPES, Audio, Image, Tabular, Video, make, randn
@@ -32,7 +32,7 @@ def one_score(model: nn.Module, target: int, shape: torch.Size) -> naive.Score:
 
 
 def subsets_of(seed: int, samples: int, places: int, count: int) -> list[list[int]]:
-    ranks = subset_ranks(seed, torch.arange(samples), places)
+    ranks = random_ranks(seed, torch.arange(samples), places)
     return [(rank < count).nonzero().flatten().tolist() for rank in ranks]
 
 
@@ -78,12 +78,12 @@ def test_boxes_against_a_loop() -> None:
 
 
 def test_subsets_are_random_and_nested() -> None:
-    ranks = subset_ranks(3, torch.arange(400), 10)
+    ranks = random_ranks(3, torch.arange(400), 10)
     assert torch.equal(ranks.sort(1).values, torch.arange(10).expand(400, 10))
     # Each place is in half of the subsets of half the places: 200, give or take 10.
     assert ((ranks < 5).sum(0) - 200).abs().max() < 50
-    assert not torch.equal(ranks, subset_ranks(4, torch.arange(400), 10))
-    assert torch.equal(ranks[7:9], subset_ranks(3, torch.tensor([7, 8]), 10))
+    assert not torch.equal(ranks, random_ranks(4, torch.arange(400), 10))
+    assert torch.equal(ranks[7:9], random_ranks(3, torch.tensor([7, 8]), 10))
 
 
 @pytest.mark.parametrize("metric", [SensitivityN(samples=9), FaithfulnessCorrelation(samples=9)])
@@ -208,5 +208,5 @@ def test_errors(fields: dict[str, Any], error: type[Exception], says: str) -> No
 def test_errors_of_one_size() -> None:
     with pytest.raises(InputError, match="size must be at least 1"):
         FaithfulnessCorrelation(0)
-    with pytest.raises(InputError, match="at most the 144 places"):
+    with pytest.raises(InputError, match="at most the 144 positions"):
         FaithfulnessCorrelation(500)(make(Image), randn(1, 3, 12, 12), randn(1, 12, 12), target=0)

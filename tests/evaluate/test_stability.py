@@ -9,8 +9,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import centre_map, edge_detector, random_map
-from saliency_fast.evaluate.metrics.noise import noisy
-from saliency_fast.evaluate.metrics.stability import Stability, shifted
+from saliency_fast.evaluate.metrics.robustness import Stability, noisy, shifted
 from saliency_fast.evaluate.similarity import ssim
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate.naive_robustness import spearman
@@ -44,11 +43,10 @@ def test_like_the_loop(shape: tuple[int, ...]) -> None:
     found = metric(Sums(), x, x * x, target=0, method="input_x_gradient", layout=layout)
     # The gradient of a square times the input is twice the square.
     maps = (x * x).sum(1) if x.dim() > 2 else x * x
-    item = torch.arange(len(x))
     spread = 0.1 * torch.stack([one.max() - one.min() for one in x])
     noise, shift = [[] for _ in x], [[] for _ in x]
     for sample in range(2):
-        copy = noisy(x, spread, item, torch.full_like(item, sample), "gaussian", 3)
+        copy = noisy(x, spread, sample, "gaussian", 3)
         again = (copy * copy).sum(1) if x.dim() > 2 else copy * copy
         for b in range(len(x)):
             noise[b].append(spearman(maps[b], again[b]))
@@ -110,11 +108,10 @@ def test_copies_decided_otherwise_are_left_out() -> None:
     x[0, 0, 1:, :1] = x[0, 0, :1, 1:] = -1.0
     metric = Stability(noise_level=0.2, samples=6, shifts=())
     found = metric(Unsure(), x, x, target=0, method=edge_detector)
-    item = torch.arange(2)
     spread = 0.2 * torch.stack([one.max() - one.min() for one in x])
     kept: list[float] = []
     for sample in range(6):
-        copy = noisy(x, spread, item, torch.full_like(item, sample), "gaussian", 0)
+        copy = noisy(x, spread, sample, "gaussian", 0)
         if copy[0, 0, 0, 0] > -copy[0, 0, 0, 0]:
             again = edge_detector(Unsure(), copy)
             kept.append(spearman(x[0, 0], again[0]))

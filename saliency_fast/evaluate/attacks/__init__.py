@@ -1,1 +1,1 @@
-"""Attacks on decisions and on maps, and maps that look unusual."""
+"""Adversarial attacks on decisions and on maps, and the detection of unusual inputs."""

@@ -1,1 +1,1 @@
-"""Metrics: frozen recipes, a page each."""
+"""Metrics of maps, one family per module."""

@@ -1,4 +1,4 @@
-"""Agreement: how much several methods say the same of the same inputs."""
+"""Agreement: how similar the maps of several methods are on the same inputs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.similarity import largest, overlap, rank_correlation, ssim
-from saliency_fast.evaluate.subject import read_maps
+from saliency_fast.evaluate.inputs import position_sums, read_maps
+from saliency_fast.evaluate.similarity import is_constant, largest, overlap, rank_correlation, ssim
 from saliency_fast.methods.parts import checks
 
 COMPARISONS = ("rank_correlation", "ssim", "overlap", "sign_agreement")
@@ -23,12 +23,17 @@ EVIDENCE = ("signed", "absolute")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Agreement:
-    """How much M maps of each of B examples agree, pair by pair.
+    """The pairwise similarities of M maps of each of B examples.
 
-    per_example: by comparison, float64 [B, M, M], NaN where it says nothing: "rank_correlation"
-    (Spearman) of all places; "ssim", of maps with spatial axes; "overlap", the intersection over
-    union of the top share; "sign_agreement", the share of the top by magnitude that both have with
-    the same sign (Krishna, 2022). caveats: what a reader must know.
+    Args:
+        names: Of the maps.
+        per_example: By comparison, float64 [B, M, M], NaN where it is undefined:
+            "rank_correlation" (Spearman) of all positions; "ssim", of maps with spatial axes;
+            "overlap", the intersection over union of the top share; "sign_agreement", the share of
+            the top by magnitude that both hold with the same sign (Krishna, 2022).
+        share: How much of a map is its top.
+        evidence: "signed" or "absolute".
+        caveats: Sentences that a reader must know.
     """
 
     names: tuple[str, ...]
@@ -58,23 +63,24 @@ class Agreement:
         return self.mean("sign_agreement")
 
     def mean(self, comparison: str) -> Tensor:
-        """The mean over the examples of which it says something, float64 [M, M]."""
+        """The mean over the examples for which a comparison is defined, float64 [M, M]."""
         checks.choice("comparison", comparison, COMPARISONS)
         return self.per_example[comparison].nanmean(0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Names and matrices as JSON takes them; None for what is not known."""
-        found = {
-            one: [[_plain(cell) for cell in row] for row in self.mean(one).tolist()]
-            for one in COMPARISONS
-        }
+        """Names and matrices for JSON; None for what is undefined."""
         return {
             "names": list(self.names),
             "examples": len(self.per_example[COMPARISONS[0]]),
             "share": self.share,
             "evidence": self.evidence,
             "caveats": list(self.caveats),
-            **found,
+        } | {
+            name: [
+                [cell if math.isfinite(cell) else None for cell in row]
+                for row in self.mean(name).tolist()
+            ]
+            for name in COMPARISONS
         }
 
     def __repr__(self) -> str:
@@ -89,8 +95,8 @@ class Agreement:
             top = "" if comparison in COMPARISONS[:2] else f" (top {self.share:.0%})"
             lines.append(f"{comparison.replace('_', ' ')}{top}")
             for number, row in enumerate(matrix.tolist()):
-                cells = " ".join(_cell(one) for one in row[: number + 1])
-                lines.append(f"  {self.names[number]:<{wide}} {cells}")
+                cells = ("    -" if math.isnan(one) else f"{one:5.2f}" for one in row[: number + 1])
+                lines.append(f"  {self.names[number]:<{wide}} {' '.join(cells)}")
         return "\n".join([*lines, *(f"  note: {one}" for one in self.caveats)])
 
 
@@ -101,48 +107,73 @@ def agreement(
     *,
     evidence: str = "signed",
 ) -> Agreement:
-    """How much maps by several methods agree with each other (Krishna, 2022).
+    """The pairwise similarities of maps by several methods (Krishna, 2022).
 
-    maps: by name, attributions or tensors like `inputs` [B, C, *spatial] or [B, F], or without
-    their channels; what stands for the channels of a place is summed. Without inputs attributions
-    tell the axes, and tensors alone are [B, F], [B, H, W], [B, C, H, W] or [B, C, D, H, W].
-    share: how much of a map is its top. evidence: "signed" compares values, "absolute" magnitudes,
-    as for methods that know no signs. Sign agreement is of the signed values in any case.
+    Args:
+        maps: By name, attributions or tensors like `inputs`, with or without channels, which are
+            summed.
+        inputs: [B, C, *spatial] or [B, F]. Without them attributions give the axes, and tensors are
+            [B, F], [B, H, W], [B, C, H, W] or [B, C, D, H, W].
+        share: How much of a map is its top.
+        evidence: "signed" compares values, "absolute" magnitudes, for methods without signs. Sign
+            agreement is of the signed values in any case.
+
+    Raises:
+        InputError: If the maps do not fit each other, or an option is invalid.
+        InputTypeError: If `maps` is no mapping.
+
+    Example:
+        >>> agreement({"a": torch.tensor([[1.0, 2.0, 3.0]]), "b": torch.tensor([[1.0, 2.0, 4.0]])})
+        agreement of 2 maps over 1 examples
+        rank correlation
+          a  1.00
+          b  1.00  1.00
+        overlap (top 10%)
+          a  1.00
+          b  1.00  1.00
+        sign agreement (top 10%)
+          a  1.00
+          b  1.00  1.00
     """
     checks.share("share", share)
     if share == 0:
         raise InputError("share must be above 0: got 0")
     checks.choice("evidence", evidence, EVIDENCE)
-    names, places = _read(maps, inputs)
-    if len({one.device for one in places}) > 1 or len({one.shape for one in places}) > 1:
-        raise InputError("maps must be of the same places on one device")
-    seen = [one.abs() for one in places] if evidence == "absolute" else places
-    spatial = places[0].dim() > 2 or (inputs is not None and inputs.dim() > 2)
+    names, sums = _read(maps, inputs)
+    if len({one.device for one in sums}) > 1 or len({one.shape for one in sums}) > 1:
+        raise InputError("maps must be of the same positions on one device")
+    compared = [one.abs() for one in sums] if evidence == "absolute" else sums
     compare: dict[str, Callable[[int, int], Tensor]] = {
-        "rank_correlation": lambda a, b: rank_correlation(seen[a], seen[b]),
-        "overlap": lambda a, b: overlap(seen[a], seen[b], share),
-        "sign_agreement": lambda a, b: sign_agreement(places[a], places[b], share),
+        "rank_correlation": lambda a, b: rank_correlation(compared[a], compared[b]),
+        "overlap": lambda a, b: overlap(compared[a], compared[b], share),
+        "sign_agreement": lambda a, b: _sign_agreement(sums[a], sums[b], share),
     }
-    if spatial:
-        compare["ssim"] = lambda a, b: ssim(seen[a], seen[b])
-    found = {}
-    shape = (len(places[0]), len(names), len(names))
+    if sums[0].dim() > 2 or (inputs is not None and inputs.dim() > 2):
+        compare["ssim"] = lambda a, b: ssim(compared[a], compared[b])
+    per_example = {}
+    shape = (len(sums[0]), len(names), len(names))
     for comparison in COMPARISONS:
-        matrix = places[0].new_full(shape, math.nan, dtype=torch.float64)
+        matrix = sums[0].new_full(shape, math.nan, dtype=torch.float64)
         if comparison in compare:
             for a, b in itertools.combinations_with_replacement(range(len(names)), 2):
                 matrix[:, a, b] = matrix[:, b, a] = compare[comparison](a, b)
-        found[comparison] = matrix
-    return Agreement(names, found, share, evidence, _caveats(names, places))
+        per_example[comparison] = matrix
+    constant = {name: int(is_constant(one).sum()) for name, one in zip(names, sums, strict=True)}
+    caveats = tuple(
+        f"{count} of {shape[0]} maps of {name!r} are constant: no correlation"
+        for name, count in constant.items()
+        if count
+    )
+    return Agreement(names, per_example, share, evidence, caveats)
 
 
-def sign_agreement(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """The share of the largest magnitudes of rows [B, *] that both have, with the same sign;
-    float64 [B].
+def _sign_agreement(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """The share of the largest magnitudes of rows [B, *] that both hold with the same sign, float64
+    [B].
     """
-    both = largest(a.abs(), share) & largest(b.abs(), share) & (a.sign() == b.sign())
-    count = largest(a.abs(), share).flatten(1).sum(1)
-    return both.flatten(1).sum(1).double() / count.double()
+    top = largest(a.abs(), share)
+    both = top & largest(b.abs(), share) & (a.sign() == b.sign())
+    return both.flatten(1).sum(1).double() / top.flatten(1).sum(1).double()
 
 
 def _read(
@@ -165,38 +196,15 @@ def _read(
                 inputs = one.values
         values[str(name)] = one.values if isinstance(one, Attribution) else one
     if inputs is None:
-        inputs = _laid_out(next(iter(values.values())))
-    places = []
+        inputs = next(iter(values.values()))
+        if not isinstance(inputs, Tensor) or not 2 <= inputs.dim() <= 5:
+            got = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            raise InputError(f"maps must be tensors of two to five axes: got {got}; pass inputs=")
+        inputs = inputs[:, None] if inputs.dim() == 3 else inputs
+    sums = []
     for name, one in values.items():
         try:
-            read = read_maps(one, inputs)
-        except (InputError, InputTypeError) as error:
+            sums.append(position_sums(read_maps(one, inputs)))
+        except (InputError, InputTypeError) as error:  # noqa: PERF203
             raise type(error)(f"{name!r}: {error}") from error
-        places.append(read if read.dim() == 2 else read.sum(1))
-    return tuple(values), places
-
-
-def _laid_out(maps: Any) -> Tensor:
-    """Maps alone with an axis of channels where they have none."""
-    if not isinstance(maps, Tensor) or not 2 <= maps.dim() <= 5:
-        got = list(maps.shape) if isinstance(maps, Tensor) else type(maps).__name__
-        raise InputError(f"maps must be tensors of two to five axes: got {got}; pass inputs=")
-    return maps[:, None] if maps.dim() == 3 else maps
-
-
-def _caveats(names: tuple[str, ...], places: list[Tensor]) -> tuple[str, ...]:
-    told = []
-    for name, one in zip(names, places, strict=True):
-        flat = one.flatten(1)
-        constant = int((flat.amax(1) == flat.amin(1)).sum())
-        if constant:
-            told.append(f"{constant} of {len(one)} maps of {name!r} are constant: no correlation")
-    return tuple(told)
-
-
-def _plain(cell: float) -> float | None:
-    return cell if math.isfinite(cell) else None
-
-
-def _cell(cell: float) -> str:
-    return "    -" if math.isnan(cell) else f"{cell:5.2f}"
+    return tuple(values), sums

@@ -1,62 +1,79 @@
-"""Completeness: whether a map's values add up to what the score gained."""
+"""Completeness: whether a map's values sum to the change of the score from the baseline."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saliency_fast.engine.baselines import choices, read_baseline_set
-from saliency_fast.engine.recipe import Method, Recipe, Starting
-from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.metric import Metric, check_output
+from saliency_fast.engine.recipe import Starting
+from saliency_fast.evaluate.inputs import (
+    Replacement,
+    Subject,
+    check_replacement,
+    describe,
+    is_method,
+    substrate_of,
+)
+from saliency_fast.evaluate.metric import AXIOMS, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.subject import Subject
-from saliency_fast.evaluate.substrates import Substrate, check_substrate, named, substrate_of
+from saliency_fast.evaluate.positions import check_tolerance
+from saliency_fast.evaluate.scores import OUTPUTS
+from saliency_fast.methods import read_method
 
 
+@in_suite(AXIOMS, "Sundararajan et al., 2017")
 @dataclass(frozen=True)
 class Completeness(Metric):
-    """How far the sum of a map's values is from what the score gained over the baseline's, relative
-    to that gain (Sundararajan, 2017): 0 where everything is explained, 1 for a zero map.
+    """The completeness residual: |sum of the map - gain| / |gain|, where the gain is the score less
+    the baseline's (Sundararajan, 2017): 0 where the map is complete, 1 for a zero map.
 
-    substrate: the baseline; None is the one that the maps were made with, zeros where it is not
-    known. Of several baselines the mean score counts. output: the score that the maps explain.
-    tolerance: passes where no example is further off. seed: of a uniform substrate. Details:
-    `gap` = sum - gain and `gain`, in units of the score. NaN where the score gained nothing.
+    NaN where the gain is zero. `details`: `gap` (the sum less the gain) and `gain`, in units of the
+    score.
+
+    Args:
+        substrate: The baseline; None is that of the maps, or zeros where it is unknown. Of several
+            baselines the mean score counts.
+        output: The score that the maps explain, "logit" or "softmax".
+        tolerance: The largest residual of an example that passes.
+        seed: Of a uniform baseline.
+
+    Example:
+        >>> model, x = torch.nn.Linear(4, 3, bias=False), torch.ones(1, 4)
+        >>> outcome = Completeness(tolerance=1e-5)(model, x, x * model.weight[0], target=0)
+        >>> outcome.passed
+        True
     """
 
-    substrate: Substrate | None = None
+    substrate: Replacement | None = None
     output: str = "logit"
     tolerance: float | None = None
     seed: int = 0
-    name: ClassVar[str] = "completeness"
-    better: ClassVar[str] = "lower"
-    needs: ClassVar[tuple[str, ...]] = ("model",)
+    name = "completeness"
+    better = "lower"
+    needs = ("model",)
 
     def __post_init__(self) -> None:
         if self.substrate is not None:
-            check_substrate(self.substrate)
-        check_output(self.output)
-        given = self.tolerance
-        if given is None:
-            return
-        if isinstance(given, bool) or not isinstance(given, (int, float)):
-            raise InputTypeError(f"tolerance must be a number: got {given!r}")
-        if not 0.0 <= given < math.inf:
-            raise InputError(f"tolerance must be 0 or more, finite: got {given}")
+            check_replacement("substrate", self.substrate)
+        check_fields(self, output=OUTPUTS)
+        if self.tolerance is not None:
+            check_tolerance("tolerance", self.tolerance)
 
-    def _judge(self, subject: Subject) -> Outcome:
-        fills, stated = self._baselines(subject)
-        gain = self._gain(subject, fills)
-        gap = subject.values.double().flatten(1).sum(1) - gain
+    def _evaluate(self, data: Subject) -> Outcome:
+        fills, stated = self._baselines(data)
+        gain = self._gain(data, fills)
+        gap = data.values.double().flatten(1).sum(1) - gain
         nothing = gain == 0
         values = (gap.abs() / gain.abs()).masked_fill(nothing, math.nan)
         count = int(nothing.sum())
-        told = f"{count} of {len(gain)} examples score as their baseline does and count as unknown"
+        caveat = (
+            f"{count} of {len(gain)} examples score as their baseline does and count as unknown"
+        )
         passed = None
         if self.tolerance is not None and not bool(nothing.all()):
             passed = bool((values <= self.tolerance)[~nothing].all())
@@ -66,49 +83,36 @@ class Completeness(Metric):
             threshold=self.tolerance,
             details={"gap": gap, "gain": gain},
             parameters={"substrate": stated},
-            caveats=(told,) if count else (),
+            caveats=(caveat,) if count else (),
         )
 
-    def _baselines(self, subject: Subject) -> tuple[list[Tensor], Any]:
-        """What scores are compared with, each [B | 1, *], and how results state it."""
-        x = subject.inputs
+    def _baselines(self, data: Subject) -> tuple[list[Tensor], Any]:
+        """The baselines, each [B | 1, *], and how results state them."""
+        x = data.inputs
         if self.substrate is not None:
-            return [subject.fill(self.substrate, self.seed)], named(self.substrate)
-        given, recipe = subject.baseline, _recipe(subject)
+            return [data.fill(self.substrate, self.seed)], describe(self.substrate)
+        given = data.baseline
+        recipe = read_method(data.method).recipe() if is_method(data.method) else None
         if recipe is not None and isinstance(recipe.family, Starting):
             return [recipe.family.start((x,))[0]], "the path's start"
+        stated = "zero" if given is None else describe(given)
         if recipe is not None and recipe.baseline == "set":
-            rows = read_baseline_set(given, (x,))[0]
-            return [row[None] for row in rows], _named(given)
+            return [row[None] for row in read_baseline_set(given, (x,))[0]], stated
         several = choices(given[0] if isinstance(given, tuple) and len(given) == 1 else given)
         fills = [
             substrate_of(0.0 if one is None else one, x, number)
             for number, one in enumerate(several)
         ]
-        return fills, _named(given)
+        return fills, stated
 
-    def _gain(self, subject: Subject, fills: list[Tensor]) -> Tensor:
+    def _gain(self, data: Subject, fills: list[Tensor]) -> Tensor:
         """The scores less the mean of the baselines' scores, float64 [B]."""
-        x, table = subject.inputs, torch.cat(fills)
-        sizes = torch.tensor([len(one) for one in fills], device=x.device)
+        table = torch.cat(fills)
+        sizes = torch.tensor([len(one) for one in fills], device=table.device)
         starts = sizes.cumsum(0) - sizes
 
-        def write(item: Tensor, place: Tensor) -> Tensor:
-            return table[starts[place] + item % sizes[place]]
+        def write(example: Tensor, number: Tensor) -> Tensor:
+            return table[starts[number] + example % sizes[number]]
 
-        item = torch.arange(len(x), device=x.device).repeat(len(fills))
-        number = torch.arange(len(fills), device=x.device).repeat_interleave(len(x))
-        first, at = subject.scorer.at(write, item, number)
-        return first.of(self.output) - at.of(self.output).view(len(fills), -1).mean(0)
-
-
-def _recipe(subject: Subject) -> Recipe | None:
-    """How the maps were made, where a method made them."""
-    make = getattr(subject.method, "recipe", None)
-    return None if make is None else cast(Method, subject.method).recipe()
-
-
-def _named(given: Any) -> Any:
-    if isinstance(given, (list, tuple)):
-        return [_named(one) for one in given]
-    return "zero" if given is None else named(given)
+        first, points = data.scorer.grid(write, len(fills), numbers_first=True)
+        return first.of(self.output) - points.of(self.output).mean(1)

@@ -1,91 +1,101 @@
-"""Localisation: whether maps point at where the object is."""
+"""Localisation: whether a map is large where the object is."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from saliency_fast.engine.baselines import gaussian
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.metric import Metric
+from saliency_fast.evaluate.inputs import Subject
+from saliency_fast.evaluate.metric import LOCALISATION, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.subject import Subject
+from saliency_fast.evaluate.positions import check_tolerance
+from saliency_fast.evaluate.similarity import is_constant
 from saliency_fast.methods.parts import checks
 
 EVIDENCE = ("positive", "absolute", "signed")
 
 
+@in_suite(LOCALISATION, "Zhang et al., 2018")
 @dataclass(frozen=True)
 class PointingGame(Metric):
-    """Whether a map is largest on the object: 1 or 0 per example (Zhang, 2018).
+    """Whether a map is largest on the object, 1 or 0 (Zhang, 2018).
 
-    tolerance: how far, in places (Euclidean), the largest value may lie from the object and still
-    hit it; Zhang has 15 pixels. smooth: the sigma, as a share of each axis, of a Gaussian that maps
-    are blurred with first, so that no lone pixel decides. Where several places share the largest
-    value any of them may hit. Details: `chance`, the share of places that hit; `maxima`, how many
-    share the largest value.
+    Where several positions share the largest value, any of them may hit. `details`: `chance`, the
+    share of positions that hit; `maxima`, how many share the largest value.
+
+    Args:
+        tolerance: How far, in positions (Euclidean), the largest value may lie from the object;
+            Zhang has 15 pixels.
+        smooth: The sigma, as a share of each axis, of a Gaussian that blurs maps first, so that no
+            single pixel decides.
+
+    Example:
+        >>> maps = torch.tensor([[1.0, 3.0, 2.0]])
+        >>> PointingGame()(None, torch.ones(1, 3), maps, boxes=[[1, 3]]).values
+        tensor([1.], dtype=torch.float64)
     """
 
     tolerance: float = 0.0
     smooth: float = 0.0
-    name: ClassVar[str] = "pointing game"
-    better: ClassVar[str] = "higher"
-    needs: ClassVar[tuple[str, ...]] = ("masks",)
+    name = "pointing game"
+    better = "higher"
+    needs = ("masks",)
 
     def __post_init__(self) -> None:
-        given = self.tolerance
-        if isinstance(given, bool) or not isinstance(given, (int, float)):
-            raise InputTypeError(f"tolerance must be a number of places: got {given!r}")
-        if not 0.0 <= given < math.inf:
-            raise InputError(f"tolerance must be 0 or more places, finite: got {given}")
+        check_tolerance("tolerance", self.tolerance, "positions")
         checks.share("smooth", self.smooth)
 
-    def _judge(self, subject: Subject) -> Outcome:
-        maps = subject.places
+    def _evaluate(self, data: Subject) -> Outcome:
+        maps = data.places
         if self.smooth:
-            if subject.values.dim() < 3:
+            if data.values.dim() < 3:
                 raise InputError(
                     "smooth needs maps with spatial axes: got "
-                    f"{list(subject.values.shape)}; leave it out"
+                    f"{list(data.values.shape)}; leave it out"
                 )
             maps = gaussian(maps[:, None], self.smooth)[:, 0]
-        places, near = _both(maps, near_masks(_masks(subject), self.tolerance))
-        most = places == places.amax(1, keepdim=True)
-        hit = (most & near).any(1)
-        details = {"chance": _share(near), "maxima": most.sum(1).double()}
-        before = subject.places.flatten(1)
-        flat = (before.amax(1) == before.amin(1)) & (before.shape[1] > 1)
-        caveats = _told(flat, "constant, which hits from everywhere")
+        values, near = maps.flatten(1), near_masks(_masks(data), self.tolerance).flatten(1)
+        largest = values == values.amax(1, keepdim=True)
+        hit = (largest & near).any(1)
+        details = {"chance": _share(near), "maxima": largest.sum(1).double()}
+        flat = is_constant(data.places) & (data.places[0].numel() > 1)
+        caveats = _caveat(flat, "constant, which hits from everywhere")
         return self._outcome(hit.double(), details=details, caveats=caveats)
 
 
+@in_suite(LOCALISATION, "Wang et al., 2020; Arras et al., 2022")
 @dataclass(frozen=True)
 class EnergyInBox(Metric):
-    """The share of a map's evidence that lies on the object (Wang, 2020; Arras, 2022).
+    """The share of a map's evidence that lies on the object (Wang, 2020; Arras, 2022): high where
+    the map marks the object; the object's share of the image is chance.
 
-    evidence: "positive" counts what speaks for the target, "absolute" magnitudes, and "signed" the
-    values as they are: a ratio of sums, which leaves 0 to 1 where signs differ. NaN where there is
-    no evidence. Details: `chance`, the share of places that lie on the object.
+    NaN where there is no evidence. `details`: `chance`, the share of positions on the object.
+
+    Args:
+        evidence: "positive" sums positive values, "absolute" magnitudes, and "signed" the values
+            as they are: a ratio of sums, which leaves 0 to 1 where signs differ.
+
+    Example:
+        >>> maps = torch.tensor([[1.0, 3.0]])
+        >>> EnergyInBox()(None, torch.ones(1, 2), maps, boxes=[[1, 2]]).values
+        tensor([0.7500], dtype=torch.float64)
     """
 
     evidence: str = "positive"
-    name: ClassVar[str] = "energy in box"
-    better: ClassVar[str] = "higher"
-    needs: ClassVar[tuple[str, ...]] = ("masks",)
+    name = "energy in box"
+    better = "higher"
+    needs = ("masks",)
 
     def __post_init__(self) -> None:
-        if self.evidence not in EVIDENCE:
-            raise InputError(
-                f"evidence must be one of {', '.join(EVIDENCE)}: got {self.evidence!r}"
-            )
+        check_fields(self, evidence=EVIDENCE)
 
-    def _judge(self, subject: Subject) -> Outcome:
-        places, inside = _both(subject.places, _masks(subject))
-        energy = places.double()
+    def _evaluate(self, data: Subject) -> Outcome:
+        energy, inside = data.places.flatten(1).double(), _masks(data).flatten(1)
         if self.evidence == "positive":
             energy = energy.clamp_min(0.0)
         elif self.evidence == "absolute":
@@ -93,25 +103,28 @@ class EnergyInBox(Metric):
         total = energy.sum(1)
         none = total == 0
         values = (energy * inside).sum(1) / total
-        details = {"chance": _share(inside)}
-        caveats = _told(none, f"without {self.evidence} evidence and count as unknown")
+        caveats = _caveat(none, f"without {self.evidence} evidence and count as unknown")
         if self.evidence == "signed":
             outside = (values < 0) | (values > 1)
-            caveats += _told(outside, "outside of 0 to 1, since evidence of both signs cancels out")
-        return self._outcome(values.masked_fill(none, math.nan), details=details, caveats=caveats)
+            caveats += _caveat(
+                outside, "outside of 0 to 1, since evidence of both signs cancels out"
+            )
+        values, details = values.masked_fill(none, math.nan), {"chance": _share(inside)}
+        return self._outcome(values, details=details, caveats=caveats)
 
 
 @dataclass(frozen=True)
 class _TopK(Metric):
-    """Fields of what compares the top k places with the object.
+    """Comparisons of the k positions that a map ranks highest with the object.
 
-    k: how many places: None for as many as the object holds, a whole number, or a share (a float,
-    at most 1) of all places. Equal ones at the cut count in the order of their place.
+    Args:
+        k: None for as many positions as the object holds, a whole number, or a share (a float, at
+            most 1) of all positions. Ties at the cut count in the order of their index.
     """
 
     k: int | float | None = None
-    better: ClassVar[str] = "higher"
-    needs: ClassVar[tuple[str, ...]] = ("masks",)
+    better = "higher"
+    needs = ("masks",)
 
     def __post_init__(self) -> None:
         k = self.k
@@ -122,88 +135,84 @@ class _TopK(Metric):
         if isinstance(k, float) and not 0.0 < k <= 1.0:
             raise InputError(f"k as a share must be above 0 and at most 1: got {k}")
         if k < 1 and isinstance(k, int):
-            raise InputError(f"k must be 1 or more places: got {k}")
+            raise InputError(f"k must be 1 or more positions: got {k}")
 
-    def _judge(self, subject: Subject) -> Outcome:
-        places, inside = _both(subject.places, _masks(subject))
-        size = inside.sum(1)
-        count = self._count(size, places.shape[1])
-        order = places.argsort(dim=1, descending=True, stable=True)
-        first = torch.arange(places.shape[1], device=places.device) < count[:, None]
-        both = (inside.gather(1, order) & first).sum(1).double()
-        union = both / (size + count - both)
-        return self._found(union, both / count, _share(inside))
-
-    def _count(self, size: Tensor, places: int) -> Tensor:
-        """How many places each example's top holds, int64 [B]."""
-        if self.k is None:
-            return size
-        if isinstance(self.k, float):
-            return torch.full_like(size, max(1, round(self.k * places)))
-        if self.k > places:
-            raise InputError(f"k must be at most the maps' {places} places: got {self.k}")
-        return torch.full_like(size, self.k)
-
-    def _found(self, union: Tensor, accuracy: Tensor, chance: Tensor) -> Outcome:
-        raise NotImplementedError
+    def _compared(self, data: Subject) -> tuple[Tensor, Tensor, Tensor]:
+        """The intersection over union, the share of the top that lies on the object, and the share
+        of all positions that do, float64 [B].
+        """
+        values, inside = data.places.flatten(1), _masks(data).flatten(1)
+        size, positions = inside.sum(1), values.shape[1]
+        count = size
+        if self.k is not None:
+            k = max(1, round(self.k * positions)) if isinstance(self.k, float) else self.k
+            if k > positions:
+                raise InputError(f"k must be at most the maps' {positions} positions: got {k}")
+            count = torch.full_like(size, k)
+        order = values.argsort(dim=1, descending=True, stable=True)
+        top = torch.arange(positions, device=values.device) < count[:, None]
+        both = (inside.gather(1, order) & top).sum(1).double()
+        return both / (size + count - both), both / count, _share(inside)
 
 
+@in_suite(LOCALISATION, "Theiner et al., 2022")
 class TopKIoU(_TopK):
-    """The intersection over union of the top k places with the object. Details: `rank_accuracy`,
-    the share of the top that lies on the object, and `chance`, what that is for a random map.
+    """The intersection over union of the k positions that a map ranks highest with the object.
+
+    `details`: `rank_accuracy`, the share of them that lies on the object, and `chance`, that share
+    for a random map.
+
+    Example:
+        >>> maps = torch.tensor([[1.0, 3.0, 2.0]])
+        >>> TopKIoU()(None, torch.ones(1, 3), maps, boxes=[[1, 3]]).values
+        tensor([1.], dtype=torch.float64)
     """
 
     name = "top-k IoU"
 
-    def _found(self, union: Tensor, accuracy: Tensor, chance: Tensor) -> Outcome:
-        return self._outcome(union, details={"rank_accuracy": accuracy, "chance": chance})
+    def _evaluate(self, data: Subject) -> Outcome:
+        overlap, accuracy, chance = self._compared(data)
+        return self._outcome(overlap, details={"rank_accuracy": accuracy, "chance": chance})
 
 
 class RankAccuracy(_TopK):
-    """The share of the top k places that lies on the object: relevance rank accuracy (Arras, 2022)
-    with as many places as the object holds, top-k intersection (Theiner, 2022) with a number.
-    Details: `chance`, what it is for a random map.
+    """The share of the k positions that a map ranks highest that lies on the object: relevance rank
+    accuracy (Arras, 2022) with as many positions as the object holds, top-k intersection (Theiner,
+    2022) with a number. `details`: `chance`, what it is for a random map.
+
+    Example:
+        >>> maps = torch.tensor([[1.0, 3.0, 2.0]])
+        >>> RankAccuracy(2)(None, torch.ones(1, 3), maps, boxes=[[0, 2]]).values
+        tensor([0.5000], dtype=torch.float64)
     """
 
     name = "rank accuracy"
 
-    def _found(self, union: Tensor, accuracy: Tensor, chance: Tensor) -> Outcome:
+    def _evaluate(self, data: Subject) -> Outcome:
+        _, accuracy, chance = self._compared(data)
         return self._outcome(accuracy, details={"chance": chance})
 
 
 def near_masks(masks: Tensor, distance: float) -> Tensor:
-    """Places of masks bool [B, *spatial] within a Euclidean distance of what they hold."""
-    # Squared distances are separable: first the nearest along one axis, then of those the nearest
-    # along the next. Beyond the distance nobody asks, so that few shifts do.
-    far = 4.0 * distance * distance + 4.0
-    squared = torch.where(masks, 0.0, far).double()
-    for axis in range(1, masks.dim()):
-        size = masks.shape[axis]
-        nearest = squared.clone()
-        for step in range(1, min(math.floor(distance), size - 1) + 1):
-            left = size - step
-            for to, of in ((step, 0), (0, step)):
-                part = nearest.narrow(axis, to, left)
-                torch.minimum(part, squared.narrow(axis, of, left) + float(step * step), out=part)
-        squared = nearest
-    return squared <= distance * distance
+    """Positions of masks bool [B, *spatial] within a Euclidean distance of what they hold."""
+    if not distance:
+        return masks
+    from scipy.ndimage import distance_transform_edt
+
+    away = [torch.from_numpy(distance_transform_edt(~one)) for one in masks.cpu().numpy()]
+    return torch.stack(away).to(masks.device) <= distance
 
 
-def _masks(subject: Subject) -> Tensor:
-    assert subject.masks is not None, "judge() looks for masks"
-    return subject.masks
-
-
-def _both(places: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Places and masks as rows [B, P]."""
-    return places.flatten(1), masks.flatten(1)
+def _masks(data: Subject) -> Tensor:
+    assert data.masks is not None, "evaluate() looks for masks"
+    return data.masks
 
 
 def _share(masks: Tensor) -> Tensor:
     return masks.double().mean(1)
 
 
-def _told(rows: Tensor, what: str) -> tuple[str, ...]:
+def _caveat(rows: Tensor, what: str) -> tuple[str, ...]:
     """A caveat of the maps for which it holds, bool [B]; none where there are none."""
     count = int(rows.sum())
     return (f"{count} of {len(rows)} maps are {what}",) if count else ()

@@ -1,4 +1,4 @@
-"""Sparseness: how few places a map needs to say what it says."""
+"""Form: how few positions hold the magnitude of a map."""
 
 from __future__ import annotations
 
@@ -8,61 +8,72 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saliency_fast.evaluate.metric import Metric
+from saliency_fast.evaluate.inputs import Subject
+from saliency_fast.evaluate.metric import FORM, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.ranking import ORDERS, check_ranking
-from saliency_fast.evaluate.subject import Subject
+from saliency_fast.evaluate.positions import PER, gini
 
 
 @dataclass(frozen=True)
 class _Spread(Metric):
-    """Field of both. per: "place" sums the channels of a place first, "element" takes each by
-    itself. Zero maps have no shares and give NaN.
+    """Statistics of the shares of a map's magnitudes in their sum, NaN for zero maps.
+
+    Args:
+        per: "place" sums the channels of a position first, "element" takes each by itself.
     """
 
     per: str = "place"
 
     def __post_init__(self) -> None:
-        check_ranking(self.per, ORDERS[0])
+        check_fields(self, per=PER)
 
-    def _shares(self, subject: Subject) -> tuple[Tensor, tuple[str, ...]]:
-        """The share of each magnitude in their sum, float64 [B, P], and what to say of it."""
-        values = subject.places if self.per == "place" else subject.values
+    def _shares(self, data: Subject) -> tuple[Tensor, tuple[str, ...]]:
+        """The shares, float64 [B, P], and caveats."""
+        values = data.places if self.per == "place" else data.values
         sizes = values.flatten(1).double().abs()
-        # The largest first, so that neither huge nor tiny values leave the range of sums.
+        # Relative to the largest first, so that the sum neither overflows nor underflows.
         sizes = sizes / sizes.amax(1, keepdim=True)
         shares = sizes / sizes.sum(1, keepdim=True)
         zero = int(shares.isnan().any(1).sum())
-        told = f"{zero} of {len(shares)} maps are zero and count as unknown"
-        return shares, (told,) if zero else ()
+        caveat = f"{zero} of {len(shares)} maps are zero and count as unknown"
+        return shares, (caveat,) if zero else ()
 
 
+@in_suite(FORM, "Chalasani et al., 2020")
 class Sparseness(_Spread):
     """The Gini index of a map's magnitudes (Hurley, 2009; Chalasani, 2020): 0 where all are equal,
-    near 1 where one place holds everything.
+    near 1 where one position holds everything.
+
+    Example:
+        >>> Sparseness()(None, torch.ones(1, 4), torch.tensor([[0.0, 0.0, 0.0, 2.0]])).values
+        tensor([0.7500], dtype=torch.float64)
     """
 
     name = "sparseness"
     better = "higher"
 
-    def _judge(self, subject: Subject) -> Outcome:
-        shares, caveats = self._shares(subject)
-        count = shares.shape[1]
-        weight = 2.0 * torch.arange(1, count + 1, device=shares.device).double() - count - 1.0
-        gini = (shares.sort(1).values * weight).sum(1) / count
-        return self._outcome(gini, caveats=caveats)
+    def _evaluate(self, data: Subject) -> Outcome:
+        shares, caveats = self._shares(data)
+        return self._outcome(gini(shares), caveats=caveats)
 
 
+@in_suite(FORM, "Bhatt et al., 2020")
 class Complexity(_Spread):
-    """The entropy, in nats, of the shares of a map's magnitudes (Bhatt, 2020): 0 where one place
-    holds everything, ln(places) where all are equal. Details: `relative`, to that largest entropy.
+    """The entropy, in nats, of the shares of a map's magnitudes (Bhatt, 2020): 0 where one position
+    holds everything, ln(positions) where all are equal.
+
+    `details`: `relative`, to that largest entropy.
+
+    Example:
+        >>> Complexity()(None, torch.ones(1, 4), torch.ones(1, 4)).details["relative"]
+        tensor([1.], dtype=torch.float64)
     """
 
     name = "complexity"
     better = "lower"
 
-    def _judge(self, subject: Subject) -> Outcome:
-        shares, caveats = self._shares(subject)
+    def _evaluate(self, data: Subject) -> Outcome:
+        shares, caveats = self._shares(data)
         entropy = torch.special.entr(shares).sum(1)
         most = math.log(shares.shape[1]) if shares.shape[1] > 1 else math.nan
         return self._outcome(entropy, details={"relative": entropy / most}, caveats=caveats)

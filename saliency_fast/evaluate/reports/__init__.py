@@ -1,1 +1,1 @@
-"""Reports: a suite of metrics over rows of methods, as tables, JSON and a page."""
+"""Reports: a suite of metrics over methods and controls, as tables, JSON and a page."""

@@ -1,72 +1,252 @@
-"""Report: many metrics of many methods on the same examples, in one call."""
+"""Reports: many metrics of many methods on the same examples, beside controls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.evaluate.metric import Metric
-from saliency_fast.evaluate.metrics.agreement import agreement
-from saliency_fast.evaluate.outcome import bootstrap
-from saliency_fast.evaluate.reports.findings import FEW, Findings
-from saliency_fast.evaluate.reports.judge import Judged, judge, read_metrics
-from saliency_fast.evaluate.reports.origin import origin
-from saliency_fast.evaluate.reports.rows import Given, read_rows
-from saliency_fast.evaluate.reports.suite import Suite
+from saliency_fast.errors import InputError, InputTypeError, SaliencyError
+from saliency_fast.evaluate.controls import CONTROLS
+from saliency_fast.evaluate.inputs import (
+    Explainer,
+    Model,
+    Subject,
+    describe,
+    is_method,
+    read_maps,
+    read_subject,
+)
+from saliency_fast.evaluate.metric import Metric, Suite, make_metric, plain_name
+from saliency_fast.evaluate.metrics.agreement import Agreement, agreement
+from saliency_fast.evaluate.outcome import RESAMPLES, Interval, Outcome, bootstrap
 from saliency_fast.evaluate.scores import Running
-from saliency_fast.evaluate.subject import Model, Subject, read_subject
+from saliency_fast.methods import read_method
 from saliency_fast.model.layout import LayoutLike
-from saliency_fast.model.targets import PREDICTED, Target
+from saliency_fast.model.targets import PREDICTED, Target, read_targets
+from saliency_fast.record import tensor_sha256, weights_sha256
+from saliency_fast.specs import describe_target
+from saliency_fast.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
+Given = Explainer | Attribution | Tensor
+"""What makes the maps of a row, or the maps themselves."""
+EXPECTED = (
+    "a method, its name, a function (model, inputs, target) -> maps, an Attribution or a tensor of "
+    "maps"
+)
+FEW = 20
+"""Examples below which a bootstrap interval is clearly too narrow."""
+MAPS = "maps"
+"""Stands for a metric where a method's maps could not be made."""
+_NEEDS = {
+    "method": "it explains again, and of these maps it is not known how they are made",
+    "masks": "it needs boxes",
+    "model": "it needs the model",
+}
 
-class Report(Findings):
-    """Findings, with the ways to show and keep them."""
+
+@dataclass(frozen=True)
+class Missing:
+    """A cell that was not measured, and why; metric is "maps" where a method gave no maps."""
+
+    method: str
+    metric: str
+    why: str
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Report:
+    """The outcomes of metrics for methods and controls; see `report`.
+
+    Args:
+        title: Of the page.
+        outcomes: By method and metric, controls behind the methods.
+        metrics: By name, in the order of the tables.
+        controls: The names of rows that do not depend on the model.
+        unmeasured: What could not be measured, and why.
+        caveats: Sentences that a reader must know.
+        seconds: By method and metric, "maps" for explaining.
+        provenance: All that the outcomes depend on.
+        inputs: [B, C, *spatial] or [B, F].
+        maps: [B, *spatial] by method.
+        classes: What was explained, int64 [B], where the target is a class.
+        boxes: Masks of the objects, bool [B, *spatial], where they are given.
+        labels: Names of classes.
+        agreement: Between the maps, where there are several.
+        confidence: Of the intervals.
+        seed: Of the bootstrap.
+    """
+
+    title: str
+    outcomes: Mapping[str, Mapping[str, Outcome]]
+    metrics: Mapping[str, Metric]
+    controls: tuple[str, ...]
+    unmeasured: tuple[Missing, ...]
+    caveats: tuple[str, ...]
+    seconds: Mapping[str, Mapping[str, float]]
+    provenance: Mapping[str, Any]
+    inputs: Tensor
+    maps: Mapping[str, Tensor]
+    classes: Tensor | None
+    boxes: Tensor | None
+    labels: Mapping[int, str]
+    agreement: Agreement | None
+    confidence: float
+    seed: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Methods and then controls."""
+        return tuple(self.outcomes)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the rows that are no controls."""
+        return tuple(name for name in self.outcomes if name not in self.controls)
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether all checks that give a verdict passed for all methods; None without one."""
+        outcomes = (one for name in self.methods for one in self.outcomes[name].values())
+        verdicts = [one.passed for one in outcomes if one.passed is not None]
+        return all(verdicts) if verdicts else None
+
+    def interval(self, method: str, metric: str) -> Interval | None:
+        """The mean with its bootstrap interval; None where it was not measured."""
+        self._check_names(method, metric)
+        return self.intervals.get((method, metric))
+
+    def best(self, metric: str) -> str | None:
+        """The method (no control) with the best mean; None where several share it, or where
+        neither direction is better.
+        """
+        self._check_names(None, metric)
+        better = self.metrics[metric].better
+        means = {
+            name: one.mean
+            for name in self.methods
+            if (one := self.intervals.get((name, metric))) is not None and one.count
+        }
+        if not better or not means:
+            return None
+        top = (max if better == "higher" else min)(means.values())
+        # Means of the same values may differ by rounding.
+        first = [name for name, mean in means.items() if math.isclose(mean, top)]
+        return first[0] if len(first) == 1 else None
+
+    def gap(self, method: str, other: str, metric: str) -> Interval | None:
+        """The mean of the paired differences from another method on the same examples; None where
+        either was not measured.
+        """
+        self._check_names(method, metric)
+        self._check_names(other, metric)
+        if metric not in self.outcomes[method] or metric not in self.outcomes[other]:
+            return None
+        one, two = self.outcomes[method][metric], self.outcomes[other][metric]
+        interval = one.over(two, self.confidence, seed=self.seed)
+        return interval if interval.count else None
+
+    def comparisons(self, reference: str | None = None) -> dict[str, dict[str, Interval]]:
+        """The gaps of every method to one of them (the first), by method and metric."""
+        first = self.methods[0] if reference is None else reference
+        self._check_names(first, None)
+        return {
+            name: {
+                metric: gap
+                for metric in self.metrics
+                if (gap := self.gap(name, first, metric)) is not None
+            }
+            for name in self.methods
+            if name != first
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each method and metric that was measured, for data frames."""
+        return [
+            {
+                "method": method,
+                "control": method in self.controls,
+                "metric": metric,
+                "better": outcome.better,
+                "mean": interval.mean,
+                "low": interval.low,
+                "high": interval.high,
+                "count": interval.count,
+                "passed": outcome.passed,
+                "best": self.best(metric) == method,
+                "seconds": self.seconds[method][metric],
+            }
+            for method, by_metric in self.outcomes.items()
+            for metric, outcome in by_metric.items()
+            for interval in (self.intervals[method, metric],)
+        ]
+
+    @cached_property
+    def intervals(self) -> dict[tuple[str, str], Interval]:
+        """By method and metric, of what was measured."""
+        return {
+            (method, metric): outcome.mean(self.confidence, seed=self.seed)
+            for method, by_metric in self.outcomes.items()
+            for metric, outcome in by_metric.items()
+        }
+
+    def _check_names(self, method: str | None, metric: str | None) -> None:
+        for what, name, valid in (("method", method, self.names), ("metric", metric, self.metrics)):
+            if name is not None and name not in valid:
+                raise InputError(f"{what} must be one of {', '.join(valid)}: got {name!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the maps, as what JSON can hold; NaN becomes None."""
-        from saliency_fast.evaluate.reports.show.plain import plain_findings
+        """All of it except the maps, as JSON holds it; NaN becomes None."""
+        from saliency_fast.evaluate.reports.export import report_dict
 
-        return plain_findings(self)
+        return report_dict(self)
 
     def json(self, indent: int | None = 1) -> str:
-        from saliency_fast.evaluate.reports.show.plain import as_json
+        """`to_dict` as JSON."""
+        from saliency_fast.evaluate.reports.export import as_json
 
         return as_json(self, indent)
 
     def html(self) -> str:
-        """One page that needs nothing else; without matplotlib it has no curves and says so."""
-        from saliency_fast.evaluate.reports.show.page import page
+        """One self-contained page; without matplotlib it has no curves and says so."""
+        from saliency_fast.evaluate.reports.page import page
 
         return page(self)
 
     def curves(self, folder: str | Path) -> list[Path]:
         """Writes a PNG for each metric with a curve and returns the paths; needs matplotlib."""
-        from saliency_fast.evaluate.reports.show.figures import write_curves
+        from saliency_fast.evaluate.reports.export import write_curves
 
         return write_curves(self, Path(folder))
 
     def save(self, folder: str | Path) -> list[Path]:
         """Writes index.html, report.json and curves/*.png; without matplotlib no curves."""
-        from saliency_fast.evaluate.reports.show.files import save
+        from saliency_fast.evaluate.reports.export import save
 
         return save(self, Path(folder))
 
     def show(self) -> None:
         """Prints the tables."""
-        from saliency_fast.evaluate.reports.show.table import show
+        from saliency_fast.evaluate.reports.text import show
 
         show(self)
 
     def __str__(self) -> str:
-        from saliency_fast.evaluate.reports.show.table import text
+        from saliency_fast.evaluate.reports.text import text
 
         return text(self)
 
@@ -74,7 +254,7 @@ class Report(Findings):
         return f"<Report {', '.join(self.names)}: {', '.join(self.metrics)}>"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from saliency_fast.evaluate.reports.show.table import tables
+        from saliency_fast.evaluate.reports.text import tables
 
         yield from tables(self, options.max_width)
 
@@ -104,89 +284,365 @@ def report(
     labels: Mapping[int, str] | Sequence[str] | None = None,
     layout: LayoutLike = None,
 ) -> Report:
-    """Judges methods by metrics on the same examples, beside controls that never ask the model.
+    """Evaluates methods by metrics on the same examples, beside controls that ignore the model.
 
-    inputs [B, C, *spatial] or [B, F]. methods: methods, their names, attributions, functions
-    (model, inputs, target) -> maps, or a mapping from names to these or to tensors of maps.
-    metrics: metrics, their names, a mapping from names, or a `Suite`; None for all that what is
-    given allows. target: one class per example as in `explain`; None for models that give one
-    number. boxes [B, 2 D] or masks [B, *spatial]: where the object is. controls: of `CONTROLS`, or
-    functions; () for none. confidence, seed: of the bootstrap intervals, and the seed of a suite's
-    metrics. labels: names of classes. layout: of the
-    inputs, as in `explain`; a report holds them and its maps as [B, C, *spatial]. Others as in
-    `Engine`.
+    A metric that is undefined for a method is reported with the reason and stops nothing.
 
-    What a metric cannot say of a method is told with its reason and stops nothing; raises
-    InputError or InputTypeError where the arguments themselves are wrong.
+    Args:
+        model: The model.
+        inputs: [B, C, *spatial] or [B, F] in the model's layout.
+        methods: Methods, their names, attributions, functions (model, inputs, target) -> maps, or
+            a mapping from names to these or to tensors of maps.
+        metrics: Metrics, their names, a mapping from names, or a `Suite`; None for all that the
+            other arguments allow.
+        target: One class per example as in `explain`; None for models that return one number.
+        baseline: Of the methods that take one.
+        boxes: [B, 2 D], or masks bool [B, *spatial]: where the object is.
+        controls: Names of `CONTROLS`, or functions; () for none.
+        confidence: Of the bootstrap intervals.
+        seed: Of the bootstrap, and of the metrics of a default suite.
+        forward_args: As in `Engine`; so are `forward_kwargs`, `memory_budget` and
+            `points_per_launch`.
+        forward_kwargs: Keyword arguments of the model.
+        memory_budget: Of a launch.
+        points_per_launch: How many points are scored at once.
+        progress: Whether a bar is shown.
+        title: Of the page.
+        labels: Names of classes.
+        layout: Of the inputs, as in `explain`.
+
+    Raises:
+        InputError: If an argument is invalid, or if nothing could be measured.
+        InputTypeError: If an argument has the wrong type.
+
+    Example:
+        >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
+        >>> found = report(model, x, methods="gradient", metrics=["deletion"])
+        >>> found.names
+        ('gradient', 'edge_detector', 'random', 'centre')
     """
-    rows = read_rows(methods, controls)
-    # Asked here, not after minutes: the interval, the names and the options.
+    rows = _read_rows(methods, controls)
+    # Invalid options are found now, not after minutes.
     bootstrap(torch.zeros(1, device="cpu"), confidence, seed=seed)
-    running = Running(forward_args, forward_kwargs, memory_budget, points_per_launch)
-    base = _base(model, inputs, target, boxes, baseline, running, layout)
-    chosen = read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)
-    judged = judge(rows, base, chosen, progress)
-    classes = base.classes if isinstance(base.classes, Tensor) else None
+    base = read_subject(
+        *(model, inputs, inputs.detach() * 0.0 if isinstance(inputs, Tensor) else inputs),
+        target=target,
+        boxes=boxes,
+        baseline=baseline,
+        running=Running(forward_args, forward_kwargs, memory_budget, points_per_launch),
+        layout=layout,
+    )
+    chosen = _read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)
+    results = _evaluate_rows(rows, base, chosen, progress)
+    if labels is not None and not isinstance(labels, Mapping):
+        labels = dict(enumerate(labels))
     return Report(
         title=title,
-        outcomes=judged.outcomes,
+        outcomes=results.outcomes,
         metrics=chosen,
         controls=tuple(row.name for row in rows if row.control),
-        unmeasured=tuple(judged.unmeasured),
-        caveats=_caveats(base, judged),
-        seconds=judged.seconds,
-        provenance=origin(base, target, judged.about),
+        unmeasured=tuple(results.unmeasured),
+        caveats=(*_caveats(base), *results.caveats),
+        seconds=results.seconds,
+        provenance=_provenance(base, target, results.about),
         inputs=base.inputs,
-        maps=judged.maps,
-        classes=classes,
+        maps=results.maps,
+        classes=base.classes if isinstance(base.classes, Tensor) else None,
         boxes=base.masks,
-        labels=_labels(labels),
-        agreement=agreement(judged.maps, base.inputs) if len(judged.maps) > 1 else None,
+        labels=dict(labels or {}),
+        agreement=agreement(results.maps, base.inputs) if len(results.maps) > 1 else None,
         confidence=confidence,
         seed=seed,
     )
 
 
-def _base(
-    model: Model,
-    inputs: Any,
-    target: Target,
-    boxes: Any,
-    baseline: Baseline,
-    running: Running,
-    layout: LayoutLike,
-) -> Subject:
-    """The inputs without maps, and what the model says of them."""
-    maps = inputs.detach() * 0.0 if isinstance(inputs, Tensor) else inputs
-    return read_subject(
-        *(model, inputs, maps),
-        target=target,
-        boxes=boxes,
-        baseline=baseline,
-        running=running,
-        layout=layout,
-    )
-
-
-def _caveats(base: Subject, judged: Judged) -> tuple[str, ...]:
-    found = list(base.caveats)
+def _caveats(base: Subject) -> list[str]:
+    caveats = list(base.caveats)
     if getattr(base.model, "training", False):
-        found.append(
-            "the model was handed over in training mode and judged in evaluation mode, as maps are "
-            "made"
+        caveats.append(
+            "the model was given in training mode and evaluated in evaluation mode, in which maps "
+            "are made"
         )
     shares = base.first.probabilities
     if shares is not None and bool((shares == base.first.scores).all()):
-        found.append("the model gives probabilities already: no softmax is taken of them")
+        caveats.append("the model gives probabilities already: no softmax is taken of them")
     if base.batch < FEW:
-        found.append(
+        caveats.append(
             f"bootstrap intervals of fewer than about {FEW} examples are too narrow: "
             f"{'here is 1' if base.batch == 1 else f'here are {base.batch}'}"
         )
-    return tuple(found + judged.caveats)
+    return caveats
 
 
-def _labels(labels: Mapping[int, str] | Sequence[str] | None) -> Mapping[int, str]:
-    if labels is None:
-        return {}
-    return dict(labels) if isinstance(labels, Mapping) else dict(enumerate(labels))
+def _provenance(base: Subject, target: Target, methods: Mapping[str, Any]) -> dict[str, Any]:
+    """What the same report needs to be made again. methods: how each row's maps were made."""
+    model, x = base.model, base.inputs
+    named = not isinstance(model, nn.Module) and hasattr(model, "__qualname__")
+    called: Any = model if named else type(model)
+    return {
+        "model": f"{called.__module__}.{called.__qualname__}",
+        "weights_sha256": None if model is None else weights_sha256(model),
+        "training_mode": bool(getattr(model, "training", False)),
+        "examples": base.batch,
+        "shape": list(x.shape),
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "device": str(x.device),
+        "inputs_sha256": tensor_sha256(x),
+        "target": describe_target(read_targets(target, base.batch))[0],
+        "classes": base.classes if isinstance(base.classes, (int, list, Tensor)) else None,
+        "decisions": base.first.decisions,
+        "boxes": base.masks is not None,
+        "baseline": describe(base.baseline),
+        "memory_budget": base.running.memory_budget,
+        "points_per_launch": base.running.points_per_launch,
+        "resamples": RESAMPLES,
+        "methods": methods,
+        "versions": {
+            "saliency_fast": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """A method, or a control, before it has explained."""
+
+    name: str
+    given: Given
+    control: bool = False
+
+    def explained(self, base: Subject) -> tuple[Subject, list[str], dict[str, Any]]:
+        """The evaluation input with this row's maps, their caveats, and how they were made.
+
+        base: the inputs, with their targets looked up.
+        """
+        given, model = self.given, cast(Model, base.model)
+        if isinstance(given, Tensor):
+            return base.beside(base.read(given), None), [], {"kind": "maps"}
+        if isinstance(given, Attribution):
+            _check_target(given, base)
+            own = read_subject(
+                None, base.running.back(base.inputs), given, layout=base.running.letters
+            )
+            past = own.baseline if base.baseline is None else base.baseline
+            return (base.beside(own.values, own.method, past), *_about(given))
+        if is_method(given):
+            method = read_method(given)
+            found = base.attribution(method, base.inputs, model)
+            if found.many:
+                raise InputError(
+                    f"{self.name} gave several maps per example, and a report needs one: pass "
+                    "target= one class, or int64 [B]"
+                )
+            return (base.beside(base.read(found.values), method), *_about(found))
+        # The library's controls take channels first.
+        own_control = given in CONTROLS.values()
+        x = base.inputs if own_control else base.running.cast(base.inputs)
+        made = cast(Callable[..., Tensor], given)(model, x, base.classes)
+        about = {"kind": "control" if self.control else "function", "function": _name_of(given)}
+        return base.beside(read_maps(made, x) if own_control else base.read(made), given), [], about
+
+
+def _about(found: Attribution) -> tuple[list[str], dict[str, Any]]:
+    """The caveats of an attribution, and how it was made."""
+    past, caveats = found.provenance, []
+    if found.converged is not None and not bool(found.converged.all()):
+        count = int((~found.converged).sum())
+        caveats.append(f"{count} of {len(found.converged)} maps are not within their tolerance")
+    about = {
+        "kind": "method",
+        "method": past.method,
+        "parameters": past.parameters,
+        "baseline": past.baseline,
+        "at": past.at,
+        "error": float(found.error.max()),
+        "explained_in_seconds": past.seconds,
+    }
+    return caveats, about
+
+
+def _check_target(found: Attribution, base: Subject) -> None:
+    """Raises where an attribution explains other classes than the report's target."""
+    classes = base.classes
+    if found.classes is None or found.many or not isinstance(classes, (int, list, Tensor)):
+        return
+    asked = torch.as_tensor(classes, device=found.classes.device)
+    if asked.shape not in ((), found.classes.shape) or not bool((found.classes == asked).all()):
+        raise InputError(
+            f"the attribution by {found.provenance.method} explains other classes than those asked "
+            "about: pass target=attribution.classes"
+        )
+
+
+def _read_rows(methods: Any, controls: Any) -> list[_Row]:
+    """Methods and then controls, with names that differ; raises for what is neither."""
+    rows = [_Row(name, _read(name, one)) for name, one in _named(methods, "methods")]
+    if not rows:
+        raise InputError(f"methods must hold one at least: got {methods!r}; expected {EXPECTED}")
+    for name, one in _named(controls, "controls"):
+        if isinstance(one, str):
+            if one not in CONTROLS:
+                raise InputError(
+                    f"controls must be of {', '.join(CONTROLS)}, or functions (model, inputs, "
+                    f"target) -> maps: got {one!r}"
+                )
+            one = CONTROLS[one]
+        rows.append(_Row(name, _read(name, one), control=True))
+    names = [row.name for row in rows]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"methods and controls must have names of their own: {', '.join(twice)} is there twice;"
+            " pass a mapping from names"
+        )
+    return rows
+
+
+def _named(given: Any, what: str) -> list[tuple[str, Any]]:
+    """Rows with their names; where a method is there twice, with the fields that differ."""
+    if given is None:
+        return []
+    if isinstance(given, Mapping):
+        return [(str(name), one) for name, one in given.items()]
+    if isinstance(given, (str, Tensor, Attribution)) or not isinstance(given, Iterable):
+        given = [given]
+    rows: list[tuple[str, Any]] = []
+    for one in given:
+        if isinstance(one, Tensor):
+            raise InputTypeError(f"{what} must be named: got a tensor; write {{'mine': maps}}")
+        name = _name_of(one)
+        if any(name == taken for taken, _ in rows) and is_dataclass(one):
+            changed = (part for part in fields(one) if getattr(one, part.name) is not part.default)
+            told = ", ".join(f"{part.name}={getattr(one, part.name)}" for part in changed)
+            name = f"{name}({told})"
+        rows.append((name, one))
+    return rows
+
+
+def _name_of(one: Any) -> str:
+    if isinstance(one, str):
+        return one
+    if isinstance(one, Attribution):
+        return one.provenance.method
+    name = getattr(one, "name", None)
+    return name if isinstance(name, str) else str(getattr(one, "__name__", type(one).__name__))
+
+
+def _read(name: str, one: Any) -> Given:
+    if isinstance(one, (Attribution, Tensor)):
+        return one
+    if is_method(one):
+        return read_method(one)
+    if not callable(one):
+        raise InputTypeError(f"{name} must be {EXPECTED}: got {type(one).__name__}")
+    return cast(Explainer, one)
+
+
+def _read_metrics(given: Any, seed: int, boxes: bool, classes: bool) -> dict[str, Metric]:
+    """The metrics of a report by name; raises where one cannot be had. boxes, classes: whether
+    there are any.
+    """
+    if given is None or isinstance(given, Suite):
+        suite = Suite(seed=seed) if given is None else given
+        metrics = suite.metrics(classes)
+        if suite.names is None and not boxes:
+            metrics = {name: one for name, one in metrics.items() if "masks" not in one.needs}
+    else:
+        metrics = _named_metrics(given)
+    blind = [name for name, one in metrics.items() if "masks" in one.needs]
+    if blind and not boxes:
+        raise InputError(
+            f"{', '.join(blind)} need to know where the object is: pass boxes=, or leave them out"
+        )
+    if not metrics:
+        raise InputError("metrics must hold one at least: got none")
+    return metrics
+
+
+def _named_metrics(given: Any) -> dict[str, Metric]:
+    if isinstance(given, (str, Metric)):
+        given = [given]
+    if not isinstance(given, (Mapping, Sequence)):
+        raise InputTypeError(
+            "metrics must be metrics such as Deletion(), their names, a mapping from names, or a "
+            f"Suite: got {type(given).__name__}"
+        )
+    pairs = given.items() if isinstance(given, Mapping) else ((None, one) for one in given)
+    metrics: dict[str, Metric] = {}
+    for name, one in pairs:
+        metric = make_metric(one, {}) if isinstance(one, str) else one
+        if not isinstance(metric, Metric):
+            made = f"; make one with {one.__name__}()" if isinstance(one, type) else ""
+            raise InputTypeError(f"metrics must be metrics such as Deletion(): got {one!r}{made}")
+        if name is None:
+            name = plain_name(one if isinstance(one, str) else metric.name)
+        if name in metrics:
+            raise InputError(
+                f"metrics must have names of their own: {name} is there twice; pass a mapping "
+                "from names"
+            )
+        metrics[name] = metric
+    return metrics
+
+
+@dataclass
+class _Results:
+    """The results of the rows so far; a row without maps has no outcomes."""
+
+    outcomes: dict[str, dict[str, Outcome]] = field(default_factory=dict)
+    maps: dict[str, Tensor] = field(default_factory=dict)
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    caveats: list[str] = field(default_factory=list)
+    unmeasured: list[Missing] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+
+    def fail(self, row: _Row, metric: str, error: Exception) -> None:
+        text = " ".join(str(error).split())
+        why = text if isinstance(error, SaliencyError) else f"{type(error).__name__}: {text}"
+        self.unmeasured.append(Missing(row.name, metric, why))
+        self.errors.append(error)
+
+
+def _evaluate_rows(
+    rows: Sequence[_Row], base: Subject, metrics: Mapping[str, Metric], progress: bool
+) -> _Results:
+    """Explains and evaluates every row. What cannot be measured is kept with its reason; where
+    nothing can be measured, the first error is raised.
+    """
+    results = _Results()
+    with tqdm(total=len(rows) * (len(metrics) + 1), disable=not progress, leave=False) as bar:
+        for row in rows:
+            bar.set_description(row.name)
+            outcomes = results.outcomes.setdefault(row.name, {})
+            seconds = results.seconds.setdefault(row.name, {})
+            begun = time.perf_counter()
+            try:
+                data, caveats, results.about[row.name] = row.explained(base)
+            # A model may raise anything.
+            except Exception as error:
+                results.fail(row, MAPS, error)
+                bar.update(1 + len(metrics))
+                continue
+            results.maps[row.name] = data.places
+            results.caveats += [f"{row.name}: {one}" for one in caveats]
+            seconds[MAPS] = time.perf_counter() - begun
+            bar.update()
+            for name, metric in metrics.items():
+                bar.set_description(f"{row.name}, {name}")
+                begun = time.perf_counter()
+                missing = metric.missing(data)
+                if missing is not None:
+                    results.unmeasured.append(Missing(row.name, name, _NEEDS[missing]))
+                else:
+                    try:
+                        outcomes[name] = metric.evaluate(data)
+                        seconds[name] = time.perf_counter() - begun
+                    except Exception as error:
+                        results.fail(row, name, error)
+                bar.update()
+    if results.errors and not any(results.outcomes.values()):
+        raise results.errors[0]
+    return results

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
+from saliency_fast.evaluate.inputs import read_subject
 from saliency_fast.evaluate.metrics.completeness import Completeness
-from saliency_fast.evaluate.metrics.curves import Deletion, Insertion
 from saliency_fast.evaluate.metrics.localisation import EnergyInBox, PointingGame, TopKIoU
+from saliency_fast.evaluate.metrics.removal import Deletion, Insertion
 from saliency_fast.evaluate.scores import SUMS, probabilities
-from saliency_fast.evaluate.subject import read_subject
 from tests.models import Image, Tabular, make, randn
 
 NAN, INF = float("nan"), float("inf")

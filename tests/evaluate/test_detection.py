@@ -9,10 +9,15 @@ from torch import nn
 
 from saliency_fast import explain, zoo
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.attacks.coherence import CoherenceReference, _shrunk, coherence
-from saliency_fast.evaluate.attacks.linf import fgsm, pgd
-from saliency_fast.evaluate.attacks.roc import roc
-from saliency_fast.evaluate.attacks.unusual import adversarial_score, attack_roc
+from saliency_fast.evaluate.attacks.adversarial import fgsm, pgd
+from saliency_fast.evaluate.attacks.detection import (
+    CoherenceReference,
+    adversarial_score,
+    attack_roc,
+    coherence,
+    roc,
+    shrunk_correlations,
+)
 from saliency_fast.evaluate.controls import edge_detector
 from saliency_fast.methods.paths import IntegratedGradients
 from tests.evaluate import naive_adversarial as naive
@@ -85,7 +90,7 @@ def test_score_is_the_mahalanobis_distance() -> None:
 
 def test_shrinkage_of_statistics_that_say_the_same() -> None:
     one = torch.randn(40, 1, dtype=torch.float64)
-    found, share = _shrunk(torch.cat([one, one], 1))
+    found, share = shrunk_correlations(torch.cat([one, one], 1))
     assert share > 0
     assert bool(torch.linalg.inv(found).isfinite().all())
 

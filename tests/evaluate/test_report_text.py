@@ -12,9 +12,9 @@ from reporting import Known, network, pictures
 from torch import nn
 
 from saliency_fast.evaluate import PointingGame, SanityCheck
+from saliency_fast.evaluate.reports.page import slice_of
 from saliency_fast.evaluate.reports.report import FEW, report
-from saliency_fast.evaluate.reports.show.figures import slice_of
-from saliency_fast.evaluate.reports.show.words import told_as, verdicts
+from saliency_fast.evaluate.reports.text import spelled, verdicts
 from tests.pages import Reader
 
 BATCH = FEW + 4
@@ -68,9 +68,9 @@ def test_a_sanity_check_says_what_it_means():
 
 
 def test_names_are_spelled_as_people_do():
-    assert told_as("top_k_iou") == "top-k IoU"
-    assert told_as("integrated_gradients") == "integrated gradients"
-    assert told_as(told_as("sensitivity_n")) == "sensitivity-n"
+    assert spelled("top_k_iou") == "top-k IoU"
+    assert spelled("integrated_gradients") == "integrated gradients"
+    assert spelled(spelled("sensitivity_n")) == "sensitivity-n"
 
 
 def test_of_volumes_the_slice_with_most_evidence_is_shown_with_its_box():

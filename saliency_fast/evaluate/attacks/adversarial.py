@@ -1,4 +1,6 @@
-"""Attacks: inputs moved by little, so that a classifier decides otherwise."""
+"""Adversarial attacks in the maximum norm: inputs changed a little, so that a classifier decides
+otherwise.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +15,30 @@ from torch import Tensor
 from saliency_fast.engine.bind import read_inputs
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.evaluate.inputs import Model
 from saliency_fast.evaluate.scores import Running, Scorer
-from saliency_fast.evaluate.subject import Model
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import PREDICTED, Target, read_targets, tensor_of
 from saliency_fast.ops import philox, random_bits
 
 Bounds = tuple[float | Tensor, float | Tensor] | None
-"""The lowest and the highest valid input: numbers, or tensors that broadcast to the inputs."""
+"""The smallest and the largest valid input: numbers, or tensors that broadcast to the inputs."""
 _ODD = 0x9E3779B97F4A7C15
+STEP_SHARE = 2.5
+"""The default step size times the number of steps, in radii: the ball can be crossed (Madry)."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attacked:
-    """What an attack made of inputs.
+    """The result of an attack on inputs.
 
-    inputs [B, *]: the attacked ones, within the ball and the bounds. classes int64 [B]: those that
-    the attack led away from or, where `targeted`, towards. before and after int64 [B]: what the
-    model decided for the inputs as they were, and for these. parameters: all that they depend on.
+    Args:
+        inputs: The attacked inputs [B, *], within the ball and the bounds.
+        classes: int64 [B], those that the attack avoids or, where `targeted`, aims at.
+        before: The decisions for the original inputs, int64 [B].
+        after: The decisions for the attacked inputs, int64 [B].
+        targeted: Whether the attack aims at `classes`.
+        parameters: All that the result depends on.
     """
 
     inputs: Tensor
@@ -42,8 +50,8 @@ class Attacked:
 
     @property
     def fooled(self) -> Tensor:
-        """Where the attack did what it was after, bool [B]: the decision was the class and is it no
-        longer or, where targeted, was another one and is the class.
+        """Where the attack succeeded, bool [B]: the decision was the class and is another one or,
+        where targeted, was another one and is the class.
         """
         was, now = self.before == self.classes, self.after == self.classes
         return now & ~was if self.targeted else was & ~now
@@ -65,14 +73,28 @@ def fgsm(
 ) -> Attacked:
     """One step of size `epsilon` along the sign of the cross-entropy's gradient (Goodfellow, 2015).
 
-    x [B, *] of a model that returns [B, classes]. target: the true classes, "predicted" for the
-    model's own decisions, or with `targeted` the classes to go to. epsilon: in units of x.
-    bounds: of what is valid, those of the whole batch unless given.
+    Args:
+        model: Returns [B, classes].
+        x: Inputs [B, *].
+        target: The true classes, "predicted" for the model's own decisions, or with `targeted` the
+            classes to reach.
+        epsilon: The step's size, in units of x.
+        targeted: Whether to approach the target instead of leaving it.
+        bounds: The smallest and largest valid input; by default those of the batch.
+        running: How the model is run.
+
+    Raises:
+        InputError: If the target is no class, or the inputs leave the bounds.
+
+    Example:
+        >>> x = torch.zeros(2, 4)
+        >>> fgsm(torch.nn.Linear(4, 3), x, 0, 0.1, bounds=(-1.0, 1.0)).inputs.abs().max()
+        tensor(0.1000)
     """
     checks.positive("epsilon", epsilon)
-    seen = _Victim.of(model, x, target, targeted, bounds, running)
-    moved = seen.step(seen.x, epsilon, epsilon)
-    return seen.attacked(moved, {"attack": "fgsm", "epsilon": epsilon})
+    victim = _Victim.of(model, x, target, targeted, bounds, running)
+    moved = victim.step(victim.x, epsilon, epsilon)
+    return victim.attacked(moved, {"attack": "fgsm", "epsilon": epsilon})
 
 
 def pgd(
@@ -88,48 +110,67 @@ def pgd(
     bounds: Bounds = None,
     running: Running | None = None,
 ) -> Attacked:
-    """Projected gradient steps from a random place within `epsilon` of x, in the maximum norm
+    """Projected gradient steps from a random point within `epsilon` of x, in the maximum norm
     (Madry, 2018).
 
-    step_size: in units of x, 2.5 epsilon / steps unless given, so that the ball can be crossed.
-    seed: of the start, which is uniform and another one for each example. Further as of `fgsm`.
+    Args:
+        model: Returns [B, classes].
+        x: Inputs [B, *].
+        target: As in `fgsm`.
+        epsilon: The radius of the ball, in units of x.
+        steps: Their number.
+        step_size: In units of x; 2.5 epsilon / steps by default, so that the ball can be crossed.
+        seed: Of the uniform start, which differs between examples.
+        targeted: As in `fgsm`.
+        bounds: As in `fgsm`.
+        running: How the model is run.
+
+    Raises:
+        InputError: As `fgsm`.
+
+    Example:
+        >>> x = torch.rand(2, 4)
+        >>> attacked = pgd(torch.nn.Linear(4, 3), x, "predicted", epsilon=0.1, steps=3)
+        >>> bool((attacked.inputs - x).abs().max() <= 0.1 + 1e-6)
+        True
     """
     checks.positive("epsilon", epsilon)
     checks.whole("steps", steps, 1)
-    check_seed(seed)
+    check_seed("seed", seed)
     if step_size is not None:
         checks.positive("step_size", step_size)
-    size = 2.5 * epsilon / steps if step_size is None else step_size
-    seen = _Victim.of(model, x, target, targeted, bounds, running)
-    moved = seen.within(seen.x + epsilon * uniform(seen.x, seed), epsilon)
+    size = STEP_SHARE * epsilon / steps if step_size is None else step_size
+    victim = _Victim.of(model, x, target, targeted, bounds, running)
+    moved = victim.within(victim.x + epsilon * uniform(victim.x, seed), epsilon)
     for _ in range(steps):
-        moved = seen.step(moved, size, epsilon)
+        moved = victim.step(moved, size, epsilon)
     about = {"attack": "pgd", "epsilon": epsilon, "steps": steps, "step_size": size, "seed": seed}
-    return seen.attacked(moved, about)
+    return victim.attacked(moved, about)
 
 
-def check_seed(seed: object) -> None:
+def check_seed(name: str, seed: object) -> None:
     """Raises unless it is one 64-bit int."""
     if isinstance(seed, tuple):
-        raise InputTypeError(f"seed must be one 64-bit int for all examples: got {seed!r}")
+        raise InputTypeError(f"{name} must be one 64-bit int for all examples: got {seed!r}")
     checks.seed(seed)
 
 
 def uniform(x: Tensor, seed: int, sample: int = 0) -> Tensor:
-    """Uniform numbers in [-1, 1) like x [B, *], which depend on the seed, the example's number and
-    the sample alone.
+    """Uniform numbers in [-1, 1) like x [B, *], which depend on the seed, the example index and the
+    sample alone.
     """
-    item = torch.arange(len(x), device=x.device)
-    number = torch.full_like(item, sample)
-    # Seeds that follow each other must not share examples.
+    example = torch.arange(len(x), device=x.device)
+    # Consecutive seeds must not share examples.
     key = (seed * _ODD + 2**63) % 2**64 - 2**63
-    bits = random_bits(item + key, number, x[0].numel(), 0, philox.BASELINE)
-    found: Tensor = ((bits >> 8).double() * 2.0**-23 - 1.0).to(x.dtype).view_as(x)
-    return found
+    bits = random_bits(
+        example + key, torch.full_like(example, sample), x[0].numel(), 0, philox.BASELINE
+    )
+    noise: Tensor = ((bits >> 8).double() * 2.0**-23 - 1.0).to(x.dtype).view_as(x)
+    return noise
 
 
 def project(x: Tensor, origin: Tensor, radius: Tensor | float, bounds: tuple[Any, Any]) -> Tensor:
-    """X brought into the ball around its origin, in the maximum norm, and into the bounds."""
+    """The nearest point to x in the maximum-norm ball around its origin and in the bounds."""
     low = torch.maximum(origin - radius, torch.as_tensor(bounds[0]).to(origin))
     high = torch.minimum(origin + radius, torch.as_tensor(bounds[1]).to(origin))
     return torch.minimum(torch.maximum(x, low), high)
@@ -144,21 +185,19 @@ class CrossEntropy:
 
     def read(self, raw: Any, item: Tensor) -> Tensor:
         """Losses [R, 1]."""
-        # In float32 the gradient of a decision that the model is sure of would be zero.
+        # In float32 the gradient would be zero where the model is certain.
         logarithm = tensor_of(raw).double().log_softmax(1)
         return -logarithm.gather(1, self.classes[item][:, None])
 
 
-def ascent(engine: Engine, x: Tensor, classes: Tensor, running: Running) -> Tensor:
-    """The gradient of the cross-entropy of classes int64 [B] at x [B, *], by an engine of it."""
-    values = engine(running.cast(x), CrossEntropy(classes), **running.arguments()).values
-    assert isinstance(values, Tensor)
-    return running.standard(values[:, 0])
+def loss_gradient(engine: Engine, x: Tensor, classes: Tensor, running: Running) -> Tensor:
+    """The gradient of the cross-entropy of classes int64 [B] at x [B, *]."""
+    return running.standard(running.map(engine, x, CrossEntropy(classes))[:, 0])
 
 
 @dataclass(frozen=True, eq=False)
 class _Victim:
-    """A model with inputs x, the classes of their losses and what it decides so far."""
+    """A model with inputs x, the classes of the loss and the decisions before the attack."""
 
     model: Model
     x: Tensor
@@ -185,7 +224,7 @@ class _Victim:
             raise InputTypeError(f"x must be one tensor: got {type(x).__name__}")
         (x,), (dtype,) = read_inputs(x)
         running = (running or Running()).taking(dtype)
-        limits = read_bounds(bounds, x)
+        limits = _read_bounds(bounds, x)
         before = decisions(model, x, running, target)
         classes = classes_of(target, before)
         return cls(model, x, classes, before, targeted, limits, running)
@@ -195,8 +234,8 @@ class _Victim:
         return self.running.engine(self.model, "gradient")
 
     def step(self, x: Tensor, size: float, radius: float) -> Tensor:
-        """X moved by `size` along the sign of the gradient, or against it where targeted."""
-        sign = ascent(self.engine, x, self.classes, self.running).sign()
+        """A step along the sign of the loss gradient, or against it where targeted."""
+        sign = loss_gradient(self.engine, x, self.classes, self.running).sign()
         return self.within(x - size * sign if self.targeted else x + size * sign, radius)
 
     def within(self, x: Tensor, radius: float) -> Tensor:
@@ -211,19 +250,19 @@ class _Victim:
 
 
 def decisions(model: Model, x: Tensor, running: Running, target: Target = PREDICTED) -> Tensor:
-    """The classes int64 [B] that the model decides for; raises where a target is none of them."""
-    item = torch.arange(1, device=x.device)
-    found = Scorer(model, x, target, running).at(lambda i, _: x[i], item, item)[0]
-    if found.decisions is None:
+    """The predicted classes int64 [B]; raises where the model or the target has no classes."""
+    example = torch.arange(1, device=x.device)
+    first, _ = Scorer(model, x, target, running).at(lambda i, _: x[i], example, example)
+    if first.decisions is None:
         raise InputError(
             "an attack needs classes to tell apart: got one number per example from the model or "
             "the target; use a model that returns [B, classes], and classes as target"
         )
-    return found.decisions
+    return first.decisions
 
 
 def classes_of(target: Target, before: Tensor) -> Tensor:
-    """The classes int64 [B] that a target names."""
+    """The classes int64 [B] of a target; raises where it is none."""
     if isinstance(target, str) and target == PREDICTED:
         return before
     targets = read_targets(target, len(before)).to(before.device)
@@ -236,7 +275,7 @@ def classes_of(target: Target, before: Tensor) -> Tensor:
     return targets.classes[:, 0]
 
 
-def read_bounds(bounds: Bounds, x: Tensor) -> tuple[Tensor, Tensor]:
+def _read_bounds(bounds: Bounds, x: Tensor) -> tuple[Tensor, Tensor]:
     """The bounds as tensors that broadcast to x; raises where x does not lie in them."""
     if bounds is None:
         return x.min(), x.max()
@@ -244,16 +283,13 @@ def read_bounds(bounds: Bounds, x: Tensor) -> tuple[Tensor, Tensor]:
         raise InputTypeError(f"bounds must be two, the lowest and the highest: got {bounds!r}")
     low, high = (torch.as_tensor(one).to(x) for one in bounds)
     try:
-        outside = bool(((x < low) | (x > high)).any())
-        fits = all(one.expand_as(x) is not None for one in (low, high))
-    except RuntimeError:
-        outside, fits = False, False
-    if not fits:
+        low.expand_as(x), high.expand_as(x)
+    except RuntimeError as error:
         raise InputError(
             f"bounds must broadcast to the inputs {list(x.shape)}: got {list(low.shape)} and "
             f"{list(high.shape)}"
-        )
-    if outside:
+        ) from error
+    if bool(((x < low) | (x > high)).any()):
         raise InputError(
             f"bounds do not hold the inputs: these go from {float(x.min()):.4g} to "
             f"{float(x.max()):.4g}; pass the bounds of what is valid, in the same units"

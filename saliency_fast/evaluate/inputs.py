@@ -1,0 +1,460 @@
+"""Evaluation inputs: a model's inputs with their maps, masks and replacement baselines, validated
+once for every metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+
+from saliency_fast.attribution import Attribution
+from saliency_fast.engine.baselines import NAMED, Baseline, read_baselines
+from saliency_fast.engine.bind import bind, is_finite, read_inputs
+from saliency_fast.engine.layouts import layouts_of
+from saliency_fast.engine.recipe import Method
+from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.evaluate.positions import spatial_shape
+from saliency_fast.evaluate.scores import Running, Scorer, Scores, one_target
+from saliency_fast.methods import make_method, read_method
+from saliency_fast.model.layout import Axes, LayoutLike, Layouts
+from saliency_fast.model.targets import PREDICTED, Target
+from saliency_fast.specs import restore_baseline
+
+Model = Callable[..., Any]
+Explainer = Method | str | Callable[[Model, Tensor, Target], Tensor]
+"""How maps are made: a method, its name, or a function (model, inputs, target) -> maps."""
+Replacement = str | float | Tensor
+"""What replaces removed positions: "zero", a named baseline, a number or a tensor."""
+ZERO = "zero"
+SAME = 1e-5
+"""The rounding error between two runs of a deterministic model, relative to the largest output
+(float32, atomic additions on GPUs).
+"""
+_SHOWN = 8
+"""How many example indices an error lists."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The evaluation input of a metric, made by `read_subject`; all tensors have channels first.
+
+    Args:
+        model: Of metrics that read its scores.
+        inputs: [B, C, *spatial] or [B, F], floating; NaN is a missing value.
+        values: The maps, [B, C, *spatial], or [B, 1, *spatial] with one value for all channels.
+        target: int64 [B] classes, or what `explain` takes.
+        masks: Where the object is, bool [B, *spatial].
+        method: How the maps were made.
+        baseline: Of that method.
+        running: How the model is run.
+    """
+
+    model: Model | None
+    inputs: Tensor
+    values: Tensor
+    target: Target = None
+    masks: Tensor | None = None
+    method: Explainer | None = None
+    baseline: Baseline = None
+    running: Running = field(default_factory=Running)
+    # Shared by evaluation inputs that differ in their maps alone.
+    _scores: list[tuple[Scores, Scores]] = field(default_factory=list, repr=False)
+
+    @property
+    def batch(self) -> int:
+        """The number of examples B."""
+        return len(self.inputs)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The maps summed over channels, [B, *spatial] or [B, F]."""
+        return position_sums(self.values)
+
+    @cached_property
+    def classes(self) -> Target:
+        """The target, with "predicted" replaced by the predicted classes int64 [B]."""
+        if not (isinstance(self.target, str) and self.target == PREDICTED):
+            return self.target
+        decisions = self._repeated[0].decisions
+        if decisions is None:
+            raise InputError(
+                "target='predicted' needs several classes: the model gives one number per example;"
+                " use target=None"
+            )
+        return decisions
+
+    @property
+    def scorer(self) -> Scorer:
+        """Scores points that are made of the inputs."""
+        return Scorer(self._model, self.inputs, self.classes, self.running, lean=self.finite)
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether the inputs hold no NaN and no infinity."""
+        return is_finite(self.inputs)
+
+    def scorer_beside(self, fill: Tensor) -> Scorer:
+        """Scores points that are made of the inputs and of `fill`, which may hold NaN."""
+        return replace(self.scorer, lean=self.finite and is_finite(fill))
+
+    @property
+    def first(self) -> Scores:
+        """The model's scores of the inputs."""
+        return self._repeated[0]
+
+    @cached_property
+    def caveats(self) -> tuple[str, ...]:
+        """A sentence where two runs of the model differ."""
+        one, two = self._repeated
+        scale, gap = float(one.scores.abs().max()), float((one.scores - two.scores).abs().max())
+        differs = 0.0
+        if one.probabilities is not None and two.probabilities is not None:
+            # Probabilities depend on all outputs: they differ where the target's output happens to
+            # be equal, and they give the scale where the target's output is near zero.
+            share = one.probabilities.clamp_min(torch.finfo(torch.float64).tiny)
+            scale = max(scale, float((one.scores - share.log()).abs().max()))
+            differs = float(((one.probabilities - two.probabilities).abs() / share.max()).max())
+        if gap <= SAME * scale and differs <= SAME * max(1.0, scale):
+            return ()
+        return (
+            "the model is not deterministic: two runs of the same inputs differ by up to "
+            f"{max(gap, differs):.2g} (outputs are about {scale:.2g}), and so do all numbers here",
+        )
+
+    def explain(self, inputs: Tensor, model: Model | None = None) -> Tensor:
+        """Maps of other inputs of the same shape, or of another model, made as `values` were."""
+        if self.method is None:
+            raise InputError(
+                "method is missing: this metric explains again, and needs to know how; pass "
+                "method= a method, its name or a function (model, inputs, target) -> maps"
+            )
+        model, method = model or self._model, self.method
+        if is_method(method):
+            return self.read(self.attribution(read_method(method), inputs, model).values, inputs)
+        by_function = cast(Callable[[Model, Tensor, Target], Tensor], method)
+        return self.read(by_function(model, self.running.cast(inputs), self.classes), inputs)
+
+    def read(self, maps: Any, inputs: Tensor | None = None) -> Tensor:
+        """Validates maps in the model's layout, or without its channels, and moves channels
+        first.
+        """
+        return read_maps(maps, self.inputs if inputs is None else inputs, self.running.axes)
+
+    def fill(self, replacement: Replacement, seed: int = 0, *, missing: bool = False) -> Tensor:
+        """The replacement baseline of the inputs, [B | 1, *]; see `substrate_of`. A tensor is in
+        the model's layout.
+        """
+        given = _channels_first(replacement, self.inputs, self.running)
+        return substrate_of(given, self.inputs, seed, missing=missing)
+
+    def attribution(self, method: Method, inputs: Tensor, model: Model) -> Attribution:
+        """The attribution by a method, from the baseline where the method takes one."""
+        engine, x = self.running.engine(model, method), self.running.cast(inputs)
+        baseline = None if method.recipe().baseline == "none" else self.model_baseline
+        return engine(x, self.classes, baseline, **self.running.arguments())
+
+    @property
+    def model_baseline(self) -> Baseline:
+        """The baseline in the model's layout."""
+        baseline: Baseline = _map_tensors(self.baseline, self.running.back)
+        return baseline
+
+    def of(self, inputs: Tensor, values: Tensor) -> Subject:
+        """The same with other inputs and maps, for the same classes."""
+        return replace(self, inputs=inputs, values=values, target=self.classes, _scores=[])
+
+    def beside(
+        self, values: Tensor, method: Explainer | None, baseline: Baseline = None
+    ) -> Subject:
+        """The same inputs with other maps: the model is not run on them again."""
+        baseline = self.baseline if baseline is None else baseline
+        return replace(self, values=values, method=method, baseline=baseline, target=self.classes)
+
+    @property
+    def _model(self) -> Model:
+        if self.model is None:
+            raise InputError("model is missing: this metric reads its scores; pass the model")
+        return self.model
+
+    @property
+    def _repeated(self) -> tuple[Scores, Scores]:
+        """The scores of the inputs by two runs."""
+        if not self._scores:
+            scorer = Scorer(self._model, self.inputs, self.target, self.running, lean=self.finite)
+            self._scores.append(scorer.again())
+        return self._scores[0]
+
+
+def read_subject(
+    model: Model | None,
+    inputs: Tensor,
+    maps: Tensor | Attribution,
+    *,
+    target: Target = None,
+    boxes: Any = None,
+    method: Explainer | None = None,
+    baseline: Baseline = None,
+    running: Running | None = None,
+    layout: LayoutLike = None,
+) -> Subject:
+    """Validates an evaluation input.
+
+    Args:
+        model: None for metrics that do not read its scores.
+        inputs: [B, C, *spatial] or [B, F] in the model's layout.
+        maps: An `Attribution`, which gives target, method and baseline where they are None, or a
+            tensor [B, C, *spatial], [B, 1, *spatial] or [B, *spatial].
+        target: One class per example, as in `explain`.
+        boxes: Integers [B, 2 D] as (top, left, bottom, right), half-open, for D spatial axes, or
+            masks bool [B, *spatial].
+        method: How the maps were made, for metrics that explain again.
+        baseline: Of that method.
+        running: How the model is run.
+        layout: Of the inputs, one letter per axis, as in `explain`; by default that of the
+            attribution or of the model.
+
+    Raises:
+        InputError: If a shape or value does not fit.
+        InputTypeError: If an argument has the wrong type.
+
+    Example:
+        >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
+        >>> read_subject(model, x, x, target=0).places.shape
+        torch.Size([2, 4])
+    """
+    if not isinstance(inputs, Tensor):
+        raise InputTypeError(
+            f"inputs must be one tensor: got {type(inputs).__name__}; pass what has no map as "
+            "forward_args"
+        )
+    (x,), _ = read_inputs(inputs, missing=True)
+    running = running or Running()
+    axes = axes_of(model, inputs, running, maps, layout)
+    running = running.taking(inputs.dtype, axes)
+    x = running.standard(x)
+    if isinstance(maps, Attribution):
+        past = maps.provenance
+        made_by = _method_of(maps)
+        # Class activation maps have a layer and are nevertheless maps of the inputs.
+        if past.at is not None and made_by.recipe().layers is None:
+            raise InputError(
+                f"maps must be of the inputs: got those of the layer {', '.join(past.at)}; resize "
+                "them and pass the tensor"
+            )
+        if maps.many:
+            raise InputError("maps must be one per example: got several targets; take one of them")
+        target = maps.classes if target is None and maps.classes is not None else target
+        method = made_by if method is None else method
+        if baseline is None:
+            baseline = restore_baseline(past.baseline, maps.kept, x.device)
+    one_target(target, len(x))
+    masks = None if boxes is None else masks_of(boxes, x)
+    if method is not None and is_method(method):
+        method = read_method(method)
+    baseline = _channels_first(baseline, x, running)
+    values = maps.values if isinstance(maps, Attribution) else maps
+    values = read_maps(values, x, running.axes)
+    return Subject(model, x, values, target, masks, method, baseline, running)
+
+
+def axes_of(
+    model: Model | None, x: Tensor, running: Running, maps: object = None, layout: LayoutLike = None
+) -> Axes:
+    """The layout of inputs: as given, as an attribution states it, or as the model implies."""
+    if layout is None and isinstance(maps, Attribution) and maps.layout[:1] != (None,):
+        layout = maps.layout[0]
+    if layout is not None or model is None:
+        layouts = Layouts([tuple(x.shape)], layout)
+    else:
+        call = bind(x, None, running.forward_args, running.forward_kwargs, missing=True)
+        layouts = layouts_of(model, call, None)
+    if x.dim() == 2:
+        # Tables need no layout: a function, whose layout takes a run to find, is not run for it.
+        seen = layouts.letters if isinstance(model, nn.Module) else layouts.settled
+        return Axes(seen[0] or "BF")
+    return layouts.need(0, "what a map says of places")
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A baseline with its tensors changed."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(one, change) for one in value)
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _channels_first(value: Any, x: Tensor, running: Running) -> Any:
+    """A baseline, or a replacement, with its tensors moved from the model's layout to that of x."""
+    if running.axes is None or running.axes.is_standard:
+        return value
+    shape = running.back(x[:1]).shape
+
+    def change(one: Tensor) -> Tensor:
+        lead = len(one) if one.dim() == len(shape) else 1
+        try:
+            return running.standard(one.expand(lead, *shape[1:]))
+        except RuntimeError as error:
+            raise InputError(
+                "baseline must match the inputs or broadcast to them: got "
+                f"{list(one.shape)}, the inputs are {[len(x), *shape[1:]]}"
+            ) from error
+
+    return _map_tensors(value, change)
+
+
+def read_maps(maps: Any, inputs: Tensor, axes: Axes | None = None) -> Tensor:
+    """Maps as [B, C | 1, *spatial] of inputs [B, C, *spatial]; raises where they do not fit.
+
+    axes: the layout of the maps, where it is not that of the inputs.
+    """
+    if not isinstance(maps, Tensor) or not maps.is_floating_point():
+        got = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
+        raise InputTypeError(
+            f"maps must be a floating tensor or an Attribution: got {got}; use torch.as_tensor"
+        )
+    shape = inputs.shape
+    if axes is not None and maps.dim() == len(axes.letters):
+        maps = axes.standard(maps)
+    if maps.shape == (shape[0], *shape[2:]) and len(shape) > 2:
+        maps = maps[:, None]
+    if maps.shape != shape and (len(shape) < 3 or maps.shape != (shape[0], 1, *shape[2:])):
+        raise InputError(
+            f"maps must match the inputs: got {list(maps.shape)}, expected {list(shape)}, or that "
+            f"without channels {[shape[0], *shape[2:]]}"
+        )
+    if maps.device != inputs.device:
+        raise InputError(
+            f"maps are on another device: got {maps.device}, inputs are on {inputs.device}; move "
+            "them with .to(inputs.device)"
+        )
+    values: Tensor = maps.detach().to(inputs.dtype)
+    if not bool(values.isfinite().all()):
+        rows = true_rows((~values.isfinite()).flatten(1).any(1))
+        raise InputError(
+            f"maps must be finite: examples {rows} hold NaN or infinity in {values.dtype}, the "
+            "inputs' type"
+        )
+    return values
+
+
+def masks_of(boxes: Any, inputs: Tensor) -> Tensor:
+    """Masks bool [B, *spatial] of inputs [B, C, *spatial], from masks or from integer boxes
+    [B, 2 D]: the D starts and then the D stops (half-open).
+    """
+    batch, spatial = len(inputs), spatial_shape(inputs)
+    try:
+        boxes = torch.as_tensor(boxes).to(inputs.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputTypeError(
+            f"boxes must be a tensor of corners or masks: got {type(boxes).__name__}"
+        ) from error
+    if boxes.dtype == torch.bool:
+        return _checked_masks(boxes, batch, spatial)
+    if boxes.numel() and (boxes.is_floating_point() or boxes.is_complex()):
+        raise InputTypeError(
+            f"boxes must be whole numbers or bool masks: got {boxes.dtype}; use .long() or .bool()"
+        )
+    if boxes.shape != (batch, 2 * len(spatial)):
+        if boxes.shape in ((batch, *spatial), (batch, 1, *spatial)):
+            raise InputTypeError(f"masks must be bool: got {boxes.dtype}; use .bool()")
+        raise InputError(
+            f"boxes must be [B, {2 * len(spatial)}], the starts and then the stops of each axis, or"
+            f" masks {[batch, *spatial]}: got {list(boxes.shape)} for {batch} inputs"
+        )
+    inside = torch.ones((batch, *spatial), dtype=torch.bool, device=inputs.device)
+    for axis, size in enumerate(spatial):
+        start, stop = boxes[:, axis], boxes[:, len(spatial) + axis]
+        wrong = true_rows((start < 0) | (stop > size) | (start >= stop))
+        if wrong:
+            raise InputError(
+                f"boxes must lie inside of the image and hold something: box {wrong[0]} is "
+                f"{boxes[wrong[0]].tolist()}, expected 0 <= start < stop <= {size} on axis {axis}"
+            )
+        position = torch.arange(size, device=inputs.device)
+        within = (position >= start[:, None]) & (position < stop[:, None])
+        inside &= within.view(batch, *(1,) * axis, size, *(1,) * (len(spatial) - axis - 1))
+    return inside
+
+
+def _checked_masks(masks: Tensor, batch: int, spatial: torch.Size) -> Tensor:
+    if masks.shape == (batch, 1, *spatial):
+        masks = masks[:, 0]
+    if masks.shape != (batch, *spatial):
+        raise InputError(
+            f"masks must match the inputs: got {list(masks.shape)}, expected {[batch, *spatial]}"
+        )
+    empty = true_rows(~masks.flatten(1).any(1))
+    if empty:
+        raise InputError(f"masks must hold something: those of examples {empty} are empty")
+    return masks
+
+
+def check_replacement(name: str, value: object, also: tuple[str, ...] = ()) -> None:
+    """Raises unless the value is a number, a tensor, or one of the names."""
+    names = ", ".join((*also, ZERO, *NAMED))
+    if isinstance(value, str):
+        if value not in (*also, ZERO, *NAMED):
+            raise InputError(f"{name} must be one of {names}, a number or a tensor: got {value!r}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise InputTypeError(
+            f"{name} must be one of {names}, a number or a tensor like the inputs: "
+            f"got {type(value).__name__}"
+        )
+
+
+def substrate_of(
+    replacement: Replacement, inputs: Tensor, seed: int = 0, *, missing: bool = False
+) -> Tensor:
+    """The values, [B | 1, *], that replace removed positions of inputs [B, *].
+
+    Args:
+        replacement: "zero", "mean" (of each channel), "blur" (Gaussian, 5 % of each axis),
+            "uniform" (noise within each example's range), a number, or a tensor that broadcasts to
+            the inputs.
+        inputs: [B, C, *spatial] or [B, F].
+        seed: Of "uniform".
+        missing: Whether the values may hold NaN.
+    """
+    given = 0.0 if isinstance(replacement, str) and replacement == ZERO else replacement
+    try:
+        (fill,) = read_baselines(given, (inputs,), seed, missing=missing)
+    except InputError as error:
+        message = str(error).replace("baseline=None", "substrate='zero'")
+        raise InputError(message.replace("baseline", "substrate")) from error
+    return fill
+
+
+def describe(value: Any) -> Any:
+    """A replacement or a baseline as results and records state it: tensors by their shape."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(describe(one) for one in value)
+    return f"tensor {list(value.shape)}" if isinstance(value, Tensor) else value
+
+
+def position_sums(values: Tensor) -> Tensor:
+    """Maps [B, C | 1, *spatial] summed over channels; maps [B, F] as they are."""
+    return values if values.dim() == 2 else values.sum(1)
+
+
+def true_rows(flags: Tensor) -> list[int]:
+    """The first example indices at which flags bool [B] are set, for messages."""
+    rows: list[int] = flags.nonzero().flatten()[:_SHOWN].tolist()
+    return rows
+
+
+def is_method(method: Any) -> TypeGuard[Method | str]:
+    """Whether maps are made by a method of the library, rather than by a function."""
+    return isinstance(method, str) or hasattr(method, "recipe")
+
+
+def _method_of(attribution: Attribution) -> Method:
+    """The method that an attribution's record names, with its fields."""
+    fields = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in attribution.provenance.parameters.items()
+    }
+    return make_method(attribution.provenance.method, fields)

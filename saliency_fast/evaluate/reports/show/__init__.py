@@ -1,1 +1,0 @@
-"""Showing a report: in the terminal, as JSON, as a page."""
