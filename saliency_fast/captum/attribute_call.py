@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -99,7 +99,7 @@ class AttributeCall:
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", as_target(self.target))
 
-    @property
+    @cached_property
     def owner(self) -> nn.Module | None:
         """The module whose function is explained, where one is found."""
         return owner_of(self.forward)
