@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import saliency_fast as sf
 from saliency_fast.engine.arena import LEAST_TRACED, Arena
 from saliency_fast.engine.bind import bind
 from saliency_fast.graph.autograd import convolutions
+from saliency_fast.graph.intercept import Calls
 from saliency_fast.model.meta import OnMeta, shapes_only
 from tests import naive
 from tests.models import randn
@@ -116,3 +118,18 @@ def test_no_unfolded_copies() -> None:
     if trace is not None:
         widest = 4 * 8 * x.nbytes  # channels, and twice the sides
         assert 0 < max(size for size, _, _ in trace.lives) <= 1.5 * widest
+
+
+def test_weights_that_depend_on_the_points_have_their_gradient() -> None:
+    weight, x = randn(2, 1, 3, 3, 3).float(), randn(1, 1, 6, 6, 6).float()
+
+    def gradient(wrap: Any) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        point = leaf * 1
+        with wrap:
+            y = nn.functional.conv3d(point, weight * (1 + point.mean()), padding=1).square().sum()
+        (found,) = torch.autograd.grad(y, leaf)
+        return found
+
+    expected = gradient(nullcontext())
+    assert naive.relative_l2(gradient(Calls()), expected.double()) < 1e-5
