@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.registry import Sample, define
 
 PLACES = 256
 """The most places of a window that a byte can number."""
@@ -87,11 +87,10 @@ def _laid_out(values: Tensor, form: torch.memory_format) -> Tensor:
     return out.copy_(values)
 
 
-def _maxpool(
-    x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
-) -> tuple[Tensor, Tensor]:
+def _maxpool(x: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
     size = x.shape[2:]
-    out = pooled_size(size, kernel, stride, padding, dilation, ceil_mode)
+    out = pooled_size(size, *geometry)
+    kernel, stride, padding, dilation, _ = geometry
     pads: list[int] = []
     for n, k, s, p, d, o in zip(size, kernel, stride, padding, dilation, out, strict=True):
         pads[:0] = [p, max(0, (o - 1) * s + d * (k - 1) + 1 - p - n)]
@@ -111,22 +110,10 @@ def _maxpool(
     return _laid_out(best, layout(x)), _laid_out(index, layout(x))
 
 
-def _fake_maxpool(
-    x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
-) -> tuple[Tensor, Tensor]:
-    out = pooled_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
-    form = layout(x)
-
-    def empty(dtype: torch.dtype) -> Tensor:
-        shape = (*x.shape[:2], *out)
-        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=form)
-
-    return empty(x.dtype), empty(torch.uint8)
-
-
-def _maxpool_moved(x: Tensor, *geometry: Any) -> int:
-    outputs = math.prod((*x.shape[:2], *pooled_size(x.shape[2:], *geometry)))
-    return x.numel() * x.element_size() + outputs * (x.element_size() + 1)
+def _fake_maxpool(x: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
+    shape, form = (*x.shape[:2], *pooled_size(x.shape[2:], *geometry)), layout(x)
+    values = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+    return values, torch.empty_like(values, dtype=torch.uint8)
 
 
 def _input(kind: str, shape: Ints, dtype: torch.dtype) -> Tensor:
@@ -195,15 +182,12 @@ def _samples() -> Iterator[Sample]:
 
 
 maxpool_index = define(
-    Op(
-        schema="maxpool_index(Tensor x, int[] kernel, int[] stride, int[] padding,"
-        " int[] dilation, bool ceil_mode) -> (Tensor, Tensor)",
-        reference=_maxpool,
-        fake=_fake_maxpool,
-        samples=_samples,
-        moved=_maxpool_moved,
-        triton="saliency_fast.kernels.pools:maxpool_index",
-    )
+    schema="maxpool_index(Tensor x, int[] kernel, int[] stride, int[] padding,"
+    " int[] dilation, bool ceil_mode) -> (Tensor, Tensor)",
+    reference=_maxpool,
+    fake=_fake_maxpool,
+    samples=_samples,
+    triton="saliency_fast.kernels.pools:maxpool_index",
 )
 """maxpool_index(x [N, C, *], kernel, stride, padding, dilation, ceil_mode) -> (values [N, C, *],
 index uint8 [N, C, *]): max pooling over 1 to 3 axes as in `torch.nn.functional.max_pool2d`, equal
@@ -213,35 +197,22 @@ ValueError for windows of more than 256 elements."""
 
 
 maxpool = define(
-    Op(
-        schema="maxpool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-        " bool ceil_mode) -> Tensor",
-        reference=lambda x, *geometry: _maxpool(x, *geometry)[0],
-        fake=lambda x, *geometry: _fake_maxpool(x, *geometry)[0],
-        samples=_samples,
-        moved=lambda x, *geometry: (
-            x.element_size()
-            * (x.numel() + math.prod((*x.shape[:2], *pooled_size(x.shape[2:], *geometry))))
-        ),
-    )
+    schema="maxpool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+    " bool ceil_mode) -> Tensor",
+    reference=lambda x, *geometry: _maxpool(x, *geometry)[0],
+    fake=lambda x, *geometry: _fake_maxpool(x, *geometry)[0],
+    samples=_samples,
 )
 """maxpool(x [N, C, *], kernel, stride, padding, dilation, ceil_mode) -> [N, C, *]: the values of
 `maxpool_index`, for channels last, where nobody asks for places. GPUs take the reference."""
 
 
-def _backward(
-    grad: Tensor,
-    index: Tensor,
-    size: Ints,
-    kernel: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-) -> Tensor:
-    _check_backward(grad, index, size, kernel, stride, padding, dilation)
+def _backward(grad: Tensor, index: Tensor, size: Ints, *geometry: Ints) -> Tensor:
+    _check_backward(grad, index, size, *geometry)
+    kernel, stride, padding, dilation = geometry
     out = grad.shape[2:]
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    axes = list(zip(size, kernel, stride, padding, dilation, out, strict=True))
+    axes = list(zip(size, *geometry, out, strict=True))
     reach = [max(p + n, (o - 1) * s + d * (k - 1) + 1) for n, k, s, p, d, o in axes]
     total = grad.new_zeros((*grad.shape[:2], *reach), dtype=wide)
     # An element's windows come in row-major order when its places in them come in reverse.
@@ -252,20 +223,13 @@ def _backward(
     return _laid_out(total[(..., *inner)].to(grad.dtype), layout(index))
 
 
-def _check_backward(
-    grad: Tensor,
-    index: Tensor,
-    size: Ints,
-    kernel: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-) -> None:
+def _check_backward(grad: Tensor, index: Tensor, size: Ints, *geometry: Any) -> None:
     if index.dtype != torch.uint8:
         raise ValueError(f"index must be uint8: got {index.dtype}")
     if grad.shape != index.shape:
         raise ValueError(f"grad must be like index {list(index.shape)}: got {list(grad.shape)}")
-    fitting = [pooled_size(size, kernel, stride, padding, dilation, ceil) for ceil in (False, True)]
+    kernel, stride, padding, dilation = geometry
+    fitting = [pooled_size(size, kernel, stride, padding, dilation, up) for up in (False, True)]
     if not all(o in sizes for o, *sizes in zip(grad.shape[2:], *fitting, strict=True)):
         raise ValueError(
             f"grad must be a pool of an input of {list(size)}, {fitting[0]}: got"
@@ -274,12 +238,8 @@ def _check_backward(
 
 
 def _fake_backward(grad: Tensor, index: Tensor, size: Ints, *_: Ints) -> Tensor:
-    return torch.empty(
-        (*grad.shape[:2], *size),
-        dtype=grad.dtype,
-        device=grad.device,
-        memory_format=layout(index),
-    )
+    shape, form = (*grad.shape[:2], *size), layout(index)
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=form)
 
 
 def _backward_samples() -> Iterator[Sample]:
@@ -295,18 +255,12 @@ def _backward_samples() -> Iterator[Sample]:
 
 
 maxpool_index_backward = define(
-    Op(
-        schema="maxpool_index_backward(Tensor grad, Tensor index, int[] size, int[] kernel,"
-        " int[] stride, int[] padding, int[] dilation) -> Tensor",
-        reference=_backward,
-        fake=_fake_backward,
-        samples=_backward_samples,
-        moved=lambda grad, index, size, *_: (
-            grad.numel() * (grad.element_size() + 1)
-            + math.prod((*grad.shape[:2], *size)) * grad.element_size()
-        ),
-        triton="saliency_fast.kernels.pools:maxpool_index_backward",
-    )
+    schema="maxpool_index_backward(Tensor grad, Tensor index, int[] size, int[] kernel,"
+    " int[] stride, int[] padding, int[] dilation) -> Tensor",
+    reference=_backward,
+    fake=_fake_backward,
+    samples=_backward_samples,
+    triton="saliency_fast.kernels.pools:maxpool_index_backward",
 )
 """maxpool_index_backward(grad [N, C, *], index uint8 [N, C, *], size, kernel, stride, padding,
 dilation) -> [N, C, *size]: each gradient goes to the element that its index names, 0 to those no
