@@ -55,12 +55,12 @@ weight * g, weight * g**2 or weight * |g| of each row to total[slot], in place."
 
 
 def _moments(mean: Tensor, spread: Tensor, count: Tensor, grads: Tensor, slot: Tensor) -> None:
-    for row, place in enumerate(slot.tolist()):
+    for row, number in enumerate(slot.tolist()):
         gradient = grads[row].to(mean.dtype)
-        count[place] += 1
-        before = gradient - mean[place]
-        mean[place] += before / count[place].to(mean.dtype)
-        spread[place] += before * (gradient - mean[place])
+        count[number] += 1
+        before = gradient - mean[number]
+        mean[number] += before / count[number].to(mean.dtype)
+        spread[number] += before * (gradient - mean[number])
 
 
 def _moment_samples() -> Iterator[Sample]:

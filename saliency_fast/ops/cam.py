@@ -16,9 +16,9 @@ def _written_in(activations: Tensor) -> torch.dtype:
 
 
 def _resized(maps: Tensor, axis: int, size: int) -> Tensor:
-    """One axis resized; places are counted in halves, so that shares are rounded once."""
-    many, place = maps.shape[axis], torch.arange(size, device=maps.device)
-    halves = ((2 * place + 1) * many - size).clamp(min=0)
+    """One axis resized; positions are counted in halves, so that shares are rounded once."""
+    many, position = maps.shape[axis], torch.arange(size, device=maps.device)
+    halves = ((2 * position + 1) * many - size).clamp(min=0)
     low = halves // (2 * size)
     share = (halves % (2 * size)).to(maps.dtype) / (2 * size)
     first = maps.index_select(axis, low)

@@ -90,8 +90,8 @@ def magnitude_percentile(values: Tensor, percentile: float) -> Tensor:
     state = torch.zeros(
         rows * library().saliency_fast_percentile_state(), dtype=torch.uint8, device=values.device
     )
-    place = rank(numel, percentile)
-    _launch("magnitude_percentile", values, values, state, out, rows, numel, place)
+    order = rank(numel, percentile)
+    _launch("magnitude_percentile", values, values, state, out, rows, numel, order)
     return out
 
 

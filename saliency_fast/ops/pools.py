@@ -1,6 +1,6 @@
-"""Pools: max pooling that remembers each maximum in one byte, by its place in the window.
+"""Pools: max pooling that remembers each maximum in one byte, by its position in the window.
 
-PyTorch keeps an int64 place in the input per output. A window has few places, so that a byte
+PyTorch keeps an int64 position in the input per output. A window has few, so that a byte
 holds its number, row-major: k = (kd * KH + kh) * KW + kw. Results lie in memory as their input
 does: channels last where it does, else contiguous.
 """
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from saliency_fast.ops.registry import Sample, define
 
-PLACES = 256
-"""The most places of a window that a byte can number."""
+LARGEST_WINDOW = 256
+"""The most elements of a window that a byte can number."""
 
 Ints = Sequence[int]
 
@@ -63,20 +63,20 @@ def _check(axes: int, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints)
             f"padding must be at most half a window: got {list(padding)} for a kernel of"
             f" {list(kernel)}, dilation {list(dilation)}"
         )
-    if math.prod(kernel) > PLACES:
+    if math.prod(kernel) > LARGEST_WINDOW:
         raise ValueError(
-            f"a window may have {PLACES} elements, the places of a byte: got {list(kernel)}"
+            f"a window may have {LARGEST_WINDOW} elements, the places of a byte: got {list(kernel)}"
         )
 
 
 def _offsets(kernel: Ints) -> list[tuple[int, tuple[int, ...]]]:
-    """(number, place) of each element of a window, in scan order."""
+    """(number, position) of each element of a window, in scan order."""
     return list(enumerate(itertools.product(*map(range, kernel))))
 
 
-def _seen_at(padded: Tensor, place: Ints, out: Ints, stride: Ints, dilation: Ints) -> Tensor:
-    """What all windows see at one of their places: a view of the padded input."""
-    axes = zip(place, out, stride, dilation, strict=True)
+def _seen_at(padded: Tensor, position: Ints, out: Ints, stride: Ints, dilation: Ints) -> Tensor:
+    """What all windows see at one of their positions: a view of the padded input."""
+    axes = zip(position, out, stride, dilation, strict=True)
     seen: tuple[Any, ...] = tuple(slice(k * d, k * d + (o - 1) * s + 1, s) for k, o, s, d in axes)
     return padded[(..., *seen)]
 
@@ -99,9 +99,9 @@ def _maxpool(x: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
     best = x.new_full((*x.shape[:2], *out), -math.inf)
     index = torch.zeros(best.shape, dtype=torch.uint8, device=x.device)
     found = torch.zeros(best.shape[2:], dtype=torch.bool, device=x.device)
-    for number, place in _offsets(kernel):
-        value = _seen_at(padded, place, out, stride, dilation)
-        here = _seen_at(real, place, out, stride, dilation)
+    for number, position in _offsets(kernel):
+        value = _seen_at(padded, position, out, stride, dilation)
+        here = _seen_at(real, position, out, stride, dilation)
         # As in PyTorch the first of equals stays, and the last NaN.
         taken = here & (~found | (value > best) | value.isnan())
         best = torch.where(taken, value, best)
@@ -191,8 +191,8 @@ maxpool_index = define(
 )
 """maxpool_index(x [N, C, *], kernel, stride, padding, dilation, ceil_mode) -> (values [N, C, *],
 index uint8 [N, C, *]): max pooling over 1 to 3 axes as in `torch.nn.functional.max_pool2d`, equal
-bit for bit, and the place of each maximum in its window. The first of equal elements counts, or
-the last NaN. A window that dilation leaves without an element gives -inf and place 0. Raises
+bit for bit, and the position of each maximum in its window. The first of equal elements counts, or
+the last NaN. A window that dilation leaves without an element gives -inf and position 0. Raises
 ValueError for windows of more than 256 elements."""
 
 
@@ -204,7 +204,7 @@ maxpool = define(
     samples=_samples,
 )
 """maxpool(x [N, C, *], kernel, stride, padding, dilation, ceil_mode) -> [N, C, *]: the values of
-`maxpool_index`, for channels last, where nobody asks for places. GPUs take the reference."""
+`maxpool_index`, for channels last, where nobody asks for positions. GPUs take the reference."""
 
 
 def _backward(grad: Tensor, index: Tensor, size: Ints, *geometry: Ints) -> Tensor:
@@ -215,10 +215,10 @@ def _backward(grad: Tensor, index: Tensor, size: Ints, *geometry: Ints) -> Tenso
     axes = list(zip(size, *geometry, out, strict=True))
     reach = [max(p + n, (o - 1) * s + d * (k - 1) + 1) for n, k, s, p, d, o in axes]
     total = grad.new_zeros((*grad.shape[:2], *reach), dtype=wide)
-    # An element's windows come in row-major order when its places in them come in reverse.
-    for number, place in reversed(_offsets(kernel)):
+    # An element's windows come in row-major order when its positions in them come in reverse.
+    for number, position in reversed(_offsets(kernel)):
         named = torch.where(index == number, grad, 0).to(wide)
-        _seen_at(total, place, out, stride, dilation).add_(named)
+        _seen_at(total, position, out, stride, dilation).add_(named)
     inner: tuple[Any, ...] = tuple(slice(p, p + n) for n, p in zip(size, padding, strict=True))
     return _laid_out(total[(..., *inner)].to(grad.dtype), layout(index))
 

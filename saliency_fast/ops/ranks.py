@@ -27,7 +27,7 @@ def _counts(positions: int) -> Tensor:
 
 
 def _rankings(rows: int, positions: int) -> Tensor:
-    """The places of P positions in any order, one order a row."""
+    """P ranks in any order, one order a row."""
     return torch.rand(rows, positions).argsort(1).int()
 
 

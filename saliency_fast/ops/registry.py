@@ -83,10 +83,10 @@ class Op:
         """The function behind `backend` ("reference", "triton" or "cuda"), imported now."""
         if backend == "reference":
             return self.reference
-        place = {"triton": self.triton, "cuda": self.cuda}[backend]
-        if place is None:
+        path = {"triton": self.triton, "cuda": self.cuda}[backend]
+        if path is None:
             raise dispatch.not_built(self.name, backend)
-        module, function = place.split(":")
+        module, function = path.split(":")
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
         return found
 

@@ -15,8 +15,8 @@ def _windows(x: Tensor, fill: Tensor, item: Tensor, start: Tensor, stop: Tensor)
     axes = x.dim() - 1
     covered = torch.ones((len(item), *(1,) * axes), dtype=torch.bool, device=x.device)
     for axis, size in enumerate(x.shape[1:]):
-        place = torch.arange(size, device=x.device)
-        within = (place >= start[:, axis, None]) & (place < stop[:, axis, None])
+        position = torch.arange(size, device=x.device)
+        within = (position >= start[:, axis, None]) & (position < stop[:, axis, None])
         covered = covered & within.view(len(item), *(1,) * axis, size, *(1,) * (axes - axis - 1))
     return torch.where(covered, fill[item % len(fill)], x[item]).contiguous()
 

@@ -16,7 +16,7 @@ from saliency_fast.graph.autograd.function import differentiable
 from saliency_fast.graph.autograd.ties import takes_first
 from saliency_fast.graph.opinfo import LEAN, lean
 from saliency_fast.ops.masks import DTYPES
-from saliency_fast.ops.pools import PLACES, layout
+from saliency_fast.ops.pools import LARGEST_WINDOW, layout
 
 VALUES = 8
 """Channels from which maxima alone are found window by window."""
@@ -44,7 +44,7 @@ def _max_pool(call: Callable[..., Any], axes: int) -> None:
         ceil_mode: bool = False,
     ) -> Any:
         kernel = each_axis(kernel_size, axes)
-        if not _served(input, axes) or math.prod(kernel) > PLACES:
+        if not _served(input, axes) or math.prod(kernel) > LARGEST_WINDOW:
             return NotImplemented
         edges, holes = each_axis(padding, axes), each_axis(dilation, axes)
         options = (kernel, _strides(stride, kernel), edges, holes, ceil_mode)
