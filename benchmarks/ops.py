@@ -150,15 +150,8 @@ def pooled(device: str) -> list[Call]:
 
 
 def convolved(device: str) -> list[Call]:
-    """Convolutions whose GPU version is cuDNN's: 3x3 of a residual network, and first layers."""
+    """Convolutions whose GPU version is cuDNN's: 3x3 of a residual network."""
     calls = []
-    window = (2, 2, 2, 2, 0, 0)
-    for channels, side, pool in ((1, 80, window), (3, 32, ())) if device == "cpu" else ():
-        x, weight = torch.randn(32, channels, side, side), torch.randn(32, channels, 3, 3) / 5
-        args = (x, weight, torch.randn(32), (1, 1), (1, 1), True, pool)
-        calls.append(
-            Call(ops.direct, f"32 x {channels}x{side}x{side}" + ", pool" * bool(pool), args)
-        )
     for channels, side in ((64, 56), (128, 28), (256, 14)) if device == "cpu" else ():
         x = torch.randn(8, channels, side, side).contiguous(memory_format=torch.channels_last)
         weight = torch.randn(channels, channels, 3, 3) / (3 * channels**0.5)

@@ -20,10 +20,10 @@ from saliency_fast.engine.recipe import Method, Recipe, Starting
 from saliency_fast.engine.trial import Cost
 from saliency_fast.errors import InputError
 from saliency_fast.graph.autograd import LEAN
+from saliency_fast.graph.fused import rectified
 from saliency_fast.graph.passes.affine_prefix import Prefix
-from saliency_fast.graph.passes.fuse_relu import rectified
 from saliency_fast.graph.passes.half import HALVES
-from saliency_fast.graph.tiles import tile_bytes
+from saliency_fast.graph.tiling import tile_bytes
 from saliency_fast.model.casts import cast
 from saliency_fast.ops.dispatch import kernels
 

@@ -23,7 +23,7 @@ from saliency_fast.engine.plan import MARGIN, Plan
 from saliency_fast.engine.trial import Cost, Taken, Trial
 from saliency_fast.engine.way import Model, Way, function_of
 from saliency_fast.errors import BudgetError, InputError, ModelError
-from saliency_fast.graph.autograd.convolutions import LEAN as CONVOLUTIONS
+from saliency_fast.graph.autograd.convolutions import CONVOLUTIONS
 from saliency_fast.graph.fingerprint import same_model
 from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.graph.passes.affine_prefix import prefix_of

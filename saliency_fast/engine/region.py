@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saliency_fast.engine.bind import Call
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.graph.local import Box
+from saliency_fast.graph.receptive_field import Box
 from saliency_fast.model.layout import Axes
 
 Region = Tensor | Sequence[slice | tuple[int, int]] | None

@@ -17,15 +17,14 @@ from saliency_fast.engine.memory import Ledger
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import BudgetError
 from saliency_fast.graph.intercept import NotLeanError
-from saliency_fast.graph.local import Box
 from saliency_fast.graph.passes.affine_prefix import Prefix
 from saliency_fast.graph.passes.float64 import Wider
 from saliency_fast.graph.passes.half import FLOAT32, Lowered, Precision, lowered, lowered_bytes
 from saliency_fast.graph.passes.invariant import Settled, settled, settled_bytes
 from saliency_fast.graph.passes.scores_only import ready_bytes, scoring
 from saliency_fast.graph.program import Program, Step
-from saliency_fast.graph.stem import local_stem
-from saliency_fast.graph.tiles import Tiled, tile_sizes
+from saliency_fast.graph.receptive_field import Box
+from saliency_fast.graph.tiling import Tiled, local_stem, tile_sizes
 from saliency_fast.model.executors import (
     AutocastExecutor,
     Confined,

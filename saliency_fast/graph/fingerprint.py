@@ -15,25 +15,35 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saliency_fast.graph.outputs import attributes_of
+
 _PLAIN = (int, float, complex, str, bytes, range, type(None), np.generic, torch.dtype, torch.device)
 _FREQUENT = frozenset((int, float, bool, str, type(None)))
 _TABLES = frozenset((dict, OrderedDict, list, tuple, set))
 _OTHERS = frozenset(("torch", "numpy", *sys.stdlib_module_names))
-"""Packages whose own code is taken to stay what it is."""
+"""Packages whose own code is taken to stay the same."""
 _OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
-"""Packages whose objects no answer depends on."""
+"""Packages whose objects no result depends on."""
 _DEPTH = 4
-"""How far it follows objects that are neither modules nor containers of PyTorch's."""
+"""How far objects are followed that are neither modules nor containers of PyTorch's."""
 _ARRAY = 2**16
 """Bytes up to which an array of NumPy's counts by its numbers."""
 _HOOKS = [one for name, one in sorted(vars(nn.modules.module).items()) if name.endswith("_hooks")]
+_DESCRIPTORS = frozenset(
+    (type(int.real), type(int.__add__), type(int.from_bytes), type(FunctionType.__code__))
+)
+"""Types of attributes of classes that are written in C."""
+
+Known = dict[int, tuple[object, ...]]
+"""Fingerprints by the ids of models."""
+_HELD = threading.local()
 
 
 def fingerprint(*values: object) -> tuple[object, ...]:
     """Equal for equal modules, settings and code: parameters and buffers by identity, numbers and
     text by value, functions by their code and what they close over or read by name.
 
-    Numbers inside tensors do not count, a program reads them anew.
+    Numbers inside tensors do not count: a program reads them anew.
     """
     walk = _Walk()
     for value in (*values, *_HOOKS):
@@ -59,7 +69,7 @@ def unchanging(known: Known | None = None) -> Iterator[None]:
     """Inside, this thread takes models to be as they were when it first looked: for calls that
     begin at once, and because models change while they run and are put back later.
 
-    known: what was seen before, which stays with it.
+    known: earlier fingerprints; filled.
     """
     outer: Known | None = getattr(_HELD, "known", None)
     if known is None:
@@ -73,12 +83,9 @@ def unchanging(known: Known | None = None) -> Iterator[None]:
         _HELD.known = outer
 
 
-Known = dict[int, tuple[object, ...]]
-"""Fingerprints by the ids of models."""
-_HELD = threading.local()
-
-
 class _Walk:
+    """Collects all that a model's behaviour depends on."""
+
     def __init__(self) -> None:
         self.found: list[object] = []
         # With the values, so that none is gone and its id another's while the walk lasts.
@@ -124,28 +131,29 @@ class _Walk:
             self.all((value.__func__, value.__self__), depth + 1)
         elif isinstance(value, functools.partial):
             self.all((value.func, value.args, value.keywords), depth + 1)
-        elif _home(type(value)) in _OPAQUE:
+        elif _package(type(value)) in _OPAQUE:
             self.found.append(id(value))
         elif isinstance(value, np.ndarray) and value.nbytes <= _ARRAY:
             self.found += (value.dtype.str, value.shape, value.tobytes())
         else:
-            self.thing(value, depth)
+            self.attributes(value, depth)
 
-    def thing(self, value: object, depth: int) -> None:
-        """An object of a class that is not known here, by its attributes."""
-        held = dict(_slots(value)) | getattr(value, "__dict__", {})
+    def attributes(self, value: object, depth: int) -> None:
+        """An object of another class, by its attributes and its class's."""
+        held = dict(attributes_of(value))
         if not held:
             self.found.append(id(value))
         self.member(type(value), "__call__", depth)
-        for kind in _own(type(value)):
-            shared = {n: one for n, one in vars(kind).items() if type(one) in _FREQUENT}
-            self.mapping(shared, depth)
+        for kind in type(value).__mro__:
+            if _package(kind) not in _OTHERS:
+                shared = {n: one for n, one in vars(kind).items() if type(one) in _FREQUENT}
+                self.mapping(shared, depth)
         self.mapping(held, depth)
 
     def function(self, value: FunctionType, owner: type | None, depth: int) -> None:
-        """By its code and what that reads: its globals, its cells, and what `owner` has of it."""
+        """By its code and what that reads: its globals, its cells, and attributes of `owner`."""
         self.found.append(value.__code__)
-        if _is_other(value):
+        if _package(value) in _OTHERS:
             return
         names = _names(value.__code__)
         for name in names:
@@ -158,7 +166,7 @@ class _Walk:
 
     def named(self, value: Any, names: tuple[str, ...], depth: int) -> None:
         """A global; of a module or class the attributes that go by one of `names`."""
-        if not isinstance(value, (ModuleType, type)) or _is_other(value):
+        if not isinstance(value, (ModuleType, type)) or _package(value) in _OTHERS:
             self.visit(value, depth)
         elif depth:
             held = vars(value)
@@ -192,15 +200,9 @@ class _Walk:
             self.visit(value, depth)
 
 
-_DESCRIPTORS = frozenset(
-    (type(int.real), type(int.__add__), type(int.from_bytes), type(FunctionType.__code__))
-)
-"""Attributes of classes that are written in C."""
-
-
 @functools.lru_cache(maxsize=4096)
 def _names(code: CodeType) -> tuple[str, ...]:
-    """The names of globals and attributes in a function's code, and in what it defines inside."""
+    """The names of globals and attributes in a function's code, and in functions inside it."""
     inner = [one for one in code.co_consts if isinstance(one, CodeType)]
     return tuple(dict.fromkeys([*code.co_names, *(name for one in inner for name in _names(one))]))
 
@@ -212,23 +214,7 @@ def _content(cell: CellType) -> object:
         return None  # not filled yet
 
 
-def _own(kind: type) -> Iterator[type]:
-    return (one for one in kind.__mro__ if not _is_other(one))
-
-
-def _is_other(value: Any) -> bool:
-    """Whether a module, class or function belongs to a package of `_OTHERS`."""
-    return _home(value) in _OTHERS
-
-
-def _home(value: Any) -> str:
+def _package(value: Any) -> str:
+    """The top-level package of a module, class or function."""
     home = value.__name__ if isinstance(value, ModuleType) else value.__module__
     return (home or "").partition(".")[0]
-
-
-def _slots(value: object) -> Iterator[tuple[str, object]]:
-    for kind in type(value).__mro__:
-        names = vars(kind).get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
-            if hasattr(value, name):
-                yield name, getattr(value, name)

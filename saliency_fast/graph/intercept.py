@@ -1,8 +1,8 @@
-"""Follows a model's calls of PyTorch while it runs, and answers them by lean versions.
+"""Intercepts a model's calls of PyTorch while it runs, and answers them by lean versions.
 
 No tracing and no change to the model: a function mode sees every call, of modules and of functions
 alike. Calls that do not depend on the points run without autograd, weights take part in the
-others as plain numbers, and the calls that autograd would keep too much for go to `lean`.
+others as plain numbers, and calls for which autograd would keep too much have lean versions.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from saliency_fast.graph.autograd import LEAN
 _GUARDS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 INNER_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _EXACT = ("torch.utils.checkpoint", "torch.autograd.graph")
-"""Modules whose hooks give back what was saved: it is computed again, or kept elsewhere."""
+"""Modules whose hooks return what was saved: it is computed again, or kept elsewhere."""
 _GRAPH = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 
 class NotLeanError(SaliencyError, RuntimeError):
-    """The model does what lean versions cannot serve; autograd's own must run."""
+    """The model does what lean versions or recorded programs cannot serve."""
 
 
 class FunctionMode(TorchFunctionMode):
@@ -60,7 +60,7 @@ class FunctionMode(TorchFunctionMode):
 class Calls(FunctionMode):
     """Inside its `with`, calls that depend on points keep only what input gradients need.
 
-    Tensors depend on the points where they have a gradient function: weights are leaves.
+    A tensor depends on the points where it has a gradient function: weights are leaves.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Calls(FunctionMode):
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """One call, as light as it can be."""
+        """Runs one call, keeping as little as possible."""
         if func in INNER_GRADIENTS:
             raise NotLeanError("the model takes gradients of its own")
         self.check_saving()
@@ -93,12 +93,12 @@ class Calls(FunctionMode):
 
     @property
     def packs(self) -> bool:
-        """Whether the model changes what is kept for the backward pass."""
+        """Whether the model changes what autograd saves, by hooks of its own."""
         found = _saving()
         return found != self._saving and getattr(found[0], "__module__", "") not in _EXACT
 
     def check_saving(self) -> None:
-        """Raises NotLeanError where it does: lean calls keep other tensors than autograd's."""
+        """Raises NotLeanError where it does: lean calls save other tensors than autograd's."""
         if self.packs:
             raise NotLeanError("the model changes what autograd saves (saved_tensors_hooks)")
 
@@ -120,14 +120,16 @@ def lean_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def _saving() -> Any:
-    """(pack, unpack) of the hooks that are told of what autograd saves now; a pair in any case."""
+    """The innermost saved-tensors hooks (pack, unpack); a pair of None without any."""
     found: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return found or (None, None)
 
 
 def _hookable(node: Any) -> Any:
-    """A node of autograd's graph that a model reads, to hook it: a lean call's takes and gives
-    other gradients than autograd's own, that of a module's full hooks the same.
+    """Refuses a node of autograd's graph that a model reads, in order to hook it.
+
+    The node of a lean call has other gradients than autograd's own; that of a module's full
+    backward hooks has the same.
     """
     if node is not None and node.name() != "BackwardHookFunctionBackward":
         raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
@@ -139,7 +141,7 @@ def _autocast() -> bool:
 
 
 def _gradients(values: Any) -> tuple[bool, bool]:
-    """Whether leaves that ask for gradients, and whether results that do, are among `values`."""
+    """Whether leaves that require gradients, and whether results that do, are among `values`."""
     leaves = varying = False
     for value in values:
         if isinstance(value, Tensor):
@@ -153,7 +155,7 @@ def _gradients(values: Any) -> tuple[bool, bool]:
 
 
 def _frozen(value: Any) -> Any:
-    """`value` with leaves that ask for gradients as plain tensors of the same memory."""
+    """`value` with leaves that require gradients as plain tensors of the same memory."""
     if isinstance(value, Tensor):
         return value.detach() if value.requires_grad and value.is_leaf else value
     if type(value) in (list, tuple):
@@ -163,33 +165,29 @@ def _frozen(value: Any) -> Any:
 
 @cache
 def unguarded(func: FunctionType) -> FunctionType | None:
-    """`func` without its own check for function modes, so that the calls inside it are seen.
+    """A copy of a Python function of PyTorch without its check for function modes.
 
-    PyTorch's Python functions hand themselves over whole to a mode; this twin has the same body
-    and lets it run. None for functions without such a check, and for methods of Tensor: what they
-    call goes by their own name again.
+    Such functions hand themselves over whole to a mode. The copy has the same code object and
+    other globals, in which the check answers no, so that the mode sees the calls inside. None for
+    functions without such a check, and for methods of Tensor: what these call passes the mode
+    under its own name.
     """
     if func.__module__ == "torch._tensor":
         return None
     cells = func.__closure__ or ()
-    inner = tuple(CellType(_twin_or_self(cell.cell_contents)) for cell in cells)
-    # As its own global name: what is reached through a module (`torch.sym_int`) stays on guard.
+    inner = tuple(CellType(_copy_of(cell.cell_contents)) for cell in cells)
+    # As its own global name: what is reached through a module (`torch.sym_int`) keeps its check.
     own = set(_GUARDS) & set(func.__code__.co_names) & set(func.__globals__)
     # Some pooling functions are a choice between two guarded ones.
     chosen = any(a.cell_contents is not b.cell_contents for a, b in zip(inner, cells, strict=True))
     if not own and not chosen:
         return None
-    space = {**func.__globals__, **dict.fromkeys(_GUARDS, _never)}
+    space = {**func.__globals__, **dict.fromkeys(_GUARDS, lambda *_: False)}
     closure = inner if chosen else func.__closure__
-    twin = FunctionType(func.__code__, space, func.__name__, func.__defaults__, closure)
-    twin.__kwdefaults__ = func.__kwdefaults__
-    return twin
+    copy = FunctionType(func.__code__, space, func.__name__, func.__defaults__, closure)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
 
 
-def _twin_or_self(value: Any) -> Any:
-    twin = unguarded(value) if isinstance(value, FunctionType) else None
-    return value if twin is None else twin
-
-
-def _never(*_: object) -> bool:
-    return False
+def _copy_of(value: Any) -> Any:
+    return (unguarded(value) if isinstance(value, FunctionType) else None) or value

@@ -1,4 +1,4 @@
-"""Outputs: the tensors in whatever a model returns."""
+"""The tensors in whatever a model returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from saliency_fast.graph.intercept import NotLeanError
 
@@ -16,7 +16,7 @@ from saliency_fast.graph.intercept import NotLeanError
 class Unread:
     """Stands for a part of an output that a recorded program does not make.
 
-    Whoever looks at it raises NotLeanError with the reason, and the model itself runs.
+    Whatever reads it raises NotLeanError with the reason, and the model itself runs.
     """
 
     def __init__(self, reason: str) -> None:
@@ -36,8 +36,7 @@ class Unread:
 def leaves_of(output: Any) -> list[Tensor | None]:
     """The tensors among an output's leaves; None in the place of any other."""
     leaves = tree_leaves(output)
-    read = (None if type(one) is Unread else one for one in leaves)
-    return [one if isinstance(one, Tensor) else None for one in read]
+    return [one if type(one) is not Unread and isinstance(one, Tensor) else None for one in leaves]
 
 
 def tensors_of(output: Any) -> list[Tensor]:
@@ -60,26 +59,25 @@ def rows_of(output: Any, part: slice, rows: int) -> Any:
 
 def map_tensors(change: Callable[[Tensor], Tensor], output: Any) -> Any:
     """An output with each of its tensors changed: containers, dataclasses, mappings and objects of
-    the user's own are copied, and stay what they are.
+    the user's own are copied and keep their types.
     """
-    leaves, tree = tree_flatten(output)
-    return tree_unflatten([_changed(change, one) for one in leaves], tree)
 
+    def changed(leaf: Any) -> Any:
+        if type(leaf) is Unread:
+            return leaf
+        if isinstance(leaf, Tensor):
+            return change(leaf)
+        found = [(name, map_tensors(change, own)) for name, own in _parts(leaf) if tensors_of(own)]
+        made: Any = copy.copy(leaf) if found else leaf
+        for name, value in found:
+            if isinstance(leaf, Mapping):
+                made[name] = value
+            else:
+                # Frozen dataclasses, too.
+                object.__setattr__(made, name, value)
+        return made
 
-def _changed(change: Callable[[Tensor], Tensor], leaf: Any) -> Any:
-    if type(leaf) is Unread:
-        return leaf
-    if isinstance(leaf, Tensor):
-        return change(leaf)
-    found = [(name, map_tensors(change, own)) for name, own in _parts(leaf) if tensors_of(own)]
-    made: Any = copy.copy(leaf) if found else leaf
-    for name, value in found:
-        if isinstance(leaf, Mapping):
-            made[name] = value
-        else:
-            # Frozen dataclasses, too.
-            object.__setattr__(made, name, value)
-    return made
+    return tree_map(changed, output)
 
 
 def _parts(leaf: Any) -> Iterator[tuple[Any, Any]]:
@@ -91,10 +89,17 @@ def _parts(leaf: Any) -> Iterator[tuple[Any, Any]]:
     elif is_dataclass(leaf):
         named = {one.name: getattr(leaf, one.name, None) for one in fields(leaf)}
     else:
-        named = dict(getattr(leaf, "__dict__", {}))
-        slots = [getattr(kind, "__slots__", ()) for kind in type(leaf).__mro__]
-        names = [one for own in slots for one in ((own,) if isinstance(own, str) else own)]
-        named |= {one: getattr(leaf, one) for one in names if hasattr(leaf, one)}
+        named = dict(attributes_of(leaf))
     for name, value in named.items():
         if isinstance(value, (Tensor, tuple, list, Mapping)) or is_dataclass(value):
             yield name, value
+
+
+def attributes_of(value: object) -> Iterator[tuple[str, Any]]:
+    """The attributes that an object itself holds, in its slots and its dictionary."""
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            if hasattr(value, name):
+                yield name, getattr(value, name)
+    yield from getattr(value, "__dict__", {}).items()

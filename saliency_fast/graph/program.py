@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from saliency_fast.graph.intercept import NotLeanError, lean_call
+from saliency_fast.graph.opinfo import OpInfo, Wrapped, info, name_of
 from saliency_fast.graph.outputs import Unread
 
 Env = dict[int, Any]
@@ -47,22 +48,17 @@ class Missing:
 
 
 @dataclass(frozen=True)
-class Read:
-    """A call that tells Python numbers: what follows holds for `value` alone."""
+class Read(Wrapped):
+    """A call whose result is Python numbers: the program holds for this `value` alone."""
 
-    func: Callable[..., Any]
     value: Any
 
-    @property
-    def __name__(self) -> str:
-        return str(getattr(self.func, "__name__", self.func))
-
     def holds(self, found: Any) -> bool:
-        """Whether it is the number that was read."""
+        """Whether a later result equals the recorded one."""
         return type(found) is type(self.value) and bool(found == self.value)
 
     def check(self, found: Any) -> None:
-        """Raises NotLeanError for another number."""
+        """Raises NotLeanError where a later result differs."""
         if not self.holds(found):
             raise NotLeanError(
                 f"the model reads {found!r} where it read {self.value!r} ({self.__name__})"
@@ -76,9 +72,13 @@ class Read:
 class Value:
     """What is known of a value.
 
-    shape: for one row; rowwise: its first axis counts the rows and no other size depends on them;
-    varying: it depends on the points; memory: equal for views of one tensor; growth: what each
-    further row adds to the sizes, where that is known.
+    Attributes:
+        shape: Sizes for one row.
+        dtype: Type of its elements.
+        rowwise: Its first axis counts the rows, and no other size depends on them.
+        varying: It depends on the points.
+        memory: Equal for views of one tensor.
+        growth: What each further row adds to the sizes, where that is known.
     """
 
     shape: tuple[int, ...]
@@ -104,9 +104,16 @@ class Value:
 
 @dataclass(frozen=True)
 class Step:
-    """One call. outputs: the numbers of the tensors in its result, in order; changed: (before,
-    after) numbers of arguments that it overwrites; spent: those whose memory its result takes over;
-    detached: gradients do not pass.
+    """One call of a program.
+
+    Attributes:
+        func: The call.
+        args, kwargs: Templates of its arguments: values of the program are `Ref`.
+        outputs: Numbers of the tensors in its result, in order.
+        varying: It depends on the points.
+        detached: Gradients do not pass.
+        changed: (before, after) numbers of arguments that it overwrites.
+        donated: Numbers of values whose memory its result takes over.
     """
 
     func: Callable[..., Any]
@@ -116,12 +123,12 @@ class Step:
     varying: bool
     detached: bool = False
     changed: tuple[tuple[int, int], ...] = ()
-    spent: tuple[int, ...] = ()
+    donated: tuple[int, ...] = ()
 
     @property
     def overwritten(self) -> tuple[int, ...]:
-        """The numbers of the values that are no more after the call."""
-        return (*self.spent, *(before for before, _ in self.changed))
+        """The numbers of the values that are gone after the call."""
+        return (*self.donated, *(before for before, _ in self.changed))
 
     @cached_property
     def used(self) -> frozenset[int]:
@@ -130,19 +137,32 @@ class Step:
 
     @property
     def made(self) -> tuple[int, ...]:
-        """The numbers of the values that are there only after the call."""
+        """The numbers of the values that exist only after the call."""
         return (*self.outputs, *(after for _, after in self.changed))
 
     @property
     def name(self) -> str:
-        return str(getattr(self.func, "__name__", self.func))
+        return name_of(self.func)
+
+    @property
+    def info(self) -> OpInfo:
+        return info(self.func)
+
+    @property
+    def passing(self) -> bool:
+        """Whether gradients with respect to the points pass through the call."""
+        return self.varying and not self.detached
+
+    def with_arguments(self, change: Callable[[Any], Any]) -> Step:
+        """The same call with each leaf of its arguments changed."""
+        args, kwargs = mapped(change, self.args), mapped(change, dict(self.kwargs))
+        return replace(self, args=args, kwargs=kwargs)
 
     def run(self, env: Env, rows: int) -> None:
         """Runs the call on the values in `env` and adds its results."""
-        passing = self.varying and not self.detached
-        args = filled(self.args, env, rows, passing)
-        kwargs = filled(self.kwargs, env, rows, passing)
-        if passing:
+        args = filled(self.args, env, rows, self.passing)
+        kwargs = filled(self.kwargs, env, rows, self.passing)
+        if self.passing:
             result = lean_call(self.func, args, kwargs)
         else:
             with torch.no_grad():
@@ -154,14 +174,29 @@ class Step:
             env[after] = env[before]
         env.update(zip(self.outputs, made, strict=True))
 
+    def __str__(self) -> str:
+        named = (*map(_shown, self.args), *(f"{k}={_shown(v)}" for k, v in self.kwargs.items()))
+        made, over = ([*map(Ref, dict.fromkeys(one))] for one in (self.made, self.overwritten))
+        text = f"{_shown(made)} = {self.name}({', '.join(named)})"
+        return f"{text}  # overwrites {_shown(over)}" if over else text
+
 
 @dataclass(frozen=True)
 class Program:
-    """Steps that lead from `inputs` and further arguments `extras` to `outputs`, laid out as
-    `tree`. channels_last: images and volumes enter with their channels innermost in memory.
-    pieces: places of steps up to which a pass with gradients forgets all but the values that are
-    still needed, to compute it again on the way back. note: told of every step before it runs.
-    reads: steps that read again what the model's Python read, before all others.
+    """Steps that lead from inputs and further arguments to a model's return value.
+
+    Attributes:
+        steps: The calls, in order.
+        inputs: Numbers of the points.
+        extras: Numbers of the further arguments that are tensors.
+        outputs: Templates of the return value's leaves, laid out as `tree`.
+        tree: How the return value is nested.
+        values: What is known of each value.
+        channels_last: Images and volumes enter with their channels innermost in memory.
+        pieces: Step indices where checkpoint segments end: a pass with gradients keeps only the
+            values that are still needed there, and computes the others again on the way back.
+        note: Called with every step before it runs.
+        reads: Steps that repeat what the model's Python read, before all others.
     """
 
     steps: tuple[Step, ...]
@@ -182,37 +217,32 @@ class Program:
             points.clear()
         start = 0
         for stop in self.pieces if torch.is_grad_enabled() else ():
-            env = self._forgotten(env, rows, start, stop)
+            env = self._run_segment(env, rows, start, stop)
             start = stop
         self.run(env, rows, start, len(self.steps))
         return self.leave(env)
 
-    def _forgotten(self, env: Env, rows: int, start: int, stop: int) -> Env:
-        """`run`, of which only the values in `env` are kept for the way back."""
+    def _run_segment(self, env: Env, rows: int, start: int, stop: int) -> Env:
+        """`run`, keeping only the values in `env` for the backward pass."""
         taken, left = tuple(env), list[int]()
-        # Else the second pass would find what the first has overwritten.
-        spent = {one for step in self.steps[start:stop] for one in step.overwritten}
+        # Otherwise the second pass would find what the first has overwritten.
+        lost = {one for step in self.steps[start:stop] for one in step.overwritten}
 
-        def piece(*values: Tensor) -> tuple[Tensor, ...]:
+        def segment(*values: Tensor) -> tuple[Tensor, ...]:
             own = dict(zip(taken, values, strict=True))
-            own |= {number: own[number].clone() for number in spent & own.keys()}
+            own |= {number: own[number].clone() for number in lost & own.keys()}
             self.run(own, rows, start, stop)
             left[:] = own
             return tuple(own.values())
 
-        # The second pass runs the same steps; to compare shapes again proves nothing.
-        found = checkpoint(
-            piece,
-            *env.values(),
-            use_reentrant=False,
-            determinism_check="none",
-            # No recorded model draws.
-            preserve_rng_state=False,
-        )
+        # The second pass runs the same steps, so that comparing shapes again proves nothing, and
+        # no recorded model draws random numbers.
+        options: dict[str, Any] = {"determinism_check": "none", "preserve_rng_state": False}
+        found = checkpoint(segment, *env.values(), use_reentrant=False, **options)
         return dict(zip(left, found, strict=True))
 
     def enter(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> Env:
-        """The values that a run begins with; raises NotLeanError where another is read now."""
+        """The values that a run begins with; raises NotLeanError where Python reads others now."""
         for read, value in self.reading(extras, len(points[0])):
             read.check(value)
         if self.channels_last:
@@ -220,24 +250,24 @@ class Program:
         return dict(zip((*self.inputs, *self.extras), (*points, *extras), strict=True))
 
     def reading(self, extras: Sequence[Tensor], rows: int) -> Iterator[tuple[Read, Any]]:
-        """What the model's Python would read now, and where it did."""
-        known = dict(zip(self.extras, extras, strict=True)) if self.reads else {}
+        """Each read of the model's Python, with its result for these further arguments."""
+        env = dict(zip(self.extras, extras, strict=True)) if self.reads else {}
         for step in self.reads:
             if isinstance(step.func, Read):
-                args, kwargs = (filled(one, known, rows, False) for one in (step.args, step.kwargs))
+                args, kwargs = filled((step.args, dict(step.kwargs)), env, rows, False)
                 with torch.no_grad():
                     yield step.func, step.func.func(*args, **kwargs)
             else:
-                step.run(known, rows)
+                step.run(env, rows)
 
     def run(self, env: Env, rows: int, start: int, stop: int) -> None:
-        """Runs steps `start` to `stop` on the values in `env`, which forgets what is over."""
+        """Runs steps `start` to `stop` on the values in `env`; drops each after its last use."""
         for step, over in zip(self.steps[start:stop], self.over[start:stop], strict=True):
             if self.note is not None:
                 self.note(step)
             step.run(env, rows)
             for number in step.outputs:
-                # Else a model whose shapes follow its numbers, or rows in parts, would go wrong.
+                # A model whose shapes follow its numbers, or rows in parts, would go wrong.
                 if not self.values[number].fits(env[number].shape, rows):
                     raise NotLeanError(
                         f"the model's shapes depend on numbers or rows ({step.name})"
@@ -248,13 +278,13 @@ class Program:
     def leave(self, env: Env) -> Any:
         """The model's return value from the values that a run ends with."""
         found = filled(list(self.outputs), env, 0, False)
-        # As late as here: whoever looks at one raises.
+        # Only here: whoever reads a missing part raises.
         leaves = [Unread(one.reason) if isinstance(one, Missing) else one for one in found]
         return tree_unflatten(leaves, self.tree)
 
     @cached_property
     def memories(self) -> frozenset[int]:
-        """Where the model's own tensors lie."""
+        """The addresses of the model's own tensors."""
         return frozenset(one.untyped_storage().data_ptr() for one in self.constants)
 
     @cached_property
@@ -264,7 +294,7 @@ class Program:
 
     @cached_property
     def over(self) -> tuple[tuple[int, ...], ...]:
-        """For each step, the values that nothing behind it takes."""
+        """For each step, the values that no later step takes."""
         needed = {one.number for one in self.outputs if isinstance(one, Ref)}
         found = []
         for step in reversed(self.steps):
@@ -275,37 +305,44 @@ class Program:
 
     @cached_property
     def uses(self) -> Mapping[int, tuple[int, ...]]:
-        """For each value, the places of the steps that take it; len(steps) for an output."""
+        """For each value, the indices of the steps that take it; len(steps) for an output."""
         found: dict[int, list[int]] = {}
-        for place, step in enumerate(self.steps):
+        for index, step in enumerate(self.steps):
             for number in step.used:
-                found.setdefault(number, []).append(place)
+                found.setdefault(number, []).append(index)
         for one in refs_in(self.outputs):
             found.setdefault(one.number, []).append(len(self.steps))
-        return {number: tuple(places) for number, places in found.items()}
+        return {number: tuple(indices) for number, indices in found.items()}
+
+    @cached_property
+    def born(self) -> Mapping[int, int]:
+        """For each value, the index of the step that makes it."""
+        return {number: index for index, step in enumerate(self.steps) for number in step.made}
 
     @cached_property
     def aliased(self) -> frozenset[int]:
         """Memory that is overwritten through one view and read through another one later."""
         found = set()
-        for place, step in enumerate(self.steps):
+        for index, step in enumerate(self.steps):
             for _, after in step.changed:
                 memory = self.values[after].memory
-                for number, places in self.uses.items():
-                    shares = number != after and self.values[number].memory == memory
-                    born = self.born.get(number, -1)
-                    if shares and born <= place and number not in step.made and max(places) > place:
+                for number, indices in self.uses.items():
+                    shares = number not in step.made and self.values[number].memory == memory
+                    if shares and self.born.get(number, -1) <= index < max(indices):
                         found.add(memory)
         return frozenset(found)
 
     def pruned(self) -> Program:
-        """The program without calls that neither the points nor its outputs need: behind layers,
-        what led there.
+        """The program without calls that neither the points nor its outputs need.
 
         Calls on points stay, needed or not: their shapes tell that a recording does not hold.
         """
         varying = [step for step in self.steps if step.varying]
         return replace(self, steps=self._needed(varying, refs_in(self.outputs)))
+
+    def rereading(self) -> tuple[Step, ...]:
+        """The steps whose results Python reads, and those that they need."""
+        return self._needed([step for step in self.steps if isinstance(step.func, Read)], ())
 
     def _needed(self, wanted: Sequence[Step], outputs: Iterable[Ref]) -> tuple[Step, ...]:
         """The steps `wanted`, and those that they or `outputs` need."""
@@ -314,17 +351,11 @@ class Program:
         for step in reversed(self.steps):
             # What is written through one view is read through others.
             written = {self.values[after].memory for _, after in step.changed}
-            if not (id(step) in asked or needed & set(step.made) or memories & written):
-                continue
-            kept.append(step)
-            needed |= step.used
-            memories |= {self.values[number].memory for number in (*step.used, *step.made)}
+            if id(step) in asked or needed & set(step.made) or memories & written:
+                kept.append(step)
+                needed |= step.used
+                memories |= {self.values[number].memory for number in (*step.used, *step.made)}
         return tuple(reversed(kept))
-
-    def rereading(self) -> tuple[Step, ...]:
-        """The steps that tell Python numbers, and those that lead there."""
-        asked = [step for step in self.steps if isinstance(step.func, Read)]
-        return self._needed(asked, ())
 
     def innermost(self) -> Program:
         """The program on channels-last images and volumes, which views may have to copy."""
@@ -335,26 +366,21 @@ class Program:
         return replace(self, steps=steps, channels_last=True)
 
     def in_pieces(self, count: int) -> Program:
-        """The program in `count` pieces of about equal bytes, all but the last computed twice."""
+        """The program in `count` checkpoint segments of about equal bytes, all but the last
+        computed twice.
+        """
         weights = [sum(self.values[number].nbytes for number in step.made) for step in self.steps]
-        total, seen, places = sum(weights), 0, list[int]()
-        for place, weight in enumerate(weights):
-            # A piece begins where a share is full, and nothing from before it is overwritten later.
-            if place and seen * count >= total * (len(places) + 1) and self._whole_at(place):
-                places.append(place)
+        total, seen, ends = sum(weights), 0, list[int]()
+        for index, weight in enumerate(weights):
+            # A segment ends where a share is full, and nothing before it is overwritten later.
+            if index and seen * count >= total * (len(ends) + 1) and self._whole_at(index):
+                ends.append(index)
             seen += weight
-        return replace(self, pieces=tuple(places[: count - 1]))
+        return replace(self, pieces=tuple(ends[: count - 1]))
 
-    def _whole_at(self, place: int) -> bool:
-        return not any(
-            self.born.get(number, -1) < place
-            for step in self.steps[place:]
-            for number in step.overwritten
-        )
-
-    @cached_property
-    def born(self) -> Mapping[int, int]:
-        return {number: place for place, step in enumerate(self.steps) for number in step.made}
+    def _whole_at(self, index: int) -> bool:
+        later = (number for step in self.steps[index:] for number in step.overwritten)
+        return all(self.born.get(number, -1) >= index for number in later)
 
     def part(self, given: Sequence[int], wanted: Sequence[Any], tree: TreeSpec) -> Program:
         """The program from the values `given` to the values `wanted`; extras stay arguments."""
@@ -367,6 +393,48 @@ class Program:
         return replace(
             self, steps=tuple(reversed(kept)), inputs=tuple(given), outputs=tuple(wanted), tree=tree
         )
+
+    def __str__(self) -> str:
+        """One line per step, as `%3 = conv2d(%1, float32[8, 3, 3, 3], ...)`."""
+        head = f"inputs {_shown([*map(Ref, self.inputs)])}"
+        lines = [f"  {'' if one.varying else 'const '}{one}" for one in self.steps]
+        for number, index in enumerate(self.pieces):
+            lines.insert(index + number, "  -- checkpoint segment --")
+        return "\n".join([head, *lines, f"return {_shown(self.outputs)}"])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A program that takes tensors made of its weights, for as long as these do not change.
+
+    Attributes:
+        copies: Pairs of a function that makes some of the tensors anew, and these tensors.
+    """
+
+    program: Program
+    copies: tuple[tuple[Callable[[], Sequence[Tensor]], Sequence[Tensor]], ...]
+
+    def refresh(self) -> None:
+        """Makes the tensors anew, in the same places."""
+        with torch.no_grad():
+            for make, copies in self.copies:
+                for copy, new in zip(copies, make(), strict=True):
+                    # Views of the model's own weights are up to date.
+                    if copy.data_ptr() != new.data_ptr():
+                        copy.copy_(new)
+
+
+def _shown(template: Any) -> str:
+    """A template of arguments as text."""
+    if isinstance(template, Ref):
+        return f"%{template.number}"
+    if isinstance(template, Tensor):
+        return f"{str(template.dtype).removeprefix('torch.')}{list(template.shape)}"
+    if isinstance(template, PerRow):
+        return f"{template.base} + {template.slope} * rows"
+    if isinstance(template, (tuple, list)):
+        return ", ".join(map(_shown, template)).join("()" if len(template) != 1 else ("", ""))
+    return name_of(template) if callable(template) else repr(template)
 
 
 def lies_innermost(x: Tensor) -> bool:
@@ -394,49 +462,54 @@ def _innermost(point: Tensor) -> Tensor:
     return point.reshape(len(point), *point.shape[2:], 1).movedim(-1, 1)
 
 
-def refs_in(template: Any) -> Iterator[Ref]:
-    """The values that a template of arguments asks for."""
-    if isinstance(template, Ref):
-        yield template
-    elif isinstance(template, (tuple, list)):
+def mapped(change: Callable[[Any], Any], template: Any) -> Any:
+    """A template of arguments with each of its leaves changed."""
+    if isinstance(template, tuple):
+        return tuple([mapped(change, one) for one in template])
+    if isinstance(template, list):
+        return [mapped(change, one) for one in template]
+    if type(template) is dict:
+        return {name: mapped(change, one) for name, one in template.items()}
+    if isinstance(template, slice):
+        ends = (template.start, template.stop, template.step)
+        return slice(*[mapped(change, one) for one in ends])
+    return change(template)
+
+
+def leaves_in(template: Any) -> Iterator[Any]:
+    """The leaves of a template of arguments or of a result, in order."""
+    if isinstance(template, (tuple, list)):
         for one in template:
-            yield from refs_in(one)
+            yield from leaves_in(one)
     elif isinstance(template, Mapping):
-        yield from refs_in(tuple(template.values()))
+        yield from leaves_in(tuple(template.values()))
     elif isinstance(template, slice):
-        yield from refs_in((template.start, template.stop, template.step))
+        yield from leaves_in((template.start, template.stop, template.step))
+    else:
+        yield template
+
+
+def refs_in(template: Any) -> Iterator[Ref]:
+    """The values that a template of arguments takes."""
+    return (one for one in leaves_in(template) if isinstance(one, Ref))
+
+
+def tensors_in(result: Any) -> Iterator[Tensor]:
+    """The tensors in a call's arguments or result, in order."""
+    return (one for one in leaves_in(result) if isinstance(one, Tensor))
 
 
 def filled(template: Any, env: Env, rows: int, frozen: bool) -> Any:
     """A template with its values; `frozen`: weights as plain tensors of the same memory."""
-    if isinstance(template, Ref):
-        return env[template.number]
-    if isinstance(template, Tensor):
-        return template.detach() if frozen and template.requires_grad else template
-    if isinstance(template, PerRow):
-        return template.base + template.slope * rows
-    if type(template) is tuple:
-        return tuple([filled(one, env, rows, frozen) for one in template])
-    if type(template) is list:
-        return [filled(one, env, rows, frozen) for one in template]
-    if type(template) is dict:
-        return {name: filled(one, env, rows, frozen) for name, one in template.items()}
-    if type(template) is slice:
-        ends = (template.start, template.stop, template.step)
-        return slice(*[filled(one, env, rows, frozen) for one in ends])
-    return template
 
+    def value(leaf: Any) -> Any:
+        if isinstance(leaf, Ref):
+            return env[leaf.number]
+        if isinstance(leaf, Tensor):
+            return leaf.detach() if frozen and leaf.requires_grad else leaf
+        return leaf.base + leaf.slope * rows if isinstance(leaf, PerRow) else leaf
 
-def tensors_in(result: Any) -> Iterator[Tensor]:
-    """The tensors in a call's result, in order."""
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for one in result:
-            yield from tensors_in(one)
-    elif isinstance(result, Mapping):
-        for one in result.values():
-            yield from tensors_in(one)
+    return mapped(value, template)
 
 
 def tensors_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, NotLeanError
+from saliency_fast.graph.opinfo import info, name_of
 from saliency_fast.graph.program import (
     Missing,
     PerRow,
@@ -20,71 +21,16 @@ from saliency_fast.graph.program import (
     Ref,
     Step,
     Value,
+    leaves_in,
+    mapped,
     refs_in,
     tensors_in,
 )
 
-# Answers that are no tensors and say nothing of the numbers inside one.
-_SHAPES = frozenset(
-    (
-        "__get__",
-        "__len__",
-        "__hash__",
-        "dim",
-        "ndimension",
-        "size",
-        "stride",
-        "numel",
-        "nelement",
-        "element_size",
-        "get_device",
-        "storage_offset",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "is_signed",
-        "is_conj",
-        "is_neg",
-        "is_inference",
-        "is_same_size",
-        "is_tensor",
-        "type",
-        "result_type",
-        "promote_types",
-        "can_cast",
-        "broadcast_shapes",
-        "_is_view",
-        "has_names",
-        "is_shared",
-        "is_pinned",
-        "is_nested",
-    )
-)
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
-
-
-# Calls whose results have a size that the numbers in their arguments tell.
-_SIZED = frozenset(
-    (
-        "nonzero",
-        "argwhere",
-        "masked_select",
-        "bincount",
-        "unique",
-        "unique_consecutive",
-        "_unique",
-        "_unique2",
-        "unique_dim",
-    )
-)
-
-
-# Those among them whose size depends on which numbers are zero or alike.
-_COUNTED = _SIZED - {"bincount"}
-
-
 _HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
-_SPLITS = frozenset(("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_split"))
+_NOT_RECORDED = ("__set__", "__delete__")
+_BATCH_VARIES = "the model's calls depend on the number of rows"
 
 
 @dataclass(frozen=True)
@@ -112,8 +58,8 @@ def gradient_of(tensor: Tensor) -> object:
     """How gradients reach a tensor: equal for as long as it is the same output of the same node of
     autograd's graph.
 
-    A custom function runs its forward without gradients and then gives the very tensors that this
-    made a node of its own, so that neither their identity nor `requires_grad` tells.
+    A custom function runs its forward without gradients and then makes the very tensors that this
+    made outputs of a node of its own, so that neither their identity nor `requires_grad` tells.
     """
     try:
         node = tensor.grad_fn
@@ -125,12 +71,43 @@ def gradient_of(tensor: Tensor) -> object:
     return tensor.requires_grad, found
 
 
-class Recorder(Calls):
-    """Notes every call while it runs as it is; `program` is what it saw.
+class _Followed(dict[int, "weakref.ref[Tensor]"]):
+    """Tensors that depend on some first ones, by id. read: the first call by which Python learns
+    numbers of them.
+    """
 
-    A model that cannot be recorded runs to its end all the same. What is recorded has autograd's
-    own gradient: every tensor that a call takes is, in autograd's graph, what the noted call that
-    made it gave, no call reads the graph to hook it, and nothing changes what is saved.
+    read: str | None = None
+
+    def add(self, tensor: Tensor) -> None:
+        self[id(tensor)] = weakref.ref(tensor)
+
+    def holds(self, tensor: Tensor) -> bool:
+        found = self.get(id(tensor))
+        return found is not None and found() is tensor
+
+    def follow(self, func: Callable[..., Any], given: list[Tensor], made: list[Tensor]) -> None:
+        if not any(map(self.holds, given)):
+            return
+        name, facts = name_of(func), info(func)
+        written = name.endswith("_") or name == "__setitem__"
+        for one in (*made, *(given[:1] if written else ())):
+            self.add(one)
+        if name in ("__setitem__", "__set__"):
+            return
+        counted = facts.data_sized == "zeros" or (name == "where" and len(given) == 1)
+        if counted or not (made or facts.metadata):
+            self.read = self.read or name
+
+
+class Recorder(Calls):
+    """Records every call while it runs unchanged; `program` gives the result.
+
+    A model that cannot be recorded runs to its end all the same. A recorded model has autograd's
+    own gradient: every tensor that a call takes is, in autograd's graph, what the recorded call
+    that made it returned, no call reads the graph to hook it, and nothing changes what is saved.
+
+    Attributes:
+        own: What of the model gives gradients of its own, if anything does.
     """
 
     def __init__(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
@@ -140,61 +117,42 @@ class Recorder(Calls):
         self._values: dict[int, Value] = {}
         self._seen: dict[int, _Seen] = {}
         self._by_memory: dict[int, list[int]] = {}
-        self.read: str | None = None
         self.own: str | None = None
-        self.asked: str | None = None
-        self._varying = {id(one): weakref.ref(one) for one in points}
-        self._given = {id(one): weakref.ref(one) for one in extras}
+        self._points, self._given = _Followed(), _Followed()
+        for known, tensors in ((self._points, points), (self._given, extras)):
+            for one in tensors:
+                known.add(one)
         self._inputs = [self._number(one, varying=True) for one in points]
         self._extras = [self._number(one, varying=False) for one in extras]
+
+    @property
+    def read(self) -> str | None:
+        """The first call by which Python learns numbers that depend on the points."""
+        return self._points.read
+
+    @property
+    def asked(self) -> str | None:
+        """The first call by which Python learns numbers of further arguments."""
+        return self._given.read
 
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         if func is Tensor.__iter__:
             return iter(self.call(Tensor.unbind, args, kwargs))
-        if func in INNER_GRADIENTS:
-            self._kept(_refuse, "the model takes gradients of its own")
-        before = self._kept(self._before, args, kwargs)
+        before = self._recorded(self._before, func, args, kwargs)
         result = func(*args, **kwargs)
-        self._kept(self._note, func, before, result)
-        self._follow(func, args, kwargs, result)
-        return result
-
-    def _follow(
-        self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], result: Any
-    ) -> None:
-        """Follows what depends on the points, also where the recording was refused; `read` is the
-        first call that tells Python of its numbers, `asked` of those of further arguments, `own`
-        what gives gradients of its own.
-        """
-        given = list(tensors_in((args, kwargs)))
+        self._recorded(self._note, func, before, result)
+        # Also where the recording was refused.
+        given, made = list(tensors_in((args, kwargs))), list(tensors_in(result))
         self.own = self.own or own_gradient(func, given, result)
         if self.own is None and self.packs:
             self.own = "saved_tensors_hooks"
-        for known in (self._varying, self._given):
-            if any(_among(known, one) for one in given):
-                self._follow_one(known, func, given, result)
+        for known in (self._points, self._given):
+            known.follow(func, given, made)
+        return result
 
-    def _follow_one(
-        self, known: dict[int, Any], func: Callable[..., Any], given: list[Tensor], result: Any
-    ) -> None:
-        made = list(tensors_in(result))
-        for one in made:
-            known[id(one)] = weakref.ref(one)
-        name = _name(func)
-        if name.endswith("_") or name == "__setitem__":
-            known[id(given[0])] = weakref.ref(given[0])
-        counted = name in _COUNTED or (name == "where" and len(given) == 1)
-        if name in ("__setitem__", "__set__"):
-            return
-        if counted or not (made or name in _SHAPES):
-            if known is self._varying:
-                self.read = self.read or name
-            else:
-                self.asked = self.asked or name
-
-    def _kept(self, note: Callable[..., Any], *args: Any) -> Any:
+    def _recorded(self, note: Callable[..., Any], *args: Any) -> Any:
         """Runs `note`, unless the recording was refused; remembers why it is."""
         if self._refusal is None:
             # As text: an error holds the frames that it passed, and they the model's tensors.
@@ -207,10 +165,14 @@ class Recorder(Calls):
                 self._refusal = f"the model has tensors that cannot be followed ({_line(error)})"
         return None
 
-    def _before(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Before:
+    def _before(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> _Before:
+        if func in INNER_GRADIENTS:
+            raise NotLeanError("the model takes gradients of its own")
         self.check_saving()
         given = list(tensors_in((args, kwargs)))
-        template = self._template((args, dict(kwargs)))
+        template = mapped(self._leaf, (args, dict(kwargs)))
         return _Before(template, given, [one._version for one in given])
 
     def program(self, raw: Any) -> Program:
@@ -226,19 +188,20 @@ class Recorder(Calls):
         return Program(tuple(self._steps), inputs, extras, outputs, tree, self._values)
 
     def _output(self, leaf: Any) -> Any:
-        """A part of what the model returns; Missing where no noted call made it."""
+        """A part of what the model returns; Missing where no recorded call made it."""
         try:
-            found = self._template(leaf)
+            found = mapped(self._leaf, leaf)
         except NotLeanError as refusal:
             return Missing(str(refusal))
         except Exception as error:
             return Missing(f"the model returns what cannot be followed ({_line(error)})")
         if isinstance(found, (Ref, *_PLAIN)):
             return found
-        return Missing(f"the model returns what no noted call made ({type(leaf).__name__})")
+        return Missing(f"the model returns what no recorded call made ({type(leaf).__name__})")
 
     def _note(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
         made, changed = list(tensors_in(result)), given.changed()
+        args, kwargs = given.template
         if not (made or changed):
             if given.tensors:
                 self._note_read(func, given, result)
@@ -247,76 +210,60 @@ class Recorder(Calls):
             raise NotLeanError(
                 "the model uses autocast, inference mode, torch.func or forward derivatives inside"
             )
-        if self._sized_by_numbers(func, *given.template):
-            raise NotLeanError(f"the model's shapes depend on numbers in tensors ({_name(func)})")
-        if not torch.is_grad_enabled() and any(one.requires_grad for one in changed):
-            raise NotLeanError(f"the model overwrites without gradients ({_name(func)})")
-        args, kwargs = given.template
-        varying = any(self._values[one.number].varying for one in refs_in(given.template))
-        before = [self._known(one) for one in changed]
-        if any(one is None for one in before):
-            raise NotLeanError(f"the model changes its own state ({_name(func)})")
+        if self._sized_by_numbers(func, args, kwargs):
+            raise NotLeanError(f"the model's shapes depend on numbers in tensors ({name_of(func)})")
+        detached = not torch.is_grad_enabled()
+        if detached and any(one.requires_grad for one in changed):
+            raise NotLeanError(f"the model overwrites without gradients ({name_of(func)})")
+        varying = self._varying(given.template)
+        before = [number for one in changed if (number := self._known(one)) is not None]
+        if len(before) < len(changed):
+            raise NotLeanError(f"the model changes its own state ({name_of(func)})")
         outputs = tuple(self._number(one, varying=varying) for one in made)
-        fresh = set(outputs)
         after = []
         for one in changed:
             number = self._known(one)
-            after.append(number if number in fresh else self._number(one, varying=varying))
+            after.append(number if number in outputs else self._number(one, varying=varying))
         for memory in {one.untyped_storage()._cdata for one in changed}:
             self._look_again(memory, varying)
-        self._steps.append(
-            Step(
-                func,
-                args,
-                kwargs,
-                outputs,
-                varying,
-                not torch.is_grad_enabled(),
-                tuple(zip(before, after, strict=True)),  # type: ignore[arg-type]
-            )
-        )
+        pairs = tuple(zip(before, after, strict=True))
+        self._steps.append(Step(func, args, kwargs, outputs, varying, detached, pairs))
 
     def _note_read(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
-        """Notes a call that tells Python numbers, where these do not depend on the points: they are
-        read again in every launch, and must be the same.
+        """Records a call by which Python learns numbers, where these do not depend on the points:
+        every launch reads them again, and they must be the same.
         """
-        name = _name(func)
+        name, plain = name_of(func), all(isinstance(one, _PLAIN) for one in leaves_in(result))
         if isinstance(result, torch.autograd.graph.Node):
             raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
-        if name in _SHAPES and _is_plain(result):
+        if info(func).metadata and plain:
             return
-        args, kwargs = given.template
-        varying = any(self._values[one.number].varying for one in refs_in(given.template))
-        if varying or name in ("__set__", "__delete__") or not _is_plain(result):
+        if self._varying(given.template) or name in _NOT_RECORDED or not plain:
             raise NotLeanError(f"the model reads numbers out of its tensors ({name})")
+        args, kwargs = given.template
         self._steps.append(Step(Read(func, result), args, kwargs, (), False, True))
 
-    def _template(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            number = self._known(value)
-            if number is None:
-                if not value.is_leaf:
-                    raise NotLeanError(_of_unseen(value))
-                return value
-            if gradient_of(value) != self._seen[id(value)].gradient:
-                raise NotLeanError(_of_unseen(value))
-            return Ref(number)
-        if isinstance(value, (tuple, list)):
-            parts = [self._template(one) for one in value]
-            return tuple(parts) if isinstance(value, tuple) else parts
-        if type(value) is dict:
-            return {name: self._template(one) for name, one in value.items()}
-        if isinstance(value, slice):
-            return slice(*[self._template(one) for one in (value.start, value.stop, value.step)])
-        return value
+    def _varying(self, template: Any) -> bool:
+        return any(self._values[one.number].varying for one in refs_in(template))
+
+    def _leaf(self, value: Any) -> Any:
+        """A leaf of a call's arguments, as a template has it."""
+        if not isinstance(value, Tensor):
+            return value
+        number = self._known(value)
+        if number is None and value.is_leaf:
+            return value
+        if number is None or gradient_of(value) != self._seen[id(value)].gradient:
+            raise NotLeanError(_of_unseen(value))
+        return Ref(number)
 
     def _known(self, tensor: Tensor) -> int | None:
         seen = self._seen.get(id(tensor))
         return seen.number if seen is not None and seen.tensor() is tensor else None
 
     def _look_again(self, memory: int, varying: bool) -> None:
-        """Notes anew how gradients reach the tensors of a memory that a call has overwritten: what
-        is written to one view changes the graph and the numbers of the others.
+        """Records anew how gradients reach the tensors of a memory that a call has overwritten:
+        what is written to one view changes the graph and the numbers of the others.
         """
         for key in self._by_memory[memory]:
             seen = self._seen[key]
@@ -326,16 +273,16 @@ class Recorder(Calls):
                 self._values[seen.number] = replace(value, varying=value.varying or varying)
 
     def _sized_by_numbers(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-        name = _name(func)
+        name = name_of(func)
         if name == "__getitem__":
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-            inside = [one for one in parts if isinstance(one, slice)]
-            masks = [one for one in parts if isinstance(one, Ref)]
-            kinds = {self._values[one.number].dtype for one in masks}
-            return any(refs_in(tuple(inside))) or bool(kinds & {torch.bool, torch.uint8})
+            inside = tuple(one for one in parts if isinstance(one, slice))
+            kinds = {self._values[one.number].dtype for one in parts if isinstance(one, Ref)}
+            return any(refs_in(inside)) or bool(kinds & {torch.bool, torch.uint8})
         if name == "repeat_interleave":
             return any(refs_in((args[1:], kwargs.get("repeats"))))
-        return name in _SIZED or (name == "where" and len(args) + len(kwargs) == 1)
+        alone = name == "where" and len(args) + len(kwargs) == 1
+        return alone or bool(info(func).data_sized)
 
     def _number(self, tensor: Tensor, *, varying: bool) -> int:
         number = len(self._values)
@@ -353,55 +300,35 @@ def unified(one: Program, two: Program) -> Program:
     if first == second:
         raise NotLeanError("the model's output of one row has no batch axis")
     if len(one.steps) != len(two.steps) or one.tree != two.tree:
-        raise NotLeanError("the model's calls depend on the number of rows")
-    steps = tuple(
-        Step(
-            a.func,
-            _merged(a.args, b.args),
-            _merged(a.kwargs, b.kwargs),
-            a.outputs,
-            a.varying,
-            a.detached,
-            a.changed,
-        )
-        for a, b in zip(one.steps, two.steps, strict=True)
-        if _same_call(a, b)
-    )
+        raise NotLeanError(_BATCH_VARIES)
+    steps = []
+    for a, b in zip(one.steps, two.steps, strict=True):
+        if _about(a) != _about(b):
+            raise NotLeanError(f"{_BATCH_VARIES} ({a.name})")
+        args, kwargs = _merged(a.args, b.args), _merged(a.kwargs, b.kwargs)
+        steps.append(replace(a, args=args, kwargs=kwargs))
     pairs = zip(one.outputs, two.outputs, strict=True)
     outputs = tuple(_merged_outputs(a, b) for a, b in pairs)
-    values = {
-        number: replace(
-            value,
-            rowwise=_rowwise(value.shape, two.values[number].shape),
-            growth=_growth(value.shape, two.values[number].shape),
-        )
-        for number, value in one.values.items()
-    }
+    values = {n: _grown(value, two.values[n].shape) for n, value in one.values.items()}
     tree: TreeSpec = one.tree
     for step in steps:
         if _parts_of_rows(step, values):
             raise NotLeanError(f"the model takes rows in parts of a fixed size ({step.name})")
-    found = Program(steps, one.inputs, one.extras, outputs, tree, values)
+    found = Program(tuple(steps), one.inputs, one.extras, outputs, tree, values)
     return replace(found, reads=found.rereading())
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a value is numbers, text and names alone, which can be compared later."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, _PLAIN)
-
-
-def _among(known: Mapping[int, Any], tensor: Tensor) -> bool:
-    found = known.get(id(tensor))
-    return found is not None and found() is tensor
+def _about(step: Step) -> list[object]:
+    """All of a step but its arguments."""
+    names = [one.name for one in fields(step) if one.name not in ("args", "kwargs")]
+    return [getattr(step, name) for name in names]
 
 
 def own_gradient(func: Callable[..., Any], given: Sequence[Tensor], result: Any) -> str | None:
     """What of a call shows that the model gives gradients of its own, by code that may look at all
     rows on the way back: a custom function or a hook.
     """
-    if _name(func) in _HOOKING or isinstance(result, torch.autograd.graph.Node):
+    if name_of(func) in _HOOKING or isinstance(result, torch.autograd.graph.Node):
         return "hook"
     for one in given:
         node: Any = one.grad_fn if one.requires_grad else None
@@ -414,7 +341,7 @@ def own_gradient(func: Callable[..., Any], given: Sequence[Tensor], result: Any)
 
 
 def _of_unseen(tensor: Tensor) -> str:
-    """Why a tensor is not what a call of PyTorch's made."""
+    """Why a tensor is not the result of a call of PyTorch's."""
     node: Any = tensor.grad_fn
     name = "" if node is None else node.name().removesuffix("Backward")
     if name == "BackwardHookFunction":
@@ -422,17 +349,6 @@ def _of_unseen(tensor: Tensor) -> str:
     if isinstance(node, torch.autograd.function.BackwardCFunction):
         return f"the model has a custom autograd function {name}"
     return "the model computes outside of PyTorch's own calls"
-
-
-def _same_call(a: Step, b: Step) -> bool:
-    if a.func != b.func or (a.outputs, a.varying, a.detached, a.changed) != (
-        b.outputs,
-        b.varying,
-        b.detached,
-        b.changed,
-    ):
-        raise NotLeanError(f"the model's calls depend on the number of rows ({a.name})")
-    return True
 
 
 def _merged(a: Any, b: Any) -> Any:
@@ -448,11 +364,10 @@ def _merged(a: Any, b: Any) -> Any:
     elif type(a) is dict and type(b) is dict and a.keys() == b.keys():
         return {name: _merged(a[name], b[name]) for name in a}
     elif isinstance(a, slice) and isinstance(b, slice):
-        ends = zip((a.start, a.stop, a.step), (b.start, b.stop, b.step), strict=True)
-        return slice(*[_merged(x, y) for x, y in ends])
+        return slice(*_merged((a.start, a.stop, a.step), (b.start, b.stop, b.step)))
     elif type(a) is type(b) and (a is b or bool(a == b)):
         return a
-    raise NotLeanError("the model's calls depend on the number of rows, or use tensors made anew")
+    raise NotLeanError(f"{_BATCH_VARIES}, or use tensors made anew")
 
 
 def same_calls(one: Program, other: Program) -> bool:
@@ -462,10 +377,7 @@ def same_calls(one: Program, other: Program) -> bool:
         for each in (one, other)
     ]
     return parts[0] == parts[1] and all(
-        a.func == b.func
-        and (a.outputs, a.varying, a.detached, a.changed)
-        == (b.outputs, b.varying, b.detached, b.changed)
-        and _equal((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)))
+        _about(a) == _about(b) and _equal((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)))
         for a, b in zip(one.steps, other.steps, strict=True)
     )
 
@@ -480,22 +392,17 @@ def _kinds(program: Program) -> list[object]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return a is b
-    if isinstance(a, (tuple, list)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict):
-        return type(a) is type(b) and list(a) == list(b) and all(_equal(a[n], b[n]) for n in a)
-    return type(a) is type(b) and bool(a == b)
+    """Whether two templates are equal, their tensors being the same ones."""
+    (some, tree), (others, other) = tree_flatten(a), tree_flatten(b)
+    return bool(tree == other) and all(
+        x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else type(x) is type(y) and x == y
+        for x, y in zip(some, others, strict=True)
+    )
 
 
 def _merged_outputs(a: Any, b: Any) -> Any:
     missing = next((each for each in (a, b) if isinstance(each, Missing)), None)
     return _merged(a, b) if missing is None else missing
-
-
-def _rowwise(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
-    return bool(one) and one[0] == 1 and two == (2, *one[1:])
 
 
 def _parts_of_rows(step: Step, values: Mapping[int, Value]) -> bool:
@@ -508,33 +415,28 @@ def _parts_of_rows(step: Step, values: Mapping[int, Value]) -> bool:
         ends = (index.start, index.stop, index.step) if isinstance(index, slice) else ()
         return any(type(one) is int and one not in (0, 1) for one in ends)
     axis = step.kwargs.get("dim", (*step.args, 0, 0)[2])
-    return step.name in _SPLITS and axis in (0, -len(values[first.number].shape))
+    return step.info.splits and axis in (0, -len(values[first.number].shape))
 
 
-def _growth(one: tuple[int, ...], two: tuple[int, ...]) -> tuple[int, ...]:
+def _grown(value: Value, two: tuple[int, ...]) -> Value:
+    """A value of one row, with how its sizes follow the rows; two: its shape for two rows."""
+    one = value.shape
     if len(one) != len(two):
         raise NotLeanError("the model's shapes depend on the number of rows")
-    return tuple(b - a for a, b in zip(one, two, strict=True))
-
-
-def _refuse(reason: str) -> None:
-    raise NotLeanError(reason)
+    rowwise = bool(one) and one[0] == 1 and two == (2, *one[1:])
+    return replace(
+        value, rowwise=rowwise, growth=tuple(b - a for a, b in zip(one, two, strict=True))
+    )
 
 
 def _inside_a_mode() -> bool:
-    inside = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-    return inside or torch.is_inference_mode_enabled() or _transforming()
-
-
-def _transforming() -> bool:
-    """Whether a transform of torch.func or forward-mode derivatives are at work."""
+    """Whether autocast, inference mode, a transform of torch.func or forward derivatives are on."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return True
     stacked = torch._C._functorch.peek_interpreter_stack() is not None
-    return stacked or torch.autograd.forward_ad._current_level >= 0
+    forward = torch.autograd.forward_ad._current_level >= 0
+    return stacked or forward or torch.is_inference_mode_enabled()
 
 
 def _line(error: Exception) -> str:
     return str(error).split("\n")[0] or type(error).__name__
-
-
-def _name(func: Callable[..., Any]) -> str:
-    return str(getattr(func, "__name__", func))

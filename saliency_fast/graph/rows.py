@@ -1,7 +1,7 @@
-"""Rows: whether the rows of a launch can meet inside a recorded model, told from shapes and axes.
+"""Whether the rows of a launch can meet inside a recorded model, by shapes and axes.
 
 A recording with one row and one with two tell which axis of every tensor counts the rows. A call
-that reduces, orders or mixes along that axis lets rows meet; shapes cannot tell whether scores
+that reduces, orders or mixes along that axis lets rows meet. Shapes cannot tell whether scores
 depend on it, so such a call only makes a model suspect.
 """
 
@@ -13,44 +13,20 @@ from typing import Any
 
 import torch
 
-from saliency_fast.graph.program import PerRow, Program, Ref, Step, Value, refs_in
-
-# Calls that keep their argument's shape and mix along one axis; those that take it second.
-_ALONG = frozenset(
-    "softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp sort argsort msort flip "
-    "flipud roll rot90 normalize renorm glu diff gumbel_softmax".split()
-)
-# Calls that count rows on their first axis; on any other one they would take them for positions.
-_ROWS_FIRST = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d max_pool1d max_pool2d "
-    "max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d interpolate "
-    "group_norm instance_norm unfold fold grid_sample".split()
-)
-_SPLITS = frozenset("split chunk tensor_split split_with_sizes unsafe_split".split())
-_INDEXED = frozenset("index_select take index_add index_copy index_put scatter scatter_add".split())
-_DEFAULTS = {"normalize": 1, "flipud": 0, "msort": 0} | dict.fromkeys(_SPLITS, 0)
-# Calls that take sizes, of which one may be the number of rows.
-_SIZED = frozenset(
-    "view reshape expand repeat tile broadcast_to unflatten resize_ as_strided narrow __getitem__ "
-    "__setitem__ split chunk tensor_split split_with_sizes unsafe_split new_zeros new_ones "
-    "new_full new_empty zeros ones full empty arange eye rand randn randint repeat_interleave "
-    "select index_select unfold fold view_as_complex size sparse_coo_tensor range tril_indices "
-    "triu_indices multi_head_attention_forward bincount one_hot meshgrid".split()
-)
-# Their results have the type and device of an argument, and none of its numbers.
-_FRESH = frozenset(
-    "new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like full_like empty_like "
-    "rand_like randn_like".split()
-)
+from saliency_fast.graph.program import PerRow, Program, Ref, Step, Value, leaves_in, refs_in
 
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Why rows may meet in a model. proof: whether a proof in every launch can tell; else what was
-    seen may move some rows alone, and rows are kept apart. vmap: whether by `torch.func.vmap`,
-    under which hooks do not run. arguments: whether Python reads numbers of further arguments, so
-    that the other examples of a launch may lead it another way.
+    """Why rows may meet in a model.
+
+    Attributes:
+        reason: The cause, as text.
+        proof: Whether a proof in every launch can tell; otherwise some rows might be moved alone,
+            and rows are kept apart.
+        vmap: Whether rows can be kept apart by `torch.func.vmap`, under which hooks do not run.
+        arguments: Whether Python reads numbers of further arguments, so that the other examples of
+            a launch may change which branch the model takes.
     """
 
     reason: str
@@ -61,33 +37,19 @@ class Suspicion:
 
 def suspicion(program: Program) -> Suspicion | None:
     """The first call through which rows may meet; None where there is none."""
-    values = program.values
     for step in program.steps:
-        if step.name not in _SIZED and any(_counts_rows((step.args, dict(step.kwargs)))):
+        counts = any(isinstance(one, PerRow) for one in leaves_in((step.args, step.kwargs)))
+        if counts and not step.info.takes_sizes:
             return Suspicion(f"{step.name} takes the number of rows for a number", proof=False)
-        if step.varying and step.name not in _FRESH and _meets(step, values):
+        if step.varying and not step.info.blank and _meets(step, program.values):
             return Suspicion(f"{step.name} works along the rows", proof=False)
     return None
 
 
-def _counts_rows(template: Any) -> Iterator[bool]:
-    """Whether each number in a call's arguments follows the rows."""
-    if isinstance(template, (tuple, list)):
-        for one in template:
-            yield from _counts_rows(one)
-    elif isinstance(template, dict):
-        yield from _counts_rows(tuple(template.values()))
-    elif isinstance(template, slice):
-        yield from _counts_rows((template.start, template.stop, template.step))
-    else:
-        yield isinstance(template, PerRow)
-
-
 def _meets(step: Step, values: Mapping[int, Value]) -> bool:
-    taken = [values[one.number] for one in refs_in((step.args, dict(step.kwargs)))]
-    counted = [axis for one in taken if one.varying for axis in _axes(one)]
-    if not counted:
-        # What meets did so before; of what no longer counts rows nothing is known.
+    taken = [values[one.number] for one in refs_in((step.args, step.kwargs))]
+    if not any(one.varying and _axes(one) for one in taken):
+        # Rows that meet here met before; a value that no longer counts rows tells nothing.
         return False
     if any(len(_axes(values[number])) != 1 for number in step.made):
         return True
@@ -96,16 +58,15 @@ def _meets(step: Step, values: Mapping[int, Value]) -> bool:
     first = step.args[0] if step.args else None
     if not isinstance(first, Ref) or not (axes := _axes(values[first.number])):
         return False
-    axis, rank = axes[0], len(values[first.number].shape)
-    return _mixes(step, axis, rank, values)
+    return _mixes(step, axes[0], len(values[first.number].shape), values)
 
 
 def _mixes(step: Step, axis: int, rank: int, values: Mapping[int, Value]) -> bool:
     """Whether a call on a tensor that counts rows on `axis` mixes along it."""
-    name = step.name.rstrip("_")
-    if name in _ALONG or name in _SPLITS:
-        return axis in _dims(step, rank, _DEFAULTS.get(name, -1))
-    if name in _ROWS_FIRST or name == "batch_norm":
+    name = step.name.strip("_")
+    if step.info.rows == "along":
+        return axis in _dims(step, rank)
+    if step.info.rows == "first" or name == "batch_norm":
         return axis != 0 or (name == "batch_norm" and _of_batch(step))
     if name == "scaled_dot_product_attention":
         return axis >= rank - 2
@@ -116,23 +77,19 @@ def _mixes(step: Step, axis: int, rank: int, values: Mapping[int, Value]) -> boo
         return axis >= rank - (len(shape) if isinstance(shape, (tuple, list)) else 1)
     if name == "linear":
         return axis == rank - 1
-    if name == "__getitem__":
-        return _picks(step.args[1], axis, values)
-    if name in _INDEXED:
-        return axis in _dims(step, rank, 0)
-    return False
+    return name == "getitem" and _picks(step.args[1], axis, values)
 
 
-def _dims(step: Step, rank: int, default: int) -> Iterator[int]:
-    """The axes that a call is along; all of them where it names none."""
+def _dims(step: Step, rank: int) -> Iterator[int]:
+    """The axes that a call is along; all of them where it names none and has no default."""
     found: Any = next((step.kwargs[n] for n in ("dim", "dims", "axis") if n in step.kwargs), None)
-    name = step.name.rstrip("_")
+    position, default = step.info.axis
     if found is None:
-        # flip(x, 0, 1) and flip(x, (0, 1)) are alike; others take the axis second or third.
-        place = 2 if name in (*_SPLITS, "roll", "rot90", "renorm", "diff", "normalize") else 1
-        found = step.args[place:] if name == "flip" else (*step.args, *[None] * 3)[place]
+        # flip(x, 0, 1) and flip(x, (0, 1)) are the same call.
+        several = step.name == "flip"
+        found = step.args[1:] if several else (*step.args, *[None] * 3)[position]
     if found is None:
-        found = range(rank) if name == "roll" else default
+        found = range(rank) if default is None else default
     for one in found if isinstance(found, (tuple, list, range)) else (found,):
         for dim in one if isinstance(one, (tuple, list)) else (one,):
             if isinstance(dim, int):
@@ -141,20 +98,14 @@ def _dims(step: Step, rank: int, default: int) -> Iterator[int]:
 
 def _picks(index: Any, axis: int, values: Mapping[int, Value]) -> bool:
     """Whether an index takes other than all rows, in their order."""
-    parts = index if isinstance(index, tuple) else (index,)
-    at = 0
-    for part in parts:
-        if part is None:
-            continue
-        if part is Ellipsis:
-            return False
-        if at == axis:
-            whole = isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1)
-            if isinstance(part, Ref):
-                return values[part.number].varying
-            return not (whole and getattr(part, "stop", None) is None)
-        at += 1
-    return False
+    parts = [one for one in (index if isinstance(index, tuple) else (index,)) if one is not None]
+    if axis >= len(parts) or any(one is ... for one in parts[: axis + 1]):
+        return False
+    part = parts[axis]
+    if isinstance(part, Ref):
+        return values[part.number].varying
+    whole = isinstance(part, slice) and part.start in (None, 0) and part.step in (None, 1)
+    return not (whole and part.stop is None)
 
 
 def _contracts(step: Step, values: Mapping[int, Value]) -> bool:
@@ -164,7 +115,7 @@ def _contracts(step: Step, values: Mapping[int, Value]) -> bool:
         return True
     inputs, arrow, kept = equation.replace(" ", "").partition("->")
     if not arrow:
-        # What comes once is kept, and so is an ellipsis.
+        # Letters that come once are kept, and so is an ellipsis.
         kept = "".join(one for one in inputs if one.isalpha() and inputs.count(one) == 1) + "..."
     parts = operands[0] if isinstance(operands[0], (tuple, list)) else operands
     letters = {
@@ -177,7 +128,7 @@ def _contracts(step: Step, values: Mapping[int, Value]) -> bool:
 
 
 def _letter(term: str, axis: int, rank: int) -> str:
-    """The letter of an operand's axis; for one that an ellipsis stands for its place."""
+    """The letter of an operand's axis; for an axis under an ellipsis its position."""
     before, ellipsis, after = term.partition("...")
     if axis < len(before):
         return before[axis]

@@ -3,7 +3,6 @@
 from saliency_fast.ops import dispatch as _dispatch
 from saliency_fast.ops.accumulate import accumulate, accumulate_moments, accumulate_random_lines
 from saliency_fast.ops.cam import cam
-from saliency_fast.ops.direct import direct
 from saliency_fast.ops.dispatch import backends
 from saliency_fast.ops.finish import REDUCTIONS, finish
 from saliency_fast.ops.masks import pack_mask, relu_mask, relu_mask_, relu_mask_backward
@@ -29,7 +28,6 @@ __all__ = [
     "accumulate_random_lines",
     "backends",
     "cam",
-    "direct",
     "finish",
     "line_points",
     "magnitude_percentile",

@@ -7,12 +7,13 @@ depend on how rows were split into launches.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saliency_fast.ops.points import random_line, random_line_samples
-from saliency_fast.ops.registry import Op, Sample, define, rows_of
+from saliency_fast.ops.points import line_elements, random_line, random_line_samples
+from saliency_fast.ops.registry import Sample, define, rows_of
 
 KINDS = ("sum", "square", "absolute")
 
@@ -26,10 +27,6 @@ def _accumulate(total: Tensor, grads: Tensor, slot: Tensor, weight: Tensor, kind
     elif kind != "sum":
         raise ValueError(f"kind must be one of {', '.join(KINDS)}: got {kind!r}")
     total.index_add_(0, slot, rows_of(weight.to(total.dtype), total.dim()) * terms)
-
-
-def _fake_in_place(*_: object) -> None:
-    return None
 
 
 def _samples() -> Iterator[Sample]:
@@ -47,29 +44,23 @@ def _samples() -> Iterator[Sample]:
 
 
 accumulate = define(
-    Op(
-        schema="accumulate(Tensor(a!) total, Tensor grads, Tensor slot, Tensor weight, str kind)"
-        " -> ()",
-        reference=_accumulate,
-        fake=_fake_in_place,
-        samples=_samples,
-        moved=lambda total, grads, *_: (
-            grads.numel() * grads.element_size() + 2 * total.numel() * total.element_size()
-        ),
-        triton="saliency_fast.kernels.accumulate:accumulate",
-    )
+    schema="accumulate(Tensor(a!) total, Tensor grads, Tensor slot, Tensor weight, str kind) -> ()",
+    reference=_accumulate,
+    fake=lambda *_: None,
+    samples=_samples,
+    triton="saliency_fast.kernels.accumulate:accumulate",
 )
 """accumulate(total [S, *], grads [R, *], slot int64 [R], weight float64 [R], kind): adds
 weight * g, weight * g**2 or weight * |g| of each row to total[slot], in place."""
 
 
 def _moments(mean: Tensor, spread: Tensor, count: Tensor, grads: Tensor, slot: Tensor) -> None:
-    for row, place in enumerate(slot.tolist()):
+    for row, number in enumerate(slot.tolist()):
         gradient = grads[row].to(mean.dtype)
-        count[place] += 1
-        before = gradient - mean[place]
-        mean[place] += before / count[place].to(mean.dtype)
-        spread[place] += before * (gradient - mean[place])
+        count[number] += 1
+        before = gradient - mean[number]
+        mean[number] += before / count[number].to(mean.dtype)
+        spread[number] += before * (gradient - mean[number])
 
 
 def _moment_samples() -> Iterator[Sample]:
@@ -83,36 +74,19 @@ def _moment_samples() -> Iterator[Sample]:
 
 
 accumulate_moments = define(
-    Op(
-        schema="accumulate_moments(Tensor(a!) mean, Tensor(b!) spread, Tensor(c!) count,"
-        " Tensor grads, Tensor slot) -> ()",
-        reference=_moments,
-        fake=_fake_in_place,
-        samples=_moment_samples,
-        moved=lambda mean, spread, count, grads, *_: (
-            grads.numel() * grads.element_size() + 4 * mean.numel() * mean.element_size()
-        ),
-        triton="saliency_fast.kernels.accumulate:accumulate_moments",
-    )
+    schema="accumulate_moments(Tensor(a!) mean, Tensor(b!) spread, Tensor(c!) count,"
+    " Tensor grads, Tensor slot) -> ()",
+    reference=_moments,
+    fake=lambda *_: None,
+    samples=_moment_samples,
+    triton="saliency_fast.kernels.accumulate:accumulate_moments",
 )
 """accumulate_moments(mean [S, *], spread [S, *], count float64 [S], grads [R, *], slot int64 [R]):
 Welford's update (1962), in place; spread / count is the variance."""
 
 
-def _random_lines(
-    total: Tensor,
-    grads: Tensor,
-    slot: Tensor,
-    weight: Tensor,
-    x: Tensor,
-    baselines: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    item: Tensor,
-    sample: Tensor,
-    first_element: int,
-) -> None:
-    start, end, _ = random_line(x, baselines, sigma, seed, item, sample, first_element)
+def _random_lines(total: Tensor, grads: Tensor, slot: Tensor, weight: Tensor, *line: Any) -> None:
+    start, end, _ = random_line(*line)
     terms = grads.to(total.dtype) * (end - start).to(total.dtype)
     total.index_add_(0, slot, rows_of(weight.to(total.dtype), total.dim()) * terms)
 
@@ -126,20 +100,18 @@ def _random_line_samples() -> Iterator[Sample]:
 
 
 accumulate_random_lines = define(
-    Op(
-        schema="accumulate_random_lines(Tensor(a!) total, Tensor grads, Tensor slot,"
-        " Tensor weight, Tensor x, Tensor baselines, Tensor sigma, Tensor seed, Tensor item,"
-        " Tensor sample, int first_element) -> ()",
-        reference=_random_lines,
-        fake=_fake_in_place,
-        samples=_random_line_samples,
-        moved=lambda total, grads, slot, weight, x, baselines, *_: (
-            grads.numel() * grads.element_size()
-            + 2 * total.numel() * total.element_size()
-            + (x.numel() + min(len(baselines), len(grads)) * x[0].numel()) * x.element_size()
-        ),
-        triton="saliency_fast.kernels.accumulate:accumulate_random_lines",
-    )
+    schema="accumulate_random_lines(Tensor(a!) total, Tensor grads, Tensor slot,"
+    " Tensor weight, Tensor x, Tensor baselines, Tensor sigma, Tensor seed, Tensor item,"
+    " Tensor sample, int first_element) -> ()",
+    reference=_random_lines,
+    fake=lambda *_: None,
+    samples=_random_line_samples,
+    triton="saliency_fast.kernels.accumulate:accumulate_random_lines",
+    least=lambda total, grads, slot, weight, x, baselines, *_: (
+        grads.numel() * grads.element_size()
+        + 2 * total.numel() * total.element_size()
+        + (x.numel() + line_elements(x, baselines, grads)) * x.element_size()
+    ),
 )
 """accumulate_random_lines(total [S, *], grads [R, *], slot, weight [R], then the arguments of
 `random_line_points`): adds weight * g * (end - start) of each row's random line to total[slot],

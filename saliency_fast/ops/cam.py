@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.registry import Sample, define
 
 
 def _written_in(activations: Tensor) -> torch.dtype:
@@ -17,9 +16,9 @@ def _written_in(activations: Tensor) -> torch.dtype:
 
 
 def _resized(maps: Tensor, axis: int, size: int) -> Tensor:
-    """One axis resized; places are counted in halves, so that shares are rounded once."""
-    many, place = maps.shape[axis], torch.arange(size, device=maps.device)
-    halves = ((2 * place + 1) * many - size).clamp(min=0)
+    """One axis resized; positions are counted in halves, so that shares are rounded once."""
+    many, position = maps.shape[axis], torch.arange(size, device=maps.device)
+    halves = ((2 * position + 1) * many - size).clamp(min=0)
     low = halves // (2 * size)
     share = (halves % (2 * size)).to(maps.dtype) / (2 * size)
     first = maps.index_select(axis, low)
@@ -67,18 +66,11 @@ def _samples() -> Iterator[Sample]:
 
 
 cam = define(
-    Op(
-        schema="cam(Tensor activations, Tensor weights, int[] size, bool rectify) -> Tensor",
-        reference=_cam,
-        fake=_fake,
-        samples=_samples,
-        moved=lambda activations, weights, size, rectify: (
-            activations.element_size() * activations.numel()
-            + weights.element_size() * weights.numel()
-            + _written_in(activations).itemsize * len(activations) * math.prod(size)
-        ),
-        triton="saliency_fast.kernels.cam:cam",
-    )
+    schema="cam(Tensor activations, Tensor weights, int[] size, bool rectify) -> Tensor",
+    reference=_cam,
+    fake=_fake,
+    samples=_samples,
+    triton="saliency_fast.kernels.cam:cam",
 )
 """cam(activations [B, C, *s], weights [B, C] or [B, C, *s], size, rectify) -> [B, *size]: the
 channels' weighted sum over 1 to 3 spatial axes, its negative part cut off where `rectify`, resized

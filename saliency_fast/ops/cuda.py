@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,18 +72,11 @@ def _launch(name: str, tensor: Tensor, *arguments: object) -> None:
         raise BackendError(f"{name} failed on {tensor.device} with CUDA error {code}")
 
 
-def noise_points(
-    x: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    item: Tensor,
-    sample: Tensor,
-    antithetic: bool,
-    first_element: int,
-) -> Tensor:
+def noise_points(x: Tensor, *arguments: Any) -> Tensor:
     """The op `noise_points`: [R, *]."""
-    x, columns = x.contiguous(), [t.contiguous() for t in (sigma, seed, item, sample)]
-    out = torch.empty((len(item), *x.shape[1:]), dtype=x.dtype, device=x.device)
+    *columns, antithetic, first_element = arguments
+    x, columns = x.contiguous(), [t.contiguous() for t in columns]
+    out = torch.empty((len(columns[2]), *x.shape[1:]), dtype=x.dtype, device=x.device)
     numel = x[0].numel()
     _launch("noise_points", x, x, *columns, out, len(out), numel, antithetic, first_element)
     return out
@@ -96,8 +90,8 @@ def magnitude_percentile(values: Tensor, percentile: float) -> Tensor:
     state = torch.zeros(
         rows * library().saliency_fast_percentile_state(), dtype=torch.uint8, device=values.device
     )
-    place = rank(numel, percentile)
-    _launch("magnitude_percentile", values, values, state, out, rows, numel, place)
+    order = rank(numel, percentile)
+    _launch("magnitude_percentile", values, values, state, out, rows, numel, order)
     return out
 
 
@@ -109,42 +103,22 @@ def _planes(x: Tensor, layout: torch.memory_format | None) -> tuple[int, int, in
     return x.numel(), inner, x.shape[1]
 
 
-def relu_mask(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    slope: float,
-    upper: float,
-) -> tuple[Tensor, Tensor]:
+def relu_mask(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     """The op `relu_mask`: (y like x, mask)."""
     x = x.contiguous() if masks.layout_of(x) is None else x
     y = torch.empty_like(x)
-    return y, _rectify(x, scale, shift, residual, slope, upper, y)
+    return y, _rectify(x, y, *options)
 
 
-def relu_mask_(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    slope: float,
-    upper: float,
-) -> Tensor:
+def relu_mask_(x: Tensor, *options: Any) -> Tensor:
     """The op `relu_mask_`: the mask; y is written over x."""
     masks.check_in_place(x)
-    return _rectify(x, scale, shift, residual, slope, upper, x)
+    return _rectify(x, x, *options)
 
 
-def _rectify(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    slope: float,
-    upper: float,
-    y: Tensor,
-) -> Tensor:
+def _rectify(x: Tensor, y: Tensor, *options: Any) -> Tensor:
+    """Writes y; returns the mask. options: scale, shift, residual, slope, upper."""
+    scale, shift, residual, slope, upper = options
     masks.check_rectifier(slope, upper)
     masks.check_parts(x, scale, shift, residual)
     layout = masks.layout_of(x) or torch.contiguous_format
@@ -157,15 +131,10 @@ def _rectify(
 
 
 def relu_mask_backward(
-    grad: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
-    slope: float,
-    rule: str,
-    both: bool,
-    channels_last: bool,
+    grad: Tensor, mask: Tensor, scale: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     """The op `relu_mask_backward`: (scale m, m or empty [0])."""
+    slope, rule, both, channels_last = options
     masks.check_rule(rule)
     masks.check_rectifier(slope, math.inf)
     masks.check_mask(grad, mask, scale)

@@ -86,10 +86,20 @@ def kernels(device: str) -> str:
 
 
 def backends() -> dict[str, str]:
-    """What each device runs, in words: {"cpu": ..., "cuda": ..., "forced": ...}."""
-    native = native_library()
-    choice = forced()
-    cpu = "native C++ ops"
+    """Which versions of the fused ops each device runs, in words.
+
+    Returns:
+        `cpu` and `cuda` (what runs there, or why the reference does), `triton` and `cuda ops`
+        (installed or built), and `forced` (the value of SALIENCY_FAST_BACKEND, or "nothing").
+
+    Raises:
+        BackendError: Where SALIENCY_FAST_BACKEND names no backend, or one that is not built.
+
+    Example:
+        >>> sorted(backends())
+        ['cpu', 'cuda', 'cuda ops', 'forced', 'triton']
+    """
+    native, choice, cpu = native_library(), forced(), "native C++ ops"
     if native is None:
         cpu = "reference (the C++ ops are not built)"
     elif choice not in (None, "native"):

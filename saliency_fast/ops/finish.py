@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.registry import Sample, define
 
 REDUCTIONS = ("none", "sum", "absmax", "l2")
 
@@ -50,22 +50,12 @@ def _samples() -> Iterator[Sample]:
                 yield Sample((total, x, x[:1], reduction), note=f"{note}, one baseline")
 
 
-def _moved(total: Tensor, x: Tensor | None, baseline: Tensor | None, reduction: str) -> int:
-    read = total.numel() + sum(t.numel() for t in (x, baseline) if t is not None)
-    written = total.numel() if reduction == "none" else total.numel() // total.shape[1]
-    return total.element_size() * (read + written)
-
-
 finish = define(
-    Op(
-        schema="finish(Tensor total, Tensor? x, Tensor? baseline, str reduction)"
-        " -> (Tensor, Tensor)",
-        reference=_finish,
-        fake=_fake,
-        samples=_samples,
-        moved=_moved,
-        triton="saliency_fast.kernels.finish:finish",
-    )
+    schema="finish(Tensor total, Tensor? x, Tensor? baseline, str reduction) -> (Tensor, Tensor)",
+    reference=_finish,
+    fake=_fake,
+    samples=_samples,
+    triton="saliency_fast.kernels.finish:finish",
 )
 """finish(total [S, C, *], x [B, C, *] | None, baseline [B | 1, C, *] | None, reduction) ->
 (values, sums float64 [S]): multiplies by x - baseline (by x where baseline is None; S is a

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.registry import Sample, define
 
+OptTensor = Tensor | None
 RULES = ("standard", "guided", "deconv")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -55,9 +57,7 @@ def check_rule(rule: str) -> None:
         raise ValueError(f"rule must be one of {', '.join(RULES)}: got {rule!r}")
 
 
-def check_parts(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None
-) -> None:
+def check_parts(x: Tensor, scale: OptTensor, shift: OptTensor, residual: OptTensor) -> None:
     """Refuses parts of z that do not fit x."""
     least = 1 if scale is None else 2
     if x.dim() < least or x.dtype not in DTYPES:
@@ -75,7 +75,7 @@ def check_parts(
             )
 
 
-def check_mask(grad: Tensor, mask: Tensor, scale: Tensor | None) -> None:
+def check_mask(grad: Tensor, mask: Tensor, scale: OptTensor) -> None:
     """Refuses a mask that is not one of grad's elements."""
     check_parts(grad, scale, scale, None)
     wanted = (grad.numel() + 7) // 8
@@ -117,12 +117,7 @@ def _unpacked(mask: Tensor, like: Tensor, channels_last: bool) -> Tensor:
 
 
 def _relu_mask(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    slope: float,
-    upper: float,
+    x: Tensor, scale: OptTensor, shift: OptTensor, residual: OptTensor, slope: float, upper: float
 ) -> tuple[Tensor, Tensor]:
     check_rectifier(slope, upper)
     check_parts(x, scale, shift, residual)
@@ -144,29 +139,15 @@ def _relu_mask(
     return torch.empty_like(x).copy_(y), _packed(flags)
 
 
-def _relu_mask_(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    slope: float,
-    upper: float,
-) -> Tensor:
+def _relu_mask_(x: Tensor, *options: Any) -> Tensor:
     check_in_place(x)
-    y, mask = _relu_mask(x, scale, shift, residual, slope, upper)
+    y, mask = _relu_mask(x, *options)
     x.copy_(y)
     return mask
 
 
-def _backward(
-    grad: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
-    slope: float,
-    rule: str,
-    both: bool,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, mask: Tensor, scale: OptTensor, *options: Any) -> tuple[Tensor, Tensor]:
+    slope, rule, both, channels_last = options
     check_rule(rule)
     check_rectifier(slope, math.inf)
     check_mask(grad, mask, scale)
@@ -204,38 +185,24 @@ def _fake(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 def _fake_backward(
-    grad: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
-    slope: float,
-    rule: str,
-    both: bool,
-    channels_last: bool,
+    grad: Tensor, mask: Tensor, scale: OptTensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
+    _, _, both, channels_last = options
     layout = layout_named(grad, channels_last)
     first = torch.empty_like(grad, memory_format=layout)
     second = torch.empty_like(first) if both and scale is not None else grad.new_empty(0)
     return first, second
 
 
-_LAYOUTS: tuple[tuple[tuple[int, ...], str], ...] = (
-    ((1,), "contiguous"),
-    ((13,), "contiguous"),
-    ((3, 1027), "contiguous"),
-    ((2, 3, 7), "contiguous"),
-    ((2, 5, 9, 7), "contiguous"),
-    ((2, 5, 9, 7), "channels_last"),
-    ((2, 16, 3, 5), "channels_last"),
-    ((2, 6, 40, 41), "contiguous"),
-    ((2, 6, 40, 41), "channels_last"),
-    ((2, 3, 4, 3, 5), "contiguous"),
-    ((2, 3, 4, 3, 5), "channels_last"),
-    ((3, 1, 5, 7), "contiguous"),
-    ((3, 1, 5, 7), "channels_last"),
-    ((2, 5, 9, 7), "strided"),
-    ((3, 19), "strided"),
-    ((0, 3, 4, 4), "contiguous"),
-)
+_SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "contiguous": (
+        *((1,), (13,), (3, 1027), (2, 3, 7), (2, 5, 9, 7), (2, 6, 40, 41), (2, 3, 4, 3, 5)),
+        *((3, 1, 5, 7), (0, 3, 4, 4)),
+    ),
+    "channels_last": ((2, 5, 9, 7), (2, 16, 3, 5), (2, 6, 40, 41), (2, 3, 4, 3, 5), (3, 1, 5, 7)),
+    "strided": ((2, 5, 9, 7), (3, 19)),
+}
+_LAYOUTS = tuple((shape, layout) for layout, shapes in _SHAPES.items() for shape in shapes)
 _RECTIFIERS = ((0.0, math.inf), (0.01, math.inf), (0.0, 6.0))
 _SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 6.0, -1.0, 1e-30)
 
@@ -317,41 +284,15 @@ def _pack_samples() -> Iterator[Sample]:
         yield Sample((torch.full((3, 11), full),), note=f"all {full}")
 
 
-def _mask_bytes(x: Tensor) -> int:
-    return (x.numel() + 7) // 8
-
-
-def _moved(x: Tensor, scale: Tensor | None, shift: Tensor | None, *rest: object) -> int:
-    tensors = 2 if rest[0] is None else 3
-    return tensors * x.numel() * x.element_size() + _mask_bytes(x)
-
-
-def _moved_backward(
-    grad: Tensor,
-    mask: Tensor,
-    scale: Tensor | None,
-    slope: float,
-    rule: str,
-    both: bool,
-    channels_last: bool,
-) -> int:
-    tensors = 3 if both and scale is not None else 2
-    bits = 0 if rule == "deconv" else _mask_bytes(grad)
-    return tensors * grad.numel() * grad.element_size() + bits
-
-
 _FORWARD = "Tensor? scale, Tensor? shift, Tensor? residual, float slope, float upper"
 
 relu_mask = define(
-    Op(
-        schema=f"relu_mask(Tensor x, {_FORWARD}) -> (Tensor, Tensor)",
-        reference=_relu_mask,
-        fake=_fake,
-        samples=_forward_samples,
-        moved=_moved,
-        triton="saliency_fast.kernels.masks:relu_mask",
-        cuda="saliency_fast.ops.cuda:relu_mask",
-    )
+    schema=f"relu_mask(Tensor x, {_FORWARD}) -> (Tensor, Tensor)",
+    reference=_relu_mask,
+    fake=_fake,
+    samples=_forward_samples,
+    triton="saliency_fast.kernels.masks:relu_mask",
+    cuda="saliency_fast.ops.cuda:relu_mask",
 )
 """relu_mask(x [N, C, *], scale [C] | None, shift [C] | None, residual like x | None, slope, upper)
 -> (y like x, mask): z = scale x + shift + residual (x may be [*] without scale), and y = z where
@@ -360,30 +301,24 @@ upper inf is no bound, so that +inf counts as within. x that is neither contiguo
 is copied. Raises where slope != 0 meets a finite upper."""
 
 relu_mask_ = define(
-    Op(
-        schema=f"relu_mask_(Tensor(a!) x, {_FORWARD}) -> Tensor",
-        reference=_relu_mask_,
-        fake=empty_mask,
-        samples=_in_place_samples,
-        moved=_moved,
-        triton="saliency_fast.kernels.masks:relu_mask_",
-        cuda="saliency_fast.ops.cuda:relu_mask_",
-    )
+    schema=f"relu_mask_(Tensor(a!) x, {_FORWARD}) -> Tensor",
+    reference=_relu_mask_,
+    fake=empty_mask,
+    samples=_in_place_samples,
+    triton="saliency_fast.kernels.masks:relu_mask_",
+    cuda="saliency_fast.ops.cuda:relu_mask_",
 )
 """relu_mask_(x, ...) -> mask: `relu_mask` that writes y over x, which must be contiguous or
 channels_last."""
 
 relu_mask_backward = define(
-    Op(
-        schema="relu_mask_backward(Tensor grad, Tensor mask, Tensor? scale, float slope, str rule,"
-        " bool both, bool channels_last) -> (Tensor, Tensor)",
-        reference=_backward,
-        fake=_fake_backward,
-        samples=_backward_samples,
-        moved=_moved_backward,
-        triton="saliency_fast.kernels.masks:relu_mask_backward",
-        cuda="saliency_fast.ops.cuda:relu_mask_backward",
-    )
+    schema="relu_mask_backward(Tensor grad, Tensor mask, Tensor? scale, float slope, str rule,"
+    " bool both, bool channels_last) -> (Tensor, Tensor)",
+    reference=_backward,
+    fake=_fake_backward,
+    samples=_backward_samples,
+    triton="saliency_fast.kernels.masks:relu_mask_backward",
+    cuda="saliency_fast.ops.cuda:relu_mask_backward",
 )
 """relu_mask_backward(grad [N, C, *], mask, scale [C] | None, slope, rule, both, channels_last) ->
 (scale m, m): m is the gradient of z by one of three rules. "standard": grad where the bit is set,
@@ -392,15 +327,12 @@ max(grad, 0) everywhere (Zeiler, 2014). The second result is empty [0] without `
 scale, where it would repeat the first. Results have the layout of the mask's bits."""
 
 pack_mask = define(
-    Op(
-        schema="pack_mask(Tensor flags) -> Tensor",
-        reference=_pack_mask,
-        fake=empty_mask,
-        samples=_pack_samples,
-        moved=lambda flags: flags.numel() + _mask_bytes(flags),
-        triton="saliency_fast.kernels.masks:pack_mask",
-        cuda="saliency_fast.ops.cuda:pack_mask",
-    )
+    schema="pack_mask(Tensor flags) -> Tensor",
+    reference=_pack_mask,
+    fake=empty_mask,
+    samples=_pack_samples,
+    triton="saliency_fast.kernels.masks:pack_mask",
+    cuda="saliency_fast.ops.cuda:pack_mask",
 )
 """pack_mask(flags bool [*]) -> mask of the flags in memory order; flags that are neither contiguous
 nor channels_last are made contiguous."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.registry import Sample, define
 
 
 def rank(count: int, percentile: float) -> int:
@@ -19,10 +19,6 @@ def rank(count: int, percentile: float) -> int:
 def _percentile(values: Tensor, percentile: float) -> Tensor:
     ordered = values.flatten(1).abs().sort(dim=1).values
     return ordered[:, rank(ordered.shape[1], percentile)].clone()
-
-
-def _fake_percentile(values: Tensor, percentile: float) -> Tensor:
-    return values.new_empty(values.shape[0])
 
 
 def _percentile_samples() -> Iterator[Sample]:
@@ -36,15 +32,12 @@ def _percentile_samples() -> Iterator[Sample]:
 
 
 magnitude_percentile = define(
-    Op(
-        schema="magnitude_percentile(Tensor values, float percentile) -> Tensor",
-        reference=_percentile,
-        fake=_fake_percentile,
-        samples=_percentile_samples,
-        moved=lambda values, percentile: values.numel() * values.element_size(),
-        triton="saliency_fast.kernels.overlay:magnitude_percentile",
-        cuda="saliency_fast.ops.cuda:magnitude_percentile",
-    )
+    schema="magnitude_percentile(Tensor values, float percentile) -> Tensor",
+    reference=_percentile,
+    fake=lambda values, percentile: values.new_empty(values.shape[0]),
+    samples=_percentile_samples,
+    triton="saliency_fast.kernels.overlay:magnitude_percentile",
+    cuda="saliency_fast.ops.cuda:magnitude_percentile",
 )
 """magnitude_percentile(values [B, *], percentile in [0, 100]) -> [B]: the order statistic of
 |values| at ceil(percentile / 100 (n - 1)), an element of the map itself and so equal bit for bit
@@ -62,12 +55,6 @@ def _overlay(
     return torch.floor(image.float() * (1.0 - blend) + color * blend + 0.5).to(torch.uint8)
 
 
-def _fake_overlay(
-    image: Tensor, values: Tensor, scale: Tensor, colors: Tensor, signed: bool, opacity: float
-) -> Tensor:
-    return torch.empty_like(image)
-
-
 def _overlay_samples() -> Iterator[Sample]:
     colors = torch.randint(0, 256, (256, 3), dtype=torch.uint8)
     for shape in ((1, 1), (3, 7), (2, 4099)):
@@ -83,15 +70,12 @@ def _overlay_samples() -> Iterator[Sample]:
 
 
 overlay = define(
-    Op(
-        schema="overlay(Tensor image, Tensor values, Tensor scale, Tensor colors, bool signed,"
-        " float opacity) -> Tensor",
-        reference=_overlay,
-        fake=_fake_overlay,
-        samples=_overlay_samples,
-        moved=lambda image, values, *_: 2 * image.numel() + values.numel() * values.element_size(),
-        triton="saliency_fast.kernels.overlay:overlay",
-    )
+    schema="overlay(Tensor image, Tensor values, Tensor scale, Tensor colors, bool signed,"
+    " float opacity) -> Tensor",
+    reference=_overlay,
+    fake=lambda image, *_: torch.empty_like(image),
+    samples=_overlay_samples,
+    triton="saliency_fast.kernels.overlay:overlay",
 )
 """overlay(image uint8 [B, P, 3], values [B, P], scale [B], colors uint8 [256, 3], signed, opacity
 in [0, 1]) -> uint8 [B, P, 3]: colours value / scale (signed: -1 is the first colour and 1 the

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.registry import Sample, define
 
 NOISE, LINE, BASELINE, MASK, COALITION, ORDER = range(6)
 """Streams: noise of points, draws of random lines, random baselines, random masks, coalitions of
@@ -45,16 +45,16 @@ def blocks(seed: Tensor, sample: Tensor, block: Tensor, stream: int) -> Tensor:
     return torch.stack((word0, word1, word2, word3), dim=-1)
 
 
-def _bits(seed: Tensor, sample: Tensor, count: int, first_element: int, stream: int) -> Tensor:
+def _span(seed: Tensor, count: int, first_element: int) -> tuple[Tensor, slice]:
+    """The blocks of `count` elements, and where these lie among the words of the blocks."""
     start, stop = first_element // 4, (first_element + count + 3) // 4
-    block = torch.arange(start, stop, device=seed.device)
-    words = blocks(seed, sample, block, stream).flatten(1)
     skip = first_element - 4 * start
-    return words[:, skip : skip + count].contiguous()
+    return torch.arange(start, stop, device=seed.device), slice(skip, skip + count)
 
 
-def _fake(seed: Tensor, sample: Tensor, count: int, first_element: int, stream: int) -> Tensor:
-    return seed.new_empty((seed.numel(), count))
+def _bits(seed: Tensor, sample: Tensor, count: int, first_element: int, stream: int) -> Tensor:
+    block, inside = _span(seed, count, first_element)
+    return blocks(seed, sample, block, stream).flatten(1)[:, inside].contiguous()
 
 
 def _samples() -> Iterator[Sample]:
@@ -65,15 +65,12 @@ def _samples() -> Iterator[Sample]:
 
 
 random_bits = define(
-    Op(
-        schema="random_bits(Tensor seed, Tensor sample, int count, int first_element, int stream)"
-        " -> Tensor",
-        reference=_bits,
-        fake=_fake,
-        samples=_samples,
-        moved=lambda seed, sample, count, *_: 8 * seed.numel() * count,
-        triton="saliency_fast.kernels.philox:random_bits",
-    )
+    schema="random_bits(Tensor seed, Tensor sample, int count, int first_element, int stream)"
+    " -> Tensor",
+    reference=_bits,
+    fake=lambda seed, sample, count, *_: seed.new_empty((seed.numel(), count)),
+    samples=_samples,
+    triton="saliency_fast.kernels.philox:random_bits",
 )
 """random_bits(seed [R], sample [R], count, first_element, stream) -> int64 [R, count]."""
 
@@ -86,14 +83,12 @@ def normals(seed: Tensor, sample: Tensor, count: int, first_element: int) -> Ten
     up to the logarithm is exact in float32 too, so both precisions draw the same noise; the
     largest magnitude is 5.77.
     """
-    start, stop = first_element // 4, (first_element + count + 3) // 4
-    block = torch.arange(start, stop, device=seed.device)
+    block, inside = _span(seed, count, first_element)
     words = (blocks(seed, sample, block, NOISE) >> 8).double()
     radius = torch.sqrt(-2.0 * torch.log((words[..., 0::2] + 1.0) * 2.0**-24))
     angle = words[..., 1::2] * (2.0 * torch.pi * 2.0**-24)
     pair = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    skip = first_element - 4 * start
-    return pair.flatten(1)[:, skip : skip + count]
+    return pair.flatten(1)[:, inside]
 
 
 def line_draw(seed: Tensor, sample: Tensor, baselines: int) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,13 @@ one batch, or requests of many callers. Points are written contiguous.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saliency_fast.ops import philox
-from saliency_fast.ops.registry import Op, Sample, define, rows_of
+from saliency_fast.ops.registry import Sample, define, rows_of
 
 
 def fake_points(item: int) -> Callable[..., Tensor]:
@@ -42,22 +43,12 @@ def _line_samples() -> Iterator[Sample]:
     yield Sample((x, x.flip(2), torch.tensor([1, 0, 1]), torch.rand(3).double()), note="strided")
 
 
-def point_bytes(x: Tensor, item: Tensor, reads: int) -> int:
-    """Every example read once per tensor in `reads`, every point written once."""
-    return x.element_size() * (reads * x.numel() + item.numel() * x[0].numel())
-
-
 line_points = define(
-    Op(
-        schema="line_points(Tensor x, Tensor baseline, Tensor item, Tensor alpha) -> Tensor",
-        reference=_line,
-        fake=fake_points(2),
-        samples=_line_samples,
-        moved=lambda x, baseline, item, alpha: (
-            point_bytes(x, item, 1) + baseline.element_size() * baseline.numel()
-        ),
-        triton="saliency_fast.kernels.points:line_points",
-    )
+    schema="line_points(Tensor x, Tensor baseline, Tensor item, Tensor alpha) -> Tensor",
+    reference=_line,
+    fake=fake_points(2),
+    samples=_line_samples,
+    triton="saliency_fast.kernels.points:line_points",
 )
 """line_points(x [B, *], baseline [B | 1, *], item int64 [R], alpha float64 [R]) -> [R, *]:
 baseline + alpha (x - baseline), the straight line of Integrated Gradients (Sundararajan, 2017)."""
@@ -91,16 +82,13 @@ def _noise_samples() -> Iterator[Sample]:
 
 
 noise_points = define(
-    Op(
-        schema="noise_points(Tensor x, Tensor sigma, Tensor seed, Tensor item, Tensor sample,"
-        " bool antithetic, int first_element) -> Tensor",
-        reference=_noise,
-        fake=fake_points(3),
-        samples=_noise_samples,
-        moved=lambda x, sigma, seed, item, *_: point_bytes(x, item, 1),
-        triton="saliency_fast.kernels.points:noise_points",
-        cuda="saliency_fast.ops.cuda:noise_points",
-    )
+    schema="noise_points(Tensor x, Tensor sigma, Tensor seed, Tensor item, Tensor sample,"
+    " bool antithetic, int first_element) -> Tensor",
+    reference=_noise,
+    fake=fake_points(3),
+    samples=_noise_samples,
+    triton="saliency_fast.kernels.points:noise_points",
+    cuda="saliency_fast.ops.cuda:noise_points",
 )
 """noise_points(x [B, *], sigma float64 [B], seed int64 [B], item, sample int64 [R], antithetic,
 first_element) -> [R, *]: x + sigma * normal, the noisy copies of SmoothGrad (Smilkov, 2017).
@@ -109,31 +97,26 @@ of x's first element: the inputs of a tuple are numbered on from one to the next
 
 
 def random_line(
-    x: Tensor,
-    baselines: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    item: Tensor,
-    sample: Tensor,
-    first_element: int,
+    x: Tensor, baselines: Tensor, sigma: Tensor, seed: Tensor, item: Tensor, *which: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The drawn line of each row: (start [R, *], noisy end [R, *], alpha float64 [R])."""
+    """The drawn line of each row: (start [R, *], noisy end [R, *], alpha float64 [R]).
+
+    which: sample int64 [R], first_element.
+    """
+    sample, first_element = which
     row, alpha = philox.line_draw(seed[item], sample, baselines.shape[0])
     end = _noise(x, sigma, seed, item, sample, False, first_element)
     return baselines[row], end, alpha
 
 
-def _random_line_points(
-    x: Tensor,
-    baselines: Tensor,
-    sigma: Tensor,
-    seed: Tensor,
-    item: Tensor,
-    sample: Tensor,
-    first_element: int,
-) -> Tensor:
-    start, end, alpha = random_line(x, baselines, sigma, seed, item, sample, first_element)
+def _random_line_points(x: Tensor, *line: Any) -> Tensor:
+    start, end, alpha = random_line(x, *line)
     return (start + rows_of(alpha.to(x.dtype), x.dim()) * (end - start)).contiguous()
+
+
+def line_elements(x: Tensor, baselines: Tensor, rows: Tensor) -> int:
+    """Elements of the baselines that lines can start at, of which there may be more."""
+    return min(len(baselines), len(rows)) * x[0].numel()
 
 
 def random_line_samples() -> Iterator[Sample]:
@@ -150,18 +133,16 @@ def random_line_samples() -> Iterator[Sample]:
 
 
 random_line_points = define(
-    Op(
-        schema="random_line_points(Tensor x, Tensor baselines, Tensor sigma, Tensor seed,"
-        " Tensor item, Tensor sample, int first_element) -> Tensor",
-        reference=_random_line_points,
-        fake=fake_points(4),
-        samples=random_line_samples,
-        moved=lambda x, baselines, sigma, seed, item, *_: (
-            point_bytes(x, item, 1)
-            + baselines.element_size() * min(len(baselines), len(item)) * x[0].numel()
-        ),
-        triton="saliency_fast.kernels.points:random_line_points",
-    )
+    schema="random_line_points(Tensor x, Tensor baselines, Tensor sigma, Tensor seed,"
+    " Tensor item, Tensor sample, int first_element) -> Tensor",
+    reference=_random_line_points,
+    fake=fake_points(4),
+    samples=random_line_samples,
+    triton="saliency_fast.kernels.points:random_line_points",
+    least=lambda x, baselines, sigma, seed, item, *_: (
+        x.element_size()
+        * (x.numel() + line_elements(x, baselines, item) + len(item) * x[0].numel())
+    ),
 )
 """random_line_points(x [B, *], baselines [M, *], sigma float64 [B], seed int64 [B], item, sample
 int64 [R], first_element) -> [R, *]: start + alpha (x + sigma * normal - start) with a random row

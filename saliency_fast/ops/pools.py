@@ -1,6 +1,6 @@
-"""Pools: max pooling that remembers each maximum in one byte, by its place in the window.
+"""Pools: max pooling that remembers each maximum in one byte, by its position in the window.
 
-PyTorch keeps an int64 place in the input per output. A window has few places, so that a byte
+PyTorch keeps an int64 position in the input per output. A window has few, so that a byte
 holds its number, row-major: k = (kd * KH + kh) * KW + kw. Results lie in memory as their input
 does: channels last where it does, else contiguous.
 """
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.registry import Sample, define
 
-PLACES = 256
-"""The most places of a window that a byte can number."""
+LARGEST_WINDOW = 256
+"""The most elements of a window that a byte can number."""
 
 Ints = Sequence[int]
 
@@ -63,20 +63,20 @@ def _check(axes: int, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints)
             f"padding must be at most half a window: got {list(padding)} for a kernel of"
             f" {list(kernel)}, dilation {list(dilation)}"
         )
-    if math.prod(kernel) > PLACES:
+    if math.prod(kernel) > LARGEST_WINDOW:
         raise ValueError(
-            f"a window may have {PLACES} elements, the places of a byte: got {list(kernel)}"
+            f"a window may have {LARGEST_WINDOW} elements, the places of a byte: got {list(kernel)}"
         )
 
 
 def _offsets(kernel: Ints) -> list[tuple[int, tuple[int, ...]]]:
-    """(number, place) of each element of a window, in scan order."""
+    """(number, position) of each element of a window, in scan order."""
     return list(enumerate(itertools.product(*map(range, kernel))))
 
 
-def _seen_at(padded: Tensor, place: Ints, out: Ints, stride: Ints, dilation: Ints) -> Tensor:
-    """What all windows see at one of their places: a view of the padded input."""
-    axes = zip(place, out, stride, dilation, strict=True)
+def _seen_at(padded: Tensor, position: Ints, out: Ints, stride: Ints, dilation: Ints) -> Tensor:
+    """What all windows see at one of their positions: a view of the padded input."""
+    axes = zip(position, out, stride, dilation, strict=True)
     seen: tuple[Any, ...] = tuple(slice(k * d, k * d + (o - 1) * s + 1, s) for k, o, s, d in axes)
     return padded[(..., *seen)]
 
@@ -87,11 +87,10 @@ def _laid_out(values: Tensor, form: torch.memory_format) -> Tensor:
     return out.copy_(values)
 
 
-def _maxpool(
-    x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
-) -> tuple[Tensor, Tensor]:
+def _maxpool(x: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
     size = x.shape[2:]
-    out = pooled_size(size, kernel, stride, padding, dilation, ceil_mode)
+    out = pooled_size(size, *geometry)
+    kernel, stride, padding, dilation, _ = geometry
     pads: list[int] = []
     for n, k, s, p, d, o in zip(size, kernel, stride, padding, dilation, out, strict=True):
         pads[:0] = [p, max(0, (o - 1) * s + d * (k - 1) + 1 - p - n)]
@@ -100,9 +99,9 @@ def _maxpool(
     best = x.new_full((*x.shape[:2], *out), -math.inf)
     index = torch.zeros(best.shape, dtype=torch.uint8, device=x.device)
     found = torch.zeros(best.shape[2:], dtype=torch.bool, device=x.device)
-    for number, place in _offsets(kernel):
-        value = _seen_at(padded, place, out, stride, dilation)
-        here = _seen_at(real, place, out, stride, dilation)
+    for number, position in _offsets(kernel):
+        value = _seen_at(padded, position, out, stride, dilation)
+        here = _seen_at(real, position, out, stride, dilation)
         # As in PyTorch the first of equals stays, and the last NaN.
         taken = here & (~found | (value > best) | value.isnan())
         best = torch.where(taken, value, best)
@@ -111,22 +110,10 @@ def _maxpool(
     return _laid_out(best, layout(x)), _laid_out(index, layout(x))
 
 
-def _fake_maxpool(
-    x: Tensor, kernel: Ints, stride: Ints, padding: Ints, dilation: Ints, ceil_mode: bool
-) -> tuple[Tensor, Tensor]:
-    out = pooled_size(x.shape[2:], kernel, stride, padding, dilation, ceil_mode)
-    form = layout(x)
-
-    def empty(dtype: torch.dtype) -> Tensor:
-        shape = (*x.shape[:2], *out)
-        return torch.empty(shape, dtype=dtype, device=x.device, memory_format=form)
-
-    return empty(x.dtype), empty(torch.uint8)
-
-
-def _maxpool_moved(x: Tensor, *geometry: Any) -> int:
-    outputs = math.prod((*x.shape[:2], *pooled_size(x.shape[2:], *geometry)))
-    return x.numel() * x.element_size() + outputs * (x.element_size() + 1)
+def _fake_maxpool(x: Tensor, *geometry: Any) -> tuple[Tensor, Tensor]:
+    shape, form = (*x.shape[:2], *pooled_size(x.shape[2:], *geometry)), layout(x)
+    values = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=form)
+    return values, torch.empty_like(values, dtype=torch.uint8)
 
 
 def _input(kind: str, shape: Ints, dtype: torch.dtype) -> Tensor:
@@ -195,77 +182,54 @@ def _samples() -> Iterator[Sample]:
 
 
 maxpool_index = define(
-    Op(
-        schema="maxpool_index(Tensor x, int[] kernel, int[] stride, int[] padding,"
-        " int[] dilation, bool ceil_mode) -> (Tensor, Tensor)",
-        reference=_maxpool,
-        fake=_fake_maxpool,
-        samples=_samples,
-        moved=_maxpool_moved,
-        triton="saliency_fast.kernels.pools:maxpool_index",
-    )
+    schema="maxpool_index(Tensor x, int[] kernel, int[] stride, int[] padding,"
+    " int[] dilation, bool ceil_mode) -> (Tensor, Tensor)",
+    reference=_maxpool,
+    fake=_fake_maxpool,
+    samples=_samples,
+    triton="saliency_fast.kernels.pools:maxpool_index",
 )
 """maxpool_index(x [N, C, *], kernel, stride, padding, dilation, ceil_mode) -> (values [N, C, *],
 index uint8 [N, C, *]): max pooling over 1 to 3 axes as in `torch.nn.functional.max_pool2d`, equal
-bit for bit, and the place of each maximum in its window. The first of equal elements counts, or
-the last NaN. A window that dilation leaves without an element gives -inf and place 0. Raises
+bit for bit, and the position of each maximum in its window. The first of equal elements counts, or
+the last NaN. A window that dilation leaves without an element gives -inf and position 0. Raises
 ValueError for windows of more than 256 elements."""
 
 
 maxpool = define(
-    Op(
-        schema="maxpool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-        " bool ceil_mode) -> Tensor",
-        reference=lambda x, *geometry: _maxpool(x, *geometry)[0],
-        fake=lambda x, *geometry: _fake_maxpool(x, *geometry)[0],
-        samples=_samples,
-        moved=lambda x, *geometry: (
-            x.element_size()
-            * (x.numel() + math.prod((*x.shape[:2], *pooled_size(x.shape[2:], *geometry))))
-        ),
-    )
+    schema="maxpool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
+    " bool ceil_mode) -> Tensor",
+    reference=lambda x, *geometry: _maxpool(x, *geometry)[0],
+    fake=lambda x, *geometry: _fake_maxpool(x, *geometry)[0],
+    samples=_samples,
 )
 """maxpool(x [N, C, *], kernel, stride, padding, dilation, ceil_mode) -> [N, C, *]: the values of
-`maxpool_index`, for channels last, where nobody asks for places. GPUs take the reference."""
+`maxpool_index`, for channels last, where nobody asks for positions. GPUs take the reference."""
 
 
-def _backward(
-    grad: Tensor,
-    index: Tensor,
-    size: Ints,
-    kernel: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-) -> Tensor:
-    _check_backward(grad, index, size, kernel, stride, padding, dilation)
+def _backward(grad: Tensor, index: Tensor, size: Ints, *geometry: Ints) -> Tensor:
+    _check_backward(grad, index, size, *geometry)
+    kernel, stride, padding, dilation = geometry
     out = grad.shape[2:]
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    axes = list(zip(size, kernel, stride, padding, dilation, out, strict=True))
+    axes = list(zip(size, *geometry, out, strict=True))
     reach = [max(p + n, (o - 1) * s + d * (k - 1) + 1) for n, k, s, p, d, o in axes]
     total = grad.new_zeros((*grad.shape[:2], *reach), dtype=wide)
-    # An element's windows come in row-major order when its places in them come in reverse.
-    for number, place in reversed(_offsets(kernel)):
+    # An element's windows come in row-major order when its positions in them come in reverse.
+    for number, position in reversed(_offsets(kernel)):
         named = torch.where(index == number, grad, 0).to(wide)
-        _seen_at(total, place, out, stride, dilation).add_(named)
+        _seen_at(total, position, out, stride, dilation).add_(named)
     inner: tuple[Any, ...] = tuple(slice(p, p + n) for n, p in zip(size, padding, strict=True))
     return _laid_out(total[(..., *inner)].to(grad.dtype), layout(index))
 
 
-def _check_backward(
-    grad: Tensor,
-    index: Tensor,
-    size: Ints,
-    kernel: Ints,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-) -> None:
+def _check_backward(grad: Tensor, index: Tensor, size: Ints, *geometry: Any) -> None:
     if index.dtype != torch.uint8:
         raise ValueError(f"index must be uint8: got {index.dtype}")
     if grad.shape != index.shape:
         raise ValueError(f"grad must be like index {list(index.shape)}: got {list(grad.shape)}")
-    fitting = [pooled_size(size, kernel, stride, padding, dilation, ceil) for ceil in (False, True)]
+    kernel, stride, padding, dilation = geometry
+    fitting = [pooled_size(size, kernel, stride, padding, dilation, up) for up in (False, True)]
     if not all(o in sizes for o, *sizes in zip(grad.shape[2:], *fitting, strict=True)):
         raise ValueError(
             f"grad must be a pool of an input of {list(size)}, {fitting[0]}: got"
@@ -274,12 +238,8 @@ def _check_backward(
 
 
 def _fake_backward(grad: Tensor, index: Tensor, size: Ints, *_: Ints) -> Tensor:
-    return torch.empty(
-        (*grad.shape[:2], *size),
-        dtype=grad.dtype,
-        device=grad.device,
-        memory_format=layout(index),
-    )
+    shape, form = (*grad.shape[:2], *size), layout(index)
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=form)
 
 
 def _backward_samples() -> Iterator[Sample]:
@@ -295,18 +255,12 @@ def _backward_samples() -> Iterator[Sample]:
 
 
 maxpool_index_backward = define(
-    Op(
-        schema="maxpool_index_backward(Tensor grad, Tensor index, int[] size, int[] kernel,"
-        " int[] stride, int[] padding, int[] dilation) -> Tensor",
-        reference=_backward,
-        fake=_fake_backward,
-        samples=_backward_samples,
-        moved=lambda grad, index, size, *_: (
-            grad.numel() * (grad.element_size() + 1)
-            + math.prod((*grad.shape[:2], *size)) * grad.element_size()
-        ),
-        triton="saliency_fast.kernels.pools:maxpool_index_backward",
-    )
+    schema="maxpool_index_backward(Tensor grad, Tensor index, int[] size, int[] kernel,"
+    " int[] stride, int[] padding, int[] dilation) -> Tensor",
+    reference=_backward,
+    fake=_fake_backward,
+    samples=_backward_samples,
+    triton="saliency_fast.kernels.pools:maxpool_index_backward",
 )
 """maxpool_index_backward(grad [N, C, *], index uint8 [N, C, *], size, kernel, stride, padding,
 dilation) -> [N, C, *size]: each gradient goes to the element that its index names, 0 to those no

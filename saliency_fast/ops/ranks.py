@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saliency_fast.ops.points import fake_points, point_bytes
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.points import fake_points
+from saliency_fast.ops.registry import Sample, define
 from saliency_fast.ops.segments import SHAPES, repeated
 
 
@@ -27,7 +27,7 @@ def _counts(positions: int) -> Tensor:
 
 
 def _rankings(rows: int, positions: int) -> Tensor:
-    """The places of P positions in any order, one order a row."""
+    """P ranks in any order, one order a row."""
     return torch.rand(rows, positions).argsort(1).int()
 
 
@@ -56,19 +56,11 @@ def _samples() -> Iterator[Sample]:
 
 
 rank_points = define(
-    Op(
-        schema="rank_points(Tensor x, Tensor fill, Tensor rank, Tensor item, Tensor count)"
-        " -> Tensor",
-        reference=_ranks,
-        fake=fake_points(3),
-        samples=_samples,
-        moved=lambda x, fill, rank, item, count: (
-            point_bytes(x, item, 1)
-            + fill.element_size() * fill.numel()
-            + rank.element_size() * rank.numel()
-        ),
-        triton="saliency_fast.kernels.ranks:rank_points",
-    )
+    schema="rank_points(Tensor x, Tensor fill, Tensor rank, Tensor item, Tensor count) -> Tensor",
+    reference=_ranks,
+    fake=fake_points(3),
+    samples=_samples,
+    triton="saliency_fast.kernels.ranks:rank_points",
 )
 """rank_points(x [B, *], fill [B | 1, *], rank int32 [B | 1, P], item, count int64 [R]) -> [R, *]:
 element e of row r is the fill's where the rank of e % P is below count[r], else example item[r]'s:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,20 +30,24 @@ class Sample:
 class Op:
     """An op of the library; calling it dispatches by the device of its tensors.
 
-    `reference` is the slow, obvious version and the judge of all others; `samples` yields calls
-    with every awkward size; `moved` counts the bytes a perfect kernel must read and write;
-    `triton` and `cuda` name launchers as "module:function", where GPUs do not take the reference;
-    `native` says that csrc/cpu has it.
+    Attributes:
+        schema: As `torch.library` reads it.
+        reference: The slow, obvious version, with which tests compare all others.
+        fake: Its outputs without their numbers; None for an op that only changes arguments.
+        samples: Yields calls with every awkward size.
+        triton, cuda: Launchers as "module:function"; without them GPUs take the reference.
+        native: Whether csrc/cpu has it.
+        least: Bytes that a perfect kernel must read and write, where `moved` would count others.
     """
 
     schema: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
     samples: Callable[[], Iterator[Sample]]
-    moved: Callable[..., int]
     triton: str | None = None
     cuda: str | None = None
     native: bool = True
+    least: Callable[..., int] | None = None
 
     @property
     def name(self) -> str:
@@ -57,20 +62,38 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.overload(*args, **kwargs)
 
+    def moved(self, *args: Any) -> int:
+        """Bytes that a perfect kernel must read and write: each argument and result once, and what
+        it changes in place twice.
+        """
+        if self.least is not None:
+            return self.least(*args)
+        shapes = [one.to("meta") if isinstance(one, Tensor) else one for one in args]
+        found = self.fake(*shapes)
+        results = found if isinstance(found, tuple) else (found,)
+        changed = [
+            value
+            for value, about in zip(args, self.overload._schema.arguments, strict=False)
+            if about.alias_info is not None and about.alias_info.is_write
+        ]
+        tensors = [one for one in (*args, *changed, *results) if isinstance(one, Tensor)]
+        return sum(one.numel() * one.element_size() for one in tensors)
+
     def launcher(self, backend: str) -> Callable[..., Any]:
         """The function behind `backend` ("reference", "triton" or "cuda"), imported now."""
         if backend == "reference":
             return self.reference
-        place = {"triton": self.triton, "cuda": self.cuda}[backend]
-        if place is None:
+        path = {"triton": self.triton, "cuda": self.cuda}[backend]
+        if path is None:
             raise dispatch.not_built(self.name, backend)
-        module, function = place.split(":")
+        module, function = path.split(":")
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
         return found
 
 
-def define(op: Op) -> Op:
-    """Registers `op` with PyTorch's dispatcher and returns it."""
+def define(schema: str, **fields: Any) -> Op:
+    """Registers an op of these fields with PyTorch's dispatcher and returns it."""
+    op = Op(schema, **fields)
     _implement: Callable[..., None] = _LIBRARY.impl
     _LIBRARY.define(op.schema)  # type: ignore[no-untyped-call]
     _implement(op.name, op.reference, "CompositeExplicitAutograd")
@@ -84,14 +107,8 @@ def define(op: Op) -> Op:
 
 def _lazily(op: Op, backend: str) -> Callable[..., Any]:
     """A stand-in that imports the fast version when it is first called."""
-    found: list[Callable[..., Any]] = []
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not found:
-            found.append(op.launcher(backend))
-        return found[0](*args, **kwargs)
-
-    return call
+    launcher = cache(partial(op.launcher, backend))
+    return lambda *args, **kwargs: launcher()(*args, **kwargs)
 
 
 def rows_of(table: Tensor, width: int) -> Tensor:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saliency_fast.ops.points import fake_points, point_bytes
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.points import fake_points
+from saliency_fast.ops.registry import Sample, define
 
 
 def repeated(rows: Tensor, x: Tensor) -> Tensor:
@@ -66,20 +66,12 @@ def _segment_samples() -> Iterator[Sample]:
 
 
 segment_points = define(
-    Op(
-        schema="segment_points(Tensor x, Tensor fill, Tensor segment, Tensor present,"
-        " Tensor item, Tensor place) -> Tensor",
-        reference=_segments,
-        fake=fake_points(4),
-        samples=_segment_samples,
-        moved=lambda x, fill, segment, present, item, place: (
-            point_bytes(x, item, 1)
-            + fill.element_size() * fill.numel()
-            + segment.element_size() * segment.numel()
-            + present.numel()
-        ),
-        triton="saliency_fast.kernels.segments:segment_points",
-    )
+    schema="segment_points(Tensor x, Tensor fill, Tensor segment, Tensor present,"
+    " Tensor item, Tensor place) -> Tensor",
+    reference=_segments,
+    fake=fake_points(4),
+    samples=_segment_samples,
+    triton="saliency_fast.kernels.segments:segment_points",
 )
 """segment_points(x [B, *], fill [B | 1, *], segment int64 [B | 1, P], present bool [M, F], item,
 place int64 [R]) -> [R, *]: element e of row r is example item[r]'s where the segment of e % P is
@@ -111,19 +103,11 @@ def _mask_samples() -> Iterator[Sample]:
 
 
 mask_points = define(
-    Op(
-        schema="mask_points(Tensor x, Tensor fill, Tensor mask, Tensor item, Tensor place)"
-        " -> Tensor",
-        reference=_masks,
-        fake=fake_points(3),
-        samples=_mask_samples,
-        moved=lambda x, fill, mask, item, place: (
-            point_bytes(x, item, 1)
-            + fill.element_size() * fill.numel()
-            + mask.element_size() * mask.numel()
-        ),
-        triton="saliency_fast.kernels.segments:mask_points",
-    )
+    schema="mask_points(Tensor x, Tensor fill, Tensor mask, Tensor item, Tensor place) -> Tensor",
+    reference=_masks,
+    fake=fake_points(3),
+    samples=_mask_samples,
+    triton="saliency_fast.kernels.segments:mask_points",
 )
 """mask_points(x [B, *], fill [B | 1, *], mask floating [M, P], item, place int64 [R]) -> [R, *]:
 fill + mask[place[r], e % P] * (x - fill) at element e, example item[r] seen through a smooth mask,

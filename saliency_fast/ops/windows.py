@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from saliency_fast.ops.points import fake_points, point_bytes
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.points import fake_points
+from saliency_fast.ops.registry import Sample, define
 
 
 def _windows(x: Tensor, fill: Tensor, item: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     axes = x.dim() - 1
     covered = torch.ones((len(item), *(1,) * axes), dtype=torch.bool, device=x.device)
     for axis, size in enumerate(x.shape[1:]):
-        place = torch.arange(size, device=x.device)
-        within = (place >= start[:, axis, None]) & (place < stop[:, axis, None])
+        position = torch.arange(size, device=x.device)
+        within = (position >= start[:, axis, None]) & (position < stop[:, axis, None])
         covered = covered & within.view(len(item), *(1,) * axis, size, *(1,) * (axes - axis - 1))
     return torch.where(covered, fill[item % len(fill)], x[item]).contiguous()
 
@@ -62,17 +62,11 @@ def _samples() -> Iterator[Sample]:
 
 
 window_points = define(
-    Op(
-        schema="window_points(Tensor x, Tensor fill, Tensor item, Tensor start, Tensor stop)"
-        " -> Tensor",
-        reference=_windows,
-        fake=fake_points(2),
-        samples=_samples,
-        moved=lambda x, fill, item, start, stop: (
-            point_bytes(x, item, 1) + fill.element_size() * fill.numel()
-        ),
-        triton="saliency_fast.kernels.windows:window_points",
-    )
+    schema="window_points(Tensor x, Tensor fill, Tensor item, Tensor start, Tensor stop) -> Tensor",
+    reference=_windows,
+    fake=fake_points(2),
+    samples=_samples,
+    triton="saliency_fast.kernels.windows:window_points",
 )
 """window_points(x [B, *], fill [B | 1, *], item int64 [R], start, stop int64 [R, D]) -> [R, *]:
 example item[r] with the elements from start[r] to before stop[r] along its D axes (1 to 5) taken

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -11,28 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saliency_fast.ops.registry import Op, Sample, define
+from saliency_fast.ops.registry import Sample, define
 
 CHANNELS = 16
 """What the numbers of channels must be multiples of."""
 
-
-_ROOT = math.sqrt(2)
-_POINTS = (-1 / 1.5, -1 / 1.5, 1 / 6, 1 / 6)
-"""What the rows of G are multiplied with at the points between 0 and infinity."""
-
+_ENDS = [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
+_FACTORS = {0.5**0.5: -1 / 1.5, -(0.5**0.5): -1 / 1.5, 2**0.5: 1 / 6, -(2**0.5): 1 / 6}
+"""Points between 0 and infinity, and the factors of their rows of G."""
+_G = [_ENDS[0], *((f, p * f, p**2 * f) for p, f in _FACTORS.items()), _ENDS[1]]
 _LANES = {"AVX512": 16, "AVX2": 8}
 """Floats of a register."""
 
 
 def _convolved(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: Sequence[int],
-    relu: bool = False,
-    ready: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], *options: Any
 ) -> Tensor:
+    relu = any(options[:1])
     _check(x, weight, bias, padding)
     y = F.conv2d(x, weight, bias, padding=list(padding))
     return (y.relu() if relu else y).contiguous(memory_format=torch.channels_last)
@@ -41,15 +35,7 @@ def _convolved(
 def _transformed(weight: Tensor) -> Tensor:
     """G w G^T of every kernel, in parts of up to four registers of results."""
     _check_weight(weight)
-    places = torch.tensor(
-        [math.sqrt(0.5), -math.sqrt(0.5), _ROOT, -_ROOT], dtype=torch.float64, device="cpu"
-    )
-    rows = (
-        places[:, None] ** torch.arange(3, device="cpu")
-        * torch.tensor(_POINTS, dtype=torch.float64, device="cpu")[:, None]
-    )
-    ends = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64, device="cpu")
-    g = torch.cat([ends[:1], rows, ends[1:]]).to(weight.device)
+    g = torch.tensor(_G, dtype=torch.float64, device="cpu").to(weight.device)
     u = torch.einsum("ah,bw,ochw->abco", g, g, weight.double()).flatten(0, 1)
     lanes = _LANES.get(torch.backends.cpu.get_cpu_capability())
     if lanes is None:
@@ -134,29 +120,21 @@ def _weights() -> Iterator[Sample]:
 
 
 winograd_weights = define(
-    Op(
-        schema="winograd_weights(Tensor weight) -> Tensor",
-        reference=_transformed,
-        fake=lambda weight: weight.new_empty((36, weight.shape[1], len(weight))),
-        samples=_weights,
-        moved=lambda weight: 4 * (weight.numel() + 36 * weight[..., 0, 0].numel()),
-    )
+    schema="winograd_weights(Tensor weight) -> Tensor",
+    reference=_transformed,
+    fake=lambda weight: weight.new_empty((36, weight.shape[1], len(weight))),
+    samples=_weights,
 )
 """winograd_weights(weight [D, C, 3, 3]) -> [36, C, D] float32: transformed for `winograd`, in an
 order of its own."""
 
 
 winograd = define(
-    Op(
-        schema="winograd(Tensor x, Tensor weight, Tensor? bias, int[] padding, bool relu=False,"
-        " Tensor? ready=None) -> Tensor",
-        reference=_convolved,
-        fake=_fake,
-        samples=_samples,
-        moved=lambda x, weight, *others: (
-            4 * (x.numel() + weight.numel() + _fake(x, weight, *others).numel())
-        ),
-    )
+    schema="winograd(Tensor x, Tensor weight, Tensor? bias, int[] padding, bool relu=False,"
+    " Tensor? ready=None) -> Tensor",
+    reference=_convolved,
+    fake=_fake,
+    samples=_samples,
 )
 """winograd(x [N, C, H, W], weight [D, C, 3, 3], bias [D] | None, padding (2), relu=False,
 ready=None) -> [N, D, *] channels last: the convolution of stride 1 in float32, with its rectifier

@@ -85,7 +85,7 @@ def convolutions(axes: int) -> None:
         for padding in (0, 1, 2):
             name = f"conv{axes}d stride {stride} padding {padding}"
             module = made(kind, 4, 5, 3, stride, padding)
-            CASES[name] = Case(module, shape, "_Convolve", nothing)
+            CASES[name] = Case(module, shape, "_Lean", nothing)
     for options in (
         {"dilation": 2},
         {"dilation": 2, "stride": 2, "padding": 3},
@@ -101,10 +101,10 @@ def convolutions(axes: int) -> None:
     ):
         channels = 8 if options.get("groups") == 4 else 6
         module = made(kind, 4, channels, 3, **options)
-        CASES[f"conv{axes}d {options}"] = Case(module, shape, "_Convolve", nothing)
+        CASES[f"conv{axes}d {options}"] = Case(module, shape, "_Lean", nothing)
     uneven, steps, edges = (4, 3, 5)[:axes], (3, 1, 2)[:axes], (0, 2, 1)[:axes]
     CASES[f"conv{axes}d uneven"] = Case(
-        made(kind, 4, 2, uneven, steps, edges), shape, "_Convolve", nothing
+        made(kind, 4, 2, uneven, steps, edges), shape, "_Lean", nothing
     )
     CASES[f"conv{axes}d same, even kernel"] = Case(made(kind, 4, 2, 4, padding="same"), shape)
 
@@ -118,9 +118,9 @@ def transposed_convolutions(axes: int) -> None:
             dilation = 3 if extra >= stride else 1
             module = made(kind, 4, 6, 3, stride, 1, extra, groups=2, dilation=dilation)
             name = f"conv_transpose{axes}d stride {stride} output_padding {extra}"
-            CASES[name] = Case(module, shape, "_Convolve", nothing)
+            CASES[name] = Case(module, shape, "_Lean", nothing)
     module = made(kind, 4, 3, (4, 3, 5)[:axes], (3, 1, 2)[:axes], (0, 1, 2)[:axes], bias=False)
-    CASES[f"conv_transpose{axes}d uneven"] = Case(module, shape, "_Convolve", nothing)
+    CASES[f"conv_transpose{axes}d uneven"] = Case(module, shape, "_Lean", nothing)
 
 
 def max_pools(axes: int) -> None:
@@ -134,10 +134,10 @@ def max_pools(axes: int) -> None:
         {"stride": 3, "dilation": 2, "padding": 1, "ceil_mode": True},
     ):
         for values in ("random", "ties"):
-            case = Case(kind(3, **options), (4, *SIDES[axes]), "_MaxPool", a_byte, values)
+            case = Case(kind(3, **options), (4, *SIDES[axes]), "_Lean", a_byte, values)
             CASES[f"max_pool{axes}d {options} {values}"] = case
     uneven = kind((3, 2, 1)[:axes], (1, 2, 1)[:axes])
-    CASES[f"max_pool{axes}d uneven"] = Case(uneven, (4, *SIDES[axes]), "_MaxPool", a_byte, "ties")
+    CASES[f"max_pool{axes}d uneven"] = Case(uneven, (4, *SIDES[axes]), "_Lean", a_byte, "ties")
     places = kind(3, 2, return_indices=True)
     CASES[f"max_pool{axes}d indices"] = Case(lambda x: places(x)[0], (4, *SIDES[axes]))
     unpool = (nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d)[axes - 1](2)
@@ -156,7 +156,7 @@ def average_pools(axes: int) -> None:
         {"stride": 2, "padding": 1, "ceil_mode": True, "count_include_pad": False},
         *divisors,
     ):
-        case = Case(kind(3, **options), (4, *SIDES[axes]), "_Shaped", nothing)
+        case = Case(kind(3, **options), (4, *SIDES[axes]), "_Lean", nothing)
         CASES[f"avg_pool{axes}d {options}"] = case
 
 
@@ -167,7 +167,7 @@ def adaptive_pools(axes: int) -> None:
     sizes: list[Any] = [1, 3, 5]
     sizes += [(None, 4), (3, None)] if axes == 2 else [(None, 2, 5)] if axes == 3 else []
     for size in sizes:
-        CASES[f"adaptive_avg_pool{axes}d {size}"] = Case(average(size), shape, "_Shaped", nothing)
+        CASES[f"adaptive_avg_pool{axes}d {size}"] = Case(average(size), shape, "_Lean", nothing)
         name = f"adaptive_max_pool{axes}d {size}"
         CASES[name] = Case(most(size), shape, "_AdaptiveMaxPool", a_place, "ties")
     both = most(3, return_indices=True)
@@ -190,15 +190,15 @@ def rectifiers(shape: tuple[int, ...]) -> None:
         ("leaky_relu", nn.LeakyReLU(0.2), nn.LeakyReLU(0.2, inplace=True), "_Ramp"),
         ("steep leaky_relu", nn.LeakyReLU(1.5), None, "_Ramp"),
         ("relu6", lambda x: torch._C._nn.relu6(x), lambda x: torch._C._nn.relu6_(x), "_Ramp"),
-        ("nn.ReLU6", nn.ReLU6(), nn.ReLU6(inplace=True), "_Gate"),
-        ("hardtanh", nn.Hardtanh(), nn.Hardtanh(inplace=True), "_Gate"),
-        ("wide hardtanh", nn.Hardtanh(-3.0, 0.5), None, "_Gate"),
-        ("threshold", nn.Threshold(*threshold), nn.Threshold(*threshold, inplace=True), "_Gate"),
-        ("clamp", lambda x: x.clamp(-1, 0.5), lambda x: x.clamp_(-1, 0.5), "_Gate"),
-        ("clamp_min", lambda x: torch.clamp(x, min=0.5), lambda x: x.clamp_min_(0.5), "_Gate"),
-        ("clamp_max", lambda x: x.clamp(max=0.5), lambda x: x.clamp_max_(0.5), "_Gate"),
-        ("prelu of one", made(nn.PReLU), None, "_Gate"),
-        ("prelu", made(nn.PReLU, channels), None, "_Gate"),
+        ("nn.ReLU6", nn.ReLU6(), nn.ReLU6(inplace=True), "_Lean"),
+        ("hardtanh", nn.Hardtanh(), nn.Hardtanh(inplace=True), "_Lean"),
+        ("wide hardtanh", nn.Hardtanh(-3.0, 0.5), None, "_Lean"),
+        ("threshold", nn.Threshold(*threshold), nn.Threshold(*threshold, inplace=True), "_Lean"),
+        ("clamp", lambda x: x.clamp(-1, 0.5), lambda x: x.clamp_(-1, 0.5), "_Lean"),
+        ("clamp_min", lambda x: torch.clamp(x, min=0.5), lambda x: x.clamp_min_(0.5), "_Lean"),
+        ("clamp_max", lambda x: x.clamp(max=0.5), lambda x: x.clamp_max_(0.5), "_Lean"),
+        ("prelu of one", made(nn.PReLU), None, "_Lean"),
+        ("prelu", made(nn.PReLU, channels), None, "_Lean"),
     ):
         label = f"{name} {len(shape)}-d"
         CASES[label] = Case(module, shape, node, a_bit, "kinks")
@@ -237,25 +237,23 @@ CASES |= {
     "linear": Case(made(nn.Linear, 12, 5), TOKENS, None, nothing),
     "linear without bias": Case(made(nn.Linear, 12, 5, bias=False), (12,), None, nothing),
     "bilinear": Case(lambda x: F.bilinear(x, x.flip(1), FORMS), TOKENS),
-    "F.conv2d": Case(
-        lambda x: F.conv2d(x, WEIGHT, BIAS, (1, 2), 1), (4, 9, 10), "_Convolve", nothing
-    ),
+    "F.conv2d": Case(lambda x: F.conv2d(x, WEIGHT, BIAS, (1, 2), 1), (4, 9, 10), "_Lean", nothing),
     "F.conv2d, names": Case(
-        lambda x: torch.conv2d(input=x, weight=WEIGHT, stride=2), (4, 9, 10), "_Convolve", nothing
+        lambda x: torch.conv2d(input=x, weight=WEIGHT, stride=2), (4, 9, 10), "_Lean", nothing
     ),
     "conv2d by the points' own": Case(
         lambda x: F.conv2d(x, x.mean((0, 2, 3)).view(1, -1, 1, 1) * WEIGHT), (4, 9, 10)
     ),
     "F.conv_transpose2d": Case(
-        lambda x: F.conv_transpose2d(x, WEIGHT[:4, :2], None, 2, 1, 1), (4, 5, 6), "_Convolve"
+        lambda x: F.conv_transpose2d(x, WEIGHT[:4, :2], None, 2, 1, 1), (4, 5, 6), "_Lean"
     ),
-    "batch_norm": Case(made(nn.BatchNorm2d, 6), IMAGE, "_BatchNorm", per_channel),
+    "batch_norm": Case(made(nn.BatchNorm2d, 6), IMAGE, "_Lean", per_channel),
     "batch_norm without weights": Case(
-        made(nn.BatchNorm2d, 6, affine=False), IMAGE, "_BatchNorm", per_channel
+        made(nn.BatchNorm2d, 6, affine=False), IMAGE, "_Lean", per_channel
     ),
-    "batch_norm of tables": Case(made(nn.BatchNorm1d, 9), (9,), "_BatchNorm", per_channel),
-    "batch_norm of series": Case(made(nn.BatchNorm1d, 7), TOKENS, "_BatchNorm", per_channel),
-    "batch_norm of volumes": Case(made(nn.BatchNorm3d, 4), VOLUME, "_BatchNorm", per_channel),
+    "batch_norm of tables": Case(made(nn.BatchNorm1d, 9), (9,), "_Lean", per_channel),
+    "batch_norm of series": Case(made(nn.BatchNorm1d, 7), TOKENS, "_Lean", per_channel),
+    "batch_norm of volumes": Case(made(nn.BatchNorm3d, 4), VOLUME, "_Lean", per_channel),
     "batch_norm of its batch": Case(made(nn.BatchNorm2d, 6, track_running_stats=False), IMAGE),
     "layer_norm": Case(made(nn.LayerNorm, 12), TOKENS),
     "layer_norm of two axes": Case(lambda x: F.layer_norm(x, (5, 7)), IMAGE),
@@ -263,8 +261,8 @@ CASES |= {
     "instance_norm": Case(made(nn.InstanceNorm2d, 6, affine=True), IMAGE),
     "instance_norm of volumes": Case(made(nn.InstanceNorm3d, 4), VOLUME),
     "local_response_norm": Case(nn.LocalResponseNorm(3, alpha=0.5), IMAGE),
-    "rms_norm": Case(made(nn.RMSNorm, 12), TOKENS, "_RMSNorm"),
-    "rms_norm of two axes": Case(lambda x: F.rms_norm(x, (5, 7), eps=1e-3), IMAGE, "_RMSNorm"),
+    "rms_norm": Case(made(nn.RMSNorm, 12), TOKENS, "_Lean"),
+    "rms_norm of two axes": Case(lambda x: F.rms_norm(x, (5, 7), eps=1e-3), IMAGE, "_Lean"),
     "normalize": Case(lambda x: F.normalize(x, dim=1), IMAGE),
     "softmax": Case(lambda x: x.softmax(1) + F.log_softmax(x, -1), IMAGE),
     "attention": Case(attention(), TOKENS),
@@ -287,12 +285,12 @@ CASES |= {
         lambda x: F.leaky_relu(x, negative_slope=0.3) + torch.relu(x), IMAGE, "_Ramp"
     ),
     "relu of a view": Case(lambda x: x.mT.relu(), IMAGE, "_Ramp", a_bit, "kinks"),
-    "max_pool of a view": Case(lambda x: F.max_pool2d(x.mT, 2), IMAGE, "_MaxPool", a_byte),
-    "avg_pool of a view": Case(lambda x: F.avg_pool2d(x.mT, 2), IMAGE, "_Shaped", nothing),
+    "max_pool of a view": Case(lambda x: F.max_pool2d(x.mT, 2), IMAGE, "_Lean", a_byte),
+    "avg_pool of a view": Case(lambda x: F.avg_pool2d(x.mT, 2), IMAGE, "_Lean", nothing),
     "F.max_pool2d, names": Case(
         lambda x: F.max_pool2d(x, kernel_size=(3, 2), stride=[2, 1], padding=(1, 0)),
         IMAGE,
-        "_MaxPool",
+        "_Lean",
         a_byte,
     ),
     "max_pool1d of long windows": Case(nn.MaxPool1d(260, 5), (2, 300)),
@@ -303,7 +301,7 @@ CASES |= {
 CASES |= {
     "torch.relu_": Case(lambda x: torch.relu_(x), IMAGE, "_Ramp", a_bit, "kinks"),
     "Tensor.relu_": Case(lambda x: x.relu_(), IMAGE, "_Ramp", a_bit, "kinks"),
-    "Tensor.prelu": Case(lambda x: x.prelu(SLOPES), IMAGE, "_Gate", a_bit, "kinks"),
+    "Tensor.prelu": Case(lambda x: x.prelu(SLOPES), IMAGE, "_Lean", a_bit, "kinks"),
     **{
         kind: Case(
             partial(getattr(torch._C._nn, kind), padding=[1, 2] * axes), (3, 4, 5, 6)[: axes + 1]
@@ -317,7 +315,7 @@ CASES |= {
     ),
     "rms_norm by the points' own": Case(lambda x: F.rms_norm(x, (12,), x.mean((0, 1))), TOKENS),
     "clamp by the points' own": Case(lambda x: x.clamp(x.mT.mean(), x.exp()), IMAGE),
-    "clamp by nothing": Case(lambda x: x.clamp(0.5, -0.5) + x.clamp(-9, 9), IMAGE, "_Gate"),
+    "clamp by nothing": Case(lambda x: x.clamp(0.5, -0.5) + x.clamp(-9, 9), IMAGE, "_Lean"),
 }
 for name in (
     "gelu silu softplus hardswish hardsigmoid elu selu celu mish tanh sigmoid softsign tanhshrink "

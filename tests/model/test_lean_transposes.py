@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from saliency_fast.graph.autograd import convolutions
-from saliency_fast.graph.autograd.pools import LEAN
+from saliency_fast.graph.autograd import LEAN, convolutions
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 SIZES = list(itertools.product((1, 3), (1, 2, 3), (0, 1), (1, 2)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ import saliency_fast as sf
 from saliency_fast.engine import probe
 from saliency_fast.engine.hoist import hoistable
 from saliency_fast.errors import ModelError
+from saliency_fast.graph import opinfo
 from saliency_fast.graph.passes import affine_prefix as prefixes
 from saliency_fast.graph.passes.affine_prefix import Prefix, check_affine, prefix_of
 from saliency_fast.graph.recorder import unified
@@ -273,7 +275,8 @@ NOT_AFFINE = {
 def test_a_call_that_is_not_affine_is_found_out(name: str, monkeypatch: Any) -> None:
     call = NOT_AFFINE[name]
     stem = Stem(lambda: Net(lambda m, x: call(x) * m.wide, IMAGE, wide=randn(1)), (IMAGE,), None)
-    monkeypatch.setattr(prefixes, "_IN_FIRST", prefixes._IN_FIRST | {name})
+    known = opinfo.TABLE.get(name, opinfo.UNKNOWN)
+    monkeypatch.setitem(opinfo.TABLE, name, replace(known, linear="first"))
     for method in (METHODS["midpoint"], METHODS["smoothgrad"]):
         found, expected, prefix = explained(stem, method)
         assert prefix is None

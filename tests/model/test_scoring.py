@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.engine import way
-from saliency_fast.graph.autograd.winograd import built
+from saliency_fast.graph.autograd.convolutions import winograd_built
 from saliency_fast.graph.passes import scores_only as scorings
 from saliency_fast.graph.passes.fuse_relu import fused
 from saliency_fast.graph.passes.scores_only import ready_bytes, scoring
@@ -27,8 +27,8 @@ from tests.model.random_networks import KINDS, network
 from tests.model.recording import IMAGES, prepared, record
 from tests.models import randn
 
-native = pytest.mark.skipif(not built(), reason="the C++ loops do not run here")
-PREPARED = {"_Direct": "direct", "_Winograd": "winograd", "_Reordered": "reordered"}
+native = pytest.mark.skipif(not winograd_built(), reason="the C++ loops do not run here")
+PREPARED = {"_Winograd": "winograd", "_Reordered": "reordered"}
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -121,42 +121,42 @@ def seen_by_a_view(m: Any, x: Tensor) -> Tensor:
 
 
 BODIES: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
-    "stem": (lambda m, x: F.max_pool2d(m.norm(m.first(x)).relu(), 2), "direct"),
+    "stem": (lambda m, x: F.max_pool2d(m.norm(m.first(x)).relu(), 2), "reordered max_pool2d"),
     "stem of many windows": (
         lambda m, x: F.max_pool2d(m.norm(m.bare(x)).relu(), 3, 2, 1),
-        "direct",
+        "reordered max_pool2d",
     ),
     "pool rounded up": (
         lambda m, x: F.max_pool2d(m.first(x).relu(), 2, ceil_mode=True),
-        "direct max_pool2d",
+        "reordered max_pool2d",
     ),
     "pool with holes": (
         lambda m, x: F.max_pool2d(m.first(x).relu(), 2, dilation=2),
-        "direct max_pool2d",
+        "reordered max_pool2d",
     ),
     "pool of a sum": (
         lambda m, x: F.max_pool2d(m.first(x), 2, 1),
-        "direct",
+        "reordered max_pool2d",
     ),
     "with places": (
         lambda m, x: F.max_pool2d(m.first(x).relu(), 2, return_indices=True)[0],
-        "direct max_pool2d_with_indices",
+        "reordered max_pool2d_with_indices",
     ),
-    "two norms": (lambda m, x: m.other(m.norm(m.first(x))).relu(), "direct rectified"),
-    "winograd": (lambda m, x: m.wide(m.second(m.first(x).relu())).relu(), "direct winograd"),
+    "two norms": (lambda m, x: m.other(m.norm(m.first(x))).relu(), "reordered rectified"),
+    "winograd": (lambda m, x: m.wide(m.second(m.first(x).relu())).relu(), "reordered winograd"),
     "residual": (
         lambda m, x: (m.wide(m.third(m.second(m.first(x)).relu())) + m.second(m.first(x))).relu(),
-        "direct winograd winograd direct winograd rectified",
+        "reordered winograd winograd reordered winograd rectified",
     ),
-    "relu6": (lambda m, x: F.relu6(m.norm(m.first(x))), "direct rectified"),
-    "leaky": (lambda m, x: F.leaky_relu(m.norm(m.first(x)), 0.2), "direct rectified"),
-    "strided": (lambda m, x: m.wide(m.strided(m.first(x))).relu(), "direct reordered"),
-    "depthwise": (lambda m, x: m.norm(m.depthwise(m.first(x))).relu(), "direct reordered"),
-    "sigmoid": (lambda m, x: m.norm(m.first(x)).sigmoid(), "direct sigmoid"),
-    "twice used": (twice_used, "direct relu add"),
-    "beside its norm": (beside_its_norm, "direct rectified"),
-    "overwritten": (overwritten, "direct relu mul_ add"),
-    "seen by a view": (seen_by_a_view, "direct __getitem__ relu_ sum add"),
+    "relu6": (lambda m, x: F.relu6(m.norm(m.first(x))), "reordered rectified"),
+    "leaky": (lambda m, x: F.leaky_relu(m.norm(m.first(x)), 0.2), "reordered rectified"),
+    "strided": (lambda m, x: m.wide(m.strided(m.first(x))).relu(), "reordered reordered"),
+    "depthwise": (lambda m, x: m.norm(m.depthwise(m.first(x))).relu(), "reordered reordered"),
+    "sigmoid": (lambda m, x: m.norm(m.first(x)).sigmoid(), "reordered sigmoid"),
+    "twice used": (twice_used, "reordered relu add"),
+    "beside its norm": (beside_its_norm, "reordered rectified"),
+    "overwritten": (overwritten, "reordered relu mul_ add"),
+    "seen by a view": (seen_by_a_view, "reordered __getitem__ relu_ sum add"),
 }
 
 
@@ -179,8 +179,7 @@ def test_bytes_are_those_of_the_weights() -> None:
     )
     program = fused(record(model.float(), randn(2, 2, 24, 24).float())).innermost()
     ready = {
-        "direct": lambda call: call.weight.nbytes,
-        "winograd": lambda call: call.ready.nbytes + call.weight.nbytes,
+        "winograd": lambda call: call.options[-1].nbytes + call.weight.nbytes,
         "reordered": lambda call: math.prod(call.weight.shape) * 4,
     }
     calls = [step.func for step in scoring(program).steps if type(step.func).__name__ in PREPARED]
@@ -298,5 +297,5 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert off(engine(x, 1).values, model, x) < 1e-5
     program = fused(record(model, x)).innermost()
     assert "reordered" not in kinds(scoring(program))
-    if forced() in (None, "native") and built():
-        assert "direct" in kinds(scoring(program))
+    if forced() in (None, "native") and winograd_built():
+        assert "winograd" in kinds(scoring(program))

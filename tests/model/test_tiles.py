@@ -17,11 +17,10 @@ from torch.nn import functional as F
 from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.errors import BudgetError, InputError
 from saliency_fast.graph.intercept import NotLeanError
-from saliency_fast.graph.local import Window
 from saliency_fast.graph.passes.fuse_relu import with_rectifiers
+from saliency_fast.graph.receptive_field import Window
 from saliency_fast.graph.recorder import Recorder
-from saliency_fast.graph.stem import Stem, inside, local_stem
-from saliency_fast.graph.tiles import Tiled, tile_bytes, tile_sizes
+from saliency_fast.graph.tiling import Stem, Tiled, inside, local_stem, tile_bytes, tile_sizes
 from tests.model.recording import (
     IMAGES,
     KERNEL,

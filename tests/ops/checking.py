@@ -56,8 +56,6 @@ TOLERANCES: dict[str, tuple[Tolerance, ...]] = {
     # Near the error of a direct convolution, in sums of up to a thousand products.
     "winograd": (Tolerance(16, 64),),
     "winograd_weights": (FEW_ROUNDINGS,),
-    # Sums of up to 150 products, in an order of its own.
-    "direct": (Tolerance(8, 32),),
     "maxpool": (EXACT,),
     "maxpool_index": (EXACT, EXACT),
     # Every version adds an element's gradients in the same order.

@@ -131,16 +131,6 @@ def _large_parts(
             (1, 1),
         ),
         "winograd_weights": (torch.randn(112, 48, 3, 3, generator=generator),),
-        # Several bands of rows, and windows that overlap from one to the next.
-        "direct": (
-            torch.randn(4, 3, 230, 250, generator=generator),
-            torch.randn(80, 3, 7, 7, generator=generator) / 12,
-            torch.randn(80, generator=generator),
-            (2, 2),
-            (3, 3),
-            True,
-            (3, 3, 2, 2, 1, 1),
-        ),
     }
 
 

@@ -12,37 +12,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
+from saliency_fast.graph.autograd.function import differentiable
 from saliency_fast.graph.autograd.ties import passes
+from saliency_fast.graph.opinfo import lean
 from saliency_fast.ops.masks import DTYPES, layout_of
 
 SLOPE = 0.01
-"""PyTorch's own of leaky_relu where a call names none."""
+"""The default slope of leaky_relu."""
+_nn = torch._C._nn
 
 
 class _Ramp(torch.autograd.Function):
-    """relu_mask: 0 < scale x + shift + residual < upper lets gradients pass."""
+    """relu_mask: 0 < scale x + shift + residual < upper lets gradients pass.
+
+    options: scale, shift, residual, slope, upper, inplace.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        residual: Tensor | None,
-        slope: float,
-        upper: float,
-        inplace: bool,
-    ) -> Tensor:
-        args = (scale, shift, residual, slope, upper)
+    def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
+        *args, inplace = options
         if inplace and layout_of(x) is not None:
             y, mask = x, ops.relu_mask_(x, *args)
         else:
             y, mask = ops.relu_mask(x, *args)
-        ctx.channels_last, ctx.slope = not y.is_contiguous(), slope
+        ctx.channels_last, ctx.slope = not y.is_contiguous(), args[3]
         if inplace:
             y = x if y is x else x.copy_(y)
             ctx.mark_dirty(x)
-        ctx.save_for_backward(mask, scale)
+        ctx.save_for_backward(mask, args[0])
         return y
 
     @staticmethod
@@ -67,22 +64,17 @@ def ramp(
     upper: float = math.inf,
     inplace: bool = False,
 ) -> Any:
-    """ReLU and its kin of scale x + shift + residual; `inplace` writes into `x`."""
+    """A rectifier of scale x + shift + residual; `inplace` writes into `x`."""
     if x.dtype not in DTYPES or x.dim() == 0:
         return NotImplemented
     if scale is shift is residual is None and not torch.is_grad_enabled():
-        return _ramp_alone(x, slope, upper, inplace)
+        # Nothing is kept: PyTorch's own are as fast.
+        if slope:
+            return (_nn.leaky_relu_ if inplace else _nn.leaky_relu)(x, slope)
+        if upper < math.inf:
+            return torch.clamp(x, 0.0, upper, out=x if inplace else None)
+        return torch.relu_(x) if inplace else torch.relu(x)
     return _Ramp.apply(x, scale, shift, residual, slope, upper, inplace)  # type: ignore[no-untyped-call]
-
-
-def _ramp_alone(x: Tensor, slope: float, upper: float, inplace: bool) -> Tensor:
-    """A ramp of which nothing is kept."""
-    if slope:
-        leaky = torch._C._nn.leaky_relu_ if inplace else torch._C._nn.leaky_relu
-        return leaky(x, slope)
-    if upper < math.inf:
-        return torch.clamp(x, 0.0, upper, out=x if inplace else None)
-    return torch.relu_(x) if inplace else torch.relu(x)
 
 
 @dataclass(frozen=True)
@@ -102,79 +94,70 @@ class Rectifier:
         ends = (0.0, -0.0) if self.upper == math.inf else (0.0, -0.0, self.upper)
         return all(one is False for one in passes(self.plain, args, ends, slope))
 
-    def lean(self) -> Callable[..., Any]:
-        """Its lean version."""
-
-        def leaky_relu(input: Tensor, negative_slope: float = SLOPE) -> Any:
-            served = self.agrees()
-            return (
-                ramp(input, slope=negative_slope, inplace=self.inplace)
-                if served
-                else NotImplemented
-            )
-
-        def relu(input: Tensor) -> Any:
-            served = self.agrees()
-            return ramp(input, upper=self.upper, inplace=self.inplace) if served else NotImplemented
-
-        return leaky_relu if self.leaky else relu
+    def __call__(self, input: Tensor, negative_slope: float = SLOPE) -> Any:
+        """The lean version."""
+        slope = negative_slope if self.leaky else 0.0
+        if not self.agrees():
+            return NotImplemented
+        return ramp(input, slope=slope, upper=self.upper, inplace=self.inplace)
 
 
-class _Gate(torch.autograd.Function):
-    """An activation whose gradient is 1 where `flags` are set and `slope` elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, flags: Tensor, slope: Tensor | None) -> Tensor:
-        if layout_of(flags) is None:
-            flags = flags.contiguous()
-        ctx.channels_last = not flags.is_contiguous()
-        ctx.save_for_backward(ops.pack_mask(flags), slope)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        mask, slope = ctx.saved_tensors
-        found, _ = ops.relu_mask_backward(
-            grad, mask, None, 0.0, "standard", False, ctx.channels_last
-        )
-        if slope is not None:
-            # grad where the bit is set, slope * grad elsewhere.
-            found = found + slope * (grad - found)
-        return found, None, None, None
+RECTIFIERS: dict[Callable[..., Any], Rectifier] = {
+    torch.relu: Rectifier(torch.relu),
+    Tensor.relu: Rectifier(torch.relu),
+    torch.relu_: Rectifier(torch.relu, inplace=True),
+    Tensor.relu_: Rectifier(torch.relu, inplace=True),
+    _nn.relu6: Rectifier(_nn.relu6, upper=6.0),
+    _nn.relu6_: Rectifier(_nn.relu6, upper=6.0, inplace=True),
+    _nn.leaky_relu: Rectifier(_nn.leaky_relu, leaky=True),
+    _nn.leaky_relu_: Rectifier(_nn.leaky_relu, leaky=True, inplace=True),
+}
+for _call, _rectifier in RECTIFIERS.items():
+    lean(_call)(_rectifier)
 
 
 def _gate(x: Tensor, apply: Callable[[Tensor], Tensor], flags: Tensor, slope: Any = None) -> Any:
+    """An activation whose gradient is 1 where `flags` are set and `slope` elsewhere."""
     if x.dtype not in DTYPES or not x.requires_grad:
         return NotImplemented
-    with torch.no_grad():
-        y = apply(x)
-    return _Gate.apply(x, y, flags, slope)  # type: ignore[no-untyped-call]
+    flags = flags.contiguous() if layout_of(flags) is None else flags
+    last = not flags.is_contiguous()
+
+    def back(grad: Tensor, mask: Tensor, slope: Tensor | None) -> Any:
+        found, _ = ops.relu_mask_backward(grad, mask, None, 0.0, "standard", False, last)
+        # grad where the bit is set, slope * grad elsewhere.
+        return found if slope is None else found + slope * (grad - found)
+
+    return differentiable(x, lambda one: (apply(one), (ops.pack_mask(flags), slope)), back)
 
 
+@lean(_nn.hardtanh)
 def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Any:
-    low, high = passes(torch._C._nn.hardtanh, (-1.0, 1.0), (-1.0, 1.0))
-    if low is None or high is None:
-        return NotImplemented
-    plain = input.detach()
-    flags = _above(plain, min_val, low) & _below(plain, max_val, high)
-    return _gate(input, lambda x: torch.clamp(x, min_val, max_val), flags)
+    low, high = passes(_nn.hardtanh, (-1.0, 1.0), (-1.0, 1.0))
+    return _clamped(input, min_val, max_val, low, high)
 
 
+@lean(torch.clamp, Tensor.clamp)
 def _clamp(input: Tensor, min: Any = None, max: Any = None) -> Any:
     if isinstance(min, Tensor) or isinstance(max, Tensor) or (min is None and max is None):
         return NotImplemented
     asked = (None if min is None else -1.0, None if max is None else 1.0)
     low, high = passes(torch.clamp, asked, (-1.0, 1.0))
+    return _clamped(input, min, max, low, high)
+
+
+def _clamped(x: Tensor, least: Any, most: Any, low: bool | None, high: bool | None) -> Any:
+    """low, high: whether the bounds themselves pass gradients, None where that is not known."""
     if low is None or high is None:
         return NotImplemented
-    plain = input.detach()
-    flags = torch.ones_like(plain, dtype=torch.bool) if min is None else _above(plain, min, low)
-    if max is not None:
-        flags &= _below(plain, max, high)
-    return _gate(input, lambda x: torch.clamp(x, min, max), flags)
+    plain = x.detach()
+    flags = torch.ones_like(plain, dtype=torch.bool) if least is None else _above(plain, least, low)
+    if most is not None:
+        flags &= plain <= most if high else plain < most
+    return _gate(x, lambda one: torch.clamp(one, least, most), flags)
 
 
+@lean(torch.threshold)
 def _threshold(input: Tensor, threshold: float, value: float) -> Any:
     (at,) = passes(torch.threshold, (0.5, 0.5), (0.5,))
     if at is None:
@@ -187,6 +170,7 @@ def _prelu_of_a_quarter(x: Tensor) -> Tensor:
     return torch.prelu(x, x.new_tensor([0.25]))
 
 
+@lean(torch.prelu, Tensor.prelu)
 def _prelu(input: Tensor, weight: Tensor) -> Any:
     (at,) = passes(_prelu_of_a_quarter, (), (0.0,), 0.25)
     if weight.requires_grad or at is None:
@@ -197,31 +181,3 @@ def _prelu(input: Tensor, weight: Tensor) -> Any:
 
 def _above(x: Tensor, bound: float, itself: bool) -> Tensor:
     return x >= bound if itself else x > bound
-
-
-def _below(x: Tensor, bound: float, itself: bool) -> Tensor:
-    return x <= bound if itself else x < bound
-
-
-_nn = torch._C._nn
-
-RECTIFIERS: dict[Callable[..., Any], Rectifier] = {
-    torch.relu: Rectifier(torch.relu),
-    Tensor.relu: Rectifier(torch.relu),
-    torch.relu_: Rectifier(torch.relu, inplace=True),
-    Tensor.relu_: Rectifier(torch.relu, inplace=True),
-    _nn.relu6: Rectifier(_nn.relu6, upper=6.0),
-    _nn.relu6_: Rectifier(_nn.relu6, upper=6.0, inplace=True),
-    _nn.leaky_relu: Rectifier(_nn.leaky_relu, leaky=True),
-    _nn.leaky_relu_: Rectifier(_nn.leaky_relu, leaky=True, inplace=True),
-}
-
-LEAN: dict[Callable[..., Any], Callable[..., Any]] = {
-    **{call: kind.lean() for call, kind in RECTIFIERS.items()},
-    _nn.hardtanh: _hardtanh,
-    torch.clamp: _clamp,
-    Tensor.clamp: _clamp,
-    torch.threshold: _threshold,
-    torch.prelu: _prelu,
-    Tensor.prelu: _prelu,
-}

@@ -1,69 +1,72 @@
-"""Convolutions that keep their weight alone."""
+"""Convolutions that keep their weight alone, and which of them have a faster call on the CPU."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
-from saliency_fast.graph.autograd.winograd import pays
+from saliency_fast.graph.autograd.function import differentiable
+from saliency_fast.graph.opinfo import lean
+from saliency_fast.ops.dispatch import forced, native_library
+from saliency_fast.ops.winograd import CHANNELS
 
-Sizes = int | tuple[int, ...] | list[int]
+Ints = list[int]
+Sizes = int | tuple[int, ...] | Ints
 _aten = torch.ops.aten
 _convolution = _aten.convolution
+CONVOLUTIONS = {
+    **{getattr(torch, f"conv{axes}d"): (axes, False) for axes in (1, 2, 3)},
+    **{getattr(torch, f"conv_transpose{axes}d"): (axes, True) for axes in (1, 2, 3)},
+}
+"""(spatial axes, whether transposed) of each call."""
 WIDE = 25
-"""Elements of a kernel from which it outweighs a copy of what it is given."""
+"""Elements of a kernel from which it outweighs a copy of its input."""
 FEW_CHANNELS, WIDE_KERNEL = 4, 16
-"""Channels of an image up to which, and places of a kernel's last axis from which oneDNN has no
-fast transpose with channels innermost."""
+"""Channels of an image up to which, and width of a kernel from which oneDNN has no fast transpose
+with channels innermost."""
 UNFOLDS = 20480
-"""Elements of one example up to which PyTorch unfolds its convolutions, for good or ill."""
+"""Elements of one example up to which PyTorch unfolds its convolutions."""
+WINOGRAD_TILE, WINOGRAD_FILLED = 4, 0.6
+"""Width of Winograd's tiles of outputs, and the share of them that an image must fill."""
+WINOGRAD_WEIGHTS = 1 << 22
+"""Elements of transformed weights up to which they stay in the cache that cores share."""
 _ONEDNN = bool(torch._C._has_mkldnn)
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
-    """`aten::convolution` with its options, by oneDNN also for one small volume.
+    """`aten::convolution`, by oneDNN also for one small volume.
 
-    PyTorch unfolds its input instead, which takes up to 27 times the memory and 10 to 100 times as
-    long.
+    PyTorch unfolds such an input instead, which takes up to 27 times the memory and 10 to 100 times
+    as long. options: stride, padding, dilation, transposed, output padding, groups.
     """
-    if _by_onednn(x) and _plain(x, weight, *options):
-        stride, padding, dilation, transposed, output_padding, groups = options
-        # As `aten::convolution` hands them on.
-        layout = _layout(x)
-        x, weight = [one.contiguous(memory_format=layout) for one in (x, weight)]
-        if transposed:
-            return torch.ops.mkldnn._convolution_transpose_pointwise(
-                *(x, weight, bias, padding, output_padding, stride, dilation, groups),
-                *("none", [], ""),
-            )
-        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
-    return _convolution(x, weight, bias, *options)
+    if not (_one_volume(x) and _plain(x, weight, *options)):
+        return _convolution(x, weight, bias, *options)
+    stride, padding, dilation, transposed, output_padding, groups = options
+    # As `aten::convolution` does.
+    innermost = x.is_contiguous(memory_format=torch.channels_last_3d)
+    layout = torch.channels_last_3d if innermost else torch.contiguous_format
+    x, weight = [one.contiguous(memory_format=layout) for one in (x, weight)]
+    if transposed:
+        geometry = (padding, output_padding, stride, dilation, groups)
+        call = torch.ops.mkldnn._convolution_transpose_pointwise
+        return call(x, weight, bias, *geometry, "none", [], "")
+    return _aten.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
 
 
-def _plain(
-    x: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
-) -> bool:
+def _plain(x: Tensor, weight: Tensor, *options: Any) -> bool:
     """Whether the sizes are such that oneDNN, which does not check them, takes them well."""
+    stride, padding, dilation, transposed, output_padding, groups = options
     wide = weight.shape[0] if transposed else weight.shape[1] * groups
     if weight.dim() != x.dim() or x.shape[1] != wide:
         return False
-    axes = zip(
-        x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding, strict=True
-    )
-    for size, kernel, s, p, d, o in axes:
+    geometry = (x.shape[2:], weight.shape[2:], stride, padding, dilation, output_padding)
+    for size, kernel, s, p, d, o in zip(*geometry, strict=True):
         reach = d * (kernel - 1)
         # oneDNN fails on kernels that lie in the padding as a whole.
         if min(s, d) < 1 or not 0 <= p <= reach or o >= s:
@@ -74,109 +77,62 @@ def _plain(
     return True
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    innermost = torch.channels_last_3d
-    return innermost if x.is_contiguous(memory_format=innermost) else torch.contiguous_format
-
-
-def _by_onednn(x: Tensor) -> bool:
+def _one_volume(x: Tensor) -> bool:
     few = _ONEDNN and len(x) == 1 and x.dim() == 5 and x.numel() > 0
-    return few and _on_cpu(x) and torch._C._get_mkldnn_enabled()
+    return few and on_cpu(x) and torch._C._get_mkldnn_enabled()
 
 
-def _on_cpu(x: Tensor) -> bool:
+def on_cpu(x: Tensor) -> bool:
     """Whether `x` is plain float32 in the host's memory."""
     if x.dtype != torch.float32 or type(x) is not Tensor:
         return False
-    # Shapes alone answer that they are where the model's tensors would be.
+    # Under `model.meta`, tensors without memory name the device of the model's.
     with torch._C.DisableTorchFunction():
         return x.device.type == "cpu"
 
 
-class _Convolve(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
-        stride, padding, dilation, transposed, _, groups = options
-        ctx.save_for_backward(weight)
-        ctx.size = x.shape[2:]
-        ctx.options = (stride, padding, dilation, transposed, groups)
-        return convolved(x, weight, bias, *options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        return _transpose(grad, weight, ctx.size, *ctx.options), *(None,) * 8
-
-
-def _transpose(
-    grad: Tensor,
-    weight: Tensor,
-    size: torch.Size,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    groups: int,
-) -> Any:
+def _transpose(grad: Tensor, weight: Tensor, size: torch.Size, *options: Any) -> Any:
     """The convolution's transpose, itself a convolution: unlike the backward operator it asks for
-    no input, and its result has the memory format of `grad`.
+    no input, and its result has the memory format of `grad`. options: stride, padding, dilation,
+    transposed, groups.
     """
+    stride, padding, dilation, transposed, groups = options
     extra = [0] * len(stride)
     if not transposed:
         # What the strides do not reach at the far end, so that the sizes agree.
+        geometry = (size, grad.shape[2:], stride, padding, dilation, weight.shape[2:])
         extra = [
             s - ((g - 1) * t - 2 * p + d * (k - 1) + 1)
-            for s, g, t, p, d, k in zip(
-                size, grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
-            )
+            for s, g, t, p, d, k in zip(*geometry, strict=True)
         ]
-    options = (stride, padding, dilation, not transposed, extra, groups)
     if not transposed and _to_few(grad, weight, stride, dilation, extra, groups):
-        found = _unfolded(grad, weight, stride, padding, dilation, extra)
+        call = _aten.slow_conv_transpose2d if grad.dim() == 4 else _aten.slow_conv_transpose3d
+        kernel = list(weight.shape[2:])
+        found = call(grad, weight, kernel, None, stride, padding, extra, dilation)
     elif not transposed and _by_backward(grad, weight, size, groups):
         x = grad.new_empty(()).expand(len(grad), weight.shape[1], *size)
-        options = (stride, padding, dilation, False, [0] * len(stride), groups)
-        found, _, _ = _aten.convolution_backward(
-            grad, x, weight, None, *options, [True, False, False]
-        )
+        about = (stride, padding, dilation, False, [0] * len(stride), groups)
+        found = _aten.convolution_backward(grad, x, weight, None, *about, [True, False, False])[0]
     else:
-        found = convolved(grad, weight, None, *options)
+        about = (stride, padding, dilation, not transposed, extra, groups)
+        found = convolved(grad, weight, None, *about)
     # Output padding may exceed the stride where the kernel is dilated, and then reach one step on.
     return found if found.shape[2:] == size else found[(..., *map(slice, size))]
 
 
 def _to_few(
-    grad: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    dilation: list[int],
-    extra: list[int],
-    groups: int,
+    grad: Tensor, weight: Tensor, stride: Ints, dilation: Ints, extra: Ints, groups: int
 ) -> bool:
     """Whether a transpose leads to gray or coloured images, whose channels oneDNN pads to whole
-    vectors, and what it unfolds instead is no larger than what it is given.
+    vectors, and unfolding is no larger than its input.
     """
     channels, size = weight.shape[1], weight[0].numel()
-    if groups > 1 or channels > 3 or size > weight.shape[0] or not _on_cpu(grad):
+    if groups > 1 or channels > 3 or size > weight.shape[0] or not on_cpu(grad):
         return False
     # Other memory formats are copied first, which single channels and large kernels outweigh.
     pays = grad.is_contiguous() or (channels == 1 and size >= WIDE)
     steps = zip(extra, stride, dilation, strict=True)
     return pays and weight.dim() in (4, 5) and all(e < max(s, d) for e, s, d in steps)
-
-
-def _unfolded(
-    grad: Tensor,
-    weight: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    extra: list[int],
-) -> Any:
-    transpose = _aten.slow_conv_transpose2d if grad.dim() == 4 else _aten.slow_conv_transpose3d
-    kernel = list(weight.shape[2:])
-    return transpose(grad, weight, kernel, None, stride, padding, extra, dilation)
 
 
 def _by_backward(grad: Tensor, weight: Tensor, size: torch.Size, groups: int) -> bool:
@@ -185,7 +141,7 @@ def _by_backward(grad: Tensor, weight: Tensor, size: torch.Size, groups: int) ->
     that are wide a third to a hundredth, where channels lie innermost.
     """
     channels = weight.shape[1]
-    if groups > 1 or channels > FEW_CHANNELS or not _on_cpu(grad):
+    if groups > 1 or channels > FEW_CHANNELS or not on_cpu(grad):
         return False
     if weight.dim() == 4:
         return weight.shape[3] >= WIDE_KERNEL and not grad.is_contiguous()
@@ -193,63 +149,80 @@ def _by_backward(grad: Tensor, weight: Tensor, size: torch.Size, groups: int) ->
     return weight.dim() == 5 and channels == 1 and large
 
 
-def _lean(axes: int) -> Callable[..., Any]:
+def winograd_pays(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> bool:
+    """Whether a convolution of float32 images on the CPU is faster by `ops.winograd`.
+
+    Shapes of one image decide, so that the rows of a launch do not, nor any timing. geometry:
+    stride, padding, dilation, groups.
+    """
+    stride, padding, dilation, groups = geometry
+    if weight.shape[2:] != (3, 3) or groups != 1 or max(*stride, *dilation) > 1:
+        return False
+    out, channels = weight.shape[:2]
+    if out % CHANNELS or channels % CHANNELS or x.shape[1] != channels:
+        return False
+    if (WINOGRAD_TILE + 2) ** 2 * out * channels > WINOGRAD_WEIGHTS or not winograd_built():
+        return False
+    if any(one is not None and one.dtype != torch.float32 for one in (weight, bias)):
+        return False
+    sizes = [n + 2 * p - 2 for n, p in zip(x.shape[2:], padding, strict=True)]
+    tiles = math.prod(-(-size // WINOGRAD_TILE) for size in sizes)
+    filled = math.prod(sizes) / max(1, tiles * WINOGRAD_TILE**2)
+    return bool(min(sizes) > 0 and min(padding) >= 0 and filled >= WINOGRAD_FILLED)
+
+
+@cache
+def winograd_built() -> bool:
+    """Whether the C++ version runs here, on instructions for which it is made."""
+    capable = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return capable and native_library() is not None and forced() in (None, "native")
+
+
+def _lean(axes: int, transposes: bool) -> Callable[..., Any]:
+    rest = "output_padding groups dilation" if transposes else "dilation groups"
+    names = f"stride padding {rest}".split()
+    defaults = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
+
     def convolution(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Sizes = 1,
-        padding: Sizes | str = 0,
-        dilation: Sizes = 1,
-        groups: int = 1,
+        input: Tensor, weight: Tensor, bias: Tensor | None = None, *given: Any, **named: Any
     ) -> Any:
-        alone = axes == 2 and not torch.is_grad_enabled() and input.dim() == 4 and _on_cpu(input)
-        if not alone and not _served(input, weight, bias, axes):
+        scores = axes == 2 and not transposes and not torch.is_grad_enabled()
+        scores = scores and input.dim() == 4 and on_cpu(input)
+        if not scores and not _served(input, weight, bias, axes):
             return NotImplemented
-        steps, holes = each_axis(stride, axes), each_axis(dilation, axes)
-        edges = even_edges(padding, weight, holes)
-        if edges is None:
+        options = defaults | dict(zip(names, given, strict=False)) | named
+        axial = ("stride", "dilation", "output_padding")
+        stride, dilation, more = [each_axis(options[one], axes) for one in axial]
+        padding, groups = even_edges(options["padding"], weight, dilation), options["groups"]
+        if padding is None:
             return NotImplemented
-        if alone:
-            served = pays(input, weight, bias, steps, edges, holes, groups)
-            return ops.winograd(input, weight, bias, edges) if served else NotImplemented
-        return _Convolve.apply(  # type: ignore[no-untyped-call]
-            input, weight, bias, steps, edges, holes, False, [0] * axes, groups
+        if scores:
+            served = winograd_pays(input, weight, bias, stride, padding, dilation, groups)
+            return ops.winograd(input, weight, bias, padding) if served else NotImplemented
+        geometry, size = (stride, padding, dilation, transposes), input.shape[2:]
+        return differentiable(
+            input,
+            lambda x: (convolved(x, weight, bias, *geometry, more, groups), (weight,)),
+            lambda grad, weight: _transpose(grad, weight, size, *geometry, groups),
         )
 
     return convolution
 
 
-def _lean_transposed(axes: int) -> Callable[..., Any]:
-    def transposed_convolution(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        stride: Sizes = 1,
-        padding: Sizes = 0,
-        output_padding: Sizes = 0,
-        groups: int = 1,
-        dilation: Sizes = 1,
-    ) -> Any:
-        if not _served(input, weight, bias, axes):
-            return NotImplemented
-        steps, edges = each_axis(stride, axes), each_axis(padding, axes)
-        holes, more = each_axis(dilation, axes), each_axis(output_padding, axes)
-        return _Convolve.apply(  # type: ignore[no-untyped-call]
-            input, weight, bias, steps, edges, holes, True, more, groups
-        )
-
-    return transposed_convolution
+for _call, _kind in CONVOLUTIONS.items():
+    lean(_call)(_lean(*_kind))
 
 
 def _served(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int) -> bool:
     """Batches of numbers through weights that do not depend on the points."""
-    moving = weight.requires_grad or (bias is not None and bias.requires_grad)
-    wanted = (x.requires_grad and not moving) or _by_onednn(x)
+    moving = torch.is_grad_enabled() and any(
+        one is not None and one.requires_grad for one in (weight, bias)
+    )
+    wanted = (x.requires_grad or _one_volume(x)) and not moving
     return x.dim() == axes + 2 and x.is_floating_point() and wanted
 
 
-def even_edges(padding: Sizes | str, weight: Tensor, dilation: list[int]) -> list[int] | None:
+def even_edges(padding: Sizes | str, weight: Tensor, dilation: Ints) -> Ints | None:
     """A padding per axis, also of one by name; None where that differs between both sides."""
     if not isinstance(padding, str):
         return each_axis(padding, len(dilation))
@@ -259,17 +232,7 @@ def even_edges(padding: Sizes | str, weight: Tensor, dilation: list[int]) -> lis
     return None if any(both % 2 for both in sides) else [both // 2 for both in sides]
 
 
-def each_axis(value: Sizes, axes: int) -> list[int]:
+def each_axis(value: Sizes, axes: int) -> Ints:
     """One number per axis."""
     given = [value] if isinstance(value, int) else list(value)
     return given * axes if len(given) == 1 else given
-
-
-LEAN: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.conv1d: _lean(1),
-    torch.conv2d: _lean(2),
-    torch.conv3d: _lean(3),
-    torch.conv_transpose1d: _lean_transposed(1),
-    torch.conv_transpose2d: _lean_transposed(2),
-    torch.conv_transpose3d: _lean_transposed(3),
-}

@@ -1,4 +1,4 @@
-"""Pools that keep one byte per window, or nothing."""
+"""Pools that keep one byte per window, or nothing, and paddings by the points' own numbers."""
 
 from __future__ import annotations
 
@@ -11,41 +11,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
-from saliency_fast.graph.autograd.convolutions import Sizes, _on_cpu, each_axis
+from saliency_fast.graph.autograd.convolutions import Ints, Sizes, each_axis, on_cpu
+from saliency_fast.graph.autograd.function import differentiable
 from saliency_fast.graph.autograd.ties import takes_first
+from saliency_fast.graph.opinfo import LEAN, lean
 from saliency_fast.ops.masks import DTYPES
-from saliency_fast.ops.pools import layout
+from saliency_fast.ops.pools import LARGEST_WINDOW, layout
 
-LARGEST_WINDOW = 256
-_CALLS = {1: torch.max_pool1d, 2: torch.max_pool2d, 3: torch.max_pool3d}
 VALUES = 8
 """Channels from which maxima alone are found window by window."""
+_PADS = {"reflect": "reflection_pad", "replicate": "replication_pad"}
+_aten, _nn = torch.ops.aten, torch._C._nn
 
 
-class _MaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        kernel: list[int],
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        ceil_mode: bool,
-    ) -> Any:
-        y, index = ops.maxpool_index(x, kernel, stride, padding, dilation, ceil_mode)
-        ctx.save_for_backward(index)
-        ctx.options = (list(x.shape[2:]), kernel, stride, padding, dilation)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (index,) = ctx.saved_tensors
-        return ops.maxpool_index_backward(grad, index, *ctx.options), *(None,) * 5
+def _served(x: Tensor, axes: int) -> bool:
+    return x.dim() == axes + 2 and x.dtype in DTYPES
 
 
-def _max_pool(axes: int) -> Callable[..., Any]:
+def _strides(stride: Sizes | None, kernel: Ints) -> Ints:
+    """Strides per axis; by default windows lie side by side."""
+    return kernel if stride is None or stride == [] else each_axis(stride, len(kernel))
+
+
+def _max_pool(call: Callable[..., Any], axes: int) -> None:
+    @lean(call)
     def max_pool(
         input: Tensor,
         kernel_size: Sizes,
@@ -57,17 +46,24 @@ def _max_pool(axes: int) -> Callable[..., Any]:
         kernel = each_axis(kernel_size, axes)
         if not _served(input, axes) or math.prod(kernel) > LARGEST_WINDOW:
             return NotImplemented
-        steps = kernel if stride is None or stride == [] else each_axis(stride, axes)
         edges, holes = each_axis(padding, axes), each_axis(dilation, axes)
-        if not torch.is_grad_enabled() and _on_cpu(input):
+        options = (kernel, _strides(stride, kernel), edges, holes, ceil_mode)
+        if not torch.is_grad_enabled() and on_cpu(input):
             if layout(input) == torch.contiguous_format or input.shape[1] < VALUES:
                 return NotImplemented
-            return ops.maxpool(input, kernel, steps, edges, holes, ceil_mode)
-        if not takes_first(_CALLS[axes], axes, layout(input)):
+            return ops.maxpool(input, *options)
+        if not takes_first(call, axes, layout(input)):
             return NotImplemented
-        return _MaxPool.apply(input, kernel, steps, edges, holes, ceil_mode)  # type: ignore[no-untyped-call]
+        size = list(input.shape[2:])
 
-    return max_pool
+        def run(x: Tensor) -> Any:
+            y, index = ops.maxpool_index(x, *options)
+            return y, (index,)
+
+        def back(grad: Tensor, index: Tensor) -> Any:
+            return ops.maxpool_index_backward(grad, index, size, *options[:-1])
+
+        return differentiable(input, run, back)
 
 
 class _AdaptiveMaxPool(torch.autograd.Function):
@@ -90,43 +86,31 @@ class _AdaptiveMaxPool(torch.autograd.Function):
         return found.view(ctx.shape).contiguous(memory_format=ctx.layout), None, None
 
 
-def _adaptive_max_pool(axes: int, pool: Callable[..., Any]) -> Callable[..., Any]:
+def _adaptive_max_pool(call: Callable[..., Any], axes: int) -> None:
+    @lean(call)
     def adaptive_max_pool(input: Tensor, output_size: Any) -> Any:
         if not _served(input, axes):
             return NotImplemented
-        return _AdaptiveMaxPool.apply(input, output_size, pool)  # type: ignore[no-untyped-call]
-
-    return adaptive_max_pool
+        return _AdaptiveMaxPool.apply(input, output_size, call)  # type: ignore[no-untyped-call]
 
 
-class _Shaped(torch.autograd.Function):
-    """A pool whose transpose needs the shape of its input alone."""
+def _shaped(x: Tensor, call: Callable[..., Any], transpose: Callable[..., Any], *rest: Any) -> Any:
+    """A call whose transpose needs the shape of its input alone."""
+    size, form = x.shape, layout(x)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        pool: Callable[..., Tensor],
-        transpose: Callable[..., Tensor],
-        options: tuple[Any, ...],
-    ) -> Tensor:
-        ctx.shape, ctx.transpose, ctx.options = x.shape, transpose, options
-        ctx.layout = layout(x)
-        return pool(x, *options)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def back(grad: Tensor) -> Any:
         # The operators ask for the input and read its shape: one number stands for all.
-        shape = grad.new_empty(()).expand(ctx.shape)
-        found = ctx.transpose(grad, shape, *ctx.options)
+        found = transpose(grad, grad.new_empty(()).expand(size), *rest)
         # As the input lies: activations are slow where values and gradients lie differently.
-        return found.contiguous(memory_format=ctx.layout), None, None, None
+        return found.contiguous(memory_format=form)
+
+    return differentiable(x, lambda one: (call(one, *rest), ()), back)
 
 
-def _average_pool(
-    axes: int, pool: Callable[..., Tensor], transpose: Callable[..., Tensor]
-) -> Callable[..., Any]:
+def _average_pool(call: Callable[..., Any], axes: int) -> None:
+    transpose = getattr(_aten, f"avg_pool{axes}d_backward")
+
+    @lean(call)
     def average_pool(
         input: Tensor,
         kernel_size: Sizes,
@@ -139,27 +123,33 @@ def _average_pool(
         if not _served(input, axes):
             return NotImplemented
         kernel = each_axis(kernel_size, axes)
-        steps = kernel if stride is None or stride == [] else each_axis(stride, axes)
-        edges = each_axis(padding, axes)
-        options = (kernel, steps, edges, ceil_mode, count_include_pad, divisor_override)
-        return _Shaped.apply(input, pool, transpose, options)  # type: ignore[no-untyped-call]
-
-    return average_pool
+        sizes = (kernel, _strides(stride, kernel), each_axis(padding, axes))
+        options = (*sizes, ceil_mode, count_include_pad, divisor_override)
+        return _shaped(input, call, transpose, *options)
 
 
-def _adaptive_average_pool(
-    axes: int, pool: Callable[..., Tensor], transpose: Callable[..., Tensor]
-) -> Callable[..., Any]:
+def _adaptive_average_pool(call: Callable[..., Any], axes: int) -> None:
+    transpose = getattr(_aten, f"_adaptive_avg_pool{axes}d_backward")
+
+    @lean(call)
     def adaptive_average_pool(input: Tensor, output_size: Any) -> Any:
         if not _served(input, axes):
             return NotImplemented
         sizes = zip(each_axis(output_size, axes), input.shape[2:], strict=True)
         wanted = [own if size is None else size for size, own in sizes]
-        return _Shaped.apply(input, pool, lambda g, x, _: transpose(g, x), (wanted,))  # type: ignore[no-untyped-call]
-
-    return adaptive_average_pool
+        return _shaped(input, call, lambda grad, x, _: transpose(grad, x), wanted)
 
 
+_max_pool(torch.max_pool1d, 1)
+_adaptive_max_pool(torch.adaptive_max_pool1d, 1)
+for _axes in (2, 3):
+    _max_pool(getattr(torch, f"max_pool{_axes}d"), _axes)
+    _adaptive_max_pool(getattr(_nn, f"adaptive_max_pool{_axes}d"), _axes)
+    _average_pool(getattr(_nn, f"avg_pool{_axes}d"), _axes)
+    _adaptive_average_pool(getattr(_nn, f"adaptive_avg_pool{_axes}d"), _axes)
+
+
+@lean(torch.avg_pool1d)
 def _avg_pool1d(
     input: Tensor,
     kernel_size: Sizes,
@@ -171,11 +161,12 @@ def _avg_pool1d(
     if not _served(input, 1):
         return NotImplemented
     # PyTorch, too, pools a series as an image of one line.
-    kernel, edges = each_axis(kernel_size, 1), each_axis(padding, 1)
-    sizes = ([1, *kernel], [1, *each_axis(stride or kernel, 1)], [0, *edges])
+    kernel = each_axis(kernel_size, 1)
+    sizes = ([1, *kernel], [1, *_strides(stride, kernel)], [0, *each_axis(padding, 1)])
     return LEAN[_nn.avg_pool2d](input.unsqueeze(2), *sizes, ceil_mode, count_include_pad).squeeze(2)
 
 
+@lean(torch.adaptive_avg_pool1d)
 def _adaptive_avg_pool1d(input: Tensor, output_size: Sizes) -> Any:
     if not _served(input, 1):
         return NotImplemented
@@ -183,27 +174,22 @@ def _adaptive_avg_pool1d(input: Tensor, output_size: Sizes) -> Any:
     return LEAN[_nn.adaptive_avg_pool2d](input.unsqueeze(2), size).squeeze(2)
 
 
-def _served(x: Tensor, axes: int) -> bool:
-    return x.dim() == axes + 2 and x.dtype in DTYPES
+def _padding(call: Callable[..., Any], axes: int) -> None:
+    transpose = getattr(_aten, f"{call.__name__}_backward")
+
+    @lean(call)
+    def padded(input: Tensor, padding: Any) -> Any:
+        if not _served(input, axes) or len(padding) != 2 * axes:
+            return NotImplemented
+        return _shaped(input, call, transpose, list(padding))
 
 
-_aten, _nn = torch.ops.aten, torch._C._nn
+for _kind in _PADS.values():
+    for _axes in (1, 2, 3):
+        _padding(getattr(_nn, f"{_kind}{_axes}d"), _axes)
 
-LEAN: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.max_pool1d: _max_pool(1),
-    torch.max_pool2d: _max_pool(2),
-    torch.max_pool3d: _max_pool(3),
-    torch.adaptive_max_pool1d: _adaptive_max_pool(1, torch.adaptive_max_pool1d),
-    _nn.adaptive_max_pool2d: _adaptive_max_pool(2, _nn.adaptive_max_pool2d),
-    _nn.adaptive_max_pool3d: _adaptive_max_pool(3, _nn.adaptive_max_pool3d),
-    torch.avg_pool1d: _avg_pool1d,
-    _nn.avg_pool2d: _average_pool(2, _nn.avg_pool2d, _aten.avg_pool2d_backward),
-    _nn.avg_pool3d: _average_pool(3, _nn.avg_pool3d, _aten.avg_pool3d_backward),
-    torch.adaptive_avg_pool1d: _adaptive_avg_pool1d,
-    _nn.adaptive_avg_pool2d: _adaptive_average_pool(
-        2, _nn.adaptive_avg_pool2d, _aten._adaptive_avg_pool2d_backward
-    ),
-    _nn.adaptive_avg_pool3d: _adaptive_average_pool(
-        3, _nn.adaptive_avg_pool3d, _aten._adaptive_avg_pool3d_backward
-    ),
-}
+
+@lean(_nn.pad)
+def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    call = getattr(_nn, f"{_PADS[mode]}{len(pad) // 2}d", None) if mode in _PADS else None
+    return NotImplemented if call is None else LEAN[call](input, pad)

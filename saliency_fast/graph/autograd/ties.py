@@ -1,4 +1,4 @@
-"""What PyTorch's gradients are where a slope changes or values are equal: PyTorch itself is asked.
+"""PyTorch's own gradients where a slope changes or values are equal, found by asking it.
 
 Releases differ: clamp passes gradients at its bounds up to 2.13, and not from 2.14 on. Each
 question is asked once, when a lean version first needs the answer.

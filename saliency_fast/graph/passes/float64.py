@@ -1,26 +1,24 @@
-"""Programs in float64, where rounding explains nothing: what tells whether two of them agree."""
+"""Programs in float64, where rounding explains no difference: they tell whether two agree."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saliency_fast.graph.opinfo import Wrapped
 from saliency_fast.graph.passes.affine_prefix import Prefix
-from saliency_fast.graph.program import Program, Step
+from saliency_fast.graph.program import Program, Step, mapped
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
 @dataclass(frozen=True)
-class _Native:
-    """A call by autograd's own derivative: it is no key of any table of lean versions."""
-
-    func: Callable[..., Any]
+class _Native(Wrapped):
+    """A call by autograd's own derivative: no lean version is registered for it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.func(*args, **kwargs)
@@ -53,26 +51,20 @@ class Wider:
     def prefix(self, prefix: Prefix | None) -> Prefix | None:
         return prefix and Prefix(self.program(prefix.stem), self.program(prefix.rest))
 
+    def value(self, value: Any) -> Any:
+        return mapped(self._leaf, value)
+
     def _step(self, step: Step) -> Step:
-        native = isinstance(step.func, _Native)
         func = step.func.func if isinstance(step.func, _Native) else step.func
         func = Tensor.double if func in _CASTS else func
-        kwargs = {name: self.value(one) for name, one in step.kwargs.items()}
-        func = _Native(func) if native else func
-        return replace(step, func=func, args=self.value(step.args), kwargs=kwargs)
+        func = _Native(func) if isinstance(step.func, _Native) else func
+        return replace(step.with_arguments(self._leaf), func=func)
 
-    def value(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._tensor(value) if value.dtype in _NARROW else value
-        if isinstance(value, torch.dtype):
-            return torch.float64 if value in _NARROW else value
-        if type(value) in (tuple, list):
-            return type(value)([self.value(one) for one in value])
-        if type(value) is dict:
-            return {name: self.value(one) for name, one in value.items()}
-        return value
-
-    def _tensor(self, value: Tensor) -> Tensor:
-        if id(value) not in self._known:
-            self._known[id(value)] = value, value.detach().double()
-        return self._known[id(value)][1]
+    def _leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.dtype):
+            return torch.float64 if leaf in _NARROW else leaf
+        if not isinstance(leaf, Tensor) or leaf.dtype not in _NARROW:
+            return leaf
+        if id(leaf) not in self._known:
+            self._known[id(leaf)] = leaf, leaf.detach().double()
+        return self._known[id(leaf)][1]

@@ -6,199 +6,163 @@ weights: made in every launch, they cost time there, and memory that is counted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saliency_fast.graph.passes.fold_norm import folded_convolution, folded_weights
-from saliency_fast.graph.program import PerRow, Program, Read, Ref, Step, refs_in
+from saliency_fast.graph.fused import folded_weights
+from saliency_fast.graph.patterns import Layer, convolution
+from saliency_fast.graph.program import (
+    PerRow,
+    Prepared,
+    Program,
+    Read,
+    Ref,
+    Step,
+    leaves_in,
+    refs_in,
+)
 
 Env = dict[int, Tensor]
+Weights = tuple[Tensor, Tensor | None]
 
 
-@dataclass(frozen=True)
-class Settled:
-    """A program whose invariant steps have run, and what they made."""
-
-    program: Program
-    made: tuple[Tensor, ...]
-    again: Callable[[], tuple[Tensor, ...]]
-
-    def refresh(self) -> None:
-        """Makes the same anew, in the same places."""
-        weights = self.program.memories
-        for mine, new in zip(self.made, self.again(), strict=True):
-            # Views of the model's own weights are what these are now.
-            if new.untyped_storage().data_ptr() not in weights:
-                mine.copy_(new)
+Settled = Prepared
 
 
-def settled(program: Program, known: dict[Any, Any] | None = None) -> Settled:
+def settled(program: Program, known: dict[Any, Any] | None = None) -> Prepared:
     """The program for as long as its weights do not change: invariant steps have run.
 
-    known: what was made already for another part of the same program, by number; filled.
+    known: what was made already for another part of the same program; filled.
     """
-    places = frozenset(_invariant(program))
-    layers = [n for n, step in enumerate(program.steps) if _made(program, step)]
-    used = {number for step in _others(program, places) for number in step.used}
-    made = {number for place in places for number in program.steps[place].outputs}
+    indices, layers = frozenset(_invariant(program)), list(_prepared(program))
+    used = {number for step in _others(program, indices) for number in step.used}
+    made = {number for index in indices for number in program.steps[index].outputs}
     kept = sorted(made & (used | {one.number for one in refs_in(program.outputs)}))
 
-    def make(known: dict[Any, Any]) -> tuple[Env, dict[int, tuple[Tensor, Tensor | None]]]:
+    def make(known: dict[Any, Any]) -> tuple[Env, dict[int, Weights]]:
         with torch.no_grad():
-            _run(program, places, kept, known)
-            for place in layers:
-                if (key := _key(program.steps[place])) not in known:
-                    known[key] = _weights(program, program.steps[place])
+            _run(program, indices, kept, known)
+            for layer in layers:
+                if _key(layer) not in known:
+                    known[_key(layer)] = _weights(program, layer)
         env = {number: known[number] for number in kept}
-        return env, {place: known[_key(program.steps[place])] for place in layers}
+        return env, {layer.index: known[_key(layer)] for layer in layers}
 
     env, ready = make({} if known is None else known)
-    steps = list[Step]()
-    for place, step in enumerate(program.steps):
-        if place in ready:
-            x, _, _, convolution, options, _ = _layer(step)
-            step = replace(step, func=convolution, args=(x, *ready[place], *options))
-        elif not step.used.isdisjoint(env):
-            args, kwargs = _put(step.args, env), _put(dict(step.kwargs), env)
-            step = replace(step, args=args, kwargs=kwargs)
-        if place not in places:
-            steps.append(step)
+
+    def put(leaf: Any) -> Any:
+        return env.get(leaf.number, leaf) if isinstance(leaf, Ref) else leaf
+
+    steps = {n: step.with_arguments(put) for n, step in enumerate(program.steps)}
+    for layer in layers:
+        args = (put(layer.x), *ready[layer.index], *layer.options)
+        steps[layer.index] = replace(steps[layer.index], func=layer.call, args=args)
 
     def again() -> tuple[Tensor, ...]:
         found, weights = make({})
         return (*found.values(), *_each(weights.values()))
 
-    pieces = tuple(place - sum(one < place for one in places) for place in program.pieces)
-    outputs = tuple(_put(one, env) for one in program.outputs)
-    found = replace(program, steps=tuple(steps), pieces=pieces, outputs=outputs)
-    return Settled(found, (*env.values(), *_each(ready.values())), again)
+    found = replace(
+        program,
+        steps=tuple(step for index, step in steps.items() if index not in indices),
+        pieces=tuple(end - sum(one < end for one in indices) for end in program.pieces),
+        outputs=tuple(map(put, program.outputs)),
+    )
+    return Prepared(found, ((again, (*env.values(), *_each(ready.values()))),))
 
 
-def _run(program: Program, places: frozenset[int], kept: list[int], known: dict[Any, Any]) -> None:
-    """Adds the values `kept` to those known, and lets go of what leads there as it goes."""
+def _run(program: Program, indices: frozenset[int], kept: list[int], known: dict[Any, Any]) -> None:
+    """Adds the values `kept` to those known, dropping each other value after its last use."""
     needed, chain = set(kept) - known.keys(), list[int]()
-    for place in sorted(places, reverse=True):
-        step = program.steps[place]
+    for index in sorted(indices, reverse=True):
+        step = program.steps[index]
         if needed & set(step.outputs):
-            chain.append(place)
+            chain.append(index)
             needed |= step.used - known.keys()
-    last = {number: place for place in chain[::-1] for number in program.steps[place].used}
+    last = {number: index for index in chain[::-1] for number in program.steps[index].used}
     env: Env = {number: known[number] for number in last if number in known}
-    for place in reversed(chain):
-        step = program.steps[place]
+    for index in reversed(chain):
+        step = program.steps[index]
         step.run(env, 1)
         known.update({number: env[number] for number in step.outputs if number in kept})
         for number in (*step.used, *step.outputs):
-            if last.get(number, -1) <= place:
+            if last.get(number, -1) <= index:
                 env.pop(number, None)
 
 
 def settled_bytes(program: Program) -> int:
-    """What invariant steps make of their own, for the time of a call."""
-    places = frozenset(_invariant(program))
-    used = {number for step in _others(program, places) for number in step.used}
+    """Bytes that invariant steps make of their own, for the time of a call."""
+    indices = frozenset(_invariant(program))
+    used = {number for step in _others(program, indices) for number in step.used}
     memories = {one.untyped_storage()._cdata for one in program.constants}
     own = {
         value.memory: value.nbytes
-        for place in places
-        for number in program.steps[place].outputs
+        for index in indices
+        for number in program.steps[index].outputs
         if number in used and (value := program.values[number]).memory not in memories
     }
-    layers = (step.args[1].nbytes for step in program.steps if _made(program, step))
-    return int(sum(own.values()) + sum(layers))
+    return sum(own.values()) + sum(layer.weight.nbytes for layer in _prepared(program))
 
 
-def _others(program: Program, places: frozenset[int]) -> Iterator[Step]:
-    return (step for place, step in enumerate(program.steps) if place not in places)
+def _others(program: Program, indices: frozenset[int]) -> Iterator[Step]:
+    return (step for index, step in enumerate(program.steps) if index not in indices)
 
 
 def _invariant(program: Program) -> Iterator[int]:
-    """Places of the steps that take weights alone, and whose results nobody overwrites."""
+    """Indices of the steps that take weights alone, and whose results no step overwrites."""
     overwritten = {
         program.values[number].memory
         for step in program.steps
         for number in (*step.overwritten, *(after for _, after in step.changed))
     }
     known: set[int] = set()
-    for place, step in enumerate(program.steps):
+    for index, step in enumerate(program.steps):
         values = [program.values[number] for number in step.outputs]
         if step.varying or step.changed or not values or isinstance(step.func, Read):
             continue
         grows = any(any(one.growth) or one.memory in overwritten for one in values)
-        if grows or not step.used <= known or _per_row((step.args, dict(step.kwargs))):
-            continue
-        known.update(step.outputs)
-        yield place
+        follows = any(isinstance(one, PerRow) for one in leaves_in((step.args, step.kwargs)))
+        if not grows and not follows and step.used <= known:
+            known.update(step.outputs)
+            yield index
 
 
-def _per_row(template: Any) -> bool:
-    if isinstance(template, (tuple, list)):
-        return any(map(_per_row, template))
-    if isinstance(template, dict):
-        return _per_row(tuple(template.values()))
-    if isinstance(template, slice):
-        return _per_row((template.start, template.stop, template.step))
-    return isinstance(template, PerRow)
-
-
-def _made(program: Program, step: Step) -> bool:
-    """Whether a step's weights are the model's own, and others are made of them: folded, or for
-    volumes in the memory format in which oneDNN takes them.
+def _prepared(program: Program) -> Iterator[Layer]:
+    """The convolutions whose weights are made of the model's own: folded, or for volumes in the
+    memory format in which oneDNN takes them.
     """
-    if step.func is folded_convolution:
-        _, weight, bias, _, _, norm = step.args
-        return isinstance(weight, Tensor) and not any(refs_in((bias, norm)))
-    if step.func is not torch.conv3d or not step.varying or step.kwargs or len(step.args) < 2:
-        return False
-    weight, *bias = step.args[1:3]
-    if not isinstance(weight, Tensor) or any(refs_in(tuple(bias))):
-        return False
-    plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return program.channels_last and plain and not _innermost(weight)
+    for index, step in enumerate(program.steps):
+        layer = convolution(index, step)
+        if layer is None:
+            continue
+        weight = layer.weight
+        plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        if layer.norm is not None or (
+            weight.dim() == 5 and program.channels_last and plain and not _innermost(weight)
+        ):
+            yield layer
 
 
-def _key(step: Step) -> tuple[int, bool]:
-    return step.outputs[0], step.func is folded_convolution
+def _key(layer: Layer) -> tuple[int, bool]:
+    return layer.output, layer.norm is not None
 
 
 def _innermost(weight: Tensor) -> bool:
     return weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def _layer(step: Step) -> tuple[Any, ...]:
-    """(input, weight, bias, convolution, further options, normalisation or None)."""
-    if step.func is folded_convolution:
-        return step.args
-    x, weight, *others = step.args
-    return x, weight, (*others, None)[0], step.func, tuple(others[1:]), None
-
-
-def _weights(program: Program, step: Step) -> tuple[Tensor, Tensor | None]:
-    _, weight, bias, _, _, norm = _layer(step)
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    if norm is not None:
-        weight, bias = folded_weights(weight, bias, norm)
+def _weights(program: Program, layer: Layer) -> Weights:
+    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
+    if layer.norm is not None:
+        weight, bias = folded_weights(weight, bias, layer.norm)
     if weight.dim() == 5 and program.channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last_3d)
     return weight, bias
 
 
-def _each(weights: Iterable[tuple[Tensor, Tensor | None]]) -> Iterator[Tensor]:
+def _each(weights: Iterable[Weights]) -> Iterator[Tensor]:
     return (one for two in weights for one in two if one is not None)
-
-
-def _put(template: Any, env: Env) -> Any:
-    """A template with the values in `env` in their places; others stay to be filled."""
-    if isinstance(template, Ref):
-        return env.get(template.number, template)
-    if type(template) in (tuple, list):
-        return type(template)([_put(one, env) for one in template])
-    if type(template) is dict:
-        return {name: _put(one, env) for name, one in template.items()}
-    if type(template) is slice:
-        return slice(*[_put(one, env) for one in (template.start, template.stop, template.step)])
-    return template

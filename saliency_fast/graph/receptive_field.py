@@ -1,39 +1,39 @@
-"""Local calls: which part of its operands a part of a result needs, and what it is on crops.
+"""Receptive fields: which part of its operands a part of a result needs, and calls on crops.
 
 A value [R, C, *spatial] is cut along its spatial axes. A call is local where any box of its result
 needs only boxes of its operands: convolutions, pools, upsampling, elementwise and channel-wise
-calls. `tiles` runs them on crops.
+calls. Each rule registers with `opinfo` as the field `crop` of its operators.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from saliency_fast.graph.autograd.convolutions import each_axis
-from saliency_fast.graph.passes.fuse_relu import rectified
-from saliency_fast.graph.program import Ref, Step, Value
+from saliency_fast.graph.opinfo import out_of_place, register
+from saliency_fast.graph.program import Ref, Step, Value, leaves_in
 
 Span = tuple[int, int]
 Box = tuple[Span, ...]
 Values = Mapping[int, Value]
-_nn = torch._C._nn
 
 
 @dataclass(frozen=True)
 class Window:
-    """What output o sees along one axis: inputs o * stride - before to `reach` places further.
+    """The receptive field along one axis: output o sees the inputs from o * stride - before to
+    `reach` positions further.
 
-    spread: the other way round, input i is seen by outputs i * stride - before and on; the call
-    on a crop from i begins at i * stride - origin. after: padding behind the input.
+    Attributes:
+        after: Padding behind the input.
+        spread: The other way round, as in upsampling: input i is seen by the outputs from
+            i * stride - before on.
+        origin: Of a spread call: on a crop from i, its result begins at i * stride - origin.
     """
 
     stride: int = 1
@@ -57,19 +57,22 @@ class Window:
 
     def _apart(self, span: Span) -> Span:
         near, far = span[0] + self.before, span[1] - 1 + self.before
-        # Where strides jump over places, the last window before them stands in.
+        # Where strides jump over positions, the last window before them stands in.
         first = min(-((self.reach - near) // self.stride), near // self.stride)
         return first, far // self.stride + 1
 
 
 @dataclass(frozen=True)
-class Local:
-    """A step on crops: `func` of `args`, whose values are crops and whose padding is none.
+class CropRule:
+    """How a step runs on crops: `func` of `args`, whose values are crops, without padding.
 
-    fill: what the step's own padding holds. padding: the place in `args` that takes padding alike
-    on both sides. constants: tensors among the arguments are broadcast, and cropped with the rest.
-    keeps: what autograd keeps: nothing, bits, bytes, output or operands. view: the result shares
-    its operand's memory.
+    Attributes:
+        windows: The receptive field along each spatial axis.
+        fill: Value of the step's own padding; None where it has none.
+        padding: Position in `args` of the padding that is equal on both sides.
+        constants: Tensors among the arguments are broadcast, and cropped with the operands.
+        keeps: What autograd keeps, as in `OpInfo`.
+        view: The result shares its operand's memory.
     """
 
     windows: tuple[Window, ...]
@@ -107,60 +110,57 @@ class Local:
         """How far windows look beyond the box of operands, into padding: what the call itself adds
         on both sides, and what it does not.
         """
-        alike, pads = [], []
+        both_sides, pads = [], []
         for window, span, (first, stop), length in zip(self.windows, out, seen, size, strict=True):
             start, end = window.sees(span)
             ahead, behind = first - start, min(end, length + window.after) - stop
             both = max(0, min(ahead, behind)) if self.padding is not None else 0
-            alike.append(both)
+            both_sides.append(both)
             pads.append((0, 0) if self.fill is None else (ahead - both, behind - both))
-        return alike, pads
+        return both_sides, pads
 
 
-def hull(boxes: Sequence[Box]) -> Box:
-    """The smallest box around boxes."""
-    axes = zip(*boxes, strict=True)
-    return tuple((min(a for a, _ in spans), max(b for _, b in spans)) for spans in axes)
-
-
-def leaves(template: Any) -> list[Ref | Tensor]:
-    """The values and tensors among arguments, in order."""
-    return [one for one in tree_leaves(template) if isinstance(one, (Ref, Tensor))]
-
-
-def rule_of(step: Step, values: Values) -> Local | None:
+def crop_rule(step: Step, values: Values) -> CropRule | None:
     """How a step runs on crops, None where it is not local or not known to be."""
-    maker = _MAKERS.get(step.func)
+    make = step.info.crop
     moving = varying(step, values)
-    if maker is None or step.detached or not (moving and step.args and step.outputs):
+    if make is None or step.detached or not (moving and step.args and step.outputs):
         return None
-    # What works in place runs out of place: a crop may be a view of what others still need.
+    # What works in place runs out of place: a crop may be a view of what other calls still need.
     if step.changed not in ((), ((moving[0], step.outputs[0]),)) or "out" in step.kwargs:
         return None
     shapes = [values[number] for number in (*step.outputs, *moving)]
     rank = len(shapes[0].shape)
     if rank < 3 or any(len(one.shape) != rank or not one.rowwise for one in shapes):
         return None
-    return maker(step, values)
+    found: CropRule | None = make(step, values)
+    return found
 
 
 def varying(step: Step, values: Values) -> list[int]:
     """The operands that depend on the points, as often as they are named."""
-    named = [one for one in leaves((step.args, step.kwargs)) if isinstance(one, Ref)]
-    return [one.number for one in named if values[one.number].varying]
+    refs = (one for one in leaves_in((step.args, step.kwargs)) if isinstance(one, Ref))
+    return [one.number for one in refs if values[one.number].varying]
 
 
 def _bound(step: Step, names: str, **given: Any) -> dict[str, Any]:
-    """A step's arguments by name; `given` where it names none."""
+    """A step's arguments by name; `given` holds the defaults."""
     return {**given, **dict(zip(names.split(), step.args, strict=False)), **step.kwargs}
 
 
-def _alone(step: Step, values: Values, axes: int = 0) -> bool:
-    """Whether the first argument alone depends on the points, and has so many spatial axes."""
+def _alone(step: Step, values: Values) -> bool:
+    """Whether only the first argument depends on the points, and has the spatial axes that the
+    operator's name tells, if it does.
+    """
     first = step.args[0] if step.args else None
     if not isinstance(first, Ref) or varying(step, values) != [first.number]:
         return False
-    return axes in (0, len(values[first.number].shape) - 2)
+    return _axes(step, len(values[first.number].shape) - 2) == len(values[first.number].shape) - 2
+
+
+def _axes(step: Step, default: int = 0) -> int:
+    named = re.search(r"(\d)d$", step.name)
+    return int(named[1]) if named else default
 
 
 def _about(one: Ref | Tensor, values: Values) -> Value:
@@ -170,10 +170,16 @@ def _about(one: Ref | Tensor, values: Values) -> Value:
     return Value(tuple(one.shape), one.dtype, False, False, -1)
 
 
-def _convolution(step: Step, values: Values, axes: int) -> Local | None:
+def _pointwise_windows(step: Step, values: Values) -> tuple[Window, ...]:
+    return (Window(),) * (len(values[step.outputs[0]].shape) - 2)
+
+
+@register("crop", "conv1d conv2d conv3d")
+def _convolution(step: Step, values: Values) -> CropRule | None:
     names = "input weight bias stride padding dilation groups"
     given = _bound(step, names, bias=None, stride=1, padding=0, dilation=1, groups=1)
-    if not _alone(step, values, axes):
+    axes = _axes(step)
+    if not _alone(step, values):
         return None
     strides, holes = each_axis(given["stride"], axes), each_axis(given["dilation"], axes)
     kernel = _about(given["weight"], values).shape[2:]
@@ -186,53 +192,64 @@ def _convolution(step: Step, values: Values, axes: int) -> Local | None:
     windows = tuple(map(Window, strides, before, reaches, after))
     operands = (step.args[0], given["weight"], given["bias"])
     args = (*operands, strides, [0] * axes, holes, given["groups"])
-    return Local(windows, step.func, args, fill=0.0, padding=4)
+    return CropRule(windows, step.func, args, fill=0.0, padding=4)
 
 
-def _transposed(step: Step, values: Values, axes: int) -> Local | None:
+@register("crop", "conv_transpose1d conv_transpose2d conv_transpose3d")
+def _transposed(step: Step, values: Values) -> CropRule | None:
     names = "input weight bias stride padding output_padding groups dilation"
     ones = {"stride": 1, "dilation": 1, "groups": 1}
     given = _bound(step, names, bias=None, padding=0, output_padding=0, **ones)
-    if not _alone(step, values, axes):
+    axes = _axes(step)
+    if not _alone(step, values):
         return None
     options = [each_axis(given[name], axes) for name in names.split()[3:6]]
     holes, kernel = each_axis(given["dilation"], axes), _about(given["weight"], values).shape[2:]
     windows, extra = [], []
     for s, p, more, d, k in zip(*options, holes, kernel, strict=True):
         windows.append(Window(s, p, d * (k - 1), spread=True, origin=p))
-        # Places behind the last window, which hold the bias alone.
+        # Positions behind the last window, which hold the bias alone.
         extra.append(max(0, more - p, s - 1 - d * (k - 1)))
     operands = (step.args[0], given["weight"], given["bias"])
     args = (*operands, options[0], [0] * axes, extra, given["groups"], holes)
-    return Local(tuple(windows), step.func, args)
+    return CropRule(tuple(windows), step.func, args)
 
 
-def _pool(step: Step, values: Values, axes: int, greatest: bool) -> Local | None:
+@register("crop", "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
+def _pool(step: Step, values: Values) -> CropRule | None:
+    greatest, axes = step.name.startswith("max"), _axes(step)
     own = "dilation ceil_mode" if greatest else "ceil_mode count_include_pad divisor_override"
     names = f"input kernel_size stride padding {own}"
     plain = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
     given = _bound(step, names, count_include_pad=True, divisor_override=None, **plain)
     kernel, before = each_axis(given["kernel_size"], axes), each_axis(given["padding"], axes)
-    if not _alone(step, values, axes) or (any(before) and not given["count_include_pad"]):
+    if not _alone(step, values) or (any(before) and not given["count_include_pad"]):
         return None
     strides = each_axis(given["stride"], axes) if given["stride"] not in (None, []) else kernel
     holes = each_axis(given["dilation"], axes)
     reaches = [d * (k - 1) for d, k in zip(holes, kernel, strict=True)]
     tail = (given["ceil_mode"], True, given["divisor_override"])[: 2 if axes == 1 else 3]
-    after, fill, keeps = before, 0.0, "nothing"
+    after, fill = before, 0.0
     if greatest:
-        # Full windows also where the call rounds up: what they see there is never the greatest.
+        # Full windows also where the call rounds up: padding is never the greatest.
         tail, after = (holes, False), [2 * reach + 1 for reach in reaches]
-        fill, keeps = -math.inf, "bytes"
+        fill = -math.inf
     windows = tuple(map(Window, strides, before, reaches, after))
     args = (step.args[0], kernel, strides, [0] * axes, *tail)
-    return Local(windows, step.func, args, fill=fill, padding=3, keeps=keeps)
+    return CropRule(windows, step.func, args, fill=fill, padding=3, keeps=step.info.keeps)
 
 
-def _upsampled(step: Step, values: Values, axes: int, linear: bool) -> Local | None:
+@register(
+    "crop",
+    """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d
+    upsample_nearest_exact2d upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
+    upsample_trilinear3d""",
+)
+def _upsampled(step: Step, values: Values) -> CropRule | None:
+    linear = "linear" in step.name
     names = f"input output_size {'align_corners' if linear else ''} scale_factors"
     given = _bound(step, names, output_size=None, align_corners=False, scale_factors=None)
-    if not _alone(step, values, axes) or given["align_corners"]:
+    if not _alone(step, values) or given["align_corners"]:
         return None
     sizes = [values[one].shape[2:] for one in (step.args[0].number, step.outputs[0])]
     factors = [out // own for own, out in zip(*sizes, strict=True)]
@@ -245,17 +262,20 @@ def _upsampled(step: Step, values: Values, axes: int, linear: bool) -> Local | N
         windows = [Window(f, f // 2, f // 2 + (3 * f) // 2 - 1, spread=True) for f in factors]
     scales = [float(f) for f in factors]
     args = (step.args[0], None, *([False] if linear else []), scales)
-    return Local(tuple(windows), step.func, args)
+    return CropRule(tuple(windows), step.func, args)
 
 
-def _shuffled(step: Step, values: Values, up: bool) -> Local | None:
-    if not _alone(step, values, 2) or len(step.args) != 2 or type(step.args[1]) is not int:
+@register("crop", "pixel_shuffle pixel_unshuffle")
+def _shuffled(step: Step, values: Values) -> CropRule | None:
+    images = len(values[step.outputs[0]].shape) == 4
+    if not images or not _alone(step, values) or [type(one) for one in step.args[1:]] != [int]:
         return None
-    window = Window(step.args[1], 0, step.args[1] - 1, spread=up)
-    return Local((window, window), step.func, step.args)
+    window = Window(step.args[1], 0, step.args[1] - 1, spread=step.name == "pixel_shuffle")
+    return CropRule((window, window), step.func, step.args)
 
 
-def _padded(step: Step, values: Values) -> Local | None:
+@register("crop", "pad")
+def _padded(step: Step, values: Values) -> CropRule | None:
     given = _bound(step, "input pad mode value", mode="constant", value=None)
     axes, pads = len(values[step.outputs[0]].shape) - 2, list(given["pad"])
     if given["mode"] != "constant" or any(pads[2 * axes :]) or not _alone(step, values):
@@ -263,10 +283,11 @@ def _padded(step: Step, values: Values) -> Local | None:
     pads += [0] * (2 * axes - len(pads))
     pairs = [(pads[2 * axis], pads[2 * axis + 1]) for axis in reversed(range(axes))]
     windows = tuple(Window(1, before, 0, after) for before, after in pairs)
-    return Local(windows, Tensor.contiguous, (step.args[0],), fill=given["value"] or 0.0)
+    return CropRule(windows, Tensor.contiguous, (step.args[0],), fill=given["value"] or 0.0)
 
 
-def _indexed(step: Step, values: Values) -> Local | None:
+@register("crop", "getitem")
+def _indexed(step: Step, values: Values) -> CropRule | None:
     """Slices of channels and of space."""
     key = step.args[1] if isinstance(step.args[1], tuple) else (step.args[1],)
     slices = [one for one in key if isinstance(one, slice)]
@@ -276,35 +297,45 @@ def _indexed(step: Step, values: Values) -> Local | None:
     if not whole or dots > 1 or not _alone(step, values):
         return None
     shape = values[step.args[0].number].shape
-    place = next((at for at, one in enumerate(key) if one is ...), len(key))
+    split = next((at for at, one in enumerate(key) if one is ...), len(key))
     middle = [slice(None)] * (len(shape) - len(slices))
-    spans = [*key[:place], *middle, *key[place + 1 :]]
+    spans = [*key[:split], *middle, *key[split + 1 :]]
     if spans[0] != slice(None):
         return None
     cut = [span.indices(length) for span, length in zip(spans, shape, strict=True)][2:]
     windows = tuple(Window(stride, -start) for start, _, stride in cut)
     index = (*spans[:2], *(slice(None, None, stride) for _, _, stride in cut))
-    return Local(windows, step.func, (step.args[0], index), view=True)
+    return CropRule(windows, step.func, (step.args[0], index), view=True)
 
 
-def _pointwise(step: Step, values: Values, func: Callable[..., Any], keeps: str) -> Local | None:
-    """A call whose result has at each place what its operands have there."""
+@register(
+    "crop",
+    """add sub subtract rsub neg negative clone to float double half bfloat16 type_as contiguous
+    relu relu6 leaky_relu hardtanh clamp threshold sigmoid tanh exp expm1 sqrt rsqrt reciprocal
+    mul multiply div divide true_divide gelu silu elu celu selu hardswish hardsigmoid mish softplus
+    log_sigmoid where square pow abs log log1p log2 log10 sin cos atan erf clip clamp_min clamp_max
+    maximum minimum lerp addcmul addcdiv exp2""",
+)
+def _pointwise(step: Step, values: Values) -> CropRule | None:
+    """A call whose result has at each position what its operands have there."""
     made, moving = values[step.outputs[0]], varying(step, values)
-    given = [_about(one, values) for one in leaves((step.args, step.kwargs))]
-    alike = all(values[one].shape[2:] == made.shape[2:] for one in moving)
-    if not alike or not all(_broadcasts(one, made.shape) for one in given):
+    leaves = leaves_in((step.args, step.kwargs))
+    given = [_about(one, values) for one in leaves if isinstance(one, (Ref, Tensor))]
+    same = all(values[one].shape[2:] == made.shape[2:] for one in moving)
+    if not same or not all(_broadcasts(one, made.shape) for one in given):
         return None
     if step.changed and any(one.shape and one.dtype != made.dtype for one in given):
         return None
-    windows = (Window(),) * (len(made.shape) - 2)
+    keeps, func = step.info.keeps, out_of_place(step.func)
     view = keeps == "view"
     if view or (keeps == "factors" and len(moving) == 1):
         keeps = "nothing"
-    return Local(windows, func, step.args, step.kwargs, constants=True, keeps=keeps, view=view)
+    windows = _pointwise_windows(step, values)
+    return CropRule(windows, func, step.args, step.kwargs, constants=True, keeps=keeps, view=view)
 
 
 def _broadcasts(one: Value, shape: tuple[int, ...]) -> bool:
-    """Whether an operand of a result of `shape` lies on its places, or is alike on an axis."""
+    """Whether an operand of a result of `shape` lies on its positions or is broadcast."""
     ahead = len(shape) - len(one.shape)
     if ahead < 0 or (ahead > 0 and one.rowwise):
         return False
@@ -312,99 +343,40 @@ def _broadcasts(one: Value, shape: tuple[int, ...]) -> bool:
     return all(own in (1, out) for own, out in spatial)
 
 
-def _channelwise(
-    step: Step, values: Values, func: Any, place: int, default: Any, keeps: str
-) -> Local | None:
+@register(
+    "crop",
+    """softmax log_softmax chunk split split_with_sizes narrow mean sum cat concat concatenate
+    glu""",
+)
+def _channelwise(step: Step, values: Values) -> CropRule | None:
     """A call along the channels."""
-    dim = step.kwargs.get("dim", step.args[place] if len(step.args) > place else default)
+    position, default = step.info.axis
+    dim = step.kwargs.get("dim", step.args[position] if len(step.args) > position else default)
     rank = len(values[step.outputs[0]].shape)
-    if (list(dim) if isinstance(dim, (tuple, list)) else [dim]) not in ([1], [1 - rank]):
-        return None
-    return _pointwise(step, values, func, keeps)
+    along = (list(dim) if isinstance(dim, (tuple, list)) else [dim]) in ([1], [1 - rank])
+    return _pointwise(step, values) if along else None
 
 
-def _dropout(step: Step, values: Values, func: Callable[..., Any]) -> Local | None:
+@register("crop", "dropout feature_dropout alpha_dropout feature_alpha_dropout")
+def _dropout(step: Step, values: Values) -> CropRule | None:
     training = _bound(step, "input p train", train=True)["train"]
-    return None if training else _pointwise(step, values, func, "view")
+    return None if training else _pointwise(step, values)
 
 
-def _parametric(step: Step, values: Values, keeps: str) -> Local | None:
+@register("crop", "batch_norm prelu")
+def _parametric(step: Step, values: Values) -> CropRule | None:
     """A frozen batch normalisation or a PReLU: parameters lie along the channels."""
     names = "input weight bias running_mean running_var training"
     if not _alone(step, values) or _bound(step, names, training=False)["training"]:
         return None
-    windows = (Window(),) * (len(values[step.outputs[0]].shape) - 2)
-    return Local(windows, step.func, step.args, step.kwargs, keeps=keeps)
+    windows, func = _pointwise_windows(step, values), out_of_place(step.func)
+    return CropRule(windows, func, step.args, step.kwargs, keeps=step.info.keeps)
 
 
-def _rectified(step: Step, values: Values) -> Local | None:
+@register("crop", "rectified")
+def _rectified(step: Step, values: Values) -> CropRule | None:
     named = [one.number for one in (step.args[0], step.args[2]) if isinstance(one, Ref)]
     if varying(step, values) != named or len({values[one].shape for one in named}) > 1:
         return None
-    windows = (Window(),) * (len(values[step.outputs[0]].shape) - 2)
-    return Local(windows, rectified, (*step.args[:5], False), keeps="bits")
-
-
-_POINTWISE = {
-    "nothing": "add sub subtract rsub neg negative clone to float double half bfloat16 type_as",
-    "view": "contiguous",
-    "bits": "relu relu6 leaky_relu hardtanh clamp threshold",
-    "output": "sigmoid tanh exp expm1 sqrt rsqrt reciprocal",
-    "factors": "mul multiply div divide true_divide",
-    "operands": "gelu silu elu celu selu hardswish hardsigmoid mish softplus log_sigmoid where "
-    "square pow abs log log1p log2 log10 sin cos atan erf clip clamp_min clamp_max maximum minimum "
-    "lerp addcmul addcdiv exp2",
-}
-_CHANNELWISE = {
-    "softmax log_softmax": (1, None, "output"),
-    "chunk split split_with_sizes": (2, 0, "view"),
-    "narrow": (1, None, "view"),
-    "mean sum": (1, None, "nothing"),
-    "cat concat concatenate": (1, 0, "nothing"),
-    "glu": (1, -1, "operands"),
-}
-_SPACES = (torch, torch._C._VariableFunctions, Tensor, _nn)
-_DROPOUTS = "dropout feature_dropout alpha_dropout feature_alpha_dropout"
-_Maker = Callable[[Step, Values], Local | None]
-
-
-def _named(names: str, maker: Callable[..., Local | None], **options: Any) -> Iterator[Any]:
-    """The calls of names, and their twins in place, with makers that know the ones out of place."""
-    for name, space in itertools.product(names.split(), _SPACES):
-        func = getattr(space, name, None)
-        for call in (func, getattr(space, f"{name}_", None)):
-            if func is not None and call is not None:
-                yield call, partial(maker, func=func, **options)
-
-
-def _elementwise() -> Iterator[Any]:
-    for keeps, names in _POINTWISE.items():
-        yield from _named(names, _pointwise, keeps=keeps)
-    for names, (place, default, keeps) in _CHANNELWISE.items():
-        yield from _named(names, _channelwise, place=place, default=default, keeps=keeps)
-    yield from _named(_DROPOUTS, _dropout)
-
-
-def _windowed() -> Iterator[Any]:
-    for axes, kind in ((1, "linear"), (2, "bilinear"), (3, "trilinear")):
-        average = getattr(_nn, f"avg_pool{axes}d", torch.avg_pool1d)
-        yield getattr(torch, f"conv{axes}d"), partial(_convolution, axes=axes)
-        yield getattr(torch, f"conv_transpose{axes}d"), partial(_transposed, axes=axes)
-        yield getattr(torch, f"max_pool{axes}d"), partial(_pool, axes=axes, greatest=True)
-        yield average, partial(_pool, axes=axes, greatest=False)
-        for name in ("upsample_nearest", "_upsample_nearest_exact", f"upsample_{kind}"):
-            linear = name.endswith("linear")
-            yield getattr(_nn, f"{name}{axes}d"), partial(_upsampled, axes=axes, linear=linear)
-
-
-_MAKERS: dict[Callable[..., Any], _Maker] = {
-    **dict(_elementwise()),
-    **dict(_windowed()),
-    torch.pixel_shuffle: partial(_shuffled, up=True),
-    torch.pixel_unshuffle: partial(_shuffled, up=False),
-    _nn.pad: _padded,
-    Tensor.__getitem__: _indexed,
-    torch.batch_norm: partial(_parametric, keeps="nothing"),
-    torch.prelu: partial(_parametric, keeps="bits"),
-    rectified: _rectified,
-}
+    windows, args = _pointwise_windows(step, values), (*step.args[:5], False)
+    return CropRule(windows, step.func, args, keeps=step.info.keeps)
