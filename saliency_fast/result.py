@@ -1,4 +1,4 @@
-"""Result: from a job's outcome to an attribution with what it rests on."""
+"""From a job's outcome to an attribution with its provenance."""
 
 from __future__ import annotations
 
@@ -6,38 +6,29 @@ import platform
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saliency_fast.attribution import REGION_MASK, TOLD, Attribution, Provenance
+from saliency_fast.engine.accumulate import Outcome
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call
-from saliency_fast.engine.job import Job
+from saliency_fast.engine.loop import Job
 from saliency_fast.engine.memory import resident_bytes
-from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.plan import DRAWS, Plan
 from saliency_fast.engine.recipe import Method
-from saliency_fast.engine.region import Part
-from saliency_fast.engine.ties import Tied
 from saliency_fast.errors import warn
 from saliency_fast.specs import describe_baseline, describe_features, describe_target
 from saliency_fast.version import __version__
 
 
-def attribution(
-    job: Job,
-    outcome: Outcome,
-    baseline: Baseline,
-    *,
-    training: bool,
-    lean: bool,
-    facts: dict[str, Any],
-    at: list[str] | None = None,
-    layer_input: bool = False,
-) -> Attribution:
-    """The attribution of a job. training: whether the model was in training mode; facts: what else
-    its provenance says; at: names of the layers that it is about.
-    """
-    call, squeeze, lost = job.call, not job.call.targets.many, outcome.precision_error
+def attribution(job: Job, outcome: Outcome, baseline: Baseline, **facts: Any) -> Attribution:
+    """The attribution of a job. facts: what else its provenance says."""
+    call, plan, part = job.call, job.plan, job.part
+
+    def of(found: Any) -> Any:
+        """Without the axis of several targets, where there is but one."""
+        return found[:, 0] if found is not None and not call.targets.many else found
+
     target, kept = describe_target(call.targets)
     baseline_spec, baseline_kept = describe_baseline(baseline)
     layouts = call.layouts.released()
@@ -49,41 +40,38 @@ def attribution(
         parameters=_parameters(job.method),
         target=target,
         baseline=baseline_spec,
-        precision=job.plan.precision,
-        dtype=job.plan.dtype,
-        device=job.plan.device,
-        backend=job.plan.backend,
-        versions=_versions(),
-        trained_mode=training,
-        points_per_launch=job.plan.points_per_launch,
-        halvings=outcome.halvings,
-        lean=lean,
-        way=str(job.way),
-        region=None if job.part is None else [list(span) for span in job.part.box],
-        at=at,
-        layer_input=layer_input,
+        precision=plan.precision,
+        dtype=plan.dtype,
+        device=plan.device,
+        backend=plan.backend,
+        versions=dict(_VERSIONS),
+        points_per_launch=plan.points_per_launch,
+        halvings=plan.halvings,
+        way=str(job.strategy),
+        region=None if part is None else [list(span) for span in part.box],
         layout=list(layouts.settled) if any(layouts.settled) else None,
-        notes=_notes(outcome, job.plan),
+        notes=_notes(outcome, plan),
         **facts,
     )
-    whole = outcome.values if job.part is None else tuple(map(job.part.kept, outcome.values))
-    values = tuple(one[:, 0] if squeeze else one for one in whole)
+    mask = {} if part is None or part.mask is None else {REGION_MASK: part.mask}
+    whole = outcome.values if part is None else tuple(map(part.kept, outcome.values))
+    values = tuple(map(of, whole))
     return Attribution(
         values=values if call.is_tuple or len(values) > 1 else values[0],
-        scores=_column(outcome.scores, squeeze),
-        baseline_scores=_column(outcome.baseline_scores, squeeze),
+        scores=of(outcome.scores),
+        baseline_scores=of(outcome.baseline_scores),
         # Of a part, the values do not add up to the score.
-        delta=_column(outcome.delta, squeeze) if job.part is None else None,
-        error=_column(outcome.error, squeeze),
-        precision_error=_column(lost, squeeze),
-        classes=_column(outcome.classes, squeeze),
+        delta=of(outcome.delta) if part is None else None,
+        error=of(outcome.error),
+        precision_error=of(outcome.precision_error),
+        classes=of(outcome.classes),
         points=outcome.points,
         converged=outcome.converged,
         provenance=provenance,
-        kept=kept | baseline_kept | _mask(job.part) | describe_features(call.features),
-        extras={name: _column(one, squeeze) for name, one in outcome.extras.items()},
+        kept=kept | baseline_kept | mask | describe_features(call.features),
+        extras={name: of(one) for name, one in outcome.extras.items()},
         layouts=layouts,
-        tie_share=_share(outcome.tied),
+        tie_share=None if outcome.ties is None else outcome.ties.share,
     )
 
 
@@ -91,29 +79,15 @@ def _notes(outcome: Outcome, plan: Plan) -> dict[str, Any]:
     notes: dict[str, Any] = {"draws": DRAWS} if DRAWS in plan.notes else {}
     if outcome.precision_error is not None:
         notes["underflow"] = outcome.underflow
-    rounded = 0.0 if outcome.tied is None else outcome.tied.rounded
-    return notes | ({"rounded_ties": rounded} if rounded else {})
-
-
-def _share(tied: Tied | None) -> Tensor | None:
-    """The share of the gradient that passes ties, where anybody looked."""
-    if tied is not None and tied.rounded >= TOLD:
+    rounded = 0.0 if outcome.ties is None else outcome.ties.rounded
+    if rounded >= TOLD:
         warn(
-            f"up to {tied.rounded:.0%} of a map hangs on ties within rounding: the "
+            f"up to {rounded:.0%} of a map hangs on ties within rounding: the "
             "model takes maxima of values that are equal but for the last digits, and the gradient "
             "goes to one place of several. Other versions of PyTorch, processors and batch sizes "
             "give another map; see Attribution.tie_share"
         )
-    return None if tied is None else tied.share
-
-
-def _mask(part: Part | None) -> dict[str, Tensor]:
-    """What a record keeps of a region beside its box."""
-    return {} if part is None or part.mask is None else {REGION_MASK: part.mask}
-
-
-def _column(found: Any, squeeze: bool) -> Any:
-    return found[:, 0] if squeeze and found is not None else found
+    return notes | ({"rounded_ties": rounded} if rounded else {})
 
 
 def _parameters(method: Method) -> dict[str, Any]:
@@ -128,14 +102,11 @@ def _parameter(value: Any) -> Any:
     return {"method": value.name, "parameters": _parameters(value)}
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "saliency_fast": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
-
-
+_VERSIONS = {
+    "saliency_fast": __version__,
+    "torch": str(torch.__version__),
+    "python": platform.python_version(),
+}
 MEASURED = 64 * 1024
 """Bytes of an input from which memory is measured: below, to ask the system takes too long."""
 

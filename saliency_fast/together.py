@@ -16,8 +16,9 @@ from torch import Tensor
 
 from saliency_fast._types import Inputs
 from saliency_fast.attribution import Attribution
-from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
-from saliency_fast.engine.bind import Belonging, Call, Shared, bind
+from saliency_fast.engine.baselines import Baseline, choices, read_baseline_set, read_baselines
+from saliency_fast.engine.bind import Belonging, Call, Region, Shared, bind
+from saliency_fast.engine.features import Features
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.outputs import map_tensors, tensors_of
 from saliency_fast.model.axes import LayoutLike, Layouts
@@ -93,44 +94,38 @@ def _read(rows: Targets, raw: Any) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True)
+class Arguments:
+    """The arguments of a call, as they were passed."""
+
+    inputs: Tensor | Inputs
+    target: Target = None
+    baseline: Baseline = None
+    forward_args: Any = ()
+    forward_kwargs: Mapping[str, Any] | None = None
+    region: Region = None
+    features: Features = None
+    layout: LayoutLike = None
+
+
+@dataclass(frozen=True)
 class Whole:
-    """A call with rows together, as `call`, an engine's of `Together`, takes it: inputs [1, N, *],
-    its target, baseline, arguments and features; rows: the call as it was given.
+    """A call with rows together. rows: the call as it was given; arguments: those of a call of
+    `Together`, whose inputs are [1, N, *].
     """
 
     rows: Call
-    target: Summed
-    baseline: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    features: Any
+    arguments: dict[str, Any]
 
     @property
-    def further(self) -> dict[str, Any]:
-        """What an engine takes by name."""
-        return {
-            "forward_args": self.args,
-            "forward_kwargs": self.kwargs,
-            "features": self.features,
-        }
-
-    @property
-    def inputs(self) -> Inputs:
-        own = zip(self.rows.inputs, self.rows.dtypes, strict=True)
-        return tuple(x.to(dtype)[None] for x, dtype in own)
+    def target(self) -> Summed:
+        target: Summed = self.arguments["target"]
+        return target
 
 
-def whole_call(
-    model: Callable[..., Any],
-    inputs: Any,
-    target: Target,
-    baseline: Any,
-    args: Any,
-    kwargs: Mapping[str, Any] | None,
-    features: Any,
-) -> Whole:
+def whole_call(model: Callable[..., Any], given: Arguments, layout: LayoutLike) -> Whole:
     """The call with rows together; predicted classes are those of the inputs."""
-    rows = bind(inputs, target, args, kwargs)
+    args, kwargs = given.forward_args, given.forward_kwargs
+    rows = bind(given.inputs, given.target, args, kwargs)
     if rows.targets.many and rows.targets.count > 1:
         raise InputError(
             f"target: rows='together' explains one sum: got {rows.targets.count} targets for each "
@@ -141,15 +136,17 @@ def whole_call(
             raw = model(*(x.clone() for x in rows.inputs), *rows.args, **rows.kwargs)
         classes = _read(rows.targets, raw)[1]
         rows = replace(rows, targets=replace(rows.targets, classes=classes))
-    marked = args if isinstance(args, tuple) else (args,)
-    return Whole(
-        rows,
-        Summed(rows.targets),
-        _lead(baseline, rows.inputs),
-        tuple(map(_shared, marked)),
-        {name: _shared(one) for name, one in (kwargs or {}).items()},
-        _lead(features, rows.inputs),
-    )
+    own = zip(rows.inputs, rows.dtypes, strict=True)
+    arguments = {
+        "inputs": tuple(x.to(dtype)[None] for x, dtype in own),
+        "target": Summed(rows.targets),
+        "baseline": _lead(given.baseline, rows.inputs),
+        "forward_args": tuple(map(_shared, args if isinstance(args, tuple) else (args,))),
+        "forward_kwargs": {name: _shared(one) for name, one in (kwargs or {}).items()},
+        "features": _lead(given.features, rows.inputs),
+        "layout": layout_together(layout if given.layout is None else given.layout),
+    }
+    return Whole(rows, arguments)
 
 
 def _shared(value: Any) -> Any:
@@ -182,7 +179,8 @@ def in_rows(
 
     kind: what the method compares with, as its recipe says.
     """
-    count, inputs = call.rows.batch, call.inputs
+    count, inputs = call.rows.batch, call.arguments["inputs"]
+    whole_baseline = call.arguments["baseline"]
 
     def every(value: Tensor) -> Tensor:
         # Targets that are objects have an axis of their own.
@@ -197,11 +195,12 @@ def in_rows(
     def baseline_scores() -> Tensor:
         if kind == "set":
             several = list(
-                zip(*read_baseline_set(call.baseline, inputs, found.layouts), strict=True)
+                zip(*read_baseline_set(whole_baseline, inputs, found.layouts), strict=True)
             )
         else:
             rows = [
-                read_baselines(one, inputs, layouts=found.layouts) for one in choices(call.baseline)
+                read_baselines(one, inputs, layouts=found.layouts)
+                for one in choices(whole_baseline)
             ]
             several = [tuple(one[0] for one in parts) for parts in rows]
         like = [x.dtype for x in inputs]
