@@ -22,7 +22,7 @@ from saliency_fast.captum.contract import (
 )
 from saliency_fast.captum.run import Asked, explained
 from saliency_fast.engine.points import Line
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.parts.quadrature import Array, Rule, level
 
@@ -79,7 +79,7 @@ class Steps:
     def recipe(self) -> Recipe:
         levels = (level(Rule(lambda n: self._rounded), self.steps),)
         factor = "difference" if self.multiply else "none"
-        return Recipe(Line(), levels, factor=factor, baseline="one")
+        return WeightedSum(Line(), levels, factor=factor, baseline="one")
 
 
 def integrated(steps: Steps, asked: Asked) -> Inputs:

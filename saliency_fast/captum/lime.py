@@ -31,7 +31,7 @@ from saliency_fast.captum.passes import Asked
 from saliency_fast.captum.perturbation import default_masks, for_fill, numbers_of, read_masks
 from saliency_fast.captum.perturbed import Draws, by_rows, first_of
 from saliency_fast.captum.run import _owner
-from saliency_fast.engine import rounds as engine
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
@@ -241,8 +241,9 @@ class _Fitted:
         def rounds(asked: engine.RoundContext) -> engine.Rounds:
             return surrogates.fitted(asked, self.draw, self.weigh, self.how, self.alpha)
 
-        kind = {"baseline": "fill", "gradients": False, "features": True}
-        return engine.in_rounds(rounds, self.samples, **kind)
+        return engine.RoundsRecipe(
+            rounds, self.samples, baseline="fill", gradients=False, features=True
+        )
 
 
 class KernelShap(Lime):

@@ -26,7 +26,7 @@ from saliency_fast.captum.forward import run_forward
 from saliency_fast.captum.lrp_rules import EpsilonRule, PropagationRule
 from saliency_fast.captum.run import explained
 from saliency_fast.engine.points import Line
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import InputTypeError
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
@@ -141,7 +141,7 @@ class _ByModule:
 
     def recipe(self) -> Recipe:
         layers = tuple((ref(layer), copy(rule)) for layer, rule in self.rules)
-        return Recipe(Line(), at_input(), at_input=True, rules=_Rules(layers))
+        return WeightedSum(Line(), at_input(), at_input=True, rules=_Rules(layers))
 
 
 @dataclass(frozen=True, repr=False)

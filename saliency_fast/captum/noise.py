@@ -11,7 +11,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Noise, first_elements
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.smoothgrad import samples_level
 
@@ -75,4 +75,4 @@ class Sampled:
 
     def recipe(self) -> Recipe:
         noise = Noise(0.0, self.stdev, self.seed, antithetic=False)
-        return Recipe(noise, samples_level(self.samples, False), self.reduction)
+        return WeightedSum(noise, samples_level(self.samples, False), self.reduction)

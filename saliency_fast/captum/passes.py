@@ -20,7 +20,7 @@ from saliency_fast._types import Inputs
 from saliency_fast.captum.apart import SharedCalls, calls_each
 from saliency_fast.captum.contract import Baselines, as_args, as_target, copies, filled
 from saliency_fast.captum.forward import read_output, selected
-from saliency_fast.engine import rounds as engine
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.engine.recipe import Method, Recipe
@@ -74,6 +74,7 @@ Passes = Generator[Pass, Tensor, Values]
 def count_of(method: Method, call: Asked) -> int:
     """Calls of the function that a method takes, the one at the inputs included."""
     recipe = method.recipe()
+    assert isinstance(recipe, engine.RoundsRecipe)
     points = recipe.points
     if callable(points):
         wide = tuple(x[None] for x in call.inputs)
@@ -110,7 +111,7 @@ def passes(method: Method, call: Asked, first: Tensor) -> Passes:
         *(whole, starts, scores, baseline_scores, call.at_once, _features(call, recipe)),
         layouts=Layouts([tuple(x.shape) for x in whole]),
     )
-    assert recipe.rounds is not None
+    assert isinstance(recipe, engine.RoundsRecipe)
     rounds, found = recipe.rounds(about), None
     while True:
         try:

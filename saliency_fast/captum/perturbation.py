@@ -29,7 +29,7 @@ from saliency_fast.captum.perturbed import (
     perturbed,
     promised,
 )
-from saliency_fast.engine import rounds as engine
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import ablation, occlusion
@@ -228,7 +228,7 @@ class _Occluded:
     name = "occlusion"
 
     def recipe(self) -> Recipe:
-        return engine.in_rounds(self._rounds, self._points, baseline="fill", gradients=False)
+        return engine.RoundsRecipe(self._rounds, self._points, baseline="fill", gradients=False)
 
     def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
         return (yield from occlusion.occluded(asked, self._method(asked.inputs)))
@@ -395,7 +395,7 @@ class _Permuted:
     name = "feature_permutation"
 
     def recipe(self) -> Recipe:
-        return engine.in_rounds(self._rounds, players, gradients=False, features=True)
+        return engine.RoundsRecipe(self._rounds, players, gradients=False, features=True)
 
     def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
         game = Game.of(asked)

@@ -34,7 +34,7 @@ from saliency_fast.captum.run import (
     alike,
     seen_to_meet,
 )
-from saliency_fast.engine.independence import Known
+from saliency_fast.engine.independence import CalibrationCache
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import ContractError
 from saliency_fast.model.state import preserved
@@ -222,7 +222,9 @@ def _of_row(value: Any, row: int, batch: int) -> Any:
     return value[row : row + 1] if several and len(value) == batch else value
 
 
-def _by_rows(method: Method, asked: Asked, target: Any, known: Known, bar: Any) -> passes.Values:
+def _by_rows(
+    method: Method, asked: Asked, target: Any, known: CalibrationCache, bar: Any
+) -> passes.Values:
     """Maps by rows."""
     inputs, flat = asked.inputs, tuple(x.dim() == 1 for x in asked.inputs)
     baselines, features = asked.baselines, asked.features

@@ -32,10 +32,9 @@ from saliency_fast.captum.forward import (
     run_forward,
     selected,
 )
-from saliency_fast.engine.independence import TOLERANCE, Independence, Known
-from saliency_fast.engine.job import Job
-from saliency_fast.engine.launch import Moment
-from saliency_fast.engine.recipe import Method, Recipe
+from saliency_fast.engine.independence import TOLERANCE, CalibrationCache, Independence
+from saliency_fast.engine.loop import Job, Progress, run_alone
+from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.model.executors import EagerExecutor
@@ -110,9 +109,9 @@ class _Rows(dict[tuple[object, ...], Independence]):
         return found
 
 
-def _known_rows() -> Known:
+def _known_rows() -> CalibrationCache:
     """A new one for a function whose rows are examples."""
-    known = Known()
+    known = CalibrationCache()
     known.rows = _Rows()
     return known
 
@@ -125,13 +124,18 @@ class _Engine(Engine):
     zeros_of_unused = False
 
     def __init__(
-        self, model: Callable[..., Any], method: Method, known: Known, bar: Any = None, **of: Any
+        self,
+        model: Callable[..., Any],
+        method: Method,
+        known: CalibrationCache,
+        bar: Any = None,
+        **of: Any,
     ) -> None:
         super().__init__(model, method, hashes=False, **of)
-        self._place.knowns, self._bar = {(): known}, bar
+        self._location.caches, self._bar = {(): known}, bar
 
-    def _shown(self, job: Job) -> Iterator[Moment]:
-        for moment in job.moments():
+    def _progress(self, job: Job) -> Iterator[Progress]:
+        for moment in run_alone(job):
             if self._bar is not None and self._bar.total:
                 share = moment.done / max(1, moment.of)
                 self._bar.update(int(share * (self._bar.total - 1)) + 1 - self._bar.n)
@@ -153,7 +157,11 @@ def explained(method: Method, asked: Asked) -> Inputs:
 
 
 def _explained(
-    method: Method, asked: Asked, owner: nn.Module | None, known: Known, alone: Known
+    method: Method,
+    asked: Asked,
+    owner: nn.Module | None,
+    known: CalibrationCache,
+    alone: CalibrationCache,
 ) -> Inputs:
     if (found := _at_once(method.recipe(), asked, owner)) is not None:
         return found
@@ -197,8 +205,10 @@ def _at_once(recipe: Recipe, asked: Asked, owner: nn.Module | None) -> Inputs | 
     is wrong, which then shows again.
     """
     rules, inputs = recipe.rules, asked.inputs
-    single = recipe.at_input and recipe.baseline == "none" and recipe.rounds is None
+    single = recipe.at_input and recipe.baseline == "none"
     usual = asked.gradient_func is compute_gradients and not (rules and rules.relevance)
+    if not isinstance(recipe, WeightedSum):
+        return None
     if not (single and usual and owner is not None and _is_small(owner, inputs)):
         return None
     route = EagerExecutor(asked.forward) if rules is None else RulesExecutor(asked.forward, rules)
@@ -244,7 +254,7 @@ def _mixes_rows(module: nn.Module) -> bool:
     return norm and (module.training or module.running_mean is None)
 
 
-def _by_rows(method: Method, asked: Asked, target: Any, known: Known) -> Inputs:
+def _by_rows(method: Method, asked: Asked, target: Any, known: CalibrationCache) -> Inputs:
     inputs = asked.inputs
     flat = tuple(x.dim() == 1 for x in inputs)
     baselines = asked.baselines
@@ -299,7 +309,7 @@ def _points(asked: Asked) -> int | None:
     return None if asked.points_per_launch is None else max(1, asked.points_per_launch)
 
 
-def _as_one(method: Method, asked: Asked, known: Known) -> Inputs:
+def _as_one(method: Method, asked: Asked, known: CalibrationCache) -> Inputs:
     """The batch as one example, whose points are batches."""
     inputs, seed = asked.inputs, getattr(method, "seed", None)
     if isinstance(seed, tuple):
@@ -360,16 +370,16 @@ def _like(values: Tensor | Inputs, inputs: Inputs) -> Inputs:
 
 MOST_KNOWN = 256
 """Layers of a function, and shapes of whole batches with arguments, of which something is known."""
-_KNOWN: WeakKeyDictionary[Any, dict[tuple[object, ...], Known]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, dict[tuple[object, ...], CalibrationCache]] = WeakKeyDictionary()
 
 
-def _known_whole(asked: Any) -> Known:
+def _known_whole(asked: Any) -> CalibrationCache:
     """What points took that hold the whole batch, with arguments of these shapes."""
     further = [one for one in as_args(asked.further) if isinstance(one, Tensor)]
     return _known(asked.forward, "whole", *((one.shape, one.dtype) for one in further))
 
 
-def _known(forward: Callable[..., Any], *at: object) -> Known:
+def _known(forward: Callable[..., Any], *at: object) -> CalibrationCache:
     """What points of a user's function took, at its inputs or behind layers of it, for as long as
     it lives.
     """
@@ -395,10 +405,10 @@ def _known(forward: Callable[..., Any], *at: object) -> Known:
         # Shapes that are new in every call must not pile up.
         while len(several) >= MOST_KNOWN:
             several.pop(next(iter(several)), None)
-        made = Known() if at[:1] == ("whole",) else _known_rows()
+        made = CalibrationCache() if at[:1] == ("whole",) else _known_rows()
         return several.setdefault((name, *at), made)
     except TypeError:
-        return Known() if at[:1] == ("whole",) else _known_rows()
+        return CalibrationCache() if at[:1] == ("whole",) else _known_rows()
 
 
 def _read_by(function: FunctionType) -> nn.Module | None:

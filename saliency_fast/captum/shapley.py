@@ -35,7 +35,7 @@ from saliency_fast.captum.perturbed import (
     perturbed,
     promised,
 )
-from saliency_fast.engine import rounds as engine
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.methods import shapley
 from saliency_fast.methods.parts.coalitions import Game
@@ -180,7 +180,7 @@ class _Walked:
 
     def recipe(self) -> Recipe:
         points = max(1, self.orders * (len(self.known) - 1))
-        return engine.in_rounds(
+        return engine.RoundsRecipe(
             self._rounds, points, baseline="one", gradients=False, features=True
         )
 

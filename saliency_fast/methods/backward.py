@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saliency_fast.engine.points import Itself
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Itself, Recipe, WeightedSum
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.rules import Deconv, Guided
 
@@ -21,7 +20,7 @@ class GuidedBackprop:
     name = "guided_backprop"
 
     def recipe(self) -> Recipe:
-        return Recipe(Itself(), at_input(), at_input=True, rules=Guided())
+        return WeightedSum(Itself(), at_input(), at_input=True, rules=Guided())
 
 
 @dataclass(frozen=True)
@@ -31,4 +30,4 @@ class Deconvolution:
     name = "deconvolution"
 
     def recipe(self) -> Recipe:
-        return Recipe(Itself(), at_input(), at_input=True, rules=Deconv())
+        return WeightedSum(Itself(), at_input(), at_input=True, rules=Deconv())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saliency_fast.engine.paths import PADDINGS, Blur
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.points import PADDINGS, Blur
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.quadrature import RULES, level
@@ -42,4 +42,4 @@ class BlurIG:
     def recipe(self) -> Recipe:
         blurs = Blur(float(self.max_sigma), self.padding, float(self.spacing))
         points = (level(RULES[self.rule], self.steps),)
-        return Recipe(blurs, points, factor="path", baseline="one")
+        return WeightedSum(blurs, points, factor="path", baseline="one")

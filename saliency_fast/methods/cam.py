@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, RoundContext, Rounds, in_rounds
+from saliency_fast.engine.recipe import Maps, Recipe, RoundContext, Rounds, RoundsRecipe
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import Canvas
 
@@ -46,8 +45,9 @@ class Cam:
         raise NotImplementedError
 
     def recipe(self) -> Recipe:
-        about = {"layers": self.layer, "gradients": self.uses_gradients}
-        return in_rounds(self.rounds, 1, at_input=True, **about)
+        return RoundsRecipe(
+            self.rounds, 1, at_input=True, layers=self.layer, gradients=self.uses_gradients
+        )
 
     def rounds(self, asked: RoundContext) -> Rounds:
         """One round, at the inputs."""

@@ -10,9 +10,16 @@ import torch
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.at import need_batch_first
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.layers import need_batch_first
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_like, unknown
@@ -39,7 +46,7 @@ class Conductance:
         checks.choice("rule", self.rule, tuple(RULES))
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self.steps + 1, baseline="one", layers="auto")
+        return RoundsRecipe(self._rounds, self.steps + 1, baseline="one", layers="auto")
 
     def _rounds(self, asked: RoundContext) -> Rounds:
         if len(asked.layers) > 1:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from saliency_fast.engine.points import Itself
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Itself, Recipe, WeightedSum
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.methods.parts import checks
 from saliency_fast.rules import Rescale
@@ -34,5 +33,5 @@ class DeepLift:
         rules = Rescale(float(self.epsilon), self.captum)
         # Multipliers alone add up to nothing.
         factor, ends = ("difference", True) if self.multiply else ("none", False)
-        one = Recipe(Itself(), at_input(), factor=factor, baseline="one", at_input=True)
+        one = WeightedSum(Itself(), at_input(), factor=factor, baseline="one", at_input=True)
         return replace(one, ends=ends, rules=rules)

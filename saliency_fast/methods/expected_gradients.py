@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saliency_fast.engine.points import RandomLine, Seed
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.smoothgrad import samples_level
 
@@ -33,7 +33,7 @@ class ExpectedGradients:
 
     def recipe(self) -> Recipe:
         lines = RandomLine(self.noise_level, self.seed)
-        return Recipe(lines, samples_level(self.samples, False), factor="line", baseline="set")
+        return WeightedSum(lines, samples_level(self.samples, False), factor="line", baseline="set")
 
 
 @dataclass(frozen=True)
@@ -56,4 +56,4 @@ class GradientShap:
 
     def recipe(self) -> Recipe:
         lines = RandomLine(0.0, self.seed, float(self.sigma))
-        return Recipe(lines, samples_level(self.samples, False), factor="line", baseline="set")
+        return WeightedSum(lines, samples_level(self.samples, False), factor="line", baseline="set")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from saliency_fast.engine.points import Line
-from saliency_fast.engine.recipe import Level, Recipe
+from saliency_fast.engine.recipe import Level, Recipe, WeightedSum
 from saliency_fast.methods.parts import checks
 
 
@@ -29,7 +29,7 @@ class Gradient:
 
     def recipe(self) -> Recipe:
         reduction = "absolute" if self.absolute else "sum"
-        return Recipe(Line(), at_input(), reduction, at_input=True)
+        return WeightedSum(Line(), at_input(), reduction, at_input=True)
 
 
 @dataclass(frozen=True)
@@ -39,4 +39,4 @@ class InputXGradient:
     name = "input_x_gradient"
 
     def recipe(self) -> Recipe:
-        return Recipe(Line(), at_input(), factor="input", at_input=True)
+        return WeightedSum(Line(), at_input(), factor="input", at_input=True)

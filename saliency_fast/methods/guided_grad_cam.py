@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from saliency_fast.engine.rounds import Maps, RoundContext, RoundResult, Rounds
+from saliency_fast.engine.recipe import Maps, RoundContext, RoundResult, Rounds
 from saliency_fast.methods.cam import GradCAM
 from saliency_fast.methods.parts.canvas import Canvas
 from saliency_fast.rules import Guided

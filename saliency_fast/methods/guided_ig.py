@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, Rounds, in_rounds
+from saliency_fast.engine.recipe import Maps, Recipe, Round, RoundContext, Rounds, RoundsRecipe
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import unknown
 from saliency_fast.methods.parts.walk import HELD, Walk
@@ -31,7 +30,7 @@ class GuidedIG:
         checks.share("max_dist", self.max_dist)
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self.steps, baseline="one", held=HELD)
+        return RoundsRecipe(self._rounds, self.steps, baseline="one", held=HELD)
 
     def _rounds(self, asked: RoundContext) -> Rounds:
         walk = Walk(asked)

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from saliency_fast import ops
-from saliency_fast.engine.folds import square_norm
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.accumulate import square_norm
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import Neighbours, maps_of, totals_like, unknown
 
@@ -30,7 +37,7 @@ class IDGI:
         checks.whole("steps", self.steps, 1)
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self.steps + 1, baseline="one")
+        return RoundsRecipe(self._rounds, self.steps + 1, baseline="one")
 
     def _rounds(self, asked: RoundContext) -> Rounds:
         maps = asked.scores.shape[1]

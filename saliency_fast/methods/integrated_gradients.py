@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from saliency_fast.engine.points import Line
-from saliency_fast.engine.recipe import Level, Recipe
+from saliency_fast.engine.recipe import Level, Recipe, WeightedSum
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.quadrature import NESTED, RULES, level, nested_levels
@@ -54,4 +54,6 @@ class IntegratedGradients:
             levels: tuple[Level, ...] = (level(rule, self.steps),)
         else:
             levels = tuple(nested_levels(rule, self.steps, self.max_steps))
-        return Recipe(Line(), levels, factor="difference", baseline="one", tolerance=self.tolerance)
+        return WeightedSum(
+            Line(), levels, factor="difference", baseline="one", tolerance=self.tolerance
+        )

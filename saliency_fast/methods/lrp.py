@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from saliency_fast.engine.points import Itself
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Itself, Recipe, WeightedSum
 from saliency_fast.errors import InputError
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.rules import Composite, composite
@@ -52,7 +51,7 @@ class LRP:
         )
 
     def recipe(self) -> Recipe:
-        return Recipe(Itself(), at_input(), at_input=True, rules=self._rules())
+        return WeightedSum(Itself(), at_input(), at_input=True, rules=self._rules())
 
 
 def _tuples(value: Any) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds
+from saliency_fast.engine.recipe import Maps, Round, RoundContext, RoundResult, Rounds
 from saliency_fast.methods.cam import Cam
 from saliency_fast.methods.parts.canvas import Canvas, resize
 

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 
 from saliency_fast.engine.points import Noise, Seed
-from saliency_fast.engine.recipe import Level, Recipe
-from saliency_fast.engine.rounds import in_rounds
+from saliency_fast.engine.recipe import Level, Recipe, RoundsRecipe, WeightedSum
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.groups import GROUPS, smooth_rounds, variance_rounds
@@ -63,8 +62,8 @@ class SmoothGrad:
         noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic, self.shared_axis)
         if self.standard_error:
             rounds = partial(smooth_rounds, noise=noise, samples=self.samples)
-            return in_rounds(rounds, self.samples, held=2 * GROUPS)
-        return Recipe(noise, samples_level(self.samples, self.antithetic))
+            return RoundsRecipe(rounds, self.samples, held=2 * GROUPS)
+        return WeightedSum(noise, samples_level(self.samples, self.antithetic))
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class SmoothGradSquared:
 
     def recipe(self) -> Recipe:
         noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic)
-        return Recipe(noise, samples_level(self.samples, self.antithetic), "square")
+        return WeightedSum(noise, samples_level(self.samples, self.antithetic), "square")
 
 
 @dataclass(frozen=True)
@@ -116,5 +115,5 @@ class VarGrad:
             samples, confidence = self.samples, self.confidence
             rounds = partial(variance_rounds, noise=noise, samples=samples, confidence=confidence)
             # Means and spreads, and at the end as many logarithms and what they are made of.
-            return in_rounds(rounds, samples, held=5 * GROUPS)
-        return Recipe(noise, samples_level(self.samples, False), "variance")
+            return RoundsRecipe(rounds, samples, held=5 * GROUPS)
+        return WeightedSum(noise, samples_level(self.samples, False), "variance")

@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.folds import Folds
-from saliency_fast.engine.recipe import Method, Recipe, Rows
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.accumulate import Accumulators
+from saliency_fast.engine.recipe import (
+    Maps,
+    Method,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+    Rows,
+    WeightedSum,
+)
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.neighbours import unknown
@@ -39,20 +50,20 @@ class TemporalRescaling:
             raise InputError(f"axis must be 1 or 2, that of time: got {self.axis!r}")
         checks.share("above", self.above)
         base = self._base()
-        alone = base.rounds is None and base.rules is None and len(base.levels) == 1
-        if not alone or base.baseline == "set" or hasattr(base.family, "start"):
+        sums = isinstance(base, WeightedSum) and base.rules is None and base.baseline != "set"
+        if not sums or len(base.levels) > 1 or hasattr(base.family, "start"):
             raise InputError(
                 "base must be a gradient, InputXGradient, IntegratedGradients without a tolerance, "
                 f"SmoothGrad or one of its kin: got {self.base!r}"
             )
 
-    def _base(self) -> Recipe:
+    def _base(self) -> WeightedSum:
         from saliency_fast.methods import read_method
 
-        return read_method(self.base).recipe()
+        return cast(WeightedSum, read_method(self.base).recipe())
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self._points, baseline="fill")
+        return RoundsRecipe(self._rounds, self._points, baseline="fill")
 
     def _points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
         """About how many an example gets."""
@@ -85,7 +96,7 @@ class _Series:
     """Maps of copies of a series in which a step, or one feature of it, is masked."""
 
     asked: RoundContext
-    base: Recipe
+    base: WeightedSum
     axis: int
 
     @property
@@ -134,7 +145,7 @@ class _Series:
         base, inputs = self.base, (self._steps_first(x).contiguous(),)
         start = self.asked.baselines[0]
         baselines: Inputs = (start if len(start) == 1 else start[item],)
-        folds = Folds(base, inputs, baselines, self.asked.scores.shape[1])
+        folds = Accumulators(base, inputs, baselines, self.asked.scores.shape[1])
         source, level = base.family.bind(inputs, baselines), base.levels[0].to(x.device)
         number = torch.arange(len(item), device=x.device)
         rows = level.rows(number, 0, level.count * len(item))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baselines
+from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.evaluate.subject import Subject
 from saliency_fast.methods import read_method
@@ -168,6 +169,8 @@ def _equal_to_baseline(subject: Subject) -> Tensor | None:
     if not (isinstance(method, str) or hasattr(method, "recipe")):
         return None
     recipe = read_method(method).recipe()  # type: ignore[arg-type]
+    if not isinstance(recipe, WeightedSum):
+        return None
     if recipe.baseline != "one" or recipe.factor != "difference":
         return None
     same = torch.ones_like(x, dtype=torch.bool)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saliency_fast.engine.baselines import blur_axis
-from saliency_fast.engine.superpixels import SEGMENTATIONS, segment
+from saliency_fast.engine.features import SEGMENTATIONS, segment
 from saliency_fast.errors import InputError, InputTypeError
 
 COMPONENTS = "components"

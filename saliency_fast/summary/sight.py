@@ -8,8 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import Canvas
@@ -34,7 +40,7 @@ class LayerSight:
         object.__setattr__(self, "grid", checks.grid(self.grid))
 
     def recipe(self) -> Recipe:
-        return in_rounds(self.rounds, 1, at_input=True, layers=self.layer)
+        return RoundsRecipe(self.rounds, 1, at_input=True, layers=self.layer)
 
     def rounds(self, asked: RoundContext) -> Rounds:
         """One round, at the inputs."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saliency_fast.api import Engine
 from saliency_fast.attribution import Attribution
-from saliency_fast.engine.recipe import Method
+from saliency_fast.engine.recipe import Method, WeightedSum
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError, warn
 from saliency_fast.methods import read_method
 from saliency_fast.model.embeddings import Lookup, lookups
@@ -129,7 +129,7 @@ def _attributed(
         )
     values = whole.values
     if isinstance(values, Tensor) and values.dim() > 2:
-        alone = recipe.rounds is None and recipe.factor == "none"
+        alone = isinstance(recipe, WeightedSum) and recipe.factor == "none"
         values = whole.map(reduction or ("l2" if alone else "sum"), channel_axis=-1)
     assert isinstance(values, Tensor)
     return whole, values

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.evaluate.attacks.linf import ascent, check_seed, decisions, project, uniform
 from saliency_fast.evaluate.attacks.steering import Steering, steerable
@@ -191,11 +191,11 @@ class _Hunt:
         values = running.standard(values)
         return values if values.dim() == 2 else values.sum(1)
 
-    def _descent(self, x: Tensor, maps: Tensor, recipe: Recipe | None, step: int) -> Tensor:
+    def _descent(self, x: Tensor, maps: Tensor, recipe: WeightedSum | None, step: int) -> Tensor:
         """The gradient of the maps' correlation with those before."""
         running, classes, origin = self.subject.running, self.subject.classes, self.before
         if recipe is None:
-            recipe = Gradient().recipe()
+            recipe = cast(WeightedSum, Gradient().recipe())
             maps, origin = self._gradient(x), self.straight
         direction = _correlation_slope(maps, origin)
         direction = direction if x.dim() == 2 else direction[:, None]
@@ -208,7 +208,7 @@ class _Hunt:
         return running.standard(found)
 
 
-def _own_recipe(subject: Subject) -> Recipe | None:
+def _own_recipe(subject: Subject) -> WeightedSum | None:
     """The recipe of the subject's maps where an attack can go through it."""
     method: Any = subject.method
     if not (isinstance(method, str) or hasattr(method, "recipe")):

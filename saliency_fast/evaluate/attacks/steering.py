@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Line, Noise
-from saliency_fast.engine.recipe import Recipe, Rows
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+    Rows,
+    WeightedSum,
+)
 from saliency_fast.rules import Softplus
 
 GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, are spread evenly however many they are."""
 
 
-def steerable(recipe: Recipe) -> bool:
+def steerable(recipe: Recipe) -> TypeGuard[WeightedSum]:
     """Whether maps are sums of gradients whose points follow the input in a known way."""
     return (
-        recipe.rounds is None
+        isinstance(recipe, WeightedSum)
         and recipe.rules is None
         and recipe.reduction == "sum"
         and recipe.factor in ("none", "input", "difference")
@@ -37,7 +47,7 @@ class Steering:
     functions that stand in ReLU's place, since its second derivative is zero (Dombrowski, 2019).
     """
 
-    of: Recipe
+    of: WeightedSum
     direction: Tensor
     points: int
     turn: int
@@ -47,7 +57,7 @@ class Steering:
     def recipe(self) -> Recipe:
         baseline = "none" if self.of.baseline == "none" else "fill"
         rules = Softplus(self.softplus)
-        return in_rounds(self._rounds, self._count, baseline=baseline, rules=rules, second=True)
+        return RoundsRecipe(self._rounds, self._count, baseline=baseline, rules=rules, second=True)
 
     @property
     def _count(self) -> int:

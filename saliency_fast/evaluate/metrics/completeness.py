@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.baselines import choices, read_baseline_set
-from saliency_fast.engine.recipe import Method, Recipe, Starting
+from saliency_fast.engine.recipe import Method, Recipe, Starting, WeightedSum
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.metric import Metric, check_output
 from saliency_fast.evaluate.outcome import Outcome
@@ -75,7 +75,7 @@ class Completeness(Metric):
         if self.substrate is not None:
             return [subject.fill(self.substrate, self.seed)], named(self.substrate)
         given, recipe = subject.baseline, _recipe(subject)
-        if recipe is not None and isinstance(recipe.family, Starting):
+        if isinstance(recipe, WeightedSum) and isinstance(recipe.family, Starting):
             return [recipe.family.start((x,))[0]], "the path's start"
         if recipe is not None and recipe.baseline == "set":
             rows = read_baseline_set(given, (x,))[0]

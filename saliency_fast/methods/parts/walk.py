@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.rounds import RoundContext, RoundResult
+from saliency_fast.engine.recipe import RoundContext, RoundResult
 
 CLOSE = 1e-9
 """Share of a path's length that counts as nothing."""
