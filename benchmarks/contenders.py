@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from benchmarks.models import Workload
-from saliency_fast.engine import hoist
+from saliency_fast.engine import config
 from saliency_fast.engine.plan import Plan
 from saliency_fast.graph.passes.half import PRECISIONS
 
@@ -311,9 +311,7 @@ def _tuned(**more: Any) -> Maker:
 
 
 def _no_prefix(workload: Workload, model: nn.Module) -> Contender:
-    # For the whole process: a contender that has none of its own must not use this.
-    hoist.LEAST_POINTS = sys.maxsize
-    return Ours(workload, model)
+    return Ours(workload, model, config=replace(config.DEFAULT, prefix_from=sys.maxsize))
 
 
 def budgeted(mebibytes: int) -> str:

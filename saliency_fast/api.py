@@ -10,9 +10,9 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
+from saliency_fast.engine.bind import Region
 from saliency_fast.engine.features import Features
 from saliency_fast.engine.recipe import Method
-from saliency_fast.engine.region import Region
 from saliency_fast.engines import Engine
 from saliency_fast.model.layers import At
 from saliency_fast.model.layout import LayoutLike

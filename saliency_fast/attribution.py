@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from saliency_fast import ops, record, render
 from saliency_fast._types import Inputs
+from saliency_fast.engine.accumulate import Outcome
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call
-from saliency_fast.engine.job import Job
+from saliency_fast.engine.independence import TieReport
+from saliency_fast.engine.loop import Job
 from saliency_fast.engine.memory import resident_bytes
-from saliency_fast.engine.outcome import Outcome
 from saliency_fast.engine.plan import DRAWS, Plan
-from saliency_fast.engine.ties import Tied
 from saliency_fast.errors import InputError, warn
 from saliency_fast.model.layout import Axes, Layouts
 from saliency_fast.version import __version__
@@ -438,28 +438,14 @@ def load(path: str | Path) -> Attribution:
 # --- From a job to its attribution ------------------------------------------------------------
 
 
-def attribution(
-    job: Job,
-    outcome: Outcome,
-    baseline: Baseline,
-    *,
-    training: bool,
-    lean: bool,
-    facts: dict[str, Any],
-    at: list[str] | None = None,
-    layer_input: bool = False,
-) -> Attribution:
+def attribution(job: Job, outcome: Outcome, baseline: Baseline, **facts: Any) -> Attribution:
     """The attribution of a job.
 
     Args:
         job: What was run.
         outcome: What came of it, with an axis K everywhere.
         baseline: As the user gave it.
-        training: Whether the model was in training mode.
-        lean: Whether memory-efficient backward passes were allowed.
-        facts: Further fields of the provenance.
-        at: Names of the layers that it is about.
-        layer_input: Whether it is about what these layers take.
+        **facts: Further fields of the provenance.
     """
     call, part = job.call, job.part
     target, kept = record.describe_target(call.targets)
@@ -472,7 +458,6 @@ def attribution(
     if isinstance(job.model, nn.Module):
         # Found once for all calls with inputs of one shape; functions are asked when it matters.
         layouts.letters  # noqa: B018
-    facts = facts | {"trained_mode": training, "lean": lean, "at": at, "layer_input": layer_input}
     facts |= {"target": target, "baseline": baseline_spec}
     facts["layout"] = list(layouts.settled) if any(layouts.settled) else None
 
@@ -496,7 +481,7 @@ def attribution(
         kept=kept,
         extras={name: column(one) for name, one in outcome.extras.items()},
         layouts=layouts,
-        tie_share=_tie_share(outcome.tied),
+        tie_share=_tie_share(outcome.ties),
     )
 
 
@@ -515,8 +500,8 @@ def _provenance(job: Job, outcome: Outcome, facts: dict[str, Any]) -> Provenance
             "python": platform.python_version(),
         },
         points_per_launch=plan.points_per_launch,
-        halvings=outcome.halvings,
-        way=str(job.way),
+        halvings=plan.halvings,
+        way=str(job.strategy),
         region=None if job.part is None else [list(span) for span in job.part.box],
         notes=_notes(outcome, plan),
         **facts,
@@ -527,21 +512,21 @@ def _notes(outcome: Outcome, plan: Plan) -> dict[str, Any]:
     notes: dict[str, Any] = {"draws": DRAWS} if DRAWS in plan.notes else {}
     if outcome.precision_error is not None:
         notes["underflow"] = outcome.underflow
-    if outcome.tied is not None and outcome.tied.rounded:
-        notes["rounded_ties"] = outcome.tied.rounded
+    if outcome.ties is not None and outcome.ties.rounded:
+        notes["rounded_ties"] = outcome.ties.rounded
     return notes
 
 
-def _tie_share(tied: Tied | None) -> Tensor | None:
+def _tie_share(ties: TieReport | None) -> Tensor | None:
     """The share of the gradient that passes ties, with a warning where rounding breaks them."""
-    if tied is not None and tied.rounded >= _REPORTED_TIES:
+    if ties is not None and ties.rounded >= _REPORTED_TIES:
         warn(
-            f"up to {tied.rounded:.0%} of a map hangs on ties within rounding: the "
+            f"up to {ties.rounded:.0%} of a map hangs on ties within rounding: the "
             "model takes maxima of values that are equal but for the last digits, and the gradient "
             "goes to one place of several. Other versions of PyTorch, processors and batch sizes "
             "give another map; see Attribution.tie_share"
         )
-    return None if tied is None else tied.share
+    return None if ties is None else ties.share
 
 
 def _parameters(method: Any) -> dict[str, Any]:

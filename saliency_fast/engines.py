@@ -18,26 +18,21 @@ from tqdm.auto import tqdm
 
 from saliency_fast import record
 from saliency_fast._types import Inputs
-from saliency_fast.attribution import Attribution
-from saliency_fast.engine.arguments import assigned
-from saliency_fast.engine.at import Place
+from saliency_fast.attribution import Attribution, attribution, resident_before, usage_of
+from saliency_fast.engine import config as configs
+from saliency_fast.engine.accumulate import Outcome, need_finite
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.engine.bind import Call, bind
-from saliency_fast.engine.causal import following
-from saliency_fast.engine.choose import prepare
+from saliency_fast.engine.bind import Call, Region, assigned, bind, layouts_of, with_next_token
+from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.differentiable import check_differentiable, differentiable
 from saliency_fast.engine.features import Features, read_features
-from saliency_fast.engine.independence import Known
-from saliency_fast.engine.job import Job
-from saliency_fast.engine.launch import Moment
-from saliency_fast.engine.layouts import layouts_of
-from saliency_fast.engine.outcome import Outcome, need_finite
-from saliency_fast.engine.plan import Plan
-from saliency_fast.engine.prepare import Limits
+from saliency_fast.engine.independence import CalibrationCache
+from saliency_fast.engine.layers import LayerLocation
+from saliency_fast.engine.loop import Job, Progress, run_alone, wait_for
+from saliency_fast.engine.plan import Limits, Plan
+from saliency_fast.engine.planner import prepare, shown
 from saliency_fast.engine.recipe import Method, Recipe
-from saliency_fast.engine.region import Region
 from saliency_fast.engine.service import Request, Service, Statistics
-from saliency_fast.engine.traced import wait_for
 from saliency_fast.engine.zeros import still_unused, unused, warn_of_zeros
 from saliency_fast.errors import (
     InputError,
@@ -54,43 +49,67 @@ from saliency_fast.model.layers import At, names_of
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.preserve import preserve_model_state, uncaptured, uncompiled
 from saliency_fast.model.targets import Target, with_padding
-from saliency_fast.result import attribution, resident_before, usage_of
-from saliency_fast.together import Together, Whole, in_rows, layout_together, whole_call
+from saliency_fast.together import Arguments, Together, Whole, in_rows, whole_call
 
 
 class Engine:
     """A model and a method, ready to explain many inputs from many threads.
 
-    model: any callable from input tensors to an output. method: a name or a method. precision: of
-    the model's convolutions and matrix products: "float32" (float64 inputs stay float64),
-    "bfloat16" and, on GPUs, "tf32" or "float16"; what it costs a map is measured on some of its
-    points and part of `Attribution.error`. "auto" is the fastest that costs no more than
-    `tolerance`, relative L2: .02, or half of the method's own tolerance, unless given. at: layers
-    to explain instead of the inputs, by name or themselves; "embeddings" are the tables that make
-    vectors of ids, "auto" the last spatial one. Values are like what they give or, with
-    `layer_input`, take; baselines are still the inputs' (of integers: token ids, or the layer's).
-    memory_budget: bytes or text such as "8GiB" over what is in use, 80 % of what is free unless
-    given. points_per_launch: an upper bound, for those who know better than the plan. lean: whether
-    points keep only what their gradients need from forward to backward, with the same maps to
-    rounding. progress: shows a bar. hashes: whether results carry SHA-256 of inputs and weights,
-    which reads both once. graphs: whether launches are recorded and replayed on GPUs. compile:
-    whether `torch.compile` makes the model's kernels, instead of the lean way; "auto" does where
-    measurements say that it pays, which is nowhere so far (docs/precision.md). layout: of the
-    inputs, at layers of what these give, unless the call says it; see `explain`. waiting: how many
-    requests `submit` takes in before it blocks. latency: seconds that the first of them waits,
-    at most, for others to share its launch. rows: "alone" explains every row of the inputs as the
-    model scores it alone; "together" takes all rows for one input, such as the nodes of a graph,
-    and explains the sum of their scores: values are like the inputs, `delta` and `error` are those
-    of the whole. create_graph: whether values are on autograd's graph, so that a loss may depend on
-    a map: they can be differentiated by the model's parameters, by inputs that require gradients
-    and by further arguments. For sums of gradients alone (gradients, paths, noise), without a lean
-    way, in autograd's memory, and in evaluation mode.
-
     The model is explained in evaluation mode and left as it was, whatever happens.
+
+    Args:
+        model: Any callable from input tensors to an output.
+        method: A method, or its name.
+        precision: Of the model's convolutions and matrix products: "float32" (float64 inputs stay
+            float64), "bfloat16" and, on GPUs, "tf32" or "float16"; what it costs a map is measured
+            on some of its points and part of `Attribution.error`. "auto" is the fastest that costs
+            no more than `tolerance`.
+        tolerance: Relative L2 that precision "auto" may cost: .02, or half of the method's own
+            tolerance, unless given.
+        at: Layers to explain instead of the inputs, by name or themselves; "embeddings" are the
+            tables that make vectors of ids, "auto" the last spatial layer. Values are like what
+            they give or, with `layer_input`, take; baselines are still the inputs' (of integers:
+            token ids, or the layer's).
+        layer_input: Whether `at` means what the layers take.
+        memory_budget: Bytes, or text such as "8GiB", over what is in use; 80 % of what is free
+            unless given.
+        points_per_launch: An upper bound, for those who know better than the plan.
+        lean: Whether points keep only what their gradients need from forward to backward, with the
+            same maps to rounding.
+        progress: Whether to show a bar.
+        hashes: Whether results carry SHA-256 of inputs and weights, which reads both once.
+        graphs: Whether launches are captured and replayed on GPUs.
+        compile: Whether `torch.compile` makes the model's kernels, instead of `lean`; "auto" does
+            where measurements say that it pays, which is nowhere so far (docs/precision.md).
+        layout: Of the inputs, at layers of what these give, unless the call says it; see `explain`.
+        waiting: Requests that `submit` takes in before it blocks.
+        latency: Seconds that the first of them waits, at most, for others to share its launch.
+        rows: "alone" explains every row of the inputs as the model scores it alone; "together"
+            takes all rows for one input, such as the nodes of a graph, and explains the sum of
+            their scores: values are like the inputs, `delta` and `error` are those of the whole.
+        create_graph: Whether values are on autograd's graph, so that a loss may depend on a map:
+            they can be differentiated by the model's parameters, by inputs that require gradients
+            and by further arguments. For sums of gradients alone (gradients, paths, noise),
+            without `lean`, in autograd's memory, and in evaluation mode.
+        config: Thresholds of the engine; `saliency_fast.engine.config.DEFAULT` unless given.
+
+    Raises:
+        InputError: An argument has a value that is not allowed.
+        InputTypeError: An argument has another type than expected.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 3.0)
+        >>> engine = sf.Engine(model, "integrated_gradients")
+        >>> engine(torch.tensor([[1.0, 2.0]]), target=0).values
+        tensor([[3., 6.]])
     """
 
     zeros_of_unused = True
     """Whether inputs that no score depends on have zeros, and a warning, instead of an error."""
+    tells_zeros = True
+    """Whether maps of zeros bring a warning; metrics, which explain many inputs, judge them."""
 
     def __init__(
         self,
@@ -113,25 +132,12 @@ class Engine:
         latency: float = 0.002,
         rows: str = "alone",
         create_graph: bool = False,
+        config: EngineConfig | None = None,
     ) -> None:
-        if not callable(model):
-            raise InputTypeError(f"model must be callable: got {type(model).__name__}")
-        if precision not in (*PRECISIONS, AUTO):
-            names = ", ".join((*PRECISIONS, AUTO))
-            raise InputError(f"precision must be one of {names}: got {precision!r}")
-        if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 1:
-            raise InputError(f"waiting must be a whole number, 1 or more: got {waiting!r}")
-        if not 0.0 <= latency < math.inf:
-            raise InputError(f"latency must be seconds, 0 or more: got {latency!r}")
-        if tolerance is not None and not 0.0 < tolerance < math.inf:
-            raise InputError(f"tolerance must be a positive number: got {tolerance!r}")
-        if compile not in (True, False, "auto"):
-            raise InputError(f"compile must be True, False or 'auto': got {compile!r}")
+        _check_options(model, precision, waiting, latency, tolerance, compile, rows)
         self.model, self.method = model, read_method(method)
-        self.compile = compile is True
-        if rows not in ("alone", "together"):
-            raise InputError(f"rows must be 'alone' or 'together': got {rows!r}")
-        if rows == "together" and (at is not None or self.method.recipe().layers is not None):
+        self.compile, self._recipe = compile is True, self.method.recipe()
+        if rows == "together" and (at is not None or self._recipe.layers is not None):
             raise InputError(
                 "rows='together' explains the inputs: got a method or `at` that is about layers; "
                 "explain a function of x[None] around the model instead"
@@ -143,17 +149,18 @@ class Engine:
         self.layout = layout
         self.limits = Limits(memory_budget, points_per_launch)
         self.rows, self._wholes = rows, dict[int, Engine]()
-        self._recipe = self.method.recipe()
         self.create_graph = create_graph
-        # Metrics, which explain many inputs and models, judge maps of zeros themselves.
-        self.tells_zeros = True
+        self.config = configs.DEFAULT if config is None else config
         if create_graph:
             check_differentiable(self.method, self._recipe, at=at, precision=precision)
             if rows == "together":
                 raise InputError("create_graph=True is for rows='alone': got rows='together'")
             # Neither leaves a graph behind.
             self.lean = self.graphs = False
-        self._place = Place(self._called, at, layer_input, _probes_of(self._called))
+        caches = (
+            _CALIBRATED.setdefault(self._called, {}) if isinstance(self._called, nn.Module) else {}
+        )
+        self._location = LayerLocation(self._called, at, layer_input, caches)
         self._service: Service[Attribution] = Service(
             partial(preserve_model_state, model, draws=False),
             capacity=waiting,
@@ -177,18 +184,30 @@ class Engine:
         """How a call would run, with the memory and the time that it would take.
 
         Takes a few points' gradients to learn that, once for all calls with inputs of one shape.
+
+        Args: those of a call; see `explain`.
+
+        Returns:
+            The plan, a value that prints.
+
+        Raises:
+            BudgetError: One point alone does not fit the memory budget.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> engine = sf.Engine(torch.nn.Linear(4, 3), sf.SmoothGrad(samples=8))
+            >>> engine.plan(torch.ones(2, 4), target=1).points
+            16
         """
+        about = (forward_args, forward_kwargs, region, features, layout)
+        given = Arguments(inputs, target, baseline, *about)
         if self.rows == "together":
-            about = (inputs, target, baseline, forward_args, forward_kwargs, features)
-            laid = layout_together(self.layout if layout is None else layout)
-            with self._whole(*about, region=region) as (engine, whole, given):
-                return engine.plan(*given, layout=laid, **whole.further)
-        call = self._bound(inputs, target, forward_args, forward_kwargs, features, layout)
+            with self._whole(given) as (engine, whole):
+                return engine.plan(**whole.arguments)
+        call = self._bound(given)
         with preserve_model_state(self.model, call.device), self._diagnosing(call):
-            job, _ = self._prepare(call, baseline, region)
-            job.time()
-            job.tell_graphs()
-            return replace(job.plan, layout=job.call.layouts.told)
+            job, _ = self._prepare(call, given)
+            return shown(job, self.graphs, job.call.layouts.told)
 
     @uncaptured
     def __call__(
@@ -203,25 +222,40 @@ class Engine:
         features: Features = None,
         layout: LayoutLike = None,
     ) -> Attribution:
-        """Explains `inputs`; see `explain` for the arguments."""
+        """Explains `inputs`.
+
+        Args: those of `explain`, but for the engine's own.
+
+        Returns:
+            The attribution; its values are like the inputs.
+
+        Raises:
+            InputError, InputTypeError: What was passed cannot be explained.
+            ModelError: The model raised, or gave NaN; its exception is the `__cause__`.
+            BudgetError: One point alone does not fit the memory budget.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> engine = sf.Engine(lambda x: x**2, "gradient")
+            >>> engine(torch.tensor([[3.0]]), target=0).values
+            tensor([[6.]])
+        """
+        about = (forward_args, forward_kwargs, region, features, layout)
+        given = Arguments(inputs, target, baseline, *about)
         if self.rows == "together":
-            about = (inputs, target, baseline, forward_args, forward_kwargs, features)
-            laid = layout_together(self.layout if layout is None else layout)
-            with self._whole(*about, region=region) as (engine, whole, given):
-                found = engine(*given, layout=laid, **whole.further)
-                return self._in_rows(found, whole, baseline)
-        started = time.perf_counter()
-        call = self._bound(inputs, target, forward_args, forward_kwargs, features, layout)
+            with self._whole(given) as (engine, whole):
+                return self._in_rows(engine(**whole.arguments), whole, baseline)
+        started, call = time.perf_counter(), self._bound(given)
         resident = resident_before(call)
         with preserve_model_state(self.model, call.device) as training, self._diagnosing(call):
-            job, at = self._prepare(call, baseline, region)
+            job, at = self._prepare(call, given)
             if self.create_graph:
                 outcome = self._differentiable(job, inputs)
             else:
-                for moment in self._shown(job):
-                    last = moment
-                outcome = last.outcome()
-            self._look_at(job, outcome)
+                for progress in self._progress(job):
+                    last = progress
+                job, outcome = last.job, last.outcome()
+            self._check(job, outcome)
             usage = usage_of(job.plan, resident, time.perf_counter() - started)
         # Of the weights as they are outside of the call, whatever the model does to them inside.
         facts = usage | self._hashes(call)
@@ -242,42 +276,51 @@ class Engine:
         """Yields the map after every launch, each with its estimated error; the last is the answer.
 
         Points are visited so that any beginning of them is spread over the path or the noise.
+
+        Args: those of a call; see `explain`.
+
+        Yields:
+            Attributions, the last of which is that of a call.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> engine = sf.Engine(torch.nn.Linear(4, 3), points_per_launch=25)
+            >>> [int(one.points) for one in engine.stream(torch.ones(1, 4), target=1)]
+            [25, 50]
         """
         self._need_call("stream")
+        about = (forward_args, forward_kwargs, region, features, layout)
+        given = Arguments(inputs, target, baseline, *about)
         if self.rows == "together":
-            about = (inputs, target, baseline, forward_args, forward_kwargs, features)
-            laid = layout_together(self.layout if layout is None else layout)
-            with self._whole(*about, region=region) as (engine, whole, given):
-                partials = engine.stream(*given, layout=laid, **whole.further)
+            with self._whole(given) as (engine, whole):
+                partials = engine.stream(**whole.arguments)
             while True:
                 with preserve_model_state(self.model, whole.rows.device):
-                    found = next(partials, None)
-                    if found is None:
+                    one = next(partials, None)
+                    if one is None:
                         return
-                    shown = self._in_rows(found, whole, baseline)
-                yield shown
-        started = time.perf_counter()
-        call = self._bound(inputs, target, forward_args, forward_kwargs, features, layout)
+                    shown_so_far = self._in_rows(one, whole, baseline)
+                yield shown_so_far
+        started, call = time.perf_counter(), self._bound(given)
         resident = resident_before(call)
         with preserve_model_state(self.model, call.device), self._diagnosing(call):
-            job, at = self._prepare(call, baseline, region)
-        hashes = self._hashes(call)
-        moments = job.moments()
+            job, at = self._prepare(call, given)
+        hashes, steps = self._hashes(call), run_alone(job)
         while True:
             # The guard is entered anew for each launch: nothing is held while the caller works.
             with preserve_model_state(self.model, call.device) as training, self._diagnosing(call):
-                moment = next(moments, None)
-                if moment is None:
+                progress = next(steps, None)
+                if progress is None:
                     return
-                if not moment.maps:
+                if not progress.maps:
                     continue
-                outcome = moment.outcome()
-                if moment.done == moment.of:
-                    self._look_at(job, outcome)
-                usage = usage_of(job.plan, resident, time.perf_counter() - started)
+                outcome = progress.outcome()
+                if progress.done == progress.of:
+                    self._check(progress.job, outcome)
+                usage = usage_of(progress.job.plan, resident, time.perf_counter() - started)
                 facts = usage | hashes
-                partial = self._attribution(job, outcome, baseline, training, facts, at)
-            yield partial
+                so_far = self._attribution(progress.job, outcome, baseline, training, facts, at)
+            yield so_far
 
     def submit(
         self,
@@ -294,15 +337,29 @@ class Engine:
         block: bool = True,
         timeout: float | None = None,
     ) -> Future[Attribution]:
-        """Hands a call in, from any thread, and returns at once: its future has the `Attribution`.
+        """Hands a call in, from any thread, and returns at once.
 
-        Points of all that is handed in share launches where models take them alike, whatever their
-        targets, baselines, seeds, steps and tolerances; every answer is the one that the call alone
-        gives, to rounding. method: another one than the engine's. A future may be cancelled until
-        it is done. block: whether to wait, for `timeout` seconds at most, where too many wait.
+        Points of all requests share launches where the model takes them alike, whatever their
+        targets, baselines, seeds, steps and tolerances; every result is the one that the call alone
+        gives, to rounding. What goes wrong after this call is the future's.
 
-        Raises BusyError where there is no place, ClosedError after `close`, and what is wrong with
-        the arguments; what goes wrong later is the future's.
+        Args: those of a call, see `explain`, and
+            method: Another one than the engine's.
+            block: Whether to wait, for `timeout` seconds at most, where too many wait.
+
+        Returns:
+            A future of the attribution, which may be cancelled until it is done.
+
+        Raises:
+            BusyError: Too many requests wait.
+            ClosedError: After `close`.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> with sf.Engine(torch.nn.Linear(4, 3)) as engine:
+            ...     futures = [engine.submit(torch.ones(1, 4), target) for target in range(3)]
+            ...     [list(one.result().values.shape) for one in futures]
+            [[1, 4], [1, 4], [1, 4]]
         """
         self._need_call("submit")
         if self.rows == "together":
@@ -310,46 +367,61 @@ class Engine:
                 "submit packs rows of several requests: got an engine with rows='together'; call "
                 "the engine itself"
             )
-        started = time.perf_counter()
+        about = (forward_args, forward_kwargs, region, features, layout)
+        given = Arguments(inputs, target, baseline, *about)
         chosen = self.method if method is None else read_method(method)
         recipe = self._recipe if method is None else chosen.recipe()
-        bound = inputs, target, forward_args, forward_kwargs, features, layout
-        call = self._bound(*bound, recipe)
-        training = isinstance(self.model, nn.Module) and getattr(self.model, "training", False)
-        ready, at = _ready(call.device), list[str]()
+        request = self._request(self._bound(given, recipe), given, chosen, recipe)
+        return self._service.submit(request, block=block, timeout=timeout)
 
-        def job() -> Job:
+    def _request(
+        self, call: Call, given: Arguments, method: Method, recipe: Recipe
+    ) -> Request[Attribution]:
+        """A call for the service."""
+        started, ready, at = time.perf_counter(), _ready(call.device), list[str]()
+        training = isinstance(self.model, nn.Module) and getattr(self.model, "training", False)
+
+        def prepare_job() -> Job:
             ready()
-            job, names = self._prepare(call, baseline, region, chosen, recipe, alone=False)
+            job, names = self._prepare(call, given, method, recipe, alone=False)
             at.extend(names or ())
-            # Recorded launches are one call's alone.
-            job.graphs = False
             return job
 
-        def finish(job: Job, last: Moment) -> Attribution:
-            outcome = last.outcome()
-            self._look_at(job, outcome)
+        def finish(last: Progress) -> Attribution:
+            job, outcome = last.job, last.outcome()
+            self._check(job, outcome)
             # Others use memory at the same time, so that its peak tells nothing.
             usage = usage_of(job.plan, None, time.perf_counter() - started)
             facts = usage | self._hashes(call)
-            found = self._attribution(job, outcome, baseline, training, facts, at or None)
+            about = (job, outcome, given.baseline, training, facts, at or None)
+            result = self._attribution(*about)
             wait_for(call.device)
-            return found
+            return result
 
         def failed(error: BaseException) -> BaseException:
             return self._diagnosed(call, error) if isinstance(error, ModelCallError) else error
 
-        request = Request(call.device, job, finish, failed)
-        return self._service.submit(request, block=block, timeout=timeout)
+        return Request(call.device, prepare_job, finish, failed)
 
     def explain_many(
-        self, requests: Iterable[Asked], *, return_exceptions: bool = False
+        self, requests: Iterable[RequestLike], *, return_exceptions: bool = False
     ) -> list[Attribution | BaseException]:
-        """Explains many calls at once, in launches that they share; answers in their order.
+        """Explains many calls at once, in launches that they share; results in their order.
 
-        requests: inputs alone, or mappings of the arguments of `submit` by name. The first error is
-        raised, and what has not begun is cancelled; with `return_exceptions` errors stand in the
-        place of answers, and the others are finished.
+        Args:
+            requests: Inputs alone, or mappings of the arguments of `submit` by name.
+            return_exceptions: Whether errors stand in the place of results, and all others are
+                finished; else the first error is raised, and what has not begun is cancelled.
+
+        Returns:
+            One attribution per request.
+
+        Example:
+            >>> import torch, saliency_fast as sf
+            >>> with sf.Engine(torch.nn.Linear(4, 3), "gradient") as engine:
+            ...     found = engine.explain_many([{"inputs": torch.ones(1, 4), "target": 2}])
+            >>> len(found)
+            1
         """
         futures: list[Future[Attribution]] = []
         try:
@@ -362,9 +434,9 @@ class Engine:
             for future in futures:
                 future.cancel()
 
-    def _submitted(self, asked: Asked, keep_error: bool) -> Future[Attribution]:
+    def _submitted(self, request: RequestLike, keep_error: bool) -> Future[Attribution]:
         try:
-            return self.submit(**asked) if isinstance(asked, Mapping) else self.submit(asked)
+            return self.submit(**request) if isinstance(request, Mapping) else self.submit(request)
         except (SaliencyError, TypeError) as error:
             if not keep_error:
                 raise
@@ -389,7 +461,7 @@ class Engine:
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(cancel=kind is not None)
 
-    def _look_at(self, job: Job, outcome: Outcome) -> None:
+    def _check(self, job: Job, outcome: Outcome) -> None:
         """Raises for a whole map that is not finite, and warns of one that is zero."""
         need_finite(outcome, job.plan.precision)
         if self.tells_zeros:
@@ -409,20 +481,11 @@ class Engine:
             return diagnosed(error, self.model, inputs, call.args, call.kwargs)
 
     @contextmanager
-    def _whole(
-        self,
-        inputs: Tensor | Inputs,
-        target: Target,
-        baseline: Baseline,
-        args: Any,
-        kwargs: Mapping[str, Any] | None,
-        features: Features,
-        *,
-        region: Region,
-    ) -> Iterator[tuple[Engine, Whole, tuple[Any, ...]]]:
-        """(engine, call, its arguments) of a call whose rows are one example."""
-        if region is not None:
+    def _whole(self, given: Arguments) -> Iterator[tuple[Engine, Whole]]:
+        """(engine, call) of a call whose rows are one example."""
+        if given.region is not None:
             raise InputError("region is of pictures and volumes, each an example: leave it out")
+        inputs = given.inputs
         count = len(inputs) if isinstance(inputs, (tuple, list)) else 1
         if count not in self._wholes:
             self._wholes[count] = Engine(
@@ -436,12 +499,12 @@ class Engine:
                 progress=self.progress,
                 hashes=False,
                 graphs=False,
+                config=self.config,
             )
         first = inputs[0] if isinstance(inputs, (tuple, list)) and inputs else inputs
         device = first.device if isinstance(first, Tensor) else torch.device("cpu")
         with preserve_model_state(self.model, device):
-            whole = whole_call(self._called, inputs, target, baseline, args, kwargs, features)
-            yield self._wholes[count], whole, (whole.inputs, whole.target, whole.baseline)
+            yield self._wholes[count], whole_call(self._called, given, self.layout)
 
     def _in_rows(self, found: Attribution, whole: Whole, baseline: Baseline) -> Attribution:
         rows = in_rows(found, whole, self._called, baseline, self._recipe.baseline)
@@ -450,103 +513,76 @@ class Engine:
     def _prepare(
         self,
         call: Call,
-        baseline: Baseline,
-        region: Region,
+        given: Arguments,
         method: Method | None = None,
         recipe: Recipe | None = None,
         *,
         alone: bool = True,
     ) -> tuple[Job, list[str] | None]:
-        """A job, and the names of the layers that it is about."""
-        # Recordings stand for the model as calls find it; to look takes time where there are none.
-        known = [probe for one in list(self._place.knowns.values()) for probe in list(one.values())]
-        looked = not known or any(probe.mark is not None for probe in known)
-        with unchanging():
-            if looked:
-                same_model(self._called)
-            return self._prepared(call, baseline, region, method, recipe, alone)
-
-    def _prepared(
-        self,
-        call: Call,
-        baseline: Baseline,
-        region: Region,
-        method: Method | None,
-        recipe: Recipe | None,
-        alone: bool,
-    ) -> tuple[Job, list[str] | None]:
+        """A job, and the names of the layers that it is about. alone: or with other requests."""
         recipe, method = recipe or self._recipe, method or self.method
-        call = assigned(self._called, following(self.model, call), self._place.known)
-        known_unused = self._place.known.unused
-        if known_unused:
-            call = replace(call, unused=still_unused(self._called, call, known_unused))
-        planned = partial(self._planned, baseline, region, method, recipe, alone=alone)
-        try:
-            return planned(call)
-        except UnseenInputError as error:
-            # Several may be unused: the same again until all are known.
-            number = error.number
-            seen = self._place.at is not None or number in call.unused
-            if seen or not self.zeros_of_unused or not unused(self._called, call, number):
-                raise
-        known_unused.add(number)
-        return self._prepare(call, baseline, region, method, recipe, alone=alone)
+        location, model = self._location, self._called
+        # Recordings stand for the model as calls find it; to look takes time where there are none.
+        several = [one for cache in list(location.caches.values()) for one in list(cache.values())]
+        cache = location.cache
+        with unchanging():
+            if not several or any(one.mark is not None for one in several):
+                same_model(model)
+            call = assigned(model, with_next_token(self.model, call), cache, self.config)
+            while True:
+                if cache.unused:
+                    call = replace(call, unused=still_unused(model, call, cache.unused))
+                try:
+                    return self._planned(call, given, method, recipe, alone)
+                except UnseenInputError as error:
+                    # Several may be unused: the same again until all are known.
+                    seen = location.at is not None or error.number in call.unused
+                    if seen or not self.zeros_of_unused or not unused(model, call, error.number):
+                        raise
+                    cache.unused.add(error.number)
 
     def _planned(
-        self,
-        baseline: Baseline,
-        region: Region,
-        method: Method,
-        recipe: Recipe,
-        call: Call,
-        *,
-        alone: bool,
+        self, call: Call, given: Arguments, method: Method, recipe: Recipe, alone: bool
     ) -> tuple[Job, list[str] | None]:
-        model, call, start, known, layers = self._place.taken(call, recipe, baseline)
-        if self._place.at is not None:
-            found = read_features(call.features, call.inputs, call.layouts)
-            call = replace(call, features=found)
-        if layers and region is not None:
+        model, call, start, cache, layers = self._location.moved(call, recipe, given.baseline)
+        if self._location.at is not None:
+            features = read_features(call.features, call.inputs, call.layouts)
+            call = replace(call, features=features)
+        if layers and given.region is not None:
             raise InputError("region is of the inputs, and this map is a layer's: leave it out")
         job = prepare(
-            *(model, method, recipe, call, start, region, self.limits, known),
+            *(model, method, recipe, call, start, given.region, self.limits, cache, self.config),
             lean=self.lean and not self.compile,
             precision=self.precision,
             tolerance=self.tolerance,
             alone=alone,
+            # Captured launches are one call's alone.
+            graphs=self.graphs and alone,
         )
-        job.graphs = self.graphs
         return job, names_of(self.model, layers) if layers else None
 
-    def _bound(
-        self,
-        inputs: Tensor | Inputs,
-        target: Target,
-        args: Any,
-        kwargs: Mapping[str, Any] | None,
-        features: Features,
-        layout: LayoutLike,
-        recipe: Recipe | None = None,
-    ) -> Call:
+    def _bound(self, given: Arguments, recipe: Recipe | None = None) -> Call:
         recipe = recipe or self._recipe
-        if features is not None and not recipe.features:
+        if given.features is not None and not recipe.features:
             raise InputError(
                 "features: this method does not ask which elements go together: leave them out, or "
                 "use one that takes features away, such as FeatureAblation or KernelShap"
             )
-        integers = recipe.layers is None and (not recipe.gradients or self._place.at is not None)
-        missing = recipe.scores_alone and self._place.at is None
-        call = bind(inputs, target, args, kwargs, integers=integers, missing=missing)
-        about = (self.model, call.inputs, call.args, call.kwargs)
-        call = replace(call, targets=with_padding(call.targets, *about))
-        layout = self.layout if layout is None else layout
+        inside = self._location.at is not None
+        integers = recipe.layers is None and (not recipe.gradients or inside)
+        missing = recipe.scores_alone and not inside
+        about = (given.inputs, given.target, given.forward_args, given.forward_kwargs)
+        call = bind(*about, integers=integers, missing=missing)
+        targets = with_padding(call.targets, self.model, call.inputs, call.args, call.kwargs)
+        call = replace(call, targets=targets)
         # At layers features and layout are of what these give, which is not known yet.
-        inside = self._place.at is not None and recipe.layers is None
-        layouts = layouts_of(self.model, call, None if inside else layout)
-        call = replace(call, layout=layout, layouts=layouts)
-        if self._place.at is None:
+        later = inside and recipe.layers is None
+        layout = self.layout if given.layout is None else given.layout
+        layouts = layouts_of(self.model, call, None if later else layout)
+        features = given.features
+        if not inside:
             features = read_features(features, call.inputs, layouts)
-        return replace(call, features=features)
+        return replace(call, layout=layout, layouts=layouts, features=features)
 
     def _differentiable(self, job: Job, inputs: Tensor | Inputs) -> Outcome:
         if job.part is not None:
@@ -566,14 +602,8 @@ class Engine:
         facts: dict[str, Any],
         at: list[str] | None,
     ) -> Attribution:
-        return attribution(
-            *(job, outcome, baseline),
-            training=training,
-            lean=self.lean,
-            facts=facts,
-            at=at,
-            layer_input=self._place.of_input,
-        )
+        about = {"lean": self.lean, "at": at, "layer_input": self._location.of_input}
+        return attribution(job, outcome, baseline, trained_mode=training, **about, **facts)
 
     def _hashes(self, call: Call) -> dict[str, Any]:
         wanted = self.hashes
@@ -582,19 +612,46 @@ class Engine:
             "weights_sha256": record.weights_sha256(self.model) if wanted else None,
         }
 
-    def _shown(self, job: Job) -> Iterator[Moment]:
-        """The moments, with a bar beside them where one is wanted."""
+    def _progress(self, job: Job) -> Iterator[Progress]:
+        """The progress of a call, with a bar beside it where one is wanted."""
         if not self.progress:
-            yield from job.moments()
+            yield from run_alone(job)
             return
         total = job.plan.points * len(job.baselines)
         with tqdm(total=total, desc=self.method.name, unit="point") as bar:
-            for moment in job.moments():
-                bar.update(moment.done - bar.n)
-                yield moment
+            for progress in run_alone(job):
+                bar.update(progress.done - bar.n)
+                yield progress
 
 
-Asked = Tensor | Inputs | Mapping[str, Any]
+def _check_options(
+    model: object,
+    precision: str,
+    waiting: int,
+    latency: float,
+    tolerance: float | None,
+    compile: bool | str,
+    rows: str,
+) -> None:
+    """Raises InputError or InputTypeError for options of an engine that are not allowed."""
+    if not callable(model):
+        raise InputTypeError(f"model must be callable: got {type(model).__name__}")
+    if precision not in (*PRECISIONS, AUTO):
+        names = ", ".join((*PRECISIONS, AUTO))
+        raise InputError(f"precision must be one of {names}: got {precision!r}")
+    if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 1:
+        raise InputError(f"waiting must be a whole number, 1 or more: got {waiting!r}")
+    if not 0.0 <= latency < math.inf:
+        raise InputError(f"latency must be seconds, 0 or more: got {latency!r}")
+    if tolerance is not None and not 0.0 < tolerance < math.inf:
+        raise InputError(f"tolerance must be a positive number: got {tolerance!r}")
+    if compile not in (True, False, "auto"):
+        raise InputError(f"compile must be True, False or 'auto': got {compile!r}")
+    if rows not in ("alone", "together"):
+        raise InputError(f"rows must be 'alone' or 'together': got {rows!r}")
+
+
+RequestLike = Tensor | Inputs | Mapping[str, Any]
 """A request of `explain_many`."""
 
 
@@ -607,9 +664,6 @@ def _ready(device: torch.device) -> Callable[[], None]:
     return lambda: torch.cuda.current_stream(device).wait_event(event)
 
 
-_PROBED: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], Known]] = WeakKeyDictionary()
-
-
-def _probes_of(model: Callable[..., Any]) -> dict[tuple[object, ...], Known]:
-    """What points of a model took, by where they are; engines of one module share it."""
-    return _PROBED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
+_CALIBRATED: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], CalibrationCache]]
+_CALIBRATED = WeakKeyDictionary()
+"""Calibrations of a module, by where it is explained; its engines share them."""

@@ -1,7 +1,7 @@
-"""Calls with rows="together", whose rows are parts of one input, such as the nodes of a graph.
+"""Together: calls whose rows are parts of one input, such as the nodes of a graph.
 
-The whole input is one example: the model is called with all rows, once per evaluation point, and
-the sum of the rows' scores is explained.
+The whole input is one example. The model is called with all of its rows, once for each point, and
+what is explained is the sum of the rows' scores.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.attribution import Attribution, maps_of
-from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
-from saliency_fast.engine.bind import Belonging, Call, Shared, bind
+from saliency_fast.attribution import Attribution
+from saliency_fast.engine.baselines import Baseline, choices, read_baseline_set, read_baselines
+from saliency_fast.engine.bind import Belonging, Call, Region, Shared, bind
+from saliency_fast.engine.features import Features
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.outputs import map_tensors, tensors_of
 from saliency_fast.model.layout import LayoutLike, Layouts
 from saliency_fast.model.targets import Reader, Target, Targets, tensor_of
-from saliency_fast.record import describe_baseline, describe_target
+from saliency_fast.record import describe_baseline
+from saliency_fast.specs import describe_target
 
 
 @dataclass(frozen=True)
 class Together:
-    """A model of whole inputs: R points [R, N, *] give outputs [R, N, *], by R calls of `model`.
-
-    count: number of inputs, before the model's further arguments.
+    """A model whose examples are whole inputs: points [R, N, *] give outputs [R, N, *], by one call
+    of `model` for each of R. count: of its inputs; further arguments follow.
     """
 
     model: Callable[..., Any]
@@ -47,7 +48,7 @@ class Together:
 
 @dataclass(frozen=True)
 class Summed(Reader):
-    """A target that sums what `rows` reads of the rows of an input."""
+    """A target that adds up what `rows` reads of the `batch` rows of an input."""
 
     rows: Targets
 
@@ -78,7 +79,7 @@ class Summed(Reader):
 def _read(rows: Targets, raw: Any) -> tuple[Tensor, Tensor | None]:
     """Scores [N, 1] of the rows of an input, and their classes, from what the model returns."""
     if rows.function is not None:
-        # A `Reader`, which reads the raw output itself.
+        # An object, which reads what the model returns as it likes.
         everyone = torch.arange(rows.batch, device=next(iter(tensors_of(raw))).device)
         return rows.read(raw, everyone)
     output = tensor_of(raw)
@@ -94,44 +95,38 @@ def _read(rows: Targets, raw: Any) -> tuple[Tensor, Tensor | None]:
 
 
 @dataclass(frozen=True)
+class Arguments:
+    """The arguments of a call, as they were passed."""
+
+    inputs: Tensor | Inputs
+    target: Target = None
+    baseline: Baseline = None
+    forward_args: Any = ()
+    forward_kwargs: Mapping[str, Any] | None = None
+    region: Region = None
+    features: Features = None
+    layout: LayoutLike = None
+
+
+@dataclass(frozen=True)
 class Whole:
-    """A call with rows together, as an engine of `Together` takes it: inputs [1, N, *], its target,
-    baseline, arguments and features. rows: the call as the user made it.
+    """A call with rows together. rows: the call as it was given; arguments: those of a call of
+    `Together`, whose inputs are [1, N, *].
     """
 
     rows: Call
-    target: Summed
-    baseline: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    features: Any
+    arguments: dict[str, Any]
 
     @property
-    def further(self) -> dict[str, Any]:
-        """Keyword arguments of the engine's call."""
-        return {
-            "forward_args": self.args,
-            "forward_kwargs": self.kwargs,
-            "features": self.features,
-        }
-
-    @property
-    def inputs(self) -> Inputs:
-        own = zip(self.rows.inputs, self.rows.dtypes, strict=True)
-        return tuple(x.to(dtype)[None] for x, dtype in own)
+    def target(self) -> Summed:
+        target: Summed = self.arguments["target"]
+        return target
 
 
-def whole_call(
-    model: Callable[..., Any],
-    inputs: Any,
-    target: Target,
-    baseline: Any,
-    args: Any,
-    kwargs: Mapping[str, Any] | None,
-    features: Any,
-) -> Whole:
+def whole_call(model: Callable[..., Any], given: Arguments, layout: LayoutLike) -> Whole:
     """The call with rows together; predicted classes are those of the inputs."""
-    rows = bind(inputs, target, args, kwargs)
+    args, kwargs = given.forward_args, given.forward_kwargs
+    rows = bind(given.inputs, given.target, args, kwargs)
     if rows.targets.many and rows.targets.count > 1:
         raise InputError(
             f"target: rows='together' explains one sum: got {rows.targets.count} targets for each "
@@ -142,25 +137,27 @@ def whole_call(
             raw = model(*(x.clone() for x in rows.inputs), *rows.args, **rows.kwargs)
         classes = _read(rows.targets, raw)[1]
         rows = replace(rows, targets=replace(rows.targets, classes=classes))
-    marked = args if isinstance(args, tuple) else (args,)
-    return Whole(
-        rows,
-        Summed(rows.targets),
-        _lead(baseline, rows.inputs),
-        tuple(map(_shared, marked)),
-        {name: _shared(one) for name, one in (kwargs or {}).items()},
-        _lead(features, rows.inputs),
-    )
+    own = zip(rows.inputs, rows.dtypes, strict=True)
+    arguments = {
+        "inputs": tuple(x.to(dtype)[None] for x, dtype in own),
+        "target": Summed(rows.targets),
+        "baseline": _lead(given.baseline, rows.inputs),
+        "forward_args": tuple(map(_shared, args if isinstance(args, tuple) else (args,))),
+        "forward_kwargs": {name: _shared(one) for name, one in (kwargs or {}).items()},
+        "features": _lead(given.features, rows.inputs),
+        "layout": layout_together(layout if given.layout is None else given.layout),
+    }
+    return Whole(rows, arguments)
 
 
 def _shared(value: Any) -> Any:
-    """Further arguments belong to all rows, whatever their length."""
+    """Arguments go whole, whatever their length."""
     value = value.tensor if isinstance(value, Belonging) else value
     return Shared(value) if isinstance(value, Tensor) else value
 
 
 def _lead(value: Any, inputs: Inputs) -> Any:
-    """Tensors with an axis in front, as `Together` takes them; other values unchanged."""
+    """Tensors like the inputs with an axis in front, as `Together` has them; others as they are."""
     if isinstance(value, (tuple, list)):
         return type(value)(_lead(one, inputs) for one in value)
     ranks = {x.dim() for x in inputs}
@@ -168,7 +165,7 @@ def _lead(value: Any, inputs: Inputs) -> Any:
 
 
 def layout_together(layout: LayoutLike) -> LayoutLike:
-    """The layout of a whole input from that of its rows, whose axis becomes a spatial one."""
+    """The layout of a whole input from that of its rows: the rows are places of it."""
     if isinstance(layout, str):
         free = next((one for one in "TDHW" if one not in layout.upper()), "T")
         return f"B{free}{layout[1:]}"
@@ -178,12 +175,13 @@ def layout_together(layout: LayoutLike) -> LayoutLike:
 def in_rows(
     found: Attribution, call: Whole, model: Callable[..., Any], baseline: Any, kind: str
 ) -> Attribution:
-    """The attribution of a whole input as one of its rows.
+    """The attribution of a whole input as one of its rows: values like the inputs, each row's own
+    scores, and what is known of the whole, such as delta and error, the same for every row.
 
-    Values are like the inputs and scores are each row's own; delta, error and the like are those of
-    the whole, the same for every row. kind: what the method compares with, as its recipe says.
+    kind: what the method compares with, as its recipe says.
     """
-    count, inputs = call.rows.batch, call.inputs
+    count, inputs = call.rows.batch, call.arguments["inputs"]
+    whole_baseline = call.arguments["baseline"]
 
     def every(value: Tensor) -> Tensor:
         # Targets that are objects have an axis of their own.
@@ -196,46 +194,41 @@ def in_rows(
         return call.target.of_rows(raw).double().reshape(-1).expand(count).clone()
 
     def baseline_scores() -> Tensor:
-        several: list[Inputs]
         if kind == "set":
             several = list(
-                zip(*read_baseline_set(call.baseline, inputs, found.layouts), strict=True)
+                zip(*read_baseline_set(whole_baseline, inputs, found.layouts), strict=True)
             )
         else:
-            rows = (
-                read_baselines(one, inputs, layouts=found.layouts) for one in choices(call.baseline)
-            )
-            several = [tuple(one[0] for one in parts) for parts in rows]
-        return torch.stack(
-            [
-                scores(tuple(one.to(x.dtype) for one, x in zip(points, inputs, strict=True)))
-                for points in several
+            rows = [
+                read_baselines(one, inputs, layouts=found.layouts)
+                for one in choices(whole_baseline)
             ]
-        ).mean(0)
+            several = [tuple(one[0] for one in parts) for parts in rows]
+        like = [x.dtype for x in inputs]
+        several = [tuple(one.to(t) for one, t in zip(b, like, strict=True)) for b in several]
+        return torch.stack([scores(one) for one in several]).mean(0)
 
     target, kept = describe_target(call.rows.targets)
     spec, kept_baseline = describe_baseline(baseline)
     others = {n: one for n, one in found.kept.items() if not n.startswith(("baseline.", "target."))}
-    values = tuple(one[0, 0] for one in maps_of(found))
+    values = found.values if isinstance(found.values, tuple) else (found.values,)
     classes = call.rows.targets.classes
-    of_whole: dict[str, Any] = {
-        name: every(one) for name in _OF_WHOLE if (one := getattr(found, name)) is not None
-    }
     return replace(
         found,
         layouts=Layouts([tuple(x.shape) for x in call.rows.inputs]),
-        values=values if call.rows.is_tuple else values[0],
+        values=tuple(one[0, 0] for one in values) if call.rows.is_tuple else values[0][0, 0],
         scores=scores(tuple(x[0] for x in inputs)),
         baseline_scores=None if found.baseline_scores is None else baseline_scores(),
+        delta=None if found.delta is None else every(found.delta),
+        error=every(found.error),
+        tie_share=None if found.tie_share is None else every(found.tie_share),
+        precision_error=None if found.precision_error is None else every(found.precision_error),
         classes=None if classes is None else classes[:, 0],
+        points=every(found.points),
+        converged=None if found.converged is None else every(found.converged),
         extras={name: every(one) for name, one in found.extras.items()},
         kept=others | kept | kept_baseline,
         provenance=replace(
             found.provenance, rows="together", target=target, baseline=spec, layout=None
         ),
-        **of_whole,
     )
-
-
-_OF_WHOLE = ("delta", "error", "tie_share", "precision_error", "points", "converged")
-"""Fields of an attribution that rows have from the whole input."""

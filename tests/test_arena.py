@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import traced
-from saliency_fast.engine.arena import LEAST, RESERVED, Arena, Launches, Trace
+from saliency_fast.engine.arena import LEAST, RESERVED, Arena, LaunchMemory, Trace
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.ops.dispatch import backends
+from tests.configured import configure
 from tests.models import randn
 
 CPU = torch.device("cpu")
@@ -164,7 +164,7 @@ def test_other_devices_have_none() -> None:
     arena.close()
 
 
-# Launches: lists of (bytes, how many later pieces it outlives).
+# LaunchMemory: lists of (bytes, how many later pieces it outlives).
 pieces = st.lists(
     st.tuples(st.integers(1, 40).map(lambda n: n * LEAST // 3 + LEAST), st.integers(0, 6)),
     min_size=1,
@@ -223,18 +223,18 @@ def alive_bytes(lives: Any, event: int) -> int:
 def test_launches_grow_by_rows() -> None:
     one = Trace(((3 * MIB, 0, 3), (MIB, 1, 2)))
     two = Trace(((4 * MIB, 0, 3), (MIB, 1, 2)))
-    launches = Launches({2: one, 3: two})
-    assert launches.alike
+    launches = LaunchMemory({2: one, 3: two})
+    assert launches.consistent
     assert launches.of(3) is two
     five = launches.of(5)
     assert five == Trace(((6 * MIB, 0, 3), (MIB, 1, 2)))
     assert launches.of(5) is five
     assert launches.of(1) is None
     assert [launches.bytes_of(rows) for rows in (1, 2, 5)] == [4 * MIB, 4 * MIB, 8 * MIB]
-    alone = Launches({2: one})
+    alone = LaunchMemory({2: one})
     assert alone.of(3) is None
     assert (alone.bytes_of(1), alone.bytes_of(3)) == (4 * MIB, None)
-    assert not Launches({2: one, 3: Trace(((MIB, 0, 1),))}).alike
+    assert not LaunchMemory({2: one, 3: Trace(((MIB, 0, 1),))}).consistent
 
 
 class Volume(nn.Sequential):
@@ -262,13 +262,13 @@ def test_a_plan_tells_what_launches_take(
 
     engine = sf.Engine(model, method, points_per_launch=9, lean=lean, hashes=False)
     plan = engine.plan(x, 1)
-    (launches,) = next(iter(engine._place.known.values())).launches.values()
+    (launches,) = next(iter(engine._location.cache.values())).launches.values()
     assert launches is not None
     monkeypatch.setattr(Arena, "close", closed)
     found = engine(x, 1)
     assert extents == [plan.launch_bytes]
     assert plan.launch_bytes == launches.bytes_of(9)
-    monkeypatch.setattr(traced, "TRACED_FROM", 2**60)
+    configure(monkeypatch, traced_from=2**60)
     other = sf.Engine(Volume().eval(), method, points_per_launch=9, lean=lean, hashes=False)
     other.model.load_state_dict(model.state_dict())
     assert torch.equal(other(x, 1).values, found.values)
@@ -305,7 +305,7 @@ def test_nothing_stays_reserved() -> None:
         next(stream)
         stream.close()
         model.fails = True
-        engine._place.known.clear()
+        engine._location.cache.clear()
         with pytest.raises(sf.errors.ModelError, match="ZeroDivisionError"):
             engine(x, 1)
         model.fails = False

@@ -142,7 +142,7 @@ def test_a_function_around_a_model_takes_layers_themselves() -> None:
 def test_what_points_took_is_known_to_later_engines_and_goes_with_the_model() -> None:
     model, x = convolutional(), images().float()
     sf.explain(model, x, target=1, at="2")
-    (found,) = (one for key, one in sf.Engine(model)._place.knowns.items() if key)
+    (found,) = (one for key, one in sf.Engine(model)._location.caches.items() if key)
     probes = list(found.values())
     sf.explain(model, x, target=1, at="2")
     assert all(one is other for one, other in zip(probes, found.values(), strict=True))
@@ -155,11 +155,11 @@ def test_what_points_took_is_known_to_later_engines_and_goes_with_the_model() ->
 def test_auto_looks_again_where_its_layer_was_replaced() -> None:
     model, x = convolutional(), images().float()
     engine = sf.Engine(model, "gradient", at="auto")
-    (before,) = engine._place._layers("auto", bind(x, 1, (), None))
+    (before,) = engine._location._layers("auto", bind(x, 1, (), None))
     name = engine(x, 1).provenance.at[0]
     assert isinstance(before, nn.ReLU)
     model[int(name)] = nn.ReLU()
-    (after,) = engine._place._layers("auto", bind(x, 1, (), None))
+    (after,) = engine._location._layers("auto", bind(x, 1, (), None))
     assert after is not before
     assert engine(x, 1).values.isfinite().all()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.memory import MemoryMeter, bytes_text, read_budget
 from saliency_fast.errors import BudgetError, ModelError
 from saliency_fast.model.failures import is_out_of_memory
@@ -154,6 +155,23 @@ def test_a_plan_before_anything_runs() -> None:
     assert plan.points == 36
     assert plan.launches * plan.points_per_launch >= 36
     assert plan == engine.plan(X, 1)
+
+
+def test_a_plan_lists_the_strategies_before_its_own() -> None:
+    """Each with its reason; thresholds are an engine's own."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    plan = sf.Engine(model).plan(x, 1)
+    assert plan.lean == "off"
+    assert [name for name, _ in plan.strategies][-1] == "intercepted"
+    assert all("too small" in reason for _, reason in plan.strategies)
+    assert "refused    intercepted: a point is too small" in str(plan)
+    assert "strategy   eager" in str(plan)
+    lean = sf.Engine(model, config=EngineConfig(lean_from=0)).plan(x, 1)
+    assert lean.lean.startswith("recorded")
+    assert len(lean.strategies) < len(plan.strategies)
+    off = sf.Engine(model, lean=False).plan(x, 1)
+    assert {reason for _, reason in off.strategies} == {"lean=False"}
 
 
 @pytest.mark.parametrize("wanted", [1, 5, 36, 1000])

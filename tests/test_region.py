@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import saliency_fast as sf
-from saliency_fast.engine import probe
 from saliency_fast.errors import InputError, InputTypeError
+from tests.configured import configure
 
 
 def network() -> nn.Module:
@@ -27,7 +27,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def _always_lean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "LEAN_FROM", 0)
+    configure(monkeypatch, lean_from=0)
     torch.manual_seed(0)
 
 
@@ -126,6 +126,6 @@ def test_less_is_computed() -> None:
 
     engine = sf.Engine(model, sf.Gradient())
     engine(X, 2, region=BOX)
-    way = next(iter(engine._place.known.values())).way.within(((4, 13), (30, 48)))
+    way = next(iter(engine._location.cache.values())).strategy.within(((4, 13), (30, 48)), 0.6)
     assert way.tiled is not None
     assert way.tiled.share < 0.4

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.engine.memory import MemoryMeter
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.errors import InputError
 from saliency_fast.model.layers import LayerTaps
 from tests.models import Image, Multimodal, make, randn
@@ -26,7 +33,7 @@ class Zeroed:
     name = "zeroed"
 
     def recipe(self) -> Recipe:
-        return in_rounds(self.rounds, 20, gradients=False, baseline="one")
+        return RoundsRecipe(self.rounds, 20, gradients=False, baseline="one")
 
     def rounds(self, asked: RoundContext) -> Rounds:
         (x,), lost = asked.inputs, torch.zeros((*asked.scores.shape, asked.inputs[0][0].numel()))
@@ -57,7 +64,7 @@ class Inside:
     name = "inside"
 
     def recipe(self) -> Recipe:
-        return in_rounds(self.rounds, 1, at_input=True, layers=self.layer)
+        return RoundsRecipe(self.rounds, 1, at_input=True, layers=self.layer)
 
     def rounds(self, asked: RoundContext) -> Rounds:
         item = torch.arange(len(asked.inputs[0]))
@@ -77,7 +84,7 @@ class Folded:
     name = "folded"
 
     def recipe(self) -> Recipe:
-        return in_rounds(self.rounds, 2)
+        return RoundsRecipe(self.rounds, 2)
 
     def rounds(self, asked: RoundContext) -> Rounds:
         total = [torch.zeros_like(x) for x in asked.inputs]
@@ -141,7 +148,7 @@ class InterceptedExecutor:
     name = "watched"
 
     def recipe(self) -> Recipe:
-        return in_rounds(self.rounds, 1, at_input=True, layers="4", gradients=False)
+        return RoundsRecipe(self.rounds, 1, at_input=True, layers="4", gradients=False)
 
     def rounds(self, asked: RoundContext) -> Rounds:
         item = torch.arange(len(asked.inputs[0]))

@@ -42,10 +42,9 @@ from saliency_fast.captum.forward import (
     run_forward,
     selected,
 )
-from saliency_fast.engine.independence import Independence, Known
-from saliency_fast.engine.job import Job
-from saliency_fast.engine.launch import Moment
-from saliency_fast.engine.recipe import Method
+from saliency_fast.engine.independence import CalibrationCache, Independence
+from saliency_fast.engine.loop import Job, Progress, run_alone
+from saliency_fast.engine.recipe import Method, WeightedSum
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.model.executors import EagerExecutor
@@ -148,17 +147,22 @@ class _Engine(Engine):
     zeros_of_unused = False
 
     def __init__(
-        self, model: Callable[..., Any], method: Method, known: Known, bar: Any = None, **of: Any
+        self,
+        model: Callable[..., Any],
+        method: Method,
+        known: CalibrationCache,
+        bar: Any = None,
+        **of: Any,
     ) -> None:
         super().__init__(model, method, hashes=False, **of)
-        self._place.knowns, self._bar = {(): known}, bar
+        self._location.caches, self._bar = {(): known}, bar
 
-    def _shown(self, job: Job) -> Iterator[Moment]:
-        for moment in job.moments():
+    def _progress(self, job: Job) -> Iterator[Progress]:
+        for progress in run_alone(job):
             if self._bar is not None and self._bar.total:
-                share = moment.done / max(1, moment.of)
+                share = progress.done / max(1, progress.of)
                 self._bar.update(int(share * (self._bar.total - 1)) + 1 - self._bar.n)
-            yield moment
+            yield progress
 
 
 def explained(method: Method, call: AttributeCall) -> Inputs:
@@ -201,8 +205,10 @@ def _in_one_run(method: Method, call: AttributeCall) -> Inputs | None:
     engine then reports.
     """
     recipe, inputs = method.recipe(), call.inputs
+    if not isinstance(recipe, WeightedSum):
+        return None
     rules = recipe.rules
-    single = recipe.at_input and recipe.baseline == "none" and recipe.rounds is None
+    single = recipe.at_input and recipe.baseline == "none"
     single = single and _is_usual(call) and not (rules and rules.relevance)
     if not (single and call.owner is not None and is_small(call.owner, inputs)):
         return None
@@ -246,7 +252,7 @@ def _mixes_rows(module: nn.Module) -> bool:
 def explained_by_rows(
     method: Method,
     call: AttributeCall,
-    known: Known,
+    known: CalibrationCache,
     bar: Any = None,
     again: Callable[[], object] = lambda: None,
 ) -> ByRows | None:
@@ -283,7 +289,9 @@ def _tried(explain: Callable[[], ByRows]) -> ByRows | None:
         return None
 
 
-def _by_rows(method: Method, call: AttributeCall, target: Any, known: Known, bar: Any) -> ByRows:
+def _by_rows(
+    method: Method, call: AttributeCall, target: Any, known: CalibrationCache, bar: Any
+) -> ByRows:
     inputs, most = call.inputs, call.points_per_launch
     if call.at_once > 1:
         most = call.at_once * len(inputs[0])
@@ -341,7 +349,7 @@ def _scores(target: Any, output: Tensor) -> Tensor:
     return scores.reshape(-1)
 
 
-def _as_one_example(method: Method, call: AttributeCall, known: Known) -> Inputs:
+def _as_one_example(method: Method, call: AttributeCall, known: CalibrationCache) -> Inputs:
     """The maps with the batch as one example, whose points are batches."""
     inputs, seed, most = call.inputs, getattr(method, "seed", None), call.points_per_launch
     if isinstance(seed, tuple):
@@ -393,7 +401,7 @@ def _like(values: Tensor | Inputs, inputs: Inputs) -> Inputs:
     return tuple(one.view(x.shape) for one, x in zip(parts, inputs, strict=True))
 
 
-_KNOWN: WeakKeyDictionary[Any, dict[tuple[object, ...], Known]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Any, dict[tuple[object, ...], CalibrationCache]] = WeakKeyDictionary()
 
 
 def _unwrapped(forward: Callable[..., Any]) -> tuple[Any, tuple[object, ...]]:
@@ -410,7 +418,7 @@ def _unwrapped(forward: Callable[..., Any]) -> tuple[Any, tuple[object, ...]]:
     return forward, at
 
 
-def known_points(forward: Callable[..., Any], *about: object) -> Known:
+def known_points(forward: Callable[..., Any], *about: object) -> CalibrationCache:
     """What the engine has measured of a function's points, for as long as the function lives.
 
     Args:
@@ -426,7 +434,7 @@ def known_points(forward: Callable[..., Any], *about: object) -> Known:
         # A lambda made anew for every call is the same by its code: before each use the engine
         # checks whether a recording holds for what else it reads.
         owner, name = module, owner.__code__
-    made = Known()
+    made = CalibrationCache()
     if not about:
         made.rows = _RowsKnown()
     try:

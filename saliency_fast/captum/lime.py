@@ -32,7 +32,7 @@ from saliency_fast.captum.attribute_call import AttributeCall, rows_depend
 from saliency_fast.captum.attribution import PerturbationAttribution
 from saliency_fast.captum.perturbed import Draws, by_rows, first_of, numbers_of_output, progress_of
 from saliency_fast.captum.shared_calls import SharedCalls, rewind_draws, together_or_apart
-from saliency_fast.engine import rounds as engine
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
@@ -493,8 +493,9 @@ class _Fitted:
         def rounds(asked: engine.RoundContext) -> engine.Rounds:
             return surrogates.fitted(asked, self.draw, self.weigh, self.how, self.alpha)
 
-        kind = {"baseline": "fill", "gradients": False, "features": True}
-        return engine.in_rounds(rounds, self.samples, **kind)
+        return engine.RoundsRecipe(
+            rounds, self.samples, baseline="fill", gradients=False, features=True
+        )
 
 
 class KernelShap(Lime):

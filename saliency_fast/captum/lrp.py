@@ -24,7 +24,7 @@ from saliency_fast.captum.attribute_call import explained
 from saliency_fast.captum.attribution import GradientAttribution
 from saliency_fast.captum.forward import run_forward
 from saliency_fast.engine.points import Line
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import InputTypeError
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
@@ -283,7 +283,7 @@ class _ModuleRules:
     unmet: ClassVar[str] = ""
 
     def recipe(self) -> Recipe:
-        return Recipe(Line(), at_input(), at_input=True, rules=self)
+        return WeightedSum(Line(), at_input(), at_input=True, rules=self)
 
     def __repr__(self) -> str:
         """What tells rules apart: layers, and the classes and attributes of their rules."""

@@ -31,7 +31,7 @@ from saliency_fast.captum.gradients import Saliency
 from saliency_fast.captum.shared_calls import calls_of, rewind_draws, together_or_apart
 from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.engine.points import Noise, first_elements
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.gradient import Gradient
 from saliency_fast.methods.sampling import samples_level
@@ -253,7 +253,7 @@ class _NoisyGradients:
 
     def recipe(self) -> Recipe:
         noise = Noise(0.0, self.stdev, self.seed, antithetic=False)
-        return Recipe(noise, samples_level(self.samples, False), self.reduction)
+        return WeightedSum(noise, samples_level(self.samples, False), self.reduction)
 
 
 @dataclass

@@ -28,7 +28,7 @@ from saliency_fast.captum.layers import Layers
 from saliency_fast.captum.noise import samples_at_once
 from saliency_fast.captum.shared_calls import calls_of
 from saliency_fast.engine.points import Line
-from saliency_fast.engine.recipe import Recipe
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import ContractError
 from saliency_fast.methods.parts.quadrature import Array, Rule, level
 
@@ -98,7 +98,7 @@ class Steps:
     def recipe(self) -> Recipe:
         levels = (level(Rule(lambda n: self._rounded), self.steps),)
         factor = "difference" if self.multiply else "none"
-        return Recipe(Line(), levels, factor=factor, baseline="one")
+        return WeightedSum(Line(), levels, factor=factor, baseline="one")
 
     def maps(self, call: AttributeCall) -> Inputs:
         """The maps of a call. The engine divides by the weights' sum, which need not be one."""

@@ -26,7 +26,7 @@ from saliency_fast.captum.arguments import (
 )
 from saliency_fast.captum.attribution import Attribution, PerturbationAttribution
 from saliency_fast.captum.perturbed import Draws, PerturbationPlan, both_forms
-from saliency_fast.engine import rounds as engine
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import ablation, occlusion, shapley
@@ -165,7 +165,7 @@ class _Occluded:
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             return self._method(inputs).points(inputs, features, layouts)
 
-        return engine.in_rounds(rounds, points, baseline="fill", gradients=False)
+        return engine.RoundsRecipe(rounds, points, baseline="fill", gradients=False)
 
     def _method(self, inputs: Inputs) -> occlusion.Occlusion:
         window, stride = [], []
@@ -334,7 +334,7 @@ class _Permuted:
     name = "feature_permutation"
 
     def recipe(self) -> Recipe:
-        return engine.in_rounds(self._rounds, players, gradients=False, features=True)
+        return engine.RoundsRecipe(self._rounds, players, gradients=False, features=True)
 
     def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
         game = Game.of(asked)
@@ -515,8 +515,9 @@ class _RandomOrders:
 
     def recipe(self) -> Recipe:
         points = max(1, self.orders * (len(self.known) - 1))
-        kind = {"baseline": "one", "gradients": False, "features": True}
-        return engine.in_rounds(self._rounds, points, **kind)
+        return engine.RoundsRecipe(
+            self._rounds, points, baseline="one", gradients=False, features=True
+        )
 
     def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
         game, drawn = Game.of(asked), self.draws.kept

@@ -37,7 +37,7 @@ from saliency_fast.captum.attribute_call import (
 )
 from saliency_fast.captum.forward import read_output, selected
 from saliency_fast.captum.shared_calls import SharedCalls, copies_are_apart, together_or_apart
-from saliency_fast.engine import rounds as engine
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.independence import TOLERANCE
 from saliency_fast.engine.recipe import Method, Recipe
@@ -157,6 +157,7 @@ def progress_of(method: Method, call: AttributeCall) -> Any:
 def _count_of_calls(method: Method, call: AttributeCall) -> int:
     """Calls of the function that a method makes, the one at the inputs included."""
     recipe = method.recipe()
+    assert isinstance(recipe, engine.RoundsRecipe)
     points = recipe.points
     if callable(points):
         wide = tuple(x[None] for x in call.inputs)
@@ -288,7 +289,7 @@ def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
         *(whole, starts, scores, baseline_scores, call.at_once, _features(call, recipe)),
         layouts=Layouts([tuple(x.shape) for x in whole]),
     )
-    assert recipe.rounds is not None
+    assert isinstance(recipe, engine.RoundsRecipe)
     rounds, found = recipe.rounds(about), None
     while True:
         try:

@@ -22,7 +22,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.captum.arguments import arguments_of, tiled
 from saliency_fast.captum.forward import read_output
-from saliency_fast.engine.independence import Row, RowsMeetError, near, provoked
+from saliency_fast.engine.independence import Row, RowsMeetError, provoked, scores_agree
 from saliency_fast.errors import ContractError
 from saliency_fast.graph.passes.half import FLOAT32
 from saliency_fast.model.layers import hooked, tensors_at
@@ -85,7 +85,7 @@ class SharedCalls:
                 # are saturated.
                 if len(due) > 1 and number in (middle, farthest):
                     provoked(self, row, alone, scale)  # type: ignore[arg-type]
-            if not near(found[number], alone[0], scale, self):  # type: ignore[arg-type]
+            if not scores_agree(found[number], alone[0], scale, self):  # type: ignore[arg-type]
                 raise RowsMeetError(f"copy {number} of {count} has other numbers alone")
 
     @torch.no_grad()

@@ -49,19 +49,19 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Launches:
+class LaunchMemory:
     """What launches of one call take: traces by their rows, and for more rows what two of them
     foretell: pieces grow by as much with every row.
     """
 
     known: Mapping[int, Trace]
-    _found: dict[int, Trace | None] = field(default_factory=dict, compare=False, repr=False)
+    _grown: dict[int, Trace | None] = field(default_factory=dict, compare=False, repr=False)
 
     def of(self, rows: int) -> Trace | None:
         """The trace of a launch of `rows`; the same object for every one of them."""
-        if rows not in self._found:
-            self._found[rows] = self._grown(rows)
-        return self._found[rows]
+        if rows not in self._grown:
+            self._grown[rows] = self._foretold(rows)
+        return self._grown[rows]
 
     def bytes_of(self, rows: int) -> int | None:
         """What a launch of `rows` takes at most; None where that is not known."""
@@ -69,7 +69,7 @@ class Launches:
         trace = self.of(least)
         return None if trace is None else trace.needed
 
-    def _grown(self, rows: int) -> Trace | None:
+    def _foretold(self, rows: int) -> Trace | None:
         if rows in self.known or len(self.known) < 2:
             return self.known.get(rows)
         (few, one), (more, other) = sorted(self.known.items())
@@ -84,7 +84,7 @@ class Launches:
         )
 
     @property
-    def alike(self) -> bool:
+    def consistent(self) -> bool:
         """Whether all take the same pieces, one after another."""
         kinds = {tuple(life[1:] for life in trace.lives) for trace in self.known.values()}
         return len(kinds) == 1

@@ -1,23 +1,42 @@
-"""Bind: a call's inputs validated and brought into the form that the engine runs on."""
+"""Bind: a call's inputs, targets and further arguments, validated and immutable."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.baselines import MISSING
-from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.independence import CalibrationCache, numbers, scores_agree
+from saliency_fast.engine.memory import MemoryMeter
+from saliency_fast.errors import InputError, InputTypeError, SaliencyError, warn
+from saliency_fast.graph.fingerprint import fingerprint
 from saliency_fast.graph.passes.half import HALVES
 from saliency_fast.graph.program import lies_innermost
-from saliency_fast.model.layers import Layer
-from saliency_fast.model.layout import LayoutLike, Layouts
-from saliency_fast.model.targets import Target, Targets, read_targets
+from saliency_fast.graph.receptive_field import Box
+from saliency_fast.model.executors import EagerExecutor, Executor, recurring
+from saliency_fast.model.follow import Inside, follow, follow_inside, followed
+from saliency_fast.model.function import PointFunction
+from saliency_fast.model.layers import Layer, channel_axis, module_at
+from saliency_fast.model.layout import Axes, LayoutLike, Layouts
+from saliency_fast.model.preserve import preserve_model_state, same_draws, uncompiled
+from saliency_fast.model.targets import Target, Targets, read_of, read_targets
+
+Model = Callable[..., Any]
+Region = Tensor | Sequence[slice | tuple[int, int]] | None
+SERVICE = "saliency_fast"
+"""The thread of the service: random states are the whole process's, and not its to put back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,31 +59,48 @@ class Shared(Belonging):
     The model gets it whole, whatever rows it is run on, even where its length happens to be that of
     the batch: prompts that pictures are compared with, an adjacency matrix, a table of prices.
 
-    >>> import torch, saliency_fast as sf
-    >>> prompts = torch.eye(3)
-    >>> sf.explain(lambda x, p: x @ p.T, torch.ones(3, 3), target=1,
-    ...            forward_args=(sf.Shared(prompts),)).values[0].tolist()
-    [0.0, 1.0, 0.0]
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> prompts = torch.eye(3)
+        >>> sf.explain(lambda x, p: x @ p.T, torch.ones(3, 3), target=1,
+        ...            forward_args=(sf.Shared(prompts),)).values[0].tolist()
+        [0.0, 1.0, 0.0]
     """
 
 
 class PerExample(Belonging):
     """Marks a further argument [B, *] of the model whose rows belong to the examples of a call, one
     to each, such as attention masks: points of an example come with its row.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> weights = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        >>> sf.explain(lambda x, w: x * w, torch.ones(2, 2), target=1, method="gradient",
+        ...            forward_args=(sf.PerExample(weights),)).values.tolist()
+        [[0.0, 2.0], [0.0, 4.0]]
     """
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one call explains: inputs [B, *] each, contiguous and detached, and its targets.
+    """What one call explains.
 
-    dtypes: what the model takes. Inputs in half types are float32 here: points are written, and
-    gradients added up, in float32 whatever the model's type. features: int64 [B | 1, *] per input,
-    numbers of its segments; layers: where the method looks inside of the model, with `layer_input`
-    at what they take. whole: the further arguments, by number or name, that go whole though they
-    have the batch's length; told: those of which the caller said whose they are. innermost: which
-    inputs the caller lays with their channels innermost in memory. layout: what the caller said of
-    what is explained, and layouts: those of the inputs.
+    Args:
+        inputs: [B, *] each, contiguous and detached. Half types are float32 here: points are
+            written, and gradients added up, in float32 whatever the model's type.
+        dtypes: Types that the model takes.
+        is_tuple: Whether the user passed a tuple.
+        targets: The scalars that are explained.
+        args, kwargs: Further arguments of the model.
+        finite: Whether no input holds NaN or infinity.
+        unused: Numbers of inputs that no score depends on.
+        features: int64 [B | 1, *] per input, numbers of its segments.
+        layers: Where the method looks inside of the model, with `layer_input` at their inputs.
+        whole: Further arguments, by number or name, that go whole though they have the batch's
+            length; `marked` are those of which the caller said whose they are.
+        innermost: Which inputs lie with their channels innermost in memory.
+        layout: What the caller said of the layout of what is explained.
+        layouts: Those of the inputs.
     """
 
     inputs: Inputs
@@ -79,15 +115,40 @@ class Call:
     layers: tuple[Layer, ...] = ()
     layer_input: bool = False
     whole: frozenset[int | str] = frozenset()
-    told: frozenset[int | str] = frozenset()
+    marked: frozenset[int | str] = frozenset()
     innermost: tuple[bool, ...] = ()
-
     layout: LayoutLike = None
     layouts: Layouts = field(default_factory=lambda: Layouts(()))
 
     def further(self) -> list[tuple[int | str, Any]]:
         """The further arguments by their number or name."""
         return [*enumerate(self.args), *self.kwargs.items()]
+
+    def function(self, executor: Executor, kind: tuple[object, ...] = ()) -> PointFunction:
+        """The model by an executor, with the further arguments and targets of the call."""
+        return PointFunction(
+            *(recurring(executor, self.device), self.targets, self.args, self.kwargs),
+            dtypes=self.dtypes if self.halves else None,
+            kind=kind,
+            whole=self.whole,
+            unused=self.unused,
+            innermost=self.innermost,
+        )
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What tells the further arguments apart that are no tensors."""
+        further = {key: None if isinstance(one, Tensor) else one for key, one in self.further()}
+        return fingerprint(further) if further else ()
+
+    @property
+    def reading(self) -> tuple[object, ...]:
+        """What tells scores apart beside shapes: the function that reads them, which arguments go
+        whole, and the arguments that are no tensors.
+        """
+        function = self.targets.function
+        read = () if function is None else fingerprint(function)
+        return read, self.whole, self.settings
 
     @property
     def shapes(self) -> tuple[object, ...]:
@@ -125,43 +186,34 @@ def bind(
     they may hold NaN or infinity.
     """
     parts, dtypes = read_inputs(inputs, integers=integers, missing=missing)
-    finite = not missing or all(map(is_finite, parts))
-    # Else these would be inference tensors, which no gradient may pass, where the caller is in
-    # inference mode.
+    # Else targets and arguments would be inference tensors, which no gradient may pass, where the
+    # caller is in inference mode.
     with torch.inference_mode(False):
         targets = read_targets(target, len(parts[0])).to(parts[0].device)
-        marked = dict(enumerate(args if isinstance(args, tuple) else (args,))) | dict(kwargs or {})
-        told = {key for key, one in marked.items() if isinstance(one, Belonging)}
-        whole = {key for key, one in marked.items() if isinstance(one, Shared)}
-        plain = {key: _plain(_unmarked(one, len(parts[0]))) for key, one in marked.items()}
+        given = dict(enumerate(args if isinstance(args, tuple) else (args,))) | dict(kwargs or {})
+        plain = {key: _plain(one, len(parts[0])) for key, one in given.items()}
     several = isinstance(inputs, (tuple, list))
     return Call(
-        parts,
-        dtypes,
-        several,
-        targets,
+        *(parts, dtypes, several, targets),
         tuple(one for key, one in plain.items() if isinstance(key, int)),
         {key: one for key, one in plain.items() if isinstance(key, str)},
-        finite,
-        whole=frozenset(whole),
-        told=frozenset(told),
+        finite=not missing or all(map(is_finite, parts)),
+        whole=frozenset(key for key, one in given.items() if isinstance(one, Shared)),
+        marked=frozenset(key for key, one in given.items() if isinstance(one, Belonging)),
         innermost=tuple(map(lies_innermost, inputs if several else (inputs,))),
     )
 
 
-def _unmarked(value: Any, batch: int) -> Any:
-    if not isinstance(value, Belonging):
-        return value
-    tensor = value.tensor
-    if isinstance(value, PerExample) and (tensor.dim() == 0 or len(tensor) != batch):
-        raise InputError(
-            f"PerExample needs a row for each of the {batch} examples: got {list(tensor.shape)}; "
-            "use Shared for what belongs to all of them"
-        )
-    return tensor
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: Any, batch: int) -> Any:
+    """A further argument without its mark, and no inference tensor."""
+    if isinstance(value, Belonging):
+        tensor = value.tensor
+        if isinstance(value, PerExample) and (tensor.dim() == 0 or len(tensor) != batch):
+            raise InputError(
+                f"PerExample needs a row for each of the {batch} examples: got "
+                f"{list(tensor.shape)}; use Shared for what belongs to all of them"
+            )
+        value = tensor
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
@@ -233,3 +285,306 @@ def is_finite(x: Tensor) -> bool:
         return True
     # The sum of finite numbers may overflow, so only a suspicious one is looked at closely.
     return math.isfinite(float(x.detach().sum())) or bool(torch.isfinite(x.detach()).all())
+
+
+def assigned(model: Model, call: Call, cache: CalibrationCache, config: EngineConfig) -> Call:
+    """The call with its further arguments assigned, to the examples or to all of them; raises
+    InputError where that cannot be proved.
+
+    An argument of the batch's length belongs to the examples if one of them, alone with its part,
+    scores what it scores in the whole call; else it goes whole, if that gives the same score, and a
+    warning says so where the model runs either way.
+    """
+    further = call.further()
+    if call.batch == 1 or not any(isinstance(one, Tensor) for one in tree_leaves(further)):
+        return call
+    unmarked = {
+        key: one
+        for key, one in further
+        if isinstance(one, Tensor) and one.shape[:1] == (call.batch,) and key not in call.marked
+    }
+    if call.marked and not unmarked:
+        return call
+    key = (call.shapes, tuple(unmarked), call.reading)
+    whole = cache.arguments.get(key)
+    if whole is None:
+        meter = MemoryMeter()
+        with same_draws(lambda: meter.drew, call.device), uncompiled(), meter:
+            whole, alone = _proved(model, call, list(unmarked), config.arguments_tried)
+        # An entry of its own, since rows that are all alike are proved again in every call.
+        warned = (*key, "warned")
+        if alone and cache.arguments.get(warned) != whole:
+            cache.arguments[warned] = whole
+            _warn_of_whole(whole, alone, call)
+        # Rows that are all alike prove nothing for the next call.
+        if not any(torch.equal(one, one[:1].expand_as(one)) for one in unmarked.values()):
+            cache.arguments[key] = whole
+    return replace(call, whole=call.whole | whole)
+
+
+def _warn_of_whole(whole: frozenset[int | str], alone: str, call: Call) -> None:
+    """Warns that arguments go whole whose rows might as well belong to the examples."""
+    names = [
+        f"forward_args[{one}]" if isinstance(one, int) else f"forward_kwargs[{one!r}]"
+        for one in sorted(whole, key=str)
+    ]
+    several = len(names) > 1
+    warn(
+        f"{' and '.join(names)} {'have' if several else 'has'} a row for each of the {call.batch} "
+        f"examples and {'go' if several else 'goes'} whole to every example: {alone}. "
+        "sf.Shared(tensor) says that this is meant; if the rows belong to the examples, one to "
+        "each, pass sf.PerExample(tensor)"
+    )
+
+
+def _proved(
+    model: Model, call: Call, unmarked: list[int | str], tried: int
+) -> tuple[frozenset[int | str], str]:
+    """Which arguments go whole, by what an example scores alone and in the whole call; and what it
+    scores alone with its rows of them, "" where that is the same or the model refuses them.
+    """
+    one, outcomes, differs = call.batch // 2, list[str](), ""
+    item = torch.arange(call.batch, device=call.device)
+    executor = EagerExecutor(model)
+    points = tuple(x.clone() for x in call.inputs)
+    together, scale = call.function(executor).judged(points, item)
+    for whole in _choices(unmarked, tried):
+        function = replace(call, whole=call.whole | whole).function(executor)
+        try:
+            alone, several = (
+                function.judged(tuple(x[own] for x in call.inputs), own)[0]
+                for own in (item[one : one + 1], item[one].expand(3 if call.batch == 2 else 2))
+            )
+        except (SaliencyError, RuntimeError, LookupError, TypeError, ValueError) as error:
+            outcomes.append(f"fails ({str(error).splitlines()[0] if str(error) else error!r})")
+            continue
+        # Beside itself, too: in launches no example has a number of rows of its own.
+        same = (scores_agree(together[one], row, scale, function) for row in (*alone, *several))
+        if all(same):
+            return whole, differs
+        outcomes.append(f"scores {numbers(alone[0])}")
+        if len(outcomes) == 1:
+            differs = (
+                f"example {one} scores {numbers(together[one])} in this call, as it does alone "
+                f"with all of it, and {numbers(alone[0])} alone with its own row of it"
+            )
+    also = f", and with all of it {outcomes[-1]}" if unmarked else ""
+    raise InputError(
+        f"forward_args: example {one} does not score alone what it scores in the whole call of "
+        f"{call.batch} rows: there {numbers(together[one])}; alone, with its row of the further "
+        f"arguments, it {outcomes[0]}{also}. Say whose a tensor is: sf.PerExample(tensor) belongs "
+        "to the examples row by row, sf.Shared(tensor) to all of them, and so does what lies in "
+        "lists and dictionaries; where the rows are parts of one input, such as the nodes of a "
+        "graph, use rows='together'"
+    )
+
+
+def _choices(unmarked: list[int | str], tried: int) -> Iterator[frozenset[int | str]]:
+    """Sets of arguments that go whole, in the order in which they are tried."""
+    if len(unmarked) > tried:
+        yield from (frozenset(), frozenset(unmarked))
+        return
+    for count in range(len(unmarked) + 1):
+        yield from map(frozenset, itertools.combinations(unmarked, count))
+
+
+_CAUSAL: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], bool]] = WeakKeyDictionary()
+
+
+def with_next_token(model: Model, call: Call) -> Call:
+    """The call; where its target is "predicted" and the model a causal language model, with the
+    token that follows each text's last one as its target.
+    """
+    targets, ids = call.targets, call.inputs[0]
+    if not targets.predicted or targets.position is not None:
+        return call
+    if not isinstance(model, nn.Module) or ids.is_floating_point() or ids.dim() != 2:
+        return call
+    causal = _CAUSAL.setdefault(model, {})
+    key = (ids.shape[1], *sorted(call.kwargs))
+    if key not in causal:
+        causal[key] = _is_causal(model, call)
+    if not causal[key]:
+        return call
+    last = torch.full((call.batch,), -1, device=ids.device)
+    return replace(call, targets=replace(targets, position=last))
+
+
+def _is_causal(model: nn.Module, call: Call) -> bool:
+    """Whether outputs are [B, T, V] with V tokens, as tables of embeddings have, and no output
+    depends on a later token. Where there is but one token, that is taken for granted.
+    """
+    ids = call.inputs[0]
+    real = call.targets.padding.real
+    text = 0 if real is None else int(real.sum(1).argmax())
+    row = torch.tensor([text], device=ids.device)
+    output = _output(model, call, ids[row], row)
+    if output is None or output.dim() != 3 or output.shape[:2] != (1, ids.shape[1]):
+        return False
+    tables = [one for one in model.modules() if isinstance(one, nn.Embedding)]
+    if not any(one.num_embeddings == output.shape[2] for one in tables):
+        return False
+    last = ids.shape[1] - 1 if real is None else int(real[text].nonzero()[-1])
+    changed, token = ids[row].clone(), ids[text, last]
+    if changed[0, 0] != token:
+        changed[0, last] = changed[0, 0]
+    else:
+        changed[0, last] = token - 1 if int(token) > 0 else token + 1
+    again = _output(model, call, changed, row)
+    assert again is not None
+    before, after = output[0, :last].double(), again[0, :last].double()
+    size = float(before.abs().max()) if before.numel() else 0.0
+    return torch.allclose(before, after, rtol=0.0, atol=1e-5 * size, equal_nan=True)
+
+
+@torch.no_grad()
+def _output(model: nn.Module, call: Call, ids: Tensor, row: Tensor) -> Tensor | None:
+    function = call.function(EagerExecutor(model))
+    args, kwargs = function.rows(row)
+    rest: list[Any] = [x[row] for x in call.inputs[1:]]
+    return read_of(function.route([ids.clone(), *rest], args, kwargs))
+
+
+def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
+    """The layouts of a call's inputs; the model is looked at when they are asked for."""
+    shapes, device = [tuple(x.shape) for x in call.inputs], call.device
+    # Not the inputs themselves, which must not be held: the axes of any numbers are the same.
+    ones = tuple(x.new_ones(()).expand(1, *x.shape[1:]) for x in call.inputs)
+    about = replace(call, inputs=ones, features=(), layouts=Layouts(()))
+
+    def ready(count: int) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], object]]:
+        function = about.function(EagerExecutor(model))
+        rows = [one.repeat(count, *(1,) * (one.dim() - 1)) for one in function.taken(ones)]
+        args, kwargs = function.rows(torch.zeros(count, dtype=torch.int64, device=device))
+        return rows, lambda inputs: function.route(inputs, args, kwargs)
+
+    def kept() -> AbstractContextManager[bool]:
+        draws = threading.current_thread().name != SERVICE
+        return preserve_model_state(model, device, draws=draws)
+
+    def find() -> Sequence[str | None]:
+        with kept():
+            return follow(model, *ready(1))
+
+    def look(layers: Sequence[Layer], of_input: bool) -> Inside:
+        # Two rows: where a layer folds steps into the batch, their order tells.
+        with kept():
+            return follow_inside(*ready(2), layers, of_input)
+
+    layouts = Layouts(shapes, given, find, look)
+    cached = followed(model, shapes, call.dtypes)
+    return layouts if cached is None else layouts.saying(cached)
+
+
+def layouts_at(
+    downstream: Model, call: Call, layers: Sequence[Layer], counts: Sequence[int], of_input: bool
+) -> Layouts:
+    """The layouts of what layers give, which are the inputs of a call that was moved to them: as a
+    layer's own kind says, else the downstream layers.
+    """
+    layouts = layouts_of(downstream, call, call.layout)
+    owners = [
+        module_at(layer) for layer, count in zip(layers, counts, strict=True) for _ in range(count)
+    ]
+    letters = [
+        settled or (None if of_input else _given_by(layer, shape))
+        for layer, shape, settled in zip(owners, layouts.shapes, layouts.settled, strict=True)
+    ]
+    return layouts.knowing(letters)
+
+
+def _given_by(layer: nn.Module, shape: tuple[int, ...]) -> str | None:
+    """The layout of a layer's output, by the number of features that the layer declares."""
+    places = {3: "T", 4: "HW", 5: "DHW"}.get(len(shape))
+    axis = channel_axis(layer, shape, 0)
+    if places is None or axis == 0:
+        return None
+    return f"BC{places}" if axis == 1 else f"B{places}{'F' if len(shape) == 3 else 'C'}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of an input's spatial axes, and the mask within it that is asked for, if it is not all.
+
+    box: (start, stop) per axis; mask: bool like the whole of those axes. axes: the input's layout.
+    """
+
+    box: Box
+    axes: Axes
+    mask: Tensor | None = field(default=None, compare=False)
+
+    def kept(self, values: Tensor) -> Tensor:
+        """`values` [B, K, *], like the input behind K, with zeros outside of the part."""
+        return self.axes.back(self._kept(self.axes.standard(values, 2)), 2)
+
+    @property
+    def first(self) -> bool:
+        """Whether the input has its channels before its places, as convolutions take them."""
+        return self.axes.channel == 1
+
+    def _kept(self, values: Tensor) -> Tensor:
+        if self.mask is not None:
+            return values * self.mask
+        found = torch.zeros_like(values)
+        target, source = found, values
+        for axis, (start, stop) in enumerate(self.box, start=values.dim() - len(self.box)):
+            target = target.narrow(axis, start, stop - start)
+            source = source.narrow(axis, start, stop - start)
+        target.copy_(source)
+        return found
+
+
+def read_region(region: Region, call: Call) -> Part | None:
+    """The part of a call's input; raises InputError or InputTypeError with the cure."""
+    if region is None:
+        return None
+    shape = call.inputs[0].shape
+    if len(call.inputs) != 1 or (len(shape) < 3 and call.layouts.settled != ("BT",)):
+        raise InputError(
+            "region needs one input [B, C, *spatial]: got "
+            f"{[list(x.shape) for x in call.inputs]}; mask the values of other inputs yourself"
+        )
+    axes = call.layouts.need(0, "region=")
+    size = axes.size(shape)
+    if isinstance(region, Tensor):
+        return _masked(region, size, axes, call.device)
+    if not isinstance(region, (tuple, list)):
+        raise InputTypeError(
+            f"region must be a bool mask or one slice per spatial axis: got {type(region).__name__}"
+        )
+    if len(region) != len(size):
+        raise InputError(
+            f"region must have one slice for each spatial axis: got {len(region)}, the input has "
+            f"{list(size)}"
+        )
+    box = tuple(_span(one, n) for one, n in zip(region, size, strict=True))
+    if any(start >= stop for start, stop in box):
+        raise InputError(f"region is empty, or outside of {list(size)}: got {list(box)}")
+    return Part(box, axes)
+
+
+def _masked(mask: Tensor, size: tuple[int, ...], axes: Axes, device: torch.device) -> Part:
+    if mask.dtype != torch.bool or mask.shape != size:
+        raise InputError(
+            f"region: a mask must be bool {list(size)}: got {mask.dtype} {list(mask.shape)}"
+        )
+    places = mask.nonzero()
+    if not len(places):
+        raise InputError("region is empty: got a mask without a single True")
+    low, high = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
+    return Part(tuple(zip(low, high, strict=True)), axes, mask.to(device))
+
+
+def _span(given: slice | tuple[int, int], size: int) -> tuple[int, int]:
+    if isinstance(given, slice):
+        start, stop, step = given.indices(size)
+        if step == 1:
+            return start, stop
+    elif isinstance(given, (tuple, list)) and len(given) == 2:
+        start, stop = given
+        if 0 <= start <= stop <= size:
+            return int(start), int(stop)
+    raise InputError(
+        f"region: each axis needs a slice with step 1 or (start, stop) within its {size} places: "
+        f"got {given!r}"
+    )

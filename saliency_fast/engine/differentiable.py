@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,15 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saliency_fast._types import Inputs
+from saliency_fast.engine.accumulate import Outcome, average
+from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.independence import Independence, Row, RowsMeetError
-from saliency_fast.engine.job import Job
-from saliency_fast.engine.outcome import Outcome, average
-from saliency_fast.engine.points import Itself, Line, Noise, RandomLine
-from saliency_fast.engine.recipe import Method, Recipe, Rows, Source
-from saliency_fast.engine.way import function_of
+from saliency_fast.engine.loop import Job, SumEvaluation, drive
+from saliency_fast.engine.points import Line, Noise, RandomLine
+from saliency_fast.engine.recipe import Itself, Method, Recipe, Rows, WeightedSum
+from saliency_fast.engine.strategies import Strategy
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.model.executors import EagerExecutor
-from saliency_fast.model.function import NO_GRADIENT, PointFunction
+from saliency_fast.model.function import NO_GRADIENT
 from saliency_fast.model.preserve import keep_graphs, uncompiled
 from saliency_fast.ops.points import random_line
 from saliency_fast.ops.registry import rows_of
@@ -38,12 +38,13 @@ METHODS = (
 
 def check_differentiable(method: Method, recipe: Recipe, *, at: object, precision: str) -> None:
     """Raises InputError where a map cannot be put on autograd's graph."""
-    sums = recipe.rounds is None and recipe.rules is None and not recipe.second
-    if not sums or not isinstance(recipe.family, (Itself, Line, Noise, RandomLine)):
+    families = (Itself, Line, Noise, RandomLine)
+    plain = isinstance(recipe, WeightedSum) and isinstance(recipe.family, families)
+    if not plain or recipe.rules is not None:
         raise InputError(
             f"create_graph=True is for {METHODS}, with their plain fields: got {method.name}"
         )
-    if recipe.tolerance is not None:
+    if isinstance(recipe, WeightedSum) and recipe.tolerance is not None:
         raise InputError(
             "create_graph=True takes a fixed number of steps: got a tolerance; use steps="
         )
@@ -74,13 +75,25 @@ def differentiable(job: Job, inputs: Inputs) -> Outcome:
         for given, own in zip(inputs, job.call.inputs, strict=True)
     )
     keep_graphs()
+    # Nothing is proved or measured for other calls.
+    rows = Independence(draws=job.independence.draws)
+    job = replace(job, model=_own_buffers(job.model), strategy=Strategy(), launches=None)
+    job = replace(job, independence=rows)
     with _twice():
-        function = function_of(EagerExecutor(_own_buffers(job.model)), job.call)
-        found = [_Graph(job, function, x, baselines).outcome() for baselines in job.baselines]
-    plain = [replace(one, values=tuple(v.detach() for v in one.values)) for one in found]
-    parts = zip(*(one.values for one in found), strict=True)
+        outcomes = [_outcome(job, baselines, x) for baselines in job.baselines]
+    plain = [replace(one, values=tuple(v.detach() for v in one.values)) for one in outcomes]
+    parts = zip(*(one.values for one in outcomes), strict=True)
     values = tuple(torch.stack(several).mean(0) for several in parts)
     return replace(average(plain), values=values)
+
+
+def _outcome(job: Job, baselines: Inputs, x: Inputs) -> Outcome:
+    """One baseline's outcome, in launches of one point each where rows meet in the model."""
+    try:
+        return _Graph(job, job.call, baselines, x).graph_outcome()
+    except RowsMeetError:
+        job = replace(job, plan=replace(job.plan, points_per_launch=1))
+        return _Graph(job, job.call, baselines, x).graph_outcome()
 
 
 @contextmanager
@@ -113,87 +126,36 @@ def _own_buffers(model: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-Made = TypeVar("Made")
+class _Graph(SumEvaluation):
+    """An evaluation whose points, gradients and sum are on autograd's graph."""
 
+    def __init__(self, job: Job, call: Any, baselines: Inputs, x: Inputs) -> None:
+        super().__init__(job, call, baselines)
+        self.x = x
 
-class _Graph:
-    """One baseline's run: every point, its gradient, and the sum."""
-
-    def __init__(self, job: Job, function: PointFunction, x: Inputs, baselines: Inputs) -> None:
-        self.job, self.function, self.x, self.baselines = job, function, x, baselines
-        known, self.size = job.independence, job.plan.points_per_launch
-        self.independence = Independence(draws=known is not None and known.draws)
-
-    def _launched(self, count: int, launch: Callable[[slice], Made]) -> list[Made]:
-        """What launches of so many points make; of one point each, where rows meet in the model."""
-        while True:
-            parts = (slice(n, n + self.size) for n in range(0, count, self.size))
-            try:
-                return [launch(part) for part in parts]
-            except RowsMeetError:
-                self.size = 1
-
-    def _prove(self, points: Inputs, item: Tensor, scores: Tensor) -> None:
-        """Raises RowsMeetError where one of the rows scores alone something else."""
-        for number in self.independence.due(item.numel(), apart=False):
-            row = Row.of(tuple(one.detach() for one in points), item, number)
-            self.independence.prove(self.function, row)(scores.detach())
-
-    def _scores(self, table: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores float64 [R, K], and classes, of the rows of a table [R, *]."""
-
-        def launch(part: slice) -> tuple[Tensor, Tensor | None]:
-            points = tuple(one[part].detach() for one in table)
-            found = self.function.scores(tuple(one.clone() for one in points), item[part])
-            self._prove(points, item[part], found[0])
-            return found
-
-        scores, classes = zip(*self._launched(item.numel(), launch), strict=True)
-        known = [one for one in classes if one is not None]
-        return torch.cat(scores).double(), torch.cat(known) if known else None
-
-    def outcome(self) -> Outcome:
-        job, recipe = self.job, self.job.recipe
-        batch, device = job.call.batch, job.call.device
-        everyone = torch.arange(batch, device=device)
-        scores, classes = self._scores(self.x, everyone)
-        if classes is not None:
-            self.function.targets = replace(self.function.targets, classes=classes)
-        starts = self._starts(everyone)
+    def graph_outcome(self) -> Outcome:
+        recipe, batch, device = self.recipe, self.call.batch, self.call.device
+        for _ in drive(self.score_ends(), Arena(device, about=0)):
+            pass
+        self.source = recipe.family.bind(self.call.inputs, self.baselines)
         (level,) = recipe.levels
-        whole, gap = self._sums(level.to(device).rows(everyone, 0, level.count * batch))
+        whole, gap = self._sums(level.to(device).rows(self.everyone, 0, level.count * batch))
         values, errors = self._multiplied(whole), self._multiplied(gap)
-        shape = (batch, scores.shape[1])
+        shape = self.scores.shape
         size = _norm(values).clamp_min(torch.finfo(torch.float64).tiny)
         error = torch.zeros_like(size) if recipe.at_input else _norm(errors) / size
         sums = torch.stack([one.detach().double().flatten(2).sum(2) for one in values]).sum(0)
         points = torch.full((batch,), level.count, device=device)
-        return Outcome(values, scores, starts, sums, error.view(shape), points, None, classes)
-
-    def _starts(self, everyone: Tensor) -> Tensor | None:
-        """Scores at the baselines, float64 [B, K]; of a set their mean."""
-        recipe, batch, rows = self.job.recipe, len(everyone), len(self.baselines[0])
-        if recipe.baseline == "set" and rows <= recipe.count:
-            item, row = (
-                everyone.repeat_interleave(rows),
-                torch.arange(rows, device="cpu").repeat(batch),
-            )
-            drawn = tuple(one[row.to(one.device)] for one in self.baselines)
-            return self._scores(drawn, item)[0].view(batch, rows, -1).mean(1)
-        if recipe.baseline != "one" or not recipe.ends:
-            return None
-        parts = zip(self.baselines, self.x, strict=True)
-        return self._scores(tuple(one.expand_as(x) for one, x in parts), everyone)[0]
+        about = (values, self.scores, self.baseline_scores, sums, error.view(shape), points)
+        return Outcome(*about, None, self.classes)
 
     def _sums(self, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
         """The weighted sum of all points, and what its two halves differ by: [B, K, *] each."""
-        source = self.job.recipe.family.bind(tuple(one.detach() for one in self.x), self.baselines)
-        parts = self._launched(
-            rows.item.numel(),
-            lambda part: self._gradients(rows.part(part.start, part.stop), source),
-        )
+        count = rows.item.numel()
+        starts = range(0, count, self.size)
+        parts = [self._gradients(rows.part(n, min(n + self.size, count))) for n in starts]
         terms = [torch.cat(one) for one in zip(*parts, strict=True)]
-        if self.job.recipe.reduction == "variance":
+        if self.recipe.reduction == "variance":
             mean = self._added(terms, rows, rows.weight)
             terms = [(one - m[rows.item]).square() for one, m in zip(terms, mean, strict=True)]
         half = [rows.weight * (rows.fold == fold) for fold in (0, 1)]
@@ -212,16 +174,19 @@ class _Graph:
             for one in terms
         ]
 
-    def _gradients(self, rows: Rows, source: Source) -> list[Tensor]:
+    def _gradients(self, rows: Rows) -> list[Tensor]:
         """For each input the gradients of rows, reduced and times their line, [R, K, *]."""
-        points = [
-            self._point(number, written, rows, source)
-            for number, written in enumerate(source.write(rows))
-        ]
+        written = self.source.write(rows)
+        points = [self._point(number, one, rows) for number, one in enumerate(written)]
         # Copies: a model may write to its input.
         inside = self.function.taken(tuple(one.clone() for one in points))
-        scores, _ = self.function.forward(list(inside), rows.item)
-        self._prove(tuple(points), rows.item, scores)
+        scores, classes = self.function.forward(list(inside), rows.item)
+        assert self.independence is not None
+        for number in self.independence.due(rows.item.numel(), apart=False):
+            row = Row.of(tuple(one.detach() for one in points), rows.item, number)
+            self.independence.prove(self.function, row)(scores.detach())
+        if self.recipe.at_input:
+            self.note_scores(rows.item, scores.detach(), classes)
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
         found: list[list[Tensor]] = [[] for _ in points]
@@ -230,21 +195,21 @@ class _Graph:
             for several, grad, point in zip(found, grads, points, strict=True):
                 several.append(torch.zeros_like(point) if grad is None else grad)
         stacked = [torch.stack(several, 1) for several in found]
-        recipe = self.job.recipe
+        recipe = self.recipe
         if recipe.reduction in ("square", "absolute"):
             stacked = [g.square() if recipe.reduction == "square" else g.abs() for g in stacked]
         if recipe.factor == "line":
-            stacked = [g * self._line(n, rows, source)[:, None] for n, g in enumerate(stacked)]
+            stacked = [g * self._line(n, rows)[:, None] for n, g in enumerate(stacked)]
         return stacked
 
-    def _point(self, number: int, written: Tensor, rows: Rows, source: Source) -> Tensor:
+    def _point(self, number: int, written: Tensor, rows: Rows) -> Tensor:
         """A point that requires gradients, and moves with the input where that does."""
         if not self.x[number].requires_grad:
             return written.detach().requires_grad_()
         moved = self._moved(number, rows)
-        family = self.job.recipe.family
+        family = self.recipe.family
         if isinstance(family, RandomLine):
-            alpha = random_line(*source.lines(number, rows))[2]  # type: ignore[arg-type]
+            alpha = random_line(*self.source.lines(number, rows))[2]  # type: ignore[arg-type]
             moved = rows_of(alpha.to(moved.dtype), moved.dim()) * moved
         elif isinstance(family, Line):
             moved = rows_of(rows.place.to(moved.dtype), moved.dim()) * moved
@@ -255,13 +220,13 @@ class _Graph:
         x = self.x[number]
         return (x - x.detach())[rows.item]
 
-    def _line(self, number: int, rows: Rows, source: Source) -> Tensor:
+    def _line(self, number: int, rows: Rows) -> Tensor:
         """From a random baseline to the noisy input, [R, *]."""
-        start, end, _ = random_line(*source.lines(number, rows))  # type: ignore[arg-type]
+        start, end, _ = random_line(*self.source.lines(number, rows))  # type: ignore[arg-type]
         return end - start + self._moved(number, rows)
 
     def _multiplied(self, maps: list[Tensor]) -> Inputs:
-        factor, found = self.job.recipe.factor, []
+        factor, found = self.recipe.factor, []
         for one, x, baseline in zip(maps, self.x, self.baselines, strict=True):
             if factor == "input":
                 one = one * x[:, None]

@@ -1,4 +1,4 @@
-"""Independence: the proof that the rows of a launch do not meet inside the model.
+"""Proofs that the rows of a launch do not meet inside the model, and how much hangs on ties.
 
 The map of an example is that of the model called with this example alone, point by point. Points
 share launches because most models treat the rows of a batch apart. That is proved before a launch
@@ -7,24 +7,27 @@ of several rows counts: one of its rows must score alone what it scored among th
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.bind import Call
-from saliency_fast.graph.fingerprint import fingerprint
+from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.graph.rows import Suspicion
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.preserve import same_draws
+from saliency_fast.model.preserve import same_draws, uncompiled
+from saliency_fast.model.ties import Ties, may_tie
 
 if TYPE_CHECKING:
-    from saliency_fast.engine.probe import Probe
+    from saliency_fast.engine.bind import Call
+    from saliency_fast.engine.calibrate import Calibration
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Of the largest output, by which a score may differ between launches of different sizes: rounding
@@ -37,7 +40,7 @@ input and its baseline alone."""
 VMAP, SINGLE = "vmap", "one row a launch"
 UNRECORDED = Suspicion("the model was not recorded")
 _CHANCE = random.Random()
-"""Of its own: neither the model's numbers nor the user's move."""
+"""A generator of its own, so that neither the model's numbers nor the user's move."""
 
 
 class RowsMeetError(Exception):
@@ -48,13 +51,18 @@ class RowsMeetError(Exception):
 class Independence:
     """What is known of the rows of a model at inputs of one shape, filled as launches run.
 
-    suspect: why every launch is to be proved, not the first and some later ones alone: until a
-    recording has shown that no call mixes rows, nothing is known. provoke: whether the first row is
-    proved beside extreme ones, too. apart: how points are kept from meeting, once rows were seen
-    to: by `torch.func.vmap`, or one row a launch; reason: what was seen. compared: whether examples
-    were compared with what they score together. draws: whether the model draws random numbers,
-    which it draws once more after a proof. paired: whether an example and its reference have gone
-    through the model together, and scored what they score alone.
+    Args:
+        suspect: Why every launch is to be proved, not the first and some later ones alone. Until a
+            recording has shown that no call mixes rows, nothing is known.
+        provoke: Whether the first row is proved beside extreme rows, too.
+        proved: Whether enough launches were proved.
+        apart: How points are kept from meeting, once rows were seen to: by `torch.func.vmap`, or
+            one row a launch.
+        reason: How rows were seen to meet.
+        compared: Whether examples were compared with what they score together.
+        draws: Whether the model draws random numbers, which are drawn again after a proof.
+        paired: Whether an example and its reference have gone through the model together, and
+            scored what they score alone.
     """
 
     suspect: Suspicion | None = UNRECORDED
@@ -80,6 +88,24 @@ class Independence:
         self.suspect = suspect
         if not suspect.proof and (self.apart is None or not suspect.vmap):
             self.meet(suspect.reason, vmapped=not suspect.vmap)
+
+    def renew(self, suspect: Suspicion | None, *, draws: bool, by_function: bool) -> None:
+        """A call begins. draws: whether the model draws random numbers; by_function: whether a
+        function of the user's reads the scores.
+        """
+        self.learn(suspect)
+        self.draws, self.provoke = draws, suspect is not None or by_function
+
+    def compare_once(self) -> bool:
+        """Whether examples are to be compared with what they score together: once, and where no
+        launch has proved anything.
+        """
+        due, self.compared = not (self.proved or self.compared), True
+        return due
+
+    def pair(self, reason: str | None) -> None:
+        """Notes how an example and its reference met in the model; None where they did not."""
+        self.paired = reason is None
 
     def knows(self, rows: int) -> bool:
         """Whether launches of so many rows need no proof, but for some of them at random."""
@@ -116,18 +142,18 @@ class Independence:
         the launch asks for any.
         """
         with same_draws(lambda: self.draws, row.item.device):
-            lone, scale = (function.lone or function).judged(*row.alone())
+            single, scale = (function.lone or function).judged(*row.alone())
             if function.lone is not None:
                 if gradients and not self._tied_alike:
                     self._at_ties(function, function.lone, row)
             elif self.provoke and not self.proved:
-                self.provoke = provoked(function, row, lone, scale)
+                self.provoke = provoked(function, row, single, scale)
         number = row.number
 
         def compare(scores: Tensor) -> None:
-            if not near(scores[number], lone[0], scale, function):
+            if not scores_agree(scores[number], single[0], scale, function):
                 raise RowsMeetError(
-                    f"one scores {numbers(lone[0])} alone and {numbers(scores[number])} in a "
+                    f"one scores {numbers(single[0])} alone and {numbers(scores[number])} in a "
                     f"launch of {len(scores)}"
                 )
             self._sizes.add(len(scores))
@@ -137,15 +163,15 @@ class Independence:
         return compare
 
     def _at_ties(self, function: PointFunction, lone: PointFunction, row: Row) -> None:
-        """The gradients of rows of few values, whose maxima and medians several places reach: under
-        vmap PyTorch may choose among those otherwise than without, while scores are the same.
+        """The gradients of rows of few values, whose maxima and medians several elements reach:
+        under vmap PyTorch may choose among those otherwise than without, with the same scores.
         """
         points, item = row.of_few_values()
-        found = function.gradients(tuple(one.clone() for one in points), item)[2]
+        gradients = function.gradients(tuple(one.clone() for one in points), item)[2]
         for number in range(len(item)):
             own = slice(number, number + 1)
             alone = lone.gradients(tuple(one[own].clone() for one in points), item[own])[2]
-            for several, single in zip(tree_leaves(found), tree_leaves(alone), strict=True):
+            for several, single in zip(tree_leaves(gradients), tree_leaves(alone), strict=True):
                 a, b = several[own].detach().double(), single.detach().double()
                 limit = TOLERANCE.get(single.dtype, 0.0) + ROUGH.get(function.precision.name, 0.0)
                 if not bool((a - b).norm() <= limit * b.norm()) and bool(b.isfinite().all()):
@@ -176,9 +202,8 @@ class Row:
 
     def of_few_values(self) -> tuple[Inputs, Tensor]:
         """The row twice, rounded to three and to five values."""
-        return tuple(torch.cat([_rounded(one, n) for n in (1, 2)]) for one in self.points), (
-            self.item.expand(2)
-        )
+        rows = tuple(torch.cat([_rounded(one, n) for n in (1, 2)]) for one in self.points)
+        return rows, self.item.expand(2)
 
     def among_others(self) -> tuple[Inputs, Tensor]:
         """The row as the second one of five."""
@@ -205,34 +230,19 @@ def _between(row: Tensor) -> Tensor:
     return torch.cat([large[0], row, -2 * row - size, *large[1:]])
 
 
-def about(call: Call) -> tuple[object, ...]:
-    """What tells scores of one model apart beside shapes: whether and by what function they are
-    read, and the arguments that are no tensors.
-    """
-    function = call.targets.function
-    read = () if function is None else fingerprint(function)
-    return read, call.whole, settings(call)
-
-
-def settings(call: Call) -> tuple[object, ...]:
-    """What tells the arguments of a call apart that are no tensors."""
-    further = {key: None if isinstance(one, Tensor) else one for key, one in call.further()}
-    return fingerprint(further) if further else ()
-
-
-def provoked(function: PointFunction, row: Row, lone: Tensor, scale: float) -> bool:
+def provoked(function: PointFunction, row: Row, single: Tensor, scale: float) -> bool:
     """Whether a row runs between rows that are far from all others: these move a maximum, a median
-    or a branch that the launch's own rows may have left where it was. lone: its scores alone;
+    or a branch that the launch's own rows may have left where it was. single: its scores alone;
     raises RowsMeetError where it has others there.
     """
     try:
-        found, _ = function.judged(*row.among_others())
+        scores, _ = function.judged(*row.among_others())
     except Exception:
         # Values that the model refuses. What is suspect is proved in every launch anyway.
         return False
-    if not near(found[1], lone[0], scale, function):
+    if not scores_agree(scores[1], single[0], scale, function):
         raise RowsMeetError(
-            f"one scores {numbers(lone[0])} alone and {numbers(found[1])} among larger ones"
+            f"one scores {numbers(single[0])} alone and {numbers(scores[1])} among larger ones"
         )
     return True
 
@@ -244,18 +254,18 @@ def meeting(function: PointFunction, points: Inputs, item: Tensor, *, extremes: 
     together, scale = function.judged(tuple(one.clone() for one in points), item)
     for number in range(len(item)):
         row = Row.of(points, item, number)
-        alone, _ = function.judged(*row.alone())
-        if not near(together[number], alone[0], scale, function):
-            return f"one scores {numbers(alone[0])} alone and {numbers(together[number])} there"
+        single, _ = function.judged(*row.alone())
+        if not scores_agree(together[number], single[0], scale, function):
+            return f"one scores {numbers(single[0])} alone and {numbers(together[number])} there"
         try:
             if extremes:
-                provoked(function, row, alone, scale)
+                provoked(function, row, single, scale)
         except RowsMeetError as error:
             return str(error)
     return None
 
 
-def near(one: Tensor, other: Tensor, scale: float, function: PointFunction) -> bool:
+def scores_agree(one: Tensor, other: Tensor, scale: float, function: PointFunction) -> bool:
     """Whether two rows of scores are equal up to rounding; scale: of the outputs behind them."""
     dtypes = function.dtypes or ()
     limit = max([TOLERANCE.get(kind, 0.0) for kind in (other.dtype, *dtypes)])
@@ -270,10 +280,11 @@ def numbers(scores: Tensor) -> str:
     return ", ".join(f"{float(one):.6g}" for one in scores[:3])
 
 
-class Known(dict[tuple[object, ...], "Probe"]):
-    """What points of a model took, by their shapes and by what they were asked for; rows: what is
-    known of its rows, arguments: which of its further arguments go whole, by shapes; unused: inputs
-    that no score depended on.
+class CalibrationCache(dict[tuple[object, ...], "Calibration"]):
+    """Calibrations of a model by shapes and by what was asked for.
+
+    rows: what is known of its rows; arguments: which of its further arguments go whole, by shapes;
+    unused: inputs that no score depended on.
     """
 
     def __init__(self) -> None:
@@ -281,3 +292,97 @@ class Known(dict[tuple[object, ...], "Probe"]):
         self.rows: dict[tuple[object, ...], Independence] = {}
         self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
         self.unused: set[int] = set()
+
+
+Known = CalibrationCache
+
+
+@dataclass(frozen=True)
+class TieReport:
+    """What of a call's maps hangs on values that are equal up to rounding.
+
+    Args:
+        share: float64 [B], of the gradient at a point of each example, what passes ties; NaN where
+            nobody looked.
+        rounded: The largest share of ties that rounding decides.
+        apart: Whether points must go through the model one by one: PyTorch's kernels round rows of
+            a batch otherwise than one alone, and rounding may decide, in pools as in sorts,
+            rectifiers of differences and `where`.
+    """
+
+    share: Tensor
+    rounded: float = 0.0
+    apart: bool = False
+
+    @classmethod
+    def of_all(cls, several: list[TieReport]) -> TieReport | None:
+        """The mean over several baselines."""
+        if not several:
+            return None
+        share = torch.stack([one.share for one in several]).mean(0)
+        apart = any(one.apart for one in several)
+        return cls(share, max(one.rounded for one in several), apart)
+
+
+def find_ties(
+    model: Callable[..., Any],
+    call: Call,
+    recipe: Recipe,
+    baselines: Inputs,
+    config: EngineConfig,
+    maxima: list[bool],
+) -> TieReport | None:
+    """Looks at one point of some examples by the model as it is; None for methods that are no sum
+    over points and where no example is looked at. maxima: whether the model takes any, empty until
+    that is known.
+    """
+    if not isinstance(recipe, WeightedSum) or not recipe.gradients or recipe.rules is not None:
+        return None
+    exact = torch.float64 in call.dtypes
+    count = recipe.count * call.batch
+    few = int(not maxima or count >= config.ties_least_points)
+    many = call.batch if exact else max(count // config.ties_points_per_example, few)
+    if not many:
+        return None
+    share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")
+    if maxima == [False] and not exact:
+        return TieReport(share.zero_())
+    level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
+    order = level.place.argsort()
+    nodes = [int(order[level.count // 2])]
+    if exact and level.count > 1 and float(level.place[order[0]]) == 0.0:
+        # At the baseline all may be flat.
+        nodes.append(int(order[0]))
+    largest, apart = 0.0, False
+    for example in range(call.batch):
+        item = torch.full((1,), example, device=call.device)
+        several = [source.write(level.rows(item, node, node + 1)) for node in nodes]
+        tying = [may_tie(points) for points in several]
+        # On the way: by pools, sorts, rectifiers of differences, where() and whatever else chooses.
+        apart |= exact and tying[0]
+        if not any(tying) or maxima == [False]:
+            share[example] = 0.0
+        elif many > 0:
+            many, share[example] = many - 1, 0.0
+            for number, points in enumerate(several):
+                if not tying[number]:
+                    continue
+                tied, rounded = _tie_shares(Ties(model), call, points, item, maxima)
+                apart |= exact and rounded > 0
+                if number == 0:
+                    share[example], largest = tied, max(largest, rounded)
+    return TieReport(share, largest, apart)
+
+
+def _tie_shares(
+    ties: Ties, call: Call, points: Inputs, item: Tensor, maxima: list[bool]
+) -> tuple[float, float]:
+    """The shares of the gradient at a point that pass ties, and ties that rounding decides."""
+    try:
+        with uncompiled():
+            call.function(ties).gradients(points, item)
+    except (RuntimeError, MemoryError):
+        # What is not known is not told; the launches say what fails.
+        return math.nan, 0.0
+    maxima[:] = [ties.met]
+    return ties.shares()

@@ -168,21 +168,22 @@ class Ledger(torch.autograd.graph.saved_tensors_hooks):
     Memory is counted once, and not at all where `meter` has not seen it made: weights, inputs.
     """
 
-    def __init__(self, meter: MemoryMeter) -> None:
+    def __init__(self, meter: MemoryMeter, *, accepted: bool = True) -> None:
         super().__init__(self._note, lambda tensor: tensor)
-        self.meter, self._known = meter, set[int]()
-        self.label, self.kept, self.accepted = "", dict[str, int](), True
+        self.meter, self.accepted, self._counted = meter, accepted, set[int]()
+        self.label, self.kept = "", dict[str, int]()
+
+    def enter_call(self, name: str) -> None:
+        """What is kept from here on is kept for the call of this name."""
+        self.label = name
 
     def _note(self, tensor: Tensor) -> Tensor:
         # Custom functions save inside of the model's own code, where function modes are told of
         # every call, and of these too.
         with torch._C.DisableTorchFunction():
-            return self._noted(tensor)
-
-    def _noted(self, tensor: Tensor) -> Tensor:
-        key, size = self.meter.size_of(tensor)
-        if size and key not in self._known:
-            self._known.add(key)
-            self.kept[self.label] = self.kept.get(self.label, 0) + size
-        # A graph that holds its own results is never let go of where no backward pass runs.
-        return tensor.detach()
+            key, size = self.meter.size_of(tensor)
+            if size and key not in self._counted:
+                self._counted.add(key)
+                self.kept[self.label] = self.kept.get(self.label, 0) + size
+            # A graph that holds its own results is never let go of where no backward pass runs.
+            return tensor.detach()

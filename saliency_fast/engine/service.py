@@ -1,9 +1,9 @@
-"""Service: calls of many threads, whose points share launches.
+"""Service: requests of many threads, whose points share launches.
 
-One thread of its own runs them: it takes in what waits, fills a launch with points of calls that go
-together, and hands out answers as calls finish. Launches are led in turn by the oldest call, so
-that none waits for ever, and by the one with the fewest points left, so that none waits long for
-a large one. Who leads gets half of the places, and what others leave.
+One thread of its own runs them: it takes in what waits, fills a launch with points of requests of
+one kind, and hands out results as requests finish. Launches are led in turn by the oldest request,
+so that none waits for ever, and by the one with the fewest points left, so that none waits long
+for a large one. The leading request gets half of the slots, and any that are unused.
 """
 
 from __future__ import annotations
@@ -14,14 +14,23 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from saliency_fast.engine.arena import Arena
-from saliency_fast.engine.job import Job
-from saliency_fast.engine.launch import Answer, Moment, Steps, Want, answered, launch, together
+from saliency_fast.engine.loop import (
+    EvaluationRequest,
+    EvaluationResult,
+    Job,
+    Progress,
+    Steps,
+    evaluate,
+    execute,
+    execute_together,
+    resume,
+)
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.errors import BusyError, ClosedError
 from saliency_fast.graph.fingerprint import unchanging
@@ -76,28 +85,80 @@ class Statistics:
 
 @dataclass(eq=False)
 class Request(Generic[Result]):
-    """A call that waits for its launches. prepare: makes its job; finish: its result; failed: the
-    error that its caller gets for one. left: points that it may still want.
+    """A call that waits for its launches.
+
+    Args:
+        device: On which it runs.
+        prepare: Makes its job.
+        finish: Makes its result of the last progress.
+        failed: The error that its caller gets for one.
     """
 
     device: torch.device
     prepare: Callable[[], Job]
-    finish: Callable[[Job, Moment], Result]
+    finish: Callable[[Progress], Result]
     failed: Callable[[BaseException], BaseException]
     future: Future[Result] = field(default_factory=Future)
     handed_in: float = field(default_factory=time.perf_counter)
-    job: Job | None = None
-    steps: Steps | None = None
-    want: Want | None = None
-    last: Moment | None = None
-    begun: bool = False
+    _job: Job | None = None
+    _steps: Steps | None = None
+    _wanted: EvaluationRequest | None = None
+    _last: Progress | None = None
+    _begun: bool = False
     left: int = 0
+    """Points that it may still want."""
+
+    @property
+    def job(self) -> Job:
+        assert self._job is not None
+        return self._job
+
+    @property
+    def wanted(self) -> EvaluationRequest:
+        """What it wants from the model next."""
+        assert self._wanted is not None
+        return self._wanted
 
     @property
     def held(self) -> int:
         """Bytes that it holds while others run."""
-        plan = _job(self).plan
+        plan = self.job.plan
         return plan.fixed_bytes + plan.finish_bytes
+
+    def begin(self) -> bool:
+        """Prepares it; True where it is over already."""
+        self._job = self.prepare()
+        self.left = self._job.plan.points * len(self._job.baselines)
+        self._steps = evaluate(self._job)
+        return self._noted(next(self._steps, None))
+
+    def resume(self, results: list[EvaluationResult | Exception]) -> bool:
+        """Gives it its result, the last one; True where it is over."""
+        assert self._steps is not None
+        return self._noted(resume(self._steps, results))
+
+    def _noted(self, step: EvaluationRequest | Progress | None) -> bool:
+        assert self._steps is not None
+        while isinstance(step, Progress):
+            self._last, self._job = step, step.job
+            step = next(self._steps, None)
+        self._wanted = step
+        return step is None
+
+    def take(self, rows: int) -> float | None:
+        """Notes that a launch has so many of its points; seconds that it waited for the first."""
+        if self.wanted.gradients:
+            self.left -= rows
+        begun, self._begun = self._begun, True
+        return None if begun else time.perf_counter() - self.handed_in
+
+    def result(self) -> Result:
+        assert self._last is not None
+        return self.finish(self._last)
+
+    def close(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
 
 
 class Service(Generic[Result]):
@@ -122,7 +183,7 @@ class Service(Generic[Result]):
         self._running: list[Request[Result]] = []
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._counts: dict[str, float] = dict.fromkeys(Statistics.__dataclass_fields__, 0)
+        self._counts = Statistics()
         self._arena: Arena | None = None
         self._turn = False
         # How often in a row points of a kind could not share a launch.
@@ -163,12 +224,8 @@ class Service(Generic[Result]):
     @property
     def statistics(self) -> Statistics:
         with self._changed:
-            counts = self._counts | {
-                "waiting": len(self._waiting),
-                "running": len(self._running),
-            }
-        whole = {n: v if n.endswith(("seconds", "queue")) else int(v) for n, v in counts.items()}
-        return Statistics(**whole)  # type: ignore[arg-type]
+            waiting, running = len(self._waiting), len(self._running)
+            return replace(self._counts, waiting=waiting, running=running)
 
     def _full(self) -> bool:
         return len(self._waiting) >= self.capacity
@@ -227,16 +284,14 @@ class Service(Generic[Result]):
                 self._count(cancelled=1)
                 continue
             try:
-                job = request.job = request.prepare()
-                request.left = job.plan.points * len(job.baselines)
-                request.steps = job.steps()
-                step = next(request.steps, None)
+                over = request.begin()
             except BaseException as error:
                 self._fail(request, error)
                 continue
             with self._changed:
                 self._running.append(request)
-            self._on(request, step)
+            if over:
+                self._finish(request)
 
     def _drop_cancelled(self) -> None:
         for request in [one for one in self._running if one.future.cancelled()]:
@@ -248,7 +303,6 @@ class Service(Generic[Result]):
         if not self._running:
             return True
         last = self._running[-1]
-        assert last.job is not None
         budget = read_budget(self.memory_budget, last.device)
         return self._held + last.held + last.job.plan.launch_bytes <= budget
 
@@ -263,74 +317,61 @@ class Service(Generic[Result]):
         """One launch, of points that go together."""
         self._turn = not self._turn
         lead = self._running[0] if self._turn else min(self._running, key=lambda one: one.left)
-        chosen, places = self._chosen(lead)
-        self._note_launch(chosen, places)
-        wants = [(request.want, rows) for request, rows in chosen if request.want is not None]
+        chosen, slots = self._chosen(lead)
+        wanted = [(request.wanted, rows) for request, rows in chosen]
+        self._note_launch(chosen, slots)
         if self._arena is None:
-            plan = _job(chosen[0][0]).plan
-            about = plan.bytes_per_point * plan.most
-            self._arena = Arena(chosen[0][0].device, about=about)
-        answers = self._answers(wants, self._arena)
-        # Each is let go of before the next launch: see `answered`.
-        answers.reverse()
+            plan = lead.job.plan
+            self._arena = Arena(lead.device, about=plan.bytes_per_point * plan.most)
+        results = self._results(wanted, self._arena)
+        # Each is let go of before the next launch: see `resume`.
+        results.reverse()
         for request, _ in chosen:
-            self._take_on(request, answers)
-
-    def _take_on(self, request: Request[Result], answers: list[Answer | Exception]) -> None:
-        """Gives a request its answer, the last one."""
-        try:
-            assert request.steps is not None
-            step = answered(request.steps, answers)
-        except BaseException as error:
-            self._fail(request, error)
-        else:
-            self._on(request, step)
+            try:
+                over = request.resume(results)
+            except BaseException as error:  # noqa: PERF203
+                self._fail(request, error)
+            else:
+                if over:
+                    self._finish(request)
 
     def _chosen(self, lead: Request[Result]) -> tuple[list[tuple[Request[Result], int]], int]:
-        """Requests and how many of their points the next launch has, and its places."""
-        plan, kind = _job(lead).plan, _want(lead).kind
-        places = plan.most
+        """Requests and how many of their points the next launch has, and its slots."""
+        plan, kind, wanted = lead.job.plan, lead.wanted.kind, lead.wanted.count
+        slots = plan.most
         if self.memory_budget is not None:
             room = read_budget(self.memory_budget, lead.device) - self._held
-            places = max(1, min(places, room // max(1, plan.bytes_per_point)))
-        wanted = _want(lead).rows
+            slots = max(1, min(slots, room // max(1, plan.bytes_per_point)))
         if self._refused.get(kind, 0) >= REFUSALS:
-            return [(lead, min(places, wanted))], places
-        others = [one for one in self._running if one is not lead and _want(one).kind == kind]
-        own = min(wanted, places // 2 if others and places > 1 else places)
-        chosen, left = list[tuple[Request[Result], int]](), places - own
+            return [(lead, min(slots, wanted))], slots
+        others = [one for one in self._running if one is not lead and one.wanted.kind == kind]
+        own = min(wanted, slots // 2 if others and slots > 1 else slots)
+        chosen, left = list[tuple[Request[Result], int]](), slots - own
         for request in sorted(others, key=lambda one: one.left):
-            rows = min(left, _want(request).rows)
+            rows = min(left, request.wanted.count)
             if rows > 0:
                 chosen.append((request, rows))
                 left -= rows
-        return [(lead, min(wanted, own + left)), *chosen], places
+        return [(lead, min(wanted, own + left)), *chosen], slots
 
-    def _answers(self, wants: list[tuple[Want, int]], arena: Arena) -> list[Answer | Exception]:
-        if len(wants) == 1:
-            return [launch(*wants[0], arena)]
-        kind = wants[0][0].kind
+    def _results(
+        self, wanted: list[tuple[EvaluationRequest, int]], arena: Arena
+    ) -> list[EvaluationResult | Exception]:
+        if len(wanted) == 1:
+            return [execute(*wanted[0], arena)]
+        kind = wanted[0][0].kind
         try:
-            answers = together(wants, arena)
+            results = execute_together(wanted, arena)
         except Exception:
             # Whose fault it is shows when each is on its own.
             self._refused[kind] = self._refused.get(kind, 0) + 1
-            return [launch(want, rows, arena) for want, rows in wants]
+            return [execute(request, rows, arena) for request, rows in wanted]
         self._refused.pop(kind, None)
-        return answers
+        return results
 
-    def _on(self, request: Request[Result], step: Want | Moment | None) -> None:
-        """Notes what a request wants next, or finishes it."""
-        assert request.steps is not None
+    def _finish(self, request: Request[Result]) -> None:
         try:
-            while isinstance(step, Moment):
-                request.last = step
-                step = next(request.steps, None)
-            request.want = step
-            if step is not None:
-                return
-            assert request.last is not None
-            result = request.finish(_job(request), request.last)
+            result = request.result()
         except BaseException as error:
             self._fail(request, error)
             return
@@ -356,38 +397,24 @@ class Service(Generic[Result]):
                 self._fail(request, error)
 
     def _gone(self, request: Request[Result]) -> None:
-        if request.steps is not None:
-            request.steps.close()
+        request.close()
         with self._changed:
             if request in self._running:
                 self._running.remove(request)
 
-    def _note_launch(self, chosen: list[tuple[Request[Result], int]], places: int) -> None:
-        now = time.perf_counter()
-        for request, _ in chosen:
-            if not request.begun:
-                request.begun = True
-                waited = now - request.handed_in
+    def _note_launch(self, chosen: list[tuple[Request[Result], int]], slots: int) -> None:
+        for request, rows in chosen:
+            waited = request.take(rows)
+            if waited is not None:
                 self._count(begun=1, queue_seconds=waited)
-                self._counts["longest_queue"] = max(self._counts["longest_queue"], waited)
-        first = chosen[0][0].want
-        if first is not None and first.gradients:
-            for request, rows in chosen:
-                request.left -= rows
+                with self._changed:
+                    longest = max(self._counts.longest_queue, waited)
+                    self._counts = replace(self._counts, longest_queue=longest)
+        if chosen[0][0].wanted.gradients:
             points = sum(rows for _, rows in chosen)
-            self._count(launches=1, points=points, places=max(places, points))
+            self._count(launches=1, points=points, places=max(slots, points))
 
     def _count(self, **more: float) -> None:
         with self._changed:
-            for name, value in more.items():
-                self._counts[name] += value
-
-
-def _want(request: Request[Any]) -> Want:
-    assert request.want is not None
-    return request.want
-
-
-def _job(request: Request[Any]) -> Job:
-    assert request.job is not None
-    return request.job
+            sums = {name: getattr(self._counts, name) + value for name, value in more.items()}
+            self._counts = replace(self._counts, **sums)

@@ -1,4 +1,4 @@
-"""Zeros: what a map that is zero everywhere says, and inputs on which a score does not depend."""
+"""Maps that are zero everywhere, and inputs on which a score does not depend."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.bind import Call
-from saliency_fast.engine.outcome import Outcome
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.way import Model, function_of
+from saliency_fast.engine.accumulate import Outcome
+from saliency_fast.engine.bind import Call, Model
+from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import warn
 from saliency_fast.model.executors import EagerExecutor
 
@@ -30,14 +29,14 @@ def unused(model: Model, call: Call, number: int) -> bool:
     return all(torch.equal(scores[0], one) for one in scores[1:])
 
 
-def still_unused(model: Model, call: Call, known: set[int]) -> frozenset[int]:
+def still_unused(model: Model, call: Call, earlier: set[int]) -> frozenset[int]:
     """Those of the inputs, unused in earlier calls, that are so in this one."""
-    several = [number for number in known if number < len(call.inputs)]
-    return frozenset(number for number in several if unused(model, call, number))
+    numbers = (number for number in earlier if number < len(call.inputs))
+    return frozenset(number for number in numbers if unused(model, call, number))
 
 
 def _score(model: Model, call: Call, number: int, instead: Tensor) -> Tensor:
-    function = function_of(EagerExecutor(model), call)
+    function = call.function(EagerExecutor(model))
     item = torch.zeros(1, dtype=torch.int64, device=call.device)
     parts = [x[:1].clone() for x in call.inputs]
     parts[number] = instead.clone()
@@ -45,7 +44,8 @@ def _score(model: Model, call: Call, number: int, instead: Tensor) -> Tensor:
     if targets.predicted and targets.classes is None:
         _, classes = function.scores(tuple(x[:1].clone() for x in call.inputs), item)
         assert classes is not None
-        function.targets = replace(targets, classes=classes.expand(call.batch, -1))
+        targets = replace(targets, classes=classes.expand(call.batch, -1))
+        function = replace(function, targets=targets)
     return function.scores(tuple(parts), item)[0]
 
 
@@ -54,19 +54,19 @@ def warn_of_zeros(
 ) -> None:
     """Warns once where values are exactly zero: of an input, or of examples altogether."""
     # [inputs, B, K]
-    felt = torch.stack([(one.detach() != 0).flatten(2).any(2) for one in outcome.values])
-    if bool(felt.all()):
+    seen = torch.stack([(one.detach() != 0).flatten(2).any(2) for one in outcome.values])
+    if bool(seen.all()):
         return
-    said = [_of_inputs(felt, call), _of_examples(felt, outcome, call, recipe, baselines)]
+    said = [_of_inputs(seen, call), _of_examples(seen, outcome, call, recipe, baselines)]
     text = "; ".join(one for one in said if one)
     if text:
         warn(text)
 
 
-def _of_inputs(felt: Tensor, call: Call) -> str:
+def _of_inputs(seen: Tensor, call: Call) -> str:
     """About inputs whose values are zero for all examples, where other inputs' are not."""
-    none = [n for n, one in enumerate(felt) if not bool(one.any())]
-    if not none or len(none) == len(felt):
+    none = [n for n, one in enumerate(seen) if not bool(one.any())]
+    if not none or len(none) == len(seen):
         return ""
     names = " and ".join(f"input {n}" for n in none)
     return (
@@ -76,12 +76,12 @@ def _of_inputs(felt: Tensor, call: Call) -> str:
 
 
 def _of_examples(
-    felt: Tensor, outcome: Outcome, call: Call, recipe: Recipe, baselines: Sequence[Inputs]
+    seen: Tensor, outcome: Outcome, call: Call, recipe: Recipe, baselines: Sequence[Inputs]
 ) -> str:
     """About examples whose maps are zero in all inputs; class activation maps tell it of layers."""
     if recipe.layers is not None:
         return ""
-    flat = ~felt.any(0).all(1)
+    flat = ~seen.any(0).all(1)
     if not bool(flat.any()):
         return ""
     numbers = flat.nonzero()[:, 0].tolist()
@@ -109,7 +109,7 @@ def _of_examples(
 
 def _at_baseline(call: Call, recipe: Recipe, baselines: Sequence[Inputs], flat: Tensor) -> bool:
     """Whether those examples equal all of their baselines."""
-    if recipe.factor == "input":
+    if isinstance(recipe, WeightedSum) and recipe.factor == "input":
         return all(bool((x[flat] == 0).all()) for x in call.inputs)
     if recipe.baseline not in ("one", "fill") or not baselines:
         return False

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import NAMED, Baseline, read_baselines
-from saliency_fast.engine.bind import bind, is_finite, read_inputs
-from saliency_fast.engine.layouts import layouts_of
+from saliency_fast.engine.bind import bind, is_finite, layouts_of, read_inputs
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.positions import spatial_shape

@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.passes.half import HALVES
@@ -194,7 +201,7 @@ class Questions:
 
     def recipe(self) -> Recipe:
         points = max(1, -(-len(self.item) // max(1, int(self.item.max()) + 1)))
-        return in_rounds(self.rounds, points, gradients=False, held=0)
+        return RoundsRecipe(self.rounds, points, gradients=False, held=0)
 
     def rounds(self, asked: RoundContext) -> Rounds:
         """One round; the scores at the inputs come first."""

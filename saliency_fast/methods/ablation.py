@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, players
@@ -36,7 +42,7 @@ class FeatureAblation:
     name = "feature_ablation"
 
     def recipe(self) -> Recipe:
-        return in_rounds(_ablated, players, baseline="fill", gradients=False, features=True)
+        return RoundsRecipe(_ablated, players, baseline="fill", gradients=False, features=True)
 
 
 def _ablated(context: RoundContext) -> Rounds:
@@ -101,7 +107,7 @@ class FeaturePermutation:
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             return self.repeats * players(inputs, features)
 
-        return in_rounds(rounds, points, gradients=False, features=True)
+        return RoundsRecipe(rounds, points, gradients=False, features=True)
 
 
 def _permuted(context: RoundContext, repeats: int, seed: int) -> Rounds:

@@ -13,8 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import resize
@@ -171,7 +178,7 @@ class _OverTokens:
 
     def recipe(self) -> Recipe:
         # Probabilities are there on the way to the scores, also where token ids go in.
-        return in_rounds(self._rounds, 1, at_input=True, gradients=self._gradients)
+        return RoundsRecipe(self._rounds, 1, at_input=True, gradients=self._gradients)
 
     def _read(self, start: Tensor, layers: Layers, gradients: list[Layers]) -> list[Tensor]:
         """Per target (or once for all) the weights [R, T] that `start` has at the input."""

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import Canvas, resize
 from saliency_fast.rules import Guided
@@ -56,8 +63,9 @@ class Cam:
         raise NotImplementedError
 
     def recipe(self) -> Recipe:
-        about = {"layers": self.layer, "gradients": self.uses_gradients}
-        return in_rounds(self.rounds, 1, at_input=True, **about)
+        return RoundsRecipe(
+            self.rounds, 1, at_input=True, layers=self.layer, gradients=self.uses_gradients
+        )
 
     def rounds(self, context: RoundContext) -> Rounds:
         """One round, at the inputs."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from saliency_fast.engine.points import Itself, Line
-from saliency_fast.engine.recipe import Level, Recipe
+from saliency_fast.engine.points import Line
+from saliency_fast.engine.recipe import Itself, Level, Recipe, WeightedSum
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.rules import Composite, Deconv, Guided, Rescale, composite
@@ -49,7 +49,7 @@ class Gradient:
 
     def recipe(self) -> Recipe:
         reduction = "absolute" if self.absolute else "sum"
-        return Recipe(Line(), at_input(), reduction, at_input=True)
+        return WeightedSum(Line(), at_input(), reduction, at_input=True)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class InputXGradient:
     name = "input_x_gradient"
 
     def recipe(self) -> Recipe:
-        return Recipe(Line(), at_input(), factor="input", at_input=True)
+        return WeightedSum(Line(), at_input(), factor="input", at_input=True)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class GuidedBackprop:
     name = "guided_backprop"
 
     def recipe(self) -> Recipe:
-        return Recipe(Itself(), at_input(), at_input=True, rules=Guided())
+        return WeightedSum(Itself(), at_input(), at_input=True, rules=Guided())
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Deconvolution:
     name = "deconvolution"
 
     def recipe(self) -> Recipe:
-        return Recipe(Itself(), at_input(), at_input=True, rules=Deconv())
+        return WeightedSum(Itself(), at_input(), at_input=True, rules=Deconv())
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class DeepLift:
         rules = Rescale(float(self.epsilon), self.captum)
         # Multipliers alone add up to nothing.
         factor, ends = ("difference", True) if self.multiply else ("none", False)
-        one = Recipe(Itself(), at_input(), factor=factor, baseline="one", at_input=True)
+        one = WeightedSum(Itself(), at_input(), factor=factor, baseline="one", at_input=True)
         return replace(one, ends=ends, rules=rules)
 
 
@@ -200,7 +200,7 @@ class LRP:
         )
 
     def recipe(self) -> Recipe:
-        return Recipe(Itself(), at_input(), at_input=True, rules=self._rules())
+        return WeightedSum(Itself(), at_input(), at_input=True, rules=self._rules())
 
 
 def _tuples(value: Any) -> Any:

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import features_of
@@ -61,7 +68,7 @@ class HessianVectorProduct:
 
     def recipe(self) -> Recipe:
         rules = _smooth(self.softplus)
-        return in_rounds(self._rounds, 1, baseline="fill", rules=rules, second=True)
+        return RoundsRecipe(self._rounds, 1, baseline="fill", rules=rules, second=True)
 
     def _rounds(self, context: RoundContext) -> Rounds:
         targets, inputs = context.scores.shape[1], len(context.inputs)
@@ -119,8 +126,9 @@ class IntegratedHessians:
 
     def recipe(self) -> Recipe:
         rules = _smooth(self.softplus)
-        kind = {"baseline": "one", "second": True, "features": True}
-        return in_rounds(self._rounds, self.steps, rules=rules, **kind)
+        return RoundsRecipe(
+            self._rounds, self.steps, rules=rules, baseline="one", second=True, features=True
+        )
 
     def _rounds(self, context: RoundContext) -> Rounds:
         features, count = features_of(context)

@@ -11,8 +11,15 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.windows import Grid, check_whole, hierarchy, read_windows
@@ -65,7 +72,7 @@ class Occlusion:
 
     def recipe(self) -> Recipe:
         rounds = partial(occluded, method=self)
-        return in_rounds(rounds, self.points, baseline="fill", gradients=False)
+        return RoundsRecipe(rounds, self.points, baseline="fill", gradients=False)
 
     def points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
         """Windows of an example, the most where there is a hierarchy."""

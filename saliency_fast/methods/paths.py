@@ -10,12 +10,20 @@ import torch
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.at import need_batch_first
-from saliency_fast.engine.folds import square_norm
-from saliency_fast.engine.paths import PADDINGS, Blur
-from saliency_fast.engine.points import Line
-from saliency_fast.engine.recipe import Level, Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.accumulate import square_norm
+from saliency_fast.engine.layers import need_batch_first
+from saliency_fast.engine.points import PADDINGS, Blur, Line
+from saliency_fast.engine.recipe import (
+    Level,
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+    WeightedSum,
+)
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.maps import accumulators, by_example, unknown_error
@@ -84,7 +92,9 @@ class IntegratedGradients:
             levels: tuple[Level, ...] = (level(rule, self.steps),)
         else:
             levels = tuple(nested_levels(rule, self.steps, self.max_steps))
-        return Recipe(Line(), levels, factor="difference", baseline="one", tolerance=self.tolerance)
+        return WeightedSum(
+            Line(), levels, factor="difference", baseline="one", tolerance=self.tolerance
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class BlurIG:
     def recipe(self) -> Recipe:
         blurs = Blur(float(self.max_sigma), self.padding, float(self.spacing))
         points = (level(RULES[self.rule], self.steps),)
-        return Recipe(blurs, points, factor="path", baseline="one")
+        return WeightedSum(blurs, points, factor="path", baseline="one")
 
 
 @dataclass(frozen=True)
@@ -170,7 +180,7 @@ class GuidedIG:
         checks.share("max_dist", self.max_dist)
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self.steps, baseline="one", held=HELD)
+        return RoundsRecipe(self._rounds, self.steps, baseline="one", held=HELD)
 
     def _rounds(self, context: RoundContext) -> Rounds:
         path = GuidedPath(context)
@@ -213,7 +223,7 @@ class IDGI:
         checks.whole("steps", self.steps, 1)
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self.steps + 1, baseline="one")
+        return RoundsRecipe(self._rounds, self.steps + 1, baseline="one")
 
     def _rounds(self, context: RoundContext) -> Rounds:
         targets = context.scores.shape[1]
@@ -264,7 +274,7 @@ class Conductance:
         checks.choice("rule", self.rule, tuple(RULES))
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self.steps + 1, baseline="one", layers="auto")
+        return RoundsRecipe(self._rounds, self.steps + 1, baseline="one", layers="auto")
 
     def _rounds(self, context: RoundContext) -> Rounds:
         if len(context.layers) > 1:

@@ -12,8 +12,15 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import PARTIAL_MAPS, own_seeds
@@ -61,7 +68,7 @@ class Rise:
 
     def recipe(self) -> Recipe:
         rounds = partial(_averaged, method=self)
-        return in_rounds(rounds, self.samples, baseline="fill", gradients=False)
+        return RoundsRecipe(rounds, self.samples, baseline="fill", gradients=False)
 
 
 def _averaged(context: RoundContext, method: Rise) -> Rounds:

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 
 from saliency_fast.engine.points import Noise, RandomLine, Seed
-from saliency_fast.engine.recipe import Level, Recipe
-from saliency_fast.engine.rounds import in_rounds
+from saliency_fast.engine.recipe import Level, Recipe, RoundsRecipe, WeightedSum
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.groups import GROUPS, smooth_rounds, variance_rounds
@@ -82,8 +81,8 @@ class SmoothGrad(_Noisy):
         noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic, self.shared_axis)
         if self.standard_error:
             rounds = partial(smooth_rounds, noise=noise, samples=self.samples)
-            return in_rounds(rounds, self.samples, held=2 * GROUPS)
-        return Recipe(noise, samples_level(self.samples, self.antithetic))
+            return RoundsRecipe(rounds, self.samples, held=2 * GROUPS)
+        return WeightedSum(noise, samples_level(self.samples, self.antithetic))
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class SmoothGradSquared(_Noisy):
 
     def recipe(self) -> Recipe:
         noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic)
-        return Recipe(noise, samples_level(self.samples, self.antithetic), "square")
+        return WeightedSum(noise, samples_level(self.samples, self.antithetic), "square")
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,8 @@ class VarGrad(_Noisy):
             samples, confidence = self.samples, self.confidence
             rounds = partial(variance_rounds, noise=noise, samples=samples, confidence=confidence)
             # Means and squares of all groups, and at the end their logarithms and temporaries.
-            return in_rounds(rounds, samples, held=5 * GROUPS)
-        return Recipe(noise, samples_level(self.samples, False), "variance")
+            return RoundsRecipe(rounds, samples, held=5 * GROUPS)
+        return WeightedSum(noise, samples_level(self.samples, False), "variance")
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class ExpectedGradients:
 
     def recipe(self) -> Recipe:
         lines = RandomLine(self.noise_level, self.seed)
-        return Recipe(lines, samples_level(self.samples, False), factor="line", baseline="set")
+        return WeightedSum(lines, samples_level(self.samples, False), factor="line", baseline="set")
 
 
 @dataclass(frozen=True)
@@ -231,4 +230,4 @@ class GradientShap:
 
     def recipe(self) -> Recipe:
         lines = RandomLine(0.0, self.seed, float(self.sigma))
-        return Recipe(lines, samples_level(self.samples, False), factor="line", baseline="set")
+        return WeightedSum(lines, samples_level(self.samples, False), factor="line", baseline="set")

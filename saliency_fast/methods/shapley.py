@@ -11,8 +11,7 @@ from torch import Tensor
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Seed
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Round, RoundContext, Rounds, in_rounds
+from saliency_fast.engine.recipe import Recipe, Round, RoundContext, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import PARTIAL_MAPS, Game, players
@@ -40,7 +39,7 @@ class ShapleyValues:
     name = "shapley_values"
 
     def recipe(self) -> Recipe:
-        return in_rounds(_exact, _coalitions, baseline="one", gradients=False, features=True)
+        return RoundsRecipe(_exact, _coalitions, baseline="one", gradients=False, features=True)
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,7 @@ class ShapleySampling:
             count = players(inputs, features)
             return min((1 << count) - 2, self.permutations * (count - 1))
 
-        kind = {"baseline": "one", "gradients": False, "features": True}
-        return in_rounds(self._rounds, points, **kind)
+        return RoundsRecipe(self._rounds, points, baseline="one", gradients=False, features=True)
 
     def _rounds(self, context: RoundContext) -> Rounds:
         game = Game.of(context)

@@ -11,8 +11,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import RoundContext, Rounds, in_rounds
+from saliency_fast.engine.recipe import Recipe, RoundContext, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, players
@@ -81,8 +80,7 @@ class Lime:
         def rounds(context: RoundContext) -> Rounds:
             return fitted(context, draw, weigh, self.fit, self.alpha)
 
-        kind = {"baseline": "fill", "gradients": False, "features": True}
-        return in_rounds(rounds, self.samples, **kind)
+        return RoundsRecipe(rounds, self.samples, baseline="fill", gradients=False, features=True)
 
 
 @dataclass(frozen=True)
@@ -122,8 +120,7 @@ class KernelShap:
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             return min((1 << players(inputs, features)) - 2, self.samples)
 
-        kind = {"baseline": "one", "gradients": False, "features": True}
-        return in_rounds(self._rounds, points, **kind)
+        return RoundsRecipe(self._rounds, points, baseline="one", gradients=False, features=True)
 
     def _rounds(self, context: RoundContext) -> Rounds:
         game = Game.of(context)

@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.folds import Folds
-from saliency_fast.engine.recipe import Method, Recipe, Rows
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.accumulate import Accumulators
+from saliency_fast.engine.recipe import (
+    Maps,
+    Method,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+    Rows,
+    WeightedSum,
+)
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.maps import unknown_error
@@ -54,20 +65,20 @@ class TemporalRescaling:
             raise InputError(f"axis must be 1 or 2, that of time: got {self.axis!r}")
         checks.share("above", self.above)
         base = self._base()
-        alone = base.rounds is None and base.rules is None and len(base.levels) == 1
-        if not alone or base.baseline == "set" or hasattr(base.family, "start"):
+        sums = isinstance(base, WeightedSum) and base.rules is None and base.baseline != "set"
+        if not sums or len(base.levels) > 1 or hasattr(base.family, "start"):
             raise InputError(
                 "base must be a gradient, InputXGradient, IntegratedGradients without a tolerance, "
                 f"SmoothGrad or a variant of it: got {self.base!r}"
             )
 
-    def _base(self) -> Recipe:
+    def _base(self) -> WeightedSum:
         from saliency_fast.methods import read_method
 
-        return read_method(self.base).recipe()
+        return cast(WeightedSum, read_method(self.base).recipe())
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, self._points, baseline="fill")
+        return RoundsRecipe(self._rounds, self._points, baseline="fill")
 
     def _points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
         """About how many points an example gets."""
@@ -101,7 +112,7 @@ class _Series:
     x, baseline: [B, T, F], whatever the axis of time in the call.
     """
 
-    def __init__(self, context: RoundContext, base: Recipe, axis: int) -> None:
+    def __init__(self, context: RoundContext, base: WeightedSum, axis: int) -> None:
         self.context, self.base, self.axis = context, base, axis
         self.x, self.baseline = (
             self._swapped(one) for one in (context.inputs[0], context.baselines[0])
@@ -147,7 +158,7 @@ class _Series:
         base, inputs = self.base, (self._swapped(x).contiguous(),)
         start = self.context.baselines[0]
         baselines: Inputs = (start if len(start) == 1 else start[example],)
-        folds = Folds(base, inputs, baselines, self.context.scores.shape[1])
+        accumulators = Accumulators(base, inputs, baselines, self.context.scores.shape[1])
         source, level = base.family.bind(inputs, baselines), base.levels[0].to(x.device)
         variant = torch.arange(len(example), device=x.device)
         rows = level.rows(variant, 0, level.count * len(example))
@@ -157,8 +168,8 @@ class _Series:
             return source.write(Rows(*(one[row] for one in columns)))
 
         def each(part: slice, result: RoundResult) -> None:
-            folds.add(rows.part(part.start, part.stop), result.grads, source)
+            accumulators.add(rows.part(part.start, part.stop), result.grads, source)
 
         row = torch.arange(len(rows.item), device=x.device)
         yield Round(write, example[rows.item], row, gradients=True, each=each)
-        return folds.estimate().values[0]
+        return accumulators.estimate().values[0]

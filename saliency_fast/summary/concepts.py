@@ -14,8 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
@@ -54,7 +60,7 @@ class LayerEvidence:
         object.__setattr__(self, "grid", checks.grid(self.grid))
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, 1, at_input=True, layers=self.layer)
+        return RoundsRecipe(self._rounds, 1, at_input=True, layers=self.layer)
 
     def _rounds(self, asked: RoundContext) -> Rounds:
         if asked.scores.shape[1] > 1:

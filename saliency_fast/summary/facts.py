@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baselines
+from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.evaluate.inputs import Subject, substrate_of
 from saliency_fast.evaluate.metrics.inpaint import inpaint
 from saliency_fast.evaluate.scores import UNTOLD, Questions, probabilities
@@ -234,7 +235,7 @@ def _equal_to_baseline(subject: Subject) -> Tensor | None:
     if not (isinstance(method, str) or hasattr(method, "recipe")):
         return None
     recipe = read_method(method).recipe()  # type: ignore[arg-type]
-    if recipe.baseline != "one" or recipe.factor != "difference":
+    if not isinstance(recipe, WeightedSum) or recipe.factor != "difference":
         return None
     same = torch.ones_like(x, dtype=torch.bool)
     for one in choices(subject.baseline):

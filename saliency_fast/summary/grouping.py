@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from saliency_fast.engine.superpixels import SEGMENTATIONS, segment
+from saliency_fast.engine.features import SEGMENTATIONS, segment
 from saliency_fast.errors import InputError, InputTypeError
 
 COMPONENTS = "components"

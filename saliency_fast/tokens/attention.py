@@ -7,8 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.recipe import Recipe
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+)
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
 from saliency_fast.methods.attention import (
     Layers,
@@ -43,7 +50,7 @@ class AttentionColumns:
             raise InputTypeError(f"query must be a whole number or a name: got {self.query!r}")
 
     def recipe(self) -> Recipe:
-        return in_rounds(self._rounds, 1, at_input=True)
+        return RoundsRecipe(self._rounds, 1, at_input=True)
 
     def _rounds(self, asked: RoundContext) -> Rounds:
         (x,) = asked.inputs

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saliency_fast.api import Engine
 from saliency_fast.attribution import Attribution
-from saliency_fast.engine.recipe import Method
+from saliency_fast.engine.recipe import Method, WeightedSum
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError, warn
 from saliency_fast.methods import read_method
 from saliency_fast.model.layers import Lookup, lookups, names_of
@@ -194,7 +194,7 @@ def _per_token(whole: Attribution, method: Method, reduction: str | None) -> Ten
     values = whole.values
     if isinstance(values, Tensor) and values.dim() > 2:
         recipe = method.recipe()
-        is_gradient = recipe.rounds is None and recipe.factor == "none"
+        is_gradient = isinstance(recipe, WeightedSum) and recipe.factor == "none"
         values = whole.map(reduction or ("l2" if is_gradient else "sum"), channel_axis=-1)
     assert isinstance(values, Tensor)
     return values

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from saliency_fast.engine.graphs import WARM_UPS
+from saliency_fast.engine.cudagraph import WARM_UPS
 
 _ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal")
 

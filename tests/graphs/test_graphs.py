@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import captured, choose, graphs
-from saliency_fast.engine import run as runs
-from saliency_fast.engine.way import Way
+from saliency_fast.engine import captured, loop
+from saliency_fast.engine import cudagraph as graphs
+from saliency_fast.engine.planner import Planner
+from saliency_fast.engine.precision import everywhere
+from saliency_fast.engine.strategies import Strategy
 from saliency_fast.errors import InputError
 from saliency_fast.graph.passes import half as precisions
+from tests.configured import configure
 from tests.graphs.tape import Tape
 from tests.models import Image, Tabular, Tokens, Video
 from tests.service.asking import METHODS, same, seeded
@@ -47,9 +50,9 @@ def both(net: Any, x: Any, *args: Any, method: Any, limit: int | None = None, **
 
 def recorded(engine: sf.Engine) -> None:
     """All that was tried could be recorded."""
-    found = [one for probe in engine._place.known.values() for one in probe.captures.values()]
+    found = [one for probe in engine._location.cache.values() for one in probe.captures.values()]
     assert found
-    assert all(isinstance(one, captured.CapturedRun) for one in found), found
+    assert all(isinstance(one, captured.CapturedEvaluation) for one in found), found
 
 
 @pytest.mark.parametrize("limit", [None, 5])
@@ -230,8 +233,8 @@ class TestPrecision:
 
     def test_what_overflows_is_done_without(self, monkeypatch):
         net, x = seeded(Image, 3, 9, 9, dtype=torch.float32)
-        monkeypatch.setattr(runs, "first_scale", lambda _: 2.0**20)
-        monkeypatch.setattr(runs.Run, "look", _unlooked)
+        monkeypatch.setattr(loop, "first_scale", lambda _: 2.0**20)
+        monkeypatch.setattr(loop.SumEvaluation, "measure_precision", _unmeasured)
         method = sf.IntegratedGradients(12)
         engine = sf.Engine(net, method, precision="float16", points_per_launch=6)
         found, expected = engine(x[:2], 1), sf.Engine(net, method, graphs=False)(x[:2], 1)
@@ -239,12 +242,10 @@ class TestPrecision:
         assert gap < 1e-2
 
 
-def _unlooked(run: Any, exact: Any) -> Any:
+def _unmeasured(run: Any, exact: Any) -> Any:
     """A first scale that nobody has tried."""
-    from saliency_fast.engine.loss import everywhere
-
-    run.behind.scale = 2.0**20
-    run.loss = everywhere(0.0, 1, run.call.device)
+    run.function = replace(run.function, scale=2.0**20)
+    run.precision_error = everywhere(0.0, 1, run.call.device)
     yield from ()
 
 
@@ -306,7 +307,7 @@ class TestErrors:
             return net(y) * (2.0 if float(y.detach().sum()) > 0 else 1.0)
 
         assert "not recorded" in sf.Engine(numbers, ig).plan(x[:1], 1).graphs
-        monkeypatch.setattr(captured, "LARGE", 1)
+        configure(monkeypatch, graph_launch=1)
         assert "large" in sf.Engine(net, ig).plan(x[:2], 1).graphs
         assert sf.Engine(net, ig)(x[:2], 1) is not None
         assert Tape.made == 0
@@ -385,13 +386,14 @@ class TestCache:
 
 def test_pieces_that_are_computed_again(monkeypatch):
     """Checkpoints inside of a recorded launch."""
+    original = Planner._fitting
 
-    def fitting(probed: Any, model: Any, trial: Any, budget: Any, plan: Any) -> Any:
-        pieces = probed.way.program.in_pieces(3)
-        found = replace(probed, way=Way(pieces, precision=probed.way.precision))
-        yield found, plan(found)
+    def fitting(self: Any, found: Any, *about: Any) -> Any:
+        segments = found.strategy.program.in_pieces(3)
+        strategy = Strategy(segments, precision=found.strategy.precision)
+        return original(self, replace(found, strategy=strategy), *about)
 
-    monkeypatch.setattr(choose, "fitting", fitting)
+    monkeypatch.setattr(Planner, "_fitting", fitting)
     net, x = seeded(Image, 3, 9, 9)
     engine = sf.Engine(net, sf.IntegratedGradients(6))
     for k in range(2):

@@ -36,9 +36,9 @@ def test_recorded_launches(kind: Any, method: Any, limit: int | None):
     for start in range(3):
         one, target = x[start : start + 2], [start, 4 - start]
         same(engine(one, target), plain(one, target), 1e-8)
-    found = [one for probe in engine._place.known.values() for one in probe.captures.values()]
+    found = [one for probe in engine._location.cache.values() for one in probe.captures.values()]
     assert found
-    assert all(isinstance(one, captured.CapturedRun) for one in found), found
+    assert all(isinstance(one, captured.CapturedEvaluation) for one in found), found
 
 
 def test_weights_that_change():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.engine.memory import Ledger, MemoryMeter
-from saliency_fast.engine.way import Way
+from saliency_fast.engine.strategies import Strategy
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import make_method
 from saliency_fast.rules import Guided
@@ -231,12 +231,12 @@ def test_relevance_of_many_outputs_is_what_the_score_owes_to_each(target: Any) -
     assert relative_l2(found.values, expected.values) < 1e-9
 
 
-def test_a_noted_way_is_the_same_way() -> None:
+def test_a_strategy_with_a_profiler_is_the_same_strategy() -> None:
     """All but the programs, which tell which call is running."""
-    way = Way(watched=True, offloaded=True, rules=Guided(), copies=False)
-    noted = way.noted(Ledger(MemoryMeter()))
-    for one in fields(Way):
-        assert getattr(noted, one.name) == getattr(way, one.name), one.name
+    strategy = Strategy(intercepted=True, offloaded=True, rules=Guided(), copies=False)
+    profiled = strategy.with_profiler(Ledger(MemoryMeter()))
+    for one in fields(Strategy):
+        assert getattr(profiled, one.name) == getattr(strategy, one.name), one.name
 
 
 def test_plans_measure_a_point_under_its_rules() -> None:
@@ -251,3 +251,9 @@ def test_plans_measure_a_point_under_its_rules() -> None:
     plain = kept("gradient")
     assert kept("deeplift") > 1.5 * plain
     assert kept("guided_backprop") < 0.2 * plain
+    # A product with its parts, and what they divide by, beside what autograd keeps.
+    assert kept("lrp") > 1.5 * plain
+    for method in ("deeplift", "guided_backprop", "lrp"):
+        plan = sf.Engine(model, method).plan(x, 0)
+        assert "under" in plan.lean, "the plan must be that of the model under its rules"
+        assert f"strategy   {plan.lean}" in str(plan)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast import zoo
-from saliency_fast.engine import paths
+from saliency_fast.engine import points as paths
 from saliency_fast.errors import InputError, InputTypeError
 from tests import naive_paths as naive
 from tests.model.answers import always_lean, way_of

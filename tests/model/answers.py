@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import saliency_fast as sf
-from saliency_fast.engine import probe
 from tests import naive
+from tests.configured import ALWAYS_LEAN, configure
 from tests.model.lean_models import WAYS, Case
 from tests.traces import one_thread, unchanged
 
@@ -28,20 +28,21 @@ def always_lean() -> Iterator[None]:
     rounding tells wrong gradients from right ones.
     """
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setattr(probe, "LEAN_FROM", 0)
-        patch.setattr(probe, "EXACT", frozenset())
+        configure(patch, **ALWAYS_LEAN)
         yield
 
 
 def way_of(engine: sf.Engine) -> str:
     """What served last: one of WAYS."""
-    (*_, last) = engine._place.known.values()
-    way = last.way
-    return WAYS[0] if way.program is not None else WAYS[1] if way.watched else WAYS[2]
+    (*_, last) = engine._location.cache.values()
+    strategy = last.strategy
+    if strategy.program is not None:
+        return WAYS[0]
+    return WAYS[1] if strategy.intercepted else WAYS[2]
 
 
 def why(engine: sf.Engine) -> str:
-    return "; ".join(f"{one.way}: {one.reason}" for one in engine._place.known.values())
+    return "; ".join(f"{one.strategy}: {one.reason}" for one in engine._location.cache.values())
 
 
 def expected(model: Any, case: Case, method: Any) -> list[Tensor]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import saliency_fast as sf
-from saliency_fast.engine.bind import bind
-from saliency_fast.engine.layouts import layouts_of
+from saliency_fast.engine.bind import bind, layouts_of
 from saliency_fast.model.follow import Lattice
 
 

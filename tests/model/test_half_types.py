@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast import zoo
-from saliency_fast.engine import probe as probes
-from saliency_fast.engine import run as runs
-from saliency_fast.engine.loss import Loss, everywhere, finite, first_scale
+from saliency_fast.engine import loop
+from saliency_fast.engine.precision import PrecisionError, everywhere, finite, first_scale
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.intercept import Calls
 from saliency_fast.graph.passes import half as precisions
 from saliency_fast.graph.passes.half import lowered
 from saliency_fast.graph.recorder import unified
 from saliency_fast.model.executors import RecordingExecutor
+from tests.configured import configure
 from tests.models import Audio, Image, Segmenter, Tabular, Tokens, Video
 
 SMOOTH: dict[str, tuple[type[nn.Module], tuple[int, ...]]] = {
@@ -49,7 +50,7 @@ CLOSE = {"bfloat16": 0.1, "float16": 0.0125}
 @pytest.fixture(params=("recorded", "as it is"))
 def way(request, monkeypatch) -> str:
     """Small models as programs of their own, and by autocast."""
-    monkeypatch.setattr(probes, "LEAN_FROM", 0 if request.param == "recorded" else 2**40)
+    configure(monkeypatch, lean_from=0 if request.param == "recorded" else 2**40)
     return request.param
 
 
@@ -247,19 +248,20 @@ def test_a_launch_that_overflows_is_tried_again(monkeypatch, way: str):
     net, x = seeded(*SMOOTH["image"])
     expected = sf.explain(net, x, target=2, method=sf.IntegratedGradients(12))
     scales = []
-    lower = runs.Run._lower
+    lower = loop.SumEvaluation.lower_scale
 
     def counted(run: Any) -> bool:
-        scales.append(run.behind.scale)
+        scales.append(run.function.scale)
         return lower(run)
 
     def unlooked(run: Any, exact: Any) -> Any:
         """A first scale that nobody has tried."""
-        run.behind.scale, run.loss = 2.0**20, everywhere(0.0, 1, run.call.device)
+        run.function = replace(run.function, scale=2.0**20)
+        run.precision_error = everywhere(0.0, 1, run.call.device)
         yield from ()
 
-    monkeypatch.setattr(runs.Run, "look", unlooked)
-    monkeypatch.setattr(runs.Run, "_lower", counted)
+    monkeypatch.setattr(loop.SumEvaluation, "measure_precision", unlooked)
+    monkeypatch.setattr(loop.SumEvaluation, "lower_scale", counted)
     method = sf.IntegratedGradients(12)
     found = sf.explain(net, x, target=2, method=method, precision="float16", points_per_launch=5)
     assert scales, "nothing overflowed"
@@ -287,9 +289,9 @@ def test_the_first_scale():
 
 def test_error_of_examples_that_were_not_looked_at():
     among, one = torch.tensor([2, 0]), torch.ones(2, 1).double()
-    loss = Loss(among, torch.tensor([[0.2], [0.1]]).double(), one)
+    loss = PrecisionError(among, torch.tensor([[0.2], [0.1]]).double(), one)
     whole = torch.tensor([[0.5], [1.0], [4.0]]).double()
-    assert loss.error(whole).flatten().tolist() == pytest.approx([0.1, 0.1, 0.05])
+    assert loss.of(whole).flatten().tolist() == pytest.approx([0.1, 0.1, 0.05])
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
@@ -311,7 +313,7 @@ def test_models_in_half_types(kind: torch.dtype, method: Any, way: str):
 
 class TestNothingIsLeftBehind:
     def test_weights_are_copied_for_a_call_alone(self, monkeypatch):
-        monkeypatch.setattr(probes, "LEAN_FROM", 0)
+        configure(monkeypatch, lean_from=0)
         net, x = seeded(*SMOOTH["image"])
         made: list[weakref.ref[Tensor]] = []
         original = precisions._cast

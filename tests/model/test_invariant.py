@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -139,9 +140,10 @@ def test_weights_are_fixed_bytes() -> None:
     assert weight <= plan.fixed_bytes < 3 * weight
     assert plan.points_per_launch == 32
     assert plan.launch_bytes < 32 * weight / 4
-    way = next(iter(engine._place.known.values())).way.of_now()
-    assert way.settled_bytes == weight
-    assert "std" not in {step.name for step in way._launched.steps}
+    strategy = replace(next(iter(engine._location.cache.values())).strategy)
+    assert strategy.settled_bytes == weight
+    assert strategy._settled is not None
+    assert "std" not in {step.name for step in strategy._settled.program.steps}
 
 
 def test_little_memory_makes_them_in_every_launch() -> None:
@@ -159,8 +161,8 @@ def test_requests_that_share_launches_hold_no_copies() -> None:
     asked = {"inputs": x, "target": 1}
     with sf.Engine(model, latency=0.05) as engine:
         found = engine.explain_many([asked, asked])
-    ways = [one.way for one in engine._place.known.values()]
-    assert any(not way.copies and way.settled_bytes == 0 for way in ways)
+    several = [one.strategy for one in engine._location.cache.values()]
+    assert any(not one.copies and one.settled_bytes == 0 for one in several)
     for one in found:
         torch.testing.assert_close(one.values, expected.values, rtol=1e-4, atol=1e-6)
 

@@ -259,9 +259,9 @@ def test_a_change_is_followed(name: str, method: Any, monkeypatch: pytest.Monkey
     engine, case = sf.Engine(model, method, points_per_launch=4), Case(lambda: model, inputs=(X,))
     check(engine, case)
     assert way_of(engine) == "program", why(engine)
-    probed = dict(engine._place.known)
+    probed = dict(engine._location.cache)
     before = engine(X, 1).values
-    assert engine._place.known == probed, "what did not change must not be probed again"
+    assert engine._location.cache == probed, "what did not change must not be probed again"
     change(model)
     check(engine, case)
     assert (engine(X, 1).values - before).abs().max() > 1e-3
@@ -291,9 +291,9 @@ def test_a_plain_function_is_followed() -> None:
     engine, case = sf.Engine(model, LINE), Case(lambda: model, inputs=(X,))
     check(engine, case)
     assert way_of(engine) == "program", why(engine)
-    probed = dict(engine._place.known)
+    probed = dict(engine._location.cache)
     check(engine, case)
-    assert engine._place.known == probed
+    assert engine._location.cache == probed
     state[0] = 2.0
     check(engine, case)
     config.squared = True

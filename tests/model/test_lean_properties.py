@@ -52,7 +52,7 @@ def test_gradients(axes: int, kinds: list[str], seed: int) -> None:
     found, expected = engine(x, 1).values, gradient(model, x)
     # The engine would fall back where a program is wrong, and the map be right all the same.
     assert way_of(engine) == "program", why(engine)
-    assert next(iter(engine._place.known.values())).reason is None, why(engine)
+    assert next(iter(engine._location.cache.values())).reason is None, why(engine)
     assert naive.relative_l2(found, expected) <= TOLERANCE
 
 

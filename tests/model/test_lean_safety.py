@@ -94,7 +94,7 @@ def test_nothing_is_left_of_a_call(way: str) -> None:
 
     calls()  # what PyTorch sets up once
     for engine in engines:
-        engine._place.known.clear()
+        engine._location.cache.clear()
     gc.collect()
     gc.disable()
     try:
@@ -119,7 +119,7 @@ def test_nothing_is_left_of_a_refusal(name: str) -> None:
     try:
         seen = []
         for _ in range(3):
-            engine._place.known.clear()
+            engine._location.cache.clear()
             explain(engine, case)
             gc.collect()
             seen.append(live_tensors())
@@ -142,7 +142,7 @@ def test_memory_does_not_grow() -> None:
             if number % 20 == 0:
                 built[1].norm.eps = 1e-5 * (1 + number % 40)
         gc.collect()
-        return live_tensors(), sum(len(engine._place.known) for engine in engines)
+        return live_tensors(), sum(len(engine._location.cache) for engine in engines)
 
     before, resident = calls(60), resident_bytes()[0]
     assert calls(500) == before
@@ -213,7 +213,7 @@ def test_after_a_failure(way: str, failure: str) -> None:
     assert passes >= (2 if way == "program" else 8)
     for model.at in range(1, passes + 1):
         model.notes.calls = 0
-        engine._place.known.clear()
+        engine._location.cache.clear()
         with unchanged(model, X):
             try:
                 engine(X, 1)
@@ -310,7 +310,7 @@ def test_under_the_callers_modes(way: str, mode: str) -> None:
     model = BY_WAY[way]()
     expected = sf.Engine(model, LINE)(X, 1).values
     engine = sf.Engine(model, LINE)
-    engine._place.known.clear()
+    engine._location.cache.clear()
     with MODES[mode]():
         inside = X + 0.0
         with unchanged(model, inside):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import choose as choices
-from saliency_fast.engine import job as jobs
+from saliency_fast.engine import planner
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.passes.half import FLOAT32, PRECISIONS, arithmetic
 from tests.models import Image, Tabular
@@ -31,7 +31,7 @@ def seeded(
 class TestAuto:
     def test_takes_the_fastest_that_is_allowed(self, monkeypatch):
         net, x = seeded(*IMAGE)
-        monkeypatch.setattr(choices.Choice, "_order", lambda _: ["bfloat16", "float32"])
+        monkeypatch.setattr(planner.Planner, "_order", lambda _: ["bfloat16", "float32"])
         free = sf.explain(net, x, target=1, precision="auto", tolerance=0.5)
         assert free.provenance.precision == "bfloat16"
         strict = sf.Engine(net, precision="auto", tolerance=1e-6)
@@ -42,7 +42,7 @@ class TestAuto:
 
     def test_the_methods_tolerance_counts(self, monkeypatch):
         net, x = seeded(*IMAGE)
-        monkeypatch.setattr(choices.Choice, "_order", lambda _: ["bfloat16", "float32"])
+        monkeypatch.setattr(planner.Planner, "_order", lambda _: ["bfloat16", "float32"])
         for tolerance, name in ((0.5, "bfloat16"), (1e-5, "float32")):
             method = sf.IntegratedGradients(tolerance=tolerance, max_steps=200)
             found = sf.explain(net, x, target=1, method=method, precision="auto")
@@ -52,11 +52,11 @@ class TestAuto:
         net, x = seeded(*IMAGE)
         seconds = {"bfloat16": 1.0, "float32": 1.05}
 
-        def time(job: Any) -> None:
+        def timed(job: Any) -> Any:
             each = seconds[job.plan.precision]
-            job.plan = jobs.replace(job.plan, seconds_per_point=each)
+            return replace(job, plan=replace(job.plan, seconds_per_point=each))
 
-        monkeypatch.setattr(jobs.Job, "time", time)
+        monkeypatch.setattr(planner, "timed", timed)
         engine = sf.Engine(net, precision="auto", tolerance=0.9)
         assert engine(x, 1).provenance.precision == "float32"
         seconds["bfloat16"] = 0.5
@@ -66,7 +66,7 @@ class TestAuto:
     def test_the_choice_holds_for_later_calls(self, monkeypatch):
         net, x = seeded(*IMAGE)
         orders = iter((["bfloat16", "float32"], ["float32"]))
-        monkeypatch.setattr(choices.Choice, "_order", lambda _: next(orders))
+        monkeypatch.setattr(planner.Planner, "_order", lambda _: next(orders))
         engine = sf.Engine(net, precision="auto", tolerance=0.9)
         assert {engine(x, k).provenance.precision for k in range(3)} == {"bfloat16"}
 
@@ -77,7 +77,7 @@ class TestAuto:
 
     def test_streams_begin_again(self, monkeypatch):
         net, x = seeded(*IMAGE)
-        monkeypatch.setattr(choices.Choice, "_order", lambda _: ["bfloat16", "float32"])
+        monkeypatch.setattr(planner.Planner, "_order", lambda _: ["bfloat16", "float32"])
         engine = sf.Engine(net, precision="auto", tolerance=1e-6, points_per_launch=40)
         parts = list(engine.stream(x, 1))
         assert {part.provenance.precision for part in parts} == {"float32"}

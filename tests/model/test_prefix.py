@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import saliency_fast as sf
-from saliency_fast.engine import probe
-from saliency_fast.engine.hoist import hoistable
+from saliency_fast.engine.calibrate import Calibration
 from saliency_fast.errors import ModelError
 from saliency_fast.graph import opinfo
 from saliency_fast.graph.passes import affine_prefix as prefixes
 from saliency_fast.graph.passes.affine_prefix import Prefix, check_affine, prefix_of
 from saliency_fast.graph.recorder import unified
 from saliency_fast.model.executors import RecordingExecutor
+from tests.configured import ALWAYS_LEAN, configure
 from tests.model.stems import IMAGE, STEMS, Chain, Net, Stem, chains
 from tests.models import randn
 from tests.traces import one_thread, unchanged
@@ -44,9 +44,7 @@ some = pytest.mark.parametrize(
 @pytest.fixture(autouse=True, scope="module")
 def _lean_however_small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, one_thread():
-        patch.setattr(probe, "LEAN_FROM", 0)
-        # In float64 too: its rounding is what tells a wrong prefix from a right one.
-        patch.setattr(probe, "EXACT", frozenset())
+        configure(patch, **ALWAYS_LEAN)
         yield
 
 
@@ -58,8 +56,8 @@ def forced() -> Iterator[None]:
         yield
 
 
-def probed(engine: sf.Engine) -> probe.Probe:
-    (found,) = engine._place.known.values()
+def probed(engine: sf.Engine) -> Calibration:
+    (found,) = engine._location.cache.values()
     return found
 
 
@@ -88,7 +86,7 @@ def once(
     engine = sf.Engine(stem.model(), method, points_per_launch=size, lean=lean)
     with forced():
         found = engine(stem.inputs(), target, forward_args=stem.arguments(), **more)
-    return found, probed(engine).way.prefix
+    return found, probed(engine).strategy.prefix
 
 
 def explained(
@@ -225,7 +223,9 @@ def test_targets_that_see_a_part_of_the_places() -> None:
             with forced():
                 found = engine(x, target)
             check(found, plain(x, target))
-    assert [one.way.prefix is not None for one in engine._place.known.values()].count(True) == 2
+    assert [one.strategy.prefix is not None for one in engine._location.cache.values()].count(
+        True
+    ) == 2
 
 
 @pytest.mark.parametrize("method", ["midpoint", "smoothgrad"])
@@ -350,7 +350,7 @@ def test_gain_follows_the_work_and_the_places() -> None:
     assert gain(normed, 3, 16, 16) == pytest.approx(gain(layer, 3, 16, 16))
 
 
-def test_sums_of_gradients_alone_are_hoisted() -> None:
+def test_linear_sums_alone_have_an_affine_prefix() -> None:
     taken = (sf.IntegratedGradients(4), sf.SmoothGrad(4))
     left = (
         sf.Gradient(),
@@ -361,9 +361,9 @@ def test_sums_of_gradients_alone_are_hoisted() -> None:
         sf.VarGrad(8),
         sf.ExpectedGradients(8, noise_level=0.1),
     )
-    assert all(hoistable(method.recipe()) for method in taken)
+    assert all(method.recipe().prefixed(4) for method in taken)
     for method in left:
-        assert not hoistable(method.recipe())
+        assert not method.recipe().prefixed(4)
         found, expected, prefix = explained(STEMS["conv"], method)
         assert prefix is None
         check(found, expected)
@@ -388,8 +388,8 @@ def test_random_stems(case: tuple[Chain, Tensor, int], method: str, size: int) -
     engine = sf.Engine(model, METHODS[method], points_per_launch=size)
     with forced():
         found = engine(x, 1)
-    prefix = probed(engine).way.prefix
+    prefix = probed(engine).strategy.prefix
     assert (prefix is not None) == (affine > 0)
     plain = sf.Engine(model, METHODS[method], points_per_launch=size, lean=False)
-    plain._place.knowns = {}
+    plain._location.caches = {}
     check(found, plain(x, 1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import saliency_fast as sf
-from saliency_fast.engine.probe import Probe
+from saliency_fast.engine.calibrate import Calibration
 from tests.model.answers import METHODS, always_lean, check, way_of, why
 from tests.model.gradient_rules import reverse
 from tests.model.lean_models import Case, Net, seeded
@@ -75,10 +75,10 @@ def test_numbers_that_do_not_depend_on_the_points(name: str, method: Any) -> Non
     for mask in (FULL, PADDED, FULL, PADDED):
         check(engine, Case(lambda: model, inputs=(X,), args=(mask,)))
         assert way_of(engine) == "program", why(engine)
-    known = dict(engine._place.known)
+    known = dict(engine._location.cache)
     for mask in (FULL, PADDED):
         engine(X, 1, forward_args=(mask,))
-    assert dict(engine._place.known) == known, "what is known must not be probed again"
+    assert dict(engine._location.cache) == known, "what is known must not be probed again"
 
 
 @pytest.mark.parametrize("lean", [True, False])
@@ -111,7 +111,7 @@ def test_a_number_that_differs_in_every_call() -> None:
     for number in range(20):
         factor = torch.tensor([[1.0 + number]], dtype=torch.float64)
         check(engine, Case(lambda: model, inputs=(X[:1],), args=(factor,)))
-    assert len(engine._place.known) < 12
+    assert len(engine._location.cache) < 12
 
 
 def test_a_number_of_a_buffer() -> None:
@@ -248,10 +248,12 @@ def test_a_model_that_counts_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, case = sf.Engine(model, METHODS[0], points_per_launch=4), Case(lambda: model)
     check(engine, case)
     assert way_of(engine) == "program", why(engine)
-    probed, renewed, original = list[Any](), list[Any](), Probe.renewed
+    probed, renewed, original = list[Any](), list[Any](), Calibration.renewed
     with monkeypatch.context() as patch:
-        patch.setattr("saliency_fast.engine.choose.probe", lambda *a, **k: probed.append(a))
-        patch.setattr(Probe, "renewed", lambda *a: renewed.append(original(*a)) or renewed[-1])
+        patch.setattr("saliency_fast.engine.planner.calibrated", lambda *a, **k: probed.append(a))
+        patch.setattr(
+            Calibration, "renewed", lambda *a: renewed.append(original(*a)) or renewed[-1]
+        )
         for _ in range(3):
             model(*case.inputs)
             engine(*case.inputs, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import way
+from saliency_fast.engine import bind
 from saliency_fast.model import executors
 from saliency_fast.model.executors import Differentiable, EagerExecutor
 from tests import naive
@@ -143,7 +143,7 @@ def test_cudnns_terms(
     method = sf.IntegratedGradients(4)
     expected = sf.explain(model, x, target=(1, 2), method=method, forward_args=args)
     monkeypatch.setattr(
-        way, "recurring", lambda route, device: executors.recurring(route, torch.device("cuda"))
+        bind, "recurring", lambda route, device: executors.recurring(route, torch.device("cuda"))
     )
     with always_lean(), Cudnn() as cudnn:
         found = sf.explain(model, x, target=(1, 2), method=method, forward_args=args, lean=lean)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import way
+from saliency_fast.engine import strategies
 from saliency_fast.graph.autograd.convolutions import winograd_built
 from saliency_fast.graph.passes import scores_only as scorings
 from saliency_fast.graph.passes.fuse_relu import fused
@@ -262,7 +262,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
         found.append(program)
         return scoring(program)
 
-    monkeypatch.setattr(way, "scoring", noted)
+    monkeypatch.setattr(strategies, "scoring", noted)
     return found
 
 

@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 import saliency_fast as sf
 from saliency_fast import zoo
-from saliency_fast.engine import probe, ties
+from saliency_fast.engine import independence
 from saliency_fast.graph.autograd import LEAN
 from saliency_fast.model.ties import Ties
+from tests.configured import configure
 
 STEPS = 4
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -201,7 +202,7 @@ def _by_way(dtype: torch.dtype) -> str:
 
 
 def test_float64_takes_no_way_that_rounds_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "LEAN_FROM", 0)
+    configure(monkeypatch, lean_from=0)
     assert _by_way(torch.float64).startswith("recorded")
     ulp = 2.0**-52
 
@@ -299,8 +300,10 @@ def test_how_many_examples_are_looked_at_in_float32() -> None:
 def test_models_without_maxima_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
     x, looks = torch.full((2, 3, 6, 6), 0.5), list[object]()
-    shares = ties._shares
-    monkeypatch.setattr(ties, "_shares", lambda *given: looks.append(given) or shares(*given))
+    shares = independence._tie_shares
+    monkeypatch.setattr(
+        independence, "_tie_shares", lambda *given: looks.append(given) or shares(*given)
+    )
     engine = sf.Engine(model, sf.IntegratedGradients(steps=64))
     for expected in ([0.0, 0.0], [0.0, 0.0]):
         share = engine(x, target=1).tie_share

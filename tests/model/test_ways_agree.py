@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import saliency_fast as sf
-from saliency_fast.engine import probe
+from saliency_fast.engine import calibrate, config, strategies
 from saliency_fast.errors import BudgetError
 from saliency_fast.graph.passes import affine_prefix as prefix
 from saliency_fast.graph.passes.fuse_relu import fused
+from tests.configured import configure
 from tests.model.answers import always_lean, way_of, why
 from tests.models import randn
 
@@ -47,7 +48,7 @@ def cut(program: Any) -> Any:
 
 
 def break_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (probe, prefix):
+    for module in (strategies, prefix):
         monkeypatch.setattr(module, "fused", cut)
 
 
@@ -95,7 +96,7 @@ def test_a_fault_where_the_first_point_is_silent(
     assert found.provenance.way == "call by call", why(engine)
     assert gap(found.values, expected) < 1e-5
     # The test's own premise: by the first point alone the fault would not be seen.
-    monkeypatch.setattr(probe.Trial, "elsewhere", lambda self, draws: [])
+    monkeypatch.setattr(calibrate.Measurement, "elsewhere", lambda self, draws: [])
     engine = sf.Engine(made(5.0, gate=0.16), method)
     assert gap(engine(x, 1).values, expected) > 0.1, why(engine)
 
@@ -124,15 +125,16 @@ def test_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
         if isinstance(one, nn.BatchNorm2d):
             nn.init.normal_(one.running_mean, 0, 0.3)
             nn.init.uniform_(one.running_var, 0.05, 0.2)
-    monkeypatch.setitem(probe.AGREEMENT, torch.float32, 1e-9)
+    agreement = {**config.DEFAULT.agreement, torch.float32: 1e-9}
+    configure(monkeypatch, agreement=agreement)
     asked = []
-    exactly = probe._Judge._exactly
+    exactly = calibrate._Judge._exactly
 
     def spy(self: Any, *args: Any) -> float | None:
         asked.append(exactly(self, *args))
         return asked[-1]
 
-    monkeypatch.setattr(probe._Judge, "_exactly", spy)
+    monkeypatch.setattr(calibrate._Judge, "_exactly", spy)
     for side in (24, 96):
         asked.clear()
         engine = sf.Engine(model, sf.IntegratedGradients(steps=4), hashes=False)
@@ -145,8 +147,7 @@ def test_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scores_never_outweigh_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large input that is foreseen on shapes, whose corner's gradient disagrees."""
     break_programs(monkeypatch)
-    for name in ("UNSEEN", "FREELY"):
-        monkeypatch.setattr(probe, name, 0)
+    configure(monkeypatch, unforeseen_bytes=0, foreseen_bytes=0)
     model, x = made(5.0), randn(1, 3, 80, 80).float()
     engine = sf.Engine(model, sf.Gradient())
     found = engine(x, 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import saliency_fast as sf
-from saliency_fast.engine.superpixels import ABOUT, segment
+from saliency_fast.engine.features import ABOUT, segment
 from saliency_fast.errors import InputError
 from tests.models import randn
 

@@ -92,7 +92,7 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.open = threading.Event(), threading.Event()
         self.open.set()
-        for name in ("launch", "together"):
+        for name in ("execute", "execute_together"):
             original = getattr(services, name)
             monkeypatch.setattr(services, name, partial(self._through, original))
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from saliency_fast.engine import probe as probes
+from tests.configured import configure
 
 
 @pytest.fixture(params=["recorded", "as it is"], autouse=True)
 def way(request, monkeypatch) -> str:
-    monkeypatch.setattr(probes, "LEAN_FROM", 0 if request.param == "recorded" else 2**40)
+    configure(monkeypatch, lean_from=0 if request.param == "recorded" else 2**40)
     return request.param

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import choose
+from saliency_fast.engine import planner
 from saliency_fast.errors import InputError, ModelError
 from tests.models import Image, Segmenter, Tabular, Tokens
 from tests.service.asking import LATENCY, alone, asked, gathering, same, seeded
@@ -224,8 +224,10 @@ def test_a_model_that_counts_its_calls_is_probed_once(monkeypatch, way: str):
             return self.net(x)
 
     probed = []
-    original = choose.probe
-    monkeypatch.setattr(choose, "probe", lambda *a, **b: (probed.append(a), original(*a, **b))[1])
+    original = planner.calibrated
+    monkeypatch.setattr(
+        planner, "calibrated", lambda *a, **b: (probed.append(a), original(*a, **b))[1]
+    )
     model = Counting()
     with gathering(model, len(x)) as engine:
         for _ in range(2):

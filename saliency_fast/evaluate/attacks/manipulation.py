@@ -5,14 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Line, Noise
-from saliency_fast.engine.recipe import Recipe, Rows
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds, in_rounds
+from saliency_fast.engine.recipe import (
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+    Rows,
+    WeightedSum,
+)
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.evaluate.attacks.adversarial import (
     STEP_SHARE,
@@ -213,11 +223,11 @@ class _Search:
     def _gradient(self, x: Tensor) -> Tensor:
         return position_sums(self.data.running.map(self.gradient, x, self.data.classes))
 
-    def _descent(self, x: Tensor, maps: Tensor, recipe: Recipe | None, step: int) -> Tensor:
+    def _descent(self, x: Tensor, maps: Tensor, recipe: WeightedSum | None, step: int) -> Tensor:
         """The gradient of the maps' correlation with those before, at x."""
         running, origin = self.data.running, self.before
         if recipe is None:
-            recipe = Gradient().recipe()
+            recipe = cast(WeightedSum, Gradient().recipe())
             maps, origin = self._gradient(x), self.gradient_before
         direction = correlation_slope(maps, origin)
         direction = running.back(direction if x.dim() == 2 else direction[:, None])
@@ -232,7 +242,7 @@ def _over(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(-1, *(1,) * (like.dim() - 1))
 
 
-def _own_recipe(data: Subject) -> Recipe | None:
+def _own_recipe(data: Subject) -> WeightedSum | None:
     """The recipe of the maps, where an attack can differentiate it."""
     if not is_method(data.method):
         return None
@@ -251,10 +261,10 @@ def correlation_slope(maps: Tensor, others: Tensor) -> Tensor:
     return result
 
 
-def steerable(recipe: Recipe) -> bool:
+def steerable(recipe: Recipe) -> TypeGuard[WeightedSum]:
     """Whether maps are sums of gradients at points with a known derivative by the input."""
     return (
-        recipe.rounds is None
+        isinstance(recipe, WeightedSum)
         and recipe.rules is None
         and recipe.reduction == "sum"
         and recipe.factor in ("none", "input", "difference")
@@ -272,7 +282,7 @@ class Steering:
     softplus functions that replace ReLU (Dombrowski, 2019).
     """
 
-    of: Recipe
+    of: WeightedSum
     direction: Tensor
     points: int
     turn: int
@@ -282,7 +292,7 @@ class Steering:
     def recipe(self) -> Recipe:
         baseline = "none" if self.of.baseline == "none" else "fill"
         rules = Softplus(self.softplus)
-        return in_rounds(self._rounds, self._count, baseline=baseline, rules=rules, second=True)
+        return RoundsRecipe(self._rounds, self._count, baseline=baseline, rules=rules, second=True)
 
     @property
     def _count(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.baselines import choices, read_baseline_set
-from saliency_fast.engine.recipe import Starting
+from saliency_fast.engine.recipe import Starting, WeightedSum
 from saliency_fast.evaluate.inputs import (
     Replacement,
     Subject,
@@ -93,7 +93,7 @@ class Completeness(Metric):
             return [data.fill(self.substrate, self.seed)], describe(self.substrate)
         given = data.baseline
         recipe = read_method(data.method).recipe() if is_method(data.method) else None
-        if recipe is not None and isinstance(recipe.family, Starting):
+        if isinstance(recipe, WeightedSum) and isinstance(recipe.family, Starting):
             return [recipe.family.start((x,))[0]], "the path's start"
         stated = "zero" if given is None else describe(given)
         if recipe is not None and recipe.baseline == "set":

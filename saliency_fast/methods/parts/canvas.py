@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.rounds import Round, RoundContext, RoundResult
+from saliency_fast.engine.recipe import Round, RoundContext, RoundResult
 from saliency_fast.errors import InputError, warn
 from saliency_fast.methods.parts.maps import at_inputs, every_row
 from saliency_fast.model.follow import Inside

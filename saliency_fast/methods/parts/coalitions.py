@@ -11,7 +11,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.points import Seed, seeds
-from saliency_fast.engine.rounds import Maps, Round, RoundContext
+from saliency_fast.engine.recipe import Maps, Round, RoundContext
 from saliency_fast.methods.parts.maps import every_row
 from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import random_bits, segment_points

@@ -8,8 +8,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Noise
-from saliency_fast.engine.recipe import Rows
-from saliency_fast.engine.rounds import Maps, Round, RoundContext, RoundResult, Rounds
+from saliency_fast.engine.recipe import Maps, Round, RoundContext, RoundResult, Rounds, Rows
 from saliency_fast.methods.parts.maps import accumulators, by_example, every_row
 
 GROUPS = 8

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.rounds import RoundContext
+from saliency_fast.engine.recipe import RoundContext
 
 
 def every_row(context: RoundContext, count: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.rounds import RoundContext, RoundResult
+from saliency_fast.engine.recipe import RoundContext, RoundResult
 from saliency_fast.methods.parts.maps import by_example
 
 CLOSE = 1e-9

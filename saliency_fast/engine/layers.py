@@ -1,4 +1,4 @@
-"""At: a call moved from the inputs of a model to layers inside of it."""
+"""Layers: a call moved from the inputs of a model to layers inside of it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from torch import Tensor
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
-from saliency_fast.engine.bind import Call, read_inputs
-from saliency_fast.engine.independence import Known
-from saliency_fast.engine.layouts import layouts_at
-from saliency_fast.engine.recipe import Recipe, Starting
-from saliency_fast.engine.way import Model, function_of
+from saliency_fast.engine.bind import Call, Model, layouts_at, read_inputs
+from saliency_fast.engine.independence import CalibrationCache
+from saliency_fast.engine.recipe import Recipe, Starting, WeightedSum
 from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.graph.program import laid, lies_innermost
 from saliency_fast.model.executors import EagerExecutor
@@ -41,80 +39,84 @@ AUTO = "auto"
 
 
 @dataclass
-class Place:
-    """Where an engine explains: at a model's inputs, or `at` layers, at what they give or, with
-    `of_input`, what they take. knowns: what points took, at the inputs under (), at layers by
-    their ids; engines of one model share it.
+class LayerLocation:
+    """Where an engine explains: at a model's inputs, or `at` layers: what they give or, with
+    `of_input`, what they take. caches: calibrations, at the inputs under (), at layers by their
+    ids; engines of one model share them.
     """
 
     model: Model
     at: At | None
     of_input: bool
-    knowns: dict[tuple[object, ...], Known]
-    _behind: dict[tuple[object, ...], Downstream] = field(default_factory=dict)
-    _found: dict[tuple[object, ...], tuple[Layer, ...]] = field(default_factory=dict)
+    caches: dict[tuple[object, ...], CalibrationCache]
+    _downstream: dict[tuple[object, ...], Downstream] = field(default_factory=dict)
+    _layers_found: dict[tuple[object, ...], tuple[Layer, ...]] = field(default_factory=dict)
 
     @property
-    def known(self) -> Known:
-        """What points at the inputs took."""
-        return self.knowns.setdefault((), Known())
+    def cache(self) -> CalibrationCache:
+        """Calibrations at the inputs."""
+        if () not in self.caches:
+            self.caches.setdefault((), CalibrationCache())
+        return self.caches[()]
 
-    def taken(
+    def moved(
         self, call: Call, recipe: Recipe, baseline: Any
-    ) -> tuple[Model, Call, Any, Known, tuple[Layer, ...]]:
-        """(model, call, baseline, what is known, layers) to run in the place of a call."""
+    ) -> tuple[Model, Call, Any, CalibrationCache, tuple[Layer, ...]]:
+        """(model, call, baseline, calibrations, layers) to run instead of a call."""
         at = recipe.layers if self.at is None else self.at
         if at is None and self.of_input:
             raise InputError("layer_input is about a layer: name it with at=, or leave it out")
         if at is None:
-            return self.model, call, baseline, self.known, ()
+            return self.model, call, baseline, self.cache, ()
         layers = self._layers(at, call)
         if recipe.layers is not None:
             call = replace(call, layers=layers, layer_input=self.of_input)
-            return self.model, call, baseline, self.known, layers
-        values, counts = self._values(
-            call.inputs, call, layers, torch.arange(call.batch, device="cpu")
-        )
+            return self.model, call, baseline, self.cache, layers
+        everyone = torch.arange(call.batch, device="cpu")
+        values, counts = self._values(call.inputs, call, layers, everyone)
         key = (self.of_input, *map(id_of, layers), *counts)
-        if key not in self._behind:
+        if key not in self._downstream:
             self._need_batch_first(call, layers)
-            self._behind[key] = Downstream(self.model, layers, self.of_input, counts)
-        behind, known = self._behind[key], self.knowns.setdefault(key, Known())
+            self._downstream[key] = Downstream(self.model, layers, self.of_input, counts)
+        downstream = self._downstream[key]
+        cache = self.caches.setdefault(key, CalibrationCache())
         # A baseline that the method has no use for is refused where others are.
-        if recipe.baseline != "none" and not isinstance(recipe.family, Starting):
+        own = isinstance(recipe, WeightedSum) and isinstance(recipe.family, Starting)
+        if recipe.baseline != "none" and not own:
             baseline = self._baseline(baseline, call, layers, recipe, values)
         moved = _moved(call, values)
-        layouts = layouts_at(behind, moved, layers, counts, self.of_input)
-        return behind, replace(moved, layouts=layouts), baseline, known, layers
+        layouts = layouts_at(downstream, moved, layers, counts, self.of_input)
+        return downstream, replace(moved, layouts=layouts), baseline, cache, layers
 
     def _layers(self, at: At, call: Call) -> tuple[Layer, ...]:
         if not isinstance(at, str) or at not in (AUTO, EMBEDDINGS):
             return find_layers(self.model, at)
         # By what it is called with: to look takes a run.
         key = (at, *((x.shape[1:], x.dtype) for x in call.inputs))
-        known = self._found.get(key)
-        if known is None or not _are_in(known, self.model):
-            function = _function(self.model, call)
-            if at == EMBEDDINGS:
-                first = torch.zeros(1, dtype=torch.int64, device=call.device)
-                rows = tuple(x[:1] for x in call.inputs)
-                known = embeddings(self.model, _forward(function, rows, first), rows)
-                self._found[key] = known
-                return known
+        layers = self._layers_found.get(key)
+        inside = set(map(id, module_of(self.model).modules()))
+        if layers is not None and all(id(module_at(one)) in inside for one in layers):
+            return layers
+        function = call.function(EagerExecutor(self.model))
+        if at == EMBEDDINGS:
+            first = torch.zeros(1, dtype=torch.int64, device=call.device)
+            rows = tuple(x[:1] for x in call.inputs)
+            layers = embeddings(self.model, _forward(function, rows, first), rows)
+            self._layers_found[key] = layers
+            return layers
 
-            def run(number: int, change: Change | None) -> tuple[Any, Tensor]:
-                item = torch.tensor([number], device=call.device)
-                rows = tuple(x[number : number + 1] for x in call.inputs)
-                rows = rows if change is None else tuple(map(change, rows))
-                raw = _forward(function, rows, item)()
-                return raw, function.read(raw, item)[0]
+        def run(number: int, change: Change | None) -> tuple[Any, Tensor]:
+            item = torch.tensor([number], device=call.device)
+            rows = tuple(x[number : number + 1] for x in call.inputs)
+            rows = rows if change is None else tuple(map(change, rows))
+            raw = _forward(function, rows, item)()
+            return raw, function.read(raw, item)[0]
 
-            layer, general = last_spatial(self.model, run, call.batch)
-            known = (layer,)
-            # A function may read what the output holds beside.
-            if general and call.targets.function is None:
-                self._found[key] = known
-        return known
+        layer, general = last_spatial(self.model, run, call.batch)
+        # A function may read what the output holds beside.
+        if general and call.targets.function is None:
+            self._layers_found[key] = (layer,)
+        return (layer,)
 
     def _values(
         self, rows: Inputs, call: Call, layers: tuple[Layer, ...], item: Tensor
@@ -122,14 +124,11 @@ class Place:
         """What the layers give for `rows` of the inputs, with the arguments of examples `item`, and
         how many tensors each layer gives.
         """
-        function, parts = _function(self.model, call), list[list[Tensor]]()
-        counts: tuple[int, ...] = ()
-        item = item.to(call.device)
+        parts, counts, item = list[list[Tensor]](), tuple[int, ...](), item.to(call.device)
         # One by one: before the layers rows may meet, and no later proof would see it.
         for number in range(len(item)):
             own = slice(number, number + 1)
-            part = tuple(one[own] for one in rows)
-            flat, counts = self._read(layers, function, part, item[own])
+            flat, counts = self._read(layers, call, tuple(one[own] for one in rows), item[own])
             need_batch_first(flat, 1)
             parts.append(flat)
         return tuple(map(torch.cat, zip(*parts, strict=True))), counts
@@ -139,20 +138,20 @@ class Place:
         be as long as the batch.
         """
         item = torch.zeros(2, dtype=torch.int64, device=call.device)
-        function, rows = _function(self.model, call), tuple(x[item] for x in call.inputs)
         try:
-            flat, _ = self._read(layers, function, rows, item)
+            flat, _ = self._read(layers, call, tuple(x[item] for x in call.inputs), item)
         except ModelError:
             # A model of one row at a time.
             return
         need_batch_first(flat, 2)
 
     def _read(
-        self, layers: tuple[Layer, ...], function: PointFunction, rows: Inputs, item: Tensor
+        self, layers: tuple[Layer, ...], call: Call, rows: Inputs, item: Tensor
     ) -> tuple[list[Tensor], tuple[int, ...]]:
         """The tensors that the layers give for some rows, and how many each of them gives."""
-        found = Read(layers, self.of_input).run(_forward(function, rows, item))
-        return [one for several in found for one in several], tuple(map(len, found))
+        function = call.function(EagerExecutor(self.model))
+        several = Read(layers, self.of_input).run(_forward(function, rows, item))
+        return [one for parts in several for one in parts], tuple(map(len, several))
 
     def _baseline(
         self,
@@ -172,10 +171,8 @@ class Place:
             rows = read_baseline_set(baseline, call.inputs, call.layouts)
         else:
             rows = read_baselines(baseline, call.inputs, layouts=call.layouts)
-        function, item = (
-            _function(self.model, call),
-            torch.zeros(len(rows[0]), dtype=torch.int64, device="cpu"),
-        )
+        function = call.function(EagerExecutor(self.model))
+        item = torch.zeros(len(rows[0]), dtype=torch.int64, device="cpu")
         if any(function.follows(key, one) for key, one in call.further()):
             if recipe.baseline == "set":
                 raise InputError(
@@ -184,15 +181,16 @@ class Place:
                 )
             rows = tuple(one.expand(call.batch, *one.shape[1:]) for one in rows)
             item = torch.arange(call.batch, device="cpu")
-        found = self._values(rows, call, layers, item)[0]
-        if recipe.baseline != "set" and all(map(_same, found, values)):
+        moved = self._values(rows, call, layers, item)[0]
+        pairs = zip(moved, values, strict=True)
+        if recipe.baseline != "set" and all(bool((own == x).all()) for own, x in pairs):
             self._warn_of_no_change(call, rows, layers)
-        return found
+        return moved
 
     def _warn_of_no_change(self, call: Call, rows: Inputs, layers: tuple[Layer, ...]) -> None:
         """Warns where a baseline changes the scores past the layers."""
         item = torch.arange(call.batch, device=call.device)
-        function = _function(self.model, call)
+        function = call.function(EagerExecutor(self.model))
         ends = (call.inputs, tuple(one.expand(call.batch, *one.shape[1:]) for one in rows))
         scores, others = (function.scores(tuple(x.clone() for x in end), item)[0] for end in ends)
         if not torch.equal(scores, others):
@@ -214,18 +212,9 @@ def need_batch_first(tensors: Sequence[Tensor], rows: int) -> None:
             )
 
 
-def _same(baseline: Tensor, values: Tensor) -> bool:
-    return bool((baseline == values).all())
-
-
 def id_of(layer: Layer) -> tuple[int, int]:
     """Equal for the same layer, or the same of its calls."""
     return id(module_at(layer)), layer.call if isinstance(layer, OneCall) else -1
-
-
-def _are_in(layers: tuple[Layer, ...], model: object) -> bool:
-    inside = set(map(id, module_of(model).modules()))
-    return all(id(module_at(one)) in inside for one in layers)
 
 
 def _of_inputs(baseline: Any, inputs: Inputs) -> bool:
@@ -254,13 +243,9 @@ def _moved(call: Call, values: Inputs) -> Call:
         is_tuple=len(values) > 1,
         args=args,
         whole=moved(call.whole),
-        told=moved(call.told) | frozenset(range(count)),
+        marked=moved(call.marked) | frozenset(range(count)),
         innermost=tuple(map(lies_innermost, values)),
     )
-
-
-def _function(model: Model, call: Call) -> PointFunction:
-    return function_of(EagerExecutor(model), call)
 
 
 def _forward(function: PointFunction, rows: Inputs, item: Tensor) -> Callable[[], Any]:

@@ -1,4 +1,4 @@
-"""Graphs: launches recorded once and replayed without the host's work, on devices that can.
+"""CUDA graphs: launches captured once and replayed without the host's work, and their cache.
 
 A recorder runs a body a few times, records what it asks of the device, and gives back a function
 that asks for the same again, on the same memory.
@@ -18,7 +18,7 @@ import torch
 WARM_UPS = 2
 """Times that a body runs before it is recorded, while kernels are compiled and chosen."""
 SHARE = 8
-"""The part of a device's memory, one in so many, that recorded launches may hold between calls."""
+"""The part of a device's memory, one in so many, that captured launches may hold between calls."""
 MOST_BYTES = 8 * 1024**3
 """And at most so much."""
 
@@ -71,8 +71,8 @@ class CudaRecorder:
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
 """By the type of a device."""
-RECORDING = threading.Lock()
-"""One thread records at a time."""
+CAPTURING = threading.Lock()
+"""One thread captures at a time."""
 
 
 class Kept(Protocol):
@@ -82,13 +82,13 @@ class Kept(Protocol):
 
 
 class Captures(dict[Any, Any]):
-    """Recorded launches of a model by kind, or why there are none."""
+    """Captured launches of a model by kind, or why there are none."""
 
     __slots__ = ("__weakref__",)
 
 
-class Cache:
-    """Recorded launches by what they are for, those used longest ago given up first.
+class GraphCache:
+    """Captured launches by what they are for, those used longest ago given up first.
 
     Each serves one call at a time: it is taken out, and put back. They are their model's, and go
     with it: the cache counts what it does not hold.
@@ -135,14 +135,14 @@ class Cache:
                 owner.pop(key, None)
 
 
-_CACHES: dict[torch.device, Cache] = {}
+_CACHES: dict[torch.device, GraphCache] = {}
 
 
-def cache_of(device: torch.device) -> Cache:
-    """The recorded launches on a device."""
+def cache_of(device: torch.device) -> GraphCache:
+    """The captured launches on a device."""
     if device not in _CACHES:
         limit = MOST_BYTES
         with suppress(Exception):
             limit = min(limit, torch.cuda.get_device_properties(device).total_memory // SHARE)
-        _CACHES[device] = Cache(limit)
+        _CACHES[device] = GraphCache(limit)
     return _CACHES[device]

@@ -1,0 +1,774 @@
+"""Calibration: one point through the model eagerly and by its memory-efficient strategies.
+
+Tells what a point costs, and lets a strategy serve only where it agrees with autograd.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast._types import Inputs
+from saliency_fast.engine.arena import LaunchMemory
+from saliency_fast.engine.bind import Call, Model
+from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.cudagraph import RECORDERS, Captures
+from saliency_fast.engine.independence import UNRECORDED
+from saliency_fast.engine.memory import Ledger, MemoryMeter, bytes_text
+from saliency_fast.engine.precision import PrecisionErrors
+from saliency_fast.engine.recipe import WeightedSum
+from saliency_fast.engine.strategies import STRATEGIES, Facts, Kind, Strategy
+from saliency_fast.errors import BudgetError, InputError, ModelError
+from saliency_fast.graph.fingerprint import same_model
+from saliency_fast.graph.intercept import NotLeanError
+from saliency_fast.graph.outputs import leaves_of
+from saliency_fast.graph.passes.affine_prefix import check_affine
+from saliency_fast.graph.passes.float64 import Wider, native, wide
+from saliency_fast.graph.passes.half import Precision
+from saliency_fast.graph.program import Program
+from saliency_fast.graph.recorder import same_calls, unified
+from saliency_fast.graph.rows import Suspicion, suspicion
+from saliency_fast.model.executors import (
+    EagerExecutor,
+    Executor,
+    OnMeta,
+    RecordingExecutor,
+    shapes_only,
+)
+from saliency_fast.model.failures import is_out_of_memory
+from saliency_fast.model.function import Directional, PointFunction, entered, summed
+from saliency_fast.model.layers import Downstream
+from saliency_fast.model.preserve import random_states, same_draws, uncompiled
+
+OFF_TIES = 2.0**-20
+"""Share of the largest number by which points are moved off ties."""
+OTHER_NUMBERS = "the model reads other numbers of its further arguments than when it was recorded"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a point costs.
+
+    Args:
+        peak: Bytes of the tensors that live at once.
+        largest: Bytes of the largest tensor.
+        kept: Bytes that autograd keeps from forward to backward, by the call that asked for them.
+        drew: Whether a call was made that may take random numbers.
+        random: Whether it took any, which attention without dropout does not.
+    """
+
+    peak: int
+    largest: int
+    kept: Mapping[str, int] = field(default_factory=dict)
+    drew: bool = False
+    random: bool = False
+
+    @property
+    def saved(self) -> int:
+        return sum(self.kept.values())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a point gave, and its cost. outputs: the tensors that the model returned, where
+    gradients were taken; None for leaves that are none, or that a program does not make.
+    """
+
+    scores: Tensor
+    gradients: list[Inputs]
+    cost: Cost
+    outputs: list[Tensor | None] = field(default_factory=list)
+
+    def exactly(self, other: Measured) -> bool:
+        """Whether the model returned the same numbers, bit for bit."""
+        pairs = zip(self.outputs, other.outputs, strict=True)
+        return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
+
+    def gap(self, other: Measured) -> float:
+        """The largest relative difference, of scores or of a gradient."""
+        pairs = [(self.scores, other.scores)]
+        for mine, theirs in zip(self.gradients, other.gradients, strict=True):
+            pairs += zip(mine, theirs, strict=True)
+        return max(_relative(a, b) for a, b in pairs)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    gap, scale = float((a - b).double().norm()), float(b.double().norm())
+    if math.isnan(gap):
+        return math.inf
+    return gap / scale if scale else math.inf if gap else 0.0
+
+
+def _moved(x: Tensor) -> Tensor:
+    """In float64, and no two of its numbers equal."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.rand(x.shape, generator=draw, dtype=torch.float64, device="cpu").to(x.device)
+    return x.double() + OFF_TIES * (noise - 0.5) * x.abs().max().clamp_min(OFF_TIES)
+
+
+@dataclass
+class _KeepsOutputs:
+    """An executor that keeps what it returned last."""
+
+    executor: Executor
+    outputs: list[Tensor | None] = field(default_factory=list)
+
+    def __call__(
+        self, points: Sequence[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        raw = self.executor(points, args, kwargs)
+        self.outputs = [None if one is None else one.detach() for one in leaves_of(raw)]
+        return raw
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A point of one of a call's examples, measured by one strategy after another.
+
+    Args:
+        model, call, baselines, recipe: What the point is of.
+        config: Thresholds.
+        on_meta: Whether on shapes alone, for the cost; scores and gradients are meta tensors then.
+        example, number: Of the example, and of its point in the first level.
+        metered: Whether the cost is measured, which takes time.
+        draws: Whether the model draws random numbers, where the cost is not measured.
+        programs: Whether strategies may be by a recorded program.
+    """
+
+    model: Model
+    call: Call
+    baselines: Inputs
+    recipe: WeightedSum
+    config: EngineConfig
+    on_meta: bool = False
+    example: int = 0
+    number: int = 0
+    metered: bool = True
+    draws: bool = False
+    programs: bool = True
+
+    def elsewhere(self, *, draws: bool) -> list[Measurement]:
+        """Two other points at most, one where there are few: the end of the last example's path,
+        and the middle of another's: a part of the model may be silent at one point alone.
+        """
+        level, batch = self.recipe.levels[0], self.call.batch
+        order = level.place.argsort()
+        nodes = [(batch - 1, int(order[-1])), (batch // 2, int(order[level.count // 2]))]
+        few = level.count * batch < self.config.compared_at_three_from
+        nodes = list(dict.fromkeys(one for one in nodes if one != (0, 0)))[: 1 if few else 2]
+        return [
+            replace(self, example=one, number=number, metered=False, draws=draws)
+            for one, number in nodes
+        ]
+
+    def in_float64(self) -> Measurement:
+        """The same point in float64, moved a little: where values tie, strategies that are right to
+        rounding differ.
+        """
+        call = replace(
+            self.call,
+            inputs=tuple(map(_moved, self.call.inputs)),
+            dtypes=(torch.float64,) * len(self.call.dtypes),
+            args=wide(self.call.args),
+            kwargs=wide(dict(self.call.kwargs)),
+        )
+        return replace(self, call=call, baselines=tuple(map(_moved, self.baselines)))
+
+    def smaller(self) -> Measurement:
+        """The same point on a corner of images and volumes."""
+
+        def corner(x: Tensor) -> Tensor:
+            keep = [slice(None), slice(None), *[slice(self.config.corner)] * (x.dim() - 2)]
+            return x[tuple(keep)].contiguous() if x.dim() > 3 else x
+
+        call = replace(self.call, inputs=tuple(map(corner, self.call.inputs)))
+        return replace(self, call=call, baselines=tuple(map(corner, self.baselines)))
+
+    def eager(self, executor: Executor) -> Measured:
+        """By the model itself."""
+        return self._gradients(self.call.function(executor), Ledger(MemoryMeter()))
+
+    def scores(self, function: PointFunction) -> Measured:
+        """Scores alone, without gradients."""
+        return self._metered(
+            Ledger(MemoryMeter()), lambda: (*function.scores(*self._points(1)), [])
+        )
+
+    def twice(self, function: PointFunction) -> Measured:
+        """Second derivatives in one direction."""
+        twice = Directional.of(function, summed)
+        return self._metered(Ledger(MemoryMeter()), lambda: twice.gradients(*self._points(1)))
+
+    def by(self, strategy: Strategy) -> Measured:
+        """By a strategy; raises where its prefix is not affine."""
+        ledger = Ledger(MemoryMeter())
+        strategy = strategy.with_profiler(ledger)
+        prefix = strategy.affine_prefix(self.call, self.recipe, 1)
+        about = (self.model, self.call, self.recipe, self.baselines)
+        function = strategy.gradient_function(*about)
+        if prefix is None:
+            return self._gradients(function, ledger)
+        if not self.on_meta:
+            check_affine(prefix.prefix, *prefix.first())
+        with self._device():
+            points, item = self._points(1)
+            # Once for all points, so no part of what one costs.
+            points = prefix.forward(points, item) if prefix.line else points
+        measured = self._metered(
+            ledger, lambda: function.gradients(tuple(one.clone() for one in points), item)
+        )
+        if self.on_meta:
+            return measured
+        return replace(measured, gradients=[prefix.vjp(one, item) for one in measured.gradients])
+
+    def _gradients(self, function: PointFunction, ledger: Ledger) -> Measured:
+        keeps = _KeepsOutputs(function.route)
+        function = replace(function, route=keeps)
+        measured = self._metered(
+            ledger, lambda: function.again(lambda: function.gradients(*self._points(1)))
+        )
+        return replace(measured, outputs=keeps.outputs)
+
+    def _metered(self, ledger: Ledger, call: Callable[[], Any]) -> Measured:
+        hooks: AbstractContextManager[object] = ledger if ledger.accepted else nullcontext()
+        meter: AbstractContextManager[object] = ledger.meter
+        if not self.metered:
+            hooks = meter = nullcontext()
+        try:
+            drew = same_draws(lambda: ledger.meter.drew or self.draws, self.call.device)
+            with self._device(), drew, uncompiled(), meter, hooks:
+                states = random_states(self.call.device)
+                scores, _, gradients = call()
+                moved = not all(map(torch.equal, states, random_states(self.call.device)))
+        except (RuntimeError, MemoryError) as error:
+            # Transforms of torch.func take no hooks: what autograd keeps of such a model is not
+            # counted; all else is.
+            if ledger.accepted and "saved tensor hooks" in str(error):
+                return self._metered(Ledger(MemoryMeter(), accepted=False), call)
+            if not is_out_of_memory(error):
+                raise
+            raise BudgetError(
+                f"one point alone does not fit in memory; explain a smaller input at once ({error})"
+            ) from error
+        counted = ledger.meter
+        drawn = counted.drew, counted.drew and moved
+        return Measured(scores, gradients, Cost(counted.peak, counted.largest, ledger.kept, *drawn))
+
+    def recorded(self, rows: int) -> Program:
+        """A recording of the model with so many rows, one of them with the graph of its gradient;
+        raises NotLeanError.
+        """
+        recording, meter = RecordingExecutor(self.model), MemoryMeter()
+        with self._device(), same_draws(lambda: meter.drew, self.call.device), uncompiled(), meter:
+            states = random_states(self.call.device)
+            function, (points, item) = self.call.function(recording), self._points(rows)
+            points = function.taken(points)
+            function.forward(entered(points)[0] if rows == 1 else points, item)
+            drawn = not all(map(torch.equal, states, random_states(self.call.device)))
+        # Attention counts as drawing where it drops nothing out; other threads may draw, too.
+        if meter.drew and drawn:
+            # Other memory formats and parts taken once would draw in another order.
+            raise NotLeanError("the model draws random numbers")
+        return recording.program
+
+    def _device(self) -> AbstractContextManager[object]:
+        return OnMeta(self.call.device) if self.on_meta else nullcontext()
+
+    def _points(self, rows: int) -> tuple[Inputs, Tensor]:
+        item = torch.full((rows,), self.example, device=self.call.device)
+        if self.on_meta:
+            return shapes_only(self.call.inputs, rows), item
+        level = self.recipe.levels[0].to(self.call.device)
+        source = self.recipe.family.bind(self.call.inputs, self.baselines)
+        start = self.number * rows
+        return source.write(level.rows(item, start, start + rows)), item
+
+
+NOTHING = Cost(0, 0)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The strategy that serves, what a point costs by it, and what it costs eagerly.
+
+    Args:
+        strategy, cost: What serves, and its cost.
+        eager: The cost by autograd.
+        reason: Why no better strategy serves.
+        refusals: (strategy, why not) of those that come before it in `STRATEGIES`.
+        mark: The model's fingerprints where a program stands for it.
+        exact: What a point costs in float32, where the strategy's precision is another one.
+        foreseen: Whether measured on shapes alone.
+        disagreed: Whether the gradient of a strategy was not the model's.
+        suspect: Why rows may meet in the model, None where a recording shows no call that could
+            let them.
+        whole: The program as it was recorded.
+        launches, seconds: Caches of what launches take, and of seconds per point, by strategy and
+            size.
+        errors: A cache of what the precision costs.
+        order: Precisions, the fastest first, once they were timed.
+        captures: Captured launches by kind, or why there are none.
+        maxima: Whether the model takes any, once that is known.
+    """
+
+    strategy: Strategy
+    cost: Cost
+    eager: Cost
+    reason: str | None = None
+    refusals: tuple[tuple[str, str], ...] = ()
+    mark: tuple[object, ...] | None = None
+    exact: Cost | None = None
+    foreseen: bool = False
+    disagreed: bool = False
+    suspect: Suspicion | None = UNRECORDED
+    whole: Program | None = field(default=None, repr=False)
+    launches: dict[tuple[str, int], LaunchMemory | None] = field(default_factory=dict, repr=False)
+    seconds: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
+    errors: PrecisionErrors = field(default_factory=PrecisionErrors, repr=False)
+    order: list[str] = field(default_factory=list, repr=False)
+    captures: Captures = field(default_factory=Captures, repr=False)
+    maxima: list[bool] = field(default_factory=list, repr=False)
+
+    def holds(self, model: Callable[..., Any], call: Call) -> bool:
+        """Whether the model is still the one that was calibrated."""
+        return self.mark is None or (same_model(_root(model)), call.settings) in self.mark
+
+    def renewed(self, point: Measurement) -> Calibration | None:
+        """The same for a model that has changed since, where it still makes the recorded calls: one
+        that counts its calls, and was called.
+        """
+        if self.whole is None:
+            return None
+        try:
+            same = same_calls(self.whole, unified(*(point.recorded(rows) for rows in (1, 2))))
+        except Exception:
+            # Whatever it is, it shows again when the model is calibrated.
+            return None
+        return replace(self, mark=_mark(point)) if same else None
+
+    def by_autograd(self, reason: str) -> Calibration:
+        """The same point eagerly, since its strategy does not hold."""
+        refusals = (*self.refusals, (str(self.strategy), reason))
+        return Calibration(
+            *(Strategy(precision=self.strategy.precision), self.eager, self.eager),
+            *(reason, refusals),
+            exact=self.exact and self.eager,
+            suspect=_reads_arguments(self.whole) or self.suspect,
+        )
+
+    def row_by_row(self) -> Calibration:
+        """The same point, each alone by vmap, since rows would meet."""
+        alone = Strategy(row_by_row=True)
+        refusals = (*self.refusals, (str(self.strategy), "rows may depend on each other"))
+        about = (self.eager, self.eager, None, refusals)
+        return Calibration(alone, *about, suspect=self.suspect)
+
+    def smaller(self, strategy: Strategy, cost: Cost) -> Calibration:
+        """The same point by a strategy that takes less memory."""
+        why = (str(self.strategy), "one point does not fit the memory budget")
+        return replace(self, strategy=strategy, cost=cost, refusals=(*self.refusals, why))
+
+
+class _DisagreedError(Exception):
+    """A strategy's gradient or score is not the model's."""
+
+
+class _OneRowError(Exception):
+    """A model that ran with one row fails with two."""
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What a recording tells: facts for strategies, why rows may meet, and the program as it was
+    recorded.
+    """
+
+    facts: Facts
+    suspect: Suspicion | None
+    program: Program | None = None
+
+    def candidates(self) -> Iterator[tuple[Kind, Strategy | None, str]]:
+        """Every memory-efficient strategy in order, or why it does not apply."""
+        for kind in STRATEGIES:
+            if kind.lean:
+                reason = kind.refuses(self.facts)
+                strategy = None if reason else kind.strategy(self.facts)
+                yield kind, strategy, reason or "the affine prefix does not pay"
+
+
+def calibrated(point: Measurement, *, lean: bool, budget: int) -> Calibration:
+    """Measures one point eagerly and, with `lean`, by the first strategy that agrees.
+
+    Where a point might take much memory eagerly, that is foreseen on shapes alone first.
+    """
+    call, recipe = point.call, point.recipe
+    eager = Strategy(rules=recipe.rules)
+    if recipe.second:
+        cost = point.twice(eager.score_function(point.model, call)).cost
+        reason = "second derivatives need all that autograd keeps"
+        return Calibration(eager, cost, cost, reason, suspect=_suspect(point))
+    if recipe.rules is not None:
+        cost = point.by(eager).cost
+        reason = "backward rules look at every call"
+        return Calibration(eager, cost, cost, reason, suspect=_suspect(point))
+    if not recipe.gradients:
+        return _for_scores(point, lean=lean, budget=budget)
+    config = point.config
+    usual = config.usual_ratio * sum(x[0].nbytes for x in call.inputs)
+    if lean and usual > min(budget, config.unforeseen_bytes):
+        foreseen = _foreseen(point, budget)
+        if foreseen is not None:
+            return foreseen
+    return _measured(point, lean=lean, budget=budget)
+
+
+def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
+    config, recording = point.config, RecordingExecutor(point.model)
+    eager = point.eager(recording)
+    # Captured launches have no calls that cost time, and need a program.
+    least = 0 if point.call.device.type in RECORDERS else config.lean_from
+    small = eager.cost.peak < least
+    if not lean or small:
+        facts = Facts(point.call, point.recipe, config, lean, small)
+        why_not = tuple((one.name, one.refuses(facts) or "") for one in STRATEGIES if one.lean)
+        reason = "a point is too small for it to pay" if lean else None
+        calibration = Calibration(Strategy(), eager.cost, eager.cost, reason, why_not)
+        return replace(calibration, suspect=_suspect(point, recording))
+    mark, recorded = _mark(point), _recorded(point, recording)
+    reasons = [recorded.facts.refusal] if recorded.program is None else []
+    refusals, judge = list[tuple[str, str]](), _Judge(point, eager, recorded, budget)
+    serving, cost = Strategy(), eager.cost
+    for kind, strategy, why in recorded.candidates():
+        measured = None
+        if strategy is not None:
+            measured, why = judge.measured(kind, strategy)
+            reasons += [] if measured else [why]
+        if strategy is not None and measured is not None:
+            serving, cost = strategy, measured.cost
+            break
+        refusals.append((kind.name, why))
+    suspect = recorded.suspect
+    calibration = Calibration(
+        serving, cost, eager.cost, "; ".join(reasons) or None, tuple(refusals)
+    )
+    calibration = replace(calibration, disagreed=judge.disagreed)
+    if serving.program is not None:
+        return replace(calibration, mark=mark, whole=recorded.program, suspect=suspect)
+    return replace(calibration, suspect=suspect or _reads_arguments(recorded.program))
+
+
+def _for_scores(point: Measurement, *, lean: bool, budget: int) -> Calibration:
+    """A point's score alone, by a strategy where the model has a gradient that proves it."""
+    calibration = Calibration(Strategy(), NOTHING, NOTHING, "scores alone keep nothing")
+    if not (lean and all(x.is_floating_point() for x in point.call.inputs)):
+        calibration = replace(calibration, suspect=_suspect(point))
+    else:
+        asked = replace(point, recipe=replace(point.recipe, gradients=True))
+        with suppress(ModelError, BudgetError, InputError, RuntimeError):
+            calibration = calibrated(asked, lean=lean, budget=budget)
+    model, call = point.model, point.call
+    eager = point.scores(Strategy().score_function(model, call))
+    if calibration.strategy.program is None:
+        cost = point.scores(calibration.strategy.score_function(model, call)).cost
+        return replace(calibration, cost=cost, eager=eager.cost)
+    by_autograd = Calibration(Strategy(), eager.cost, eager.cost, suspect=calibration.suspect)
+    try:
+        # By a copy of the strategy: those of weights are a call's own.
+        function = replace(calibration.strategy).score_function(model, call, point.recipe)
+        measured = point.scores(function)
+        gap = measured.gap(eager)
+    except BudgetError:
+        raise
+    except Exception as error:
+        return replace(by_autograd, reason=_line(error))
+    if gap > point.config.scores_agreement[call.dtypes[0]]:
+        reason = f"{calibration.strategy}: scores are off by {gap:.1g}"
+        return replace(by_autograd, reason=reason)
+    return replace(calibration, cost=measured.cost, eager=eager.cost)
+
+
+def in_precision(calibration: Calibration, precision: Precision, point: Measurement) -> Calibration:
+    """The same point in another precision; raises ModelError where the model does not run in it."""
+    reasons = [] if calibration.reason is None else [calibration.reason]
+    strategies = [replace(calibration.strategy, precision=precision)]
+    if calibration.strategy.program is not None and precision.half is not None:
+        strategies.append(Strategy(precision=precision))
+    for strategy in strategies:
+        try:
+            cost = replace(point, on_meta=calibration.foreseen).by(strategy).cost
+        except BudgetError:
+            raise
+        except Exception as error:
+            reasons.append(f"{strategy}: {_line(error)}")
+            continue
+        recorded = strategy.program is not None
+        return Calibration(
+            *(strategy, cost, calibration.eager, "; ".join(reasons) or None, calibration.refusals),
+            mark=calibration.mark if recorded else None,
+            exact=calibration.cost,
+            foreseen=calibration.foreseen,
+            suspect=calibration.suspect,
+            whole=calibration.whole if recorded else None,
+        )
+    raise ModelError(
+        f"the model does not run in precision={precision.name!r}: {reasons[-1]}; use "
+        "precision='float32'"
+    )
+
+
+def sharing(calibration: Calibration, point: Measurement) -> Calibration:
+    """The same for launches that several calls share."""
+    strategy, gradients = calibration.strategy, point.recipe.gradients
+    if strategy.program is None or (gradients and not strategy.settled_bytes):
+        return calibration
+    strategy = replace(strategy, copies=False)
+    if gradients:
+        cost = point.by(strategy).cost
+    else:
+        cost = point.scores(strategy.score_function(point.model, point.call, point.recipe)).cost
+    return replace(calibration, strategy=strategy, cost=cost, launches={}, seconds={})
+
+
+def _foreseen(point: Measurement, budget: int) -> Calibration | None:
+    """What shapes tell of a point that takes much eagerly; None where it does not, or they fail.
+
+    The strategy must have agreed with the model on a smaller input.
+    """
+    shapes, recording = replace(point, on_meta=True), RecordingExecutor(point.model)
+    config = point.config
+    try:
+        eager = shapes.eager(recording).cost
+        needed = config.margin * eager.peak
+        if needed <= min(budget, config.foreseen_bytes):
+            return None
+        recorded = _recorded(shapes, recording)
+        strategy = next(one for _, one, _ in recorded.candidates() if one is not None)
+        cost = shapes.by(strategy).cost
+    except Exception:
+        # Shapes alone do not carry every model: it is run for real then, at its own risk.
+        return None
+    note = _verified(point, strategy, budget)
+    if note is None and needed <= budget:
+        return None
+    if note is None:
+        raise BudgetError(
+            f"memory_budget is smaller than one point: got {bytes_text(budget)}, expected at least "
+            f"{bytes_text(needed)}, since no way that takes less could be verified on a corner or "
+            "by its scores; raise the budget or explain a smaller input"
+        )
+    return Calibration(
+        *(strategy, cost, eager, note),
+        mark=_mark(point),
+        foreseen=True,
+        suspect=recorded.suspect,
+    )
+
+
+def _verified(point: Measurement, strategy: Strategy, budget: int) -> str | None:
+    """How a strategy was found to agree with a model whose gradient does not fit; None: it was
+    not.
+    """
+    with suppress(Exception):
+        small = _measured(point.smaller(), lean=True, budget=budget)
+        if small.disagreed:
+            # Scores do not tell of gradients: they never outweigh one that is off.
+            return None
+        if small.strategy.program is not None and small.reason is None:
+            return "verified on a corner: a point as it is takes much memory"
+    eager = Strategy().score_function(point.model, point.call)
+    cost = replace(point, on_meta=True).scores(eager).cost
+    if point.config.margin * cost.peak <= budget:
+        function = strategy.score_function(point.model, point.call)
+        gap = point.scores(function).gap(point.scores(eager))
+        if gap <= point.config.scores_agreement[point.call.dtypes[0]]:
+            return "verified by its scores: a point as it is takes much memory"
+    return None
+
+
+@dataclass
+class _Judge:
+    """Compares strategies with autograd at several points of a call.
+
+    eager: what autograd gave at the first. recorded: by which facts they were made. disagreed:
+    whether the gradient of one was off.
+    """
+
+    point: Measurement
+    eager: Measured
+    recorded: _Recorded
+    budget: int
+    disagreed: bool = False
+    _others: list[tuple[Measurement, Measured]] = field(default_factory=list)
+    _corners: dict[str, tuple[Strategy, Program] | None] = field(default_factory=dict)
+
+    def measured(self, kind: Kind, strategy: Strategy) -> tuple[Measured | None, str]:
+        """The first point by a strategy that agrees with autograd, or None and why it does not."""
+        try:
+            measured = self.point.by(strategy)
+            self._compare(kind, strategy, self.point, measured, self.eager)
+            if not self._others:
+                executor, draws = EagerExecutor(self.point.model), self.eager.cost.drew
+                others = self.point.elsewhere(draws=draws)
+                self._others = [(one, one.eager(executor)) for one in others]
+            for point, theirs in self._others:
+                self._compare(kind, strategy, point, point.by(strategy), theirs)
+        except BudgetError:
+            raise
+        except _DisagreedError as difference:
+            return None, f"{strategy}: {difference}"
+        except Exception as error:
+            # Whatever a lean version does not serve: the model itself has just run.
+            return None, _line(error)
+        return measured, ""
+
+    def _compare(
+        self, kind: Kind, strategy: Strategy, point: Measurement, mine: Measured, theirs: Measured
+    ) -> None:
+        """Raises _DisagreedError where a strategy is off."""
+        if self.recorded.facts.bitwise and not mine.exactly(theirs):
+            raise _DisagreedError("its arithmetic is not the model's to the last bit")
+        gap = mine.gap(theirs)
+        if gap <= point.config.agreement[point.call.dtypes[0]]:
+            return
+        exact = self._exactly(kind, strategy, point)
+        if exact is None or exact > point.config.agreement_in_float64:
+            self.disagreed = True
+            beyond = "" if exact is None else f", in float64 by {exact:.1g}"
+            raise _DisagreedError(f"the gradient is off by {gap:.1g}{beyond}")
+
+    def _exactly(self, kind: Kind, strategy: Strategy, point: Measurement) -> float | None:
+        """How far a strategy is off in float64, on a corner where the model takes one; None where
+        that cannot be told.
+        """
+        whole = self.recorded.facts.program
+        if whole is None or strategy.program is None or point.call.halves:
+            return None
+        weights = sum(one.nbytes for one in whole.constants)
+        if 2 * (weights + point.config.margin * self.eager.cost.peak) > self.budget:
+            return None
+        small = point.smaller()
+        if kind.name not in self._corners:
+            self._corners[kind.name] = self._on_corner(kind, small)
+        corner = self._corners[kind.name]
+        wider = Wider()
+        strategy, program = corner or (strategy, whole)
+        exact = (point if corner is None else small).in_float64()
+        # What it makes in a type of its own, or does not serve in float64, tells nothing.
+        with suppress(Exception):
+            theirs = exact.by(Strategy(wider.program(native(program))))
+            return exact.by(strategy.in_float64(wider)).gap(theirs)
+        return None
+
+    def _on_corner(self, kind: Kind, small: Measurement) -> tuple[Strategy, Program] | None:
+        """The same strategy and the program on a corner; another size may take another branch, or
+        have no prefix that pays.
+        """
+        if small.call.inputs[0].shape == self.point.call.inputs[0].shape:
+            return None
+        with suppress(Exception):
+            recording = RecordingExecutor(small.model)
+            small.eager(recording)
+            facts = _recorded(small, recording).facts
+            whole, program = self.recorded.facts.program, facts.program
+            calls = [[s.func for s in one.steps] for one in (whole, program) if one is not None]
+            mine = None if kind.refuses(facts) else kind.strategy(facts)
+            if mine is not None and program is not None and calls[0] == calls[1]:
+                return mine, program
+        return None
+
+
+def _recorded(point: Measurement, recording: RecordingExecutor) -> _Recorded:
+    """What is known of strategies once `recording` has one row of the model."""
+    facts = Facts(point.call, point.recipe, point.config)
+    try:
+        program = _program(point, recording)
+        suspect, pruned = suspicion(program), program.pruned()
+    except Exception as refusal:
+        facts = replace(facts, refusal=_line(refusal))
+        return _Recorded(facts, _suspicion(recording, refusal))
+    if not point.programs:
+        return _Recorded(replace(facts, refusal=OTHER_NUMBERS), suspect, program)
+    return _Recorded(replace(facts, program=pruned), suspect, program)
+
+
+def _program(point: Measurement, recording: RecordingExecutor) -> Program:
+    """The model's program, of which `recording` has one row; raises NotLeanError, _OneRowError
+    where the model takes no two, and what goes wrong otherwise.
+    """
+    second: Program | NotLeanError
+    try:
+        second = point.recorded(2)
+    except NotLeanError as refusal:
+        second = refusal
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise _OneRowError(f"the model takes one row at a time: {_line(error)}") from error
+    # Its own refusal comes first: the run with one row has the gradients, and tells more.
+    first = recording.program
+    if isinstance(second, NotLeanError):
+        raise second
+    try:
+        return unified(first, second)
+    except NotLeanError:
+        # Tables that a model makes in its first run are there in the second.
+        return unified(point.recorded(1), second)
+
+
+def _suspect(point: Measurement, recording: RecordingExecutor | None = None) -> Suspicion | None:
+    """Why rows may meet in the model, by what it calls with one row and with two."""
+    if recording is None:
+        recording = RecordingExecutor(point.model)
+        point.scores(point.call.function(recording))
+    try:
+        program = _program(point, recording)
+        return suspicion(program) or _reads_arguments(program)
+    except Exception as refusal:
+        return _suspicion(recording, refusal)
+
+
+def _suspicion(recording: RecordingExecutor, refusal: Exception) -> Suspicion:
+    """What a model that could not be recorded is suspected of."""
+    if isinstance(refusal, _OneRowError):
+        return Suspicion(_line(refusal), proof=False, vmap=False)
+    if recording.own is not None:
+        # Its code may look at all rows on the way back, of which scores tell nothing.
+        reason = f"the model gives gradients of its own ({recording.own})"
+        return Suspicion(reason, proof=False, vmap=False)
+    if recording.read is not None:
+        return Suspicion(f"Python reads numbers of the points ({recording.read})", proof=False)
+    return Suspicion(_line(refusal), arguments=recording.asked is not None)
+
+
+def _reads_arguments(program: Program | None) -> Suspicion | None:
+    """What a model is suspected of whose Python reads numbers of further arguments, where no
+    program makes sure that they are what each example alone has.
+    """
+    if program is None or not program.reads:
+        return None
+    reason = f"Python reads numbers of further arguments ({program.reads[-1].name})"
+    return Suspicion(reason, arguments=True)
+
+
+def _line(error: Exception) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def _mark(point: Measurement) -> tuple[object, ...]:
+    """What a program depends on beside tensors: the call's other arguments and the model, as it was
+    before it ran and as it is now. What it notes of itself is put back after the call, where it is
+    an attribute of a module, and stays elsewhere.
+    """
+    root, others = _root(point.model), point.call.settings
+    return (same_model(root), others), (same_model(root, anew=True), others)
+
+
+def _root(model: Callable[..., Any]) -> object:
+    """The user's model, where layers of it are explained: which ones is known beside it."""
+    return model.model if isinstance(model, Downstream) else model

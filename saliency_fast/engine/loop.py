@@ -1,0 +1,857 @@
+"""The loop: points, forward, vector-Jacobian product, accumulate; one for every method.
+
+`evaluate` yields what a call wants from the model next, and gets the results sent in. A call alone
+(`run_alone`) and requests that share launches (`service`) drive the same steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast._types import Inputs
+from saliency_fast.engine.accumulate import Accumulators, Outcome, average, norm_of
+from saliency_fast.engine.arena import Arena, LaunchMemory
+from saliency_fast.engine.bind import Call, Model, Part
+from saliency_fast.engine.calibrate import Calibration, Cost
+from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.independence import Independence, Row, TieReport, find_ties
+from saliency_fast.engine.memory import MemoryMeter
+from saliency_fast.engine.plan import Plan, point_bytes
+from saliency_fast.engine.precision import (
+    LEAST_SCALE,
+    PrecisionError,
+    compared,
+    everywhere,
+    finite,
+    first_scale,
+    measured_points,
+    spread,
+)
+from saliency_fast.engine.recipe import (
+    Level,
+    Maps,
+    Method,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    RoundsRecipe,
+    Rows,
+    Source,
+    WeightedSum,
+)
+from saliency_fast.engine.strategies import Strategy
+from saliency_fast.graph.passes.half import FLOAT32
+from saliency_fast.model.executors import EagerExecutor, Executor, InterceptedExecutor
+from saliency_fast.model.function import Directional, PointFunction, TappedFunction, summed
+from saliency_fast.model.pack import alike, packed
+from saliency_fast.model.preserve import same_draws, uncompiled
+from saliency_fast.rules.intercept import RulesExecutor
+
+LOWER = 16.0
+"""What a scale is divided by where half types overflow."""
+PATIENCE = 1.0
+"""Seconds after which a launch begins all the same: whoever holds a slot may wait for it."""
+_SLOTS = threading.BoundedSemaphore(max(4, os.cpu_count() or 1))
+"""Launches that threads run at the same time: more of them halve what a processor gets done."""
+
+
+class PrecisionCostsError(Exception):
+    """A precision costs a map more than it may."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call ready to run.
+
+    Args:
+        model, method, call, recipe, baselines, part: What is explained, and of which part of it.
+        strategy, plan, launches: How.
+        calibration: What is known of a point.
+        independence: What is known of the model's rows.
+        config: Thresholds.
+        replan: From a job and an error to the job that begins again; raises the error where no
+            other plan helps.
+        capture: Steps of captured launches, where the device can; see `captured`.
+        limit: What the precision may cost a map, where another one is left to take its place.
+    """
+
+    model: Model
+    method: Method
+    call: Call
+    recipe: Recipe
+    baselines: list[Inputs]
+    part: Part | None
+    strategy: Strategy
+    plan: Plan
+    launches: LaunchMemory | None
+    calibration: Calibration
+    independence: Independence
+    config: EngineConfig
+    replan: Callable[[Job, Exception], Job]
+    capture: Callable[..., Generator[EvaluationRequest | Progress, Any, bool]] | None = None
+    limit: float = math.inf
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Of what is known of launches."""
+        return str(self.strategy), self.plan.points_per_launch
+
+    def known_precision_error(self) -> PrecisionError | None:
+        """What earlier calls tell of the precision's cost; NaN where nothing can be measured."""
+        if self.strategy.precision.exact:
+            return None
+        maps, device = self.call.targets.count, self.call.device
+        known = self.calibration.errors.cached(self.plan.points, maps, device, self.config)
+        return everywhere(math.nan, maps, device) if self.plan.looked_at == 0 else known
+
+    def ties(self, number: int) -> TieReport | None:
+        """What hangs on ties at one baseline."""
+        affordable = 2 * self.config.margin * self.plan.saved_before <= self.plan.budget
+        if self.calibration.cost.drew or not affordable:
+            # A point taken once more would move the model's random numbers.
+            return None
+        about = (self.model, self.call, self.recipe, self.baselines[number])
+        return find_ties(*about, self.config, self.calibration.maxima)
+
+    def judge(self, outcome: Outcome, *, fresh: bool) -> None:
+        """Notes what the precision costs; raises where that is more than it may."""
+        assert outcome.precision_error is not None
+        if fresh:
+            self.calibration.errors.note(outcome.precision_error, outcome.underflow)
+        worst, name = float(outcome.precision_error.max()), self.strategy.precision.name
+        # Not `>`: what is not known may be anything.
+        if self.limit < math.inf and not worst <= self.limit:
+            raise PrecisionCostsError(
+                f"{name} would cost {worst:.2g}, and {self.limit:.2g} is allowed"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What a call wants from the model next.
+
+    Args:
+        function: The model.
+        count: Points, at most; a launch may have fewer.
+        write: Makes the points of some rows, and their examples.
+        gradients: Or scores alone.
+        launches: What launches of these points are known to take.
+        independence: What is known of the model's rows, where a launch of several is to be proved.
+    """
+
+    function: PointFunction
+    count: int
+    write: Callable[[slice], tuple[Inputs, Tensor]]
+    gradients: bool = True
+    launches: LaunchMemory | None = None
+    independence: Independence | None = None
+
+    def evaluate(self, function: PointFunction, points: Inputs, item: Tensor) -> EvaluationResult:
+        """What `function` gives at points."""
+        called = function.gradients if self.gradients else function.scores
+        return EvaluationResult(*called(points, item))
+
+    def prove(self, number: int) -> Callable[[Tensor], None]:
+        """Runs one of its rows alone; returns what compares a launch's scores with that."""
+        assert self.independence is not None
+        row = Row(*self.write(slice(number, number + 1)), number)
+        return self.independence.prove(self.function, row, gradients=self.gradients)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for requests that may share a launch."""
+        rows = self.independence
+        # What is not proved once and for all is not put beside what others ask for.
+        if rows is not None and (rows.suspect or rows.apart):
+            return (id(self),)
+        return self.gradients, *alike(self.function)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """scores, classes [R, K], and for each of K targets the gradients at the points."""
+
+    scores: Tensor
+    classes: Tensor | None
+    gradients: list[Inputs] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A launch is done: `done` of at most `of` points; `outcome()` is the map so far, if there is
+    one: `maps`. job: by which plan.
+    """
+
+    done: int
+    of: int
+    outcome: Callable[[], Outcome]
+    job: Job
+    maps: bool = True
+
+
+Steps = Generator[EvaluationRequest | Progress, Any, None]
+"""A call on its way: results are sent in to each request, or what went wrong is thrown."""
+
+
+def evaluate(job: Job) -> Steps:
+    """The steps of a call; they begin again with another plan where one turns out not to hold."""
+    while True:
+        try:
+            yield from _over_baselines(job)
+            return
+        except Exception as error:  # noqa: PERF203
+            # Out of memory, rows that meet, a strategy or a precision that does not hold.
+            job = job.replan(job, error)
+
+
+def _over_baselines(job: Job) -> Steps:
+    """One evaluation for each baseline; outcomes average over those so far."""
+    finished: list[Outcome] = []
+    for number, baselines in enumerate(job.baselines):
+        error, ties = job.known_precision_error(), job.ties(number)
+        report = _Report(job, tuple(finished), fresh=error is None)
+        captured = job.capture if ties is None or not ties.apart else None
+        about = (job, number, error, ties, replace(report), finished)
+        if captured is not None and (yield from captured(*about)):
+            continue
+        sums = isinstance(job.recipe, WeightedSum)
+        evaluation = (SumEvaluation if sums else RoundsEvaluation)(
+            job, job.call, baselines, error, ties
+        )
+        yield from evaluation.steps(report)
+        if number < len(job.baselines) - 1:
+            finished.append(evaluation.outcome())
+
+
+@dataclass
+class _Report:
+    """Makes the progress of a call from that of an evaluation. fresh: whether that measures its
+    precision itself.
+    """
+
+    job: Job
+    finished: tuple[Outcome, ...]
+    fresh: bool
+    judged: bool = False
+
+    def __call__(self, evaluation: Evaluation, done: int, of: int, maps: bool = True) -> Progress:
+        if evaluation.precision_error is not None and not self.judged:
+            self.judged = True
+            self.job.judge(evaluation.outcome(), fresh=self.fresh)
+        before, several = len(self.finished), len(self.job.baselines)
+        # Captured launches are another call's when this one is over.
+        over = evaluation.outcome() if evaluation.reused and done == of else None
+
+        def outcome() -> Outcome:
+            return average([*self.finished, over or evaluation.outcome()])
+
+        return Progress(done + before * of, of * several, outcome, self.job, maps)
+
+
+def run_alone(job: Job) -> Iterator[Progress]:
+    """Runs a call in launches of its own, and notes what a point takes."""
+    device, seconds, last = job.call.device, 0.0, None
+    arena = Arena(device, about=job.plan.launch_bytes)
+    progress = drive(evaluate(job), arena)
+    try:
+        while True:
+            started = time.perf_counter()
+            step = next(progress, None)
+            if step is None:
+                wait_for(device)
+            seconds += time.perf_counter() - started
+            if step is None:
+                break
+            last = step
+            yield step
+    finally:
+        progress.close()
+        arena.close()
+    if last is not None:
+        last.job.calibration.seconds[last.job.key] = seconds / max(1, last.done)
+
+
+def drive(
+    steps: Generator[EvaluationRequest | Progress, Any, Any], arena: Arena
+) -> Generator[Progress, None, None]:
+    """The progress of steps whose launches are their own."""
+    step = next(steps, None)
+    while step is not None:
+        if isinstance(step, Progress):
+            yield step
+            step = next(steps, None)
+        else:
+            step = resume(steps, [execute(step, step.count, arena)])
+
+
+def resume(
+    steps: Generator[EvaluationRequest | Progress, Any, Any],
+    results: list[EvaluationResult | Exception],
+) -> EvaluationRequest | Progress | None:
+    """What a call wants once it has its result, the last of `results`; None where it is over."""
+    # Taken out of the list: gradients must not stay alive through the next launch.
+    result = results.pop()
+    try:
+        if isinstance(result, Exception):
+            return steps.throw(result)
+        return steps.send(result)
+    except StopIteration:
+        return None
+
+
+def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationResult | Exception:
+    """One launch: the result of so many points of a request, or why there is none."""
+    count = min(count, request.count)
+    memory, rows = request.launches, request.independence
+
+    def run() -> EvaluationResult:
+        proofs: list[Callable[[Tensor], None]] = []
+        if rows is not None:
+            due = rows.due(count, apart=request.function.lone is not None)
+            if due:
+                with _slot(), arena.launch():
+                    proofs = [request.prove(number) for number in due]
+        with _slot(), arena.launch(memory.of(count) if memory else None):
+            result = request.evaluate(request.function, *request.write(slice(0, count)))
+        for compare in proofs:
+            compare(result.scores)
+        return result
+
+    try:
+        return request.function.again(run)
+    except Exception as error:
+        return error
+
+
+def execute_together(
+    requests: Sequence[tuple[EvaluationRequest, int]], arena: Arena
+) -> list[EvaluationResult | Exception]:
+    """One launch of so many points of each of several requests of one kind."""
+    asked = [request for request, _ in requests]
+    counts = [min(count, request.count) for request, count in requests]
+    first = asked[0]
+    expected = first.launches.of(sum(counts)) if first.launches else None
+    with _slot(), arena.launch():
+        proofs = [(number, asked[number].prove(row)) for number, row in _to_prove(asked, counts)]
+    with _slot(), arena.launch(expected):
+        parts = [one.write(slice(0, count)) for one, count in zip(asked, counts, strict=True)]
+        points, items = zip(*parts, strict=True)
+        functions = [request.function for request in asked]
+        function, joined, item, pack = packed(functions, points, items)
+        del points, parts
+        whole = first.evaluate(function, joined, item)
+        scores, gradients = whole.scores, whole.gradients
+    results: list[EvaluationResult | Exception] = []
+    shares = zip(torch.split(scores, pack.sizes), pack.classes, strict=True)
+    for number, (own, classes) in enumerate(shares):
+        start = sum(pack.sizes[:number])
+        rows = slice(start, start + len(own))
+        mine = [tuple(one[rows] for one in several) for several in gradients]
+        failed = pack.errors.get(number)
+        for one, compare in proofs:
+            if one == number and failed is None:
+                compare(own)
+        results.append(failed or EvaluationResult(own, classes, mine))
+    return results
+
+
+def _to_prove(
+    requests: Sequence[EvaluationRequest], counts: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(request, row of its points) of a launch's rows that are to be proved: one for all requests
+    of each `Independence`.
+    """
+    several = {id(one): one for each in requests if (one := each.independence) is not None}
+    ends, chosen = list(itertools.accumulate(counts)), []
+    for one in several.values():
+        for row in one.due(ends[-1], apart=requests[0].function.lone is not None):
+            number = bisect_right(ends, row)
+            if requests[number].independence is one:
+                chosen.append((number, row - (ends[number - 1] if number else 0)))
+            else:
+                # Another call's row: the first one of those that this is about.
+                chosen.append(([each.independence is one for each in requests].index(True), 0))
+    return list(dict.fromkeys(chosen))
+
+
+@contextmanager
+def _slot() -> Iterator[None]:
+    """Waits until not too many launches run."""
+    held = _SLOTS.acquire(timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        if held:
+            _SLOTS.release()
+
+
+def wait_for(device: torch.device) -> None:
+    """Until what was asked of a device is done: GPUs answer before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Evaluation:
+    """A recipe evaluated over one baseline: the state that its launches share."""
+
+    reused = False
+    """Whether another call takes it over when this one is done."""
+
+    def __init__(
+        self,
+        job: Job,
+        call: Call,
+        baselines: Inputs,
+        error: PrecisionError | None = None,
+        ties: TieReport | None = None,
+    ) -> None:
+        """error: what the precision costs, where that is known."""
+        self.call, self.recipe, self.baselines, self.plan = call, job.recipe, baselines, job.plan
+        self.strategy, self.config = job.strategy, job.config
+        self.launches = job.launches
+        self.independence: Independence | None = job.independence
+        self.score_function = self.strategy.score_function(job.model, call, self.recipe)
+        self.precision_error, self.ties = error, ties
+        self.size = 1 if ties is not None and ties.apart else self.plan.points_per_launch
+        shape, device = (call.batch, call.targets.count), call.device
+        self.everyone = torch.arange(call.batch, device=device)
+        self.scores = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+        self.baseline_scores: Tensor | None = None
+        self.classes = call.targets.classes
+        self.points = torch.zeros(call.batch, dtype=torch.int64, device=device)
+
+    def steps(self, report: _Report) -> Steps:
+        """Runs launch by launch; yields requests, and what `report` makes after each."""
+        raise NotImplementedError
+
+    def outcome(self) -> Outcome:
+        """The result from what was visited so far."""
+        raise NotImplementedError
+
+    def trial(self, rows: int, arena: Arena) -> None:
+        """A launch of the first point, `rows` times, in `arena`; nothing is kept of it."""
+        raise NotImplementedError
+
+    def set_classes(self, classes: Tensor) -> None:
+        """Fixes the classes that are explained, once they were predicted."""
+        targets = replace(self.score_function.targets, classes=classes)
+        self.score_function = replace(self.score_function, targets=targets)
+
+    def score_ends(self) -> Generator[EvaluationRequest, Any, None]:
+        """Scores at the inputs and at the baselines, where launches do not bring them along."""
+        recipe, call = self.recipe, self.call
+        starts = recipe.baseline == "one" and recipe.ends
+        if recipe.at_input and not starts:
+            return
+        batch, rows = call.batch, len(self.baselines[0])
+        predicted = self.score_function.targets.predicted
+        inputs = predicted or not recipe.at_input
+        both = starts and inputs and not predicted and 2 * batch <= self.size
+        pairs = zip(self.baselines, call.inputs, strict=True)
+        spread_out = tuple(one.expand_as(x) for one, x in pairs) if starts else ()
+        if both:
+            # In one table [2B, *], where one launch can score both.
+            table = tuple(map(torch.cat, zip(call.inputs, spread_out, strict=True)))
+            row = torch.arange(2 * batch, device=call.device)
+            scores, _ = yield from self.score(table, row, row % batch)
+            self.note_scores(self.everyone, scores[:batch], None)
+            self.baseline_scores = scores[batch:]
+        elif inputs:
+            scores, classes = yield from self.score(call.inputs, self.everyone, self.everyone)
+            self.note_scores(self.everyone, scores, classes)
+        if self.classes is not None and self.classes is not self.score_function.targets.classes:
+            self.set_classes(self.classes)
+        if starts and not both:
+            scored = yield from self.score(spread_out, self.everyone, self.everyone)
+            self.baseline_scores = scored[0]
+        elif recipe.baseline == "set" and rows <= recipe.count:
+            item = self.everyone.repeat_interleave(rows)
+            row = torch.arange(rows, device=item.device).repeat(batch)
+            scores, _ = yield from self.score(self.baselines, row, item)
+            self.baseline_scores = scores.view(batch, rows, -1).mean(1)
+
+    def score(
+        self, table: Inputs, row: Tensor, item: Tensor
+    ) -> Generator[EvaluationRequest, Any, tuple[Tensor, Tensor | None]]:
+        """Scores float64 [R, K] and classes of table rows `row` [R] as inputs of `item` [R]."""
+        scores, classes, start = [], [], 0
+        while start < row.numel():
+
+            def write(own: slice, start: int = start) -> tuple[Inputs, Tensor]:
+                # Indexing copies, so a model that works in place spares the user's tensors.
+                part = slice(start + own.start, start + own.stop)
+                return tuple(one[row[part]] for one in table), item[part]
+
+            count, rows = min(self.size, row.numel() - start), self.independence
+            request = EvaluationRequest(
+                self.score_function, count, write, gradients=False, independence=rows
+            )
+            result = yield request
+            scores.append(result.scores.double())
+            classes += [] if result.classes is None else [result.classes]
+            start += len(result.scores)
+        return torch.cat(scores), torch.cat(classes) if classes else None
+
+    def note_scores(self, item: Tensor, scores: Tensor, classes: Tensor | None) -> None:
+        self.scores[item] = scores.double()
+        if classes is not None:
+            if self.classes is None:
+                self.classes = torch.zeros_like(self.scores, dtype=torch.int64)
+            self.classes[item] = classes
+
+
+class SumEvaluation(Evaluation):
+    """The evaluation of a weighted sum of gradients."""
+
+    recipe: WeightedSum
+    totals: Accumulators
+    source: Source
+    level: Level
+    active: Tensor
+
+    def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
+        super().__init__(job, call, baselines, *about)
+        parts, strategy = (job.model, call, self.recipe), self.strategy
+        self.function = strategy.gradient_function(*parts, baselines)
+        self.prefix = strategy.affine_prefix(call, self.recipe, self.plan.points_per_launch)
+        self.exact: PointFunction | None = None
+        if not strategy.precision.exact:
+            self.exact = replace(strategy, precision=FLOAT32).gradient_function(*parts)
+        self.converged: Tensor | None = None
+
+    def set_classes(self, classes: Tensor) -> None:
+        super().set_classes(classes)
+        targets = self.score_function.targets
+        self.function = replace(self.function, targets=targets)
+        self.exact = self.exact and replace(self.exact, targets=targets)
+
+    def steps(self, report: _Report) -> Steps:
+        yield from self.begin()
+        totals, recipe = self.totals, self.recipe
+        active, done, of = self.everyone, 0, recipe.count * self.call.batch
+        for level in recipe.levels:
+            totals.begin(level.keep, active)
+            start, stop = 0, level.count * active.numel()
+            self.enter(level.to(self.call.device), active)
+            while start < stop:
+                count = yield from self.launch(start, min(start + self.size, stop))
+                start, done = start + count, done + count
+                if count and not totals.nested:
+                    yield report(self, done, of)
+            if totals.nested:
+                active = self._unfinished(active)
+                # What is over counts as all of it, also where examples stopped early.
+                over = active.numel() == 0 or level is recipe.levels[-1]
+                yield report(self, of if over else done, of)
+            if active.numel() == 0:
+                break
+
+    def begin(self) -> Generator[EvaluationRequest, Any, None]:
+        """What comes before the first point: scores at the ends, accumulators, the source."""
+        yield from self.score_ends()
+        about = (self.recipe, self.call.inputs, self.baselines, self.call.targets.count)
+        self.totals = Accumulators(*about, self.prefix)
+        self.source = self._bound()
+
+    def enter(self, level: Level, active: Tensor) -> None:
+        """A level begins, for the examples `active`."""
+        self.level, self.active = level, active
+
+    def _bound(self) -> Source:
+        """The points' source: behind the prefix for lines."""
+        ends = self.call.inputs, self.baselines
+        if self.prefix is not None and self.prefix.line:
+            ends = self.prefix.forward(ends[0]), self.prefix.forward(ends[1])
+        return self.recipe.family.bind(*ends)
+
+    def launch(self, start: int, stop: int) -> Generator[EvaluationRequest, Any, int]:
+        """Adds a launch of rows `start` to `stop` of the level; returns how many it had, 0 where it
+        must be tried again.
+        """
+        rows = self.level.rows(self.active, start, stop)
+        if self.exact is not None and self.precision_error is None:
+            yield from self.measure_precision(self.exact)
+        request = _requested(self.function, self.source, rows)
+        request = replace(request, launches=self.launches, independence=self.independence)
+        result = yield request
+        if self.strategy.precision.scaled and not finite(result.gradients) and self.lower_scale():
+            return 0
+        count = len(result.scores)
+        self.add(rows.first(count), result)
+        return count
+
+    def add(
+        self, rows: Rows, result: EvaluationResult, scale: Tensor | float | None = None
+    ) -> None:
+        """Adds what a launch of `rows` gave; scale: of its gradients, where it is a tensor."""
+        if self.recipe.at_input:
+            self.note_scores(rows.item, result.scores, result.classes)
+        own = self.function.scale if scale is None else scale
+        self.totals.add(rows, result.gradients, self.source, own)
+        self.points.index_add_(0, rows.item, torch.ones_like(rows.item))
+
+    def measure_precision(self, exact: PointFunction) -> Generator[EvaluationRequest, Any, None]:
+        """Takes some points in float32 too: what the precision costs, and its first scale."""
+        source, most, scaled = self.source, self.plan.looked_at, self.strategy.precision.scaled
+        examples, of_each = measured_points(self.recipe, self.call.batch, self.config)
+        level = self.recipe.levels[0].to(self.call.device)
+        rows = spread(level, self.everyone[:examples], of_each)
+        theirs = yield from _all_of(exact, source, rows, most)
+        if scaled and self.function.scale == 1.0:
+            self.function = replace(self.function, scale=first_scale(theirs))
+        while True:
+            mine = yield from _all_of(self.function, source, rows, most)
+            if finite(mine) or not self.lower_scale():
+                break
+        half, inputs = (mine, self.function.scale), self.call.inputs
+        self.precision_error = compared(self.totals, inputs, source, rows, half, theirs)
+
+    def lower_scale(self) -> bool:
+        """Lowers the scale of cotangents that half types cannot hold; False where it cannot be."""
+        scale = self.function.scale
+        if not self.strategy.precision.scaled or scale <= LEAST_SCALE:
+            return False
+        self.function = replace(self.function, scale=scale / LOWER)
+        return True
+
+    def prove(self) -> Generator[EvaluationRequest, Any, None]:
+        """Launches whose rows are proved apart, for evaluations whose own launches are captured."""
+        size, known = min(self.size, self.recipe.count * self.call.batch), self.independence
+        if known is None or size < 2:
+            return
+        item = torch.arange(size, device=self.call.device) % self.call.batch
+        rows = self.recipe.levels[0].to(self.call.device).rows(item, 0, size)
+        source = self._bound()
+        while not known.knows(size):
+            yield replace(_requested(self.function, source, rows), independence=known)
+
+    def trial(self, rows: int, arena: Arena) -> None:
+        item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        level, source = self.recipe.levels[0].to(self.call.device), self._bound()
+        with arena.launch():
+            self.function.gradients(source.write(level.rows(item, 0, rows)), item)
+
+    def _unfinished(self, active: Tensor) -> Tensor:
+        """The examples whose map or completeness is not yet within the tolerance."""
+        tolerance, outcome = self.recipe.tolerance or 0.0, self.outcome()
+        good, delta = outcome.error <= tolerance, outcome.delta
+        if delta is not None and self.baseline_scores is not None:
+            gain = (self.scores - self.baseline_scores).abs()
+            floor = 1e-6 * torch.maximum(self.scores.abs(), self.baseline_scores.abs())
+            good &= delta.abs() <= tolerance * torch.maximum(gain, floor)
+        self.converged = good.all(1)
+        return active[~self.converged[active]]
+
+    def outcome(self) -> Outcome:
+        estimate, shape, cost = self.totals.estimate(), self.scores.shape, None
+        error = estimate.error.view(shape)
+        if self.precision_error is not None:
+            # A variance is no mean of what its points give, and tells nothing of their size.
+            whole = norm_of(estimate.values).view(shape)
+            cost = self.precision_error.of(whole * (self.recipe.reduction != "variance"))
+        return Outcome(
+            tuple(one.view(*shape, *one.shape[1:]) for one in estimate.values),
+            self.scores.clone(),
+            self.baseline_scores,
+            estimate.sums.view(shape),
+            # Of the rule, and of the precision: errors add up at most.
+            error if cost is None else error + cost,
+            self.points.clone(),
+            self.converged,
+            self.classes,
+            cost,
+            0.0 if self.precision_error is None else self.precision_error.underflow,
+            ties=self.ties,
+        )
+
+
+def _requested(function: PointFunction, source: Source, rows: Rows) -> EvaluationRequest:
+    """The gradients of a table of rows."""
+
+    def write(own: slice) -> tuple[Inputs, Tensor]:
+        part = rows.part(own.start, own.stop)
+        return source.write(part), part.item
+
+    return EvaluationRequest(function, rows.item.numel(), write)
+
+
+def _all_of(
+    function: PointFunction, source: Source, rows: Rows, most: int
+) -> Generator[EvaluationRequest, Any, list[Inputs]]:
+    """The gradients of all rows, in launches of `most`."""
+    parts, start, count = list[list[Inputs]](), 0, rows.item.numel()
+    while start < count:
+        result = yield _requested(function, source, rows.part(start, min(start + most, count)))
+        parts.append(result.gradients)
+        start += len(result.scores)
+    if len(parts) == 1:
+        return parts[0]
+    return [tuple(map(torch.cat, zip(*one, strict=True))) for one in zip(*parts, strict=True)]
+
+
+class RoundsEvaluation(Evaluation):
+    """The evaluation of a method whose points follow from earlier results."""
+
+    recipe: RoundsRecipe
+    maps: Maps
+
+    def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
+        super().__init__(job, call, baselines, *about)
+        self.model = job.model
+
+    def steps(self, report: _Report) -> Steps:
+        """Evaluates one round after another, and reports every map on the way and the last."""
+        yield from self.score_ends()
+        call, scores = self.call, (self.scores, self.baseline_scores)
+        context = RoundContext(
+            *(call.inputs, self.baselines, *scores, self.size, call.features, call.layers),
+            *(self.model, call.layer_input, call.layouts),
+        )
+        rounds, result = self.recipe.rounds(context), None
+        of = self.recipe.count * call.batch
+        while True:
+            try:
+                step = next(rounds) if result is None else rounds.send(result)
+            except StopIteration as over:
+                self.maps = over.value
+                break
+            if isinstance(step, Maps):
+                self.maps, result = step, None
+                yield self._reported(report, maps=True)
+            else:
+                result = yield from self._round(step, report)
+        yield report(self, of, of)
+
+    def _reported(self, report: _Report, *, maps: bool) -> Progress:
+        of = self.recipe.count * self.call.batch
+        return report(self, min(int(self.points.sum()), of - 1), of, maps)
+
+    def _round(self, step: Round, report: _Report) -> Generator[Any, Any, RoundResult]:
+        """The results of a round, launch by launch."""
+        function, start, parts = self._function(step), 0, list[RoundResult]()
+        # What is not the plan's function does not keep rows apart.
+        mixed = self.strategy.row_by_row and function is not self.score_function
+        size = 1 if mixed else self._size(step, function)
+        gradients = not (step.taps is None and step.project is None and not step.gradients)
+        while start < step.item.numel():
+
+            def write(own: slice, start: int = start) -> tuple[Inputs, Tensor]:
+                part = slice(start + own.start, start + own.stop)
+                return step.write(step.item[part], step.place[part]), step.item[part]
+
+            count = min(size, self.size, step.item.numel() - start)
+            known = self.independence
+            request = EvaluationRequest(function, count, write, gradients, independence=known)
+            result = yield request
+            own = slice(start, start + len(result.scores))
+            item, start = step.item[own], own.stop
+            self._note(item, result)
+            scores, several = result.scores.double(), result.gradients
+            tapped = (several[1:], several[0]) if step.taps is not None else (several, ())
+            part = RoundResult(scores, *tapped)
+            del result, several, tapped
+            if step.each is None:
+                parts.append(part)
+            else:
+                step.each(own, part)
+            # Not beside the next launch.
+            del part
+            yield self._reported(report, maps=False)
+        return parts[0] if len(parts) == 1 else _joined(parts, self.scores)
+
+    def _size(self, step: Round, function: PointFunction) -> int:
+        """Points per launch of a round. What is not the plan's function may take more memory than
+        the plan knows of, and where that is scarce one point tells.
+        """
+        plan, config, rows = self.plan, self.config, min(self.size, step.item.numel())
+        room = plan.budget - plan.fixed_bytes
+        plenty = config.scarce * plan.launch_bytes <= room
+        if function is self.score_function or rows == 1 or plenty:
+            return self.size
+        item, meter = step.item[:1], MemoryMeter()
+        with same_draws(lambda: meter.drew, item.device), uncompiled(), meter:
+            gradients = function.again(
+                lambda: function.gradients(step.write(item, step.place[:1]), item)[2]
+            )
+        # What is found is added up before it is let go of, by products of its size.
+        held = sum(one.nbytes for several in gradients for one in several)
+        each = point_bytes(Cost(meter.peak, meter.largest), config)
+        return max(1, min(self.size, room // (each + held)))
+
+    def _note(self, item: Tensor, result: EvaluationResult) -> None:
+        if self.recipe.at_input and not bool(self.scores.isfinite().all()):
+            # The first round of such a recipe is at the inputs, and chooses the classes.
+            self.note_scores(item, result.scores, result.classes)
+            if self.classes is not None and bool(self.scores.isfinite().all()):
+                self.set_classes(self.classes)
+        self.points.index_add_(0, item, torch.ones_like(item))
+
+    def _function(self, step: Round) -> PointFunction:
+        """The model as a round wants it."""
+        targets, strategy = self.score_function.targets, self.strategy
+        if step.project is not None:
+            # By autograd: memory-efficient versions can be differentiated but once.
+            plain = Strategy(rules=strategy.rules).score_function(self.model, self.call)
+            plain = replace(plain, targets=targets, kind=(id(step),))
+            return Directional.of(plain, step.project)
+        if step.taps is None and step.rules is None:
+            return self.score_function
+        lean = strategy.program is not None or strategy.intercepted
+        executor: Executor = (InterceptedExecutor if lean else EagerExecutor)(self.model)
+        if step.rules is not None:
+            executor = RulesExecutor(self.model, step.rules)
+        function = replace(self.call.function(executor), targets=targets)
+        if step.taps is not None:
+            function = TappedFunction.of(function, step.taps, backward=step.gradients is not False)
+        # Equal to no other: such launches are a call's own.
+        return replace(function, kind=(id(function), id(step)))
+
+    def trial(self, rows: int, arena: Arena) -> None:
+        item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        with arena.launch():
+            # Inside, as launches write theirs: what is laid out holds them.
+            points = tuple(x[item] for x in self.call.inputs)
+            if self.recipe.second:
+                Directional.of(self.score_function, summed).gradients(points, item)
+            elif self.recipe.gradients and self.recipe.rules is None:
+                self.score_function.gradients(points, item)
+            else:
+                self.score_function.scores(points, item)
+
+    def outcome(self) -> Outcome:
+        maps, sums = self.maps, self.maps.sums
+        if sums is None:
+            sums = torch.stack([one.double().flatten(2).sum(2) for one in maps.values]).sum(0)
+        error = torch.zeros_like(self.scores) if maps.error is None else maps.error
+        scores, points = self.scores.clone(), self.points.clone()
+        about = (maps.values, scores, self.baseline_scores, sums, error, points, None)
+        return Outcome(*about, self.classes, extras=maps.extras)
+
+
+def _joined(parts: list[RoundResult], like: Tensor) -> RoundResult:
+    """The results of all launches in the order of their rows."""
+    if not parts:
+        return RoundResult(like.new_zeros((0, like.shape[1])))
+
+    def joined(several: Any) -> Inputs:
+        return tuple(torch.cat(one) for one in zip(*several, strict=True))
+
+    gradients = zip(*(one.grads for one in parts), strict=True)
+    return RoundResult(
+        torch.cat([one.scores for one in parts]),
+        [joined(one) for one in gradients],
+        joined([one.taps for one in parts]),
+    )

@@ -1,0 +1,593 @@
+"""Planner: from a bound call to a job, and to another job where a plan turns out not to hold."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from saliency_fast._types import Inputs
+from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, served
+from saliency_fast.engine.bind import Call, Model, Part, Region, is_finite, read_region
+from saliency_fast.engine.calibrate import (
+    Calibration,
+    Measurement,
+    calibrated,
+    in_precision,
+    sharing,
+)
+from saliency_fast.engine.captured import captured_steps, described
+from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.independence import (
+    SINGLE,
+    VMAP,
+    CalibrationCache,
+    Independence,
+    RowsMeetError,
+    meeting,
+    numbers,
+    scores_agree,
+)
+from saliency_fast.engine.loop import (
+    Evaluation,
+    Job,
+    PrecisionCostsError,
+    RoundsEvaluation,
+    SumEvaluation,
+    wait_for,
+)
+from saliency_fast.engine.memory import bytes_text, read_budget
+from saliency_fast.engine.plan import Limits, Plan, baselines_of, make_plan
+from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
+from saliency_fast.engine.strategies import Strategy
+from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError, warn
+from saliency_fast.graph.fingerprint import unchanging
+from saliency_fast.graph.intercept import NotLeanError
+from saliency_fast.graph.passes.half import (
+    AUTO,
+    FLOAT32,
+    OF_DEVICE,
+    PRECISIONS,
+    Precision,
+    read_precision,
+)
+from saliency_fast.graph.program import tensors_among
+from saliency_fast.model.failures import is_out_of_memory
+from saliency_fast.model.layers import Downstream
+from saliency_fast.model.preserve import same_draws
+from saliency_fast.rules.deeplift import Rescale
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """What made a job: its precision, why not another one, those that are left, limits and notes of
+    its plan, and the key of its calibration.
+    """
+
+    precision: Precision
+    reason: str | None
+    others: tuple[str, ...]
+    limits: Limits
+    notes: tuple[str, ...]
+    key: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes the jobs of one call, whatever their precision.
+
+    Args:
+        model, method, recipe, call, baselines, part: What is explained.
+        limits: What the user allows.
+        cache: Calibrations of the model.
+        config: Thresholds.
+        lean: Whether memory-efficient strategies are wanted.
+        alone: Whether launches are the call's own, or shared with other requests.
+        graphs: Whether launches may be captured.
+        used: By precision: what was found in this call, and its key; a call looks at its model
+            once.
+    """
+
+    model: Model
+    method: Method
+    recipe: Recipe
+    call: Call
+    baselines: list[Inputs]
+    part: Part | None
+    limits: Limits
+    cache: CalibrationCache
+    config: EngineConfig
+    lean: bool
+    alone: bool
+    graphs: bool
+    used: dict[str, tuple[tuple[object, ...], Calibration]] = field(default_factory=dict)
+    _warned: list[bool] = field(default_factory=list)
+    _seen: dict[int, tuple[object, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def _key(self) -> tuple[object, ...]:
+        call, recipe = self.call, self.recipe
+        # The prefix differs between methods whose points lie on lines and others.
+        measured = recipe.measured
+        prefixed = measured.prefixed(self.config.prefix_from)
+        kind = (measured.family.straight, prefixed, recipe.gradients, repr(recipe.rules))
+        return call.shapes, call.targets.count, self.lean, self.alone, kind, call.settings
+
+    @cached_property
+    def _point(self) -> Measurement:
+        measured = self.recipe.measured
+        return Measurement(self.model, self.call, self.baselines[0], measured, self.config)
+
+    def calibration(self, precision: Precision) -> Calibration:
+        """What is known of a point, or is measured now."""
+        if precision.name not in self.used:
+            # Of the model as the call found it, also where the call begins anew.
+            with unchanging(self._seen):
+                self.used[precision.name] = self._calibrated(precision)
+        return self.used[precision.name][1]
+
+    def _keep(
+        self, key: tuple[object, ...], precision: Precision, calibration: Calibration
+    ) -> Calibration:
+        # Arguments that are new in every call must not pile up.
+        while len(self.cache) >= self.config.most_known:
+            self.cache.pop(next(iter(self.cache)))
+        self.cache[key] = calibration
+        self.used[precision.name] = key, calibration
+        return calibration
+
+    def _calibrated(self, precision: Precision) -> tuple[tuple[object, ...], Calibration]:
+        key = (*self._key, precision.name)
+        calibration = self._found(key, precision, self._point)
+        if (read := self._reads(calibration)) is None:
+            return key, calibration
+        # Further arguments by which the model's Python goes another way; where there are many such
+        # ways, or examples go several of them, no program serves.
+        key, kinds = (*key, read), sum(one[: len(key)] == key for one in self.cache)
+        if kinds < self.config.most_read:
+            calibration = self._found(key, precision, self._point)
+            if self._reads(calibration) is None:
+                return key, calibration
+        else:
+            key = (*key[:-1], "others")
+        return key, self._found(key, precision, replace(self._point, programs=False))
+
+    def _found(
+        self, key: tuple[object, ...], precision: Precision, point: Measurement
+    ) -> Calibration:
+        calibration = self.cache.get(key)
+        if calibration is not None and (point.programs or calibration.strategy.program is None):
+            if calibration.holds(self.model, self.call):
+                return calibration
+            if (again := calibration.renewed(point)) is not None:
+                return self._keep(key, precision, again)
+            # Another model than the one whose rows were proved.
+            self.cache.rows.clear()
+        if precision.exact:
+            budget = read_budget(self.limits.memory_budget, self.call.device)
+            calibration = calibrated(point, lean=self.lean, budget=budget)
+            calibration = calibration if self.alone else sharing(calibration, point)
+        else:
+            calibration = in_precision(self.calibration(FLOAT32), precision, point)
+        return self._keep(key, precision, calibration)
+
+    def _reads(self, calibration: Calibration) -> tuple[object, ...] | None:
+        """What the model's Python reads of each example's further arguments, and of all; None where
+        that is what it read when it was recorded.
+        """
+        program = calibration.strategy.program
+        if program is None or not program.reads:
+            return None
+        function = calibration.strategy.score_function(self.model, self.call)
+        everyone, values, same = range(self.call.batch), list[object](), True
+        for rows in (*([one] for one in everyone), list(everyone)):
+            item = torch.tensor(rows, device=self.call.device)
+            for read, value in program.reading(tensors_among(*function.rows(item)), len(rows)):
+                values.append((type(value), repr(value)))
+                same = same and read.holds(value)
+        return None if same else tuple(values)
+
+    def independence(self, calibration: Calibration) -> Independence:
+        """What is known of the model's rows."""
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        key = (self.call.shapes, self.call.reading, *map(id, modules))
+        several, suspect = self.cache.rows, calibration.suspect
+        while len(several) >= self.config.most_known:
+            several.pop(next(iter(several)))
+        rows = several.get(key)
+        if rows is None:
+            rows = several.setdefault(key, Independence(suspect))
+        by_function = self.call.targets.function is not None
+        rows.renew(suspect, draws=calibration.cost.drew, by_function=by_function)
+        if suspect is not None and suspect.arguments and rows.apart is None:
+            # Which way Python goes depends on the examples of a launch, not on its points.
+            how = self._differing(self.call.batch, rows) if self.call.batch > 1 else None
+            if how is not None:
+                rows.meet(how)
+        return rows
+
+    def job(
+        self,
+        precision: Precision,
+        reason: str | None = None,
+        others: Sequence[str] = (),
+        limit: float = math.inf,
+    ) -> Job:
+        """A job by the first strategy that memory affords.
+
+        reason: why not in another precision. others: precisions that may take this one's place,
+        where it costs a map more than `limit`.
+        """
+        calibration, key = self.calibration(precision), self.used[precision.name][0]
+        rows, limits, notes = self.independence(calibration), self.limits, list[str]()
+        if reason is not None:
+            notes.append(f"precision: {reason}")
+        if rows.apart is not None:
+            # Rules and what looks inside of the model do not go with vmap.
+            recipe = self.recipe
+            inside = self.call.layers or isinstance(self.model, Downstream) or self.call.halves
+            plain = not (inside or recipe.second or recipe.rules is not None)
+            vmapped = rows.apart == VMAP and plain and precision.exact
+            how = f"by {VMAP}" if vmapped else SINGLE
+            notes.append(f"rows may depend on each other ({rows.reason}): each is run alone, {how}")
+            if vmapped:
+                calibration = calibration.row_by_row()
+            else:
+                limits = replace(limits, points_per_launch=1)
+            self._warn_of_dependence(self.call.batch, rows)
+        rules = self.recipe.rules
+        # Captum's version takes the whole batch and its baselines through the model as they are.
+        if isinstance(rules, Rescale) and not rules.captum:
+            self._need_pairs(rows)
+        attempt = _Attempt(precision, reason, tuple(others), limits, tuple(notes), key)
+        job = self._fitting(calibration, attempt, rows)
+        job = replace(job, limit=limit if others else math.inf)
+        if job.plan.points_per_launch == 1 and rows.compare_once():
+            # No launch will tell. Two of them, since memory may be why there is one.
+            self._warn_of_dependence(2, rows)
+        return job
+
+    def _fitting(self, calibration: Calibration, attempt: _Attempt, rows: Independence) -> Job:
+        """A job by what was calibrated or the first smaller strategy whose plan fits in memory;
+        raises BudgetError where there is none.
+        """
+        budget = read_budget(self.limits.memory_budget, self.call.device)
+        shapes, refusal, last = replace(self._point, on_meta=True), None, None
+        smaller = calibration.strategy.smaller(budget, self.call.device, self.config)
+        for strategy in itertools.chain([None], smaller):
+            try:
+                one = calibration
+                if strategy is not None:
+                    one = calibration.smaller(strategy, shapes.by(strategy).cost)
+                plan = self._plan(one, attempt)
+            except NotLeanError:
+                continue
+            except BudgetError as error:
+                refusal = refusal or error
+                continue
+            try:
+                return self._traced(one, plan, attempt, rows)
+            except BudgetError as error:
+                # Its launches take more than its tensors told.
+                last = error
+        final = last or refusal
+        assert final is not None
+        raise final
+
+    def _plan(
+        self, calibration: Calibration, attempt: _Attempt, launches: LaunchMemory | None = None
+    ) -> Plan:
+        about = (self.method, self.recipe, self.call, self.baselines)
+        plan = make_plan(*about, calibration, attempt.limits, self.config, launches)
+        return replace(plan, notes=(*plan.notes, *attempt.notes))
+
+    def _traced(
+        self, calibration: Calibration, plan: Plan, attempt: _Attempt, rows: Independence
+    ) -> Job:
+        """A job whose launches are traced, once for all calls."""
+        part, strategy = self.part, replace(calibration.strategy)
+        if part is not None and part.first:
+            strategy = replace(strategy.within(part.box, self.config.region_share))
+        job = Job(
+            self.model,
+            self.method,
+            self.call,
+            self.recipe,
+            self.baselines,
+            part,
+            strategy,
+            plan,
+            launches=None,
+            calibration=calibration,
+            independence=rows,
+            config=self.config,
+            replan=partial(self._replanned, attempt),
+            capture=captured_steps if self.graphs else None,
+        )
+        # Tiles are laid out by a budget of their own.
+        if strategy.tiled is not None:
+            return job
+        if job.key not in calibration.launches:
+            calibration.launches[job.key] = launches_of(job)
+        launches = calibration.launches[job.key]
+        if launches is None:
+            return job
+        return replace(job, plan=self._plan(calibration, attempt, launches), launches=launches)
+
+    def fastest(self, limit: float) -> Job:
+        """A job in the fastest precision whose maps are off by `limit` at most."""
+        exact = self.calibration(FLOAT32)
+        if not exact.order:
+            exact.order.extend(self._order())
+        return self.job(PRECISIONS[exact.order[0]], None, exact.order[1:], limit)
+
+    def _order(self) -> list[str]:
+        """Precisions that are faster than float32 here, the fastest first, and float32."""
+        seconds = {}
+        for name in OF_DEVICE.get(self.call.device.type, (FLOAT32.name,)):
+            with suppress(ModelError, BudgetError):
+                plan = timed(self.job(PRECISIONS[name])).plan
+                seconds[name] = plan.seconds_per_point or math.inf
+        least = self.config.faster * seconds.get(FLOAT32.name, math.inf)
+        faster = [name for name, each in seconds.items() if each <= least]
+        others = sorted((one for one in faster if one != FLOAT32.name), key=lambda n: seconds[n])
+        return [*others, FLOAT32.name]
+
+    def _replanned(self, attempt: _Attempt, job: Job, error: Exception) -> Job:
+        """The job that begins again after an error; raises the error where no other plan helps."""
+        others, rows, strategy = attempt.others, job.independence, job.strategy
+        if isinstance(error, PrecisionCostsError):
+            return self.job(PRECISIONS[others[0]], str(error), others[1:], job.limit)
+        lean = strategy.program is not None or strategy.intercepted
+        if isinstance(error, NotLeanError) and lean:
+            why = f"given up in a launch: {error}"
+            calibration = self._keep(
+                attempt.key, attempt.precision, job.calibration.by_autograd(why)
+            )
+            self.independence(calibration)
+            plan, strategy = self._plan(calibration, attempt), calibration.strategy
+            return replace(
+                job, calibration=calibration, plan=plan, strategy=strategy, launches=None
+            )
+        if is_out_of_memory(error):
+            return _halved(job, error)
+        # Not all that models do runs under vmap; what is wrong otherwise shows again.
+        met = isinstance(error, RowsMeetError)
+        if not (met or strategy.row_by_row):
+            raise error
+        rows.meet(str(error) if met else rows.reason, vmapped=strategy.row_by_row)
+        return self.job(attempt.precision, attempt.reason, others, job.limit)
+
+    def _need_pairs(self, rows: Independence) -> None:
+        """Raises ModelError where an example and its reference, which rules take through the model
+        together, depend on each other.
+        """
+        number, reason = self.call.batch // 2, None
+        if not rows.paired:
+            item = torch.tensor([number, number], device=self.call.device)
+            parts = zip(self.call.inputs, self.baselines[0], strict=True)
+            points = tuple(torch.cat([x[item[:1]], b[item[:1] % len(b)]]) for x, b in parts)
+            function = Strategy().score_function(self.model, self.call)
+            with same_draws(lambda: rows.draws, self.call.device):
+                reason = meeting(function, points, item, extremes=rows.suspect is not None)
+            rows.pair(reason)
+        if not rows.paired:
+            raise ModelError(
+                f"{self.method.name} takes each example through the model together with its "
+                f"reference, and the model lets rows depend on each other ({reason}): its rules "
+                "would compare something else than this example and this reference; use "
+                "'integrated_gradients', or a model without what joins its rows"
+            )
+
+    def _warn_of_dependence(self, examples: int, rows: Independence) -> None:
+        """Warns, once, where one of the first so many examples of the call scores together with
+        them something else than alone.
+        """
+        if self._warned or self.call.batch == 1:
+            return
+        self._warned.append(True)
+        if (how := self._differing(examples, rows)) is not None:
+            warn(
+                f"the examples of this call depend on each other: {how}. Each is explained as it "
+                "is alone; where the rows are parts of one input, such as the nodes of a graph, "
+                "use rows='together'"
+            )
+
+    def _differing(self, examples: int, rows: Independence) -> str | None:
+        """How one of the first so many examples scores together with them something else than
+        alone; None where none does.
+        """
+        with same_draws(lambda: rows.draws, self.call.device):
+            return self._compared(examples)
+
+    def _compared(self, examples: int) -> str | None:
+        call, function = self.call, Strategy().score_function(self.model, self.call)
+        everyone = torch.arange(min(call.batch, examples), device=call.device)
+        try:
+            together, scale = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
+        except (RuntimeError, MemoryError) as error:
+            # A model that takes one row at a time has no score of all to tell of.
+            if isinstance(error, ModelError) or is_out_of_memory(error):
+                return None
+            raise
+        for number in range(len(everyone)):
+            one = everyone[number : number + 1]
+            alone, _ = function.judged(tuple(x[one] for x in call.inputs), one)
+            if scores_agree(together[number], alone[0], scale, function):
+                continue
+            again, _ = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
+            # A model that draws random numbers scores everything anew.
+            if scores_agree(again[number], together[number], scale, function):
+                return (
+                    f"example {number} scores {numbers(alone[0])} alone and "
+                    f"{numbers(together[number])} in a batch of {len(everyone)}"
+                )
+            return None
+        return None
+
+
+def _halved(job: Job, error: Exception) -> Job:
+    """The job with launches of half the size, out of memory."""
+    plan = job.plan
+    if plan.points_per_launch == 1:
+        raise BudgetError(
+            f"one point alone does not fit in memory: the plan expected "
+            f"{bytes_text(plan.bytes_per_point)} a point; explain fewer examples or a "
+            f"smaller input at once ({error})"
+        ) from error
+    if job.call.device.type == "cuda":
+        # The failed launch lives on in the frames that the error holds.
+        traceback.clear_frames(error.__traceback__)
+        torch.cuda.empty_cache()
+    size = (plan.points_per_launch + 1) // 2
+    note = f"out of memory: launches have {size} points instead of {plan.points_per_launch}"
+    each = plan.bytes_per_point
+    plan = replace(
+        plan,
+        points_per_launch=size,
+        launch_bytes=size * each,
+        halvings=plan.halvings + 1,
+        notes=(*plan.notes, note),
+    )
+    return replace(job, plan=plan)
+
+
+def prepare(
+    model: Model,
+    method: Method,
+    recipe: Recipe,
+    call: Call,
+    baseline: Any,
+    region: Region,
+    limits: Limits,
+    cache: CalibrationCache,
+    config: EngineConfig,
+    *,
+    lean: bool,
+    precision: str = FLOAT32.name,
+    tolerance: float | None = None,
+    alone: bool = True,
+    graphs: bool = True,
+) -> Job:
+    """Measures what is not known yet, and plans; raises BudgetError where one point does not fit.
+
+    tolerance: what precision "auto" may cost a map; half of the method's own unless given. alone:
+    its launches are its own. graphs: they may be captured.
+    """
+    recipe = recipe.of(call.inputs, call.features, call.layouts)
+    part, baselines = read_region(region, call), baselines_of(call, recipe, baseline)
+    if recipe.scores_alone and lean:
+        # What our versions of a call make of NaN need not be what the model makes of it.
+        lean = call.finite and all(is_finite(one) for several in baselines for one in several)
+    about = (model, method, recipe, call, baselines, part, limits, cache, config)
+    planner = Planner(*about, lean, alone, graphs)
+    if call.halves:
+        _need_alike(model, call.dtypes)
+    other = next((one for one in call.dtypes if one != torch.float32), None)
+    if not isinstance(recipe, WeightedSum) or recipe.rules is not None:
+        if precision not in (AUTO, FLOAT32.name):
+            raise InputError(
+                f"precision={precision!r} is for sums of gradients, whose error can be measured: "
+                f"got the method {method.name}; use precision='float32'"
+            )
+        return planner.job(FLOAT32)
+    if precision == AUTO:
+        if other is not None:
+            return planner.job(FLOAT32)
+        if tolerance is None:
+            half = None if recipe.tolerance is None else recipe.tolerance / 2
+            tolerance = config.precision_tolerance if half is None else half
+        return planner.fastest(tolerance)
+    if other is not None and precision != FLOAT32.name:
+        kind = str(other).removeprefix("torch.")
+        raise InputError(
+            f"precision={precision!r} is for float32 inputs: got {kind}; use .float() on inputs "
+            f"and model, or precision='float32', which keeps {kind} as it is"
+        )
+    return planner.job(read_precision(precision, call.device))
+
+
+def _need_alike(model: Model, dtypes: Sequence[torch.dtype]) -> None:
+    """Raises InputTypeError where inputs are in a half type and none of the weights are."""
+    weights = model.parameters() if isinstance(model, nn.Module) else ()
+    kinds = {one.dtype for one in weights if one.is_floating_point()}
+    if kinds and kinds.isdisjoint(dtypes):
+        given, own = [str(one).removeprefix("torch.") for one in (dtypes[0], min(kinds, key=str))]
+        raise InputTypeError(
+            f"the input must have the type of the model's weights: got {given}, the weights are "
+            f"{own}; use .float(), and precision= for the model's arithmetic"
+        )
+
+
+def timed(job: Job) -> Job:
+    """The job, whose plan tells what a point takes: in an earlier call, else measured."""
+    seconds = job.calibration.seconds
+    if job.key not in seconds:
+        if job.strategy.tiled is not None:
+            # To try a single tile tells nothing, and to try them all is the call itself.
+            return job
+        each = _seconds_per_point(job)
+        if each is None:
+            return job
+        seconds[job.key] = each
+    return replace(job, plan=replace(job.plan, seconds_per_point=seconds[job.key]))
+
+
+def shown(job: Job, graphs: bool, layout: str) -> Plan:
+    """The plan of a job for people, with times, captures and layout."""
+    return replace(timed(job).plan, graphs=described(job, wanted=graphs), layout=layout)
+
+
+def launches_of(job: Job) -> LaunchMemory | None:
+    """What launches up to the plan's size take; None where that cannot be told, or is little."""
+    plan, device = job.plan, job.call.device
+    if plan.launch_bytes < job.config.traced_from or not served(device):
+        return None
+    # One row often goes another way through PyTorch; from two on pieces grow evenly.
+    sizes = (2, 3) if plan.points_per_launch > 3 else (plan.points_per_launch,)
+    evaluation, traces = _trial(job), dict[int, Trace]()
+    for rows in sizes:
+        arena = Arena(device, LEAST_TRACED, plan.launch_bytes)
+        try:
+            # Whatever goes wrong here goes wrong in a launch again, and is told there.
+            with suppress(Exception), same_draws(lambda: job.calibration.cost.drew, device):
+                evaluation.trial(rows, arena)
+                trace = arena.trace()
+                traces |= {} if trace is None else {rows: trace}
+        finally:
+            arena.close()
+    memory = LaunchMemory(traces)
+    return memory if len(traces) == len(sizes) and memory.consistent else None
+
+
+def _seconds_per_point(job: Job) -> float | None:
+    """What a point takes in a launch of the plan's size, about."""
+    device, config = job.call.device, job.config
+    rows, seconds = min(job.plan.points_per_launch, config.timed_rows), None
+    evaluation, arena = _trial(job), Arena(device, about=job.plan.launch_bytes)
+    try:
+        with suppress(Exception), same_draws(lambda: job.calibration.cost.drew, device):
+            for _ in range(2):
+                started = time.perf_counter()
+                evaluation.trial(rows, arena)
+                wait_for(device)
+                seconds = time.perf_counter() - started
+                if seconds > config.long_seconds:
+                    break
+    finally:
+        arena.close()
+    return None if seconds is None else seconds / rows
+
+
+def _trial(job: Job) -> Evaluation:
+    kind = SumEvaluation if isinstance(job.recipe, WeightedSum) else RoundsEvaluation
+    return kind(job, job.call, job.baselines[0])

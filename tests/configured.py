@@ -1,0 +1,19 @@
+"""Engines under other thresholds than the default ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from saliency_fast.engine import config
+
+ALWAYS_LEAN = {"lean_from": 0, "exact_dtypes": frozenset()}
+"""Memory-efficient also where points are so small that it does not pay, and in float64, whose
+rounding tells wrong gradients from right ones."""
+
+
+def configure(patch: pytest.MonkeyPatch, **thresholds: Any) -> None:
+    """Sets thresholds of all engines that are made while `patch` holds."""
+    patch.setattr(config, "DEFAULT", replace(config.DEFAULT, **thresholds))
