@@ -324,10 +324,14 @@ def test_the_whole_model_is_unchanged() -> None:
 class Remembering(nn.Module):
     """What it says depends on what it was asked before."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, *, without: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.kind, self.calls = kind, 0
+        if without:
+            # As layers without a bias, or statistics, have them.
+            self.register_parameter("bias", None)
+            self.register_buffer("variance", None)
         self.first, self.last = nn.Linear(4, 6).double(), nn.Linear(6, 3).double()
         self.register_buffer("mean", torch.zeros(6, dtype=torch.float64))
         self.register_buffer("bank", torch.ones(4, 6, dtype=torch.float64))
@@ -356,8 +360,11 @@ class Remembering(nn.Module):
 @pytest.mark.parametrize("kind", ["average", "bank", "hidden", "counter"])
 @pytest.mark.parametrize("size", [None, 1, 3])
 @pytest.mark.parametrize("lean", [True, False])
-def test_every_point_finds_the_state_of_the_call(kind: str, size: int | None, lean: bool) -> None:
-    model = Remembering(kind).eval()
+@pytest.mark.parametrize("without", [True, False])
+def test_every_point_finds_the_state_of_the_call(
+    kind: str, size: int | None, lean: bool, without: bool
+) -> None:
+    model = Remembering(kind, without=without).eval()
     with torch.no_grad():
         model(torch.ones(1, 4, dtype=torch.float64))
     start = copy.deepcopy(model)

@@ -302,21 +302,20 @@ class _Snapshot:
         self.transient = own[TRANSIENT].copy()
         self.containers: list[_Container] = []
         parameters, buffers, _ = self.tables
-        self.names, self.tensors = [*parameters, *buffers], [*parameters.values()]
-        self.tensors += buffers.values()
+        # A layer without a bias has a parameter that is None.
+        held = {n: t for n, t in (parameters | buffers).items() if t is not None}
+        self.names, self.tensors = list(held), list(held.values())
         if len(own) > len(_BASE):
             for name, value in own.items():
                 if type(value) not in _PLAIN and name not in _BASE:
                     self._gather(name, value, set())
-        try:
-            self.versions = list(map(version_of, self.tensors))
-        except (RuntimeError, AttributeError):
-            # Inference tensors count no writes, and take none outside of their mode.
+        if any(tensor.is_inference() for tensor in self.tensors):
+            # They count no writes, and take none outside of their mode.
             self.inference = True
             pairs = zip(self.names, self.tensors, strict=True)
-            counted = [(n, t) for n, t in pairs if isinstance(t, Tensor) and not t.is_inference()]
+            counted = [(n, t) for n, t in pairs if not t.is_inference()]
             self.names, self.tensors = [n for n, _ in counted], [t for _, t in counted]
-            self.versions = list(map(version_of, self.tensors))
+        self.versions = list(map(version_of, self.tensors))
         self.copies = self._copied(parameters, room)
 
     def _gather(self, name: str, value: Any, seen: set[int]) -> None:
