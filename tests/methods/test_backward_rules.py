@@ -20,9 +20,9 @@ from saliency_fast.engine.way import Way
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import make_method
 from saliency_fast.rules import Guided
-from tests.rules.ruled import Functional, Row, network, points
 from tests.models import Multimodal, make, randn
 from tests.naive import relative_l2
+from tests.rules.ruled import Functional, Row, network, points
 
 EXACT = 1e-10
 PEERS: list[tuple[Any, Any]] = [
