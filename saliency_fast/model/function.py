@@ -29,7 +29,7 @@ from saliency_fast.model.attention import probabilities
 from saliency_fast.model.executors import Executor
 from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
 from saliency_fast.model.layers import Taps
-from saliency_fast.model.targets import Targets, read_of
+from saliency_fast.model.targets import Targets, read_of, tolerance
 
 Made = TypeVar("Made")
 ScoresExecutor = tuple[Tensor, Tensor | None, list[Inputs]]
@@ -43,9 +43,6 @@ NO_GRADIENT = (
     f"{CUTS} inside it, or take a method that asks for scores alone, such as sf.Occlusion. "
     f"{OF_LAYERS}"
 )
-CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Relative difference up to which two outputs of the same row are the same, to rounding."""
-CLOSE_IN_HALF = 1e-2
 
 
 class _Enter(torch.autograd.Function):
@@ -142,7 +139,8 @@ class PointFunction:
         with torch.no_grad(), arithmetic(self.precision, item.device):
             raw = self._run(self.taken(self._behind_prefix(points, item)), item)
             scores, _ = self.read(raw, item)
-            outputs = [scores, *(one for one in (read_of(raw),) if one is not None)]
+            output = read_of(raw)
+            outputs = [scores] if output is None else [scores, output]
             finite = [one.detach().float().nan_to_num(0.0, 0.0, 0.0) for one in outputs]
             return scores, max(float(one.abs().max()) for one in finite if one.numel())
 
@@ -238,7 +236,7 @@ class PointFunction:
             two = self.route(twice, *self.rows(torch.cat([item, item])))
             if not isinstance(two, Tensor) or two.shape != (2, *raw.shape):
                 return False
-            close = CLOSE.get(raw.dtype, CLOSE_IN_HALF)
+            close = tolerance(raw.dtype)
             both = raw.expand_as(two)
             return raw.is_meta or torch.allclose(two, both, close, close, equal_nan=True)
         return False

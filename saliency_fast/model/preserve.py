@@ -184,8 +184,9 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
     try:
         yield bool(held)
     finally:
-        for module in held:
-            _MODES.release(module, partial(_train, module))
+        with _MODES.lock:
+            for module in held:
+                _MODES.release(module, partial(_train, module))
 
 
 def _train(module: nn.Module, _: None) -> None:
@@ -530,8 +531,9 @@ def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
         yield
     finally:
         _LOCAL.holds.remove(hold)
-        for one in held:
-            _SNAPSHOTS.release(one.module, restore)
+        with _SNAPSHOTS.lock:
+            for one in held:
+                _SNAPSHOTS.release(one.module, restore)
         if lost:
             _warn_of_lost(held, lost)
 

@@ -22,9 +22,6 @@ from saliency_fast.model.failures import BY_ARGUMENT, BY_EXAMPLE, TARGET, Failin
 PREDICTED = "predicted"
 NAME, POSITION = "example", "position"
 """How a target function takes the indices of the rows' examples."""
-CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Relative difference up to which scores of equal rows are equal, to rounding."""
-CLOSE_IN_HALF = 1e-2
 REAL = ("decoder_attention_mask", "attention_mask")
 """Arguments [B, T] that are true, or 1, at a text's own tokens."""
 ABSENT = ("key_padding_mask", "src_key_padding_mask")
@@ -63,8 +60,12 @@ class NextToken:
         InputTypeError: If mask is no tensor.
 
     Example:
-        >>> NextToken(token=7, position=-2)
-        NextToken(token=7, position=-2, mask=None)
+        >>> import torch
+        >>> import saliency_fast as sf
+        >>> model, ids = torch.nn.Embedding(9, 9), torch.tensor([[1, 2, 4]])
+        >>> found = sf.explain(model, ids, target=sf.NextToken(7), method="feature_ablation")
+        >>> found.values.shape
+        torch.Size([1, 3])
     """
 
     token: Any = PREDICTED
@@ -411,14 +412,18 @@ class Targets:
             all_of = self._call(raw[:1].expand(many).clone(), item[:1].expand(self.batch))
         if raw.is_meta:
             return
-        close = CLOSE.get(one.dtype, CLOSE_IN_HALF)
-        size = close * max(float(one.abs().max()), float(raw[0].abs().max()))
+        size = tolerance(one.dtype) * max(float(one.abs().max()), float(raw[0].abs().max()))
         if not torch.allclose(all_of, one.expand_as(all_of), 0.0, size, equal_nan=True):
             raise InputError(
                 "target: the function scores equal rows of the output differently: "
                 f"{all_of.flatten()[:4].tolist()}. Rows are points made of the examples in any "
                 f"order and number; {BY_EXAMPLE}"
             )
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative difference up to which outputs of equal rows are equal, to rounding."""
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 1e-2)
 
 
 def read_of(raw: Any) -> Tensor | None:

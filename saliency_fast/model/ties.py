@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -113,18 +112,10 @@ def _windows(axes: int) -> Callable[..., Counts]:
         pads: list[int] = []
         for size, (out, k, s, p, d) in zip(x.shape[-axes:], parts, strict=True):
             pads[:0] = [p, max(0, (out - 1) * s + d * (k - 1) + 1 - p - size)]
-        padded = functional.pad(x, pads, value=-math.inf)
-        near = torch.zeros(y.shape, dtype=torch.int16, device=y.device)
-        equal = torch.zeros_like(near)
-        for place in itertools.product(*map(range, kernel)):
-            axis = zip(place, parts, strict=True)
-            spans: tuple[Any, ...] = tuple(
-                slice(n * d, n * d + (out - 1) * s + 1, s) for n, (out, _, s, _, d) in axis
-            )
-            close, same = _near(padded[(..., *spans)], y)
-            near += close
-            equal += same
-        return near, equal
+        windows = functional.pad(x, pads, value=-math.inf)
+        for axis, (out, k, s, _pad, d) in enumerate(parts, x.dim() - axes):
+            windows = windows.unfold(axis, d * (k - 1) + 1, s).narrow(axis, 0, out)[..., ::d]
+        return _along(windows, y, tuple(range(x.dim(), windows.dim())))
 
     return look
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -59,12 +60,9 @@ class Ruling(Calls):
         self.name, self.table = name, table
         self.met = self.rows = 0
 
-    def __torch_function__(
-        self, func: Func, types: Any, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Any:
-        if func in _WHOLE:
-            return self.call(func, args, kwargs or {})
-        return super().__torch_function__(func, types, args, kwargs)
+    def opens(self, func: FunctionType) -> bool:
+        """Whether a Python function is seen by the calls that it makes."""
+        return func not in _WHOLE and super().opens(func)
 
     def call(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
         if func in INNER_GRADIENTS:
