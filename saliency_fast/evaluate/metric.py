@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.errors import InputError
+from saliency_fast.errors import InputError, warn
 from saliency_fast.evaluate.inputs import (
     Explainer,
     Model,
@@ -144,6 +144,11 @@ class Metric:
             parameters=parameters | dict(outcome.parameters),
             caveats=caveats + outcome.caveats,
         )
+
+    def judge(self, data: Subject) -> Outcome:
+        """Deprecated alias of `evaluate`."""
+        warn("Metric.judge is deprecated: use Metric.evaluate", DeprecationWarning)
+        return self.evaluate(data)
 
     def missing(self, data: Subject) -> str | None:
         """The first thing that the metric needs and the evaluation input lacks."""

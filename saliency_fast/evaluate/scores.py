@@ -96,10 +96,10 @@ class Running:
         return changed if axes is None else replace(changed, axes=axes)
 
     def map(self, engine: Engine, x: Tensor, target: Any, baseline: Any = None) -> Tensor:
-        """The map of inputs [B, *] by an engine, channels first; of several targets [B, T, *]."""
+        """The map of inputs [B, *] by an engine, in the model's layout."""
         values = engine(self.cast(x), target, baseline, **self.arguments()).values
         assert isinstance(values, Tensor)
-        return values if values.dim() > x.dim() else self.standard(values)
+        return values
 
     def arguments(self) -> dict[str, Any]:
         """The model's further arguments, as an engine's call takes them."""

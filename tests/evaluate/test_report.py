@@ -12,7 +12,8 @@ from torch import nn
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate import Deletion, Insertion, bootstrap
+from saliency_fast.evaluate import Deletion, Insertion, Sparseness, bootstrap
+from saliency_fast.evaluate.inputs import read_subject
 from saliency_fast.evaluate.metric import (
     ENTRIES,
     METRICS,
@@ -288,6 +289,14 @@ def test_a_suite_passes_options_to_the_metrics_that_have_them():
 def test_wrong_suites(options, text):
     with pytest.raises(InputError, match=text):
         Suite(**options)
+
+
+def test_the_old_name_of_evaluate_warns():
+    maps = torch.rand(2, 5)
+    data = read_subject(None, maps, maps)
+    with pytest.deprecated_call(match=r"use Metric\.evaluate"):
+        old = Sparseness().judge(data)
+    assert torch.equal(old.values, Sparseness().evaluate(data).values)
 
 
 @pytest.mark.parametrize("name", list(ENTRIES))

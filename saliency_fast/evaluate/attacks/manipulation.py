@@ -221,7 +221,8 @@ class _Search:
         return self._gradient(self.data.inputs)
 
     def _gradient(self, x: Tensor) -> Tensor:
-        return position_sums(self.data.running.map(self.gradient, x, self.data.classes))
+        running = self.data.running
+        return position_sums(running.standard(running.map(self.gradient, x, self.data.classes)))
 
     def _descent(self, x: Tensor, maps: Tensor, recipe: WeightedSum | None, step: int) -> Tensor:
         """The gradient of the maps' correlation with those before, at x."""
@@ -234,7 +235,7 @@ class _Search:
         steering = Steering(recipe, direction, self.how.points, step, self.how.softplus)
         engine = running.engine(self.model, steering)
         baseline = None if recipe.baseline == "none" else self.data.model_baseline
-        return running.map(engine, x, self.data.classes, baseline)
+        return running.standard(running.map(engine, x, self.data.classes, baseline))
 
 
 def _over(rows: Tensor, like: Tensor) -> Tensor:
