@@ -23,8 +23,7 @@ from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.outputs import map_tensors, tensors_of
 from saliency_fast.model.layout import LayoutLike, Layouts
 from saliency_fast.model.targets import Reader, Target, Targets, tensor_of
-from saliency_fast.record import describe_baseline
-from saliency_fast.specs import describe_target
+from saliency_fast.record import describe_baseline, describe_target
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from saliency_fast.evaluate.scores import Running, Scorer, Scores, one_target
 from saliency_fast.methods import make_method, read_method
 from saliency_fast.model.layout import Axes, LayoutLike, Layouts
 from saliency_fast.model.targets import PREDICTED, Target
-from saliency_fast.specs import restore_baseline
+from saliency_fast.record import restore_baseline
 
 Model = Callable[..., Any]
 Explainer = Method | str | Callable[[Model, Tensor, Target], Tensor]

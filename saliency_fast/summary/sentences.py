@@ -15,7 +15,7 @@ from saliency_fast.evaluate.scores import Running
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import Target
-from saliency_fast.specs import restore_target
+from saliency_fast.record import restore_target
 from saliency_fast.summary.evidence_text import Cited, EvidenceText
 from saliency_fast.summary.facts import Facts, facts_of
 from saliency_fast.summary.grouping import COMPONENTS

@@ -17,7 +17,7 @@ from saliency_fast.methods import read_method
 from saliency_fast.model.layers import Lookup, lookups, names_of
 from saliency_fast.model.preserve import preserve_model_state
 from saliency_fast.model.targets import PREDICTED, NextToken, Target
-from saliency_fast.specs import restore_target
+from saliency_fast.record import restore_target
 from saliency_fast.tokens.attention import AttentionColumns
 from saliency_fast.tokens.encoding import Encoded, Text, baseline_id, encode, id_of
 from saliency_fast.tokens.result import TokenAttribution

@@ -35,8 +35,7 @@ from saliency_fast.evaluate.scores import Running
 from saliency_fast.methods import read_method
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import PREDICTED, Target, read_targets
-from saliency_fast.record import tensor_sha256, weights_sha256
-from saliency_fast.specs import describe_target
+from saliency_fast.record import describe_target, tensor_sha256, weights_sha256
 from saliency_fast.version import __version__
 
 if TYPE_CHECKING:
