@@ -153,6 +153,13 @@ def test_fewer_samples_than_slopes_have_no_known_error() -> None:
     assert bool(found.values.isfinite().all())
 
 
+@pytest.mark.parametrize("how", ["ridge", "lasso", "linear"])
+def test_weights_that_are_all_zero_are_refused(how: str) -> None:
+    lime = sf.Lime(samples=40, distance="euclidean", fit=how)
+    with pytest.raises(InputError, match="pass a larger kernel_width"):
+        sf.explain(nn.Flatten(), 40.0 + torch.rand(1, 3, 8, 8), target=1, method=lime)
+
+
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = make(Image), randn(1, *SHAPES[Image])
     with pytest.raises(InputError, match="more samples than features: got 300 for 432"):

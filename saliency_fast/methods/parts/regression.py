@@ -26,8 +26,13 @@ def fit(present: Tensor, answers: Tensor, weight: Tensor, how: str, alpha: float
     of the least norm. Variances are those of heteroscedastic residuals (White, 1980), NaN where
     there are not more coalitions than features.
     """
-    z = present.double()
-    share = weight / weight.sum()
+    z, total = present.double(), weight.sum()
+    if not total > 0:
+        raise InputError(
+            "the weights of all coalitions are zero to rounding: their distances are many times "
+            "the kernel's width; pass a larger kernel_width, or distance='cosine'"
+        )
+    share = weight / total
     # The intercept is the weighted mean.
     z, y = z - share @ z, answers - share @ answers
     root = weight.sqrt()[:, None]
