@@ -143,8 +143,6 @@ def pooled(device: str) -> list[Call]:
             grad, index = ops.maxpool_index(laid, *window, False)
             back = (grad, index, list(x.shape[2:]), *window)
             calls.append(Call(ops.maxpool_index, size + note, (laid, *window, False)))
-            if device == "cpu" and note:
-                calls.append(Call(ops.maxpool, size + note, (laid, *window, False)))
             calls.append(Call(ops.maxpool_index_backward, size + note, back))
     return calls
 

@@ -9,7 +9,7 @@ from saliency_fast.ops.masks import pack_mask, relu_mask, relu_mask_, relu_mask_
 from saliency_fast.ops.overlay import magnitude_percentile, overlay
 from saliency_fast.ops.philox import random_bits
 from saliency_fast.ops.points import line_points, noise_points, random_line_points
-from saliency_fast.ops.pools import maxpool, maxpool_index, maxpool_index_backward
+from saliency_fast.ops.pools import maxpool_index, maxpool_index_backward
 from saliency_fast.ops.ranks import rank_points
 from saliency_fast.ops.registry import OPS, Op, Sample
 from saliency_fast.ops.segments import mask_points, segment_points
@@ -32,7 +32,6 @@ __all__ = [
     "line_points",
     "magnitude_percentile",
     "mask_points",
-    "maxpool",
     "maxpool_index",
     "maxpool_index_backward",
     "noise_points",

@@ -7,6 +7,7 @@ depend on how rows were split into launches.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from saliency_fast.ops.points import line_elements, random_line, random_line_sam
 from saliency_fast.ops.registry import Sample, define, rows_of
 
 KINDS = ("sum", "square", "absolute")
+_SHAPES: tuple[tuple[int, ...], ...] = ((1,), (3, 5, 7), (4099,))
 
 
 def _accumulate(total: Tensor, grads: Tensor, slot: Tensor, weight: Tensor, kind: str) -> None:
@@ -32,10 +34,9 @@ def _accumulate(total: Tensor, grads: Tensor, slot: Tensor, weight: Tensor, kind
 def _samples() -> Iterator[Sample]:
     slot, weight = torch.tensor([0, 2, 2, 0, 1]), torch.rand(5).double() - 0.3
     for kind in KINDS:
-        for dtype in (torch.float32, torch.float64):
-            for shape in ((1,), (3, 5, 7), (4099,)):
-                total, grads = torch.randn(3, *shape).to(dtype), torch.randn(5, *shape).to(dtype)
-                yield Sample((total, grads, slot, weight, kind), note=f"{kind} {shape} {dtype}")
+        for dtype, shape in product((torch.float32, torch.float64), _SHAPES):
+            total, grads = torch.randn(3, *shape).to(dtype), torch.randn(5, *shape).to(dtype)
+            yield Sample((total, grads, slot, weight, kind), note=f"{kind} {shape} {dtype}")
         strided = torch.randn(5, 6, 8, 3).permute(0, 3, 1, 2)
         yield Sample((torch.randn(3, 3, 6, 8), strided, slot, weight, kind), note=f"{kind} strided")
         for half in (torch.float16, torch.bfloat16):
@@ -65,12 +66,11 @@ def _moments(mean: Tensor, spread: Tensor, count: Tensor, grads: Tensor, slot: T
 
 def _moment_samples() -> Iterator[Sample]:
     slot = torch.tensor([0, 2, 2, 0, 1, 2, 2])
-    for dtype in (torch.float32, torch.float64):
-        for shape in ((1,), (3, 5, 7), (4099,)):
-            mean, spread = torch.randn(3, *shape).to(dtype), torch.rand(3, *shape).to(dtype)
-            count = torch.tensor([4.0, 0.0, 1.0]).double()
-            grads = torch.randn(7, *shape).to(dtype) + 3.0
-            yield Sample((mean, spread, count, grads, slot), note=f"{shape} {dtype}")
+    for dtype, shape in product((torch.float32, torch.float64), _SHAPES):
+        mean, spread = torch.randn(3, *shape).to(dtype), torch.rand(3, *shape).to(dtype)
+        count = torch.tensor([4.0, 0.0, 1.0]).double()
+        grads = torch.randn(7, *shape).to(dtype) + 3.0
+        yield Sample((mean, spread, count, grads, slot), note=f"{shape} {dtype}")
 
 
 accumulate_moments = define(

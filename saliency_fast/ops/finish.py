@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -39,15 +40,14 @@ def _fake(
 
 
 def _samples() -> Iterator[Sample]:
-    for reduction in REDUCTIONS:
-        for dtype in (torch.float32, torch.float64):
-            for shape in ((1, 1), (3, 5, 7), (2, 4099), (5, 1031)):
-                total, x = torch.randn(4, *shape).to(dtype), torch.randn(2, *shape).to(dtype)
-                note = f"{reduction} {shape} {dtype}"
-                yield Sample((total, None, None, reduction), note=note)
-                yield Sample((total, x, None, reduction), note=f"{note} times x")
-                yield Sample((total, x, x.flip(0), reduction), note=f"{note} times x - baseline")
-                yield Sample((total, x, x[:1], reduction), note=f"{note}, one baseline")
+    dtypes, shapes = (torch.float32, torch.float64), ((1, 1), (3, 5, 7), (2, 4099), (5, 1031))
+    for reduction, dtype, shape in product(REDUCTIONS, dtypes, shapes):
+        total, x = torch.randn(4, *shape).to(dtype), torch.randn(2, *shape).to(dtype)
+        note = f"{reduction} {shape} {dtype}"
+        yield Sample((total, None, None, reduction), note=note)
+        yield Sample((total, x, None, reduction), note=f"{note} times x")
+        yield Sample((total, x, x.flip(0), reduction), note=f"{note} times x - baseline")
+        yield Sample((total, x, x[:1], reduction), note=f"{note}, one baseline")
 
 
 finish = define(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,11 +23,10 @@ def _percentile(values: Tensor, percentile: float) -> Tensor:
 
 
 def _percentile_samples() -> Iterator[Sample]:
-    for dtype in (torch.float32, torch.float64):
-        for shape in ((1, 1), (3, 7), (2, 64, 65), (1, 100_003)):
-            for percentile in (0.0, 50.0, 99.0, 100.0):
-                values = torch.randn(shape).to(dtype)
-                yield Sample((values, percentile), note=f"{shape} {dtype} {percentile}")
+    dtypes, shapes = (torch.float32, torch.float64), ((1, 1), (3, 7), (2, 64, 65), (1, 100_003))
+    for dtype, shape, percentile in product(dtypes, shapes, (0.0, 50.0, 99.0, 100.0)):
+        values = torch.randn(shape).to(dtype)
+        yield Sample((values, percentile), note=f"{shape} {dtype} {percentile}")
     yield Sample((torch.zeros(2, 50), 99.0), note="zeros")
     yield Sample((torch.randn(2, 500).round(), 90.0), note="ties")
 
@@ -57,14 +57,12 @@ def _overlay(
 
 def _overlay_samples() -> Iterator[Sample]:
     colors = torch.randint(0, 256, (256, 3), dtype=torch.uint8)
-    for shape in ((1, 1), (3, 7), (2, 4099)):
-        for signed in (False, True):
-            for dtype in (torch.float32, torch.float64):
-                image = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
-                values = torch.randn(shape).to(dtype)
-                scale = values.abs().amax(1) * 0.7
-                args = (image, values, scale, colors, signed, 0.8)
-                yield Sample(args, note=f"{shape} {dtype} signed={signed}")
+    shapes, dtypes = ((1, 1), (3, 7), (2, 4099)), (torch.float32, torch.float64)
+    for shape, signed, dtype in product(shapes, (False, True), dtypes):
+        image = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
+        values = torch.randn(shape).to(dtype)
+        args = (image, values, values.abs().amax(1) * 0.7, colors, signed, 0.8)
+        yield Sample(args, note=f"{shape} {dtype} signed={signed}")
     image = torch.randint(0, 256, (2, 9, 3), dtype=torch.uint8)
     yield Sample((image, torch.zeros(2, 9), torch.zeros(2), colors, True, 1.0), note="empty map")
 

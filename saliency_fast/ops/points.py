@@ -8,6 +8,7 @@ one batch, or requests of many callers. Points are written contiguous.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from saliency_fast.ops import philox
 from saliency_fast.ops.registry import Sample, define, rows_of
+
+_DTYPES = (torch.float32, torch.float64)
+_DRAWN = (((2, 1), 0), ((2, 3, 5, 7), 2), ((2, 4099), 2**33 + 1))
+"""Shapes of samples that draw, and their first element."""
 
 
 def fake_points(item: int) -> Callable[..., Tensor]:
@@ -73,12 +78,9 @@ def _noise(
 def _noise_samples() -> Iterator[Sample]:
     item, sample = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 5, 2**32 - 1])
     sigma, seed = torch.tensor([0.3, 2.0]).double(), torch.tensor([3, 2**40 + 1])
-    for dtype in (torch.float32, torch.float64):
-        for shape, first in (((2, 1), 0), ((2, 3, 5, 7), 2), ((2, 4099), 2**33 + 1)):
-            for antithetic in (False, True):
-                x = torch.randn(shape, dtype=dtype)
-                args = (x, sigma, seed, item, sample, antithetic, first)
-                yield Sample(args, note=f"{shape} {dtype} antithetic={antithetic}")
+    for dtype, (shape, first), antithetic in product(_DTYPES, _DRAWN, (False, True)):
+        args = (torch.randn(shape, dtype=dtype), sigma, seed, item, sample, antithetic, first)
+        yield Sample(args, note=f"{shape} {dtype} antithetic={antithetic}")
 
 
 noise_points = define(
@@ -123,13 +125,11 @@ def random_line_samples() -> Iterator[Sample]:
     """Calls of `random_line_points`; the accumulator of the same lines is tested on them too."""
     item, sample = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, 5, 2**32 - 1])
     seed = torch.tensor([3, 2**40 + 1])
-    for dtype in (torch.float32, torch.float64):
-        for shape, first in (((2, 1), 0), ((2, 3, 5, 7), 2), ((2, 4099), 2**33 + 1)):
-            for sigma in (torch.zeros(2).double(), torch.tensor([0.3, 2.0]).double()):
-                x = torch.randn(shape, dtype=dtype)
-                baselines = torch.randn(7, *shape[1:], dtype=dtype)
-                args = (x, baselines, sigma, seed, item, sample, first)
-                yield Sample(args, note=f"{shape} {dtype} sigma={sigma.tolist()}")
+    sigmas = (torch.zeros(2).double(), torch.tensor([0.3, 2.0]).double())
+    for dtype, (shape, first), sigma in product(_DTYPES, _DRAWN, sigmas):
+        x, baselines = (torch.randn(n, *shape[1:], dtype=dtype) for n in (2, 7))
+        args = (x, baselines, sigma, seed, item, sample, first)
+        yield Sample(args, note=f"{shape} {dtype} sigma={sigma.tolist()}")
 
 
 random_line_points = define(

@@ -196,17 +196,6 @@ the last NaN. A window that dilation leaves without an element gives -inf and po
 ValueError for windows of more than 256 elements."""
 
 
-maxpool = define(
-    schema="maxpool(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation,"
-    " bool ceil_mode) -> Tensor",
-    reference=lambda x, *geometry: _maxpool(x, *geometry)[0],
-    fake=lambda x, *geometry: _fake_maxpool(x, *geometry)[0],
-    samples=_samples,
-)
-"""maxpool(x [N, C, *], kernel, stride, padding, dilation, ceil_mode) -> [N, C, *]: the values of
-`maxpool_index`, for channels last, where nobody asks for positions. GPUs take the reference."""
-
-
 def _backward(grad: Tensor, index: Tensor, size: Ints, *geometry: Ints) -> Tensor:
     _check_backward(grad, index, size, *geometry)
     kernel, stride, padding, dilation = geometry

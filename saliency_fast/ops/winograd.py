@@ -27,7 +27,7 @@ def _convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], *options: Any
 ) -> Tensor:
     relu = any(options[:1])
-    _check(x, weight, bias, padding)
+    _check_weight(weight)
     y = F.conv2d(x, weight, bias, padding=list(padding))
     return (y.relu() if relu else y).contiguous(memory_format=torch.channels_last)
 
@@ -56,25 +56,6 @@ def _check_weight(weight: Tensor) -> None:
         )
     if weight.dtype != torch.float32:
         raise ValueError(f"weight must be float32: got {weight.dtype}")
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> None:
-    _check_weight(weight)
-    if x.dim() != 4 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"x must be [N, C, H, W] and weight [D, C, 3, 3]: got {list(x.shape)} and"
-            f" {list(weight.shape)}"
-        )
-    if any(one is not None and one.dtype != torch.float32 for one in (x, bias)):
-        raise ValueError(f"x, weight and bias must be float32: got {x.dtype}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{len(weight)}]: got {list(bias.shape)}")
-    if len(padding) != 2 or min(padding) < 0:
-        raise ValueError(f"padding must be two numbers, not negative: got {list(padding)}")
-    if any(size + 2 * p < 3 for size, p in zip(x.shape[2:], padding, strict=True)):
-        raise ValueError(
-            f"images must have 3x3 pixels with padding {list(padding)}: got {list(x.shape)}"
-        )
 
 
 def _fake(

@@ -56,7 +56,6 @@ TOLERANCES: dict[str, tuple[Tolerance, ...]] = {
     # Near the error of a direct convolution, in sums of up to a thousand products.
     "winograd": (Tolerance(16, 64),),
     "winograd_weights": (FEW_ROUNDINGS,),
-    "maxpool": (EXACT,),
     "maxpool_index": (EXACT, EXACT),
     # Every version adds an element's gradients in the same order.
     "maxpool_index_backward": (EXACT,),

@@ -100,7 +100,6 @@ def _large_pools(generator: torch.Generator) -> dict[str, tuple[Any, ...]]:
     last = x.contiguous(memory_format=torch.channels_last_3d)
     grad, index = ops.maxpool_index.reference(last.bfloat16(), *window, False)
     return {
-        "maxpool": (last, *window, True),
         "maxpool_index": (x, *window, True),
         "maxpool_index_backward": (grad, index, [21, 22, 23], *window),
     }

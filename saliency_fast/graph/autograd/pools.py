@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
-from saliency_fast.graph.autograd.convolutions import Ints, Sizes, each_axis, on_cpu
+from saliency_fast.graph.autograd.convolutions import Ints, Sizes, each_axis
 from saliency_fast.graph.autograd.function import differentiable
 from saliency_fast.graph.autograd.ties import takes_first
 from saliency_fast.graph.opinfo import LEAN, lean
 from saliency_fast.ops.masks import DTYPES
 from saliency_fast.ops.pools import LARGEST_WINDOW, layout
 
-VALUES = 8
-"""Channels from which maxima alone are found window by window."""
 _PADS = {"reflect": "reflection_pad", "replicate": "replication_pad"}
 _aten, _nn = torch.ops.aten, torch._C._nn
 
@@ -48,11 +46,7 @@ def _max_pool(call: Callable[..., Any], axes: int) -> None:
             return NotImplemented
         edges, holes = each_axis(padding, axes), each_axis(dilation, axes)
         options = (kernel, _strides(stride, kernel), edges, holes, ceil_mode)
-        if not torch.is_grad_enabled() and on_cpu(input):
-            if layout(input) == torch.contiguous_format or input.shape[1] < VALUES:
-                return NotImplemented
-            return ops.maxpool(input, *options)
-        if not takes_first(call, axes, layout(input)):
+        if not torch.is_grad_enabled() or not takes_first(call, axes, layout(input)):
             return NotImplemented
         size = list(input.shape[2:])
 
