@@ -27,8 +27,9 @@ from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.differentiable import check_differentiable, differentiable
 from saliency_fast.engine.features import Features, read_features
 from saliency_fast.engine.independence import CalibrationCache
+from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.layers import LayerLocation
-from saliency_fast.engine.loop import Job, Progress, run_alone, wait_for
+from saliency_fast.engine.loop import Job, Progress, run_alone
 from saliency_fast.engine.plan import Limits, Plan
 from saliency_fast.engine.planner import prepare, shown
 from saliency_fast.engine.recipe import Method, Recipe
@@ -102,7 +103,7 @@ class Engine:
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> _ = torch.nn.init.constant_(model.weight, 3.0)
         >>> engine = sf.Engine(model, "integrated_gradients")
-        >>> engine(torch.tensor([[1.0, 2.0]]), target=0).values
+        >>> engine(torch.tensor([[1.0, 2.0]]), target=0).values.round(decimals=3)
         tensor([[3., 6.]])
     """
 

@@ -62,7 +62,7 @@ class Shared(Belonging):
     Example:
         >>> import torch, saliency_fast as sf
         >>> prompts = torch.eye(3)
-        >>> sf.explain(lambda x, p: x @ p.T, torch.ones(3, 3), target=1,
+        >>> sf.explain(lambda x, p: x @ p.T, torch.ones(3, 3), target=1, method="gradient",
         ...            forward_args=(sf.Shared(prompts),)).values[0].tolist()
         [0.0, 1.0, 0.0]
     """

@@ -17,7 +17,8 @@ def _by_dtype(
     return dict(zip(kinds, (double, single, half, brain), strict=True))
 
 
-@dataclass(frozen=True)
+# Equal by identity: calibrations are cached by the configuration they were made under.
+@dataclass(frozen=True, eq=False)
 class EngineConfig:
     """What the engine decides by. Pass one as `Engine(..., config=...)`; see `DEFAULT`.
 

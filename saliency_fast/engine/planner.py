@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, served
@@ -37,13 +37,13 @@ from saliency_fast.engine.independence import (
     numbers,
     scores_agree,
 )
+from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.loop import (
     Evaluation,
     Job,
     PrecisionCostsError,
     RoundsEvaluation,
     SumEvaluation,
-    wait_for,
 )
 from saliency_fast.engine.memory import bytes_text, read_budget
 from saliency_fast.engine.plan import Limits, Plan, baselines_of, make_plan
@@ -120,7 +120,8 @@ class Planner:
         measured = recipe.measured
         prefixed = measured.prefixed(self.config.prefix_from)
         kind = (measured.family.straight, prefixed, recipe.gradients, repr(recipe.rules))
-        return call.shapes, call.targets.count, self.lean, self.alone, kind, call.settings
+        about = (call.shapes, call.targets.count, self.config, self.lean, self.alone)
+        return *about, kind, call.settings
 
     @cached_property
     def _point(self) -> Measurement:
@@ -406,32 +407,32 @@ class Planner:
         """How one of the first so many examples scores together with them something else than
         alone; None where none does.
         """
-        with same_draws(lambda: rows.draws, self.call.device):
-            return self._compared(examples)
-
-    def _compared(self, examples: int) -> str | None:
         call, function = self.call, Strategy().score_function(self.model, self.call)
         everyone = torch.arange(min(call.batch, examples), device=call.device)
-        try:
-            together, scale = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
-        except (RuntimeError, MemoryError) as error:
-            # A model that takes one row at a time has no score of all to tell of.
-            if isinstance(error, ModelError) or is_out_of_memory(error):
-                return None
-            raise
-        for number in range(len(everyone)):
-            one = everyone[number : number + 1]
-            alone, _ = function.judged(tuple(x[one] for x in call.inputs), one)
-            if scores_agree(together[number], alone[0], scale, function):
-                continue
-            again, _ = function.judged(tuple(x[everyone] for x in call.inputs), everyone)
-            # A model that draws random numbers scores everything anew.
-            if scores_agree(again[number], together[number], scale, function):
+
+        def scored(item: Tensor) -> tuple[Tensor, float]:
+            return function.judged(tuple(x[item] for x in call.inputs), item)
+
+        with same_draws(lambda: rows.draws, call.device):
+            try:
+                together, scale = scored(everyone)
+            except (RuntimeError, MemoryError) as error:
+                # A model that takes one row at a time has no score of all to tell of.
+                if isinstance(error, ModelError) or is_out_of_memory(error):
+                    return None
+                raise
+            for number in range(len(everyone)):
+                alone, _ = scored(everyone[number : number + 1])
+                if scores_agree(together[number], alone[0], scale, function):
+                    continue
+                # A model that draws random numbers scores everything anew.
+                again = scored(everyone)[0][number]
+                if not scores_agree(again, together[number], scale, function):
+                    return None
                 return (
                     f"example {number} scores {numbers(alone[0])} alone and "
                     f"{numbers(together[number])} in a batch of {len(everyone)}"
                 )
-            return None
         return None
 
 

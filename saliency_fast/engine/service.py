@@ -15,22 +15,19 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from saliency_fast.engine.arena import Arena
-from saliency_fast.engine.loop import (
+from saliency_fast.engine.launch import (
     EvaluationRequest,
     EvaluationResult,
-    Job,
-    Progress,
-    Steps,
-    evaluate,
     execute,
     execute_together,
-    resume,
 )
+from saliency_fast.engine.loop import Job, Progress, Steps, evaluate, resume
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.errors import BusyError, ClosedError
 from saliency_fast.graph.fingerprint import unchanging
@@ -266,7 +263,8 @@ class Service(Generic[Result]):
             # What waits begins at one moment: the model is looked at once.
             with unchanging():
                 self._admit(device)
-            self._drop_cancelled()
+            for request in [one for one in self._running if one.future.cancelled()]:
+                self._settle(request)
             if self._running:
                 self._launch()
             elif not self._waiting or self._waiting[0].device != device:
@@ -279,24 +277,12 @@ class Service(Generic[Result]):
                 if not self._waiting or self._waiting[0].device != device or not self._affords():
                     return
                 request = self._waiting.popleft()
+                self._running.append(request)
                 self._changed.notify_all()
             if request.future.cancelled():
-                self._count(cancelled=1)
-                continue
-            try:
-                over = request.begin()
-            except BaseException as error:
-                self._fail(request, error)
-                continue
-            with self._changed:
-                self._running.append(request)
-            if over:
-                self._finish(request)
-
-    def _drop_cancelled(self) -> None:
-        for request in [one for one in self._running if one.future.cancelled()]:
-            self._gone(request)
-            self._count(cancelled=1)
+                self._settle(request)
+            else:
+                self._advance(request, request.begin)
 
     def _affords(self) -> bool:
         """Whether one more request like the last one has room beside those that run."""
@@ -327,13 +313,7 @@ class Service(Generic[Result]):
         # Each is let go of before the next launch: see `resume`.
         results.reverse()
         for request, _ in chosen:
-            try:
-                over = request.resume(results)
-            except BaseException as error:  # noqa: PERF203
-                self._fail(request, error)
-            else:
-                if over:
-                    self._finish(request)
+            self._advance(request, partial(request.resume, results))
 
     def _chosen(self, lead: Request[Result]) -> tuple[list[tuple[Request[Result], int]], int]:
         """Requests and how many of their points the next launch has, and its slots."""
@@ -369,24 +349,36 @@ class Service(Generic[Result]):
         self._refused.pop(kind, None)
         return results
 
-    def _finish(self, request: Request[Result]) -> None:
+    def _advance(self, request: Request[Result], step: Callable[[], bool]) -> None:
+        """Runs a step of a request, and hands out its result where it is over, or its error."""
         try:
-            result = request.result()
+            over = step()
+            result = request.result() if over else None
         except BaseException as error:
-            self._fail(request, error)
-            return
-        self._gone(request)
-        taken = request.future.set_running_or_notify_cancel()
-        self._count(**{"finished" if taken else "cancelled": 1})
-        if taken:
-            request.future.set_result(result)
+            self._settle(request, error=error)
+        else:
+            if over:
+                self._settle(request, result)
 
-    def _fail(self, request: Request[Result], error: BaseException) -> None:
-        self._gone(request)
-        taken = request.future.set_running_or_notify_cancel()
-        self._count(**{"failed" if taken else "cancelled": 1})
-        if taken:
+    def _settle(
+        self,
+        request: Request[Result],
+        result: Result | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Takes a request out, with its result or what went wrong, unless it was cancelled."""
+        request.close()
+        with self._changed:
+            if request in self._running:
+                self._running.remove(request)
+        if not request.future.set_running_or_notify_cancel():
+            self._count(cancelled=1)
+        elif error is not None:
+            self._count(failed=1)
             request.future.set_exception(request.failed(error))
+        else:
+            self._count(finished=1)
+            request.future.set_result(result)  # type: ignore[arg-type]
 
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:
@@ -394,13 +386,7 @@ class Service(Generic[Result]):
             self._waiting.clear()
         for request in lost:
             with suppress(Exception):
-                self._fail(request, error)
-
-    def _gone(self, request: Request[Result]) -> None:
-        request.close()
-        with self._changed:
-            if request in self._running:
-                self._running.remove(request)
+                self._settle(request, error=error)
 
     def _note_launch(self, chosen: list[tuple[Request[Result], int]], slots: int) -> None:
         for request, rows in chosen:

@@ -173,10 +173,10 @@ def test_later_objects_profit_from_what_earlier_ones_found() -> None:
     x, y = randn(2, 3, 96, 96).float(), randn(2, 3, 96, 96, seed=1).float()
     facade.IntegratedGradients(plain).attribute(x, target=1, n_steps=8)
     known = attribute_call.known_points(plain)
-    ways = [str(probe.way) for probe in known.values()]
+    ways = [str(probe.strategy) for probe in known.values()]
     assert ways
     assert all("recorded" in way for way in ways)
-    assert any(probe.way.prefix is not None for probe in known.values())
+    assert any(probe.strategy.prefix is not None for probe in known.values())
     before = [id(probe) for probe in known.values()]
     for target in (2, [0, 3], (1,)):
         found = facade.IntegratedGradients(plain).attribute(y, target=target, n_steps=8)

@@ -1,0 +1,167 @@
+"""Launches: points through the model at once, of one call or of several requests of one kind."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from saliency_fast._types import Inputs
+from saliency_fast.engine.arena import Arena, LaunchMemory
+from saliency_fast.engine.independence import Independence, Row
+from saliency_fast.model.function import PointFunction
+from saliency_fast.model.pack import alike, packed
+
+PATIENCE = 1.0
+"""Seconds after which a launch begins all the same: whoever holds a slot may wait for it."""
+_SLOTS = threading.BoundedSemaphore(max(4, os.cpu_count() or 1))
+"""Launches that threads run at the same time: more of them halve what a processor gets done."""
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What a call wants from the model next.
+
+    Args:
+        function: The model.
+        count: Points, at most; a launch may have fewer.
+        write: Makes the points of some rows, and their examples.
+        gradients: Or scores alone.
+        launches: What launches of these points are known to take.
+        independence: What is known of the model's rows, where a launch of several is to be proved.
+    """
+
+    function: PointFunction
+    count: int
+    write: Callable[[slice], tuple[Inputs, Tensor]]
+    gradients: bool = True
+    launches: LaunchMemory | None = None
+    independence: Independence | None = None
+
+    def evaluate(self, function: PointFunction, points: Inputs, item: Tensor) -> EvaluationResult:
+        """What `function` gives at points."""
+        called = function.gradients if self.gradients else function.scores
+        return EvaluationResult(*called(points, item))
+
+    def prove(self, number: int) -> Callable[[Tensor], None]:
+        """Runs one of its rows alone; returns what compares a launch's scores with that."""
+        assert self.independence is not None
+        row = Row(*self.write(slice(number, number + 1)), number)
+        return self.independence.prove(self.function, row, gradients=self.gradients)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for requests that may share a launch."""
+        rows = self.independence
+        # What is not proved once and for all is not put beside what others ask for.
+        if rows is not None and (rows.suspect or rows.apart):
+            return (id(self),)
+        return self.gradients, *alike(self.function)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """scores, classes [R, K], and for each of K targets the gradients at the points."""
+
+    scores: Tensor
+    classes: Tensor | None
+    gradients: list[Inputs] = field(default_factory=list)
+
+
+def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationResult | Exception:
+    """One launch: the result of so many points of a request, or why there is none."""
+    count = min(count, request.count)
+    memory, rows = request.launches, request.independence
+
+    def run() -> EvaluationResult:
+        proofs: list[Callable[[Tensor], None]] = []
+        if rows is not None:
+            due = rows.due(count, apart=request.function.lone is not None)
+            if due:
+                with _slot(), arena.launch():
+                    proofs = [request.prove(number) for number in due]
+        with _slot(), arena.launch(memory.of(count) if memory else None):
+            result = request.evaluate(request.function, *request.write(slice(0, count)))
+        for compare in proofs:
+            compare(result.scores)
+        return result
+
+    try:
+        return request.function.again(run)
+    except Exception as error:
+        return error
+
+
+def execute_together(
+    requests: Sequence[tuple[EvaluationRequest, int]], arena: Arena
+) -> list[EvaluationResult | Exception]:
+    """One launch of so many points of each of several requests of one kind."""
+    asked = [request for request, _ in requests]
+    counts = [min(count, request.count) for request, count in requests]
+    first = asked[0]
+    expected = first.launches.of(sum(counts)) if first.launches else None
+    with _slot(), arena.launch():
+        proofs = [(number, asked[number].prove(row)) for number, row in _to_prove(asked, counts)]
+    with _slot(), arena.launch(expected):
+        parts = [one.write(slice(0, count)) for one, count in zip(asked, counts, strict=True)]
+        points, items = zip(*parts, strict=True)
+        functions = [request.function for request in asked]
+        function, joined, item, pack = packed(functions, points, items)
+        del points, parts
+        whole = first.evaluate(function, joined, item)
+        scores, gradients = whole.scores, whole.gradients
+    results: list[EvaluationResult | Exception] = []
+    shares = zip(torch.split(scores, pack.sizes), pack.classes, strict=True)
+    for number, (own, classes) in enumerate(shares):
+        start = sum(pack.sizes[:number])
+        rows = slice(start, start + len(own))
+        mine = [tuple(one[rows] for one in several) for several in gradients]
+        failed = pack.errors.get(number)
+        for one, compare in proofs:
+            if one == number and failed is None:
+                compare(own)
+        results.append(failed or EvaluationResult(own, classes, mine))
+    return results
+
+
+def _to_prove(
+    requests: Sequence[EvaluationRequest], counts: Sequence[int]
+) -> list[tuple[int, int]]:
+    """(request, row of its points) of a launch's rows that are to be proved: one for all requests
+    of each `Independence`.
+    """
+    several = {id(one): one for each in requests if (one := each.independence) is not None}
+    ends, chosen = list(itertools.accumulate(counts)), []
+    for one in several.values():
+        for row in one.due(ends[-1], apart=requests[0].function.lone is not None):
+            number = bisect_right(ends, row)
+            if requests[number].independence is one:
+                chosen.append((number, row - (ends[number - 1] if number else 0)))
+            else:
+                # Another call's row: the first one of those that this is about.
+                chosen.append(([each.independence is one for each in requests].index(True), 0))
+    return list(dict.fromkeys(chosen))
+
+
+@contextmanager
+def _slot() -> Iterator[None]:
+    """Waits until not too many launches run."""
+    held = _SLOTS.acquire(timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        if held:
+            _SLOTS.release()
+
+
+def wait_for(device: torch.device) -> None:
+    """Until what was asked of a device is done: GPUs answer before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
