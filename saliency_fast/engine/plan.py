@@ -233,17 +233,11 @@ def make_plan(
     """
     budget = read_budget(limits.memory_budget, call.device)
     cost, strategy = calibration.cost, calibration.strategy
-    needed = _Bytes.of(call, recipe, baselines, calibration)
-    each, exact = point_bytes(cost, config), 0
-    if (tiled := strategy.tiled) is not None:
-        # What operators take for themselves is at most what a tile takes, not a whole map.
-        each = int(config.margin * cost.peak) + tile_bytes(tiled.stem, tiled.tile)
-    measured, fixed = 0, needed.fixed
-    if calibration.exact is not None:
-        # The maps of the points that are taken in two precisions.
-        exact = point_bytes(calibration.exact, config)
-        measured = math.prod(measured_points(recipe, call.batch, config))
-        fixed += 3 * (needed.sums // call.batch) * measured
+    needed, each = _Bytes.of(call, recipe, baselines, calibration), _point(calibration, config)
+    exact = 0 if calibration.exact is None else point_bytes(calibration.exact, config)
+    # The maps of the points that are taken in two precisions.
+    measured = math.prod(measured_points(recipe, call.batch, config)) if exact else 0
+    fixed = needed.fixed + 3 * (needed.sums // call.batch) * measured
 
     def bytes_of(rows: int) -> int:
         traced = None if launches is None else launches.bytes_of(rows)
@@ -283,6 +277,14 @@ def make_plan(
         notes=_notes(recipe, size, limits, calibration),
         strategies=calibration.refusals,
     )
+
+
+def _point(calibration: Calibration, config: EngineConfig) -> int:
+    """Bytes of a point; of one in tiles, what operators take for themselves is a tile's."""
+    tiled, cost = calibration.strategy.tiled, calibration.cost
+    if tiled is None:
+        return point_bytes(cost, config)
+    return int(config.margin * cost.peak) + tile_bytes(tiled.stem, tiled.tile)
 
 
 def point_bytes(cost: Cost, config: EngineConfig) -> int:
