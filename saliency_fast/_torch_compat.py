@@ -10,17 +10,31 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum
-from operator import attrgetter
+from functools import cache
+from operator import attrgetter, methodcaller
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.autograd import forward_ad
+from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint
-from torch.utils._pytree import tree_any, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_any,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_structure,
+    tree_unflatten,
+)
 
-__all__ = ["OpOverload", "OpOverloadPacket", "tree_any", "tree_flatten"]
-__all__ += ["tree_leaves", "tree_map", "tree_unflatten"]
+__all__ = ["OpOverload", "OpOverloadPacket", "TreeSpec", "is_traceable_wrapper_subclass"]
+__all__ += ["tree_any", "tree_flatten", "tree_leaves", "tree_map", "tree_structure"]
+__all__ += ["tree_unflatten"]
 
 
 def _find(path: str) -> Any:
@@ -38,15 +52,56 @@ EINSUM: Any = torch._VF.einsum  # type: ignore[attr-defined]
 """The C function that `torch.einsum` calls."""
 WithoutFunctionModes: Any = torch._C.DisableTorchFunction
 """A context inside which no function mode and no tensor subclass sees calls."""
+_GUARDS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+@cache
+def unguarded(func: FunctionType) -> FunctionType | None:
+    """A copy of a Python function of PyTorch without its check for function modes.
+
+    Such functions hand themselves over whole to a mode. The copy has the same code object and
+    other globals, in which the check answers no, so that the mode sees the calls inside. None for
+    functions without such a check, and for methods of Tensor: what these call passes the mode
+    under its own name. Where a release names the check otherwise, a mode sees the function as one
+    call, which has no lean version and keeps more memory.
+    """
+    if func.__module__ == "torch._tensor":
+        return None
+    cells = func.__closure__ or ()
+    inner = tuple(CellType(_copy_of(cell.cell_contents)) for cell in cells)
+    # As its own global name: what is reached through a module (`torch.sym_int`) keeps its check.
+    own = set(_GUARDS) & set(func.__code__.co_names) & set(func.__globals__)
+    # Some pooling functions are a choice between two guarded ones.
+    chosen = any(a.cell_contents is not b.cell_contents for a, b in zip(inner, cells, strict=True))
+    if not own and not chosen:
+        return None
+    space = {**func.__globals__, **dict.fromkeys(_GUARDS, lambda *_: False)}
+    closure = inner if chosen else func.__closure__
+    copy = FunctionType(func.__code__, space, func.__name__, func.__defaults__, closure)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def _copy_of(value: Any) -> Any:
+    return (unguarded(value) if isinstance(value, FunctionType) else None) or value
 
 
 # Attributes of modules and tensors.
 TABLES = ("_parameters", "_buffers", "_modules")
 """The attributes of a module that hold its parameters, buffers and submodules. Required."""
-BUFFERS = TABLES[1]
+PARAMETERS, BUFFERS = TABLES[:2]
+own_parameters: Callable[[nn.Module], dict[str, Any]] = attrgetter(PARAMETERS)
+"""The parameters of a module without its submodules', by name, to read and to replace."""
+own_buffers: Callable[[nn.Module], dict[str, Any]] = attrgetter(BUFFERS)
+"""The buffers of a module without its submodules', by name, to read and to replace."""
 TRANSIENT = "_non_persistent_buffers_set"
 """The attribute of a module that names the buffers that its state_dict leaves out. Required."""
-version_of = attrgetter("_version")
+HOOKS_OF_ALL_MODULES = [
+    one for name, one in sorted(vars(nn.modules.module).items()) if name.endswith("_hooks")
+]
+"""The tables of hooks that run for every module. A release that names one otherwise goes without:
+a program is not recorded anew where such a hook is added or removed."""
+version_of: Callable[[Tensor], int] = attrgetter("_version")
 """How often a tensor was written to in place. Required; inference tensors have none."""
 _set_versions = _find("_C._autograd._unsafe_set_version_counter")
 
@@ -57,9 +112,42 @@ def set_version(tensor: Tensor, version: int) -> None:
         _set_versions((tensor,), (version,))
 
 
+def storage_id(tensor: Tensor) -> int:
+    """One number for all tensors of the same memory, also of memory without data. Required."""
+    found: int = tensor.untyped_storage()._cdata
+    return found
+
+
+def own_state(module: nn.Module, prefix: str) -> dict[str, Any] | None:
+    """What a module of a kind that saves by code of its own adds to its state_dict, with live
+    tensors and names that begin with `prefix`; None for other modules. Required.
+    """
+    kind = type(module)
+    plain = kind._save_to_state_dict is nn.Module._save_to_state_dict
+    if plain and kind.get_extra_state is nn.Module.get_extra_state:
+        return None
+    found: dict[str, Any] = {}
+    module._save_to_state_dict(found, prefix, keep_vars=True)
+    return found
+
+
+_COMPILED = "_orig_mod"
+
+
 def eager_module(model: object) -> object:
     """The module that `torch.compile` wrapped, else `model`; without the attribute, the wrapper."""
-    return getattr(model, "_orig_mod", model)
+    return getattr(model, _COMPILED, model)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of wrappers of torch.compile and distributed training; without the
+    attributes, the wrapper.
+    """
+    for name in (_COMPILED, "module"):
+        inner = dict(module.named_children()).get(name)
+        of_torch = type(module).__module__.startswith(("torch._dynamo", "torch.nn.parallel"))
+        module = inner if of_torch and inner is not None else module
+    return module
 
 
 # Compilation, transforms and modes.
@@ -79,11 +167,23 @@ with suppress(ImportError):
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as _clear
 
 
+def inside_transform() -> bool:
+    """Whether a transform of torch.func runs; without the interface none seems to, and a model that
+    uses one inside may be recorded as if it did not.
+    """
+    return _interpreter is not None and _interpreter() is not None
+
+
+def inside_dual_level() -> bool:
+    """Whether forward derivatives are taken. Required."""
+    return bool(forward_ad._current_level >= 0)
+
+
 def outside_transforms() -> AbstractContextManager[object]:
     """A context that transforms of torch.func around the caller do not see; without the interface
     calls inside such a transform are transformed, too.
     """
-    if _clear is None or _interpreter is None or _interpreter() is None:
+    if _clear is None or not inside_transform():
         return nullcontext()
     context: AbstractContextManager[object] = _clear()
     return context
@@ -113,6 +213,40 @@ without_dispatch_modes: Callable[[], AbstractContextManager[object]] = (
 
 
 # Operators.
+# The names of operators that models call by other functions. Under other names their axes get no
+# letters, and LRP has no rule for them.
+PACKED_SEQUENCE = "_pack_padded_sequence"
+ENCODER_LAYER = "_transformer_encoder_layer_fwd"
+FUSED_RMS_NORM = "_fused_rms_norm"
+schema_of = attrgetter("_schema")
+"""The schema of an operator. Required."""
+TensorType: Any = torch._C.TensorType
+"""The type of tensors in graphs of torch.jit. Required."""
+CONVOLUTION: Any = torch.ops.aten.convolution
+"""The operator of all convolutions, transposed or not. Required."""
+UNFOLDED_TRANSPOSES: dict[int, Any] = {
+    4: torch.ops.aten.slow_conv_transpose2d,
+    5: torch.ops.aten.slow_conv_transpose3d,
+}
+"""Transposed convolutions of images and volumes that unfold, by dimensions. Required."""
+
+
+def backward_operator(name: str) -> Any:
+    """The operator that gives the gradients of the operator `name`. Required."""
+    return getattr(torch.ops.aten, f"{name}_backward")
+
+
+ONEDNN_CONVOLUTION: Any = _find("ops.aten.mkldnn_convolution")
+ONEDNN_TRANSPOSE: Any = _find("ops.mkldnn._convolution_transpose_pointwise")
+ONEDNN_FUSED: Any = _find("ops.mkldnn._convolution_pointwise")
+ONEDNN_REORDER: Any = _find("ops.mkldnn._reorder_convolution_weight")
+_onednn_built = bool(_find("_C._has_mkldnn"))
+onednn_enabled: Callable[[], bool] = _find("_C._get_mkldnn_enabled") or (lambda: False)
+"""Whether the user leaves oneDNN on, where it is built in; without it, PyTorch's own calls run."""
+HAS_ONEDNN = _onednn_built and None not in (ONEDNN_CONVOLUTION, ONEDNN_TRANSPOSE)
+"""Whether oneDNN's convolutions can be called by name; without them, PyTorch chooses."""
+HAS_ONEDNN_ORDERS = _onednn_built and None not in (ONEDNN_FUSED, ONEDNN_REORDER)
+"""Whether oneDNN takes weights in its own order; without it, no weights are prepared for it."""
 _safe_softmax = _find("_safe_softmax")
 _cpu_attention = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
 
@@ -154,6 +288,38 @@ def is_rectifier_step(node: Any) -> bool:
     return "Relu" in type(node).__name__
 
 
+BATCH_NORM_STEPS = ("NativeBatchNorm", "BatchNormWithUpdate")
+"""How the names of the steps of batch normalisation's CPU kernel begin, in all releases. Under
+another name its gradients stay PyTorch's, wrong ones of some memory formats included."""
+sequence_number = methodcaller("_sequence_nr")
+"""The number of a step of autograd's graph in the order in which a thread made them. Required."""
+
+
+def custom_function(node: Any) -> type | None:
+    """The torch.autograd.Function of which a step of autograd's graph is; None of PyTorch's own
+    steps. Required.
+    """
+    if not isinstance(node, BackwardCFunction):
+        return None
+    found: type = vars(type(node))["_forward_cls"]
+    return found
+
+
+def is_module_hook(node: Any) -> bool:
+    """Whether a step of autograd's graph runs the full backward hooks of a module, by its name;
+    under another name, models with such hooks run without lean calls.
+    """
+    return bool(node.name() == "BackwardHookFunctionBackward")
+
+
+_top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+def saved_tensors_hooks() -> Any:
+    """The innermost saved-tensor hooks (pack, unpack); a pair of None without any. Required."""
+    return _top_hooks(True) or (None, None)
+
+
 def kind_of_step(node: Any) -> str:
     """The operator of a step of autograd's graph, by its name: "Relu" of "ReluBackward0"."""
     name: str = node.name().rpartition("::")[2].rstrip("0123456789")
@@ -174,6 +340,7 @@ class ErrorText(Enum):
     Where a release words an error otherwise, its message is shown without our cure.
     """
 
+    ALLOCATION = ("alloc",)
     OUT_OF_MEMORY = ("can't allocate memory", "ALLOC_FAILED")
     OVERWRITTEN = ("needed for gradient computation has been modified by an inplace",)
     IN_PLACE = ("inplace operation", "modified inplace", "in-place operation", "modified in-place")

@@ -17,9 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
+from saliency_fast._torch_compat import (
+    TensorType,
+    is_traceable_wrapper_subclass,
+    own_state,
+    tree_leaves,
+    version_of,
+)
 from saliency_fast.errors import RecordError
 from saliency_fast.graph.passes.half import PRECISIONS
 from saliency_fast.model.layout import LETTERS, Axes
@@ -522,15 +527,12 @@ def _state(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, torch.jit.ScriptModule):
         graph: Any = model.inlined_graph
         for number, node in enumerate(graph.findAllNodes("prim::Constant")):
-            if isinstance(node.output().type(), torch._C.TensorType):
+            if isinstance(node.output().type(), TensorType):
                 found[f"constant {number}"] = node.t("value")
         return found
     for name, module in model.named_modules():
-        kind = type(module)
-        plain = kind._save_to_state_dict is nn.Module._save_to_state_dict
-        if not (plain and kind.get_extra_state is nn.Module.get_extra_state):
-            own: dict[str, Any] = {}
-            module._save_to_state_dict(own, f"{name}.", keep_vars=True)
+        own = own_state(module, f"{name}.")
+        if own is not None:
             leaves = tree_leaves([own[key] for key in sorted(own)])
             found |= {f"{name} {number}": one for number, one in enumerate(leaves)}
     return found
@@ -545,7 +547,7 @@ def _memory(tensor: Tensor) -> tuple[object, ...] | None:
     if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.is_inference():
         return None
     view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-    return tensor.data_ptr(), *view, tensor._version
+    return tensor.data_ptr(), *view, version_of(tensor)
 
 
 _COMPRESSED = {

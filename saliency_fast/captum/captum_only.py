@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from saliency_fast._torch_compat import tree_map
 from saliency_fast._types import Inputs
 from saliency_fast.captum.arguments import as_tuple, public
 from saliency_fast.captum.attribute_call import rows_depend

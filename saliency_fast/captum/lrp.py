@@ -19,6 +19,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
+from saliency_fast._torch_compat import PARAMETERS, WithoutFunctionModes, own_parameters
 from saliency_fast.captum.arguments import as_tuple, copies, like_inputs, like_types, public
 from saliency_fast.captum.attribute_call import explained
 from saliency_fast.captum.attribution import GradientAttribution
@@ -362,9 +363,9 @@ def _with_rule_weights(
     twin = copy(layer)
     own = {
         name: None if one is None else nn.Parameter(one.detach().clone(), requires_grad=False)
-        for name, one in layer._parameters.items()
+        for name, one in own_parameters(layer).items()
     }
-    object.__setattr__(twin, "_parameters", own)
+    object.__setattr__(twin, PARAMETERS, own)
     with torch.no_grad():
         rule._manipulate_weights(twin, inputs, output)
     found: Tensor = twin.forward(*inputs)
@@ -374,7 +375,7 @@ def _with_rule_weights(
 @contextmanager
 def _not_intercepted() -> Iterator[None]:
     """Inside, the mode that intercepts the model's calls intercepts none."""
-    with torch._C.DisableTorchFunction(), torch.enable_grad():
+    with WithoutFunctionModes(), torch.enable_grad():
         yield
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from saliency_fast._torch_compat import ErrorText
 from saliency_fast.errors import InputError
 from saliency_fast.model.casts import cast
 
@@ -134,7 +135,7 @@ def _read(
         try:
             x = prepare(_picture(path, max_pixels)).to(dtype)
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and "alloc" not in str(error):
+            if not isinstance(error, MemoryError) and not ErrorText.ALLOCATION.of(error):
                 raise
             raise InputError(
                 f"{path} does not fit the memory, as its pixels or as numbers: make a smaller copy "

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saliency_fast._torch_compat import HOOKS_OF_ALL_MODULES
 from saliency_fast.graph.outputs import attributes_of
 
 _PLAIN = (int, float, complex, str, bytes, range, type(None), np.generic, torch.dtype, torch.device)
@@ -28,7 +29,6 @@ _DEPTH = 4
 """How far objects are followed that are neither modules nor containers of PyTorch's."""
 _ARRAY = 2**16
 """Bytes up to which an array of NumPy's counts by its numbers."""
-_HOOKS = [one for name, one in sorted(vars(nn.modules.module).items()) if name.endswith("_hooks")]
 _DESCRIPTORS = frozenset(
     (type(int.real), type(int.__add__), type(int.from_bytes), type(FunctionType.__code__))
 )
@@ -46,7 +46,7 @@ def fingerprint(*values: object) -> tuple[object, ...]:
     Numbers inside tensors do not count: a program reads them anew.
     """
     walk = _Walk()
-    for value in (*values, *_HOOKS):
+    for value in (*values, *HOOKS_OF_ALL_MODULES):
         walk.visit(value, _DEPTH)
     return tuple(walk.found)
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from saliency_fast._torch_compat import BATCH_NORM_STEPS
+
 Source = Tensor | GradientEdge
-# Autograd's steps of the kernel, under the names that PyTorch's releases give them.
-_KERNELS = ("NativeBatchNorm", "BatchNormWithUpdate")
 
 
 def gradients(
@@ -29,7 +29,7 @@ def gradients(
     kernel that reads all strides.
     """
     many = (outputs,) if isinstance(outputs, (Tensor, GradientEdge)) else tuple(outputs)
-    norms = [node for node in steps_behind(many) if node.name().startswith(_KERNELS)]
+    norms = [node for node in steps_behind(many) if node.name().startswith(BATCH_NORM_STEPS)]
     handles = [node.register_prehook(_apart) for node in norms]
     try:
         found: tuple[Any, ...] = torch.autograd.grad(outputs, inputs, cotangents, **options)  # type: ignore[arg-type]

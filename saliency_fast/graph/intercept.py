@@ -8,18 +8,17 @@ others as plain numbers, and calls for which autograd would keep too much have l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from saliency_fast._torch_compat import is_module_hook, saved_tensors_hooks, unguarded
 from saliency_fast.errors import SaliencyError
 from saliency_fast.graph.autograd import LEAN
 
-_GUARDS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 INNER_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _EXACT = ("torch.utils.checkpoint", "torch.autograd.graph")
 """Modules whose hooks return what was saved: it is computed again, or kept elsewhere."""
@@ -65,7 +64,7 @@ class Calls(FunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._saving = _saving()
+        self._saving = saved_tensors_hooks()
 
     def opens(self, func: FunctionType) -> bool:
         """Whether a Python function is seen by the calls that it makes."""
@@ -94,7 +93,7 @@ class Calls(FunctionMode):
     @property
     def packs(self) -> bool:
         """Whether the model changes what autograd saves, by hooks of its own."""
-        found = _saving()
+        found = saved_tensors_hooks()
         return found != self._saving and getattr(found[0], "__module__", "") not in _EXACT
 
     def check_saving(self) -> None:
@@ -119,19 +118,13 @@ def lean_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     return func(*args, **kwargs)
 
 
-def _saving() -> Any:
-    """The innermost saved-tensors hooks (pack, unpack); a pair of None without any."""
-    found: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return found or (None, None)
-
-
 def _hookable(node: Any) -> Any:
     """Refuses a node of autograd's graph that a model reads, in order to hook it.
 
     The node of a lean call has other gradients than autograd's own; that of a module's full
     backward hooks has the same.
     """
-    if node is not None and node.name() != "BackwardHookFunctionBackward":
+    if node is not None and not is_module_hook(node):
         raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
     return node
 
@@ -161,33 +154,3 @@ def _frozen(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_frozen, value))
     return value
-
-
-@cache
-def unguarded(func: FunctionType) -> FunctionType | None:
-    """A copy of a Python function of PyTorch without its check for function modes.
-
-    Such functions hand themselves over whole to a mode. The copy has the same code object and
-    other globals, in which the check answers no, so that the mode sees the calls inside. None for
-    functions without such a check, and for methods of Tensor: what these call passes the mode
-    under its own name.
-    """
-    if func.__module__ == "torch._tensor":
-        return None
-    cells = func.__closure__ or ()
-    inner = tuple(CellType(_copy_of(cell.cell_contents)) for cell in cells)
-    # As its own global name: what is reached through a module (`torch.sym_int`) keeps its check.
-    own = set(_GUARDS) & set(func.__code__.co_names) & set(func.__globals__)
-    # Some pooling functions are a choice between two guarded ones.
-    chosen = any(a.cell_contents is not b.cell_contents for a, b in zip(inner, cells, strict=True))
-    if not own and not chosen:
-        return None
-    space = {**func.__globals__, **dict.fromkeys(_GUARDS, lambda *_: False)}
-    closure = inner if chosen else func.__closure__
-    copy = FunctionType(func.__code__, space, func.__name__, func.__defaults__, closure)
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy
-
-
-def _copy_of(value: Any) -> Any:
-    return (unguarded(value) if isinstance(value, FunctionType) else None) or value

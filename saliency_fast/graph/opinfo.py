@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from saliency_fast._torch_compat import NN
+
 Call = Callable[..., Any]
 _F = TypeVar("_F", bound=Call)
 
@@ -113,7 +115,7 @@ def out_of_place(call: Call) -> Call:
     name = name_of(call)
     if not name.endswith("_") or name.endswith("__"):
         return call
-    for space in (torch, torch._C._nn, Tensor):
+    for space in (torch, NN, Tensor):
         if getattr(space, name, None) == call:
             found: Call = getattr(space, name[:-1], call)
             return found

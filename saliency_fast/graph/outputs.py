@@ -8,8 +8,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from saliency_fast._torch_compat import tree_leaves, tree_map
 from saliency_fast.graph.intercept import NotLeanError
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from saliency_fast._torch_compat import TreeSpec, tree_unflatten
 from saliency_fast.graph.intercept import NotLeanError, lean_call
 from saliency_fast.graph.opinfo import OpInfo, Wrapped, info, name_of
 from saliency_fast.graph.outputs import Unread

@@ -9,8 +9,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten
 
+from saliency_fast._torch_compat import (
+    TreeSpec,
+    custom_function,
+    inside_dual_level,
+    inside_transform,
+    is_module_hook,
+    sequence_number,
+    storage_id,
+    tree_flatten,
+    version_of,
+)
 from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, NotLeanError
 from saliency_fast.graph.opinfo import info, name_of
 from saliency_fast.graph.program import (
@@ -43,7 +53,7 @@ class _Before:
 
     def changed(self) -> list[Tensor]:
         pairs = zip(self.tensors, self.versions, strict=True)
-        return [one for one, version in pairs if one._version != version]
+        return [one for one, version in pairs if version_of(one) != version]
 
 
 class _Seen(NamedTuple):
@@ -67,7 +77,7 @@ def gradient_of(tensor: Tensor) -> object:
         # A view that must not be used any more: equal to nothing.
         return object()
     # By its number: the node itself would keep what it saved for the backward pass alive.
-    found = None if node is None else (node.name(), node._sequence_nr(), tensor.output_nr)
+    found = None if node is None else (node.name(), sequence_number(node), tensor.output_nr)
     return tensor.requires_grad, found
 
 
@@ -173,7 +183,7 @@ class Recorder(Calls):
         self.check_saving()
         given = list(tensors_in((args, kwargs)))
         template = mapped(self._leaf, (args, dict(kwargs)))
-        return _Before(template, given, [one._version for one in given])
+        return _Before(template, given, list(map(version_of, given)))
 
     def program(self, raw: Any) -> Program:
         """The program that ends in `raw`, the model's return value; raises NotLeanError."""
@@ -224,7 +234,7 @@ class Recorder(Calls):
         for one in changed:
             number = self._known(one)
             after.append(number if number in outputs else self._number(one, varying=varying))
-        for memory in {one.untyped_storage()._cdata for one in changed}:
+        for memory in set(map(storage_id, changed)):
             self._look_again(memory, varying)
         pairs = tuple(zip(before, after, strict=True))
         self._steps.append(Step(func, args, kwargs, outputs, varying, detached, pairs))
@@ -288,7 +298,7 @@ class Recorder(Calls):
         number = len(self._values)
         # Weak: a recording must not keep a launch's activations alive.
         self._seen[id(tensor)] = _Seen(weakref.ref(tensor), number, gradient_of(tensor))
-        memory = tensor.untyped_storage()._cdata
+        memory = storage_id(tensor)
         self._by_memory.setdefault(memory, []).append(id(tensor))
         self._values[number] = Value(tuple(tensor.shape), tensor.dtype, False, varying, memory)
         return number
@@ -330,24 +340,21 @@ def own_gradient(func: Callable[..., Any], given: Sequence[Tensor], result: Any)
     """
     if name_of(func) in _HOOKING or isinstance(result, torch.autograd.graph.Node):
         return "hook"
+    known = ("saliency_fast.", "torch.utils.checkpoint")
     for one in given:
-        node: Any = one.grad_fn if one.requires_grad else None
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            name = type(node).__name__.removesuffix("Backward")
-            home = vars(type(node))["_forward_cls"].__module__
-            if not home.startswith(("saliency_fast.", "torch.utils.checkpoint")):
-                return name
+        custom = custom_function(one.grad_fn) if one.requires_grad else None
+        if custom is not None and not custom.__module__.startswith(known):
+            return custom.__name__
     return None
 
 
 def _of_unseen(tensor: Tensor) -> str:
     """Why a tensor is not the result of a call of PyTorch's."""
-    node: Any = tensor.grad_fn
-    name = "" if node is None else node.name().removesuffix("Backward")
-    if name == "BackwardHookFunction":
+    custom = custom_function(tensor.grad_fn)
+    if custom is not None and is_module_hook(tensor.grad_fn):
         return "a module of the model has a backward hook"
-    if isinstance(node, torch.autograd.function.BackwardCFunction):
-        return f"the model has a custom autograd function {name}"
+    if custom is not None:
+        return f"the model has a custom autograd function {custom.__name__}"
     return "the model computes outside of PyTorch's own calls"
 
 
@@ -433,9 +440,7 @@ def _inside_a_mode() -> bool:
     """Whether autocast, inference mode, a transform of torch.func or forward derivatives are on."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return True
-    stacked = torch._C._functorch.peek_interpreter_stack() is not None
-    forward = torch.autograd.forward_ad._current_level >= 0
-    return stacked or forward or torch.is_inference_mode_enabled()
+    return inside_transform() or inside_dual_level() or torch.is_inference_mode_enabled()
 
 
 def _line(error: Exception) -> str:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
-from torch.utils._pytree import tree_structure
 
+from saliency_fast._torch_compat import tree_structure
 from saliency_fast.errors import BudgetError, InputError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.graph.intercept import NotLeanError, lean_call

@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saliency_fast._torch_compat import WithoutFunctionModes, tree_leaves, tree_map
+from saliency_fast._torch_compat import (
+    ENCODER_LAYER,
+    PACKED_SEQUENCE,
+    WithoutFunctionModes,
+    tree_leaves,
+    tree_map,
+)
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.graph.intercept import FunctionMode
 from saliency_fast.model.layers import Layer, floats_at, hooked
@@ -387,7 +393,7 @@ class _Follow(FunctionMode):
         kernel = _CONVOLUTIONS.get(name, 0)
         if kernel and taken.dim() == kernel + 2:
             channel = _by_convolution(own, taken, values, kwargs, shape)
-        elif name in _RECURRENT or name == "_pack_padded_sequence":
+        elif name in _RECURRENT or name == PACKED_SEQUENCE:
             packed = isinstance(values[1], Tensor) and not values[1].is_floating_point()
             if packed and name in _RECURRENT:
                 return
@@ -396,7 +402,7 @@ class _Follow(FunctionMode):
             channel = _channel_of(own, {-1}, {0}, shape, taken)
         elif name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
             channel = _by_attention(own, 0 if name.startswith("multi") else -2, shape)
-        elif name == "_transformer_encoder_layer_fwd" and taken.dim() == 3:
+        elif name == ENCODER_LAYER and taken.dim() == 3:
             channel = _by_attention(own, 1, shape)
         elif name in _PRODUCTS and len(values) > 1 and (other := self.of(values[1], number)):
             queries, keys = own.along(-2), other.along(-1)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._torch_compat import OpOverload, OpOverloadPacket, schema_of
 from saliency_fast.ops import dispatch
 
 _LIBRARY = torch.library.Library("saliency_fast", "DEF")  # type: ignore[no-untyped-call]
@@ -54,9 +55,9 @@ class Op:
         return self.schema.split("(", 1)[0]
 
     @property
-    def overload(self) -> torch._ops.OpOverload:
+    def overload(self) -> OpOverload:
         """The registered operator, for `torch.library.opcheck`."""
-        packet: torch._ops.OpOverloadPacket = getattr(torch.ops.saliency_fast, self.name)
+        packet: OpOverloadPacket = getattr(torch.ops.saliency_fast, self.name)
         return packet.default
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -73,7 +74,7 @@ class Op:
         results = found if isinstance(found, tuple) else (found,)
         changed = [
             value
-            for value, about in zip(args, self.overload._schema.arguments, strict=False)
+            for value, about in zip(args, schema_of(self.overload).arguments, strict=False)
             if about.alias_info is not None and about.alias_info.is_write
         ]
         tensors = [one for one in (*args, *changed, *results) if isinstance(one, Tensor)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from saliency_fast._torch_compat import FUSED_RMS_NORM, custom_function
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.autograd.norms import affine_of
 from saliency_fast.graph.gradients import steps_behind
@@ -193,7 +194,7 @@ class Relevance(Ruling):
     def check(self, node: Any) -> None:
         super().check(node)
         # Functions with a gradient of their own are not seen by the mode; their Python class.
-        kind = getattr(type(node), "_forward_cls", None)
+        kind = custom_function(node)
         if kind is not None and not kind.__module__.startswith("saliency_fast."):
             raise ModelError(
                 f"LRP has no rule for {node.name()}: the model has a function with a gradient "
@@ -231,7 +232,7 @@ def _passed(x: Tensor, y: Tensor, open: Tensor | None = None) -> Tensor:
 # Operators of one tensor.
 
 
-@lrp_rule(*ELEMENTWISE, "rms_norm", "_fused_rms_norm")
+@lrp_rule(*ELEMENTWISE, "rms_norm", FUSED_RMS_NORM)
 def _elementwise(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
     if not only_input_varies(args, kwargs):
         return NotImplemented

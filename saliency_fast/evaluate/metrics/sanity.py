@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from saliency_fast._torch_compat import own_buffers, own_parameters, unwrapped, version_of
 from saliency_fast.errors import InputError, ModelError, SaliencyError
 from saliency_fast.evaluate.inputs import Subject, position_sums
 from saliency_fast.evaluate.metric import SANITY, Metric, check_fields, in_suite
@@ -377,16 +378,16 @@ class Randomised:
         layer = self.layers[number]
         # Modules of torch.jit have no get_submodule, and their tables no get.
         source = dict(self._source.named_modules())[layer.name]
-        buffers = dict(layer.module._buffers.items())
+        buffers = dict(own_buffers(layer.module).items())
         with torch.inference_mode(False), torch.no_grad():
             for name, parameter in layer.parameters.items():
-                parameter.copy_(source._parameters[name])
-            for name, value in source._buffers.items():
+                parameter.copy_(own_parameters(source)[name])
+            for name, value in own_buffers(source).items():
                 now = buffers.get(name)
                 if value is not None and now is not None and now.shape == value.shape:
                     now.copy_(value)
                 else:
-                    layer.module._buffers[name] = None if value is None else value.clone()
+                    own_buffers(layer.module)[name] = None if value is None else value.clone()
 
 
 def seed_of(*numbers: int) -> int:
@@ -401,12 +402,8 @@ def _copied(model: Any) -> tuple[nn.Module, nn.Module]:
             "parameters cannot be re-initialised: the model must be an nn.Module, got "
             f"{type(model).__name__}; pass the module itself, not a function that calls it"
         )
-    source = model
-    # Wrappers of torch.compile and distributed training are no layers.
-    for wrapper in ("_orig_mod", "module"):
-        wrapped = dict(source.named_children()).get(wrapper)
-        of_torch = type(source).__module__.startswith(("torch._dynamo", "torch.nn.parallel"))
-        source = wrapped if of_torch and wrapped is not None else source
+    # Wrappers are no layers.
+    source = unwrapped(model)
     for name, parameter in source.named_parameters():
         if is_lazy(parameter) or parameter.is_meta:
             raise ModelError(
@@ -436,7 +433,7 @@ def _layers(model: nn.Module, order: Mapping[nn.Module, int]) -> tuple[Layer, ..
     for *_, name, module in sorted(positions, key=lambda one: one[:2], reverse=True):
         own = {
             key: one
-            for key, one in module._parameters.items()
+            for key, one in own_parameters(module).items()
             if one is not None and id(one) not in taken and _can_be_drawn(one)
         }
         taken |= {id(one) for one in own.values()}
@@ -485,16 +482,16 @@ def _reset(layer: Layer) -> set[str]:
     module, reset = layer.module, getattr(layer.module, "reset_parameters", None)
     if not callable(reset):
         return set()
-    before = {name: (one._version, one.clone()) for name, one in layer.parameters.items()}
+    before = {name: (version_of(one), one.clone()) for name, one in layer.parameters.items()}
     try:
         reset()
     except Exception:
         # It needs arguments, or writes read-only tensors: all is drawn from normals then.
         return set()
     finally:
-        made = {name: module._parameters.get(name) for name in before}
+        made = {name: own_parameters(module).get(name) for name in before}
         for name, parameter in layer.parameters.items():
-            module._parameters[name] = parameter
+            own_parameters(module)[name] = parameter
     covered = set()
     for name, parameter in layer.parameters.items():
         version, value = before[name]
@@ -502,7 +499,7 @@ def _reset(layer: Layer) -> set[str]:
         if new is not None and new is not parameter and new.shape == parameter.shape:
             parameter.copy_(new)
         # The version does not count writes through .data; the values do not show equal writes.
-        if parameter._version != version or not torch.equal(parameter, value):
+        if version_of(parameter) != version or not torch.equal(parameter, value):
             covered.add(name)
     return covered
 
@@ -525,7 +522,7 @@ def _others(layer: Layer) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
     return [
         (table, name, one, one.detach().clone())
         for module in layer.module.modules()
-        for table in (module._parameters, module._buffers)
+        for table in (own_parameters(module), own_buffers(module))
         for name, one in table.items()
         if one is not None and id(one) not in own
     ]

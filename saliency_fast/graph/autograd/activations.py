@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
+from saliency_fast._torch_compat import NN
 from saliency_fast.graph.autograd.function import differentiable
 from saliency_fast.graph.autograd.ties import passes
 from saliency_fast.graph.opinfo import lean
@@ -19,7 +20,6 @@ from saliency_fast.ops.masks import DTYPES, layout_of
 
 SLOPE = 0.01
 """The default slope of leaky_relu."""
-_nn = torch._C._nn
 
 
 class _Ramp(torch.autograd.Function):
@@ -70,7 +70,7 @@ def ramp(
     if scale is shift is residual is None and not torch.is_grad_enabled():
         # Nothing is kept: PyTorch's own are as fast.
         if slope:
-            return (_nn.leaky_relu_ if inplace else _nn.leaky_relu)(x, slope)
+            return (NN.leaky_relu_ if inplace else NN.leaky_relu)(x, slope)
         if upper < math.inf:
             return torch.clamp(x, 0.0, upper, out=x if inplace else None)
         return torch.relu_(x) if inplace else torch.relu(x)
@@ -107,10 +107,10 @@ RECTIFIERS: dict[Callable[..., Any], Rectifier] = {
     Tensor.relu: Rectifier(torch.relu),
     torch.relu_: Rectifier(torch.relu, inplace=True),
     Tensor.relu_: Rectifier(torch.relu, inplace=True),
-    _nn.relu6: Rectifier(_nn.relu6, upper=6.0),
-    _nn.relu6_: Rectifier(_nn.relu6, upper=6.0, inplace=True),
-    _nn.leaky_relu: Rectifier(_nn.leaky_relu, leaky=True),
-    _nn.leaky_relu_: Rectifier(_nn.leaky_relu, leaky=True, inplace=True),
+    NN.relu6: Rectifier(NN.relu6, upper=6.0),
+    NN.relu6_: Rectifier(NN.relu6, upper=6.0, inplace=True),
+    NN.leaky_relu: Rectifier(NN.leaky_relu, leaky=True),
+    NN.leaky_relu_: Rectifier(NN.leaky_relu, leaky=True, inplace=True),
 }
 for _call, _rectifier in RECTIFIERS.items():
     lean(_call)(_rectifier)
@@ -131,9 +131,9 @@ def _gate(x: Tensor, apply: Callable[[Tensor], Tensor], flags: Tensor, slope: An
     return differentiable(x, lambda one: (apply(one), (ops.pack_mask(flags), slope)), back)
 
 
-@lean(_nn.hardtanh)
+@lean(NN.hardtanh)
 def _hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> Any:
-    low, high = passes(_nn.hardtanh, (-1.0, 1.0), (-1.0, 1.0))
+    low, high = passes(NN.hardtanh, (-1.0, 1.0), (-1.0, 1.0))
     return _clamped(input, min_val, max_val, low, high)
 
 

@@ -11,6 +11,16 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._torch_compat import (
+    CONVOLUTION,
+    HAS_ONEDNN,
+    ONEDNN_CONVOLUTION,
+    ONEDNN_TRANSPOSE,
+    UNFOLDED_TRANSPOSES,
+    WithoutFunctionModes,
+    backward_operator,
+    onednn_enabled,
+)
 from saliency_fast.graph.autograd.function import differentiable
 from saliency_fast.graph.opinfo import lean
 from saliency_fast.ops.dispatch import forced, native_library
@@ -18,8 +28,7 @@ from saliency_fast.ops.winograd import CHANNELS
 
 Ints = list[int]
 Sizes = int | tuple[int, ...] | Ints
-_aten = torch.ops.aten
-_convolution = _aten.convolution
+_convolution_backward = backward_operator("convolution")
 CONVOLUTIONS = {
     **{getattr(torch, f"conv{axes}d"): (axes, False) for axes in (1, 2, 3)},
     **{getattr(torch, f"conv_transpose{axes}d"): (axes, True) for axes in (1, 2, 3)},
@@ -36,7 +45,6 @@ WINOGRAD_TILE, WINOGRAD_FILLED = 4, 0.6
 """Width of Winograd's tiles of outputs, and the share of them that an image must fill."""
 WINOGRAD_WEIGHTS = 1 << 22
 """Elements of transformed weights up to which they stay in the cache that cores share."""
-_ONEDNN = bool(torch._C._has_mkldnn)
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
@@ -46,7 +54,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> 
     as long. options: stride, padding, dilation, transposed, output padding, groups.
     """
     if not (_one_volume(x) and _plain(x, weight, *options)):
-        return _convolution(x, weight, bias, *options)
+        return CONVOLUTION(x, weight, bias, *options)
     stride, padding, dilation, transposed, output_padding, groups = options
     # As `aten::convolution` does.
     innermost = x.is_contiguous(memory_format=torch.channels_last_3d)
@@ -54,9 +62,8 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> 
     x, weight = [one.contiguous(memory_format=layout) for one in (x, weight)]
     if transposed:
         geometry = (padding, output_padding, stride, dilation, groups)
-        call = torch.ops.mkldnn._convolution_transpose_pointwise
-        return call(x, weight, bias, *geometry, "none", [], "")
-    return _aten.mkldnn_convolution(x, weight, bias, padding, stride, dilation, groups)
+        return ONEDNN_TRANSPOSE(x, weight, bias, *geometry, "none", [], "")
+    return ONEDNN_CONVOLUTION(x, weight, bias, padding, stride, dilation, groups)
 
 
 def _plain(x: Tensor, weight: Tensor, *options: Any) -> bool:
@@ -78,8 +85,8 @@ def _plain(x: Tensor, weight: Tensor, *options: Any) -> bool:
 
 
 def _one_volume(x: Tensor) -> bool:
-    few = _ONEDNN and len(x) == 1 and x.dim() == 5 and x.numel() > 0
-    return few and on_cpu(x) and torch._C._get_mkldnn_enabled()
+    few = HAS_ONEDNN and len(x) == 1 and x.dim() == 5 and x.numel() > 0
+    return few and on_cpu(x) and onednn_enabled()
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -87,7 +94,7 @@ def on_cpu(x: Tensor) -> bool:
     if x.dtype != torch.float32 or type(x) is not Tensor:
         return False
     # Under `model.meta`, tensors without memory name the device of the model's.
-    with torch._C.DisableTorchFunction():
+    with WithoutFunctionModes():
         return x.device.type == "cpu"
 
 
@@ -106,13 +113,14 @@ def _transpose(grad: Tensor, weight: Tensor, size: torch.Size, *options: Any) ->
             for s, g, t, p, d, k in zip(*geometry, strict=True)
         ]
     if not transposed and _to_few(grad, weight, stride, dilation, extra, groups):
-        call = _aten.slow_conv_transpose2d if grad.dim() == 4 else _aten.slow_conv_transpose3d
         kernel = list(weight.shape[2:])
-        found = call(grad, weight, kernel, None, stride, padding, extra, dilation)
+        found = UNFOLDED_TRANSPOSES[grad.dim()](
+            grad, weight, kernel, None, stride, padding, extra, dilation
+        )
     elif not transposed and _by_backward(grad, weight, size, groups):
         x = grad.new_empty(()).expand(len(grad), weight.shape[1], *size)
         about = (stride, padding, dilation, False, [0] * len(stride), groups)
-        found = _aten.convolution_backward(grad, x, weight, None, *about, [True, False, False])[0]
+        found = _convolution_backward(grad, x, weight, None, *about, [True, False, False])[0]
     else:
         about = (stride, padding, dilation, not transposed, extra, groups)
         found = convolved(grad, weight, None, *about)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
+from saliency_fast._torch_compat import NN, backward_operator
 from saliency_fast.graph.autograd.convolutions import Ints, Sizes, each_axis
 from saliency_fast.graph.autograd.function import differentiable
 from saliency_fast.graph.autograd.ties import takes_first
@@ -19,7 +20,6 @@ from saliency_fast.ops.masks import DTYPES
 from saliency_fast.ops.pools import LARGEST_WINDOW, layout
 
 _PADS = {"reflect": "reflection_pad", "replicate": "replication_pad"}
-_aten, _nn = torch.ops.aten, torch._C._nn
 
 
 def _served(x: Tensor, axes: int) -> bool:
@@ -102,7 +102,7 @@ def _shaped(x: Tensor, call: Callable[..., Any], transpose: Callable[..., Any], 
 
 
 def _average_pool(call: Callable[..., Any], axes: int) -> None:
-    transpose = getattr(_aten, f"avg_pool{axes}d_backward")
+    transpose = backward_operator(f"avg_pool{axes}d")
 
     @lean(call)
     def average_pool(
@@ -123,7 +123,7 @@ def _average_pool(call: Callable[..., Any], axes: int) -> None:
 
 
 def _adaptive_average_pool(call: Callable[..., Any], axes: int) -> None:
-    transpose = getattr(_aten, f"_adaptive_avg_pool{axes}d_backward")
+    transpose = backward_operator(f"_adaptive_avg_pool{axes}d")
 
     @lean(call)
     def adaptive_average_pool(input: Tensor, output_size: Any) -> Any:
@@ -138,9 +138,9 @@ _max_pool(torch.max_pool1d, 1)
 _adaptive_max_pool(torch.adaptive_max_pool1d, 1)
 for _axes in (2, 3):
     _max_pool(getattr(torch, f"max_pool{_axes}d"), _axes)
-    _adaptive_max_pool(getattr(_nn, f"adaptive_max_pool{_axes}d"), _axes)
-    _average_pool(getattr(_nn, f"avg_pool{_axes}d"), _axes)
-    _adaptive_average_pool(getattr(_nn, f"adaptive_avg_pool{_axes}d"), _axes)
+    _adaptive_max_pool(getattr(NN, f"adaptive_max_pool{_axes}d"), _axes)
+    _average_pool(getattr(NN, f"avg_pool{_axes}d"), _axes)
+    _adaptive_average_pool(getattr(NN, f"adaptive_avg_pool{_axes}d"), _axes)
 
 
 @lean(torch.avg_pool1d)
@@ -157,7 +157,7 @@ def _avg_pool1d(
     # PyTorch, too, pools a series as an image of one line.
     kernel = each_axis(kernel_size, 1)
     sizes = ([1, *kernel], [1, *_strides(stride, kernel)], [0, *each_axis(padding, 1)])
-    return LEAN[_nn.avg_pool2d](input.unsqueeze(2), *sizes, ceil_mode, count_include_pad).squeeze(2)
+    return LEAN[NN.avg_pool2d](input.unsqueeze(2), *sizes, ceil_mode, count_include_pad).squeeze(2)
 
 
 @lean(torch.adaptive_avg_pool1d)
@@ -165,11 +165,11 @@ def _adaptive_avg_pool1d(input: Tensor, output_size: Sizes) -> Any:
     if not _served(input, 1):
         return NotImplemented
     size = [1, *each_axis(output_size, 1)]
-    return LEAN[_nn.adaptive_avg_pool2d](input.unsqueeze(2), size).squeeze(2)
+    return LEAN[NN.adaptive_avg_pool2d](input.unsqueeze(2), size).squeeze(2)
 
 
 def _padding(call: Callable[..., Any], axes: int) -> None:
-    transpose = getattr(_aten, f"{call.__name__}_backward")
+    transpose = backward_operator(call.__name__)
 
     @lean(call)
     def padded(input: Tensor, padding: Any) -> Any:
@@ -180,10 +180,10 @@ def _padding(call: Callable[..., Any], axes: int) -> None:
 
 for _kind in _PADS.values():
     for _axes in (1, 2, 3):
-        _padding(getattr(_nn, f"{_kind}{_axes}d"), _axes)
+        _padding(getattr(NN, f"{_kind}{_axes}d"), _axes)
 
 
-@lean(_nn.pad)
+@lean(NN.pad)
 def _pad(input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
-    call = getattr(_nn, f"{_PADS[mode]}{len(pad) // 2}d", None) if mode in _PADS else None
+    call = getattr(NN, f"{_PADS[mode]}{len(pad) // 2}d", None) if mode in _PADS else None
     return NotImplemented if call is None else LEAN[call](input, pad)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_structure
 
+from saliency_fast._torch_compat import tree_structure
 from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelError
 from saliency_fast.graph.passes.fuse_relu import fused

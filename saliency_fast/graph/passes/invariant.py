@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._torch_compat import storage_id
 from saliency_fast.graph.fused import folded_weights
 from saliency_fast.graph.patterns import Layer, convolution
 from saliency_fast.graph.program import (
@@ -98,7 +99,7 @@ def settled_bytes(program: Program) -> int:
     """Bytes that invariant steps make of their own, for the time of a call."""
     indices = frozenset(_invariant(program))
     used = {number for step in _others(program, indices) for number in step.used}
-    memories = {one.untyped_storage()._cdata for one in program.constants}
+    memories = set(map(storage_id, program.constants))
     own = {
         value.memory: value.nbytes
         for index in indices

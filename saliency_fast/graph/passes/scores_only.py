@@ -14,6 +14,12 @@ import torch
 from torch import Tensor
 
 from saliency_fast import ops
+from saliency_fast._torch_compat import (
+    HAS_ONEDNN_ORDERS,
+    ONEDNN_FUSED,
+    ONEDNN_REORDER,
+    onednn_enabled,
+)
 from saliency_fast.graph.autograd.convolutions import each_axis, even_edges, winograd_pays
 from saliency_fast.graph.fused import folded_weights
 from saliency_fast.graph.patterns import Layer, layers
@@ -59,7 +65,7 @@ class _Prepared:
             return _Winograd(weight, bias, options)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         size = (1, *self.shape[1:])
-        ready = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, size)
+        ready = ONEDNN_REORDER(weight, *geometry, size)
         return _Reordered(ready, bias, (*geometry, "relu" if relu else "none", [], ""))
 
 
@@ -85,8 +91,7 @@ class _Reordered:
     options: tuple[Any, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        call = torch.ops.mkldnn._convolution_pointwise
-        found: Tensor = call(x, self.weight, self.bias, *self.options)
+        found: Tensor = ONEDNN_FUSED(x, self.weight, self.bias, *self.options)
         return found
 
 
@@ -121,17 +126,11 @@ def _prepared(program: Program) -> Iterator[_Prepared]:
     # All calls hand on channels last.
     if program.pieces or not program.channels_last:
         return
-    onednn = _has_onednn()
+    onednn = HAS_ONEDNN_ORDERS and onednn_enabled()
     for layer in layers(program):
         one = _geometry(program, layer)
         if one is not None and (onednn or one.by_winograd):
             yield one
-
-
-def _has_onednn() -> bool:
-    """Whether oneDNN runs here, with weights in an order of its own."""
-    enabled = torch._C._has_mkldnn and torch._C._get_mkldnn_enabled()
-    return enabled and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
 
 
 def _geometry(program: Program, layer: Layer) -> _Prepared | None:
