@@ -21,11 +21,12 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import (
     TreeSpec,
     tree_any,
     tree_flatten,
+    tree_iter,
     tree_leaves,
     tree_map,
     tree_structure,
@@ -34,7 +35,7 @@ from torch.utils._pytree import (
 
 __all__ = ["OpOverload", "OpOverloadPacket", "TreeSpec", "is_traceable_wrapper_subclass"]
 __all__ += ["tree_any", "tree_flatten", "tree_leaves", "tree_map", "tree_structure"]
-__all__ += ["tree_unflatten"]
+__all__ += ["TorchDispatchMode", "tree_iter", "tree_unflatten"]
 
 
 def _find(path: str) -> Any:
@@ -213,6 +214,10 @@ without_dispatch_modes: Callable[[], AbstractContextManager[object]] = (
 
 
 # Operators.
+READS: frozenset[Any] = frozenset(
+    (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+)
+"""Operators whose result Python reads numbers from. Required."""
 # The names of operators that models call by other functions. Under other names their axes get no
 # letters, and LRP has no rule for them.
 PACKED_SEQUENCE = "_pack_padded_sequence"
@@ -350,6 +355,7 @@ class ErrorText(Enum):
     )
     NO_SECOND_DERIVATIVE = ("is not implemented", "double backward")
     INFERENCE_TENSOR = ("Inference tensors",)
+    SAVED_TENSOR_HOOKS = ("saved tensor hooks",)
     NO_GRADIENT = ("does not require grad", "does not have a grad_fn")
 
     def of(self, error: BaseException) -> bool:

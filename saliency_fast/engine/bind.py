@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from saliency_fast._torch_compat import tree_leaves
 from saliency_fast._types import Inputs
 from saliency_fast.engine.baselines import MISSING
 from saliency_fast.engine.config import EngineConfig

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast._torch_compat import ErrorText
 from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LaunchMemory
 from saliency_fast.engine.bind import Call, Model
@@ -249,7 +250,7 @@ class Measurement:
         except (RuntimeError, MemoryError) as error:
             # Transforms of torch.func take no hooks: what autograd keeps of such a model is not
             # counted; all else is.
-            if ledger.accepted and "saved tensor hooks" in str(error):
+            if ledger.accepted and ErrorText.SAVED_TENSOR_HOOKS.of(error):
                 return self._metered(Ledger(MemoryMeter(), accepted=False), call)
             if not is_out_of_memory(error):
                 raise

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from saliency_fast._torch_compat import tree_leaves
 from saliency_fast._types import Inputs
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.recipe import Recipe, WeightedSum

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from saliency_fast._torch_compat import (
+    TorchDispatchMode,
+    WithoutFunctionModes,
+    tree_iter,
+)
 from saliency_fast.errors import InputError, InputTypeError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -94,9 +97,6 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-_READS = frozenset((torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default))
-
-
 class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that live at the same time inside its `with`, and the largest.
 
@@ -106,7 +106,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # The default wraps the dispatch below in torch._dynamo, which costs its whole import.
+        # The default wraps the dispatch below in the compiler, which costs its whole import.
         return False
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ class Ledger(torch.autograd.graph.saved_tensors_hooks):
     def _note(self, tensor: Tensor) -> Tensor:
         # Custom functions save inside of the model's own code, where function modes are told of
         # every call, and of these too.
-        with torch._C.DisableTorchFunction():
+        with WithoutFunctionModes():
             key, size = self.meter.size_of(tensor)
             if size and key not in self._counted:
                 self._counted.add(key)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.engine.arena import LEAST_TRACED, Arena
 from saliency_fast.engine.bind import bind
+from saliency_fast.engine.loop import SumEvaluation
 from saliency_fast.graph.autograd import convolutions
 from saliency_fast.model.executors import OnMeta, shapes_only
+from saliency_fast.together import Arguments
 from tests import naive
 from tests.models import randn
 
@@ -110,7 +112,8 @@ def test_no_unfolded_copies() -> None:
     model.float()
     call = bind(x, 1, (), None)
     arena = Arena(CPU, LEAST_TRACED)
-    engine._prepare(call, None, None)[0].run().try_launch(1, arena)
+    job, _ = engine._prepare(call, Arguments(x))
+    SumEvaluation(job, call, job.baselines[0]).trial(1, arena)
     trace = arena.trace()
     arena.close()
     if trace is not None:
