@@ -55,9 +55,9 @@ class Summed(Reader):
     def count(self) -> int:
         return 1
 
-    def read(self, raw: Any, item: Tensor) -> Tensor:
+    def read(self, raw: Any, example: Tensor) -> Tensor:
         """Scores [R, 1] of outputs [R, N, *]."""
-        inputs = [map_tensors(itemgetter(number), raw) for number in range(item.numel())]
+        inputs = [map_tensors(itemgetter(number), raw) for number in range(example.numel())]
         return torch.stack([self.of_rows(one).sum() for one in inputs])[:, None]
 
     def of_rows(self, raw: Any) -> Tensor:

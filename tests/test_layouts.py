@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast import evaluate, summary
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.inputs import read_subject
+from saliency_fast.evaluate.inputs import read_evaluation_input
 from saliency_fast.evaluate.metric import Suite
 from saliency_fast.model.layout import Axes, LayoutWarning
 from tests.layout_models import LAYOUTS, SIZES, laid, standard, to
@@ -300,6 +300,6 @@ def test_overlays() -> None:
 
 def test_a_subject_is_in_the_standard_layout() -> None:
     x = to("BHWC", inputs_of("BHWC"))
-    subject = read_subject(laid("BHWC"), x, x)
+    subject = read_evaluation_input(laid("BHWC"), x, x)
     assert torch.equal(subject.inputs, x.movedim(3, 1))
     assert torch.equal(subject.running.cast(subject.inputs), x)

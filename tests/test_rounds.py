@@ -38,18 +38,18 @@ class Zeroed:
     def rounds(self, asked: RoundContext) -> Rounds:
         (x,), lost = asked.inputs, torch.zeros((*asked.scores.shape, asked.inputs[0][0].numel()))
         lost = lost.to(x.dtype)
-        item = torch.arange(len(x))
+        example = torch.arange(len(x))
 
-        def write(item: Tensor, place: Tensor) -> tuple[Tensor, ...]:
-            points = x[item].flatten(1)
-            points[torch.arange(len(item)), place] = 0
+        def write(example: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+            points = x[example].flatten(1)
+            points[torch.arange(len(example)), place] = 0
             return (points.view(-1, *x.shape[1:]),)
 
         def maps() -> Maps:
             return Maps((lost.view(*asked.scores.shape, *x.shape[1:]).clone(),))
 
         for place in range(x[0].numel()):
-            found = yield Round(write, item, torch.full_like(item, place))
+            found = yield Round(write, example, torch.full_like(example, place))
             lost[:, :, place] = (asked.scores - found.scores).to(x.dtype)
             if self.on_the_way:
                 yield maps()
@@ -67,12 +67,12 @@ class Inside:
         return RoundsRecipe(self.rounds, 1, at_input=True, layers=self.layer)
 
     def rounds(self, asked: RoundContext) -> Rounds:
-        item = torch.arange(len(asked.inputs[0]))
+        example = torch.arange(len(asked.inputs[0]))
 
-        def write(item: Tensor, place: Tensor) -> tuple[Tensor, ...]:
-            return tuple(x[item] for x in asked.inputs)
+        def write(example: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+            return tuple(x[example] for x in asked.inputs)
 
-        found = yield Round(write, item, item, taps=LayerTaps(asked.layers))
+        found = yield Round(write, example, example, taps=LayerTaps(asked.layers))
         values = torch.stack([found.taps[0] * grads[0] for grads in found.grads], 1)
         return Maps((values,), extras={"activation": found.taps[0][:, None]})
 
@@ -88,16 +88,16 @@ class Folded:
 
     def rounds(self, asked: RoundContext) -> Rounds:
         total = [torch.zeros_like(x) for x in asked.inputs]
-        item = torch.arange(len(total[0])).repeat(2)
+        example = torch.arange(len(total[0])).repeat(2)
 
-        def write(item: Tensor, place: Tensor) -> tuple[Tensor, ...]:
-            return tuple(x[item] for x in asked.inputs)
+        def write(example: Tensor, place: Tensor) -> tuple[Tensor, ...]:
+            return tuple(x[example] for x in asked.inputs)
 
         def each(rows: slice, found: RoundResult) -> None:
             for slot, grads in zip(total, found.grads[0], strict=True):
-                slot.index_add_(0, item[rows], grads / 2)
+                slot.index_add_(0, example[rows], grads / 2)
 
-        yield Round(write, item, item, gradients=True, each=each)
+        yield Round(write, example, example, gradients=True, each=each)
         return Maps(tuple(one[:, None] for one in total))
 
 
@@ -151,9 +151,9 @@ class InterceptedExecutor:
         return RoundsRecipe(self.rounds, 1, at_input=True, layers="4", gradients=False)
 
     def rounds(self, asked: RoundContext) -> Rounds:
-        item = torch.arange(len(asked.inputs[0]))
+        example = torch.arange(len(asked.inputs[0]))
         taps = LayerTaps(asked.layers, asked.layer_input)
-        found = yield Round(lambda i, _: (asked.inputs[0][i],), item, item, False, taps)
+        found = yield Round(lambda i, _: (asked.inputs[0][i],), example, example, False, taps)
         assert found.grads == []
         return Maps((found.taps[0][:, None],))
 

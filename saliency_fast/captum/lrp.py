@@ -30,7 +30,7 @@ from saliency_fast.errors import InputTypeError
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
 from saliency_fast.model.preserve import preserved
-from saliency_fast.rules import Ruling
+from saliency_fast.rules import RulesMode
 from saliency_fast.rules.lrp import ratio
 
 DEFAULT_EPSILON = (
@@ -295,12 +295,12 @@ class _ModuleRules:
             found.append((id(layer()), type(rule), fields))
         return repr(found)
 
-    def calls(self, model: Callable[..., Any] | None = None) -> Ruling:
+    def calls(self, model: Callable[..., Any] | None = None) -> RulesMode:
         alive = [(layer(), rule) for layer, rule in self.layers]
         return _Hooks([(layer, rule) for layer, rule in alive if layer is not None])
 
 
-class _Hooks(Ruling):
+class _Hooks(RulesMode):
     """A run in which layers propagate relevance."""
 
     def __init__(self, rules: LayerRules) -> None:

@@ -232,11 +232,11 @@ class _Noise:
         count, device = stop - start, self.inputs[0].device
         offsets, found = first_elements(self.inputs), []
         for x, stdev, first in zip(self.inputs, self.stdevs, offsets, strict=True):
-            item = torch.arange(len(x), device=device).repeat_interleave(count)
+            example = torch.arange(len(x), device=device).repeat_interleave(count)
             sample = torch.arange(start, stop, device=device).repeat(len(x))
             sigma = torch.full((len(x),), stdev, dtype=torch.float64, device=device)
             plain = x.detach().contiguous().view(len(x), -1)
-            of = sigma, self.seeds.to(device), item, sample, False, first
+            of = sigma, self.seeds.to(device), example, sample, False, first
             found.append(ops.noise_points(plain, *of).view(-1, *x.shape[1:]))
         return tuple(found)
 

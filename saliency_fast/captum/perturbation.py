@@ -160,7 +160,7 @@ class _Occluded:
 
     def recipe(self) -> Recipe:
         def rounds(asked: engine.RoundContext) -> engine.Rounds:
-            return occlusion.occluded(asked, self._method(asked.inputs))
+            return occlusion.occlusion_rounds(asked, self._method(asked.inputs))
 
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             return self._method(inputs).points(inputs, features, layouts)
@@ -342,22 +342,22 @@ class _Permuted:
         features = [one for one in range(game.count) if one not in self.few]
         permuted = self._permuted(game, features)
 
-        def write(item: Tensor, place: Tensor) -> Inputs:
+        def write(example: Tensor, place: Tensor) -> Inputs:
             several, row = torch.unique(place, return_inverse=True)
             tables = [permuted(feature) for feature in several.tolist()]
             found = []
             for x, own in zip(asked.inputs, zip(*tables, strict=True), strict=True):
-                found.append(torch.stack(own).view(-1, *x.shape)[row, item].contiguous())
+                found.append(torch.stack(own).view(-1, *x.shape)[row, example].contiguous())
             return tuple(found)
 
         def each(rows: slice, found: engine.RoundResult) -> None:
-            own = item[rows]
+            own = example[rows]
             values[own, :, place[rows]] = asked.scores[own] - found.scores
 
         batch = len(asked.inputs[0])
         place = torch.tensor(features, device=game.device).repeat_interleave(batch)
-        item = torch.arange(batch, device=game.device).repeat(len(features))
-        yield engine.Round(write, item, place, each=each)
+        example = torch.arange(batch, device=game.device).repeat(len(features))
+        yield engine.Round(write, example, place, each=each)
         return game.maps(values, None, sums=False)
 
     def _permuted(self, game: Game, features: list[int]) -> Callable[[int], Inputs]:
@@ -532,4 +532,4 @@ class _RandomOrders:
             found: Tensor = place.argsort(dim=1).argsort(dim=1)[None].to(game.device)
             return found
 
-        return shapley.walked(game, self.orders, ranks, 1)
+        return shapley.permutation_rounds(game, self.orders, ranks, 1)

@@ -299,9 +299,9 @@ def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
         found = None
         if isinstance(step, engine.Round):
             parts = [scores.new_zeros((0, scores.shape[1]))]
-            for start in range(0, step.item.numel(), call.at_once):
-                rows = slice(start, min(start + call.at_once, step.item.numel()))
-                numbers = yield step.write(step.item[rows], step.place[rows])
+            for start in range(0, step.example.numel(), call.at_once):
+                rows = slice(start, min(start + call.at_once, step.example.numel()))
+                numbers = yield step.write(step.example[rows], step.node[rows])
                 if step.each is None:
                     parts.append(numbers)
                 else:

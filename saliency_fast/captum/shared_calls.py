@@ -76,10 +76,10 @@ class SharedCalls:
         if count not in self._sizes:
             self._sizes.add(count)
             due = [*range(count)] if count <= MOST_PROVED else [middle, farthest, count - 1, 0]
-        item = torch.zeros(count, dtype=torch.int64, device=points[0].device)
+        example = torch.zeros(count, dtype=torch.int64, device=points[0].device)
         for number in dict.fromkeys(due):
-            row = Row.of(points, item, number)
-            with same_draws(lambda: True, item.device):
+            row = Row.of(points, example, number)
+            with same_draws(lambda: True, example.device):
                 alone, scale = self.judged(*row.alone())
                 # The first and the last are often an input and its baseline, at which functions
                 # are saturated.
@@ -89,7 +89,7 @@ class SharedCalls:
                 raise RowsMeetError(f"copy {number} of {count} has other numbers alone")
 
     @torch.no_grad()
-    def judged(self, points: Inputs, item: Tensor) -> tuple[Tensor, float]:
+    def judged(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
         """The numbers of copies and the largest of them, as the engine's proof asks for them."""
         found = self.of(points)
         size = found.detach().double().nan_to_num(0.0, 0.0, 0.0).abs()

@@ -40,19 +40,19 @@ class AffinePrefix:
     line: bool
     rows: int
 
-    def forward(self, table: Inputs, item: Tensor | None = None) -> Inputs:
+    def forward(self, table: Inputs, example: Tensor | None = None) -> Inputs:
         """The stem's output for every row of `table`: inputs [B, *], baselines [B | 1, *], or
-        points of the examples `item` [R].
+        points of the examples `example` [R].
         """
-        if item is None:
+        if example is None:
             # One baseline for all examples has an output for each where their stems differ.
             rows = self.call.batch if self.prefix.conditional else max(map(len, table))
             table = tuple(one.expand(rows, *one.shape[1:]) for one in table)
-            item = torch.arange(rows, device=table[0].device) % self.call.batch
+            example = torch.arange(rows, device=table[0].device) % self.call.batch
         parts = []
-        for part in self._parts(item.numel()):
-            further = self._further(item[part])
-            with arithmetic(FLOAT32, item.device):
+        for part in self._parts(example.numel()):
+            further = self._further(example[part])
+            with arithmetic(FLOAT32, example.device):
                 parts.append(self.prefix.lift(tuple(one[part] for one in table), further))
         return _joined(parts)
 
@@ -65,21 +65,21 @@ class AffinePrefix:
         parts, each = [], max(1, len(sums[0]) // len(examples))
         for part in self._parts(len(sums[0])):
             slot = torch.arange(part.start, part.stop, device=sums[0].device)
-            rows, item = tuple(one[part] for one in sums), examples[slot // each]
+            rows, example = tuple(one[part] for one in sums), examples[slot // each]
             with arithmetic(FLOAT32, sums[0].device):
-                parts.append(self.prefix.lower(rows, self.call.inputs, self._further(item)))
+                parts.append(self.prefix.lower(rows, self.call.inputs, self._further(example)))
         return _joined(parts)
 
     def first(self) -> tuple[Inputs, list[Tensor]]:
         """The first example and its further arguments, as a launch of one row."""
-        item = torch.zeros(1, dtype=torch.int64, device=self.call.device)
-        return tuple(x[:1] for x in self.call.inputs), self._further(item)
+        example = torch.zeros(1, dtype=torch.int64, device=self.call.device)
+        return tuple(x[:1] for x in self.call.inputs), self._further(example)
 
     def _parts(self, count: int) -> Iterator[slice]:
         return (slice(n, min(n + self.rows, count)) for n in range(0, count, self.rows))
 
-    def _further(self, item: Tensor) -> list[Tensor]:
-        return tensors_among(*self.call.function(RecordedExecutor(self.prefix.rest)).rows(item))
+    def _further(self, example: Tensor) -> list[Tensor]:
+        return tensors_among(*self.call.function(RecordedExecutor(self.prefix.rest)).rows(example))
 
 
 def _joined(parts: list[Inputs]) -> Inputs:
@@ -147,10 +147,10 @@ class Accumulators:
         maps_of: Tensor | None = None,
     ) -> None:
         """Adds a launch; for each of K targets the gradients [R, *] per input, `scale` times as
-        large as they are. maps_of: the example of each row among the maps, unless `rows.item`.
+        large as they are. maps_of: the example of each row among the maps, unless `rows.example`.
         """
-        replicate = torch.ones_like(rows.fold) if self.nested else rows.fold
-        example = rows.item if maps_of is None else maps_of
+        replicate = torch.ones_like(rows.replicate) if self.nested else rows.replicate
+        example = rows.example if maps_of is None else maps_of
         directions = source.direction(rows) if self.recipe.factor == "path" else None
         for k, one in enumerate(gradients):
             slot = (example * self.maps + k) * self.replicates + replicate

@@ -344,16 +344,19 @@ def _proved(
     scores alone with its rows of them, "" where that is the same or the model refuses them.
     """
     one, outcomes, differs = call.batch // 2, list[str](), ""
-    item = torch.arange(call.batch, device=call.device)
+    example = torch.arange(call.batch, device=call.device)
     executor = EagerExecutor(model)
     points = tuple(x.clone() for x in call.inputs)
-    together, scale = call.function(executor).judged(points, item)
+    together, scale = call.function(executor).judged(points, example)
     for whole in _choices(unmarked, tried):
         function = replace(call, whole=call.whole | whole).function(executor)
         try:
             alone, several = (
                 function.judged(tuple(x[own] for x in call.inputs), own)[0]
-                for own in (item[one : one + 1], item[one].expand(3 if call.batch == 2 else 2))
+                for own in (
+                    example[one : one + 1],
+                    example[one].expand(3 if call.batch == 2 else 2),
+                )
             )
         except (SaliencyError, RuntimeError, LookupError, TypeError, ValueError) as error:
             outcomes.append(f"fails ({str(error).splitlines()[0] if str(error) else error!r})")

@@ -38,7 +38,7 @@ from saliency_fast.graph.rows import Suspicion, suspicion
 from saliency_fast.model.executors import (
     EagerExecutor,
     Executor,
-    OnMeta,
+    MetaTensors,
     RecordingExecutor,
     shapes_only,
 )
@@ -159,7 +159,7 @@ class Measurement:
         and the middle of another's: a part of the model may be silent at one point alone.
         """
         level, batch = self.recipe.levels[0], self.call.batch
-        order = level.place.argsort()
+        order = level.node.argsort()
         nodes = [(batch - 1, int(order[-1])), (batch // 2, int(order[level.count // 2]))]
         few = level.count * batch < self.config.compared_at_three_from
         nodes = list(dict.fromkeys(one for one in nodes if one != (0, 0)))[: 1 if few else 2]
@@ -218,15 +218,15 @@ class Measurement:
         if not self.on_meta:
             check_affine(prefix.prefix, *prefix.first())
         with self._device():
-            points, item = self._points(1)
+            points, example = self._points(1)
             # Once for all points, so no part of what one costs.
-            points = prefix.forward(points, item) if prefix.line else points
+            points = prefix.forward(points, example) if prefix.line else points
         measured = self._metered(
-            ledger, lambda: function.gradients(tuple(one.clone() for one in points), item)
+            ledger, lambda: function.gradients(tuple(one.clone() for one in points), example)
         )
         if self.on_meta:
             return measured
-        return replace(measured, gradients=[prefix.vjp(one, item) for one in measured.gradients])
+        return replace(measured, gradients=[prefix.vjp(one, example) for one in measured.gradients])
 
     def _gradients(self, function: PointFunction, ledger: Ledger) -> Measured:
         keeps = _KeepsOutputs(function.route)
@@ -268,9 +268,9 @@ class Measurement:
         recording, meter = RecordingExecutor(self.model), MemoryMeter()
         with self._device(), same_draws(lambda: meter.drew, self.call.device), uncompiled(), meter:
             states = random_states(self.call.device)
-            function, (points, item) = self.call.function(recording), self._points(rows)
+            function, (points, example) = self.call.function(recording), self._points(rows)
             points = function.taken(points)
-            function.forward(entered(points)[0] if rows == 1 else points, item)
+            function.forward(entered(points)[0] if rows == 1 else points, example)
             drawn = not all(map(torch.equal, states, random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
         if meter.drew and drawn:
@@ -279,16 +279,16 @@ class Measurement:
         return recording.program
 
     def _device(self) -> AbstractContextManager[object]:
-        return OnMeta(self.call.device) if self.on_meta else nullcontext()
+        return MetaTensors(self.call.device) if self.on_meta else nullcontext()
 
     def _points(self, rows: int) -> tuple[Inputs, Tensor]:
-        item = torch.full((rows,), self.example, device=self.call.device)
+        example = torch.full((rows,), self.example, device=self.call.device)
         if self.on_meta:
-            return shapes_only(self.call.inputs, rows), item
+            return shapes_only(self.call.inputs, rows), example
         level = self.recipe.levels[0].to(self.call.device)
         source = self.recipe.family.bind(self.call.inputs, self.baselines)
         start = self.number * rows
-        return source.write(level.rows(item, start, start + rows)), item
+        return source.write(level.rows(example, start, start + rows)), example
 
 
 NOTHING = Cost(0, 0)

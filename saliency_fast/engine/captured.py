@@ -224,8 +224,8 @@ class CapturedEvaluation(SumEvaluation):
             # The next call of a method with one level, for all examples: the table is the same.
             return
         rows = level.rows(active, 0, level.count * active.numel())
-        count = rows.item.numel()
-        if self._table is None or self._table.item.numel() < count:
+        count = rows.example.numel()
+        if self._table is None or self._table.example.numel() < count:
             # What was captured reads the old one. The first point stands everywhere.
             size = max(self.config.graph_rows, count)
             columns = (getattr(rows, column.name) for column in fields(Rows))
@@ -279,11 +279,11 @@ class CapturedEvaluation(SumEvaluation):
         assert self._table is not None
         at = self._offset + torch.arange(size, device=self._offset.device)
         # Warm-ups go on where the last one ended, and must not leave the table.
-        at = at % self._table.item.numel()
+        at = at % self._table.example.numel()
         rows = Rows(*(getattr(self._table, column.name)[at] for column in fields(Rows)))
         self._inside = replace(self._inside, targets=self.function.targets)
         points = self.source.write(rows)
-        result = EvaluationResult(*self._inside.gradients(points, rows.item))
+        result = EvaluationResult(*self._inside.gradients(points, rows.example))
         if self.strategy.precision.scaled:
             self._overflowed |= ~finite(result.gradients)
         self.add(rows, result, self._scale)

@@ -151,14 +151,14 @@ class _Graph(SumEvaluation):
 
     def _sums(self, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
         """The weighted sum of all points, and what its two halves differ by: [B, K, *] each."""
-        count = rows.item.numel()
+        count = rows.example.numel()
         starts = range(0, count, self.size)
         parts = [self._gradients(rows.part(n, min(n + self.size, count))) for n in starts]
         terms = [torch.cat(one) for one in zip(*parts, strict=True)]
         if self.recipe.reduction == "variance":
             mean = self._added(terms, rows, rows.weight)
-            terms = [(one - m[rows.item]).square() for one, m in zip(terms, mean, strict=True)]
-        half = [rows.weight * (rows.fold == fold) for fold in (0, 1)]
+            terms = [(one - m[rows.example]).square() for one, m in zip(terms, mean, strict=True)]
+        half = [rows.weight * (rows.replicate == number) for number in (0, 1)]
         share = [weight / weight.sum().clamp_min(1e-300) * len(self.x[0]) for weight in half]
         with torch.no_grad():
             zero, one = (self._added(terms, rows, weight) for weight in share)
@@ -169,7 +169,7 @@ class _Graph(SumEvaluation):
         """For each input the weighted sums over the rows of every example, [B, K, *]."""
         return [
             one.new_zeros(len(self.x[0]), *one.shape[1:]).index_add(
-                0, rows.item, rows_of(weight.to(one.dtype), one.dim()) * one
+                0, rows.example, rows_of(weight.to(one.dtype), one.dim()) * one
             )
             for one in terms
         ]
@@ -180,13 +180,13 @@ class _Graph(SumEvaluation):
         points = [self._point(number, one, rows) for number, one in enumerate(written)]
         # Copies: a model may write to its input.
         inside = self.function.taken(tuple(one.clone() for one in points))
-        scores, classes = self.function.forward(list(inside), rows.item)
+        scores, classes = self.function.forward(list(inside), rows.example)
         assert self.independence is not None
-        for number in self.independence.due(rows.item.numel(), apart=False):
-            row = Row.of(tuple(one.detach() for one in points), rows.item, number)
+        for number in self.independence.due(rows.example.numel(), apart=False):
+            row = Row.of(tuple(one.detach() for one in points), rows.example, number)
             self.independence.prove(self.function, row)(scores.detach())
         if self.recipe.at_input:
-            self.note_scores(rows.item, scores.detach(), classes)
+            self.note_scores(rows.example, scores.detach(), classes)
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
         found: list[list[Tensor]] = [[] for _ in points]
@@ -212,13 +212,13 @@ class _Graph(SumEvaluation):
             alpha = random_line(*self.source.lines(number, rows))[2]  # type: ignore[arg-type]
             moved = rows_of(alpha.to(moved.dtype), moved.dim()) * moved
         elif isinstance(family, Line):
-            moved = rows_of(rows.place.to(moved.dtype), moved.dim()) * moved
+            moved = rows_of(rows.node.to(moved.dtype), moved.dim()) * moved
         return written.detach() + moved
 
     def _moved(self, number: int, rows: Rows) -> Tensor:
         """Zeros [R, *] that depend on the input as the input itself does."""
         x = self.x[number]
-        return (x - x.detach())[rows.item]
+        return (x - x.detach())[rows.example]
 
     def _line(self, number: int, rows: Rows) -> Tensor:
         """From a random baseline to the noisy input, [R, *]."""

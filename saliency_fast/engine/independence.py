@@ -141,11 +141,11 @@ class Independence:
         compares the launch's scores [R, K] with it, and raises RowsMeetError. gradients: whether
         the launch asks for any.
         """
-        with same_draws(lambda: self.draws, row.item.device):
-            single, scale = (function.lone or function).judged(*row.alone())
-            if function.lone is not None:
+        with same_draws(lambda: self.draws, row.example.device):
+            single, scale = (function.single_row or function).judged(*row.alone())
+            if function.single_row is not None:
                 if gradients and not self._tied_alike:
-                    self._at_ties(function, function.lone, row)
+                    self._at_ties(function, function.single_row, row)
             elif self.provoke and not self.proved:
                 self.provoke = provoked(function, row, single, scale)
         number = row.number
@@ -162,15 +162,15 @@ class Independence:
 
         return compare
 
-    def _at_ties(self, function: PointFunction, lone: PointFunction, row: Row) -> None:
+    def _at_ties(self, function: PointFunction, single_row: PointFunction, row: Row) -> None:
         """The gradients of rows of few values, whose maxima and medians several elements reach:
         under vmap PyTorch may choose among those otherwise than without, with the same scores.
         """
-        points, item = row.of_few_values()
-        gradients = function.gradients(tuple(one.clone() for one in points), item)[2]
-        for number in range(len(item)):
+        points, example = row.of_few_values()
+        gradients = function.gradients(tuple(one.clone() for one in points), example)[2]
+        for number in range(len(example)):
             own = slice(number, number + 1)
-            alone = lone.gradients(tuple(one[own].clone() for one in points), item[own])[2]
+            alone = single_row.gradients(tuple(one[own].clone() for one in points), example[own])[2]
             for several, single in zip(tree_leaves(gradients), tree_leaves(alone), strict=True):
                 a, b = several[own].detach().double(), single.detach().double()
                 limit = TOLERANCE.get(single.dtype, 0.0) + ROUGH.get(function.precision.name, 0.0)
@@ -189,25 +189,25 @@ class Row:
     """A row of a launch, kept before the model may write to it."""
 
     points: Inputs
-    item: Tensor
+    example: Tensor
     number: int
 
     @classmethod
-    def of(cls, points: Inputs, item: Tensor, number: int) -> Row:
+    def of(cls, points: Inputs, example: Tensor, number: int) -> Row:
         own = slice(number, number + 1)
-        return cls(tuple(one[own].clone() for one in points), item[own], number)
+        return cls(tuple(one[own].clone() for one in points), example[own], number)
 
     def alone(self) -> tuple[Inputs, Tensor]:
-        return tuple(one.clone() for one in self.points), self.item
+        return tuple(one.clone() for one in self.points), self.example
 
     def of_few_values(self) -> tuple[Inputs, Tensor]:
         """The row twice, rounded to three and to five values."""
         rows = tuple(torch.cat([_rounded(one, n) for n in (1, 2)]) for one in self.points)
-        return rows, self.item.expand(2)
+        return rows, self.example.expand(2)
 
     def among_others(self) -> tuple[Inputs, Tensor]:
         """The row as the second one of five."""
-        return tuple(map(_between, self.points)), self.item.expand(5)
+        return tuple(map(_between, self.points)), self.example.expand(5)
 
 
 def _rounded(row: Tensor, levels: int) -> Tensor:
@@ -247,13 +247,15 @@ def provoked(function: PointFunction, row: Row, single: Tensor, scale: float) ->
     return True
 
 
-def meeting(function: PointFunction, points: Inputs, item: Tensor, *, extremes: bool) -> str | None:
+def meeting(
+    function: PointFunction, points: Inputs, example: Tensor, *, extremes: bool
+) -> str | None:
     """How one of these rows scores among the others something else than alone; None where none
     does. extremes: whether each is also tried among rows that are far from all others.
     """
-    together, scale = function.judged(tuple(one.clone() for one in points), item)
-    for number in range(len(item)):
-        row = Row.of(points, item, number)
+    together, scale = function.judged(tuple(one.clone() for one in points), example)
+    for number in range(len(example)):
+        row = Row.of(points, example, number)
         single, _ = function.judged(*row.alone())
         if not scores_agree(together[number], single[0], scale, function):
             return f"one scores {numbers(single[0])} alone and {numbers(together[number])} there"
@@ -348,15 +350,15 @@ def find_ties(
     if maxima == [False] and not exact:
         return TieReport(share.zero_())
     level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
-    order = level.place.argsort()
+    order = level.node.argsort()
     nodes = [int(order[level.count // 2])]
-    if exact and level.count > 1 and float(level.place[order[0]]) == 0.0:
+    if exact and level.count > 1 and float(level.node[order[0]]) == 0.0:
         # At the baseline all may be flat.
         nodes.append(int(order[0]))
     largest, apart = 0.0, False
     for example in range(call.batch):
-        item = torch.full((1,), example, device=call.device)
-        several = [source.write(level.rows(item, node, node + 1)) for node in nodes]
+        row = torch.full((1,), example, device=call.device)
+        several = [source.write(level.rows(row, node, node + 1)) for node in nodes]
         tying = [may_tie(points) for points in several]
         # On the way: by pools, sorts, rectifiers of differences, where() and whatever else chooses.
         apart |= exact and tying[0]
@@ -367,7 +369,7 @@ def find_ties(
             for number, points in enumerate(several):
                 if not tying[number]:
                     continue
-                tied, rounded = _tie_shares(Ties(model), call, points, item, maxima)
+                tied, rounded = _tie_shares(Ties(model), call, points, row, maxima)
                 apart |= exact and rounded > 0
                 if number == 0:
                     share[example], largest = tied, max(largest, rounded)
@@ -375,12 +377,12 @@ def find_ties(
 
 
 def _tie_shares(
-    ties: Ties, call: Call, points: Inputs, item: Tensor, maxima: list[bool]
+    ties: Ties, call: Call, points: Inputs, example: Tensor, maxima: list[bool]
 ) -> tuple[float, float]:
     """The shares of the gradient at a point that pass ties, and ties that rounding decides."""
     try:
         with uncompiled():
-            call.function(ties).gradients(points, item)
+            call.function(ties).gradients(points, example)
     except (RuntimeError, MemoryError):
         # What is not known is not told; the launches say what fails.
         return math.nan, 0.0

@@ -45,10 +45,12 @@ class EvaluationRequest:
     launches: LaunchMemory | None = None
     independence: Independence | None = None
 
-    def evaluate(self, function: PointFunction, points: Inputs, item: Tensor) -> EvaluationResult:
+    def evaluate(
+        self, function: PointFunction, points: Inputs, example: Tensor
+    ) -> EvaluationResult:
         """What `function` gives at points."""
         called = function.gradients if self.gradients else function.scores
-        return EvaluationResult(*called(points, item))
+        return EvaluationResult(*called(points, example))
 
     def prove(self, number: int) -> Callable[[Tensor], None]:
         """Runs one of its rows alone; returns what compares a launch's scores with that."""
@@ -83,7 +85,7 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
     def run() -> EvaluationResult:
         proofs: list[Callable[[Tensor], None]] = []
         if rows is not None:
-            due = rows.due(count, apart=request.function.lone is not None)
+            due = rows.due(count, apart=request.function.single_row is not None)
             if due:
                 with _slot(), arena.launch():
                     proofs = [request.prove(number) for number in due]
@@ -113,9 +115,9 @@ def execute_together(
         parts = [one.write(slice(0, count)) for one, count in zip(asked, counts, strict=True)]
         points, items = zip(*parts, strict=True)
         functions = [request.function for request in asked]
-        function, joined, item, pack = packed(functions, points, items)
+        function, joined, example, pack = packed(functions, points, items)
         del points, parts
-        whole = first.evaluate(function, joined, item)
+        whole = first.evaluate(function, joined, example)
         scores, gradients = whole.scores, whole.gradients
     results: list[EvaluationResult | Exception] = []
     shares = zip(torch.split(scores, pack.sizes), pack.classes, strict=True)
@@ -140,7 +142,7 @@ def _to_prove(
     several = {id(one): one for each in requests if (one := each.independence) is not None}
     ends, chosen = list(itertools.accumulate(counts)), []
     for one in several.values():
-        for row in one.due(ends[-1], apart=requests[0].function.lone is not None):
+        for row in one.due(ends[-1], apart=requests[0].function.single_row is not None):
             number = bisect_right(ends, row)
             if requests[number].independence is one:
                 chosen.append((number, row - (ends[number - 1] if number else 0)))

@@ -106,11 +106,11 @@ class LayerLocation:
             return layers
 
         def run(number: int, change: Change | None) -> tuple[Any, Tensor]:
-            item = torch.tensor([number], device=call.device)
+            example = torch.tensor([number], device=call.device)
             rows = tuple(x[number : number + 1] for x in call.inputs)
             rows = rows if change is None else tuple(map(change, rows))
-            raw = _forward(function, rows, item)()
-            return raw, function.read(raw, item)[0]
+            raw = _forward(function, rows, example)()
+            return raw, function.read(raw, example)[0]
 
         layer, general = last_spatial(self.model, run, call.batch)
         # A function may read what the output holds beside.
@@ -119,16 +119,16 @@ class LayerLocation:
         return (layer,)
 
     def _values(
-        self, rows: Inputs, call: Call, layers: tuple[Layer, ...], item: Tensor
+        self, rows: Inputs, call: Call, layers: tuple[Layer, ...], example: Tensor
     ) -> tuple[Inputs, tuple[int, ...]]:
-        """What the layers give for `rows` of the inputs, with the arguments of examples `item`, and
+        """What the layers give for `rows` of the inputs, with the arguments of examples `example`, and
         how many tensors each layer gives.
         """
-        parts, counts, item = list[list[Tensor]](), tuple[int, ...](), item.to(call.device)
+        parts, counts, example = list[list[Tensor]](), tuple[int, ...](), example.to(call.device)
         # One by one: before the layers rows may meet, and no later proof would see it.
-        for number in range(len(item)):
+        for number in range(len(example)):
             own = slice(number, number + 1)
-            flat, counts = self._read(layers, call, tuple(one[own] for one in rows), item[own])
+            flat, counts = self._read(layers, call, tuple(one[own] for one in rows), example[own])
             need_batch_first(flat, 1)
             parts.append(flat)
         return tuple(map(torch.cat, zip(*parts, strict=True))), counts
@@ -137,20 +137,20 @@ class LayerLocation:
         """Raises InputError where what the layers give for two rows has another axis first: it may
         be as long as the batch.
         """
-        item = torch.zeros(2, dtype=torch.int64, device=call.device)
+        example = torch.zeros(2, dtype=torch.int64, device=call.device)
         try:
-            flat, _ = self._read(layers, call, tuple(x[item] for x in call.inputs), item)
+            flat, _ = self._read(layers, call, tuple(x[example] for x in call.inputs), example)
         except ModelError:
             # A model of one row at a time.
             return
         need_batch_first(flat, 2)
 
     def _read(
-        self, layers: tuple[Layer, ...], call: Call, rows: Inputs, item: Tensor
+        self, layers: tuple[Layer, ...], call: Call, rows: Inputs, example: Tensor
     ) -> tuple[list[Tensor], tuple[int, ...]]:
         """The tensors that the layers give for some rows, and how many each of them gives."""
         function = call.function(EagerExecutor(self.model))
-        several = Read(layers, self.of_input).run(_forward(function, rows, item))
+        several = Read(layers, self.of_input).run(_forward(function, rows, example))
         return [one for parts in several for one in parts], tuple(map(len, several))
 
     def _baseline(
@@ -172,7 +172,7 @@ class LayerLocation:
         else:
             rows = read_baselines(baseline, call.inputs, layouts=call.layouts)
         function = call.function(EagerExecutor(self.model))
-        item = torch.zeros(len(rows[0]), dtype=torch.int64, device="cpu")
+        example = torch.zeros(len(rows[0]), dtype=torch.int64, device="cpu")
         if any(function.follows(key, one) for key, one in call.further()):
             if recipe.baseline == "set":
                 raise InputError(
@@ -180,8 +180,8 @@ class LayerLocation:
                     "are each example's own: explain one example at a time"
                 )
             rows = tuple(one.expand(call.batch, *one.shape[1:]) for one in rows)
-            item = torch.arange(call.batch, device="cpu")
-        moved = self._values(rows, call, layers, item)[0]
+            example = torch.arange(call.batch, device="cpu")
+        moved = self._values(rows, call, layers, example)[0]
         pairs = zip(moved, values, strict=True)
         if recipe.baseline != "set" and all(bool((own == x).all()) for own, x in pairs):
             self._warn_of_no_change(call, rows, layers)
@@ -189,10 +189,12 @@ class LayerLocation:
 
     def _warn_of_no_change(self, call: Call, rows: Inputs, layers: tuple[Layer, ...]) -> None:
         """Warns where a baseline changes the scores past the layers."""
-        item = torch.arange(call.batch, device=call.device)
+        example = torch.arange(call.batch, device=call.device)
         function = call.function(EagerExecutor(self.model))
         ends = (call.inputs, tuple(one.expand(call.batch, *one.shape[1:]) for one in rows))
-        scores, others = (function.scores(tuple(x.clone() for x in end), item)[0] for end in ends)
+        scores, others = (
+            function.scores(tuple(x.clone() for x in end), example)[0] for end in ends
+        )
         if not torch.equal(scores, others):
             names = ", ".join(names_of(self.model, layers))
             warn(
@@ -248,13 +250,13 @@ def _moved(call: Call, values: Inputs) -> Call:
     )
 
 
-def _forward(function: PointFunction, rows: Inputs, item: Tensor) -> Callable[[], Any]:
+def _forward(function: PointFunction, rows: Inputs, example: Tensor) -> Callable[[], Any]:
     """A run of the model on rows of its inputs."""
 
     def run() -> Any:
         # Copies: a model may work in place.
         points = [one.clone() for one in function.taken(rows)]
-        with function.failing(FORWARD, item):
-            return function.route(points, *function.rows(item))
+        with function.failing(FORWARD, example):
+            return function.route(points, *function.rows(example))
 
     return run

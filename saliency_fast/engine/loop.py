@@ -327,22 +327,22 @@ class Evaluation:
             scored = yield from self.score(spread_out, self.everyone, self.everyone)
             self.baseline_scores = scored[0]
         elif recipe.baseline == "set" and rows <= recipe.count:
-            item = self.everyone.repeat_interleave(rows)
-            row = torch.arange(rows, device=item.device).repeat(batch)
-            scores, _ = yield from self.score(self.baselines, row, item)
+            example = self.everyone.repeat_interleave(rows)
+            row = torch.arange(rows, device=example.device).repeat(batch)
+            scores, _ = yield from self.score(self.baselines, row, example)
             self.baseline_scores = scores.view(batch, rows, -1).mean(1)
 
     def score(
-        self, table: Inputs, row: Tensor, item: Tensor
+        self, table: Inputs, row: Tensor, example: Tensor
     ) -> Generator[EvaluationRequest, Any, tuple[Tensor, Tensor | None]]:
-        """Scores float64 [R, K] and classes of table rows `row` [R] as inputs of `item` [R]."""
+        """Scores float64 [R, K] and classes of table rows `row` [R] as inputs of `example` [R]."""
         scores, classes, start = [], [], 0
         while start < row.numel():
 
             def write(own: slice, start: int = start) -> tuple[Inputs, Tensor]:
                 # Indexing copies, so a model that works in place spares the user's tensors.
                 part = slice(start + own.start, start + own.stop)
-                return tuple(one[row[part]] for one in table), item[part]
+                return tuple(one[row[part]] for one in table), example[part]
 
             count, rows = min(self.size, row.numel() - start), self.independence
             request = EvaluationRequest(
@@ -354,12 +354,12 @@ class Evaluation:
             start += len(result.scores)
         return torch.cat(scores), torch.cat(classes) if classes else None
 
-    def note_scores(self, item: Tensor, scores: Tensor, classes: Tensor | None) -> None:
-        self.scores[item] = scores.double()
+    def note_scores(self, example: Tensor, scores: Tensor, classes: Tensor | None) -> None:
+        self.scores[example] = scores.double()
         if classes is not None:
             if self.classes is None:
                 self.classes = torch.zeros_like(self.scores, dtype=torch.int64)
-            self.classes[item] = classes
+            self.classes[example] = classes
 
 
 class SumEvaluation(Evaluation):
@@ -447,10 +447,10 @@ class SumEvaluation(Evaluation):
     ) -> None:
         """Adds what a launch of `rows` gave; scale: of its gradients, where it is a tensor."""
         if self.recipe.at_input:
-            self.note_scores(rows.item, result.scores, result.classes)
+            self.note_scores(rows.example, result.scores, result.classes)
         own = self.function.scale if scale is None else scale
         self.totals.add(rows, result.gradients, self.source, own)
-        self.points.index_add_(0, rows.item, torch.ones_like(rows.item))
+        self.points.index_add_(0, rows.example, torch.ones_like(rows.example))
 
     def measure_precision(self, exact: PointFunction) -> Generator[EvaluationRequest, Any, None]:
         """Takes some points in float32 too: what the precision costs, and its first scale."""
@@ -481,17 +481,17 @@ class SumEvaluation(Evaluation):
         size, known = min(self.size, self.recipe.count * self.call.batch), self.independence
         if known is None or size < 2:
             return
-        item = torch.arange(size, device=self.call.device) % self.call.batch
-        rows = self.recipe.levels[0].to(self.call.device).rows(item, 0, size)
+        example = torch.arange(size, device=self.call.device) % self.call.batch
+        rows = self.recipe.levels[0].to(self.call.device).rows(example, 0, size)
         source = self._bound()
         while not known.knows(size):
             yield replace(_requested(self.function, source, rows), independence=known)
 
     def trial(self, rows: int, arena: Arena) -> None:
-        item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        example = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
         level, source = self.recipe.levels[0].to(self.call.device), self._bound()
         with arena.launch():
-            self.function.gradients(source.write(level.rows(item, 0, rows)), item)
+            self.function.gradients(source.write(level.rows(example, 0, rows)), example)
 
     def _unfinished(self, active: Tensor) -> Tensor:
         """The examples whose map or completeness is not yet within the tolerance."""
@@ -532,16 +532,16 @@ def _requested(function: PointFunction, source: Source, rows: Rows) -> Evaluatio
 
     def write(own: slice) -> tuple[Inputs, Tensor]:
         part = rows.part(own.start, own.stop)
-        return source.write(part), part.item
+        return source.write(part), part.example
 
-    return EvaluationRequest(function, rows.item.numel(), write)
+    return EvaluationRequest(function, rows.example.numel(), write)
 
 
 def _all_of(
     function: PointFunction, source: Source, rows: Rows, most: int
 ) -> Generator[EvaluationRequest, Any, list[Inputs]]:
     """The gradients of all rows, in launches of `most`."""
-    parts, start, count = list[list[Inputs]](), 0, rows.item.numel()
+    parts, start, count = list[list[Inputs]](), 0, rows.example.numel()
     while start < count:
         result = yield _requested(function, source, rows.part(start, min(start + most, count)))
         parts.append(result.gradients)
@@ -595,19 +595,19 @@ class RoundsEvaluation(Evaluation):
         mixed = self.strategy.row_by_row and function is not self.score_function
         size = 1 if mixed else self._size(step, function)
         gradients = not (step.taps is None and step.project is None and not step.gradients)
-        while start < step.item.numel():
+        while start < step.example.numel():
 
             def write(own: slice, start: int = start) -> tuple[Inputs, Tensor]:
                 part = slice(start + own.start, start + own.stop)
-                return step.write(step.item[part], step.place[part]), step.item[part]
+                return step.write(step.example[part], step.node[part]), step.example[part]
 
-            count = min(size, self.size, step.item.numel() - start)
+            count = min(size, self.size, step.example.numel() - start)
             known = self.independence
             request = EvaluationRequest(function, count, write, gradients, independence=known)
             result = yield request
             own = slice(start, start + len(result.scores))
-            item, start = step.item[own], own.stop
-            self._note(item, result)
+            example, start = step.example[own], own.stop
+            self._note(example, result)
             scores, several = result.scores.double(), result.gradients
             tapped = (several[1:], several[0]) if step.taps is not None else (several, ())
             part = RoundResult(scores, *tapped)
@@ -625,28 +625,28 @@ class RoundsEvaluation(Evaluation):
         """Points per launch of a round. What is not the plan's function may take more memory than
         the plan knows of, and where that is scarce one point tells.
         """
-        plan, config, rows = self.plan, self.config, min(self.size, step.item.numel())
+        plan, config, rows = self.plan, self.config, min(self.size, step.example.numel())
         room = plan.budget - plan.fixed_bytes
         plenty = config.scarce * plan.launch_bytes <= room
         if function is self.score_function or rows == 1 or plenty:
             return self.size
-        item, meter = step.item[:1], MemoryMeter()
-        with same_draws(lambda: meter.drew, item.device), uncompiled(), meter:
+        example, meter = step.example[:1], MemoryMeter()
+        with same_draws(lambda: meter.drew, example.device), uncompiled(), meter:
             gradients = function.again(
-                lambda: function.gradients(step.write(item, step.place[:1]), item)[2]
+                lambda: function.gradients(step.write(example, step.node[:1]), example)[2]
             )
         # What is found is added up before it is let go of, by products of its size.
         held = sum(one.nbytes for several in gradients for one in several)
         each = point_bytes(Cost(meter.peak, meter.largest), config)
         return max(1, min(self.size, room // (each + held)))
 
-    def _note(self, item: Tensor, result: EvaluationResult) -> None:
+    def _note(self, example: Tensor, result: EvaluationResult) -> None:
         if self.recipe.at_input and not bool(self.scores.isfinite().all()):
             # The first round of such a recipe is at the inputs, and chooses the classes.
-            self.note_scores(item, result.scores, result.classes)
+            self.note_scores(example, result.scores, result.classes)
             if self.classes is not None and bool(self.scores.isfinite().all()):
                 self.set_classes(self.classes)
-        self.points.index_add_(0, item, torch.ones_like(item))
+        self.points.index_add_(0, example, torch.ones_like(example))
 
     def _function(self, step: Round) -> PointFunction:
         """The model as a round wants it."""
@@ -669,16 +669,16 @@ class RoundsEvaluation(Evaluation):
         return replace(function, kind=(id(function), id(step)))
 
     def trial(self, rows: int, arena: Arena) -> None:
-        item = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        example = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
         with arena.launch():
             # Inside, as launches write theirs: what is laid out holds them.
-            points = tuple(x[item] for x in self.call.inputs)
+            points = tuple(x[example] for x in self.call.inputs)
             if self.recipe.second:
-                Directional.of(self.score_function, summed).gradients(points, item)
+                Directional.of(self.score_function, summed).gradients(points, example)
             elif self.recipe.gradients and self.recipe.rules is None:
-                self.score_function.gradients(points, item)
+                self.score_function.gradients(points, example)
             else:
-                self.score_function.scores(points, item)
+                self.score_function.scores(points, example)
 
     def outcome(self) -> Outcome:
         maps, sums = self.maps, self.maps.sums

@@ -191,8 +191,8 @@ class Planner:
         function = calibration.strategy.score_function(self.model, self.call)
         everyone, values, same = range(self.call.batch), list[object](), True
         for rows in (*([one] for one in everyone), list(everyone)):
-            item = torch.tensor(rows, device=self.call.device)
-            for read, value in program.reading(tensors_among(*function.rows(item)), len(rows)):
+            example = torch.tensor(rows, device=self.call.device)
+            for read, value in program.reading(tensors_among(*function.rows(example)), len(rows)):
                 values.append((type(value), repr(value)))
                 same = same and read.holds(value)
         return None if same else tuple(values)
@@ -374,12 +374,12 @@ class Planner:
         """
         number, reason = self.call.batch // 2, None
         if not rows.paired:
-            item = torch.tensor([number, number], device=self.call.device)
+            example = torch.tensor([number, number], device=self.call.device)
             parts = zip(self.call.inputs, self.baselines[0], strict=True)
-            points = tuple(torch.cat([x[item[:1]], b[item[:1] % len(b)]]) for x, b in parts)
+            points = tuple(torch.cat([x[example[:1]], b[example[:1] % len(b)]]) for x, b in parts)
             function = Strategy().score_function(self.model, self.call)
             with same_draws(lambda: rows.draws, self.call.device):
-                reason = meeting(function, points, item, extremes=rows.suspect is not None)
+                reason = meeting(function, points, example, extremes=rows.suspect is not None)
             rows.pair(reason)
         if not rows.paired:
             raise ModelError(
@@ -410,8 +410,8 @@ class Planner:
         call, function = self.call, Strategy().score_function(self.model, self.call)
         everyone = torch.arange(min(call.batch, examples), device=call.device)
 
-        def scored(item: Tensor) -> tuple[Tensor, float]:
-            return function.judged(tuple(x[item] for x in call.inputs), item)
+        def scored(example: Tensor) -> tuple[Tensor, float]:
+            return function.judged(tuple(x[example] for x in call.inputs), example)
 
         with same_draws(lambda: rows.draws, call.device):
             try:

@@ -46,13 +46,13 @@ class _BoundLine(Source):
 
     def write(self, rows: Rows) -> Inputs:
         return tuple(
-            ops.line_points(x, baseline, rows.item, rows.place)
+            ops.line_points(x, baseline, rows.example, rows.node)
             for x, baseline in zip(self.inputs, self.baselines, strict=True)
         )
 
     def direction(self, rows: Rows) -> Inputs:
         return tuple(
-            x[rows.item] - baseline[rows.item % len(baseline)]
+            x[rows.example] - baseline[rows.example % len(baseline)]
             for x, baseline in zip(self.inputs, self.baselines, strict=True)
         )
 
@@ -100,9 +100,9 @@ class _BoundNoise(Source):
         # Shared noise is one slice of it around zero, for all along the axis.
         shared = self.shared_axis
         origin = x if shared is None else torch.zeros_like(x.narrow(shared, 0, 1))
-        columns = (self.seed, rows.item, rows.place, self.antithetic, first)
+        columns = (self.seed, rows.example, rows.node, self.antithetic, first)
         points: Tensor = ops.noise_points(origin, sigma, *columns)
-        return points if shared is None else x[rows.item] + points
+        return points if shared is None else x[rows.example] + points
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class _BoundRandomLine(Source):
 
     def lines(self, number: int, rows: Rows) -> tuple[Tensor | int, ...]:
         line = self.inputs[number], self.baselines[number], self.sigma[number]
-        return *line, self.seed, rows.item, rows.place, self.first[number]
+        return *line, self.seed, rows.example, rows.node, self.first[number]
 
     def write(self, rows: Rows) -> Inputs:
         return tuple(
@@ -199,7 +199,7 @@ class Blur:
 
     def start(self, inputs: Inputs) -> Inputs:
         """The most blurred inputs, where the path begins."""
-        item = torch.arange(len(inputs[0]), device=inputs[0].device)
+        example = torch.arange(len(inputs[0]), device=inputs[0].device)
         source = self.bind(inputs, ())
         for number, (x, axes) in enumerate(zip(inputs, source.axes, strict=True)):
             if not 1 <= len(axes) <= 3:
@@ -208,10 +208,10 @@ class Blur:
                     f"is {list(x.shape)}; use a path on straight lines, such as "
                     "IntegratedGradients, or pass it through forward_args"
                 )
-        zero = torch.zeros(len(item), dtype=torch.float64, device=item.device)
-        rows = Rows(item, zero, zero, torch.zeros_like(item))
+        zero = torch.zeros(len(example), dtype=torch.float64, device=example.device)
+        rows = Rows(example, zero, zero, torch.zeros_like(example))
         # A few at a time: their padded copies and kernels are larger than what comes of them.
-        parts = [source.write(rows.part(i, i + AT_ONCE)) for i in range(0, len(item), AT_ONCE)]
+        parts = [source.write(rows.part(i, i + AT_ONCE)) for i in range(0, len(example), AT_ONCE)]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -235,10 +235,10 @@ class _BoundBlur(Source):
 
     def _blurred(self, x: Tensor, axes: tuple[int, ...], rows: Rows, *, slope: bool) -> Tensor:
         """The points of rows, or their derivative by alpha, by the product rule over the axes."""
-        left, power = 1.0 - rows.place, self.spacing
+        left, power = 1.0 - rows.node, self.spacing
         kernel, change = kernels(self.max_sigma * left**power, math.ceil(REACH * self.max_sigma))
         change = change * (-self.max_sigma * power * left ** (power - 1.0))[:, None]
-        blurred = x[rows.item]
+        blurred = x[rows.example]
         slopes = torch.zeros_like(blurred)
         for axis in axes:
             if slope:

@@ -93,13 +93,13 @@ def spread(level: Level, examples: Tensor, count: int) -> Rows:
     """`count` points of each example, from one end of the path to the other: what half types lose
     is often lost near the baseline, where layers normalise what hardly varies.
     """
-    order = level.place.argsort()
+    order = level.node.argsort()
     last = max(1, count - 1)
     chosen = order[torch.arange(count, device=order.device) * (len(order) - 1) // last]
     if count == 1:
         chosen = order[len(order) // 2 :][:1]
-    point, item = chosen.repeat_interleave(len(examples)), examples.repeat(count)
-    return Rows(item, level.place[point], level.weight[point], level.fold[point])
+    point, example = chosen.repeat_interleave(len(examples)), examples.repeat(count)
+    return Rows(example, level.node[point], level.weight[point], level.replicate[point])
 
 
 def compared(
@@ -114,9 +114,11 @@ def compared(
 
     rows: as many points of each example, points outermost.
     """
-    examples, maps_of = torch.unique(rows.item, return_inverse=True)
-    each, recipe = len(rows.item) // len(examples), totals.recipe
-    ones = replace(rows, weight=torch.ones_like(rows.weight), fold=torch.zeros_like(rows.fold))
+    examples, maps_of = torch.unique(rows.example, return_inverse=True)
+    each, recipe = len(rows.example) // len(examples), totals.recipe
+    ones = replace(
+        rows, weight=torch.ones_like(rows.weight), replicate=torch.zeros_like(rows.replicate)
+    )
     # One replicate, whose map is the sum of its rows. A few points have no variance of their own;
     # that of many comes from squares.
     kind = "square" if recipe.reduction == "variance" else recipe.reduction

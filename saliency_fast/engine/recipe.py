@@ -21,24 +21,24 @@ class Rows:
     """The table of a launch, one row per point.
 
     Args:
-        item: int64 [R], the example index.
-        place: [R], the node: float64 alpha on a line, or the int64 number of a sample.
+        example: int64 [R], the example index.
+        node: [R], the node: float64 alpha on a line, or the int64 number of a sample.
         weight: float64 [R], the quadrature or averaging weight.
-        fold: int64 [R], the replicate, 0 or 1, that the point belongs to.
+        replicate: int64 [R], 0 or 1: the half of the points that it belongs to.
     """
 
-    item: Tensor
-    place: Tensor
+    example: Tensor
+    node: Tensor
     weight: Tensor
-    fold: Tensor
+    replicate: Tensor
 
     def part(self, start: int, stop: int) -> Rows:
         own = slice(start, stop)
-        return Rows(self.item[own], self.place[own], self.weight[own], self.fold[own])
+        return Rows(self.example[own], self.node[own], self.weight[own], self.replicate[own])
 
     def first(self, count: int) -> Rows:
         """The first `count` rows; the table itself where it has no more."""
-        return self if count >= self.item.numel() else self.part(0, count)
+        return self if count >= self.example.numel() else self.part(0, count)
 
 
 class Source:
@@ -95,7 +95,7 @@ class _BoundItself(Source):
     inputs: Inputs
 
     def write(self, rows: Rows) -> Inputs:
-        return tuple(x[rows.item] for x in self.inputs)
+        return tuple(x[rows.example] for x in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -103,38 +103,40 @@ class Level:
     """Points that every example gets in one go, in the order in which they are visited.
 
     Args:
-        place: [P], the nodes.
+        node: [P], the nodes.
         weight: float64 [P].
-        fold: int64 [P], the replicate of each point.
+        replicate: int64 [P], the replicate of each point.
         keep: Share of the sum of earlier levels in this one's: a nested rule that doubles its
             points keeps half.
     """
 
-    place: Tensor
+    node: Tensor
     weight: Tensor
-    fold: Tensor
+    replicate: Tensor
     keep: float = 0.0
     _elsewhere: dict[torch.device, Level] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def count(self) -> int:
-        return self.place.numel()
+        return self.node.numel()
 
     def to(self, device: torch.device) -> Level:
         """The level on a device; the same object every time."""
-        if self.place.device == device:
+        if self.node.device == device:
             return self
         if device not in self._elsewhere:
-            place, weight, fold = (one.to(device) for one in (self.place, self.weight, self.fold))
-            self._elsewhere[device] = Level(place, weight, fold, self.keep)
+            node, weight, replicate = (
+                one.to(device) for one in (self.node, self.weight, self.replicate)
+            )
+            self._elsewhere[device] = Level(node, weight, replicate, self.keep)
         return self._elsewhere[device]
 
     def rows(self, active: Tensor, start: int, stop: int) -> Rows:
         """Rows `start` to `stop` of this level for the examples `active`, points outermost."""
         row = torch.arange(start, stop, device=active.device)
         point = torch.div(row, active.numel(), rounding_mode="floor")
-        item = active[row % active.numel()]
-        return Rows(item, self.place[point], self.weight[point], self.fold[point])
+        example = active[row % active.numel()]
+        return Rows(example, self.node[point], self.weight[point], self.replicate[point])
 
 
 Points = Callable[[Inputs, Inputs, Layouts], int]
@@ -329,9 +331,9 @@ class Round:
     """Points that a method wants evaluated before it goes on.
 
     Args:
-        write: From `item` [R'] and `place` [R'] of some rows to their points, in fresh memory.
-        item: int64 [R], the example of each row.
-        place: [R], whatever `write` wants to know of each row.
+        write: From `example` [R'] and `node` [R'] of some rows to their points, in fresh memory.
+        example: int64 [R], the example of each row.
+        node: [R], whatever `write` wants to know of each row.
         gradients: Or scores alone; None is scores, and gradients where there are taps.
         taps: Tensors inside of the model that are returned, with the gradients there instead of at
             the inputs.
@@ -342,8 +344,8 @@ class Round:
     """
 
     write: Callable[[Tensor, Tensor], Inputs]
-    item: Tensor
-    place: Tensor
+    example: Tensor
+    node: Tensor
     gradients: bool | None = None
     taps: Taps | None = None
     rules: Rules | None = None

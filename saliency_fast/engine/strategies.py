@@ -35,7 +35,6 @@ from saliency_fast.graph.receptive_field import Box
 from saliency_fast.graph.tiling import Tiled, local_stem, tile_sizes
 from saliency_fast.model.executors import (
     AutocastExecutor,
-    Confined,
     EagerExecutor,
     Executor,
     InterceptedExecutor,
@@ -44,6 +43,7 @@ from saliency_fast.model.executors import (
     ScoresExecutor,
     VmapExecutor,
     WidenedExecutor,
+    WithoutVmapTensors,
 )
 from saliency_fast.model.function import PointFunction
 from saliency_fast.rules.intercept import Rules, RulesExecutor
@@ -114,7 +114,7 @@ class Strategy:
         return replace(
             call.function(executor, (*self._kind(model), self.precision.name)),
             prefix=self.prefix,
-            lifted=self.prefix is not None and recipe.measured.family.straight,
+            at_prefix_end=self.prefix is not None and recipe.measured.family.straight,
             precision=self.precision,
             references=baselines if self.rules is not None and self.rules.references else None,
             relevance=self.rules is not None and self.rules.relevance,
@@ -124,8 +124,8 @@ class Strategy:
         plain = call.function(EagerExecutor(model))
         owned = frozenset(key for key, one in call.further() if plain.follows(key, one))
         # Equal to no other: such launches are a call's own.
-        function = call.function(VmapExecutor(Confined(model), owned), (object(),))
-        return replace(function, lone=plain)
+        function = call.function(VmapExecutor(WithoutVmapTensors(model), owned), (object(),))
+        return replace(function, single_row=plain)
 
     def _executor(self, model: Model) -> Executor:
         """From points at the inputs, in float32."""

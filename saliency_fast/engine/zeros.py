@@ -37,16 +37,16 @@ def still_unused(model: Model, call: Call, earlier: set[int]) -> frozenset[int]:
 
 def _score(model: Model, call: Call, number: int, instead: Tensor) -> Tensor:
     function = call.function(EagerExecutor(model))
-    item = torch.zeros(1, dtype=torch.int64, device=call.device)
+    example = torch.zeros(1, dtype=torch.int64, device=call.device)
     parts = [x[:1].clone() for x in call.inputs]
     parts[number] = instead.clone()
     targets = function.targets
     if targets.predicted and targets.classes is None:
-        _, classes = function.scores(tuple(x[:1].clone() for x in call.inputs), item)
+        _, classes = function.scores(tuple(x[:1].clone() for x in call.inputs), example)
         assert classes is not None
         targets = replace(targets, classes=classes.expand(call.batch, -1))
         function = replace(function, targets=targets)
-    return function.scores(tuple(parts), item)[0]
+    return function.scores(tuple(parts), example)[0]
 
 
 def warn_of_zeros(

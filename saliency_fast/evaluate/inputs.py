@@ -18,7 +18,7 @@ from saliency_fast.engine.bind import bind, is_finite, layouts_of, read_inputs
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.positions import spatial_shape
-from saliency_fast.evaluate.scores import Running, Scorer, Scores, one_target
+from saliency_fast.evaluate.scores import RunOptions, Scorer, Scores, one_target
 from saliency_fast.methods import make_method, read_method
 from saliency_fast.model.layout import Axes, LayoutLike, Layouts
 from saliency_fast.model.targets import PREDICTED, Target
@@ -60,7 +60,7 @@ class Subject:
     masks: Tensor | None = None
     method: Explainer | None = None
     baseline: Baseline = None
-    running: Running = field(default_factory=Running)
+    running: RunOptions = field(default_factory=RunOptions)
     # Shared by evaluation inputs that differ in their maps alone.
     _scores: list[tuple[Scores, Scores]] = field(default_factory=list, repr=False)
 
@@ -145,11 +145,11 @@ class Subject:
         return read_maps(maps, self.inputs if inputs is None else inputs, self.running.axes)
 
     def fill(self, replacement: Replacement, seed: int = 0, *, missing: bool = False) -> Tensor:
-        """The replacement baseline of the inputs, [B | 1, *]; see `substrate_of`. A tensor is in
+        """The replacement baseline of the inputs, [B | 1, *]; see `replacement_of`. A tensor is in
         the model's layout.
         """
         given = _channels_first(replacement, self.inputs, self.running)
-        return substrate_of(given, self.inputs, seed, missing=missing)
+        return replacement_of(given, self.inputs, seed, missing=missing)
 
     def attribution(self, method: Method, inputs: Tensor, model: Model) -> Attribution:
         """The attribution by a method, from the baseline where the method takes one."""
@@ -189,7 +189,7 @@ class Subject:
         return self._scores[0]
 
 
-def read_subject(
+def read_evaluation_input(
     model: Model | None,
     inputs: Tensor,
     maps: Tensor | Attribution,
@@ -198,7 +198,7 @@ def read_subject(
     boxes: Any = None,
     method: Explainer | None = None,
     baseline: Baseline = None,
-    running: Running | None = None,
+    running: RunOptions | None = None,
     layout: LayoutLike = None,
 ) -> Subject:
     """Validates an evaluation input.
@@ -232,7 +232,7 @@ def read_subject(
             "forward_args"
         )
     (x,), _ = read_inputs(inputs, missing=True)
-    running = running or Running()
+    running = running or RunOptions()
     axes = axes_of(model, inputs, running, maps, layout)
     running = running.taking(inputs.dtype, axes)
     x = running.standard(x)
@@ -262,7 +262,11 @@ def read_subject(
 
 
 def axes_of(
-    model: Model | None, x: Tensor, running: Running, maps: object = None, layout: LayoutLike = None
+    model: Model | None,
+    x: Tensor,
+    running: RunOptions,
+    maps: object = None,
+    layout: LayoutLike = None,
 ) -> Axes:
     """The layout of inputs: as given, as an attribution states it, or as the model implies."""
     if layout is None and isinstance(maps, Attribution) and maps.layout[:1] != (None,):
@@ -286,7 +290,7 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(value) if isinstance(value, Tensor) else value
 
 
-def _channels_first(value: Any, x: Tensor, running: Running) -> Any:
+def _channels_first(value: Any, x: Tensor, running: RunOptions) -> Any:
     """A baseline, or a replacement, with its tensors moved from the model's layout to that of x."""
     if running.axes is None or running.axes.is_standard:
         return value
@@ -405,7 +409,7 @@ def check_replacement(name: str, value: object, also: tuple[str, ...] = ()) -> N
         )
 
 
-def substrate_of(
+def replacement_of(
     replacement: Replacement, inputs: Tensor, seed: int = 0, *, missing: bool = False
 ) -> Tensor:
     """The values, [B | 1, *], that replace removed positions of inputs [B, *].

@@ -21,10 +21,10 @@ from saliency_fast.evaluate.inputs import (
     Subject,
     check_replacement,
     describe,
-    read_subject,
+    read_evaluation_input,
 )
 from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.scores import Running
+from saliency_fast.evaluate.scores import RunOptions
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import Target
@@ -113,8 +113,10 @@ class Metric:
         Raises:
             InputError: If the metric needs what is not given, or something does not fit.
         """
-        running = Running(forward_args, forward_kwargs, memory_budget, points_per_launch, progress)
-        data = read_subject(
+        running = RunOptions(
+            forward_args, forward_kwargs, memory_budget, points_per_launch, progress
+        )
+        data = read_evaluation_input(
             *(model, inputs, maps),
             target=target,
             boxes=boxes,

@@ -34,12 +34,12 @@ from saliency_fast.model.targets import (
 OUTPUTS = ("softmax", "logit")
 SUMS = 1e-4
 """How far outputs may sum from one and still count as probabilities, in float32."""
-UNTOLD = -1.0
+NO_CLASS = -1.0
 """Stands for a missing probability or class, since the engine refuses NaN."""
 
 
 @dataclass(frozen=True)
-class Running:
+class RunOptions:
     """How a model is run: further arguments and the options of `Engine`.
 
     dtype: that of the inputs where it is a half type, which are read as float32. axes: the model's
@@ -90,7 +90,7 @@ class Running:
             return values
         return self.axes.standard(values).contiguous()
 
-    def taking(self, dtype: torch.dtype, axes: Axes | None = None) -> Running:
+    def taking(self, dtype: torch.dtype, axes: Axes | None = None) -> RunOptions:
         """The same for a model with inputs of that dtype and layout."""
         changed = replace(self, dtype=dtype) if dtype in HALVES else self
         return changed if axes is None else replace(changed, axes=axes)
@@ -142,19 +142,19 @@ class Reading:
     targets: Targets | None = None
     count: int = 3
 
-    def read(self, raw: Any, item: Tensor) -> Tensor:
-        """Scores [R, 3]; `UNTOLD` for what the output does not hold."""
+    def read(self, raw: Any, example: Tensor) -> Tensor:
+        """Scores [R, 3]; `NO_CLASS` for what the output does not hold."""
         if self.targets is not None:
-            self.targets.check(raw, item)
-            return _score_only(self.targets.read(raw, item)[0][:, :1])
+            self.targets.check(raw, example)
+            return _score_only(self.targets.read(raw, example)[0][:, :1])
         output = tensor_of(raw)
-        if output.dim() != 2 or len(output) != len(item):
+        if output.dim() != 2 or len(output) != len(example):
             raise InputError(
                 "target as a class needs a model that returns [B, classes]: got "
-                f"{list(output.shape)} for {len(item)} inputs; pass another target"
+                f"{list(output.shape)} for {len(example)} inputs; pass another target"
             )
         decision = output.detach().argmax(1, keepdim=True)
-        classes = decision if self.classes is None else self.classes[item][:, None]
+        classes = decision if self.classes is None else self.classes[example][:, None]
         for one in (int(classes.max()), int(classes.min())):
             if not 0 <= one < output.shape[1]:
                 raise InputError(
@@ -182,25 +182,25 @@ def probabilities(output: Tensor, wide: Tensor) -> Tensor:
 
 def _score_only(score: Tensor) -> Tensor:
     """Scores [R, 1] of outputs that are no classes, as [R, 3]."""
-    return torch.cat([score, score.detach().new_full((len(score), 2), UNTOLD)], 1)
+    return torch.cat([score, score.detach().new_full((len(score), 2), NO_CLASS)], 1)
 
 
 @dataclass(frozen=True, eq=False)
-class Questions:
+class ScoreQuery:
     """A method that only reads scores, at points written as `Round.write` says.
 
-    item: the example index of each point. place: which of its points. found: after a run, the
+    example: the example index of each point. node: which of its points. found: after a run, the
     scores at the inputs and at the points.
     """
 
     write: Callable[[Tensor, Tensor], Tensor]
-    item: Tensor
-    place: Tensor
+    example: Tensor
+    node: Tensor
     found: list[Tensor] = field(default_factory=list)
     name = "evaluation"
 
     def recipe(self) -> Recipe:
-        points = max(1, -(-len(self.item) // max(1, int(self.item.max()) + 1)))
+        points = max(1, -(-len(self.example) // max(1, int(self.example.max()) + 1)))
         return RoundsRecipe(self.rounds, points, gradients=False, held=0)
 
     def rounds(self, asked: RoundContext) -> Rounds:
@@ -208,12 +208,12 @@ class Questions:
         # A run may begin again.
         self.found.clear()
         self.found.append(asked.scores)
-        scores = asked.scores.new_empty((len(self.item), asked.scores.shape[1]))
+        scores = asked.scores.new_empty((len(self.example), asked.scores.shape[1]))
 
         def each(rows: slice, found: RoundResult) -> None:
             scores[rows] = found.scores
 
-        yield Round(lambda i, p: (self.write(i, p),), self.item, self.place, each=each)
+        yield Round(lambda i, p: (self.write(i, p),), self.example, self.node, each=each)
         self.found.append(scores)
         return Maps((asked.scores.new_zeros((*asked.scores.shape, 1)),))
 
@@ -228,7 +228,7 @@ class Scorer:
     model: Callable[..., Any]
     inputs: Tensor
     target: Target
-    running: Running
+    running: RunOptions
     lean: bool = True
 
     def at(
@@ -237,7 +237,7 @@ class Scorer:
         """Scores at the inputs [B], and at the R points that `write(example, number)` makes in
         fresh memory; example int64 [R] and number int64 [R] say which point of which example.
         """
-        query = Questions(lambda i, n: self.running.back(write(i, n)), example, number)
+        query = ScoreQuery(lambda i, n: self.running.back(write(i, n)), example, number)
         engine = self.running.engine(self.model, query, lean=self.lean)
         engine(self.running.cast(self.inputs), self._reading(), **self.running.arguments())
         first, points = query.found
@@ -306,6 +306,6 @@ def one_target(target: Target, batch: int) -> Targets:
 
 def _split(rows: Tensor) -> Scores:
     score, share, decision = rows.unbind(1)
-    if bool((decision == UNTOLD).all()):
+    if bool((decision == NO_CLASS).all()):
         return Scores(score, None, None)
     return Scores(score, share, decision.long())

@@ -71,7 +71,7 @@ class Occlusion:
             raise InputError(f"keep is a share, at most 1: got {self.keep}")
 
     def recipe(self) -> Recipe:
-        rounds = partial(occluded, method=self)
+        rounds = partial(occlusion_rounds, method=self)
         return RoundsRecipe(rounds, self.points, baseline="fill", gradients=False)
 
     def points(self, inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
@@ -87,7 +87,7 @@ class Occlusion:
         return total
 
 
-def occluded(context: RoundContext, method: Occlusion) -> Rounds:
+def occlusion_rounds(context: RoundContext, method: Occlusion) -> Rounds:
     """One round for each level of windows, coarse levels first."""
     device, shape = context.scores.device, context.scores.shape
     grids = read_windows(method.window, method.stride, context.layouts)

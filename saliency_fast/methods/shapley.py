@@ -98,7 +98,11 @@ class ShapleySampling:
                 rank = torch.where((number % 2 == 1)[:, None], game.count - 1 - rank, rank)
             return rank
 
-        return (yield from walked(game, self.permutations, ranks, 2 if self.antithetic else 1))
+        return (
+            yield from permutation_rounds(
+                game, self.permutations, ranks, 2 if self.antithetic else 1
+            )
+        )
 
 
 def _coalitions(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
@@ -141,7 +145,9 @@ def exact_rounds(game: Game) -> Rounds:
     return game.maps(torch.stack(values, dim=2), None, sums=True)
 
 
-def walked(game: Game, orders: int, ranks: Callable[[int, int], Tensor], together: int) -> Rounds:
+def permutation_rounds(
+    game: Game, orders: int, ranks: Callable[[int, int], Tensor], together: int
+) -> Rounds:
     """Mean gains along orders of the features.
 
     ranks(start, stop): int64 [1 | B, stop - start, F], the position of every feature in these

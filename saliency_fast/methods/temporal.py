@@ -164,12 +164,12 @@ class _Series:
         rows = level.rows(variant, 0, level.count * len(example))
 
         def write(_: Tensor, row: Tensor) -> Inputs:
-            columns = (rows.item, rows.place, rows.weight, rows.fold)
+            columns = (rows.example, rows.node, rows.weight, rows.replicate)
             return source.write(Rows(*(one[row] for one in columns)))
 
         def each(part: slice, result: RoundResult) -> None:
             accumulators.add(rows.part(part.start, part.stop), result.grads, source)
 
-        row = torch.arange(len(rows.item), device=x.device)
-        yield Round(write, example[rows.item], row, gradients=True, each=each)
+        row = torch.arange(len(rows.example), device=x.device)
+        yield Round(write, example[rows.example], row, gradients=True, each=each)
         return accumulators.estimate().values[0]

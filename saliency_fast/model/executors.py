@@ -220,7 +220,7 @@ class VmapExecutor:
 
 
 @dataclass(frozen=True)
-class Confined:
+class WithoutVmapTensors:
     """A model for `torch.func.vmap`, whose modules keep no tensor of vmap's own from one call to
     the next: outside of the vmap that made it nothing can read it. What the model kept before comes
     back in its place.
@@ -316,7 +316,7 @@ def _recurs(route: Any) -> bool:
 # Shapes alone: the cost of a call, without its arithmetic or its memory.
 
 
-class OnMeta(FunctionMode):
+class MetaTensors(FunctionMode):
     """Inside its `with`, calls that take meta tensors take all others as meta tensors too.
 
     To the model all tensors seem to be on `device`, so that it branches as it would there. Calls

@@ -111,7 +111,7 @@ class PointFunction:
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     prefix: Prefix | None = None
-    lifted: bool = False
+    at_prefix_end: bool = False
     precision: Precision = FLOAT32
     scale: float = 1.0
     dtypes: tuple[torch.dtype, ...] | None = None
@@ -121,30 +121,30 @@ class PointFunction:
     relevance: bool = False
     whole: frozenset[int | str] = frozenset()
     unused: frozenset[int] = frozenset()
-    lone: PointFunction | None = None
+    single_row: PointFunction | None = None
     overwrites: bool = False
     innermost: tuple[bool, ...] = ()
     _checked: bool = False
     _squeezes: bool | None = None
 
-    def scores(self, points: Inputs, item: Tensor) -> tuple[Tensor, Tensor | None]:
+    def scores(self, points: Inputs, example: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] without gradients, and the classes [R, K] they belong to."""
-        with torch.no_grad(), arithmetic(self.precision, item.device):
-            return self.forward(self.taken(points), item)
+        with torch.no_grad(), arithmetic(self.precision, example.device):
+            return self.forward(self.taken(points), example)
 
-    def judged(self, points: Inputs, item: Tensor) -> tuple[Tensor, float]:
+    def judged(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
         """Scores [R, K] without gradients, from points as launches write them, and the largest
         magnitude of the outputs that they are read from.
         """
-        with torch.no_grad(), arithmetic(self.precision, item.device):
-            raw = self._run(self.taken(self._behind_prefix(points, item)), item)
-            scores, _ = self.read(raw, item)
+        with torch.no_grad(), arithmetic(self.precision, example.device):
+            raw = self._run(self.taken(self._behind_prefix(points, example)), example)
+            scores, _ = self.read(raw, example)
             output = read_of(raw)
             outputs = [scores] if output is None else [scores, output]
             finite = [one.detach().float().nan_to_num(0.0, 0.0, 0.0) for one in outputs]
             return scores, max(float(one.abs().max()) for one in finite if one.numel())
 
-    def gradients(self, points: Inputs, item: Tensor) -> ScoresExecutor:
+    def gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
         """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points.
 
         One forward pass serves all targets; each has its own backward pass. The points are handed
@@ -152,21 +152,24 @@ class PointFunction:
         """
         # PyTorch's own allow_mutation_on_saved_tensors misses writes to views behind an offset.
         copied = torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda one: one)
-        with arithmetic(self.precision, item.device), copied if self.overwrites else nullcontext():
-            return self._gradients(points, item)
+        with (
+            arithmetic(self.precision, example.device),
+            copied if self.overwrites else nullcontext(),
+        ):
+            return self._gradients(points, example)
 
-    def _gradients(self, points: Inputs, item: Tensor) -> ScoresExecutor:
-        points = self.taken(self._behind_prefix(points, item))
+    def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
+        points = self.taken(self._behind_prefix(points, example))
         shapes, (inside, edges) = _shapes(points), entered(points)
         del points
-        scores, classes = self.forward(inside, item)
+        scores, classes = self.forward(inside, example)
         inside.clear()
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
         # A sum: where a gradient is handed in, PyTorch imports its symbolic shapes, which takes a
         # third of a second.
         sums = [(one * self.scale).sum() for one in scores.unbind(1)]
-        with self.failing(BACKWARD, item):
+        with self.failing(BACKWARD, example):
             several = _each(sums, edges)
         if self.prefix is None:
             _check_seen(several, self.unused)
@@ -175,28 +178,28 @@ class PointFunction:
             return scores.detach(), classes, [self.prefix.turned_back(one) for one in filled]
         return scores.detach(), classes, [tuple(g.contiguous() for g in one) for one in filled]
 
-    def _behind_prefix(self, points: Inputs, item: Tensor) -> Inputs:
+    def _behind_prefix(self, points: Inputs, example: Tensor) -> Inputs:
         """Points as launches write them where the executor takes them."""
         if self.prefix is None:
             return points
-        if not self.lifted:
-            points = self.prefix.lift(points, tensors_among(*self.rows(item)))
+        if not self.at_prefix_end:
+            points = self.prefix.lift(points, tensors_among(*self.rows(example)))
         return self.prefix.turned(points)
 
-    def forward(self, points: Sequence[Tensor], item: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, points: Sequence[Tensor], example: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
-        raw = self._run(points, item)
-        return self.read(map_tensors(_times_itself, raw) if self.relevance else raw, item)
+        raw = self._run(points, example)
+        return self.read(map_tensors(_times_itself, raw) if self.relevance else raw, example)
 
-    def _run(self, points: Sequence[Tensor], item: Tensor) -> Any:
+    def _run(self, points: Sequence[Tensor], example: Tensor) -> Any:
         """What the model returns for points where the executor takes them."""
         if self.references is None:
-            return self.called(lambda: self.route(points, *self.rows(item)), points, item)
+            return self.called(lambda: self.route(points, *self.rows(example)), points, example)
         pairs = zip(points, self.taken(self.references), strict=True)
-        both = [torch.cat([one, rows[item % len(rows)]]) for one, rows in pairs]
-        with self.failing(FORWARD, item):
-            raw = self.route(both, *self.rows(torch.cat([item, item])))
-        return rows_of(raw, slice(len(item)), 2 * len(item))
+        both = [torch.cat([one, rows[example % len(rows)]]) for one, rows in pairs]
+        with self.failing(FORWARD, example):
+            raw = self.route(both, *self.rows(torch.cat([example, example])))
+        return rows_of(raw, slice(len(example)), 2 * len(example))
 
     def again(self, call: Callable[[], Made]) -> Made:
         """The result of `call`, which writes its points anew each time; called once more, with
@@ -210,30 +213,30 @@ class PointFunction:
         self.overwrites = True
         return call()
 
-    def failing(self, stage: str, item: Tensor) -> Failing:
-        """Inside, exceptions of the model on rows of examples `item` [R] become ModelError."""
-        return Failing(stage, item.numel(), self.targets.batch)
+    def failing(self, stage: str, example: Tensor) -> Failing:
+        """Inside, exceptions of the model on rows of examples `example` [R] become ModelError."""
+        return Failing(stage, example.numel(), self.targets.batch)
 
-    def called(self, call: Callable[[], Any], points: Sequence[Tensor], item: Tensor) -> Any:
+    def called(self, call: Callable[[], Any], points: Sequence[Tensor], example: Tensor) -> Any:
         """What `call` returns, which takes the points through the model, with a batch axis where a
         squeeze() takes that of a single row.
         """
-        one = item.numel() == 1 and self._squeezes is not False
+        one = example.numel() == 1 and self._squeezes is not False
         # Before the model may overwrite them, and once.
         spare = [x.detach().clone() for x in points] if one and self._squeezes is None else []
-        with self.failing(FORWARD, item):
+        with self.failing(FORWARD, example):
             raw = call()
         if spare:
-            self._squeezes = self._loses_axis(raw, spare, item)
+            self._squeezes = self._loses_axis(raw, spare, example)
         return raw[None] if one and self._squeezes else raw
 
-    def _loses_axis(self, raw: Any, points: list[Tensor], item: Tensor) -> bool:
+    def _loses_axis(self, raw: Any, points: list[Tensor], example: Tensor) -> bool:
         """Whether a row's output has no batch axis, and that of the row given twice has."""
         if not isinstance(raw, Tensor) or raw.shape[:1] == (1,):
             return False
         twice = [torch.cat([x, x]) for x in points]
         with suppress(Exception), torch.no_grad():
-            two = self.route(twice, *self.rows(torch.cat([item, item])))
+            two = self.route(twice, *self.rows(torch.cat([example, example])))
             if not isinstance(two, Tensor) or two.shape != (2, *raw.shape):
                 return False
             close = tolerance(raw.dtype)
@@ -241,11 +244,11 @@ class PointFunction:
             return raw.is_meta or torch.allclose(two, both, close, close, equal_nan=True)
         return False
 
-    def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
+    def read(self, raw: Any, example: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] of the model's output."""
         if not self._checked:
-            self.shape, self._checked = self.targets.check(raw, item), True
-        return self.targets.read(raw, item)
+            self.shape, self._checked = self.targets.check(raw, example), True
+        return self.targets.read(raw, example)
 
     def taken(self, points: Inputs) -> Inputs:
         """The points in the types and the memory order of the model's inputs."""
@@ -255,11 +258,11 @@ class PointFunction:
             return points
         return laid(points, self.innermost)
 
-    def rows(self, item: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The further arguments of the rows of examples `item` [R]."""
+    def rows(self, example: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The further arguments of the rows of examples `example` [R]."""
 
         def own(key: int | str, value: Any) -> Any:
-            return value[item] if self.follows(key, value) else value
+            return value[example] if self.follows(key, value) else value
 
         args = tuple(own(number, value) for number, value in enumerate(self.args))
         return args, {name: own(name, value) for name, value in self.kwargs.items()}
@@ -284,27 +287,27 @@ class TappedFunction(PointFunction):
         """`function` with taps."""
         return cls(**_fields(function), taps=taps, backward=backward)
 
-    def _gradients(self, points: Inputs, item: Tensor) -> ScoresExecutor:
+    def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
         taps, given, tapped = self.taps, list(self.taken(points)), list[Tensor]()
         assert taps is not None
 
         def one_row(rows: Inputs) -> Any:
-            with self.failing(FORWARD, item[:1]):
-                return self.route(list(rows), *self.rows(item[:1]))
+            with self.failing(FORWARD, example[:1]):
+                return self.route(list(rows), *self.rows(example[:1]))
 
         def call() -> Any:
-            raw, tensors = taps.run(partial(self.route, given, *self.rows(item)))
+            raw, tensors = taps.run(partial(self.route, given, *self.rows(example)))
             tapped.extend(tensors)
             return raw
 
         taps.look(one_row, tuple(one[:1] for one in given))
         with torch.set_grad_enabled(self.backward):
-            scores, classes = self.read(self.called(call, given, item), item)
+            scores, classes = self.read(self.called(call, given, example), example)
         if not self.backward:
             return scores, classes, [tuple(one.detach() for one in tapped)]
         several: list[tuple[Tensor | None, ...]] = [(None,) * len(tapped)] * scores.shape[1]
         if scores.requires_grad:
-            with self.failing(BACKWARD, item):
+            with self.failing(BACKWARD, example):
                 several = _each([one.sum() for one in scores.unbind(1)], tapped)
         taps.need([any(one is not None for one in own) for own in zip(*several, strict=True)])
         values = tuple(one.detach() for one in tapped)
@@ -327,17 +330,17 @@ class Directional(PointFunction):
         """`function`, whose executor must leave all calls to autograd."""
         return cls(**_fields(function), project=project)
 
-    def _gradients(self, points: Inputs, item: Tensor) -> ScoresExecutor:
+    def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
         points = self.taken(points)
         shapes, (inside, edges) = _shapes(points), entered(points)
         del points
         with _TwiceDifferentiable():
-            scores, classes = self.forward(inside, item)
+            scores, classes = self.forward(inside, example)
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
-        with self.failing(BACKWARD, item):
+        with self.failing(BACKWARD, example):
             try:
-                several = [self._twice(one, edges, shapes, item) for one in scores.unbind(1)]
+                several = [self._twice(one, edges, shapes, example) for one in scores.unbind(1)]
             except RuntimeError as error:
                 if not ErrorText.NO_SECOND_DERIVATIVE.of(error):
                     raise
@@ -348,7 +351,7 @@ class Directional(PointFunction):
         return scores.detach(), classes, several
 
     def _twice(
-        self, score: Tensor, edges: list[GradientEdge], shapes: list[Tensor], item: Tensor
+        self, score: Tensor, edges: list[GradientEdge], shapes: list[Tensor], example: Tensor
     ) -> Inputs:
         assert self.project is not None
 
@@ -358,20 +361,20 @@ class Directional(PointFunction):
             return _filled(gradients(numbers, edges, torch.ones_like(numbers), **options), shapes)
 
         first_order = gradient(score, again=True)
-        first = self.project(first_order, item)
+        first = self.project(first_order, example)
         count = first.shape[1]
         sums = [torch.zeros_like(one) for one in first_order]
         second = first.new_zeros((len(first), count, count))
         # A model that is linear in its inputs has a gradient that depends on nothing.
         for m in range(count) if first.requires_grad else ():
             products = gradient(first[:, m], again=False)
-            second[:, m] = self.project(products, item)
+            second[:, m] = self.project(products, example)
             for total, product in zip(sums, products, strict=True):
                 total += product
         return first.detach(), second, *(one.detach() for one in first_order), *sums
 
 
-def summed(grads: Inputs, item: Tensor) -> Tensor:
+def summed(grads: Inputs, example: Tensor) -> Tensor:
     """The simplest `Project`: the sum of all gradients, as one number."""
     return torch.stack([one.flatten(1).sum(1) for one in grads]).sum(0)[:, None]
 

@@ -31,18 +31,18 @@ class Pack:
 
     @cached_property
     def sizes(self) -> list[int]:
-        return [item.numel() for item in self.items]
+        return [example.numel() for example in self.items]
 
     @cached_property
     def batch(self) -> int:
         """The number of rows: each is an example of its own."""
         return sum(self.sizes)
 
-    def check(self, raw: Any, item: Tensor) -> torch.Size | None:
+    def check(self, raw: Any, example: Tensor) -> torch.Size | None:
         """Does nothing: each function checks its own rows, in `read`."""
         return None
 
-    def read(self, raw: Any, item: Tensor) -> tuple[Tensor, None]:
+    def read(self, raw: Any, example: Tensor) -> tuple[Tensor, None]:
         """Scores [R, K] of all rows."""
         several, start = [], 0
         for number, (function, own) in enumerate(zip(self.functions, self.items, strict=True)):
@@ -54,25 +54,25 @@ class Pack:
         return torch.cat(several), None
 
     def _own(
-        self, number: int, function: PointFunction, item: Tensor, raw: Any
+        self, number: int, function: PointFunction, example: Tensor, raw: Any
     ) -> tuple[Tensor, Tensor | None]:
         try:
-            scores, classes = function.read(raw, item)
+            scores, classes = function.read(raw, example)
             if torch.is_grad_enabled() and not scores.requires_grad:
                 raise ModelError(NO_GRADIENT)
         except Exception as error:
             self.errors[number] = error
             count = self.functions[0].targets.count
-            return torch.zeros(item.numel(), count, device=item.device), None
+            return torch.zeros(example.numel(), count, device=example.device), None
         return scores, classes
 
 
 def packed(
     functions: Sequence[PointFunction], points: Sequence[Inputs], items: Sequence[Tensor]
 ) -> tuple[PointFunction, Inputs, Tensor, Pack]:
-    """(function, points, item, pack): several functions of one kind as one, on all their points."""
+    """(function, points, example, pack): several functions of one kind as one, on all their points."""
     first, pack = functions[0], Pack(functions, items)
-    rows = [function.rows(item) for function, item in zip(functions, items, strict=True)]
+    rows = [function.rows(example) for function, example in zip(functions, items, strict=True)]
 
     def joined(key: int | str, value: Any, parts: list[Any]) -> Any:
         return torch.cat(parts) if first.follows(key, value) else value
@@ -97,7 +97,7 @@ def alike(function: PointFunction) -> tuple[object, ...]:
     further += sorted(function.kwargs.items())
     shared = tuple((key, _kind(key, value, function)) for key, value in further)
     dtypes, count = function.dtypes, function.targets.count
-    return (function.kind, function.lifted, count, dtypes, function.innermost, shared)
+    return (function.kind, function.at_prefix_end, count, dtypes, function.innermost, shared)
 
 
 def _kind(key: int | str, value: Any, function: PointFunction) -> object:

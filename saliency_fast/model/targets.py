@@ -86,8 +86,8 @@ class Reader(Protocol):
     @property
     def count(self) -> int: ...
 
-    def read(self, raw: Any, item: Tensor) -> Tensor:
-        """Scores [R, count] of the rows of examples `item` [R], from the model's output."""
+    def read(self, raw: Any, example: Tensor) -> Tensor:
+        """Scores [R, count] of the rows of examples `example` [R], from the model's output."""
 
 
 Target = (
@@ -238,45 +238,45 @@ class Targets:
         }
         return replace(self, **moved, padding=self.padding.to(device))
 
-    def read(self, raw: Any, item: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores [R, K] of the rows of examples `item` [R], and the classes [R, K] chosen."""
+    def read(self, raw: Any, example: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores [R, K] of the rows of examples `example` [R], and the classes [R, K] chosen."""
         if self.function is not None:
-            return self._call(raw, item), None
+            return self._call(raw, example), None
         output = tensor_of(raw)
-        if output.dim() == 0 or output.shape[0] != item.numel():
+        if output.dim() == 0 or output.shape[0] != example.numel():
             got = list(output.shape)
             raise ModelError(
                 f"the model must return one row per input row: got {got} for a batch of "
-                f"{item.numel()}{self._cure(got, item.numel(), BY_ARGUMENT) or _PARTS}"
+                f"{example.numel()}{self._cure(got, example.numel(), BY_ARGUMENT) or _PARTS}"
             )
         if self.position is not None:
             _need_sequence(output.shape[1:])
             token = self.padding.places(self.position, output.shape[1])
-            output = output[torch.arange(len(item), device=item.device), token[item]]
+            output = output[torch.arange(len(example), device=example.device), token[example]]
         if self.predicted and self.classes is None:
             _need_matrix(output, "target='predicted'")
             classes = output.detach().argmax(1, keepdim=True)
             return output.gather(1, classes), classes
         if self.classes is not None:
             _need_matrix(output, "an integer target")
-            classes = self.classes[item]
+            classes = self.classes[example]
             return output.gather(1, classes), classes
         if self.places is not None:
-            rows = torch.arange(len(item), device=item.device)
+            rows = torch.arange(len(example), device=example.device)
             # Negative ones count from the last by themselves: recorded launches read no numbers.
             padded = self.padding.real is not None
             places = self._placed(output.shape[1:]) if padded else self.places
-            return output[(rows, *places[item].unbind(1))][:, None], None
-        return self._indexed(output, item)[:, None], None
+            return output[(rows, *places[example].unbind(1))][:, None], None
+        return self._indexed(output, example)[:, None], None
 
-    def check(self, raw: Any, item: Tensor) -> torch.Size | None:
+    def check(self, raw: Any, example: Tensor) -> torch.Size | None:
         """Raises where classes or indices lie outside the output, or a function depends on where a
-        row stands; once, on the first output, of the rows of examples `item` [R].
+        row stands; once, on the first output, of the rows of examples `example` [R].
 
         Returns the shape of an example's output, for `fit`; None where a function reads it.
         """
         if self.function is not None:
-            self._need_any_row(raw, item)
+            self._need_any_row(raw, example)
             return None
         shape = tensor_of(raw).shape[1:]
         self.fit(shape)
@@ -310,7 +310,7 @@ class Targets:
                 columns.append(torch.where(column < 0, column + size, column))
         return torch.stack(columns, 1)
 
-    def _indexed(self, output: Tensor, item: Tensor) -> Tensor:
+    def _indexed(self, output: Tensor, example: Tensor) -> Tensor:
         """Sums [R] of what `index` selects."""
         if self.index is None:
             if output[0].numel() != 1:
@@ -324,7 +324,7 @@ class Targets:
         try:
             axis = self.padding.axis(output.shape[1:], index)
             if axis is not None:
-                output, index = self._own_tokens(output, item, axis)
+                output, index = self._own_tokens(output, example, axis)
             picked = output[(slice(None), *index)]
         except IndexError as error:
             raise InputError(
@@ -338,11 +338,11 @@ class Targets:
                     f"target's mask must match what the index leaves: got {list(self.mask.shape)}, "
                     f"expected {list(shape)}, or that with a leading batch axis of {self.batch}"
                 )
-            picked = picked * (self.mask if self.mask.shape == shape else self.mask[item])
-        return picked.reshape(len(item), -1).sum(1)
+            picked = picked * (self.mask if self.mask.shape == shape else self.mask[example])
+        return picked.reshape(len(example), -1).sum(1)
 
     def _own_tokens(
-        self, output: Tensor, item: Tensor, axis: int
+        self, output: Tensor, example: Tensor, axis: int
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The output, and the index into it, with positions along a sequence's axis counted among
         each text's own tokens. With a mask a slice is of all tokens: the user weights padding, too.
@@ -358,9 +358,9 @@ class Targets:
         index = (*index[:start], *rest, *index[start + 1 :])
         part = index[axis]
         if isinstance(part, int):
-            position = torch.full((len(real),), part, device=item.device)
-            token = self.padding.places(position, length)[item]
-            rows = torch.arange(len(item), device=item.device)
+            position = torch.full((len(real),), part, device=example.device)
+            token = self.padding.places(position, length)[example]
+            rows = torch.arange(len(example), device=example.device)
             return output.movedim(axis + 1, 1)[rows, token], (*index[:axis], *index[axis + 1 :])
         if self.mask is None:
             # A slice of each text's own tokens; the others count nothing.
@@ -368,22 +368,22 @@ class Targets:
             for text, own in enumerate(real):
                 kept[text, own.nonzero()[:, 0][part]] = True
             shape = [1] * output.dim()
-            shape[0], shape[axis + 1] = len(item), length
-            output = torch.where(kept[item].view(shape), output, 0.0)
+            shape[0], shape[axis + 1] = len(example), length
+            output = torch.where(kept[example].view(shape), output, 0.0)
             index = (*index[:axis], slice(None), *index[axis + 1 :])
         return output, index
 
-    def _call(self, raw: Any, item: Tensor) -> Tensor:
+    def _call(self, raw: Any, example: Tensor) -> Tensor:
         """Scores [R, K] by the user's function."""
         assert self.function is not None
         if isinstance(self.function, Reader):
-            return self.function.read(raw, item)
-        with Failing(TARGET, item.numel(), self.batch):
-            args, kwargs = (item,) * (self.example == POSITION), {NAME: item}
+            return self.function.read(raw, example)
+        with Failing(TARGET, example.numel(), self.batch):
+            args, kwargs = (example,) * (self.example == POSITION), {NAME: example}
             scores = self.function(raw, *args, **(kwargs if self.example == NAME else {}))
-        if not isinstance(scores, Tensor) or scores.shape != item.shape:
+        if not isinstance(scores, Tensor) or scores.shape != example.shape:
             got = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            rows = item.numel()
+            rows = example.numel()
             several = f", of inputs with {self.batch} examples" if self.batch != rows else ""
             raise InputError(
                 f"target: a function of the output must return one score per row: got {got}, "
@@ -396,20 +396,20 @@ class Targets:
         several = isinstance(got, list) and got[:1] == [self.batch] != [rows]
         return f", of inputs with {self.batch} examples; {cure}" if several else ""
 
-    def _need_any_row(self, raw: Any, item: Tensor) -> None:
+    def _need_any_row(self, raw: Any, example: Tensor) -> None:
         """Raises where a function scores equal rows differently: it holds a tensor of the batch,
         which it reads by the number of a row. As many rows are tried as there are examples.
         """
         is_tensor = isinstance(raw, Tensor) and raw.is_floating_point()
         if isinstance(self.function, Reader) or self.batch == 1 or not is_tensor:
             return
-        if raw.shape[:1] != item.shape:
+        if raw.shape[:1] != example.shape:
             return
         raw, many = raw.detach(), [self.batch] + [-1] * (raw.dim() - 1)
         with torch.no_grad():
             # Copies: the function may write to its argument.
-            one = self._call(raw[:1].clone(), item[:1])
-            all_of = self._call(raw[:1].expand(many).clone(), item[:1].expand(self.batch))
+            one = self._call(raw[:1].clone(), example[:1])
+            all_of = self._call(raw[:1].expand(many).clone(), example[:1].expand(self.batch))
         if raw.is_meta:
             return
         size = tolerance(one.dtype) * max(float(one.abs().max()), float(raw[0].abs().max()))

@@ -2,7 +2,7 @@
 
 from saliency_fast.rules.composites import COMPOSITES, composite
 from saliency_fast.rules.deeplift import CAPTUM, Rescale
-from saliency_fast.rules.intercept import Ruling
+from saliency_fast.rules.intercept import RulesMode
 from saliency_fast.rules.lrp import (
     PROPAGATION_RULES,
     AlphaBeta,
@@ -30,7 +30,7 @@ __all__ = [
     "Guided",
     "Pass",
     "Rescale",
-    "Ruling",
+    "RulesMode",
     "Softplus",
     "ZBox",
     "ZPlus",

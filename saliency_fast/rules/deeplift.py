@@ -19,7 +19,7 @@ from saliency_fast.rules.intercept import (
     Func,
     Kwargs,
     OperatorRule,
-    Ruling,
+    RulesMode,
     call_name,
     named,
     only_input_varies,
@@ -53,7 +53,7 @@ def _multipliers(change: Tensor, change_out: Tensor, slope: Tensor, epsilon: flo
     return torch.where(changed, change_out / change, slope)
 
 
-class Paired(Ruling):
+class Paired(RulesMode):
     """Compares points with references, each a half of the first axis.
 
     With `rules.captum`, a call directly after one that has a rule keeps its gradient.
@@ -206,5 +206,5 @@ class Rescale:
         if not 0 < self.epsilon < float("inf"):
             raise InputError(f"epsilon must be a positive finite number: got {self.epsilon}")
 
-    def calls(self, model: Func | None = None) -> Ruling:
+    def calls(self, model: Func | None = None) -> RulesMode:
         return Paired(self)

@@ -44,7 +44,7 @@ ELEMENTWISE = ACTIVATIONS | frozenset(
 """Operators of which every element of the result depends on one element of the input."""
 
 
-class Ruling(Calls):
+class RulesMode(Calls):
     """Inside its `with`, calls that depend on points and whose name is in `table` have a rule.
 
     In-place calls are answered as calls out of place, and written over their input. met: how many
@@ -256,7 +256,7 @@ class Rules(Protocol):
     @property
     def unmet(self) -> str: ...
 
-    def calls(self, model: Func | None = None) -> Ruling: ...
+    def calls(self, model: Func | None = None) -> RulesMode: ...
 
 
 @dataclass(frozen=True)

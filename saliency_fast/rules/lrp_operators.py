@@ -24,7 +24,7 @@ from saliency_fast.rules.intercept import (
     Func,
     Kwargs,
     OperatorRule,
-    Ruling,
+    RulesMode,
     call_name,
     named,
     only_input_varies,
@@ -98,7 +98,7 @@ class Composite:
                     f"{field} must be one of {', '.join(valid)}: got {getattr(self, field)!r}"
                 )
 
-    def calls(self, model: Func | None = None) -> Ruling:
+    def calls(self, model: Func | None = None) -> RulesMode:
         return Relevance(self, self._by_weight(model))
 
     def _by_weight(self, model: Func | None) -> dict[int, PropagationRule]:
@@ -125,14 +125,14 @@ class Composite:
         return rules
 
 
-class Relevance(Ruling):
+class Relevance(RulesMode):
     """Inside its `with`, gradients of what depends on points are relevance.
 
     by_weight: rules by the identity of a layer's weights. own: the one of the present call;
     weights: whether the present call has parameters of the model.
     """
 
-    hidden = Ruling.hidden | frozenset(
+    hidden = RulesMode.hidden | frozenset(
         "Convolution MkldnnConvolution Addmm Mm Bmm Baddbmm Mul Add Sub Rsub Div Neg Pow Exp Gelu "
         "Silu Elu LeakyRelu Hardtanh Sigmoid Tanh Softplus Softmax LogSoftmax Sum Mean "
         "NativeLayerNorm NativeBatchNorm NativeGroupNorm".split()

@@ -24,7 +24,7 @@ from saliency_fast.rules.intercept import (
     Func,
     Kwargs,
     OperatorRule,
-    Ruling,
+    RulesMode,
     split,
     with_backward,
 )
@@ -64,7 +64,7 @@ _IS_RECTIFIER: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any]], bool]] =
 def _table(apply: Callable[[Tensor], Tensor]) -> dict[str, OperatorRule]:
     """`apply` for rectifiers under all their names."""
 
-    def answer(mode: Ruling, func: Any, args: Any, kwargs: Any, is_rectifier: Any) -> Any:
+    def answer(mode: RulesMode, func: Any, args: Any, kwargs: Any, is_rectifier: Any) -> Any:
         x, _ = split(func, args, kwargs)
         if not is_rectifier(args, kwargs) or x.dtype not in DTYPES:
             return NotImplemented
@@ -101,8 +101,8 @@ class Guided:
     relevance: ClassVar[bool] = False
     unmet: ClassVar[str] = _UNMET.format(name)
 
-    def calls(self, model: Func | None = None) -> Ruling:
-        return Ruling(self.name, _GUIDED)
+    def calls(self, model: Func | None = None) -> RulesMode:
+        return RulesMode(self.name, _GUIDED)
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Deconv:
     relevance: ClassVar[bool] = False
     unmet: ClassVar[str] = _UNMET.format(name)
 
-    def calls(self, model: Func | None = None) -> Ruling:
-        return Ruling(self.name, _DECONV)
+    def calls(self, model: Func | None = None) -> RulesMode:
+        return RulesMode(self.name, _DECONV)
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,12 @@ class Softplus:
         if not 0 < self.beta < torch.inf:
             raise InputError(f"beta must be a positive finite number: got {self.beta}")
 
-    def calls(self, model: Func | None = None) -> Ruling:
+    def calls(self, model: Func | None = None) -> RulesMode:
         table = _table(lambda x: functional.softplus(x, self.beta, _LINEAR_FROM))
         return _Smooth(self.name, table)
 
 
-class _Smooth(Ruling):
+class _Smooth(RulesMode):
     """Rules that hold without gradients too, by autograd's own operators.
 
     Memory-efficient versions can be differentiated but once.

@@ -16,9 +16,9 @@ from torch import Tensor
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baselines
 from saliency_fast.engine.recipe import WeightedSum
-from saliency_fast.evaluate.inputs import Subject, substrate_of
+from saliency_fast.evaluate.inputs import Subject, replacement_of
 from saliency_fast.evaluate.metrics.inpaint import inpaint
-from saliency_fast.evaluate.scores import UNTOLD, Questions, probabilities
+from saliency_fast.evaluate.scores import NO_CLASS, ScoreQuery, probabilities
 from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.methods import read_method
 from saliency_fast.model.targets import Targets, read_targets, tensor_of, with_padding
@@ -109,17 +109,17 @@ class _Reader:
     targets: Targets
     count: int = 6
 
-    def read(self, raw: Any, item: Tensor) -> Tensor:
-        self.targets.check(raw, item)
-        score = self.targets.read(raw, item)[0][:, :1]
+    def read(self, raw: Any, example: Tensor) -> Tensor:
+        self.targets.check(raw, example)
+        score = self.targets.read(raw, example)[0][:, :1]
         score = score if score.dtype in (torch.float32, torch.float64) else score.float()
-        rest = score.new_full((len(item), 5), UNTOLD)
+        rest = score.new_full((len(example), 5), NO_CLASS)
         if self.classes is not None:
             output = tensor_of(raw).detach()
             if output.shape[1] > 1:
                 shares = probabilities(output, output.to(score.dtype))
                 best = shares.topk(2, dim=1)
-                own = shares.gather(1, self.classes[item][:, None])
+                own = shares.gather(1, self.classes[example][:, None])
                 rest = torch.cat([own, best.indices.to(own.dtype), best.values], 1)
         return torch.cat([score, rest], 1)
 
@@ -131,17 +131,17 @@ def deletion_queries(
     `queried[b]` of labels [B, *spatial]; none where that is 0.
     """
     inputs = subject.inputs
-    item = torch.tensor([b for b, one in enumerate(queried) if one], device=inputs.device).long()
+    example = torch.tensor([b for b, one in enumerate(queried) if one], device=inputs.device).long()
     number = torch.tensor(queried, device=inputs.device).view(-1, *(1,) * (labels.dim() - 1))
     mask = (labels == number) & (number > 0)
-    fills = replacements(inputs, mask) if len(item) else {}
+    fills = replacements(inputs, mask) if len(example) else {}
     mask = mask if inputs.dim() == 2 else mask[:, None]
     removals: list[dict[str, Facts]] = [{} for _ in queried]
     predictions = None
     for name, fill in fills.items():
         points = torch.where(mask, fill, inputs)
-        predictions, without = _predictions(subject, points, item, names)
-        for b, one in zip(item.tolist(), without, strict=True):
+        predictions, without = _predictions(subject, points, example, names)
+        for b, one in zip(example.tolist(), without, strict=True):
             removals[b][name] = one
     if predictions is None:
         everything = torch.arange(subject.batch, device=inputs.device)
@@ -155,15 +155,15 @@ def replacements(inputs: Tensor, mask: Tensor) -> dict[str, Tensor]:
     example and "set to zero".
     """
     if inputs.dim() == 2:
-        mean = substrate_of("mean", inputs).expand_as(inputs)
+        mean = replacement_of("mean", inputs).expand_as(inputs)
         return {"set to the mean": mean, "set to zero": torch.zeros_like(inputs)}
-    return {"blurred": substrate_of("blur", inputs), "inpainted": inpaint(inputs, mask)}
+    return {"blurred": replacement_of("blur", inputs), "inpainted": inpaint(inputs, mask)}
 
 
 def _predictions(
-    subject: Subject, points: Tensor, item: Tensor, names: Mapping[int, str]
+    subject: Subject, points: Tensor, example: Tensor, names: Mapping[int, str]
 ) -> tuple[list[Facts], list[Facts]]:
-    """The predictions of the inputs, and of the rows `item` of points [B, *]."""
+    """The predictions of the inputs, and of the rows `example` of points [B, *]."""
     targets = read_targets(subject.classes, subject.batch).to(subject.inputs.device)
     running = subject.running
     arguments = running.arguments().values()
@@ -172,7 +172,7 @@ def _predictions(
     classes = None
     if targets.classes is not None and targets.position is None:
         classes = targets.classes[:, 0]
-    queries = Questions(lambda item, place: running.back(points[item]), item, item)
+    queries = ScoreQuery(lambda example, place: running.back(points[example]), example, example)
     engine = running.engine(subject.model, queries)  # type: ignore[arg-type]
     engine(inputs, _Reader(classes, targets), **running.arguments())
     first, second = ([_prediction(row, names) for row in one.tolist()] for one in queries.found)
@@ -182,7 +182,7 @@ def _predictions(
 def _prediction(row: list[float], names: Mapping[int, str]) -> Facts:
     """What `_Reader` has read; None for models that do not classify."""
     score, probability, *numbers = row
-    if probability == UNTOLD:
+    if probability == NO_CLASS:
         return {"score": score, "probability": None, "decision": None, "runner_up": None}
     decision, runner_up = (
         {"class": int(number), "name": _class_name(int(number), names), "probability": share}

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
-from saliency_fast.evaluate.inputs import Subject, read_subject
+from saliency_fast.evaluate.inputs import Subject, read_evaluation_input
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.summary.grouping import COMPONENTS, Labels, Values, check_how, group
@@ -127,7 +127,7 @@ def regions(
         >>> [(one.where, one.share, one.box) for one in regions(x, x)[0]]
         [('upper left', 1.0, (4, 4, 10, 10))]
     """
-    subject = read_subject(None, inputs, maps, boxes=boxes, layout=layout)
+    subject = read_evaluation_input(None, inputs, maps, boxes=boxes, layout=layout)
     return regions_of(subject, how, most, names)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.evaluate.inputs import Explainer, read_subject
-from saliency_fast.evaluate.scores import Running
+from saliency_fast.evaluate.inputs import Explainer, read_evaluation_input
+from saliency_fast.evaluate.scores import RunOptions
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import Target
@@ -118,13 +118,13 @@ def summarise(
     found = maps if isinstance(maps, Attribution) else None
     if target is None and found is not None and found.classes is None:
         target = restore_target(found.provenance.target, None, False, found.kept)
-    subject = read_subject(
+    subject = read_evaluation_input(
         *(model, inputs, maps),
         target=target,
         boxes=boxes,
         method=method,
         baseline=baseline,
-        running=Running(forward_args, forward_kwargs, memory_budget, points_per_launch),
+        running=RunOptions(forward_args, forward_kwargs, memory_budget, points_per_launch),
         layout=layout,
     )
     grouped = regions_of(subject, how, most, names)

@@ -70,8 +70,10 @@ class AttentionColumns:
             weighted = weighted_by_gradient(start, layers, wide(found.grads[0])) - start
             parts.append((weights, rolled, weighted))
 
-        item = torch.arange(len(x), device=x.device)
-        yield Round(lambda item, _: (x[item],), item, item, taps=AttentionTaps(), each=each)
+        example = torch.arange(len(x), device=x.device)
+        yield Round(
+            lambda example, _: (x[example],), example, example, taps=AttentionTaps(), each=each
+        )
         weights, rolled, weighted = (torch.cat(one)[:, None] for one in zip(*parts, strict=True))
         return Maps((weighted,), extras={"attention": weights, "rollout": rolled})
 

@@ -42,10 +42,10 @@ class Placed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.head, self.place = nn.Linear(7, 4), torch.arange(21).view(3, 7) / 7
+        self.head, self.node = nn.Linear(7, 4), torch.arange(21).view(3, 7) / 7
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head((x + self.place).tanh())
+        return self.head((x + self.node).tanh())
 
 
 class Bags(nn.Module):

@@ -24,10 +24,10 @@ def test_every_pair_is_the_loop(evidence: str) -> None:
     maps["c"] = maps["a"] + 0.2 * maps["c"]
     found = agreement(maps, share=0.2, evidence=evidence)
     places = [one.sum(1).numpy() for one in maps.values()]
-    for item in range(3):
+    for example in range(3):
         for a in range(3):
             for b in range(3):
-                one, other = signed = places[a][item], places[b][item]
+                one, other = signed = places[a][example], places[b][example]
                 if evidence == "absolute":
                     one, other = np.abs(one), np.abs(other)
                 peaks = one / np.abs(one).max(), other / np.abs(other).max()
@@ -39,7 +39,7 @@ def test_every_pair_is_the_loop(evidence: str) -> None:
                     "sign_agreement": naive.sign_agreement(*signed, 0.2),
                 }
                 for name in COMPARISONS:
-                    got = float(found.per_example[name][item, a, b])
+                    got = float(found.per_example[name][example, a, b])
                     assert got == pytest.approx(expected[name], abs=1e-10), name
 
 

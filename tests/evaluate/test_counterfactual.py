@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.inputs import substrate_of
+from saliency_fast.evaluate.inputs import replacement_of
 from saliency_fast.evaluate.metrics.removal import Counterfactual
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
@@ -54,7 +54,7 @@ def test_against_a_loop(kind: type[nn.Module], by: Any, patch: int) -> None:
     first = model(x).detach()
     target = first.argmax(1)
     found = Counterfactual(0.2, patch, by, 3, SHARES)(model, x, maps, target=target)
-    fill = x if by == "inpaint" else substrate_of(by, x).expand_as(x)
+    fill = x if by == "inpaint" else replacement_of(by, x).expand_as(x)
 
     def replaced(row: int, share: float) -> Tensor:
         values = maps[row] if x.dim() == 2 else maps[row].sum(0)

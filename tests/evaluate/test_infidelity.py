@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.inputs import substrate_of
+from saliency_fast.evaluate.inputs import replacement_of
 from saliency_fast.evaluate.metrics.perturbation import Infidelity
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
@@ -31,10 +31,10 @@ def one_score(model: nn.Module, target: int) -> naive.Score:
 
 def points_of(metric: Infidelity, x: Tensor, size: int = 0, number: int = 0) -> Tensor:
     """The perturbed inputs [n, B, *] that a metric makes."""
-    fill = substrate_of(metric.substrate, x, metric.seed)
+    fill = replacement_of(metric.substrate, x, metric.seed)
     count, write = metric.perturbations(x, fill, size, number)
-    item = torch.arange(count * len(x)) % len(x)
-    return write(item, torch.arange(count * len(x)) // len(x)).view(count, *x.shape)
+    example = torch.arange(count * len(x)) % len(x)
+    return write(example, torch.arange(count * len(x)) // len(x)).view(count, *x.shape)
 
 
 @pytest.mark.parametrize("cumulative", [False, True])
@@ -43,7 +43,7 @@ def test_patches_against_a_loop(kind: type[nn.Module], cumulative: bool) -> None
     model, x, maps = make(kind), randn(3, *SHAPES[kind]), randn(3, *SHAPES[kind], seed=1)
     metric = Infidelity("patches", patch=(3, 5), cumulative=cumulative, substrate="mean")
     found = metric(model, x, maps, target=TARGET)
-    fill = substrate_of("mean", x)
+    fill = replacement_of("mean", x)
     for row in range(3):
         # Inputs of features have no channels.
         example = x[row] if x.dim() > 2 else x[row][None]

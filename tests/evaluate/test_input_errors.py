@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
-from saliency_fast.evaluate.inputs import read_subject
+from saliency_fast.evaluate.inputs import read_evaluation_input
 from saliency_fast.evaluate.metrics.completeness import Completeness
 from saliency_fast.evaluate.metrics.localisation import EnergyInBox, PointingGame, TopKIoU
 from saliency_fast.evaluate.metrics.removal import Deletion, Insertion
@@ -209,20 +209,20 @@ def test_maps_of_layers_and_of_several_targets_are_refused() -> None:
 def test_attributions_bring_their_target_method_and_baseline() -> None:
     model, x = make(Image), _x()
     maps = sf.explain(model, x, target=[3, 0], method=sf.IntegratedGradients(), baseline="mean")
-    subject = read_subject(model, x, maps)
+    subject = read_evaluation_input(model, x, maps)
     assert isinstance(subject.target, Tensor)
     assert subject.target.tolist() == [3, 0]
     assert subject.baseline == "mean"
     torch.testing.assert_close(subject.explain(x), maps.values)
-    own = read_subject(model, x, maps, target=1, method="gradient", baseline=None)
+    own = read_evaluation_input(model, x, maps, target=1, method="gradient", baseline=None)
     assert own.target == 1
 
 
 def test_methods_are_needed_by_who_explains_again() -> None:
-    subject = read_subject(make(Image), _x(), _x(), target=1)
+    subject = read_evaluation_input(make(Image), _x(), _x(), target=1)
     with pytest.raises(InputError, match="method is missing: this metric explains again"):
         subject.explain(_x())
-    by_hand = read_subject(
+    by_hand = read_evaluation_input(
         make(Image), _x(), _x(), target=1, method=lambda model, inputs, target: inputs[:, :, :3]
     )
     with pytest.raises(InputError, match="maps must match the inputs"):
@@ -258,7 +258,7 @@ def test_half_types_reach_the_model_as_they_are(dtype: torch.dtype) -> None:
     # A model of five layers in a type of so many digits.
     close = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(found.values, expected.values, rtol=close, atol=close)
-    again = read_subject(model, x, values, target=1, method="gradient").explain(x.float())
+    again = read_evaluation_input(model, x, values, target=1, method="gradient").explain(x.float())
     assert again.shape == x.shape
 
 
@@ -269,7 +269,7 @@ def test_boxes_and_masks_are_the_same_thing() -> None:
     for number, (top, left, bottom, right) in enumerate(boxes):
         masks[number, top:bottom, left:right] = True
     for given in (boxes, boxes.tolist(), torch.as_tensor(boxes), masks, masks[:, None]):
-        subject = read_subject(None, x, x, boxes=given)
+        subject = read_evaluation_input(None, x, x, boxes=given)
         assert subject.masks is not None
         assert torch.equal(subject.masks, masks)
 

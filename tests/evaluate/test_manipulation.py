@@ -17,7 +17,7 @@ from saliency_fast.evaluate.attacks.manipulation import (
     steerable,
 )
 from saliency_fast.evaluate.controls import edge_detector
-from saliency_fast.evaluate.inputs import read_subject
+from saliency_fast.evaluate.inputs import read_evaluation_input
 from saliency_fast.evaluate.similarity import correlation, overlap, rank_correlation
 from saliency_fast.methods.cam import GradCAM
 from saliency_fast.methods.gradient import Gradient, InputXGradient
@@ -55,7 +55,7 @@ def _subject(model, x, method, **further):
         if callable(method)
         else explain(model, x, method=method, target="predicted").values
     )
-    return read_subject(model, x, maps, target="predicted", method=method, **further)
+    return read_evaluation_input(model, x, maps, target="predicted", method=method, **further)
 
 
 @pytest.mark.parametrize("name", ["gradient", "input_x_gradient", "ig", "smoothgrad"])
@@ -72,10 +72,10 @@ def test_steering_is_the_second_derivative(smooth, name) -> None:
         alphas, weights = [(k + 0.5) / 6 for k in range(6)], [1 / 6] * 6
         points = [base + alpha * (x - base) for alpha in alphas]
     if name == "smoothgrad":
-        item, sigma = torch.arange(3), torch.full((3,), 0.4, dtype=torch.float64)
+        example, sigma = torch.arange(3), torch.full((3,), 0.4, dtype=torch.float64)
         seed = torch.full((3,), 5)
         points = [
-            ops.noise_points(x, sigma, seed, item, torch.full_like(item, k), True, 0)
+            ops.noise_points(x, sigma, seed, example, torch.full_like(example, k), True, 0)
             for k in range(6)
         ]
         alphas, weights = [1.0] * 6, [1 / 6] * 6

@@ -13,7 +13,7 @@ from torch import nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate import Deletion, Insertion, Sparseness, bootstrap
-from saliency_fast.evaluate.inputs import read_subject
+from saliency_fast.evaluate.inputs import read_evaluation_input
 from saliency_fast.evaluate.metric import (
     ENTRIES,
     METRICS,
@@ -293,7 +293,7 @@ def test_wrong_suites(options, text):
 
 def test_the_old_name_of_evaluate_warns():
     maps = torch.rand(2, 5)
-    data = read_subject(None, maps, maps)
+    data = read_evaluation_input(None, maps, maps)
     with pytest.deprecated_call(match=r"use Metric\.evaluate"):
         old = Sparseness().judge(data)
     assert torch.equal(old.values, Sparseness().evaluate(data).values)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.inputs import substrate_of
+from saliency_fast.evaluate.inputs import replacement_of
 from saliency_fast.evaluate.metrics.perturbation import (
     FaithfulnessCorrelation,
     SensitivityN,
@@ -42,7 +42,7 @@ def test_against_a_loop(kind: type[nn.Module], per: str) -> None:
     model, x, maps = make(kind), randn(3, *SHAPES[kind]), randn(3, *SHAPES[kind], seed=1)
     metric = SensitivityN((0.1, 0.4), 7, substrate="mean", per=per, output="logit", seed=5)
     found = metric(model, x, maps, target=TARGET)
-    fill = substrate_of("mean", x)
+    fill = replacement_of("mean", x)
     rows = 1 if per == "element" or x.dim() == 2 else x.shape[1]
     places = x[0].numel() // rows
     for row, column in np.ndindex(3, 2):

@@ -224,8 +224,8 @@ def test_the_text_beside_a_picture(length: int) -> None:
     ids = torch.randint(0, 20, (2, length))
     method: Any = sf.AttentionWeights(query=0)
     found = sf.explain(model, x, target=0, method=method, forward_args=(ids,)).values
-    lone = nn.Sequential(model.cut, nn.Flatten(2))
-    tokens = torch.cat([model.class_token.expand(2, 1, -1), lone(x).mT], 1)
+    single_row = nn.Sequential(model.cut, nn.Flatten(2))
+    tokens = torch.cat([model.class_token.expand(2, 1, -1), single_row(x).mT], 1)
     q, k = (
         layer(tokens).unflatten(-1, (2, -1)).transpose(1, 2)
         for layer in (model.image.q, model.image.k)

@@ -14,7 +14,7 @@ from saliency_fast.engine.arena import LEAST_TRACED, Arena
 from saliency_fast.engine.bind import bind
 from saliency_fast.engine.loop import SumEvaluation
 from saliency_fast.graph.autograd import convolutions
-from saliency_fast.model.executors import OnMeta, shapes_only
+from saliency_fast.model.executors import MetaTensors, shapes_only
 from saliency_fast.together import Arguments
 from tests import naive
 from tests.models import randn
@@ -80,7 +80,7 @@ def test_what_is_no_convolution_is_told_by_pytorch() -> None:
 def test_shapes_alone() -> None:
     x = randn(1, 2, 6, 6, 6).float()
     weight = randn(3, 2, 3, 3, 3).float()
-    with OnMeta(CPU):
+    with MetaTensors(CPU):
         (points,) = shapes_only((x,), 1)
         found = convolutions.convolved(
             points, weight, None, [1] * 3, [1] * 3, [1] * 3, False, [0] * 3, 1

@@ -16,7 +16,7 @@ from saliency_fast.engine.bind import read_inputs
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.inputs import Model
-from saliency_fast.evaluate.scores import Running, Scorer
+from saliency_fast.evaluate.scores import RunOptions, Scorer
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import PREDICTED, Target, read_targets, tensor_of
 from saliency_fast.ops import philox, random_bits
@@ -69,7 +69,7 @@ def fgsm(
     *,
     targeted: bool = False,
     bounds: Bounds = None,
-    running: Running | None = None,
+    running: RunOptions | None = None,
 ) -> Attacked:
     """One step of size `epsilon` along the sign of the cross-entropy's gradient (Goodfellow, 2015).
 
@@ -108,7 +108,7 @@ def pgd(
     *,
     targeted: bool = False,
     bounds: Bounds = None,
-    running: Running | None = None,
+    running: RunOptions | None = None,
 ) -> Attacked:
     """Projected gradient steps from a random point within `epsilon` of x, in the maximum norm
     (Madry, 2018).
@@ -183,14 +183,14 @@ class CrossEntropy:
     classes: Tensor
     count: int = 1
 
-    def read(self, raw: Any, item: Tensor) -> Tensor:
+    def read(self, raw: Any, example: Tensor) -> Tensor:
         """Losses [R, 1]."""
         # In float32 the gradient would be zero where the model is certain.
         logarithm = tensor_of(raw).double().log_softmax(1)
-        return -logarithm.gather(1, self.classes[item][:, None])
+        return -logarithm.gather(1, self.classes[example][:, None])
 
 
-def loss_gradient(engine: Engine, x: Tensor, classes: Tensor, running: Running) -> Tensor:
+def loss_gradient(engine: Engine, x: Tensor, classes: Tensor, running: RunOptions) -> Tensor:
     """The gradient of the cross-entropy of classes int64 [B] at x [B, *]."""
     return running.standard(running.map(engine, x, CrossEntropy(classes))[:, 0])
 
@@ -205,7 +205,7 @@ class _Victim:
     before: Tensor
     targeted: bool
     bounds: tuple[Tensor, Tensor]
-    running: Running
+    running: RunOptions
 
     @classmethod
     def of(
@@ -215,7 +215,7 @@ class _Victim:
         target: Target,
         targeted: bool,
         bounds: Bounds,
-        running: Running | None,
+        running: RunOptions | None,
     ) -> _Victim:
         checks.flag("targeted", targeted)
         if not callable(model):
@@ -223,7 +223,7 @@ class _Victim:
         if not isinstance(x, Tensor):
             raise InputTypeError(f"x must be one tensor: got {type(x).__name__}")
         (x,), (dtype,) = read_inputs(x)
-        running = (running or Running()).taking(dtype)
+        running = (running or RunOptions()).taking(dtype)
         limits = _read_bounds(bounds, x)
         before = decisions(model, x, running, target)
         classes = classes_of(target, before)
@@ -249,7 +249,7 @@ class _Victim:
         return Attacked(x, self.classes, self.before, after, self.targeted, parameters)
 
 
-def decisions(model: Model, x: Tensor, running: Running, target: Target = PREDICTED) -> Tensor:
+def decisions(model: Model, x: Tensor, running: RunOptions, target: Target = PREDICTED) -> Tensor:
     """The predicted classes int64 [B]; raises where the model or the target has no classes."""
     example = torch.arange(1, device=x.device)
     first, _ = Scorer(model, x, target, running).at(lambda i, _: x[i], example, example)

@@ -30,11 +30,11 @@ from saliency_fast.evaluate.inputs import (
     describe,
     is_method,
     position_sums,
-    read_subject,
+    read_evaluation_input,
 )
 from saliency_fast.evaluate.outcome import Interval, check_confidence, percentile_ends, resampled
 from saliency_fast.evaluate.positions import gini
-from saliency_fast.evaluate.scores import Running
+from saliency_fast.evaluate.scores import RunOptions
 from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.methods import read_method
 from saliency_fast.methods.parts import checks
@@ -481,7 +481,7 @@ def adversarial_score(
     *,
     baseline: Baseline = None,
     seed: int = 0,
-    running: Running | None = None,
+    running: RunOptions | None = None,
     layout: LayoutLike = None,
 ) -> AdversarialScore:
     """Scores inputs by how unusual their maps are relative to those of clean references. How much
@@ -510,14 +510,16 @@ def adversarial_score(
         >>> adversarial_score(model, x[:2], x[2:], "gradient").p_values.shape
         torch.Size([2])
     """
-    running = running or Running()
+    running = running or RunOptions()
 
     def explained(x: Tensor, target: Target) -> Tensor:
         """Maps [B, *spatial] of inputs."""
         if not isinstance(x, Tensor):
             raise InputTypeError(f"inputs must be one tensor: got {type(x).__name__}")
         options: dict[str, Any] = {"baseline": baseline, "running": running, "layout": layout}
-        data = read_subject(model, x, torch.zeros_like(x), target=target, method=method, **options)
+        data = read_evaluation_input(
+            model, x, torch.zeros_like(x), target=target, method=method, **options
+        )
         return position_sums(data.explain(data.inputs))
 
     maps = explained(inputs, target)
@@ -595,7 +597,7 @@ def attack_roc(
     bounds: Bounds = None,
     baseline: Baseline = None,
     seed: int = 0,
-    running: Running | None = None,
+    running: RunOptions | None = None,
     layout: LayoutLike = None,
 ) -> AttackRoc:
     """Measures whether `adversarial_score` tells attacked inputs from clean ones: the inputs that
@@ -629,7 +631,7 @@ def attack_roc(
         >>> result.tried
         20
     """
-    running = running or Running()
+    running = running or RunOptions()
     names = (attacks,) if isinstance(attacks, str) else tuple(attacks)
     for name in names:
         if name not in ATTACKS:
@@ -666,7 +668,9 @@ def attack_roc(
     )
 
 
-def _right(model: Model, inputs: Tensor, labels: Target, running: Running) -> tuple[Tensor, Tensor]:
+def _right(
+    model: Model, inputs: Tensor, labels: Target, running: RunOptions
+) -> tuple[Tensor, Tensor]:
     """The inputs that the model is right about, and their classes."""
     if not isinstance(inputs, Tensor):
         raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")

@@ -309,25 +309,27 @@ class Steering:
         chosen = (spread * (level.count / self._count)).long().clamp_max(level.count - 1)
         weight = level.weight[chosen] / level.weight[chosen].sum()
         # The derivative by the input is alpha for a point on the line, and 1 for a noisy copy.
-        follows = weight * level.place[chosen] if self.of.family.straight else weight
+        follows = weight * level.node[chosen] if self.of.family.straight else weight
         moved, total = torch.zeros_like(x), torch.zeros_like(x)
-        item = torch.arange(len(x), device=x.device).repeat(self._count)
+        example = torch.arange(len(x), device=x.device).repeat(self._count)
         number = torch.arange(self._count, device=x.device).repeat_interleave(len(x))
 
-        def write(item: Tensor, number: Tensor) -> Inputs:
+        def write(example: Tensor, number: Tensor) -> Inputs:
             at = chosen[number]
-            return source.write(Rows(item, level.place[at], level.weight[at], level.fold[at]))
+            return source.write(
+                Rows(example, level.node[at], level.weight[at], level.replicate[at])
+            )
 
-        def projected(grads: Inputs, item: Tensor) -> Tensor:
-            return (grads[0] * push[item]).flatten(1).sum(1, keepdim=True)
+        def projected(grads: Inputs, example: Tensor) -> Tensor:
+            return (grads[0] * push[example]).flatten(1).sum(1, keepdim=True)
 
         def each(rows: slice, found: RoundResult) -> None:
             _, _, gradient, product = found.grads[0]
             for sums, parts, by in ((moved, product, follows), (total, gradient, weight)):
                 scaled = parts * by[number[rows]].to(x).view(-1, *(1,) * (x.dim() - 1))
-                sums.index_add_(0, item[rows], scaled.to(x))
+                sums.index_add_(0, example[rows], scaled.to(x))
 
-        yield Round(write, item, number, project=projected, each=each)
+        yield Round(write, example, number, project=projected, each=each)
         if self.of.factor != "none":
             # The factor depends on the input, too.
             moved = moved + self.direction.to(x) * total

@@ -17,7 +17,7 @@ from saliency_fast.evaluate.inputs import (
     check_replacement,
     describe,
     is_method,
-    substrate_of,
+    replacement_of,
 )
 from saliency_fast.evaluate.metric import AXIOMS, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome
@@ -100,7 +100,7 @@ class Completeness(Metric):
             return [row[None] for row in read_baseline_set(given, (x,))[0]], stated
         several = choices(given[0] if isinstance(given, tuple) and len(given) == 1 else given)
         fills = [
-            substrate_of(0.0 if one is None else one, x, number)
+            replacement_of(0.0 if one is None else one, x, number)
             for number, one in enumerate(several)
         ]
         return fills, stated

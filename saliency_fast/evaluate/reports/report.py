@@ -25,13 +25,13 @@ from saliency_fast.evaluate.inputs import (
     Subject,
     describe,
     is_method,
+    read_evaluation_input,
     read_maps,
-    read_subject,
 )
 from saliency_fast.evaluate.metric import Metric, Suite, make_metric, plain_name
 from saliency_fast.evaluate.metrics.agreement import Agreement, agreement
 from saliency_fast.evaluate.outcome import RESAMPLES, Interval, Outcome, bootstrap
-from saliency_fast.evaluate.scores import Running
+from saliency_fast.evaluate.scores import RunOptions
 from saliency_fast.methods import read_method
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import PREDICTED, Target, read_targets
@@ -323,12 +323,12 @@ def report(
     rows = _read_rows(methods, controls)
     # Invalid options are found now, not after minutes.
     bootstrap(torch.zeros(1, device="cpu"), confidence, seed=seed)
-    base = read_subject(
+    base = read_evaluation_input(
         *(model, inputs, inputs.detach() * 0.0 if isinstance(inputs, Tensor) else inputs),
         target=target,
         boxes=boxes,
         baseline=baseline,
-        running=Running(forward_args, forward_kwargs, memory_budget, points_per_launch),
+        running=RunOptions(forward_args, forward_kwargs, memory_budget, points_per_launch),
         layout=layout,
     )
     chosen = _read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)
@@ -422,7 +422,7 @@ class _Row:
             return base.beside(base.read(given), None), [], {"kind": "maps"}
         if isinstance(given, Attribution):
             _check_target(given, base)
-            own = read_subject(
+            own = read_evaluation_input(
                 None, base.running.back(base.inputs), given, layout=base.running.letters
             )
             past = own.baseline if base.baseline is None else base.baseline

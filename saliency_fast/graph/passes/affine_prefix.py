@@ -151,11 +151,11 @@ def check_affine(prefix: Prefix, points: Inputs, extras: list[Tensor]) -> None:
     # Apart from the points' own direction: on the ray through them a ReLU is linear too.
     moves = [tuple(_wave(one, shift) for one in points) for shift in (0, 1)]
     moves.append(tuple((one + other) / 2 for one, other in zip(*moves, strict=True)))
-    lifted = []
+    at_prefix_end = []
     for move in moves:
         moved = tuple(one + step for one, step in zip(points, move, strict=True))
-        lifted.append(prefix.lift(moved, extras))
-    for start, stop, found in zip(*lifted, strict=True):
+        at_prefix_end.append(prefix.lift(moved, extras))
+    for start, stop, found in zip(*at_prefix_end, strict=True):
         scale = float(torch.maximum(start.abs().max(), stop.abs().max()))
         gap = float(((start + stop) / 2 - found).abs().max())
         if not gap <= TOLERANCE * torch.finfo(found.dtype).eps * scale:
