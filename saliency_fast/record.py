@@ -169,7 +169,9 @@ def _index(value: Any) -> bool:
 
 
 def _target(value: Any) -> bool:
-    if not isinstance(value, dict) or value.get("kind") not in _TARGETS:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return False
+    if value["kind"] not in _TARGETS:
         return False
     further = _TARGETS[value["kind"]]
     return set(value) == {"kind", *further} and all(

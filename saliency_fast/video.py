@@ -21,7 +21,7 @@ LARGEST_STEP = 0.25
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """A map over a whole clip; `explain_video` has an example.
+    """A map over a whole clip, as `explain_video` returns it.
 
     Attributes:
         values: Each frame's mean over the windows that hold it, like the clip [B, *]; [B, K, *] for
@@ -33,6 +33,12 @@ class Clip:
         change: The relative L2 distance by which the smoothing moved the values, [B].
         flicker: The mean change from frame to frame over the mean magnitude, before and after the
             smoothing, [B, 2].
+
+    Example:
+        >>> frames = torch.rand(1, 3, 6, 4, 4)
+        >>> clip = explain_video(lambda x: x.flatten(1).sum(1), frames, window=3, method="gradient")
+        >>> clip.values.shape, clip.scores.shape
+        (torch.Size([1, 3, 6, 4, 4]), torch.Size([1, 4]))
     """
 
     values: Tensor

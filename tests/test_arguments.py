@@ -203,7 +203,7 @@ def test_a_choice_between_two_numbers_is_told_once(by_name: bool) -> None:
     assert "goes whole to every example" in text
     single_row, whole = float(model(x[1:2], lengths[1:2])[0, 1]), float(model(x, lengths)[1, 1])
     name = "forward_kwargs['lengths']" if by_name else "forward_args[0]"
-    for words in (name, f"{lone:.6g}", f"{whole:.6g}", "sf.Shared(tensor)", "sf.PerExample("):
+    for words in (name, f"{single_row:.6g}", f"{whole:.6g}", "sf.Shared(tensor)", "sf.PerExample("):
         assert words in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")

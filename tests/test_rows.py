@@ -109,7 +109,7 @@ def test_a_warning_names_both_scores_and_the_way_out() -> None:
         sf.explain(model, x * torch.tensor([1.0, 2.0, 3.0]).double()[:, None, None, None], target=1)
     (text,) = [str(one.message) for one in seen if "depend on each other" in str(one.message)]
     single_row = float(model(x[:1])[0, 1])
-    assert f"{lone:.6g} alone" in text
+    assert f"{single_row:.6g} alone" in text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sf.explain(meeting("standardised"), x[:1], target=1)

@@ -104,7 +104,7 @@ def test_class_activation_maps_of_zeros(method: str) -> None:
         model[4].weight.zero_()
     _, said = warned(lambda: sf.explain(model, x, target=1, method=method, at="1"))
     assert len(said) == 1
-    assert "do not depend on any place" in said[0]
+    assert "do not depend on any position" in said[0]
 
 
 def test_metrics_tell_of_zeros_in_their_own_words() -> None:

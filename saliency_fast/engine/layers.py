@@ -121,7 +121,7 @@ class LayerLocation:
     def _values(
         self, rows: Inputs, call: Call, layers: tuple[Layer, ...], example: Tensor
     ) -> tuple[Inputs, tuple[int, ...]]:
-        """What the layers give for `rows` of the inputs, with the arguments of examples `example`, and
+        """What the layers give for `rows` of the inputs, with the arguments of the examples, and
         how many tensors each layer gives.
         """
         parts, counts, example = list[list[Tensor]](), tuple[int, ...](), example.to(call.device)

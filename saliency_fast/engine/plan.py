@@ -69,6 +69,12 @@ class Plan:
         strategies: (strategy, why not) of those that come before the one that was taken.
         halvings: How often the points per launch were halved, out of memory.
         seconds_per_point: Of the last such call or, before one, measured; None where none has run.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> plan = sf.Engine(torch.nn.Linear(4, 3), points_per_launch=20).plan(torch.ones(1, 4), 1)
+        >>> plan.points, plan.launches
+        (50, 3)
     """
 
     method: str

@@ -40,7 +40,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """The evaluation input of a metric, made by `read_subject`; all tensors have channels first.
+    """The evaluation input of a metric, made by `read_evaluation_input`; all tensors have channels first.
 
     Args:
         model: Of metrics that read its scores.
@@ -223,7 +223,7 @@ def read_evaluation_input(
 
     Example:
         >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
-        >>> read_subject(model, x, x, target=0).places.shape
+        >>> read_evaluation_input(model, x, x, target=0).places.shape
         torch.Size([2, 4])
     """
     if not isinstance(inputs, Tensor):

@@ -70,7 +70,7 @@ class Pack:
 def packed(
     functions: Sequence[PointFunction], points: Sequence[Inputs], items: Sequence[Tensor]
 ) -> tuple[PointFunction, Inputs, Tensor, Pack]:
-    """(function, points, example, pack): several functions of one kind as one, on all their points."""
+    """(function, points, example, pack): several functions of one kind as one, on all points."""
     first, pack = functions[0], Pack(functions, items)
     rows = [function.rows(example) for function, example in zip(functions, items, strict=True)]
 

@@ -102,7 +102,7 @@ def _evidence(positive: float, negative: float) -> Facts:
 class _Reader:
     """A target (`model.targets.Reader`) that reads [R, 6]: the score, and where there are several
     classes the probability of the target's class and the two largest with their probabilities;
-    `UNTOLD` otherwise.
+    `NO_CLASS` otherwise.
     """
 
     classes: Tensor | None

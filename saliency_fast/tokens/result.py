@@ -33,7 +33,7 @@ _LEAST_TOKENS = 3
 class TokenAttribution:
     """Attributions of the tokens of B texts, beside attention to the same tokens.
 
-    All columns are [B, T] and zero at padding. `explain_tokens` has an example.
+    All columns are [B, T] and zero at padding.
 
     Attributes:
         tokens: The tokens of each text, without padding.
@@ -48,6 +48,12 @@ class TokenAttribution:
             identity (Chefer et al., 2021), or None.
         reason: Why attention could not be read, or None.
         attribution: The whole result: scores, delta, error, provenance, values [B, T, E].
+
+    Example:
+        Of `found`, as in the example of `explain_tokens`:
+
+        >>> found.tokens, found.values  # doctest: +SKIP
+        ((('a', 'good', 'film'),), tensor([[1., 4., 2.]]))
     """
 
     tokens: tuple[tuple[str, ...], ...]

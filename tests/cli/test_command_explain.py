@@ -166,7 +166,7 @@ def test_the_page_reproduces_itself(here, grey_png):
     (here / "with space.png").write_bytes(grey_png.read_bytes())
     run("explain", "with space.png", "--model", "tiny:grey", *FAST)
     page = (here / "out" / "index.html").read_text()
-    assert "saliency-fast explain &#x27;with space.png&#x27; --model tiny:grey" in page
+    assert "saliency-fast explain &#39;with space.png&#39; --model tiny:grey" in page
     assert "weights SHA-256" in page
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from html import escape
-
 from command import run
+from markupsafe import escape
 from PIL import Image
 
 FAST = ("--method-arg", "steps=4")
