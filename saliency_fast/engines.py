@@ -21,12 +21,13 @@ from saliency_fast._types import Inputs
 from saliency_fast.attribution import Attribution, attribution, resident_before, usage_of
 from saliency_fast.engine import config as configs
 from saliency_fast.engine.accumulate import Outcome, need_finite
+from saliency_fast.engine.arguments import assigned
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.engine.bind import Call, Region, assigned, bind, layouts_of, with_next_token
+from saliency_fast.engine.bind import Call, Region, bind, layouts_of, with_next_token
+from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.differentiable import check_differentiable, differentiable
 from saliency_fast.engine.features import Features, read_features
-from saliency_fast.engine.independence import CalibrationCache
 from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.layers import LayerLocation
 from saliency_fast.engine.loop import Job, Progress, run_alone

@@ -42,7 +42,8 @@ from saliency_fast.captum.forward import (
     run_forward,
     selected,
 )
-from saliency_fast.engine.independence import CalibrationCache, Independence
+from saliency_fast.engine.calibrate import CalibrationCache
+from saliency_fast.engine.independence import Independence
 from saliency_fast.engine.loop import Job, Progress, run_alone
 from saliency_fast.engine.recipe import Method, WeightedSum
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError

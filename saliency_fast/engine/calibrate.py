@@ -20,7 +20,7 @@ from saliency_fast.engine.arena import LaunchMemory
 from saliency_fast.engine.bind import Call, Model
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.cudagraph import RECORDERS, Captures
-from saliency_fast.engine.independence import UNRECORDED
+from saliency_fast.engine.independence import UNRECORDED, Independence
 from saliency_fast.engine.memory import Ledger, MemoryMeter, bytes_text
 from saliency_fast.engine.precision import PrecisionErrors
 from saliency_fast.engine.recipe import WeightedSum
@@ -773,3 +773,17 @@ def _mark(point: Measurement) -> tuple[object, ...]:
 def _root(model: Callable[..., Any]) -> object:
     """The user's model, where layers of it are explained: which ones is known beside it."""
     return model.model if isinstance(model, Downstream) else model
+
+
+class CalibrationCache(dict[tuple[object, ...], Calibration]):
+    """Calibrations of a model by shapes and by what was asked for.
+
+    rows: what is known of its rows; arguments: which of its further arguments go whole, by shapes;
+    unused: inputs that no score depended on.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[tuple[object, ...], Independence] = {}
+        self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
+        self.unused: set[int] = set()

@@ -11,23 +11,20 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saliency_fast._torch_compat import tree_leaves
 from saliency_fast._types import Inputs
+from saliency_fast.engine.bind import Call
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.graph.rows import Suspicion
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.preserve import same_draws, uncompiled
 from saliency_fast.model.ties import Ties, may_tie
-
-if TYPE_CHECKING:
-    from saliency_fast.engine.bind import Call
-    from saliency_fast.engine.calibrate import Calibration
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Of the largest output, by which a score may differ between launches of different sizes: rounding
@@ -280,23 +277,6 @@ def scores_agree(one: Tensor, other: Tensor, scale: float, function: PointFuncti
 
 def numbers(scores: Tensor) -> str:
     return ", ".join(f"{float(one):.6g}" for one in scores[:3])
-
-
-class CalibrationCache(dict[tuple[object, ...], "Calibration"]):
-    """Calibrations of a model by shapes and by what was asked for.
-
-    rows: what is known of its rows; arguments: which of its further arguments go whole, by shapes;
-    unused: inputs that no score depended on.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: dict[tuple[object, ...], Independence] = {}
-        self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
-        self.unused: set[int] = set()
-
-
-Known = CalibrationCache
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call, Model, layouts_at, read_inputs
-from saliency_fast.engine.independence import CalibrationCache
+from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.recipe import Recipe, Starting, WeightedSum
 from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.graph.program import laid, lies_innermost

@@ -20,6 +20,7 @@ from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace,
 from saliency_fast.engine.bind import Call, Model, Part, Region, is_finite, read_region
 from saliency_fast.engine.calibrate import (
     Calibration,
+    CalibrationCache,
     Measurement,
     calibrated,
     in_precision,
@@ -30,7 +31,6 @@ from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import (
     SINGLE,
     VMAP,
-    CalibrationCache,
     Independence,
     RowsMeetError,
     meeting,

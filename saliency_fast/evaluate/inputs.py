@@ -40,7 +40,7 @@ _SHOWN = 8
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """The evaluation input of a metric, made by `read_evaluation_input`; all tensors have channels first.
+    """The input of a metric, by `read_evaluation_input`; all tensors have channels first.
 
     Args:
         model: Of metrics that read its scores.
