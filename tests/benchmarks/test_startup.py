@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from benchmarks import startup
 
 ALLOWED = 0.45
-"""Three times what it should be: other processes use the machine, too."""
+"""Three times what it should be, of processor time: other processes use the machine, too."""
 
 
-def test_importing_adds_little() -> None:
-    # The best of a few tries, since nothing but the library's own work cannot be interrupted.
+def test_importing_adds_little(monkeypatch) -> None:
+    by_processor = partial(startup.seconds_of, clock="process_time")
+    monkeypatch.setattr(startup, "seconds_of", by_processor)
+    # The best of a few tries, since caches are shared.
     assert min(startup.measure(1)["added_seconds"] for _ in range(3)) < ALLOWED
 
 
