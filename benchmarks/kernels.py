@@ -111,8 +111,9 @@ def cuda_rows() -> list[Row]:
 
 def reasons() -> dict[str, dict[str, str]]:
     """Why each kernel is cut as it is, and on which GPU that was timed."""
-    from benchmarks.compiled import SOURCES
     from saliency_fast.kernels.configurations import TABLE
+
+    from benchmarks.compiled import SOURCES
 
     found = {name: {"reason": c.reason, "timed": c.timed} for name, c in TABLE.items()}
     for source in SOURCES:
@@ -303,10 +304,10 @@ def save(document: dict[str, Any], text: str, stem: Path) -> None:
 def tune_all(kernels: str) -> dict[str, Any]:
     """Rows of every kernel whose name holds `kernels`, and of such ops in two languages."""
     import triton
+    from saliency_fast.kernels.configurations import target_of
 
     from benchmarks.specialisations import specialisations
     from benchmarks.tuning import VERSUS, CudaTimer, tune, versus, winner
-    from saliency_fast.kernels.configurations import target_of
 
     device, timer = "cuda", CudaTimer()
     target = target_of(torch.device(device, torch.cuda.current_device()))

@@ -13,10 +13,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import JITFunction
-
 from saliency_fast.kernels import (
     accumulate,
     cam,
@@ -31,6 +27,9 @@ from saliency_fast.kernels import (
     windows,
 )
 from saliency_fast.kernels.configurations import TABLE, Configuration
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+from triton.runtime.jit import JITFunction
 
 MODULES = (
     accumulate, cam, finish, masks, overlay, philox, points, pools, ranks, segments, windows,

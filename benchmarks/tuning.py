@@ -17,10 +17,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from saliency_fast.kernels.configurations import TABLE, Choice, Configuration
 from torch import Tensor
 
 from benchmarks.ops import SIZES, Call, outcome, relative_error
-from saliency_fast.kernels.configurations import TABLE, Choice, Configuration
 from saliency_fast.ops import OPS
 from saliency_fast.ops.dispatch import CUDA_LIBRARY
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from saliency_fast.kernels import configurations
 
 from benchmarks import kernels, tables, tuning
 from benchmarks.ops import Call
 from benchmarks.tuning import Entry, race, winner
-from saliency_fast.kernels import configurations
 from saliency_fast.ops import OPS
 
 

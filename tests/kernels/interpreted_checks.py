@@ -11,11 +11,11 @@ import pytest
 import torch
 import triton.language as tl
 from checking import assert_close_to_reference, every_sample, poisoned, results
+from saliency_fast.kernels.configurations import TABLE, Configuration
 from triton.runtime import interpreter
 
 from benchmarks import tuning
 from benchmarks.ops import Call
-from saliency_fast.kernels.configurations import TABLE, Configuration
 from saliency_fast.ops import OPS, Op, Sample
 
 

@@ -16,6 +16,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
 
+from saliency_fast.kernels.configurations import TABLE, Configuration  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks import compiled, kernels, tuning  # noqa: E402
@@ -26,7 +27,6 @@ from benchmarks.specialisations import (  # noqa: E402
     key,
     specialisations,
 )
-from saliency_fast.kernels.configurations import TABLE, Configuration  # noqa: E402
 
 ALL = list(specialisations())
 ODD_TARGETS = ("sm_90", "gfx942")

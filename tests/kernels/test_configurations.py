@@ -11,8 +11,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.tuning import OP_OF, VERSUS, call_for, candidates, using
 from saliency_fast.kernels.configurations import TABLE, Choice, Configuration, target_of
+
+from benchmarks.tuning import OP_OF, VERSUS, call_for, candidates, using
 from saliency_fast.ops import OPS
 
 SIZES = {"BLOCK": 1, "BLOCKS": 4, "GROUPS": 8}
