@@ -127,6 +127,7 @@ class Recorder(Calls):
         self._values: dict[int, Value] = {}
         self._seen: dict[int, _Seen] = {}
         self._by_memory: dict[int, list[int]] = {}
+        self._memories: dict[int, int] = {}
         self.own: str | None = None
         self._points, self._given = _Followed(), _Followed()
         for known, tensors in ((self._points, points), (self._given, extras)):
@@ -234,7 +235,7 @@ class Recorder(Calls):
         for one in changed:
             number = self._known(one)
             after.append(number if number in outputs else self._number(one, varying=varying))
-        for memory in set(map(storage_id, changed)):
+        for memory in {self._memory_of(one) for one in changed}:
             self._look_again(memory, varying)
         pairs = tuple(zip(before, after, strict=True))
         self._steps.append(Step(func, args, kwargs, outputs, varying, detached, pairs))
@@ -295,13 +296,24 @@ class Recorder(Calls):
         return alone or bool(info(func).data_sized)
 
     def _number(self, tensor: Tensor, *, varying: bool) -> int:
-        number = len(self._values)
+        number, memory = len(self._values), self._memory_of(tensor)
         # Weak: a recording must not keep a launch's activations alive.
         self._seen[id(tensor)] = _Seen(weakref.ref(tensor), number, gradient_of(tensor))
-        memory = storage_id(tensor)
         self._by_memory.setdefault(memory, []).append(id(tensor))
         self._values[number] = Value(tuple(tensor.shape), tensor.dtype, False, varying, memory)
         return number
+
+    def _memory_of(self, tensor: Tensor) -> int:
+        """The number of a tensor's memory. Once no recorded tensor of it is alive, its address
+        counts as another one: who gets it depends on the heap, and two recordings must not.
+        """
+        address = storage_id(tensor)
+        memory = self._memories.get(address, -1)
+        recorded = (self._seen[key].tensor() for key in self._by_memory.get(memory, ()))
+        if not any(one is not None and storage_id(one) == address for one in recorded):
+            memory = self._memories[address] = len(self._by_memory)
+            self._by_memory[memory] = []
+        return memory
 
 
 def unified(one: Program, two: Program) -> Program:
