@@ -9,30 +9,20 @@ from torch import Tensor, nn
 from tests.models import make
 
 
+def _layers(conv: type[nn.Module], pool: type[nn.Module], pooled: int) -> list[nn.Module]:
+    """A small network of convolutions, for one or two spatial axes."""
+    first, second = conv(3, 6, 3, padding=1), conv(6, 6, 3)
+    return [first, nn.Tanh(), second, nn.SiLU(), pool(3), nn.Flatten(), nn.Linear(pooled, 5)]
+
+
 class Series(nn.Sequential):
     def __init__(self) -> None:
-        super().__init__(
-            nn.Conv1d(3, 6, 3, padding=1),
-            nn.Tanh(),
-            nn.Conv1d(6, 6, 3),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool1d(3),
-            nn.Flatten(),
-            nn.Linear(18, 5),
-        )
+        super().__init__(*_layers(nn.Conv1d, nn.AdaptiveAvgPool1d, 18))
 
 
 class Picture(nn.Sequential):
     def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(3, 6, 3, padding=1),
-            nn.Tanh(),
-            nn.Conv2d(6, 6, 3),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(3),
-            nn.Flatten(),
-            nn.Linear(54, 5),
-        )
+        super().__init__(*_layers(nn.Conv2d, nn.AdaptiveAvgPool2d, 54))
 
 
 class Grey(nn.Sequential):

@@ -274,12 +274,3 @@ class NeuronAttribution(InternalAttribution):
 
 class LayerGradientAttribution(LayerAttribution, GradientAttribution):
     """A method that takes gradients at a layer."""
-
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        layer: nn.Module | list[nn.Module],
-        device_ids: list[int] | None = None,
-    ) -> None:
-        GradientAttribution.__init__(self, forward_func)
-        InternalAttribution.__init__(self, forward_func, layer, device_ids)

@@ -12,8 +12,9 @@ from reporting import Known, network, pictures
 from torch import nn
 
 from saliency_fast.evaluate import PointingGame, SanityCheck
+from saliency_fast.evaluate.reports.data import FEW
 from saliency_fast.evaluate.reports.page import slice_of
-from saliency_fast.evaluate.reports.report import FEW, report
+from saliency_fast.evaluate.reports.report import report
 from saliency_fast.evaluate.reports.text import spelled, verdicts
 from tests.pages import Reader
 

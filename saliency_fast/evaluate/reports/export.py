@@ -13,9 +13,9 @@ from torch import Tensor
 
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, mean_ends
-from saliency_fast.evaluate.reports.report import Report
+from saliency_fast.evaluate.reports.data import ReportData
 from saliency_fast.evaluate.reports.text import spelled, verdicts
-from saliency_fast.render.plots import Band, Plot, have_plots, plot_png
+from saliency_fast.render.plots import Band, Plot, plot_png
 
 SCHEMA = 1
 """Of the JSON."""
@@ -69,7 +69,7 @@ def _outcome_dict(outcome: Outcome, interval: Interval) -> dict[str, Any]:
     }
 
 
-def report_dict(report: Report) -> dict[str, Any]:
+def report_dict(report: ReportData) -> dict[str, Any]:
     """All of a report except the maps, as JSON holds it; NaN becomes None."""
     return {
         "schema": SCHEMA,
@@ -98,31 +98,19 @@ def report_dict(report: Report) -> dict[str, Any]:
     }
 
 
-def as_json(report: Report, indent: int | None = 1) -> str:
+def as_json(report: ReportData, indent: int | None = 1) -> str:
     """All of a report except the maps as JSON."""
     return json.dumps(report_dict(report), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def save(report: Report, folder: Path, command: str = "") -> list[Path]:
-    """Writes index.html, report.json and, with matplotlib, curves/*.png; returns the paths."""
-    from saliency_fast.evaluate.reports.page import page
-
-    _make(folder)
-    html, numbers = folder / "index.html", folder / "report.json"
-    html.write_text(page(report, command), encoding="utf-8")
-    numbers.write_text(as_json(report), encoding="utf-8")
-    curves = write_curves(report, folder / "curves") if have_plots() else []
-    return [html, numbers, *curves]
-
-
-def write_curves(report: Report, folder: Path) -> list[Path]:
+def write_curves(report: ReportData, folder: Path) -> list[Path]:
     """Writes METRIC.png for each metric with curves into `folder`; raises without matplotlib."""
     written = []
     for metric in report.metrics:
         plot = plot_of(report, metric)
         if plot is not None:
             drawn = plot_png(plot)
-            _make(folder)
+            make_folder(folder)
             name = "".join(one if one.isalnum() or one in "._-" else "_" for one in metric)
             path = folder / f"{name}.png"
             path.write_bytes(drawn)
@@ -130,14 +118,14 @@ def write_curves(report: Report, folder: Path) -> list[Path]:
     return written
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {folder} cannot be made: {error.strerror}") from error
 
 
-def plot_of(report: Report, metric: str) -> Plot | None:
+def plot_of(report: ReportData, metric: str) -> Plot | None:
     """The mean curves of every method by a metric, with intervals; None where it has none."""
     found = {name: one[metric].curve for name, one in report.outcomes.items() if metric in one}
     curves = {name: one for name, one in found.items() if one is not None}
@@ -149,7 +137,7 @@ def plot_of(report: Report, metric: str) -> Plot | None:
     return Plot(spelled(metric), first.x_name, first.y_name, known)
 
 
-def _band(report: Report, name: str, curve: Curve) -> Band | None:
+def _band(report: ReportData, name: str, curve: Curve) -> Band | None:
     """The mean of the finite curves, with its interval at every x."""
     y = curve.y.detach().double().cpu()
     y = y[y.isfinite().all(1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from saliency_fast.evaluate.metric import GROUPS, entry_of, field_meanings
 from saliency_fast.evaluate.outcome import Interval
-from saliency_fast.evaluate.reports.export import plain, plot_of
-from saliency_fast.evaluate.reports.report import MAPS, Report
+from saliency_fast.evaluate.reports.data import MAPS, ReportData
+from saliency_fast.evaluate.reports.export import as_json, make_folder, plain, plot_of, write_curves
 from saliency_fast.evaluate.reports.text import (
     interval_text,
     plural,
@@ -54,7 +55,7 @@ _FACTS = {
 }
 
 
-def page(report: Report, command: str = "") -> str:
+def page(report: ReportData, command: str = "") -> str:
     """The page as one HTML document. command: what makes it again."""
     plotted = have_plots()
     has_curves = any(one.curve for found in report.outcomes.values() for one in found.values())
@@ -88,11 +89,21 @@ def page(report: Report, command: str = "") -> str:
     )
 
 
+def save(report: ReportData, folder: Path, command: str = "") -> list[Path]:
+    """Writes index.html, report.json and, with matplotlib, curves/*.png; returns the paths."""
+    make_folder(folder)
+    html, numbers = folder / "index.html", folder / "report.json"
+    html.write_text(page(report, command), encoding="utf-8")
+    numbers.write_text(as_json(report), encoding="utf-8")
+    curves = write_curves(report, folder / "curves") if have_plots() else []
+    return [html, numbers, *curves]
+
+
 def _all_spelled(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(spelled(name) for name in names)
 
 
-def _means(report: Report) -> Table:
+def _means(report: ReportData) -> Table:
     groups = []
     for group, question in GROUPS.items():
         lines = tuple(
@@ -115,7 +126,7 @@ def _means(report: Report) -> Table:
     )
 
 
-def _cell(report: Report, name: str, metric: str) -> Cell:
+def _cell(report: ReportData, name: str, metric: str) -> Cell:
     interval = report.interval(name, metric)
     if interval is None:
         why = [
@@ -135,7 +146,7 @@ def _cell(report: Report, name: str, metric: str) -> Cell:
     return Cell(mean, ends, "PASS" if passed else "FAIL", kind, best)
 
 
-def _comparisons(report: Report) -> Table:
+def _comparisons(report: ReportData) -> Table:
     first, gaps = report.methods[0], report.comparisons()
     lines = tuple(
         Line(
@@ -166,7 +177,7 @@ def _gap(gap: Interval | None, better: str) -> Cell:
     return Cell(f"+{mean}" if gap.mean > 0 else mean, ends, verdict if kind else "", kind)
 
 
-def _described(report: Report, metric: str, plotted: bool) -> Described:
+def _described(report: ReportData, metric: str, plotted: bool) -> Described:
     made = report.metrics[metric]
     entry, meanings = entry_of(made, metric), field_meanings(type(made))
     outcomes = {name: found[metric] for name, found in report.outcomes.items() if metric in found}
@@ -222,7 +233,7 @@ def _drawn(plot: Plot, confidence: float) -> Drawn:
     return Drawn(plot_png(plot, "light"), plot_png(plot, "dark"), alt)
 
 
-def _matrices(report: Report) -> tuple[Matrix, ...]:
+def _matrices(report: ReportData) -> tuple[Matrix, ...]:
     """The square matrices of the agreement that hold a number."""
     if report.agreement is None:
         return ()
@@ -238,7 +249,7 @@ def _matrices(report: Report) -> tuple[Matrix, ...]:
     return tuple(matrices)
 
 
-def _example(report: Report, row: int) -> str:
+def _example(report: ReportData, row: int) -> str:
     title = f"Example {row}"
     if report.classes is not None and report.classes.dim() == 1:
         number = int(report.classes[row])
@@ -249,7 +260,7 @@ def _example(report: Report, row: int) -> str:
     return title
 
 
-def slice_of(report: Report, row: int) -> int | None:
+def slice_of(report: ReportData, row: int) -> int | None:
     """Of a volume, the slice along its first axis (of a clip: the frame) with the most magnitude,
     to which each method contributes equally; None for pictures.
     """
@@ -263,7 +274,7 @@ def slice_of(report: Report, row: int) -> int | None:
     return int(torch.stack(shares).sum(0).argmax())
 
 
-def _figures(report: Report, row: int) -> tuple[Figure, ...]:
+def _figures(report: ReportData, row: int) -> tuple[Figure, ...]:
     """An input and every map over it; of a volume one slice, on the scale of all of it."""
     x = report.inputs[row : row + 1].detach().float().cpu()
     at = slice_of(report, row)
@@ -281,7 +292,7 @@ def _figures(report: Report, row: int) -> tuple[Figure, ...]:
     return tuple(figures)
 
 
-def _box(report: Report, row: int, at: int | None) -> tuple[float, float, float, float] | None:
+def _box(report: ReportData, row: int, at: int | None) -> tuple[float, float, float, float] | None:
     """The corners of the object's mask, as shares of the picture; None in slices without it."""
     if report.boxes is None:
         return None
@@ -294,7 +305,7 @@ def _box(report: Report, row: int, at: int | None) -> tuple[float, float, float,
     return left / width, top / height, (right - left) / width, (bottom - top) / height
 
 
-def _facts(report: Report) -> tuple[tuple[str, str], ...]:
+def _facts(report: ReportData) -> tuple[tuple[str, str], ...]:
     past = report.provenance
     total = sum(sum(found.values()) for found in report.seconds.values())
     explained = sum(found.get(MAPS, 0.0) for found in report.seconds.values())

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from saliency_fast.evaluate.metric import FAITHFULNESS, LOCALISATION, SANITY, entry_of
 from saliency_fast.evaluate.outcome import Interval
-from saliency_fast.evaluate.reports.report import FEW, Report
+from saliency_fast.evaluate.reports.data import FEW, ReportData
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 Verdict = tuple[str, str]
@@ -43,7 +43,7 @@ NO_SPREAD = 1e-9
 """An interval that is narrower, relative to its mean, holds only rounding errors."""
 
 
-def verdicts(report: Report) -> list[Verdict]:
+def verdicts(report: ReportData) -> list[Verdict]:
     """The sentences that a reader should see first."""
     found = [*_checks(report), *_against_controls(report)]
     if len(report.methods) > 1:
@@ -61,7 +61,7 @@ def verdicts(report: Report) -> list[Verdict]:
     return [(kind, text[:1].upper() + text[1:]) for kind, text in found]
 
 
-def unmeasured(report: Report) -> list[tuple[str, str]]:
+def unmeasured(report: ReportData) -> list[tuple[str, str]]:
     """What was not measured, and why; methods with the same reason share a row."""
     names: dict[tuple[str, str], list[str]] = {}
     for one in report.unmeasured:
@@ -79,7 +79,7 @@ def verdict_of(gap: Interval, better: str) -> str:
     return "better" if (gap.low > 0.0) == (better == "higher") else "worse"
 
 
-def _checks(report: Report) -> Iterator[Verdict]:
+def _checks(report: ReportData) -> Iterator[Verdict]:
     for metric in report.metrics:
         # By (passed, is a control).
         names: dict[tuple[bool, bool], list[str]] = {}
@@ -100,7 +100,7 @@ def _checks(report: Report) -> Iterator[Verdict]:
                 yield kind, f"{what} {text.format(_and(of))}{meaning if sanity else ''}."
 
 
-def _against_controls(report: Report) -> list[Verdict]:
+def _against_controls(report: ReportData) -> list[Verdict]:
     """Of metrics by which a map that ignores the model should be bad."""
     asked = [
         name
@@ -143,7 +143,7 @@ def _against_controls(report: Report) -> list[Verdict]:
     ]
 
 
-def _differences(report: Report) -> Iterator[Verdict]:
+def _differences(report: ReportData) -> Iterator[Verdict]:
     for name, gaps in report.comparisons().items():
         parts = []
         for word in ("better", "worse"):
@@ -203,20 +203,20 @@ def _minus(text: str) -> str:
     return " ".join(zeros).replace("-", "\N{MINUS SIGN}")
 
 
-def show(report: Report) -> None:
+def show(report: ReportData) -> None:
     """Prints the tables, at most as wide as the terminal."""
     console = Console()
     (console if console.is_terminal else Console(width=WIDTH)).print(report)
 
 
-def text(report: Report) -> str:
+def text(report: ReportData) -> str:
     """The tables as plain text, at most 100 columns wide."""
     file = StringIO()
     Console(width=WIDTH, file=file, color_system=None, legacy_windows=False).print(report)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def tables(report: Report, width: int) -> Iterator[Table | Text | Group]:
+def tables(report: ReportData, width: int) -> Iterator[Table | Text | Group]:
     """All that is printed: metrics down, methods and controls across, split where they are wide."""
     yield Text(report.title, style="bold")
     yield Text(
@@ -240,7 +240,7 @@ def tables(report: Report, width: int) -> Iterator[Table | Text | Group]:
         yield Text(f"note: {caveat}", style="yellow")
 
 
-def _table(report: Report, names: tuple[str, ...]) -> Table:
+def _table(report: ReportData, names: tuple[str, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for name in names:
@@ -254,7 +254,7 @@ def _table(report: Report, names: tuple[str, ...]) -> Table:
     return table
 
 
-def _cell(report: Report, name: str, metric: str) -> Text:
+def _cell(report: ReportData, name: str, metric: str) -> Text:
     interval = report.interval(name, metric)
     if interval is None:
         return Text("\N{EN DASH}", style="dim")
