@@ -779,7 +779,7 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
     """Calibrations of a model by shapes and by what was asked for.
 
     rows: what is known of its rows; arguments: which of its further arguments go whole, by shapes;
-    unused: inputs that no score depended on.
+    unused: inputs that no score depended on; prepared: jobs of earlier calls, without tensors.
     """
 
     def __init__(self) -> None:
@@ -787,3 +787,4 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
         self.rows: dict[tuple[object, ...], Independence] = {}
         self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
         self.unused: set[int] = set()
+        self.prepared: dict[Any, Any] = {}

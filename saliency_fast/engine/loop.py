@@ -10,11 +10,13 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.accumulate import Accumulators, Outcome, average, norm_of
 from saliency_fast.engine.arena import Arena, LaunchMemory
@@ -168,10 +170,7 @@ def _over_baselines(job: Job) -> Steps:
         about = (job, number, error, ties, replace(report), finished)
         if captured is not None and (yield from captured(*about)):
             continue
-        sums = isinstance(job.recipe, WeightedSum)
-        evaluation = (SumEvaluation if sums else RoundsEvaluation)(
-            job, job.call, baselines, error, ties
-        )
+        evaluation = evaluation_of(job)(job, job.call, baselines, error, ties)
         yield from evaluation.steps(report)
         if number < len(job.baselines) - 1:
             finished.append(evaluation.outcome())
@@ -272,7 +271,7 @@ class Evaluation:
         self.strategy, self.config = job.strategy, job.config
         self.launches = job.launches
         self.independence: Independence | None = job.independence
-        self.score_function = self.strategy.score_function(job.model, call, self.recipe)
+        self.model = job.model
         self.precision_error, self.ties = error, ties
         self.size = 1 if ties is not None and ties.apart else self.plan.points_per_launch
         shape, device = (call.batch, call.targets.count), call.device
@@ -281,6 +280,10 @@ class Evaluation:
         self.baseline_scores: Tensor | None = None
         self.classes = call.targets.classes
         self.points = torch.zeros(call.batch, dtype=torch.int64, device=device)
+
+    @cached_property
+    def score_function(self) -> PointFunction:
+        return self.strategy.score_function(self.model, self.call, self.recipe)
 
     def steps(self, report: _Report) -> Steps:
         """Runs launch by launch; yields requests, and what `report` makes after each."""
@@ -360,6 +363,70 @@ class Evaluation:
             if self.classes is None:
                 self.classes = torch.zeros_like(self.scores, dtype=torch.int64)
             self.classes[example] = classes
+
+
+def evaluation_of(job: Job) -> type[Evaluation]:
+    """The kind of evaluation that serves a job."""
+    recipe = job.recipe
+    if not isinstance(recipe, WeightedSum):
+        return RoundsEvaluation
+    alone = recipe.at_input and recipe.reduction in REDUCED and recipe.factor in ("none", "input")
+    fits = job.plan.points_per_launch >= job.call.batch and job.strategy.prefix is None
+    return GradientEvaluation if alone and fits and job.strategy.precision.exact else SumEvaluation
+
+
+REDUCED: dict[str, Callable[[Tensor], Tensor]]
+REDUCED = {"sum": lambda one: one, "square": torch.square, "absolute": torch.abs}
+"""What a reduction makes of the gradient at a single point."""
+
+
+class GradientEvaluation(Evaluation):
+    """The gradients at the inputs themselves, in one launch: there is nothing to accumulate."""
+
+    recipe: WeightedSum
+
+    def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
+        super().__init__(job, call, baselines, *about)
+        self.function = self.strategy.gradient_function(job.model, call, self.recipe, baselines)
+
+    def steps(self, report: _Report) -> Steps:
+        call, parts, done = self.call, list[list[Inputs]](), 0
+        while done < call.batch:
+
+            def write(own: slice, start: int = done) -> tuple[Inputs, Tensor]:
+                rows = slice(start + own.start, start + own.stop)
+                return tuple(x[rows].clone() for x in call.inputs), self.everyone[rows]
+
+            about = (self.function, call.batch - done, write, True, self.launches)
+            result = yield EvaluationRequest(*about, self.independence)
+            own = self.everyone[done : done + len(result.scores)]
+            self.note_scores(own, result.scores, result.classes)
+            parts.append(result.gradients)
+            done += len(own)
+        self.points += 1
+        # For each of K targets the gradients [B, *] per input.
+        self.gradients = [
+            tuple(map(torch.cat, zip(*k, strict=True))) for k in zip(*parts, strict=True)
+        ]
+        yield report(self, done, done)
+
+    def trial(self, rows: int, arena: Arena) -> None:
+        example = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        with arena.launch():
+            self.function.gradients(tuple(x[example] for x in self.call.inputs), example)
+
+    def outcome(self) -> Outcome:
+        shape, reduced = self.scores.shape, REDUCED[self.recipe.reduction]
+        values, sums = list[Tensor](), torch.zeros_like(self.scores)
+        for number, x in enumerate(self.call.inputs):
+            maps = torch.stack([one[number] for one in self.gradients], 1).flatten(0, 1)
+            factor = x if self.recipe.factor == "input" else None
+            found, total = ops.finish(reduced(maps.to(x.dtype)), factor, None, "none")
+            values.append(found.view(*shape, *found.shape[1:]))
+            sums += total.view(shape)
+        scores, error, points = self.scores.clone(), torch.zeros_like(sums), self.points.clone()
+        about = (tuple(values), scores, self.baseline_scores, sums, error, points, None)
+        return Outcome(*about, self.classes, ties=self.ties)
 
 
 class SumEvaluation(Evaluation):
@@ -559,7 +626,6 @@ class RoundsEvaluation(Evaluation):
 
     def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
         super().__init__(job, call, baselines, *about)
-        self.model = job.model
 
     def steps(self, report: _Report) -> Steps:
         """Evaluates one round after another, and reports every map on the way and the last."""

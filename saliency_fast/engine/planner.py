@@ -42,8 +42,7 @@ from saliency_fast.engine.loop import (
     Evaluation,
     Job,
     PrecisionCostsError,
-    RoundsEvaluation,
-    SumEvaluation,
+    evaluation_of,
 )
 from saliency_fast.engine.memory import bytes_text, read_budget
 from saliency_fast.engine.plan import Limits, Plan, baselines_of, make_plan
@@ -79,6 +78,18 @@ class _Attempt:
     limits: Limits
     notes: tuple[str, ...]
     key: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What of a job is the same for all calls of one kind."""
+
+    attempt: _Attempt
+    strategy: Strategy
+    plan: Plan
+    launches: LaunchMemory | None
+    calibration: Calibration
+    independence: Independence
 
 
 @dataclass(frozen=True)
@@ -197,11 +208,15 @@ class Planner:
                 same = same and read.holds(value)
         return None if same else tuple(values)
 
+    @cached_property
+    def _rows_key(self) -> tuple[object, ...]:
+        """Equal for calls whose rows are proved together."""
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        return self.call.shapes, self.call.reading, *map(id, modules)
+
     def independence(self, calibration: Calibration) -> Independence:
         """What is known of the model's rows."""
-        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
-        key = (self.call.shapes, self.call.reading, *map(id, modules))
-        several, suspect = self.cache.rows, calibration.suspect
+        key, several, suspect = self._rows_key, self.cache.rows, calibration.suspect
         while len(several) >= self.config.most_known:
             several.pop(next(iter(several)))
         rows = several.get(key)
@@ -215,6 +230,54 @@ class Planner:
             if how is not None:
                 rows.meet(how)
         return rows
+
+    def _kind(self, precision: Precision) -> tuple[object, ...] | None:
+        """Equal for calls that one `Prepared` serves; None where none does."""
+        if self.part is not None or self.call.halves:
+            return None
+        sizes = (self.call.batch, self.recipe.count, *(len(one[0]) for one in self.baselines))
+        about = (self.method, self.limits, self.graphs, precision.name)
+        return *self._key, *sizes, *about, self._rows_key
+
+    def earlier(self, precision: Precision) -> Job | None:
+        """The job of an earlier call of the same kind with this call's tensors; None where there
+        was none, or what it rests on may have changed.
+        """
+        try:
+            prepared: Prepared | None = self.cache.prepared.get(self._kind(precision))
+        except TypeError:
+            # A method with a parameter that has no hash.
+            return None
+        if prepared is None or not prepared.calibration.holds(self.model, self.call):
+            return None
+        rows, plan = prepared.independence, prepared.plan
+        if rows.apart is not None or rows.suspect is not None:
+            return None
+        if self._tight(plan) or self._reads(prepared.calibration) is not None:
+            return None
+        by_function = self.call.targets.function is not None
+        rows.renew(None, draws=prepared.calibration.cost.drew, by_function=by_function)
+        return self._job(prepared)
+
+    def _tight(self, plan: Plan) -> bool:
+        """Whether another amount of free memory might give another plan."""
+        free = self.limits.memory_budget is None
+        return free and 2 * plan.peak_bytes > read_budget(None, self.call.device)
+
+    def _job(self, prepared: Prepared) -> Job:
+        """The job of this call by what was prepared for its kind."""
+        return Job(
+            *(self.model, self.method, self.call, self.recipe, self.baselines, self.part),
+            # A copy: copies of weights are a call's own.
+            strategy=replace(prepared.strategy),
+            plan=prepared.plan,
+            launches=prepared.launches,
+            calibration=prepared.calibration,
+            independence=prepared.independence,
+            config=self.config,
+            replan=partial(self._replanned, prepared.attempt),
+            capture=captured_steps if self.graphs else None,
+        )
 
     def job(
         self,
@@ -295,34 +358,31 @@ class Planner:
         self, calibration: Calibration, plan: Plan, attempt: _Attempt, rows: Independence
     ) -> Job:
         """A job whose launches are traced, once for all calls."""
-        part, strategy = self.part, replace(calibration.strategy)
+        part, strategy = self.part, calibration.strategy
         if part is not None and part.first:
-            strategy = replace(strategy.within(part.box, self.config.region_share))
-        job = Job(
-            self.model,
-            self.method,
-            self.call,
-            self.recipe,
-            self.baselines,
-            part,
-            strategy,
-            plan,
-            launches=None,
-            calibration=calibration,
-            independence=rows,
-            config=self.config,
-            replan=partial(self._replanned, attempt),
-            capture=captured_steps if self.graphs else None,
-        )
+            strategy = strategy.within(part.box, self.config.region_share)
+        prepared = Prepared(attempt, strategy, plan, None, calibration, rows)
+        job = self._job(prepared)
         # Tiles are laid out by a budget of their own.
-        if strategy.tiled is not None:
-            return job
-        if job.key not in calibration.launches:
-            calibration.launches[job.key] = launches_of(job)
-        launches = calibration.launches[job.key]
-        if launches is None:
-            return job
-        return replace(job, plan=self._plan(calibration, attempt, launches), launches=launches)
+        if strategy.tiled is None:
+            if job.key not in calibration.launches:
+                calibration.launches[job.key] = launches_of(job)
+            if (launches := calibration.launches[job.key]) is not None:
+                plan = self._plan(calibration, attempt, launches)
+                prepared = replace(prepared, plan=plan, launches=launches)
+                job = self._job(prepared)
+        if not attempt.others and not self._tight(plan):
+            self._remember(prepared)
+        return job
+
+    def _remember(self, prepared: Prepared) -> None:
+        """Keeps what was prepared for later calls of the same kind."""
+        known = self.cache.prepared
+        while len(known) >= self.config.most_known:
+            known.pop(next(iter(known)))
+        with suppress(TypeError):
+            if (kind := self._kind(prepared.attempt.precision)) is not None:
+                known[kind] = prepared
 
     def fastest(self, limit: float) -> Job:
         """A job in the fastest precision whose maps are off by `limit` at most."""
@@ -500,10 +560,10 @@ def prepare(
                 f"precision={precision!r} is for sums of gradients, whose error can be measured: "
                 f"got the method {method.name}; use precision='float32'"
             )
-        return planner.job(FLOAT32)
+        return planner.earlier(FLOAT32) or planner.job(FLOAT32)
     if precision == AUTO:
         if other is not None:
-            return planner.job(FLOAT32)
+            return planner.earlier(FLOAT32) or planner.job(FLOAT32)
         if tolerance is None:
             half = None if recipe.tolerance is None else recipe.tolerance / 2
             tolerance = config.precision_tolerance if half is None else half
@@ -514,7 +574,8 @@ def prepare(
             f"precision={precision!r} is for float32 inputs: got {kind}; use .float() on inputs "
             f"and model, or precision='float32', which keeps {kind} as it is"
         )
-    return planner.job(read_precision(precision, call.device))
+    asked = read_precision(precision, call.device)
+    return planner.earlier(asked) or planner.job(asked)
 
 
 def _need_alike(model: Model, dtypes: Sequence[torch.dtype]) -> None:
@@ -590,5 +651,4 @@ def _seconds_per_point(job: Job) -> float | None:
 
 
 def _trial(job: Job) -> Evaluation:
-    kind = SumEvaluation if isinstance(job.recipe, WeightedSum) else RoundsEvaluation
-    return kind(job, job.call, job.baselines[0])
+    return evaluation_of(job)(job, job.call, job.baselines[0])
