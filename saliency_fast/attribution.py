@@ -212,7 +212,7 @@ class Attribution:
             >>> attribution.axes().channel
             1
         """
-        return self._layouts.usual(number)
+        return self._layouts.or_conventional(number)
 
     @property
     def _layouts(self) -> Layouts:
@@ -459,7 +459,7 @@ def attribution(job: Job, outcome: Outcome, baseline: Baseline, **facts: Any) ->
         # Found once for all calls with inputs of one shape; functions are asked when it matters.
         layouts.letters  # noqa: B018
     facts |= {"target": target, "baseline": baseline_spec}
-    facts["layout"] = list(layouts.settled) if any(layouts.settled) else None
+    facts["layout"] = list(layouts.cached_letters) if any(layouts.cached_letters) else None
 
     def column(found: Any) -> Any:
         """Without the axis K where the call named one target."""

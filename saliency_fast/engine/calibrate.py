@@ -30,7 +30,7 @@ from saliency_fast.graph.fingerprint import same_model
 from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.graph.outputs import leaves_of
 from saliency_fast.graph.passes.affine_prefix import check_affine
-from saliency_fast.graph.passes.float64 import Wider, native, wide
+from saliency_fast.graph.passes.float64 import InFloat64, native, wide
 from saliency_fast.graph.passes.half import Precision
 from saliency_fast.graph.program import Program
 from saliency_fast.graph.recorder import same_calls, unified
@@ -45,7 +45,7 @@ from saliency_fast.model.executors import (
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import Directional, PointFunction, entered, summed
 from saliency_fast.model.layers import Downstream
-from saliency_fast.model.preserve import random_states, same_draws, uncompiled
+from saliency_fast.model.preserve import random_states, restored_random_state, uncompiled
 
 OFF_TIES = 2.0**-20
 """Share of the largest number by which points are moved off ties."""
@@ -229,10 +229,10 @@ class Measurement:
         return replace(measured, gradients=[prefix.vjp(one, example) for one in measured.gradients])
 
     def _gradients(self, function: PointFunction, ledger: Ledger) -> Measured:
-        keeps = _KeepsOutputs(function.route)
-        function = replace(function, route=keeps)
+        keeps = _KeepsOutputs(function.executor)
+        function = replace(function, executor=keeps)
         measured = self._metered(
-            ledger, lambda: function.again(lambda: function.gradients(*self._points(1)))
+            ledger, lambda: function.with_saved_copies(lambda: function.gradients(*self._points(1)))
         )
         return replace(measured, outputs=keeps.outputs)
 
@@ -242,7 +242,7 @@ class Measurement:
         if not self.metered:
             hooks = meter = nullcontext()
         try:
-            drew = same_draws(lambda: ledger.meter.drew or self.draws, self.call.device)
+            drew = restored_random_state(lambda: ledger.meter.drew or self.draws, self.call.device)
             with self._device(), drew, uncompiled(), meter, hooks:
                 states = random_states(self.call.device)
                 scores, _, gradients = call()
@@ -266,10 +266,15 @@ class Measurement:
         raises NotLeanError.
         """
         recording, meter = RecordingExecutor(self.model), MemoryMeter()
-        with self._device(), same_draws(lambda: meter.drew, self.call.device), uncompiled(), meter:
+        with (
+            self._device(),
+            restored_random_state(lambda: meter.drew, self.call.device),
+            uncompiled(),
+            meter,
+        ):
             states = random_states(self.call.device)
             function, (points, example) = self.call.function(recording), self._points(rows)
-            points = function.taken(points)
+            points = function.as_model_inputs(points)
             function.forward(entered(points)[0] if rows == 1 else points, example)
             drawn = not all(map(torch.equal, states, random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
@@ -526,7 +531,7 @@ def in_precision(calibration: Calibration, precision: Precision, point: Measurem
 def sharing(calibration: Calibration, point: Measurement) -> Calibration:
     """The same for launches that several calls share."""
     strategy, gradients = calibration.strategy, point.recipe.gradients
-    if strategy.program is None or (gradients and not strategy.settled_bytes):
+    if strategy.program is None or (gradients and not strategy.invariant_bytes):
         return calibration
     strategy = replace(strategy, copies=False)
     if gradients:
@@ -657,7 +662,7 @@ class _Judge:
         if kind.name not in self._corners:
             self._corners[kind.name] = self._on_corner(kind, small)
         corner = self._corners[kind.name]
-        wider = Wider()
+        wider = InFloat64()
         strategy, program = corner or (strategy, whole)
         exact = (point if corner is None else small).in_float64()
         # What it makes in a type of its own, or does not serve in float64, tells nothing.
@@ -738,13 +743,15 @@ def _suspicion(recording: RecordingExecutor, refusal: Exception) -> Suspicion:
     """What a model that could not be recorded is suspected of."""
     if isinstance(refusal, _OneRowError):
         return Suspicion(_line(refusal), proof=False, vmap=False)
-    if recording.own is not None:
+    if recording.custom_gradient is not None:
         # Its code may look at all rows on the way back, of which scores tell nothing.
-        reason = f"the model gives gradients of its own ({recording.own})"
+        reason = f"the model gives gradients of its own ({recording.custom_gradient})"
         return Suspicion(reason, proof=False, vmap=False)
-    if recording.read is not None:
-        return Suspicion(f"Python reads numbers of the points ({recording.read})", proof=False)
-    return Suspicion(_line(refusal), arguments=recording.asked is not None)
+    if recording.first_read_of_points is not None:
+        return Suspicion(
+            f"Python reads numbers of the points ({recording.first_read_of_points})", proof=False
+        )
+    return Suspicion(_line(refusal), arguments=recording.first_read_of_arguments is not None)
 
 
 def _reads_arguments(program: Program | None) -> Suspicion | None:

@@ -23,7 +23,7 @@ from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.graph.rows import Suspicion
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.preserve import same_draws, uncompiled
+from saliency_fast.model.preserve import restored_random_state, uncompiled
 from saliency_fast.model.ties import Ties, may_tie
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -138,8 +138,8 @@ class Independence:
         compares the launch's scores [R, K] with it, and raises RowsMeetError. gradients: whether
         the launch asks for any.
         """
-        with same_draws(lambda: self.draws, row.example.device):
-            single, scale = (function.single_row or function).judged(*row.alone())
+        with restored_random_state(lambda: self.draws, row.example.device):
+            single, scale = (function.single_row or function).scores_and_magnitude(*row.alone())
             if function.single_row is not None:
                 if gradients and not self._tied_alike:
                     self._at_ties(function, function.single_row, row)
@@ -233,7 +233,7 @@ def provoked(function: PointFunction, row: Row, single: Tensor, scale: float) ->
     raises RowsMeetError where it has others there.
     """
     try:
-        scores, _ = function.judged(*row.among_others())
+        scores, _ = function.scores_and_magnitude(*row.among_others())
     except Exception:
         # Values that the model refuses. What is suspect is proved in every launch anyway.
         return False
@@ -250,10 +250,10 @@ def meeting(
     """How one of these rows scores among the others something else than alone; None where none
     does. extremes: whether each is also tried among rows that are far from all others.
     """
-    together, scale = function.judged(tuple(one.clone() for one in points), example)
+    together, scale = function.scores_and_magnitude(tuple(one.clone() for one in points), example)
     for number in range(len(example)):
         row = Row.of(points, example, number)
-        single, _ = function.judged(*row.alone())
+        single, _ = function.scores_and_magnitude(*row.alone())
         if not scores_agree(together[number], single[0], scale, function):
             return f"one scores {numbers(single[0])} alone and {numbers(together[number])} there"
         try:

@@ -54,7 +54,7 @@ from saliency_fast.engine.strategies import Strategy
 from saliency_fast.graph.passes.half import FLOAT32
 from saliency_fast.model.executors import EagerExecutor, Executor, InterceptedExecutor
 from saliency_fast.model.function import Directional, PointFunction, TappedFunction, summed
-from saliency_fast.model.preserve import same_draws, uncompiled
+from saliency_fast.model.preserve import restored_random_state, uncompiled
 from saliency_fast.rules.intercept import RulesExecutor
 
 LOWER = 16.0
@@ -697,8 +697,8 @@ class RoundsEvaluation(Evaluation):
         if function is self.score_function or rows == 1 or plenty:
             return self.size
         example, meter = step.example[:1], MemoryMeter()
-        with same_draws(lambda: meter.drew, example.device), uncompiled(), meter:
-            gradients = function.again(
+        with restored_random_state(lambda: meter.drew, example.device), uncompiled(), meter:
+            gradients = function.with_saved_copies(
                 lambda: function.gradients(step.write(example, step.node[:1]), example)[2]
             )
         # What is found is added up before it is let go of, by products of its size.

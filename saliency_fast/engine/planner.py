@@ -62,7 +62,7 @@ from saliency_fast.graph.passes.half import (
 from saliency_fast.graph.program import tensors_among
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.layers import Downstream
-from saliency_fast.model.preserve import same_draws
+from saliency_fast.model.preserve import restored_random_state
 from saliency_fast.rules.deeplift import Rescale
 
 
@@ -438,7 +438,7 @@ class Planner:
             parts = zip(self.call.inputs, self.baselines[0], strict=True)
             points = tuple(torch.cat([x[example[:1]], b[example[:1] % len(b)]]) for x, b in parts)
             function = Strategy().score_function(self.model, self.call)
-            with same_draws(lambda: rows.draws, self.call.device):
+            with restored_random_state(lambda: rows.draws, self.call.device):
                 reason = meeting(function, points, example, extremes=rows.suspect is not None)
             rows.pair(reason)
         if not rows.paired:
@@ -471,9 +471,9 @@ class Planner:
         everyone = torch.arange(min(call.batch, examples), device=call.device)
 
         def scored(example: Tensor) -> tuple[Tensor, float]:
-            return function.judged(tuple(x[example] for x in call.inputs), example)
+            return function.scores_and_magnitude(tuple(x[example] for x in call.inputs), example)
 
-        with same_draws(lambda: rows.draws, call.device):
+        with restored_random_state(lambda: rows.draws, call.device):
             try:
                 together, scale = scored(everyone)
             except (RuntimeError, MemoryError) as error:
@@ -621,7 +621,10 @@ def launches_of(job: Job) -> LaunchMemory | None:
         arena = Arena(device, LEAST_TRACED, plan.launch_bytes)
         try:
             # Whatever goes wrong here goes wrong in a launch again, and is told there.
-            with suppress(Exception), same_draws(lambda: job.calibration.cost.drew, device):
+            with (
+                suppress(Exception),
+                restored_random_state(lambda: job.calibration.cost.drew, device),
+            ):
                 evaluation.trial(rows, arena)
                 trace = arena.trace()
                 traces |= {} if trace is None else {rows: trace}
@@ -637,7 +640,7 @@ def _seconds_per_point(job: Job) -> float | None:
     rows, seconds = min(job.plan.points_per_launch, config.timed_rows), None
     evaluation, arena = _trial(job), Arena(device, about=job.plan.launch_bytes)
     try:
-        with suppress(Exception), same_draws(lambda: job.calibration.cost.drew, device):
+        with suppress(Exception), restored_random_state(lambda: job.calibration.cost.drew, device):
             for _ in range(2):
                 started = time.perf_counter()
                 evaluation.trial(rows, arena)

@@ -24,7 +24,7 @@ from saliency_fast.graph.intercept import Calls
 from saliency_fast.graph.outputs import map_tensors, rows_of
 from saliency_fast.graph.passes.affine_prefix import Prefix
 from saliency_fast.graph.passes.half import FLOAT32, Precision, arithmetic
-from saliency_fast.graph.program import laid, tensors_among
+from saliency_fast.graph.program import in_layout, tensors_among
 from saliency_fast.model.attention import probabilities
 from saliency_fast.model.executors import Executor
 from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
@@ -81,11 +81,11 @@ class PointFunction:
     """The model, by one executor, with its further arguments and targets, on a launch's rows.
 
     Further arguments that are tensors with the batch's length on their first axis belong to the
-    examples and follow them into the rows, but for those named in `whole`, by number or name; all
-    others are passed as they are.
+    examples and follow them into the rows, but for those named in `shared_arguments`, by number or
+    name; all others are passed as they are.
 
     Attributes:
-        route: The executor; behind a `prefix` of the rest of the model.
+        executor: The executor; behind a `prefix` of the rest of the model.
         targets: Which scores are read from outputs.
         args: Further arguments of the model.
         kwargs: Those by name.
@@ -99,14 +99,14 @@ class PointFunction:
         shape: Of an example's output, after the first run.
         references: Rows [B | 1, *] that go through the model behind the points, one for each.
         relevance: Whether gradients of outputs are multiplied with the outputs.
-        whole: Further arguments that do not belong to the examples.
+        shared_arguments: Further arguments that do not belong to the examples.
         unused: Inputs that no score depends on, whose gradients are 0.
         lone: The function of a single row, where that is another one.
         overwrites: Whether the model overwrites saved tensors, so that copies are saved.
-        innermost: Which inputs have their channels innermost in memory; their points have, too.
+        channels_last: Which inputs have their channels innermost in memory; their points have, too.
     """
 
-    route: Executor
+    executor: Executor
     targets: Targets
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -119,25 +119,25 @@ class PointFunction:
     shape: torch.Size | None = None
     references: Inputs | None = None
     relevance: bool = False
-    whole: frozenset[int | str] = frozenset()
+    shared_arguments: frozenset[int | str] = frozenset()
     unused: frozenset[int] = frozenset()
     single_row: PointFunction | None = None
     overwrites: bool = False
-    innermost: tuple[bool, ...] = ()
+    channels_last: tuple[bool, ...] = ()
     _checked: bool = False
     _squeezes: bool | None = None
 
     def scores(self, points: Inputs, example: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] without gradients, and the classes [R, K] they belong to."""
         with torch.no_grad(), arithmetic(self.precision, example.device):
-            return self.forward(self.taken(points), example)
+            return self.forward(self.as_model_inputs(points), example)
 
-    def judged(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
+    def scores_and_magnitude(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
         """Scores [R, K] without gradients, from points as launches write them, and the largest
         magnitude of the outputs that they are read from.
         """
         with torch.no_grad(), arithmetic(self.precision, example.device):
-            raw = self._run(self.taken(self._behind_prefix(points, example)), example)
+            raw = self._run(self.as_model_inputs(self._behind_prefix(points, example)), example)
             scores, _ = self.read(raw, example)
             output = read_of(raw)
             outputs = [scores] if output is None else [scores, output]
@@ -159,7 +159,7 @@ class PointFunction:
             return self._gradients(points, example)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
-        points = self.taken(self._behind_prefix(points, example))
+        points = self.as_model_inputs(self._behind_prefix(points, example))
         shapes, (inside, edges) = _shapes(points), entered(points)
         del points
         scores, classes = self.forward(inside, example)
@@ -183,7 +183,7 @@ class PointFunction:
         if self.prefix is None:
             return points
         if not self.at_prefix_end:
-            points = self.prefix.lift(points, tensors_among(*self.rows(example)))
+            points = self.prefix.forward(points, tensors_among(*self.rows(example)))
         return self.prefix.turned(points)
 
     def forward(self, points: Sequence[Tensor], example: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -194,14 +194,14 @@ class PointFunction:
     def _run(self, points: Sequence[Tensor], example: Tensor) -> Any:
         """What the model returns for points where the executor takes them."""
         if self.references is None:
-            return self.called(lambda: self.route(points, *self.rows(example)), points, example)
-        pairs = zip(points, self.taken(self.references), strict=True)
+            return self.called(lambda: self.executor(points, *self.rows(example)), points, example)
+        pairs = zip(points, self.as_model_inputs(self.references), strict=True)
         both = [torch.cat([one, rows[example % len(rows)]]) for one, rows in pairs]
         with self.failing(FORWARD, example):
-            raw = self.route(both, *self.rows(torch.cat([example, example])))
+            raw = self.executor(both, *self.rows(torch.cat([example, example])))
         return rows_of(raw, slice(len(example)), 2 * len(example))
 
-    def again(self, call: Callable[[], Made]) -> Made:
+    def with_saved_copies(self, call: Callable[[], Made]) -> Made:
         """The result of `call`, which writes its points anew each time; called once more, with
         copies of saved tensors, where the model overwrites them.
         """
@@ -236,7 +236,7 @@ class PointFunction:
             return False
         twice = [torch.cat([x, x]) for x in points]
         with suppress(Exception), torch.no_grad():
-            two = self.route(twice, *self.rows(torch.cat([example, example])))
+            two = self.executor(twice, *self.rows(torch.cat([example, example])))
             if not isinstance(two, Tensor) or two.shape != (2, *raw.shape):
                 return False
             close = tolerance(raw.dtype)
@@ -250,13 +250,13 @@ class PointFunction:
             self.shape, self._checked = self.targets.check(raw, example), True
         return self.targets.read(raw, example)
 
-    def taken(self, points: Inputs) -> Inputs:
+    def as_model_inputs(self, points: Inputs) -> Inputs:
         """The points in the types and the memory order of the model's inputs."""
         if self.dtypes is not None:
             points = tuple(one.to(dtype) for one, dtype in zip(points, self.dtypes, strict=True))
-        if self.prefix is not None or not any(self.innermost):
+        if self.prefix is not None or not any(self.channels_last):
             return points
-        return laid(points, self.innermost)
+        return in_layout(points, self.channels_last)
 
     def rows(self, example: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The further arguments of the rows of examples `example` [R]."""
@@ -270,7 +270,7 @@ class PointFunction:
     def follows(self, key: int | str, value: Any) -> bool:
         """Whether the further argument of that number or name belongs to the examples."""
         long = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.targets.batch
-        return long and key not in self.whole
+        return long and key not in self.shared_arguments
 
 
 @dataclass
@@ -288,19 +288,19 @@ class TappedFunction(PointFunction):
         return cls(**_fields(function), taps=taps, backward=backward)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
-        taps, given, tapped = self.taps, list(self.taken(points)), list[Tensor]()
+        taps, given, tapped = self.taps, list(self.as_model_inputs(points)), list[Tensor]()
         assert taps is not None
 
         def one_row(rows: Inputs) -> Any:
             with self.failing(FORWARD, example[:1]):
-                return self.route(list(rows), *self.rows(example[:1]))
+                return self.executor(list(rows), *self.rows(example[:1]))
 
         def call() -> Any:
-            raw, tensors = taps.run(partial(self.route, given, *self.rows(example)))
+            raw, tensors = taps.run(partial(self.executor, given, *self.rows(example)))
             tapped.extend(tensors)
             return raw
 
-        taps.look(one_row, tuple(one[:1] for one in given))
+        taps.prepare(one_row, tuple(one[:1] for one in given))
         with torch.set_grad_enabled(self.backward):
             scores, classes = self.read(self.called(call, given, example), example)
         if not self.backward:
@@ -309,7 +309,9 @@ class TappedFunction(PointFunction):
         if scores.requires_grad:
             with self.failing(BACKWARD, example):
                 several = _each([one.sum() for one in scores.unbind(1)], tapped)
-        taps.need([any(one is not None for one in own) for own in zip(*several, strict=True)])
+        taps.check_reached(
+            [any(one is not None for one in own) for own in zip(*several, strict=True)]
+        )
         values = tuple(one.detach() for one in tapped)
         return scores.detach(), classes, [values, *(_filled(one, tapped) for one in several)]
 
@@ -331,7 +333,7 @@ class Directional(PointFunction):
         return cls(**_fields(function), project=project)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
-        points = self.taken(points)
+        points = self.as_model_inputs(points)
         shapes, (inside, edges) = _shapes(points), entered(points)
         del points
         with _TwiceDifferentiable():

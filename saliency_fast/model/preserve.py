@@ -131,7 +131,7 @@ def preserve_model_state(
         Whether the model was in training mode.
     """
     with (
-        same_draws(lambda: True, device) if draws else nullcontext(),
+        restored_random_state(lambda: True, device) if draws else nullcontext(),
         outside_transforms(),
         _evaluating(model) as was_training,
         preserved(model, rewinds=draws),
@@ -144,7 +144,7 @@ def preserve_model_state(
 
 
 @contextmanager
-def same_draws(drew: Callable[[], bool], device: torch.device) -> Iterator[None]:
+def restored_random_state(drew: Callable[[], bool], device: torch.device) -> Iterator[None]:
     """Whatever a model draws inside, it draws again afterwards. drew: whether it did; else random
     numbers are other threads' business, since the state is the whole process's.
     """
