@@ -313,17 +313,19 @@ def find_ties(
     baselines: Inputs,
     config: EngineConfig,
     maxima: list[bool],
+    *,
+    few: bool = False,
 ) -> TieReport | None:
     """Looks at one point of some examples by the model as it is; None for methods that are no sum
     over points and where no example is looked at. maxima: whether the model takes any, empty until
-    that is known.
+    that is known; few: not to be found out now.
     """
     if not isinstance(recipe, WeightedSum) or not recipe.gradients or recipe.rules is not None:
         return None
     exact = torch.float64 in call.dtypes
     count = recipe.count * call.batch
-    few = int(not maxima or count >= config.ties_least_points)
-    many = call.batch if exact else max(count // config.ties_points_per_example, few)
+    one = int((not maxima and not few) or count >= config.ties_least_points)
+    many = call.batch if exact else max(count // config.ties_points_per_example, one)
     if not many:
         return None
     share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")

@@ -21,12 +21,12 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.accumulate import Accumulators, Outcome, average, norm_of
 from saliency_fast.engine.arena import Arena, LaunchMemory
 from saliency_fast.engine.bind import Call, Model, Part
-from saliency_fast.engine.calibrate import Calibration, Cost
+from saliency_fast.engine.calibrate import Calibration, Cost, Tier
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import Independence, TieReport, find_ties
 from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, execute, wait_for
 from saliency_fast.engine.memory import MemoryMeter
-from saliency_fast.engine.plan import Plan, point_bytes
+from saliency_fast.engine.plan import DRAWS, Plan, point_bytes
 from saliency_fast.engine.precision import (
     LEAST_SCALE,
     PrecisionError,
@@ -54,7 +54,7 @@ from saliency_fast.engine.strategies import Strategy
 from saliency_fast.graph.passes.half import FLOAT32
 from saliency_fast.model.executors import EagerExecutor, Executor, InterceptedExecutor
 from saliency_fast.model.function import Directional, PointFunction, TappedFunction, summed
-from saliency_fast.model.preserve import restored_random_state, uncompiled
+from saliency_fast.model.preserve import random_states, restored_random_state, uncompiled
 from saliency_fast.rules.intercept import RulesExecutor
 
 LOWER = 16.0
@@ -78,6 +78,7 @@ class Job:
         replan: From a job and an error to the job that begins again; raises the error where no
             other plan helps.
         capture: Steps of captured launches, where the device can; see `captured`.
+        learn: Notes the cost of a point where the first call tells it.
         limit: What the precision may cost a map, where another one is left to take its place.
     """
 
@@ -95,6 +96,7 @@ class Job:
     config: EngineConfig
     replan: Callable[[Job, Exception], Job]
     capture: Callable[..., Generator[EvaluationRequest | Progress, Any, bool]] | None = None
+    learn: Callable[[Cost], Calibration] | None = None
     limit: float = math.inf
 
     @property
@@ -116,8 +118,20 @@ class Job:
         if self.calibration.cost.drew or not affordable:
             # A point taken once more would move the model's random numbers.
             return None
-        about = (self.model, self.call, self.recipe, self.baselines[number])
-        return find_ties(*about, self.config, self.calibration.maxima)
+        about = (self.model, self.call, self.recipe, self.baselines[number], self.config)
+        with restored_random_state(lambda: not self.calibration.measured, self.call.device):
+            return find_ties(
+                *about, self.calibration.maxima, few=self.calibration.tier is Tier.DIRECT
+            )
+
+    def measured(self, cost: Cost) -> Job:
+        """The job, once its launches have told what a point costs."""
+        assert self.learn is not None
+        calibration, each = self.learn(cost), point_bytes(cost, self.config)
+        notes = (*self.plan.notes, *((DRAWS,) if cost.random else ()))
+        plan = replace(self.plan, launch_bytes=each, notes=notes, saved_before=cost.saved)
+        plan = replace(plan, saved_after=cost.saved)
+        return replace(self, calibration=calibration, plan=plan)
 
     def judge(self, outcome: Outcome, *, fresh: bool) -> None:
         """Notes what the precision costs; raises where that is more than it may."""
@@ -205,7 +219,7 @@ def run_alone(job: Job) -> Iterator[Progress]:
     """Runs a call in launches of its own, and notes what a point takes."""
     device, seconds, last = job.call.device, 0.0, None
     arena = Arena(device, about=job.plan.launch_bytes)
-    progress = drive(evaluate(job), arena)
+    progress = measuring(job) if not job.calibration.measured else drive(evaluate(job), arena)
     try:
         while True:
             started = time.perf_counter()
@@ -235,6 +249,25 @@ def drive(
             step = next(steps, None)
         else:
             step = resume(steps, [execute(step, step.count, arena)])
+
+
+def measuring(job: Job) -> Generator[Progress, None, None]:
+    """The progress of a call of few points, whose launches tell what a point costs."""
+    meter, moved, device = MemoryMeter(), False, job.call.device
+    arena, steps = Arena(device, about=0), evaluate(job)
+    step = next(steps, None)
+    while step is not None:
+        if isinstance(step, Progress):
+            random = meter.drew and moved
+            cost = Cost(meter.peak, meter.largest, {}, meter.drew, random)
+            yield replace(step, job=step.job.measured(cost))
+            step = next(steps, None)
+            continue
+        states = random_states(device)
+        with uncompiled(), meter:
+            result = execute(step, step.count, arena)
+        moved = moved or not all(map(torch.equal, states, random_states(device)))
+        step = resume(steps, [result])
 
 
 def resume(

@@ -19,9 +19,12 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, served
 from saliency_fast.engine.bind import Call, Model, Part, Region, is_finite, read_region
 from saliency_fast.engine.calibrate import (
+    NOTHING,
     Calibration,
     CalibrationCache,
+    Cost,
     Measurement,
+    Tier,
     calibrated,
     in_precision,
     sharing,
@@ -47,7 +50,7 @@ from saliency_fast.engine.loop import (
 from saliency_fast.engine.memory import bytes_text, read_budget
 from saliency_fast.engine.plan import Limits, Plan, baselines_of, make_plan
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
-from saliency_fast.engine.strategies import Strategy
+from saliency_fast.engine.strategies import STRATEGIES, Strategy
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError, warn
 from saliency_fast.graph.fingerprint import unchanging
 from saliency_fast.graph.intercept import NotLeanError
@@ -104,6 +107,7 @@ class Planner:
         lean: Whether memory-efficient strategies are wanted.
         alone: Whether launches are the call's own, or shared with other requests.
         graphs: Whether launches may be captured.
+        direct: Whether calls of few points may do without a recording.
         used: By precision: what was found in this call, and its key; a call looks at its model
             once.
     """
@@ -120,6 +124,7 @@ class Planner:
     lean: bool
     alone: bool
     graphs: bool
+    direct: bool = False
     used: dict[str, tuple[tuple[object, ...], Calibration]] = field(default_factory=dict)
     _warned: list[bool] = field(default_factory=list)
     _seen: dict[int, tuple[object, ...]] = field(default_factory=dict)
@@ -159,6 +164,8 @@ class Planner:
 
     def _calibrated(self, precision: Precision) -> tuple[tuple[object, ...], Calibration]:
         key = (*self._key, precision.name)
+        if (direct := self._unmeasured(key, precision)) is not None:
+            return key, direct
         calibration = self._found(key, precision, self._point)
         if (read := self._reads(calibration)) is None:
             return key, calibration
@@ -177,6 +184,8 @@ class Planner:
         self, key: tuple[object, ...], precision: Precision, point: Measurement
     ) -> Calibration:
         calibration = self.cache.get(key)
+        if calibration is not None and not self._serves(calibration):
+            calibration = None
         if calibration is not None and (point.programs or calibration.strategy.program is None):
             if calibration.holds(self.model, self.call):
                 return calibration
@@ -186,11 +195,46 @@ class Planner:
             self.cache.rows.clear()
         if precision.exact:
             budget = read_budget(self.limits.memory_budget, self.call.device)
-            calibration = calibrated(point, lean=self.lean, budget=budget)
+            brief = self.direct and self.alone and self.part is None
+            points = self._points if brief else math.inf
+            calibration = calibrated(point, lean=self.lean, budget=budget, points=points)
             calibration = calibration if self.alone else sharing(calibration, point)
         else:
             calibration = in_precision(self.calibration(FLOAT32), precision, point)
         return self._keep(key, precision, calibration)
+
+    @property
+    def _points(self) -> int:
+        """Of this call and of those of its kind before."""
+        return self.cache.points.get(self._key, 0) + self.recipe.count * self.call.batch
+
+    def _serves(self, calibration: Calibration) -> bool:
+        """Whether there are not so many points by now that more should be found out."""
+        if calibration.tier is Tier.RECORDED:
+            return True
+        if not (self.direct and self.alone and self.part is None):
+            return False
+        # Another order of launches would draw other random numbers in later calls.
+        few = calibration.cost.random and self.recipe.count * self.call.batch <= calibration.until
+        return few or self._points <= calibration.until
+
+    def _unmeasured(self, key: tuple[object, ...], precision: Precision) -> Calibration | None:
+        """For few points: that they run eagerly, and their cost is what the first call shows."""
+        earlier, most = self.cache.get(key), self.config.direct_points
+        inputs = self.config.usual_ratio * sum(x[0].nbytes for x in self.call.inputs)
+        # Rules with references take each example through the model together with another row.
+        paired = isinstance(self.recipe.rules, Rescale) and not self.recipe.rules.captum
+        plain = self.direct and self.alone and self.part is None and not paired
+        limited = self.limits.memory_budget is not None or inputs > self.config.unforeseen_bytes
+        if not plain or limited or (earlier is not None and earlier.tier is not Tier.DIRECT):
+            return None
+        reason = f"{most} points and fewer do not repay a recording"
+        refusals = tuple((one.name, reason) for one in STRATEGIES if one.lean)
+        about = (Strategy(rules=self.recipe.rules), NOTHING, NOTHING, None, refusals)
+        direct = Calibration(*about, suspect=None, tier=Tier.DIRECT, until=most)
+        if not self._serves(earlier or direct):
+            return None
+        return earlier or self._keep(key, precision, direct)
 
     def _reads(self, calibration: Calibration) -> tuple[object, ...] | None:
         """What the model's Python reads of each example's further arguments, and of all; None where
@@ -250,14 +294,24 @@ class Planner:
             return None
         if prepared is None or not prepared.calibration.holds(self.model, self.call):
             return None
-        rows, plan = prepared.independence, prepared.plan
+        rows, plan, calibration = prepared.independence, prepared.plan, prepared.calibration
+        if not self._serves(calibration):
+            return None
         if rows.apart is not None or rows.suspect is not None:
             return None
         if self._tight(plan) or self._reads(prepared.calibration) is not None:
             return None
         by_function = self.call.targets.function is not None
         rows.renew(None, draws=prepared.calibration.cost.drew, by_function=by_function)
+        self._count()
         return self._job(prepared)
+
+    def _count(self) -> None:
+        """Counts the points of this call."""
+        points = self.cache.points
+        while len(points) >= self.config.most_known:
+            points.pop(next(iter(points)))
+        points[self._key] = points.get(self._key, 0) + self.recipe.count * self.call.batch
 
     def _tight(self, plan: Plan) -> bool:
         """Whether another amount of free memory might give another plan."""
@@ -277,7 +331,13 @@ class Planner:
             config=self.config,
             replan=partial(self._replanned, prepared.attempt),
             capture=captured_steps if self.graphs else None,
+            learn=partial(self._learn, prepared.attempt),
         )
+
+    def _learn(self, attempt: _Attempt, cost: Cost) -> Calibration:
+        """Notes what the first call tells of a point."""
+        calibration = replace(self.calibration(attempt.precision), cost=cost, eager=cost)
+        return self._keep(attempt.key, attempt.precision, calibration)
 
     def job(
         self,
@@ -308,12 +368,16 @@ class Planner:
             else:
                 limits = replace(limits, points_per_launch=1)
             self._warn_of_dependence(self.call.batch, rows)
+        if calibration.tier is Tier.DIRECT:
+            # Nothing is known of the rows, so that they must not meet.
+            limits = replace(limits, points_per_launch=1)
         rules = self.recipe.rules
         # Captum's version takes the whole batch and its baselines through the model as they are.
         if isinstance(rules, Rescale) and not rules.captum:
             self._need_pairs(rows)
         attempt = _Attempt(precision, reason, tuple(others), limits, tuple(notes), key)
         job = self._fitting(calibration, attempt, rows)
+        self._count()
         job = replace(job, limit=limit if others else math.inf)
         if job.plan.points_per_launch == 1 and rows.compare_once():
             # No launch will tell. Two of them, since memory may be why there is one.
@@ -371,7 +435,7 @@ class Planner:
                 plan = self._plan(calibration, attempt, launches)
                 prepared = replace(prepared, plan=plan, launches=launches)
                 job = self._job(prepared)
-        if not attempt.others and not self._tight(plan):
+        if not attempt.others and calibration.measured and not self._tight(plan):
             self._remember(prepared)
         return job
 
@@ -419,6 +483,9 @@ class Planner:
             return replace(
                 job, calibration=calibration, plan=plan, strategy=strategy, launches=None
             )
+        if is_out_of_memory(error) and job.calibration.tier is Tier.DIRECT:
+            self.used.clear()
+            return replace(self, direct=False).job(attempt.precision)
         if is_out_of_memory(error):
             return _halved(job, error)
         # Not all that models do runs under vmap; what is wrong otherwise shows again.
@@ -550,7 +617,7 @@ def prepare(
         # What our versions of a call make of NaN need not be what the model makes of it.
         lean = call.finite and all(is_finite(one) for several in baselines for one in several)
     about = (model, method, recipe, call, baselines, part, limits, cache, config)
-    planner = Planner(*about, lean, alone, graphs)
+    planner = Planner(*about, lean, alone, graphs, direct=precision == FLOAT32.name)
     if call.halves:
         _need_alike(model, call.dtypes)
     other = next((one for one in call.dtypes if one != torch.float32), None)
@@ -594,8 +661,8 @@ def timed(job: Job) -> Job:
     """The job, whose plan tells what a point takes: in an earlier call, else measured."""
     seconds = job.calibration.seconds
     if job.key not in seconds:
-        if job.strategy.tiled is not None:
-            # To try a single tile tells nothing, and to try them all is the call itself.
+        if job.strategy.tiled is not None or job.calibration.tier is Tier.DIRECT:
+            # To try a single tile, or one of few points, is the call itself.
             return job
         each = _seconds_per_point(job)
         if each is None:
@@ -606,6 +673,9 @@ def timed(job: Job) -> Job:
 
 def shown(job: Job, graphs: bool, layout: str) -> Plan:
     """The plan of a job for people, with times, captures and layout."""
+    if not job.calibration.measured:
+        about = (job.model, job.call, job.baselines[0], job.recipe.measured, job.config)
+        job = job.measured(Measurement(*about).forward(job.strategy).cost)
     return replace(timed(job).plan, graphs=described(job, wanted=graphs), layout=layout)
 
 
