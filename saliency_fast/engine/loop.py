@@ -219,7 +219,8 @@ def run_alone(job: Job) -> Iterator[Progress]:
     """Runs a call in launches of its own, and notes what a point takes."""
     device, seconds, last = job.call.device, 0.0, None
     arena = Arena(device, about=job.plan.launch_bytes)
-    progress = measuring(job) if not job.calibration.measured else drive(evaluate(job), arena)
+    steps = evaluate(job)
+    progress = drive(steps, arena) if job.calibration.measured else measuring(steps, device, arena)
     try:
         while True:
             started = time.perf_counter()
@@ -251,16 +252,19 @@ def drive(
             step = resume(steps, [execute(step, step.count, arena)])
 
 
-def measuring(job: Job) -> Generator[Progress, None, None]:
-    """The progress of a call of few points, whose launches tell what a point costs."""
-    meter, moved, device = MemoryMeter(), False, job.call.device
-    arena, steps = Arena(device, about=0), evaluate(job)
+def measuring(
+    steps: Generator[EvaluationRequest | Progress, Any, Any], device: torch.device, arena: Arena
+) -> Generator[Progress, None, None]:
+    """The same of the first call of its kind, whose launches tell what a point costs."""
+    meter, moved = MemoryMeter(), False
     step = next(steps, None)
     while step is not None:
         if isinstance(step, Progress):
-            random = meter.drew and moved
-            cost = Cost(meter.peak, meter.largest, {}, meter.drew, random)
-            yield replace(step, job=step.job.measured(cost))
+            if not step.job.calibration.measured:
+                drawn = meter.drew, meter.drew and moved
+                cost = Cost(meter.peak, meter.largest, {}, *drawn)
+                step = replace(step, job=step.job.measured(cost))
+            yield step
             step = next(steps, None)
             continue
         states = random_states(device)
