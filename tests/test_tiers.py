@@ -131,3 +131,34 @@ def test_a_budget_or_shared_launches_are_planned() -> None:
     torch.testing.assert_close(
         found.values, sf.explain(model(), X[:1], target=1, method="gradient").values
     )
+
+
+def test_what_launches_take_is_told_by_launches_that_count() -> None:
+    network = model()
+    config = EngineConfig(direct_points=0, lean_from=2**40, traced_from=1)
+    engine = sf.Engine(network, sf.IntegratedGradients(steps=40), config=config, layout="BCHW")
+    x = torch.randn(1, 3, 64, 64)
+    first = engine(x, 1)
+    rows = sum(network.runs)
+    network.runs.clear()
+    later = engine(x, 1)
+    # One point is measured and two rows recorded; rows of launches of other sizes are proved.
+    assert rows - sum(network.runs) <= 1 + 2 + 2 + 8
+    assert first.provenance.points_per_launch == later.provenance.points_per_launch > 3
+    torch.testing.assert_close(first.values, later.values)
+
+
+def test_a_budget_holds_where_launches_take_more_than_their_tensors_told() -> None:
+    network, x = model(), torch.randn(1, 3, 64, 64)
+    config = EngineConfig(direct_points=0, recorded_from=0, lean_from=0, traced_from=1)
+    plan = sf.Engine(network, sf.IntegratedGradients(steps=40), config=config).plan(x, 1)
+    for share in (0.5, 0.2):
+        budget = plan.fixed_bytes + plan.finish_bytes + int(share * plan.launch_bytes)
+        engine = sf.Engine(
+            model(), sf.IntegratedGradients(steps=40), memory_budget=budget, config=config
+        )
+        found = engine(x, 1)
+        assert found.provenance.points_per_launch < plan.points_per_launch
+        torch.testing.assert_close(
+            found.values, sf.explain(model(), x, target=1, method=engine.method).values
+        )
