@@ -295,7 +295,9 @@ class Planner:
         if prepared is None or not prepared.calibration.holds(self.model, self.call):
             return None
         rows, plan, calibration = prepared.independence, prepared.plan, prepared.calibration
-        if not self._serves(calibration):
+        # Given up in a launch, or not enough any more.
+        known = self.cache.get(prepared.attempt.key)
+        if known is not calibration or not self._serves(calibration):
             return None
         if rows.apart is not None or rows.suspect is not None:
             return None
