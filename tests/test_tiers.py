@@ -15,7 +15,13 @@ from tests.configured import RECORDED
 from tests.traces import Notes
 
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-TIERED = {"direct_points": 4, "recorded_from": 16, "call_bytes": 0, "lean_from": 0}
+TIERED = {
+    "direct_points_of_small": 8,
+    "recorded_from": 16,
+    "call_bytes": 0,
+    "lean_from": 0,
+    "direct_calls": 2,
+}
 METHODS = ("gradient", "input_x_gradient", "guided_backprop", "deeplift", "lrp", "grad_cam")
 
 
@@ -54,6 +60,14 @@ def test_a_single_point_costs_a_single_run(method: str) -> None:
     assert network.runs == [1]
 
 
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_many_points_cost_little_more(batch: int) -> None:
+    network = model()
+    sf.explain(network, X[:1].repeat(batch, 1, 1, 1), target=1, method="gradient", layout="BCHW")
+    # Whether two examples depend on each other; of sixteen, one row is proved, and among extremes.
+    assert sum(network.runs) <= batch + (0 if batch == 1 else 4 if batch == 3 else 6)
+
+
 def test_a_plan_before_any_call_costs_a_single_run() -> None:
     network = model()
     plan = sf.Engine(network, "gradient", layout="BCHW").plan(X[:1], 1)
@@ -87,7 +101,7 @@ def test_a_recording_waits_until_it_repays() -> None:
     assert "recorded" in ways[-1]
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [1, 4, 20])
 def test_a_model_that_draws_has_one_map_whatever_the_number_of_calls(steps: int) -> None:
     network = model(first=lambda x: x + 0.1 * torch.randn_like(x))
     engine = sf.Engine(network, sf.IntegratedGradients(steps=steps))
@@ -135,7 +149,7 @@ def test_a_budget_or_shared_launches_are_planned() -> None:
 
 def test_what_launches_take_is_told_by_launches_that_count() -> None:
     network = model()
-    config = EngineConfig(direct_points=0, lean_from=2**40, traced_from=1)
+    config = EngineConfig(**RECORDED, lean_from=2**40, traced_from=1)
     engine = sf.Engine(network, sf.IntegratedGradients(steps=40), config=config, layout="BCHW")
     x = torch.randn(1, 3, 64, 64)
     first = engine(x, 1)
@@ -143,14 +157,14 @@ def test_what_launches_take_is_told_by_launches_that_count() -> None:
     network.runs.clear()
     later = engine(x, 1)
     # One point is measured and two rows recorded; rows of launches of other sizes are proved.
-    assert rows - sum(network.runs) <= 1 + 2 + 2 + 8
+    assert rows - sum(network.runs) <= 1 + 2 + 2 + 8, (rows, network.runs)
     assert first.provenance.points_per_launch == later.provenance.points_per_launch > 3
     torch.testing.assert_close(first.values, later.values)
 
 
 def test_a_budget_holds_where_launches_take_more_than_their_tensors_told() -> None:
     network, x = model(), torch.randn(1, 3, 64, 64)
-    config = EngineConfig(direct_points=0, recorded_from=0, lean_from=0, traced_from=1)
+    config = EngineConfig(**RECORDED, lean_from=0, traced_from=1)
     plan = sf.Engine(network, sf.IntegratedGradients(steps=40), config=config).plan(x, 1)
     for share in (0.5, 0.2):
         budget = plan.fixed_bytes + plan.finish_bytes + int(share * plan.launch_bytes)
@@ -162,3 +176,18 @@ def test_a_budget_holds_where_launches_take_more_than_their_tensors_told() -> No
         torch.testing.assert_close(
             found.values, sf.explain(model(), x, target=1, method=engine.method).values
         )
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("method", ["gradient", "integrated_gradients", "smoothgrad", "grad_cam"])
+def test_calls_alike_have_the_same_bits(method: str, batch: int) -> None:
+    x = torch.randn(batch, 3, 64, 64)
+    for config in (EngineConfig(), EngineConfig(**RECORDED, lean_from=0, traced_from=1)):
+        engine = sf.Engine(model(), method, config=config)
+        first, later, last = (engine(x, 1) for _ in range(3))
+        assert torch.equal(first.values, later.values)
+        assert torch.equal(first.scores, later.scores)
+        assert torch.equal(first.values, last.values)
+        engine = sf.Engine(model(), method, config=config)
+        engine.plan(x, 1)
+        assert torch.equal(first.values, engine(x, 1).values)

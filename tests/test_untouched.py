@@ -17,6 +17,7 @@ from torch.nn import functional
 import saliency_fast as sf
 from saliency_fast.errors import InputError
 from saliency_fast.model import preserve_model_state
+from tests.configured import RECORDED, configure
 from tests.traces import Net, one_thread, unchanged
 
 
@@ -131,7 +132,10 @@ scores, and gradients."""
         (BackwardError, MIDDLE),
     ],
 )
-def test_after_a_failure(error: type[BaseException], at: int) -> None:
+def test_after_a_failure(
+    error: type[BaseException], at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(monkeypatch, **RECORDED)
     model, x = Net(Fails(at, error)), image()
     engine = sf.Engine(model, sf.SmoothGrad(samples=6), points_per_launch=2)
     with unchanged(model, x), pytest.raises(error):

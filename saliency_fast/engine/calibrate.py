@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from saliency_fast.engine.bind import Call, Model
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.cudagraph import RECORDERS, Captures
 from saliency_fast.engine.independence import UNRECORDED, Independence
-from saliency_fast.engine.memory import Ledger, MemoryMeter, bytes_text
+from saliency_fast.engine.memory import Cost, Ledger, MemoryMeter, bytes_text
 from saliency_fast.engine.precision import PrecisionErrors
 from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.engine.strategies import STRATEGIES, Facts, Kind, Strategy
@@ -51,29 +50,6 @@ from saliency_fast.model.preserve import random_states, restored_random_state, u
 OFF_TIES = 2.0**-20
 """Share of the largest number by which points are moved off ties."""
 OTHER_NUMBERS = "the model reads other numbers of its further arguments than when it was recorded"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a point costs.
-
-    Args:
-        peak: Bytes of the tensors that live at once.
-        largest: Bytes of the largest tensor.
-        kept: Bytes that autograd keeps from forward to backward, by the call that asked for them.
-        drew: Whether a call was made that may take random numbers.
-        random: Whether it took any, which attention without dropout does not.
-    """
-
-    peak: int
-    largest: int
-    kept: Mapping[str, int] = field(default_factory=dict)
-    drew: bool = False
-    random: bool = False
-
-    @property
-    def saved(self) -> int:
-        return sum(self.kept.values())
 
 
 @dataclass(frozen=True)
@@ -214,7 +190,10 @@ class Measurement:
             points = function.as_model_inputs(points)
             return *function.forward(entered(points)[0], example), []
 
-        return self._metered(Ledger(MemoryMeter()), call)
+        measured = self._metered(Ledger(MemoryMeter()), call)
+        # Gradients of the largest tensor come to what is kept for them.
+        cost = measured.cost
+        return replace(measured, cost=replace(cost, peak=cost.peak + cost.largest))
 
     def twice(self, function: PointFunction) -> Measured:
         """Second derivatives in one direction."""
@@ -273,8 +252,7 @@ class Measurement:
                 f"one point alone does not fit in memory; explain a smaller input at once ({error})"
             ) from error
         counted = ledger.meter
-        drawn = counted.drew, counted.drew and moved
-        return Measured(scores, gradients, Cost(counted.peak, counted.largest, ledger.kept, *drawn))
+        return Measured(scores, gradients, counted.cost(ledger.kept, moved=moved))
 
     def recorded(self, rows: int) -> Program:
         """A recording of the model with so many rows, one of them with the graph of its gradient;
@@ -314,12 +292,9 @@ class Measurement:
 NOTHING = Cost(0, 0)
 
 
-class Tier(Enum):
-    """How much is found out about a model before its points run."""
-
-    DIRECT = "nothing: points run eagerly, one by one"
-    EAGER = "what one point costs, and whether rows may meet"
-    RECORDED = "everything: a program was recorded and verified, or refused"
+def repaid_after(cost: Cost, config: EngineConfig) -> float:
+    """The points that take as long as what a recording of the model saves them."""
+    return config.recorded_from * (1 + cost.calls * config.call_bytes / max(1, cost.peak))
 
 
 @dataclass(frozen=True)
@@ -344,8 +319,9 @@ class Calibration:
         order: Precisions, the fastest first, once they were timed.
         captures: Captured launches by kind, or why there are none.
         maxima: Whether the model takes any, once that is known.
-        tier: How much was found out.
-        until: Points of calls of one kind that this serves.
+        most: Points of one call that this serves, without a recording; there is no such limit where
+            a recording was tried.
+        until: Points of several calls of its kind that it serves, or eight calls.
     """
 
     strategy: Strategy
@@ -365,13 +341,18 @@ class Calibration:
     order: list[str] = field(default_factory=list, repr=False)
     captures: Captures = field(default_factory=Captures, repr=False)
     maxima: list[bool] = field(default_factory=list, repr=False)
-    tier: Tier = Tier.RECORDED
-    until: float = math.inf
+    most: float = math.inf
+    until: float = 0.0
 
     @property
     def measured(self) -> bool:
         """Whether the cost of a point is known."""
         return self.cost is not NOTHING
+
+    @property
+    def recorded(self) -> bool:
+        """Whether a recording was tried."""
+        return self.most == math.inf
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was calibrated."""
@@ -440,38 +421,33 @@ class _Recorded:
                 yield kind, strategy, reason or "the affine prefix does not pay"
 
 
-def calibrated(
-    point: Measurement, *, lean: bool, budget: int, points: float = math.inf
-) -> Calibration:
+def calibrated(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     """Measures one point eagerly and, with `lean`, by the first strategy that agrees.
 
-    Where a point might take much memory eagerly, that is foreseen on shapes alone first. points:
-    how many there are to serve, which may be too few for a recording to repay.
+    Where a point might take much memory eagerly, that is foreseen on shapes alone first.
     """
     call, recipe = point.call, point.recipe
     eager = Strategy(rules=recipe.rules)
     if recipe.second:
         cost = point.twice(eager.score_function(point.model, call)).cost
         reason = "second derivatives need all that autograd keeps"
-        return Calibration(eager, cost, cost, reason, suspect=_suspect(point))
+        return Calibration(eager, cost, cost, reason, suspect=suspected(point))
     if recipe.rules is not None:
         cost = point.by(eager).cost
         reason = "backward rules look at every call"
-        return Calibration(eager, cost, cost, reason, suspect=_suspect(point))
+        return Calibration(eager, cost, cost, reason, suspect=suspected(point))
     if not recipe.gradients:
-        return _for_scores(point, lean=lean, budget=budget, points=points)
+        return _for_scores(point, lean=lean, budget=budget)
     config = point.config
     usual = config.usual_ratio * sum(x[0].nbytes for x in call.inputs)
     if lean and usual > min(budget, config.unforeseen_bytes):
         foreseen = _foreseen(point, budget)
         if foreseen is not None:
             return foreseen
-    return _measured(point, lean=lean, budget=budget, points=points)
+    return _measured(point, lean=lean, budget=budget)
 
 
-def _measured(
-    point: Measurement, *, lean: bool, budget: int, points: float = math.inf
-) -> Calibration:
+def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     config, recording = point.config, RecordingExecutor(point.model)
     eager = point.eager(recording)
     # Captured launches have no calls that cost time, and need a program.
@@ -482,14 +458,7 @@ def _measured(
         why_not = tuple((one.name, one.refuses(facts) or "") for one in STRATEGIES if one.lean)
         reason = "a point is too small for it to pay" if lean else None
         calibration = Calibration(Strategy(), eager.cost, eager.cost, reason, why_not)
-        return replace(calibration, suspect=_suspect(point, recording))
-    until = _repaid_after(eager.cost, recording, config)
-    if points <= until and not eager.cost.random:
-        reason = f"{until:.0f} points and fewer do not repay a recording"
-        why_not = tuple((one.name, reason) for one in STRATEGIES if one.lean)
-        calibration = Calibration(Strategy(), eager.cost, eager.cost, None, why_not)
-        suspect = _suspect(point, recording)
-        return replace(calibration, suspect=suspect, tier=Tier.EAGER, until=until)
+        return replace(calibration, suspect=suspected(point, recording))
     mark, recorded = _mark(point), _recorded(point, recording)
     reasons = [recorded.facts.refusal] if recorded.program is None else []
     refusals, judge = list[tuple[str, str]](), _Judge(point, eager, recorded, budget)
@@ -513,25 +482,15 @@ def _measured(
     return replace(calibration, suspect=suspect or _reads_arguments(recorded.program))
 
 
-def _repaid_after(cost: Cost, recording: RecordingExecutor, config: EngineConfig) -> float:
-    """The points that take as long as what a recording saves them."""
-    try:
-        calls = len(recording.program.steps)
-    except NotLeanError:
-        # Nothing is recorded; what intercepts calls is verified at a few points.
-        calls = 0
-    return config.recorded_from * (1 + calls * config.call_bytes / max(1, cost.peak))
-
-
-def _for_scores(point: Measurement, *, lean: bool, budget: int, points: float) -> Calibration:
+def _for_scores(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     """A point's score alone, by a strategy where the model has a gradient that proves it."""
     calibration = Calibration(Strategy(), NOTHING, NOTHING, "scores alone keep nothing")
     if not (lean and all(x.is_floating_point() for x in point.call.inputs)):
-        calibration = replace(calibration, suspect=_suspect(point))
+        calibration = replace(calibration, suspect=suspected(point))
     else:
         asked = replace(point, recipe=replace(point.recipe, gradients=True))
         with suppress(ModelError, BudgetError, InputError, RuntimeError):
-            calibration = calibrated(asked, lean=lean, budget=budget, points=points)
+            calibration = calibrated(asked, lean=lean, budget=budget)
     model, call = point.model, point.call
     eager = point.scores(Strategy().score_function(model, call))
     if calibration.strategy.program is None:
@@ -781,7 +740,7 @@ def _program(point: Measurement, recording: RecordingExecutor) -> Program:
         return unified(point.recorded(1), second)
 
 
-def _suspect(point: Measurement, recording: RecordingExecutor | None = None) -> Suspicion | None:
+def suspected(point: Measurement, recording: RecordingExecutor | None = None) -> Suspicion | None:
     """Why rows may meet in the model, by what it calls with one row and with two."""
     if recording is None:
         recording = RecordingExecutor(point.model)

@@ -78,6 +78,11 @@ class Independence:
     _sizes: set[int] = field(default_factory=set)
     _tied_alike: bool = False
 
+    @property
+    def unrecorded(self) -> bool:
+        """Whether nothing but its launches tells of rows, and they have not been seen to meet."""
+        return self.suspect is UNRECORDED and self.apart is None
+
     def __post_init__(self) -> None:
         self.learn(self.suspect)
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace
 from saliency_fast.engine.independence import Independence, Row
+from saliency_fast.engine.memory import Cost, MemoryMeter
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.pack import compatible, packed
+from saliency_fast.model.preserve import random_states, uncompiled
 
 PATIENCE = 1.0
 """Seconds after which a launch begins all the same: whoever holds a slot may wait for it."""
@@ -36,7 +38,8 @@ class EvaluationRequest:
         gradients: Or scores alone.
         launches: What launches of these points are known to take.
         independence: What is known of the model's rows, where a launch of several is to be proved.
-        traced: Bytes that the launch takes, about, where its memory is to be traced.
+        metered: Whether the cost of the launch is to be measured.
+        traced: Bytes that it takes, about, where its memory is to be traced.
     """
 
     function: PointFunction
@@ -45,6 +48,7 @@ class EvaluationRequest:
     gradients: bool = True
     launches: LaunchMemory | None = None
     independence: Independence | None = None
+    metered: bool = False
     traced: int = 0
 
     def evaluate(
@@ -72,13 +76,14 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """scores, classes [R, K], and for each of K targets the gradients at the points; trace: of the
-    launch's memory, where one was asked for.
+    """scores, classes [R, K], and for each of K targets the gradients at the points; cost,
+    trace: of the launch, where they were asked for.
     """
 
     scores: Tensor
     classes: Tensor | None
     gradients: list[Inputs] = field(default_factory=list)
+    cost: Cost | None = None
     trace: Trace | None = None
 
 
@@ -94,7 +99,9 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
             if due:
                 with _slot(), arena.launch():
                     proofs = [request.prove(number) for number in due]
-        if request.traced:
+        if request.metered:
+            result = _metered(request, count, arena.device)
+        elif request.traced:
             result = _traced(request, count, arena.device)
         else:
             with _slot(), arena.launch(memory.of(count) if memory else None):
@@ -107,6 +114,15 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
         return request.function.with_saved_copies(run)
     except Exception as error:
         return error
+
+
+def _metered(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:
+    """A launch and its cost."""
+    states, meter = random_states(device), MemoryMeter()
+    with _slot(), uncompiled(), meter:
+        result = request.evaluate(request.function, *request.write(slice(0, count)))
+    moved = not all(map(torch.equal, states, random_states(device)))
+    return replace(result, cost=meter.cost({}, moved=moved))
 
 
 def _traced(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:

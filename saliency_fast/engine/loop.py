@@ -21,12 +21,12 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.accumulate import Accumulators, Outcome, average, norm_of
 from saliency_fast.engine.arena import Arena, LaunchMemory, Trace
 from saliency_fast.engine.bind import Call, Model, Part
-from saliency_fast.engine.calibrate import Calibration, Cost, Tier
+from saliency_fast.engine.calibrate import Calibration
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import Independence, TieReport, find_ties
 from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, execute, wait_for
-from saliency_fast.engine.memory import MemoryMeter
-from saliency_fast.engine.plan import DRAWS, Plan, point_bytes
+from saliency_fast.engine.memory import Cost, MemoryMeter
+from saliency_fast.engine.plan import Plan, point_bytes
 from saliency_fast.engine.precision import (
     LEAST_SCALE,
     PrecisionError,
@@ -54,7 +54,7 @@ from saliency_fast.engine.strategies import Strategy
 from saliency_fast.graph.passes.half import FLOAT32
 from saliency_fast.model.executors import EagerExecutor, Executor, InterceptedExecutor
 from saliency_fast.model.function import Directional, PointFunction, TappedFunction, summed
-from saliency_fast.model.preserve import random_states, restored_random_state, uncompiled
+from saliency_fast.model.preserve import restored_random_state, uncompiled
 from saliency_fast.rules.intercept import RulesExecutor
 
 LOWER = 16.0
@@ -78,9 +78,12 @@ class Job:
         replan: From a job and an error to the job that begins again; raises the error where no
             other plan helps.
         capture: Steps of captured launches, where the device can; see `captured`.
-        learn: Notes the cost of a point where the first call tells it.
-        traced: Sizes of launches whose memory is traced first; with_traces: from the traces by size
-            to the job that goes on.
+        first: Points of the first launches, one after another, in every call of its kind: results
+            depend on the points per launch in their last digits.
+        with_cost: From the cost of a point to the job that goes on, where the first launch tells
+            it.
+        traced: Those of the first sizes whose launches are traced; with_traces: from the traces by
+            size to the job that goes on.
         limit: What the precision may cost a map, where another one is left to take its place.
     """
 
@@ -98,7 +101,8 @@ class Job:
     config: EngineConfig
     replan: Callable[[Job, Exception], Job]
     capture: Callable[..., Generator[EvaluationRequest | Progress, Any, bool]] | None = None
-    learn: Callable[[Cost], Calibration] | None = None
+    first: tuple[int, ...] = ()
+    with_cost: Callable[..., Job] | None = None
     traced: tuple[int, ...] = ()
     with_traces: Callable[[Mapping[int, Trace]], Job] | None = None
     limit: float = math.inf
@@ -124,18 +128,8 @@ class Job:
             return None
         about = (self.model, self.call, self.recipe, self.baselines[number], self.config)
         with restored_random_state(lambda: not self.calibration.measured, self.call.device):
-            return find_ties(
-                *about, self.calibration.maxima, few=self.calibration.tier is Tier.DIRECT
-            )
-
-    def measured(self, cost: Cost) -> Job:
-        """The job, once its launches have told what a point costs."""
-        assert self.learn is not None
-        calibration, each = self.learn(cost), point_bytes(cost, self.config)
-        notes = (*self.plan.notes, *((DRAWS,) if cost.random else ()))
-        plan = replace(self.plan, launch_bytes=each, notes=notes, saved_before=cost.saved)
-        plan = replace(plan, saved_after=cost.saved)
-        return replace(self, calibration=calibration, plan=plan)
+            few = not self.calibration.measured
+            return find_ties(*about, self.calibration.maxima, few=few)
 
     def judge(self, outcome: Outcome, *, fresh: bool) -> None:
         """Notes what the precision costs; raises where that is more than it may."""
@@ -168,32 +162,30 @@ Steps = Generator[EvaluationRequest | Progress, Any, None]
 
 
 def evaluate(job: Job) -> Steps:
-    """The steps of a call; they begin again with another plan where one turns out not to hold."""
+    """The steps of a call: one evaluation for each baseline, whose outcomes are averaged. They
+    begin again with another plan where one turns out not to hold.
+    """
     while True:
+        finished, evaluation = list[Outcome](), None
         try:
-            yield from _over_baselines(job)
+            for number, baselines in enumerate(job.baselines):
+                error, ties = job.known_precision_error(), job.ties(number)
+                report = _Report(tuple(finished), fresh=error is None)
+                captured = job.capture if ties is None or not ties.apart else None
+                about = (job, number, error, ties, replace(report), finished)
+                if captured is not None and (yield from captured(*about)):
+                    continue
+                evaluation = evaluation_of(job)(job, job.call, baselines, error, ties)
+                yield from evaluation.steps(report)
+                # Its launches may have told what they take.
+                job = evaluation.job
+                if number < len(job.baselines) - 1:
+                    finished.append(evaluation.outcome())
             return
-        except Exception as error:  # noqa: PERF203
+        except Exception as error:
             # Out of memory, rows that meet, a strategy or a precision that does not hold.
+            job = job if evaluation is None else evaluation.job
             job = job.replan(job, error)
-
-
-def _over_baselines(job: Job) -> Steps:
-    """One evaluation for each baseline; outcomes average over those so far."""
-    finished: list[Outcome] = []
-    for number, baselines in enumerate(job.baselines):
-        error, ties = job.known_precision_error(), job.ties(number)
-        report = _Report(tuple(finished), fresh=error is None)
-        captured = job.capture if ties is None or not ties.apart else None
-        about = (job, number, error, ties, replace(report), finished)
-        if captured is not None and (yield from captured(*about)):
-            continue
-        evaluation = evaluation_of(job)(job, job.call, baselines, error, ties)
-        yield from evaluation.steps(report)
-        # Its launches may have been traced.
-        job = evaluation.job
-        if number < len(job.baselines) - 1:
-            finished.append(evaluation.outcome())
 
 
 @dataclass
@@ -224,8 +216,7 @@ def run_alone(job: Job) -> Iterator[Progress]:
     """Runs a call in launches of its own, and notes what a point takes."""
     device, seconds, last = job.call.device, 0.0, None
     arena = Arena(device, about=job.plan.launch_bytes)
-    steps = evaluate(job)
-    progress = drive(steps, arena) if job.calibration.measured else measuring(steps, device, arena)
+    progress = drive(evaluate(job), arena)
     try:
         while True:
             started = time.perf_counter()
@@ -255,28 +246,6 @@ def drive(
             step = next(steps, None)
         else:
             step = resume(steps, [execute(step, step.count, arena)])
-
-
-def measuring(
-    steps: Generator[EvaluationRequest | Progress, Any, Any], device: torch.device, arena: Arena
-) -> Generator[Progress, None, None]:
-    """The same of the first call of its kind, whose launches tell what a point costs."""
-    meter, moved = MemoryMeter(), False
-    step = next(steps, None)
-    while step is not None:
-        if isinstance(step, Progress):
-            if not step.job.calibration.measured:
-                drawn = meter.drew, meter.drew and moved
-                cost = Cost(meter.peak, meter.largest, {}, *drawn)
-                step = replace(step, job=step.job.measured(cost))
-            yield step
-            step = next(steps, None)
-            continue
-        states = random_states(device)
-        with uncompiled(), meter:
-            result = execute(step, step.count, arena)
-        moved = moved or not all(map(torch.equal, states, random_states(device)))
-        step = resume(steps, [result])
 
 
 def resume(
@@ -309,7 +278,7 @@ class Evaluation:
         ties: TieReport | None = None,
     ) -> None:
         """error: what the precision costs, where that is known."""
-        self.job, self.traces = job, dict[int, Trace]()
+        self.job, self.traces, self.launched = job, dict[int, Trace](), 0
         self.call, self.recipe, self.baselines, self.plan = call, job.recipe, baselines, job.plan
         self.strategy, self.config = job.strategy, job.config
         self.launches = job.launches
@@ -342,26 +311,34 @@ class Evaluation:
 
     @property
     def next_size(self) -> int:
-        """Points of the next launch, at most: few while launches are traced."""
-        left = [size for size in self.job.traced if size not in self.traces]
-        return min(self.size, left[0]) if left else self.size
+        """Points of the next launch, at most."""
+        first = self.job.first[self.launched :]
+        return min(self.size, first[0]) if first else self.size
 
     def request(
-        self, function: PointFunction, count: int, write: Callable[[slice], tuple[Inputs, Tensor]]
+        self,
+        function: PointFunction,
+        count: int,
+        write: Callable[[slice], tuple[Inputs, Tensor]],
+        gradients: bool = True,
     ) -> EvaluationRequest:
-        """Gradients of so many points."""
-        traced = self.plan.launch_bytes if count in self.job.traced else 0
-        about = (function, count, write, True, self.launches, self.independence)
-        return EvaluationRequest(*about, traced)
+        """So many points, with gradients or scores alone."""
+        metered = self.job.with_cost is not None and gradients == self.recipe.gradients
+        traced = gradients and count in self.job.traced and count == self.next_size
+        launches = self.launches if gradients else None
+        about = (function, count, write, gradients, launches, self.independence)
+        return EvaluationRequest(*about, metered, self.plan.launch_bytes if traced else 0)
 
     def note(self, result: EvaluationResult) -> None:
-        """Plans anew once all launches are traced that are to be."""
-        if result.trace is None or len(result.scores) not in self.job.traced:
-            return
-        self.traces[len(result.scores)] = result.trace
-        if len(self.traces) == len(self.job.traced):
-            assert self.job.with_traces is not None
-            job = self.job.with_traces(self.traces)
+        """Plans anew where a launch told what launches take."""
+        job, self.launched = None, self.launched + 1
+        if result.cost is not None and self.job.with_cost is not None:
+            job = self.job.with_cost(result.cost)
+        elif result.trace is not None and len(result.scores) in self.job.traced:
+            self.traces[len(result.scores)] = result.trace
+            if len(self.traces) == len(self.job.traced) and self.job.with_traces is not None:
+                job = self.job.with_traces(self.traces)
+        if job is not None:
             self.job = replace(job, limit=self.job.limit, replan=self.job.replan)
             self.plan, self.launches = job.plan, job.launches
             if self.size > 1:
@@ -410,6 +387,8 @@ class Evaluation:
     ) -> Generator[EvaluationRequest, Any, tuple[Tensor, Tensor | None]]:
         """Scores float64 [R, K] and classes of table rows `row` [R] as inputs of `example` [R]."""
         scores, classes, start = [], [], 0
+        # What is not recorded is not known to keep rows apart.
+        size = self.size if self.job.calibration.recorded else 1
         while start < row.numel():
 
             def write(own: slice, start: int = start) -> tuple[Inputs, Tensor]:
@@ -417,11 +396,10 @@ class Evaluation:
                 part = slice(start + own.start, start + own.stop)
                 return tuple(one[row[part]] for one in table), example[part]
 
-            count, rows = min(self.size, row.numel() - start), self.independence
-            request = EvaluationRequest(
-                self.score_function, count, write, gradients=False, independence=rows
-            )
-            result = yield request
+            count = min(size, row.numel() - start)
+            result = yield self.request(self.score_function, count, write, gradients=False)
+            if not self.recipe.gradients:
+                self.note(result)
             scores.append(result.scores.double())
             classes += [] if result.classes is None else [result.classes]
             start += len(result.scores)
@@ -743,10 +721,9 @@ class RoundsEvaluation(Evaluation):
                 part = slice(start + own.start, start + own.stop)
                 return step.write(step.example[part], step.node[part]), step.example[part]
 
-            count = min(size, self.size, step.example.numel() - start)
-            known = self.independence
-            request = EvaluationRequest(function, count, write, gradients, independence=known)
-            result = yield request
+            count = min(size, self.next_size, step.example.numel() - start)
+            result = yield self.request(function, count, write, gradients)
+            self.note(result)
             own = slice(start, start + len(result.scores))
             example, start = step.example[own], own.stop
             self._note(example, result)

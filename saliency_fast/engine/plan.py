@@ -13,9 +13,9 @@ from saliency_fast.engine.accumulate import WORKING_COPIES
 from saliency_fast.engine.arena import LaunchMemory
 from saliency_fast.engine.baselines import choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Call
-from saliency_fast.engine.calibrate import Calibration, Cost
+from saliency_fast.engine.calibrate import Calibration
 from saliency_fast.engine.config import EngineConfig
-from saliency_fast.engine.memory import bytes_text, read_budget
+from saliency_fast.engine.memory import Cost, bytes_text, read_budget
 from saliency_fast.engine.precision import measured_points
 from saliency_fast.engine.recipe import Method, Recipe, RoundsRecipe, Starting, WeightedSum
 from saliency_fast.errors import BudgetError, InputError, InputTypeError

@@ -22,17 +22,18 @@ from saliency_fast.engine.calibrate import (
     NOTHING,
     Calibration,
     CalibrationCache,
-    Cost,
     Measurement,
-    Tier,
     calibrated,
     in_precision,
+    repaid_after,
     sharing,
+    suspected,
 )
 from saliency_fast.engine.captured import captured_steps, described
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import (
     SINGLE,
+    UNRECORDED,
     VMAP,
     Independence,
     RowsMeetError,
@@ -44,7 +45,7 @@ from saliency_fast.engine.loop import (
     PrecisionCostsError,
     evaluation_of,
 )
-from saliency_fast.engine.memory import bytes_text, read_budget
+from saliency_fast.engine.memory import Cost, bytes_text, read_budget
 from saliency_fast.engine.plan import Limits, Plan, baselines_of, make_plan
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
 from saliency_fast.engine.strategies import STRATEGIES, Strategy
@@ -90,6 +91,7 @@ class Prepared:
     launches: LaunchMemory | None
     calibration: Calibration
     independence: Independence
+    first: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ class Planner:
 
     def _calibrated(self, precision: Precision) -> tuple[tuple[object, ...], Calibration]:
         key = (*self._key, precision.name)
-        if (direct := self._unmeasured(key, precision)) is not None:
-            return key, direct
+        if (eager := self._eager(key, precision)) is not None:
+            return key, eager
         calibration = self._found(key, precision, self._point)
         if (read := self._reads(calibration)) is None:
             return key, calibration
@@ -192,9 +194,7 @@ class Planner:
             self.cache.rows.clear()
         if precision.exact:
             budget = read_budget(self.limits.memory_budget, self.call.device)
-            brief = self.direct and self.alone and self.part is None
-            points = self._points if brief else math.inf
-            calibration = calibrated(point, lean=self.lean, budget=budget, points=points)
+            calibration = calibrated(point, lean=self.lean, budget=budget)
             calibration = calibration if self.alone else sharing(calibration, point)
         else:
             calibration = in_precision(self.calibration(FLOAT32), precision, point)
@@ -206,32 +206,55 @@ class Planner:
         return self.cache.points.get(self._key, 0) + self.recipe.count * self.call.batch
 
     def _serves(self, calibration: Calibration) -> bool:
-        """Whether there are not so many points by now that more should be found out."""
-        if calibration.tier is Tier.RECORDED:
+        """Whether there are not so many points by now that a recording repays."""
+        if calibration.recorded:
             return True
         if not (self.direct and self.alone and self.part is None):
             return False
         # Another order of launches would draw other random numbers in later calls.
-        few = calibration.cost.random and self.recipe.count * self.call.batch <= calibration.until
-        return few or self._points <= calibration.until
+        if self.recipe.count * self.call.batch > calibration.most:
+            return False
+        several = self.config.direct_calls * self.recipe.count * self.call.batch
+        until = max(calibration.most, calibration.until, several)
+        return calibration.cost.random or self._points <= until
 
-    def _unmeasured(self, key: tuple[object, ...], precision: Precision) -> Calibration | None:
-        """For few points: that they run eagerly, and their cost is what the first call shows."""
-        earlier, most = self.cache.get(key), self.config.direct_points
-        inputs = self.config.usual_ratio * sum(x[0].nbytes for x in self.call.inputs)
+    def _eager(self, key: tuple[object, ...], precision: Precision) -> Calibration | None:
+        """For few points: that they run eagerly; the first launch tells what a point costs."""
+        earlier = self.cache.get(key)
+        if earlier is not None and (earlier.recorded or not self._serves(earlier)):
+            return None
+        eager = self._first_eager() if earlier is None else earlier
+        if eager is None or not self._serves(eager):
+            return None
+        if eager.suspect is UNRECORDED and not self._single:
+            eager = replace(eager, suspect=suspected(self._point))
+        return eager if eager is earlier else self._keep(key, precision, eager)
+
+    @property
+    def _single(self) -> bool:
+        """Whether launches of a model of which nothing is known have one point: to prove of few
+        rows that they do not meet takes longer.
+        """
+        return self.recipe.count * self.call.batch <= self.config.single_points
+
+    def _first_eager(self) -> Calibration | None:
+        """Eager points, before any was run; None where that may take too much."""
+        config, rules, each = (
+            self.config,
+            self.recipe.rules,
+            sum(x[0].nbytes for x in self.call.inputs),
+        )
         # Rules with references take each example through the model together with another row.
-        paired = isinstance(self.recipe.rules, Rescale) and not self.recipe.rules.captum
-        plain = self.direct and self.alone and self.part is None and not paired
-        limited = self.limits.memory_budget is not None or inputs > self.config.unforeseen_bytes
-        if not plain or limited or (earlier is not None and earlier.tier is not Tier.DIRECT):
+        paired = isinstance(rules, Rescale) and not rules.captum
+        limited = self.limits.memory_budget is not None
+        if limited or paired or config.usual_ratio * each > config.unforeseen_bytes:
             return None
-        reason = f"{most} points and fewer do not repay a recording"
+        weights = self.model.parameters() if isinstance(self.model, nn.Module) else ()
+        small = each + sum(one.nbytes for one in weights) <= config.small_bytes
+        most = config.direct_points_of_small if small else config.direct_points
+        reason = "so few points do not repay a recording" if self.lean else "lean=False"
         refusals = tuple((one.name, reason) for one in STRATEGIES if one.lean)
-        about = (Strategy(rules=self.recipe.rules), NOTHING, NOTHING, None, refusals)
-        direct = Calibration(*about, suspect=None, tier=Tier.DIRECT, until=most)
-        if not self._serves(earlier or direct):
-            return None
-        return earlier or self._keep(key, precision, direct)
+        return Calibration(Strategy(rules=rules), NOTHING, NOTHING, None, refusals, most=most)
 
     def _reads(self, calibration: Calibration) -> tuple[object, ...] | None:
         """What the model's Python reads of each example's further arguments, and of all; None where
@@ -261,10 +284,11 @@ class Planner:
         while len(several) >= self.config.most_known:
             several.pop(next(iter(several)))
         rows = several.get(key)
-        if rows is None:
-            rows = several.setdefault(key, Independence(suspect))
+        if rows is None or (suspect is not UNRECORDED and rows.unrecorded):
+            rows = several[key] = Independence(suspect)
         by_function = self.call.targets.function is not None
-        rows.renew(suspect, draws=calibration.cost.drew, by_function=by_function)
+        draws = calibration.cost.drew or not calibration.measured
+        rows.renew(suspect, draws=draws, by_function=by_function)
         if suspect is not None and suspect.arguments and rows.apart is None:
             # Which way Python goes depends on the examples of a launch, not on its points.
             how = rows.difference(self.model, self.call, self.call.batch)
@@ -296,12 +320,13 @@ class Planner:
         known = self.cache.get(prepared.attempt.key)
         if known is not calibration or not self._serves(calibration):
             return None
-        if rows.apart is not None or rows.suspect is not None:
+        alone = rows.unrecorded and plan.points_per_launch == 1
+        if rows.apart is not None or not (rows.suspect is None or alone):
             return None
         if self._tight(plan) or self._reads(prepared.calibration) is not None:
             return None
         by_function = self.call.targets.function is not None
-        rows.renew(None, draws=prepared.calibration.cost.drew, by_function=by_function)
+        rows.renew(rows.suspect, draws=prepared.calibration.cost.drew, by_function=by_function)
         self._count()
         return self._job(prepared)
 
@@ -319,6 +344,7 @@ class Planner:
 
     def _job(self, prepared: Prepared) -> Job:
         """The job of this call by what was prepared for its kind."""
+        known = prepared.calibration.measured
         return Job(
             *(self.model, self.method, self.call, self.recipe, self.baselines, self.part),
             # A copy: copies of weights are a call's own.
@@ -330,13 +356,23 @@ class Planner:
             config=self.config,
             replan=partial(self._replanned, prepared.attempt),
             capture=captured_steps if self.graphs else None,
-            learn=partial(self._learn, prepared.attempt),
+            first=prepared.first,
+            with_cost=None if known else partial(self._with_cost, prepared),
         )
 
-    def _learn(self, attempt: _Attempt, cost: Cost) -> Calibration:
-        """Notes what the first call tells of a point."""
-        calibration = replace(self.calibration(attempt.precision), cost=cost, eager=cost)
-        return self._keep(attempt.key, attempt.precision, calibration)
+    def _with_cost(self, prepared: Prepared, cost: Cost, *, keep: bool = True) -> Job:
+        """The job that goes on once its first launch has told what a point costs, which is kept for
+        later calls.
+        """
+        until, attempt = repaid_after(cost, self.config), prepared.attempt
+        calibration = replace(prepared.calibration, cost=cost, eager=cost, until=until)
+        calibration = replace(calibration, launches={}, seconds={})
+        if keep:
+            self._keep(attempt.key, attempt.precision, calibration)
+        if cost.random:
+            attempt = replace(attempt, limits=replace(attempt.limits, points_per_launch=1))
+        plan = self._plan(calibration, attempt)
+        return self._traced(calibration, plan, attempt, prepared.independence)
 
     def job(
         self,
@@ -367,8 +403,8 @@ class Planner:
             else:
                 limits = replace(limits, points_per_launch=1)
             self._warn_of_dependence(self.call.batch, rows)
-        if calibration.tier is Tier.DIRECT:
-            # Nothing is known of the rows, so that they must not meet.
+        if not calibration.recorded and (self._single or calibration.cost.random):
+            # A model that draws is to draw in every call as in the first.
             limits = replace(limits, points_per_launch=1)
         rules = self.recipe.rules
         # Captum's version takes the whole batch and its baselines through the model as they are.
@@ -424,22 +460,25 @@ class Planner:
         part, strategy = self.part, calibration.strategy
         if part is not None and part.first:
             strategy = strategy.within(part.box, self.config.region_share)
-        prepared = Prepared(attempt, strategy, plan, None, calibration, rows)
+        unknown = not calibration.recorded and plan.points_per_launch > 1
+        prepared = Prepared(attempt, strategy, plan, None, calibration, rows, (1,) * unknown)
         job = self._job(prepared)
         # Tiles are laid out by a budget of their own.
+        sizes = () if strategy.tiled is not None else _traced_sizes(job)
+        # Other sizes of launches would draw other random numbers.
+        own = isinstance(self.recipe, WeightedSum) and not calibration.cost.random and self.alone
+        if sizes and own and sum(sizes) < plan.points:
+            prepared = replace(prepared, first=(*prepared.first, *sizes))
+            if job.key not in calibration.launches:
+                go_on = partial(self._with_traces, prepared, job.key)
+                return replace(self._job(prepared), traced=sizes, with_traces=go_on)
         if strategy.tiled is None:
             if job.key not in calibration.launches:
-                sizes = _traced_sizes(job)
-                # Launches of other sizes than in later calls would draw other random numbers.
-                own = isinstance(self.recipe, WeightedSum) and not calibration.cost.random
-                if sizes and own and self.alone and sum(sizes) < plan.points:
-                    go_on = partial(self._with_traces, prepared, job.key)
-                    return replace(job, traced=sizes, with_traces=go_on)
                 calibration.launches[job.key] = launches_of(job)
             if (launches := calibration.launches[job.key]) is not None:
                 plan = self._plan(calibration, attempt, launches)
                 prepared = replace(prepared, plan=plan, launches=launches)
-                job = self._job(prepared)
+            job = self._job(prepared)
         if not attempt.others and calibration.measured and not self._tight(plan):
             self._remember(prepared)
         return job
@@ -501,12 +540,13 @@ class Planner:
             return replace(
                 job, calibration=calibration, plan=plan, strategy=strategy, launches=None
             )
+        short = is_out_of_memory(error) or isinstance(error, BudgetError)
+        if short and not job.calibration.recorded and job.plan.points_per_launch == 1:
+            self.used.clear()
+            return replace(self, direct=False).job(attempt.precision)
         if isinstance(error, BudgetError) and job.traced:
             # Its launches take more than its tensors told.
             return self.job(attempt.precision, attempt.reason, others, job.limit)
-        if is_out_of_memory(error) and job.calibration.tier is Tier.DIRECT:
-            self.used.clear()
-            return replace(self, direct=False).job(attempt.precision)
         if is_out_of_memory(error):
             return _halved(job, error)
         # Not all that models do runs under vmap; what is wrong otherwise shows again.
@@ -642,7 +682,7 @@ def timed(job: Job) -> Job:
     """The job, whose plan tells what a point takes: in an earlier call, else measured."""
     seconds = job.calibration.seconds
     if job.key not in seconds:
-        if job.strategy.tiled is not None or job.calibration.tier is Tier.DIRECT:
+        if job.strategy.tiled is not None or not job.calibration.recorded:
             # To try a single tile, or one of few points, is the call itself.
             return job
         each = _seconds_per_point(job)
@@ -654,9 +694,9 @@ def timed(job: Job) -> Job:
 
 def shown(job: Job, graphs: bool, layout: str) -> Plan:
     """The plan of a job for people, with times, captures and layout."""
-    if not job.calibration.measured:
+    if job.with_cost is not None:
         about = (job.model, job.call, job.baselines[0], job.recipe.measured, job.config)
-        job = job.measured(Measurement(*about).forward(job.strategy).cost)
+        job = job.with_cost(Measurement(*about).forward(job.strategy).cost, keep=False)
     if job.traced and job.with_traces is not None and (launches := launches_of(job)) is not None:
         job = job.with_traces(launches.known)
     return replace(timed(job).plan, graphs=described(job, wanted=graphs), layout=layout)
