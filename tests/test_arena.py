@@ -19,7 +19,7 @@ import saliency_fast as sf
 from saliency_fast.engine.arena import LEAST, RESERVED, Arena, LaunchMemory, Trace
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.ops.dispatch import backends
-from tests.configured import configure
+from tests.configured import RECORDED, configure
 from tests.models import randn
 
 CPU = torch.device("cpu")
@@ -35,6 +35,12 @@ def arena() -> Iterator[Arena]:
     made = Arena(CPU)
     yield made
     made.close()
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also few points are planned before they run."""
+    configure(monkeypatch, **RECORDED)
 
 
 def filled(number: int, size: int) -> Tensor:

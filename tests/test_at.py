@@ -124,7 +124,10 @@ def test_several_layers_give_a_tuple() -> None:
         sf.explain(convolutional().double(), x, target=1, at=["0", "2"], method="gradient")
 
 
-def test_a_recorded_model_leaves_out_what_leads_to_the_layer() -> None:
+def test_a_recorded_model_leaves_out_what_leads_to_the_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    configure(monkeypatch, **RECORDED)
     model = convolutional(inplace=True)
     x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     found = sf.explain(model, x, target=2, at="2")

@@ -225,7 +225,7 @@ MODELS = {
     "list": asked("return a tensor|got list", ModelError, after=lambda y: [y]),
     "nan": asked("NaN or infinite scores|[0, 1, 2, 3]", ModelError, after=lambda y: y * NAN),
     "one nan": asked(
-        "examples [2]|expected finite",
+        "examples [3]|expected finite",
         ModelError,
         points_per_launch=16,
         after=lambda y: y * torch.where(torch.arange(len(y)) % 4 == 2, NAN, 1.0)[:, None],

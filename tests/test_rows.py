@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast import evaluate
+from saliency_fast.engine.config import EngineConfig
 from saliency_fast.errors import ModelError
+from tests.configured import RECORDED
 
 TIGHT = 1e-9
 
@@ -227,9 +229,9 @@ def test_rows_apart_share_launches_and_are_not_asked_again() -> None:
             return self.net(x)
 
     torch.manual_seed(0)
-    engine, x = sf.Engine(Counted().eval(), sf.IntegratedGradients(steps=20)), picture().float()
-    for _ in range(2):
-        engine(x, 1)
+    method, config = sf.IntegratedGradients(steps=20), EngineConfig(**RECORDED)
+    engine, x = sf.Engine(Counted().eval(), method, config=config), picture().float()
+    engine(x, 1)
     seen.clear()
     engine(x, 1)
     # One row, at most: that of a launch picked at random.
