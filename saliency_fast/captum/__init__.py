@@ -25,9 +25,12 @@ from saliency_fast.captum.gradients import (
     GuidedBackprop,
     GuidedGradCam,
     InputXGradient,
+    IntegratedGradients,
     LayerActivation,
+    LayerConductance,
     LayerGradCam,
     LayerGradientXActivation,
+    LayerIntegratedGradients,
     Saliency,
 )
 from saliency_fast.captum.lime import KernelShap, Lime, LimeBase, get_exp_kernel_similarity_function
@@ -40,11 +43,6 @@ from saliency_fast.captum.lrp import (
     PropagationRule,
 )
 from saliency_fast.captum.noise import GradientShap, NoiseTunnel
-from saliency_fast.captum.paths import (
-    IntegratedGradients,
-    LayerConductance,
-    LayerIntegratedGradients,
-)
 from saliency_fast.captum.perturbation import (
     FeatureAblation,
     FeaturePermutation,

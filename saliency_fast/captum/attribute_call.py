@@ -60,28 +60,21 @@ SMALL_MODULE = 64 * 1024**2
 """Bytes of weights up to which it is."""
 SMALL_NORMED = 2 * 1024**2
 """Bytes of weights up to which it is for modules with batch norms, which the engine folds."""
+MOST_CALIBRATIONS = 256
+"""Calibrations kept for a function: one for each of its layers, and for each shape of a batch."""
+Calibrations = dict[tuple[object, ...], CalibrationCache]
 ByRows = tuple[Inputs, Tensor | None]
 """Maps like the inputs, and by feature [N, F] for methods that have them."""
-MOST_KNOWN = 256
-"""Measurements kept for a function: one for each of its layers, and for each shape of a batch."""
 
 
 @dataclass(frozen=True)
 class AttributeCall:
     """What a call of `attribute` asks of the engine, with arguments in one form.
 
-    Args:
-        forward: the function to explain.
-        inputs: a tensor [B, *] for each of its inputs.
-        target: see `forward.selected`.
-        further: `additional_forward_args`.
-        baselines: a number or tensor for each input, for methods that have one.
-        gradient_func: the gradients to take; another than `compute_gradients` is the user's.
-        points_per_launch: the most points that run at once; None leaves it to the engine.
-        whole: whether the batch is one example in any case.
-        features: feature masks that broadcast to their inputs, [1 | B, *].
-        at_once: perturbed batches per call of the function.
-        progress: the class whose progress bar is shown; "" for none.
+    gradient_func: another than `compute_gradients` is the user's. points_per_launch: the most
+    points that run at once. whole: whether the batch is one example in any case. features: masks
+    that broadcast to their inputs, [1 | B, *]. at_once: perturbed batches per call of the function.
+    progress: the class whose progress bar is shown; "" for none.
     """
 
     forward: Callable[..., Any]
@@ -117,7 +110,7 @@ class _RowsDependError(Exception):
 
 
 class _ProvedRows(Independence):
-    """What is known of rows, each an example unless rows are seen to depend on each other."""
+    """The proof of rows, each an example unless rows are seen to depend on each other."""
 
     def meet(self, reason: str, *, vmapped: bool = False) -> None:
         self.reason, self.proved = reason, False
@@ -129,20 +122,17 @@ class _ProvedRows(Independence):
         return super().due(rows, apart=apart)
 
 
-class _RowsKnown(dict[tuple[object, ...], Independence]):
+class _RowProofs(dict[tuple[object, ...], Independence]):
     def setdefault(self, key: tuple[object, ...], default: Any = None) -> Independence:
         # Kept before `learn`, which may raise: other forms of the call read the reason.
-        found = super().setdefault(key, _ProvedRows(None))
-        found.learn(default.suspect)
-        return found
+        proof = super().setdefault(key, _ProvedRows(None))
+        proof.learn(default.suspect)
+        return proof
 
 
 class _Engine(Engine):
-    """An engine that shares measurements with others of the same function.
-
-    Args:
-        known: the measurements.
-        bar: a progress bar that counts calls, the first of which is over.
+    """An engine with calibrations of its own, and a progress bar that counts calls, the first of
+    which is over.
     """
 
     zeros_of_unused = False
@@ -151,12 +141,15 @@ class _Engine(Engine):
         self,
         model: Callable[..., Any],
         method: Method,
-        known: CalibrationCache,
+        calibrations: CalibrationCache,
         bar: Any = None,
         **of: Any,
     ) -> None:
+        self._calibrations, self._bar = calibrations, bar
         super().__init__(model, method, hashes=False, **of)
-        self._location.caches, self._bar = {(): known}, bar
+
+    def _caches(self) -> Calibrations:
+        return {(): self._calibrations}
 
     def _progress(self, job: Job) -> Iterator[Progress]:
         for progress in run_alone(job):
@@ -172,7 +165,10 @@ def explained(method: Method, call: AttributeCall) -> Inputs:
         if (found := _in_one_run(method, call)) is not None:
             return found
         shapes = ((x.shape, x.dtype) for x in as_args(call.further) if isinstance(x, Tensor))
-        known, whole = known_points(call.forward), known_points(call.forward, "whole", *shapes)
+        known, whole = (
+            calibrations_of(call.forward),
+            calibrations_of(call.forward, "whole", *shapes),
+        )
         try:
             if call.may_be_by_rows and not call.whole and _is_usual(call):
                 maps = explained_by_rows(method, call, known)
@@ -237,12 +233,8 @@ def is_small(owner: nn.Module, inputs: Inputs) -> bool:
     if not plain or sum(x.nbytes for x in inputs) > SMALL_INPUTS:
         return False
     normed = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in owner.modules())
-    left = SMALL_NORMED if normed else SMALL_MODULE
-    for one in owner.parameters():
-        left -= one.nbytes
-        if left < 0:
-            return False
-    return True
+    size = sum(one.nbytes for one in owner.parameters())
+    return size <= (SMALL_NORMED if normed else SMALL_MODULE)
 
 
 def _mixes_rows(module: nn.Module) -> bool:
@@ -255,39 +247,26 @@ def explained_by_rows(
     call: AttributeCall,
     known: CalibrationCache,
     bar: Any = None,
-    again: Callable[[], object] = lambda: None,
+    restart: Callable[[], object] = lambda: None,
 ) -> ByRows | None:
     """The maps with rows as examples, and the values by feature; None where rows depend on each
     other, or where another form of the call may be free of what is wrong: the engine has no form
     for some of Captum's targets, and a model may not take a single row. What is wrong otherwise
     shows again in the last form.
-
-    Args:
-        method: the method of the engine.
-        call: its call.
-        known: what is known of the function's points.
-        bar: a progress bar.
-        again: called before each further try.
+    `restart` is called before each further try.
     """
     with suppress(_RowsDependError):
         for target in engine_targets(call.target, len(call.inputs[0])):
-            found = _tried(partial(_by_rows, method, call, target, known, bar))
-            if found is not None:
-                return found
-            again()
-    again()
+            try:
+                return _by_rows(method, call, target, known, bar)
+            except (ContractError, BudgetError, _RowsDependError):
+                raise
+            except Exception as error:
+                if isinstance(error, ModelError) and not isinstance(error, ModelCallError):
+                    raise
+            restart()
+    restart()
     return None
-
-
-def _tried(explain: Callable[[], ByRows]) -> ByRows | None:
-    try:
-        return explain()
-    except (ContractError, BudgetError, _RowsDependError):
-        raise
-    except Exception as error:
-        if isinstance(error, ModelError) and not isinstance(error, ModelCallError):
-            raise
-        return None
 
 
 def _by_rows(
@@ -402,7 +381,7 @@ def _like(values: Tensor | Inputs, inputs: Inputs) -> Inputs:
     return tuple(one.view(x.shape) for one, x in zip(parts, inputs, strict=True))
 
 
-_KNOWN: WeakKeyDictionary[Any, dict[tuple[object, ...], CalibrationCache]] = WeakKeyDictionary()
+_CALIBRATIONS: WeakKeyDictionary[Any, Calibrations] = WeakKeyDictionary()
 
 
 def _unwrapped(forward: Callable[..., Any]) -> tuple[Any, tuple[object, ...]]:
@@ -419,12 +398,9 @@ def _unwrapped(forward: Callable[..., Any]) -> tuple[Any, tuple[object, ...]]:
     return forward, at
 
 
-def known_points(forward: Callable[..., Any], *about: object) -> CalibrationCache:
-    """What the engine has measured of a function's points, for as long as the function lives.
-
-    Args:
-        forward: the function, the part of it downstream of layers, or a neuron of it.
-        *about: "whole" and shapes, for points that hold the whole batch.
+def calibrations_of(forward: Callable[..., Any], *about: object) -> CalibrationCache:
+    """The engine's calibrations of a function, a neuron of it or the part downstream of layers, as
+    long as the function lives. about: "whole" and shapes, for points that hold the batch.
     """
     name: object = ""
     owner: Any
@@ -437,11 +413,11 @@ def known_points(forward: Callable[..., Any], *about: object) -> CalibrationCach
         owner, name = module, owner.__code__
     made = CalibrationCache()
     if not about:
-        made.rows = _RowsKnown()
+        made.rows = _RowProofs()
     try:
-        several = _KNOWN.setdefault(owner, {})
+        several = _CALIBRATIONS.setdefault(owner, {})
         # Shapes that are new in every call must not pile up.
-        while len(several) >= MOST_KNOWN:
+        while len(several) >= MOST_CALIBRATIONS:
             several.pop(next(iter(several)), None)
         return several.setdefault((name, *about, *at), made)
     except TypeError:
@@ -472,5 +448,5 @@ def rows_depend(forward: Callable[..., Any]) -> bool:
     layers.
     """
     owner = owner_of(forward)
-    several = {} if owner is None else _KNOWN.get(owner, {})
+    several = {} if owner is None else _CALIBRATIONS.get(owner, {})
     return any(one.reason for known in several.values() for one in known.rows.values())

@@ -1,4 +1,4 @@
-"""Base classes with Captum's names, and the documentation of the arguments that classes share."""
+"""Base classes with Captum's names, and what their `attribute` methods share."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from saliency_fast.captum.arguments import (
     copies,
     filled,
     for_fill,
-    public,
+    like_inputs,
     read_masks,
+    with_parameters,
 )
 from saliency_fast.captum.attribute_call import AttributeCall
 from saliency_fast.captum.forward import compute_gradients, run_forward
@@ -34,7 +35,8 @@ from saliency_fast.model.preserve import preserved
 class Attribution:
     """An attribution method of a function of tensors, which is read anew in every call.
 
-    Classes document the arguments of their own. The others mean the same everywhere:
+    `attribute` returns attributions of the inputs' shape: a tensor, or a tuple where `inputs` is
+    one. Its arguments mean the same in all classes; `help` of the method lists them.
 
     Args:
         forward_func: (also `model`) a module or function that returns scores for its inputs.
@@ -42,24 +44,6 @@ class Attribution:
         device_ids: kept for code that reads it.
         multiply_by_inputs: False returns what inputs (or their difference from the baselines)
             would be multiplied by.
-        inputs: a tensor [B, *], or a tuple of them, which `forward_func` takes first.
-        baselines: where nothing is left of the inputs: a number, a tensor of their shape or
-            [1, *], or a tuple with one for each input. None is 0.
-        target: the element of the output that is explained: an int, a tuple of indices after the
-            batch axis, a list or tensor with one int for each example, or a list of tuples. None
-            where the function returns one number per example.
-        additional_forward_args: further arguments of `forward_func`, which get no attributions: a
-            tuple of any types, or a single argument.
-        attribute_to_layer_input: whether the layer's input counts instead of its output.
-        grad_kwargs: arguments of `torch.autograd.grad`; with them the batch runs at once.
-        return_convergence_delta: whether the result is (attributions, delta), with the sum of the
-            attributions less what the score gains over the baselines, for each example [B].
-        feature_mask: integers that broadcast to the inputs [1 | B, *], the same for elements that
-            are one feature; a tuple for a tuple of inputs. None: every element is a feature.
-        perturbations_per_eval: perturbed batches in one call of `forward_func`.
-        show_progress: whether a progress bar counts those calls.
-
-    Attributions are a tensor of the inputs' shape, or a tuple where `inputs` is one.
 
     Raises:
         ContractError: wrong arguments, with the leading words of Captum's AssertionError.
@@ -114,8 +98,7 @@ def _beside_captums(kind: type) -> type:
         return kind
     if kind not in _BESIDE:
         names = [one.__name__ for one in kind.__mro__ if one.__module__.startswith(PACKAGE)]
-        found = (_named(bases.Attribution, name) for name in names)
-        theirs = next((one for one in found if one is not None), None)
+        theirs = next(filter(None, (_named(bases.Attribution, name) for name in names)), None)
         both = (kind,) if theirs is None else (kind, theirs)
         _BESIDE[kind] = type(kind.__name__, both, {"__module__": kind.__module__})
     return _BESIDE[kind]
@@ -126,8 +109,7 @@ def _named(kind: type, name: str) -> type | None:
     if kind.__name__ == name and kind.__module__.startswith("captum."):
         return kind
     children: list[type] = kind.__subclasses__()
-    found = (_named(child, name) for child in children)
-    return next((one for one in found if one is not None), None)
+    return next(filter(None, (_named(child, name) for child in children)), None)
 
 
 def _remade(kind: Any) -> Any:
@@ -145,43 +127,38 @@ class GradientAttribution(Attribution):
         super().__init__(forward_func)
         self.gradient_func: Callable[..., tuple[Tensor, ...]] = compute_gradients
 
-    def _call(self, inputs: Any, target: Any, further: Any, **options: Any) -> AttributeCall:
-        """The call of `attribute`; `baselines` among the options are checked."""
-        parts = as_tuple(inputs)
-        if "baselines" in options:
-            options["baselines"] = as_baselines(options["baselines"], parts)
-            check_baselines(parts, options["baselines"])
-        options["gradient_func"] = self.gradient_func
-        return AttributeCall(self.forward_func, parts, target, further, **options)
+    def _call(self, given: Any, **fields: Any) -> AttributeCall:
+        """The call of `attribute` with the arguments `given`, their baselines checked.
 
-    def _with_delta(self, call: AttributeCall, maps: Inputs, result: Any, wanted: bool) -> Any:
-        """The result, and the delta of the call's maps where it is wanted."""
-        if not wanted:
+        Fields are the call's, instead of those that the arguments would give.
+        """
+        further = vars(given)
+        parts = fields.pop("inputs", None) or as_tuple(given.inputs)
+        if "baselines" in further:
+            fields["baselines"] = as_baselines(given.baselines, parts)
+            check_baselines(parts, fields["baselines"])
+        return AttributeCall(
+            *(self.forward_func, parts, further.get("target"), given.additional_forward_args),
+            gradient_func=self.gradient_func,
+            points_per_launch=further.get("internal_batch_size"),
+            **fields,
+        )
+
+    def _result(self, given: Any, call: AttributeCall, maps: Inputs, result: Any = None) -> Any:
+        """Maps like the inputs, or `result`, with the delta of the maps where it is wanted."""
+        result = like_inputs(given.inputs, maps) if result is None else result
+        if not getattr(given, "return_convergence_delta", False):
             return result
         of = call.baselines, call.inputs, call.target, call.further
         return result, self.compute_convergence_delta(maps, *of)
 
-    @public
-    def compute_convergence_delta(
-        self,
-        attributions: Tensor | tuple[Tensor, ...],
-        start_point: Any,
-        end_point: Tensor | tuple[Tensor, ...],
-        target: Any = None,
-        additional_forward_args: Any = None,
-    ) -> Tensor:
-        """The sum of the attributions less F(end_point) - F(start_point), for each example.
-
-        Args:
-            attributions: of each input or layer tensor, [B, *].
-            start_point: the baselines.
-            end_point: the inputs.
-
-        Returns:
-            The deltas [B].
-        """
-        ends, maps = as_tuple(end_point), as_tuple(attributions)
-        starts = filled(ends, as_baselines(start_point, ends))
+    @with_parameters(
+        "attributions, start_point, end_point, target=None, additional_forward_args=None"
+    )
+    def compute_convergence_delta(self, given: Any) -> Tensor:
+        """The sum of the attributions less F(end_point) - F(start_point), for each example [B]."""
+        ends, maps = as_tuple(given.end_point), as_tuple(given.attributions)
+        starts = filled(ends, as_baselines(given.start_point, ends))
         for one, end in zip(maps, ends, strict=False):
             if len(one) != len(end):
                 raise ContractError(
@@ -189,9 +166,9 @@ class GradientAttribution(Attribution):
                     f"found attribution: {len(one)} and end_point: {len(end)}"
                 )
         check_baselines(ends, starts)
-        target = as_target(target)
+        target = as_target(given.target)
         check_target(target, len(ends[0]))
-        further = as_args(additional_forward_args)
+        further = as_args(given.additional_forward_args)
         with torch.no_grad(), preserved(self.forward_func):
             start = run_forward(self.forward_func, copies(starts), target, further)
             end = run_forward(self.forward_func, copies(ends), target, further)
@@ -210,21 +187,21 @@ class PerturbationAttribution(Attribution):
     _perturbations_error = ""
     """What Captum says of a wrong perturbations_per_eval; "" where it does not check it."""
 
-    def _call(
-        self, inputs: Any, baselines: Any, target: Any, further: Any, mask: Any, *shown: Any
-    ) -> AttributeCall:
-        """The call of `attribute`; shown: perturbations_per_eval and show_progress."""
-        parts, (at_once, progress) = as_tuple(inputs), shown
-        starts = as_baselines(baselines, parts)
+    def _call(self, given: Any, **fields: Any) -> AttributeCall:
+        """The call of `attribute` with the arguments `given`, or with other fields."""
+        parts, at_once = as_tuple(given.inputs), given.perturbations_per_eval
+        starts = as_baselines(getattr(given, "baselines", None), parts)
         if self._perturbations_error and (not isinstance(at_once, int) or at_once < 1):
             words = self._perturbations_error
             raise ContractError(f"{words} Got {at_once!r}; pass perturbations_per_eval=1")
-        return AttributeCall(
-            *(self.forward_func, for_fill(parts, starts), target, further, starts),
-            features=read_masks(mask, parts),
-            at_once=at_once,
-            progress=self.get_name() if progress else "",
-        )
+        own = {
+            "baselines": starts,
+            "features": read_masks(getattr(given, "feature_mask", None), parts),
+            "at_once": at_once,
+            "progress": self.get_name() if given.show_progress else "",
+        }
+        of = given.target, given.additional_forward_args
+        return AttributeCall(self.forward_func, for_fill(parts, starts), *of, **(own | fields))
 
 
 class InternalAttribution(Attribution):
@@ -260,8 +237,6 @@ class LayerAttribution(InternalAttribution):
             Attributions [B, C, *interpolate_dims].
 
         Example:
-            >>> import torch
-            >>> from saliency_fast.captum import LayerAttribution
             >>> LayerAttribution.interpolate(torch.ones(1, 1, 2, 2), (4, 4)).shape
             torch.Size([1, 1, 4, 4])
         """

@@ -27,15 +27,9 @@ def run_forward(
 
 
 def read_output(raw: Any) -> Tensor:
-    """The tensor to explain in what a function returns.
-
-    Returns:
-        The tensor itself; a Python number as a tensor; `logits` or `out` of an output that has one;
-        the first tensor of a tuple or list; the only tensor of another output.
-
-    Raises:
-        ContractError: no tensor is found.
-        ModelError: an output has several tensors of other names.
+    """The tensor to explain in what a function returns: the tensor itself; a Python number as a
+    tensor; `logits` or `out` of an output that has one; the first tensor of a tuple or list; the
+    only tensor of another output.
     """
     if isinstance(raw, (int, float)):
         return torch.tensor(
@@ -64,13 +58,9 @@ def read_output(raw: Any) -> Tensor:
 
 
 def selected(output: Tensor, target: Any) -> Tensor:
-    """The elements of an output [B, *] that a target selects.
-
-    Args:
-        output: what the user's function returned.
-        target: None for all elements; an int, or a tensor of one, for that index after the batch
-            axis; a tuple for several such indices; a list of ints or a tensor [B] for one class
-            per row; a list of tuples for one index per row.
+    """The elements of an output [B, *] that a target selects: None for all elements; an int, or a
+    tensor of one, for that index after the batch axis; a tuple for several such indices; a list of
+    ints or a tensor [B] for one class per row; a list of tuples for one index per row.
     """
     target = as_target(target)
     if target is None:
@@ -133,7 +123,7 @@ def _classes(output: Tensor, classes: Tensor) -> Tensor:
             f"targets count classes: got a tensor of {classes.dtype}, expected whole numbers; use "
             "target.long() if that is what they are"
         )
-    low, high = int(classes.min()), int(classes.max())
+    low, high = map(int, torch.aminmax(classes))
     if low < 0 or high >= output.shape[1]:
         raise TargetRangeError(
             f"index {low if low < 0 else high} is out of bounds for dimension 1 with size "
@@ -153,14 +143,9 @@ def missing_layer(layer: nn.Module) -> ContractError:
 
 @dataclass(frozen=True)
 class Neuron:
-    """One neuron of a layer as a model of its own, with one number per row.
-
-    Args:
-        model: the user's function.
-        layer: its layer; of one that runs several times the last run counts.
-        of_input: whether the neuron is in the layer's input instead of its output.
-        selector: an index after the batch axis; a tuple of indices and slices, over which is
-            summed; or a function of the layer's tensor (of the tuple, where it has several).
+    """One neuron of a layer as a model of its own, with one number per row; of a layer that runs
+    several times the last run counts. selector: see `ARGUMENTS["neuron_selector"]`; a function gets
+    a tuple where the layer has several tensors.
     """
 
     model: Callable[..., Any]

@@ -40,11 +40,8 @@ class _StopRunError(BaseException):
 
 @dataclass(frozen=True)
 class _Downstream(Downstream):
-    """The model downstream of layers, whose further inputs are points of a path, too.
-
-    Args:
-        kinds: the dtypes of the model's inputs.
-        materialize: whether a layer that the output does not use has zeros for gradients.
+    """The model downstream of layers, whose further inputs, of these dtypes, are points of a path,
+    too. materialize: whether a layer that the output does not use has zeros for gradients.
     """
 
     kinds: tuple[torch.dtype, ...]
@@ -67,13 +64,8 @@ class _Downstream(Downstream):
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers at which a class attributes.
-
-    Args:
-        forward: the user's function.
-        layers: modules that it runs.
-        of_input: whether their inputs count instead of their outputs.
-        listed: whether they came in a list, so that results go in one.
+    """The layers, modules that the user's function runs, at which a class attributes. of_input:
+    whether their inputs count instead of their outputs. listed: whether results go in a list.
     """
 
     forward: Callable[..., Any]

@@ -23,10 +23,10 @@ from saliency_fast.captum.arguments import (
     default_masks,
     like_inputs,
     numbers_of,
-    public,
     read_masks,
     row_of,
     tiled,
+    with_parameters,
 )
 from saliency_fast.captum.attribute_call import AttributeCall, rows_depend
 from saliency_fast.captum.attribution import PerturbationAttribution
@@ -60,8 +60,6 @@ def get_exp_kernel_similarity_function(
         A function of (original, perturbed, interpretable sample, **kwargs).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import get_exp_kernel_similarity_function
         >>> similarity = get_exp_kernel_similarity_function("euclidean")
         >>> similarity(torch.ones(1, 2), torch.ones(1, 2), None)
         1.0
@@ -98,8 +96,6 @@ class LimeBase(PerturbationAttribution):
         to_interp_rep_transform: the reverse, for samples that are inputs.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LimeBase
         >>> class Mean:
         ...     def fit(self, data):
         ...         self.mean = torch.cat([y for _, y, _ in data]).mean()
@@ -140,58 +136,38 @@ class LimeBase(PerturbationAttribution):
                 "Must provide transform from original input space to interpretable space"
             )
 
-    @public
+    @with_parameters(
+        "inputs, target=None, additional_forward_args=None, n_samples=50, "
+        "perturbations_per_eval=1, show_progress=False, **kwargs"
+    )
     @torch.no_grad()
-    def attribute(
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        n_samples: int = 50,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Fits the interpretable model; see `Attribution` for the other arguments.
+    def attribute(self, given: Any) -> Any:
+        """What the interpretable model's `representation` returns after its fit.
 
-        Args:
-            n_samples: perturbed inputs.
-            **kwargs: for the functions that the instance was given.
-
-        Returns:
-            What the model's `representation` returns after its fit.
+        The functions that the instance was given get `kwargs`.
         """
-        call = AttributeCall(self.forward_func, as_tuple(inputs), target, additional_forward_args)
-        of = inputs, n_samples, perturbations_per_eval, show_progress, kwargs
-        rewind = rewind_draws(call.inputs[0].device)
-        apart = perturbations_per_eval < 2 or rows_depend(self.forward_func)
+        inputs = as_tuple(given.inputs)
+        call = AttributeCall(self.forward_func, inputs, given.target, given.additional_forward_args)
         table = together_or_apart(
-            lambda apart: self._samples(_SampleCalls(call, apart), *of), rewind, apart=apart
+            lambda apart: self._samples(_SampleCalls(call, apart), given),
+            rewind_draws(inputs[0].device),
+            apart=given.perturbations_per_eval < 2 or rows_depend(self.forward_func),
         )
         dataset = TensorDataset(*table)
         self.interpretable_model.fit(DataLoader(dataset, batch_size=len(dataset)))
-        found: Tensor = self.interpretable_model.representation()
-        return found
+        return self.interpretable_model.representation()
 
-    def _samples(
-        self,
-        calls: _SampleCalls,
-        inputs: Any,
-        n_samples: int,
-        at_once: int,
-        show_progress: bool,
-        kwargs: dict[str, Any],
-    ) -> Inputs:
+    def _samples(self, calls: _SampleCalls, given: Any) -> Inputs:
         """Samples, their numbers and their weights; raises RowsMeetError where samples of a call
         change each other's numbers.
         """
-        device = as_tuple(inputs)[0].device
+        device, most = as_tuple(given.inputs)[0].device, given.perturbations_per_eval
         samples, weights, outputs, waiting = [], [], [], list[Inputs]()
-        draw = self._draw(inputs, kwargs)
-        total, words = -(-n_samples // at_once), f"{self.get_name()} attribution"
-        bar = tqdm(total=total, desc=words, disable=not show_progress)
+        draw = self._draw(given.inputs, given.kwargs)
+        total, words = -(-given.n_samples // most), f"{self.get_name()} attribution"
+        bar = tqdm(total=total, desc=words, disable=not given.show_progress)
         with preserved(self.forward_func), bar:
-            for _ in range(n_samples):
+            for _ in range(given.n_samples):
                 try:
                     simple, point = draw()
                 except StopIteration:
@@ -199,11 +175,11 @@ class LimeBase(PerturbationAttribution):
                         "Generator completed prior to given n_samples iterations!", stacklevel=2
                     )
                     break
-                similar = self.similarity_func(inputs, point, simple, **kwargs)
+                similar = self.similarity_func(given.inputs, point, simple, **given.kwargs)
                 samples.append(simple)
                 weights.append(torch.as_tensor(similar, device=device).reshape(-1))
                 waiting.append(as_tuple(point))
-                if len(waiting) == at_once:
+                if len(waiting) == most:
                     outputs.append(calls.numbers(waiting).to(device))
                     bar.update()
                     waiting.clear()
@@ -308,8 +284,6 @@ class Lime(LimeBase):
     of the user's they run one example after another, as in `LimeBase`, which documents these.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import Lime
         >>> _ = torch.manual_seed(0)
         >>> method = Lime(lambda x: (3 * x).sum(1))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), n_samples=50).shape
@@ -335,36 +309,20 @@ class Lime(LimeBase):
         )
         self._given = any(one is not None for one in given)
 
-    @public
-    def attribute(  # type: ignore[override]
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        n_samples: int = 25,
-        perturbations_per_eval: int = 1,
-        return_input_shape: bool = True,
-        show_progress: bool = False,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            n_samples: coalitions of each example.
-            return_input_shape: whether elements get their feature's slope.
-
-        Returns:
-            Slopes in float32, of the inputs' shape or, without return_input_shape, [N, F].
-        """
-        parts = as_tuple(inputs)
-        masks, count = _features(feature_mask, parts)
-        of = parts, baselines, target, additional_forward_args, masks
-        call = self._call(*of, perturbations_per_eval, show_progress)
-        slopes = self._by_rows(call, count, n_samples)
+    @with_parameters(
+        "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
+        "n_samples=25, perturbations_per_eval=1, return_input_shape=True, show_progress=False"
+    )
+    def attribute(self, given: Any) -> Any:
+        """Slopes in float32, of the inputs' shape or, without return_input_shape, [N, F]."""
+        parts = as_tuple(given.inputs)
+        masks, count = _features(given.feature_mask, parts)
+        call = self._call(given, features=masks)
+        slopes = self._by_rows(call, count, given.n_samples)
         if slopes is None:
-            slopes = self._one_by_one(call, count, n_samples, isinstance(inputs, tuple))
-        if not return_input_shape:
+            is_tuple = isinstance(given.inputs, tuple)
+            slopes = self._one_by_one(call, count, given.n_samples, is_tuple)
+        if not given.return_input_shape:
             return slopes
         values = []
         for mask, x in zip(masks, parts, strict=True):
@@ -373,7 +331,7 @@ class Lime(LimeBase):
                 continue
             own = mask.expand(x.shape)[: len(slopes)].reshape(len(slopes), -1)
             values.append(slopes.gather(1, own).view(len(slopes), *x.shape[1:]))
-        return like_inputs(inputs, tuple(values))
+        return like_inputs(given.inputs, tuple(values))
 
     def _by_rows(self, call: AttributeCall, count: int, samples: int) -> Tensor | None:
         """Slopes float32 [N, F], from Captum's draws, by the engine where rows are independent."""
@@ -383,7 +341,7 @@ class Lime(LimeBase):
         draws = Draws()
         method = self._method(samples, known, count, draws)
         with preserved(call.forward), progress_of(method, call) as bar:
-            found = by_rows(method, call, first_of(call), draws.again, bar)
+            found = by_rows(method, call, first_of(call), bar, draws.restart)
         if found is None:
             return None
         torch.set_rng_state(draws.state)
@@ -450,7 +408,7 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     if least != 0:
         warnings.warn(
             "Minimum element in feature mask is not 0, shifting indices to start at 0.",
-            stacklevel=4,
+            stacklevel=5,
         )
         masks = tuple(one - least for one in masks)
     count = 1 + max(int(one.max()) for one in masks if one.numel())
@@ -459,7 +417,7 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
             "Attempting to construct interpretable model with > 10000 features.This can be very "
             "slow or lead to OOM issues. Please provide a feature mask which groups input features "
             "to reduce the number of interpretable features. ",
-            stacklevel=4,
+            stacklevel=5,
         )
     return masks, count
 
@@ -502,8 +460,6 @@ class KernelShap(Lime):
     """Shapley values by a linear model on coalitions of the Shapley kernel (Lundberg, 2017).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import KernelShap
         >>> _ = torch.manual_seed(0)
         >>> method = KernelShap(lambda x: (3 * x).sum(1))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), n_samples=50).round(decimals=2)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._torch_compat import PARAMETERS, WithoutFunctionModes, own_parameters
-from saliency_fast.captum.arguments import as_tuple, copies, like_inputs, like_types, public
+from saliency_fast.captum.arguments import (
+    as_tuple,
+    copies,
+    like_inputs,
+    like_types,
+    with_parameters,
+)
 from saliency_fast.captum.attribute_call import explained
 from saliency_fast.captum.attribution import GradientAttribution
 from saliency_fast.captum.forward import run_forward
@@ -50,8 +55,6 @@ class PropagationRule(ABC):
     whose contributions relevance is divided; STABILITY_FACTOR keeps denominators off zero.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LRP, PropagationRule
         >>> class Absolute(PropagationRule):
         ...     def _manipulate_weights(self, module, inputs, outputs):
         ...         module.weight.data = module.weight.data.abs()
@@ -82,7 +85,6 @@ class EpsilonRule(PropagationRule):
         epsilon: is added to denominators, with their sign.
 
     Example:
-        >>> from saliency_fast.captum import EpsilonRule
         >>> EpsilonRule(0.1).STABILITY_FACTOR
         0.1
     """
@@ -118,8 +120,6 @@ class GammaRule(_WeightRule):
         set_bias_to_zero: whether the bias is left out.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import GammaRule
         >>> GammaRule(0.5).weight(torch.tensor([2.0, -2.0]))
         tensor([ 3., -2.])
     """
@@ -139,8 +139,6 @@ class Alpha1_Beta0_Rule(_WeightRule):  # noqa: N801
         set_bias_to_zero: whether the bias is left out.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import Alpha1_Beta0_Rule
         >>> Alpha1_Beta0_Rule().weight(torch.tensor([2.0, -2.0]))
         tensor([2., 0.])
     """
@@ -156,8 +154,6 @@ class IdentityRule(EpsilonRule):
     """Inputs get the relevance of the outputs, which have their shape.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LRP, IdentityRule
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Softmax(1))
         >>> model[1].rule = IdentityRule()
         >>> LRP(model).attribute(torch.ones(1, 4), target=0).shape
@@ -182,8 +178,6 @@ class LRP(GradientAttribution):
     unless they are given another, and those of `PASSED` hand relevance on.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LRP
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
         >>> x = torch.tensor([[1.0, -2.0]])
         >>> bool(LRP(model).attribute(x, target=0).sum() - model(x).sum() < 1e-5)
@@ -205,37 +199,25 @@ class LRP(GradientAttribution):
                     f"module: {module}; got {type(rule).__name__}"
                 )
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-        verbose: bool = False,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            verbose: whether the rule of each layer is printed.
-
-        Returns:
-            Relevance of the inputs' shape, or (relevance, delta).
-
-        Raises:
-            TypeError: a layer has no rule.
+    @with_parameters(
+        "inputs, target=None, additional_forward_args=None, return_convergence_delta=False, "
+        "verbose=False"
+    )
+    def attribute(self, given: Any) -> Any:
+        """Relevance of the inputs' shape, or (relevance, delta); raises TypeError where a layer has
+        no rule.
         """
-        call, rules = self._call(inputs, target, additional_forward_args), _rules_of(self.model)
+        call, rules = self._call(given), _rules_of(self.model)
         for layer, rule in rules:
-            if verbose and rule is not None:
+            if given.verbose and rule is not None:
                 print(f"Applied {rule} on layer {layer}")
         method = _ModuleRules(tuple((ref(layer), copy(rule)) for layer, rule in rules))
         shares = like_types(explained(method, call), call.inputs)
         with torch.no_grad(), preserved(self.forward_func):
             output = run_forward(call.forward, copies(call.inputs), call.target, call.further)
         maps = tuple(one * output.reshape(-1, *(1,) * (one.dim() - 1)) for one in shares)
-        found = like_inputs(inputs, maps)
-        if not return_convergence_delta:
+        found = like_inputs(given.inputs, maps)
+        if not given.return_convergence_delta:
             return found
         return found, self.compute_convergence_delta(maps, output)
 
@@ -330,7 +312,8 @@ class _Hooks(RulesMode):
 
     def _after(self, number: int, output: Any) -> Any:
         inputs, (layer, rule) = self.given[number].pop(), self.rules[number]
-        with _not_intercepted():
+        # The mode that intercepts the model's calls intercepts none of these.
+        with WithoutFunctionModes(), torch.enable_grad():
             if rule is None:
                 return _Passed.apply(inputs[0], output.detach())  # type: ignore[no-untyped-call]
             return self._propagated(layer, copy(rule), inputs, output)
@@ -370,13 +353,6 @@ def _with_rule_weights(
         rule._manipulate_weights(twin, inputs, output)
     found: Tensor = twin.forward(*inputs)
     return found
-
-
-@contextmanager
-def _not_intercepted() -> Iterator[None]:
-    """Inside, the mode that intercepts the model's calls intercepts none."""
-    with WithoutFunctionModes(), torch.enable_grad():
-        yield
 
 
 class _Passed(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,22 @@ from saliency_fast.captum.arguments import (
     as_target,
     as_tuple,
     check_baselines,
+    drawn_from,
     floating,
     interleaved,
     like_inputs,
-    public,
+    with_parameters,
 )
 from saliency_fast.captum.attribute_call import explained, rows_depend
 from saliency_fast.captum.attribution import Attribution, GradientAttribution
 from saliency_fast.captum.forward import compute_gradients
 from saliency_fast.captum.gradients import Saliency
-from saliency_fast.captum.shared_calls import calls_of, rewind_draws, together_or_apart
+from saliency_fast.captum.shared_calls import (
+    calls_of,
+    rewind_draws,
+    samples_at_once,
+    together_or_apart,
+)
 from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.engine.points import Noise, first_elements
 from saliency_fast.engine.recipe import Recipe, WeightedSum
@@ -37,8 +43,6 @@ from saliency_fast.methods.gradient import Gradient
 from saliency_fast.methods.sampling import samples_level
 
 TYPES = ("smoothgrad", "smoothgrad_sq", "vargrad")
-CHUNK_BYTES = 64 * 1024**2
-"""Bytes of copies of the batch that are held at once, unless the caller says how many."""
 
 
 class NoiseTunnel(Attribution):
@@ -49,8 +53,6 @@ class NoiseTunnel(Attribution):
         attribution_method: an instance of a class of this package, of Captum's or of the user's.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import NoiseTunnel, Saliency
         >>> method = NoiseTunnel(Saliency(lambda x: (3 * x).sum(1)))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), nt_samples=4)
         tensor([[3., 3.]])
@@ -67,68 +69,46 @@ class NoiseTunnel(Attribution):
     def has_convergence_delta(self) -> bool:
         return bool(self.is_delta_supported)
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        nt_type: str = "smoothgrad",
-        nt_samples: int = 5,
-        nt_samples_batch_size: int | None = None,
-        stdevs: float | tuple[float, ...] = 1.0,
-        draw_baseline_from_distrib: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Attributes as the method does, with noise.
-
-        Args:
-            nt_type: "smoothgrad" (mean), "smoothgrad_sq" (mean square) or "vargrad" (variance,
-                E[a^2] - E[a]^2).
-            nt_samples: noisy copies of each example, from seeds of PyTorch's global generator.
-            nt_samples_batch_size: copies of all examples at once; None plans memory.
-            stdevs: the standard deviation of the noise, or one for each input.
-            draw_baseline_from_distrib: whether baselines are sets [M, *] to draw rows from.
-            **kwargs: of the method's `attribute`.
-
-        Returns:
-            What the method returns, and its deltas [B * nt_samples] where kwargs ask for them.
-        """
-        parts = floating(as_tuple(inputs))
+    @with_parameters(
+        "inputs, nt_type='smoothgrad', nt_samples=5, nt_samples_batch_size=None, stdevs=1.0, "
+        "draw_baseline_from_distrib=False, **kwargs"
+    )
+    def attribute(self, given: Any) -> Any:
+        """What the method returns for its arguments `kwargs`, and its deltas where they ask."""
+        parts, kwargs = floating(as_tuple(given.inputs)), given.kwargs
+        nt_type, samples, most = given.nt_type, given.nt_samples, given.nt_samples_batch_size
         if nt_type not in TYPES:
             raise ContractError(
                 "Noise types must be either `smoothgrad`, `smoothgrad_sq` or `vargrad`. Given "
                 f"{nt_type}"
             )
-        sizes = {"nt_samples": nt_samples, "nt_samples_batch_size": nt_samples_batch_size}
-        for name, value in sizes.items():
+        for name, value in {"nt_samples": samples, "nt_samples_batch_size": most}.items():
             if value is not None and value < 1:
                 raise ContractError(f"{name} must be 1 or more: got {value}")
-        noise = _Noise(parts, _read_stdevs(stdevs, parts), _draw_seeds(len(parts[0])))
-        most, method = nt_samples_batch_size, self.attribution_method
-        if reduction := self._reduction(nt_type, noise.stdevs, kwargs):
-            fused = _NoisyGradients(
-                nt_samples, noise.stdevs[0], reduction, tuple(noise.seeds.tolist())
-            )
-            further = kwargs.get("target"), kwargs.get("additional_forward_args")
+        stdevs = _read_stdevs(given.stdevs, parts)
+        # A seed for each example: examples of one batch have noise of their own.
+        seeds = torch.randint(-(2**63), 2**63 - 1, (len(parts[0]),), device="cpu")
+        method = self.attribution_method
+        if reduction := self._reduction(nt_type, stdevs, kwargs):
+            fused = _NoisyGradients(samples, stdevs[0], reduction, tuple(seeds.tolist()))
+            of = {"target": None, "additional_forward_args": None, **kwargs}
             limit = None if most is None else most * len(parts[0])
-            call = method._call(parts, *further, points_per_launch=limit)
-            return like_inputs(inputs, explained(fused, call))
+            call = method._call(SimpleNamespace(inputs=parts, internal_batch_size=limit, **of))
+            return like_inputs(given.inputs, explained(fused, call))
+        # Others' methods get all samples, as they would from Captum.
+        own = isinstance(method, Attribution)
         if most is None:
-            # Others' methods get all samples, as they would from Captum.
-            own = isinstance(method, Attribution)
-            most = samples_at_once(parts, nt_samples) if own else nt_samples
-        of = inputs, noise, draw_baseline_from_distrib, kwargs
-        chunk = min(nt_samples, most)
-        proves = chunk > 1 and isinstance(method, Attribution)
+            most = samples_at_once(parts, samples) if own else samples
         found = together_or_apart(
-            lambda apart: self._summed(nt_samples, 1 if apart else chunk, *of),
+            lambda apart: self._summed(given, _Noise(parts, stdevs, seeds), 1 if apart else most),
             rewind_draws(parts[0].device),
-            apart=proves and rows_depend(method.forward_func),
+            apart=own and min(samples, most) > 1 and rows_depend(method.forward_func),
         )
-        maps = found.maps(nt_type, nt_samples)
+        maps = found.maps(nt_type, samples)
         values = maps if found.is_tuple else maps[0]
         if not found.deltas:
             return values
-        return values, found.delta(nt_samples_batch_size or nt_samples)
+        return values, found.delta(given.nt_samples_batch_size or samples)
 
     def _reduction(
         self, nt_type: str, stdevs: tuple[float, ...], kwargs: dict[str, Any]
@@ -144,31 +124,25 @@ class NoiseTunnel(Attribution):
             return None if absolute else "variance"
         return "square" if nt_type == "smoothgrad_sq" else "absolute" if absolute else "sum"
 
-    def _summed(
-        self,
-        samples: int,
-        chunk: int,
-        inputs: Any,
-        noise: _Noise,
-        draw: bool,
-        kwargs: dict[str, Any],
-    ) -> _Sums:
-        """The sums over all samples, `chunk` at once; raises RowsMeetError where samples of a chunk
-        depend on each other in the model. What others' methods call together is left to them.
+    def _summed(self, given: Any, noise: _Noise, most: int) -> _Sums:
+        """The sums over all samples, at most so many at once; raises RowsMeetError where samples of
+        a call depend on each other in the model. What others' methods call together is left to
+        them.
         """
-        method, found = self.attribution_method, _Sums()
-        proves = chunk > 1 and isinstance(method, Attribution)
+        method, found, samples = self.attribution_method, _Sums(), given.nt_samples
+        proves = min(samples, most) > 1 and isinstance(method, Attribution)
         layers = getattr(method, "layer", None) or ()
         several = layers if isinstance(layers, (list, tuple)) else (layers,)
-        shared = calls_of(method.forward_func, kwargs.get("additional_forward_args"), *several)
-        for start in range(0, samples, chunk):
-            count = min(chunk, samples - start)
+        further = given.kwargs.get("additional_forward_args")
+        shared = calls_of(method.forward_func, further, *several)
+        for start in range(0, samples, most):
+            count = min(most, samples - start)
             with torch.no_grad():
                 rows = noise.rows(start, start + count)
                 if proves and shared.depend(_by_sample(rows, count)):
                     raise RowsMeetError
-                own = _expanded(kwargs, noise.inputs, count, draw)
-                found.add(*self._of(like_inputs(inputs, rows), own), count)
+                own = _expanded(given, noise.inputs, count)
+                found.add(*self._of(like_inputs(given.inputs, rows), own), count)
                 # The engine looks at points between the samples and their baselines.
                 if proves and rows_depend(method.forward_func):
                     raise RowsMeetError
@@ -180,11 +154,7 @@ class NoiseTunnel(Attribution):
         if self.is_gradient_method:
             for one in as_tuple(rows):
                 one.requires_grad_()
-        unwrapped = getattr(method.attribute, "__wrapped__", None)
-        if unwrapped is None:
-            found = method.attribute(rows, **kwargs)
-        else:
-            found = unwrapped(method, rows, **kwargs)
+        found = method.attribute(rows, **kwargs)
         if self.is_delta_supported and kwargs.get("return_convergence_delta"):
             maps, delta = found
             return maps, delta
@@ -206,17 +176,6 @@ def _read_stdevs(stdevs: Any, inputs: Inputs) -> tuple[float, ...]:
             f"values {len(stdevs)}"
         )
     return tuple(map(float, stdevs))
-
-
-def _draw_seeds(batch: int) -> Tensor:
-    """A seed for each example, int64 [B]: examples of one batch have noise of their own."""
-    return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device="cpu")
-
-
-def samples_at_once(inputs: Inputs, samples: int) -> int:
-    """How many copies of the batch fit into `CHUNK_BYTES`, one at least."""
-    each = sum(x.numel() * x.element_size() for x in inputs)
-    return min(samples, max(1, CHUNK_BYTES // max(1, each)))
 
 
 @dataclass(frozen=True)
@@ -301,21 +260,19 @@ def _by_sample(rows: Inputs, samples: int) -> Inputs:
     return tuple(x.view(-1, samples, *x.shape[1:]).transpose(0, 1) for x in rows)
 
 
-def _expanded(kwargs: dict[str, Any], inputs: Inputs, samples: int, draw: bool) -> dict[str, Any]:
+def _expanded(given: Any, inputs: Inputs, samples: int) -> dict[str, Any]:
     """A method's arguments for so many samples of every example, example-major."""
-    found = dict(kwargs)
-    if kwargs.get("additional_forward_args") is not None:
-        further = kwargs["additional_forward_args"]
+    found, draw = dict(given.kwargs), given.draw_baseline_from_distrib
+    if (further := found.get("additional_forward_args")) is not None:
         found["additional_forward_args"] = arguments_of(further, interleaved, samples, 0)
-    if "target" in kwargs:
-        found["target"] = interleaved(as_target(kwargs["target"]), samples)
-    if "baselines" in kwargs:
-        baselines = as_baselines(kwargs["baselines"], inputs)
+    if "target" in found:
+        found["target"] = interleaved(as_target(found["target"]), samples)
+    if "baselines" in found:
+        baselines = as_baselines(found["baselines"], inputs)
         check_baselines(inputs, baselines, drawn=draw)
         pairs = zip(inputs, baselines, strict=True)
         found["baselines"] = tuple(_baseline(x, one, samples, draw) for x, one in pairs)
-    mask = kwargs.get("feature_mask")
-    if mask is not None:
+    if (mask := found.get("feature_mask")) is not None:
         several = as_tuple(mask)
         masks = (one if len(one) == 1 else interleaved(one, samples, 0) for one in several)
         found["feature_mask"] = like_inputs(mask, tuple(masks))
@@ -336,8 +293,6 @@ class GradientShap(GradientAttribution):
     baseline x' (Lundberg, 2017; Erion, 2021).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import GradientShap
         >>> method = GradientShap(lambda x: (3 * x).sum(1))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), torch.zeros(4, 2))
         tensor([[ 3., -6.]])
@@ -349,46 +304,30 @@ class GradientShap(GradientAttribution):
         super().__init__(forward_func)
         self._multiply_by_inputs = multiply_by_inputs
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        baselines: Any,
-        n_samples: int = 5,
-        stdevs: float | tuple[float, ...] = 0.0,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
+    @with_parameters(
+        "inputs, baselines, n_samples=5, stdevs=0.0, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False"
+    )
+    def attribute(self, given: Any) -> Any:
+        """Attributions of the inputs' shape, or (attributions, delta).
 
-        Args:
-            baselines: a set [M, *] for each input, or a function that returns them, of the inputs
-                if it takes an argument. Rows and points come from NumPy's global generator.
-            n_samples: random points of each example.
-            stdevs: the standard deviation of noise on the inputs, or one for each.
-
-        Returns:
-            Attributions of the inputs' shape, or (attributions, delta) with deltas
-            [B * n_samples], example-major.
+        Rows of the baselines and points come from NumPy's global generator.
         """
-        if callable(baselines):
-            baselines = baselines(inputs) if signature(baselines).parameters else baselines()
-        starts = as_baselines(baselines, as_tuple(inputs))
+        starts = as_baselines(drawn_from(given.baselines, given.inputs), as_tuple(given.inputs))
         if not isinstance(starts[0], Tensor):
             raise ContractError(
                 "Baselines distribution has to be provided in a form of a torch.Tensor "
                 f"{starts[0]}; pass a tensor [M, ...] for each input"
             )
         return NoiseTunnel(_RandomPoint(self)).attribute(
-            inputs,
-            nt_samples=n_samples,
-            stdevs=stdevs,
+            given.inputs,
+            nt_samples=given.n_samples,
+            stdevs=given.stdevs,
             draw_baseline_from_distrib=True,
             baselines=starts,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            return_convergence_delta=return_convergence_delta,
+            target=given.target,
+            additional_forward_args=given.additional_forward_args,
+            return_convergence_delta=given.return_convergence_delta,
         )
 
 
@@ -402,18 +341,14 @@ class _RandomPoint(GradientAttribution):
         self.gradient_func = method.gradient_func
         self._multiply_by_inputs = method.multiplies_by_inputs
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        baselines: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-    ) -> Any:
-        call = self._call(inputs, target, additional_forward_args, baselines=baselines)
+    @with_parameters(
+        "inputs, baselines, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False"
+    )
+    def attribute(self, given: Any) -> Any:
+        call = self._call(given)
         drawn = torch.from_numpy(np.random.uniform(0.0, 1.0, len(call.inputs[0])))
-        pairs = list(zip(call.inputs, baselines, strict=True))
+        pairs = list(zip(call.inputs, given.baselines, strict=True))
         points = tuple(
             torch.lerp(torch.as_tensor(b, dtype=x.dtype, device=x.device).expand_as(x), x, share)
             for x, b in pairs
@@ -422,4 +357,4 @@ class _RandomPoint(GradientAttribution):
         maps = explained(Gradient(), replace(call, inputs=points, baselines=None))
         if self.multiplies_by_inputs:
             maps = tuple(m * (x - b) for m, (x, b) in zip(maps, pairs, strict=True))
-        return self._with_delta(call, maps, like_inputs(inputs, maps), return_convergence_delta)
+        return self._result(given, call, maps)

@@ -22,7 +22,7 @@ from saliency_fast.captum.arguments import (
     default_masks,
     like_inputs,
     numbers_of,
-    public,
+    with_parameters,
 )
 from saliency_fast.captum.attribution import Attribution, PerturbationAttribution
 from saliency_fast.captum.perturbed import Draws, PerturbationPlan, both_forms
@@ -44,8 +44,6 @@ class FeatureAblation(PerturbationAttribution):
     """What the score loses with each feature at its baseline.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import FeatureAblation
         >>> FeatureAblation(lambda x: (x**2).sum(1)).attribute(torch.tensor([[1.0, -2.0]]))
         tensor([[1., 4.]])
     """
@@ -56,29 +54,19 @@ class FeatureAblation(PerturbationAttribution):
         super().__init__(forward_func)
         self.use_weights = False
 
-    def _plan(
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-        **kwargs: Any,
-    ) -> PerturbationPlan:
-        """Attributes to the inputs; see `Attribution` for the arguments.
-
-        Returns:
-            Attributions [B, *] of the inputs' shape; [N, *] where the function returns N numbers
-            for a batch. `attribute_future` returns a `torch.futures.Future` of them, for a function
-            that returns futures.
+    def _plan(self, given: Any) -> PerturbationPlan:
+        """Attributions [B, *] of the inputs' shape; [N, *] where the function returns N numbers for
+        a batch. `attribute_future` returns a `torch.futures.Future` of them, for a function that
+        returns futures.
         """
-        of = inputs, baselines, target, additional_forward_args, feature_mask
-        call = self._call(*of, perturbations_per_eval, show_progress)
-        return PerturbationPlan(ablation.FeatureAblation(), call, partial(_of_dtype, inputs))
+        finish = partial(_of_dtype, given.inputs)
+        return PerturbationPlan(ablation.FeatureAblation(), self._call(given), finish)
 
-    attribute, attribute_future = both_forms(_plan)
+    attribute, attribute_future = both_forms(
+        "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
+        "perturbations_per_eval=1, show_progress=False, **kwargs",
+        _plan,
+    )
 
 
 def _of_dtype(inputs: Any, maps: Inputs, first: Tensor) -> Any:
@@ -89,8 +77,6 @@ class Occlusion(FeatureAblation):
     """What the score loses where a window hides the inputs, the mean over windows (Zeiler, 2014).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import Occlusion
         >>> x = torch.tensor([[1.0, 2.0, 4.0]])
         >>> Occlusion(lambda x: x.sum(1)).attribute(x, (2,))
         tensor([[3.0000, 4.5000, 6.0000]])
@@ -100,33 +86,15 @@ class Occlusion(FeatureAblation):
         super().__init__(forward_func)
         self.use_weights = True
 
-    @public
-    def attribute(  # type: ignore[override]
-        self,
-        inputs: Any,
-        sliding_window_shapes: Any,
-        strides: Any = None,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            sliding_window_shapes: the window's size on each axis after the batch; a tuple of such
-                tuples for a tuple of inputs.
-            strides: the step of the window, a number or one for each axis (None: 1); a tuple of
-                them for a tuple of inputs.
-
-        Returns:
-            Attributions of the inputs' shape, in float32.
-        """
-        parts = as_tuple(inputs)
-        window, stride = _read_windows(sliding_window_shapes, strides, parts)
-        of = parts, baselines, target, additional_forward_args, None
-        call = self._call(*of, perturbations_per_eval, show_progress)
+    @with_parameters(
+        "inputs, sliding_window_shapes, strides=None, baselines=None, target=None, "
+        "additional_forward_args=None, perturbations_per_eval=1, show_progress=False"
+    )
+    def attribute(self, given: Any) -> Any:
+        """Attributions of the inputs' shape, in float32."""
+        parts = as_tuple(given.inputs)
+        window, stride = _read_windows(given.sliding_window_shapes, given.strides, parts)
+        call = self._call(given)
 
         def finish(maps: Inputs, first: Tensor) -> Any:
             values = []
@@ -134,7 +102,7 @@ class Occlusion(FeatureAblation):
                 # Captum's sums become float32 before they are divided by the number of windows.
                 count = _windows_at(width, step, x).to(x.device)
                 values.append((one.double() * count).to(first.dtype).float() / count.float())
-            return like_inputs(inputs, tuple(values))
+            return like_inputs(given.inputs, tuple(values))
 
         return PerturbationPlan(_Occluded(window, stride), call, finish).attributed()
 
@@ -251,8 +219,6 @@ class FeaturePermutation(FeatureAblation):
         perm_func: returns a tensor [B, *] with the elements of a mask [1 | B, *] permuted.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import FeaturePermutation
         >>> x = torch.tensor([[1.0, 5.0], [2.0, 5.0]])
         >>> FeaturePermutation(lambda x: x.sum(1)).attribute(x)
         tensor([[-1.,  0.],
@@ -268,34 +234,23 @@ class FeaturePermutation(FeatureAblation):
         self.perm_func = perm_func
         self._min_examples_per_batch_grouped = 2
 
-    def _plan(  # type: ignore[override]
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-        **kwargs: Any,
-    ) -> PerturbationPlan:
-        """Attributes to the inputs; see `Attribution` for the arguments.
-
-        Returns:
-            Attributions as of FeatureAblation; zeros, with a warning in the log, for features of a
-            tensor with too few rows to permute.
+    def _plan(self, given: Any) -> PerturbationPlan:
+        """Attributions as of FeatureAblation; zeros, with a warning in the log, for features of a
+        tensor with too few rows to permute.
         """
-        parts = as_tuple(inputs)
-        of = parts, None, target, additional_forward_args, feature_mask
-        call = self._call(*of, perturbations_per_eval, show_progress)
+        parts, call = as_tuple(given.inputs), self._call(given)
         full = tuple(x for x in parts if x.numel())
         few = self._features_of_few_rows(parts, call.features or default_masks(parts))
         draws = Draws()
         method = _Permuted(self.perm_func, full, call.at_once, few, draws)
-        return PerturbationPlan(
-            method, replace(call, baselines=None), partial(_of_dtype, inputs), draws
-        )
+        finish = partial(_of_dtype, given.inputs)
+        return PerturbationPlan(method, replace(call, baselines=None), finish, draws)
 
-    attribute, attribute_future = both_forms(_plan)  # type: ignore[assignment]
+    attribute, attribute_future = both_forms(
+        "inputs, target=None, additional_forward_args=None, feature_mask=None, "
+        "perturbations_per_eval=1, show_progress=False, **kwargs",
+        _plan,
+    )
 
     def _features_of_few_rows(self, inputs: Inputs, masks: Inputs) -> frozenset[int]:
         """Features, counted without gaps as the engine does, that are not permuted."""
@@ -405,8 +360,6 @@ class ShapleyValueSampling(PerturbationAttribution):
     """The mean gains of features in random orders (Castro, 2009), from PyTorch's global generator.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import ShapleyValueSampling
         >>> method = ShapleyValueSampling(lambda x: (3 * x).sum(1))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), n_samples=2)
         tensor([[ 3., -6.]])
@@ -414,47 +367,34 @@ class ShapleyValueSampling(PerturbationAttribution):
 
     _perturbations_error = "Ablations per evaluation must be at least 1."
 
-    def _plan(
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        n_samples: int = 25,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-    ) -> PerturbationPlan:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            n_samples: random orders of the features.
-
-        Returns:
-            Attributions in float32, [*output, *]: of the inputs' shape for one number per row.
-            `attribute_future` returns a future of them, for a function that returns futures.
+    def _plan(self, given: Any) -> PerturbationPlan:
+        """Attributions in float32, [*output, *]: of the inputs' shape for one number per row.
+        `attribute_future` returns a future of them, for a function that returns futures.
         """
-        parts = as_tuple(inputs)
-        check_baselines(parts, as_baselines(baselines, parts))
-        of = parts, baselines, target, additional_forward_args, feature_mask
-        call = self._call(*of, perturbations_per_eval, show_progress)
+        parts = as_tuple(given.inputs)
+        check_baselines(parts, as_baselines(given.baselines, parts))
+        call = self._call(given)
         masks = call.features or default_masks(parts)
         known = numbers_of(masks, parts).tolist()
         # As many as Captum counts.
         count = max(len(known), 1 + max(int(one.max()) for one in masks if one.numel()))
         draws = Draws()
-        method = self._method(n_samples, known, count, draws)
-        finish = partial(_like_output, inputs)
+        method = self._method(getattr(given, "n_samples", 0), known, count, draws)
+        finish = partial(_like_output, given.inputs)
         return PerturbationPlan(method, replace(call, features=masks), finish, draws)
 
-    attribute, attribute_future = both_forms(_plan)
+    attribute, attribute_future = both_forms(
+        "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
+        "n_samples=25, perturbations_per_eval=1, show_progress=False",
+        _plan,
+    )
 
     def _method(self, samples: int, known: list[int], count: int, draws: Draws) -> Method:
         if len(known) < count:
             warnings.warn(
                 "Feature mask is missing some integers between 0 and num_features, for optimal "
                 "performance, make sure each consecutive integer corresponds to a feature.",
-                stacklevel=5,
+                stacklevel=6,
             )
         return _RandomOrders(samples, known, count, draws)
 
@@ -469,28 +409,16 @@ class ShapleyValues(ShapleyValueSampling):
     """Exact Shapley values (Shapley, 1953), from 2^F points for F features; Captum takes F * F!.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import ShapleyValues
         >>> ShapleyValues(lambda x: x.prod(1)).attribute(torch.tensor([[1.0, 4.0]]))
         tensor([[2., 2.]])
     """
 
-    def _exact_plan(
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-    ) -> PerturbationPlan:
-        """Attributes to the inputs; arguments and result as in `ShapleyValueSampling.attribute`."""
-        of = inputs, baselines, target, additional_forward_args, feature_mask
-        return self._plan(*of, 0, perturbations_per_eval, show_progress)
-
     # As in Captum `attribute_future` is inherited, and its n_samples does nothing.
-    attribute, _ = both_forms(_exact_plan)  # type: ignore[assignment]
+    attribute, _ = both_forms(
+        "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
+        "perturbations_per_eval=1, show_progress=False",
+        ShapleyValueSampling._plan,
+    )
 
     def _method(self, samples: int, known: list[int], count: int, draws: Draws) -> Method:
         if count >= MANY_FEATURES:

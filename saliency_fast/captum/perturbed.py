@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +24,14 @@ from saliency_fast.captum.arguments import (
     as_args,
     copies,
     filled,
-    public,
     row_of,
     tiled,
+    with_parameters,
 )
 from saliency_fast.captum.attribute_call import (
     AttributeCall,
+    calibrations_of,
     explained_by_rows,
-    known_points,
     rows_depend,
 )
 from saliency_fast.captum.forward import read_output, selected
@@ -51,19 +50,18 @@ Values = tuple[Inputs, Tensor | None]
 Batches = Generator[Inputs, Tensor, Values]
 """A method at work: yields perturbed batches [count, B, *] for one call, and is sent the function's
 numbers [count, N] for each, float64."""
-P = ParamSpec("P")
 
 
 class Draws:
-    """What a method draws from PyTorch's global generator, which the engine puts back after a call:
-    the state that the method leaves it in, and draws by number, for those that are asked again.
+    """Draws from PyTorch's global generator, which the engine puts back after a call: the state in
+    which the method leaves it, and draws by number, which repeat.
     """
 
     def __init__(self) -> None:
         self.start = self.state = torch.get_rng_state()
         self.kept: dict[int, Any] = {}
 
-    def again(self) -> None:
+    def restart(self) -> None:
         """As if nothing had been drawn."""
         self.state = self.start
         self.kept.clear()
@@ -78,14 +76,8 @@ class Draws:
 
 @dataclass(frozen=True)
 class PerturbationPlan:
-    """What a perturbation class makes of its arguments.
-
-    Args:
-        method: of the engine.
-        call: its call.
-        finish: makes the result of the maps and of the numbers that the function returns at the
-            inputs.
-        draws: what the method draws, where it does.
+    """A method of the engine with its call and its random draws; `finish` makes the result of the
+    maps and of the numbers that the function returns at the inputs.
     """
 
     method: Method
@@ -100,14 +92,10 @@ class PerturbationPlan:
             first = first_of(call)
             bar.update()
             if any(x.numel() for x in call.inputs):
-                again = (self.draws or Draws()).again
-                values = by_rows(self.method, call, first, again, bar)
-                values = values or _call_by_call(self.method, call, first, bar, again)
+                of = self.method, call, first, bar, (self.draws or Draws()).restart
+                values = by_rows(*of) or _call_by_call(*of)
             else:
-                values = (
-                    tuple(x.new_zeros((first.numel(), *x.shape[1:])) for x in call.inputs),
-                    None,
-                )
+                values = _zeros(call, first), None
             bar.update((bar.total or bar.n) - bar.n)
         self._leave_draws()
         return self.finish(restored(values[0], first), first)
@@ -129,23 +117,20 @@ class PerturbationPlan:
             torch.set_rng_state(self.draws.state)
 
 
-def both_forms(
-    plan: Callable[P, PerturbationPlan],
-) -> tuple[Callable[P, Any], Callable[P, Future[Any]]]:
-    """`attribute` and `attribute_future` of a class, which have the arguments and the documentation
-    of the method that plans a call.
+def both_forms(parameters: str, plan: Callable[[Any, Any], PerturbationPlan]) -> tuple[Any, Any]:
+    """`attribute` and `attribute_future` of a class, which have these parameters and the
+    documentation of the method that plans a call.
     """
 
-    @wraps(plan)
-    def attribute(*args: P.args, **kwargs: P.kwargs) -> Any:
-        return plan(*args, **kwargs).attributed()
+    def attribute(self: Any, given: Any) -> Any:
+        return plan(self, given).attributed()
 
-    @wraps(plan)
-    def attribute_future(*args: P.args, **kwargs: P.kwargs) -> Future[Any]:
-        return plan(*args, **kwargs).promised()
+    def attribute_future(self: Any, given: Any) -> Any:
+        return plan(self, given).promised()
 
-    attribute.__name__, attribute_future.__name__ = "attribute", "attribute_future"
-    return public(attribute), public(attribute_future)
+    attribute.__doc__ = attribute_future.__doc__ = plan.__doc__
+    add = with_parameters(parameters)
+    return add(attribute), add(attribute_future)
 
 
 def progress_of(method: Method, call: AttributeCall) -> Any:
@@ -180,16 +165,20 @@ def _without_empty(call: AttributeCall) -> tuple[AttributeCall, Callable[[Inputs
         return call.forward(*inputs, *given[len(full) :])
 
     def restored(maps: Inputs, first: Tensor) -> Inputs:
-        values = [x.new_zeros((first.numel(), *x.shape[1:])) for x in call.inputs]
-        for number, one in zip(full, maps, strict=True):
-            values[number] = one
-        return tuple(values)
+        own = iter(maps)
+        zeros = enumerate(_zeros(call, first))
+        return tuple(next(own) if number in full else zero for number, zero in zeros)
 
     def some(several: Any) -> Any:
         return several and tuple(several[number] for number in full)
 
     few = {name: some(getattr(call, name)) for name in ("inputs", "baselines", "features")}
     return replace(call, forward=forward, **few), restored
+
+
+def _zeros(call: AttributeCall, first: Tensor) -> Inputs:
+    """Maps of zeros for each of the numbers at the inputs."""
+    return tuple(x.new_zeros((first.numel(), *x.shape[1:])) for x in call.inputs)
 
 
 @torch.no_grad()
@@ -214,17 +203,17 @@ def numbers_of_output(raw: Any, target: Any) -> Tensor:
 
 
 def by_rows(
-    method: Method, call: AttributeCall, first: Tensor, again: Callable[[], object], bar: Any
+    method: Method, call: AttributeCall, first: Tensor, bar: Any, restart: Callable[[], object]
 ) -> Values | None:
     """The maps by the engine, where the function is a module's and the numbers `first` that it
-    returns for the inputs are seen to depend each on its own row; None elsewhere. `again` is called
-    where the method starts over.
+    returns for the inputs are seen to depend each on its own row; None elsewhere. `restart` is
+    called where the method starts over.
     """
-    known = known_points(call.forward)
+    calibrations = calibrations_of(call.forward)
     if not _has_independent_rows(call, first):
         return None
-    found = explained_by_rows(method, call, known, bar, again)
-    if any(probe.cost.drew for probe in known.values()):
+    found = explained_by_rows(method, call, calibrations, bar, restart)
+    if any(probe.cost.drew for probe in calibrations.values()):
         # The next call must not drop out the same.
         torch.rand(1)
     return found
@@ -334,23 +323,18 @@ def _driven(batches: Batches, answer: Callable[[Inputs], Tensor]) -> Values:
         sent = answer(points)
 
 
-@dataclass(frozen=True)
 class _SharedCall:
-    """A call of the function for several perturbed batches, and what it returned."""
+    """A call of the function for perturbed batches [count, B, *], and what it returned. Targets and
+    arguments of B rows go with each batch.
+    """
 
-    call: AttributeCall
-    count: int
-    raw: Any
-
-    @classmethod
-    def of(cls, call: AttributeCall, points: Inputs) -> _SharedCall:
-        """points: [count, B, *] per input. Targets and arguments of B rows go with each batch."""
-        count, batch = len(points[0]), len(call.inputs[0])
+    def __init__(self, call: AttributeCall, points: Inputs) -> None:
+        self.call, self.count = call, len(points[0])
         rows = tuple(x.flatten(0, 1) for x in points)
         further = as_args(call.further)
-        if count > 1:
-            further = arguments_of(further, tiled, count, batch)
-        return cls(call, count, call.forward(*rows, *further))
+        if self.count > 1:
+            further = arguments_of(further, tiled, self.count, len(call.inputs[0]))
+        self.raw = call.forward(*rows, *further)
 
     def numbers(self, single: torch.Size, raw: Any = None) -> Tensor:
         """The numbers [count, N], where the inputs alone give an output of the shape `single`; raw:
@@ -375,29 +359,24 @@ class _SharedCall:
 
 @torch.no_grad()
 def _call_by_call(
-    method: Method, call: AttributeCall, first: Tensor, bar: Any, again: Callable[[], object]
+    method: Method, call: AttributeCall, first: Tensor, bar: Any, restart: Callable[[], object]
 ) -> Values:
-    """The maps of a method by calls of the function, which `bar` counts; `again` is called where
-    the method starts over.
-    """
+    """The maps by calls of the function, which `bar` counts; as for `by_rows`."""
 
     def of(points: Inputs) -> Tensor:
-        return _SharedCall.of(call, points).numbers(first.shape)
+        return _SharedCall(call, points).numbers(first.shape)
 
     def run(apart: bool) -> Values:
         def answer(points: Inputs) -> Tensor:
-            if apart:
-                singles = zip(*(x[:, None] for x in points), strict=True)
-                numbers = torch.cat(list(map(of, singles)))
-            else:
-                numbers = shared.numbers(points)
             bar.update()
-            return numbers
+            if not apart:
+                return shared.numbers(points)
+            return torch.cat([of(one) for one in zip(*(x[:, None] for x in points), strict=True)])
 
         return _driven(_batches(method, call, first), answer)
 
     def rewind() -> None:
-        again()
+        restart()
         bar.reset()
         bar.update()
 
@@ -418,7 +397,7 @@ def _promised(
     made: list[_SharedCall] = []
 
     def ask(points: Inputs) -> Tensor:
-        shared = _SharedCall.of(call, points)
+        shared = _SharedCall(call, points)
         if not isinstance(shared.raw, torch.Future):
             raise ContractError(
                 "when using attribute_future, initial_eval should have Future type rather than "

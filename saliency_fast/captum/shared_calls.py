@@ -33,15 +33,14 @@ MOST_PROVED = 4
 middle one and the one farthest from the others."""
 
 
+CHUNK_BYTES = 64 * 1024**2
+"""Bytes of copies of the batch that are held at once, unless the caller says how many."""
 Result = TypeVar("Result")
 
 
 class SharedCalls:
-    """Calls of a function for several copies of the batch.
-
-    Args:
-        of: returns the numbers [count, N] of copies [count, B, *], a tensor for each input.
-        independent: whether the copies are known not to change each other's numbers.
+    """Calls of a function `of` for several copies of the batch: from copies [count, B, *], a tensor
+    for each input, to numbers [count, N]. `independent` says that no proof is needed.
     """
 
     # The engine's proof reads these of the function that it calls.
@@ -59,17 +58,17 @@ class SharedCalls:
             return self.of(points)
         # The function may work in place.
         kept = tuple(x.clone() for x in points)
-        found = self.of(points)
-        self.dtypes = (found.dtype,) if found.dtype.is_floating_point else None
-        self._prove(kept, found)
-        return found
+        results = self.of(points)
+        self.dtypes = (results.dtype,) if results.dtype.is_floating_point else None
+        self._prove(kept, results)
+        return results
 
-    def _prove(self, points: Inputs, found: Tensor) -> None:
+    def _prove(self, points: Inputs, results: Tensor) -> None:
         """Compares some of the copies with the same copies alone. A function may branch on the
         number of rows, so that each size has a proof of its own; in later calls of that size one
-        copy is asked, since no recording shows what the function does.
+        copy is compared, since no recording shows what the function does.
         """
-        count, numbers = len(found), found.detach().double().nan_to_num()
+        count, numbers = len(results), results.detach().double().nan_to_num()
         # Numbers far from the others: those of a saturated function prove nothing.
         farthest = int((numbers - numbers.median(0).values).abs().sum(1).argmax())
         middle, due = (count - 1) // 2, [farthest]
@@ -85,15 +84,15 @@ class SharedCalls:
                 # are saturated.
                 if len(due) > 1 and number in (middle, farthest):
                     provoked(self, row, alone, scale)  # type: ignore[arg-type]
-            if not scores_agree(found[number], alone[0], scale, self):  # type: ignore[arg-type]
+            if not scores_agree(results[number], alone[0], scale, self):  # type: ignore[arg-type]
                 raise RowsMeetError(f"copy {number} of {count} has other numbers alone")
 
     @torch.no_grad()
     def judged(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
-        """The numbers of copies and the largest of them, as the engine's proof asks for them."""
-        found = self.of(points)
-        size = found.detach().double().nan_to_num(0.0, 0.0, 0.0).abs()
-        return found, float(size.max()) if size.numel() else 0.0
+        """The numbers of copies and the largest of them, as the engine's proof reads them."""
+        results = self.of(points)
+        size = results.detach().double().nan_to_num(0.0, 0.0, 0.0).abs()
+        return results, float(size.max()) if size.numel() else 0.0
 
     def depend(self, points: Inputs) -> bool:
         """Whether copies that are to share a call change each other's numbers."""
@@ -106,6 +105,12 @@ class SharedCalls:
             # A function that fails on several copies is called with one, which tells its error.
             return True
         return False
+
+
+def samples_at_once(inputs: Inputs, samples: int) -> int:
+    """How many copies of the batch fit into `CHUNK_BYTES`, one at least."""
+    each = sum(x.numel() * x.element_size() for x in inputs)
+    return min(samples, max(1, CHUNK_BYTES // max(1, each)))
 
 
 def together_or_apart(
@@ -149,11 +154,10 @@ def copies_are_apart(forward: Callable[..., Any]) -> bool:
     """
     while isinstance(forward, partial):
         forward = forward.func
-    kind = type(getattr(forward, "__self__", None))
-    return any(
-        one.__name__ == "DataLoaderAttribution" and one.__module__.startswith("captum.")
-        for one in kind.__mro__
-    )
+    names = [
+        (one.__module__, one.__name__) for one in type(getattr(forward, "__self__", 0)).__mro__
+    ]
+    return ("captum.attr._core.dataloader_attr", "DataLoaderAttribution") in names
 
 
 def rewind_draws(device: torch.device) -> Callable[[], None]:

@@ -14,21 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
-from saliency_fast.engine.recipe import (
-    Maps,
-    Recipe,
-    RoundContext,
-    RoundResult,
-    Rounds,
-    RoundsRecipe,
-)
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import Canvas, resize
 from saliency_fast.model.layers import At
 from saliency_fast.model.targets import PREDICTED, Target
-from saliency_fast.summary.grouping import connected
+from saliency_fast.summary.regions import connected
 
 NMF, KMEANS, AUTO = "nmf", "kmeans", "auto"
 METHODS = (AUTO, NMF, KMEANS)
@@ -59,24 +52,24 @@ class LayerEvidence:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", checks.grid(self.grid))
 
-    def recipe(self) -> Recipe:
-        return RoundsRecipe(self._rounds, 1, at_input=True, layers=self.layer)
+    def recipe(self) -> engine.Recipe:
+        return engine.RoundsRecipe(self._rounds, 1, at_input=True, layers=self.layer)
 
-    def _rounds(self, asked: RoundContext) -> Rounds:
-        if asked.scores.shape[1] > 1:
+    def _rounds(self, context: engine.RoundContext) -> engine.Rounds:
+        if context.scores.shape[1] > 1:
             raise InputError("target must be one per example: got several; take one of them")
-        canvas = Canvas(asked, False, self.grid, self.special)
+        canvas = Canvas(context, False, self.grid, self.special)
         parts: dict[str, list[Tensor]] = {"activations": [], "gradients": []}
 
-        def each(rows: slice, found: RoundResult) -> None:
-            (output, *_) = canvas.of_layers(found)
+        def each(rows: slice, result: engine.RoundResult) -> None:
+            (output, *_) = canvas.of_layers(result)
             parts["activations"].append(canvas.read(0, output).detach())
-            parts["gradients"].append(canvas.read(0, found.grads[0][0]).detach())
+            parts["gradients"].append(canvas.read(0, result.grads[0][0]).detach())
 
         yield canvas.inputs_round(each, gradients=True)
         extras = {name: torch.cat(several)[:, None] for name, several in parts.items()}
         evidence = (extras["activations"] * extras["gradients"]).sum(2)
-        return Maps((evidence,), extras=extras)
+        return engine.Maps((evidence,), extras=extras)
 
 
 @dataclass(frozen=True)
@@ -131,14 +124,7 @@ class Concepts:
         return self.shares.sum(1) + self.rest
 
     def by_class(self) -> dict[int, Tensor]:
-        """The mean share [K] of each concept over the examples of each class.
-
-        Returns:
-            Shares by class.
-
-        Raises:
-            InputError: If the target is no class.
-        """
+        """The mean share [K] of each concept by class; InputError if the target is no class."""
         if self.classes is None:
             raise InputError("classes are unknown: the target is no class; see `shares`")
         numbers = torch.unique(self.classes).tolist()
@@ -177,16 +163,13 @@ def concepts(
     Args:
         model: The model.
         inputs: The inputs [B, C, *spatial].
-        target: As in `explain`.
         at: A layer or its name; "auto" is the last spatial one.
         count: The number K of concepts.
         method: "nmf" for activations that are not negative, "kmeans" for clusters of directions, or
             "auto".
         seed: The same seed gives the same concepts.
-        grid: The grid of a transformer's tokens, as in `GradCAM`.
-        special: The number of its special tokens.
-        forward_args: Further arguments of the model.
-        forward_kwargs: Further arguments of the model, by name.
+        grid, special: A transformer's grid and number of special tokens, as in `GradCAM`.
+        target, forward_args, forward_kwargs: As in `explain`.
         memory_budget: As in `Engine`.
 
     Returns:
@@ -211,8 +194,8 @@ def concepts(
     if not isinstance(inputs, Tensor):
         raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
     evidence = LayerEvidence(grid=grid, special=special)
-    engine = Engine(model, evidence, at=at, memory_budget=memory_budget, hashes=False)
-    found = engine(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
+    explain = Engine(model, evidence, at=at, memory_budget=memory_budget, hashes=False)
+    found = explain(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
     axes = found.axes()
     size = inputs.shape[1:] if axes is None else axes.size(inputs.shape)
     return _concepts(found, tuple(size), count, method, seed)
@@ -307,14 +290,8 @@ def amounts(vectors: Array, units: Array, method: str) -> Array:
     """
     if method == NMF:
         factorization = _learn("decomposition").non_negative_factorization
-        found: Array = factorization(
-            vectors,
-            H=units,
-            n_components=len(units),
-            update_H=False,
-            tol=RESIDUAL,
-            max_iter=SWEEPS,
-        )[0]
+        of = {"H": units, "n_components": len(units), "update_H": False}
+        found: Array = factorization(vectors, **of, tol=RESIDUAL, max_iter=SWEEPS)[0]
         return found
     along = vectors @ units.T
     is_nearest = np.arange(len(units)) == along.argmax(1)[:, None]
@@ -337,16 +314,14 @@ def _nmf(vectors: Array, weights: Array, count: int, seed: int) -> Array:
         count, init="nndsvda", max_iter=2000, tol=1e-5, random_state=seed
     )
     # A row times the root of its weight has that weight in the squared error.
-    learner.fit(vectors * np.sqrt(weights)[:, None])
-    parts: Array = learner.components_.astype(np.float64)
-    return parts
+    parts: Array = learner.fit(vectors * np.sqrt(weights)[:, None]).components_
+    return parts.astype(np.float64)
 
 
 def _cluster_centres(vectors: Array, weights: Array, count: int, seed: int) -> Array:
     learner = _learn("cluster").KMeans(count, n_init=10, random_state=seed)
-    learner.fit(_unit(vectors), sample_weight=weights)
-    centres: Array = learner.cluster_centers_.astype(np.float64)
-    return centres
+    centres: Array = learner.fit(_unit(vectors), sample_weight=weights).cluster_centers_
+    return centres.astype(np.float64)
 
 
 def _learn(module: str) -> ModuleType:

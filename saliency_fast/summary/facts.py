@@ -22,8 +22,7 @@ from saliency_fast.evaluate.scores import NO_CLASS, ScoreQuery, probabilities
 from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.methods import read_method
 from saliency_fast.model.targets import Targets, read_targets, tensor_of, with_padding
-from saliency_fast.summary.locations import KINDS
-from saliency_fast.summary.regions import Names, Region, Regions, by_number
+from saliency_fast.summary.regions import KINDS, Names, Region, Regions, by_number
 
 Facts = dict[str, Any]
 NOISE = 0.05
@@ -188,12 +187,8 @@ def _prediction(row: list[float], names: Mapping[int, str]) -> Facts:
         {"class": int(number), "name": _class_name(int(number), names), "probability": share}
         for number, share in zip(numbers[:2], numbers[2:], strict=True)
     )
-    return {
-        "score": score,
-        "probability": probability,
-        "decision": decision,
-        "runner_up": runner_up,
-    }
+    own = {"score": score, "probability": probability}
+    return own | {"decision": decision, "runner_up": runner_up}
 
 
 def _confidence(subject: Subject, stability: int, found: Attribution | None) -> list[Facts]:

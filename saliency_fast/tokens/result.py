@@ -118,38 +118,28 @@ class TokenAttribution:
         )
 
     def rows(self, text: int = 0) -> list[tuple[str, bool, dict[str, float]]]:
-        """The tokens of one text.
+        """(token, whether it is special, its number in each column) for the tokens of one text.
 
         Args:
-            text: The index of the text.
-
-        Returns:
-            (token, whether it is special, its number in each column) per token.
-
-        Raises:
-            InputError: If there is no such text.
+            text: The index of the text; InputError if there is none.
         """
         if not -len(self.tokens) <= text < len(self.tokens):
             raise InputError(f"text out of range: got {text}, there are {len(self.tokens)}")
-        own = self.real[text]
-        columns = {name: one[text][own].tolist() for name, one in self.columns.items()}
-        special = self.special[text][own].tolist()
+        own, names = self.real[text], list(self.columns)
+        columns = (one[text][own].tolist() for one in self.columns.values())
+        special, numbers = self.special[text][own].tolist(), zip(*columns, strict=True)
+        rows = zip(self.tokens[text], special, numbers, strict=True)
         return [
-            (token, special[index], {name: one[index] for name, one in columns.items()})
-            for index, token in enumerate(self.tokens[text])
+            (token, is_special, dict(zip(names, row, strict=True)))
+            for token, is_special, row in rows
         ]
 
     def table(self, text: int = 0) -> str:
-        """The tokens of one text with their numbers, as plain text; special ones in brackets.
+        """The tokens of one text with their numbers and the rank correlations, as plain text;
+        special tokens are in brackets.
 
         Args:
-            text: The index of the text.
-
-        Returns:
-            A line per token, and the rank correlations.
-
-        Raises:
-            InputError: If there is no such text.
+            text: The index of the text; InputError if there is none.
         """
         rows = self.rows(text)
         labels = [f"({token})" if special else token for token, special, _ in rows]
@@ -157,9 +147,8 @@ class TokenAttribution:
         head = "token".ljust(width) + "".join(f"  {TITLES[name]:>15}" for name in self.columns)
         lines = [self._facts(text), head, "-" * len(head)]
         for label, (_, _, numbers) in zip(labels, rows, strict=True):
-            lines.append(
-                label.ljust(width) + "".join(f"  {one:>15.3g}" for one in numbers.values())
-            )
+            cells = "".join(f"  {one:>15.3g}" for one in numbers.values())
+            lines.append(label.ljust(width) + cells)
         if agreements := self._agreements(text):
             lines.append(f"{AGREEMENT}: {_listed(agreements)}")
         if self.reason is not None:
@@ -171,8 +160,7 @@ class TokenAttribution:
         texts = [self._shaded(number) for number in range(len(self.tokens))]
         return render("tokens.html.jinja", texts=texts, agrees=AGREEMENT, note=NOTE)
 
-    def _repr_html_(self) -> str:
-        return self.html()
+    _repr_html_ = html
 
     def __str__(self) -> str:
         """The tables of all texts."""
