@@ -11,7 +11,6 @@ from saliency_fast.captum.attribution import (
     NeuronAttribution,
     PerturbationAttribution,
 )
-from saliency_fast.captum.captum_only import kept_apart
 from saliency_fast.captum.deep_lift import (
     DeepLift,
     DeepLiftShap,
@@ -50,6 +49,7 @@ from saliency_fast.captum.perturbation import (
     ShapleyValues,
     ShapleyValueSampling,
 )
+from saliency_fast.captum.shared_calls import kept_apart
 
 __all__ = [
     "LRP",
@@ -96,7 +96,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Names that only Captum has: its own, where it is installed; see `captum_only`."""
+    """Names that only Captum has: its own, where it is installed; see `kept_apart`."""
     missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name.startswith("_"):
         raise missing

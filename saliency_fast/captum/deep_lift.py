@@ -11,24 +11,14 @@ from torch import Tensor, nn
 
 from saliency_fast import methods
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import (
-    arguments_of,
-    as_baselines,
-    as_target,
-    as_tuple,
-    drawn_from,
-    filled,
-    interleaved,
-    like_inputs,
-    like_types,
-    with_parameters,
-)
-from saliency_fast.captum.attribute_call import AttributeCall, explained
+from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import (
+    AttributeCall,
     GradientAttribution,
     InternalAttribution,
     LayerAttribution,
     NeuronAttribution,
+    explained,
 )
 from saliency_fast.captum.forward import Neuron
 from saliency_fast.captum.layers import Layers
@@ -56,33 +46,33 @@ class DeepLift(GradientAttribution):
         self.model, self.eps = model, eps
         self._multiply_by_inputs = multiply_by_inputs
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, baselines=None, target=None, additional_forward_args=None, "
         "return_convergence_delta=False, custom_attribution_func=None"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Attributions of the inputs' shape, or (attributions, delta)."""
-        call = self._deep_lift_call(given)
-        return self._result(given, call, self._maps(call, call.baselines, given))
+        call = self._deep_lift_call(args)
+        return self._result(args, call, self._maps(call, call.baselines, args))
 
-    def _deep_lift_call(self, given: Any) -> AttributeCall:
+    def _deep_lift_call(self, args: Any) -> AttributeCall:
         """A call with tensors for baselines. Softmax as a module makes the batch one example:
         Captum averages its multipliers over the batch.
         """
         model = self.forward_func
         model = model.model if isinstance(model, Neuron) else model
         modules = model.modules() if isinstance(model, nn.Module) else ()
-        call = self._call(given, whole=any(type(one) is nn.Softmax for one in modules))
-        return replace(call, baselines=filled(call.inputs, call.baselines or ()))
+        call = self._call(args, one_example=any(type(one) is nn.Softmax for one in modules))
+        return replace(call, baselines=forms.filled(call.inputs, call.baselines or ()))
 
-    def _maps(self, call: AttributeCall, baselines: Any, given: Any) -> Inputs:
+    def _maps(self, call: AttributeCall, baselines: Any, args: Any) -> Inputs:
         """Maps by the multipliers of a call, of as many of its inputs as there are baselines."""
         method = methods.DeepLift(self.eps, multiply=False, captum=True)
         starts = tuple(one.detach() for one in baselines)
         parts = tuple(x.detach() for x in call.inputs[: len(starts)])
-        multipliers = like_types(explained(method, call)[: len(starts)], parts)
-        if given.custom_attribution_func is not None:
-            return _custom_maps(given.custom_attribution_func, multipliers, parts, starts)
+        multipliers = forms.like_types(explained(method, call)[: len(starts)], parts)
+        if args.custom_attribution_func is not None:
+            return _custom_maps(args.custom_attribution_func, multipliers, parts, starts)
         if not self.multiplies_by_inputs:
             return multipliers
         both = zip(multipliers, parts, starts, strict=True)
@@ -105,39 +95,39 @@ def _custom_maps(
     return function(*(multipliers, inputs, baselines)[:count])
 
 
-def _over_baselines(single: Callable[..., Any], given: Any, name: str) -> Any:
-    """The means of the attributions of `single`, by every row of the sets of baselines.
-
-    Args:
-        single: `attribute` of the class with one baseline for each example.
-        given: its arguments, with sets for baselines.
-        name: that class, for an error message.
+def over_baselines(parameters: str, single: Callable[..., Any], name: str) -> Any:
+    """`attribute` of a class that averages over every row of sets of baselines; single: that of the
+    class with one baseline for each example, which an error message names.
     """
-    parts = as_tuple(given.inputs)
-    of = parts if name == "LayerDeepLift" else given.inputs
-    rows = _sets(drawn_from(given.baselines, of), parts, name)
-    count = len(rows[0])
-    # Every example with every row of the set, example-major.
-    given.inputs = like_inputs(
-        given.inputs, tuple(x.detach().repeat_interleave(count, 0) for x in parts)
-    )
-    given.baselines = tuple(one.repeat(len(parts[0]), *(1,) * (one.dim() - 1)) for one in rows)
-    further = arguments_of(given.additional_forward_args, interleaved, count)
-    given.additional_forward_args = further or None
-    if hasattr(given, "target"):
-        given.target = interleaved(as_target(given.target), count)
-    has_delta = getattr(given, "return_convergence_delta", False)
-    found = single(**vars(given))
-    maps, delta = found if has_delta else (found, None)
-    several = maps if isinstance(maps, tuple) else (maps,)
-    means = tuple(one.view(-1, count, *one.shape[1:]).mean(1) for one in several)
-    result = means if isinstance(maps, tuple) else means[0]
-    return (result, delta) if has_delta else result
+
+    def attribute(self: Any, args: Any) -> Any:
+        parts = forms.as_tuple(args.inputs)
+        of = parts if name == "LayerDeepLift" else args.inputs
+        rows = _sets(forms.drawn_from(args.baselines, of), parts, name)
+        count = len(rows[0])
+        # Every example with every row of the set, example-major.
+        pairs = tuple(x.detach().repeat_interleave(count, 0) for x in parts)
+        args.inputs = forms.like_inputs(args.inputs, pairs)
+        args.baselines = tuple(one.repeat(len(parts[0]), *(1,) * (one.dim() - 1)) for one in rows)
+        further = args.additional_forward_args
+        args.additional_forward_args = forms.arguments_of(further, forms.interleaved, count) or None
+        if hasattr(args, "target"):
+            args.target = forms.interleaved(forms.as_target(args.target), count)
+        has_delta = getattr(args, "return_convergence_delta", False)
+        found = single(self, **vars(args))
+        maps, delta = found if has_delta else (found, None)
+        several = maps if isinstance(maps, tuple) else (maps,)
+        means = tuple(one.view(-1, count, *one.shape[1:]).mean(1) for one in several)
+        result = means if isinstance(maps, tuple) else means[0]
+        return (result, delta) if has_delta else result
+
+    attribute.__doc__ = "The means of the attributions by every row of the baselines."
+    return forms.with_parameters(parameters)(attribute)
 
 
 def _sets(baselines: Any, inputs: Inputs, single: str) -> Inputs:
     """A set of baselines [M, *] for each input; single: the class for one baseline."""
-    rows = as_baselines(baselines, inputs)
+    rows = forms.as_baselines(baselines, inputs)
     first = rows[0]
     if not isinstance(first, Tensor) or len(first) < 2:
         raise ContractError(
@@ -167,13 +157,11 @@ class DeepLiftShap(DeepLift):
     def __init__(self, model: Callable[..., Any], multiply_by_inputs: bool = True) -> None:
         super().__init__(model, multiply_by_inputs)
 
-    @with_parameters(
+    attribute = over_baselines(
         "inputs, baselines, target=None, additional_forward_args=None, "
-        "return_convergence_delta=False, custom_attribution_func=None"
+        "return_convergence_delta=False, custom_attribution_func=None",
+        *(DeepLift.attribute, "DeepLift"),
     )
-    def attribute(self, given: Any) -> Any:
-        """Attributions of the inputs' shape, or (attributions, delta)."""
-        return _over_baselines(super().attribute, given, "DeepLift")
 
 
 class LayerDeepLift(LayerAttribution, DeepLift):
@@ -195,20 +183,20 @@ class LayerDeepLift(LayerAttribution, DeepLift):
         # Last: the other calls it with its defaults, on the way to the common base.
         DeepLift.__init__(self, model, multiply_by_inputs)
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, baselines=None, target=None, additional_forward_args=None, "
         "return_convergence_delta=False, attribute_to_layer_input=False, "
         "custom_attribution_func=None, grad_kwargs=None"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Attributions of the layer's shapes, or (attributions, delta)."""
-        call = self._deep_lift_call(given)
-        layers = Layers.of(self, given.attribute_to_layer_input)
+        call = self._deep_lift_call(args)
+        layers = Layers.of(self, args.attribute_to_layer_input)
         at, counts = layers.path(call)
-        materialize = bool((given.grad_kwargs or {}).get("materialize_grads"))
-        whole = layers.with_inputs(at, call, materialize=materialize)
-        maps = self._maps(whole, at.baselines, given)
-        return self._result(given, call, maps, layers.formatted(layers.grouped(maps, counts)))
+        materialize = bool((args.grad_kwargs or {}).get("materialize_grads"))
+        extended = layers.with_inputs(at, call, materialize=materialize)
+        maps = self._maps(extended, at.baselines, args)
+        return self._result(args, call, maps, layers.formatted(layers.grouped(maps, counts)))
 
 
 class LayerDeepLiftShap(LayerDeepLift, DeepLiftShap):
@@ -221,14 +209,12 @@ class LayerDeepLiftShap(LayerDeepLift, DeepLiftShap):
         torch.Size([1, 2])
     """
 
-    @with_parameters(
+    attribute = over_baselines(
         "inputs, baselines, target=None, additional_forward_args=None, "
         "return_convergence_delta=False, attribute_to_layer_input=False, "
-        "custom_attribution_func=None"
+        "custom_attribution_func=None",
+        *(LayerDeepLift.attribute, "LayerDeepLift"),
     )
-    def attribute(self, given: Any) -> Any:
-        """Attributions of the layer's shapes, or (attributions, delta)."""
-        return _over_baselines(super().attribute, given, "LayerDeepLift")
 
 
 class NeuronDeepLift(NeuronAttribution, GradientAttribution):
@@ -247,17 +233,17 @@ class NeuronDeepLift(NeuronAttribution, GradientAttribution):
         InternalAttribution.__init__(self, model, layer)
         self._multiply_by_inputs = multiply_by_inputs
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, neuron_selector, baselines=None, additional_forward_args=None, "
         "attribute_to_neuron_input=False, custom_attribution_func=None"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Attributions of the inputs' shape."""
         assert isinstance(self.layer, nn.Module)
-        at = self.layer, given.attribute_to_neuron_input, given.neuron_selector
+        at = self.layer, args.attribute_to_neuron_input, args.neuron_selector
         method = DeepLift(Neuron(self.forward_func, *at), self.multiplies_by_inputs)
-        of = given.inputs, given.baselines, None, given.additional_forward_args
-        return method.attribute(*of, custom_attribution_func=given.custom_attribution_func)
+        of = args.inputs, args.baselines, None, args.additional_forward_args
+        return method.attribute(*of, custom_attribution_func=args.custom_attribution_func)
 
 
 class NeuronDeepLiftShap(NeuronDeepLift):
@@ -270,10 +256,8 @@ class NeuronDeepLiftShap(NeuronDeepLift):
         tensor([[0., 1.]])
     """
 
-    @with_parameters(
+    attribute = over_baselines(
         "inputs, neuron_selector, baselines, additional_forward_args=None, "
-        "attribute_to_neuron_input=False, custom_attribution_func=None"
+        "attribute_to_neuron_input=False, custom_attribution_func=None",
+        *(NeuronDeepLift.attribute, "DeepLift"),
     )
-    def attribute(self, given: Any) -> Any:
-        """Attributions of the inputs' shape."""
-        return _over_baselines(super().attribute, given, "DeepLift")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import as_args, as_target, as_tuple
+from saliency_fast.captum import forms
 from saliency_fast.errors import ContractError, ModelError, TargetRangeError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.graph.outputs import tensors_of
@@ -23,7 +23,7 @@ def run_forward(
     forward: Callable[..., Any], inputs: Inputs, target: Any = None, further: Any = None
 ) -> Tensor:
     """The target's elements of what the function returns for all rows at once."""
-    return selected(read_output(forward(*inputs, *as_args(further))), target)
+    return selected(read_output(forward(*inputs, *forms.as_args(further))), target)
 
 
 def read_output(raw: Any) -> Tensor:
@@ -35,8 +35,8 @@ def read_output(raw: Any) -> Tensor:
         return torch.tensor(
             raw, dtype=torch.int64 if isinstance(raw, int) else torch.float64, device="cpu"
         )
-    if (found := read_of(raw)) is not None:
-        return found
+    if (result := read_of(raw)) is not None:
+        return result
     if isinstance(raw, torch.Future):
         raise ContractError(
             "when using the attribute function, initial_eval should have non-Future type rather "
@@ -62,7 +62,7 @@ def selected(output: Tensor, target: Any) -> Tensor:
     tensor of one, for that index after the batch axis; a tuple for several such indices; a list of
     ints or a tensor [B] for one class per row; a list of tuples for one index per row.
     """
-    target = as_target(target)
+    target = forms.as_target(target)
     if target is None:
         return output
     if isinstance(target, Tensor) and target.numel() == 1 and isinstance(target.item(), int):
@@ -154,16 +154,16 @@ class Neuron:
     selector: Any
 
     def __call__(self, *inputs: Any) -> Tensor:
-        found: list[Inputs] = []
+        result: list[Inputs] = []
 
         def seen(_: int, value: Any) -> None:
-            found.append(tuple(tensors_at(value)))
+            result.append(tuple(tensors_at(value)))
 
         with hooked((self.layer,), seen, of_input=self.of_input):
             self.model(*inputs)
-        if not found:
+        if not result:
             raise missing_layer(self.layer)
-        several = found[-1]
+        several = result[-1]
         if callable(self.selector):
             chosen: Tensor = self.selector(several if len(several) > 1 else several[0])
             return chosen
@@ -206,9 +206,9 @@ def compute_gradients(
         additional_forward_args: further arguments of the function.
         **grad_kwargs: of `torch.autograd.grad`.
     """
-    leaves = as_tuple(inputs)
+    leaves = forms.as_tuple(inputs)
     with torch.enable_grad():
         scores = run_forward(forward_fn, leaves, target_ind, additional_forward_args)
         need_one_number(scores)
-        found: Inputs = gradients(scores.sum(), leaves, **grad_kwargs)
-    return found
+        result: Inputs = gradients(scores.sum(), leaves, **grad_kwargs)
+    return result

@@ -17,21 +17,13 @@ from torch import Tensor, nn
 
 from saliency_fast import methods
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import (
-    arguments_of,
-    as_tuple,
-    filled,
-    floating,
-    like_inputs,
-    like_types,
-    tiled,
-    with_parameters,
-)
-from saliency_fast.captum.attribute_call import AttributeCall, explained
+from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import (
+    AttributeCall,
     GradientAttribution,
     LayerAttribution,
     LayerGradientAttribution,
+    explained,
 )
 from saliency_fast.captum.layers import Layers
 from saliency_fast.captum.shared_calls import calls_of, samples_at_once
@@ -46,14 +38,16 @@ class _InputGradient(GradientAttribution):
 
     method: ClassVar[Method]
 
-    @with_parameters("inputs, target=None, additional_forward_args=None")
-    def attribute(self, given: Any) -> Any:
+    @forms.with_parameters("inputs, target=None, additional_forward_args=None")
+    def attribute(self, args: Any) -> Any:
         """Attributions of the inputs' shape."""
-        return self._explained(self.method, given)
+        return self._explained(self.method, args)
 
-    def _explained(self, method: Method, given: Any) -> Any:
-        call = self._call(given)
-        return like_inputs(given.inputs, like_types(explained(method, call), call.inputs))
+    def _explained(self, method: Method, args: Any) -> Any:
+        call = self._call(args)
+        return forms.like_inputs(
+            args.inputs, forms.like_types(explained(method, call), call.inputs)
+        )
 
 
 class Saliency(_InputGradient):
@@ -64,10 +58,10 @@ class Saliency(_InputGradient):
         tensor([[2., 4.]])
     """
 
-    @with_parameters("inputs, target=None, abs=True, additional_forward_args=None")
-    def attribute(self, given: Any) -> Any:
+    @forms.with_parameters("inputs, target=None, abs=True, additional_forward_args=None")
+    def attribute(self, args: Any) -> Any:
         """Attributions of the inputs' shape."""
-        return self._explained(methods.Gradient(absolute=bool(given.abs)), given)
+        return self._explained(methods.Gradient(absolute=bool(args.abs)), args)
 
 
 class InputXGradient(_InputGradient):
@@ -128,11 +122,11 @@ class LayerActivation(LayerAttribution):
 
     _multiply_by_inputs = True
 
-    @with_parameters("inputs, additional_forward_args=None, attribute_to_layer_input=False")
-    def attribute(self, given: Any) -> Any:
+    @forms.with_parameters("inputs, additional_forward_args=None, attribute_to_layer_input=False")
+    def attribute(self, args: Any) -> Any:
         """A tensor, or a tuple where the layer has several; in a list for a list of layers."""
-        layers = Layers.of(self, given.attribute_to_layer_input)
-        inputs, further = as_tuple(given.inputs), given.additional_forward_args
+        layers = Layers.of(self, args.attribute_to_layer_input)
+        inputs, further = forms.as_tuple(args.inputs), args.additional_forward_args
         return layers.formatted(layers.read(inputs, further, to_end=True))
 
 
@@ -161,19 +155,19 @@ class LayerGradientXActivation(LayerGradientAttribution):
         super().__init__(forward_func, layer, device_ids)
         self._multiply_by_inputs, self._memory_efficient = multiply_by_inputs, memory_efficient
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, target=None, additional_forward_args=None, attribute_to_layer_input=False, "
         "grad_kwargs=None"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Attributions of the shapes of the layer's tensors."""
-        layers = Layers.of(self, given.attribute_to_layer_input)
-        pairs = zip(*layers.gradients(self._call(given), given.grad_kwargs), strict=True)
+        layers = Layers.of(self, args.attribute_to_layer_input)
+        pairs = zip(*layers.gradients(self._call(args), args.grad_kwargs), strict=True)
         return layers.formatted([tuple(map(self._product, *pair)) for pair in pairs])
 
     def _product(self, value: Tensor, gradient: Tensor) -> Tensor:
-        found = gradient * value if self.multiplies_by_inputs else gradient
-        return found.cpu() if self._memory_efficient else found
+        result = gradient * value if self.multiplies_by_inputs else gradient
+        return result.cpu() if self._memory_efficient else result
 
 
 class LayerGradCam(LayerGradientAttribution):
@@ -185,21 +179,21 @@ class LayerGradCam(LayerGradientAttribution):
         torch.Size([1, 1, 3, 3])
     """
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, target=None, additional_forward_args=None, attribute_to_layer_input=False, "
         "relu_attributions=False, attr_dim_summation=True, grad_kwargs=None"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Attributions [B, 1, *spatial], or [B, C, *spatial] without attr_dim_summation."""
-        layers = Layers.of(self, given.attribute_to_layer_input)
-        (values,), (gradients,) = layers.gradients(self._call(given), given.grad_kwargs)
+        layers = Layers.of(self, args.attribute_to_layer_input)
+        (values,), (gradients,) = layers.gradients(self._call(args), args.grad_kwargs)
         maps = []
         for value, gradient in zip(values, gradients, strict=True):
             spatial = tuple(range(2, gradient.dim()))
-            found = value * (gradient.mean(spatial, keepdim=True) if spatial else gradient)
-            if given.attr_dim_summation:
-                found = found.sum(1, keepdim=True)
-            maps.append(found.relu() if given.relu_attributions else found)
+            result = value * (gradient.mean(spatial, keepdim=True) if spatial else gradient)
+            if args.attr_dim_summation:
+                result = result.sum(1, keepdim=True)
+            maps.append(result.relu() if args.relu_attributions else result)
         return layers.formatted([tuple(maps)])
 
 
@@ -220,24 +214,24 @@ class GuidedGradCam(GradientAttribution):
         self.grad_cam = LayerGradCam(model, layer, device_ids)
         self.guided_backprop = GuidedBackprop(model)
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, target=None, additional_forward_args=None, interpolate_mode='nearest', "
         "attribute_to_layer_input=False"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Attributions of the inputs' shape; for inputs that the map cannot be resized to an empty
         tensor, with a warning.
         """
-        of = as_tuple(given.inputs), given.target, given.additional_forward_args
-        cam = self.grad_cam.attribute(*of, given.attribute_to_layer_input, relu_attributions=True)
+        of = forms.as_tuple(args.inputs), args.target, args.additional_forward_args
+        cam = self.grad_cam.attribute(*of, args.attribute_to_layer_input, relu_attributions=True)
         if isinstance(cam, tuple):
             raise ContractError(
                 "GuidedGradCAM attributions for layer with multiple inputs / outputs is not "
                 f"supported: got {len(cam)} tensors; name a layer with one"
             )
         guided = self.guided_backprop.attribute(*of)
-        maps = tuple(_resized_product(one, cam, given.interpolate_mode) for one in guided)
-        return like_inputs(given.inputs, maps)
+        maps = tuple(_resized_product(one, cam, args.interpolate_mode) for one in guided)
+        return forms.like_inputs(args.inputs, maps)
 
 
 def _resized_product(guided: Tensor, cam: Tensor, mode: str) -> Tensor:
@@ -340,15 +334,15 @@ class IntegratedGradients(GradientAttribution):
         super().__init__(forward_func)
         self._multiply_by_inputs = multiply_by_inputs
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, baselines=None, target=None, additional_forward_args=None, n_steps=50, "
         "method='gausslegendre', internal_batch_size=None, return_convergence_delta=False"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Attributions of the inputs' shape, or (attributions, delta)."""
-        steps = Steps(given.method, given.n_steps, self.multiplies_by_inputs)
-        call = self._call(given, inputs=floating(as_tuple(given.inputs)))
-        return self._result(given, call, steps.maps(call))
+        steps = Steps(args.method, args.n_steps, self.multiplies_by_inputs)
+        call = self._call(args, inputs=forms.floating(forms.as_tuple(args.inputs)))
+        return self._result(args, call, steps.maps(call))
 
 
 class _LayerPath(LayerGradientAttribution):
@@ -357,21 +351,21 @@ class _LayerPath(LayerGradientAttribution):
     _has_delta = True
     _maps: Callable[..., list[Inputs]]
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, baselines=None, target=None, additional_forward_args=None, n_steps=50, "
         "method='gausslegendre', internal_batch_size=None, return_convergence_delta=False, "
         "attribute_to_layer_input=False, grad_kwargs=None"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Attributions of the layer's shapes, or (attributions, delta)."""
-        steps = Steps(given.method, given.n_steps, self.multiplies_by_inputs)
-        layers = Layers.of(self, given.attribute_to_layer_input)
-        call = self._call(given, inputs=self._read(given.inputs))
-        maps = self._maps(layers, call, steps, given.grad_kwargs)
-        return self._result(given, call, tuple(chain(*maps)), layers.formatted(maps))
+        steps = Steps(args.method, args.n_steps, self.multiplies_by_inputs)
+        layers = Layers.of(self, args.attribute_to_layer_input)
+        call = self._call(args, inputs=self._read(args.inputs))
+        maps = self._maps(layers, call, steps, args.grad_kwargs)
+        return self._result(args, call, tuple(chain(*maps)), layers.formatted(maps))
 
     def _read(self, inputs: Any) -> Inputs:
-        return as_tuple(inputs)
+        return forms.as_tuple(inputs)
 
 
 class LayerIntegratedGradients(_LayerPath):
@@ -417,7 +411,7 @@ class LayerConductance(_LayerPath):
     _multiply_by_inputs = True
 
     def _read(self, inputs: Any) -> Inputs:
-        return floating(as_tuple(inputs))
+        return forms.floating(forms.as_tuple(inputs))
 
     def _maps(
         self, layers: Layers, call: AttributeCall, steps: Steps, grad_kwargs: Any
@@ -426,7 +420,7 @@ class LayerConductance(_LayerPath):
         at_once = samples_at_once(call.inputs, len(nodes))
         if call.points_per_launch is not None:
             at_once = call.points_per_launch // len(call.inputs[0])
-        ends = list(zip(call.inputs, filled(call.inputs, call.baselines or ()), strict=True))
+        ends = list(zip(call.inputs, forms.filled(call.inputs, call.baselines or ()), strict=True))
 
         def points(chunk: list[float]) -> Inputs:
             """Copies [len(chunk), B, *] of the batch on the line."""
@@ -436,8 +430,8 @@ class LayerConductance(_LayerPath):
             """The layer's tensors and the gradients there, step-major."""
             count = len(chunk)
             rows = tuple(x.flatten(0, 1) for x in points(chunk))
-            further = arguments_of(call.further, tiled, count)
-            one = AttributeCall(call.forward, rows, tiled(call.target, count), further)
+            further = forms.arguments_of(call.further, forms.tiled, count)
+            one = AttributeCall(call.forward, rows, forms.tiled(call.target, count), further)
             values, gradients = layers.gradients(one, grad_kwargs)
             return values[0], gradients[0]
 
@@ -453,9 +447,9 @@ class LayerConductance(_LayerPath):
                 tuple(map(torch.cat, zip(*side, strict=True)))
                 for side in zip(*several, strict=True)
             )
-            found = [
+            result = [
                 ((a[batch:] - a[:-batch]) * g[:-batch]).view(-1, batch, *a.shape[1:]).sum(0)
                 for a, g in zip(values, gradients, strict=True)
             ]
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+            total = [a + b for a, b in zip(total, result, strict=True)] if total else result
         return [tuple(total)]

@@ -17,20 +17,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import (
-    arguments_of,
-    as_tuple,
-    default_masks,
-    like_inputs,
-    numbers_of,
-    read_masks,
-    row_of,
-    tiled,
-    with_parameters,
+from saliency_fast.captum import forms
+from saliency_fast.captum.attribution import AttributeCall, PerturbationAttribution, rows_depend
+from saliency_fast.captum.perturbation import (
+    Draws,
+    by_rows,
+    first_of,
+    numbers_of_output,
+    progress_of,
 )
-from saliency_fast.captum.attribute_call import AttributeCall, rows_depend
-from saliency_fast.captum.attribution import PerturbationAttribution
-from saliency_fast.captum.perturbed import Draws, by_rows, first_of, numbers_of_output, progress_of
 from saliency_fast.captum.shared_calls import SharedCalls, rewind_draws, together_or_apart
 from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Recipe
@@ -71,7 +66,7 @@ def get_exp_kernel_similarity_function(
 
     def similarity(original: Any, perturbed: Any, _: Any, **kwargs: Any) -> float:
         one, other = (
-            torch.cat([x.flatten().float() for x in as_tuple(each)])
+            torch.cat([x.flatten().float() for x in forms.as_tuple(each)])
             for each in (original, perturbed)
         )
         if distance_mode == "cosine":
@@ -136,49 +131,48 @@ class LimeBase(PerturbationAttribution):
                 "Must provide transform from original input space to interpretable space"
             )
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, target=None, additional_forward_args=None, n_samples=50, "
         "perturbations_per_eval=1, show_progress=False, **kwargs"
     )
     @torch.no_grad()
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """What the interpretable model's `representation` returns after its fit.
 
         The functions that the instance was given get `kwargs`.
         """
-        inputs = as_tuple(given.inputs)
-        call = AttributeCall(self.forward_func, inputs, given.target, given.additional_forward_args)
+        inputs = forms.as_tuple(args.inputs)
+        call = AttributeCall(self.forward_func, inputs, args.target, args.additional_forward_args)
         table = together_or_apart(
-            lambda apart: self._samples(_SampleCalls(call, apart), given),
+            lambda apart: self._samples(_SampleCalls(call, apart), args),
             rewind_draws(inputs[0].device),
-            apart=given.perturbations_per_eval < 2 or rows_depend(self.forward_func),
+            apart=args.perturbations_per_eval < 2 or rows_depend(self.forward_func),
         )
         dataset = TensorDataset(*table)
         self.interpretable_model.fit(DataLoader(dataset, batch_size=len(dataset)))
         return self.interpretable_model.representation()
 
-    def _samples(self, calls: _SampleCalls, given: Any) -> Inputs:
+    def _samples(self, calls: _SampleCalls, args: Any) -> Inputs:
         """Samples, their numbers and their weights; raises RowsMeetError where samples of a call
         change each other's numbers.
         """
-        device, most = as_tuple(given.inputs)[0].device, given.perturbations_per_eval
+        device, most = forms.as_tuple(args.inputs)[0].device, args.perturbations_per_eval
         samples, weights, outputs, waiting = [], [], [], list[Inputs]()
-        draw = self._draw(given.inputs, given.kwargs)
-        total, words = -(-given.n_samples // most), f"{self.get_name()} attribution"
-        bar = tqdm(total=total, desc=words, disable=not given.show_progress)
+        draw = self._draw(args.inputs, args.kwargs)
+        total, words = -(-args.n_samples // most), f"{self.get_name()} attribution"
+        bar = tqdm(total=total, desc=words, disable=not args.show_progress)
         with preserved(self.forward_func), bar:
-            for _ in range(given.n_samples):
+            for _ in range(args.n_samples):
                 try:
                     simple, point = draw()
                 except StopIteration:
-                    warnings.warn(
-                        "Generator completed prior to given n_samples iterations!", stacklevel=2
-                    )
+                    words = "Generator completed prior to given n_samples iterations!"
+                    warnings.warn(words, stacklevel=2)
                     break
-                similar = self.similarity_func(given.inputs, point, simple, **given.kwargs)
+                similar = self.similarity_func(args.inputs, point, simple, **args.kwargs)
                 samples.append(simple)
                 weights.append(torch.as_tensor(similar, device=device).reshape(-1))
-                waiting.append(as_tuple(point))
+                waiting.append(forms.as_tuple(point))
                 if len(waiting) == most:
                     outputs.append(calls.numbers(waiting).to(device))
                     bar.update()
@@ -190,16 +184,16 @@ class LimeBase(PerturbationAttribution):
 
     def _draw(self, inputs: Any, kwargs: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
         """A function that draws a sample: in the interpretable space, and as an input."""
-        generator = inspect.isgeneratorfunction(self.perturb_func)
-        several = self.perturb_func(inputs, **kwargs) if generator else None
+        is_generator = inspect.isgeneratorfunction(self.perturb_func)
+        several = self.perturb_func(inputs, **kwargs) if is_generator else None
+        make: Any = self.to_interp_rep_transform
+        if self.perturb_interpretable_space:
+            make = self.from_interp_rep_transform
 
         def draw() -> tuple[Any, Any]:
             sample = self.perturb_func(inputs, **kwargs) if several is None else next(several)
-            if self.perturb_interpretable_space:
-                assert self.from_interp_rep_transform is not None
-                return sample, self.from_interp_rep_transform(sample, inputs, **kwargs)
-            assert self.to_interp_rep_transform is not None
-            return self.to_interp_rep_transform(sample, inputs, **kwargs), sample
+            made = make(sample, inputs, **kwargs)
+            return (sample, made) if self.perturb_interpretable_space else (made, sample)
 
         return draw
 
@@ -228,14 +222,14 @@ class _SampleCalls:
     def _of(self, points: list[Inputs]) -> Tensor:
         call, count = self.call, len(points)
         rows = tuple(torch.cat(one) for one in zip(*points, strict=True))
-        raw = call.forward(*rows, *arguments_of(call.further, tiled, count))
-        found = numbers_of_output(raw, tiled(call.target, count))
-        if found.numel() != count:
+        raw = call.forward(*rows, *forms.arguments_of(call.further, forms.tiled, count))
+        result = numbers_of_output(raw, forms.tiled(call.target, count))
+        if result.numel() != count:
             raise ContractError(
                 "Number of outputs is not appropriate, must return one output per perturbed "
-                f"input: got {found.numel()} for {count}; pass target="
+                f"input: got {result.numel()} for {count}; pass target="
             )
-        return found.reshape(-1)
+        return result.reshape(-1)
 
 
 class _LinearModel:
@@ -259,22 +253,19 @@ class _LinearModel:
 
 def _from_coalition(sample: Tensor, original: Any, **kwargs: Any) -> Any:
     """The input with the features [1, F] that are present, and the others from the baselines."""
-    masks, baselines = as_tuple(kwargs["feature_mask"]), kwargs["baselines"]
+    masks, baselines = forms.as_tuple(kwargs["feature_mask"]), kwargs["baselines"]
     starts = baselines if isinstance(baselines, tuple) else (baselines,)
     points = []
-    for x, mask, start in zip(as_tuple(original), masks, starts, strict=True):
+    for x, mask, start in zip(forms.as_tuple(original), masks, starts, strict=True):
         present = sample[0][mask].bool()
         points.append(present.to(x.dtype) * x + (~present).to(x.dtype) * start)
-    return like_inputs(original, tuple(points))
+    return forms.like_inputs(original, tuple(points))
 
 
-def _coin_tosses(original: Any, **kwargs: Any) -> Tensor:
+def _coin_tosses(original: Any, *, num_interp_features: int, **kwargs: Any) -> Tensor:
     """A coalition int64 [1, F] that each feature is in with a chance of one half."""
-    return _toss(kwargs["num_interp_features"], as_tuple(original)[0].device)
-
-
-def _toss(count: int, device: torch.device) -> Tensor:
-    return torch.bernoulli(torch.full((1, count), 0.5, device="cpu")).to(device).long()
+    chance = torch.full((1, num_interp_features), 0.5, device="cpu")
+    return torch.bernoulli(chance).to(forms.as_tuple(original)[0].device).long()
 
 
 class Lime(LimeBase):
@@ -297,7 +288,7 @@ class Lime(LimeBase):
         similarity_func: Callable[..., Any] | None = None,
         perturb_func: Callable[..., Any] | None = None,
     ) -> None:
-        given = (interpretable_model, similarity_func, perturb_func)
+        args = (interpretable_model, similarity_func, perturb_func)
         super().__init__(
             forward_func,
             interpretable_model or _LinearModel("lasso", LASSO_PENALTY),
@@ -307,22 +298,22 @@ class Lime(LimeBase):
             _from_coalition,
             None,
         )
-        self._given = any(one is not None for one in given)
+        self._is_default = args == (None, None, None)
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
         "n_samples=25, perturbations_per_eval=1, return_input_shape=True, show_progress=False"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Slopes in float32, of the inputs' shape or, without return_input_shape, [N, F]."""
-        parts = as_tuple(given.inputs)
-        masks, count = _features(given.feature_mask, parts)
-        call = self._call(given, features=masks)
-        slopes = self._by_rows(call, count, given.n_samples)
+        parts = forms.as_tuple(args.inputs)
+        masks, count = _features(args.feature_mask, parts)
+        call = self._call(args, features=masks)
+        slopes = self._by_rows(call, count, args.n_samples)
         if slopes is None:
-            is_tuple = isinstance(given.inputs, tuple)
-            slopes = self._one_by_one(call, count, given.n_samples, is_tuple)
-        if not given.return_input_shape:
+            is_tuple = isinstance(args.inputs, tuple)
+            slopes = self._one_by_one(call, count, args.n_samples, is_tuple)
+        if not args.return_input_shape:
             return slopes
         values = []
         for mask, x in zip(masks, parts, strict=True):
@@ -331,33 +322,34 @@ class Lime(LimeBase):
                 continue
             own = mask.expand(x.shape)[: len(slopes)].reshape(len(slopes), -1)
             values.append(slopes.gather(1, own).view(len(slopes), *x.shape[1:]))
-        return like_inputs(given.inputs, tuple(values))
+        return forms.like_inputs(args.inputs, tuple(values))
 
     def _by_rows(self, call: AttributeCall, count: int, samples: int) -> Tensor | None:
         """Slopes float32 [N, F], from Captum's draws, by the engine where rows are independent."""
-        if self._given or call.owner is None:
+        if not self._is_default or call.owner is None:
             return None
-        known = numbers_of(call.features or (), call.inputs)
+        numbers = forms.numbers_of(call.features or (), call.inputs)
         draws = Draws()
-        method = self._method(samples, known, count, draws)
+        method = self._method(samples, numbers, count, draws)
         with preserved(call.forward), progress_of(method, call) as bar:
-            found = by_rows(method, call, first_of(call), bar, draws.restart)
-        if found is None:
+            result = by_rows(method, call, first_of(call), bar, draws.restart)
+        if result is None:
             return None
         torch.set_rng_state(draws.state)
-        assert found[1] is not None
-        slopes = found[1].new_zeros(len(found[1]), count)
-        slopes[:, known] = found[1]
+        assert result[1] is not None
+        slopes = result[1].new_zeros(len(result[1]), count)
+        slopes[:, numbers] = result[1]
         return slopes.float()
 
-    def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
-        def table(device: torch.device) -> Tensor:
-            return torch.cat([_toss(count, device) for _ in range(samples)]).bool()
+    def _method(self, samples: int, numbers: Tensor, count: int, draws: Draws) -> _Fitted:
+        def table(x: Tensor) -> Tensor:
+            tosses = [_coin_tosses(x, num_interp_features=count) for _ in range(samples)]
+            return torch.cat(tosses).bool()
 
         def weigh(game: Game, present: Tensor) -> Tensor:
             return torch.exp(-surrogates.distances(game, present, "cosine").square() / 2.0)
 
-        draw = partial(_drawn, table, known, draws)
+        draw = partial(_drawn, table, numbers, draws)
         return _Fitted(draw, weigh, "lasso", LASSO_PENALTY, samples)
 
     def _one_by_one(self, call: AttributeCall, count: int, samples: int, is_tuple: bool) -> Tensor:
@@ -377,16 +369,16 @@ class Lime(LimeBase):
                 "batch!"
             )
         rows = [slice(None)] if numbers == 1 else [slice(i, i + 1) for i in range(batch)]
-        found = []
+        result = []
         for row in rows:
             own = [
-                tuple(row_of(one, row, batch) for one in several)
+                tuple(forms.row_of(one, row, batch) for one in several)
                 for several in (call.inputs, call.baselines or (), call.features or ())
             ]
             inputs, starts, masks = (one if is_tuple else one[0] for one in own)
             slopes = LimeBase.attribute(
-                *(self, inputs, row_of(call.target, row, batch)),
-                arguments_of(call.further, row_of, row, batch) or None,
+                *(self, inputs, forms.row_of(call.target, row, batch)),
+                forms.arguments_of(call.further, forms.row_of, row, batch) or None,
                 samples,
                 call.at_once,
                 bool(call.progress),
@@ -394,13 +386,13 @@ class Lime(LimeBase):
                 feature_mask=masks,
                 num_interp_features=count,
             )
-            found.append(slopes.reshape(1, -1))
-        return torch.cat(found)
+            result.append(slopes.reshape(1, -1))
+        return torch.cat(result)
 
 
 def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     """Masks whose numbers begin at 0, and how many features Captum counts."""
-    masks = read_masks(feature_mask, inputs) or default_masks(inputs)
+    masks = forms.read_masks(feature_mask, inputs) or forms.default_masks(inputs)
     masks = tuple(
         one[(None,) * (x.dim() - one.dim())] for one, x in zip(masks, inputs, strict=True)
     )
@@ -422,18 +414,16 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     return masks, count
 
 
-def _drawn(
-    table: Callable[[torch.device], Tensor], known: Tensor, draws: Draws, game: Game
-) -> Tensor:
+def _drawn(table: Callable[[Tensor], Tensor], numbers: Tensor, draws: Draws, game: Game) -> Tensor:
     """A table of coalitions for each example, bool [B, M, F], as Captum draws one after another."""
     tables = []
     with draws.continued():
-        for _ in game.context.inputs[0]:
-            tables.append(table(game.device))
+        for x in game.context.inputs[0]:
+            tables.append(table(x))
             # What each example's fit draws: a data loader's seed, a linear layer's first weights.
             torch.empty((), dtype=torch.int64).random_()
             nn.Linear(tables[-1].shape[1], 1)
-    return torch.stack(tables).to(game.device)[..., known]
+    return torch.stack(tables).to(game.device)[..., numbers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -448,8 +438,8 @@ class _Fitted:
     name = "lime"
 
     def recipe(self) -> Recipe:
-        def rounds(asked: engine.RoundContext) -> engine.Rounds:
-            return surrogates.fitted(asked, self.draw, self.weigh, self.how, self.alpha)
+        def rounds(context: engine.RoundContext) -> engine.Rounds:
+            return surrogates.fitted(context, self.draw, self.weigh, self.how, self.alpha)
 
         return engine.RoundsRecipe(
             rounds, self.samples, baseline="fill", gradients=False, features=True
@@ -476,8 +466,8 @@ class KernelShap(Lime):
         """The weight of a coalition [1, F]."""
         return self.inf_weight if int(sample.sum()) in (0, sample.numel()) else 1.0
 
-    def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
-        def table(_: torch.device) -> Tensor:
+    def _method(self, samples: int, numbers: Tensor, count: int, draws: Draws) -> _Fitted:
+        def table(_: Tensor) -> Tensor:
             drawn = _kernel_coalitions(None, num_interp_features=count)
             return torch.cat(list(itertools.islice(drawn, samples))).bool()
 
@@ -487,7 +477,7 @@ class KernelShap(Lime):
             weight[:, :2] = self.inf_weight
             return weight
 
-        return _Fitted(partial(_drawn, table, known, draws), weigh, "linear", 0.0, samples)
+        return _Fitted(partial(_drawn, table, numbers, draws), weigh, "linear", 0.0, samples)
 
 
 def _kernel_coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
@@ -495,7 +485,7 @@ def _kernel_coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
     int64 [1, F] each.
     """
     count = kwargs["num_interp_features"]
-    device = None if original is None else as_tuple(original)[0].device
+    device = None if original is None else forms.as_tuple(original)[0].device
     yield torch.ones(1, count, dtype=torch.int64, device=device)
     yield torch.zeros(1, count, dtype=torch.int64, device=device)
     size = torch.arange(count, dtype=torch.float)

@@ -19,15 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._torch_compat import PARAMETERS, WithoutFunctionModes, own_parameters
-from saliency_fast.captum.arguments import (
-    as_tuple,
-    copies,
-    like_inputs,
-    like_types,
-    with_parameters,
-)
-from saliency_fast.captum.attribute_call import explained
-from saliency_fast.captum.attribution import GradientAttribution
+from saliency_fast.captum import forms
+from saliency_fast.captum.attribution import GradientAttribution, explained
 from saliency_fast.captum.forward import run_forward
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe, WeightedSum
@@ -42,7 +35,7 @@ DEFAULT_EPSILON = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
     *(nn.Linear, nn.BatchNorm2d),
 )
-"""Layers with the epsilon rule by default; Captum's Addition_Module is known by its name."""
+"""Layers with the epsilon rule by default; also Captum's Addition_Module, by its name."""
 PASSED = (nn.ReLU, nn.Dropout, nn.Tanh)
 """Layers that hand relevance on unchanged."""
 
@@ -99,7 +92,7 @@ class EpsilonRule(PropagationRule):
 class _WeightRule(PropagationRule):
     """A rule of other weights; `set_bias_to_zero` leaves the bias out."""
 
-    def __init__(self, set_bias_to_zero: bool) -> None:
+    def __init__(self, set_bias_to_zero: bool = False) -> None:
         self.set_bias_to_zero = set_bias_to_zero
 
     @abstractmethod
@@ -142,9 +135,6 @@ class Alpha1_Beta0_Rule(_WeightRule):  # noqa: N801
         >>> Alpha1_Beta0_Rule().weight(torch.tensor([2.0, -2.0]))
         tensor([2., 0.])
     """
-
-    def __init__(self, set_bias_to_zero: bool = False) -> None:
-        super().__init__(set_bias_to_zero)
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight.clamp(min=0)
@@ -191,7 +181,7 @@ class LRP(GradientAttribution):
         self.model = model
         for module in model.modules():
             rule = getattr(module, "rule", None)
-            # Captum's rules are known by name: it need not be installed.
+            # Captum's rules are found by name: it need not be installed.
             names = [one.__name__ for one in type(rule).__mro__]
             if rule is not None and PropagationRule.__name__ not in names:
                 raise InputTypeError(
@@ -199,43 +189,40 @@ class LRP(GradientAttribution):
                     f"module: {module}; got {type(rule).__name__}"
                 )
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, target=None, additional_forward_args=None, return_convergence_delta=False, "
         "verbose=False"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Relevance of the inputs' shape, or (relevance, delta); raises TypeError where a layer has
         no rule.
         """
-        call, rules = self._call(given), _rules_of(self.model)
+        call, model = self._call(args), self.model
+        leaves = [one for one in model.modules() if one is not model and not any(one.children())]
+        rules = [(layer, _rule_of(layer)) for layer in leaves]
         for layer, rule in rules:
-            if given.verbose and rule is not None:
+            if args.verbose and rule is not None:
                 print(f"Applied {rule} on layer {layer}")
         method = _ModuleRules(tuple((ref(layer), copy(rule)) for layer, rule in rules))
-        shares = like_types(explained(method, call), call.inputs)
+        shares = forms.like_types(explained(method, call), call.inputs)
         with torch.no_grad(), preserved(self.forward_func):
-            output = run_forward(call.forward, copies(call.inputs), call.target, call.further)
+            output = run_forward(call.forward, forms.copies(call.inputs), call.target, call.further)
         maps = tuple(one * output.reshape(-1, *(1,) * (one.dim() - 1)) for one in shares)
-        found = like_inputs(given.inputs, maps)
-        if not given.return_convergence_delta:
-            return found
-        return found, self.compute_convergence_delta(maps, output)
+        result = forms.like_inputs(args.inputs, maps)
+        if not args.return_convergence_delta:
+            return result
+        return result, self.compute_convergence_delta(maps, output)
 
-    def compute_convergence_delta(  # type: ignore[override]
+    def compute_convergence_delta(
         self, attributions: Tensor | tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
         """The score less the sum of the attributions, for each example [B]."""
-        sums = [one.reshape(len(one), -1).sum(1) for one in as_tuple(attributions)]
+        sums = [one.reshape(len(one), -1).sum(1) for one in forms.as_tuple(attributions)]
         return output.flatten() - torch.stack(sums).sum(0)
 
 
 LayerRules = list[tuple[nn.Module, Any]]
 """Leaf modules, each with its rule; None hands relevance on."""
-
-
-def _rules_of(model: nn.Module) -> LayerRules:
-    leaves = [one for one in model.modules() if one is not model and not any(one.children())]
-    return [(layer, _rule_of(layer)) for layer in leaves]
 
 
 def _rule_of(layer: nn.Module) -> Any:
@@ -270,12 +257,12 @@ class _ModuleRules:
 
     def __repr__(self) -> str:
         """What tells rules apart: layers, and the classes and attributes of their rules."""
-        plain, found = (bool, int, float, str), []
+        plain, parts = (bool, int, float, str), []
         for layer, rule in self.layers:
             own = getattr(rule, "__dict__", {}).items()
             fields = [(key, one if isinstance(one, plain) else id(one)) for key, one in own]
-            found.append((id(layer()), type(rule), fields))
-        return repr(found)
+            parts.append((id(layer()), type(rule), fields))
+        return repr(parts)
 
     def calls(self, model: Callable[..., Any] | None = None) -> RulesMode:
         alive = [(layer(), rule) for layer, rule in self.layers]
@@ -288,7 +275,7 @@ class _Hooks(RulesMode):
     def __init__(self, rules: LayerRules) -> None:
         super().__init__("LRP", {})
         self.rules = rules
-        self.given: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+        self.layer_inputs: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
         self.marked: set[int] = set()
         self.alive: list[Tensor] = []
 
@@ -305,13 +292,13 @@ class _Hooks(RulesMode):
 
     def _before(self, number: int, inputs: Any) -> Any:
         """Keeps a layer's inputs; layers that work in place get copies."""
-        self.given[number].append(inputs)
+        self.layer_inputs[number].append(inputs)
         if not getattr(self.rules[number][0], "inplace", False):
             return None
         return tuple(one.clone() if isinstance(one, Tensor) else one for one in inputs)
 
     def _after(self, number: int, output: Any) -> Any:
-        inputs, (layer, rule) = self.given[number].pop(), self.rules[number]
+        inputs, (layer, rule) = self.layer_inputs[number].pop(), self.rules[number]
         # The mode that intercepts the model's calls intercepts none of these.
         with WithoutFunctionModes(), torch.enable_grad():
             if rule is None:
@@ -351,8 +338,8 @@ def _with_rule_weights(
     object.__setattr__(twin, PARAMETERS, own)
     with torch.no_grad():
         rule._manipulate_weights(twin, inputs, output)
-    found: Tensor = twin.forward(*inputs)
-    return found
+    result: Tensor = twin.forward(*inputs)
+    return result
 
 
 class _Passed(torch.autograd.Function):

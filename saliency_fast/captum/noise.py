@@ -13,20 +13,13 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import (
-    arguments_of,
-    as_baselines,
-    as_target,
-    as_tuple,
-    check_baselines,
-    drawn_from,
-    floating,
-    interleaved,
-    like_inputs,
-    with_parameters,
+from saliency_fast.captum import forms
+from saliency_fast.captum.attribution import (
+    Attribution,
+    GradientAttribution,
+    explained,
+    rows_depend,
 )
-from saliency_fast.captum.attribute_call import explained, rows_depend
-from saliency_fast.captum.attribution import Attribution, GradientAttribution
 from saliency_fast.captum.forward import compute_gradients
 from saliency_fast.captum.gradients import Saliency
 from saliency_fast.captum.shared_calls import (
@@ -69,14 +62,14 @@ class NoiseTunnel(Attribution):
     def has_convergence_delta(self) -> bool:
         return bool(self.is_delta_supported)
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, nt_type='smoothgrad', nt_samples=5, nt_samples_batch_size=None, stdevs=1.0, "
         "draw_baseline_from_distrib=False, **kwargs"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """What the method returns for its arguments `kwargs`, and its deltas where they ask."""
-        parts, kwargs = floating(as_tuple(given.inputs)), given.kwargs
-        nt_type, samples, most = given.nt_type, given.nt_samples, given.nt_samples_batch_size
+        parts, kwargs = forms.floating(forms.as_tuple(args.inputs)), args.kwargs
+        nt_type, samples, most = args.nt_type, args.nt_samples, args.nt_samples_batch_size
         if nt_type not in TYPES:
             raise ContractError(
                 "Noise types must be either `smoothgrad`, `smoothgrad_sq` or `vargrad`. Given "
@@ -85,7 +78,7 @@ class NoiseTunnel(Attribution):
         for name, value in {"nt_samples": samples, "nt_samples_batch_size": most}.items():
             if value is not None and value < 1:
                 raise ContractError(f"{name} must be 1 or more: got {value}")
-        stdevs = _read_stdevs(given.stdevs, parts)
+        stdevs = _read_stdevs(args.stdevs, parts)
         # A seed for each example: examples of one batch have noise of their own.
         seeds = torch.randint(-(2**63), 2**63 - 1, (len(parts[0]),), device="cpu")
         method = self.attribution_method
@@ -94,21 +87,21 @@ class NoiseTunnel(Attribution):
             of = {"target": None, "additional_forward_args": None, **kwargs}
             limit = None if most is None else most * len(parts[0])
             call = method._call(SimpleNamespace(inputs=parts, internal_batch_size=limit, **of))
-            return like_inputs(given.inputs, explained(fused, call))
+            return forms.like_inputs(args.inputs, explained(fused, call))
         # Others' methods get all samples, as they would from Captum.
         own = isinstance(method, Attribution)
         if most is None:
             most = samples_at_once(parts, samples) if own else samples
-        found = together_or_apart(
-            lambda apart: self._summed(given, _Noise(parts, stdevs, seeds), 1 if apart else most),
+        result = together_or_apart(
+            lambda apart: self._summed(args, _Noise(parts, stdevs, seeds), 1 if apart else most),
             rewind_draws(parts[0].device),
             apart=own and min(samples, most) > 1 and rows_depend(method.forward_func),
         )
-        maps = found.maps(nt_type, samples)
-        values = maps if found.is_tuple else maps[0]
-        if not found.deltas:
+        maps = result.maps(nt_type, samples)
+        values = maps if result.is_tuple else maps[0]
+        if not result.deltas:
             return values
-        return values, found.delta(given.nt_samples_batch_size or samples)
+        return values, result.delta(args.nt_samples_batch_size or samples)
 
     def _reduction(
         self, nt_type: str, stdevs: tuple[float, ...], kwargs: dict[str, Any]
@@ -124,41 +117,42 @@ class NoiseTunnel(Attribution):
             return None if absolute else "variance"
         return "square" if nt_type == "smoothgrad_sq" else "absolute" if absolute else "sum"
 
-    def _summed(self, given: Any, noise: _Noise, most: int) -> _Sums:
+    def _summed(self, args: Any, noise: _Noise, most: int) -> _Sums:
         """The sums over all samples, at most so many at once; raises RowsMeetError where samples of
         a call depend on each other in the model. What others' methods call together is left to
         them.
         """
-        method, found, samples = self.attribution_method, _Sums(), given.nt_samples
+        method, result, samples = self.attribution_method, _Sums(), args.nt_samples
         proves = min(samples, most) > 1 and isinstance(method, Attribution)
         layers = getattr(method, "layer", None) or ()
         several = layers if isinstance(layers, (list, tuple)) else (layers,)
-        further = given.kwargs.get("additional_forward_args")
+        further = args.kwargs.get("additional_forward_args")
         shared = calls_of(method.forward_func, further, *several)
         for start in range(0, samples, most):
             count = min(most, samples - start)
             with torch.no_grad():
                 rows = noise.rows(start, start + count)
-                if proves and shared.depend(_by_sample(rows, count)):
+                copies = (x.view(-1, count, *x.shape[1:]).transpose(0, 1) for x in rows)
+                if proves and shared.depend(tuple(copies)):
                     raise RowsMeetError
-                own = _expanded(given, noise.inputs, count)
-                found.add(*self._of(like_inputs(given.inputs, rows), own), count)
+                own = _expanded(args, noise.inputs, count)
+                result.add(*self._of(forms.like_inputs(args.inputs, rows), own), count)
                 # The engine looks at points between the samples and their baselines.
                 if proves and rows_depend(method.forward_func):
                     raise RowsMeetError
-        return found
+        return result
 
     def _of(self, rows: Any, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
         """The method's attributions of noisy rows, and its deltas."""
         method = self.attribution_method
         if self.is_gradient_method:
-            for one in as_tuple(rows):
+            for one in forms.as_tuple(rows):
                 one.requires_grad_()
-        found = method.attribute(rows, **kwargs)
+        result = method.attribute(rows, **kwargs)
         if self.is_delta_supported and kwargs.get("return_convergence_delta"):
-            maps, delta = found
+            maps, delta = result
             return maps, delta
-        return found, None
+        return result, None
 
 
 def _read_stdevs(stdevs: Any, inputs: Inputs) -> tuple[float, ...]:
@@ -189,15 +183,15 @@ class _Noise:
     def rows(self, start: int, stop: int) -> Inputs:
         """Samples `start` to `stop` of every example, [B * samples, *], example-major."""
         count, device = stop - start, self.inputs[0].device
-        offsets, found = first_elements(self.inputs), []
+        offsets, result = first_elements(self.inputs), []
         for x, stdev, first in zip(self.inputs, self.stdevs, offsets, strict=True):
             example = torch.arange(len(x), device=device).repeat_interleave(count)
             sample = torch.arange(start, stop, device=device).repeat(len(x))
             sigma = torch.full((len(x),), stdev, dtype=torch.float64, device=device)
             plain = x.detach().contiguous().view(len(x), -1)
             of = sigma, self.seeds.to(device), example, sample, False, first
-            found.append(ops.noise_points(plain, *of).view(-1, *x.shape[1:]))
-        return tuple(found)
+            result.append(ops.noise_points(plain, *of).view(-1, *x.shape[1:]))
+        return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -229,7 +223,7 @@ class _Sums:
 
     def add(self, maps: Any, delta: Tensor | None, samples: int) -> None:
         self.is_tuple = isinstance(maps, tuple)
-        parts = [one.detach() for one in as_tuple(maps)]
+        parts = [one.detach() for one in forms.as_tuple(maps)]
         self.dtypes = [one.dtype for one in parts]
         grouped = [one.double().reshape(-1, samples, *one.shape[1:]) for one in parts]
         sums = [one.sum(1) for one in grouped]
@@ -244,10 +238,10 @@ class _Sums:
 
     def maps(self, nt_type: str, samples: int) -> Inputs:
         means, squares = [[one / samples for one in some] for some in (self.values, self.squares)]
-        found = means if nt_type == "smoothgrad" else squares
+        result = means if nt_type == "smoothgrad" else squares
         if nt_type == "vargrad":
-            found = [b - a * a for a, b in zip(means, squares, strict=True)]
-        return tuple(one.to(dtype) for one, dtype in zip(found, self.dtypes, strict=True))
+            result = [b - a * a for a, b in zip(means, squares, strict=True)]
+        return tuple(one.to(dtype) for one, dtype in zip(result, self.dtypes, strict=True))
 
     def delta(self, chunk: int) -> Tensor:
         """Example-major within each chunk of samples that the caller has asked for."""
@@ -255,28 +249,25 @@ class _Sums:
         return torch.cat([one.flatten() for one in parts])
 
 
-def _by_sample(rows: Inputs, samples: int) -> Inputs:
-    """Example-major rows [B * samples, *] as copies of the batch [samples, B, *]."""
-    return tuple(x.view(-1, samples, *x.shape[1:]).transpose(0, 1) for x in rows)
-
-
-def _expanded(given: Any, inputs: Inputs, samples: int) -> dict[str, Any]:
+def _expanded(args: Any, inputs: Inputs, samples: int) -> dict[str, Any]:
     """A method's arguments for so many samples of every example, example-major."""
-    found, draw = dict(given.kwargs), given.draw_baseline_from_distrib
-    if (further := found.get("additional_forward_args")) is not None:
-        found["additional_forward_args"] = arguments_of(further, interleaved, samples, 0)
-    if "target" in found:
-        found["target"] = interleaved(as_target(found["target"]), samples)
-    if "baselines" in found:
-        baselines = as_baselines(found["baselines"], inputs)
-        check_baselines(inputs, baselines, drawn=draw)
+    result, draw = dict(args.kwargs), args.draw_baseline_from_distrib
+    if (further := result.get("additional_forward_args")) is not None:
+        result["additional_forward_args"] = forms.arguments_of(
+            further, forms.interleaved, samples, 0
+        )
+    if "target" in result:
+        result["target"] = forms.interleaved(forms.as_target(result["target"]), samples)
+    if "baselines" in result:
+        baselines = forms.as_baselines(result["baselines"], inputs)
+        forms.check_baselines(inputs, baselines, drawn=draw)
         pairs = zip(inputs, baselines, strict=True)
-        found["baselines"] = tuple(_baseline(x, one, samples, draw) for x, one in pairs)
-    if (mask := found.get("feature_mask")) is not None:
-        several = as_tuple(mask)
-        masks = (one if len(one) == 1 else interleaved(one, samples, 0) for one in several)
-        found["feature_mask"] = like_inputs(mask, tuple(masks))
-    return found
+        result["baselines"] = tuple(_baseline(x, one, samples, draw) for x, one in pairs)
+    if (mask := result.get("feature_mask")) is not None:
+        several = forms.as_tuple(mask)
+        masks = (one if len(one) == 1 else forms.interleaved(one, samples, 0) for one in several)
+        result["feature_mask"] = forms.like_inputs(mask, tuple(masks))
+    return result
 
 
 def _baseline(x: Tensor, baseline: Any, samples: int, draw: bool) -> Any:
@@ -285,7 +276,7 @@ def _baseline(x: Tensor, baseline: Any, samples: int, draw: bool) -> Any:
         return baseline
     if draw:
         return baseline[np.random.choice(len(baseline), samples * len(x)).tolist()]
-    return interleaved(baseline, samples) if len(baseline) == len(x) > 1 else baseline
+    return forms.interleaved(baseline, samples) if len(baseline) == len(x) > 1 else baseline
 
 
 class GradientShap(GradientAttribution):
@@ -304,30 +295,32 @@ class GradientShap(GradientAttribution):
         super().__init__(forward_func)
         self._multiply_by_inputs = multiply_by_inputs
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, baselines, n_samples=5, stdevs=0.0, target=None, additional_forward_args=None, "
         "return_convergence_delta=False"
     )
-    def attribute(self, given: Any) -> Any:
+    def attribute(self, args: Any) -> Any:
         """Attributions of the inputs' shape, or (attributions, delta).
 
         Rows of the baselines and points come from NumPy's global generator.
         """
-        starts = as_baselines(drawn_from(given.baselines, given.inputs), as_tuple(given.inputs))
+        starts = forms.as_baselines(
+            forms.drawn_from(args.baselines, args.inputs), forms.as_tuple(args.inputs)
+        )
         if not isinstance(starts[0], Tensor):
             raise ContractError(
                 "Baselines distribution has to be provided in a form of a torch.Tensor "
                 f"{starts[0]}; pass a tensor [M, ...] for each input"
             )
         return NoiseTunnel(_RandomPoint(self)).attribute(
-            given.inputs,
-            nt_samples=given.n_samples,
-            stdevs=given.stdevs,
+            args.inputs,
+            nt_samples=args.n_samples,
+            stdevs=args.stdevs,
             draw_baseline_from_distrib=True,
             baselines=starts,
-            target=given.target,
-            additional_forward_args=given.additional_forward_args,
-            return_convergence_delta=given.return_convergence_delta,
+            target=args.target,
+            additional_forward_args=args.additional_forward_args,
+            return_convergence_delta=args.return_convergence_delta,
         )
 
 
@@ -341,14 +334,14 @@ class _RandomPoint(GradientAttribution):
         self.gradient_func = method.gradient_func
         self._multiply_by_inputs = method.multiplies_by_inputs
 
-    @with_parameters(
+    @forms.with_parameters(
         "inputs, baselines, target=None, additional_forward_args=None, "
         "return_convergence_delta=False"
     )
-    def attribute(self, given: Any) -> Any:
-        call = self._call(given)
+    def attribute(self, args: Any) -> Any:
+        call = self._call(args)
         drawn = torch.from_numpy(np.random.uniform(0.0, 1.0, len(call.inputs[0])))
-        pairs = list(zip(call.inputs, given.baselines, strict=True))
+        pairs = list(zip(call.inputs, args.baselines, strict=True))
         points = tuple(
             torch.lerp(torch.as_tensor(b, dtype=x.dtype, device=x.device).expand_as(x), x, share)
             for x, b in pairs
@@ -357,4 +350,4 @@ class _RandomPoint(GradientAttribution):
         maps = explained(Gradient(), replace(call, inputs=points, baselines=None))
         if self.multiplies_by_inputs:
             maps = tuple(m * (x - b) for m, (x, b) in zip(maps, pairs, strict=True))
-        return self._result(given, call, maps)
+        return self._result(args, call, maps)

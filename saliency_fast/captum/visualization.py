@@ -3,6 +3,7 @@
 Images are drawn by Captum's own visualization where Captum is installed; elsewhere there are heat
 maps, alone or over the image. Time series and texts are always drawn here: Captum 0.9 draws series
 only with matplotlib before 3.9, on pyplot's current figure, and writes words into HTML unescaped.
+Masks, which are of inputs that only Captum has, are drawn by Captum alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,15 @@ CHANNELS = (1, 3, 4)
 """Numbers of channels a picture may have, by which a tensor's channel axis is found."""
 NEARLY_ZERO = 1e-5
 """Attributions whose pictures are misleading."""
+CAPTUMS = ("draw_mask_border", "draw_mask_legend", "format_tooltip")
 Array = npt.NDArray[Any]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions that only Captum has, where it is installed."""
+    if name in CAPTUMS:
+        return getattr(import_module("captum.attr._utils.visualization"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 ImageVisualizationMethod = Enum(
@@ -253,22 +262,10 @@ def visualize_timeseries_attr(
     every: Any = list(axes) if isinstance(axes, (np.ndarray, list, tuple)) else [axes]
     scaled = _normalized(attr.sum(axis=0) if combined else attr, sign, outlier_perc)
     opacity = 1.0 if method == "colored_graph" else alpha_overlay
-    colours, labels = _mappable(sign, cmap), channel_labels or [None] * len(data)
-    if combined:
-        _draw_combined(every[0], x, data, labels, pyplot_kwargs)
-        _draw_bands(every[0], x, colours.to_rgba(scaled), opacity)
-        every[0].legend(loc="best")
-    else:
-        for one, values, channel, label in zip(every, data, scaled, labels, strict=False):
-            if method == "colored_graph":
-                _draw_coloured(one, x, values, channel, colours, pyplot_kwargs)
-            else:
-                one.plot(x, values, **pyplot_kwargs)
-                _draw_bands(one, x, colours.to_rgba(channel), opacity)
-            if label is not None:
-                one.set_ylabel(label)
-    for one in every:
-        one.set_xlim(x[0], x[-1])
+    colours = _mappable(sign, cmap)
+    labels: Sequence[str | None] = channel_labels or [None] * len(data)
+    rows_of = data, labels, np.broadcast_to(scaled, data.shape)
+    _draw_series(every, method, x, rows_of, colours, opacity, pyplot_kwargs)
     if not combined:
         figure.subplots_adjust(hspace=0)
     if show_colorbar:
@@ -282,13 +279,30 @@ def visualize_timeseries_attr(
     return figure, axes
 
 
-def _draw_combined(axes: Any, x: Array, data: Array, labels: Sequence[Any], line: Any) -> None:
-    from matplotlib import colormaps
+def _draw_series(
+    axes: list[Any], method: str, x: Array, rows: Any, colours: Any, opacity: float, line: Any
+) -> None:
+    """Draws rows of (data, label, attributions) over x, all on the only axes or each on its own."""
+    combined = method == "overlay_combined"
+    if combined:
+        from matplotlib import colormaps
 
-    dark: Any = colormaps["Dark2"]
-    axes.set_prop_cycle(color=dark.colors)
-    for values, label in zip(data, labels, strict=True):
-        axes.plot(x, values, label=label, **line)
+        dark: Any = colormaps["Dark2"]
+        axes[0].set_prop_cycle(color=dark.colors)
+    for number, (values, label, scaled) in enumerate(zip(*rows, strict=True)):
+        own = axes[0 if combined else number]
+        if method == "colored_graph":
+            _draw_coloured(own, x, values, scaled, colours, line)
+        else:
+            own.plot(x, values, **({"label": label} if combined else {}), **line)
+        if method == "overlay_individual" or (combined and number == 0):
+            _draw_bands(own, x, colours.to_rgba(scaled), opacity)
+        if label is not None and not combined:
+            own.set_ylabel(label)
+    if combined:
+        axes[0].legend(loc="best")
+    for one in axes:
+        one.set_xlim(x[0], x[-1])
 
 
 def _draw_bands(axes: Axes, x: Array, colours: Array, opacity: float) -> None:
@@ -313,12 +327,12 @@ def _draw_coloured(
 
 
 def _series(value: Any, name: str) -> Array:
-    found = _array(value)
-    if found.ndim != 2:
+    result = _array(value)
+    if result.ndim != 2:
         raise ContractError(
-            f"Expected {name} of shape (N, C), got {tuple(found.shape)}; reshape it to two axes"
+            f"Expected {name} of shape (N, C), got {tuple(result.shape)}; reshape it to two axes"
         )
-    return found
+    return result
 
 
 def _array(value: Any) -> Array:
@@ -329,18 +343,18 @@ def _picture(value: Any, name: str) -> Array:
     """An array [H, W] or [H, W, C] as it is; a tensor of these axes, [C, H, W] or [1, C, H, W] as
     such an array. Raises InputError for other axes, or where sizes do not tell which they are.
     """
-    found = _array(value)
-    shape, is_tensor = list(found.shape), isinstance(value, Tensor)
-    if is_tensor and found.ndim == 4 and len(found) == 1:
-        found = found[0]
-    if found.ndim == 2:
-        return found
-    if found.ndim == 3:
-        first, last = (found.shape[axis] in CHANNELS for axis in (0, 2))
+    result = _array(value)
+    shape, is_tensor = list(result.shape), isinstance(value, Tensor)
+    if is_tensor and result.ndim == 4 and len(result) == 1:
+        result = result[0]
+    if result.ndim == 2:
+        return result
+    if result.ndim == 3:
+        first, last = (result.shape[axis] in CHANNELS for axis in (0, 2))
         if is_tensor and first and not last:
-            return found.transpose(1, 2, 0)
+            return result.transpose(1, 2, 0)
         if len(shape) == 3 and (last or not first) and (not is_tensor or (last and not first)):
-            return found
+            return result
     raise InputError(
         f"{name} must be one picture, [H, W] or [H, W, C], or as a tensor also [C, H, W] or "
         f"[1, C, H, W], of {CHANNELS} channels: got {shape}; of a picture x [1, C, H, W] pass "
@@ -414,55 +428,6 @@ def _show(use_pyplot: bool) -> None:
         pyplot.show()
 
 
-def draw_mask_border(
-    ax: Axes, mask: Array, border_width: int = 1, border_color: str | Array = "black"
-) -> None:
-    """Draws the inner border of a mask.
-
-    Args:
-        ax: the axes of an image.
-        mask: bool [H, W].
-        border_width: in pixels.
-        border_color: a name, or RGBA [4].
-    """
-    if not mask.any():
-        return
-    from matplotlib.colors import to_rgba
-    from scipy.ndimage import binary_erosion
-
-    border = mask.astype(bool) & ~binary_erosion(mask, iterations=border_width)
-    colour = to_rgba(border_color) if isinstance(border_color, str) else border_color
-    ax.imshow(border[:, :, None] * np.asarray(colour).reshape(1, 1, -1))
-
-
-def draw_mask_legend(
-    ax: Axes,
-    mask: Array,
-    label: str,
-    fontsize: int = 10,
-    text_color: str = "white",
-    bbox_facecolor: str = "black",
-    bbox_alpha: float = 0.6,
-) -> None:
-    """Writes a label at the centroid of a mask.
-
-    Args:
-        ax: the axes of an image.
-        mask: bool [H, W].
-        label: the text.
-        fontsize: of the text, in points.
-        text_color: of the text.
-        bbox_facecolor: of the box around it.
-        bbox_alpha: the opacity of the box.
-    """
-    if not mask.any():
-        return
-    row, column = (one.mean() for one in np.where(mask))
-    box = {"boxstyle": "round,pad=0.2", "facecolor": bbox_facecolor, "alpha": bbox_alpha}
-    style: Any = {"color": text_color, "fontsize": fontsize, "bbox": box}
-    ax.text(column, row, label, ha="center", va="center", **style)
-
-
 @dataclass(slots=True, eq=False, repr=False)
 class VisualizationDataRecord:
     """One row of `visualize_text`: a text's words, their attributions [T], and the classes."""
@@ -495,14 +460,7 @@ def format_special_tokens(token: str) -> str:
         >>> format_special_tokens("<pad>")
         '#pad'
     """
-    if token.startswith("<") and token.endswith(">"):
-        return "#" + token.strip("<>")
-    return token
-
-
-def format_tooltip(item: str, text: str) -> str:
-    """An item, as HTML, that shows a text when pointed at."""
-    return f'<div class="tooltip">{item}<span class="tooltiptext">{text}</span></div>'
+    return "#" + token.strip("<>") if token.startswith("<") and token.endswith(">") else token
 
 
 def format_word_importances(
@@ -531,10 +489,8 @@ def format_word_importances(
 
 def _word_colour(importance: float) -> str:
     """White at 0, green up to 1, red down to -1."""
-    clipped = max(-1.0, min(1.0, importance))
-    if clipped > 0:
-        return f"hsl(120, 75%, {100 - int(50 * clipped)}%)"
-    return f"hsl(0, 75%, {100 - int(-40 * clipped)}%)"
+    hue, fade = (120, 50) if importance > 0 else (0, 40)
+    return f"hsl({hue}, 75%, {100 - int(fade * min(1.0, abs(importance)))}%)"
 
 
 def visualize_text(datarecords: Iterable[VisualizationDataRecord], legend: bool = True) -> Any:

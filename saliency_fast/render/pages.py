@@ -108,7 +108,7 @@ class Page:
 def page_html(page: Page) -> str:
     """The page as one HTML document without scripts or external resources."""
     pictured = any(view.figures for one in page.entries for view in one.maps)
-    return render("page.html.jinja", page=page, styles=legends() if pictured else [])
+    return render("page.html.jinja", page=page, styles=legends() if pictured else {})
 
 
 def delta_text(numbers: MapMeasurements) -> str:

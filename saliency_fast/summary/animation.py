@@ -196,10 +196,10 @@ def _with_launches(engine: Engine, points: int) -> Engine:
     )
 
 
-def _moment(found: Attribution, inputs: Tensor, style: str) -> Moment:
-    if found.many or not isinstance(found.values, Tensor):
+def _moment(result: Attribution, inputs: Tensor, style: str) -> Moment:
+    if result.many or not isinstance(result.values, Tensor):
         raise InputError("an animation is of one map: got several targets or inputs; take one")
-    values, axes = found.map("sum" if style == "signed" else "l2"), found.axes()
+    values, axes = result.map("sum" if style == "signed" else "l2"), result.axes()
     assert isinstance(values, Tensor)
     if axes is None:
         raise InputError(
@@ -211,7 +211,7 @@ def _moment(found: Attribution, inputs: Tensor, style: str) -> Moment:
             f"the map does not lie over the input: got {list(values.shape)}, expected "
             f"{[1, *inputs.shape[2:]]}; maps of layers have no picture"
         )
-    return Moment(values.clone(), float(found.error[0]), int(found.points[0]))
+    return Moment(values.clone(), float(result.error[0]), int(result.points[0]))
 
 
 def _thinned(moments: list[Moment], count: int) -> list[Moment]:

@@ -195,17 +195,17 @@ def concepts(
         raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
     evidence = LayerEvidence(grid=grid, special=special)
     explain = Engine(model, evidence, at=at, memory_budget=memory_budget, hashes=False)
-    found = explain(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
-    axes = found.axes()
+    result = explain(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
+    axes = result.axes()
     size = inputs.shape[1:] if axes is None else axes.size(inputs.shape)
-    return _concepts(found, tuple(size), count, method, seed)
+    return _concepts(result, tuple(size), count, method, seed)
 
 
 def _concepts(
-    found: Attribution, size: tuple[int, ...], count: int, method: str, seed: int
+    result: Attribution, size: tuple[int, ...], count: int, method: str, seed: int
 ) -> Concepts:
     """The concepts of a layer's activations and gradients, for inputs of a spatial size."""
-    activations, gradients = found.extras["activations"], found.extras["gradients"]
+    activations, gradients = result.extras["activations"], result.extras["gradients"]
     vectors, slopes = _vectors(activations), _vectors(gradients)
     evidence = (vectors * slopes).sum(1)
     if method == AUTO:
@@ -234,8 +234,8 @@ def _concepts(
         rest=whole.flatten(1).sum(1) / scale - shares.sum(1),
         explained=torch.where(amount > 0, 1.0 - missed / scale, torch.nan),
         prototypes=tuple(_prototypes(large[:, k], shares[:, k]) for k in range(count)),
-        classes=None if found.classes is None else found.classes.cpu(),
-        layer=", ".join(found.provenance.at or ()),
+        classes=None if result.classes is None else result.classes.cpu(),
+        layer=", ".join(result.provenance.at or ()),
         method=method,
     )
 
@@ -248,7 +248,7 @@ def _vectors(maps: Tensor) -> Array:
 
 def _prototypes(maps: Tensor, shares: Tensor) -> tuple[Prototype, ...]:
     """The examples in which one concept [B, *spatial] has its largest share."""
-    found = []
+    result = []
     for b in shares.argsort(descending=True, stable=True)[:PROTOTYPES].tolist():
         one = maps[b].numpy()
         if one.max() <= 0:
@@ -256,8 +256,8 @@ def _prototypes(maps: Tensor, shares: Tensor) -> tuple[Prototype, ...]:
         label = connected(one >= HALF * one.max())
         own = np.argwhere(label == label.flat[one.argmax()])
         box = (*own.min(0).tolist(), *(own.max(0) + 1).tolist())
-        found.append(Prototype(b, box, float(shares[b])))
-    return tuple(found)
+        result.append(Prototype(b, box, float(shares[b])))
+    return tuple(result)
 
 
 def directions(vectors: Array, weights: Array, count: int, method: str, seed: int) -> Array:
@@ -273,8 +273,12 @@ def directions(vectors: Array, weights: Array, count: int, method: str, seed: in
     order = np.argsort(-weights, kind="stable")[:ROWS]
     order = order[kept[order]]
     vectors, weights = vectors[order], weights[order] / weights[order].max()
-    found = (_nmf if method == NMF else _cluster_centres)(vectors, weights, count, seed)
-    units = _unit(found)
+    if method == NMF:
+        units = _unit(_nmf(vectors, weights, count, seed))
+    else:
+        learner = _learn("cluster").KMeans(count, n_init=10, random_state=seed)
+        learner.fit(_unit(vectors), sample_weight=weights)
+        units = _unit(learner.cluster_centers_.astype(np.float64))
     several = len(np.unique(units[units.any(1)].round(9), axis=0))
     if several < count:
         raise InputError(
@@ -291,8 +295,8 @@ def amounts(vectors: Array, units: Array, method: str) -> Array:
     if method == NMF:
         factorization = _learn("decomposition").non_negative_factorization
         of = {"H": units, "n_components": len(units), "update_H": False}
-        found: Array = factorization(vectors, **of, tol=RESIDUAL, max_iter=SWEEPS)[0]
-        return found
+        result: Array = factorization(vectors, **of, tol=RESIDUAL, max_iter=SWEEPS)[0]
+        return result
     along = vectors @ units.T
     is_nearest = np.arange(len(units)) == along.argmax(1)[:, None]
     return np.where(is_nearest, np.maximum(along, 0.0), 0.0)
@@ -316,12 +320,6 @@ def _nmf(vectors: Array, weights: Array, count: int, seed: int) -> Array:
     # A row times the root of its weight has that weight in the squared error.
     parts: Array = learner.fit(vectors * np.sqrt(weights)[:, None]).components_
     return parts.astype(np.float64)
-
-
-def _cluster_centres(vectors: Array, weights: Array, count: int, seed: int) -> Array:
-    learner = _learn("cluster").KMeans(count, n_init=10, random_state=seed)
-    centres: Array = learner.fit(_unit(vectors), sample_weight=weights).cluster_centers_
-    return centres.astype(np.float64)
 
 
 def _learn(module: str) -> ModuleType:

@@ -35,14 +35,14 @@ def facts_of(
     labels: Names,
     object_name: str,
     stability: int,
-    found: Attribution | None,
+    result: Attribution | None,
 ) -> list[Facts]:
     """The facts of every example."""
     names = by_number(labels)
     tops = [_top(one) for one in grouped]
     queried = [0 if top is None else grouped[b][top].label for b, top in enumerate(tops)]
     predictions, removals = deletion_queries(subject, grouped.labels, queried, names)
-    confidence = _confidence(subject, stability, found)
+    confidence = _confidence(subject, stability, result)
     classes = read_targets(subject.classes, subject.batch).classes
     facts = []
     for b, prediction in enumerate(predictions):
@@ -73,10 +73,10 @@ def facts_of(
     return facts
 
 
-def _top(found: Sequence[Region]) -> int | None:
+def _top(result: Sequence[Region]) -> int | None:
     """The index of the region with most positive evidence, of those with a positive share."""
-    positive = [number for number, one in enumerate(found) if one.share > 0]
-    return max(positive, key=lambda number: found[number].positive, default=None)
+    positive = [number for number, one in enumerate(result) if one.share > 0]
+    return max(positive, key=lambda number: result[number].positive, default=None)
 
 
 def _class_name(number: int, names: Mapping[int, str]) -> str:
@@ -88,13 +88,10 @@ def _plain_region(region: Region) -> Facts:
 
 
 def _evidence(positive: float, negative: float) -> Facts:
-    whole = positive + negative
-    return {
-        "positive": positive,
-        "negative": negative,
-        "positive_share": positive / whole if whole else 0.0,
-        "negative_share": negative / whole if whole else 0.0,
-    }
+    total = positive + negative
+    shares = {"positive_share": positive, "negative_share": negative}
+    shares = {name: one / total if total else 0.0 for name, one in shares.items()}
+    return {"positive": positive, "negative": negative} | shares
 
 
 @dataclass(frozen=True)
@@ -191,17 +188,17 @@ def _prediction(row: list[float], names: Mapping[int, str]) -> Facts:
     return own | {"decision": decision, "runner_up": runner_up}
 
 
-def _confidence(subject: Subject, stability: int, found: Attribution | None) -> list[Facts]:
+def _confidence(subject: Subject, stability: int, result: Attribution | None) -> list[Facts]:
     equal, stable = _equal_to_baseline(subject), _stability(subject, stability)
     rows: list[Facts] = []
     for b in range(subject.batch):
         gain = delta = error = converged = None
-        if found is not None:
-            error = _finite(found.error[b])
-            converged = None if found.converged is None else bool(found.converged[b])
-            if found.delta is not None and found.baseline_scores is not None:
-                delta = _finite(found.delta[b])
-                gain = _finite(found.scores[b] - found.baseline_scores[b])
+        if result is not None:
+            error = _finite(result.error[b])
+            converged = None if result.converged is None else bool(result.converged[b])
+            if result.delta is not None and result.baseline_scores is not None:
+                delta = _finite(result.delta[b])
+                gain = _finite(result.scores[b] - result.baseline_scores[b])
         rows.append(
             {
                 "error": error,

@@ -158,18 +158,18 @@ def regions_of(subject: Subject, how: str | Tensor, most: int, names: Names) -> 
     values = subject.places.double()
     labels = _grouped(subject.inputs, subject.places, how, most)
     features, given = subject.inputs.dim() == 2, by_number(names)
-    found, rest = [], []
+    result, rest = [], []
     for row in range(subject.batch):
         mask = None if subject.masks is None else subject.masks[row].cpu().numpy()
         own, value = labels[row].cpu().numpy(), values[row].cpu().numpy()
         numbers = [one for one in np.unique(own).tolist() if one]
         named = {one: name for one in numbers if (name := _name(one, own, given, features))}
         parts = [_region(one, own, value, mask, named.get(one)) for one in numbers]
-        found.append(tuple(sorted(parts, key=lambda one: (-abs(one.share), one.label))))
+        result.append(tuple(sorted(parts, key=lambda one: (-abs(one.share), one.label))))
         rest.append(_region(0, own, value, mask, "rest"))
     flat = values.flatten(1)
     positive, negative = flat.clamp_min(0).sum(1), flat.clamp_max(0).sum(1).abs()
-    return Regions(labels, tuple(found), tuple(rest), positive, negative)
+    return Regions(labels, tuple(result), tuple(rest), positive, negative)
 
 
 def by_number(names: Names) -> Mapping[int, str]:
@@ -202,7 +202,9 @@ def _region(
         weight = magnitude if magnitude[own].any() else np.ones_like(magnitude)
         inside = _share(weight[own & mask].sum(), weight[own].sum())
         if inside >= 0.5 and name is None:
-            within = _location_within(own & mask, mask, magnitude)
+            first, last, _ = _extent(mask, magnitude)
+            corners = (*_extent(own & mask, magnitude), last)
+            within = location(*(np.subtract(one, first).tolist() for one in corners))
     positive, negative = np.maximum(values, 0.0), np.maximum(-values, 0.0)
     return Region(
         label,
@@ -222,14 +224,6 @@ def _region(
 
 def _share(part: np.float64, whole: np.float64) -> float:
     return float(part / whole) if whole else 0.0
-
-
-def _location_within(own: Mask, mask: Mask, magnitude: Values) -> str:
-    """The location of a part within an object, in words."""
-    start, stop, centre = _extent(own, magnitude)
-    first, last, _ = _extent(mask, magnitude)
-    moved = [np.subtract(one, first).tolist() for one in (start, stop, centre, last)]
-    return location(*moved)
 
 
 def _extent(own: Mask, magnitude: Values) -> tuple[list[int], list[int], list[float]]:
@@ -257,8 +251,8 @@ def _check_how(how: object) -> None:
             f"how must be one of {names} or a tensor of labels: got {type(how).__name__}"
         )
     name, colon, count = how.partition(":")
-    known = how == COMPONENTS or name in SEGMENTATIONS
-    if not known or (colon and not (count.isdecimal() and int(count) > 0)):
+    is_count = not colon or (count.isdecimal() and int(count) > 0)
+    if how != COMPONENTS and not (name in SEGMENTATIONS and is_count):
         raise InputError(
             f"how must be one of {names}, with a count behind a colon such as 'grid:8' or "
             f"'slic:100', or a tensor of labels: got {how!r}"
@@ -266,10 +260,8 @@ def _check_how(how: object) -> None:
 
 
 def _grouped(inputs: Tensor, maps: Tensor, how: str | Tensor, most: int) -> Tensor:
-    """Labels int64 [B, *spatial] of maps [B, *spatial] for inputs [B, C, *spatial].
-
-    0 is the rest; the other labels count from 1, the largest net evidence first. Given labels
-    [B | 1, *spatial] stay as they are.
+    """Labels int64 [B, *spatial] of maps [B, *spatial] for inputs [B, C, *spatial]: 0 is the rest;
+    the others count from 1, the largest net evidence first. Given labels stay as they are.
     """
     if isinstance(how, Tensor):
         return _given(how, maps)
@@ -280,27 +272,26 @@ def _grouped(inputs: Tensor, maps: Tensor, how: str | Tensor, most: int) -> Tens
         shape = (len(segments), *inputs.shape[1:])
         segments = segments.expand(shape) if inputs.dim() == 2 else segments[:, 0]
         rows = zip(segments.expand(maps.shape).cpu().numpy(), values, strict=True)
-        found = [_ranked(merged(one, row, most), row, most, EVERY) for one, row in rows]
+        result = [_ranked(merged(one, row, most), row, most, EVERY) for one, row in rows]
     elif inputs.dim() == 2:
         # Features have no neighbours: each is a part of its own.
         own = np.arange(1, values.shape[1] + 1)
-        found = [_ranked(own, row, most, 0.0) for row in values]
+        result = [_ranked(own, row, most, 0.0) for row in values]
     else:
-        found = [_ranked(components(row), row, most, LEAST) for row in values]
-    return torch.from_numpy(np.stack(found)).to(maps.device)
+        result = [_ranked(components(row), row, most, LEAST) for row in values]
+    return torch.from_numpy(np.stack(result)).to(maps.device)
 
 
 def _given(labels: Tensor, maps: Tensor) -> Tensor:
-    if labels.shape[:1] == maps.shape[:1] or len(labels) == 1:
-        whole = labels[:, 0] if labels.dim() == maps.dim() + 1 else labels
-        if whole.shape[1:] == maps.shape[1:]:
-            if bool((labels < 0).any()):
-                raise InputError("how: labels must be 0 (the rest) or more: got negative ones")
-            return whole.to(maps.device, torch.int64).expand(maps.shape).contiguous()
-    raise InputError(
-        f"how: labels must match the positions: got {list(labels.shape)}, expected "
-        f"{list(maps.shape)}"
-    )
+    own = labels[:, 0] if labels.dim() == maps.dim() + 1 else labels
+    if len(labels) not in (1, len(maps)) or own.shape[1:] != maps.shape[1:]:
+        raise InputError(
+            f"how: labels must match the positions: got {list(labels.shape)}, expected "
+            f"{list(maps.shape)}"
+        )
+    if bool((labels < 0).any()):
+        raise InputError("how: labels must be 0 (the rest) or more: got negative ones")
+    return own.to(maps.device, torch.int64).expand(maps.shape).contiguous()
 
 
 def _ranked(labels: Labels, values: Values, most: int, least: float) -> Labels:
@@ -323,10 +314,7 @@ def components(values: Values) -> Labels:
     from scipy import ndimage
 
     sigma = [SMOOTHING * size for size in values.shape]
-    radius = [
-        min(int(np.ceil(4.0 * one)), size - 1)
-        for one, size in zip(sigma, values.shape, strict=True)
-    ]
+    radius = [min(int(np.ceil(4.0 * SMOOTHING * size)), size - 1) for size in values.shape]
     smooth = ndimage.gaussian_filter(values, sigma, mode="nearest", radius=radius)
     magnitude = np.abs(smooth)
     order = -np.sort(-magnitude, axis=None)
@@ -346,10 +334,9 @@ def _otsu(order: Values) -> int:
 
 
 def connected(mask: NDArray[np.bool_]) -> Labels:
-    """Labels of the connected components of a mask [*spatial], 0 where it is False.
-
-    Diagonal neighbours are connected, and gaps up to twice the share `GAP` are bridged. A label is
-    1 + the largest flat index of its component and the bridges around it.
+    """Labels of the connected components of a mask [*spatial], 0 where it is False: diagonal
+    neighbours are connected, and gaps up to twice the share `GAP` are bridged. A label is 1 + the
+    largest flat index of its component and the bridges around it.
     """
     from scipy import ndimage
 
@@ -418,9 +405,8 @@ _ENDS = (START, END)
 def location(
     start: Sequence[int], stop: Sequence[int], centre: Sequence[float], size: Sequence[int]
 ) -> str:
-    """Words for the half-open box from `start` to `stop` around `centre` in a space of `size`.
-
-    Such as "upper left", "middle", "left edge", "late part", "front, lower part", or "most".
+    """Words for the half-open box from `start` to `stop` around `centre` in a space of `size`, such
+    as "upper left", "middle", "left edge", "late part", "front, lower part", or "most".
     """
     sides = [_side(*one) for one in zip(start, stop, centre, size, strict=True)]
     if len(sides) == 1:

@@ -33,16 +33,6 @@ WORTH, FURTHER = 0.05, 2
 """Further regions are mentioned from this share of the evidence, and at most so many."""
 APART = 0.25
 """Two replacements disagree if their probabilities differ by more."""
-THRESHOLDS = {
-    "UNCERTAIN": 0.6,  # A decision's probability, below.
-    "DIFFUSE": 0.25,  # The strongest region's share of the evidence, below.
-    "WIDE": 0.5,  # Its share of the area, above.
-    "AGAINST": 0.55,  # The share of evidence against the target, above.
-    "ROUGH": 0.1,  # The relative error or delta, above.
-    "EQUAL": 0.1,  # The share of positions that equal the baseline, above.
-    "UNSTABLE": 0.5,  # The correlation with maps of noisy inputs, below.
-}
-"""Where caveats begin."""
 _ROUNDING = 1e-13
 """Sums of shares may differ from 1 by so much."""
 _CERTAIN = 1e-12
@@ -142,9 +132,9 @@ def summarise(
         '75 % of what raises the output lies in age, 25 % in dose.'
     """
     checks.whole("stability", stability, 0)
-    found = maps if isinstance(maps, Attribution) else None
-    if target is None and found is not None and found.classes is None:
-        target = restore_target(found.provenance.target, None, False, found.kept)
+    result = maps if isinstance(maps, Attribution) else None
+    if target is None and result is not None and result.classes is None:
+        target = restore_target(result.provenance.target, None, False, result.kept)
     subject = read_evaluation_input(
         *(model, inputs, maps),
         target=target,
@@ -155,7 +145,7 @@ def summarise(
         layout=layout,
     )
     grouped = regions_of(subject, how, most, names)
-    facts = facts_of(subject, grouped, labels, object_name, stability, found)
+    facts = facts_of(subject, grouped, labels, object_name, stability, result)
     return [_summary(one) for one in facts]
 
 
@@ -164,8 +154,8 @@ def _summary(facts: Facts) -> Summary:
     sentences, caveats = text.written(SENTENCES), text.written(CAVEATS)
     caveats += [("model", f"{_sentence(note)}.") for note in facts["notes"]]
     facts["caveats"] = [kind for kind, _ in caveats]
-    texts = (tuple(text for _, text in several) for several in (sentences, caveats))
-    return Summary(*texts, facts, tuple(text.cited))
+    said, doubts = (tuple(text for _, text in several) for several in (sentences, caveats))
+    return Summary(said, doubts, facts, tuple(text.cited))
 
 
 @dataclass
@@ -177,7 +167,7 @@ class _EvidenceText:
 
     def written(self, names: tuple[str, ...]) -> list[tuple[str, str]]:
         """(name, text) of the template's macros that have something to say."""
-        template = macros("summary.txt.jinja", f=self.facts, **self._words(), **THRESHOLDS)
+        template = macros("summary.txt.jinja", f=self.facts, **self._words())
         texts = [(name, _sentence(getattr(template, name)())) for name in names]
         return [(name, text) for name, text in texts if text]
 

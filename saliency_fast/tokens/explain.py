@@ -115,17 +115,19 @@ def explain_tokens(
     if attention is not False or method.recipe().gradients:
         table = _embedding_table(model, encoded, arguments)
     call = _Call(model, encoded, arguments, table)
-    found = call.attribution(method, goal, _baseline(tokenizer, baseline, call, method), options)
-    values = _per_token(found, method, reduction) * encoded.real
+    result = call.attribution(method, goal, _baseline(tokenizer, baseline, call, method), options)
+    values = _per_token(result, method, reduction) * encoded.real
     columns: _Columns = (None, None, None, None)
     if attention is not False:
         # Where "predicted" chose classes, attention is read for the same ones.
-        if found.classes is not None:
-            goal = restore_target(found.provenance.target, found.classes, found.many, found.kept)
+        if result.classes is not None:
+            goal = restore_target(
+                result.provenance.target, result.classes, result.many, result.kept
+            )
         reading = AttentionColumns(encoded.real, query, layer)
         columns = call.attention(reading, goal, bool(attention), options)
     return TokenAttribution(
-        encoded.tokens, encoded.words, encoded.real, encoded.special, values, *columns, found
+        encoded.tokens, encoded.words, encoded.real, encoded.special, values, *columns, result
     )
 
 
@@ -151,15 +153,15 @@ class _Call:
             # Each token is a segment; special tokens and padding are the one that stays.
             index = torch.arange(encoded.ids.shape[1], device=encoded.ids.device)
             features = torch.where(encoded.content, index, -1)
-        at = {"at": self._at} if recipe.gradients else {}
+        at: dict[str, Any] = {"at": self._at} if recipe.gradients else {}
         explain = Engine(self.model, method, **at, **options)
-        found = explain(
+        result = explain(
             encoded.ids, target, baseline, forward_kwargs=self.arguments, features=features
         )
-        if found.many:
-            count = found.scores.shape[1]
+        if result.many:
+            count = result.scores.shape[1]
             raise InputError(f"target must be one per text: got {count}; call once for each")
-        return found
+        return result
 
     @property
     def _at(self) -> str:
@@ -175,23 +177,23 @@ class _Call:
         of = {**options, "at": self._at, "hashes": False, "precision": "float32", "tolerance": None}
         explain = Engine(self.model, reading, **of)
         try:
-            found = explain(self.encoded.ids, target, forward_kwargs=self.arguments)
+            result = explain(self.encoded.ids, target, forward_kwargs=self.arguments)
         except NoAttentionError as error:
             if needed:
                 raise
             return None, None, None, str(error)
-        assert isinstance(found.values, Tensor)
-        real, extras = self.encoded.real, found.extras
-        return extras["attention"] * real, extras["rollout"] * real, found.values * real, None
+        assert isinstance(result.values, Tensor)
+        real, extras = self.encoded.real, result.extras
+        return extras["attention"] * real, extras["rollout"] * real, result.values * real, None
 
 
-def _per_token(found: Attribution, method: Method, reduction: str | None) -> Tensor:
+def _per_token(result: Attribution, method: Method, reduction: str | None) -> Tensor:
     """The values [B, T] of tokens."""
-    values = found.values
+    values = result.values
     if isinstance(values, Tensor) and values.dim() > 2:
         recipe = method.recipe()
         is_gradient = isinstance(recipe, WeightedSum) and recipe.factor == "none"
-        values = found.map(reduction or ("l2" if is_gradient else "sum"), channel_axis=-1)
+        values = result.map(reduction or ("l2" if is_gradient else "sum"), channel_axis=-1)
     assert isinstance(values, Tensor)
     return values
 

@@ -70,11 +70,9 @@ class TokenAttribution:
     @property
     def columns(self) -> dict[str, Tensor]:
         """The available columns by name, [B, T] each, "attribution" first."""
-        columns = {"attribution": self.values}
-        for name in list(TITLES)[1:]:
-            if (column := getattr(self, name)) is not None:
-                columns[name] = column
-        return columns
+        several = (self.values, self.attention, self.rollout, self.gradient_attention)
+        pairs = zip(TITLES, several, strict=True)
+        return {name: column for name, column in pairs if column is not None}
 
     @property
     def correlation(self) -> dict[str, Tensor]:
@@ -84,11 +82,10 @@ class TokenAttribution:
         """
         columns, content = self.columns, self.real & ~self.special
         size = columns.pop("attribution").abs()
+        rows = list(enumerate(content))
         return {
-            name: torch.stack(
-                [_spearman(size[n][own], column[n][own]) for n, own in enumerate(content)]
-            )
-            for name, column in columns.items()
+            name: torch.stack([_spearman(size[n][own], one[n][own]) for n, own in rows])
+            for name, one in columns.items()
         }
 
     def words(self) -> TokenAttribution:
@@ -104,13 +101,13 @@ class TokenAttribution:
             "values" if name == "attribution" else name: _products(member, column)
             for name, column in self.columns.items()
         }
-        counts = torch.tensor([len(words) for words in self.pieces], device=self.real.device)
+        texts = tuple(tuple(word.text for word in words) for words in self.pieces)
+        counts = torch.tensor([len(words) for words in texts], device=self.real.device)
         return replace(
             self,
-            tokens=tuple(tuple(word.text for word in words) for words in self.pieces),
+            tokens=texts,
             pieces=tuple(
-                tuple(Word(word.text, (index,)) for index, word in enumerate(words))
-                for words in self.pieces
+                tuple(Word(text, (index,)) for index, text in enumerate(words)) for words in texts
             ),
             real=torch.arange(widest, device=counts.device) < counts[:, None],
             special=_products(member, self.special.to(member.dtype)) > 0,
@@ -173,21 +170,18 @@ class TokenAttribution:
         return f"<TokenAttribution {self.attribution.provenance.method}; tokens: {lengths}{more}>"
 
     def _facts(self, text: int) -> str:
-        found = self.attribution
-        facts = [found.provenance.method, f"score {float(found.scores[text]):.4g}"]
-        if found.baseline_scores is not None:
-            facts.append(f"baseline {float(found.baseline_scores[text]):.4g}")
-        if found.delta is not None:
-            facts.append(f"delta {float(found.delta[text]):.2g}")
+        result = self.attribution
+        facts = [result.provenance.method, f"score {float(result.scores[text]):.4g}"]
+        if result.baseline_scores is not None:
+            facts.append(f"baseline {float(result.baseline_scores[text]):.4g}")
+        if result.delta is not None:
+            facts.append(f"delta {float(result.delta[text]):.2g}")
         return "; ".join(facts)
 
     def _agreements(self, text: int) -> dict[str, str]:
         """The rank correlations of one text, written out."""
-        values = {name: float(one[text]) for name, one in self.correlation.items()}
-        return {
-            name: "undefined" if math.isnan(value) else f"{value:+.2f}"
-            for name, value in values.items()
-        }
+        values = ((name, float(one[text])) for name, one in self.correlation.items())
+        return {name: "undefined" if one != one else f"{one:+.2f}" for name, one in values}
 
     def _shaded(self, text: int) -> dict[str, Any]:
         """One text for the template."""
@@ -195,7 +189,7 @@ class TokenAttribution:
         for name in self.columns:
             # Special tokens draw most of the attention: they would leave no shade for the others.
             own = [abs(numbers[name]) for _, special, numbers in rows if not special]
-            top = max((one for one in own if math.isfinite(one)), default=0.0)
+            top = max(filter(math.isfinite, own), default=0.0)
             tokens = []
             for token, special, numbers in rows:
                 value = numbers[name]

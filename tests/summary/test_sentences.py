@@ -246,7 +246,7 @@ def test_caveats_come_from_numbers():
     kinds = set(one.facts["caveats"])
     assert {"target", "baseline"} <= kinds
     assert one.facts["confidence"]["at_baseline"] == pytest.approx(1 - 50 / 400)
-    assert "At 88 % of the places the input equals the baseline" in one.text
+    assert "At 88 % of the positions the input equals the baseline" in one.text
     # A map of the wrong sign: removing what it points at does not lower the score.
     (lie,) = summarise(model, x, (x == 0.3).double(), target=0)
     assert "contradicted" in lie.facts["caveats"]

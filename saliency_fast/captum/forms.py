@@ -82,13 +82,13 @@ def public(method: Method) -> Method:
 
 
 def with_parameters(parameters: str) -> Callable[[Callable[[Any, Any], Any]], Any]:
-    """Gives a method (self, given) the parameters of Captum's method of that name.
+    """Gives a method (self, args) the parameters of Captum's method of that name.
 
     Args:
         parameters: Those after `self`, as in Python: "inputs, target=None".
 
     Returns:
-        A decorator. The method gets its arguments, defaults included, as attributes of `given`, and
+        A decorator. The method gets its arguments, defaults included, as attributes of `args`, and
         its documentation a section on each of them.
     """
     # As in `collections.namedtuple`: `Signature.bind` takes as long as a layer of a small model.
@@ -97,8 +97,8 @@ def with_parameters(parameters: str) -> Callable[[Callable[[Any, Any], Any]], An
     def decorate(method: Callable[[Any, Any], Any]) -> Any:
         @wraps(method)
         def attribute(*args: Any, **kwargs: Any) -> Any:
-            given = bind(*args, **kwargs)
-            return method(given.pop("self"), SimpleNamespace(**given))
+            bound = bind(*args, **kwargs)
+            return method(bound.pop("self"), SimpleNamespace(**bound))
 
         own = signature(bind)
         lines = [f"    {name}: {ARGUMENTS[name]}" for name in own.parameters if name in ARGUMENTS]
@@ -293,7 +293,7 @@ def read_masks(feature_mask: Any, inputs: Inputs) -> Inputs | None:
     """Feature masks, one per input; raises where one does not broadcast to its input."""
     if feature_mask is None:
         return None
-    masks, found = as_tuple(feature_mask), []
+    masks, result = as_tuple(feature_mask), []
     if len(masks) != len(inputs):
         raise ContractError(
             f"feature_mask must have one tensor for each of {len(inputs)} inputs: got {len(masks)}"
@@ -306,25 +306,25 @@ def read_masks(feature_mask: Any, inputs: Inputs) -> Inputs | None:
                 f"feature mask shape {mask.shape}; give it the input's shape, or 1 on any axis"
             )
         cure = "number features by whole numbers"
-        found.append(cast(mask.detach(), torch.int64, "feature_mask", cure).to(x.device))
-    return tuple(found)
+        result.append(cast(mask.detach(), torch.int64, "feature_mask", cure).to(x.device))
+    return tuple(result)
 
 
 def default_masks(inputs: Inputs) -> Inputs:
     """A feature for each element after the batch axis, counted over all inputs: int64 [1, *]."""
-    found, count = [], 0
+    result, count = [], 0
     for x in inputs:
         row = x[:1]
-        found.append(count + torch.arange(row.numel(), device=x.device).view(row.shape))
+        result.append(count + torch.arange(row.numel(), device=x.device).view(row.shape))
         count += row.numel()
-    return tuple(found)
+    return tuple(result)
 
 
 def numbers_of(masks: Inputs, inputs: Inputs) -> Tensor:
     """The numbers of the features that inputs have, in order."""
     own = [mask.flatten() for mask, x in zip(masks, inputs, strict=True) if x.numel()]
-    found: Tensor = torch.unique(torch.cat(own))
-    return found
+    result: Tensor = torch.unique(torch.cat(own))
+    return result
 
 
 def for_fill(inputs: Inputs, baselines: Baselines) -> Inputs:
