@@ -7,7 +7,8 @@ from dataclasses import replace
 from inspect import signature
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from saliency_fast import methods
 from saliency_fast._types import Inputs
@@ -61,8 +62,8 @@ class DeepLift(GradientAttribution):
         """
         model = self.forward_func
         model = model.model if isinstance(model, Neuron) else model
-        modules = model.modules() if isinstance(model, nn.Module) else ()
-        call = self._call(args, one_example=any(type(one) is nn.Softmax for one in modules))
+        modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+        call = self._call(args, one_example=any(type(one) is torch.nn.Softmax for one in modules))
         return replace(call, baselines=forms.filled(call.inputs, call.baselines or ()))
 
     def _maps(self, call: AttributeCall, baselines: Any, args: Any) -> Inputs:
@@ -122,6 +123,7 @@ def over_baselines(parameters: str, single: Callable[..., Any], name: str) -> An
         return (result, delta) if has_delta else result
 
     attribute.__doc__ = "The means of the attributions by every row of the baselines."
+    attribute.__qualname__ = single.__qualname__
     return forms.with_parameters(parameters)(attribute)
 
 
@@ -177,7 +179,7 @@ class LayerDeepLift(LayerAttribution, DeepLift):
     """
 
     def __init__(
-        self, model: Callable[..., Any], layer: nn.Module, multiply_by_inputs: bool = True
+        self, model: Callable[..., Any], layer: torch.nn.Module, multiply_by_inputs: bool = True
     ) -> None:
         InternalAttribution.__init__(self, model, layer)
         # Last: the other calls it with its defaults, on the way to the common base.
@@ -227,7 +229,7 @@ class NeuronDeepLift(NeuronAttribution, GradientAttribution):
     """
 
     def __init__(
-        self, model: Callable[..., Any], layer: nn.Module, multiply_by_inputs: bool = True
+        self, model: Callable[..., Any], layer: torch.nn.Module, multiply_by_inputs: bool = True
     ) -> None:
         GradientAttribution.__init__(self, model)
         InternalAttribution.__init__(self, model, layer)
@@ -239,7 +241,7 @@ class NeuronDeepLift(NeuronAttribution, GradientAttribution):
     )
     def attribute(self, args: Any) -> Any:
         """Attributions of the inputs' shape."""
-        assert isinstance(self.layer, nn.Module)
+        assert isinstance(self.layer, torch.nn.Module)
         at = self.layer, args.attribute_to_neuron_input, args.neuron_selector
         method = DeepLift(Neuron(self.forward_func, *at), self.multiplies_by_inputs)
         of = args.inputs, args.baselines, None, args.additional_forward_args

@@ -104,7 +104,7 @@ def with_parameters(parameters: str) -> Callable[[Callable[[Any, Any], Any]], An
         lines = [f"    {name}: {ARGUMENTS[name]}" for name in own.parameters if name in ARGUMENTS]
         attribute.__doc__ = "\n".join([cleandoc(method.__doc__ or ""), "", "Args:", *lines])
         attribute.__signature__ = own  # type: ignore[attr-defined]
-        bind.__qualname__ = method.__name__
+        bind.__qualname__ = method.__qualname__
         return public(attribute)
 
     return decorate

@@ -144,7 +144,7 @@ class LimeBase(PerturbationAttribution):
         inputs = forms.as_tuple(args.inputs)
         call = AttributeCall(self.forward_func, inputs, args.target, args.additional_forward_args)
         table = together_or_apart(
-            lambda apart: self._samples(_SampleCalls(call, apart), args),
+            lambda apart: self._samples(_sample_calls(call, apart), args),
             rewind_draws(inputs[0].device),
             apart=args.perturbations_per_eval < 2 or rows_depend(self.forward_func),
         )
@@ -152,10 +152,8 @@ class LimeBase(PerturbationAttribution):
         self.interpretable_model.fit(DataLoader(dataset, batch_size=len(dataset)))
         return self.interpretable_model.representation()
 
-    def _samples(self, calls: _SampleCalls, args: Any) -> Inputs:
-        """Samples, their numbers and their weights; raises RowsMeetError where samples of a call
-        change each other's numbers.
-        """
+    def _samples(self, numbers: Callable[[list[Inputs]], Tensor], args: Any) -> Inputs:
+        """Samples, their numbers and their weights."""
         device, most = forms.as_tuple(args.inputs)[0].device, args.perturbations_per_eval
         samples, weights, outputs, waiting = [], [], [], list[Inputs]()
         draw = self._draw(args.inputs, args.kwargs)
@@ -174,11 +172,11 @@ class LimeBase(PerturbationAttribution):
                 weights.append(torch.as_tensor(similar, device=device).reshape(-1))
                 waiting.append(forms.as_tuple(point))
                 if len(waiting) == most:
-                    outputs.append(calls.numbers(waiting).to(device))
+                    outputs.append(numbers(waiting).to(device))
                     bar.update()
                     waiting.clear()
             if waiting:
-                outputs.append(calls.numbers(waiting).to(device))
+                outputs.append(numbers(waiting).to(device))
                 bar.update()
         return tuple(torch.cat(one).float() for one in (samples, outputs, weights))
 
@@ -198,30 +196,13 @@ class LimeBase(PerturbationAttribution):
         return draw
 
 
-class _SampleCalls:
-    """Calls of a function that returns one number for each sample; samples share calls unless they
-    are kept `apart`.
+def _sample_calls(call: AttributeCall, apart: bool) -> Callable[[list[Inputs]], Tensor]:
+    """A function from samples to their numbers [M], which raises RowsMeetError where samples change
+    each other's; samples share calls of the user's function unless they are kept `apart`.
     """
 
-    def __init__(self, call: AttributeCall, apart: bool) -> None:
-        self.call, self.apart = call, apart
-        self.shared = SharedCalls(self._stacked)
-
-    def numbers(self, points: list[Inputs]) -> Tensor:
-        """The numbers [M] of samples; raises RowsMeetError where they change each other's."""
-        shapes = {tuple(x.shape for x in one) for one in points}
-        if len(points) == 1 or self.apart or len(shapes) > 1:
-            return torch.cat([self._of([one]) for one in points])
-        stacked = tuple(torch.stack(one) for one in zip(*points, strict=True))
-        return self.shared.numbers(stacked).flatten()
-
-    def _stacked(self, points: Inputs) -> Tensor:
-        """The numbers [M, 1] of samples [M, B, *]."""
-        return self._of(list(zip(*points, strict=True)))[:, None]
-
-    def _of(self, points: list[Inputs]) -> Tensor:
-        call, count = self.call, len(points)
-        rows = tuple(torch.cat(one) for one in zip(*points, strict=True))
+    def of(points: list[Inputs]) -> Tensor:
+        count, rows = len(points), tuple(torch.cat(one) for one in zip(*points, strict=True))
         raw = call.forward(*rows, *forms.arguments_of(call.further, forms.tiled, count))
         result = numbers_of_output(raw, forms.tiled(call.target, count))
         if result.numel() != count:
@@ -230,6 +211,16 @@ class _SampleCalls:
                 f"input: got {result.numel()} for {count}; pass target="
             )
         return result.reshape(-1)
+
+    shared = SharedCalls(lambda stacked: of(list(zip(*stacked, strict=True)))[:, None])
+
+    def numbers(points: list[Inputs]) -> Tensor:
+        shapes = {tuple(x.shape for x in one) for one in points}
+        if len(points) == 1 or apart or len(shapes) > 1:
+            return torch.cat([of([one]) for one in points])
+        return shared.numbers(tuple(map(torch.stack, zip(*points, strict=True)))).flatten()
+
+    return numbers
 
 
 class _LinearModel:

@@ -153,9 +153,11 @@ def both_forms(parameters: str, plan: Callable[[Any, Any], PerturbationPlan]) ->
     def attribute_future(self: Any, args: Any) -> Any:
         return plan(self, args).promised()
 
-    attribute.__doc__ = attribute_future.__doc__ = plan.__doc__
-    add = forms.with_parameters(parameters)
-    return add(attribute), add(attribute_future)
+    for one in (attribute, attribute_future):
+        one.__doc__ = plan.__doc__
+        one.__qualname__ = plan.__qualname__.replace("_plan", one.__name__)
+    first, second = (forms.with_parameters(parameters) for _ in range(2))
+    return first(attribute), second(attribute_future)
 
 
 def progress_of(method: Method, call: AttributeCall) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
 
 from saliency_fast.errors import ChoiceError, ContractError, InputError
 
@@ -336,7 +336,7 @@ def _series(value: Any, name: str) -> Array:
 
 
 def _array(value: Any) -> Array:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
 def _picture(value: Any, name: str) -> Array:
@@ -344,7 +344,7 @@ def _picture(value: Any, name: str) -> Array:
     such an array. Raises InputError for other axes, or where sizes do not tell which they are.
     """
     result = _array(value)
-    shape, is_tensor = list(result.shape), isinstance(value, Tensor)
+    shape, is_tensor = list(result.shape), isinstance(value, torch.Tensor)
     if is_tensor and result.ndim == 4 and len(result) == 1:
         result = result[0]
     if result.ndim == 2:
@@ -432,7 +432,7 @@ def _show(use_pyplot: bool) -> None:
 class VisualizationDataRecord:
     """One row of `visualize_text`: a text's words, their attributions [T], and the classes."""
 
-    word_attributions: Tensor
+    word_attributions: torch.Tensor
     pred_prob: float
     pred_class: int
     true_class: int
@@ -464,7 +464,7 @@ def format_special_tokens(token: str) -> str:
 
 
 def format_word_importances(
-    words: Sequence[str], importances: Sequence[float] | Tensor | npt.NDArray[Any] | None
+    words: Sequence[str], importances: Sequence[float] | torch.Tensor | npt.NDArray[Any] | None
 ) -> str:
     """Words as a cell of the table, on green for positive and red for negative importances [T]."""
     if importances is None or len(importances) == 0:

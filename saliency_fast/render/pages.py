@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from saliency_fast.engine.memory import bytes_text
 from saliency_fast.render.html import Figure, legends, number_text, percent_text, render
 
 Pairs = tuple[tuple[str, str], ...]
@@ -136,12 +137,7 @@ def error_text(numbers: MapMeasurements) -> str:
 def memory_text(numbers: MapMeasurements) -> str:
     """Peak memory, and whether it was measured."""
     how = "measured" if numbers.peak_measured else "planned"
-    count, units = float(numbers.peak_bytes), ["GiB", "MiB", "KiB", "B"]
-    while count >= 1024 and len(units) > 1:
-        count /= 1024
-        units.pop()
-    digits = 0 if units[-1] == "B" else 1
-    return f"{count:.{digits}f} {units[-1]} ({how})"
+    return f"{bytes_text(numbers.peak_bytes)} ({how})"
 
 
 @dataclass(frozen=True)
