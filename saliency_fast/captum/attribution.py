@@ -286,7 +286,6 @@ def _by_rows(
 
 
 def _rowwise(forward: Callable[..., Any], flat: tuple[bool, ...], *args: Any) -> Tensor:
-    """The user's function on the rows of a launch."""
     count = len(flat)
     points = (x[:, 0] if one else x for x, one in zip(args[:count], flat, strict=True))
     result = read_output(forward(*points, *args[count:]))
@@ -485,7 +484,6 @@ class Attribution:
         return self._multiply_by_inputs
 
     def has_convergence_delta(self) -> bool:
-        """Whether `attribute` takes return_convergence_delta."""
         return self._has_delta
 
     @classmethod
@@ -606,10 +604,8 @@ class PerturbationAttribution(Attribution):
             "at_once": at_once,
             "progress": self.get_name() if args.show_progress else "",
         }
-        of = args.target, args.additional_forward_args
-        return AttributeCall(
-            self.forward_func, forms.for_fill(parts, starts), *of, **(own | fields)
-        )
+        of = forms.for_fill(parts, starts), args.target, args.additional_forward_args
+        return AttributeCall(self.forward_func, *of, **(own | fields))
 
 
 class InternalAttribution(Attribution):

@@ -18,6 +18,7 @@ from saliency_fast.model.casts import cast
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Baselines = tuple[Tensor | int | float, ...]
+Windows = tuple[tuple[int, ...], ...]
 
 ARGUMENTS = {
     "inputs": "a tensor [B, *], or a tuple of them, which the function takes first.",
@@ -111,7 +112,6 @@ def with_parameters(parameters: str) -> Callable[[Callable[[Any, Any], Any]], An
 
 
 def as_tuple(inputs: Any) -> Inputs:
-    """Inputs as a tuple of tensors."""
     parts = inputs if isinstance(inputs, tuple) else (inputs,)
     if not isinstance(inputs, (tuple, Tensor)):
         raise ContractError(
@@ -237,7 +237,6 @@ def as_target(target: Any) -> Any:
 
 
 def check_target(target: Any, batch: int) -> None:
-    """Raises where targets are not one per example."""
     many = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
     if many and len(target) != batch:
         raise ContractError(
@@ -335,3 +334,56 @@ def for_fill(inputs: Inputs, baselines: Baselines) -> Inputs:
 
     pairs = zip(inputs, baselines, strict=True)
     return tuple(floating((x,))[0] if is_floating(one) else x for x, one in pairs)
+
+
+def sliding_windows(shapes: Any, strides: Any, inputs: Inputs) -> tuple[Windows, Windows]:
+    """A window and a stride for each axis after the batch axis of each input."""
+    steps = (1,) * len(inputs) if strides is None else strides
+    if len(inputs) == 1 and not (isinstance(steps, tuple) and len(steps) == 1):
+        steps = (steps,)
+    if not isinstance(steps, tuple) or len(steps) != len(inputs):
+        raise ContractError(
+            f"Strides must be provided for each input tensor. Got {strides!r} for {len(inputs)} "
+            "inputs; pass a tuple with an entry per input"
+        )
+    for number, (step, x) in enumerate(zip(steps, inputs, strict=True)):
+        if not isinstance(step, int) and not (isinstance(step, tuple) and len(step) == x.dim() - 1):
+            raise ContractError(
+                f"Stride for input index {number} is {step}, which is invalid for input with shape "
+                f"{x.shape}. It must be either an int or a tuple with length equal to "
+                "len(input_shape) - 1."
+            )
+    if len(shapes) and isinstance(shapes[0], int):
+        shapes = (shapes,)
+    if len(shapes) != len(inputs):
+        raise ContractError(
+            "Must provide sliding window dimensions for each input tensor. Got "
+            f"{shapes!r} for {len(inputs)} inputs; pass a tuple with a tuple per input"
+        )
+    wide = []
+    for number, (shape, step, x) in enumerate(zip(shapes, steps, inputs, strict=True)):
+        if not isinstance(shape, tuple) or len(shape) != x.dim() - 1:
+            raise ContractError(
+                f"Occlusion shape for input index {number} is {shape} but should be a tuple with "
+                f"{x.dim()} dimensions. Leave out the batch: {x.dim() - 1} numbers"
+            )
+        wide.append(step if isinstance(step, tuple) else (step,) * len(shape))
+        _check_window(shape, wide[-1], tuple(x.shape[1:]))
+    return tuple(shapes), tuple(wide)
+
+
+def _check_window(shape: tuple[int, ...], step: tuple[int, ...], size: tuple[int, ...]) -> None:
+    if any(width > most for width, most in zip(shape, size, strict=True)):
+        raise ContractError(
+            f"Sliding window dimensions {shape} cannot exceed input dimensions{size}. Use a "
+            "smaller window"
+        )
+    if any(one < 1 for one in (*shape, *step)):
+        raise ContractError(
+            f"Sliding windows and strides must be at least 1: got {shape} and {step}"
+        )
+    if any(s > w and w < n for s, w, n in zip(step, shape, size, strict=True)):
+        raise ContractError(
+            f"Stride dimension {step} cannot be larger than sliding window shape dimension "
+            f"{shape}. Use a smaller stride"
+        )

@@ -32,9 +32,8 @@ def read_output(raw: Any) -> Tensor:
     only tensor of another output.
     """
     if isinstance(raw, (int, float)):
-        return torch.tensor(
-            raw, dtype=torch.int64 if isinstance(raw, int) else torch.float64, device="cpu"
-        )
+        dtype = torch.int64 if isinstance(raw, int) else torch.float64
+        return torch.tensor(raw, dtype=dtype, device="cpu")
     if (result := read_of(raw)) is not None:
         return result
     if isinstance(raw, torch.Future):
@@ -134,7 +133,6 @@ def _classes(output: Tensor, classes: Tensor) -> Tensor:
 
 
 def missing_layer(layer: nn.Module) -> ContractError:
-    """The error for a layer that did not run."""
     return ContractError(
         "Forward hook did not obtain any outputs for given layer: the "
         f"{type(layer).__name__} did not run; name one that the model calls"

@@ -45,9 +45,8 @@ class _InputGradient(GradientAttribution):
 
     def _explained(self, method: Method, args: Any) -> Any:
         call = self._call(args)
-        return forms.like_inputs(
-            args.inputs, forms.like_types(explained(method, call), call.inputs)
-        )
+        maps = forms.like_types(explained(method, call), call.inputs)
+        return forms.like_inputs(args.inputs, maps)
 
 
 class Saliency(_InputGradient):

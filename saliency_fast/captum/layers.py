@@ -124,14 +124,13 @@ class Layers:
         self, call: AttributeCall, values: list[Inputs], grad_kwargs: dict[str, Any] | None
     ) -> AttributeCall:
         """The call with the layers' values for inputs, and the model's inputs as arguments."""
+        gradient_func = partial(compute_gradients, **grad_kwargs) if grad_kwargs else None
         return replace(
             call,
             forward=Downstream(self.forward, self.layers, self.of_input, tuple(map(len, values))),
             inputs=tuple(chain(*values)),
             further=(*(x.detach() for x in call.inputs), *forms.as_args(call.further)),
-            gradient_func=(
-                partial(compute_gradients, **grad_kwargs) if grad_kwargs else compute_gradients
-            ),
+            gradient_func=gradient_func or compute_gradients,
         )
 
     def path(

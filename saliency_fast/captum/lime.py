@@ -153,7 +153,6 @@ class LimeBase(PerturbationAttribution):
         return self.interpretable_model.representation()
 
     def _samples(self, numbers: Callable[[list[Inputs]], Tensor], args: Any) -> Inputs:
-        """Samples, their numbers and their weights."""
         device, most = forms.as_tuple(args.inputs)[0].device, args.perturbations_per_eval
         samples, weights, outputs, waiting = [], [], [], list[Inputs]()
         draw = self._draw(args.inputs, args.kwargs)
@@ -230,7 +229,6 @@ class _LinearModel:
         self.how, self.alpha = how, alpha
 
     def fit(self, train_data: DataLoader[Any]) -> None:
-        """Fits the slopes to samples, outputs and weights."""
         z, y, weight = (torch.cat(one) for one in zip(*train_data, strict=True))
         # The first weights of a linear layer, which Captum's model draws here.
         nn.Linear(z.shape[1], 1)
@@ -384,9 +382,8 @@ class Lime(LimeBase):
 def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     """Masks whose numbers begin at 0, and how many features Captum counts."""
     masks = forms.read_masks(feature_mask, inputs) or forms.default_masks(inputs)
-    masks = tuple(
-        one[(None,) * (x.dim() - one.dim())] for one, x in zip(masks, inputs, strict=True)
-    )
+    pairs = zip(masks, inputs, strict=True)
+    masks = tuple(one[(None,) * (x.dim() - one.dim())] for one, x in pairs)
     least = min(int(one.min()) for one in masks if one.numel())
     if least != 0:
         warnings.warn(
@@ -432,9 +429,8 @@ class _Fitted:
         def rounds(context: engine.RoundContext) -> engine.Rounds:
             return surrogates.fitted(context, self.draw, self.weigh, self.how, self.alpha)
 
-        return engine.RoundsRecipe(
-            rounds, self.samples, baseline="fill", gradients=False, features=True
-        )
+        of = rounds, self.samples
+        return engine.RoundsRecipe(*of, baseline="fill", gradients=False, features=True)
 
 
 class KernelShap(Lime):
@@ -454,7 +450,6 @@ class KernelShap(Lime):
         self.inf_weight = INFINITE_WEIGHT
 
     def _weight(self, _: Any, __: Any, sample: Tensor, **kwargs: Any) -> float:
-        """The weight of a coalition [1, F]."""
         return self.inf_weight if int(sample.sum()) in (0, sample.numel()) else 1.0
 
     def _method(self, samples: int, numbers: Tensor, count: int, draws: Draws) -> _Fitted:

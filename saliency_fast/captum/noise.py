@@ -143,7 +143,6 @@ class NoiseTunnel(Attribution):
         return result
 
     def _of(self, rows: Any, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-        """The method's attributions of noisy rows, and its deltas."""
         method = self.attribution_method
         if self.is_gradient_method:
             for one in forms.as_tuple(rows):
@@ -156,7 +155,6 @@ class NoiseTunnel(Attribution):
 
 
 def _read_stdevs(stdevs: Any, inputs: Inputs) -> tuple[float, ...]:
-    """One standard deviation per input."""
     if not isinstance(stdevs, tuple):
         if not isinstance(stdevs, float):
             raise ContractError(
@@ -253,9 +251,8 @@ def _expanded(args: Any, inputs: Inputs, samples: int) -> dict[str, Any]:
     """A method's arguments for so many samples of every example, example-major."""
     result, draw = dict(args.kwargs), args.draw_baseline_from_distrib
     if (further := result.get("additional_forward_args")) is not None:
-        result["additional_forward_args"] = forms.arguments_of(
-            further, forms.interleaved, samples, 0
-        )
+        further = forms.arguments_of(further, forms.interleaved, samples, 0)
+        result["additional_forward_args"] = further
     if "target" in result:
         result["target"] = forms.interleaved(forms.as_target(result["target"]), samples)
     if "baselines" in result:
@@ -304,9 +301,8 @@ class GradientShap(GradientAttribution):
 
         Rows of the baselines and points come from NumPy's global generator.
         """
-        starts = forms.as_baselines(
-            forms.drawn_from(args.baselines, args.inputs), forms.as_tuple(args.inputs)
-        )
+        sets = forms.drawn_from(args.baselines, args.inputs)
+        starts = forms.as_baselines(sets, forms.as_tuple(args.inputs))
         if not isinstance(starts[0], Tensor):
             raise ContractError(
                 "Baselines distribution has to be provided in a form of a torch.Tensor "

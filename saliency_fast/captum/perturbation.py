@@ -63,7 +63,6 @@ class Draws:
         self.kept: dict[int, Any] = {}
 
     def restart(self) -> None:
-        """As if nothing had been drawn."""
         self.state = self.start
         self.kept.clear()
 
@@ -87,7 +86,6 @@ class PerturbationPlan:
     draws: Draws | None = None
 
     def attributed(self) -> Any:
-        """The result."""
         call, restored = _without_empty(self.call)
         with preserved(call.forward), progress_of(self.method, call) as bar:
             first = first_of(call)
@@ -322,7 +320,6 @@ def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
 
 
 def _values(maps: engine.Maps, call: AttributeCall, first: Tensor) -> Values:
-    """A map for each of the N numbers."""
     batch, count = len(call.inputs[0]), first.numel()
     pairs = zip(call.features or (), call.inputs, strict=False)
     own = any(one.dim() == x.dim() and len(one) > 1 for one, x in pairs)
@@ -408,7 +405,6 @@ def _call_by_call(
 
 MANY_FEATURES = 10
 """Features whose exact Shapley values take long."""
-Windows = tuple[tuple[int, ...], ...]
 logger = logging.getLogger(__name__)
 
 
@@ -460,7 +456,7 @@ class Occlusion(FeatureAblation):
     def attribute(self, args: Any) -> Any:
         """Attributions of the inputs' shape, in float32."""
         parts = forms.as_tuple(args.inputs)
-        window, stride = _read_windows(args.sliding_window_shapes, args.strides, parts)
+        window, stride = forms.sliding_windows(args.sliding_window_shapes, args.strides, parts)
         call = self._call(args)
 
         def finish(maps: Inputs, first: Tensor) -> Any:
@@ -489,8 +485,8 @@ def _windows_at(window: tuple[int, ...], stride: tuple[int, ...], x: Tensor) -> 
 class _Occluded:
     """Windows over the axes after the batch, also where the batch is one example."""
 
-    window: Windows
-    stride: Windows
+    window: forms.Windows
+    stride: forms.Windows
     name = "occlusion"
 
     def recipe(self) -> Recipe:
@@ -511,59 +507,6 @@ class _Occluded:
             window.append((*before, *width))
             stride.append((*before, *step))
         return occlusion.Occlusion(tuple(window), tuple(stride))
-
-
-def _read_windows(shapes: Any, strides: Any, inputs: Inputs) -> tuple[Windows, Windows]:
-    """A window and a stride for each axis after the batch axis of each input."""
-    steps = (1,) * len(inputs) if strides is None else strides
-    if len(inputs) == 1 and not (isinstance(steps, tuple) and len(steps) == 1):
-        steps = (steps,)
-    if not isinstance(steps, tuple) or len(steps) != len(inputs):
-        raise ContractError(
-            f"Strides must be provided for each input tensor. Got {strides!r} for {len(inputs)} "
-            "inputs; pass a tuple with an entry per input"
-        )
-    for number, (step, x) in enumerate(zip(steps, inputs, strict=True)):
-        if not isinstance(step, int) and not (isinstance(step, tuple) and len(step) == x.dim() - 1):
-            raise ContractError(
-                f"Stride for input index {number} is {step}, which is invalid for input with shape "
-                f"{x.shape}. It must be either an int or a tuple with length equal to "
-                "len(input_shape) - 1."
-            )
-    if len(shapes) and isinstance(shapes[0], int):
-        shapes = (shapes,)
-    if len(shapes) != len(inputs):
-        raise ContractError(
-            "Must provide sliding window dimensions for each input tensor. Got "
-            f"{shapes!r} for {len(inputs)} inputs; pass a tuple with a tuple per input"
-        )
-    wide = []
-    for number, (shape, step, x) in enumerate(zip(shapes, steps, inputs, strict=True)):
-        if not isinstance(shape, tuple) or len(shape) != x.dim() - 1:
-            raise ContractError(
-                f"Occlusion shape for input index {number} is {shape} but should be a tuple with "
-                f"{x.dim()} dimensions. Leave out the batch: {x.dim() - 1} numbers"
-            )
-        wide.append(step if isinstance(step, tuple) else (step,) * len(shape))
-        _check_window(shape, wide[-1], tuple(x.shape[1:]))
-    return tuple(shapes), tuple(wide)
-
-
-def _check_window(shape: tuple[int, ...], step: tuple[int, ...], size: tuple[int, ...]) -> None:
-    if any(width > most for width, most in zip(shape, size, strict=True)):
-        raise ContractError(
-            f"Sliding window dimensions {shape} cannot exceed input dimensions{size}. Use a "
-            "smaller window"
-        )
-    if any(one < 1 for one in (*shape, *step)):
-        raise ContractError(
-            f"Sliding windows and strides must be at least 1: got {shape} and {step}"
-        )
-    if any(s > w and w < n for s, w, n in zip(step, shape, size, strict=True)):
-        raise ContractError(
-            f"Stride dimension {step} cannot be larger than sliding window shape dimension "
-            f"{shape}. Use a smaller stride"
-        )
 
 
 def _permute_feature(x: Tensor, feature_mask: Tensor) -> Tensor:
@@ -761,9 +704,8 @@ class ShapleyValueSampling(PerturbationAttribution):
 def _like_output(inputs: Any, maps: Inputs, first: Tensor) -> Any:
     shape = first.shape or (1,)
     pairs = zip(maps, forms.as_tuple(inputs), strict=True)
-    return forms.like_inputs(
-        inputs, tuple(one.float().view(*shape, *x.shape[1:]) for one, x in pairs)
-    )
+    values = tuple(one.float().view(*shape, *x.shape[1:]) for one, x in pairs)
+    return forms.like_inputs(inputs, values)
 
 
 class ShapleyValues(ShapleyValueSampling):
@@ -803,10 +745,8 @@ class _RandomOrders:
     name = "shapley_sampling"
 
     def recipe(self) -> Recipe:
-        points = max(1, self.orders * (len(self.numbers) - 1))
-        return engine.RoundsRecipe(
-            self._rounds, points, baseline="one", gradients=False, features=True
-        )
+        of = self._rounds, max(1, self.orders * (len(self.numbers) - 1))
+        return engine.RoundsRecipe(*of, baseline="one", gradients=False, features=True)
 
     def _rounds(self, context: engine.RoundContext) -> engine.Rounds:
         game, drawn = Game.of(context), self.draws.kept

@@ -58,7 +58,6 @@ def _environment() -> Environment:
 
 
 def data_uri(data: bytes, media: str = "image/png") -> str:
-    """A file as a data URI."""
     return f"data:{media};base64,{b64encode(data).decode('ascii')}"
 
 

@@ -135,7 +135,6 @@ def error_text(numbers: MapMeasurements) -> str:
 
 
 def memory_text(numbers: MapMeasurements) -> str:
-    """Peak memory, and whether it was measured."""
     how = "measured" if numbers.peak_measured else "planned"
     return f"{bytes_text(numbers.peak_bytes)} ({how})"
 

@@ -237,6 +237,5 @@ def _framed(picture: Tensor, zoom: int, moment: Moment, total: int) -> Tensor:
 
 
 def caption(moment: Moment, total: int) -> str:
-    """The text under a frame."""
     error = "unknown" if math.isnan(moment.error) else percent_text(moment.error)
     return f"{moment.points}/{total} points, error {error}"

@@ -314,9 +314,8 @@ def _nmf(vectors: Array, weights: Array, count: int, seed: int) -> Array:
             f"count must be at most the layer's channels, {vectors.shape[1]}, and the positions "
             f"with evidence for the target, {len(vectors)}: got {count}; use fewer concepts"
         )
-    learner = _learn("decomposition").NMF(
-        count, init="nndsvda", max_iter=2000, tol=1e-5, random_state=seed
-    )
+    of = {"init": "nndsvda", "max_iter": 2000, "tol": 1e-5}
+    learner = _learn("decomposition").NMF(count, random_state=seed, **of)
     # A row times the root of its weight has that weight in the squared error.
     parts: Array = learner.fit(vectors * np.sqrt(weights)[:, None]).components_
     return parts.astype(np.float64)

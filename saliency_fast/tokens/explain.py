@@ -165,7 +165,6 @@ class _Call:
 
     @property
     def _at(self) -> str:
-        """The name of the table."""
         assert self.table is not None
         return names_of(self.model, [self.table.layer])[0]
 
@@ -188,7 +187,6 @@ class _Call:
 
 
 def _per_token(result: Attribution, method: Method, reduction: str | None) -> Tensor:
-    """The values [B, T] of tokens."""
     values = result.values
     if isinstance(values, Tensor) and values.dim() > 2:
         recipe = method.recipe()

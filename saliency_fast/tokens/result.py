@@ -160,11 +160,9 @@ class TokenAttribution:
     _repr_html_ = html
 
     def __str__(self) -> str:
-        """The tables of all texts."""
         return "\n\n".join(self.table(number) for number in range(len(self.tokens)))
 
     def __repr__(self) -> str:
-        """One line."""
         lengths = ", ".join(str(len(one)) for one in self.tokens[:5])
         more = ", ..." if len(self.tokens) > 5 else ""
         return f"<TokenAttribution {self.attribution.provenance.method}; tokens: {lengths}{more}>"
@@ -184,7 +182,6 @@ class TokenAttribution:
         return {name: "undefined" if one != one else f"{one:+.2f}" for name, one in values}
 
     def _shaded(self, text: int) -> dict[str, Any]:
-        """One text for the template."""
         rows, agreements, columns = self.rows(text), self._agreements(text), []
         for name in self.columns:
             # Special tokens draw most of the attention: they would leave no shade for the others.

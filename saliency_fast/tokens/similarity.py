@@ -46,7 +46,6 @@ class Similarity:
             )
 
     def texts(self, count: int) -> list[str]:
-        """The other text of each of `count` texts."""
         several = [self.to] if isinstance(self.to, str) else list(self.to)
         if len(several) not in (1, count):
             raise InputError(f"to must be one text, or one for each of {count}: got {len(several)}")

@@ -14,8 +14,7 @@ from torch import nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, RecordError
 from saliency_fast.summary import summarise
-from saliency_fast.summary.facts import replacements
-from saliency_fast.summary.sentences import share_text, value_at
+from saliency_fast.summary.sentences import replacements, share_text, value_at
 from saliency_fast.zoo import digits_cnn, held_out
 
 DIGITS = [str(number) for number in range(10)]
