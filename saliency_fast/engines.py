@@ -159,16 +159,18 @@ class Engine:
                 raise InputError("create_graph=True is for rows='alone': got rows='together'")
             # Neither leaves a graph behind.
             self.lean = self.graphs = False
-        caches = (
-            _CALIBRATED.setdefault(self._called, {}) if isinstance(self._called, nn.Module) else {}
-        )
-        self._location = LayerLocation(self._called, at, layer_input, caches)
+        self._location = LayerLocation(self._called, at, layer_input, self._caches())
         self._service: Service[Attribution] = Service(
             partial(preserve_model_state, model, draws=False),
             capacity=waiting,
             latency=latency,
             memory_budget=memory_budget,
         )
+
+    def _caches(self) -> dict[tuple[object, ...], CalibrationCache]:
+        """Calibrations, which engines of one module share."""
+        model = self._called
+        return _CALIBRATED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
 
     @uncaptured
     def plan(

@@ -11,7 +11,6 @@ from saliency_fast.captum.attribution import (
     NeuronAttribution,
     PerturbationAttribution,
 )
-from saliency_fast.captum.captum_only import kept_apart
 from saliency_fast.captum.deep_lift import (
     DeepLift,
     DeepLiftShap,
@@ -25,9 +24,12 @@ from saliency_fast.captum.gradients import (
     GuidedBackprop,
     GuidedGradCam,
     InputXGradient,
+    IntegratedGradients,
     LayerActivation,
+    LayerConductance,
     LayerGradCam,
     LayerGradientXActivation,
+    LayerIntegratedGradients,
     Saliency,
 )
 from saliency_fast.captum.lime import KernelShap, Lime, LimeBase, get_exp_kernel_similarity_function
@@ -40,11 +42,6 @@ from saliency_fast.captum.lrp import (
     PropagationRule,
 )
 from saliency_fast.captum.noise import GradientShap, NoiseTunnel
-from saliency_fast.captum.paths import (
-    IntegratedGradients,
-    LayerConductance,
-    LayerIntegratedGradients,
-)
 from saliency_fast.captum.perturbation import (
     FeatureAblation,
     FeaturePermutation,
@@ -52,6 +49,7 @@ from saliency_fast.captum.perturbation import (
     ShapleyValues,
     ShapleyValueSampling,
 )
+from saliency_fast.captum.shared_calls import kept_apart
 
 __all__ = [
     "LRP",
@@ -98,7 +96,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Names that only Captum has: its own, where it is installed; see `captum_only`."""
+    """Names that only Captum has: its own, where it is installed; see `kept_apart`."""
     missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name.startswith("_"):
         raise missing

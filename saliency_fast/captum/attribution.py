@@ -1,40 +1,447 @@
-"""Base classes with Captum's names, and the documentation of the arguments that classes share."""
+"""What all classes share: base classes with Captum's names, and the adapter to the engine.
+
+Every class turns its arguments into an `AttributeCall` and a method of the engine, and `explained`
+returns the maps. A call at layers or of a neuron is the same with another function: the part of the
+model downstream of the layers (`layers.py`), or the model up to the neuron (`forward.Neuron`).
+
+Captum runs all rows at once and leaves the model in its mode. The engine gets a function around the
+user's, so that no mode is switched, and launches rows in numbers of its own. Where rows are not
+independent (batch norm in training mode, one number for a batch, inputs of several lengths, a
+gradient function of the user's) the whole batch is one example, whose points hold all rows.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from types import FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import (
-    as_args,
-    as_baselines,
-    as_target,
-    as_tuple,
-    check_baselines,
-    check_target,
-    copies,
-    filled,
-    for_fill,
-    public,
-    read_masks,
+from saliency_fast.api import Engine
+from saliency_fast.captum import forms
+from saliency_fast.captum.forward import (
+    Neuron,
+    compute_gradients,
+    need_one_number,
+    read_output,
+    run_forward,
+    selected,
 )
-from saliency_fast.captum.attribute_call import AttributeCall
-from saliency_fast.captum.forward import compute_gradients, run_forward
-from saliency_fast.errors import ContractError
+from saliency_fast.engine.calibrate import CalibrationCache
+from saliency_fast.engine.independence import Independence
+from saliency_fast.engine.loop import Job, Progress, run_alone
+from saliency_fast.engine.recipe import Method, WeightedSum
+from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
+from saliency_fast.graph.gradients import gradients
+from saliency_fast.model.executors import EagerExecutor
+from saliency_fast.model.failures import as_well, diagnosed
+from saliency_fast.model.layers import Downstream
 from saliency_fast.model.preserve import preserved
+from saliency_fast.rules.intercept import RulesExecutor
+
+SMALL_INPUTS = 16 * 1024
+"""Bytes of inputs up to which one plain run of the batch is faster than planned launches."""
+SMALL_MODULE = 64 * 1024**2
+"""Bytes of weights up to which it is."""
+SMALL_NORMED = 2 * 1024**2
+"""Bytes of weights up to which it is for modules with batch norms, which the engine folds."""
+MOST_CALIBRATIONS = 256
+"""Calibrations kept for a function: one for each of its layers, and for each shape of a batch."""
+Calibrations = dict[tuple[object, ...], CalibrationCache]
+ByRows = tuple[Inputs, Tensor | None]
+"""Maps like the inputs, and by feature [N, F] for methods that have them."""
+
+
+@dataclass(frozen=True)
+class AttributeCall:
+    """What a call of `attribute` asks of the engine, with arguments in one form.
+
+    gradient_func: another than `compute_gradients` is the user's. points_per_launch: the most
+    points that run at once. one_example: whether the batch is one in any case. features: masks that
+    broadcast to their inputs, [1 | B, *]. at_once: perturbed batches per call of the function.
+    progress: the class whose progress bar is shown; "" for none.
+    """
+
+    forward: Callable[..., Any]
+    inputs: Inputs
+    target: Any = None
+    further: Any = None
+    baselines: forms.Baselines | None = None
+    gradient_func: Callable[..., Inputs] = compute_gradients
+    points_per_launch: int | None = None
+    one_example: bool = False
+    features: Inputs | None = None
+    at_once: int = 1
+    progress: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", forms.as_target(self.target))
+
+    @cached_property
+    def owner(self) -> nn.Module | None:
+        """The module whose function is explained, where one is found."""
+        return owner_of(self.forward)
+
+    @property
+    def may_be_by_rows(self) -> bool:
+        """Whether rows of the batch may be independent."""
+        same = len({x.shape[:1] for x in self.inputs}) == 1 and self.inputs[0].dim() > 0
+        modules = () if self.owner is None else self.owner.modules()
+        norms = (one for one in modules if isinstance(one, nn.modules.batchnorm._BatchNorm))
+        return same and not any(one.training or one.running_mean is None for one in norms)
+
+
+class _RowsDependError(Exception):
+    """Rows of a call depend on each other."""
+
+
+class _ProvedRows(Independence):
+    """The proof of rows, each an example unless rows are seen to depend on each other."""
+
+    def meet(self, reason: str, *, vmapped: bool = False) -> None:
+        self.reason, self.proved = reason, False
+        raise _RowsDependError(reason)
+
+    def due(self, rows: int, *, apart: bool) -> tuple[int, ...]:
+        if self.reason:
+            raise _RowsDependError(self.reason)
+        return super().due(rows, apart=apart)
+
+
+class _RowProofs(dict[tuple[object, ...], Independence]):
+    def setdefault(self, key: tuple[object, ...], default: Any = None) -> Independence:
+        # Kept before `learn`, which may raise: other forms of the call read the reason.
+        proof = super().setdefault(key, _ProvedRows(None))
+        proof.learn(default.suspect)
+        return proof
+
+
+class _Engine(Engine):
+    """An engine with calibrations of its own, and a progress bar that counts calls, the first of
+    which is over.
+    """
+
+    zeros_of_unused = False
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        method: Method,
+        calibrations: CalibrationCache,
+        bar: Any = None,
+        **of: Any,
+    ) -> None:
+        self._calibrations, self._bar = calibrations, bar
+        super().__init__(model, method, hashes=False, **of)
+
+    def _caches(self) -> Calibrations:
+        return {(): self._calibrations}
+
+    def _progress(self, job: Job) -> Iterator[Progress]:
+        for progress in run_alone(job):
+            if self._bar is not None and self._bar.total:
+                share = progress.done / max(1, progress.of)
+                self._bar.update(int(share * (self._bar.total - 1)) + 1 - self._bar.n)
+            yield progress
+
+
+def explained(method: Method, call: AttributeCall) -> Inputs:
+    """The maps of a method that takes gradients, shaped like the call's inputs."""
+    with preserved(call.forward):
+        if (result := _in_one_run(method, call)) is not None:
+            return result
+        further = forms.as_args(call.further)
+        shapes = ((x.shape, x.dtype) for x in further if isinstance(x, Tensor))
+        of_rows = calibrations_of(call.forward)
+        of_batch = calibrations_of(call.forward, "batch", *shapes)
+        try:
+            if call.may_be_by_rows and not call.one_example and _is_usual(call):
+                maps = explained_by_rows(method, call, of_rows)
+                result = None if maps is None else maps[0]
+            if result is None:
+                result = _as_one_example(method, call, of_batch)
+        except ModelCallError as error:
+            raise _as_captums(error, call) from error.__cause__
+    if any(probe.cost.drew for probe in (*of_rows.values(), *of_batch.values())):
+        # The engine puts random states back: the next call must not drop out the same.
+        torch.rand_like(call.inputs[0], dtype=torch.float32)
+    return result
+
+
+def _is_usual(call: AttributeCall) -> bool:
+    return call.gradient_func is compute_gradients
+
+
+def _as_captums(error: ModelCallError, call: AttributeCall) -> ModelCallError:
+    """The error of the user's function, also an instance of the class that Captum lets through."""
+    result = diagnosed(error, call.forward, call.inputs, forms.as_args(call.further), {})
+    cause = result.__cause__
+    if not isinstance(cause, Exception):
+        return result
+    return as_well(type(cause))(str(result)).with_traceback(result.__traceback__)
+
+
+def _in_one_run(method: Method, call: AttributeCall) -> Inputs | None:
+    """Gradients at the inputs in one run of the whole batch, for small modules at small inputs, for
+    which planning costs more than it saves. None elsewhere, or where anything is wrong, which the
+    engine then reports.
+    """
+    recipe, inputs = method.recipe(), call.inputs
+    if not isinstance(recipe, WeightedSum):
+        return None
+    rules = recipe.rules
+    single = recipe.at_input and recipe.baseline == "none"
+    single = single and _is_usual(call) and not (rules and rules.relevance)
+    if not (single and call.owner is not None and is_small(call.owner, inputs)):
+        return None
+    executor = EagerExecutor(call.forward) if rules is None else RulesExecutor(call.forward, rules)
+    on = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
+    with suppress(Exception), on[0], on[1], on[2]:
+        points = [x.detach().clone().requires_grad_() for x in inputs]
+        # Copies: the model may work in place, and rules take leaves for weights.
+        raw = executor([one.clone() for one in points], forms.as_args(call.further), {})
+        scores = selected(read_output(raw), call.target)
+        need_one_number(scores)
+        total = scores.sum()
+        grads = gradients(total, points)
+        if recipe.factor == "input":
+            grads = tuple(one * x.detach() for one, x in zip(grads, points, strict=True))
+        if math.isfinite(sum((one.sum() for one in grads), total.detach())):
+            return tuple(one.abs() for one in grads) if recipe.reduction == "absolute" else grads
+    return None
+
+
+def is_small(owner: nn.Module, inputs: Inputs) -> bool:
+    """Whether a module and its inputs are small; volumes, which PyTorch unfolds, never are."""
+    kinds = (torch.float32, torch.float64)
+    plain = all(x.dtype in kinds and x.device.type == "cpu" and x.dim() < 5 for x in inputs)
+    if not plain or sum(x.nbytes for x in inputs) > SMALL_INPUTS:
+        return False
+    normed = any(isinstance(one, nn.modules.batchnorm._BatchNorm) for one in owner.modules())
+    size = sum(one.nbytes for one in owner.parameters())
+    return size <= (SMALL_NORMED if normed else SMALL_MODULE)
+
+
+def explained_by_rows(
+    method: Method,
+    call: AttributeCall,
+    calibrations: CalibrationCache,
+    bar: Any = None,
+    restart: Callable[[], object] = lambda: None,
+) -> ByRows | None:
+    """The maps with rows as examples, and the values by feature; None where rows depend on each
+    other, or where another form of the call may be free of what is wrong: the engine has no form
+    for some of Captum's targets, and a model may not take a single row. What is wrong otherwise
+    shows in the last form, too. `restart` is called before each further form.
+    """
+    with suppress(_RowsDependError):
+        for target in engine_targets(call.target, len(call.inputs[0])):
+            try:
+                return _by_rows(method, call, target, calibrations, bar)
+            except (ContractError, BudgetError, _RowsDependError):
+                raise
+            except Exception as error:
+                if isinstance(error, ModelError) and not isinstance(error, ModelCallError):
+                    raise
+            restart()
+    restart()
+    return None
+
+
+def _by_rows(
+    method: Method, call: AttributeCall, target: Any, calibrations: CalibrationCache, bar: Any
+) -> ByRows:
+    inputs, most = call.inputs, call.points_per_launch
+    if call.at_once > 1:
+        most = call.at_once * len(inputs[0])
+    # Inputs [B] are columns [B, 1] to the engine.
+    flat = tuple(x.dim() == 1 for x in inputs)
+
+    def wide(several: Any) -> Any:
+        pairs = zip(several or (), flat, strict=False)
+        deep = (x[..., None] if is_flat and isinstance(x, Tensor) else x for x, is_flat in pairs)
+        return None if several is None else tuple(deep)
+
+    engine = _Engine(
+        partial(_rowwise, call.forward, flat),
+        method,
+        calibrations,
+        bar,
+        points_per_launch=None if most is None else max(1, most),
+    )
+    more = {"forward_args": forms.as_args(call.further), "features": wide(call.features)}
+    result = engine(wide(inputs), target, wide(call.baselines), **more)
+    return _like(result.values, inputs), result.extras.get("features")
+
+
+def _rowwise(forward: Callable[..., Any], flat: tuple[bool, ...], *args: Any) -> Tensor:
+    count = len(flat)
+    points = (x[:, 0] if one else x for x, one in zip(args[:count], flat, strict=True))
+    result = read_output(forward(*points, *args[count:]))
+    if result.shape[:1] != args[0].shape[:1]:
+        raise _RowsDependError
+    return result
+
+
+def engine_targets(target: Any, batch: int) -> Iterator[Any]:
+    """A target in the engine's forms: as numbers, then as a function, which serves all of Captum's
+    targets, but no recorded launches.
+    """
+    if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1):
+        if len(target) == batch:
+            yield target
+        return
+    if isinstance(target, Tensor) and isinstance(target.item(), int):
+        target = int(target.item())
+    index = target if isinstance(target, tuple) else (target,)
+    if target is None:
+        yield None
+    elif all(isinstance(one, int) and one >= 0 for one in index):
+        yield int(target) if isinstance(target, int) else [target] * batch
+    yield partial(_scores, target)
+
+
+def _scores(target: Any, output: Tensor) -> Tensor:
+    scores = selected(output, target)
+    need_one_number(scores)
+    return scores.reshape(-1)
+
+
+def _as_one_example(method: Method, call: AttributeCall, calibrations: CalibrationCache) -> Inputs:
+    """The maps with the batch as one example, whose points are batches."""
+    inputs, seed, most = call.inputs, getattr(method, "seed", None), call.points_per_launch
+    if isinstance(seed, tuple):
+        method = replace(method, seed=seed[:1])  # type: ignore[type-var]
+    baselines = None
+    if call.baselines is not None:
+        baselines = tuple(one[None] for one in forms.filled(inputs, call.baselines))
+    limit = None if most is None else max(1, most // len(inputs[0]))
+    model = partial(_summed_scores, call)
+    engine = _Engine(model, method, calibrations, points_per_launch=limit, lean=False)
+    return _like(engine(tuple(x[None] for x in inputs), None, baselines).values, inputs)
+
+
+def _summed_scores(call: AttributeCall, *points: Tensor) -> Tensor:
+    """The scores of points [R, B, *], each the sum over its rows; of a score that all points have
+    in common, equal parts.
+    """
+    count = len(points[0])
+    rows = tuple(x.flatten(0, 1) for x in points)
+    target = forms.tiled(call.target, count)
+    further = forms.arguments_of(call.further, forms.tiled, count)
+    if _is_usual(call):
+        scores = run_forward(call.forward, rows, target, further)
+        need_one_number(scores)
+    else:
+        scores = _UsersGradients.apply(call, target, further, *rows)  # type: ignore[no-untyped-call]
+    if scores.dim() and len(scores) % count == 0:
+        return scores.reshape(count, -1).sum(1)
+    return (scores.sum() / count).expand(count)
+
+
+class _UsersGradients(torch.autograd.Function):
+    """A score whose gradients a function of the user's returns."""
+
+    @staticmethod
+    def forward(ctx: Any, call: AttributeCall, target: Any, further: Any, *rows: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaves = tuple(x.detach().requires_grad_() for x in rows)
+            result = call.gradient_func(call.forward, leaves, target, further or None)
+        ctx.save_for_backward(*(one.detach() for one in result))
+        return rows[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *cotangent: Tensor) -> Any:
+        return None, None, None, *(one * cotangent[0] for one in ctx.saved_tensors)
+
+
+def _like(values: Tensor | Inputs, inputs: Inputs) -> Inputs:
+    parts = values if isinstance(values, tuple) else (values,)
+    return tuple(one.view(x.shape) for one, x in zip(parts, inputs, strict=True))
+
+
+_CALIBRATIONS: WeakKeyDictionary[Any, Calibrations] = WeakKeyDictionary()
+
+
+def _owner(forward: Callable[..., Any]) -> tuple[Any, tuple[object, ...]]:
+    """The module or object that a function is, belongs to or reads, else the function itself; and a
+    key for the function and for where in it a call is: at layers, at a neuron, or all of it.
+    """
+    at: tuple[object, ...] = ()
+    if isinstance(forward, Downstream):
+        at = (type(forward), forward.of_input, *map(id, forward.layers), *forward.counts)
+        forward = forward.model
+    elif isinstance(forward, Neuron):
+        at = (forward.of_input, id(forward.layer), forward.selector)
+        forward = forward.model
+    while isinstance(forward, partial):
+        forward = forward.func
+    if isinstance(forward, MethodType):
+        return forward.__self__, (forward.__name__, *at)
+    if isinstance(forward, FunctionType) and (module := _module_read_by(forward)) is not None:
+        # A lambda made anew for every call is the same by its code: before each use the engine
+        # checks whether a recording holds for what else it reads.
+        return module, (forward.__code__, *at)
+    return forward, ("", *at)
+
+
+def calibrations_of(forward: Callable[..., Any], *about: object) -> CalibrationCache:
+    """The engine's calibrations of a function, a neuron of it or the part downstream of layers, as
+    long as the function lives. about: "batch" and shapes, for points that hold the batch.
+    """
+    owner, key = _owner(forward)
+    made = CalibrationCache()
+    if not about:
+        made.rows = _RowProofs()
+    try:
+        several = _CALIBRATIONS.setdefault(owner, {})
+        # Shapes that are new in every call must not pile up.
+        while len(several) >= MOST_CALIBRATIONS:
+            several.pop(next(iter(several)), None)
+        return several.setdefault((*about, *key), made)
+    except TypeError:
+        return made
+
+
+def _module_read_by(function: FunctionType) -> nn.Module | None:
+    """A module that a function closes over or reads by name."""
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):
+            if isinstance(cell.cell_contents, nn.Module):
+                return cell.cell_contents
+    several = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return next((one for one in several if isinstance(one, nn.Module)), None)
+
+
+def owner_of(forward: Callable[..., Any]) -> nn.Module | None:
+    """The module that a function is, belongs to or reads."""
+    owner, _ = _owner(forward)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+def rows_depend(forward: Callable[..., Any]) -> bool:
+    """Whether rows of a function, or of its part downstream of layers, have depended on others."""
+    owner = owner_of(forward)
+    several = {} if owner is None else _CALIBRATIONS.get(owner, {})
+    return any(proof.reason for one in several.values() for proof in one.rows.values())
 
 
 class Attribution:
     """An attribution method of a function of tensors, which is read anew in every call.
 
-    Classes document the arguments of their own. The others mean the same everywhere:
+    `attribute` returns attributions of the inputs' shape: a tensor, or a tuple where `inputs` is
+    one. Its arguments mean the same in all classes; `help` of the method lists them.
 
     Args:
         forward_func: (also `model`) a module or function that returns scores for its inputs.
@@ -42,24 +449,6 @@ class Attribution:
         device_ids: kept for code that reads it.
         multiply_by_inputs: False returns what inputs (or their difference from the baselines)
             would be multiplied by.
-        inputs: a tensor [B, *], or a tuple of them, which `forward_func` takes first.
-        baselines: where nothing is left of the inputs: a number, a tensor of their shape or
-            [1, *], or a tuple with one for each input. None is 0.
-        target: the element of the output that is explained: an int, a tuple of indices after the
-            batch axis, a list or tensor with one int for each example, or a list of tuples. None
-            where the function returns one number per example.
-        additional_forward_args: further arguments of `forward_func`, which get no attributions: a
-            tuple of any types, or a single argument.
-        attribute_to_layer_input: whether the layer's input counts instead of its output.
-        grad_kwargs: arguments of `torch.autograd.grad`; with them the batch runs at once.
-        return_convergence_delta: whether the result is (attributions, delta), with the sum of the
-            attributions less what the score gains over the baselines, for each example [B].
-        feature_mask: integers that broadcast to the inputs [1 | B, *], the same for elements that
-            are one feature; a tuple for a tuple of inputs. None: every element is a feature.
-        perturbations_per_eval: perturbed batches in one call of `forward_func`.
-        show_progress: whether a progress bar counts those calls.
-
-    Attributions are a tensor of the inputs' shape, or a tuple where `inputs` is one.
 
     Raises:
         ContractError: wrong arguments, with the leading words of Captum's AssertionError.
@@ -95,7 +484,6 @@ class Attribution:
         return self._multiply_by_inputs
 
     def has_convergence_delta(self) -> bool:
-        """Whether `attribute` takes return_convergence_delta."""
         return self._has_delta
 
     @classmethod
@@ -114,8 +502,7 @@ def _beside_captums(kind: type) -> type:
         return kind
     if kind not in _BESIDE:
         names = [one.__name__ for one in kind.__mro__ if one.__module__.startswith(PACKAGE)]
-        found = (_named(bases.Attribution, name) for name in names)
-        theirs = next((one for one in found if one is not None), None)
+        theirs = next(filter(None, (_named(bases.Attribution, name) for name in names)), None)
         both = (kind,) if theirs is None else (kind, theirs)
         _BESIDE[kind] = type(kind.__name__, both, {"__module__": kind.__module__})
     return _BESIDE[kind]
@@ -126,8 +513,7 @@ def _named(kind: type, name: str) -> type | None:
     if kind.__name__ == name and kind.__module__.startswith("captum."):
         return kind
     children: list[type] = kind.__subclasses__()
-    found = (_named(child, name) for child in children)
-    return next((one for one in found if one is not None), None)
+    return next(filter(None, (_named(child, name) for child in children)), None)
 
 
 def _remade(kind: Any) -> Any:
@@ -145,56 +531,51 @@ class GradientAttribution(Attribution):
         super().__init__(forward_func)
         self.gradient_func: Callable[..., tuple[Tensor, ...]] = compute_gradients
 
-    def _call(self, inputs: Any, target: Any, further: Any, **options: Any) -> AttributeCall:
-        """The call of `attribute`; `baselines` among the options are checked."""
-        parts = as_tuple(inputs)
-        if "baselines" in options:
-            options["baselines"] = as_baselines(options["baselines"], parts)
-            check_baselines(parts, options["baselines"])
-        options["gradient_func"] = self.gradient_func
-        return AttributeCall(self.forward_func, parts, target, further, **options)
+    def _call(self, args: Any, **fields: Any) -> AttributeCall:
+        """The call of `attribute` with the arguments `args`, their baselines checked.
 
-    def _with_delta(self, call: AttributeCall, maps: Inputs, result: Any, wanted: bool) -> Any:
-        """The result, and the delta of the call's maps where it is wanted."""
-        if not wanted:
+        Fields are the call's, instead of those that the arguments would give.
+        """
+        further = vars(args)
+        parts = fields.pop("inputs", None) or forms.as_tuple(args.inputs)
+        if "baselines" in further:
+            fields["baselines"] = forms.as_baselines(args.baselines, parts)
+            forms.check_baselines(parts, fields["baselines"])
+        return AttributeCall(
+            *(self.forward_func, parts, further.get("target"), args.additional_forward_args),
+            gradient_func=self.gradient_func,
+            points_per_launch=further.get("internal_batch_size"),
+            **fields,
+        )
+
+    def _result(self, args: Any, call: AttributeCall, maps: Inputs, result: Any = None) -> Any:
+        """Maps like the inputs, or `result`, with the delta of the maps where it is wanted."""
+        result = forms.like_inputs(args.inputs, maps) if result is None else result
+        if not getattr(args, "return_convergence_delta", False):
             return result
         of = call.baselines, call.inputs, call.target, call.further
         return result, self.compute_convergence_delta(maps, *of)
 
-    @public
-    def compute_convergence_delta(
-        self,
-        attributions: Tensor | tuple[Tensor, ...],
-        start_point: Any,
-        end_point: Tensor | tuple[Tensor, ...],
-        target: Any = None,
-        additional_forward_args: Any = None,
-    ) -> Tensor:
-        """The sum of the attributions less F(end_point) - F(start_point), for each example.
-
-        Args:
-            attributions: of each input or layer tensor, [B, *].
-            start_point: the baselines.
-            end_point: the inputs.
-
-        Returns:
-            The deltas [B].
-        """
-        ends, maps = as_tuple(end_point), as_tuple(attributions)
-        starts = filled(ends, as_baselines(start_point, ends))
+    @forms.with_parameters(
+        "attributions, start_point, end_point, target=None, additional_forward_args=None"
+    )
+    def compute_convergence_delta(self, args: Any) -> Tensor:
+        """The sum of the attributions less F(end_point) - F(start_point), for each example [B]."""
+        ends, maps = forms.as_tuple(args.end_point), forms.as_tuple(args.attributions)
+        starts = forms.filled(ends, forms.as_baselines(args.start_point, ends))
         for one, end in zip(maps, ends, strict=False):
             if len(one) != len(end):
                 raise ContractError(
                     "Attributions tensor and the end_point must match on the first dimension but "
                     f"found attribution: {len(one)} and end_point: {len(end)}"
                 )
-        check_baselines(ends, starts)
-        target = as_target(target)
-        check_target(target, len(ends[0]))
-        further = as_args(additional_forward_args)
+        forms.check_baselines(ends, starts)
+        target = forms.as_target(args.target)
+        forms.check_target(target, len(ends[0]))
+        further = forms.as_args(args.additional_forward_args)
         with torch.no_grad(), preserved(self.forward_func):
-            start = run_forward(self.forward_func, copies(starts), target, further)
-            end = run_forward(self.forward_func, copies(ends), target, further)
+            start = run_forward(self.forward_func, forms.copies(starts), target, further)
+            end = run_forward(self.forward_func, forms.copies(ends), target, further)
             total = torch.stack([_row_sums(one) for one in maps]).sum(0)
             return total - (_row_sums(end) - _row_sums(start))
 
@@ -210,21 +591,21 @@ class PerturbationAttribution(Attribution):
     _perturbations_error = ""
     """What Captum says of a wrong perturbations_per_eval; "" where it does not check it."""
 
-    def _call(
-        self, inputs: Any, baselines: Any, target: Any, further: Any, mask: Any, *shown: Any
-    ) -> AttributeCall:
-        """The call of `attribute`; shown: perturbations_per_eval and show_progress."""
-        parts, (at_once, progress) = as_tuple(inputs), shown
-        starts = as_baselines(baselines, parts)
+    def _call(self, args: Any, **fields: Any) -> AttributeCall:
+        """The call of `attribute` with the arguments `args`, or with other fields."""
+        parts, at_once = forms.as_tuple(args.inputs), args.perturbations_per_eval
+        starts = forms.as_baselines(getattr(args, "baselines", None), parts)
         if self._perturbations_error and (not isinstance(at_once, int) or at_once < 1):
             words = self._perturbations_error
             raise ContractError(f"{words} Got {at_once!r}; pass perturbations_per_eval=1")
-        return AttributeCall(
-            *(self.forward_func, for_fill(parts, starts), target, further, starts),
-            features=read_masks(mask, parts),
-            at_once=at_once,
-            progress=self.get_name() if progress else "",
-        )
+        own = {
+            "baselines": starts,
+            "features": forms.read_masks(getattr(args, "feature_mask", None), parts),
+            "at_once": at_once,
+            "progress": self.get_name() if args.show_progress else "",
+        }
+        of = forms.for_fill(parts, starts), args.target, args.additional_forward_args
+        return AttributeCall(self.forward_func, *of, **(own | fields))
 
 
 class InternalAttribution(Attribution):
@@ -260,8 +641,6 @@ class LayerAttribution(InternalAttribution):
             Attributions [B, C, *interpolate_dims].
 
         Example:
-            >>> import torch
-            >>> from saliency_fast.captum import LayerAttribution
             >>> LayerAttribution.interpolate(torch.ones(1, 1, 2, 2), (4, 4)).shape
             torch.Size([1, 1, 4, 4])
         """

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
-from inspect import Signature, signature
+from inspect import signature
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from saliency_fast import methods
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import (
-    arguments_of,
-    as_baselines,
-    as_target,
-    as_tuple,
-    filled,
-    interleaved,
-    like_inputs,
-    like_types,
-    public,
-)
-from saliency_fast.captum.attribute_call import AttributeCall, explained
+from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import (
+    AttributeCall,
     GradientAttribution,
     InternalAttribution,
     LayerAttribution,
     NeuronAttribution,
+    explained,
 )
 from saliency_fast.captum.forward import Neuron
 from saliency_fast.captum.layers import Layers
 from saliency_fast.errors import ContractError
-
-Custom = Callable[..., Inputs] | None
 
 
 class DeepLift(GradientAttribution):
@@ -45,8 +34,6 @@ class DeepLift(GradientAttribution):
         eps: nonlinearities whose input differs less from the baseline's have their gradient.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import DeepLift
         >>> DeepLift(torch.nn.ReLU()).attribute(torch.tensor([[4.0, 2.0]]), -1.0, target=0)
         tensor([[4., 0.]])
     """
@@ -60,50 +47,33 @@ class DeepLift(GradientAttribution):
         self.model, self.eps = model, eps
         self._multiply_by_inputs = multiply_by_inputs
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-        custom_attribution_func: Custom = None,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
+    @forms.with_parameters(
+        "inputs, baselines=None, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False, custom_attribution_func=None"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape, or (attributions, delta)."""
+        call = self._deep_lift_call(args)
+        return self._result(args, call, self._maps(call, call.baselines, args))
 
-        Args:
-            custom_attribution_func: makes the attributions of the multipliers, or of multipliers,
-                inputs and baselines, each a tuple of tensors.
-
-        Returns:
-            Attributions of the inputs' shape, or (attributions, delta).
-        """
-        call = self._deep_lift_call(inputs, baselines, target, additional_forward_args)
-        maps = self._maps(call, call.baselines, custom_attribution_func)
-        return self._with_delta(call, maps, like_inputs(inputs, maps), return_convergence_delta)
-
-    def _deep_lift_call(
-        self, inputs: Any, baselines: Any, target: Any, further: Any
-    ) -> AttributeCall:
+    def _deep_lift_call(self, args: Any) -> AttributeCall:
         """A call with tensors for baselines. Softmax as a module makes the batch one example:
         Captum averages its multipliers over the batch.
         """
         model = self.forward_func
         model = model.model if isinstance(model, Neuron) else model
-        modules = model.modules() if isinstance(model, nn.Module) else ()
-        whole = any(type(one) is nn.Softmax for one in modules)
-        call = self._call(inputs, target, further, baselines=baselines, whole=whole)
-        return replace(call, baselines=filled(call.inputs, call.baselines or ()))
+        modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+        call = self._call(args, one_example=any(type(one) is torch.nn.Softmax for one in modules))
+        return replace(call, baselines=forms.filled(call.inputs, call.baselines or ()))
 
-    def _maps(self, call: AttributeCall, baselines: Any, custom: Custom) -> Inputs:
+    def _maps(self, call: AttributeCall, baselines: Any, args: Any) -> Inputs:
         """Maps by the multipliers of a call, of as many of its inputs as there are baselines."""
         method = methods.DeepLift(self.eps, multiply=False, captum=True)
         starts = tuple(one.detach() for one in baselines)
         parts = tuple(x.detach() for x in call.inputs[: len(starts)])
-        multipliers = like_types(explained(method, call)[: len(starts)], parts)
-        if custom is not None:
-            return _custom_maps(custom, multipliers, parts, starts)
+        multipliers = forms.like_types(explained(method, call)[: len(starts)], parts)
+        if args.custom_attribution_func is not None:
+            return _custom_maps(args.custom_attribution_func, multipliers, parts, starts)
         if not self.multiplies_by_inputs:
             return multipliers
         both = zip(multipliers, parts, starts, strict=True)
@@ -126,57 +96,40 @@ def _custom_maps(
     return function(*(multipliers, inputs, baselines)[:count])
 
 
-def over_baselines(single: Callable[..., Any], name: str) -> Any:
-    """`attribute` of a class that averages over a set of baselines.
-
-    Args:
-        single: `attribute` of the class with one baseline for each example.
-        name: that class, for an error message.
-
-    Returns:
-        A method with the same arguments, but for `grad_kwargs`. `baselines` is a set [M, *] for
-        each input, or a function that returns them, of the inputs if it takes an argument; deltas
-        are [B * M], example-major.
+def over_baselines(parameters: str, single: Callable[..., Any], name: str) -> Any:
+    """`attribute` of a class that averages over every row of sets of baselines; single: that of the
+    class with one baseline for each example, which an error message names.
     """
-    own = [one for one in signature(single).parameters.values() if one.name != "grad_kwargs"]
-    own = [one.replace(default=one.empty) if one.name == "baselines" else one for one in own]
 
-    @wraps(single)
-    def attribute(*args: Any, **kwargs: Any) -> Any:
-        call = Signature(own).bind(*args, **kwargs)
-        call.apply_defaults()
-        given = call.arguments
-        parts, rows = as_tuple(given["inputs"]), given["baselines"]
-        if callable(rows):
-            inputs = parts if name == "LayerDeepLift" else given["inputs"]
-            rows = rows(inputs) if signature(rows).parameters else rows()
-        rows = _sets(rows, parts, name)
+    def attribute(self: Any, args: Any) -> Any:
+        parts = forms.as_tuple(args.inputs)
+        of = parts if name == "LayerDeepLift" else args.inputs
+        rows = _sets(forms.drawn_from(args.baselines, of), parts, name)
         count = len(rows[0])
         # Every example with every row of the set, example-major.
         pairs = tuple(x.detach().repeat_interleave(count, 0) for x in parts)
-        given["inputs"] = like_inputs(given["inputs"], pairs)
-        given["baselines"] = tuple(
-            one.repeat(len(parts[0]), *(1,) * (one.dim() - 1)) for one in rows
-        )
-        further = arguments_of(given["additional_forward_args"], interleaved, count)
-        given["additional_forward_args"] = further or None
-        if "target" in given:
-            given["target"] = interleaved(as_target(given["target"]), count)
-        has_delta = given.get("return_convergence_delta", False)
-        found = single(*call.args, **call.kwargs)
+        args.inputs = forms.like_inputs(args.inputs, pairs)
+        args.baselines = tuple(one.repeat(len(parts[0]), *(1,) * (one.dim() - 1)) for one in rows)
+        further = args.additional_forward_args
+        args.additional_forward_args = forms.arguments_of(further, forms.interleaved, count) or None
+        if hasattr(args, "target"):
+            args.target = forms.interleaved(forms.as_target(args.target), count)
+        has_delta = getattr(args, "return_convergence_delta", False)
+        found = single(self, **vars(args))
         maps, delta = found if has_delta else (found, None)
         several = maps if isinstance(maps, tuple) else (maps,)
         means = tuple(one.view(-1, count, *one.shape[1:]).mean(1) for one in several)
         result = means if isinstance(maps, tuple) else means[0]
         return (result, delta) if has_delta else result
 
-    attribute.__signature__ = Signature(own)  # type: ignore[attr-defined]
-    return public(attribute)
+    attribute.__doc__ = "The means of the attributions by every row of the baselines."
+    attribute.__qualname__ = single.__qualname__
+    return forms.with_parameters(parameters)(attribute)
 
 
 def _sets(baselines: Any, inputs: Inputs, single: str) -> Inputs:
     """A set of baselines [M, *] for each input; single: the class for one baseline."""
-    rows = as_baselines(baselines, inputs)
+    rows = forms.as_baselines(baselines, inputs)
     first = rows[0]
     if not isinstance(first, Tensor) or len(first) < 2:
         raise ContractError(
@@ -198,8 +151,6 @@ class DeepLiftShap(DeepLift):
     """The mean of DeepLift's attributions over a set of baselines (Lundberg, 2017).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import DeepLiftShap
         >>> x, baselines = torch.ones(1, 2), torch.zeros(3, 2)
         >>> DeepLiftShap(torch.nn.ReLU()).attribute(x, baselines, target=0)
         tensor([[1., 0.]])
@@ -208,127 +159,107 @@ class DeepLiftShap(DeepLift):
     def __init__(self, model: Callable[..., Any], multiply_by_inputs: bool = True) -> None:
         super().__init__(model, multiply_by_inputs)
 
-    attribute = over_baselines(DeepLift.attribute, "DeepLift")
+    attribute = over_baselines(
+        "inputs, baselines, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False, custom_attribution_func=None",
+        *(DeepLift.attribute, "DeepLift"),
+    )
 
 
 class LayerDeepLift(LayerAttribution, DeepLift):
     """(a - a') times DeepLIFT's multipliers at a layer (Shrikumar, 2017).
 
+    Of `grad_kwargs` only `materialize_grads` counts: zeros for a layer that the output does not
+    use.
+
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LayerDeepLift
         >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
         >>> LayerDeepLift(model, model[0]).attribute(torch.ones(1, 2), target=0).shape
         torch.Size([1, 2])
     """
 
     def __init__(
-        self, model: Callable[..., Any], layer: nn.Module, multiply_by_inputs: bool = True
+        self, model: Callable[..., Any], layer: torch.nn.Module, multiply_by_inputs: bool = True
     ) -> None:
         InternalAttribution.__init__(self, model, layer)
         # Last: the other calls it with its defaults, on the way to the common base.
         DeepLift.__init__(self, model, multiply_by_inputs)
 
-    @public
-    def attribute(  # type: ignore[override]
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-        attribute_to_layer_input: bool = False,
-        custom_attribution_func: Custom = None,
-        grad_kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Attributes to the layer; arguments as in `DeepLift.attribute` and `Attribution`.
-
-        Of `grad_kwargs` only `materialize_grads` counts: zeros for a layer that the output does not
-        use.
-
-        Returns:
-            Attributions of the layer's shapes, or (attributions, delta).
-        """
-        call = self._deep_lift_call(inputs, baselines, target, additional_forward_args)
-        layers = Layers.of(self, attribute_to_layer_input)
+    @forms.with_parameters(
+        "inputs, baselines=None, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False, attribute_to_layer_input=False, "
+        "custom_attribution_func=None, grad_kwargs=None"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the layer's shapes, or (attributions, delta)."""
+        call = self._deep_lift_call(args)
+        layers = Layers.of(self, args.attribute_to_layer_input)
         at, counts = layers.path(call)
-        materialize = bool((grad_kwargs or {}).get("materialize_grads"))
-        whole = layers.with_inputs(at, call, materialize=materialize)
-        maps = self._maps(whole, at.baselines, custom_attribution_func)
-        result = layers.formatted(layers.grouped(maps, counts))
-        return self._with_delta(call, maps, result, return_convergence_delta)
+        materialize = bool((args.grad_kwargs or {}).get("materialize_grads"))
+        extended = layers.with_inputs(at, call, materialize=materialize)
+        maps = self._maps(extended, at.baselines, args)
+        return self._result(args, call, maps, layers.formatted(layers.grouped(maps, counts)))
 
 
 class LayerDeepLiftShap(LayerDeepLift, DeepLiftShap):
     """The mean of LayerDeepLift's attributions over a set of baselines (Lundberg, 2017).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LayerDeepLiftShap
         >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
         >>> x, baselines = torch.ones(1, 2), torch.zeros(3, 2)
         >>> LayerDeepLiftShap(model, model[0]).attribute(x, baselines, target=0).shape
         torch.Size([1, 2])
     """
 
-    attribute = over_baselines(LayerDeepLift.attribute, "LayerDeepLift")
+    attribute = over_baselines(
+        "inputs, baselines, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False, attribute_to_layer_input=False, "
+        "custom_attribution_func=None",
+        *(LayerDeepLift.attribute, "LayerDeepLift"),
+    )
 
 
 class NeuronDeepLift(NeuronAttribution, GradientAttribution):
     """(x - x') times DeepLIFT's multipliers of a neuron (Shrikumar, 2017).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import NeuronDeepLift
         >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
         >>> NeuronDeepLift(model, model[0]).attribute(torch.ones(1, 2), 1)
         tensor([[0., 1.]])
     """
 
     def __init__(
-        self, model: Callable[..., Any], layer: nn.Module, multiply_by_inputs: bool = True
+        self, model: Callable[..., Any], layer: torch.nn.Module, multiply_by_inputs: bool = True
     ) -> None:
         GradientAttribution.__init__(self, model)
         InternalAttribution.__init__(self, model, layer)
         self._multiply_by_inputs = multiply_by_inputs
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        neuron_selector: Any,
-        baselines: Any = None,
-        additional_forward_args: Any = None,
-        attribute_to_neuron_input: bool = False,
-        custom_attribution_func: Custom = None,
-    ) -> Any:
-        """Attributes to the inputs; other arguments as in `DeepLift.attribute`.
-
-        Args:
-            neuron_selector: an index after the batch axis; a tuple of indices and slices, over
-                which is summed; or a function of the layer's tensor that returns one number a row.
-            attribute_to_neuron_input: whether the neuron is in the layer's input.
-
-        Returns:
-            Attributions of the inputs' shape.
-        """
-        assert isinstance(self.layer, nn.Module)
-        neuron = Neuron(self.forward_func, self.layer, attribute_to_neuron_input, neuron_selector)
-        method = DeepLift(neuron, self.multiplies_by_inputs)
-        of = inputs, baselines, None, additional_forward_args
-        return method.attribute(*of, custom_attribution_func=custom_attribution_func)
+    @forms.with_parameters(
+        "inputs, neuron_selector, baselines=None, additional_forward_args=None, "
+        "attribute_to_neuron_input=False, custom_attribution_func=None"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape."""
+        assert isinstance(self.layer, torch.nn.Module)
+        at = self.layer, args.attribute_to_neuron_input, args.neuron_selector
+        method = DeepLift(Neuron(self.forward_func, *at), self.multiplies_by_inputs)
+        of = args.inputs, args.baselines, None, args.additional_forward_args
+        return method.attribute(*of, custom_attribution_func=args.custom_attribution_func)
 
 
 class NeuronDeepLiftShap(NeuronDeepLift):
     """The mean of NeuronDeepLift's attributions over a set of baselines (Lundberg, 2017).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import NeuronDeepLiftShap
         >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
         >>> x, baselines = torch.ones(1, 2), torch.zeros(3, 2)
         >>> NeuronDeepLiftShap(model, model[0]).attribute(x, 1, baselines)
         tensor([[0., 1.]])
     """
 
-    attribute = over_baselines(NeuronDeepLift.attribute, "DeepLift")
+    attribute = over_baselines(
+        "inputs, neuron_selector, baselines, additional_forward_args=None, "
+        "attribute_to_neuron_input=False, custom_attribution_func=None",
+        *(NeuronDeepLift.attribute, "DeepLift"),
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import as_args, as_target, as_tuple
+from saliency_fast.captum import forms
 from saliency_fast.errors import ContractError, ModelError, TargetRangeError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.graph.outputs import tensors_of
@@ -23,26 +23,19 @@ def run_forward(
     forward: Callable[..., Any], inputs: Inputs, target: Any = None, further: Any = None
 ) -> Tensor:
     """The target's elements of what the function returns for all rows at once."""
-    return selected(read_output(forward(*inputs, *as_args(further))), target)
+    return selected(read_output(forward(*inputs, *forms.as_args(further))), target)
 
 
 def read_output(raw: Any) -> Tensor:
-    """The tensor to explain in what a function returns.
-
-    Returns:
-        The tensor itself; a Python number as a tensor; `logits` or `out` of an output that has one;
-        the first tensor of a tuple or list; the only tensor of another output.
-
-    Raises:
-        ContractError: no tensor is found.
-        ModelError: an output has several tensors of other names.
+    """The tensor to explain in what a function returns: the tensor itself; a Python number as a
+    tensor; `logits` or `out` of an output that has one; the first tensor of a tuple or list; the
+    only tensor of another output.
     """
     if isinstance(raw, (int, float)):
-        return torch.tensor(
-            raw, dtype=torch.int64 if isinstance(raw, int) else torch.float64, device="cpu"
-        )
-    if (found := read_of(raw)) is not None:
-        return found
+        dtype = torch.int64 if isinstance(raw, int) else torch.float64
+        return torch.tensor(raw, dtype=dtype, device="cpu")
+    if (result := read_of(raw)) is not None:
+        return result
     if isinstance(raw, torch.Future):
         raise ContractError(
             "when using the attribute function, initial_eval should have non-Future type rather "
@@ -64,15 +57,11 @@ def read_output(raw: Any) -> Tensor:
 
 
 def selected(output: Tensor, target: Any) -> Tensor:
-    """The elements of an output [B, *] that a target selects.
-
-    Args:
-        output: what the user's function returned.
-        target: None for all elements; an int, or a tensor of one, for that index after the batch
-            axis; a tuple for several such indices; a list of ints or a tensor [B] for one class
-            per row; a list of tuples for one index per row.
+    """The elements of an output [B, *] that a target selects: None for all elements; an int, or a
+    tensor of one, for that index after the batch axis; a tuple for several such indices; a list of
+    ints or a tensor [B] for one class per row; a list of tuples for one index per row.
     """
-    target = as_target(target)
+    target = forms.as_target(target)
     if target is None:
         return output
     if isinstance(target, Tensor) and target.numel() == 1 and isinstance(target.item(), int):
@@ -133,7 +122,7 @@ def _classes(output: Tensor, classes: Tensor) -> Tensor:
             f"targets count classes: got a tensor of {classes.dtype}, expected whole numbers; use "
             "target.long() if that is what they are"
         )
-    low, high = int(classes.min()), int(classes.max())
+    low, high = map(int, torch.aminmax(classes))
     if low < 0 or high >= output.shape[1]:
         raise TargetRangeError(
             f"index {low if low < 0 else high} is out of bounds for dimension 1 with size "
@@ -144,7 +133,6 @@ def _classes(output: Tensor, classes: Tensor) -> Tensor:
 
 
 def missing_layer(layer: nn.Module) -> ContractError:
-    """The error for a layer that did not run."""
     return ContractError(
         "Forward hook did not obtain any outputs for given layer: the "
         f"{type(layer).__name__} did not run; name one that the model calls"
@@ -153,14 +141,9 @@ def missing_layer(layer: nn.Module) -> ContractError:
 
 @dataclass(frozen=True)
 class Neuron:
-    """One neuron of a layer as a model of its own, with one number per row.
-
-    Args:
-        model: the user's function.
-        layer: its layer; of one that runs several times the last run counts.
-        of_input: whether the neuron is in the layer's input instead of its output.
-        selector: an index after the batch axis; a tuple of indices and slices, over which is
-            summed; or a function of the layer's tensor (of the tuple, where it has several).
+    """One neuron of a layer as a model of its own, with one number per row; of a layer that runs
+    several times the last run counts. selector: see `ARGUMENTS["neuron_selector"]`; a function gets
+    a tuple where the layer has several tensors.
     """
 
     model: Callable[..., Any]
@@ -169,16 +152,16 @@ class Neuron:
     selector: Any
 
     def __call__(self, *inputs: Any) -> Tensor:
-        found: list[Inputs] = []
+        result: list[Inputs] = []
 
         def seen(_: int, value: Any) -> None:
-            found.append(tuple(tensors_at(value)))
+            result.append(tuple(tensors_at(value)))
 
         with hooked((self.layer,), seen, of_input=self.of_input):
             self.model(*inputs)
-        if not found:
+        if not result:
             raise missing_layer(self.layer)
-        several = found[-1]
+        several = result[-1]
         if callable(self.selector):
             chosen: Tensor = self.selector(several if len(several) > 1 else several[0])
             return chosen
@@ -221,9 +204,9 @@ def compute_gradients(
         additional_forward_args: further arguments of the function.
         **grad_kwargs: of `torch.autograd.grad`.
     """
-    leaves = as_tuple(inputs)
+    leaves = forms.as_tuple(inputs)
     with torch.enable_grad():
         scores = run_forward(forward_fn, leaves, target_ind, additional_forward_args)
         need_one_number(scores)
-        found: Inputs = gradients(scores.sum(), leaves, **grad_kwargs)
-    return found
+        result: Inputs = gradients(scores.sum(), leaves, **grad_kwargs)
+    return result

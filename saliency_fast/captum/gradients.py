@@ -1,25 +1,36 @@
-"""Classes that take one gradient: at the input, under other rules for rectifiers, or at a layer."""
+"""Classes that take gradients: one at the input, under other rules for rectifiers or at a layer, or
+many on a straight line from baselines to inputs, with Captum's steps and weights.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from saliency_fast import methods
-from saliency_fast.captum.arguments import as_tuple, like_inputs, like_types, public
-from saliency_fast.captum.attribute_call import explained
+from saliency_fast._types import Inputs
+from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import (
+    AttributeCall,
     GradientAttribution,
     LayerAttribution,
     LayerGradientAttribution,
+    explained,
 )
 from saliency_fast.captum.layers import Layers
-from saliency_fast.engine.recipe import Method
+from saliency_fast.captum.shared_calls import calls_of, samples_at_once
+from saliency_fast.engine.points import Line
+from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
 from saliency_fast.errors import ContractError
+from saliency_fast.methods.parts.quadrature import Array, Rule, level
 
 
 class _InputGradient(GradientAttribution):
@@ -27,54 +38,35 @@ class _InputGradient(GradientAttribution):
 
     method: ClassVar[Method]
 
-    @public
-    def attribute(
-        self, inputs: Any, target: Any = None, additional_forward_args: Any = None
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the arguments.
+    @forms.with_parameters("inputs, target=None, additional_forward_args=None")
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape."""
+        return self._explained(self.method, args)
 
-        Returns:
-            Attributions of the inputs' shape.
-        """
-        return self._explained(self.method, inputs, target, additional_forward_args)
-
-    def _explained(self, method: Method, inputs: Any, target: Any, further: Any) -> Any:
-        call = self._call(inputs, target, further)
-        return like_inputs(inputs, like_types(explained(method, call), call.inputs))
+    def _explained(self, method: Method, args: Any) -> Any:
+        call = self._call(args)
+        maps = forms.like_types(explained(method, call), call.inputs)
+        return forms.like_inputs(args.inputs, maps)
 
 
 class Saliency(_InputGradient):
     """The gradient of the score at the input (Simonyan, 2013).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import Saliency
         >>> Saliency(lambda x: (x**2).sum(1)).attribute(torch.tensor([[1.0, -2.0]]))
         tensor([[2., 4.]])
     """
 
-    @public
-    def attribute(  # type: ignore[override]
-        self, inputs: Any, target: Any = None, abs: bool = True, additional_forward_args: Any = None
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            abs: whether the gradients' absolute values are returned.
-
-        Returns:
-            Attributions of the inputs' shape.
-        """
-        method = methods.Gradient(absolute=bool(abs))
-        return self._explained(method, inputs, target, additional_forward_args)
+    @forms.with_parameters("inputs, target=None, abs=True, additional_forward_args=None")
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape."""
+        return self._explained(methods.Gradient(absolute=bool(args.abs)), args)
 
 
 class InputXGradient(_InputGradient):
     """The input times the gradient there (Shrikumar, 2016).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import InputXGradient
         >>> InputXGradient(lambda x: (x**2).sum(1)).attribute(torch.tensor([[1.0, -2.0]]))
         tensor([[2., 8.]])
     """
@@ -100,8 +92,6 @@ class GuidedBackprop(_RectifierRule):
     """Gradients whose ReLUs pass what is positive, where their input is (Springenberg, 2015).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import GuidedBackprop
         >>> GuidedBackprop(torch.nn.ReLU()).attribute(torch.tensor([[1.0, -2.0]]), target=0)
         tensor([[1., 0.]])
     """
@@ -113,8 +103,6 @@ class Deconvolution(_RectifierRule):
     """Gradients whose ReLUs pass what is positive, whatever their input (Zeiler, 2014).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import Deconvolution
         >>> Deconvolution(torch.nn.ReLU()).attribute(torch.tensor([[1.0, -2.0]]), target=1)
         tensor([[0., 1.]])
     """
@@ -126,8 +114,6 @@ class LayerActivation(LayerAttribution):
     """The output of a layer, or its input.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LayerActivation
         >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 3))
         >>> LayerActivation(model, model[0]).attribute(torch.tensor([[1.0, -2.0]]))
         tensor([[1., 0.]])
@@ -135,20 +121,12 @@ class LayerActivation(LayerAttribution):
 
     _multiply_by_inputs = True
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-    ) -> Any:
-        """Reads a layer; see `Attribution` for the arguments.
-
-        Returns:
-            A tensor, or a tuple where the layer has several; in a list for a list of layers.
-        """
-        layers = Layers.of(self, attribute_to_layer_input)
-        return layers.formatted(layers.read(as_tuple(inputs), additional_forward_args, to_end=True))
+    @forms.with_parameters("inputs, additional_forward_args=None, attribute_to_layer_input=False")
+    def attribute(self, args: Any) -> Any:
+        """A tensor, or a tuple where the layer has several; in a list for a list of layers."""
+        layers = Layers.of(self, args.attribute_to_layer_input)
+        inputs, further = forms.as_tuple(args.inputs), args.additional_forward_args
+        return layers.formatted(layers.read(inputs, further, to_end=True))
 
 
 class LayerGradientXActivation(LayerGradientAttribution):
@@ -159,8 +137,6 @@ class LayerGradientXActivation(LayerGradientAttribution):
         memory_efficient: whether attributions are moved to the CPU.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LayerGradientXActivation
         >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Softmax(1))
         >>> x = torch.tensor([[1.0, -2.0]])
         >>> LayerGradientXActivation(model, model[0]).attribute(x, target=1).shape
@@ -178,67 +154,45 @@ class LayerGradientXActivation(LayerGradientAttribution):
         super().__init__(forward_func, layer, device_ids)
         self._multiply_by_inputs, self._memory_efficient = multiply_by_inputs, memory_efficient
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-        grad_kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Attributions of the shapes of the layer's tensors; for arguments see `Attribution`."""
-        layers = Layers.of(self, attribute_to_layer_input)
-        call = self._call(inputs, target, additional_forward_args)
-        pairs = zip(*layers.gradients(call, grad_kwargs), strict=True)
+    @forms.with_parameters(
+        "inputs, target=None, additional_forward_args=None, attribute_to_layer_input=False, "
+        "grad_kwargs=None"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the shapes of the layer's tensors."""
+        layers = Layers.of(self, args.attribute_to_layer_input)
+        pairs = zip(*layers.gradients(self._call(args), args.grad_kwargs), strict=True)
         return layers.formatted([tuple(map(self._product, *pair)) for pair in pairs])
 
     def _product(self, value: Tensor, gradient: Tensor) -> Tensor:
-        found = gradient * value if self.multiplies_by_inputs else gradient
-        return found.cpu() if self._memory_efficient else found
+        result = gradient * value if self.multiplies_by_inputs else gradient
+        return result.cpu() if self._memory_efficient else result
 
 
 class LayerGradCam(LayerGradientAttribution):
     """A layer's channels weighted by their mean gradients (Selvaraju, 2017), at the layer's size.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LayerGradCam
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten())
         >>> LayerGradCam(model, model[0]).attribute(torch.ones(1, 1, 5, 5), target=0).shape
         torch.Size([1, 1, 3, 3])
     """
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        attribute_to_layer_input: bool = False,
-        relu_attributions: bool = False,
-        attr_dim_summation: bool = True,
-        grad_kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Attributes to a layer; see `Attribution` for the other arguments.
-
-        Args:
-            relu_attributions: whether negative attributions are set to zero.
-            attr_dim_summation: whether channels are summed.
-
-        Returns:
-            Attributions [B, 1, *spatial], or [B, C, *spatial] without attr_dim_summation.
-        """
-        layers = Layers.of(self, attribute_to_layer_input)
-        call = self._call(inputs, target, additional_forward_args)
-        (values,), (gradients,) = layers.gradients(call, grad_kwargs)
+    @forms.with_parameters(
+        "inputs, target=None, additional_forward_args=None, attribute_to_layer_input=False, "
+        "relu_attributions=False, attr_dim_summation=True, grad_kwargs=None"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions [B, 1, *spatial], or [B, C, *spatial] without attr_dim_summation."""
+        layers = Layers.of(self, args.attribute_to_layer_input)
+        (values,), (gradients,) = layers.gradients(self._call(args), args.grad_kwargs)
         maps = []
         for value, gradient in zip(values, gradients, strict=True):
             spatial = tuple(range(2, gradient.dim()))
-            found = value * (gradient.mean(spatial, keepdim=True) if spatial else gradient)
-            if attr_dim_summation:
-                found = found.sum(1, keepdim=True)
-            maps.append(found.relu() if relu_attributions else found)
+            result = value * (gradient.mean(spatial, keepdim=True) if spatial else gradient)
+            if args.attr_dim_summation:
+                result = result.sum(1, keepdim=True)
+            maps.append(result.relu() if args.relu_attributions else result)
         return layers.formatted([tuple(maps)])
 
 
@@ -246,12 +200,9 @@ class GuidedGradCam(GradientAttribution):
     """Guided backpropagation times the positive part of Grad-CAM (Selvaraju, 2017).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import GuidedGradCam
-        >>> model = torch.nn.Sequential(
-        ...     torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Flatten()
-        ... )
-        >>> GuidedGradCam(model, model[0]).attribute(torch.ones(1, 1, 5, 5), target=0).shape
+        >>> conv = torch.nn.Conv2d(1, 2, 3)
+        >>> model = torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten())
+        >>> GuidedGradCam(model, conv).attribute(torch.ones(1, 1, 5, 5), target=0).shape
         torch.Size([1, 1, 5, 5])
     """
 
@@ -262,36 +213,24 @@ class GuidedGradCam(GradientAttribution):
         self.grad_cam = LayerGradCam(model, layer, device_ids)
         self.guided_backprop = GuidedBackprop(model)
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        interpolate_mode: str = "nearest",
-        attribute_to_layer_input: bool = False,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            interpolate_mode: by which Grad-CAM's map is resized to the inputs.
-
-        Returns:
-            Attributions of the inputs' shape; of inputs that the map cannot be resized to an empty
-            tensor, with a warning.
+    @forms.with_parameters(
+        "inputs, target=None, additional_forward_args=None, interpolate_mode='nearest', "
+        "attribute_to_layer_input=False"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape; for inputs that the map cannot be resized to an empty
+        tensor, with a warning.
         """
-        parts, further = as_tuple(inputs), additional_forward_args
-        cam = self.grad_cam.attribute(
-            parts, target, further, attribute_to_layer_input, relu_attributions=True
-        )
+        of = forms.as_tuple(args.inputs), args.target, args.additional_forward_args
+        cam = self.grad_cam.attribute(*of, args.attribute_to_layer_input, relu_attributions=True)
         if isinstance(cam, tuple):
             raise ContractError(
                 "GuidedGradCAM attributions for layer with multiple inputs / outputs is not "
                 f"supported: got {len(cam)} tensors; name a layer with one"
             )
-        guided = self.guided_backprop.attribute(parts, target, further)
-        maps = tuple(_resized_product(one, cam, interpolate_mode) for one in guided)
-        return like_inputs(inputs, maps)
+        guided = self.guided_backprop.attribute(*of)
+        maps = tuple(_resized_product(one, cam, args.interpolate_mode) for one in guided)
+        return forms.like_inputs(args.inputs, maps)
 
 
 def _resized_product(guided: Tensor, cam: Tensor, mode: str) -> Tensor:
@@ -301,6 +240,215 @@ def _resized_product(guided: Tensor, cam: Tensor, mode: str) -> Tensor:
         warnings.warn(
             "Couldn't appropriately interpolate GradCAM attributions for some input tensors, "
             f"returning empty tensor for corresponding attributions: {error}",
-            stacklevel=4,
+            stacklevel=6,
         )
         return torch.empty(0)
+
+
+def _riemann(first: Callable[[int], float], last: Callable[[int], float]) -> Rule:
+    """A rule of equal weights on evenly spaced nodes, which Captum rounds to float32."""
+
+    def points(n: int) -> tuple[Array, Array]:
+        nodes = torch.linspace(first(n), last(n), n, device="cpu").double().numpy()
+        return nodes, np.full(n, 1.0 / n)
+
+    return Rule(points, least=2)
+
+
+def _trapezoid(n: int) -> tuple[Array, Array]:
+    nodes, weights = _riemann(lambda n: 0.0, lambda n: 1.0).points(n)
+    weights[[0, -1]] /= 2.0
+    return nodes, weights
+
+
+def _legendre(n: int) -> tuple[Array, Array]:
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    return 0.5 * (1.0 + nodes), 0.5 * weights
+
+
+RULES = {
+    "riemann_left": _riemann(lambda n: 0.0, lambda n: 1.0 - 1.0 / n),
+    "riemann_right": _riemann(lambda n: 1.0 / n, lambda n: 1.0),
+    "riemann_middle": _riemann(lambda n: 1.0 / (2 * n), lambda n: 1.0 - 1.0 / (2 * n)),
+    # Its weights sum to (n - 1) / n, as Captum's do.
+    "riemann_trapezoid": Rule(_trapezoid, least=2),
+    "gausslegendre": Rule(_legendre),
+}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Integrated Gradients by one of Captum's rules, as a method of the engine."""
+
+    rule: str
+    steps: int
+    multiply: bool
+    name = "integrated_gradients"
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ContractError(
+                f"The number of steps must be a positive integer. Given: {self.steps}"
+            )
+        if self.rule not in RULES:
+            raise ContractError(
+                f"Approximation method must be one for the following {list(RULES)}. Given "
+                f"{self.rule}"
+            )
+        if self.steps < RULES[self.rule].least:
+            least = "one" if RULES[self.rule].least == 2 else "zero"
+            raise ContractError(
+                f"The number of steps has to be larger than {least}: got {self.steps}, for "
+                f"{self.rule}"
+            )
+
+    @cached_property
+    def _rounded(self) -> tuple[Array, Array]:
+        nodes, weights = RULES[self.rule].points(self.steps)
+        return nodes, weights.astype(np.float32).astype(np.float64)
+
+    def recipe(self) -> Recipe:
+        levels = (level(Rule(lambda n: self._rounded), self.steps),)
+        factor = "difference" if self.multiply else "none"
+        return WeightedSum(Line(), levels, factor=factor, baseline="one")
+
+    def maps(self, call: AttributeCall) -> Inputs:
+        """The maps of a call. The engine divides by the weights' sum, which need not be one."""
+        total = float(self._rounded[1].sum())
+        return tuple(one.mul_(total) for one in explained(self, call))
+
+
+class IntegratedGradients(GradientAttribution):
+    """(x - x') times the mean gradient on the line from a baseline x' (Sundararajan, 2017).
+
+    Example:
+        >>> method = IntegratedGradients(lambda x: (x**2).sum(1))
+        >>> method.attribute(torch.tensor([[1.0, -2.0]])).round(decimals=4)
+        tensor([[1., 4.]])
+    """
+
+    _has_delta = True
+
+    def __init__(self, forward_func: Callable[..., Any], multiply_by_inputs: bool = True) -> None:
+        super().__init__(forward_func)
+        self._multiply_by_inputs = multiply_by_inputs
+
+    @forms.with_parameters(
+        "inputs, baselines=None, target=None, additional_forward_args=None, n_steps=50, "
+        "method='gausslegendre', internal_batch_size=None, return_convergence_delta=False"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape, or (attributions, delta)."""
+        steps = Steps(args.method, args.n_steps, self.multiplies_by_inputs)
+        call = self._call(args, inputs=forms.floating(forms.as_tuple(args.inputs)))
+        return self._result(args, call, steps.maps(call))
+
+
+class _LayerPath(LayerGradientAttribution):
+    """A method of a layer and a path between the model's baselines and inputs."""
+
+    _has_delta = True
+    _maps: Callable[..., list[Inputs]]
+
+    @forms.with_parameters(
+        "inputs, baselines=None, target=None, additional_forward_args=None, n_steps=50, "
+        "method='gausslegendre', internal_batch_size=None, return_convergence_delta=False, "
+        "attribute_to_layer_input=False, grad_kwargs=None"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the layer's shapes, or (attributions, delta)."""
+        steps = Steps(args.method, args.n_steps, self.multiplies_by_inputs)
+        layers = Layers.of(self, args.attribute_to_layer_input)
+        call = self._call(args, inputs=self._read(args.inputs))
+        maps = self._maps(layers, call, steps, args.grad_kwargs)
+        return self._result(args, call, tuple(chain(*maps)), layers.formatted(maps))
+
+    def _read(self, inputs: Any) -> Inputs:
+        return forms.as_tuple(inputs)
+
+
+class LayerIntegratedGradients(_LayerPath):
+    """Integrated Gradients at a layer, or at several at once, on the line between the layers'
+    tensors for baselines and for inputs (Sundararajan, 2017).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(1))
+        >>> LayerIntegratedGradients(model, model[0]).attribute(torch.ones(1, 4), target=0).shape
+        torch.Size([1, 3])
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: nn.Module | list[nn.Module],
+        device_ids: list[int] | None = None,
+        multiply_by_inputs: bool = True,
+    ) -> None:
+        super().__init__(forward_func, layer, device_ids)
+        self.ig = IntegratedGradients(forward_func, multiply_by_inputs)
+
+    @property
+    def multiplies_by_inputs(self) -> bool:
+        return self.ig.multiplies_by_inputs
+
+    def _maps(
+        self, layers: Layers, call: AttributeCall, steps: Steps, grad_kwargs: Any
+    ) -> list[Inputs]:
+        at, counts = layers.path(call, grad_kwargs)
+        return layers.grouped(steps.maps(at), counts)
+
+
+class LayerConductance(_LayerPath):
+    """The gradient at a layer where each step begins times the layer's change (Dhamdhere, 2018).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(1))
+        >>> LayerConductance(model, model[0]).attribute(torch.ones(1, 4), target=0).shape
+        torch.Size([1, 3])
+    """
+
+    _multiply_by_inputs = True
+
+    def _read(self, inputs: Any) -> Inputs:
+        return forms.floating(forms.as_tuple(inputs))
+
+    def _maps(
+        self, layers: Layers, call: AttributeCall, steps: Steps, grad_kwargs: Any
+    ) -> list[Inputs]:
+        nodes = RULES[steps.rule].points(steps.steps + 1)[0].tolist()
+        at_once = samples_at_once(call.inputs, len(nodes))
+        if call.points_per_launch is not None:
+            at_once = call.points_per_launch // len(call.inputs[0])
+        ends = list(zip(call.inputs, forms.filled(call.inputs, call.baselines or ()), strict=True))
+
+        def points(chunk: list[float]) -> Inputs:
+            """Copies [len(chunk), B, *] of the batch on the line."""
+            return tuple(torch.stack([s + alpha * (x - s) for alpha in chunk]) for x, s in ends)
+
+        def at(chunk: list[float]) -> tuple[Inputs, Inputs]:
+            """The layer's tensors and the gradients there, step-major."""
+            count = len(chunk)
+            rows = tuple(x.flatten(0, 1) for x in points(chunk))
+            further = forms.arguments_of(call.further, forms.tiled, count)
+            one = AttributeCall(call.forward, rows, forms.tiled(call.target, count), further)
+            values, gradients = layers.gradients(one, grad_kwargs)
+            return values[0], gradients[0]
+
+        # Chunks share a point: each change is between two points of one chunk.
+        step = max(1, at_once - 1)
+        chunks = [nodes[first : first + step + 1] for first in range(0, len(nodes) - 1, step)]
+        shared = calls_of(call.forward, call.further, *layers.layers)
+        apart = any(shared.depend(points(chunk)) for chunk in chunks)
+        total, batch = list[Tensor](), len(call.inputs[0])
+        for chunk in chunks:
+            several = [at([one]) for one in chunk] if apart else [at(chunk)]
+            values, gradients = (
+                tuple(map(torch.cat, zip(*side, strict=True)))
+                for side in zip(*several, strict=True)
+            )
+            result = [
+                ((a[batch:] - a[:-batch]) * g[:-batch]).view(-1, batch, *a.shape[1:]).sum(0)
+                for a, g in zip(values, gradients, strict=True)
+            ]
+            total = [a + b for a, b in zip(total, result, strict=True)] if total else result
+        return [tuple(total)]

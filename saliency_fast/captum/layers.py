@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import as_args, copies, filled, like_types
-from saliency_fast.captum.attribute_call import AttributeCall, explained
-from saliency_fast.captum.attribution import InternalAttribution
+from saliency_fast.captum import forms
+from saliency_fast.captum.attribution import AttributeCall, InternalAttribution, explained
 from saliency_fast.captum.forward import (
     compute_gradients,
     missing_layer,
@@ -40,11 +39,8 @@ class _StopRunError(BaseException):
 
 @dataclass(frozen=True)
 class _Downstream(Downstream):
-    """The model downstream of layers, whose further inputs are points of a path, too.
-
-    Args:
-        kinds: the dtypes of the model's inputs.
-        materialize: whether a layer that the output does not use has zeros for gradients.
+    """The model downstream of layers, whose further inputs, of these dtypes, are points of a path,
+    too. materialize: whether a layer that the output does not use has zeros for gradients.
     """
 
     kinds: tuple[torch.dtype, ...]
@@ -56,24 +52,19 @@ class _Downstream(Downstream):
         pairs = zip(carried, self.kinds, strict=True)
         inputs = (one.detach().to(kind, copy=True) for one, kind in pairs)
         raw = super().__call__(*values[:count], *inputs, *values[stop:], **kwargs)
-        found = read_output(raw)
+        result = read_output(raw)
         # The engine needs scores that depend on all points: those without gradients count zero.
         for one in values[0 if self.materialize else count : stop]:
             zero = (one * 0).reshape(len(one), -1).sum(1)
-            same = len(zero) == len(found) if found.dim() else False
-            found = found + (zero.view(-1, *(1,) * (found.dim() - 1)) if same else zero.sum())
-        return found
+            same = len(zero) == len(result) if result.dim() else False
+            result = result + (zero.view(-1, *(1,) * (result.dim() - 1)) if same else zero.sum())
+        return result
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers at which a class attributes.
-
-    Args:
-        forward: the user's function.
-        layers: modules that it runs.
-        of_input: whether their inputs count instead of their outputs.
-        listed: whether they came in a list, so that results go in one.
+    """The layers, modules that the user's function runs, at which a class attributes. of_input:
+    whether their inputs count instead of their outputs. listed: whether results go in a list.
     """
 
     forward: Callable[..., Any]
@@ -92,37 +83,37 @@ class Layers:
         """The tensors of each layer in one run of the whole batch; `to_end` reads the last run of a
         layer that runs several times.
         """
-        found: dict[int, Inputs] = {}
+        result: dict[int, Inputs] = {}
 
         def seen(number: int, value: Any) -> None:
-            found[number] = tuple(one.detach().clone() for one in tensors_at(value))
-            if len(found) == len(self.layers) and not to_end:
+            result[number] = tuple(one.detach().clone() for one in tensors_at(value))
+            if len(result) == len(self.layers) and not to_end:
                 raise _StopRunError
 
         hooks = hooked(self.layers, seen, of_input=self.of_input)
         with suppress(_StopRunError), preserved(self.forward), hooks:
-            self.forward(*copies(inputs), *as_args(further))
+            self.forward(*forms.copies(inputs), *forms.as_args(further))
         for number, layer in enumerate(self.layers):
-            if number not in found:
+            if number not in result:
                 raise missing_layer(layer)
-        return [found[number] for number in range(len(self.layers))]
+        return [result[number] for number in range(len(self.layers))]
 
     def floats(self, values: list[Inputs]) -> list[Inputs]:
         """The floating point tensors of each layer; raises ModelError where a layer has none."""
-        found = [tuple(one for one in several if one.is_floating_point()) for several in values]
-        for layer, own in zip(self.layers, found, strict=True):
+        result = [tuple(one for one in several if one.is_floating_point()) for several in values]
+        for layer, own in zip(self.layers, result, strict=True):
             if not own:
                 side = "takes" if self.of_input else "gives"
                 raise ModelError(
                     f"the layer {type(layer).__name__} {side} no floating point tensor, so it has "
                     "no gradient; name a later layer, or set attribute_to_layer_input=False"
                 )
-        return found
+        return result
 
     def formatted(self, values: list[Inputs]) -> Any:
         """A tensor, or a tuple of several, for each layer; in a list where layers came in one."""
-        found = [one if len(one) > 1 else one[0] for one in values]
-        return found if self.listed else found[0]
+        result = [one if len(one) > 1 else one[0] for one in values]
+        return result if self.listed else result[0]
 
     def grouped(self, flat: Inputs, counts: Sequence[int]) -> list[Inputs]:
         """A flat tuple of values as a tuple per layer."""
@@ -133,14 +124,13 @@ class Layers:
         self, call: AttributeCall, values: list[Inputs], grad_kwargs: dict[str, Any] | None
     ) -> AttributeCall:
         """The call with the layers' values for inputs, and the model's inputs as arguments."""
+        gradient_func = partial(compute_gradients, **grad_kwargs) if grad_kwargs else None
         return replace(
             call,
             forward=Downstream(self.forward, self.layers, self.of_input, tuple(map(len, values))),
             inputs=tuple(chain(*values)),
-            further=(*(x.detach() for x in call.inputs), *as_args(call.further)),
-            gradient_func=(
-                partial(compute_gradients, **grad_kwargs) if grad_kwargs else compute_gradients
-            ),
+            further=(*(x.detach() for x in call.inputs), *forms.as_args(call.further)),
+            gradient_func=gradient_func or compute_gradients,
         )
 
     def path(
@@ -149,11 +139,11 @@ class Layers:
         """The call between what layers have for baselines and for inputs, and how many tensors each
         layer has.
         """
-        starts = filled(call.inputs, call.baselines or ())
+        starts = forms.filled(call.inputs, call.baselines or ())
         ends = self.floats(self.read(call.inputs, call.further))
         begins = self.floats(self.read(starts, call.further))
-        found = replace(self.at(call, ends, grad_kwargs), baselines=tuple(chain(*begins)))
-        return found, list(map(len, ends))
+        result = replace(self.at(call, ends, grad_kwargs), baselines=tuple(chain(*begins)))
+        return result, list(map(len, ends))
 
     def with_inputs(
         self, at: AttributeCall, call: AttributeCall, *, materialize: bool
@@ -164,19 +154,19 @@ class Layers:
         assert isinstance(at.forward, Downstream)
         assert at.baselines is not None
         kind, kinds = at.inputs[0].dtype, tuple(x.dtype for x in call.inputs)
-        behind = at.forward
-        about = behind.model, behind.layers, behind.of_input, behind.counts
+        own = at.forward
+        about = own.model, own.layers, own.of_input, own.counts
 
         def carried(x: Tensor) -> Tensor:
             return x.detach() if x.is_floating_point() else cast(x, kind, "inputs")
 
-        starts = filled(call.inputs, call.baselines or ())
+        starts = forms.filled(call.inputs, call.baselines or ())
         return replace(
             at,
             forward=_Downstream(*about, kinds, materialize),
             inputs=(*at.inputs, *map(carried, call.inputs)),
             baselines=(*at.baselines, *map(carried, starts)),
-            further=as_args(call.further),
+            further=forms.as_args(call.further),
         )
 
     def gradients(
@@ -187,16 +177,16 @@ class Layers:
             return self._in_one_run(call, grad_kwargs or {})
         size = sum(x.nbytes for x in call.inputs)
         if len(self.layers) == 1 and not grad_kwargs and size <= SMALL_GRAPH:
-            # What is wrong shows again in the engine's calls.
+            # What is wrong shows in the engine's calls, too.
             with suppress(Exception, _StopRunError):
                 return self._in_one_run(call, {}, room=SMALL_GRAPH - size)
-        values, found = self.floats(self.read(call.inputs, call.further)), list[Inputs]()
+        values, result = self.floats(self.read(call.inputs, call.further)), list[Inputs]()
         try:
             # One by one: where one layer follows another, gradients of the first go through both.
             for layer, own in zip(self.layers, values, strict=True):
                 alone = replace(self, layers=(layer,)).at(call, [own], grad_kwargs)
-                found.append(like_types(explained(Gradient(), alone), own))
-            return values, found
+                result.append(forms.like_types(explained(Gradient(), alone), own))
+            return values, result
         except RepeatedLayerError:
             return self._in_one_run(call, grad_kwargs or {})
 
@@ -210,17 +200,17 @@ class Layers:
         room: bytes of layer tensors that the run may keep. Then the graph begins at the layer, and
         the run stops where there are more bytes, or a second run of the layer.
         """
-        found: dict[int, Inputs] = {}
+        result: dict[int, Inputs] = {}
         turned: list[Tensor] = []
 
         def seen(number: int, value: Any) -> Any:
             own = tuple(floats_at(value))
             if room is not None:
-                if found or sum(one.nbytes for one in own) > room:
+                if result or sum(one.nbytes for one in own) > room:
                     raise _StopRunError
                 own = tuple(one.detach().clone().requires_grad_() for one in own)
             turned.extend(one.requires_grad_() for one in own if not one.requires_grad)
-            found[number] = own
+            result[number] = own
             # The layer and the model may work in place.
             return with_floats(value, [one.clone() for one in own])
 
@@ -231,7 +221,7 @@ class Layers:
                 rows = tuple(x.detach().clone() for x in call.inputs)
                 scores = run_forward(self.forward, rows, call.target, call.further)
                 need_one_number(scores)
-                values = self.floats([found.get(n, ()) for n in range(len(self.layers))])
+                values = self.floats([result.get(n, ()) for n in range(len(self.layers))])
                 grads = gradients(scores.sum(), [*chain(*values)], **grad_kwargs)
         finally:
             # A layer may return a buffer of the model's.

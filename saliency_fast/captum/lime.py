@@ -17,20 +17,15 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import (
-    arguments_of,
-    as_tuple,
-    default_masks,
-    like_inputs,
-    numbers_of,
-    public,
-    read_masks,
-    row_of,
-    tiled,
+from saliency_fast.captum import forms
+from saliency_fast.captum.attribution import AttributeCall, PerturbationAttribution, rows_depend
+from saliency_fast.captum.perturbation import (
+    Draws,
+    by_rows,
+    first_of,
+    numbers_of_output,
+    progress_of,
 )
-from saliency_fast.captum.attribute_call import AttributeCall, rows_depend
-from saliency_fast.captum.attribution import PerturbationAttribution
-from saliency_fast.captum.perturbed import Draws, by_rows, first_of, numbers_of_output, progress_of
 from saliency_fast.captum.shared_calls import SharedCalls, rewind_draws, together_or_apart
 from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Recipe
@@ -60,8 +55,6 @@ def get_exp_kernel_similarity_function(
         A function of (original, perturbed, interpretable sample, **kwargs).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import get_exp_kernel_similarity_function
         >>> similarity = get_exp_kernel_similarity_function("euclidean")
         >>> similarity(torch.ones(1, 2), torch.ones(1, 2), None)
         1.0
@@ -73,7 +66,7 @@ def get_exp_kernel_similarity_function(
 
     def similarity(original: Any, perturbed: Any, _: Any, **kwargs: Any) -> float:
         one, other = (
-            torch.cat([x.flatten().float() for x in as_tuple(each)])
+            torch.cat([x.flatten().float() for x in forms.as_tuple(each)])
             for each in (original, perturbed)
         )
         if distance_mode == "cosine":
@@ -98,8 +91,6 @@ class LimeBase(PerturbationAttribution):
         to_interp_rep_transform: the reverse, for samples that are inputs.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LimeBase
         >>> class Mean:
         ...     def fit(self, data):
         ...         self.mean = torch.cat([y for _, y, _ in data]).mean()
@@ -140,126 +131,95 @@ class LimeBase(PerturbationAttribution):
                 "Must provide transform from original input space to interpretable space"
             )
 
-    @public
+    @forms.with_parameters(
+        "inputs, target=None, additional_forward_args=None, n_samples=50, "
+        "perturbations_per_eval=1, show_progress=False, **kwargs"
+    )
     @torch.no_grad()
-    def attribute(
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        n_samples: int = 50,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Fits the interpretable model; see `Attribution` for the other arguments.
+    def attribute(self, args: Any) -> Any:
+        """What the interpretable model's `representation` returns after its fit.
 
-        Args:
-            n_samples: perturbed inputs.
-            **kwargs: for the functions that the instance was given.
-
-        Returns:
-            What the model's `representation` returns after its fit.
+        The functions that the instance was given get `kwargs`.
         """
-        call = AttributeCall(self.forward_func, as_tuple(inputs), target, additional_forward_args)
-        of = inputs, n_samples, perturbations_per_eval, show_progress, kwargs
-        rewind = rewind_draws(call.inputs[0].device)
-        apart = perturbations_per_eval < 2 or rows_depend(self.forward_func)
+        inputs = forms.as_tuple(args.inputs)
+        call = AttributeCall(self.forward_func, inputs, args.target, args.additional_forward_args)
         table = together_or_apart(
-            lambda apart: self._samples(_SampleCalls(call, apart), *of), rewind, apart=apart
+            lambda apart: self._samples(_sample_calls(call, apart), args),
+            rewind_draws(inputs[0].device),
+            apart=args.perturbations_per_eval < 2 or rows_depend(self.forward_func),
         )
         dataset = TensorDataset(*table)
         self.interpretable_model.fit(DataLoader(dataset, batch_size=len(dataset)))
-        found: Tensor = self.interpretable_model.representation()
-        return found
+        return self.interpretable_model.representation()
 
-    def _samples(
-        self,
-        calls: _SampleCalls,
-        inputs: Any,
-        n_samples: int,
-        at_once: int,
-        show_progress: bool,
-        kwargs: dict[str, Any],
-    ) -> Inputs:
-        """Samples, their numbers and their weights; raises RowsMeetError where samples of a call
-        change each other's numbers.
-        """
-        device = as_tuple(inputs)[0].device
+    def _samples(self, numbers: Callable[[list[Inputs]], Tensor], args: Any) -> Inputs:
+        device, most = forms.as_tuple(args.inputs)[0].device, args.perturbations_per_eval
         samples, weights, outputs, waiting = [], [], [], list[Inputs]()
-        draw = self._draw(inputs, kwargs)
-        total, words = -(-n_samples // at_once), f"{self.get_name()} attribution"
-        bar = tqdm(total=total, desc=words, disable=not show_progress)
+        draw = self._draw(args.inputs, args.kwargs)
+        total, words = -(-args.n_samples // most), f"{self.get_name()} attribution"
+        bar = tqdm(total=total, desc=words, disable=not args.show_progress)
         with preserved(self.forward_func), bar:
-            for _ in range(n_samples):
+            for _ in range(args.n_samples):
                 try:
                     simple, point = draw()
                 except StopIteration:
-                    warnings.warn(
-                        "Generator completed prior to given n_samples iterations!", stacklevel=2
-                    )
+                    words = "Generator completed prior to given n_samples iterations!"
+                    warnings.warn(words, stacklevel=2)
                     break
-                similar = self.similarity_func(inputs, point, simple, **kwargs)
+                similar = self.similarity_func(args.inputs, point, simple, **args.kwargs)
                 samples.append(simple)
                 weights.append(torch.as_tensor(similar, device=device).reshape(-1))
-                waiting.append(as_tuple(point))
-                if len(waiting) == at_once:
-                    outputs.append(calls.numbers(waiting).to(device))
+                waiting.append(forms.as_tuple(point))
+                if len(waiting) == most:
+                    outputs.append(numbers(waiting).to(device))
                     bar.update()
                     waiting.clear()
             if waiting:
-                outputs.append(calls.numbers(waiting).to(device))
+                outputs.append(numbers(waiting).to(device))
                 bar.update()
         return tuple(torch.cat(one).float() for one in (samples, outputs, weights))
 
     def _draw(self, inputs: Any, kwargs: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
         """A function that draws a sample: in the interpretable space, and as an input."""
-        generator = inspect.isgeneratorfunction(self.perturb_func)
-        several = self.perturb_func(inputs, **kwargs) if generator else None
+        is_generator = inspect.isgeneratorfunction(self.perturb_func)
+        several = self.perturb_func(inputs, **kwargs) if is_generator else None
+        make: Any = self.to_interp_rep_transform
+        if self.perturb_interpretable_space:
+            make = self.from_interp_rep_transform
 
         def draw() -> tuple[Any, Any]:
             sample = self.perturb_func(inputs, **kwargs) if several is None else next(several)
-            if self.perturb_interpretable_space:
-                assert self.from_interp_rep_transform is not None
-                return sample, self.from_interp_rep_transform(sample, inputs, **kwargs)
-            assert self.to_interp_rep_transform is not None
-            return self.to_interp_rep_transform(sample, inputs, **kwargs), sample
+            made = make(sample, inputs, **kwargs)
+            return (sample, made) if self.perturb_interpretable_space else (made, sample)
 
         return draw
 
 
-class _SampleCalls:
-    """Calls of a function that returns one number for each sample; samples share calls unless they
-    are kept `apart`.
+def _sample_calls(call: AttributeCall, apart: bool) -> Callable[[list[Inputs]], Tensor]:
+    """A function from samples to their numbers [M], which raises RowsMeetError where samples change
+    each other's; samples share calls of the user's function unless they are kept `apart`.
     """
 
-    def __init__(self, call: AttributeCall, apart: bool) -> None:
-        self.call, self.apart = call, apart
-        self.shared = SharedCalls(self._stacked)
-
-    def numbers(self, points: list[Inputs]) -> Tensor:
-        """The numbers [M] of samples; raises RowsMeetError where they change each other's."""
-        shapes = {tuple(x.shape for x in one) for one in points}
-        if len(points) == 1 or self.apart or len(shapes) > 1:
-            return torch.cat([self._of([one]) for one in points])
-        stacked = tuple(torch.stack(one) for one in zip(*points, strict=True))
-        return self.shared.numbers(stacked).flatten()
-
-    def _stacked(self, points: Inputs) -> Tensor:
-        """The numbers [M, 1] of samples [M, B, *]."""
-        return self._of(list(zip(*points, strict=True)))[:, None]
-
-    def _of(self, points: list[Inputs]) -> Tensor:
-        call, count = self.call, len(points)
-        rows = tuple(torch.cat(one) for one in zip(*points, strict=True))
-        raw = call.forward(*rows, *arguments_of(call.further, tiled, count))
-        found = numbers_of_output(raw, tiled(call.target, count))
-        if found.numel() != count:
+    def of(points: list[Inputs]) -> Tensor:
+        count, rows = len(points), tuple(torch.cat(one) for one in zip(*points, strict=True))
+        raw = call.forward(*rows, *forms.arguments_of(call.further, forms.tiled, count))
+        result = numbers_of_output(raw, forms.tiled(call.target, count))
+        if result.numel() != count:
             raise ContractError(
                 "Number of outputs is not appropriate, must return one output per perturbed "
-                f"input: got {found.numel()} for {count}; pass target="
+                f"input: got {result.numel()} for {count}; pass target="
             )
-        return found.reshape(-1)
+        return result.reshape(-1)
+
+    shared = SharedCalls(lambda stacked: of(list(zip(*stacked, strict=True)))[:, None])
+
+    def numbers(points: list[Inputs]) -> Tensor:
+        shapes = {tuple(x.shape for x in one) for one in points}
+        if len(points) == 1 or apart or len(shapes) > 1:
+            return torch.cat([of([one]) for one in points])
+        return shared.numbers(tuple(map(torch.stack, zip(*points, strict=True)))).flatten()
+
+    return numbers
 
 
 class _LinearModel:
@@ -269,7 +229,6 @@ class _LinearModel:
         self.how, self.alpha = how, alpha
 
     def fit(self, train_data: DataLoader[Any]) -> None:
-        """Fits the slopes to samples, outputs and weights."""
         z, y, weight = (torch.cat(one) for one in zip(*train_data, strict=True))
         # The first weights of a linear layer, which Captum's model draws here.
         nn.Linear(z.shape[1], 1)
@@ -283,22 +242,19 @@ class _LinearModel:
 
 def _from_coalition(sample: Tensor, original: Any, **kwargs: Any) -> Any:
     """The input with the features [1, F] that are present, and the others from the baselines."""
-    masks, baselines = as_tuple(kwargs["feature_mask"]), kwargs["baselines"]
+    masks, baselines = forms.as_tuple(kwargs["feature_mask"]), kwargs["baselines"]
     starts = baselines if isinstance(baselines, tuple) else (baselines,)
     points = []
-    for x, mask, start in zip(as_tuple(original), masks, starts, strict=True):
+    for x, mask, start in zip(forms.as_tuple(original), masks, starts, strict=True):
         present = sample[0][mask].bool()
         points.append(present.to(x.dtype) * x + (~present).to(x.dtype) * start)
-    return like_inputs(original, tuple(points))
+    return forms.like_inputs(original, tuple(points))
 
 
-def _coin_tosses(original: Any, **kwargs: Any) -> Tensor:
+def _coin_tosses(original: Any, *, num_interp_features: int, **kwargs: Any) -> Tensor:
     """A coalition int64 [1, F] that each feature is in with a chance of one half."""
-    return _toss(kwargs["num_interp_features"], as_tuple(original)[0].device)
-
-
-def _toss(count: int, device: torch.device) -> Tensor:
-    return torch.bernoulli(torch.full((1, count), 0.5, device="cpu")).to(device).long()
+    chance = torch.full((1, num_interp_features), 0.5, device="cpu")
+    return torch.bernoulli(chance).to(forms.as_tuple(original)[0].device).long()
 
 
 class Lime(LimeBase):
@@ -308,8 +264,6 @@ class Lime(LimeBase):
     of the user's they run one example after another, as in `LimeBase`, which documents these.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import Lime
         >>> _ = torch.manual_seed(0)
         >>> method = Lime(lambda x: (3 * x).sum(1))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), n_samples=50).shape
@@ -323,7 +277,7 @@ class Lime(LimeBase):
         similarity_func: Callable[..., Any] | None = None,
         perturb_func: Callable[..., Any] | None = None,
     ) -> None:
-        given = (interpretable_model, similarity_func, perturb_func)
+        args = (interpretable_model, similarity_func, perturb_func)
         super().__init__(
             forward_func,
             interpretable_model or _LinearModel("lasso", LASSO_PENALTY),
@@ -333,38 +287,22 @@ class Lime(LimeBase):
             _from_coalition,
             None,
         )
-        self._given = any(one is not None for one in given)
+        self._is_default = args == (None, None, None)
 
-    @public
-    def attribute(  # type: ignore[override]
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        n_samples: int = 25,
-        perturbations_per_eval: int = 1,
-        return_input_shape: bool = True,
-        show_progress: bool = False,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            n_samples: coalitions of each example.
-            return_input_shape: whether elements get their feature's slope.
-
-        Returns:
-            Slopes in float32, of the inputs' shape or, without return_input_shape, [N, F].
-        """
-        parts = as_tuple(inputs)
-        masks, count = _features(feature_mask, parts)
-        of = parts, baselines, target, additional_forward_args, masks
-        call = self._call(*of, perturbations_per_eval, show_progress)
-        slopes = self._by_rows(call, count, n_samples)
+    @forms.with_parameters(
+        "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
+        "n_samples=25, perturbations_per_eval=1, return_input_shape=True, show_progress=False"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Slopes in float32, of the inputs' shape or, without return_input_shape, [N, F]."""
+        parts = forms.as_tuple(args.inputs)
+        masks, count = _features(args.feature_mask, parts)
+        call = self._call(args, features=masks)
+        slopes = self._by_rows(call, count, args.n_samples)
         if slopes is None:
-            slopes = self._one_by_one(call, count, n_samples, isinstance(inputs, tuple))
-        if not return_input_shape:
+            is_tuple = isinstance(args.inputs, tuple)
+            slopes = self._one_by_one(call, count, args.n_samples, is_tuple)
+        if not args.return_input_shape:
             return slopes
         values = []
         for mask, x in zip(masks, parts, strict=True):
@@ -373,33 +311,34 @@ class Lime(LimeBase):
                 continue
             own = mask.expand(x.shape)[: len(slopes)].reshape(len(slopes), -1)
             values.append(slopes.gather(1, own).view(len(slopes), *x.shape[1:]))
-        return like_inputs(inputs, tuple(values))
+        return forms.like_inputs(args.inputs, tuple(values))
 
     def _by_rows(self, call: AttributeCall, count: int, samples: int) -> Tensor | None:
         """Slopes float32 [N, F], from Captum's draws, by the engine where rows are independent."""
-        if self._given or call.owner is None:
+        if not self._is_default or call.owner is None:
             return None
-        known = numbers_of(call.features or (), call.inputs)
+        numbers = forms.numbers_of(call.features or (), call.inputs)
         draws = Draws()
-        method = self._method(samples, known, count, draws)
+        method = self._method(samples, numbers, count, draws)
         with preserved(call.forward), progress_of(method, call) as bar:
-            found = by_rows(method, call, first_of(call), draws.again, bar)
-        if found is None:
+            result = by_rows(method, call, first_of(call), bar, draws.restart)
+        if result is None:
             return None
         torch.set_rng_state(draws.state)
-        assert found[1] is not None
-        slopes = found[1].new_zeros(len(found[1]), count)
-        slopes[:, known] = found[1]
+        assert result[1] is not None
+        slopes = result[1].new_zeros(len(result[1]), count)
+        slopes[:, numbers] = result[1]
         return slopes.float()
 
-    def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
-        def table(device: torch.device) -> Tensor:
-            return torch.cat([_toss(count, device) for _ in range(samples)]).bool()
+    def _method(self, samples: int, numbers: Tensor, count: int, draws: Draws) -> _Fitted:
+        def table(x: Tensor) -> Tensor:
+            tosses = [_coin_tosses(x, num_interp_features=count) for _ in range(samples)]
+            return torch.cat(tosses).bool()
 
         def weigh(game: Game, present: Tensor) -> Tensor:
             return torch.exp(-surrogates.distances(game, present, "cosine").square() / 2.0)
 
-        draw = partial(_drawn, table, known, draws)
+        draw = partial(_drawn, table, numbers, draws)
         return _Fitted(draw, weigh, "lasso", LASSO_PENALTY, samples)
 
     def _one_by_one(self, call: AttributeCall, count: int, samples: int, is_tuple: bool) -> Tensor:
@@ -419,16 +358,16 @@ class Lime(LimeBase):
                 "batch!"
             )
         rows = [slice(None)] if numbers == 1 else [slice(i, i + 1) for i in range(batch)]
-        found = []
+        result = []
         for row in rows:
             own = [
-                tuple(row_of(one, row, batch) for one in several)
+                tuple(forms.row_of(one, row, batch) for one in several)
                 for several in (call.inputs, call.baselines or (), call.features or ())
             ]
             inputs, starts, masks = (one if is_tuple else one[0] for one in own)
             slopes = LimeBase.attribute(
-                *(self, inputs, row_of(call.target, row, batch)),
-                arguments_of(call.further, row_of, row, batch) or None,
+                *(self, inputs, forms.row_of(call.target, row, batch)),
+                forms.arguments_of(call.further, forms.row_of, row, batch) or None,
                 samples,
                 call.at_once,
                 bool(call.progress),
@@ -436,21 +375,20 @@ class Lime(LimeBase):
                 feature_mask=masks,
                 num_interp_features=count,
             )
-            found.append(slopes.reshape(1, -1))
-        return torch.cat(found)
+            result.append(slopes.reshape(1, -1))
+        return torch.cat(result)
 
 
 def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     """Masks whose numbers begin at 0, and how many features Captum counts."""
-    masks = read_masks(feature_mask, inputs) or default_masks(inputs)
-    masks = tuple(
-        one[(None,) * (x.dim() - one.dim())] for one, x in zip(masks, inputs, strict=True)
-    )
+    masks = forms.read_masks(feature_mask, inputs) or forms.default_masks(inputs)
+    pairs = zip(masks, inputs, strict=True)
+    masks = tuple(one[(None,) * (x.dim() - one.dim())] for one, x in pairs)
     least = min(int(one.min()) for one in masks if one.numel())
     if least != 0:
         warnings.warn(
             "Minimum element in feature mask is not 0, shifting indices to start at 0.",
-            stacklevel=4,
+            stacklevel=5,
         )
         masks = tuple(one - least for one in masks)
     count = 1 + max(int(one.max()) for one in masks if one.numel())
@@ -459,23 +397,21 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
             "Attempting to construct interpretable model with > 10000 features.This can be very "
             "slow or lead to OOM issues. Please provide a feature mask which groups input features "
             "to reduce the number of interpretable features. ",
-            stacklevel=4,
+            stacklevel=5,
         )
     return masks, count
 
 
-def _drawn(
-    table: Callable[[torch.device], Tensor], known: Tensor, draws: Draws, game: Game
-) -> Tensor:
+def _drawn(table: Callable[[Tensor], Tensor], numbers: Tensor, draws: Draws, game: Game) -> Tensor:
     """A table of coalitions for each example, bool [B, M, F], as Captum draws one after another."""
     tables = []
     with draws.continued():
-        for _ in game.context.inputs[0]:
-            tables.append(table(game.device))
+        for x in game.context.inputs[0]:
+            tables.append(table(x))
             # What each example's fit draws: a data loader's seed, a linear layer's first weights.
             torch.empty((), dtype=torch.int64).random_()
             nn.Linear(tables[-1].shape[1], 1)
-    return torch.stack(tables).to(game.device)[..., known]
+    return torch.stack(tables).to(game.device)[..., numbers]
 
 
 @dataclass(frozen=True, eq=False)
@@ -490,20 +426,17 @@ class _Fitted:
     name = "lime"
 
     def recipe(self) -> Recipe:
-        def rounds(asked: engine.RoundContext) -> engine.Rounds:
-            return surrogates.fitted(asked, self.draw, self.weigh, self.how, self.alpha)
+        def rounds(context: engine.RoundContext) -> engine.Rounds:
+            return surrogates.fitted(context, self.draw, self.weigh, self.how, self.alpha)
 
-        return engine.RoundsRecipe(
-            rounds, self.samples, baseline="fill", gradients=False, features=True
-        )
+        of = rounds, self.samples
+        return engine.RoundsRecipe(*of, baseline="fill", gradients=False, features=True)
 
 
 class KernelShap(Lime):
     """Shapley values by a linear model on coalitions of the Shapley kernel (Lundberg, 2017).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import KernelShap
         >>> _ = torch.manual_seed(0)
         >>> method = KernelShap(lambda x: (3 * x).sum(1))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), n_samples=50).round(decimals=2)
@@ -517,11 +450,10 @@ class KernelShap(Lime):
         self.inf_weight = INFINITE_WEIGHT
 
     def _weight(self, _: Any, __: Any, sample: Tensor, **kwargs: Any) -> float:
-        """The weight of a coalition [1, F]."""
         return self.inf_weight if int(sample.sum()) in (0, sample.numel()) else 1.0
 
-    def _method(self, samples: int, known: Tensor, count: int, draws: Draws) -> _Fitted:
-        def table(_: torch.device) -> Tensor:
+    def _method(self, samples: int, numbers: Tensor, count: int, draws: Draws) -> _Fitted:
+        def table(_: Tensor) -> Tensor:
             drawn = _kernel_coalitions(None, num_interp_features=count)
             return torch.cat(list(itertools.islice(drawn, samples))).bool()
 
@@ -531,7 +463,7 @@ class KernelShap(Lime):
             weight[:, :2] = self.inf_weight
             return weight
 
-        return _Fitted(partial(_drawn, table, known, draws), weigh, "linear", 0.0, samples)
+        return _Fitted(partial(_drawn, table, numbers, draws), weigh, "linear", 0.0, samples)
 
 
 def _kernel_coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
@@ -539,7 +471,7 @@ def _kernel_coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
     int64 [1, F] each.
     """
     count = kwargs["num_interp_features"]
-    device = None if original is None else as_tuple(original)[0].device
+    device = None if original is None else forms.as_tuple(original)[0].device
     yield torch.ones(1, count, dtype=torch.int64, device=device)
     yield torch.zeros(1, count, dtype=torch.int64, device=device)
     size = torch.arange(count, dtype=torch.float)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._torch_compat import PARAMETERS, WithoutFunctionModes, own_parameters
-from saliency_fast.captum.arguments import as_tuple, copies, like_inputs, like_types, public
-from saliency_fast.captum.attribute_call import explained
-from saliency_fast.captum.attribution import GradientAttribution
+from saliency_fast.captum import forms
+from saliency_fast.captum.attribution import GradientAttribution, explained
 from saliency_fast.captum.forward import run_forward
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe, WeightedSum
@@ -37,7 +35,7 @@ DEFAULT_EPSILON = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
     *(nn.Linear, nn.BatchNorm2d),
 )
-"""Layers with the epsilon rule by default; Captum's Addition_Module is known by its name."""
+"""Layers with the epsilon rule by default; also Captum's Addition_Module, by its name."""
 PASSED = (nn.ReLU, nn.Dropout, nn.Tanh)
 """Layers that hand relevance on unchanged."""
 
@@ -50,8 +48,6 @@ class PropagationRule(ABC):
     whose contributions relevance is divided; STABILITY_FACTOR keeps denominators off zero.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LRP, PropagationRule
         >>> class Absolute(PropagationRule):
         ...     def _manipulate_weights(self, module, inputs, outputs):
         ...         module.weight.data = module.weight.data.abs()
@@ -82,7 +78,6 @@ class EpsilonRule(PropagationRule):
         epsilon: is added to denominators, with their sign.
 
     Example:
-        >>> from saliency_fast.captum import EpsilonRule
         >>> EpsilonRule(0.1).STABILITY_FACTOR
         0.1
     """
@@ -97,7 +92,7 @@ class EpsilonRule(PropagationRule):
 class _WeightRule(PropagationRule):
     """A rule of other weights; `set_bias_to_zero` leaves the bias out."""
 
-    def __init__(self, set_bias_to_zero: bool) -> None:
+    def __init__(self, set_bias_to_zero: bool = False) -> None:
         self.set_bias_to_zero = set_bias_to_zero
 
     @abstractmethod
@@ -118,8 +113,6 @@ class GammaRule(_WeightRule):
         set_bias_to_zero: whether the bias is left out.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import GammaRule
         >>> GammaRule(0.5).weight(torch.tensor([2.0, -2.0]))
         tensor([ 3., -2.])
     """
@@ -139,14 +132,9 @@ class Alpha1_Beta0_Rule(_WeightRule):  # noqa: N801
         set_bias_to_zero: whether the bias is left out.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import Alpha1_Beta0_Rule
         >>> Alpha1_Beta0_Rule().weight(torch.tensor([2.0, -2.0]))
         tensor([2., 0.])
     """
-
-    def __init__(self, set_bias_to_zero: bool = False) -> None:
-        super().__init__(set_bias_to_zero)
 
     def weight(self, weight: Tensor) -> Tensor:
         return weight.clamp(min=0)
@@ -156,8 +144,6 @@ class IdentityRule(EpsilonRule):
     """Inputs get the relevance of the outputs, which have their shape.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LRP, IdentityRule
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Softmax(1))
         >>> model[1].rule = IdentityRule()
         >>> LRP(model).attribute(torch.ones(1, 4), target=0).shape
@@ -182,8 +168,6 @@ class LRP(GradientAttribution):
     unless they are given another, and those of `PASSED` hand relevance on.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import LRP
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
         >>> x = torch.tensor([[1.0, -2.0]])
         >>> bool(LRP(model).attribute(x, target=0).sum() - model(x).sum() < 1e-5)
@@ -197,7 +181,7 @@ class LRP(GradientAttribution):
         self.model = model
         for module in model.modules():
             rule = getattr(module, "rule", None)
-            # Captum's rules are known by name: it need not be installed.
+            # Captum's rules are found by name: it need not be installed.
             names = [one.__name__ for one in type(rule).__mro__]
             if rule is not None and PropagationRule.__name__ not in names:
                 raise InputTypeError(
@@ -205,55 +189,40 @@ class LRP(GradientAttribution):
                     f"module: {module}; got {type(rule).__name__}"
                 )
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-        verbose: bool = False,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            verbose: whether the rule of each layer is printed.
-
-        Returns:
-            Relevance of the inputs' shape, or (relevance, delta).
-
-        Raises:
-            TypeError: a layer has no rule.
+    @forms.with_parameters(
+        "inputs, target=None, additional_forward_args=None, return_convergence_delta=False, "
+        "verbose=False"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Relevance of the inputs' shape, or (relevance, delta); raises TypeError where a layer has
+        no rule.
         """
-        call, rules = self._call(inputs, target, additional_forward_args), _rules_of(self.model)
+        call, model = self._call(args), self.model
+        leaves = [one for one in model.modules() if one is not model and not any(one.children())]
+        rules = [(layer, _rule_of(layer)) for layer in leaves]
         for layer, rule in rules:
-            if verbose and rule is not None:
+            if args.verbose and rule is not None:
                 print(f"Applied {rule} on layer {layer}")
         method = _ModuleRules(tuple((ref(layer), copy(rule)) for layer, rule in rules))
-        shares = like_types(explained(method, call), call.inputs)
+        shares = forms.like_types(explained(method, call), call.inputs)
         with torch.no_grad(), preserved(self.forward_func):
-            output = run_forward(call.forward, copies(call.inputs), call.target, call.further)
+            output = run_forward(call.forward, forms.copies(call.inputs), call.target, call.further)
         maps = tuple(one * output.reshape(-1, *(1,) * (one.dim() - 1)) for one in shares)
-        found = like_inputs(inputs, maps)
-        if not return_convergence_delta:
-            return found
-        return found, self.compute_convergence_delta(maps, output)
+        result = forms.like_inputs(args.inputs, maps)
+        if not args.return_convergence_delta:
+            return result
+        return result, self.compute_convergence_delta(maps, output)
 
-    def compute_convergence_delta(  # type: ignore[override]
+    def compute_convergence_delta(
         self, attributions: Tensor | tuple[Tensor, ...], output: Tensor
     ) -> Tensor:
         """The score less the sum of the attributions, for each example [B]."""
-        sums = [one.reshape(len(one), -1).sum(1) for one in as_tuple(attributions)]
+        sums = [one.reshape(len(one), -1).sum(1) for one in forms.as_tuple(attributions)]
         return output.flatten() - torch.stack(sums).sum(0)
 
 
 LayerRules = list[tuple[nn.Module, Any]]
 """Leaf modules, each with its rule; None hands relevance on."""
-
-
-def _rules_of(model: nn.Module) -> LayerRules:
-    leaves = [one for one in model.modules() if one is not model and not any(one.children())]
-    return [(layer, _rule_of(layer)) for layer in leaves]
 
 
 def _rule_of(layer: nn.Module) -> Any:
@@ -288,12 +257,12 @@ class _ModuleRules:
 
     def __repr__(self) -> str:
         """What tells rules apart: layers, and the classes and attributes of their rules."""
-        plain, found = (bool, int, float, str), []
+        plain, parts = (bool, int, float, str), []
         for layer, rule in self.layers:
             own = getattr(rule, "__dict__", {}).items()
             fields = [(key, one if isinstance(one, plain) else id(one)) for key, one in own]
-            found.append((id(layer()), type(rule), fields))
-        return repr(found)
+            parts.append((id(layer()), type(rule), fields))
+        return repr(parts)
 
     def mode(self, model: Callable[..., Any] | None = None) -> RulesMode:
         alive = [(layer(), rule) for layer, rule in self.layers]
@@ -306,7 +275,7 @@ class _Hooks(RulesMode):
     def __init__(self, rules: LayerRules) -> None:
         super().__init__("LRP", {})
         self.rules = rules
-        self.given: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
+        self.layer_inputs: dict[int, list[tuple[Any, ...]]] = defaultdict(list)
         self.marked: set[int] = set()
         self.alive: list[Tensor] = []
 
@@ -323,14 +292,15 @@ class _Hooks(RulesMode):
 
     def _before(self, number: int, inputs: Any) -> Any:
         """Keeps a layer's inputs; layers that work in place get copies."""
-        self.given[number].append(inputs)
+        self.layer_inputs[number].append(inputs)
         if not getattr(self.rules[number][0], "inplace", False):
             return None
         return tuple(one.clone() if isinstance(one, Tensor) else one for one in inputs)
 
     def _after(self, number: int, output: Any) -> Any:
-        inputs, (layer, rule) = self.given[number].pop(), self.rules[number]
-        with _not_intercepted():
+        inputs, (layer, rule) = self.layer_inputs[number].pop(), self.rules[number]
+        # The mode that intercepts the model's calls intercepts none of these.
+        with WithoutFunctionModes(), torch.enable_grad():
             if rule is None:
                 return _Passed.apply(inputs[0], output.detach())  # type: ignore[no-untyped-call]
             return self._propagated(layer, copy(rule), inputs, output)
@@ -368,15 +338,8 @@ def _with_rule_weights(
     object.__setattr__(twin, PARAMETERS, own)
     with torch.no_grad():
         rule._manipulate_weights(twin, inputs, output)
-    found: Tensor = twin.forward(*inputs)
-    return found
-
-
-@contextmanager
-def _not_intercepted() -> Iterator[None]:
-    """Inside, the mode that intercepts the model's calls intercepts none."""
-    with WithoutFunctionModes(), torch.enable_grad():
-        yield
+    result: Tensor = twin.forward(*inputs)
+    return result
 
 
 class _Passed(torch.autograd.Function):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,22 +13,21 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import (
-    arguments_of,
-    as_baselines,
-    as_target,
-    as_tuple,
-    check_baselines,
-    floating,
-    interleaved,
-    like_inputs,
-    public,
+from saliency_fast.captum import forms
+from saliency_fast.captum.attribution import (
+    Attribution,
+    GradientAttribution,
+    explained,
+    rows_depend,
 )
-from saliency_fast.captum.attribute_call import explained, rows_depend
-from saliency_fast.captum.attribution import Attribution, GradientAttribution
 from saliency_fast.captum.forward import compute_gradients
 from saliency_fast.captum.gradients import Saliency
-from saliency_fast.captum.shared_calls import calls_of, rewind_draws, together_or_apart
+from saliency_fast.captum.shared_calls import (
+    calls_of,
+    rewind_draws,
+    samples_at_once,
+    together_or_apart,
+)
 from saliency_fast.engine.independence import RowsMeetError
 from saliency_fast.engine.points import Noise, first_elements
 from saliency_fast.engine.recipe import Recipe, WeightedSum
@@ -37,8 +36,6 @@ from saliency_fast.methods.gradient import Gradient
 from saliency_fast.methods.sampling import samples_level
 
 TYPES = ("smoothgrad", "smoothgrad_sq", "vargrad")
-CHUNK_BYTES = 64 * 1024**2
-"""Bytes of copies of the batch that are held at once, unless the caller says how many."""
 
 
 class NoiseTunnel(Attribution):
@@ -49,8 +46,6 @@ class NoiseTunnel(Attribution):
         attribution_method: an instance of a class of this package, of Captum's or of the user's.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import NoiseTunnel, Saliency
         >>> method = NoiseTunnel(Saliency(lambda x: (3 * x).sum(1)))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), nt_samples=4)
         tensor([[3., 3.]])
@@ -67,68 +62,46 @@ class NoiseTunnel(Attribution):
     def has_convergence_delta(self) -> bool:
         return bool(self.is_delta_supported)
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        nt_type: str = "smoothgrad",
-        nt_samples: int = 5,
-        nt_samples_batch_size: int | None = None,
-        stdevs: float | tuple[float, ...] = 1.0,
-        draw_baseline_from_distrib: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        """Attributes as the method does, with noise.
-
-        Args:
-            nt_type: "smoothgrad" (mean), "smoothgrad_sq" (mean square) or "vargrad" (variance,
-                E[a^2] - E[a]^2).
-            nt_samples: noisy copies of each example, from seeds of PyTorch's global generator.
-            nt_samples_batch_size: copies of all examples at once; None plans memory.
-            stdevs: the standard deviation of the noise, or one for each input.
-            draw_baseline_from_distrib: whether baselines are sets [M, *] to draw rows from.
-            **kwargs: of the method's `attribute`.
-
-        Returns:
-            What the method returns, and its deltas [B * nt_samples] where kwargs ask for them.
-        """
-        parts = floating(as_tuple(inputs))
+    @forms.with_parameters(
+        "inputs, nt_type='smoothgrad', nt_samples=5, nt_samples_batch_size=None, stdevs=1.0, "
+        "draw_baseline_from_distrib=False, **kwargs"
+    )
+    def attribute(self, args: Any) -> Any:
+        """What the method returns for its arguments `kwargs`, and its deltas where they ask."""
+        parts, kwargs = forms.floating(forms.as_tuple(args.inputs)), args.kwargs
+        nt_type, samples, most = args.nt_type, args.nt_samples, args.nt_samples_batch_size
         if nt_type not in TYPES:
             raise ContractError(
                 "Noise types must be either `smoothgrad`, `smoothgrad_sq` or `vargrad`. Given "
                 f"{nt_type}"
             )
-        sizes = {"nt_samples": nt_samples, "nt_samples_batch_size": nt_samples_batch_size}
-        for name, value in sizes.items():
+        for name, value in {"nt_samples": samples, "nt_samples_batch_size": most}.items():
             if value is not None and value < 1:
                 raise ContractError(f"{name} must be 1 or more: got {value}")
-        noise = _Noise(parts, _read_stdevs(stdevs, parts), _draw_seeds(len(parts[0])))
-        most, method = nt_samples_batch_size, self.attribution_method
-        if reduction := self._reduction(nt_type, noise.stdevs, kwargs):
-            fused = _NoisyGradients(
-                nt_samples, noise.stdevs[0], reduction, tuple(noise.seeds.tolist())
-            )
-            further = kwargs.get("target"), kwargs.get("additional_forward_args")
+        stdevs = _read_stdevs(args.stdevs, parts)
+        # A seed for each example: examples of one batch have noise of their own.
+        seeds = torch.randint(-(2**63), 2**63 - 1, (len(parts[0]),), device="cpu")
+        method = self.attribution_method
+        if reduction := self._reduction(nt_type, stdevs, kwargs):
+            fused = _NoisyGradients(samples, stdevs[0], reduction, tuple(seeds.tolist()))
+            of = {"target": None, "additional_forward_args": None, **kwargs}
             limit = None if most is None else most * len(parts[0])
-            call = method._call(parts, *further, points_per_launch=limit)
-            return like_inputs(inputs, explained(fused, call))
+            call = method._call(SimpleNamespace(inputs=parts, internal_batch_size=limit, **of))
+            return forms.like_inputs(args.inputs, explained(fused, call))
+        # Others' methods get all samples, as they would from Captum.
+        own = isinstance(method, Attribution)
         if most is None:
-            # Others' methods get all samples, as they would from Captum.
-            own = isinstance(method, Attribution)
-            most = samples_at_once(parts, nt_samples) if own else nt_samples
-        of = inputs, noise, draw_baseline_from_distrib, kwargs
-        chunk = min(nt_samples, most)
-        proves = chunk > 1 and isinstance(method, Attribution)
-        found = together_or_apart(
-            lambda apart: self._summed(nt_samples, 1 if apart else chunk, *of),
+            most = samples_at_once(parts, samples) if own else samples
+        result = together_or_apart(
+            lambda apart: self._summed(args, _Noise(parts, stdevs, seeds), 1 if apart else most),
             rewind_draws(parts[0].device),
-            apart=proves and rows_depend(method.forward_func),
+            apart=own and min(samples, most) > 1 and rows_depend(method.forward_func),
         )
-        maps = found.maps(nt_type, nt_samples)
-        values = maps if found.is_tuple else maps[0]
-        if not found.deltas:
+        maps = result.maps(nt_type, samples)
+        values = maps if result.is_tuple else maps[0]
+        if not result.deltas:
             return values
-        return values, found.delta(nt_samples_batch_size or nt_samples)
+        return values, result.delta(args.nt_samples_batch_size or samples)
 
     def _reduction(
         self, nt_type: str, stdevs: tuple[float, ...], kwargs: dict[str, Any]
@@ -144,55 +117,44 @@ class NoiseTunnel(Attribution):
             return None if absolute else "variance"
         return "square" if nt_type == "smoothgrad_sq" else "absolute" if absolute else "sum"
 
-    def _summed(
-        self,
-        samples: int,
-        chunk: int,
-        inputs: Any,
-        noise: _Noise,
-        draw: bool,
-        kwargs: dict[str, Any],
-    ) -> _Sums:
-        """The sums over all samples, `chunk` at once; raises RowsMeetError where samples of a chunk
-        depend on each other in the model. What others' methods call together is left to them.
+    def _summed(self, args: Any, noise: _Noise, most: int) -> _Sums:
+        """The sums over all samples, at most so many at once; raises RowsMeetError where samples of
+        a call depend on each other in the model. What others' methods call together is left to
+        them.
         """
-        method, found = self.attribution_method, _Sums()
-        proves = chunk > 1 and isinstance(method, Attribution)
+        method, result, samples = self.attribution_method, _Sums(), args.nt_samples
+        proves = min(samples, most) > 1 and isinstance(method, Attribution)
         layers = getattr(method, "layer", None) or ()
         several = layers if isinstance(layers, (list, tuple)) else (layers,)
-        shared = calls_of(method.forward_func, kwargs.get("additional_forward_args"), *several)
-        for start in range(0, samples, chunk):
-            count = min(chunk, samples - start)
+        further = args.kwargs.get("additional_forward_args")
+        shared = calls_of(method.forward_func, further, *several)
+        for start in range(0, samples, most):
+            count = min(most, samples - start)
             with torch.no_grad():
                 rows = noise.rows(start, start + count)
-                if proves and shared.depend(_by_sample(rows, count)):
+                copies = (x.view(-1, count, *x.shape[1:]).transpose(0, 1) for x in rows)
+                if proves and shared.depend(tuple(copies)):
                     raise RowsMeetError
-                own = _expanded(kwargs, noise.inputs, count, draw)
-                found.add(*self._of(like_inputs(inputs, rows), own), count)
+                own = _expanded(args, noise.inputs, count)
+                result.add(*self._of(forms.like_inputs(args.inputs, rows), own), count)
                 # The engine looks at points between the samples and their baselines.
                 if proves and rows_depend(method.forward_func):
                     raise RowsMeetError
-        return found
+        return result
 
     def _of(self, rows: Any, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-        """The method's attributions of noisy rows, and its deltas."""
         method = self.attribution_method
         if self.is_gradient_method:
-            for one in as_tuple(rows):
+            for one in forms.as_tuple(rows):
                 one.requires_grad_()
-        unwrapped = getattr(method.attribute, "__wrapped__", None)
-        if unwrapped is None:
-            found = method.attribute(rows, **kwargs)
-        else:
-            found = unwrapped(method, rows, **kwargs)
+        result = method.attribute(rows, **kwargs)
         if self.is_delta_supported and kwargs.get("return_convergence_delta"):
-            maps, delta = found
+            maps, delta = result
             return maps, delta
-        return found, None
+        return result, None
 
 
 def _read_stdevs(stdevs: Any, inputs: Inputs) -> tuple[float, ...]:
-    """One standard deviation per input."""
     if not isinstance(stdevs, tuple):
         if not isinstance(stdevs, float):
             raise ContractError(
@@ -208,17 +170,6 @@ def _read_stdevs(stdevs: Any, inputs: Inputs) -> tuple[float, ...]:
     return tuple(map(float, stdevs))
 
 
-def _draw_seeds(batch: int) -> Tensor:
-    """A seed for each example, int64 [B]: examples of one batch have noise of their own."""
-    return torch.randint(-(2**63), 2**63 - 1, (batch,), dtype=torch.int64, device="cpu")
-
-
-def samples_at_once(inputs: Inputs, samples: int) -> int:
-    """How many copies of the batch fit into `CHUNK_BYTES`, one at least."""
-    each = sum(x.numel() * x.element_size() for x in inputs)
-    return min(samples, max(1, CHUNK_BYTES // max(1, each)))
-
-
 @dataclass(frozen=True)
 class _Noise:
     """The noise of each example of a call."""
@@ -230,15 +181,15 @@ class _Noise:
     def rows(self, start: int, stop: int) -> Inputs:
         """Samples `start` to `stop` of every example, [B * samples, *], example-major."""
         count, device = stop - start, self.inputs[0].device
-        offsets, found = first_elements(self.inputs), []
+        offsets, result = first_elements(self.inputs), []
         for x, stdev, first in zip(self.inputs, self.stdevs, offsets, strict=True):
             example = torch.arange(len(x), device=device).repeat_interleave(count)
             sample = torch.arange(start, stop, device=device).repeat(len(x))
             sigma = torch.full((len(x),), stdev, dtype=torch.float64, device=device)
             plain = x.detach().contiguous().view(len(x), -1)
             of = sigma, self.seeds.to(device), example, sample, False, first
-            found.append(ops.noise_points(plain, *of).view(-1, *x.shape[1:]))
-        return tuple(found)
+            result.append(ops.noise_points(plain, *of).view(-1, *x.shape[1:]))
+        return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -270,7 +221,7 @@ class _Sums:
 
     def add(self, maps: Any, delta: Tensor | None, samples: int) -> None:
         self.is_tuple = isinstance(maps, tuple)
-        parts = [one.detach() for one in as_tuple(maps)]
+        parts = [one.detach() for one in forms.as_tuple(maps)]
         self.dtypes = [one.dtype for one in parts]
         grouped = [one.double().reshape(-1, samples, *one.shape[1:]) for one in parts]
         sums = [one.sum(1) for one in grouped]
@@ -285,10 +236,10 @@ class _Sums:
 
     def maps(self, nt_type: str, samples: int) -> Inputs:
         means, squares = [[one / samples for one in some] for some in (self.values, self.squares)]
-        found = means if nt_type == "smoothgrad" else squares
+        result = means if nt_type == "smoothgrad" else squares
         if nt_type == "vargrad":
-            found = [b - a * a for a, b in zip(means, squares, strict=True)]
-        return tuple(one.to(dtype) for one, dtype in zip(found, self.dtypes, strict=True))
+            result = [b - a * a for a, b in zip(means, squares, strict=True)]
+        return tuple(one.to(dtype) for one, dtype in zip(result, self.dtypes, strict=True))
 
     def delta(self, chunk: int) -> Tensor:
         """Example-major within each chunk of samples that the caller has asked for."""
@@ -296,30 +247,24 @@ class _Sums:
         return torch.cat([one.flatten() for one in parts])
 
 
-def _by_sample(rows: Inputs, samples: int) -> Inputs:
-    """Example-major rows [B * samples, *] as copies of the batch [samples, B, *]."""
-    return tuple(x.view(-1, samples, *x.shape[1:]).transpose(0, 1) for x in rows)
-
-
-def _expanded(kwargs: dict[str, Any], inputs: Inputs, samples: int, draw: bool) -> dict[str, Any]:
+def _expanded(args: Any, inputs: Inputs, samples: int) -> dict[str, Any]:
     """A method's arguments for so many samples of every example, example-major."""
-    found = dict(kwargs)
-    if kwargs.get("additional_forward_args") is not None:
-        further = kwargs["additional_forward_args"]
-        found["additional_forward_args"] = arguments_of(further, interleaved, samples, 0)
-    if "target" in kwargs:
-        found["target"] = interleaved(as_target(kwargs["target"]), samples)
-    if "baselines" in kwargs:
-        baselines = as_baselines(kwargs["baselines"], inputs)
-        check_baselines(inputs, baselines, drawn=draw)
+    result, draw = dict(args.kwargs), args.draw_baseline_from_distrib
+    if (further := result.get("additional_forward_args")) is not None:
+        further = forms.arguments_of(further, forms.interleaved, samples, 0)
+        result["additional_forward_args"] = further
+    if "target" in result:
+        result["target"] = forms.interleaved(forms.as_target(result["target"]), samples)
+    if "baselines" in result:
+        baselines = forms.as_baselines(result["baselines"], inputs)
+        forms.check_baselines(inputs, baselines, drawn=draw)
         pairs = zip(inputs, baselines, strict=True)
-        found["baselines"] = tuple(_baseline(x, one, samples, draw) for x, one in pairs)
-    mask = kwargs.get("feature_mask")
-    if mask is not None:
-        several = as_tuple(mask)
-        masks = (one if len(one) == 1 else interleaved(one, samples, 0) for one in several)
-        found["feature_mask"] = like_inputs(mask, tuple(masks))
-    return found
+        result["baselines"] = tuple(_baseline(x, one, samples, draw) for x, one in pairs)
+    if (mask := result.get("feature_mask")) is not None:
+        several = forms.as_tuple(mask)
+        masks = (one if len(one) == 1 else forms.interleaved(one, samples, 0) for one in several)
+        result["feature_mask"] = forms.like_inputs(mask, tuple(masks))
+    return result
 
 
 def _baseline(x: Tensor, baseline: Any, samples: int, draw: bool) -> Any:
@@ -328,7 +273,7 @@ def _baseline(x: Tensor, baseline: Any, samples: int, draw: bool) -> Any:
         return baseline
     if draw:
         return baseline[np.random.choice(len(baseline), samples * len(x)).tolist()]
-    return interleaved(baseline, samples) if len(baseline) == len(x) > 1 else baseline
+    return forms.interleaved(baseline, samples) if len(baseline) == len(x) > 1 else baseline
 
 
 class GradientShap(GradientAttribution):
@@ -336,8 +281,6 @@ class GradientShap(GradientAttribution):
     baseline x' (Lundberg, 2017; Erion, 2021).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import GradientShap
         >>> method = GradientShap(lambda x: (3 * x).sum(1))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), torch.zeros(4, 2))
         tensor([[ 3., -6.]])
@@ -349,46 +292,31 @@ class GradientShap(GradientAttribution):
         super().__init__(forward_func)
         self._multiply_by_inputs = multiply_by_inputs
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        baselines: Any,
-        n_samples: int = 5,
-        stdevs: float | tuple[float, ...] = 0.0,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
+    @forms.with_parameters(
+        "inputs, baselines, n_samples=5, stdevs=0.0, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape, or (attributions, delta).
 
-        Args:
-            baselines: a set [M, *] for each input, or a function that returns them, of the inputs
-                if it takes an argument. Rows and points come from NumPy's global generator.
-            n_samples: random points of each example.
-            stdevs: the standard deviation of noise on the inputs, or one for each.
-
-        Returns:
-            Attributions of the inputs' shape, or (attributions, delta) with deltas
-            [B * n_samples], example-major.
+        Rows of the baselines and points come from NumPy's global generator.
         """
-        if callable(baselines):
-            baselines = baselines(inputs) if signature(baselines).parameters else baselines()
-        starts = as_baselines(baselines, as_tuple(inputs))
+        sets = forms.drawn_from(args.baselines, args.inputs)
+        starts = forms.as_baselines(sets, forms.as_tuple(args.inputs))
         if not isinstance(starts[0], Tensor):
             raise ContractError(
                 "Baselines distribution has to be provided in a form of a torch.Tensor "
                 f"{starts[0]}; pass a tensor [M, ...] for each input"
             )
         return NoiseTunnel(_RandomPoint(self)).attribute(
-            inputs,
-            nt_samples=n_samples,
-            stdevs=stdevs,
+            args.inputs,
+            nt_samples=args.n_samples,
+            stdevs=args.stdevs,
             draw_baseline_from_distrib=True,
             baselines=starts,
-            target=target,
-            additional_forward_args=additional_forward_args,
-            return_convergence_delta=return_convergence_delta,
+            target=args.target,
+            additional_forward_args=args.additional_forward_args,
+            return_convergence_delta=args.return_convergence_delta,
         )
 
 
@@ -402,18 +330,14 @@ class _RandomPoint(GradientAttribution):
         self.gradient_func = method.gradient_func
         self._multiply_by_inputs = method.multiplies_by_inputs
 
-    @public
-    def attribute(
-        self,
-        inputs: Any,
-        baselines: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        return_convergence_delta: bool = False,
-    ) -> Any:
-        call = self._call(inputs, target, additional_forward_args, baselines=baselines)
+    @forms.with_parameters(
+        "inputs, baselines, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False"
+    )
+    def attribute(self, args: Any) -> Any:
+        call = self._call(args)
         drawn = torch.from_numpy(np.random.uniform(0.0, 1.0, len(call.inputs[0])))
-        pairs = list(zip(call.inputs, baselines, strict=True))
+        pairs = list(zip(call.inputs, args.baselines, strict=True))
         points = tuple(
             torch.lerp(torch.as_tensor(b, dtype=x.dtype, device=x.device).expand_as(x), x, share)
             for x, b in pairs
@@ -422,4 +346,4 @@ class _RandomPoint(GradientAttribution):
         maps = explained(Gradient(), replace(call, inputs=points, baselines=None))
         if self.multiplies_by_inputs:
             maps = tuple(m * (x - b) for m, (x, b) in zip(maps, pairs, strict=True))
-        return self._with_delta(call, maps, like_inputs(inputs, maps), return_convergence_delta)
+        return self._result(args, call, maps)

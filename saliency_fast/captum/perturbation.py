@@ -1,42 +1,410 @@
 """Classes that perturb the inputs feature by feature: ablation, occlusion, permutation and Shapley
 values.
+
+Where the function is a module's and returns one independent number per row, rows are examples of
+the engine. Elsewhere (a number for the batch, several per row, rows that depend on each other, a
+function without a module) each call of the function has the whole batch once, or
+`perturbations_per_eval` times, each time perturbed differently, and there are no other calls.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.futures import Future, collect_all
+from tqdm.auto import tqdm
 
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import (
-    as_baselines,
-    as_tuple,
-    check_baselines,
-    default_masks,
-    like_inputs,
-    numbers_of,
-    public,
+from saliency_fast.captum import forms
+from saliency_fast.captum.attribution import (
+    AttributeCall,
+    Attribution,
+    PerturbationAttribution,
+    calibrations_of,
+    explained_by_rows,
+    rows_depend,
 )
-from saliency_fast.captum.attribution import Attribution, PerturbationAttribution
-from saliency_fast.captum.perturbed import Draws, PerturbationPlan, both_forms
+from saliency_fast.captum.forward import read_output, selected
+from saliency_fast.captum.shared_calls import SharedCalls, copies_are_apart, together_or_apart
 from saliency_fast.engine import recipe as engine
+from saliency_fast.engine.features import numbered
+from saliency_fast.engine.independence import TOLERANCE
 from saliency_fast.engine.recipe import Method, Recipe
-from saliency_fast.errors import ContractError
+from saliency_fast.errors import ContractError, ModelError
 from saliency_fast.methods import ablation, occlusion, shapley
 from saliency_fast.methods.parts.coalitions import Game, players
 from saliency_fast.methods.parts.windows import read_windows
+from saliency_fast.model.casts import cast
 from saliency_fast.model.layout import Layouts
+from saliency_fast.model.preserve import preserved, random_states, restored_random_state
+
+Values = tuple[Inputs, Tensor | None]
+"""Maps per input [N, *], for the N numbers of the function, and by feature [N, F] where known."""
+Batches = Generator[Inputs, Tensor, Values]
+"""A method at work: yields perturbed batches [count, B, *] for one call, and is sent the function's
+numbers [count, N] for each, float64."""
+
+
+class Draws:
+    """Draws from PyTorch's global generator, which the engine puts back after a call: the state in
+    which the method leaves it, and draws by number, which repeat.
+    """
+
+    def __init__(self) -> None:
+        self.start = self.state = torch.get_rng_state()
+        self.kept: dict[int, Any] = {}
+
+    def restart(self) -> None:
+        self.state = self.start
+        self.kept.clear()
+
+    @contextmanager
+    def continued(self) -> Iterator[None]:
+        """Inside, draws go on from where they were."""
+        torch.set_rng_state(self.state)
+        yield
+        self.state = torch.get_rng_state()
+
+
+@dataclass(frozen=True)
+class PerturbationPlan:
+    """A method of the engine with its call and its random draws; `finish` makes the result of the
+    maps and of the numbers that the function returns at the inputs.
+    """
+
+    method: Method
+    call: AttributeCall
+    finish: Callable[[Inputs, Tensor], Any]
+    draws: Draws | None = None
+
+    def attributed(self) -> Any:
+        call, restored = _without_empty(self.call)
+        with preserved(call.forward), progress_of(self.method, call) as bar:
+            first = first_of(call)
+            bar.update()
+            if any(x.numel() for x in call.inputs):
+                of = self.method, call, first, bar, (self.draws or Draws()).restart
+                values = by_rows(*of) or _call_by_call(*of)
+            else:
+                values = _zeros(call, first), None
+            bar.update((bar.total or bar.n) - bar.n)
+        self._leave_draws()
+        return self.finish(restored(values[0], first), first)
+
+    @torch.no_grad()
+    def promised(self) -> Future[Any]:
+        """A future of the result, for a function that returns futures: all its calls are made
+        before any of its futures is waited for.
+        """
+        call, restored = _without_empty(self.call)
+        made: list[_SharedCall] = []
+
+        def numbers(points: Inputs) -> Tensor:
+            shared = _SharedCall(call, points)
+            if not isinstance(shared.raw, torch.Future):
+                raise ContractError(
+                    "when using attribute_future, initial_eval should have Future type rather than "
+                    f"{type(shared.raw)}; use attribute for a function that returns tensors"
+                )
+            bar.update()
+            made.append(shared)
+            return torch.zeros(shared.count, 1, device=call.inputs[0].device)
+
+        with preserved(call.forward), progress_of(self.method, call) as bar:
+            # No call depends on the results of others, for which any number stands.
+            first = numbers(forms.copies(tuple(x[None] for x in call.inputs)))
+            _driven(_batches(self.method, call, first), numbers)
+        self._leave_draws()
+
+        @torch.no_grad()
+        def answered(done: Future[Any]) -> Any:
+            raws = [one.value() for one in done.value()]
+            first = numbers_of_output(raws[0], call.target)
+            pairs = zip(made[1:], raws[1:], strict=True)
+            answers = (shared.numbers(first.shape, raw) for shared, raw in pairs)
+            values, _ = _driven(_batches(self.method, call, first), lambda _: next(answers))
+            return self.finish(restored(values, first), first)
+
+        return collect_all([one.raw for one in made]).then(answered)
+
+    def _leave_draws(self) -> None:
+        if self.draws is not None:
+            torch.set_rng_state(self.draws.state)
+
+
+def both_forms(parameters: str, plan: Callable[[Any, Any], PerturbationPlan]) -> tuple[Any, Any]:
+    """`attribute` and `attribute_future` of a class, which have these parameters and the
+    documentation of the method that plans a call.
+    """
+
+    def attribute(self: Any, args: Any) -> Any:
+        return plan(self, args).attributed()
+
+    def attribute_future(self: Any, args: Any) -> Any:
+        return plan(self, args).promised()
+
+    for one in (attribute, attribute_future):
+        one.__doc__ = plan.__doc__
+        one.__qualname__ = plan.__qualname__.replace("_plan", one.__name__)
+    first, second = (forms.with_parameters(parameters) for _ in range(2))
+    return first(attribute), second(attribute_future)
+
+
+def progress_of(method: Method, call: AttributeCall) -> Any:
+    """A progress bar with Captum's words for the calls of the function, where one is shown."""
+    recipe, total = method.recipe(), None
+    if call.progress and isinstance(recipe, engine.RoundsRecipe):
+        points = recipe.points
+        if callable(points):
+            wide = tuple(x[None] for x in call.inputs)
+            points = points(wide, _features(call, recipe), Layouts([tuple(x.shape) for x in wide]))
+        # The call at the inputs is one more.
+        total = 1 + (recipe.baseline == "one") - (-int(points or 0) // call.at_once)
+    return tqdm(total=total, desc=f"{call.progress} attribution", disable=not call.progress)
+
+
+def _without_empty(call: AttributeCall) -> tuple[AttributeCall, Callable[[Inputs, Tensor], Inputs]]:
+    """A call without the inputs that have no elements, which the function still gets, and what adds
+    zeros for them to the maps.
+    """
+    full = [number for number, x in enumerate(call.inputs) if x.numel()]
+    if len(full) in (0, len(call.inputs)):
+        return call, lambda maps, first: maps
+
+    def forward(*args: Any) -> Any:
+        inputs = list(call.inputs)
+        for number, one in zip(full, args, strict=False):
+            inputs[number] = one
+        return call.forward(*inputs, *args[len(full) :])
+
+    def restored(maps: Inputs, first: Tensor) -> Inputs:
+        own = iter(maps)
+        zeros = enumerate(_zeros(call, first))
+        return tuple(next(own) if number in full else zero for number, zero in zeros)
+
+    def some(several: Any) -> Any:
+        return several and tuple(several[number] for number in full)
+
+    few = {name: some(getattr(call, name)) for name in ("inputs", "baselines", "features")}
+    return replace(call, forward=forward, **few), restored
+
+
+def _zeros(call: AttributeCall, first: Tensor) -> Inputs:
+    """Maps of zeros for each of the numbers at the inputs."""
+    return tuple(x.new_zeros((first.numel(), *x.shape[1:])) for x in call.inputs)
+
+
+@torch.no_grad()
+def first_of(call: AttributeCall) -> Tensor:
+    """The target's numbers of what the function returns at the inputs."""
+    return numbers_of_output(
+        call.forward(*forms.copies(call.inputs), *forms.as_args(call.further)), call.target
+    )
+
+
+def numbers_of_output(raw: Any, target: Any) -> Tensor:
+    """The numbers that a function returns; raises ModelError where one is NaN or infinite."""
+    result = selected(read_output(raw), target)
+    finite = result.isfinite()
+    if not bool(finite.all()):
+        raise ModelError(
+            f"the model's score is not finite: got {result[~finite][0]} among the inputs, their "
+            "baselines and perturbed inputs, so there is no difference to take; look at what the "
+            "model returns at the baseline"
+        )
+    return result
+
+
+def by_rows(
+    method: Method, call: AttributeCall, first: Tensor, bar: Any, restart: Callable[[], object]
+) -> Values | None:
+    """The maps by the engine, where the function is a module's and the numbers `first` that it
+    returns for the inputs are seen to depend each on its own row; None elsewhere. `restart` is
+    called where the method starts over.
+    """
+    calibrations = calibrations_of(call.forward)
+    if not _has_independent_rows(call, first):
+        return None
+    result = explained_by_rows(method, call, calibrations, bar, restart)
+    if any(probe.cost.drew for probe in calibrations.values()):
+        # The next call must not drop out the same.
+        torch.rand(1)
+    return result
+
+
+def _has_independent_rows(call: AttributeCall, first: Tensor) -> bool:
+    """Whether rows have alone the numbers that they have among the others, as is assumed of a
+    function that draws.
+    """
+    if call.owner is None or not call.may_be_by_rows:
+        return False
+    batch, device = len(call.inputs[0]), call.inputs[0].device
+    if first.shape[:1] != (batch,) or first.numel() != batch:
+        return False
+    expected = first.flatten().double()
+    room = TOLERANCE.get(first.dtype, 0.0) * float(expected.abs().amax()) if batch else 0.0
+    # Any row may be the one that makes others what they are; of a large batch some are compared.
+    for number in dict.fromkeys((batch - 1, 0, batch // 2) if batch > 1 else ()):
+        own = slice(number, number + 1), batch
+        rows = (forms.row_of(x, *own).clone() for x in call.inputs)
+        before = random_states(device)
+        with restored_random_state(lambda: True, device), torch.no_grad():
+            try:
+                raw = call.forward(*rows, *forms.arguments_of(call.further, forms.row_of, *own))
+                alone = numbers_of_output(raw, forms.row_of(call.target, *own)).double().flatten()
+            except Exception:
+                return False
+            if not all(map(torch.equal, before, random_states(device))):
+                return True
+        if len(alone) != 1 or not abs(float(alone[0] - expected[number])) <= room:
+            return False
+    return True
+
+
+def _features(call: AttributeCall, recipe: Recipe) -> Inputs:
+    """Numbers of the features from 0, int64 [1, B, *]: without masks, one for each element of a
+    row.
+    """
+    if not recipe.features:
+        return ()
+    masks = numbered(None, call.inputs) if call.features is None else call.features
+    pairs = zip(masks, call.inputs, strict=True)
+    stacked = tuple(x[None] for x in call.inputs)
+    return numbered(tuple(one.expand(x.shape)[None] for one, x in pairs), stacked)
+
+
+def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
+    """The rounds of a method, with the batch as one example of N targets; `first` holds the N
+    numbers at the inputs.
+    """
+    recipe = method.recipe()
+    stacked = tuple(x[None] for x in call.inputs)
+    starts = tuple(map(torch.zeros_like, stacked))
+    if call.baselines is not None:
+        pairs = zip(forms.filled(call.inputs, call.baselines), call.inputs, strict=True)
+        starts = tuple(cast(one, x.dtype, "baselines").expand(x.shape)[None] for one, x in pairs)
+    baseline_scores = None
+    if recipe.baseline == "one":
+        baseline_scores = yield forms.copies(starts)
+    scores = first.reshape(1, -1).double()
+    about = engine.RoundContext(
+        *(stacked, starts, scores, baseline_scores, call.at_once, _features(call, recipe)),
+        layouts=Layouts([tuple(x.shape) for x in stacked]),
+    )
+    assert isinstance(recipe, engine.RoundsRecipe)
+    rounds, result = recipe.rounds(about), None
+    while True:
+        try:
+            step = next(rounds) if result is None else rounds.send(result)
+        except StopIteration as over:
+            return _values(over.value, call, first)
+        result = None
+        if isinstance(step, engine.Round):
+            parts = [scores.new_zeros((0, scores.shape[1]))]
+            for start in range(0, step.example.numel(), call.at_once):
+                rows = slice(start, min(start + call.at_once, step.example.numel()))
+                numbers = yield step.write(step.example[rows], step.node[rows])
+                if step.each is None:
+                    parts.append(numbers)
+                else:
+                    step.each(rows, engine.RoundResult(numbers))
+            result = engine.RoundResult(torch.cat(parts))
+
+
+def _values(maps: engine.Maps, call: AttributeCall, first: Tensor) -> Values:
+    batch, count = len(call.inputs[0]), first.numel()
+    pairs = zip(call.features or (), call.inputs, strict=False)
+    own = any(one.dim() == x.dim() and len(one) > 1 for one, x in pairs)
+    number = torch.arange(count, device=call.inputs[0].device)
+    # A feature that only some rows have counts for the numbers of these rows.
+    row = number // max(1, count // batch) if own else 0 * number
+    values = tuple(one[0, number, row] for one in maps.values)
+    extra = maps.extras.get("features")
+    return values, None if extra is None else extra[0]
+
+
+def _driven(batches: Batches, answer: Callable[[Inputs], Tensor]) -> Values:
+    """The values of a method whose perturbed batches are answered one after another."""
+    sent: Any = None
+    while True:
+        try:
+            points = batches.send(sent)
+        except StopIteration as over:
+            result: Values = over.value
+            return result
+        sent = answer(points)
+
+
+class _SharedCall:
+    """A call of the function for perturbed batches [count, B, *], and what it returned. Targets and
+    arguments of B rows go with each batch.
+    """
+
+    def __init__(self, call: AttributeCall, points: Inputs) -> None:
+        self.call, self.count = call, len(points[0])
+        rows = tuple(x.flatten(0, 1) for x in points)
+        further = forms.as_args(call.further)
+        if self.count > 1:
+            further = forms.arguments_of(further, forms.tiled, self.count, len(call.inputs[0]))
+        self.raw = call.forward(*rows, *further)
+
+    def numbers(self, single: torch.Size, raw: Any = None) -> Tensor:
+        """The numbers [count, N], where the inputs alone give an output of the shape `single`; raw:
+        what became of a future.
+        """
+        target, batch = self.call.target, len(self.call.inputs[0])
+        one = isinstance(target, Tensor) and target.numel() == 1
+        if self.count > 1 and not one:
+            target = forms.tiled(target, self.count, batch)
+        result = numbers_of_output(self.raw if raw is None else raw, target)
+        grows = single and result.dim() and len(result) == self.count * single[0]
+        if self.count > 1 and not grows:
+            raise ContractError(
+                "When perturbations_per_eval > 1, forward_func's output should be a tensor whose "
+                f"1st dim grow with the input batch size: when input batch size is {batch}, the "
+                f"output shape is {single}; when input batch size is {self.count * batch}, the "
+                f"output shape is {result.shape}; pass perturbations_per_eval=1"
+            )
+        return result.reshape(self.count, -1).double()
+
+
+@torch.no_grad()
+def _call_by_call(
+    method: Method, call: AttributeCall, first: Tensor, bar: Any, restart: Callable[[], object]
+) -> Values:
+    """The maps by calls of the function, which `bar` counts; as for `by_rows`."""
+
+    def of(points: Inputs) -> Tensor:
+        return _SharedCall(call, points).numbers(first.shape)
+
+    def run(apart: bool) -> Values:
+        def answer(points: Inputs) -> Tensor:
+            bar.update()
+            if not apart:
+                return shared.numbers(points)
+            return torch.cat([of(one) for one in zip(*(x[:, None] for x in points), strict=True)])
+
+        return _driven(_batches(method, call, first), answer)
+
+    def rewind() -> None:
+        restart()
+        bar.reset()
+        bar.update()
+
+    shared = SharedCalls(of, independent=copies_are_apart(call.forward))
+    return together_or_apart(run, rewind, apart=rows_depend(call.forward))
+
 
 MANY_FEATURES = 10
 """Features whose exact Shapley values take long."""
-Windows = tuple[tuple[int, ...], ...]
 logger = logging.getLogger(__name__)
 
 
@@ -44,89 +412,52 @@ class FeatureAblation(PerturbationAttribution):
     """What the score loses with each feature at its baseline.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import FeatureAblation
         >>> FeatureAblation(lambda x: (x**2).sum(1)).attribute(torch.tensor([[1.0, -2.0]]))
         tensor([[1., 4.]])
     """
 
     _perturbations_error = "Perturbations per evaluation must be an integer and at least 1."
+    use_weights = False
 
-    def __init__(self, forward_func: Callable[..., Any]) -> None:
-        super().__init__(forward_func)
-        self.use_weights = False
-
-    def _plan(
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-        **kwargs: Any,
-    ) -> PerturbationPlan:
-        """Attributes to the inputs; see `Attribution` for the arguments.
-
-        Returns:
-            Attributions [B, *] of the inputs' shape; [N, *] where the function returns N numbers
-            for a batch. `attribute_future` returns a `torch.futures.Future` of them, for a function
-            that returns futures.
+    def _plan(self, args: Any) -> PerturbationPlan:
+        """Attributions [B, *] of the inputs' shape; [N, *] where the function returns N numbers for
+        a batch. `attribute_future` returns a `torch.futures.Future` of them, for a function that
+        returns futures.
         """
-        of = inputs, baselines, target, additional_forward_args, feature_mask
-        call = self._call(*of, perturbations_per_eval, show_progress)
-        return PerturbationPlan(ablation.FeatureAblation(), call, partial(_of_dtype, inputs))
+        finish = partial(_of_dtype, args.inputs)
+        return PerturbationPlan(ablation.FeatureAblation(), self._call(args), finish)
 
-    attribute, attribute_future = both_forms(_plan)
+    attribute, attribute_future = both_forms(
+        "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
+        "perturbations_per_eval=1, show_progress=False, **kwargs",
+        _plan,
+    )
 
 
 def _of_dtype(inputs: Any, maps: Inputs, first: Tensor) -> Any:
-    return like_inputs(inputs, tuple(one.to(first.dtype) for one in maps))
+    return forms.like_inputs(inputs, tuple(one.to(first.dtype) for one in maps))
 
 
 class Occlusion(FeatureAblation):
     """What the score loses where a window hides the inputs, the mean over windows (Zeiler, 2014).
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import Occlusion
         >>> x = torch.tensor([[1.0, 2.0, 4.0]])
         >>> Occlusion(lambda x: x.sum(1)).attribute(x, (2,))
         tensor([[3.0000, 4.5000, 6.0000]])
     """
 
-    def __init__(self, forward_func: Callable[..., Any]) -> None:
-        super().__init__(forward_func)
-        self.use_weights = True
+    use_weights = True
 
-    @public
-    def attribute(  # type: ignore[override]
-        self,
-        inputs: Any,
-        sliding_window_shapes: Any,
-        strides: Any = None,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-    ) -> Any:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            sliding_window_shapes: the window's size on each axis after the batch; a tuple of such
-                tuples for a tuple of inputs.
-            strides: the step of the window, a number or one for each axis (None: 1); a tuple of
-                them for a tuple of inputs.
-
-        Returns:
-            Attributions of the inputs' shape, in float32.
-        """
-        parts = as_tuple(inputs)
-        window, stride = _read_windows(sliding_window_shapes, strides, parts)
-        of = parts, baselines, target, additional_forward_args, None
-        call = self._call(*of, perturbations_per_eval, show_progress)
+    @forms.with_parameters(
+        "inputs, sliding_window_shapes, strides=None, baselines=None, target=None, "
+        "additional_forward_args=None, perturbations_per_eval=1, show_progress=False"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape, in float32."""
+        parts = forms.as_tuple(args.inputs)
+        window, stride = forms.sliding_windows(args.sliding_window_shapes, args.strides, parts)
+        call = self._call(args)
 
         def finish(maps: Inputs, first: Tensor) -> Any:
             values = []
@@ -134,7 +465,7 @@ class Occlusion(FeatureAblation):
                 # Captum's sums become float32 before they are divided by the number of windows.
                 count = _windows_at(width, step, x).to(x.device)
                 values.append((one.double() * count).to(first.dtype).float() / count.float())
-            return like_inputs(inputs, tuple(values))
+            return forms.like_inputs(args.inputs, tuple(values))
 
         return PerturbationPlan(_Occluded(window, stride), call, finish).attributed()
 
@@ -154,13 +485,13 @@ def _windows_at(window: tuple[int, ...], stride: tuple[int, ...], x: Tensor) -> 
 class _Occluded:
     """Windows over the axes after the batch, also where the batch is one example."""
 
-    window: Windows
-    stride: Windows
+    window: forms.Windows
+    stride: forms.Windows
     name = "occlusion"
 
     def recipe(self) -> Recipe:
-        def rounds(asked: engine.RoundContext) -> engine.Rounds:
-            return occlusion.occlusion_rounds(asked, self._method(asked.inputs))
+        def rounds(context: engine.RoundContext) -> engine.Rounds:
+            return occlusion.occlusion_rounds(context, self._method(context.inputs))
 
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             return self._method(inputs).points(inputs, features, layouts)
@@ -176,59 +507,6 @@ class _Occluded:
             window.append((*before, *width))
             stride.append((*before, *step))
         return occlusion.Occlusion(tuple(window), tuple(stride))
-
-
-def _read_windows(shapes: Any, strides: Any, inputs: Inputs) -> tuple[Windows, Windows]:
-    """A window and a stride for each axis after the batch axis of each input."""
-    steps = (1,) * len(inputs) if strides is None else strides
-    if len(inputs) == 1 and not (isinstance(steps, tuple) and len(steps) == 1):
-        steps = (steps,)
-    if not isinstance(steps, tuple) or len(steps) != len(inputs):
-        raise ContractError(
-            f"Strides must be provided for each input tensor. Got {strides!r} for {len(inputs)} "
-            "inputs; pass a tuple with an entry per input"
-        )
-    for number, (step, x) in enumerate(zip(steps, inputs, strict=True)):
-        if not isinstance(step, int) and not (isinstance(step, tuple) and len(step) == x.dim() - 1):
-            raise ContractError(
-                f"Stride for input index {number} is {step}, which is invalid for input with shape "
-                f"{x.shape}. It must be either an int or a tuple with length equal to "
-                "len(input_shape) - 1."
-            )
-    if len(shapes) and isinstance(shapes[0], int):
-        shapes = (shapes,)
-    if len(shapes) != len(inputs):
-        raise ContractError(
-            "Must provide sliding window dimensions for each input tensor. Got "
-            f"{shapes!r} for {len(inputs)} inputs; pass a tuple with a tuple per input"
-        )
-    wide = []
-    for number, (shape, step, x) in enumerate(zip(shapes, steps, inputs, strict=True)):
-        if not isinstance(shape, tuple) or len(shape) != x.dim() - 1:
-            raise ContractError(
-                f"Occlusion shape for input index {number} is {shape} but should be a tuple with "
-                f"{x.dim()} dimensions. Leave out the batch: {x.dim() - 1} numbers"
-            )
-        wide.append(step if isinstance(step, tuple) else (step,) * len(shape))
-        _check_window(shape, wide[-1], tuple(x.shape[1:]))
-    return tuple(shapes), tuple(wide)
-
-
-def _check_window(shape: tuple[int, ...], step: tuple[int, ...], size: tuple[int, ...]) -> None:
-    if any(width > most for width, most in zip(shape, size, strict=True)):
-        raise ContractError(
-            f"Sliding window dimensions {shape} cannot exceed input dimensions{size}. Use a "
-            "smaller window"
-        )
-    if any(one < 1 for one in (*shape, *step)):
-        raise ContractError(
-            f"Sliding windows and strides must be at least 1: got {shape} and {step}"
-        )
-    if any(s > w and w < n for s, w, n in zip(step, shape, size, strict=True)):
-        raise ContractError(
-            f"Stride dimension {step} cannot be larger than sliding window shape dimension "
-            f"{shape}. Use a smaller stride"
-        )
 
 
 def _permute_feature(x: Tensor, feature_mask: Tensor) -> Tensor:
@@ -251,8 +529,6 @@ class FeaturePermutation(FeatureAblation):
         perm_func: returns a tensor [B, *] with the elements of a mask [1 | B, *] permuted.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import FeaturePermutation
         >>> x = torch.tensor([[1.0, 5.0], [2.0, 5.0]])
         >>> FeaturePermutation(lambda x: x.sum(1)).attribute(x)
         tensor([[-1.,  0.],
@@ -268,43 +544,31 @@ class FeaturePermutation(FeatureAblation):
         self.perm_func = perm_func
         self._min_examples_per_batch_grouped = 2
 
-    def _plan(  # type: ignore[override]
-        self,
-        inputs: Any,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-        **kwargs: Any,
-    ) -> PerturbationPlan:
-        """Attributes to the inputs; see `Attribution` for the arguments.
-
-        Returns:
-            Attributions as of FeatureAblation; zeros, with a warning in the log, for features of a
-            tensor with too few rows to permute.
+    def _plan(self, args: Any) -> PerturbationPlan:
+        """Attributions as of FeatureAblation; zeros, with a warning in the log, for features of a
+        tensor with too few rows to permute.
         """
-        parts = as_tuple(inputs)
-        of = parts, None, target, additional_forward_args, feature_mask
-        call = self._call(*of, perturbations_per_eval, show_progress)
+        parts, call = forms.as_tuple(args.inputs), self._call(args)
         full = tuple(x for x in parts if x.numel())
-        few = self._features_of_few_rows(parts, call.features or default_masks(parts))
+        few = self._features_of_few_rows(parts, call.features or forms.default_masks(parts))
         draws = Draws()
         method = _Permuted(self.perm_func, full, call.at_once, few, draws)
-        return PerturbationPlan(
-            method, replace(call, baselines=None), partial(_of_dtype, inputs), draws
-        )
+        finish = partial(_of_dtype, args.inputs)
+        return PerturbationPlan(method, replace(call, baselines=None), finish, draws)
 
-    attribute, attribute_future = both_forms(_plan)  # type: ignore[assignment]
+    attribute, attribute_future = both_forms(
+        "inputs, target=None, additional_forward_args=None, feature_mask=None, "
+        "perturbations_per_eval=1, show_progress=False, **kwargs",
+        _plan,
+    )
 
     def _features_of_few_rows(self, inputs: Inputs, masks: Inputs) -> frozenset[int]:
         """Features, counted without gaps as the engine does, that are not permuted."""
-        own = [(x, mask) for x, mask in zip(inputs, masks, strict=True) if x.numel()]
-        numbers = numbers_of(masks, inputs).tolist() if own else []
-        few, least = set[int](), self._min_examples_per_batch_grouped
-        for number in (
-            one for x, mask in own if len(x) < least for one in set(mask.flatten().tolist())
-        ):
+        least, few = self._min_examples_per_batch_grouped, set[int]()
+        pairs = zip(inputs, masks, strict=True)
+        short = [mask for x, mask in pairs if x.numel() and len(x) < least]
+        numbers = forms.numbers_of(masks, inputs).tolist() if short else []
+        for number in (one for mask in short for one in set(mask.flatten().tolist())):
             few.add(numbers.index(number))
             logger.warning(
                 "Skipping feature group [%s] since it contains at least one input tensor with 0th "
@@ -316,14 +580,9 @@ class FeaturePermutation(FeatureAblation):
 
 @dataclass(frozen=True, eq=False)
 class _Permuted:
-    """Features permuted by a function of the whole batch, as a method of the engine.
-
-    Args:
-        permute: the function.
-        inputs: the whole batch.
-        together: features whose permutations are drawn one input after another, as Captum does.
-        few: features of tensors with too few rows, which are left out.
-        draws: the generator's states.
+    """Features permuted by a function of the batch, as a method of the engine. together: features
+    whose permutations are drawn one input after another, as Captum does. few: features of tensors
+    with too few rows, which are left out.
     """
 
     permute: Callable[[Tensor, Tensor], Tensor]
@@ -336,33 +595,33 @@ class _Permuted:
     def recipe(self) -> Recipe:
         return engine.RoundsRecipe(self._rounds, players, gradients=False, features=True)
 
-    def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
-        game = Game.of(asked)
-        values = asked.scores.new_zeros((*asked.scores.shape, game.count))
+    def _rounds(self, context: engine.RoundContext) -> engine.Rounds:
+        game = Game.of(context)
+        values = context.scores.new_zeros((*context.scores.shape, game.count))
         features = [one for one in range(game.count) if one not in self.few]
         permuted = self._permuted(game, features)
 
-        def write(example: Tensor, place: Tensor) -> Inputs:
-            several, row = torch.unique(place, return_inverse=True)
-            tables = [permuted(feature) for feature in several.tolist()]
-            found = []
-            for x, own in zip(asked.inputs, zip(*tables, strict=True), strict=True):
-                found.append(torch.stack(own).view(-1, *x.shape)[row, example].contiguous())
-            return tuple(found)
+        def write(example: Tensor, node: Tensor) -> Inputs:
+            several, row = torch.unique(node, return_inverse=True)
+            tables = zip(*map(permuted, several.tolist()), strict=True)
+            return tuple(
+                torch.stack(own).view(-1, *x.shape)[row, example].contiguous()
+                for x, own in zip(context.inputs, tables, strict=True)
+            )
 
-        def each(rows: slice, found: engine.RoundResult) -> None:
+        def each(rows: slice, result: engine.RoundResult) -> None:
             own = example[rows]
-            values[own, :, place[rows]] = asked.scores[own] - found.scores
+            values[own, :, node[rows]] = context.scores[own] - result.scores
 
-        batch = len(asked.inputs[0])
-        place = torch.tensor(features, device=game.device).repeat_interleave(batch)
+        batch = len(context.inputs[0])
+        node = torch.tensor(features, device=game.device).repeat_interleave(batch)
         example = torch.arange(batch, device=game.device).repeat(len(features))
-        yield engine.Round(write, example, place, each=each)
+        yield engine.Round(write, example, node, each=each)
         return game.maps(values, None, sums=False)
 
     def _permuted(self, game: Game, features: list[int]) -> Callable[[int], Inputs]:
         """A function that returns the inputs with a feature permuted: groups of features draw in
-        Captum's order, and a group that is asked for again draws the same.
+        Captum's order, and the same where a group draws again.
         """
         groups, states, kept = list[list[int]](), list[Tensor](), dict[int, Inputs]()
         for feature in features:
@@ -372,10 +631,9 @@ class _Permuted:
         group_of = {one: number for number, group in enumerate(groups) for one in group}
 
         def draw(group: list[int]) -> None:
-            with self.draws.continued():
-                found = self._drawn(game, group)
             kept.clear()
-            kept.update(zip(group, found, strict=True))
+            with self.draws.continued():
+                kept.update(zip(group, self._drawn(game, group), strict=True))
 
         def permuted(feature: int) -> Inputs:
             number = group_of[feature]
@@ -392,21 +650,18 @@ class _Permuted:
 
     def _drawn(self, game: Game, features: list[int]) -> list[Inputs]:
         """The inputs with each of some features permuted."""
-        tables: list[list[Tensor]] = [[] for _ in features]
+        columns = []
         for x, segment in zip(self.inputs, game.segments, strict=True):
             masks = [segment.view(-1, *x.shape[1:]) == feature for feature in features]
             some = any(bool(mask.any()) for mask in masks)
-            for table, mask in zip(tables, masks, strict=True):
-                table.append(self.permute(x, mask) if some else x)
-        return list(map(tuple, tables))
+            columns.append([self.permute(x, mask) if some else x for mask in masks])
+        return list(zip(*columns, strict=True))
 
 
 class ShapleyValueSampling(PerturbationAttribution):
     """The mean gains of features in random orders (Castro, 2009), from PyTorch's global generator.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import ShapleyValueSampling
         >>> method = ShapleyValueSampling(lambda x: (3 * x).sum(1))
         >>> method.attribute(torch.tensor([[1.0, -2.0]]), n_samples=2)
         tensor([[ 3., -6.]])
@@ -414,85 +669,61 @@ class ShapleyValueSampling(PerturbationAttribution):
 
     _perturbations_error = "Ablations per evaluation must be at least 1."
 
-    def _plan(
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        n_samples: int = 25,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-    ) -> PerturbationPlan:
-        """Attributes to the inputs; see `Attribution` for the other arguments.
-
-        Args:
-            n_samples: random orders of the features.
-
-        Returns:
-            Attributions in float32, [*output, *]: of the inputs' shape for one number per row.
-            `attribute_future` returns a future of them, for a function that returns futures.
+    def _plan(self, args: Any) -> PerturbationPlan:
+        """Attributions in float32, [*output, *]: of the inputs' shape for one number per row.
+        `attribute_future` returns a future of them, for a function that returns futures.
         """
-        parts = as_tuple(inputs)
-        check_baselines(parts, as_baselines(baselines, parts))
-        of = parts, baselines, target, additional_forward_args, feature_mask
-        call = self._call(*of, perturbations_per_eval, show_progress)
-        masks = call.features or default_masks(parts)
-        known = numbers_of(masks, parts).tolist()
+        parts = forms.as_tuple(args.inputs)
+        forms.check_baselines(parts, forms.as_baselines(args.baselines, parts))
+        call = self._call(args)
+        masks = call.features or forms.default_masks(parts)
+        numbers = forms.numbers_of(masks, parts).tolist()
         # As many as Captum counts.
-        count = max(len(known), 1 + max(int(one.max()) for one in masks if one.numel()))
+        count = max(len(numbers), 1 + max(int(one.max()) for one in masks if one.numel()))
         draws = Draws()
-        method = self._method(n_samples, known, count, draws)
-        finish = partial(_like_output, inputs)
+        method = self._method(getattr(args, "n_samples", 0), numbers, count, draws)
+        finish = partial(_like_output, args.inputs)
         return PerturbationPlan(method, replace(call, features=masks), finish, draws)
 
-    attribute, attribute_future = both_forms(_plan)
+    attribute, attribute_future = both_forms(
+        "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
+        "n_samples=25, perturbations_per_eval=1, show_progress=False",
+        _plan,
+    )
 
-    def _method(self, samples: int, known: list[int], count: int, draws: Draws) -> Method:
-        if len(known) < count:
+    def _method(self, samples: int, numbers: list[int], count: int, draws: Draws) -> Method:
+        if len(numbers) < count:
             warnings.warn(
                 "Feature mask is missing some integers between 0 and num_features, for optimal "
                 "performance, make sure each consecutive integer corresponds to a feature.",
-                stacklevel=5,
+                stacklevel=6,
             )
-        return _RandomOrders(samples, known, count, draws)
+        return _RandomOrders(samples, numbers, count, draws)
 
 
 def _like_output(inputs: Any, maps: Inputs, first: Tensor) -> Any:
     shape = first.shape or (1,)
-    pairs = zip(maps, as_tuple(inputs), strict=True)
-    return like_inputs(inputs, tuple(one.float().view(*shape, *x.shape[1:]) for one, x in pairs))
+    pairs = zip(maps, forms.as_tuple(inputs), strict=True)
+    values = tuple(one.float().view(*shape, *x.shape[1:]) for one, x in pairs)
+    return forms.like_inputs(inputs, values)
 
 
 class ShapleyValues(ShapleyValueSampling):
     """Exact Shapley values (Shapley, 1953), from 2^F points for F features; Captum takes F * F!.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum import ShapleyValues
         >>> ShapleyValues(lambda x: x.prod(1)).attribute(torch.tensor([[1.0, 4.0]]))
         tensor([[2., 2.]])
     """
 
-    def _exact_plan(
-        self,
-        inputs: Any,
-        baselines: Any = None,
-        target: Any = None,
-        additional_forward_args: Any = None,
-        feature_mask: Any = None,
-        perturbations_per_eval: int = 1,
-        show_progress: bool = False,
-    ) -> PerturbationPlan:
-        """Attributes to the inputs; arguments and result as in `ShapleyValueSampling.attribute`."""
-        of = inputs, baselines, target, additional_forward_args, feature_mask
-        return self._plan(*of, 0, perturbations_per_eval, show_progress)
-
     # As in Captum `attribute_future` is inherited, and its n_samples does nothing.
-    attribute, _ = both_forms(_exact_plan)  # type: ignore[assignment]
+    attribute, _ = both_forms(
+        "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
+        "perturbations_per_eval=1, show_progress=False",
+        ShapleyValueSampling._plan,
+    )
 
-    def _method(self, samples: int, known: list[int], count: int, draws: Draws) -> Method:
+    def _method(self, samples: int, numbers: list[int], count: int, draws: Draws) -> Method:
         if count >= MANY_FEATURES:
             warnings.warn(
                 "You are attempting to compute Shapley Values with at least 10 features, which "
@@ -505,31 +736,29 @@ class ShapleyValues(ShapleyValueSampling):
 
 @dataclass(frozen=True)
 class _RandomOrders:
-    """Orders of all numbers up to `count`, of which only the known ones are features."""
+    """Orders of all numbers up to `count`, of which only some are features'."""
 
     orders: int
-    known: list[int]
+    numbers: list[int]
     count: int
     draws: Draws
     name = "shapley_sampling"
 
     def recipe(self) -> Recipe:
-        points = max(1, self.orders * (len(self.known) - 1))
-        return engine.RoundsRecipe(
-            self._rounds, points, baseline="one", gradients=False, features=True
-        )
+        of = self._rounds, max(1, self.orders * (len(self.numbers) - 1))
+        return engine.RoundsRecipe(*of, baseline="one", gradients=False, features=True)
 
-    def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
-        game, drawn = Game.of(asked), self.draws.kept
-        known = torch.tensor(self.known, device="cpu") - min(0, self.known[0])
+    def _rounds(self, context: engine.RoundContext) -> engine.Rounds:
+        game, drawn = Game.of(context), self.draws.kept
+        numbers = torch.tensor(self.numbers, device="cpu") - min(0, self.numbers[0])
 
-        def ranks(start: int, stop: int) -> Tensor:
+        def order_ranks(start: int, stop: int) -> Tensor:
             if start not in drawn:
                 with self.draws.continued():
                     orders = [torch.randperm(self.count, device="cpu") for _ in range(start, stop)]
                 drawn[start] = torch.stack(orders)
-            place = drawn[start].argsort(dim=1)[:, known]
-            found: Tensor = place.argsort(dim=1).argsort(dim=1)[None].to(game.device)
-            return found
+            position = drawn[start].argsort(dim=1)[:, numbers]
+            ranks: Tensor = position.argsort(dim=1).argsort(dim=1)[None].to(game.device)
+            return ranks
 
-        return shapley.permutation_rounds(game, self.orders, ranks, 1)
+        return shapley.permutation_rounds(game, self.orders, order_ranks, 1)

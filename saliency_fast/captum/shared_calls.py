@@ -1,14 +1,17 @@
 """Calls of the user's function that several copies of the batch share, and the proof that copies do
-not change each other's results.
+not change each other's results; also for classes that only Captum has.
 
 A copy is the batch at one step of a path, with one sample of noise or with one perturbation. The
 proof is the engine's (`engine/independence.py`): a copy alone must have the numbers that it has in
 the shared call, and among extreme copies. Examples of one batch may depend on each other, as they
-do in Captum.
+do in Captum. Captum's own classes call the model as they do there; where copies of the batch are
+seen to depend on each other, each has a call of its own.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saliency_fast._torch_compat import tree_map
 from saliency_fast._types import Inputs
-from saliency_fast.captum.arguments import arguments_of, tiled
+from saliency_fast.captum import forms
+from saliency_fast.captum.attribution import rows_depend
 from saliency_fast.captum.forward import read_output
 from saliency_fast.engine.independence import Row, RowsMeetError, provoked, scores_agree
 from saliency_fast.errors import ContractError
@@ -31,17 +36,14 @@ from saliency_fast.model.preserve import draw_again, preserved, random_states, r
 MOST_PROVED = 4
 """Copies in the first call of a size that are proved one by one; of more, the first, the last, the
 middle one and the one farthest from the others."""
-
-
+CHUNK_BYTES = 64 * 1024**2
+"""Bytes of copies of the batch that are held at once, unless the caller says how many."""
 Result = TypeVar("Result")
 
 
 class SharedCalls:
-    """Calls of a function for several copies of the batch.
-
-    Args:
-        of: returns the numbers [count, N] of copies [count, B, *], a tensor for each input.
-        independent: whether the copies are known not to change each other's numbers.
+    """Calls of a function `of` for several copies of the batch: from copies [count, B, *], a tensor
+    for each input, to numbers [count, N]. `independent` says that no proof is needed.
     """
 
     # The engine's proof reads these of the function that it calls.
@@ -59,17 +61,17 @@ class SharedCalls:
             return self.of(points)
         # The function may work in place.
         kept = tuple(x.clone() for x in points)
-        found = self.of(points)
-        self.dtypes = (found.dtype,) if found.dtype.is_floating_point else None
-        self._prove(kept, found)
-        return found
+        results = self.of(points)
+        self.dtypes = (results.dtype,) if results.dtype.is_floating_point else None
+        self._prove(kept, results)
+        return results
 
-    def _prove(self, points: Inputs, found: Tensor) -> None:
+    def _prove(self, points: Inputs, results: Tensor) -> None:
         """Compares some of the copies with the same copies alone. A function may branch on the
         number of rows, so that each size has a proof of its own; in later calls of that size one
-        copy is asked, since no recording shows what the function does.
+        copy is compared, since no recording shows what the function does.
         """
-        count, numbers = len(found), found.detach().double().nan_to_num()
+        count, numbers = len(results), results.detach().double().nan_to_num()
         # Numbers far from the others: those of a saturated function prove nothing.
         farthest = int((numbers - numbers.median(0).values).abs().sum(1).argmax())
         middle, due = (count - 1) // 2, [farthest]
@@ -85,15 +87,15 @@ class SharedCalls:
                 # are saturated.
                 if len(due) > 1 and number in (middle, farthest):
                     provoked(self, row, alone, scale)  # type: ignore[arg-type]
-            if not scores_agree(found[number], alone[0], scale, self):  # type: ignore[arg-type]
+            if not scores_agree(results[number], alone[0], scale, self):  # type: ignore[arg-type]
                 raise RowsMeetError(f"copy {number} of {count} has other numbers alone")
 
     @torch.no_grad()
     def scores_and_magnitude(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
-        """The numbers of copies and the largest of them, as the engine's proof asks for them."""
-        found = self.of(points)
-        size = found.detach().double().nan_to_num(0.0, 0.0, 0.0).abs()
-        return found, float(size.max()) if size.numel() else 0.0
+        """The numbers of copies and the largest of them, as the engine's proof reads them."""
+        results = self.of(points)
+        size = results.detach().double().nan_to_num(0.0, 0.0, 0.0).abs()
+        return results, float(size.max()) if size.numel() else 0.0
 
     def depend(self, points: Inputs) -> bool:
         """Whether copies that are to share a call change each other's numbers."""
@@ -103,9 +105,15 @@ class SharedCalls:
             with restored_random_state(lambda: True, points[0].device):
                 self.numbers(points)
         except Exception:
-            # A function that fails on several copies is called with one, which tells its error.
+            # A function that fails on several copies is called with one, which raises its error.
             return True
         return False
+
+
+def samples_at_once(inputs: Inputs, samples: int) -> int:
+    """How many copies of the batch fit into `CHUNK_BYTES`, one at least."""
+    each = sum(x.numel() * x.element_size() for x in inputs)
+    return min(samples, max(1, CHUNK_BYTES // max(1, each)))
 
 
 def together_or_apart(
@@ -133,7 +141,7 @@ def calls_of(forward: Callable[..., Any], further: Any, *layers: Any) -> SharedC
             seen.extend(one.clone() for one in tensors_at(value) if one.is_floating_point())
 
         with torch.no_grad(), preserved(forward), hooked(layers, keep):
-            output = read_output(forward(*rows, *arguments_of(further, tiled, count)))
+            output = read_output(forward(*rows, *forms.arguments_of(further, forms.tiled, count)))
         if not output.dim() or len(output) % count:
             raise ContractError("outputs do not grow with the batch; pass one batch a call")
         # Tensors without a row for each row of the inputs are in no known order.
@@ -149,11 +157,9 @@ def copies_are_apart(forward: Callable[..., Any]) -> bool:
     """
     while isinstance(forward, partial):
         forward = forward.func
-    kind = type(getattr(forward, "__self__", None))
-    return any(
-        one.__name__ == "DataLoaderAttribution" and one.__module__.startswith("captum.")
-        for one in kind.__mro__
-    )
+    kinds = type(getattr(forward, "__self__", None)).__mro__
+    captums = (one for one in kinds if one.__module__.startswith("captum."))
+    return any(one.__name__ == "DataLoaderAttribution" for one in captums)
 
 
 def rewind_draws(device: torch.device) -> Callable[[], None]:
@@ -169,3 +175,101 @@ def rewind_draws(device: torch.device) -> Callable[[], None]:
         random.setstate(python_state)
 
     return rewind
+
+
+STEPS = ("InternalInfluence", "NeuronConductance", "NeuronIntegratedGradients")
+PERTURBED = ("LayerFeatureAblation", "LayerFeaturePermutation", "NeuronFeatureAblation")
+SAMPLED = ("LayerGradientShap", "NeuronGradientShap")
+
+
+@functools.cache
+def kept_apart(theirs: Any) -> Any:
+    """A subclass of one of Captum's classes whose calls several copies of a batch share; any other
+    name of Captum's as it is.
+    """
+    if getattr(theirs, "__name__", "") not in (*STEPS, *PERTURBED, *SAMPLED):
+        return theirs
+    signature = inspect.signature(theirs.attribute)
+
+    @functools.wraps(theirs.attribute)
+    def attribute(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        if not _depend(self, theirs.__name__, call.arguments):
+            return theirs.attribute(self, *args, **kwargs)
+        if theirs.__name__ in SAMPLED:
+            return _sample_by_sample(theirs, call)
+        if theirs.__name__ in STEPS:
+            call.arguments["internal_batch_size"] = len(forms.as_tuple(call.arguments["inputs"])[0])
+        else:
+            call.arguments["perturbations_per_eval"] = 1
+        return theirs.attribute(*call.args, **call.kwargs)
+
+    own = {"attribute": forms.public(attribute), "__module__": __package__}
+    return type(theirs)(theirs.__name__, (theirs,), own | {"__doc__": theirs.__doc__})
+
+
+def _depend(method: Any, name: str, args: dict[str, Any]) -> bool:
+    """Whether copies of the batch that are to share a call depend on each other in the model."""
+    inputs, sizes = forms.as_tuple(args["inputs"]), _sizes(name, args)
+    if not sizes or not inputs[0].dim():
+        return False
+    if rows_depend(method.forward_func):
+        return True
+    layers = method.layer if isinstance(method.layer, (list, tuple)) else (method.layer,)
+    shared = calls_of(method.forward_func, args["additional_forward_args"], *layers)
+    starts = _starts(inputs, args.get("baselines"))
+    return any(shared.depend(_between(inputs, starts, size)) for size in sizes)
+
+
+def _sizes(name: str, args: dict[str, Any]) -> list[int]:
+    """The numbers of copies in a call, as a model may branch on them."""
+    batch = max(1, len(forms.as_tuple(args["inputs"])[0]))
+    if name in SAMPLED:
+        sizes = [args["n_samples"]]
+    elif name in STEPS:
+        steps, most = args["n_steps"], args["internal_batch_size"]
+        each = steps if most is None else min(steps, max(1, most // batch))
+        sizes = [each, steps % max(1, each)]
+    else:
+        # Of how many features there are, and so of the last call, the layer decides.
+        sizes = list(range(args["perturbations_per_eval"], 1, -1))
+    return [one for one in dict.fromkeys(sizes) if one > 1]
+
+
+def _starts(inputs: Inputs, baselines: Any) -> list[Any]:
+    """Where lines to the inputs begin: at baselines that fit them, else at zeros."""
+    several = baselines if isinstance(baselines, tuple) else (baselines,) * len(inputs)
+    starts = []
+    for x, one in zip(inputs, several, strict=False):
+        fits = isinstance(one, (int, float)) or (isinstance(one, Tensor) and one.dim() == x.dim())
+        start = torch.as_tensor(one if fits else 0, dtype=x.dtype, device=x.device)
+        starts.append(start[:1] if start.dim() and len(start) != len(x) else start)
+    return starts
+
+
+def _between(inputs: Inputs, starts: list[Any], count: int) -> Inputs:
+    """Copies [count, B, *] on the lines to the inputs; of whole numbers in other orders."""
+    result = []
+    for x, start in zip(inputs, starts, strict=True):
+        if not x.is_floating_point():
+            result.append(torch.stack([x.roll(number, -1) for number in range(count)]))
+            continue
+        share = torch.linspace(0, 1, count, dtype=x.dtype, device=x.device)
+        line = share.view(-1, *(1,) * x.dim())
+        result.append((start + line * (x - start)).detach())
+    return tuple(result)
+
+
+def _sample_by_sample(theirs: Any, call: Any) -> Any:
+    """The mean of maps of one sample each, and the deltas of all [B * samples], example-major."""
+    count, deltas, maps = call.arguments["n_samples"], list[Tensor](), list[Any]()
+    call.arguments["n_samples"] = 1
+    for _ in range(count):
+        result = theirs.attribute(*call.args, **call.kwargs)
+        if call.arguments.get("return_convergence_delta"):
+            result, delta = result
+            deltas.append(delta)
+        maps = [result if not maps else tree_map(torch.add, maps[0], result)]
+    mean = tree_map(lambda one: one / count, maps[0])
+    return (mean, torch.stack(deltas, 1).flatten()) if deltas else mean

@@ -3,6 +3,7 @@
 Images are drawn by Captum's own visualization where Captum is installed; elsewhere there are heat
 maps, alone or over the image. Time series and texts are always drawn here: Captum 0.9 draws series
 only with matplotlib before 3.9, on pyplot's current figure, and writes words into HTML unescaped.
+Masks, which are of inputs that only Captum has, are drawn by Captum alone.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 from enum import Enum
 from html import escape
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+import torch
 
 from saliency_fast.errors import ChoiceError, ContractError, InputError
 
@@ -26,56 +27,29 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-__all__ = [
-    "ImageVisualizationMethod",
-    "TimeseriesVisualizationMethod",
-    "VisualizationDataRecord",
-    "VisualizeSign",
-    "draw_mask_border",
-    "draw_mask_legend",
-    "format_classname",
-    "format_special_tokens",
-    "format_tooltip",
-    "format_word_importances",
-    "visualize_image_attr",
-    "visualize_image_attr_multiple",
-    "visualize_text",
-    "visualize_timeseries_attr",
-]
 CHANNELS = (1, 3, 4)
 """Numbers of channels a picture may have, by which a tensor's channel axis is found."""
 NEARLY_ZERO = 1e-5
 """Attributions whose pictures are misleading."""
+CAPTUMS = ("draw_mask_border", "draw_mask_legend", "format_tooltip")
 Array = npt.NDArray[Any]
-Choice = TypeVar("Choice", bound=Enum)
 
 
-class ImageVisualizationMethod(Enum):
-    """How `visualize_image_attr` draws."""
-
-    heat_map = 1
-    blended_heat_map = 2
-    original_image = 3
-    masked_image = 4
-    alpha_scaling = 5
+def __getattr__(name: str) -> Any:
+    """The functions that only Captum has, where it is installed."""
+    if name in CAPTUMS:
+        return getattr(import_module("captum.attr._utils.visualization"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class TimeseriesVisualizationMethod(Enum):
-    """How `visualize_timeseries_attr` draws."""
-
-    overlay_individual = 1
-    overlay_combined = 2
-    colored_graph = 3
-
-
-class VisualizeSign(Enum):
-    """Which attributions are drawn."""
-
-    positive = 1
-    absolute_value = 2
-    negative = 3
-    all = 4
-
+ImageVisualizationMethod = Enum(
+    "ImageVisualizationMethod",
+    "heat_map blended_heat_map original_image masked_image alpha_scaling",
+)
+TimeseriesVisualizationMethod = Enum(
+    "TimeseriesVisualizationMethod", "overlay_individual overlay_combined colored_graph"
+)
+VisualizeSign = Enum("VisualizeSign", "positive absolute_value negative all")
 
 _COLOURS: dict[str, tuple[Any, int]] = {
     "positive": ("Greens", 0),
@@ -124,8 +98,6 @@ def visualize_image_attr(
         ContractError: wrong arguments.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum.visualization import visualize_image_attr
         >>> figure, axes = visualize_image_attr(torch.rand(1, 3, 8, 8), use_pyplot=False)
         >>> axes.images[0].get_array().shape
         (8, 8)
@@ -139,13 +111,9 @@ def visualize_image_attr(
         draw: Any = import_module("captum.attr._utils.visualization").visualize_image_attr
     except ImportError:
         draw = _heat_map
-    options = {
-        **{"method": method, "sign": sign, "plt_fig_axis": plt_fig_axis, "cmap": cmap},
-        **{"outlier_perc": outlier_perc, "alpha_overlay": alpha_overlay, "title": title},
-        **{"show_colorbar": show_colorbar, "fig_size": fig_size, "use_pyplot": use_pyplot},
-    }
+    look = outlier_perc, cmap, alpha_overlay, show_colorbar, title, fig_size, use_pyplot
     try:
-        figure, axes = draw(attr, original_image, **options)
+        figure, axes = draw(attr, original_image, method, sign, plt_fig_axis, *look)
     except (AssertionError, ValueError) as error:
         raise ContractError(
             f"{error} (got method={method!r}, sign={sign!r}, outlier_perc={outlier_perc}, "
@@ -154,25 +122,34 @@ def visualize_image_attr(
     return figure, axes
 
 
-def _heat_map(attr: Array, image: Array | None, **of: Any) -> tuple[Figure, Axes]:
-    """Draws heat maps with the options of `visualize_image_attr`, where Captum is not installed."""
-    method, sign, blended = of["method"], of["sign"], of["method"] == "blended_heat_map"
+def _heat_map(
+    attr: Array,
+    image: Array | None,
+    method: str,
+    sign: str,
+    figure_axes: tuple[Figure, Axes] | None,
+    *look: Any,
+) -> tuple[Figure, Axes]:
+    """Draws heat maps with the arguments of `visualize_image_attr`, where Captum is missing."""
+    outlier_perc, cmap, alpha, colorbar, title, size, use_pyplot = look
+    blended = method == "blended_heat_map"
     if not blended and method != "heat_map":
         raise ContractError(f"without captum there are heat maps alone: install it for {method!r}")
     if blended and image is None:
         raise ContractError(
             "Original Image must be provided for any visualization other than heatmap."
         )
-    figure, axes = of["plt_fig_axis"] or _new_figure(of["use_pyplot"], of["fig_size"])
-    axes.set(xticks=[], yticks=[], title=of["title"] or "")
+    figure, axes = figure_axes or _new_figure(use_pyplot, size)
+    axes.set(xticks=[], yticks=[], title=title or "")
     if blended and image is not None:
         axes.imshow(image.mean(axis=2) if image.ndim == 3 else image, "gray")
-    scaled = _normalized(attr.sum(axis=2) if attr.ndim == 3 else attr, sign, of["outlier_perc"])
-    colours, opacity = _mappable(sign, of["cmap"]), of["alpha_overlay"] if blended else None
+    scaled = _normalized(attr.sum(axis=2) if attr.ndim == 3 else attr, sign, outlier_perc)
+    colours = _mappable(sign, cmap)
+    opacity = alpha if blended else None
     drawn = axes.imshow(scaled, cmap=colours.cmap, norm=colours.norm, alpha=opacity)
-    if of["show_colorbar"]:
+    if colorbar:
         figure.colorbar(drawn, orientation="horizontal", ax=axes)
-    _show(of["use_pyplot"])
+    _show(use_pyplot)
     return figure, axes
 
 
@@ -198,8 +175,6 @@ def visualize_image_attr_multiple(
         The figure and its axes, or a list of several.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum.visualization import visualize_image_attr_multiple
         >>> names, signs = ["heat_map", "heat_map"], ["positive", "negative"]
         >>> attr = torch.randn(8, 8)
         >>> len(visualize_image_attr_multiple(attr, None, names, signs, use_pyplot=False)[1])
@@ -259,8 +234,6 @@ def visualize_timeseries_attr(
         The figure and its axes, one for each channel or, with "overlay_combined", for all.
 
     Example:
-        >>> import torch
-        >>> from saliency_fast.captum.visualization import visualize_timeseries_attr
         >>> attr, data = torch.rand(9, 2), torch.rand(9, 2)
         >>> len(visualize_timeseries_attr(attr, data, use_pyplot=False)[1])
         2
@@ -289,103 +262,99 @@ def visualize_timeseries_attr(
     every: Any = list(axes) if isinstance(axes, (np.ndarray, list, tuple)) else [axes]
     scaled = _normalized(attr.sum(axis=0) if combined else attr, sign, outlier_perc)
     opacity = 1.0 if method == "colored_graph" else alpha_overlay
-    series = _Series(x, data, scaled, channel_labels, _mappable(sign, cmap), opacity, pyplot_kwargs)
-    series.draw(method, every)
+    colours = _mappable(sign, cmap)
+    labels: Sequence[str | None] = channel_labels or [None] * len(data)
+    rows_of = data, labels, np.broadcast_to(scaled, data.shape)
+    _draw_series(every, method, x, rows_of, colours, opacity, pyplot_kwargs)
     if not combined:
         figure.subplots_adjust(hspace=0)
     if show_colorbar:
         from mpl_toolkits.axes_grid1 import make_axes_locatable
 
         strip = make_axes_locatable(every[-1]).append_axes("bottom", size="5%", pad=0.4)
-        figure.colorbar(series.colours, orientation="horizontal", cax=strip, alpha=opacity)
+        figure.colorbar(colours, orientation="horizontal", cax=strip, alpha=opacity)
     if title:
         every[0].set_title(title)
     _show(use_pyplot)
     return figure, axes
 
 
-@dataclass(frozen=True)
-class _Series:
-    """A time series [C, N] over x [N] and its attributions on [-1, 1]: [C, N], or [N] of all."""
+def _draw_series(
+    axes: list[Any], method: str, x: Array, rows: Any, colours: Any, opacity: float, line: Any
+) -> None:
+    """Draws rows of (data, label, attributions) over x, all on the only axes or each on its own."""
+    combined = method == "overlay_combined"
+    if combined:
+        from matplotlib import colormaps
 
-    x: Array
-    data: Array
-    scaled: Array
-    labels: list[str] | None
-    colours: Any
-    opacity: float
-    line: dict[str, Any]
-
-    def draw(self, method: str, axes: list[Any]) -> None:
-        labels: list[Any] = self.labels or [None] * len(self.data)
-        if method == "overlay_combined":
-            from matplotlib import colormaps
-
-            dark: Any = colormaps["Dark2"]
-            axes[0].set_prop_cycle(color=dark.colors)
-            for values, label in zip(self.data, labels, strict=True):
-                axes[0].plot(self.x, values, label=label, **self.line)
-            self._draw_bands(axes[0], self.scaled)
-            axes[0].legend(loc="best")
+        dark: Any = colormaps["Dark2"]
+        axes[0].set_prop_cycle(color=dark.colors)
+    for number, (values, label, scaled) in enumerate(zip(*rows, strict=True)):
+        own = axes[0 if combined else number]
+        if method == "colored_graph":
+            _draw_coloured(own, x, values, scaled, colours, line)
         else:
-            for one, *channel, label in zip(axes, self.data, self.scaled, labels, strict=False):
-                if method == "colored_graph":
-                    self._draw_coloured(one, *channel)
-                else:
-                    one.plot(self.x, channel[0], **self.line)
-                    self._draw_bands(one, channel[1])
-                if label is not None:
-                    one.set_ylabel(label)
-        for one in axes:
-            one.set_xlim(self.x[0], self.x[-1])
+            own.plot(x, values, **({"label": label} if combined else {}), **line)
+        if method == "overlay_individual" or (combined and number == 0):
+            _draw_bands(own, x, colours.to_rgba(scaled), opacity)
+        if label is not None and not combined:
+            own.set_ylabel(label)
+    if combined:
+        axes[0].legend(loc="best")
+    for one in axes:
+        one.set_xlim(x[0], x[-1])
 
-    def _draw_bands(self, axes: Axes, scaled: Array) -> None:
-        """One coloured band for each step."""
-        half = (self.x[1] - self.x[0]) / 2.0
-        for middle, colour in zip(self.x, self.colours.to_rgba(scaled), strict=True):
-            axes.axvspan(middle - half, middle + half, facecolor=colour, alpha=self.opacity)
 
-    def _draw_coloured(self, axes: Axes, values: Array, scaled: Array) -> None:
-        """The line itself, each segment in the colour of the step it starts from."""
-        from matplotlib.collections import LineCollection
+def _draw_bands(axes: Axes, x: Array, colours: Array, opacity: float) -> None:
+    """One coloured band for each step."""
+    half = (x[1] - x[0]) / 2.0
+    for middle, colour in zip(x, colours, strict=True):
+        axes.axvspan(middle - half, middle + half, facecolor=colour, alpha=opacity)
 
-        points, colours = np.stack([self.x, values], axis=1), self.colours
-        pieces = list(np.stack([points[:-1], points[1:]], axis=1))
-        lines = LineCollection(pieces, cmap=colours.cmap, norm=colours.norm, **self.line)
-        lines.set_array(scaled)
-        axes.add_collection(lines)
-        axes.set_ylim(1.2 * values.min(), 1.2 * values.max())
+
+def _draw_coloured(
+    axes: Axes, x: Array, values: Array, scaled: Array, colours: Any, line: Any
+) -> None:
+    """The line itself, each segment in the colour of the step it starts from."""
+    from matplotlib.collections import LineCollection
+
+    points = np.stack([x, values], axis=1)
+    segments = list(np.stack([points[:-1], points[1:]], axis=1))
+    lines = LineCollection(segments, cmap=colours.cmap, norm=colours.norm, **line)
+    lines.set_array(scaled)
+    axes.add_collection(lines)
+    axes.set_ylim(1.2 * values.min(), 1.2 * values.max())
 
 
 def _series(value: Any, name: str) -> Array:
-    found = _array(value)
-    if found.ndim != 2:
+    result = _array(value)
+    if result.ndim != 2:
         raise ContractError(
-            f"Expected {name} of shape (N, C), got {tuple(found.shape)}; reshape it to two axes"
+            f"Expected {name} of shape (N, C), got {tuple(result.shape)}; reshape it to two axes"
         )
-    return found
+    return result
 
 
 def _array(value: Any) -> Array:
-    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    return value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
 
 
 def _picture(value: Any, name: str) -> Array:
     """An array [H, W] or [H, W, C] as it is; a tensor of these axes, [C, H, W] or [1, C, H, W] as
     such an array. Raises InputError for other axes, or where sizes do not tell which they are.
     """
-    found = _array(value)
-    shape, is_tensor = list(found.shape), isinstance(value, Tensor)
-    if is_tensor and found.ndim == 4 and len(found) == 1:
-        found = found[0]
-    if found.ndim == 2:
-        return found
-    if found.ndim == 3:
-        first, last = (found.shape[axis] in CHANNELS for axis in (0, 2))
+    result = _array(value)
+    shape, is_tensor = list(result.shape), isinstance(value, torch.Tensor)
+    if is_tensor and result.ndim == 4 and len(result) == 1:
+        result = result[0]
+    if result.ndim == 2:
+        return result
+    if result.ndim == 3:
+        first, last = (result.shape[axis] in CHANNELS for axis in (0, 2))
         if is_tensor and first and not last:
-            return found.transpose(1, 2, 0)
+            return result.transpose(1, 2, 0)
         if len(shape) == 3 and (last or not first) and (not is_tensor or (last and not first)):
-            return found
+            return result
     raise InputError(
         f"{name} must be one picture, [H, W] or [H, W, C], or as a tensor also [C, H, W] or "
         f"[1, C, H, W], of {CHANNELS} channels: got {shape}; of a picture x [1, C, H, W] pass "
@@ -459,62 +428,11 @@ def _show(use_pyplot: bool) -> None:
         pyplot.show()
 
 
-def draw_mask_border(
-    ax: Axes, mask: Array, border_width: int = 1, border_color: str | Array = "black"
-) -> None:
-    """Draws the inner border of a mask.
-
-    Args:
-        ax: the axes of an image.
-        mask: bool [H, W].
-        border_width: in pixels.
-        border_color: a name, or RGBA [4].
-    """
-    if not mask.any():
-        return
-    from matplotlib.colors import to_rgba
-
-    inner = mask.astype(bool)
-    for _ in range(border_width):
-        around = np.pad(inner, 1)
-        inner = inner & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
-    colour = np.array(to_rgba(border_color)) if isinstance(border_color, str) else border_color
-    ax.imshow((mask.astype(bool) & ~inner)[:, :, None] * np.asarray(colour).reshape(1, 1, -1))
-
-
-def draw_mask_legend(
-    ax: Axes,
-    mask: Array,
-    label: str,
-    fontsize: int = 10,
-    text_color: str = "white",
-    bbox_facecolor: str = "black",
-    bbox_alpha: float = 0.6,
-) -> None:
-    """Writes a label at the centroid of a mask.
-
-    Args:
-        ax: the axes of an image.
-        mask: bool [H, W].
-        label: the text.
-        fontsize: of the text, in points.
-        text_color: of the text.
-        bbox_facecolor: of the box around it.
-        bbox_alpha: the opacity of the box.
-    """
-    if not mask.any():
-        return
-    row, column = (one.mean() for one in np.where(mask))
-    box = {"boxstyle": "round,pad=0.2", "facecolor": bbox_facecolor, "alpha": bbox_alpha}
-    style: Any = {"color": text_color, "fontsize": fontsize, "bbox": box}
-    ax.text(column, row, label, ha="center", va="center", **style)
-
-
 @dataclass(slots=True, eq=False, repr=False)
 class VisualizationDataRecord:
     """One row of `visualize_text`: a text's words, their attributions [T], and the classes."""
 
-    word_attributions: Tensor
+    word_attributions: torch.Tensor
     pred_prob: float
     pred_class: int
     true_class: int
@@ -528,7 +446,6 @@ def format_classname(classname: object) -> str:
     """A class as a cell of the table.
 
     Example:
-        >>> from saliency_fast.captum.visualization import format_classname
         >>> format_classname("cat")
         '<td><text style="padding-right:2em"><b>cat</b></text></td>'
     """
@@ -540,22 +457,14 @@ def format_special_tokens(token: str) -> str:
     """A special token without its brackets.
 
     Example:
-        >>> from saliency_fast.captum.visualization import format_special_tokens
         >>> format_special_tokens("<pad>")
         '#pad'
     """
-    if token.startswith("<") and token.endswith(">"):
-        return "#" + token.strip("<>")
-    return token
-
-
-def format_tooltip(item: str, text: str) -> str:
-    """An item, as HTML, that shows a text when pointed at."""
-    return f'<div class="tooltip">{item}<span class="tooltiptext">{text}</span></div>'
+    return "#" + token.strip("<>") if token.startswith("<") and token.endswith(">") else token
 
 
 def format_word_importances(
-    words: Sequence[str], importances: Sequence[float] | Tensor | npt.NDArray[Any] | None
+    words: Sequence[str], importances: Sequence[float] | torch.Tensor | npt.NDArray[Any] | None
 ) -> str:
     """Words as a cell of the table, on green for positive and red for negative importances [T]."""
     if importances is None or len(importances) == 0:
@@ -580,21 +489,16 @@ def format_word_importances(
 
 def _word_colour(importance: float) -> str:
     """White at 0, green up to 1, red down to -1."""
-    clipped = max(-1.0, min(1.0, importance))
-    if clipped > 0:
-        return f"hsl(120, 75%, {100 - int(50 * clipped)}%)"
-    return f"hsl(0, 75%, {100 - int(-40 * clipped)}%)"
+    hue, fade = (120, 50) if importance > 0 else (0, 40)
+    return f"hsl({hue}, 75%, {100 - int(fade * min(1.0, abs(importance)))}%)"
 
 
 def visualize_text(datarecords: Iterable[VisualizationDataRecord], legend: bool = True) -> Any:
-    """Shows a table of texts in a notebook.
+    """Shows a table of texts in a notebook, and returns it as IPython's HTML.
 
     Args:
         datarecords: the rows.
         legend: whether the colours are explained above the table.
-
-    Returns:
-        The table as IPython's HTML.
     """
     try:
         from IPython.display import HTML, display
@@ -610,16 +514,13 @@ def visualize_text(datarecords: Iterable[VisualizationDataRecord], legend: bool 
         cells = (one.true_class, predicted, one.attr_class, f"{one.attr_score:.2f}")
         words = format_word_importances(one.raw_input_ids, one.word_attributions)
         table += f"<tr>{''.join(map(format_classname, cells))}{words}</tr>"
-    html = HTML(f'{_legend() if legend else ""}<table style="width: 100%">{table}</table>')
+    html = HTML(f'{_LEGEND if legend else ""}<table style="width: 100%">{table}</table>')
     display(html)
     return html
 
 
-def _legend() -> str:
-    square = "display: inline-block; width: 10px; height: 10px; border: 1px solid"
-    keys = "".join(
-        f'<span style="{square}; background-color: {_word_colour(value)}"></span> {label}  '
-        for value, label in ((-1, "Negative"), (0, "Neutral"), (1, "Positive"))
-    )
-    frame = "border-top: 1px solid; margin-top: 5px; padding-top: 5px; display: inline-block"
-    return f'<div style="{frame}"><b>Legend: </b>{keys}</div>'
+_LEGEND = "".join(
+    f'<span style="border: 1px solid; background-color: {_word_colour(value)}">&emsp;</span> '
+    f"{label}  "
+    for value, label in ((-1, "Negative"), (0, "Neutral"), (1, "Positive"))
+).join(("<div><b>Legend: </b>", "</div>"))

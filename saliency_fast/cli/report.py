@@ -23,7 +23,14 @@ from saliency_fast.model.targets import tensor_of
 from saliency_fast.render.files import encode, write_frames
 from saliency_fast.render.frames import STYLES, grey, picture
 from saliency_fast.render.html import Figure
-from saliency_fast.render.page import Entry, Inside, MapView, Numbers, Page, Ranked, page_html
+from saliency_fast.render.pages import (
+    BoxEvidence,
+    Entry,
+    MapMeasurements,
+    MapView,
+    Page,
+    page_html,
+)
 from saliency_fast.summary.animation import progress
 from saliency_fast.summary.sentences import summarise
 
@@ -247,13 +254,13 @@ def class_name(number: int, labels: Mapping[int, str]) -> str:
     return labels.get(number, f"class {number}")
 
 
-def inside(found: Attribution, index: Index, box: Box) -> Inside:
+def inside(found: Attribution, index: Index, box: Box) -> BoxEvidence:
     """The share of the positive evidence that falls into a box, and the box's share of the map."""
     positive = _map(found, "sum")[index].double().clamp_min(0.0)
     top, left, bottom, right = box
     within, whole = positive[..., top:bottom, left:right], float(positive.sum())
     share = float(within.sum()) / whole if whole else 0.0
-    return Inside(share, within.numel() / positive.numel())
+    return BoxEvidence(share, within.numel() / positive.numel())
 
 
 def out_folder(path: str) -> Path:
@@ -303,7 +310,7 @@ def _of_example(value: Any, row: int, x: Tensor) -> Any:
     return value[row : row + 1] if own else value
 
 
-def _ranking(loaded: Loaded, x: Tensor) -> list[tuple[Ranked, ...]]:
+def _ranking(loaded: Loaded, x: Tensor) -> list[tuple[tuple[str, float], ...]]:
     """The likeliest classes of each example; empty where the model does not classify."""
     with preserve_model_state(loaded.model, x.device), torch.no_grad():
         # One by one: a batch that fits the plan's launches need not fit at once.
@@ -316,7 +323,7 @@ def _ranking(loaded: Loaded, x: Tensor) -> list[tuple[Ranked, ...]]:
     best = (output if is_share else output.softmax(1)).topk(min(_RANKED, output.shape[1]), dim=1)
     return [
         tuple(
-            Ranked(class_name(number, loaded.labels), share)
+            (class_name(number, loaded.labels), share)
             for number, share in zip(numbers, row, strict=True)
         )
         for numbers, row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -333,10 +340,10 @@ def _explained(found: Attribution, index: Index, labels: Mapping[int, str]) -> s
     return "the model's output"
 
 
-def _numbers(found: Attribution, index: Index, truth: Truth | None) -> Numbers:
+def _numbers(found: Attribution, index: Index, truth: Truth | None) -> MapMeasurements:
     past, score, row = found.provenance, float(found.scores[index]), index[0]
     start, delta, converged = found.baseline_scores, found.delta, found.converged
-    return Numbers(
+    return MapMeasurements(
         score=score,
         gain=None if start is None else score - float(start[index]),
         delta=None if delta is None else float(delta[index]),

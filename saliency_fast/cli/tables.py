@@ -15,7 +15,7 @@ from rich.text import Text
 from saliency_fast.methods import METHODS
 from saliency_fast.ops import backends
 from saliency_fast.render.html import number_text, percent_text
-from saliency_fast.render.page import Entry, Numbers, memory_text
+from saliency_fast.render.pages import Entry, MapMeasurements, memory_text
 
 _PIPED, _PROSE = 160, 100
 """Columns of a table where the output is a file or a pipe: of numbers, and of sentences."""
@@ -86,9 +86,9 @@ def show_entries(entries: Sequence[Entry]) -> None:
     for entry in entries:
         predicted = "\N{EN DASH}"
         if entry.ranking:
-            best = entry.ranking[0]
-            predicted = f"{best.label} {percent_text(best.probability)}"
-            if entry.truth not in (None, best.label):
+            label, probability = entry.ranking[0]
+            predicted = f"{label} {percent_text(probability)}"
+            if entry.truth not in (None, label):
                 predicted += f" (truly {entry.truth})"
         for view in entry.maps:
             explains = view.explains.removeprefix("explains ")
@@ -101,7 +101,7 @@ def show_entries(entries: Sequence[Entry]) -> None:
                 print(f"{entry.name}, {view.method}: {view.words}\n")
 
 
-def _cells(numbers: Numbers) -> list[str]:
+def _cells(numbers: MapMeasurements) -> list[str]:
     delta = "none" if numbers.delta is None else number_text(numbers.delta)
     if numbers.delta is not None and numbers.gain:
         delta += f" ({percent_text(abs(numbers.delta / numbers.gain))})"

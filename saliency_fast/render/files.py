@@ -70,9 +70,8 @@ def _write_mp4(frames: Frames, path: Path, frames_per_second: float) -> None:
     # H.264 with 4:2:0 chroma subsampling accepts even sizes only.
     height, width = frames.shape[1:3]
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with imageio.get_writer(
-        path, format="FFMPEG", fps=frames_per_second, macro_block_size=2
-    ) as writer:
+    of = {"format": "FFMPEG", "fps": frames_per_second, "macro_block_size": 2}
+    with imageio.get_writer(path, **of) as writer:
         for frame in even:
             writer.append_data(frame)
 

@@ -13,21 +13,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from jinja2.environment import TemplateModule
 
-PIXELATED_BELOW = 160
-"""Pictures of fewer columns are enlarged with sharp pixel edges."""
 _MINUS = "\N{MINUS SIGN}"
-_LEGENDS: dict[str, dict[str, object]] = {
-    "signed": {
-        "title": "Signed",
-        "ends": ("against the class", "no influence", "for the class"),
-        "alt": "blue to red",
-    },
-    "heat": {
-        "title": "Heat",
-        "ends": ("no influence", "", "strongest, for or against"),
-        "alt": "dark to pale",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -43,16 +29,6 @@ class Figure:
     alt: str
     caption: str
     box: tuple[float, float, float, float] | None = None
-
-    @property
-    def uri(self) -> str:
-        """The picture as a data URI."""
-        return data_uri(self.data, self.media)
-
-    @property
-    def is_small(self) -> bool:
-        """Whether the picture is enlarged with sharp pixel edges."""
-        return self.width < PIXELATED_BELOW
 
 
 def render(template: str, **context: Any) -> str:
@@ -82,7 +58,6 @@ def _environment() -> Environment:
 
 
 def data_uri(data: bytes, media: str = "image/png") -> str:
-    """A file as a data URI."""
     return f"data:{media};base64,{b64encode(data).decode('ascii')}"
 
 
@@ -99,9 +74,9 @@ def percent_text(share: float) -> str:
     return f"{percent:.2f} %" if percent < 1 else f"{percent:.1f} %"
 
 
-def legends(*styles: str) -> list[dict[str, object]]:
+def legends(*styles: str) -> dict[str, str]:
     """The colour ramps of these overlay styles for the template, or of all of them."""
-    return [dict(_LEGENDS[style], stops=_stops(style)) for style in styles or STYLES]
+    return {style: _stops(style) for style in styles or STYLES}
 
 
 def _stops(style: str) -> str:

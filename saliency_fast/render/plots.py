@@ -46,7 +46,6 @@ class Plot:
 
 
 def have_plots() -> bool:
-    """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,9 @@ def progress(
         stream: An engine, whose launches are made small enough for so many frames, or the output of
             `Engine.stream`.
         inputs: One image, video or volume [1, C, *spatial].
-        target: As in `explain`; this and the following arguments are used with an engine.
         style: "signed" or "heat", as in `Attribution.overlay`.
         frames: The largest number of frames.
-        baseline: As in `explain`.
-        features: As in `explain`.
-        forward_args: Further arguments of the model.
-        forward_kwargs: Further arguments of the model, by name.
+        target, baseline, features, forward_args, forward_kwargs: As in `explain`, with an engine.
 
     Returns:
         The frames with their maps.
@@ -152,10 +148,8 @@ def progress(
         pictures = [one[strongest] for one in pictures]
     rows, columns = pictures[0].shape[:2]
     zoom = max(1, round(WIDTH / columns))
-    framed = [
-        _framed(one.cpu(), zoom, moment, last.points)
-        for one, moment in zip(pictures, moments, strict=True)
-    ]
+    pairs = zip(pictures, moments, strict=True)
+    framed = [_framed(one.cpu(), zoom, moment, last.points) for one, moment in pairs]
     return Progress(torch.stack(framed), tuple(moments), zoom, (rows * zoom, columns * zoom))
 
 
@@ -171,18 +165,12 @@ def animate(
     """Writes `progress` as an animation.
 
     Args:
-        stream: As in `progress`.
-        inputs: As in `progress`.
-        target: As in `progress`.
+        stream, inputs, target, **fields: As in `progress`.
         path: The .gif, .apng or .mp4 file to write.
         frames_per_second: The speed.
-        **fields: Further arguments of `progress`.
 
     Returns:
         The path.
-
-    Raises:
-        InputError: As `progress`, and for another extension.
 
     Example:
         >>> import tempfile
@@ -198,24 +186,20 @@ def animate(
 
 def _with_launches(engine: Engine, points: int) -> Engine:
     """A compatible engine whose launches take at most so many points."""
+    names = ("precision", "tolerance", "lean", "graphs", "layout")
     return Engine(
-        engine.model,
-        engine.method,
-        precision=engine.precision,
-        tolerance=engine.tolerance,
+        *(engine.model, engine.method),
         memory_budget=engine.limits.memory_budget,
         points_per_launch=points,
-        lean=engine.lean,
         hashes=False,
-        graphs=engine.graphs,
-        layout=engine.layout,
+        **{name: getattr(engine, name) for name in names},
     )
 
 
-def _moment(found: Attribution, inputs: Tensor, style: str) -> Moment:
-    if found.many or not isinstance(found.values, Tensor):
+def _moment(result: Attribution, inputs: Tensor, style: str) -> Moment:
+    if result.many or not isinstance(result.values, Tensor):
         raise InputError("an animation is of one map: got several targets or inputs; take one")
-    values, axes = found.map("sum" if style == "signed" else "l2"), found.axes()
+    values, axes = result.map("sum" if style == "signed" else "l2"), result.axes()
     assert isinstance(values, Tensor)
     if axes is None:
         raise InputError(
@@ -227,13 +211,12 @@ def _moment(found: Attribution, inputs: Tensor, style: str) -> Moment:
             f"the map does not lie over the input: got {list(values.shape)}, expected "
             f"{[1, *inputs.shape[2:]]}; maps of layers have no picture"
         )
-    return Moment(values.clone(), float(found.error[0]), int(found.points[0]))
+    return Moment(values.clone(), float(result.error[0]), int(result.points[0]))
 
 
-def _thinned(moments: Sequence[Moment], count: int) -> list[Moment]:
+def _thinned(moments: list[Moment], count: int) -> list[Moment]:
     """At most `count` of the moments at equal distances, with the last one."""
-    if len(moments) <= count:
-        return list(moments)
+    count = min(count, len(moments))
     return [moments[((number + 1) * len(moments)) // count - 1] for number in range(count)]
 
 
@@ -254,6 +237,5 @@ def _framed(picture: Tensor, zoom: int, moment: Moment, total: int) -> Tensor:
 
 
 def caption(moment: Moment, total: int) -> str:
-    """The text under a frame."""
     error = "unknown" if math.isnan(moment.error) else percent_text(moment.error)
     return f"{moment.points}/{total} points, error {error}"

@@ -14,21 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
-from saliency_fast.engine.recipe import (
-    Maps,
-    Recipe,
-    RoundContext,
-    RoundResult,
-    Rounds,
-    RoundsRecipe,
-)
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.canvas import Canvas, resize
 from saliency_fast.model.layers import At
 from saliency_fast.model.targets import PREDICTED, Target
-from saliency_fast.summary.grouping import connected
+from saliency_fast.summary.regions import connected
 
 NMF, KMEANS, AUTO = "nmf", "kmeans", "auto"
 METHODS = (AUTO, NMF, KMEANS)
@@ -59,24 +52,24 @@ class LayerEvidence:
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", checks.grid(self.grid))
 
-    def recipe(self) -> Recipe:
-        return RoundsRecipe(self._rounds, 1, at_input=True, layers=self.layer)
+    def recipe(self) -> engine.Recipe:
+        return engine.RoundsRecipe(self._rounds, 1, at_input=True, layers=self.layer)
 
-    def _rounds(self, asked: RoundContext) -> Rounds:
-        if asked.scores.shape[1] > 1:
+    def _rounds(self, context: engine.RoundContext) -> engine.Rounds:
+        if context.scores.shape[1] > 1:
             raise InputError("target must be one per example: got several; take one of them")
-        canvas = Canvas(asked, False, self.grid, self.special)
+        canvas = Canvas(context, False, self.grid, self.special)
         parts: dict[str, list[Tensor]] = {"activations": [], "gradients": []}
 
-        def each(rows: slice, found: RoundResult) -> None:
-            (output, *_) = canvas.of_layers(found)
+        def each(rows: slice, result: engine.RoundResult) -> None:
+            (output, *_) = canvas.of_layers(result)
             parts["activations"].append(canvas.read(0, output).detach())
-            parts["gradients"].append(canvas.read(0, found.grads[0][0]).detach())
+            parts["gradients"].append(canvas.read(0, result.grads[0][0]).detach())
 
         yield canvas.inputs_round(each, gradients=True)
         extras = {name: torch.cat(several)[:, None] for name, several in parts.items()}
         evidence = (extras["activations"] * extras["gradients"]).sum(2)
-        return Maps((evidence,), extras=extras)
+        return engine.Maps((evidence,), extras=extras)
 
 
 @dataclass(frozen=True)
@@ -131,14 +124,7 @@ class Concepts:
         return self.shares.sum(1) + self.rest
 
     def by_class(self) -> dict[int, Tensor]:
-        """The mean share [K] of each concept over the examples of each class.
-
-        Returns:
-            Shares by class.
-
-        Raises:
-            InputError: If the target is no class.
-        """
+        """The mean share [K] of each concept by class; InputError if the target is no class."""
         if self.classes is None:
             raise InputError("classes are unknown: the target is no class; see `shares`")
         numbers = torch.unique(self.classes).tolist()
@@ -177,16 +163,13 @@ def concepts(
     Args:
         model: The model.
         inputs: The inputs [B, C, *spatial].
-        target: As in `explain`.
         at: A layer or its name; "auto" is the last spatial one.
         count: The number K of concepts.
         method: "nmf" for activations that are not negative, "kmeans" for clusters of directions, or
             "auto".
         seed: The same seed gives the same concepts.
-        grid: The grid of a transformer's tokens, as in `GradCAM`.
-        special: The number of its special tokens.
-        forward_args: Further arguments of the model.
-        forward_kwargs: Further arguments of the model, by name.
+        grid, special: A transformer's grid and number of special tokens, as in `GradCAM`.
+        target, forward_args, forward_kwargs: As in `explain`.
         memory_budget: As in `Engine`.
 
     Returns:
@@ -211,18 +194,18 @@ def concepts(
     if not isinstance(inputs, Tensor):
         raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
     evidence = LayerEvidence(grid=grid, special=special)
-    engine = Engine(model, evidence, at=at, memory_budget=memory_budget, hashes=False)
-    found = engine(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
-    axes = found.axes()
+    explain = Engine(model, evidence, at=at, memory_budget=memory_budget, hashes=False)
+    result = explain(inputs, target, forward_args=forward_args, forward_kwargs=forward_kwargs)
+    axes = result.axes()
     size = inputs.shape[1:] if axes is None else axes.size(inputs.shape)
-    return _concepts(found, tuple(size), count, method, seed)
+    return _concepts(result, tuple(size), count, method, seed)
 
 
 def _concepts(
-    found: Attribution, size: tuple[int, ...], count: int, method: str, seed: int
+    result: Attribution, size: tuple[int, ...], count: int, method: str, seed: int
 ) -> Concepts:
     """The concepts of a layer's activations and gradients, for inputs of a spatial size."""
-    activations, gradients = found.extras["activations"], found.extras["gradients"]
+    activations, gradients = result.extras["activations"], result.extras["gradients"]
     vectors, slopes = _vectors(activations), _vectors(gradients)
     evidence = (vectors * slopes).sum(1)
     if method == AUTO:
@@ -251,8 +234,8 @@ def _concepts(
         rest=whole.flatten(1).sum(1) / scale - shares.sum(1),
         explained=torch.where(amount > 0, 1.0 - missed / scale, torch.nan),
         prototypes=tuple(_prototypes(large[:, k], shares[:, k]) for k in range(count)),
-        classes=None if found.classes is None else found.classes.cpu(),
-        layer=", ".join(found.provenance.at or ()),
+        classes=None if result.classes is None else result.classes.cpu(),
+        layer=", ".join(result.provenance.at or ()),
         method=method,
     )
 
@@ -265,7 +248,7 @@ def _vectors(maps: Tensor) -> Array:
 
 def _prototypes(maps: Tensor, shares: Tensor) -> tuple[Prototype, ...]:
     """The examples in which one concept [B, *spatial] has its largest share."""
-    found = []
+    result = []
     for b in shares.argsort(descending=True, stable=True)[:PROTOTYPES].tolist():
         one = maps[b].numpy()
         if one.max() <= 0:
@@ -273,8 +256,8 @@ def _prototypes(maps: Tensor, shares: Tensor) -> tuple[Prototype, ...]:
         label = connected(one >= HALF * one.max())
         own = np.argwhere(label == label.flat[one.argmax()])
         box = (*own.min(0).tolist(), *(own.max(0) + 1).tolist())
-        found.append(Prototype(b, box, float(shares[b])))
-    return tuple(found)
+        result.append(Prototype(b, box, float(shares[b])))
+    return tuple(result)
 
 
 def directions(vectors: Array, weights: Array, count: int, method: str, seed: int) -> Array:
@@ -290,8 +273,12 @@ def directions(vectors: Array, weights: Array, count: int, method: str, seed: in
     order = np.argsort(-weights, kind="stable")[:ROWS]
     order = order[kept[order]]
     vectors, weights = vectors[order], weights[order] / weights[order].max()
-    found = (_nmf if method == NMF else _cluster_centres)(vectors, weights, count, seed)
-    units = _unit(found)
+    if method == NMF:
+        units = _unit(_nmf(vectors, weights, count, seed))
+    else:
+        learner = _learn("cluster").KMeans(count, n_init=10, random_state=seed)
+        learner.fit(_unit(vectors), sample_weight=weights)
+        units = _unit(learner.cluster_centers_.astype(np.float64))
     several = len(np.unique(units[units.any(1)].round(9), axis=0))
     if several < count:
         raise InputError(
@@ -307,15 +294,9 @@ def amounts(vectors: Array, units: Array, method: str) -> Array:
     """
     if method == NMF:
         factorization = _learn("decomposition").non_negative_factorization
-        found: Array = factorization(
-            vectors,
-            H=units,
-            n_components=len(units),
-            update_H=False,
-            tol=RESIDUAL,
-            max_iter=SWEEPS,
-        )[0]
-        return found
+        of = {"H": units, "n_components": len(units), "update_H": False}
+        result: Array = factorization(vectors, **of, tol=RESIDUAL, max_iter=SWEEPS)[0]
+        return result
     along = vectors @ units.T
     is_nearest = np.arange(len(units)) == along.argmax(1)[:, None]
     return np.where(is_nearest, np.maximum(along, 0.0), 0.0)
@@ -333,20 +314,11 @@ def _nmf(vectors: Array, weights: Array, count: int, seed: int) -> Array:
             f"count must be at most the layer's channels, {vectors.shape[1]}, and the positions "
             f"with evidence for the target, {len(vectors)}: got {count}; use fewer concepts"
         )
-    learner = _learn("decomposition").NMF(
-        count, init="nndsvda", max_iter=2000, tol=1e-5, random_state=seed
-    )
+    of = {"init": "nndsvda", "max_iter": 2000, "tol": 1e-5}
+    learner = _learn("decomposition").NMF(count, random_state=seed, **of)
     # A row times the root of its weight has that weight in the squared error.
-    learner.fit(vectors * np.sqrt(weights)[:, None])
-    parts: Array = learner.components_.astype(np.float64)
-    return parts
-
-
-def _cluster_centres(vectors: Array, weights: Array, count: int, seed: int) -> Array:
-    learner = _learn("cluster").KMeans(count, n_init=10, random_state=seed)
-    learner.fit(_unit(vectors), sample_weight=weights)
-    centres: Array = learner.cluster_centers_.astype(np.float64)
-    return centres
+    parts: Array = learner.fit(vectors * np.sqrt(weights)[:, None]).components_
+    return parts.astype(np.float64)
 
 
 def _learn(module: str) -> ModuleType:

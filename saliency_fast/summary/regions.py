@@ -1,4 +1,8 @@
-"""Regions: a map in a handful of parts, each with its signed share of the evidence and location."""
+"""Regions: a map in a handful of parts, each with its signed share of the evidence and location.
+
+Parts are connected components of the map, merged superpixels or given labels; a location is where
+a part lies, in words.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from saliency_fast.attribution import Attribution
+from saliency_fast.engine.features import SEGMENTATIONS, segment
+from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.inputs import Subject, read_evaluation_input
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
-from saliency_fast.summary.grouping import COMPONENTS, Labels, Values, check_how, group
-from saliency_fast.summary.locations import location
+
+COMPONENTS = "components"
+SMOOTHING = 0.02
+"""The standard deviation of the Gaussian before the threshold, as a share of each axis: the signs
+of gradients change from one pixel to the next."""
+HELD = 0.7
+"""The share of the smoothed map's magnitude that lies above the threshold, at least."""
+GAP = 0.02
+"""Components that are nearer than about twice this share of an axis are one."""
+LEAST = 0.01
+"""A component with a smaller share of the evidence belongs to the rest."""
+EVERY = -1.0
+"""No part has a smaller share of the evidence."""
 
 Names = Mapping[int, str] | Sequence[str] | None
 Mask = NDArray[np.bool_]
+Labels = NDArray[np.int64]
+Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -133,23 +153,23 @@ def regions(
 
 def regions_of(subject: Subject, how: str | Tensor, most: int, names: Names) -> Regions:
     """The regions of an evaluation input's maps; see `regions`."""
-    check_how(how)
+    _check_how(how)
     checks.whole("most", most, 1)
     values = subject.places.double()
-    labels = group(subject.inputs, subject.places, how, most)
+    labels = _grouped(subject.inputs, subject.places, how, most)
     features, given = subject.inputs.dim() == 2, by_number(names)
-    found, rest = [], []
+    result, rest = [], []
     for row in range(subject.batch):
         mask = None if subject.masks is None else subject.masks[row].cpu().numpy()
         own, value = labels[row].cpu().numpy(), values[row].cpu().numpy()
         numbers = [one for one in np.unique(own).tolist() if one]
         named = {one: name for one in numbers if (name := _name(one, own, given, features))}
         parts = [_region(one, own, value, mask, named.get(one)) for one in numbers]
-        found.append(tuple(sorted(parts, key=lambda one: (-abs(one.share), one.label))))
+        result.append(tuple(sorted(parts, key=lambda one: (-abs(one.share), one.label))))
         rest.append(_region(0, own, value, mask, "rest"))
     flat = values.flatten(1)
     positive, negative = flat.clamp_min(0).sum(1), flat.clamp_max(0).sum(1).abs()
-    return Regions(labels, tuple(found), tuple(rest), positive, negative)
+    return Regions(labels, tuple(result), tuple(rest), positive, negative)
 
 
 def by_number(names: Names) -> Mapping[int, str]:
@@ -182,7 +202,9 @@ def _region(
         weight = magnitude if magnitude[own].any() else np.ones_like(magnitude)
         inside = _share(weight[own & mask].sum(), weight[own].sum())
         if inside >= 0.5 and name is None:
-            within = _location_within(own & mask, mask, magnitude)
+            first, last, _ = _extent(mask, magnitude)
+            corners = (*_extent(own & mask, magnitude), last)
+            within = location(*(np.subtract(one, first).tolist() for one in corners))
     positive, negative = np.maximum(values, 0.0), np.maximum(-values, 0.0)
     return Region(
         label,
@@ -204,14 +226,6 @@ def _share(part: np.float64, whole: np.float64) -> float:
     return float(part / whole) if whole else 0.0
 
 
-def _location_within(own: Mask, mask: Mask, magnitude: Values) -> str:
-    """The location of a part within an object, in words."""
-    start, stop, centre = _extent(own, magnitude)
-    first, last, _ = _extent(mask, magnitude)
-    moved = [np.subtract(one, first).tolist() for one in (start, stop, centre, last)]
-    return location(*moved)
-
-
 def _extent(own: Mask, magnitude: Values) -> tuple[list[int], list[int], list[float]]:
     """The half-open box of a mask, starts and stops, and its centre weighted by magnitude."""
     positions = np.argwhere(own)
@@ -223,3 +237,223 @@ def _extent(own: Mask, magnitude: Values) -> tuple[list[int], list[int], list[fl
     centre = np.average(positions, axis=0, weights=weight)
     stop = positions.max(0) + 1
     return positions.min(0).tolist(), stop.tolist(), centre.tolist()
+
+
+def _check_how(how: object) -> None:
+    """Raises unless it names a kind of grouping, or is a tensor of whole numbers."""
+    if isinstance(how, Tensor):
+        if how.is_floating_point() or how.is_complex() or how.dtype == torch.bool:
+            raise InputTypeError(f"how must hold whole numbers: got {how.dtype}; use .long()")
+        return
+    names = ", ".join((COMPONENTS, *SEGMENTATIONS))
+    if not isinstance(how, str):
+        raise InputTypeError(
+            f"how must be one of {names} or a tensor of labels: got {type(how).__name__}"
+        )
+    name, colon, count = how.partition(":")
+    is_count = not colon or (count.isdecimal() and int(count) > 0)
+    if how != COMPONENTS and not (name in SEGMENTATIONS and is_count):
+        raise InputError(
+            f"how must be one of {names}, with a count behind a colon such as 'grid:8' or "
+            f"'slic:100', or a tensor of labels: got {how!r}"
+        )
+
+
+def _grouped(inputs: Tensor, maps: Tensor, how: str | Tensor, most: int) -> Tensor:
+    """Labels int64 [B, *spatial] of maps [B, *spatial] for inputs [B, C, *spatial]: 0 is the rest;
+    the others count from 1, the largest net evidence first. Given labels stay as they are.
+    """
+    if isinstance(how, Tensor):
+        return _given(how, maps)
+    values = maps.double().cpu().numpy()
+    if how != COMPONENTS:
+        name, _, count = how.partition(":")
+        segments = segment(inputs, name, int(count) if count else None)
+        shape = (len(segments), *inputs.shape[1:])
+        segments = segments.expand(shape) if inputs.dim() == 2 else segments[:, 0]
+        rows = zip(segments.expand(maps.shape).cpu().numpy(), values, strict=True)
+        result = [_ranked(merged(one, row, most), row, most, EVERY) for one, row in rows]
+    elif inputs.dim() == 2:
+        # Features have no neighbours: each is a part of its own.
+        own = np.arange(1, values.shape[1] + 1)
+        result = [_ranked(own, row, most, 0.0) for row in values]
+    else:
+        result = [_ranked(components(row), row, most, LEAST) for row in values]
+    return torch.from_numpy(np.stack(result)).to(maps.device)
+
+
+def _given(labels: Tensor, maps: Tensor) -> Tensor:
+    own = labels[:, 0] if labels.dim() == maps.dim() + 1 else labels
+    if len(labels) not in (1, len(maps)) or own.shape[1:] != maps.shape[1:]:
+        raise InputError(
+            f"how: labels must match the positions: got {list(labels.shape)}, expected "
+            f"{list(maps.shape)}"
+        )
+    if bool((labels < 0).any()):
+        raise InputError("how: labels must be 0 (the rest) or more: got negative ones")
+    return own.to(maps.device, torch.int64).expand(maps.shape).contiguous()
+
+
+def _ranked(labels: Labels, values: Values, most: int, least: float) -> Labels:
+    """Labels from 1 by falling net evidence, at most `most` of those above the share `least`."""
+    numbers, part = np.unique(labels, return_inverse=True)
+    net = np.abs(np.bincount(part.ravel(), weights=values.ravel()))
+    order = np.argsort(-net, kind="stable")
+    is_region = (numbers != 0) & (net > least * np.abs(values).sum())
+    order = order[is_region[order]][:most]
+    rank = np.zeros(len(numbers), dtype=np.int64)
+    rank[order] = np.arange(1, len(order) + 1)
+    return rank[part].reshape(labels.shape)
+
+
+def components(values: Values) -> Labels:
+    """The connected components of one sign where a smoothed map [*spatial] is large; 0 elsewhere.
+
+    The threshold is Otsu's (1979), lowered until `HELD` of the smoothed magnitude lies above it.
+    """
+    from scipy import ndimage
+
+    sigma = [SMOOTHING * size for size in values.shape]
+    radius = [min(int(np.ceil(4.0 * SMOOTHING * size)), size - 1) for size in values.shape]
+    smooth = ndimage.gaussian_filter(values, sigma, mode="nearest", radius=radius)
+    magnitude = np.abs(smooth)
+    order = -np.sort(-magnitude, axis=None)
+    held = int(np.argmax(order.cumsum() >= HELD * order.sum()))
+    large = (magnitude >= order[max(held, _otsu(order))]) & (magnitude > 0)
+    positive, negative = connected(large & (smooth > 0)), connected(large & (smooth < 0))
+    return np.where(positive > 0, positive, negative + (negative > 0) * values.size)
+
+
+def _otsu(order: Values) -> int:
+    """The last index of the upper class of falling values, by the largest variance between."""
+    if len(order) < 2:
+        return 0
+    count, above = np.arange(1, len(order)), order.cumsum()[:-1]
+    rest, total = len(order) - count, above[-1] + order[-1]
+    return int(np.argmax(count * rest * (above / count - (total - above) / rest) ** 2))
+
+
+def connected(mask: NDArray[np.bool_]) -> Labels:
+    """Labels of the connected components of a mask [*spatial], 0 where it is False: diagonal
+    neighbours are connected, and gaps up to twice the share `GAP` are bridged. A label is 1 + the
+    largest flat index of its component and the bridges around it.
+    """
+    from scipy import ndimage
+
+    box = np.ones([2 * round(GAP * size) + 1 for size in mask.shape], dtype=bool)
+    wide = ndimage.binary_dilation(mask, box)
+    number, count = ndimage.label(wide, np.ones([3] * mask.ndim))
+    last = np.zeros(count + 1, dtype=np.int64)
+    last[number.ravel()] = np.arange(1, mask.size + 1)
+    labels: Labels = last[number] * mask
+    return labels
+
+
+def merged(segments: Labels, values: Values, most: int) -> Labels:
+    """Segments [*spatial] of a map merged until `most` and the rest are left; the rest is 0.
+
+    Neighbours merge that cost least by Ward's criterion (1963), the growth of the squared distances
+    to the mean. The rest is the part whose mean is nearest to zero.
+    """
+    if not values.any():
+        return np.zeros_like(segments)
+    names = np.unique(segments, return_inverse=True)[1].reshape(segments.shape)
+    count = np.bincount(names.ravel()).astype(np.float64)
+    total = np.bincount(names.ravel(), weights=values.ravel())
+    edges, owner = _neighbours(names), np.arange(len(total))
+    for _ in range(len(total) - most - 1):
+        if not len(edges):
+            break
+        a, b = edges.T
+        gap = total[a] / count[a] - total[b] / count[b]
+        best = int(np.argmin(count[a] * count[b] / (count[a] + count[b]) * gap**2))
+        keep, gone = edges[best]
+        total[keep] += total[gone]
+        count[keep] += count[gone]
+        owner[owner == gone] = keep
+        edges = _distinct(np.where(edges == gone, keep, edges))
+    left = np.unique(owner)
+    numbers = owner + 1
+    if len(left) > most:
+        numbers[owner == left[np.argmin(np.abs(total[left] / count[left]))]] = 0
+    return numbers[names]
+
+
+def _neighbours(names: Labels) -> Labels:
+    """Pairs [E, 2] of segments that touch along an axis."""
+    moved = [np.moveaxis(names, axis, 0) for axis in range(names.ndim)]
+    return _distinct(np.concatenate([np.stack([m[:-1], m[1:]], -1).reshape(-1, 2) for m in moved]))
+
+
+def _distinct(edges: Labels) -> Labels:
+    """Each pair of different segments once, the smaller first."""
+    return np.unique(np.sort(edges[edges[:, 0] != edges[:, 1]], 1), axis=0)
+
+
+LONG, EDGE = 2.0 / 3.0, 1.0 / 6.0
+"""Shares of an axis: a longer part has no side, and a part within the last share is at the edge."""
+MOST, FIRST, MIDDLE, LAST, START, END = "most", "first", "middle", "last", "start", "end"
+KINDS = {1: "signal", 2: "image", 3: "volume"}
+"""The name of an input by its number of spatial axes."""
+_SIGNAL = {FIRST: "early part", LAST: "late part"}
+_DEPTH = {FIRST: "front", MIDDLE: "middle depth", LAST: "back", START: "front", END: "back"}
+_ROW = {FIRST: "upper", LAST: "lower", START: "upper", END: "lower"}
+_COLUMN = {FIRST: "left", LAST: "right", START: "left", END: "right"}
+_ENDS = (START, END)
+
+
+def location(
+    start: Sequence[int], stop: Sequence[int], centre: Sequence[float], size: Sequence[int]
+) -> str:
+    """Words for the half-open box from `start` to `stop` around `centre` in a space of `size`, such
+    as "upper left", "middle", "left edge", "late part", "front, lower part", or "most".
+    """
+    sides = [_side(*one) for one in zip(start, stop, centre, size, strict=True)]
+    if len(sides) == 1:
+        return _SIGNAL.get(sides[0], sides[0])
+    if len(sides) == 2:
+        return _in_plane(sides[0], sides[1])
+    if len(sides) == 3:
+        words = [_DEPTH.get(sides[0], MOST), _in_plane(sides[1], sides[2])]
+        return ", ".join(one for one in words if one != MOST) or MOST
+    return "places around (" + ", ".join(f"{one:.0f}" for one in centre) + ")"
+
+
+def with_preposition(words: str) -> str:
+    """A location with its preposition: "in the upper left", "at the end"."""
+    if words == MOST:
+        return "across most"
+    if words.startswith("places"):
+        return f"at {words}"
+    return f"at the {words}" if words.endswith(("edge", "start", "end")) else f"in the {words}"
+
+
+def _side(start: int, stop: int, centre: float, size: int) -> str:
+    if stop - start > LONG * size:
+        return MOST
+    if stop <= EDGE * size:
+        return START
+    if start >= (1.0 - EDGE) * size:
+        return END
+    middle = (centre + 0.5) / size
+    return FIRST if middle < 1.0 / 3.0 else LAST if middle > 2.0 / 3.0 else MIDDLE
+
+
+def _in_plane(row: str, column: str) -> str:
+    """Words for a side of the rows and a side of the columns."""
+    vertical, horizontal = _ROW.get(row, ""), _COLUMN.get(column, "")
+    if row in _ENDS and column in _ENDS:
+        return f"{vertical} {horizontal} corner"
+    if row in _ENDS:
+        return "top edge" if row == START else "bottom edge"
+    if column in _ENDS:
+        return f"{horizontal} edge"
+    if row == column == MOST:
+        return MOST
+    if vertical and horizontal:
+        return f"{vertical} {horizontal}"
+    if not vertical and not horizontal:
+        return MIDDLE
+    if MOST in (row, column):
+        return f"{vertical or horizontal} part"
+    return f"{vertical} middle" if vertical else f"middle {horizontal}"

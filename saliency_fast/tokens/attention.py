@@ -7,15 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.recipe import (
-    Maps,
-    Recipe,
-    Round,
-    RoundContext,
-    RoundResult,
-    Rounds,
-    RoundsRecipe,
-)
+from saliency_fast.engine import recipe as engine
 from saliency_fast.errors import InputError, InputTypeError, NoAttentionError
 from saliency_fast.methods.attention import (
     Layers,
@@ -49,15 +41,15 @@ class AttentionColumns:
         elif isinstance(self.query, bool) or not isinstance(self.query, int):
             raise InputTypeError(f"query must be a whole number or a name: got {self.query!r}")
 
-    def recipe(self) -> Recipe:
-        return RoundsRecipe(self._rounds, 1, at_input=True)
+    def recipe(self) -> engine.Recipe:
+        return engine.RoundsRecipe(self._rounds, 1, at_input=True)
 
-    def _rounds(self, asked: RoundContext) -> Rounds:
-        (x,) = asked.inputs
+    def _rounds(self, context: engine.RoundContext) -> engine.Rounds:
+        (x,) = context.inputs
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-        def each(rows: slice, found: RoundResult) -> None:
-            layers, real = wide(found.taps), self.real[rows]
+        def each(rows: slice, result: engine.RoundResult) -> None:
+            layers, real = wide(result.taps), self.real[rows]
             if layers[0].shape[2] != real.shape[1]:
                 raise NoAttentionError(
                     f"attention is over {layers[0].shape[2]} tokens, and the tokenizer gives "
@@ -67,15 +59,15 @@ class AttentionColumns:
             weights = last_row(start, layers, self.layer)
             rolled = rollout(start, layers, 0.5, "mean", 0.0)
             # The identity, which every token has of itself, is no evidence.
-            weighted = weighted_by_gradient(start, layers, wide(found.grads[0])) - start
+            weighted = weighted_by_gradient(start, layers, wide(result.grads[0])) - start
             parts.append((weights, rolled, weighted))
 
         example = torch.arange(len(x), device=x.device)
-        yield Round(
+        yield engine.Round(
             lambda example, _: (x[example],), example, example, taps=AttentionTaps(), each=each
         )
         weights, rolled, weighted = (torch.cat(one)[:, None] for one in zip(*parts, strict=True))
-        return Maps((weighted,), extras={"attention": weights, "rollout": rolled})
+        return engine.Maps((weighted,), extras={"attention": weights, "rollout": rolled})
 
     def _start(self, real: Tensor, layers: Layers) -> Tensor:
         """The weight of each token as a query [R, T]."""

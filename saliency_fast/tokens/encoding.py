@@ -31,10 +31,8 @@ BASELINE_TOKENS = ("pad", "mask", "unk")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts as padded token ids [B, T].
-
-    arguments: the model's further arguments, by name. real, special: bool [B, T]; padding is not
-    real. words: of each text, with the indices of their tokens.
+    """Texts as padded token ids [B, T]. arguments: the model's others, by name. real, special:
+    bool [B, T]; padding is not real. words: of each text, with the indices of their tokens.
     """
 
     ids: Tensor
@@ -59,9 +57,8 @@ def encode(
         raise InputError("texts must be all single or all pairs: got both")
     encoding = _tokenized(tokenizer, pairs)
     limit = _limit(model, tokenizer) if max_length is None else max_length
-    lengths = [len(ids) for ids in encoding["input_ids"]]
-    if limit is not None and max(lengths) > limit:
-        long = [(number, length) for number, length in enumerate(lengths) if length > limit]
+    lengths = enumerate(len(ids) for ids in encoding["input_ids"])
+    if limit is not None and (long := [one for one in lengths if one[1] > limit]):
         shown = ", ".join(f"text {number} has {length} tokens" for number, length in long[:5])
         if not truncate:
             raise InputError(
@@ -70,8 +67,7 @@ def encode(
             )
         warn(f"texts are cut to {limit} tokens: {shown}")
         encoding = _tokenized(tokenizer, pairs, truncation=True, max_length=limit)
-    if not all(encoding["input_ids"]):
-        empty = [number for number, ids in enumerate(encoding["input_ids"]) if not ids]
+    if empty := [number for number, ids in enumerate(encoding["input_ids"]) if not ids]:
         raise InputError(f"texts have no tokens: got {empty}; leave empty texts out")
     encoded = _padded(tokenizer, encoding, pairs, _device(model))
     arguments = _accepted(model, encoded) | _position_ids(model, encoded)
@@ -87,13 +83,13 @@ def _tokenized(tokenizer: Any, pairs: list[tuple[str, ...]], **options: Any) -> 
 
 def _limit(model: object, tokenizer: Any) -> int | None:
     """The largest number of tokens that a model has positions for; None where it is unknown."""
-    known = [getattr(tokenizer, "model_max_length", None)]
-    known.append(getattr(getattr(model, "config", None), "max_position_embeddings", None))
+    limits = [getattr(tokenizer, "model_max_length", None)]
+    limits.append(getattr(getattr(model, "config", None), "max_position_embeddings", None))
     for table in _position_tables(model):
         # A table that keeps a row for padding counts positions from behind it.
         first = 0 if table.padding_idx is None else table.padding_idx + 1
-        known.append(table.num_embeddings - first)
-    return min((n for n in known if isinstance(n, int) and 0 < n < _UNLIMITED), default=None)
+        limits.append(table.num_embeddings - first)
+    return min((n for n in limits if isinstance(n, int) and 0 < n < _UNLIMITED), default=None)
 
 
 def _position_tables(model: object) -> list[nn.Embedding]:
@@ -178,12 +174,10 @@ def _padded(
 
 def _row(tokenizer: Any, encoding: Any, number: int, texts: tuple[str, ...]) -> TokenizedText:
     ids = encoding["input_ids"][number]
-    mask = encoding.get("special_tokens_mask") if isinstance(encoding, Mapping) else None
-    if mask is None:
-        known = set(getattr(tokenizer, "all_special_ids", ()))
-        special = tuple(one in known for one in ids)
-    else:
-        special = tuple(map(bool, mask[number]))
+    special_ids = set(getattr(tokenizer, "all_special_ids", ()))
+    special = tuple(one in special_ids for one in ids)
+    if isinstance(encoding, Mapping) and encoding.get("special_tokens_mask") is not None:
+        special = tuple(map(bool, encoding["special_tokens_mask"][number]))
     tokens = tuple(tokenizer.convert_ids_to_tokens(list(ids)))
     spans: tuple[Span | None, ...] = (None,) * len(ids)
     byte_level = is_byte_level(tokenizer)
@@ -206,15 +200,14 @@ def baseline_id(tokenizer: Any, baseline: str | int) -> int:
         raise InputTypeError(f"baseline must be a name or a token id: got {baseline!r}")
     if isinstance(baseline, int):
         return baseline
-    known = {name: getattr(tokenizer, f"{name}_token_id", None) for name in BASELINE_TOKENS}
-    found = known.get(baseline)
-    if found is None:
-        has = [name for name, value in known.items() if value is not None]
+    ids: dict[str, Any] = {n: getattr(tokenizer, f"{n}_token_id", None) for n in BASELINE_TOKENS}
+    if ids.get(baseline) is None:
+        names = [*(name for name, value in ids.items() if value is not None), "zero"]
         raise InputError(
-            f"baseline must be {', '.join([*map(repr, has), repr('zero')])} or a token id with "
-            f"this tokenizer: got {baseline!r}"
+            f"baseline must be {', '.join(map(repr, names))} or a token id with this tokenizer: "
+            f"got {baseline!r}"
         )
-    return int(found)
+    return int(ids[baseline])
 
 
 def id_of(tokenizer: Any, token: str) -> int:
@@ -222,9 +215,7 @@ def id_of(tokenizer: Any, token: str) -> int:
     the vocabulary; raises InputError where the text is several tokens.
     """
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) == 1:
-        return int(ids[0])
-    named = tokenizer.get_vocab().get(token)
+    named = ids[0] if len(ids) == 1 else tokenizer.get_vocab().get(token)
     if named is not None:
         return int(named)
     pieces = tokenizer.convert_ids_to_tokens(list(ids))

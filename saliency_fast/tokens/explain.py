@@ -115,17 +115,19 @@ def explain_tokens(
     if attention is not False or method.recipe().gradients:
         table = _embedding_table(model, encoded, arguments)
     call = _Call(model, encoded, arguments, table)
-    whole = call.attribution(method, goal, _baseline(tokenizer, baseline, call, method), options)
-    values = _per_token(whole, method, reduction) * encoded.real
+    result = call.attribution(method, goal, _baseline(tokenizer, baseline, call, method), options)
+    values = _per_token(result, method, reduction) * encoded.real
     columns: _Columns = (None, None, None, None)
     if attention is not False:
         # Where "predicted" chose classes, attention is read for the same ones.
-        if whole.classes is not None:
-            goal = restore_target(whole.provenance.target, whole.classes, whole.many, whole.kept)
+        if result.classes is not None:
+            goal = restore_target(
+                result.provenance.target, result.classes, result.many, result.kept
+            )
         reading = AttentionColumns(encoded.real, query, layer)
         columns = call.attention(reading, goal, bool(attention), options)
     return TokenAttribution(
-        encoded.tokens, encoded.words, encoded.real, encoded.special, values, *columns, whole
+        encoded.tokens, encoded.words, encoded.real, encoded.special, values, *columns, result
     )
 
 
@@ -142,60 +144,54 @@ class _Call:
     arguments: Mapping[str, Any]
     table: Lookup | None
 
-    @property
-    def at(self) -> str:
-        """The name of the table."""
-        assert self.table is not None
-        return names_of(self.model, [self.table.layer])[0]
-
     def attribution(
         self, method: Method, target: Target, baseline: Tensor | None, options: Mapping[str, Any]
     ) -> Attribution:
         """The attribution of embeddings, or of ids by methods that use scores alone."""
         recipe, encoded, features = method.recipe(), self.encoded, None
-        if recipe.gradients:
-            engine = Engine(self.model, method, at=self.at, **options)
-        else:
-            engine = Engine(self.model, method, **options)
-            if recipe.features:
-                # Each token is a segment; special tokens and padding are the one that stays.
-                index = torch.arange(encoded.ids.shape[1], device=encoded.ids.device)
-                features = torch.where(encoded.content, index, -1)
-        whole = engine(
+        if not recipe.gradients and recipe.features:
+            # Each token is a segment; special tokens and padding are the one that stays.
+            index = torch.arange(encoded.ids.shape[1], device=encoded.ids.device)
+            features = torch.where(encoded.content, index, -1)
+        at: dict[str, Any] = {"at": self._at} if recipe.gradients else {}
+        explain = Engine(self.model, method, **at, **options)
+        result = explain(
             encoded.ids, target, baseline, forward_kwargs=self.arguments, features=features
         )
-        if whole.many:
-            count = whole.scores.shape[1]
+        if result.many:
+            count = result.scores.shape[1]
             raise InputError(f"target must be one per text: got {count}; call once for each")
-        return whole
+        return result
+
+    @property
+    def _at(self) -> str:
+        assert self.table is not None
+        return names_of(self.model, [self.table.layer])[0]
 
     def attention(
         self, reading: AttentionColumns, target: Target, needed: bool, options: Mapping[str, Any]
     ) -> _Columns:
         """The attention of the same call; without attention this raises only where it is needed."""
         # Half types are for sums of gradients, whose error can be measured.
-        kept = {
-            name: one for name, one in options.items() if name not in ("precision", "tolerance")
-        }
-        engine = Engine(self.model, reading, **{**kept, "at": self.at, "hashes": False})
+        of = {**options, "at": self._at, "hashes": False, "precision": "float32", "tolerance": None}
+        explain = Engine(self.model, reading, **of)
         try:
-            found = engine(self.encoded.ids, target, forward_kwargs=self.arguments)
+            result = explain(self.encoded.ids, target, forward_kwargs=self.arguments)
         except NoAttentionError as error:
             if needed:
                 raise
             return None, None, None, str(error)
-        assert isinstance(found.values, Tensor)
-        real, extras = self.encoded.real, found.extras
-        return extras["attention"] * real, extras["rollout"] * real, found.values * real, None
+        assert isinstance(result.values, Tensor)
+        real, extras = self.encoded.real, result.extras
+        return extras["attention"] * real, extras["rollout"] * real, result.values * real, None
 
 
-def _per_token(whole: Attribution, method: Method, reduction: str | None) -> Tensor:
-    """The values [B, T] of tokens."""
-    values = whole.values
+def _per_token(result: Attribution, method: Method, reduction: str | None) -> Tensor:
+    values = result.values
     if isinstance(values, Tensor) and values.dim() > 2:
         recipe = method.recipe()
         is_gradient = isinstance(recipe, WeightedSum) and recipe.factor == "none"
-        values = whole.map(reduction or ("l2" if is_gradient else "sum"), channel_axis=-1)
+        values = result.map(reduction or ("l2" if is_gradient else "sum"), channel_axis=-1)
     assert isinstance(values, Tensor)
     return values
 

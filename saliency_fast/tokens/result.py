@@ -70,11 +70,9 @@ class TokenAttribution:
     @property
     def columns(self) -> dict[str, Tensor]:
         """The available columns by name, [B, T] each, "attribution" first."""
-        columns = {"attribution": self.values}
-        for name in list(TITLES)[1:]:
-            if (column := getattr(self, name)) is not None:
-                columns[name] = column
-        return columns
+        several = (self.values, self.attention, self.rollout, self.gradient_attention)
+        pairs = zip(TITLES, several, strict=True)
+        return {name: column for name, column in pairs if column is not None}
 
     @property
     def correlation(self) -> dict[str, Tensor]:
@@ -84,11 +82,10 @@ class TokenAttribution:
         """
         columns, content = self.columns, self.real & ~self.special
         size = columns.pop("attribution").abs()
+        rows = list(enumerate(content))
         return {
-            name: torch.stack(
-                [_spearman(size[n][own], column[n][own]) for n, own in enumerate(content)]
-            )
-            for name, column in columns.items()
+            name: torch.stack([_spearman(size[n][own], one[n][own]) for n, own in rows])
+            for name, one in columns.items()
         }
 
     def words(self) -> TokenAttribution:
@@ -104,13 +101,13 @@ class TokenAttribution:
             "values" if name == "attribution" else name: _products(member, column)
             for name, column in self.columns.items()
         }
-        counts = torch.tensor([len(words) for words in self.pieces], device=self.real.device)
+        texts = tuple(tuple(word.text for word in words) for words in self.pieces)
+        counts = torch.tensor([len(words) for words in texts], device=self.real.device)
         return replace(
             self,
-            tokens=tuple(tuple(word.text for word in words) for words in self.pieces),
+            tokens=texts,
             pieces=tuple(
-                tuple(Word(word.text, (index,)) for index, word in enumerate(words))
-                for words in self.pieces
+                tuple(Word(text, (index,)) for index, text in enumerate(words)) for words in texts
             ),
             real=torch.arange(widest, device=counts.device) < counts[:, None],
             special=_products(member, self.special.to(member.dtype)) > 0,
@@ -118,38 +115,28 @@ class TokenAttribution:
         )
 
     def rows(self, text: int = 0) -> list[tuple[str, bool, dict[str, float]]]:
-        """The tokens of one text.
+        """(token, whether it is special, its number in each column) for the tokens of one text.
 
         Args:
-            text: The index of the text.
-
-        Returns:
-            (token, whether it is special, its number in each column) per token.
-
-        Raises:
-            InputError: If there is no such text.
+            text: The index of the text; InputError if there is none.
         """
         if not -len(self.tokens) <= text < len(self.tokens):
             raise InputError(f"text out of range: got {text}, there are {len(self.tokens)}")
-        own = self.real[text]
-        columns = {name: one[text][own].tolist() for name, one in self.columns.items()}
-        special = self.special[text][own].tolist()
+        own, names = self.real[text], list(self.columns)
+        columns = (one[text][own].tolist() for one in self.columns.values())
+        special, numbers = self.special[text][own].tolist(), zip(*columns, strict=True)
+        rows = zip(self.tokens[text], special, numbers, strict=True)
         return [
-            (token, special[index], {name: one[index] for name, one in columns.items()})
-            for index, token in enumerate(self.tokens[text])
+            (token, is_special, dict(zip(names, row, strict=True)))
+            for token, is_special, row in rows
         ]
 
     def table(self, text: int = 0) -> str:
-        """The tokens of one text with their numbers, as plain text; special ones in brackets.
+        """The tokens of one text with their numbers and the rank correlations, as plain text;
+        special tokens are in brackets.
 
         Args:
-            text: The index of the text.
-
-        Returns:
-            A line per token, and the rank correlations.
-
-        Raises:
-            InputError: If there is no such text.
+            text: The index of the text; InputError if there is none.
         """
         rows = self.rows(text)
         labels = [f"({token})" if special else token for token, special, _ in rows]
@@ -157,9 +144,8 @@ class TokenAttribution:
         head = "token".ljust(width) + "".join(f"  {TITLES[name]:>15}" for name in self.columns)
         lines = [self._facts(text), head, "-" * len(head)]
         for label, (_, _, numbers) in zip(labels, rows, strict=True):
-            lines.append(
-                label.ljust(width) + "".join(f"  {one:>15.3g}" for one in numbers.values())
-            )
+            cells = "".join(f"  {one:>15.3g}" for one in numbers.values())
+            lines.append(label.ljust(width) + cells)
         if agreements := self._agreements(text):
             lines.append(f"{AGREEMENT}: {_listed(agreements)}")
         if self.reason is not None:
@@ -171,43 +157,36 @@ class TokenAttribution:
         texts = [self._shaded(number) for number in range(len(self.tokens))]
         return render("tokens.html.jinja", texts=texts, agrees=AGREEMENT, note=NOTE)
 
-    def _repr_html_(self) -> str:
-        return self.html()
+    _repr_html_ = html
 
     def __str__(self) -> str:
-        """The tables of all texts."""
         return "\n\n".join(self.table(number) for number in range(len(self.tokens)))
 
     def __repr__(self) -> str:
-        """One line."""
         lengths = ", ".join(str(len(one)) for one in self.tokens[:5])
         more = ", ..." if len(self.tokens) > 5 else ""
         return f"<TokenAttribution {self.attribution.provenance.method}; tokens: {lengths}{more}>"
 
     def _facts(self, text: int) -> str:
-        found = self.attribution
-        facts = [found.provenance.method, f"score {float(found.scores[text]):.4g}"]
-        if found.baseline_scores is not None:
-            facts.append(f"baseline {float(found.baseline_scores[text]):.4g}")
-        if found.delta is not None:
-            facts.append(f"delta {float(found.delta[text]):.2g}")
+        result = self.attribution
+        facts = [result.provenance.method, f"score {float(result.scores[text]):.4g}"]
+        if result.baseline_scores is not None:
+            facts.append(f"baseline {float(result.baseline_scores[text]):.4g}")
+        if result.delta is not None:
+            facts.append(f"delta {float(result.delta[text]):.2g}")
         return "; ".join(facts)
 
     def _agreements(self, text: int) -> dict[str, str]:
         """The rank correlations of one text, written out."""
-        values = {name: float(one[text]) for name, one in self.correlation.items()}
-        return {
-            name: "undefined" if math.isnan(value) else f"{value:+.2f}"
-            for name, value in values.items()
-        }
+        values = ((name, float(one[text])) for name, one in self.correlation.items())
+        return {name: "undefined" if one != one else f"{one:+.2f}" for name, one in values}
 
     def _shaded(self, text: int) -> dict[str, Any]:
-        """One text for the template."""
         rows, agreements, columns = self.rows(text), self._agreements(text), []
         for name in self.columns:
             # Special tokens draw most of the attention: they would leave no shade for the others.
             own = [abs(numbers[name]) for _, special, numbers in rows if not special]
-            top = max((one for one in own if math.isfinite(one)), default=0.0)
+            top = max(filter(math.isfinite, own), default=0.0)
             tokens = []
             for token, special, numbers in rows:
                 value = numbers[name]

@@ -46,7 +46,6 @@ class Similarity:
             )
 
     def texts(self, count: int) -> list[str]:
-        """The other text of each of `count` texts."""
         several = [self.to] if isinstance(self.to, str) else list(self.to)
         if len(several) not in (1, count):
             raise InputError(f"to must be one text, or one for each of {count}: got {len(several)}")
@@ -69,8 +68,8 @@ class SimilarityModel(nn.Module):
         self.training = model.training
 
     def get_input_embeddings(self) -> nn.Module | None:
-        found: nn.Module | None = getattr(self.model, "get_input_embeddings", lambda: None)()
-        return found
+        result: nn.Module | None = getattr(self.model, "get_input_embeddings", lambda: None)()
+        return result
 
     def forward(self, input_ids: Tensor, pooled: Tensor, other: Tensor, **further: Any) -> Tensor:
         embedding = self.similarity.pool(self.model(input_ids, **further), pooled)
@@ -96,13 +95,13 @@ POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "first
 
 
 def _hidden_states(raw: Any) -> Tensor:
-    found = raw if isinstance(raw, Tensor) else getattr(raw, "last_hidden_state", None)
-    if found is None and isinstance(raw, (tuple, list)):
-        found = raw[0]
-    if not isinstance(found, Tensor) or found.dim() != 3:
-        got = list(found.shape) if isinstance(found, Tensor) else type(raw).__name__
+    result = raw if isinstance(raw, Tensor) else getattr(raw, "last_hidden_state", None)
+    if result is None and isinstance(raw, (tuple, list)):
+        result = raw[0]
+    if not isinstance(result, Tensor) or result.dim() != 3:
+        got = list(result.shape) if isinstance(result, Tensor) else type(raw).__name__
         raise ModelError(
             f"similarity needs a model of last hidden states [B, T, E]: got {got}; pass "
             "pooling=function, from what the model returns and a mask [B, T] to [B, E]"
         )
-    return found
+    return result

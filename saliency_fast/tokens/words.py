@@ -26,10 +26,8 @@ Span = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Word:
-    """A word and the indices of its tokens.
-
-    shares: the share of each token's value that the word gets; 1 unless the token has characters of
-    several words.
+    """A word and the indices of its tokens. shares: the share of each token's value that the word
+    gets; 1 unless the token has characters of several words.
     """
 
     text: str
@@ -44,10 +42,8 @@ class Word:
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A text's tokens without padding.
-
-    spans: the position of each token in `texts`, where the tokenizer gives it. readable: the tokens
-    as text; see `readable_tokens`.
+    """A text's tokens without padding. spans: the position of each token in `texts`, where the
+    tokenizer gives it. readable: see `readable_tokens`.
     """
 
     texts: tuple[str, ...]
@@ -69,10 +65,8 @@ _BYTES = _byte_alphabet()
 
 def is_byte_level(tokenizer: Any) -> bool:
     """Whether a tokenizer's tokens spell bytes in letters of `_BYTES`."""
-    if hasattr(tokenizer, "byte_decoder"):
-        return True
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return "ByteLevel" in str(getattr(backend, "decoder", ""))
+    return hasattr(tokenizer, "byte_decoder") or "ByteLevel" in str(getattr(backend, "decoder", ""))
 
 
 def _bytes_of(token: str, byte_level: bool) -> bytes | None:
@@ -123,18 +117,18 @@ def readable_tokens(
     for number, span in enumerate(spans):
         for character in range(*(span or (0, 0))):
             holders.setdefault(character, []).append(number)
-    found = []
+    result = []
     for number, (token, span) in enumerate(zip(tokens, spans, strict=True)):
         if span is None:
-            found.append(token)
+            result.append(token)
             continue
         text = characters[slice(*span)]
         text = text.replace(" ", SPACED).replace("\n", "\\n").replace("\t", "\\t")
         if any(len(holders[character]) > 1 for character in range(*span)):
             parts = holders[span[1] - 1]
             text += f"[{parts.index(number) + 1}/{len(parts)}]"
-        found.append(text)
-    return tuple(found)
+        result.append(text)
+    return tuple(result)
 
 
 def is_word_boundary(text: str, index: int) -> bool:
@@ -173,11 +167,9 @@ def words_of(tokenizer: Any, encoding: Any, number: int, row: TokenizedText) -> 
     groups: list[list[int]] = []
     starts = _starts_in_text(row, _starts_of_pieces(tokenizer, encoding, number, row.tokens))
     for index, starts_word in enumerate(starts):
-        behind_special = index > 0 and row.special[index - 1]
-        if starts_word or behind_special or row.special[index] or not groups:
-            groups.append([index])
-        else:
-            groups[-1].append(index)
+        if index == 0 or starts_word or row.special[index - 1] or row.special[index]:
+            groups.append([])
+        groups[-1].append(index)
     return tuple(word for indices in groups for word in _split(row, indices))
 
 
@@ -209,19 +201,19 @@ def _mark_of(tokenizer: Any) -> str:
 
 def _starts_in_text(row: TokenizedText, starts: list[bool]) -> list[bool]:
     """Word starts corrected by the characters of the text."""
-    found, part_before, end = [], 0, 0
+    result, part_before, end = [], 0, 0
     for span, starts_word in zip(row.spans, starts, strict=True):
         if span is None:
-            found.append(starts_word)
+            result.append(starts_word)
             continue
         part, start, stop = span
         text = row.texts[part]
         start = _skip_spaces(text, start, stop)
         inside = part == part_before and start < end
         boundary = start < stop and is_word_boundary(text, start)
-        found.append(not inside and (starts_word or boundary))
+        result.append(not inside and (starts_word or boundary))
         part_before, end = part, max(stop, end if part == part_before else 0)
-    return found
+    return result
 
 
 def _skip_spaces(text: str, start: int, stop: int) -> int:
@@ -245,8 +237,14 @@ def _split(row: TokenizedText, indices: list[int]) -> list[Word]:
         return [Word(text[start:stop].strip() or _plain(row, indices), tuple(indices))]
     pairs = zip([start, *cuts], [*cuts, stop], strict=True)
     bounds = [(a, b) for a, b in pairs if text[a:b].strip()]
-    held = [_words_of_span(bounds, span) for span in spans]
-    found = []
+    held = []
+    for span in spans:
+        # The words that a token has characters of; for spaces alone, the word behind them.
+        begin, end = (span or (0, 0, 0))[1:]
+        within = [n for n, (a, b) in enumerate(bounds) if begin < b and a < end]
+        behind = [n for n, (a, _) in enumerate(bounds) if a >= begin]
+        held.append(within or (behind or [len(bounds) - 1])[:1])
+    result = []
     for number, (a, b) in enumerate(bounds):
         own = [
             (index, 1.0 / len(words))
@@ -254,16 +252,8 @@ def _split(row: TokenizedText, indices: list[int]) -> list[Word]:
             if number in words
         ]
         if own:
-            found.append(Word(text[a:b].strip(), *map(tuple, zip(*own, strict=True))))
-    return found
-
-
-def _words_of_span(bounds: list[tuple[int, int]], span: Span | None) -> list[int]:
-    """The words that a token has characters of; for spaces alone, the word behind them."""
-    start, stop = (span or (0, 0, 0))[1:]
-    within = [n for n, (a, b) in enumerate(bounds) if start < b and a < stop]
-    behind = [n for n, (a, _) in enumerate(bounds) if a >= start]
-    return within or (behind or [len(bounds) - 1])[:1]
+            result.append(Word(text[a:b].strip(), *map(tuple, zip(*own, strict=True))))
+    return result
 
 
 def _plain(row: TokenizedText, indices: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from captum import attr
 from torch import Tensor, nn
 
 import saliency_fast.captum as facade
-from saliency_fast.captum import attribute_call
+from saliency_fast.captum import attribution
 from saliency_fast.errors import SaliencyError
 from tests.traces import Notes
 
@@ -40,13 +40,13 @@ def x() -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("small", [0, attribute_call.SMALL_INPUTS])
+@pytest.mark.parametrize("small", [0, attribution.SMALL_INPUTS])
 @pytest.mark.parametrize("target", [1, [0, 2, 1, 1], torch.tensor([2, 0, 0, 1])])
 @pytest.mark.parametrize("name", NAMES)
 def test_either_way_is_captums(
     x: Tensor, name: str, target: Any, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attribute_call, "SMALL_INPUTS", small)
+    monkeypatch.setattr(attribution, "SMALL_INPUTS", small)
     net = _net()
     found = getattr(facade, name)(net).attribute(x, target, additional_forward_args=0.5)
     expected = getattr(attr, name)(net).attribute(x, target, additional_forward_args=0.5)
@@ -64,15 +64,15 @@ def test_large_modules_and_inputs_go_by_the_engine(
     x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     net = _net()
-    assert attribute_call.is_small(net, (x,))
-    assert not attribute_call.is_small(net, (x.repeat(8, 1, 1, 1),))
-    assert not attribute_call.is_small(net, (x[..., None],))
-    assert not attribute_call.is_small(net, (x.half(),))
-    monkeypatch.setattr(attribute_call, "SMALL_NORMED", 8)
-    assert not attribute_call.is_small(net, (x,))
-    assert attribute_call.is_small(net.head, (x,))
-    monkeypatch.setattr(attribute_call, "SMALL_MODULE", 8)
-    assert not attribute_call.is_small(net.head, (x,))
+    assert attribution.is_small(net, (x,))
+    assert not attribution.is_small(net, (x.repeat(8, 1, 1, 1),))
+    assert not attribution.is_small(net, (x[..., None],))
+    assert not attribution.is_small(net, (x.half(),))
+    monkeypatch.setattr(attribution, "SMALL_NORMED", 8)
+    assert not attribution.is_small(net, (x,))
+    assert attribution.is_small(net.head, (x,))
+    monkeypatch.setattr(attribution, "SMALL_MODULE", 8)
+    assert not attribution.is_small(net.head, (x,))
 
 
 def test_a_model_changed_in_between_is_noticed(x: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast.captum as facade
-from saliency_fast.captum import attribute_call
+from saliency_fast.captum import attribution
 from tests.captum import facade_models as own
 from tests.models import Image, Tabular, make, randn
 
@@ -172,7 +172,7 @@ def test_later_objects_profit_from_what_earlier_ones_found() -> None:
     plain = make(Image).float()
     x, y = randn(2, 3, 96, 96).float(), randn(2, 3, 96, 96, seed=1).float()
     facade.IntegratedGradients(plain).attribute(x, target=1, n_steps=8)
-    known = attribute_call.known_points(plain)
+    known = attribution.calibrations_of(plain)
     ways = [str(probe.strategy) for probe in known.values()]
     assert ways
     assert all("recorded" in way for way in ways)
@@ -182,7 +182,7 @@ def test_later_objects_profit_from_what_earlier_ones_found() -> None:
         found = facade.IntegratedGradients(plain).attribute(y, target=target, n_steps=8)
         expected = captum.attr.IntegratedGradients(plain).attribute(y, target=target, n_steps=8)
         assert float((found - expected).norm() / expected.norm()) < 1e-4
-    assert [id(probe) for probe in attribute_call.known_points(plain).values()] == before
+    assert [id(probe) for probe in attribution.calibrations_of(plain).values()] == before
 
 
 def around(model: nn.Module, factor: float) -> Callable[[Tensor], Tensor]:
@@ -201,7 +201,7 @@ def test_functions_made_anew_are_known_by_their_code() -> None:
         )
         assert float((found - expected).norm() / expected.norm()) < 1e-4
         known.append(
-            [probe for one in attribute_call._KNOWN[plain].values() for probe in one.values()]
+            [probe for one in attribution._CALIBRATIONS[plain].values() for probe in one.values()]
         )
     assert known[0][0] is known[1][0]
     assert known[1][0] is not known[2][0]
@@ -219,19 +219,19 @@ def test_whole_batches_are_found_out_once_too() -> None:
         facade.DeepLift(model).attribute(x, target=1)
         facade.LayerDeepLift(model, model[0]).attribute(x, target=1)
         facade.FeatureAblation(model).attribute(x)
-        several = attribute_call._KNOWN[model].values()
+        several = attribution._CALIBRATIONS[model].values()
         known.append([id(probe) for one in several for probe in one.values()])
     assert known[0] == known[1]
     assert known[0]
 
 
 def test_what_is_known_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attribute_call, "MOST_KNOWN", 3)
+    monkeypatch.setattr(attribution, "MOST_CALIBRATIONS", 3)
     model, x = make(Tabular), randn(3, 7)
     method = facade.IntegratedGradients(lambda x, w: model(x).sum() + w.sum())
     for count in range(1, 7):
         method.attribute(x, additional_forward_args=torch.ones(count), n_steps=2)
-    assert len(attribute_call._KNOWN[model]) <= 3
+    assert len(attribution._CALIBRATIONS[model]) <= 3
 
 
 def test_models_are_let_go() -> None:
@@ -249,9 +249,9 @@ def test_models_are_let_go() -> None:
 )
 def test_targets_that_recorded_launches_serve(target: Any) -> None:
     """The engine gets numbers, and a function only for what it has no form for."""
-    first = next(attribute_call.engine_targets(target, 2))
+    first = next(attribution.engine_targets(target, 2))
     assert not callable(first)
-    assert all(map(callable, attribute_call.engine_targets((-1,), 2)))
+    assert all(map(callable, attribution.engine_targets((-1,), 2)))
 
 
 def test_facts_of_instances() -> None:

@@ -11,7 +11,7 @@ import captum.attr
 import pytest
 
 import saliency_fast.captum as facade
-from saliency_fast.captum.captum_only import PERTURBED, SAMPLED, STEPS
+from saliency_fast.captum.shared_calls import PERTURBED, SAMPLED, STEPS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "from-captum.md").read_text()
 

@@ -11,13 +11,12 @@ import torch
 
 from saliency_fast.render.files import encode
 from saliency_fast.render.html import Figure, percent_text
-from saliency_fast.render.page import (
+from saliency_fast.render.pages import (
+    BoxEvidence,
     Entry,
-    Inside,
+    MapMeasurements,
     MapView,
-    Numbers,
     Page,
-    Ranked,
     delta_text,
     error_text,
     memory_text,
@@ -25,7 +24,7 @@ from saliency_fast.render.page import (
 )
 from tests.pages import Reader
 
-NUMBERS = Numbers(
+NUMBERS = MapMeasurements(
     score=9.5,
     gain=10.0,
     delta=-0.02,
@@ -50,7 +49,7 @@ def page(**changes: object) -> Page:
         shape="3 x 8 x 8",
         sha256="ab" * 32,
         figure=figure,
-        ranking=(Ranked("cat", 0.9), Ranked('"dog"', 0.1)),
+        ranking=(("cat", 0.9), ('"dog"', 0.1)),
         truth="cat",
         maps=(view,),
     )
@@ -119,7 +118,7 @@ def test_what_numbers_say():
 
 
 def test_shares_are_told_with_their_chance_level():
-    inside = replace(NUMBERS, inside=Inside(0.75, 0.125))
+    inside = replace(NUMBERS, inside=BoxEvidence(0.75, 0.125))
     view = replace(page().entries[0].maps[0], numbers=inside)
     text = Reader(page_html(page(maps=(view,)))).text
     assert "75.0 %; the box covers 12.5 % of the picture" in text

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.summary import regions
-from saliency_fast.summary.grouping import GAP, connected
-from saliency_fast.summary.locations import location, with_preposition
+from saliency_fast.summary.regions import GAP, connected, location, with_preposition
 
 SHAPES = [(3, 2, 9), (2, 3, 12, 10), (2, 1, 5, 6, 7), (3, 8)]
 HOWS = ["components", "grid:3", "slic:12"]

@@ -14,8 +14,7 @@ from torch import nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError, RecordError
 from saliency_fast.summary import summarise
-from saliency_fast.summary.evidence_text import share_text, value_at
-from saliency_fast.summary.facts import replacements
+from saliency_fast.summary.sentences import replacements, share_text, value_at
 from saliency_fast.zoo import digits_cnn, held_out
 
 DIGITS = [str(number) for number in range(10)]
@@ -246,7 +245,7 @@ def test_caveats_come_from_numbers():
     kinds = set(one.facts["caveats"])
     assert {"target", "baseline"} <= kinds
     assert one.facts["confidence"]["at_baseline"] == pytest.approx(1 - 50 / 400)
-    assert "At 88 % of the places the input equals the baseline" in one.text
+    assert "At 88 % of the positions the input equals the baseline" in one.text
     # A map of the wrong sign: removing what it points at does not lower the score.
     (lie,) = summarise(model, x, (x == 0.3).double(), target=0)
     assert "contradicted" in lie.facts["caveats"]

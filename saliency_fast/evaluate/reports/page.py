@@ -23,21 +23,19 @@ from saliency_fast.evaluate.reports.text import (
     verdict_of,
     verdicts,
 )
-from saliency_fast.render.evaluation import (
-    Cell,
-    Described,
-    Drawn,
-    Evaluation,
-    Line,
-    Matrix,
-    Option,
-    Sample,
-    Table,
-    evaluation_html,
-)
 from saliency_fast.render.files import encode
 from saliency_fast.render.frames import frames, grey, picture
 from saliency_fast.render.html import Figure
+from saliency_fast.render.pages import (
+    Cell,
+    Evaluation,
+    Matrix,
+    MetricSection,
+    Table,
+    TableRow,
+    ThemedPlot,
+    evaluation_html,
+)
 from saliency_fast.render.plots import CURE, Plot, have_plots, plot_png
 
 NO_CURVES = f"This page has no curves: matplotlib is not installed. To have them, {CURE}."
@@ -77,7 +75,7 @@ def page(report: ReportData, command: str = "") -> str:
             lead=lead,
             verdicts=tuple(verdicts(report)),
             tables=tuple(tables),
-            samples=tuple(Sample(_example(report, row), _figures(report, row)) for row in samples),
+            samples=tuple((_example(report, row), _figures(report, row)) for row in samples),
             metrics=tuple(_described(report, metric, plotted) for metric in report.metrics),
             matrices=_matrices(report),
             unmeasured=tuple(unmeasured(report)),
@@ -107,7 +105,7 @@ def _means(report: ReportData) -> Table:
     groups = []
     for group, question in GROUPS.items():
         lines = tuple(
-            Line(
+            TableRow(
                 *(spelled(metric), one.better),
                 tuple(_cell(report, name, metric) for name in report.names),
             )
@@ -149,7 +147,7 @@ def _cell(report: ReportData, name: str, metric: str) -> Cell:
 def _comparisons(report: ReportData) -> Table:
     first, gaps = report.methods[0], report.comparisons()
     lines = tuple(
-        Line(
+        TableRow(
             *(spelled(metric), one.better),
             tuple(_gap(found.get(metric), one.better) for found in gaps.values()),
         )
@@ -177,7 +175,7 @@ def _gap(gap: Interval | None, better: str) -> Cell:
     return Cell(f"+{mean}" if gap.mean > 0 else mean, ends, verdict if kind else "", kind)
 
 
-def _described(report: ReportData, metric: str, plotted: bool) -> Described:
+def _described(report: ReportData, metric: str, plotted: bool) -> MetricSection:
     made = report.metrics[metric]
     entry, meanings = entry_of(made, metric), field_meanings(type(made))
     outcomes = {name: found[metric] for name, found in report.outcomes.items() if metric in found}
@@ -194,21 +192,21 @@ def _described(report: ReportData, metric: str, plotted: bool) -> Described:
                 caveats.setdefault(caveat, []).append(spelled(row))
     plot = plot_of(report, metric) if plotted else None
     seconds = sum(found.get(metric, 0.0) for found in report.seconds.values())
-    return Described(
+    return MetricSection(
         name=spelled(metric),
         better=made.better,
         group=entry.group,
         asks=entry.asks,
         paper=entry.paper,
-        options=tuple(
-            Option(name, _by_row(rows), meanings.get(name, "")) for name, rows in options.items()
+        parameters=tuple(
+            (name, _by_row(rows), meanings.get(name, "")) for name, rows in options.items()
         ),
         caveats=tuple(
             caveat if len(rows) == len(outcomes) else f"{', '.join(rows)}: {caveat}"
             for caveat, rows in caveats.items()
         ),
         seconds=f"{seconds:.3g} s for {plural(len(outcomes), 'row')} of the table",
-        drawn=None if plot is None else _drawn(plot, report.confidence),
+        plot=None if plot is None else _drawn(plot, report.confidence),
     )
 
 
@@ -219,7 +217,7 @@ def _by_row(rows: dict[str, list[str]]) -> str:
     return "; ".join(f"{value} ({', '.join(names)})" for value, names in rows.items())
 
 
-def _drawn(plot: Plot, confidence: float) -> Drawn:
+def _drawn(plot: Plot, confidence: float) -> ThemedPlot:
     """The plot for light and dark pages, and its description."""
     ends = "; ".join(
         f"{spelled(band.name)} goes from {band.mean[0]:.3g} to {band.mean[-1]:.3g}, in the"
@@ -230,7 +228,7 @@ def _drawn(plot: Plot, confidence: float) -> Drawn:
         f"{plot.title}: mean {plot.y_name} over {plot.x_name}, with {100.0 * confidence:g} % "
         f"bootstrap bands. {ends}."
     )
-    return Drawn(plot_png(plot, "light"), plot_png(plot, "dark"), alt)
+    return ThemedPlot(plot_png(plot, "light"), plot_png(plot, "dark"), alt)
 
 
 def _matrices(report: ReportData) -> tuple[Matrix, ...]:

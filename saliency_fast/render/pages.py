@@ -1,15 +1,19 @@
-"""The page of explanations: inputs, predictions, maps and the measured properties of each map."""
+"""Pages: what the page of explanations and the page of an evaluation show, and both as HTML."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from saliency_fast.engine.memory import bytes_text
 from saliency_fast.render.html import Figure, legends, number_text, percent_text, render
+
+Pairs = tuple[tuple[str, str], ...]
+"""(name, value) pairs."""
 
 
 @dataclass(frozen=True)
-class Inside:
+class BoxEvidence:
     """The share of a map's positive evidence in a box, and the box's share of the picture."""
 
     share: float
@@ -17,7 +21,7 @@ class Inside:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class MapMeasurements:
     """The measured properties of one map.
 
     delta: None for a method without completeness. gain: score - baseline score, which makes the
@@ -35,7 +39,7 @@ class Numbers:
     peak_bytes: int
     peak_measured: bool
     batch: int = 1
-    inside: Inside | None = None
+    inside: BoxEvidence | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class MapView:
     parameters: str
     explains: str
     figures: tuple[Figure, ...]
-    numbers: Numbers
+    numbers: MapMeasurements
     record: str
     words: str = ""
 
@@ -70,23 +74,17 @@ class MapView:
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """A class and its probability."""
-
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True)
 class Entry:
-    """One input. ranking: the prediction first; empty where the model does not classify."""
+    """One input. ranking: classes and probabilities, the prediction first; empty where the model
+    does not classify.
+    """
 
     name: str
     source: str
     shape: str
     sha256: str | None
     figure: Figure | None
-    ranking: tuple[Ranked, ...]
+    ranking: tuple[tuple[str, float], ...]
     truth: str | None
     maps: tuple[MapView, ...]
 
@@ -104,17 +102,17 @@ class Page:
     title: str
     lead: str
     entries: tuple[Entry, ...]
-    facts: tuple[tuple[str, str], ...]
+    facts: Pairs
     command: str
 
 
 def page_html(page: Page) -> str:
     """The page as one HTML document without scripts or external resources."""
     pictured = any(view.figures for one in page.entries for view in one.maps)
-    return render("page.html.jinja", page=page, styles=legends() if pictured else [])
+    return render("page.html.jinja", page=page, styles=legends() if pictured else {})
 
 
-def delta_text(numbers: Numbers) -> str:
+def delta_text(numbers: MapMeasurements) -> str:
     """The completeness delta and its share of the score's gain."""
     if numbers.delta is None:
         return "none: this method has no completeness"
@@ -124,7 +122,7 @@ def delta_text(numbers: Numbers) -> str:
     return text
 
 
-def error_text(numbers: Numbers) -> str:
+def error_text(numbers: MapMeasurements) -> str:
     """The map's estimated relative L2 error."""
     if math.isnan(numbers.error):
         return "unknown"
@@ -136,12 +134,106 @@ def error_text(numbers: Numbers) -> str:
     return text
 
 
-def memory_text(numbers: Numbers) -> str:
-    """Peak memory, and whether it was measured."""
+def memory_text(numbers: MapMeasurements) -> str:
     how = "measured" if numbers.peak_measured else "planned"
-    count, units = float(numbers.peak_bytes), ["GiB", "MiB", "KiB", "B"]
-    while count >= 1024 and len(units) > 1:
-        count /= 1024
-        units.pop()
-    digits = 0 if units[-1] == "B" else 1
-    return f"{count:.{digits}f} {units[-1]} ({how})"
+    return f"{bytes_text(numbers.peak_bytes)} ({how})"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table of means.
+
+    text: in normal size; below: in small print. tag: a word before the text. kind: the colour of
+    the tag, "", "soft", "good" or "bad". best: whether the cell is bold and has a star. why: the
+    reason for an empty cell.
+    """
+
+    text: str
+    below: str = ""
+    tag: str = ""
+    kind: str = ""
+    best: bool = False
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A row of a table. better: the better direction, "higher", "lower" or ""."""
+
+    name: str
+    better: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """heads: (title of a group of columns, their names). groups: (title, rows)."""
+
+    title: str
+    caption: str
+    heads: tuple[tuple[str, tuple[str, ...]], ...]
+    groups: tuple[tuple[str, tuple[TableRow, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Values of pairs, as rows; NaN where there is none. Larger values get darker cells."""
+
+    title: str
+    names: tuple[str, ...]
+    values: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class ThemedPlot:
+    """A plot as PNG for light and for dark pages."""
+
+    light: bytes
+    dark: bytes
+    alt: str
+
+
+@dataclass(frozen=True)
+class MetricSection:
+    """A metric: the question it answers, its curves and its protocol. parameters: (name, value,
+    meaning).
+    """
+
+    name: str
+    better: str
+    group: str
+    asks: str
+    paper: str
+    parameters: tuple[tuple[str, str, str], ...]
+    caveats: tuple[str, ...]
+    seconds: str
+    plot: ThemedPlot | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The whole page.
+
+    verdicts: (good, bad or plain; sentence). samples: (an example's name; the input and every map
+    over it). notes: parts that this page lacks. unmeasured: (metric and method, reason). facts: of
+    the footer. command: reproduces the page.
+    """
+
+    title: str
+    lead: str
+    verdicts: Pairs
+    tables: tuple[Table, ...]
+    samples: tuple[tuple[str, tuple[Figure, ...]], ...]
+    metrics: tuple[MetricSection, ...]
+    matrices: tuple[Matrix, ...]
+    unmeasured: Pairs
+    caveats: tuple[str, ...]
+    notes: tuple[str, ...]
+    facts: Pairs
+    command: str
+
+
+def evaluation_html(page: Evaluation) -> str:
+    """The page as one HTML document without scripts or external resources."""
+    has_boxes = any(figure.box for _, figures in page.samples for figure in figures)
+    return render("evaluation.html.jinja", page=page, styles=legends("signed"), has_boxes=has_boxes)

@@ -1,9 +1,11 @@
-"""The argument forms of Captum 0.9, validated with the error messages that its users know."""
+"""The parameters and argument forms of Captum 0.9, with the error messages that its users know."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from functools import wraps
+from inspect import cleandoc, signature
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,20 +18,100 @@ from saliency_fast.model.casts import cast
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Baselines = tuple[Tensor | int | float, ...]
+Windows = tuple[tuple[int, ...], ...]
+
+ARGUMENTS = {
+    "inputs": "a tensor [B, *], or a tuple of them, which the function takes first.",
+    "baselines": "inputs that stand for no information: a number, a tensor of the inputs' shape or "
+    "[1, *], or a tuple with one for each input; None is 0. Of classes that average over baselines "
+    "(`GradientShap`, `DeepLiftShap` and its kin) a set [M, *] for each input, or a function that "
+    "returns the sets, of the inputs if it takes an argument.",
+    "target": "the element of the output that is explained: an int, a tuple of indices after the "
+    "batch axis, a list or tensor with one int for each example, or a list of tuples; None where "
+    "the function returns one number per example.",
+    "additional_forward_args": "further arguments of the function, without attributions: a tuple "
+    "of any types, or a single argument.",
+    "return_convergence_delta": "whether the result is (attributions, delta): for each example the "
+    "sum of the attributions less what the score gains over the baselines, [B]; [B * samples], "
+    "example-major, where attributions are means over samples or baselines.",
+    "attribute_to_layer_input": "whether the layer's input counts instead of its output.",
+    "attribute_to_neuron_input": "whether the neuron is in the layer's input.",
+    "neuron_selector": "an index after the batch axis; a tuple of indices and slices, over which "
+    "is summed; or a function of the layer's tensor that returns one number per row.",
+    "grad_kwargs": "arguments of `torch.autograd.grad`; with them the batch runs at once.",
+    "feature_mask": "integers that broadcast to the inputs [1 | B, *], the same for elements that "
+    "are one feature; a tuple for a tuple of inputs; None: every element is a feature.",
+    "perturbations_per_eval": "perturbed batches in one call of the function.",
+    "show_progress": "whether a progress bar counts those calls.",
+    "abs": "whether the gradients' absolute values are returned.",
+    "n_steps": "points of the path.",
+    "method": "the quadrature rule: 'riemann_left', 'riemann_right', 'riemann_middle', "
+    "'riemann_trapezoid' or 'gausslegendre'.",
+    "internal_batch_size": "the most points at once; None plans memory.",
+    "relu_attributions": "whether negative attributions are set to zero.",
+    "attr_dim_summation": "whether channels are summed.",
+    "interpolate_mode": "the mode in which Grad-CAM's map is resized to the inputs.",
+    "custom_attribution_func": "makes attributions of the multipliers, or of multipliers, inputs "
+    "and baselines, each a tuple of tensors.",
+    "verbose": "whether the rule of each layer is printed.",
+    "n_samples": "random samples of each example: points, orders of features, or coalitions.",
+    "nt_type": "'smoothgrad' (mean), 'smoothgrad_sq' (mean square) or 'vargrad' (variance).",
+    "nt_samples": "noisy copies of each example, from seeds of PyTorch's global generator.",
+    "nt_samples_batch_size": "copies of all examples at once; None plans memory.",
+    "stdevs": "the standard deviation of noise on the inputs, or one for each input.",
+    "draw_baseline_from_distrib": "whether baselines are sets [M, *] to draw rows from.",
+    "sliding_window_shapes": "the window's size on each axis after the batch; a tuple of such "
+    "tuples for a tuple of inputs.",
+    "strides": "the step of the window, a number or one for each axis; a tuple of them for a tuple "
+    "of inputs; None is 1.",
+    "return_input_shape": "whether elements get their feature's slope.",
+    "attributions": "those of each input or layer tensor, [B, *].",
+    "start_point": "the baselines.",
+    "end_point": "the inputs.",
+}
+"""The arguments of `attribute`, which mean the same in all classes."""
 
 
 def public(method: Method) -> Method:
     """Adds `__wrapped__` to a method, by which Captum's classes call the methods they hold."""
 
-    @functools.wraps(method)
+    @wraps(method)
     def called(*args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs)
 
     return called  # type: ignore[return-value]
 
 
+def with_parameters(parameters: str) -> Callable[[Callable[[Any, Any], Any]], Any]:
+    """Gives a method (self, args) the parameters of Captum's method of that name.
+
+    Args:
+        parameters: Those after `self`, as in Python: "inputs, target=None".
+
+    Returns:
+        A decorator. The method gets its arguments, defaults included, as attributes of `args`, and
+        its documentation a section on each of them.
+    """
+    # As in `collections.namedtuple`: `Signature.bind` takes as long as a layer of a small model.
+    bind = eval(f"lambda self, {parameters}: locals()")
+
+    def decorate(method: Callable[[Any, Any], Any]) -> Any:
+        @wraps(method)
+        def attribute(*args: Any, **kwargs: Any) -> Any:
+            bound = bind(*args, **kwargs)
+            return method(bound.pop("self"), SimpleNamespace(**bound))
+
+        own = signature(bind)
+        lines = [f"    {name}: {ARGUMENTS[name]}" for name in own.parameters if name in ARGUMENTS]
+        attribute.__doc__ = "\n".join([cleandoc(method.__doc__ or ""), "", "Args:", *lines])
+        attribute.__signature__ = own  # type: ignore[attr-defined]
+        bind.__qualname__ = method.__qualname__
+        return public(attribute)
+
+    return decorate
+
+
 def as_tuple(inputs: Any) -> Inputs:
-    """Inputs as a tuple of tensors."""
     parts = inputs if isinstance(inputs, tuple) else (inputs,)
     if not isinstance(inputs, (tuple, Tensor)):
         raise ContractError(
@@ -85,6 +167,13 @@ def as_baselines(baselines: Any, inputs: Inputs) -> Baselines:
                 f"however {type(one)} detected; use torch.as_tensor"
             )
     return parts
+
+
+def drawn_from(baselines: Any, inputs: Any) -> Any:
+    """Sets of baselines, which a function of the inputs, or without arguments, may return."""
+    if not callable(baselines):
+        return baselines
+    return baselines(inputs) if signature(baselines).parameters else baselines()
 
 
 def check_baselines(inputs: Inputs, baselines: Baselines, *, drawn: bool = False) -> None:
@@ -148,7 +237,6 @@ def as_target(target: Any) -> Any:
 
 
 def check_target(target: Any, batch: int) -> None:
-    """Raises where targets are not one per example."""
     many = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
     if many and len(target) != batch:
         raise ContractError(
@@ -204,7 +292,7 @@ def read_masks(feature_mask: Any, inputs: Inputs) -> Inputs | None:
     """Feature masks, one per input; raises where one does not broadcast to its input."""
     if feature_mask is None:
         return None
-    masks, found = as_tuple(feature_mask), []
+    masks, result = as_tuple(feature_mask), []
     if len(masks) != len(inputs):
         raise ContractError(
             f"feature_mask must have one tensor for each of {len(inputs)} inputs: got {len(masks)}"
@@ -217,25 +305,25 @@ def read_masks(feature_mask: Any, inputs: Inputs) -> Inputs | None:
                 f"feature mask shape {mask.shape}; give it the input's shape, or 1 on any axis"
             )
         cure = "number features by whole numbers"
-        found.append(cast(mask.detach(), torch.int64, "feature_mask", cure).to(x.device))
-    return tuple(found)
+        result.append(cast(mask.detach(), torch.int64, "feature_mask", cure).to(x.device))
+    return tuple(result)
 
 
 def default_masks(inputs: Inputs) -> Inputs:
     """A feature for each element after the batch axis, counted over all inputs: int64 [1, *]."""
-    found, count = [], 0
+    result, count = [], 0
     for x in inputs:
         row = x[:1]
-        found.append(count + torch.arange(row.numel(), device=x.device).view(row.shape))
+        result.append(count + torch.arange(row.numel(), device=x.device).view(row.shape))
         count += row.numel()
-    return tuple(found)
+    return tuple(result)
 
 
 def numbers_of(masks: Inputs, inputs: Inputs) -> Tensor:
     """The numbers of the features that inputs have, in order."""
     own = [mask.flatten() for mask, x in zip(masks, inputs, strict=True) if x.numel()]
-    found: Tensor = torch.unique(torch.cat(own))
-    return found
+    result: Tensor = torch.unique(torch.cat(own))
+    return result
 
 
 def for_fill(inputs: Inputs, baselines: Baselines) -> Inputs:
@@ -246,3 +334,56 @@ def for_fill(inputs: Inputs, baselines: Baselines) -> Inputs:
 
     pairs = zip(inputs, baselines, strict=True)
     return tuple(floating((x,))[0] if is_floating(one) else x for x, one in pairs)
+
+
+def sliding_windows(shapes: Any, strides: Any, inputs: Inputs) -> tuple[Windows, Windows]:
+    """A window and a stride for each axis after the batch axis of each input."""
+    steps = (1,) * len(inputs) if strides is None else strides
+    if len(inputs) == 1 and not (isinstance(steps, tuple) and len(steps) == 1):
+        steps = (steps,)
+    if not isinstance(steps, tuple) or len(steps) != len(inputs):
+        raise ContractError(
+            f"Strides must be provided for each input tensor. Got {strides!r} for {len(inputs)} "
+            "inputs; pass a tuple with an entry per input"
+        )
+    for number, (step, x) in enumerate(zip(steps, inputs, strict=True)):
+        if not isinstance(step, int) and not (isinstance(step, tuple) and len(step) == x.dim() - 1):
+            raise ContractError(
+                f"Stride for input index {number} is {step}, which is invalid for input with shape "
+                f"{x.shape}. It must be either an int or a tuple with length equal to "
+                "len(input_shape) - 1."
+            )
+    if len(shapes) and isinstance(shapes[0], int):
+        shapes = (shapes,)
+    if len(shapes) != len(inputs):
+        raise ContractError(
+            "Must provide sliding window dimensions for each input tensor. Got "
+            f"{shapes!r} for {len(inputs)} inputs; pass a tuple with a tuple per input"
+        )
+    wide = []
+    for number, (shape, step, x) in enumerate(zip(shapes, steps, inputs, strict=True)):
+        if not isinstance(shape, tuple) or len(shape) != x.dim() - 1:
+            raise ContractError(
+                f"Occlusion shape for input index {number} is {shape} but should be a tuple with "
+                f"{x.dim()} dimensions. Leave out the batch: {x.dim() - 1} numbers"
+            )
+        wide.append(step if isinstance(step, tuple) else (step,) * len(shape))
+        _check_window(shape, wide[-1], tuple(x.shape[1:]))
+    return tuple(shapes), tuple(wide)
+
+
+def _check_window(shape: tuple[int, ...], step: tuple[int, ...], size: tuple[int, ...]) -> None:
+    if any(width > most for width, most in zip(shape, size, strict=True)):
+        raise ContractError(
+            f"Sliding window dimensions {shape} cannot exceed input dimensions{size}. Use a "
+            "smaller window"
+        )
+    if any(one < 1 for one in (*shape, *step)):
+        raise ContractError(
+            f"Sliding windows and strides must be at least 1: got {shape} and {step}"
+        )
+    if any(s > w and w < n for s, w, n in zip(step, shape, size, strict=True)):
+        raise ContractError(
+            f"Stride dimension {step} cannot be larger than sliding window shape dimension "
+            f"{shape}. Use a smaller stride"
+        )
