@@ -1,5 +1,6 @@
 """Is the map any good? Metrics of maps, attacks, and reports of many metrics and methods."""
 
+from saliency_fast.errors import warn
 from saliency_fast.evaluate.attacks.adversarial import Attacked, fgsm, pgd
 from saliency_fast.evaluate.attacks.detection import (
     AdversarialScore,
@@ -12,7 +13,7 @@ from saliency_fast.evaluate.attacks.detection import (
     roc,
 )
 from saliency_fast.evaluate.controls import CONTROLS, centre_map, edge_detector, random_map
-from saliency_fast.evaluate.inputs import Subject
+from saliency_fast.evaluate.inputs import EvaluationInput
 from saliency_fast.evaluate.metric import METRICS, Metric, Suite, make_metric
 
 # Metrics register when they are imported, in the order of a report.
@@ -55,6 +56,7 @@ __all__ = [
     "Curve",
     "Deletion",
     "EnergyInBox",
+    "EvaluationInput",
     "FaithfulnessCorrelation",
     "Infidelity",
     "Insertion",
@@ -73,7 +75,6 @@ __all__ = [
     "SensitivityN",
     "Sparseness",
     "Stability",
-    "Subject",
     "Suite",
     "TopKIoU",
     "adversarial_score",
@@ -90,3 +91,13 @@ __all__ = [
     "report",
     "roc",
 ]
+
+
+def __getattr__(name: str) -> type[EvaluationInput]:
+    if name != "Subject":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn(
+        "evaluate.Subject is deprecated and removed in 0.3: use evaluate.EvaluationInput",
+        DeprecationWarning,
+    )
+    return EvaluationInput

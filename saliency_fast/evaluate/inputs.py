@@ -39,7 +39,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class EvaluationInput:
     """The input of a metric, by `read_evaluation_input`; all tensors have channels first.
 
     Args:
@@ -163,13 +163,13 @@ class Subject:
         baseline: Baseline = _map_tensors(self.baseline, self.running.back)
         return baseline
 
-    def of(self, inputs: Tensor, values: Tensor) -> Subject:
+    def of(self, inputs: Tensor, values: Tensor) -> EvaluationInput:
         """The same with other inputs and maps, for the same classes."""
         return replace(self, inputs=inputs, values=values, target=self.classes, _scores=[])
 
     def beside(
         self, values: Tensor, method: Explainer | None, baseline: Baseline = None
-    ) -> Subject:
+    ) -> EvaluationInput:
         """The same inputs with other maps: the model is not run on them again."""
         baseline = self.baseline if baseline is None else baseline
         return replace(self, values=values, method=method, baseline=baseline, target=self.classes)
@@ -200,7 +200,7 @@ def read_evaluation_input(
     baseline: Baseline = None,
     running: RunOptions | None = None,
     layout: LayoutLike = None,
-) -> Subject:
+) -> EvaluationInput:
     """Validates an evaluation input.
 
     Args:
@@ -258,7 +258,7 @@ def read_evaluation_input(
     baseline = _channels_first(baseline, x, running)
     values = maps.values if isinstance(maps, Attribution) else maps
     values = read_maps(values, x, running.axes)
-    return Subject(model, x, values, target, masks, method, baseline, running)
+    return EvaluationInput(model, x, values, target, masks, method, baseline, running)
 
 
 def axes_of(

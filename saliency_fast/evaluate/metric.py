@@ -15,10 +15,10 @@ from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError, warn
 from saliency_fast.evaluate.inputs import (
+    EvaluationInput,
     Explainer,
     Model,
     Replacement,
-    Subject,
     check_replacement,
     describe,
     read_evaluation_input,
@@ -127,7 +127,7 @@ class Metric:
         )
         return self.evaluate(data)
 
-    def evaluate(self, data: Subject) -> Outcome:
+    def evaluate(self, data: EvaluationInput) -> Outcome:
         """The outcome for an evaluation input, which was validated."""
         missing = self.missing(data)
         if missing:
@@ -147,16 +147,18 @@ class Metric:
             caveats=caveats + outcome.caveats,
         )
 
-    def judge(self, data: Subject) -> Outcome:
+    def judge(self, data: EvaluationInput) -> Outcome:
         """Deprecated alias of `evaluate`."""
-        warn("Metric.judge is deprecated: use Metric.evaluate", DeprecationWarning)
+        warn(
+            "Metric.judge is deprecated and removed in 0.3: use Metric.evaluate", DeprecationWarning
+        )
         return self.evaluate(data)
 
-    def missing(self, data: Subject) -> str | None:
+    def missing(self, data: EvaluationInput) -> str | None:
         """The first thing that the metric needs and the evaluation input lacks."""
         return next((one for one in self.needs if getattr(data, one) is None), None)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         raise NotImplementedError
 
     def _outcome(self, values: Tensor, **further: Any) -> Outcome:

@@ -16,7 +16,7 @@ from torch import Tensor
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baselines
 from saliency_fast.engine.recipe import WeightedSum
-from saliency_fast.evaluate.inputs import Subject, replacement_of
+from saliency_fast.evaluate.inputs import EvaluationInput, replacement_of
 from saliency_fast.evaluate.metrics.inpaint import inpaint
 from saliency_fast.evaluate.scores import NO_CLASS, ScoreQuery, probabilities
 from saliency_fast.evaluate.similarity import correlation
@@ -31,7 +31,7 @@ NOISE = 0.05
 
 
 def facts_of(
-    subject: Subject,
+    subject: EvaluationInput,
     grouped: Regions,
     labels: Names,
     object_name: str,
@@ -125,7 +125,7 @@ class _Reader:
 
 
 def deletion_queries(
-    subject: Subject, labels: Tensor, queried: list[int], names: Mapping[int, str]
+    subject: EvaluationInput, labels: Tensor, queried: list[int], names: Mapping[int, str]
 ) -> tuple[list[Facts], list[dict[str, Facts]]]:
     """The predictions of the inputs, and per example and replacement those without the region
     `queried[b]` of labels [B, *spatial]; none where that is 0.
@@ -161,7 +161,7 @@ def replacements(inputs: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def _predictions(
-    subject: Subject, points: Tensor, example: Tensor, names: Mapping[int, str]
+    subject: EvaluationInput, points: Tensor, example: Tensor, names: Mapping[int, str]
 ) -> tuple[list[Facts], list[Facts]]:
     """The predictions of the inputs, and of the rows `example` of points [B, *]."""
     targets = read_targets(subject.classes, subject.batch).to(subject.inputs.device)
@@ -196,7 +196,7 @@ def _prediction(row: list[float], names: Mapping[int, str]) -> Facts:
     }
 
 
-def _confidence(subject: Subject, stability: int, found: Attribution | None) -> list[Facts]:
+def _confidence(subject: EvaluationInput, stability: int, found: Attribution | None) -> list[Facts]:
     equal, stable = _equal_to_baseline(subject), _stability(subject, stability)
     rows: list[Facts] = []
     for b in range(subject.batch):
@@ -227,7 +227,7 @@ def _finite(value: Tensor) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _equal_to_baseline(subject: Subject) -> Tensor | None:
+def _equal_to_baseline(subject: EvaluationInput) -> Tensor | None:
     """The share of positions where an input equals its baseline, of which a path between them says
     nothing; None for methods without such a path.
     """
@@ -245,7 +245,7 @@ def _equal_to_baseline(subject: Subject) -> Tensor | None:
     return whole.flatten(1).double().mean(1)
 
 
-def _stability(subject: Subject, count: int) -> Tensor | None:
+def _stability(subject: EvaluationInput, count: int) -> Tensor | None:
     """The mean correlation of the maps with those of `count` noisy inputs, float64 [B]."""
     if not count:
         return None

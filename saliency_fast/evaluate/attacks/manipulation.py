@@ -32,7 +32,7 @@ from saliency_fast.evaluate.attacks.adversarial import (
     project,
     uniform,
 )
-from saliency_fast.evaluate.inputs import Subject, is_method, position_sums
+from saliency_fast.evaluate.inputs import EvaluationInput, is_method, position_sums
 from saliency_fast.evaluate.metric import ROBUSTNESS, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.similarity import is_constant, overlap, rank_correlation
@@ -118,7 +118,7 @@ class Manipulation(Metric):
         check_fields(self, epsilon=checks.positive, steps=1, attack=ATTACKS, points=1)
         check_fields(self, softplus=checks.positive, share=checks.share, seed=check_seed)
 
-    def manipulate(self, data: Subject) -> Manipulated:
+    def manipulate(self, data: EvaluationInput) -> Manipulated:
         """The attack alone, which shows the attacked inputs and maps."""
         decided = data.first.decisions
         if decided is None:
@@ -129,7 +129,7 @@ class Manipulation(Metric):
         search = _Search(self, data, decided)
         return search.random() if self.attack == "random" else search.steered()
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         found = self.manipulate(data)
         still = is_constant(data.inputs)
         caveats = [FAILED]
@@ -158,7 +158,7 @@ class _Search:
     least similar.
     """
 
-    def __init__(self, how: Manipulation, data: Subject, decided: Tensor) -> None:
+    def __init__(self, how: Manipulation, data: EvaluationInput, decided: Tensor) -> None:
         assert data.model is not None
         x = data.inputs
         self.how, self.data, self.model = how, data, data.model
@@ -243,7 +243,7 @@ def _over(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(-1, *(1,) * (like.dim() - 1))
 
 
-def _own_recipe(data: Subject) -> WeightedSum | None:
+def _own_recipe(data: EvaluationInput) -> WeightedSum | None:
     """The recipe of the maps, where an attack can differentiate it."""
     if not is_method(data.method):
         return None

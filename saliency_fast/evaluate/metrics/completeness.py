@@ -12,8 +12,8 @@ from torch import Tensor
 from saliency_fast.engine.baselines import choices, read_baseline_set
 from saliency_fast.engine.recipe import Starting, WeightedSum
 from saliency_fast.evaluate.inputs import (
+    EvaluationInput,
     Replacement,
-    Subject,
     check_replacement,
     describe,
     is_method,
@@ -64,7 +64,7 @@ class Completeness(Metric):
         if self.tolerance is not None:
             check_tolerance("tolerance", self.tolerance)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         fills, stated = self._baselines(data)
         gain = self._gain(data, fills)
         gap = data.values.double().flatten(1).sum(1) - gain
@@ -86,7 +86,7 @@ class Completeness(Metric):
             caveats=(caveat,) if count else (),
         )
 
-    def _baselines(self, data: Subject) -> tuple[list[Tensor], Any]:
+    def _baselines(self, data: EvaluationInput) -> tuple[list[Tensor], Any]:
         """The baselines, each [B | 1, *], and how results state them."""
         x = data.inputs
         if self.substrate is not None:
@@ -105,7 +105,7 @@ class Completeness(Metric):
         ]
         return fills, stated
 
-    def _gain(self, data: Subject, fills: list[Tensor]) -> Tensor:
+    def _gain(self, data: EvaluationInput, fills: list[Tensor]) -> Tensor:
         """The scores less the mean of the baselines' scores, float64 [B]."""
         table = torch.cat(fills)
         sizes = torch.tensor([len(one) for one in fills], device=table.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saliency_fast.engine.baselines import gaussian
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.inputs import Subject
+from saliency_fast.evaluate.inputs import EvaluationInput
 from saliency_fast.evaluate.metric import LOCALISATION, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.positions import check_tolerance
@@ -50,7 +50,7 @@ class PointingGame(Metric):
         check_tolerance("tolerance", self.tolerance, "positions")
         checks.share("smooth", self.smooth)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         maps = data.places
         if self.smooth:
             if data.values.dim() < 3:
@@ -94,7 +94,7 @@ class EnergyInBox(Metric):
     def __post_init__(self) -> None:
         check_fields(self, evidence=EVIDENCE)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         energy, inside = data.places.flatten(1).double(), _masks(data).flatten(1)
         if self.evidence == "positive":
             energy = energy.clamp_min(0.0)
@@ -137,7 +137,7 @@ class _TopK(Metric):
         if k < 1 and isinstance(k, int):
             raise InputError(f"k must be 1 or more positions: got {k}")
 
-    def _compared(self, data: Subject) -> tuple[Tensor, Tensor, Tensor]:
+    def _compared(self, data: EvaluationInput) -> tuple[Tensor, Tensor, Tensor]:
         """The intersection over union, the share of the top that lies on the object, and the share
         of all positions that do, float64 [B].
         """
@@ -170,7 +170,7 @@ class TopKIoU(_TopK):
 
     name = "top-k IoU"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         overlap, accuracy, chance = self._compared(data)
         return self._outcome(overlap, details={"rank_accuracy": accuracy, "chance": chance})
 
@@ -188,7 +188,7 @@ class RankAccuracy(_TopK):
 
     name = "rank accuracy"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         _, accuracy, chance = self._compared(data)
         return self._outcome(accuracy, details={"chance": chance})
 
@@ -203,7 +203,7 @@ def near_masks(masks: Tensor, distance: float) -> Tensor:
     return torch.stack(away).to(masks.device) <= distance
 
 
-def _masks(data: Subject) -> Tensor:
+def _masks(data: EvaluationInput) -> Tensor:
     assert data.masks is not None, "evaluate() looks for masks"
     return data.masks
 

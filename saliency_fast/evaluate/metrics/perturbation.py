@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.inputs import Replacement, Subject, check_replacement, true_rows
+from saliency_fast.evaluate.inputs import EvaluationInput, Replacement, check_replacement, true_rows
 from saliency_fast.evaluate.metric import FAITHFULNESS, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Curve, Outcome
 from saliency_fast.evaluate.positions import (
@@ -107,7 +107,7 @@ class Infidelity(Metric):
             )
         check_fields(self, substrate=check_replacement, output=OUTPUTS, seed=0)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         x = data.inputs
         fill = data.fill(self.substrate, self.seed)
         slope = _per_unit(data.values, x, fill) if self.contributions else data.values
@@ -168,7 +168,7 @@ class Infidelity(Metric):
 
 
 def _products_and_drops(
-    data: Subject, slope: Tensor, count: int, write: Write, output: str
+    data: EvaluationInput, slope: Tensor, count: int, write: Write, output: str
 ) -> tuple[Tensor, Tensor]:
     """What the map predicts for each perturbation and how far the output drops, float64
     [B, count].
@@ -236,7 +236,7 @@ class _Correlation(Metric):
             raise InputError(f"patch goes with per='place': got per={self.per!r}")
         check_fields(self, output=OUTPUTS, seed=0)
 
-    def _elements(self, data: Subject) -> tuple[Tensor, Tensor]:
+    def _elements(self, data: EvaluationInput) -> tuple[Tensor, Tensor]:
         """The map's values that subsets are made of, float64 [B, P], and which of them each element
         of an input belongs to, int64 [1, *].
         """
@@ -248,7 +248,7 @@ class _Correlation(Metric):
         values = maps.flatten(1).double()
         return values, torch.arange(values.shape[1], device=values.device)[None]
 
-    def _correlations(self, data: Subject, fill: Tensor, counts: Sequence[int]) -> Tensor:
+    def _correlations(self, data: EvaluationInput, fill: Tensor, counts: Sequence[int]) -> Tensor:
         """Correlations over random subsets of each size, float64 [B, N]."""
         x, batch, several = data.inputs, data.batch, len(counts)
         values, own = self._elements(data)
@@ -321,7 +321,7 @@ class SensitivityN(_Correlation):
                 "shares must be several for subsets='ranked': a correlation is of them"
             )
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         fill = data.fill(self.substrate, self.seed, missing=True)
         positions = self._elements(data)[0].shape[1]
         counts = [max(1, round(share * positions)) for share in self.shares]
@@ -332,7 +332,7 @@ class SensitivityN(_Correlation):
         curve = Curve(shares, correlations, "share of the positions in a subset", "correlation")
         return self._outcome(correlations.nanmean(1), curve=curve, caveats=_undefined(correlations))
 
-    def _ranked(self, data: Subject, fill: Tensor, counts: list[int]) -> Outcome:
+    def _ranked(self, data: EvaluationInput, fill: Tensor, counts: list[int]) -> Outcome:
         x = data.inputs
         rank, sequence = ranking(data.values, x, self.per, "most_first")
         ends = torch.tensor(counts, device=x.device)
@@ -378,7 +378,7 @@ class FaithfulnessCorrelation(_Correlation):
         check_fields(self, size=check_share if isinstance(self.size, float) else 1)
         super().__post_init__()
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         fill = data.fill(self.substrate, self.seed, missing=True)
         positions, size = self._elements(data)[0].shape[1], self.size
         count = max(1, round(size * positions)) if isinstance(size, float) else size

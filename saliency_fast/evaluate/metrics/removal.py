@@ -14,8 +14,8 @@ from torch import Tensor
 
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.inputs import (
+    EvaluationInput,
     Replacement,
-    Subject,
     check_replacement,
     describe,
     true_rows,
@@ -88,7 +88,7 @@ class _Ranked(Metric):
         ends = torch.arange(min(self.steps, positions) + 1, dtype=torch.int64, device="cpu")
         return (ends * positions + ends[-1] // 2) // ends[-1]
 
-    def _walked(self, data: Subject, *, insert: bool) -> Outcome:
+    def _walked(self, data: EvaluationInput, *, insert: bool) -> Outcome:
         x = data.inputs
         fill = data.fill(self.substrate, self.seed, missing=True)
         rank, sequence = ranking(data.values, x, self.per, self.order)
@@ -148,7 +148,7 @@ class Deletion(_Ranked):
     name = "deletion"
     better = "lower"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         return self._walked(data, insert=False)
 
 
@@ -166,7 +166,7 @@ class Insertion(_Ranked):
     name = "insertion"
     better = "higher"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         return self._walked(data, insert=True)
 
 
@@ -206,7 +206,7 @@ class Road(Metric):
         if self.noise != 0:
             checks.positive("noise", self.noise)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         x = data.inputs
         need_axes(x)
         classes = _classes(data) if self.output == ACCURACY else None
@@ -281,7 +281,7 @@ class Counterfactual(Metric):
         check_fields(self, share=check_share, patch=1, draws=0, shares=check_shares, seed=0)
         check_replacement("by", self.by, (INPAINT,))
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         x = data.inputs
         classes, first = _classes(data), data.first
         rank, several = self._rank(data)
@@ -329,7 +329,7 @@ class Counterfactual(Metric):
             caveats=caveats if bool(other.any()) else (),
         )
 
-    def _rank(self, data: Subject) -> tuple[Tensor, int]:
+    def _rank(self, data: EvaluationInput) -> tuple[Tensor, int]:
         """The rank of each position, or of its block, [B, P], and how many ranks there are."""
         if self.patch == 1:
             rank, _ = ranking(data.values, data.inputs, "place", "most_first")
@@ -363,7 +363,7 @@ class Counterfactual(Metric):
         return table
 
 
-def _classes(data: Subject) -> Tensor:
+def _classes(data: EvaluationInput) -> Tensor:
     """The target as one class per example, int64 [B]; raises where it is none."""
     targets = read_targets(data.classes, data.batch)
     classes = None if targets.position is not None else targets.classes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import shifted
-from saliency_fast.evaluate.inputs import Subject, position_sums
+from saliency_fast.evaluate.inputs import EvaluationInput, position_sums
 from saliency_fast.evaluate.metric import ROBUSTNESS, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.positions import check_share, value_range
@@ -67,7 +67,7 @@ class _Sensitivity(Metric):
     def __post_init__(self) -> None:
         check_fields(self, radius=checks.positive, samples=1, noise=NOISES, norm=NORMS, seed=0)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         x, distances = data.inputs, []
         spread = torch.full((data.batch,), self.radius, dtype=torch.float64, device=x.device)
         # One call per sample keeps every example at its index: targets, baselines and further
@@ -189,7 +189,7 @@ class Stability(Metric):
         if not self.samples and not self._by:
             raise InputError("samples=0 and shifts=() leave nothing to compare: give one of them")
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         copies = list(self._copies(data.inputs))
         if not copies:
             raise InputError(
@@ -222,7 +222,7 @@ class Stability(Metric):
                 if 4 * abs(by) <= x.shape[axis]:
                     yield _Copy("shift", shifted(x, axis, by), axis - 1, by)
 
-    def _similarity(self, data: Subject, copy: _Copy) -> dict[str, Tensor]:
+    def _similarity(self, data: EvaluationInput, copy: _Copy) -> dict[str, Tensor]:
         """The similarities of a copy's maps to those of the inputs, float64 [B] by name."""
         a, b = data.places, position_sums(data.explain(copy.inputs))
         if copy.by:
@@ -237,7 +237,7 @@ class Stability(Metric):
         return similar
 
 
-def _same_decision(data: Subject, copies: list[Tensor]) -> Tensor:
+def _same_decision(data: EvaluationInput, copies: list[Tensor]) -> Tensor:
     """Whether the model decides each copy as it does the example, bool [B, copies]."""
     points = torch.stack(copies)
     first, scores = data.scorer.grid(lambda i, n: points[n, i], len(copies), numbers_first=True)

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from saliency_fast._torch_compat import own_buffers, own_parameters, unwrapped, version_of
 from saliency_fast.errors import InputError, ModelError, SaliencyError
-from saliency_fast.evaluate.inputs import Subject, position_sums
+from saliency_fast.evaluate.inputs import EvaluationInput, position_sums
 from saliency_fast.evaluate.metric import SANITY, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Curve, Outcome, bootstrap
 from saliency_fast.evaluate.scores import Scorer
@@ -106,7 +106,7 @@ class SanityCheck(Metric):
         if self.threshold > 1.0:
             raise InputError(f"threshold is a correlation, up to 1: got {self.threshold}")
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         structured = data.inputs.dim() > 2
         maps = data.places
         again = _similarities(maps, position_sums(data.explain(data.inputs)), structured)
@@ -140,7 +140,7 @@ class SanityCheck(Metric):
         return outcome(data, similar, details, final)
 
     def _walk(
-        self, data: Subject, copy: Randomised, groups: list[list[int]], draw: int
+        self, data: EvaluationInput, copy: Randomised, groups: list[list[int]], draw: int
     ) -> Iterator[Tensor]:
         """Maps [B, *spatial] after each group of layers is re-initialised."""
         for number in range(len(copy.layers)):
@@ -159,7 +159,7 @@ class SanityCheck(Metric):
                 for number in group:
                     copy.restore(number)
 
-    def _unchanged(self, copy: Randomised, data: Subject) -> list[str]:
+    def _unchanged(self, copy: Randomised, data: EvaluationInput) -> list[str]:
         """Names of layers that a draw leaves as they are; raises where no draw has an effect."""
         numbers = range(len(copy.layers))
         changed = [copy.draw(one, seed_of(self.seed, 0, one)) for one in numbers]
@@ -184,7 +184,11 @@ class SanityCheck(Metric):
         return [layer.name for layer, different in layers if not different]
 
     def _independent(
-        self, data: Subject, similar: dict[str, Tensor], details: dict[str, Any], _: list[Tensor]
+        self,
+        data: EvaluationInput,
+        similar: dict[str, Tensor],
+        details: dict[str, Any],
+        _: list[Tensor],
     ) -> Outcome:
         """The outcome of layers re-initialised one at a time: which of them are not noticed."""
         least = torch.stack([similar[one].mean(0) for one in _DECIDING if one in similar]).amin(0)
@@ -201,7 +205,7 @@ class SanityCheck(Metric):
 
     def _cascaded(
         self,
-        data: Subject,
+        data: EvaluationInput,
         similar: dict[str, Tensor],
         details: dict[str, Any],
         final: list[Tensor],
@@ -265,7 +269,7 @@ def _similarities(a: Tensor, b: Tensor, structured: bool) -> dict[str, Tensor]:
     return {name: torch.where(one.isnan(), both, one) for name, one in similar.items()}
 
 
-def _scores(model: Any, data: Subject) -> Tensor:
+def _scores(model: Any, data: EvaluationInput) -> Tensor:
     """Another model's scores of the inputs, float64 [B]."""
     return Scorer(model, data.inputs, data.classes, data.running).again()[0].scores
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saliency_fast.evaluate.inputs import Subject
+from saliency_fast.evaluate.inputs import EvaluationInput
 from saliency_fast.evaluate.metric import FORM, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.evaluate.positions import PER, gini
@@ -27,7 +27,7 @@ class _Spread(Metric):
     def __post_init__(self) -> None:
         check_fields(self, per=PER)
 
-    def _shares(self, data: Subject) -> tuple[Tensor, tuple[str, ...]]:
+    def _shares(self, data: EvaluationInput) -> tuple[Tensor, tuple[str, ...]]:
         """The shares, float64 [B, P], and caveats."""
         values = data.places if self.per == "place" else data.values
         sizes = values.flatten(1).double().abs()
@@ -52,7 +52,7 @@ class Sparseness(_Spread):
     name = "sparseness"
     better = "higher"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         shares, caveats = self._shares(data)
         return self._outcome(gini(shares), caveats=caveats)
 
@@ -72,7 +72,7 @@ class Complexity(_Spread):
     name = "complexity"
     better = "lower"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         shares, caveats = self._shares(data)
         entropy = torch.special.entr(shares).sum(1)
         most = math.log(shares.shape[1]) if shares.shape[1] > 1 else math.nan

@@ -18,9 +18,9 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError, InputTypeError, SaliencyError
 from saliency_fast.evaluate.controls import CONTROLS
 from saliency_fast.evaluate.inputs import (
+    EvaluationInput,
     Explainer,
     Model,
-    Subject,
     describe,
     is_method,
     read_evaluation_input,
@@ -204,7 +204,7 @@ def report(
     )
 
 
-def _caveats(base: Subject) -> list[str]:
+def _caveats(base: EvaluationInput) -> list[str]:
     caveats = list(base.caveats)
     if getattr(base.model, "training", False):
         caveats.append(
@@ -222,7 +222,9 @@ def _caveats(base: Subject) -> list[str]:
     return caveats
 
 
-def _provenance(base: Subject, target: Target, methods: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(
+    base: EvaluationInput, target: Target, methods: Mapping[str, Any]
+) -> dict[str, Any]:
     """What the same report needs to be made again. methods: how each row's maps were made."""
     model, x = base.model, base.inputs
     named = not isinstance(model, nn.Module) and hasattr(model, "__qualname__")
@@ -261,7 +263,7 @@ class _Row:
     given: Given
     control: bool = False
 
-    def explained(self, base: Subject) -> tuple[Subject, list[str], dict[str, Any]]:
+    def explained(self, base: EvaluationInput) -> tuple[EvaluationInput, list[str], dict[str, Any]]:
         """The evaluation input with this row's maps, their caveats, and how they were made.
 
         base: the inputs, with their targets looked up.
@@ -311,7 +313,7 @@ def _about(found: Attribution) -> tuple[list[str], dict[str, Any]]:
     return caveats, about
 
 
-def _check_target(found: Attribution, base: Subject) -> None:
+def _check_target(found: Attribution, base: EvaluationInput) -> None:
     """Raises where an attribution explains other classes than the report's target."""
     classes = base.classes
     if found.classes is None or found.many or not isinstance(classes, (int, list, Tensor)):
@@ -455,7 +457,7 @@ class _Results:
 
 
 def _evaluate_rows(
-    rows: Sequence[_Row], base: Subject, metrics: Mapping[str, Metric], progress: bool
+    rows: Sequence[_Row], base: EvaluationInput, metrics: Mapping[str, Metric], progress: bool
 ) -> _Results:
     """Explains and evaluates every row. What cannot be measured is kept with its reason; where
     nothing can be measured, the first error is raised.
