@@ -1,8 +1,9 @@
 """Is the map any good? Metrics of maps, attacks, and reports of many metrics and methods."""
 
 from saliency_fast.errors import warn
-from saliency_fast.evaluate.attacks.adversarial import Attacked, fgsm, pgd
-from saliency_fast.evaluate.attacks.detection import (
+from saliency_fast.evaluate.attacks import Attacked, fgsm, pgd
+from saliency_fast.evaluate.controls import CONTROLS, centre_map, edge_detector, random_map
+from saliency_fast.evaluate.detection import (
     AdversarialScore,
     AttackRoc,
     CoherenceReference,
@@ -12,16 +13,18 @@ from saliency_fast.evaluate.attacks.detection import (
     coherence,
     roc,
 )
-from saliency_fast.evaluate.controls import CONTROLS, centre_map, edge_detector, random_map
 from saliency_fast.evaluate.inputs import EvaluationInput
 from saliency_fast.evaluate.metric import METRICS, Metric, Suite, make_metric
 
 # Metrics register when they are imported, in the order of a report.
 # isort: off
-from saliency_fast.evaluate.metrics.removal import Counterfactual, Deletion, Insertion, Road
-from saliency_fast.evaluate.metrics.perturbation import (
+from saliency_fast.evaluate.metrics.faithfulness import (
+    Counterfactual,
+    Deletion,
     FaithfulnessCorrelation,
     Infidelity,
+    Insertion,
+    Road,
     SensitivityN,
 )
 from saliency_fast.evaluate.metrics.localisation import (
@@ -33,7 +36,7 @@ from saliency_fast.evaluate.metrics.localisation import (
 from saliency_fast.evaluate.metrics.completeness import Completeness
 from saliency_fast.evaluate.metrics.sanity import SanityCheck
 from saliency_fast.evaluate.metrics.robustness import AvgSensitivity, MaxSensitivity, Stability
-from saliency_fast.evaluate.attacks.manipulation import Manipulated, Manipulation
+from saliency_fast.evaluate.attacks import Manipulated, Manipulation
 from saliency_fast.evaluate.metrics.sparseness import Complexity, Sparseness
 
 # isort: on

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saliency_fast.evaluate.positions import spatial_shape
+from saliency_fast.evaluate.maps import spatial_shape
 from saliency_fast.model.targets import Target
 from saliency_fast.ops import philox, random_bits
 
@@ -17,7 +17,7 @@ def edge_detector(model: Callable[..., object], inputs: Tensor, target: Target =
     2018): central differences, summed over channels.
 
     Args:
-        model: Ignored, as is `target`: the signature is that of a function that makes maps.
+        model: Ignored, as is `target`.
         inputs: [B, C, *spatial] or [B, F].
         target: Ignored.
 

@@ -9,33 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.recipe import (
-    Maps,
-    Recipe,
-    Round,
-    RoundContext,
-    RoundResult,
-    Rounds,
-    RoundsRecipe,
-)
+from saliency_fast.engine import recipe as recipes
+from saliency_fast.engine.recipe import Round, RoundContext, RoundResult
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.passes.half import HALVES
+from saliency_fast.model import targets as model_targets
 from saliency_fast.model.layout import Axes
-from saliency_fast.model.targets import (
-    PREDICTED,
-    Target,
-    Targets,
-    read_targets,
-    tensor_of,
-    with_padding,
-)
+from saliency_fast.model.targets import PREDICTED, Target, Targets
 
 OUTPUTS = ("softmax", "logit")
 SUMS = 1e-4
 """How far outputs may sum from one and still count as probabilities, in float32."""
 NO_CLASS = -1.0
 """Stands for a missing probability or class, since the engine refuses NaN."""
+Write = Callable[[Tensor, Tensor], Tensor]
+"""(example int64 [R], number int64 [R]) -> points [R, *] in fresh memory."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +136,7 @@ class Reading:
         if self.targets is not None:
             self.targets.check(raw, example)
             return _score_only(self.targets.read(raw, example)[0][:, :1])
-        output = tensor_of(raw)
+        output = model_targets.tensor_of(raw)
         if output.dim() != 2 or len(output) != len(example):
             raise InputError(
                 "target as a class needs a model that returns [B, classes]: got "
@@ -193,29 +182,29 @@ class ScoreQuery:
     scores at the inputs and at the points.
     """
 
-    write: Callable[[Tensor, Tensor], Tensor]
+    write: Write
     example: Tensor
     node: Tensor
     found: list[Tensor] = field(default_factory=list)
     name = "evaluation"
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> recipes.Recipe:
         points = max(1, -(-len(self.example) // max(1, int(self.example.max()) + 1)))
-        return RoundsRecipe(self.rounds, points, gradients=False, held=0)
+        return recipes.RoundsRecipe(self.rounds, points, gradients=False, held=0)
 
-    def rounds(self, asked: RoundContext) -> Rounds:
+    def rounds(self, context: RoundContext) -> recipes.Rounds:
         """One round; the scores at the inputs come first."""
         # A run may begin again.
         self.found.clear()
-        self.found.append(asked.scores)
-        scores = asked.scores.new_empty((len(self.example), asked.scores.shape[1]))
+        self.found.append(context.scores)
+        scores = context.scores.new_empty((len(self.example), context.scores.shape[1]))
 
-        def each(rows: slice, found: RoundResult) -> None:
-            scores[rows] = found.scores
+        def each(rows: slice, result: RoundResult) -> None:
+            scores[rows] = result.scores
 
         yield Round(lambda i, p: (self.write(i, p),), self.example, self.node, each=each)
         self.found.append(scores)
-        return Maps((asked.scores.new_zeros((*asked.scores.shape, 1)),))
+        return recipes.Maps((context.scores.new_zeros((*context.scores.shape, 1)),))
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,12 +220,8 @@ class Scorer:
     running: RunOptions
     lean: bool = True
 
-    def at(
-        self, write: Callable[[Tensor, Tensor], Tensor], example: Tensor, number: Tensor
-    ) -> tuple[Scores, Scores]:
-        """Scores at the inputs [B], and at the R points that `write(example, number)` makes in
-        fresh memory; example int64 [R] and number int64 [R] say which point of which example.
-        """
+    def at(self, write: Write, example: Tensor, number: Tensor) -> tuple[Scores, Scores]:
+        """Scores at the inputs [B], and at the R points that `write(example, number)` makes."""
         query = ScoreQuery(lambda i, n: self.running.back(write(i, n)), example, number)
         engine = self.running.engine(self.model, query, lean=self.lean)
         engine(self.running.cast(self.inputs), self._reading(), **self.running.arguments())
@@ -250,7 +235,7 @@ class Scorer:
         return _split(first), _split(points)
 
     def grid(
-        self, write: Callable[[Tensor, Tensor], Tensor], count: int, *, numbers_first: bool = False
+        self, write: Write, count: int, *, numbers_first: bool = False
     ) -> tuple[Scores, Scores]:
         """Scores at the inputs [B], and at `count` points of each example [B, count].
 
@@ -282,7 +267,7 @@ class Scorer:
             return Reading(None)
         targets = one_target(self.target, len(self.inputs)).to(self.inputs.device)
         about = (self.model, (self.running.back(self.inputs),), *self.running.arguments().values())
-        targets = with_padding(targets, *about)
+        targets = model_targets.with_padding(targets, *about)
         if targets.classes is None or targets.position is not None:
             return Reading(None, targets)
         return Reading(targets.classes[:, 0])
@@ -290,7 +275,7 @@ class Scorer:
 
 def one_target(target: Target, batch: int) -> Targets:
     """The target of a batch; raises where it is invalid, or several of each example."""
-    targets = read_targets(target, batch)
+    targets = model_targets.read_targets(target, batch)
     if targets.count > 1:
         raise InputError(
             f"target must be one per example, as maps are: got {targets.count} of each; evaluate "

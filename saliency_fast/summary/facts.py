@@ -17,9 +17,9 @@ from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import choices, read_baselines
 from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.evaluate.inputs import EvaluationInput, replacement_of
+from saliency_fast.evaluate.maps import correlation
 from saliency_fast.evaluate.metrics.inpaint import inpaint
 from saliency_fast.evaluate.scores import NO_CLASS, ScoreQuery, probabilities
-from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.methods import read_method
 from saliency_fast.model.targets import Targets, read_targets, tensor_of, with_padding
 from saliency_fast.summary.locations import KINDS

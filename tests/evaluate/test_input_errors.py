@@ -13,8 +13,8 @@ import saliency_fast as sf
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError
 from saliency_fast.evaluate.inputs import read_evaluation_input
 from saliency_fast.evaluate.metrics.completeness import Completeness
+from saliency_fast.evaluate.metrics.faithfulness import Deletion, Insertion
 from saliency_fast.evaluate.metrics.localisation import EnergyInBox, PointingGame, TopKIoU
-from saliency_fast.evaluate.metrics.removal import Deletion, Insertion
 from saliency_fast.evaluate.scores import SUMS, probabilities
 from tests.models import Image, Tabular, make, randn
 

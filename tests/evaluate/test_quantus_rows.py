@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from saliency_fast.evaluate.metrics.perturbation import Infidelity, SensitivityN
-from saliency_fast.evaluate.metrics.removal import Deletion, Insertion, Road
+from saliency_fast.evaluate.metrics.faithfulness import (
+    Deletion,
+    Infidelity,
+    Insertion,
+    Road,
+    SensitivityN,
+)
 from tests.models import Image, make, randn
 
 quantus = pytest.importorskip("quantus")

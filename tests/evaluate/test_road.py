@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.metrics.removal import Road
+from saliency_fast.evaluate.metrics.faithfulness import Road
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import SHAPES, Audio, Image, Scalar, Tabular, Video, make, randn

@@ -13,11 +13,11 @@ import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
 from saliency_fast.evaluate.inputs import replacement_of
-from saliency_fast.evaluate.metrics.perturbation import (
+from saliency_fast.evaluate.maps import random_ranks
+from saliency_fast.evaluate.metrics.faithfulness import (
     FaithfulnessCorrelation,
     SensitivityN,
 )
-from saliency_fast.evaluate.positions import random_ranks
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import SHAPES, Audio, Image, Tabular, Video, make, randn

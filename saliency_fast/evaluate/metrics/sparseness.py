@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from saliency_fast.evaluate.inputs import EvaluationInput
+from saliency_fast.evaluate.maps import PER, gini
 from saliency_fast.evaluate.metric import FORM, Metric, check_fields, in_suite
-from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.positions import PER, gini
+from saliency_fast.evaluate.outcome import Outcome, caveats_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,9 @@ class _Spread(Metric):
         sizes = sizes / sizes.amax(1, keepdim=True)
         shares = sizes / sizes.sum(1, keepdim=True)
         zero = int(shares.isnan().any(1).sum())
-        caveat = f"{zero} of {len(shares)} maps are zero and count as unknown"
-        return shares, (caveat,) if zero else ()
+        return shares, caveats_of(
+            (zero, f"{zero} of {len(shares)} maps are zero and count as unknown")
+        )
 
 
 @in_suite(FORM, "Chalasani et al., 2020")

@@ -1,12 +1,11 @@
-"""A report as text: sentences about its outcomes, numbers with fitting digits, and the terminal's
-tables.
-"""
+"""A report as text: sentences about its outcomes, numbers, and the terminal's tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from io import StringIO
+from textwrap import fill
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -14,7 +13,8 @@ from rich.text import Text
 
 from saliency_fast.evaluate.metric import FAITHFULNESS, LOCALISATION, SANITY, entry_of
 from saliency_fast.evaluate.outcome import Interval
-from saliency_fast.evaluate.reports.data import FEW, ReportData
+from saliency_fast.evaluate.reports.data import FEW, MAPS, ReportData
+from saliency_fast.render.evaluation import Cell
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 Verdict = tuple[str, str]
@@ -23,6 +23,7 @@ WIDTH = 100
 ARROWS = {"higher": "\N{UPWARDS ARROW}", "lower": "\N{DOWNWARDS ARROW}", "": " "}
 _CELL = 13
 _STYLES = {GOOD: "green", BAD: "bold red"}
+_TAGS = {GOOD: "bold green", BAD: "bold red", "soft": "dim"}
 _SPELLED = {
     "road": "ROAD",
     "top_k_iou": "top-k IoU",
@@ -240,6 +241,27 @@ def tables(report: ReportData, width: int) -> Iterator[Table | Text | Group]:
         yield Text(f"note: {caveat}", style="yellow")
 
 
+def cell(report: ReportData, name: str, metric: str) -> Cell:
+    """A cell of the table of means."""
+    interval = report.interval(name, metric)
+    if interval is None:
+        why = [
+            one.why
+            for one in report.unmeasured
+            if one.method == name and one.metric in (metric, MAPS)
+        ]
+        return Cell("", why=why[0] if why else "not measured")
+    mean, ends = interval_text(interval)
+    best = report.best(metric) == name and len(report.methods) > 1
+    passed = report.outcomes[name][metric].passed
+    if passed is None:
+        return Cell(mean, ends, best=best)
+    # A control is expected to fail.
+    good = "soft" if name in report.controls else GOOD
+    kind = good if passed != (name in report.controls) else BAD
+    return Cell(mean, ends, "PASS" if passed else "FAIL", kind, best)
+
+
 def _table(report: ReportData, names: tuple[str, ...]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
@@ -255,28 +277,16 @@ def _table(report: ReportData, names: tuple[str, ...]) -> Table:
 
 
 def _cell(report: ReportData, name: str, metric: str) -> Text:
-    interval = report.interval(name, metric)
-    if interval is None:
+    found = cell(report, name, metric)
+    if found.why:
         return Text("\N{EN DASH}", style="dim")
-    mean, ends = interval_text(interval)
-    best = report.best(metric) == name and len(report.methods) > 1
-    cell = Text()
-    passed = report.outcomes[name][metric].passed
-    if passed is not None:
-        control = name in report.controls
-        expected = "dim" if control else "bold green"
-        style = expected if passed != control else "bold red"
-        cell.append("PASS " if passed else "FAIL ", style=style)
-    cell.append(("*" if best else "") + mean, style="bold" if best else "")
-    return cell.append(f"\n{ends}", style="dim")
+    shown = Text()
+    if found.tag:
+        shown.append(f"{found.tag} ", style=_TAGS[found.kind])
+    shown.append(("*" if found.best else "") + found.text, style="bold" if found.best else "")
+    return shown.append(f"\n{found.below}", style="dim")
 
 
 def _folded(name: str) -> str:
     """A name in lines of about a cell's width, broken between its words."""
-    lines = [""]
-    for part in spelled(name).split():
-        if lines[-1] and len(lines[-1]) + 1 + len(part) > _CELL:
-            lines.append(part)
-        else:
-            lines[-1] += f" {part}" if lines[-1] else part
-    return "\n".join(lines)
+    return fill(spelled(name), _CELL, break_long_words=False, break_on_hyphens=False)

@@ -1,9 +1,8 @@
-"""A report as the evaluation page of `render`: tables, curves, maps and protocol."""
+"""A report as files: JSON, the evaluation page of `render`, and plots of its curves."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,35 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast.errors import InputError
 from saliency_fast.evaluate.metric import GROUPS, entry_of, field_meanings
-from saliency_fast.evaluate.outcome import Interval
+from saliency_fast.evaluate.metrics.agreement import COMPARISONS
+from saliency_fast.evaluate.outcome import Curve, Interval, mean_ends, plain, plain_fields
+from saliency_fast.evaluate.reports import text
 from saliency_fast.evaluate.reports.data import MAPS, ReportData
-from saliency_fast.evaluate.reports.export import as_json, make_folder, plain, plot_of, write_curves
-from saliency_fast.evaluate.reports.text import (
-    interval_text,
-    plural,
-    spelled,
-    unmeasured,
-    verdict_of,
-    verdicts,
-)
-from saliency_fast.render.evaluation import (
-    Cell,
-    Described,
-    Drawn,
-    Evaluation,
-    Line,
-    Matrix,
-    Option,
-    Sample,
-    Table,
-    evaluation_html,
-)
+from saliency_fast.evaluate.reports.text import interval_text, plural, spelled
+from saliency_fast.render import evaluation as view
+from saliency_fast.render.evaluation import Cell, Line, Table
 from saliency_fast.render.files import encode
 from saliency_fast.render.frames import frames, grey, picture
 from saliency_fast.render.html import Figure
-from saliency_fast.render.plots import CURE, Plot, have_plots, plot_png
+from saliency_fast.render.plots import CURE, Band, Plot, have_plots, plot_png
 
+SCHEMA = 1
+"""Of the JSON."""
+MOST = 4096
+"""Elements up to which a tensor among details is written out."""
 NO_CURVES = f"This page has no curves: matplotlib is not installed. To have them, {CURE}."
 SHOWN = 4
 """Examples on the page."""
@@ -55,15 +43,84 @@ _FACTS = {
 }
 
 
+def report_dict(report: ReportData) -> dict[str, Any]:
+    """All of a report except the maps, as JSON holds it; NaN becomes None."""
+    fields = ("title", "controls", "agreement", "unmeasured", "caveats", "seconds", "confidence")
+    outcomes: dict[str, dict[str, Any]] = {name: {} for name in report.names}
+    for (method, metric), interval in report.intervals.items():
+        outcome = report.outcomes[method][metric]
+        further = {"mean": plain(interval), "details": plain(outcome.details, MOST)}
+        outcomes[method][metric] = plain_fields(outcome, "details") | further
+    return {
+        "schema": SCHEMA,
+        **{name: plain(getattr(report, name)) for name in (*fields, "seed")},
+        "names": list(report.names),
+        "metrics": list(report.metrics),
+        "passed": report.passed,
+        "verdicts": [sentence for _, sentence in text.verdicts(report)],
+        "best": {metric: report.best(metric) for metric in report.metrics},
+        "outcomes": outcomes,
+        "comparisons": plain(report.comparisons()),
+        "provenance": plain(report.provenance, MOST),
+    }
+
+
+def json_text(report: ReportData, indent: int | None = 1) -> str:
+    """`report_dict` as JSON."""
+    return json.dumps(report_dict(report), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def write_curves(report: ReportData, folder: Path) -> list[Path]:
+    """Writes METRIC.png for each metric with curves into `folder`; raises without matplotlib."""
+    written = []
+    for metric in report.metrics:
+        plot = plot_of(report, metric)
+        if plot is not None:
+            drawn = plot_png(plot)
+            _make_folder(folder)
+            name = "".join(one if one.isalnum() or one in "._-" else "_" for one in metric)
+            written.append(folder / f"{name}.png")
+            written[-1].write_bytes(drawn)
+    return written
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be made: {error.strerror}") from error
+
+
+def plot_of(report: ReportData, metric: str) -> Plot | None:
+    """The mean curves of every method by a metric, with intervals; None where it has none."""
+    found = {name: one[metric].curve for name, one in report.outcomes.items() if metric in one}
+    curves = {name: one for name, one in found.items() if one is not None}
+    bands = [_band(report, name, curve) for name, curve in curves.items()]
+    defined = tuple(band for band in bands if band is not None)
+    if not defined:
+        return None
+    first = next(iter(curves.values()))
+    return Plot(spelled(metric), first.x_name, first.y_name, defined)
+
+
+def _band(report: ReportData, name: str, curve: Curve) -> Band | None:
+    """The mean of the finite curves, with its interval at every x."""
+    y = curve.y.detach().double().cpu()
+    y = y[y.isfinite().all(1)]
+    if not len(y):
+        return None
+    low, high = mean_ends(y, report.confidence, report.seed)
+    x, mean, low, high = (tuple(row.tolist()) for row in (curve.x, y.mean(0), low, high))
+    return Band(spelled(name), x, mean, low, high, name in report.controls)
+
+
 def page(report: ReportData, command: str = "") -> str:
     """The page as one HTML document. command: what makes it again."""
     plotted = have_plots()
     has_curves = any(one.curve for found in report.outcomes.values() for one in found.values())
     pictured = report.inputs.dim() in (4, 5) and bool(report.maps)
     samples = range(min(SHOWN, len(report.inputs))) if pictured else ()
-    tables = [_means(report)]
-    if len(report.methods) > 1:
-        tables.append(_comparisons(report))
+    tables = (_means(report), *([_comparisons(report)] if len(report.methods) > 1 else ()))
     controls = len(report.controls)
     beside = f", beside {plural(controls, 'control')} that ignore the model" if controls else ""
     lead = (
@@ -71,16 +128,18 @@ def page(report: ReportData, command: str = "") -> str:
         f"{plural(len(report.metrics), 'metric')} on {plural(len(report.inputs), 'example')} shown "
         f"to the model {report.provenance['model'].rpartition('.')[2]}{beside}."
     )
-    return evaluation_html(
-        Evaluation(
+    return view.evaluation_html(
+        view.Evaluation(
             title=report.title,
             lead=lead,
-            verdicts=tuple(verdicts(report)),
-            tables=tuple(tables),
-            samples=tuple(Sample(_example(report, row), _figures(report, row)) for row in samples),
+            verdicts=tuple(text.verdicts(report)),
+            tables=tables,
+            samples=tuple(
+                view.Sample(_example(report, row), _figures(report, row)) for row in samples
+            ),
             metrics=tuple(_described(report, metric, plotted) for metric in report.metrics),
             matrices=_matrices(report),
-            unmeasured=tuple(unmeasured(report)),
+            unmeasured=tuple(text.unmeasured(report)),
             caveats=report.caveats,
             notes=(NO_CURVES,) if has_curves and not plotted else (),
             facts=_facts(report),
@@ -91,10 +150,10 @@ def page(report: ReportData, command: str = "") -> str:
 
 def save(report: ReportData, folder: Path, command: str = "") -> list[Path]:
     """Writes index.html, report.json and, with matplotlib, curves/*.png; returns the paths."""
-    make_folder(folder)
+    _make_folder(folder)
     html, numbers = folder / "index.html", folder / "report.json"
     html.write_text(page(report, command), encoding="utf-8")
-    numbers.write_text(as_json(report), encoding="utf-8")
+    numbers.write_text(json_text(report), encoding="utf-8")
     curves = write_curves(report, folder / "curves") if have_plots() else []
     return [html, numbers, *curves]
 
@@ -109,7 +168,7 @@ def _means(report: ReportData) -> Table:
         lines = tuple(
             Line(
                 *(spelled(metric), one.better),
-                tuple(_cell(report, name, metric) for name in report.names),
+                tuple(text.cell(report, name, metric) for name in report.names),
             )
             for metric, one in report.metrics.items()
             if entry_of(one, metric).group == group
@@ -124,26 +183,6 @@ def _means(report: ReportData) -> Table:
         (("methods", _all_spelled(report.methods)), ("controls", _all_spelled(report.controls))),
         tuple(groups),
     )
-
-
-def _cell(report: ReportData, name: str, metric: str) -> Cell:
-    interval = report.interval(name, metric)
-    if interval is None:
-        why = [
-            one.why
-            for one in report.unmeasured
-            if one.method == name and one.metric in (metric, MAPS)
-        ]
-        return Cell("", why=why[0] if why else "not measured")
-    mean, ends = interval_text(interval)
-    best = report.best(metric) == name and len(report.methods) > 1
-    passed = report.outcomes[name][metric].passed
-    if passed is None:
-        return Cell(mean, ends, best=best)
-    # A control is expected to fail.
-    good = "soft" if name in report.controls else "good"
-    kind = good if passed != (name in report.controls) else "bad"
-    return Cell(mean, ends, "PASS" if passed else "FAIL", kind, best)
 
 
 def _comparisons(report: ReportData) -> Table:
@@ -172,12 +211,12 @@ def _gap(gap: Interval | None, better: str) -> Cell:
     if gap is None:
         return Cell("", why="not measured for both")
     mean, ends = interval_text(gap)
-    verdict = verdict_of(gap, better)
+    verdict = text.verdict_of(gap, better)
     kind = {"better": "good", "worse": "bad"}.get(verdict, "")
     return Cell(f"+{mean}" if gap.mean > 0 else mean, ends, verdict if kind else "", kind)
 
 
-def _described(report: ReportData, metric: str, plotted: bool) -> Described:
+def _described(report: ReportData, metric: str, plotted: bool) -> view.Described:
     made = report.metrics[metric]
     entry, meanings = entry_of(made, metric), field_meanings(type(made))
     outcomes = {name: found[metric] for name, found in report.outcomes.items() if metric in found}
@@ -192,16 +231,23 @@ def _described(report: ReportData, metric: str, plotted: bool) -> Described:
         for caveat in one.caveats:
             if caveat not in report.caveats:
                 caveats.setdefault(caveat, []).append(spelled(row))
+    stated = {
+        name: "; ".join(
+            value if len(rows) == 1 else f"{value} ({', '.join(names)})"
+            for value, names in rows.items()
+        )
+        for name, rows in options.items()
+    }
     plot = plot_of(report, metric) if plotted else None
     seconds = sum(found.get(metric, 0.0) for found in report.seconds.values())
-    return Described(
+    return view.Described(
         name=spelled(metric),
         better=made.better,
         group=entry.group,
         asks=entry.asks,
         paper=entry.paper,
         options=tuple(
-            Option(name, _by_row(rows), meanings.get(name, "")) for name, rows in options.items()
+            view.Option(name, value, meanings.get(name, "")) for name, value in stated.items()
         ),
         caveats=tuple(
             caveat if len(rows) == len(outcomes) else f"{', '.join(rows)}: {caveat}"
@@ -212,14 +258,7 @@ def _described(report: ReportData, metric: str, plotted: bool) -> Described:
     )
 
 
-def _by_row(rows: dict[str, list[str]]) -> str:
-    """A value that all rows share, or each value with its rows."""
-    if len(rows) == 1:
-        return next(iter(rows))
-    return "; ".join(f"{value} ({', '.join(names)})" for value, names in rows.items())
-
-
-def _drawn(plot: Plot, confidence: float) -> Drawn:
+def _drawn(plot: Plot, confidence: float) -> view.Drawn:
     """The plot for light and dark pages, and its description."""
     ends = "; ".join(
         f"{spelled(band.name)} goes from {band.mean[0]:.3g} to {band.mean[-1]:.3g}, in the"
@@ -230,23 +269,20 @@ def _drawn(plot: Plot, confidence: float) -> Drawn:
         f"{plot.title}: mean {plot.y_name} over {plot.x_name}, with {100.0 * confidence:g} % "
         f"bootstrap bands. {ends}."
     )
-    return Drawn(plot_png(plot, "light"), plot_png(plot, "dark"), alt)
+    return view.Drawn(plot_png(plot, "light"), plot_png(plot, "dark"), alt)
 
 
-def _matrices(report: ReportData) -> tuple[Matrix, ...]:
-    """The square matrices of the agreement that hold a number."""
+def _matrices(report: ReportData) -> tuple[view.Matrix, ...]:
+    """The mean similarities of the maps, where they are defined."""
     if report.agreement is None:
         return ()
-    found = plain(report.agreement)
-    names = _all_spelled(found["names"])
-    matrices = []
-    for name, rows in found.items():
-        square = isinstance(rows, list) and len(rows) == len(names)
-        if square and all(isinstance(row, list) and len(row) == len(names) for row in rows):
-            values = tuple(tuple(math.nan if v is None else float(v) for v in row) for row in rows)
-            if any(not math.isnan(value) for row in values for value in row):
-                matrices.append(Matrix(spelled(name), names, values))
-    return tuple(matrices)
+    names = _all_spelled(report.agreement.names)
+    means = ((name, report.agreement.mean(name)) for name in COMPARISONS)
+    return tuple(
+        view.Matrix(spelled(name), names, tuple(map(tuple, mean.tolist())))
+        for name, mean in means
+        if not bool(mean.isnan().all())
+    )
 
 
 def _example(report: ReportData, row: int) -> str:
