@@ -1,18 +1,7 @@
 """Is the map any good? Metrics of maps, attacks, and reports of many metrics and methods."""
 
 from saliency_fast.errors import warn
-from saliency_fast.evaluate.attacks import Attacked, fgsm, pgd
 from saliency_fast.evaluate.controls import CONTROLS, centre_map, edge_detector, random_map
-from saliency_fast.evaluate.detection import (
-    AdversarialScore,
-    AttackRoc,
-    CoherenceReference,
-    Roc,
-    adversarial_score,
-    attack_roc,
-    coherence,
-    roc,
-)
 from saliency_fast.evaluate.inputs import EvaluationInput
 from saliency_fast.evaluate.metric import METRICS, Metric, Suite, make_metric
 
@@ -36,10 +25,20 @@ from saliency_fast.evaluate.metrics.localisation import (
 from saliency_fast.evaluate.metrics.completeness import Completeness
 from saliency_fast.evaluate.metrics.sanity import SanityCheck
 from saliency_fast.evaluate.metrics.robustness import AvgSensitivity, MaxSensitivity, Stability
-from saliency_fast.evaluate.attacks import Manipulated, Manipulation
+from saliency_fast.evaluate.attacks import Attacked, Manipulated, Manipulation, fgsm, pgd
 from saliency_fast.evaluate.metrics.sparseness import Complexity, Sparseness
 
 # isort: on
+from saliency_fast.evaluate.detection import (
+    AdversarialScore,
+    AttackRoc,
+    CoherenceReference,
+    Roc,
+    adversarial_score,
+    attack_roc,
+    coherence,
+    roc,
+)
 from saliency_fast.evaluate.metrics.agreement import Agreement, agreement
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, bootstrap
 from saliency_fast.evaluate.reports.report import Report, report

@@ -16,6 +16,7 @@ from saliency_fast.evaluate import Deletion, Insertion, Sparseness, bootstrap
 from saliency_fast.evaluate.inputs import read_evaluation_input
 from saliency_fast.evaluate.metric import (
     ENTRIES,
+    GROUPS,
     METRICS,
     Suite,
     fields_of,
@@ -297,6 +298,12 @@ def test_the_old_name_of_evaluate_warns():
     with pytest.deprecated_call(match=r"use Metric\.evaluate"):
         old = Sparseness().judge(data)
     assert torch.equal(old.values, Sparseness().evaluate(data).values)
+
+
+def test_metrics_register_in_the_order_of_a_report():
+    groups = [entry.group for entry in ENTRIES.values()]
+    assert groups == sorted(groups, key=list(GROUPS).index)
+    assert list(METRICS)[-3:] == ["manipulation", "sparseness", "complexity"]
 
 
 @pytest.mark.parametrize("name", list(ENTRIES))

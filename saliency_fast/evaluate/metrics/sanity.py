@@ -103,7 +103,11 @@ class SanityCheck(Metric):
         again = _similarities(maps, position_sums(data.explain(data.inputs)), structured)
         copy = Randomised(data.model, lambda model: _scores(model, data))
         unchanged = self._unchanged(copy, data)
-        groups = _groups(len(copy.layers), self.stages)
+        # Groups of layers of as equal size as possible.
+        layers = len(copy.layers)
+        count = min(self.stages or layers, layers)
+        ends = [layers * one // count for one in range(count + 1)]
+        groups = [list(range(start, stop)) for start, stop in pairwise(ends)]
         if self.order == "bottom_up":
             groups = [group[::-1] for group in reversed(groups)]
         similar: dict[str, Tensor] = {}
@@ -119,7 +123,10 @@ class SanityCheck(Metric):
         alone = self.order == "independent"
         details = {
             **similar,
-            "layers": [_joined([copy.layers[one].name for one in group]) for group in groups],
+            "layers": [
+                " to ".join(dict.fromkeys(copy.layers[one].name or "(model)" for one in ends))
+                for ends in ((group[0], group[-1]) for group in groups)
+            ],
             "unchanged": unchanged,
             "again": again,
             "floor": {
@@ -260,18 +267,6 @@ def _scores(model: Any, data: EvaluationInput) -> Tensor:
     return Scorer(model, data.inputs, data.classes, data.running).again()[0].scores
 
 
-def _groups(layers: int, stages: int | None) -> list[list[int]]:
-    """Layer numbers in groups of as equal size as possible."""
-    count = layers if stages is None else min(stages, layers)
-    ends = [layers * one // count for one in range(count + 1)]
-    return [list(range(start, stop)) for start, stop in pairwise(ends)]
-
-
-def _joined(names: list[str]) -> str:
-    names = [name or "(model)" for name in names]
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-
-
 def _pairs(maps: Sequence[Tensor], structured: bool) -> dict[str, float]:
     """The mean similarity of each of several batches of maps with the next."""
     pairs = [_similarities(one, other, structured) for one, other in pairwise(maps)]
@@ -336,19 +331,15 @@ class Randomised:
     """A copy of a model that is re-initialised layer by layer; the model itself never changes.
 
     A layer is a module that owns parameters; a shared parameter belongs to the module that runs
-    last. `reset_parameters` of a module re-initialises as its authors meant it (for normalisations
-    with the running statistics). Other parameters, such as position embeddings or the input
-    projection of nn.MultiheadAttention, are drawn from normals of their own mean and standard
-    deviation: activations keep their scale, and unlike with a permutation, scalars and constant
-    vectors change too.
+    last. `reset_parameters` of a module re-initialises as its authors meant it. Other parameters,
+    such as position embeddings, are drawn from normals of their own mean and standard deviation:
+    activations keep their scale, and unlike with a permutation, scalars change too.
 
     model: the copy. layers: from the output to the input, in the order in which they run.
     """
 
     def __init__(self, model: Any, run: Callable[[nn.Module], object] | None = None) -> None:
-        """run: calls the copy once, to record the order of its modules; without it, or where it
-        fails, they count in the order of their definition.
-        """
+        """run: calls the copy, to record its modules' order; by default that of definition."""
         self._source, self.model = _copied(model)
         self.layers = _layers(self.model, _order(self.model, run))
 
@@ -411,7 +402,10 @@ def _layers(model: nn.Module, order: Mapping[nn.Module, int]) -> tuple[Layer, ..
         own = {
             key: one
             for key, one in own_parameters(module).items()
-            if one is not None and id(one) not in taken and _can_be_drawn(one)
+            if one is not None
+            and id(one) not in taken
+            and one.numel() > 0
+            and (one.is_floating_point() or one.is_complex())
         }
         taken |= {id(one) for one in own.values()}
         if own:
@@ -424,10 +418,6 @@ def _layers(model: nn.Module, order: Mapping[nn.Module, int]) -> tuple[Layer, ..
             "model before it was quantised or frozen, with its weights as nn.Parameter"
         )
     return tuple(layers)
-
-
-def _can_be_drawn(parameter: Tensor) -> bool:
-    return parameter.numel() > 0 and (parameter.is_floating_point() or parameter.is_complex())
 
 
 def _order(model: nn.Module, run: Callable[[nn.Module], object] | None) -> dict[nn.Module, int]:
@@ -455,8 +445,8 @@ def _order(model: nn.Module, run: Callable[[nn.Module], object] | None) -> dict[
 
 
 def _drawn(layer: Layer) -> tuple[dict[str, Tensor], list[tuple[str, Tensor | None]]]:
-    """New values of a layer's parameters, and its buffers: by the module's own reset, which may
-    replace its parameters or change submodules and tied parameters, and is called on a copy.
+    """New values of a layer's parameters, and its buffers. The module's own reset may change
+    submodules and tied parameters, too, and is called on a copy.
     """
     drawn: dict[str, Tensor] = {}
     buffers = list(own_buffers(layer.module).items())
