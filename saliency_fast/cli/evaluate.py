@@ -117,7 +117,7 @@ def _files(args: argparse.Namespace, loaded: Loaded) -> _Examples:
     for read in reads:
         if read.x.shape[1:] != first.x.shape[1:]:
             raise InputError(
-                f"inputs must have one shape, to be judged together: got {list(first.x.shape[1:])} "
+                f"inputs must have one shape to form a batch: got {list(first.x.shape[1:])} "
                 f"of {first.source} and {list(read.x.shape[1:])} of {read.source}; use --size and "
                 "--channels, or one call for each shape"
             )

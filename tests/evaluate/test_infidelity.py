@@ -132,7 +132,7 @@ def test_against_quantus() -> None:
 
     model, x = make(Image).float(), randn(4, 3, 12, 12).float()
     maps, target = randn(4, 3, 12, 12, seed=1).float(), torch.tensor([0, 1, 2, 3])
-    judge = quantus.Infidelity(
+    theirs = quantus.Infidelity(
         perturb_patch_sizes=[3, 4],
         n_perturb_samples=1,
         normalise=False,
@@ -140,7 +140,7 @@ def test_against_quantus() -> None:
         disable_warnings=True,
         display_progressbar=False,
     )
-    want = judge(model, x.numpy(), target.numpy(), maps.numpy(), softmax=False)
+    want = theirs(model, x.numpy(), target.numpy(), maps.numpy(), softmax=False)
     black = x.flatten(1).amin(1).view(-1, 1, 1, 1)
     metric = Infidelity("patches", patch=(3, 4), cumulative=True, substrate=black)
     found = metric(model, x, maps, target=target).values
