@@ -17,7 +17,7 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import Arena, LaunchMemory
 from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.pack import alike, packed
+from saliency_fast.model.pack import compatible, packed
 
 PATIENCE = 1.0
 """Seconds after which a launch begins all the same: whoever holds a slot may wait for it."""
@@ -65,7 +65,7 @@ class EvaluationRequest:
         # What is not proved once and for all is not put beside what others ask for.
         if rows is not None and (rows.suspect or rows.apart):
             return (id(self),)
-        return self.gradients, *alike(self.function)
+        return self.gradients, *compatible(self.function)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
         return result
 
     try:
-        return request.function.again(run)
+        return request.function.with_saved_copies(run)
     except Exception as error:
         return error
 

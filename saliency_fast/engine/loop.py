@@ -10,21 +10,23 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.accumulate import Accumulators, Outcome, average, norm_of
 from saliency_fast.engine.arena import Arena, LaunchMemory
 from saliency_fast.engine.bind import Call, Model, Part
-from saliency_fast.engine.calibrate import Calibration, Cost
+from saliency_fast.engine.calibrate import Calibration, Cost, Tier
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import Independence, TieReport, find_ties
 from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, execute, wait_for
 from saliency_fast.engine.memory import MemoryMeter
-from saliency_fast.engine.plan import Plan, point_bytes
+from saliency_fast.engine.plan import DRAWS, Plan, point_bytes
 from saliency_fast.engine.precision import (
     LEAST_SCALE,
     PrecisionError,
@@ -52,7 +54,7 @@ from saliency_fast.engine.strategies import Strategy
 from saliency_fast.graph.passes.half import FLOAT32
 from saliency_fast.model.executors import EagerExecutor, Executor, InterceptedExecutor
 from saliency_fast.model.function import Directional, PointFunction, TappedFunction, summed
-from saliency_fast.model.preserve import same_draws, uncompiled
+from saliency_fast.model.preserve import random_states, restored_random_state, uncompiled
 from saliency_fast.rules.intercept import RulesExecutor
 
 LOWER = 16.0
@@ -76,6 +78,7 @@ class Job:
         replan: From a job and an error to the job that begins again; raises the error where no
             other plan helps.
         capture: Steps of captured launches, where the device can; see `captured`.
+        learn: Notes the cost of a point where the first call tells it.
         limit: What the precision may cost a map, where another one is left to take its place.
     """
 
@@ -93,6 +96,7 @@ class Job:
     config: EngineConfig
     replan: Callable[[Job, Exception], Job]
     capture: Callable[..., Generator[EvaluationRequest | Progress, Any, bool]] | None = None
+    learn: Callable[[Cost], Calibration] | None = None
     limit: float = math.inf
 
     @property
@@ -114,8 +118,20 @@ class Job:
         if self.calibration.cost.drew or not affordable:
             # A point taken once more would move the model's random numbers.
             return None
-        about = (self.model, self.call, self.recipe, self.baselines[number])
-        return find_ties(*about, self.config, self.calibration.maxima)
+        about = (self.model, self.call, self.recipe, self.baselines[number], self.config)
+        with restored_random_state(lambda: not self.calibration.measured, self.call.device):
+            return find_ties(
+                *about, self.calibration.maxima, few=self.calibration.tier is Tier.DIRECT
+            )
+
+    def measured(self, cost: Cost) -> Job:
+        """The job, once its launches have told what a point costs."""
+        assert self.learn is not None
+        calibration, each = self.learn(cost), point_bytes(cost, self.config)
+        notes = (*self.plan.notes, *((DRAWS,) if cost.random else ()))
+        plan = replace(self.plan, launch_bytes=each, notes=notes, saved_before=cost.saved)
+        plan = replace(plan, saved_after=cost.saved)
+        return replace(self, calibration=calibration, plan=plan)
 
     def judge(self, outcome: Outcome, *, fresh: bool) -> None:
         """Notes what the precision costs; raises where that is more than it may."""
@@ -168,10 +184,7 @@ def _over_baselines(job: Job) -> Steps:
         about = (job, number, error, ties, replace(report), finished)
         if captured is not None and (yield from captured(*about)):
             continue
-        sums = isinstance(job.recipe, WeightedSum)
-        evaluation = (SumEvaluation if sums else RoundsEvaluation)(
-            job, job.call, baselines, error, ties
-        )
+        evaluation = evaluation_of(job)(job, job.call, baselines, error, ties)
         yield from evaluation.steps(report)
         if number < len(job.baselines) - 1:
             finished.append(evaluation.outcome())
@@ -206,7 +219,7 @@ def run_alone(job: Job) -> Iterator[Progress]:
     """Runs a call in launches of its own, and notes what a point takes."""
     device, seconds, last = job.call.device, 0.0, None
     arena = Arena(device, about=job.plan.launch_bytes)
-    progress = drive(evaluate(job), arena)
+    progress = measuring(job) if not job.calibration.measured else drive(evaluate(job), arena)
     try:
         while True:
             started = time.perf_counter()
@@ -236,6 +249,25 @@ def drive(
             step = next(steps, None)
         else:
             step = resume(steps, [execute(step, step.count, arena)])
+
+
+def measuring(job: Job) -> Generator[Progress, None, None]:
+    """The progress of a call of few points, whose launches tell what a point costs."""
+    meter, moved, device = MemoryMeter(), False, job.call.device
+    arena, steps = Arena(device, about=0), evaluate(job)
+    step = next(steps, None)
+    while step is not None:
+        if isinstance(step, Progress):
+            random = meter.drew and moved
+            cost = Cost(meter.peak, meter.largest, {}, meter.drew, random)
+            yield replace(step, job=step.job.measured(cost))
+            step = next(steps, None)
+            continue
+        states = random_states(device)
+        with uncompiled(), meter:
+            result = execute(step, step.count, arena)
+        moved = moved or not all(map(torch.equal, states, random_states(device)))
+        step = resume(steps, [result])
 
 
 def resume(
@@ -272,7 +304,7 @@ class Evaluation:
         self.strategy, self.config = job.strategy, job.config
         self.launches = job.launches
         self.independence: Independence | None = job.independence
-        self.score_function = self.strategy.score_function(job.model, call, self.recipe)
+        self.model = job.model
         self.precision_error, self.ties = error, ties
         self.size = 1 if ties is not None and ties.apart else self.plan.points_per_launch
         shape, device = (call.batch, call.targets.count), call.device
@@ -281,6 +313,10 @@ class Evaluation:
         self.baseline_scores: Tensor | None = None
         self.classes = call.targets.classes
         self.points = torch.zeros(call.batch, dtype=torch.int64, device=device)
+
+    @cached_property
+    def score_function(self) -> PointFunction:
+        return self.strategy.score_function(self.model, self.call, self.recipe)
 
     def steps(self, report: _Report) -> Steps:
         """Runs launch by launch; yields requests, and what `report` makes after each."""
@@ -360,6 +396,70 @@ class Evaluation:
             if self.classes is None:
                 self.classes = torch.zeros_like(self.scores, dtype=torch.int64)
             self.classes[example] = classes
+
+
+def evaluation_of(job: Job) -> type[Evaluation]:
+    """The kind of evaluation that serves a job."""
+    recipe = job.recipe
+    if not isinstance(recipe, WeightedSum):
+        return RoundsEvaluation
+    alone = recipe.at_input and recipe.reduction in REDUCED and recipe.factor in ("none", "input")
+    fits = job.plan.points_per_launch >= job.call.batch and job.strategy.prefix is None
+    return GradientEvaluation if alone and fits and job.strategy.precision.exact else SumEvaluation
+
+
+REDUCED: dict[str, Callable[[Tensor], Tensor]]
+REDUCED = {"sum": lambda one: one, "square": torch.square, "absolute": torch.abs}
+"""What a reduction makes of the gradient at a single point."""
+
+
+class GradientEvaluation(Evaluation):
+    """The gradients at the inputs themselves, in one launch: there is nothing to accumulate."""
+
+    recipe: WeightedSum
+
+    def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
+        super().__init__(job, call, baselines, *about)
+        self.function = self.strategy.gradient_function(job.model, call, self.recipe, baselines)
+
+    def steps(self, report: _Report) -> Steps:
+        call, parts, done = self.call, list[list[Inputs]](), 0
+        while done < call.batch:
+
+            def write(own: slice, start: int = done) -> tuple[Inputs, Tensor]:
+                rows = slice(start + own.start, start + own.stop)
+                return tuple(x[rows].clone() for x in call.inputs), self.everyone[rows]
+
+            about = (self.function, call.batch - done, write, True, self.launches)
+            result = yield EvaluationRequest(*about, self.independence)
+            own = self.everyone[done : done + len(result.scores)]
+            self.note_scores(own, result.scores, result.classes)
+            parts.append(result.gradients)
+            done += len(own)
+        self.points += 1
+        # For each of K targets the gradients [B, *] per input.
+        self.gradients = [
+            tuple(map(torch.cat, zip(*k, strict=True))) for k in zip(*parts, strict=True)
+        ]
+        yield report(self, done, done)
+
+    def trial(self, rows: int, arena: Arena) -> None:
+        example = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        with arena.launch():
+            self.function.gradients(tuple(x[example] for x in self.call.inputs), example)
+
+    def outcome(self) -> Outcome:
+        shape, reduced = self.scores.shape, REDUCED[self.recipe.reduction]
+        values, sums = list[Tensor](), torch.zeros_like(self.scores)
+        for number, x in enumerate(self.call.inputs):
+            maps = torch.stack([one[number] for one in self.gradients], 1).flatten(0, 1)
+            factor = x if self.recipe.factor == "input" else None
+            found, total = ops.finish(reduced(maps.to(x.dtype)), factor, None, "none")
+            values.append(found.view(*shape, *found.shape[1:]))
+            sums += total.view(shape)
+        scores, error, points = self.scores.clone(), torch.zeros_like(sums), self.points.clone()
+        about = (tuple(values), scores, self.baseline_scores, sums, error, points, None)
+        return Outcome(*about, self.classes, ties=self.ties)
 
 
 class SumEvaluation(Evaluation):
@@ -559,7 +659,6 @@ class RoundsEvaluation(Evaluation):
 
     def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
         super().__init__(job, call, baselines, *about)
-        self.model = job.model
 
     def steps(self, report: _Report) -> Steps:
         """Evaluates one round after another, and reports every map on the way and the last."""
@@ -631,8 +730,8 @@ class RoundsEvaluation(Evaluation):
         if function is self.score_function or rows == 1 or plenty:
             return self.size
         example, meter = step.example[:1], MemoryMeter()
-        with same_draws(lambda: meter.drew, example.device), uncompiled(), meter:
-            gradients = function.again(
+        with restored_random_state(lambda: meter.drew, example.device), uncompiled(), meter:
+            gradients = function.with_saved_copies(
                 lambda: function.gradients(step.write(example, step.node[:1]), example)[2]
             )
         # What is found is added up before it is let go of, by products of its size.

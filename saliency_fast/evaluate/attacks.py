@@ -26,7 +26,7 @@ from saliency_fast.evaluate.scores import RunOptions, Scorer
 from saliency_fast.methods import read_method
 from saliency_fast.methods.gradient import Gradient
 from saliency_fast.methods.parts import checks
-from saliency_fast.model.targets import PREDICTED, Target, read_targets, tensor_of
+from saliency_fast.model.targets import PREDICTED, Reader, Target, read_targets, tensor_of
 from saliency_fast.ops import philox, random_bits
 from saliency_fast.rules import Softplus
 
@@ -221,8 +221,8 @@ def project(x: Tensor, origin: Tensor, radius: Tensor | float, bounds: tuple[Any
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """A target (`model.targets.Reader`): the cross-entropy of classes int64 [B]."""
+class CrossEntropy(Reader):
+    """A target: the cross-entropy of classes int64 [B]."""
 
     classes: Tensor
     count: int = 1

@@ -121,8 +121,8 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A target (`model.targets.Reader`) of three outputs: score, probability and decision.
+class Reading(model_targets.Reader):
+    """A target of three outputs: score, probability and decision.
 
     classes: int64 [B], or None for the predicted class. targets: a target that is no class.
     """
