@@ -243,12 +243,7 @@ def decisions(model: Model, x: Tensor, running: RunOptions, target: Target = PRE
     """The predicted classes int64 [B]; raises where the model or the target has no classes."""
     example = torch.arange(1, device=x.device)
     first, _ = Scorer(model, x, target, running).at(lambda i, _: x[i], example, example)
-    if first.decisions is None:
-        raise InputError(
-            "an attack needs classes to tell apart: got one number per example from the model or "
-            "the target; use a model that returns [B, classes], and classes as target"
-        )
-    return first.decisions
+    return first.decided("an attack")
 
 
 def classes_of(target: Target, before: Tensor) -> Tensor:
@@ -352,13 +347,7 @@ class Manipulation(Metric):
 
     def manipulate(self, data: EvaluationInput) -> Manipulated:
         """The attack alone, which shows the attacked inputs and maps."""
-        decided = data.first.decisions
-        if decided is None:
-            raise InputError(
-                "manipulation needs a decision to keep: the model or the target gives one number "
-                "per example; use a model that returns [B, classes] and a class as target"
-            )
-        search = _Search(self, data, decided)
+        search = _Search(self, data, data.first.decided("a decision that an attack keeps"))
         return search.random() if self.attack == "random" else search.steered()
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:

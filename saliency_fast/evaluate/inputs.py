@@ -75,13 +75,7 @@ class EvaluationInput:
         """The target, with "predicted" replaced by the predicted classes int64 [B]."""
         if not (isinstance(self.target, str) and self.target == PREDICTED):
             return self.target
-        decisions = self._repeated[0].decisions
-        if decisions is None:
-            raise InputError(
-                "target='predicted' needs several classes: the model gives one number per example;"
-                " use target=None"
-            )
-        return decisions
+        return self.first.decided("target='predicted'")
 
     @property
     def scorer(self) -> Scorer:

@@ -112,12 +112,21 @@ class Scores:
         """The target's "logit" or "softmax" probability, float64 [R]."""
         if output == "logit":
             return self.scores
-        if self.probabilities is None:
-            raise InputError(
-                "output='softmax' needs several classes: the model or the target gives one number "
-                "per example; use output='logit'"
-            )
-        return self.probabilities
+        return _need_classes("output='softmax'", self.probabilities)
+
+    def decided(self, what: str) -> Tensor:
+        """The predicted classes; raises that `what` needs them."""
+        return _need_classes(what, self.decisions)
+
+
+def _need_classes(what: str, value: Tensor | None) -> Tensor:
+    if value is None:
+        raise InputError(
+            f"{what} needs several classes: the model or the target gives one number per example; "
+            "use a model that returns [B, classes] and a class as target, or output='logit' and "
+            "target=None"
+        )
+    return value
 
 
 @dataclass(frozen=True)

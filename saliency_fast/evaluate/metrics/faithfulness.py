@@ -229,8 +229,7 @@ class Road(Metric):
         if classes is None:
             values = points.of(self.output)
         else:
-            assert points.decisions is not None
-            values = (points.decisions == classes[:, None]).double()
+            values = (points.decided("output='accuracy'") == classes[:, None]).double()
         curve = Curve(ends.double() / positions, values, "share imputed", OUTPUT_NAMES[self.output])
         better = "lower" if self.order == "most_first" else "higher"
         return dataclasses.replace(self._outcome(values.mean(1), curve=curve), better=better)
@@ -300,12 +299,11 @@ class Counterfactual(Metric):
             return torch.where(missing, fill[example % len(fill)], x[example])
 
         points = data.scorer.grid(write, len(ends))[1]
-        assert first.decisions is not None
-        assert points.decisions is not None
-        changed = (points.decisions != first.decisions[:, None]).double()
+        before, after = (one.decided("a counterfactual") for one in (first, points))
+        changed = (after != before[:, None]).double()
         draws, grid = slice(1, 1 + self.draws), slice(1 + self.draws, None)
         details: dict[str, Any] = {
-            "decision": points.decisions[:, 0],
+            "decision": after[:, 0],
             "random": changed[:, draws].mean(1),
         }
         for output in OUTPUTS:
@@ -316,7 +314,7 @@ class Counterfactual(Metric):
         enough = torch.where(changed[:, grid] > 0, shares, math.inf).amin(1)
         details["needed_share"] = enough.masked_fill(enough.isinf(), math.nan)
         curve = Curve(shares, changed[:, grid], "share replaced", "share of changed decisions")
-        other = first.decisions != classes
+        other = before != classes
         values, rows = changed[:, 0].masked_fill(other, math.nan), true_rows(other)
         caveat = f"the decision for examples {rows} is not the target: they have no value"
         caveats = caveats_of((rows, caveat))
@@ -355,13 +353,12 @@ class Counterfactual(Metric):
 def _classes(data: EvaluationInput) -> Tensor:
     """The target as one class per example, int64 [B]; raises where it is none."""
     targets = read_targets(data.classes, data.batch)
-    classes = None if targets.position is not None else targets.classes
-    if classes is None or data.first.decisions is None:
+    if targets.classes is None or targets.position is not None:
         raise InputError(
-            "decisions need a target that is a class of several: the model or the target gives one "
-            "number per example; use output='logit' where there is one"
+            "decisions need a target that is a class of several: got another target; use a class, "
+            "or output='logit'"
         )
-    return classes[:, 0].to(data.inputs.device)
+    return targets.classes[:, 0].to(data.inputs.device)
 
 
 @in_suite(FAITHFULNESS, "Yeh et al., 2019", quick={"samples": 20})

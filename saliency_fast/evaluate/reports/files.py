@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from saliency_fast.render.files import encode
 from saliency_fast.render.frames import frames, grey, picture
 from saliency_fast.render.html import Figure
 from saliency_fast.render.plots import CURE, Band, Plot, have_plots, plot_png
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 SCHEMA = 1
 """Of the JSON."""
@@ -43,45 +47,77 @@ _FACTS = {
 }
 
 
-def report_dict(report: ReportData) -> dict[str, Any]:
-    """All of a report except the maps, as JSON holds it; NaN becomes None."""
-    fields = ("title", "controls", "agreement", "unmeasured", "caveats", "seconds", "confidence")
-    outcomes: dict[str, dict[str, Any]] = {name: {} for name in report.names}
-    for (method, metric), interval in report.intervals.items():
-        outcome = report.outcomes[method][metric]
-        further = {"mean": plain(interval), "details": plain(outcome.details, MOST)}
-        outcomes[method][metric] = plain_fields(outcome, "details") | further
-    return {
-        "schema": SCHEMA,
-        **{name: plain(getattr(report, name)) for name in (*fields, "seed")},
-        "names": list(report.names),
-        "metrics": list(report.metrics),
-        "passed": report.passed,
-        "verdicts": [sentence for _, sentence in text.verdicts(report)],
-        "best": {metric: report.best(metric) for metric in report.metrics},
-        "outcomes": outcomes,
-        "comparisons": plain(report.comparisons()),
-        "provenance": plain(report.provenance, MOST),
-    }
+@dataclass(frozen=True, eq=False, repr=False)
+class Report(ReportData):
+    """The outcomes of metrics for methods and controls, shown and saved; see `report`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it except the maps, as JSON holds it; NaN becomes None."""
+        fields = ("title", "controls", "agreement", "unmeasured", "caveats", "seconds")
+        outcomes: dict[str, dict[str, Any]] = {name: {} for name in self.names}
+        for (method, metric), interval in self.intervals.items():
+            outcome = self.outcomes[method][metric]
+            further = {"mean": plain(interval), "details": plain(outcome.details, MOST)}
+            outcomes[method][metric] = plain_fields(outcome, "details") | further
+        return {
+            "schema": SCHEMA,
+            **{name: plain(getattr(self, name)) for name in (*fields, "confidence", "seed")},
+            "names": list(self.names),
+            "metrics": list(self.metrics),
+            "passed": self.passed,
+            "verdicts": [sentence for _, sentence in text.verdicts(self)],
+            "best": {metric: self.best(metric) for metric in self.metrics},
+            "outcomes": outcomes,
+            "comparisons": plain(self.comparisons()),
+            "provenance": plain(self.provenance, MOST),
+        }
+
+    def json(self, indent: int | None = 1) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False, allow_nan=False)
+
+    def html(self) -> str:
+        """One self-contained page; without matplotlib it has no curves and says so."""
+        return page(self)
+
+    def curves(self, folder: str | Path) -> list[Path]:
+        """Writes a PNG for each metric with a curve and returns the paths; needs matplotlib."""
+        written = []
+        for metric in self.metrics:
+            plot = plot_of(self, metric)
+            if plot is not None:
+                drawn = plot_png(plot)
+                _make_folder(Path(folder))
+                name = "".join(one if one.isalnum() or one in "._-" else "_" for one in metric)
+                written.append(Path(folder) / f"{name}.png")
+                written[-1].write_bytes(drawn)
+        return written
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Writes index.html, report.json and curves/*.png; without matplotlib no curves."""
+        return save(self, Path(folder))
+
+    def show(self) -> None:
+        """Prints the tables, at most as wide as the terminal."""
+        text.show(self)
+
+    def __str__(self) -> str:
+        return text.as_text(self)
+
+    def __repr__(self) -> str:
+        return f"<Report {', '.join(self.names)}: {', '.join(self.metrics)}>"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from text.tables(self, options.max_width)
 
 
-def json_text(report: ReportData, indent: int | None = 1) -> str:
-    """`report_dict` as JSON."""
-    return json.dumps(report_dict(report), indent=indent, ensure_ascii=False, allow_nan=False)
-
-
-def write_curves(report: ReportData, folder: Path) -> list[Path]:
-    """Writes METRIC.png for each metric with curves into `folder`; raises without matplotlib."""
-    written = []
-    for metric in report.metrics:
-        plot = plot_of(report, metric)
-        if plot is not None:
-            drawn = plot_png(plot)
-            _make_folder(folder)
-            name = "".join(one if one.isalnum() or one in "._-" else "_" for one in metric)
-            written.append(folder / f"{name}.png")
-            written[-1].write_bytes(drawn)
-    return written
+def save(report: Report, folder: Path, command: str = "") -> list[Path]:
+    """`Report.save`, with the command that makes the page again."""
+    _make_folder(folder)
+    html, numbers = folder / "index.html", folder / "report.json"
+    html.write_text(page(report, command), encoding="utf-8")
+    numbers.write_text(report.json(), encoding="utf-8")
+    return [html, numbers, *(report.curves(folder / "curves") if have_plots() else [])]
 
 
 def _make_folder(folder: Path) -> None:
@@ -146,16 +182,6 @@ def page(report: ReportData, command: str = "") -> str:
             command=command,
         )
     )
-
-
-def save(report: ReportData, folder: Path, command: str = "") -> list[Path]:
-    """Writes index.html, report.json and, with matplotlib, curves/*.png; returns the paths."""
-    _make_folder(folder)
-    html, numbers = folder / "index.html", folder / "report.json"
-    html.write_text(page(report, command), encoding="utf-8")
-    numbers.write_text(json_text(report), encoding="utf-8")
-    curves = write_curves(report, folder / "curves") if have_plots() else []
-    return [html, numbers, *curves]
 
 
 def _all_spelled(names: Iterable[str]) -> tuple[str, ...]:

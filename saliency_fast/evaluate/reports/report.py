@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,8 @@ from saliency_fast.evaluate.inputs import (
 from saliency_fast.evaluate.metric import Metric, Suite, make_metric, plain_name
 from saliency_fast.evaluate.metrics.agreement import agreement
 from saliency_fast.evaluate.outcome import RESAMPLES, Outcome, bootstrap, caveats_of
-from saliency_fast.evaluate.reports.data import FEW, MAPS, Missing, ReportData
+from saliency_fast.evaluate.reports.data import FEW, MAPS, Missing
+from saliency_fast.evaluate.reports.files import Report
 from saliency_fast.evaluate.scores import RunOptions
 from saliency_fast.methods import read_method
 from saliency_fast.model.layout import LayoutLike
@@ -39,69 +39,12 @@ from saliency_fast.model.targets import PREDICTED, Target, read_targets
 from saliency_fast.record import describe_target, tensor_sha256, weights_sha256
 from saliency_fast.version import __version__
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
 Given = Explainer | Attribution | Tensor
 """What makes the maps of a row, or the maps themselves."""
 EXPECTED = (
     "a method, its name, a function (model, inputs, target) -> maps, an Attribution or a tensor of "
     "maps"
 )
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Report(ReportData):
-    """The outcomes of metrics for methods and controls, shown and saved; see `report`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it except the maps, as JSON holds it; NaN becomes None."""
-        from saliency_fast.evaluate.reports.files import report_dict
-
-        return report_dict(self)
-
-    def json(self, indent: int | None = 1) -> str:
-        """`to_dict` as JSON."""
-        from saliency_fast.evaluate.reports.files import json_text
-
-        return json_text(self, indent)
-
-    def html(self) -> str:
-        """One self-contained page; without matplotlib it has no curves and says so."""
-        from saliency_fast.evaluate.reports.files import page
-
-        return page(self)
-
-    def curves(self, folder: str | Path) -> list[Path]:
-        """Writes a PNG for each metric with a curve and returns the paths; needs matplotlib."""
-        from saliency_fast.evaluate.reports.files import write_curves
-
-        return write_curves(self, Path(folder))
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes index.html, report.json and curves/*.png; without matplotlib no curves."""
-        from saliency_fast.evaluate.reports.files import save
-
-        return save(self, Path(folder))
-
-    def show(self) -> None:
-        """Prints the tables."""
-        from saliency_fast.evaluate.reports.text import show
-
-        show(self)
-
-    def __str__(self) -> str:
-        from saliency_fast.evaluate.reports.text import text
-
-        return text(self)
-
-    def __repr__(self) -> str:
-        return f"<Report {', '.join(self.names)}: {', '.join(self.metrics)}>"
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from saliency_fast.evaluate.reports.text import tables
-
-        yield from tables(self, options.max_width)
 
 
 def report(
