@@ -83,12 +83,11 @@ def coherence(maps: Tensor, *, neighbours: bool = True) -> dict[str, Tensor]:
         tensor([0.7500], dtype=torch.float64)
     """
     size = max(1, HELD // max(1, maps[:1].numel()))
-    starts = range(0, len(maps), size)
-    parts = [_coherence(maps[at : at + size].detach(), neighbours) for at in starts]
-    return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
-
-
-def _coherence(maps: Tensor, neighbours: bool) -> dict[str, Tensor]:
+    if len(maps) > size:
+        starts = range(0, len(maps), size)
+        parts = [coherence(maps[at : at + size], neighbours=neighbours) for at in starts]
+        return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
+    maps = maps.detach()
     rows = maps.flatten(1).double()
     amount, count = rows.abs(), rows.shape[1]
     total = amount.sum(1)
@@ -142,20 +141,16 @@ class CoherenceReference:
     Args:
         names: The S statistics that are used.
         left_out: Those that are the same for all references.
-        centre: Means, float64 [S].
-        deviation: Standard deviations, float64 [S].
+        centre: Means, float64 [S]; `deviation` holds standard deviations.
         precision: The inverse of the correlations, float64 [S, S].
         calibration: The sorted scores of references that were not fitted, float64 [n].
         shrinkage: How far correlations are shrunk towards zero.
-        spatial: The shape of a map.
-        neighbours: As in `coherence`.
-        count: The number of references.
-        seed: Which half of them is fitted.
+        spatial: The shape of a map; `neighbours` as in `coherence`.
+        count: The number of references; `seed` says which half of them is fitted.
 
     Example:
-        >>> maps = torch.rand(40, 6, 6, generator=torch.Generator().manual_seed(0))
-        >>> reference = CoherenceReference.fit(maps)
-        >>> reference.p_values(reference.score(maps[:2])).shape
+        >>> maps = torch.rand(40, 6, 6)
+        >>> CoherenceReference.fit(maps).score(maps[:2]).shape
         torch.Size([2])
     """
 
@@ -195,7 +190,7 @@ class CoherenceReference:
         varied = deviation > FLAT * (1.0 + centre.abs())
         if not bool(varied.any()):
             raise InputError(
-                "maps of references are all alike: nothing can be told from them; pass maps that "
+                "maps of references are all alike: they have no statistics; pass maps that "
                 "follow the inputs"
             )
         used = dict(zip(statistics, varied.tolist(), strict=True))
@@ -231,9 +226,9 @@ class CoherenceReference:
         """The conformal p-values (Vovk, 2005), float64 [B]: the share of the calibration scores and
         the score itself that are at least as high.
         """
-        known = self.calibration.to(scores.device)
-        below = torch.searchsorted(known, scores.double().contiguous())
-        return (len(known) - below + 1).double() / (len(known) + 1)
+        calibration = self.calibration.to(scores.device)
+        below = torch.searchsorted(calibration, scores.double().contiguous())
+        return (len(calibration) - below + 1).double() / (len(calibration) + 1)
 
     def __repr__(self) -> str:
         return f"<CoherenceReference of {self.count} maps; {', '.join(self.names)}>"
@@ -282,8 +277,7 @@ class Roc:
         thresholds: Falling, from infinity, float64 [n].
         area: Under tpr over fpr, with its bootstrap interval: the probability that an attacked
             input scores higher than a clean one (ties count half).
-        clean: The number of clean scores.
-        attacked: The number of attacked scores.
+        clean: The number of clean scores; `attacked` that of the others.
     """
 
     fpr: Tensor

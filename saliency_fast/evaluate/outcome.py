@@ -24,10 +24,8 @@ class Curve:
     """Values of every example over a shared axis, such as the score while positions are deleted.
 
     Args:
-        x: The axis, float64 [n].
-        y: The values, float64 [B, n].
-        x_name: The axis' label.
-        y_name: The values' label.
+        x: The axis, float64 [n], with the label `x_name`.
+        y: The values, float64 [B, n], with the label `y_name`.
 
     Example:
         >>> Curve(torch.tensor([0.0, 1.0]), torch.tensor([[1.0, 0.0]]), "share", "score").area()
@@ -50,9 +48,7 @@ class Interval:
 
     Args:
         mean: The mean.
-        low: The interval's lower end.
-        high: Its upper end.
-        confidence: Its level, such as 0.95.
+        low: The interval's lower end; `high` its upper end, `confidence` its level.
         count: The number of values.
 
     Example:
@@ -137,12 +133,12 @@ def bootstrap(values: Tensor, confidence: float = 0.95, *, seed: int = 0) -> Int
         2 [2, 2]
     """
     check_confidence(confidence)
-    known = values.detach().double().cpu().flatten()
-    known = known[known.isfinite()]
-    if len(known) == 0:
+    finite = values.detach().double().cpu().flatten()
+    finite = finite[finite.isfinite()]
+    if len(finite) == 0:
         return Interval(math.nan, math.nan, math.nan, confidence, 0)
-    low, high = mean_ends(known[:, None], confidence, seed)
-    return Interval(float(known.mean()), float(low), float(high), confidence, len(known))
+    low, high = mean_ends(finite[:, None], confidence, seed)
+    return Interval(float(finite.mean()), float(low), float(high), confidence, len(finite))
 
 
 def mean_ends(rows: Tensor, confidence: float, seed: int) -> Tensor:

@@ -31,8 +31,8 @@ Write = Callable[[Tensor, Tensor], Tensor]
 class RunOptions:
     """How a model is run: further arguments and the options of `Engine`.
 
-    dtype: that of the inputs where it is a half type, which are read as float32. axes: the model's
-    layout; evaluation inputs are [B, C, *spatial].
+    dtype: of half inputs, which are read as float32. axes: the model's layout; evaluation inputs
+    have channels first.
     """
 
     forward_args: Any = ()
@@ -45,8 +45,7 @@ class RunOptions:
 
     def engine(self, model: Callable[..., Any], method: Any, *, lean: bool = True) -> Engine:
         engine = Engine(
-            model,
-            method,
+            *(model, method),
             lean=lean,
             memory_budget=self.memory_budget,
             points_per_launch=self.points_per_launch,
@@ -99,9 +98,9 @@ class RunOptions:
 class Scores:
     """The model's scores of R points.
 
-    scores: the target's output, float64 [R]. Where the model returns classes, also probabilities:
-    the target's, float64 [R], by softmax unless the outputs are probabilities already; and
-    decisions: the predicted classes, int64 [R].
+    scores: the target's output, float64 [R]. Of models that return classes, probabilities: the
+    target's, float64 [R], by softmax unless the outputs are probabilities already; decisions: the
+    predicted classes, int64 [R].
     """
 
     scores: Tensor
@@ -243,28 +242,19 @@ class Scorer:
             )
         return _split(first), _split(points)
 
-    def grid(
-        self, write: Write, count: int, *, numbers_first: bool = False
-    ) -> tuple[Scores, Scores]:
+    def grid(self, write: Write, count: int) -> tuple[Scores, Scores]:
         """Scores at the inputs [B], and at `count` points of each example [B, count].
 
-        numbers_first: whether a launch holds the same point of all examples, rather than all points
-        of an example, for a `write` that prepares what they share.
+        A launch holds the same point of all examples, so that `write` shares its preparation.
         """
         batch, device = len(self.inputs), self.inputs.device
-        example, number = torch.arange(batch, device=device), torch.arange(count, device=device)
-        if numbers_first:
-            example, number = example.repeat(count), number.repeat_interleave(batch)
-        else:
-            example, number = example.repeat_interleave(count), number.repeat(batch)
+        example = torch.arange(batch, device=device).repeat(count)
+        number = torch.arange(count, device=device).repeat_interleave(batch)
         first, points = self.at(write, example, number)
-
-        def table(rows: Tensor) -> Tensor:
-            return rows.view(count, batch).T if numbers_first else rows.view(batch, count)
-
-        if points.probabilities is None or points.decisions is None:
-            return first, Scores(table(points.scores), None, None)
-        return first, Scores(*map(table, (points.scores, points.probabilities, points.decisions)))
+        found = points.scores, points.probabilities, points.decisions
+        scores, *further = (None if one is None else one.view(count, batch).T for one in found)
+        assert scores is not None
+        return first, Scores(scores, *further)
 
     def again(self) -> tuple[Scores, Scores]:
         """Scores at the inputs by two runs, which are equal if the model is deterministic."""

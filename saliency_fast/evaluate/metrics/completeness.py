@@ -71,7 +71,7 @@ class Completeness(Metric):
         def write(example: Tensor, number: Tensor) -> Tensor:
             return table[starts[number] + example % sizes[number]]
 
-        first, points = data.scorer.grid(write, len(fills), numbers_first=True)
+        first, points = data.scorer.grid(write, len(fills))
         gain = first.of(self.output) - points.of(self.output).mean(1)
         gap = data.values.double().flatten(1).sum(1) - gain
         nothing = gain == 0

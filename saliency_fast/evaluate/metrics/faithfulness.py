@@ -494,7 +494,7 @@ def _products_and_drops(
         products[example, number] = _products(x, slope, points, example)
         return points
 
-    first, points = data.scorer.grid(perturbed, count, numbers_first=True)
+    first, points = data.scorer.grid(perturbed, count)
     return products, first.of(output)[:, None] - points.of(output)
 
 
@@ -581,7 +581,7 @@ class _Correlation(Metric):
         # A launch holds all examples of a sample, whose subsets are drawn once.
         keys = torch.arange(self.samples * several, device=x.device)
         scorer = data.scorer_beside(fill)
-        first, points = scorer.grid(write, len(keys), numbers_first=True)
+        first, points = scorer.grid(write, len(keys))
         drops = first.of(self.output)[:, None] - points.of(self.output)
         step = max(1, ELEMENTS // positions)
         parts = (keys[start : start + step] for start in range(0, len(keys), step))

@@ -61,14 +61,14 @@ def _filled(x: Tensor, missing: Tensor) -> Tensor:
     hole = missing[:, None]
     wide, axes = x.double(), tuple(range(2, x.dim()))
     count = (~hole).sum(axes, keepdim=True)
-    known = wide.masked_fill(hole, 0.0).sum(axes, keepdim=True) / count.clamp(min=1)
+    observed = wide.masked_fill(hole, 0.0).sum(axes, keepdim=True) / count.clamp(min=1)
     # The system is linear and ignores an added constant: the solution in units of the range of the
-    # known values, less their mean, avoids rounding errors.
-    mean = torch.where(count > 0, known, wide.mean(axes, keepdim=True))
-    known = (wide - mean).masked_fill(hole, 0.0)
-    unit = known.abs().amax(axes, keepdim=True)
-    known = known / torch.where(unit == 0, 1.0, unit)
-    right = _binomial(known).masked_fill_(~hole, 0.0)
+    # observed values, less their mean, avoids rounding errors.
+    mean = torch.where(count > 0, observed, wide.mean(axes, keepdim=True))
+    observed = (wide - mean).masked_fill(hole, 0.0)
+    unit = observed.abs().amax(axes, keepdim=True)
+    observed = observed / torch.where(unit == 0, 1.0, unit)
+    right = _binomial(observed).masked_fill_(~hole, 0.0)
     filled = _solved(_levels(hole), right) * unit + mean
     return torch.where(hole, filled.to(x.dtype), x)
 

@@ -185,7 +185,7 @@ class Stability(Metric):
                 f"{list(data.inputs.shape)}, and samples=0: use samples=4, or smaller shifts"
             )
         points = torch.stack([copy.inputs for copy in copies])
-        first, scores = data.scorer.grid(lambda i, n: points[n, i], len(copies), numbers_first=True)
+        first, scores = data.scorer.grid(lambda i, n: points[n, i], len(copies))
         same = torch.ones(data.batch, len(copies), dtype=torch.bool, device=points.device)
         if first.decisions is not None and scores.decisions is not None:
             same = scores.decisions == first.decisions[:, None]

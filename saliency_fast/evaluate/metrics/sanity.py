@@ -210,16 +210,16 @@ class SanityCheck(Metric):
         details["final"] = means
         # Most stages for guided backpropagation, few for the gradient.
         details["unmoved"] = (low.index(True) if True in low else len(low)) / len(low)
-        known = bootstrap(details["again"]["rank_correlation"]).mean
+        repeatability = bootstrap(details["again"]["rank_correlation"]).mean
         positions = data.places[0].numel()
         flat = sum(int((is_constant(one) & ~is_constant(data.places)).sum()) for one in final)
         caveats = caveats_of(
             _about_layers(details["unchanged"]),
             (False, "") if passed else _about_zeros(data.places, final, self.threshold),
             (
-                known < UNNOTICED,
+                repeatability < UNNOTICED,
                 "explained again by method=, the model itself gives other maps (rank correlation "
-                f"{known:.2g}): are target, baseline and method those of the maps?",
+                f"{repeatability:.2g}): are target, baseline and method those of the maps?",
             ),
             (
                 positions < FEWEST_POSITIONS,
@@ -232,7 +232,7 @@ class SanityCheck(Metric):
                 "constant, and count as not similar: such a model may have constant scores",
             ),
         )
-        if known < self.threshold or positions < FEWEST_POSITIONS:
+        if repeatability < self.threshold or positions < FEWEST_POSITIONS:
             passed = None
         ranked = [details["again"]["rank_correlation"], *similar["rank_correlation"].T]
         y = torch.stack(ranked, 1)
@@ -290,11 +290,11 @@ def _about_zeros(maps: Tensor, final: list[Tensor], threshold: float) -> tuple[b
             shares.append(1.0 - float(some.double().mean()))
             if bool(some.any()):
                 left.append(rank_correlation(a[some][None], b[some][None]).abs())
-    known = float(torch.cat(left).nanmean()) if left else 1.0
+    remaining = float(torch.cat(left).nanmean()) if left else 1.0
     share = sum(shares) / len(shares)
-    return share > 0 and known < threshold, (
+    return share > 0 and remaining < threshold, (
         f"{100 * share:.0f} % of positions are zero in both maps, before and after; the rank "
-        f"correlation of the others is {known:.2g}: what stays is mostly where zeros are, "
+        f"correlation of the others is {remaining:.2g}: what stays is mostly where zeros are, "
         "which an input may decide without the model"
     )
 

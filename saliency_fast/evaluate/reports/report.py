@@ -262,8 +262,10 @@ def _check_target(found: Attribution, base: EvaluationInput) -> None:
     classes = base.classes
     if found.classes is None or found.many or not isinstance(classes, (int, list, Tensor)):
         return
-    asked = torch.as_tensor(classes, device=found.classes.device)
-    if asked.shape not in ((), found.classes.shape) or not bool((found.classes == asked).all()):
+    expected = torch.as_tensor(classes, device=found.classes.device)
+    if expected.shape not in ((), found.classes.shape) or not bool(
+        (found.classes == expected).all()
+    ):
         raise InputError(
             f"the attribution by {found.provenance.method} explains other classes than those asked "
             "about: pass target=attribution.classes"

@@ -103,7 +103,7 @@ def _checks(report: ReportData) -> Iterator[Verdict]:
 
 def _against_controls(report: ReportData) -> list[Verdict]:
     """Of metrics by which a map that ignores the model should be bad."""
-    asked = [
+    ranked = [
         name
         for name, metric in report.metrics.items()
         if entry_of(metric, name).group in (FAITHFULNESS, LOCALISATION) and metric.better
@@ -114,7 +114,7 @@ def _against_controls(report: ReportData) -> list[Verdict]:
     for method in report.methods:
         ahead: list[str] = []
         level: dict[tuple[str, ...], list[str]] = {}
-        for metric in asked:
+        for metric in ranked:
             compared = {
                 control: verdict_of(gap, report.metrics[metric].better)
                 for control in report.controls
