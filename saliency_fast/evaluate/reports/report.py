@@ -262,13 +262,11 @@ def _check_target(found: Attribution, base: EvaluationInput) -> None:
     classes = base.classes
     if found.classes is None or found.many or not isinstance(classes, (int, list, Tensor)):
         return
-    expected = torch.as_tensor(classes, device=found.classes.device)
-    if expected.shape not in ((), found.classes.shape) or not bool(
-        (found.classes == expected).all()
-    ):
+    target = torch.as_tensor(classes, device=found.classes.device)
+    if target.shape not in ((), found.classes.shape) or not bool((found.classes == target).all()):
         raise InputError(
-            f"the attribution by {found.provenance.method} explains other classes than those asked "
-            "about: pass target=attribution.classes"
+            f"the attribution by {found.provenance.method} explains other classes than the "
+            "report's target: pass target=attribution.classes"
         )
 
 
