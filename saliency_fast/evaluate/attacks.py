@@ -464,10 +464,8 @@ def _over(rows: Tensor, like: Tensor) -> Tensor:
 
 def _own_recipe(data: EvaluationInput) -> WeightedSum | None:
     """The recipe of the maps, where an attack can differentiate it."""
-    if not is_method(data.method):
-        return None
-    recipe = read_method(data.method).recipe()
-    return recipe if steerable(recipe) else None
+    recipe = read_method(data.method).recipe() if is_method(data.method) else None
+    return recipe if recipe is not None and steerable(recipe) else None
 
 
 def correlation_slope(maps: Tensor, others: Tensor) -> Tensor:

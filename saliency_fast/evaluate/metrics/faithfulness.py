@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -104,11 +104,9 @@ class _Ranked(Metric):
         changes, row = _distinct(begin, end, sequence, counts)
         example, step = changes.nonzero().unbind(1)
 
-        def write(example: Tensor, count: Tensor) -> Tensor:
-            points: Tensor = ops.rank_points(begin, end, rank, example, count)
-            return points
-
-        _, points = data.scorer_beside(fill).at(write, example, counts[step])
+        _, points = data.scorer_beside(fill).at(
+            lambda i, count: ops.rank_points(begin, end, rank, i, count), example, counts[step]
+        )
         share = counts.double() / rank.shape[1]
         name = "share inserted" if self.inserts else "share deleted"
         curve = Curve(share, points.of(self.output)[row], name, OUTPUT_NAMES[self.output])
@@ -285,10 +283,11 @@ class Counterfactual(Metric):
         counts = [max(1, round(one * several)) for one in (self.share, *self.shares)]
         ends = torch.tensor([counts[0]] * (1 + self.draws) + counts[1:], device=x.device)
         source = self.region_sources(x, rank.shape[1])
-        inpainted = isinstance(self.by, str) and self.by == INPAINT
-        if inpainted:
+        fill = None
+        if isinstance(self.by, str) and self.by == INPAINT:
             need_axes(x)
-        fill = None if inpainted else data.fill(self.by, self.seed)
+        else:
+            fill = data.fill(self.by, self.seed)
 
         def write(example: Tensor, number: Tensor) -> Tensor:
             removed = (rank[example] < ends[number, None]).gather(1, source[number])
@@ -302,10 +301,7 @@ class Counterfactual(Metric):
         before, after = (one.decided("a counterfactual") for one in (first, points))
         changed = (after != before[:, None]).double()
         draws, grid = slice(1, 1 + self.draws), slice(1 + self.draws, None)
-        details: dict[str, Any] = {
-            "decision": after[:, 0],
-            "random": changed[:, draws].mean(1),
-        }
+        details = {"decision": after[:, 0], "random": changed[:, draws].mean(1)}
         for output in OUTPUTS:
             drop = first.of(output)[:, None] - points.of(output)
             details[f"drop_{output}"] = drop[:, 0]
@@ -333,10 +329,7 @@ class Counterfactual(Metric):
         """For each point of an example, the position of the region from which each position takes
         whether it is removed, int64 [n, P]: its own, except for the random regions.
         """
-        own, sample = (
-            torch.arange(positions, device=x.device),
-            torch.arange(self.draws, device=x.device),
-        )
+        sample, own = (torch.arange(n, device=x.device) for n in (self.draws, positions))
         if x.dim() == 2:
             moved = random_ranks(self.seed, sample, positions)
         else:
@@ -427,20 +420,19 @@ class Infidelity(Metric):
         fill = data.fill(self.substrate, self.seed)
         slope = _per_unit(data.values, x, fill) if self.contributions else data.values
         sizes = (0,) if self.perturbation == "gaussian" else self._sizes
-        predicted, measured, weights = [], [], []
+        parts = []
         for number, size in enumerate(sizes):
             count, write = self.perturbations(x, fill, size, number)
             products, drops = _products_and_drops(data, slope, count, write, self.output)
-            predicted.append(products)
-            measured.append(drops)
-            weights.append(drops.new_full((1, count), 1.0 / (count * len(sizes))))
-        a, b, weight = torch.cat(predicted, 1), torch.cat(measured, 1), torch.cat(weights, 1)
-        details = {"of_zero_map": (weight * b * b).sum(1)}
+            parts.append((products, drops, drops.new_full((1, count), 1 / (count * len(sizes)))))
+        predicted, measured, weight = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+        details = {"of_zero_map": (weight * measured**2).sum(1)}
         if self.scaled:
-            below = (weight * a * a).sum(1, keepdim=True)
-            factor = torch.where(below > 0, (weight * a * b).sum(1, keepdim=True) / below, 0.0)
-            a, details["factor"] = factor * a, factor[:, 0]
-        values = (weight * (a - b) ** 2).sum(1)
+            below = (weight * predicted**2).sum(1, keepdim=True)
+            above = (weight * predicted * measured).sum(1, keepdim=True)
+            factor = torch.where(below > 0, above / below, 0.0)
+            predicted, details["factor"] = factor * predicted, factor[:, 0]
+        values = (weight * (predicted - measured) ** 2).sum(1)
         gaussian = self.perturbation == "gaussian"
         still = value_range(x) == 0 if gaussian else (x == fill).flatten(1).all(1)
         caveat = f"no perturbation changes examples {true_rows(still)}: no infidelity is defined"
@@ -452,9 +444,7 @@ class Infidelity(Metric):
         return self.patch if isinstance(self.patch, tuple) else (self.patch,)
 
     def perturbations(self, x: Tensor, fill: Tensor, size: int, number: int) -> tuple[int, Write]:
-        """How many perturbations of a patch size there are, and write(example, number) of their
-        points; `number` counts the sizes.
-        """
+        """The number of perturbations of a patch size, the `number`-th size, and their writer."""
         spatial = spatial_shape(x)
         if self.perturbation == "gaussian":
             sigma = self.sigma * value_range(x)
@@ -483,9 +473,7 @@ class Infidelity(Metric):
 def _products_and_drops(
     data: EvaluationInput, slope: Tensor, count: int, write: Write, output: str
 ) -> tuple[Tensor, Tensor]:
-    """What the map predicts for each perturbation and how far the output drops, float64
-    [B, count].
-    """
+    """What the map predicts for each perturbation and the output's drop, float64 [B, count]."""
     x = data.inputs
     products = torch.zeros((data.batch, count), dtype=torch.float64, device=x.device)
 
@@ -550,14 +538,13 @@ class _Correlation(Metric):
         check_fields(self, output=OUTPUTS, seed=0)
 
     def _elements(self, data: EvaluationInput) -> tuple[Tensor, Tensor]:
-        """The map's values that subsets are made of, float64 [B, P], and which of them each element
-        of an input belongs to, int64 [1, *].
+        """The map's values of which subsets are made, float64 [B, P], and the one to which each
+        element of an input belongs, int64 [1, *].
         """
         if self.patch > 1:
             sums, block = block_sums(data.places, self.patch)
             return sums, block[None]
-        by_element = self.per == "element"
-        maps = data.values.expand(data.inputs.shape) if by_element else data.places
+        maps = data.values.expand(data.inputs.shape) if self.per == "element" else data.places
         values = maps.flatten(1).double()
         return values, torch.arange(values.shape[1], device=values.device)[None]
 
@@ -580,8 +567,7 @@ class _Correlation(Metric):
 
         # A launch holds all examples of a sample, whose subsets are drawn once.
         keys = torch.arange(self.samples * several, device=x.device)
-        scorer = data.scorer_beside(fill)
-        first, points = scorer.grid(write, len(keys))
+        first, points = data.scorer_beside(fill).grid(write, len(keys))
         drops = first.of(self.output)[:, None] - points.of(self.output)
         step = max(1, ELEMENTS // positions)
         parts = (keys[start : start + step] for start in range(0, len(keys), step))
@@ -630,9 +616,7 @@ class SensitivityN(_Correlation):
         if self.subsets == "ranked" and self.patch > 1:
             raise InputError(f"patch is of subsets='random': got {self.patch}; leave it out")
         if self.subsets == "ranked" and len(self.shares) < 2:
-            raise InputError(
-                "shares must be several for subsets='ranked': a correlation is of them"
-            )
+            raise InputError("shares must be several for subsets='ranked', which compares them")
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:
         fill = data.fill(self.substrate, self.seed, missing=True)
@@ -651,11 +635,9 @@ class SensitivityN(_Correlation):
         ends = torch.tensor(counts, device=x.device)
         sums = self._elements(data)[0].gather(1, sequence).cumsum(1)[:, ends - 1]
 
-        def write(example: Tensor, number: Tensor) -> Tensor:
-            points: Tensor = ops.rank_points(x, fill, rank, example, ends[number])
-            return points
-
-        first, points = data.scorer_beside(fill).grid(write, len(counts))
+        first, points = data.scorer_beside(fill).grid(
+            lambda i, n: ops.rank_points(x, fill, rank, i, ends[n]), len(counts)
+        )
         drops = first.of(self.output)[:, None] - points.of(self.output)
         steps = sums.diff(dim=1, prepend=torch.zeros_like(sums[:, :1]))
         details = {"across_examples": correlation(steps.T, drops.T), "sums": sums, "drops": drops}
@@ -696,13 +678,10 @@ class FaithfulnessCorrelation(_Correlation):
         positions, size = self._elements(data)[0].shape[1], self.size
         count = max(1, round(size * positions)) if isinstance(size, float) else size
         if count > positions:
-            raise InputError(
-                f"size must be at most the {positions} positions of an input: got {count}"
-            )
+            raise InputError(f"size must be at most an input's {positions} positions: got {count}")
         correlations = self._correlations(data, fill, [count])
-        return self._outcome(
-            correlations[:, 0], parameters={"places": count}, caveats=_undefined(correlations)
-        )
+        caveats = _undefined(correlations)
+        return self._outcome(correlations[:, 0], parameters={"places": count}, caveats=caveats)
 
 
 def _undefined(correlations: Tensor) -> tuple[str, ...]:

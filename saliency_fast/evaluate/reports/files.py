@@ -170,9 +170,7 @@ def page(report: ReportData, command: str = "") -> str:
             lead=lead,
             verdicts=tuple(text.verdicts(report)),
             tables=tables,
-            samples=tuple(
-                view.Sample(_example(report, row), _figures(report, row)) for row in samples
-            ),
+            samples=tuple(_example(report, row) for row in samples),
             metrics=tuple(_described(report, metric, plotted) for metric in report.metrics),
             matrices=_matrices(report),
             unmeasured=tuple(text.unmeasured(report)),
@@ -311,17 +309,6 @@ def _matrices(report: ReportData) -> tuple[view.Matrix, ...]:
     )
 
 
-def _example(report: ReportData, row: int) -> str:
-    title = f"Example {row}"
-    if report.classes is not None and report.classes.dim() == 1:
-        number = int(report.classes[row])
-        title += f": {report.labels.get(number, f'class {number}')}"
-    at = slice_of(report, row)
-    if at is not None:
-        title += f", slice {at + 1} of {report.inputs.shape[2]}, where the maps are strongest"
-    return title
-
-
 def slice_of(report: ReportData, row: int) -> int | None:
     """Of a volume, the slice along its first axis (of a clip: the frame) with the most magnitude,
     to which each method contributes equally; None for pictures.
@@ -329,18 +316,20 @@ def slice_of(report: ReportData, row: int) -> int | None:
     if report.inputs.dim() != 5:
         return None
     names = [name for name in report.methods if name in report.maps] or list(report.maps)
-    held = [
-        report.maps[name][row].detach().double().cpu().abs().flatten(1).sum(1) for name in names
-    ]
-    shares = [one / one.sum().clamp_min(1e-300) for one in held]
-    return int(torch.stack(shares).sum(0).argmax())
+    maps = torch.stack([report.maps[name][row].detach().double().cpu().abs() for name in names])
+    sums = maps.flatten(2).sum(2)
+    return int((sums / sums.sum(1, keepdim=True).clamp_min(1e-300)).sum(0).argmax())
 
 
-def _figures(report: ReportData, row: int) -> tuple[Figure, ...]:
+def _example(report: ReportData, row: int) -> view.Sample:
     """An input and every map over it; of a volume one slice, on the scale of all of it."""
-    x = report.inputs[row : row + 1].detach().float().cpu()
-    at = slice_of(report, row)
-    box = _box(report, row, at)
+    x, at = report.inputs[row : row + 1].detach().float().cpu(), slice_of(report, row)
+    title, box = f"Example {row}", _box(report, row, at)
+    if report.classes is not None and report.classes.dim() == 1:
+        number = int(report.classes[row])
+        title += f": {report.labels.get(number, f'class {number}')}"
+    if at is not None:
+        title += f", slice {at + 1} of {report.inputs.shape[2]}, where the maps are strongest"
 
     def figure(drawn: Tensor, alt: str, caption: str) -> Figure:
         drawn = drawn if at is None else drawn[at]
@@ -351,7 +340,7 @@ def _figures(report: ReportData, row: int) -> tuple[Figure, ...]:
         shown = maps[row : row + 1].detach().float().cpu()
         drawn = frames(grey(x), shown, "signed", PERCENTILE, OPACITY)[0]
         figures.append(figure(drawn, f"map by {spelled(name)} over input {row}", spelled(name)))
-    return tuple(figures)
+    return view.Sample(title, tuple(figures))
 
 
 def _box(report: ReportData, row: int, at: int | None) -> tuple[float, float, float, float] | None:
