@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.accumulate import Accumulators, Outcome, average, norm_of
-from saliency_fast.engine.arena import Arena, LaunchMemory
+from saliency_fast.engine.arena import Arena, LaunchMemory, Trace
 from saliency_fast.engine.bind import Call, Model, Part
 from saliency_fast.engine.calibrate import Calibration, Cost, Tier
 from saliency_fast.engine.config import EngineConfig
@@ -79,6 +79,8 @@ class Job:
             other plan helps.
         capture: Steps of captured launches, where the device can; see `captured`.
         learn: Notes the cost of a point where the first call tells it.
+        traced: Sizes of launches whose memory is traced first; with_traces: from the traces by size
+            to the job that goes on.
         limit: What the precision may cost a map, where another one is left to take its place.
     """
 
@@ -97,6 +99,8 @@ class Job:
     replan: Callable[[Job, Exception], Job]
     capture: Callable[..., Generator[EvaluationRequest | Progress, Any, bool]] | None = None
     learn: Callable[[Cost], Calibration] | None = None
+    traced: tuple[int, ...] = ()
+    with_traces: Callable[[Mapping[int, Trace]], Job] | None = None
     limit: float = math.inf
 
     @property
@@ -179,13 +183,15 @@ def _over_baselines(job: Job) -> Steps:
     finished: list[Outcome] = []
     for number, baselines in enumerate(job.baselines):
         error, ties = job.known_precision_error(), job.ties(number)
-        report = _Report(job, tuple(finished), fresh=error is None)
+        report = _Report(tuple(finished), fresh=error is None)
         captured = job.capture if ties is None or not ties.apart else None
         about = (job, number, error, ties, replace(report), finished)
         if captured is not None and (yield from captured(*about)):
             continue
         evaluation = evaluation_of(job)(job, job.call, baselines, error, ties)
         yield from evaluation.steps(report)
+        # Its launches may have been traced.
+        job = evaluation.job
         if number < len(job.baselines) - 1:
             finished.append(evaluation.outcome())
 
@@ -196,7 +202,6 @@ class _Report:
     precision itself.
     """
 
-    job: Job
     finished: tuple[Outcome, ...]
     fresh: bool
     judged: bool = False
@@ -204,22 +209,23 @@ class _Report:
     def __call__(self, evaluation: Evaluation, done: int, of: int, maps: bool = True) -> Progress:
         if evaluation.precision_error is not None and not self.judged:
             self.judged = True
-            self.job.judge(evaluation.outcome(), fresh=self.fresh)
-        before, several = len(self.finished), len(self.job.baselines)
+            evaluation.job.judge(evaluation.outcome(), fresh=self.fresh)
+        before, several = len(self.finished), len(evaluation.job.baselines)
         # Captured launches are another call's when this one is over.
         over = evaluation.outcome() if evaluation.reused and done == of else None
 
         def outcome() -> Outcome:
             return average([*self.finished, over or evaluation.outcome()])
 
-        return Progress(done + before * of, of * several, outcome, self.job, maps)
+        return Progress(done + before * of, of * several, outcome, evaluation.job, maps)
 
 
 def run_alone(job: Job) -> Iterator[Progress]:
     """Runs a call in launches of its own, and notes what a point takes."""
     device, seconds, last = job.call.device, 0.0, None
     arena = Arena(device, about=job.plan.launch_bytes)
-    progress = measuring(job) if not job.calibration.measured else drive(evaluate(job), arena)
+    steps = evaluate(job)
+    progress = drive(steps, arena) if job.calibration.measured else measuring(steps, device, arena)
     try:
         while True:
             started = time.perf_counter()
@@ -251,16 +257,19 @@ def drive(
             step = resume(steps, [execute(step, step.count, arena)])
 
 
-def measuring(job: Job) -> Generator[Progress, None, None]:
-    """The progress of a call of few points, whose launches tell what a point costs."""
-    meter, moved, device = MemoryMeter(), False, job.call.device
-    arena, steps = Arena(device, about=0), evaluate(job)
+def measuring(
+    steps: Generator[EvaluationRequest | Progress, Any, Any], device: torch.device, arena: Arena
+) -> Generator[Progress, None, None]:
+    """The same of the first call of its kind, whose launches tell what a point costs."""
+    meter, moved = MemoryMeter(), False
     step = next(steps, None)
     while step is not None:
         if isinstance(step, Progress):
-            random = meter.drew and moved
-            cost = Cost(meter.peak, meter.largest, {}, meter.drew, random)
-            yield replace(step, job=step.job.measured(cost))
+            if not step.job.calibration.measured:
+                drawn = meter.drew, meter.drew and moved
+                cost = Cost(meter.peak, meter.largest, {}, *drawn)
+                step = replace(step, job=step.job.measured(cost))
+            yield step
             step = next(steps, None)
             continue
         states = random_states(device)
@@ -300,6 +309,7 @@ class Evaluation:
         ties: TieReport | None = None,
     ) -> None:
         """error: what the precision costs, where that is known."""
+        self.job, self.traces = job, dict[int, Trace]()
         self.call, self.recipe, self.baselines, self.plan = call, job.recipe, baselines, job.plan
         self.strategy, self.config = job.strategy, job.config
         self.launches = job.launches
@@ -329,6 +339,33 @@ class Evaluation:
     def trial(self, rows: int, arena: Arena) -> None:
         """A launch of the first point, `rows` times, in `arena`; nothing is kept of it."""
         raise NotImplementedError
+
+    @property
+    def next_size(self) -> int:
+        """Points of the next launch, at most: few while launches are traced."""
+        left = [size for size in self.job.traced if size not in self.traces]
+        return min(self.size, left[0]) if left else self.size
+
+    def request(
+        self, function: PointFunction, count: int, write: Callable[[slice], tuple[Inputs, Tensor]]
+    ) -> EvaluationRequest:
+        """Gradients of so many points."""
+        traced = self.plan.launch_bytes if count in self.job.traced else 0
+        about = (function, count, write, True, self.launches, self.independence)
+        return EvaluationRequest(*about, traced)
+
+    def note(self, result: EvaluationResult) -> None:
+        """Plans anew once all launches are traced that are to be."""
+        if result.trace is None or len(result.scores) not in self.job.traced:
+            return
+        self.traces[len(result.scores)] = result.trace
+        if len(self.traces) == len(self.job.traced):
+            assert self.job.with_traces is not None
+            job = self.job.with_traces(self.traces)
+            self.job = replace(job, limit=self.job.limit, replan=self.job.replan)
+            self.plan, self.launches = job.plan, job.launches
+            if self.size > 1:
+                self.size = job.plan.points_per_launch
 
     def set_classes(self, classes: Tensor) -> None:
         """Fixes the classes that are explained, once they were predicted."""
@@ -430,8 +467,9 @@ class GradientEvaluation(Evaluation):
                 rows = slice(start + own.start, start + own.stop)
                 return tuple(x[rows].clone() for x in call.inputs), self.everyone[rows]
 
-            about = (self.function, call.batch - done, write, True, self.launches)
-            result = yield EvaluationRequest(*about, self.independence)
+            count = min(self.next_size, call.batch - done)
+            result = yield self.request(self.function, count, write)
+            self.note(result)
             own = self.everyone[done : done + len(result.scores)]
             self.note_scores(own, result.scores, result.classes)
             parts.append(result.gradients)
@@ -496,7 +534,7 @@ class SumEvaluation(Evaluation):
             start, stop = 0, level.count * active.numel()
             self.enter(level.to(self.call.device), active)
             while start < stop:
-                count = yield from self.launch(start, min(start + self.size, stop))
+                count = yield from self.launch(start, min(start + self.next_size, stop))
                 start, done = start + count, done + count
                 if count and not totals.nested:
                     yield report(self, done, of)
@@ -533,9 +571,9 @@ class SumEvaluation(Evaluation):
         rows = self.level.rows(self.active, start, stop)
         if self.exact is not None and self.precision_error is None:
             yield from self.measure_precision(self.exact)
-        request = _requested(self.function, self.source, rows)
-        request = replace(request, launches=self.launches, independence=self.independence)
-        result = yield request
+        write = _writer(self.source, rows)
+        result = yield self.request(self.function, rows.example.numel(), write)
+        self.note(result)
         if self.strategy.precision.scaled and not finite(result.gradients) and self.lower_scale():
             return 0
         count = len(result.scores)
@@ -627,14 +665,19 @@ class SumEvaluation(Evaluation):
         )
 
 
-def _requested(function: PointFunction, source: Source, rows: Rows) -> EvaluationRequest:
-    """The gradients of a table of rows."""
+def _writer(source: Source, rows: Rows) -> Callable[[slice], tuple[Inputs, Tensor]]:
+    """What writes the points of a table of rows."""
 
     def write(own: slice) -> tuple[Inputs, Tensor]:
         part = rows.part(own.start, own.stop)
         return source.write(part), part.example
 
-    return EvaluationRequest(function, rows.example.numel(), write)
+    return write
+
+
+def _requested(function: PointFunction, source: Source, rows: Rows) -> EvaluationRequest:
+    """The gradients of a table of rows."""
+    return EvaluationRequest(function, rows.example.numel(), _writer(source, rows))
 
 
 def _all_of(

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -295,7 +295,9 @@ class Planner:
         if prepared is None or not prepared.calibration.holds(self.model, self.call):
             return None
         rows, plan, calibration = prepared.independence, prepared.plan, prepared.calibration
-        if not self._serves(calibration):
+        # Given up in a launch, or not enough any more.
+        known = self.cache.get(prepared.attempt.key)
+        if known is not calibration or not self._serves(calibration):
             return None
         if rows.apart is not None or rows.suspect is not None:
             return None
@@ -430,6 +432,12 @@ class Planner:
         # Tiles are laid out by a budget of their own.
         if strategy.tiled is None:
             if job.key not in calibration.launches:
+                sizes = _traced_sizes(job)
+                # Launches of other sizes than in later calls would draw other random numbers.
+                own = isinstance(self.recipe, WeightedSum) and not calibration.cost.random
+                if sizes and own and self.alone and sum(sizes) < plan.points:
+                    go_on = partial(self._with_traces, prepared, job.key)
+                    return replace(job, traced=sizes, with_traces=go_on)
                 calibration.launches[job.key] = launches_of(job)
             if (launches := calibration.launches[job.key]) is not None:
                 plan = self._plan(calibration, attempt, launches)
@@ -438,6 +446,19 @@ class Planner:
         if not attempt.others and calibration.measured and not self._tight(plan):
             self._remember(prepared)
         return job
+
+    def _with_traces(
+        self, prepared: Prepared, key: tuple[str, int], traces: Mapping[int, Trace]
+    ) -> Job:
+        """The job that goes on once its first launches have told what launches take; raises
+        BudgetError where that is more than the budget.
+        """
+        calibration, memory = prepared.calibration, LaunchMemory(dict(traces))
+        calibration.launches[key] = memory if memory.consistent else None
+        if memory.consistent:
+            plan = self._plan(calibration, prepared.attempt, memory)
+            prepared = replace(prepared, plan=plan, launches=memory)
+        return self._job(prepared)
 
     def _remember(self, prepared: Prepared) -> None:
         """Keeps what was prepared for later calls of the same kind."""
@@ -483,6 +504,9 @@ class Planner:
             return replace(
                 job, calibration=calibration, plan=plan, strategy=strategy, launches=None
             )
+        if isinstance(error, BudgetError) and job.traced:
+            # Its launches take more than its tensors told.
+            return self.job(attempt.precision, attempt.reason, others, job.limit)
         if is_out_of_memory(error) and job.calibration.tier is Tier.DIRECT:
             self.used.clear()
             return replace(self, direct=False).job(attempt.precision)
@@ -586,7 +610,7 @@ def _halved(job: Job, error: Exception) -> Job:
         halvings=plan.halvings + 1,
         notes=(*plan.notes, note),
     )
-    return replace(job, plan=plan)
+    return replace(job, plan=plan, traced=())
 
 
 def prepare(
@@ -676,16 +700,25 @@ def shown(job: Job, graphs: bool, layout: str) -> Plan:
     if not job.calibration.measured:
         about = (job.model, job.call, job.baselines[0], job.recipe.measured, job.config)
         job = job.measured(Measurement(*about).forward(job.strategy).cost)
+    if job.traced and job.with_traces is not None and (launches := launches_of(job)) is not None:
+        job = job.with_traces(launches.known)
     return replace(timed(job).plan, graphs=described(job, wanted=graphs), layout=layout)
+
+
+def _traced_sizes(job: Job) -> tuple[int, ...]:
+    """Points of launches whose traces tell what all launches take; none where that is little."""
+    plan = job.plan
+    if plan.launch_bytes < job.config.traced_from or not served(job.call.device):
+        return ()
+    # One row often goes another way through PyTorch; from two on pieces grow evenly.
+    return (2, 3) if plan.points_per_launch > 3 else (plan.points_per_launch,)
 
 
 def launches_of(job: Job) -> LaunchMemory | None:
     """What launches up to the plan's size take; None where that cannot be told, or is little."""
-    plan, device = job.plan, job.call.device
-    if plan.launch_bytes < job.config.traced_from or not served(device):
+    plan, device, sizes = job.plan, job.call.device, _traced_sizes(job)
+    if not sizes:
         return None
-    # One row often goes another way through PyTorch; from two on pieces grow evenly.
-    sizes = (2, 3) if plan.points_per_launch > 3 else (plan.points_per_launch,)
     evaluation, traces = _trial(job), dict[int, Trace]()
     for rows in sizes:
         arena = Arena(device, LEAST_TRACED, plan.launch_bytes)
