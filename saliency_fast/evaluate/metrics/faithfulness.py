@@ -351,6 +351,8 @@ def _classes(data: EvaluationInput) -> Tensor:
             "decisions need a target that is a class of several: got another target; use a class, "
             "or output='logit'"
         )
+    # Fails before any point is scored.
+    data.first.decided("a comparison of decisions")
     return targets.classes[:, 0].to(data.inputs.device)
 
 
