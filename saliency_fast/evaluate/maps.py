@@ -161,7 +161,8 @@ def rank_ssim(a: Tensor, b: Tensor) -> Tensor:
     count = max(1, a[0].numel())
     one = torch.ones((), dtype=torch.float64, device=a.device)
     a, b = ranks(a) / count, ranks(b) / count
-    varies = (_varies(a) | _varies(b)).flatten(1)
+    a_varies, b_varies = (_pooled("max", one) != -_pooled("max", -one) for one in (a, b))
+    varies = (a_varies | b_varies).flatten(1)
     structure = _structure(a, b, one).flatten(1)
     mean: Tensor = (structure * varies).sum(1) / varies.sum(1)
     return mean.masked_fill(flat, math.nan)
@@ -170,13 +171,13 @@ def rank_ssim(a: Tensor, b: Tensor) -> Tensor:
 def _structure(a: Tensor, b: Tensor, span: Tensor) -> Tensor:
     """SSIM of every window that lies inside of maps float64 [B, *spatial]."""
     c1, c2 = (0.01 * span) ** 2, (0.03 * span) ** 2
-    mean_a, mean_b = _local(a), _local(b)
+    mean_a, mean_b = _pooled("avg", a), _pooled("avg", b)
     # Sample covariances, as in scikit-image.
     count = math.prod(min(WINDOW, size) for size in a.shape[1:])
     unbiased = count / max(1, count - 1)
-    var_a = unbiased * (_local(a * a) - mean_a**2)
-    var_b = unbiased * (_local(b * b) - mean_b**2)
-    covariance = unbiased * (_local(a * b) - mean_a * mean_b)
+    var_a = unbiased * (_pooled("avg", a * a) - mean_a**2)
+    var_b = unbiased * (_pooled("avg", b * b) - mean_b**2)
+    covariance = unbiased * (_pooled("avg", a * b) - mean_a * mean_b)
     above = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
     below = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
     ratio: Tensor = above / below
@@ -200,21 +201,12 @@ def largest(values: Tensor, share: float) -> Tensor:
     return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, top, True).view(values.shape)
 
 
-def _local(maps: Tensor) -> Tensor:
-    """Means over the windows that lie inside of maps [B, *spatial]."""
-    pool = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)[maps.dim() - 2]
+def _pooled(kind: str, maps: Tensor) -> Tensor:
+    """Means ("avg") or maxima ("max") over the windows that lie inside of maps [B, *spatial]."""
+    pool = getattr(functional, f"{kind}_pool{maps.dim() - 1}d")
     window = tuple(min(WINDOW, size) for size in maps.shape[1:])
-    means: Tensor = pool(maps[:, None], window, 1)[:, 0]
-    return means
-
-
-def _varies(maps: Tensor) -> Tensor:
-    """Whether each of those windows holds different values, bool."""
-    pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[maps.dim() - 2]
-    window = tuple(min(WINDOW, size) for size in maps.shape[1:])
-    high, low = pool(maps[:, None], window, 1), pool(-maps[:, None], window, 1)
-    differs: Tensor = (high != -low)[:, 0]
-    return differs
+    pooled: Tensor = pool(maps[:, None], window, 1)[:, 0]
+    return pooled
 
 
 def _to_peak(maps: Tensor) -> Tensor:

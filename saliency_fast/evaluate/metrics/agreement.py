@@ -71,7 +71,7 @@ class Agreement:
         """A table for each comparison, every pair once."""
         examples = len(self.per_example[COMPARISONS[0]])
         lines = [f"agreement of {len(self.names)} maps over {examples} examples"]
-        wide = max(len(one) for one in self.names)
+        wide = max(map(len, self.names))
         for comparison in COMPARISONS:
             matrix = self.mean(comparison)
             if bool(matrix.isnan().all()):
@@ -117,7 +117,7 @@ def agreement(
         raise InputError("share must be above 0: got 0")
     checks.choice("evidence", evidence, EVIDENCE)
     names, sums = _read(maps, inputs)
-    if len({one.device for one in sums}) > 1 or len({one.shape for one in sums}) > 1:
+    if len({(one.device, one.shape) for one in sums}) > 1:
         raise InputError("maps must be of the same positions on one device")
     compared = [one.abs() for one in sums] if evidence == "absolute" else sums
     structured = sums[0].dim() > 2 or (inputs is not None and inputs.dim() > 2)

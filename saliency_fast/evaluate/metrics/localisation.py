@@ -90,11 +90,9 @@ class EnergyInBox(Metric):
         check_fields(self, evidence=EVIDENCE)
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:
-        energy, inside = data.places.flatten(1).double(), _masks(data).flatten(1)
-        if self.evidence == "positive":
-            energy = energy.clamp_min(0.0)
-        elif self.evidence == "absolute":
-            energy = energy.abs()
+        maps, inside = data.places.flatten(1).double(), _masks(data).flatten(1)
+        forms = {"positive": maps.clamp_min(0.0), "absolute": maps.abs(), "signed": maps}
+        energy = forms[self.evidence]
         total = energy.sum(1)
         none = total == 0
         values = (energy * inside).sum(1) / total
