@@ -680,7 +680,7 @@ class FaithfulnessCorrelation(_Correlation):
         positions, size = self._elements(data)[0].shape[1], self.size
         count = max(1, round(size * positions)) if isinstance(size, float) else size
         if count > positions:
-            raise InputError(f"size must be at most an input's {positions} positions: got {count}")
+            raise InputError(f"size must be at most the {positions} positions: got {count}")
         correlations = self._correlations(data, fill, [count])
         caveats = _undefined(correlations)
         return self._outcome(correlations[:, 0], parameters={"places": count}, caveats=caveats)
