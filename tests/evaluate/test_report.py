@@ -183,6 +183,12 @@ def test_where_nothing_can_be_measured_the_first_error_is_raised():
         )
 
 
+def test_maps_without_a_method_alone_cannot_be_explained_again():
+    maps = {"a": torch.rand(4, 12, 10)}
+    with pytest.raises(InputError, match="again needs method, since it explains again"):
+        report(network(), pictures(), methods=maps, controls=(), metrics=[Again()])
+
+
 def test_attributions_bring_their_baseline_and_must_explain_the_same():
     model, x = network(), pictures()
     method = sf.IntegratedGradients(steps=4)
