@@ -21,7 +21,10 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.recipe import Recipe, WeightedSum
+from saliency_fast.errors import ModelError
 from saliency_fast.graph.rows import Suspicion
+from saliency_fast.model.executors import EagerExecutor
+from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.preserve import restored_random_state, uncompiled
 from saliency_fast.model.ties import Ties, may_tie
@@ -100,9 +103,50 @@ class Independence:
         due, self.compared = not (self.proved or self.compared), True
         return due
 
-    def pair(self, reason: str | None) -> None:
-        """Notes how an example and its reference met in the model; None where they did not."""
+    def pair(self, model: Callable[..., Any], call: Call, baselines: Inputs) -> str | None:
+        """How an example and its reference meet in the model; None where they do not."""
+        number, function = call.batch // 2, call.function(EagerExecutor(model))
+        example = torch.tensor([number, number], device=call.device)
+        parts = zip(call.inputs, baselines, strict=True)
+        points = tuple(torch.cat([x[example[:1]], b[example[:1] % len(b)]]) for x, b in parts)
+        with restored_random_state(lambda: self.draws, call.device):
+            reason = meeting(function, points, example, extremes=self.suspect is not None)
         self.paired = reason is None
+        return reason
+
+    def difference(self, model: Callable[..., Any], call: Call, examples: int) -> str | None:
+        """How one of the first so many examples scores together with them something else than
+        alone; None where none does.
+        """
+        if call.batch == 1:
+            return None
+        function = call.function(EagerExecutor(model))
+        everyone = torch.arange(min(call.batch, examples), device=call.device)
+
+        def scored(example: Tensor) -> tuple[Tensor, float]:
+            return function.scores_and_magnitude(tuple(x[example] for x in call.inputs), example)
+
+        with restored_random_state(lambda: self.draws, call.device):
+            try:
+                together, scale = scored(everyone)
+            except (RuntimeError, MemoryError) as error:
+                # A model that takes one row at a time has no score of all to tell of.
+                if isinstance(error, ModelError) or is_out_of_memory(error):
+                    return None
+                raise
+            for number in range(len(everyone)):
+                alone, _ = scored(everyone[number : number + 1])
+                if scores_agree(together[number], alone[0], scale, function):
+                    continue
+                # A model that draws random numbers scores everything anew.
+                again = scored(everyone)[0][number]
+                if not scores_agree(again, together[number], scale, function):
+                    return None
+                return (
+                    f"example {number} scores {numbers(alone[0])} alone and "
+                    f"{numbers(together[number])} in a batch of {len(everyone)}"
+                )
+        return None
 
     def knows(self, rows: int) -> bool:
         """Whether launches of so many rows need no proof, but for some of them at random."""

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, served
@@ -36,9 +36,6 @@ from saliency_fast.engine.independence import (
     VMAP,
     Independence,
     RowsMeetError,
-    meeting,
-    numbers,
-    scores_agree,
 )
 from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.loop import (
@@ -270,7 +267,7 @@ class Planner:
         rows.renew(suspect, draws=calibration.cost.drew, by_function=by_function)
         if suspect is not None and suspect.arguments and rows.apart is None:
             # Which way Python goes depends on the examples of a launch, not on its points.
-            how = self._differing(self.call.batch, rows) if self.call.batch > 1 else None
+            how = rows.difference(self.model, self.call, self.call.batch)
             if how is not None:
                 rows.meet(how)
         return rows
@@ -523,16 +520,8 @@ class Planner:
         """Raises ModelError where an example and its reference, which rules take through the model
         together, depend on each other.
         """
-        number, reason = self.call.batch // 2, None
-        if not rows.paired:
-            example = torch.tensor([number, number], device=self.call.device)
-            parts = zip(self.call.inputs, self.baselines[0], strict=True)
-            points = tuple(torch.cat([x[example[:1]], b[example[:1] % len(b)]]) for x, b in parts)
-            function = Strategy().score_function(self.model, self.call)
-            with restored_random_state(lambda: rows.draws, self.call.device):
-                reason = meeting(function, points, example, extremes=rows.suspect is not None)
-            rows.pair(reason)
-        if not rows.paired:
+        reason = None if rows.paired else rows.pair(self.model, self.call, self.baselines[0])
+        if reason is not None:
             raise ModelError(
                 f"{self.method.name} takes each example through the model together with its "
                 f"reference, and the model lets rows depend on each other ({reason}): its rules "
@@ -547,44 +536,12 @@ class Planner:
         if self._warned or self.call.batch == 1:
             return
         self._warned.append(True)
-        if (how := self._differing(examples, rows)) is not None:
+        if (how := rows.difference(self.model, self.call, examples)) is not None:
             warn(
                 f"the examples of this call depend on each other: {how}. Each is explained as it "
                 "is alone; where the rows are parts of one input, such as the nodes of a graph, "
                 "use rows='together'"
             )
-
-    def _differing(self, examples: int, rows: Independence) -> str | None:
-        """How one of the first so many examples scores together with them something else than
-        alone; None where none does.
-        """
-        call, function = self.call, Strategy().score_function(self.model, self.call)
-        everyone = torch.arange(min(call.batch, examples), device=call.device)
-
-        def scored(example: Tensor) -> tuple[Tensor, float]:
-            return function.scores_and_magnitude(tuple(x[example] for x in call.inputs), example)
-
-        with restored_random_state(lambda: rows.draws, call.device):
-            try:
-                together, scale = scored(everyone)
-            except (RuntimeError, MemoryError) as error:
-                # A model that takes one row at a time has no score of all to tell of.
-                if isinstance(error, ModelError) or is_out_of_memory(error):
-                    return None
-                raise
-            for number in range(len(everyone)):
-                alone, _ = scored(everyone[number : number + 1])
-                if scores_agree(together[number], alone[0], scale, function):
-                    continue
-                # A model that draws random numbers scores everything anew.
-                again = scored(everyone)[0][number]
-                if not scores_agree(again, together[number], scale, function):
-                    return None
-                return (
-                    f"example {number} scores {numbers(alone[0])} alone and "
-                    f"{numbers(together[number])} in a batch of {len(everyone)}"
-                )
-        return None
 
 
 def _halved(job: Job, error: Exception) -> Job:
