@@ -79,7 +79,7 @@ def _solved(levels: list[_Level], right: Tensor) -> Tensor:
     """
     solution, residual = torch.zeros_like(right), right
     least = TOLERANCE * _dot(right, right).sqrt()
-    direction = preconditioned = _cycle(levels, residual)
+    direction = preconditioned = _cycle(levels, residual.float()).double()
     slope = _dot(residual, preconditioned)
     for _ in range(SWEEPS):
         active = _dot(residual, residual).sqrt() > least
@@ -89,7 +89,7 @@ def _solved(levels: list[_Level], right: Tensor) -> Tensor:
         step = torch.where(active, slope / _dot(direction, product), 0.0)
         solution, before = solution + step * direction, residual
         residual = residual - step * product
-        preconditioned = _cycle(levels, residual)
+        preconditioned = _cycle(levels, residual.float()).double()
         # Polak and Ribiere's form, since the float32 cycle differs a little between iterations.
         beta = torch.where(active, _dot(preconditioned, residual - before) / slope, 0.0)
         direction = preconditioned + beta * direction
@@ -181,16 +181,12 @@ def _coarser(level: _Level, rows: int, size: torch.Size) -> Tensor:
 
 
 def _cycle(levels: list[_Level], right: Tensor) -> Tensor:
-    """An approximate solution for `right`, by one multigrid cycle in float32."""
-    return _descended(levels, right.float()).to(right.dtype)
-
-
-def _descended(levels: list[_Level], right: Tensor) -> Tensor:
+    """An approximate solution for `right`, float32, by one multigrid cycle."""
     level, size = levels[0], right.shape[2:]
     u = level.smooth * right
     if len(levels) == 1:
         return u
-    below = _descended(levels[1:], _shorter(right - level.apply(u)))
+    below = _cycle(levels[1:], _shorter(right - level.apply(u)))
     u = u + level.within(_longer(below, size))
     return u + level.smooth * (right - level.apply(u))
 

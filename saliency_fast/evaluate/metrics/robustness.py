@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from saliency_fast.ops import noise_points, philox, random_bits
 
 NOISES = ("uniform", "gaussian")
 NORMS = ("map", "input", "none")
+Copy = tuple[Tensor, int, int]
+"""Perturbed inputs [B, C, *spatial], and of shifts the axis of the maps and the distance."""
 
 
 def noisy(inputs: Tensor, spread: Tensor, sample: int, noise: str, seed: int) -> Tensor:
@@ -122,15 +124,6 @@ class AvgSensitivity(_Sensitivity):
     name = "avg_sensitivity"
 
 
-class _Copy(NamedTuple):
-    """Perturbed inputs [B, C, *spatial]; of shifts also the axis of the maps and the distance."""
-
-    kind: str
-    inputs: Tensor
-    axis: int = 0
-    by: int = 0
-
-
 @in_suite(
     ROBUSTNESS, "after Alvarez-Melis and Jaakkola, 2018", quick={"samples": 2, "shifts": (1,)}
 )
@@ -184,15 +177,16 @@ class Stability(Metric):
                 f"shifts={self.shifts} leave less than half of inputs "
                 f"{list(data.inputs.shape)}, and samples=0: use samples=4, or smaller shifts"
             )
-        points = torch.stack([copy.inputs for copy in copies])
+        points = torch.stack([copy for copy, *_ in copies])
         first, scores = data.scorer.grid(lambda i, n: points[n, i], len(copies))
         same = torch.ones(data.batch, len(copies), dtype=torch.bool, device=points.device)
         if first.decisions is not None and scores.decisions is not None:
             same = scores.decisions == first.decisions[:, None]
-        similar = [self._similarity(data, copy) for copy in copies]
+        similar = [self._similarity(data, *copy) for copy in copies]
+        kinds = ["shift" if by else "noise" for *_, by in copies]
         details: dict[str, Tensor] = {}
-        for kind in dict.fromkeys(copy.kind for copy in copies):
-            numbers = [number for number, copy in enumerate(copies) if copy.kind == kind]
+        for kind in dict.fromkeys(kinds):
+            numbers = [number for number, one in enumerate(kinds) if one == kind]
             for name in similar[0]:
                 rows = torch.stack([similar[one][name] for one in numbers], 1)
                 details[f"{name}_{kind}"] = rows.where(same[:, numbers], torch.nan).nanmean(1)
@@ -205,23 +199,25 @@ class Stability(Metric):
     def _by(self) -> tuple[int, ...]:
         return (self.shifts,) if isinstance(self.shifts, int) else tuple(self.shifts)
 
-    def _copies(self, x: Tensor) -> Iterator[_Copy]:
+    def _copies(self, x: Tensor) -> Iterator[Copy]:
         spread = self.noise_level * value_range(x.double())
         for sample in range(self.samples):
-            yield _Copy("noise", noisy(x, spread, sample, self.noise, self.seed))
+            yield noisy(x, spread, sample, self.noise, self.seed), 0, 0
         for axis in range(2, x.dim()):
             for by in (sign * one for one in self._by for sign in (1, -1)):
                 if 4 * abs(by) <= x.shape[axis]:
-                    yield _Copy("shift", shifted(x, axis, by), axis - 1, by)
+                    yield shifted(x, axis, by), axis - 1, by
 
-    def _similarity(self, data: EvaluationInput, copy: _Copy) -> dict[str, Tensor]:
+    def _similarity(
+        self, data: EvaluationInput, copy: Tensor, axis: int, by: int
+    ) -> dict[str, Tensor]:
         """The similarities of a copy's maps to those of the inputs, float64 [B] by name."""
-        a, b = data.places, position_sums(data.explain(copy.inputs))
-        if copy.by:
+        a, b = data.places, position_sums(data.explain(copy))
+        if by:
             # Position p of the input is p + by in the copy; the edges of both were repeated.
-            edge, size = abs(copy.by), a.shape[copy.axis]
-            a = a.narrow(copy.axis, edge, size - 2 * edge)
-            b = b.narrow(copy.axis, edge + copy.by, size - 2 * edge)
+            edge, size = abs(by), a.shape[axis]
+            a = a.narrow(axis, edge, size - 2 * edge)
+            b = b.narrow(axis, edge + by, size - 2 * edge)
         similar = {"rank_correlation": rank_correlation(a, b)}
         if data.inputs.dim() in (3, 4, 5):
             similar["ssim"] = ssim(a, b)

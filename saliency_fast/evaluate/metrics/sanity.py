@@ -124,8 +124,8 @@ class SanityCheck(Metric):
         details = {
             **similar,
             "layers": [
-                " to ".join(dict.fromkeys(copy.layers[one].name or "(model)" for one in ends))
-                for ends in ((group[0], group[-1]) for group in groups)
+                " to ".join(dict.fromkeys(copy.layers[one].name or "(model)" for one in pair))
+                for pair in ((group[0], group[-1]) for group in groups)
             ],
             "unchanged": unchanged,
             "again": again,
