@@ -75,7 +75,7 @@ _PLAIN: dict[str, Any] = {
 
 
 def deletion(size: int, substrate: float) -> Pair:
-    """Deletion in steps of so many places; Quantus calls it pixel flipping."""
+    """Deletion in steps of so many positions; Quantus calls it pixel flipping."""
 
     def ours(task: Task) -> np.ndarray:
         metric = ev.Deletion(substrate=substrate, step_size=size, per="element")
@@ -91,7 +91,7 @@ def deletion(size: int, substrate: float) -> Pair:
 
 
 def insertion(size: int, substrate: float) -> Pair:
-    """Insertion; with Quantus by a perturbation that puts back what was there."""
+    """Insertion; with Quantus by a perturbation that restores positions."""
 
     def ours(task: Task) -> np.ndarray:
         metric = ev.Insertion(substrate=substrate, step_size=size, per="element")
@@ -126,15 +126,15 @@ def digits(count: int, side: int, method: str) -> Task:
 
 
 def _untied(maps: Tensor) -> Tensor:
-    """The rank of every element, equal ones in the order of their place: Quantus sorts in an order
-    of its own, and the step in which equal ones go would differ.
+    """The rank of every element, equal ones in the order of their position: Quantus has another
+    order for them, so that the steps in which they are replaced would differ.
     """
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = -torch.arange(order.shape[1], dtype=maps.dtype).expand(order.shape)
     return torch.zeros_like(rank).scatter(1, order, rank).view_as(maps)
 
 
-def residual(count: int) -> Task:
+def resnet(count: int) -> Task:
     """A ResNet-50 of random weights at 224 pixels, whose maps are noise without ties."""
     generator = torch.Generator().manual_seed(0)
     model, x = resnet50().eval(), torch.rand(count, 3, 224, 224, generator=generator)
@@ -169,11 +169,11 @@ def _cases(quick: bool) -> list[tuple[Callable[[], Task], list[Pair]]]:
     return [
         # 128 steps, of the size that the network was trained on.
         (lambda: digits(64, 64, "smoothgrad"), [deletion(32, 0.0), insertion(32, 0.0)]),
-        # 100 steps of 64 places.
+        # 100 steps of 64 positions.
         (lambda: digits(64, 80, "smoothgrad"), both),
         (lambda: digits(64, 80, "integrated_gradients"), both[:2]),
         # 96 steps.
-        (lambda: residual(2), [deletion(1568, 0.0), insertion(1568, 0.0)]),
+        (lambda: resnet(2), [deletion(1568, 0.0), insertion(1568, 0.0)]),
     ]
 
 

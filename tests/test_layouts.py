@@ -132,9 +132,9 @@ def test_substrates_and_tensors_of_maps(name: str) -> None:
     x, fill = inputs_of(name), randn(1, *SIZES[LAYOUTS[name][0]])
     values, target = randn(*x.shape), torch.tensor([1, 3])
     expected = evaluate.Deletion(fill, steps=5)(standard(name), x, values, target=target)
-    judge = evaluate.Deletion(to(name, fill), steps=5)
+    metric = evaluate.Deletion(to(name, fill), steps=5)
     for maps in (to(name, values), values.sum(1)):
-        found = judge(laid(name), to(name, x), maps, target=target)
+        found = metric(laid(name), to(name, x), maps, target=target)
         near(found.values, expected.values)
     nothing = copy.copy(to(name, x))
     with pytest.raises(InputError, match=r"substrate|baseline"):

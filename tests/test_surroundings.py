@@ -138,7 +138,7 @@ def test_what_surrounds_a_call(name: str, around: str) -> None:
 def test_what_surrounds_requests_streams_plans_and_metrics(around: str) -> None:
     model = Net().double().eval()
     whole = explained(model, "integrated_gradients").values
-    judged = evaluate.Deletion(steps=4)(model, X, whole, target=1)
+    outcome = evaluate.Deletion(steps=4)(model, X, whole, target=1)
     with SURROUNDINGS[around]():
         with sf.Engine(model, "integrated_gradients") as engine:
             futures = [engine.submit(one, 1, "mean") for one in X.split(1)]
@@ -148,7 +148,7 @@ def test_what_surrounds_requests_streams_plans_and_metrics(around: str) -> None:
         again = evaluate.Deletion(steps=4)(model, X, whole, target=1)
     torch.testing.assert_close(last.values, whole, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(several, whole, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(again.values, judged.values, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(again.values, outcome.values, rtol=1e-9, atol=1e-12)
 
 
 def made_in_inference_mode() -> Net:
@@ -311,7 +311,7 @@ def test_inside_of_vmap() -> None:
 
 
 def test_surroundings_are_seen() -> None:
-    """The judge is judged: a default device does reach what a call makes without naming one."""
+    """The helper is tested: a default device does reach what a call makes without naming one."""
     with default_device("meta"):
         assert torch.zeros(()).is_meta
     with nullcontext():

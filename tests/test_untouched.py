@@ -342,7 +342,7 @@ TRACES: dict[str, tuple[Callable[[Net, Tensor], object], Callable[[Net, Tensor],
 
 @pytest.mark.parametrize("name", TRACES)
 def test_traces_are_seen(name: str) -> None:
-    """The judge of this file is judged: each trace that a call might leave turns it red."""
+    """The check of this file is tested: each trace that a call might leave turns it red."""
     spoil, restore = TRACES[name]
     model, x = Net(), image()
     try:

@@ -40,7 +40,7 @@ from saliency_fast.engine.independence import TOLERANCE
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError, ModelError
 from saliency_fast.methods import ablation, occlusion, shapley
-from saliency_fast.methods.parts.coalitions import Game, players
+from saliency_fast.methods.parts.coalitions import Game, feature_count
 from saliency_fast.methods.parts.windows import read_windows
 from saliency_fast.model.casts import cast
 from saliency_fast.model.layout import Layouts
@@ -593,7 +593,7 @@ class _Permuted:
     name = "feature_permutation"
 
     def recipe(self) -> Recipe:
-        return engine.RoundsRecipe(self._rounds, players, gradients=False, features=True)
+        return engine.RoundsRecipe(self._rounds, feature_count, gradients=False, features=True)
 
     def _rounds(self, context: engine.RoundContext) -> engine.Rounds:
         game = Game.of(context)

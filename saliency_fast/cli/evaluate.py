@@ -27,7 +27,7 @@ from saliency_fast.cli.tables import show_paths
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import CONTROLS
 from saliency_fast.evaluate.metric import ENTRIES, Suite
-from saliency_fast.evaluate.reports.page import save
+from saliency_fast.evaluate.reports.files import save
 from saliency_fast.evaluate.reports.report import report
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients")
@@ -117,7 +117,7 @@ def _files(args: argparse.Namespace, loaded: Loaded) -> _Examples:
     for read in reads:
         if read.x.shape[1:] != first.x.shape[1:]:
             raise InputError(
-                f"inputs must have one shape, to be judged together: got {list(first.x.shape[1:])} "
+                f"inputs must have one shape to form a batch: got {list(first.x.shape[1:])} "
                 f"of {first.source} and {list(read.x.shape[1:])} of {read.source}; use --size and "
                 "--channels, or one call for each shape"
             )

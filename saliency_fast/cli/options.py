@@ -93,7 +93,7 @@ def read_one_target(text: str, count: int) -> Any:
     found = read_target(text)
     if isinstance(found, list):
         raise InputError(
-            "--target must be one class here, since one map of each example is judged: got "
+            "--target must be one class here, since one map of each example is evaluated: got "
             f"{text!r}"
         )
     return found

@@ -1,26 +1,19 @@
 """Is the map any good? Metrics of maps, attacks, and reports of many metrics and methods."""
 
-from saliency_fast.evaluate.attacks.adversarial import Attacked, fgsm, pgd
-from saliency_fast.evaluate.attacks.detection import (
-    AdversarialScore,
-    AttackRoc,
-    CoherenceReference,
-    Roc,
-    adversarial_score,
-    attack_roc,
-    coherence,
-    roc,
-)
+from saliency_fast.errors import warn
 from saliency_fast.evaluate.controls import CONTROLS, centre_map, edge_detector, random_map
-from saliency_fast.evaluate.inputs import Subject
+from saliency_fast.evaluate.inputs import EvaluationInput
 from saliency_fast.evaluate.metric import METRICS, Metric, Suite, make_metric
 
 # Metrics register when they are imported, in the order of a report.
 # isort: off
-from saliency_fast.evaluate.metrics.removal import Counterfactual, Deletion, Insertion, Road
-from saliency_fast.evaluate.metrics.perturbation import (
+from saliency_fast.evaluate.metrics.faithfulness import (
+    Counterfactual,
+    Deletion,
     FaithfulnessCorrelation,
     Infidelity,
+    Insertion,
+    Road,
     SensitivityN,
 )
 from saliency_fast.evaluate.metrics.localisation import (
@@ -32,13 +25,24 @@ from saliency_fast.evaluate.metrics.localisation import (
 from saliency_fast.evaluate.metrics.completeness import Completeness
 from saliency_fast.evaluate.metrics.sanity import SanityCheck
 from saliency_fast.evaluate.metrics.robustness import AvgSensitivity, MaxSensitivity, Stability
-from saliency_fast.evaluate.attacks.manipulation import Manipulated, Manipulation
+from saliency_fast.evaluate.attacks import Attacked, Manipulated, Manipulation, fgsm, pgd
 from saliency_fast.evaluate.metrics.sparseness import Complexity, Sparseness
 
 # isort: on
+from saliency_fast.evaluate.detection import (
+    AdversarialScore,
+    AttackRoc,
+    CoherenceReference,
+    Roc,
+    adversarial_score,
+    attack_roc,
+    coherence,
+    roc,
+)
 from saliency_fast.evaluate.metrics.agreement import Agreement, agreement
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, bootstrap
-from saliency_fast.evaluate.reports.report import Report, report
+from saliency_fast.evaluate.reports.files import Report
+from saliency_fast.evaluate.reports.report import report
 
 __all__ = [
     "CONTROLS",
@@ -55,6 +59,7 @@ __all__ = [
     "Curve",
     "Deletion",
     "EnergyInBox",
+    "EvaluationInput",
     "FaithfulnessCorrelation",
     "Infidelity",
     "Insertion",
@@ -73,7 +78,6 @@ __all__ = [
     "SensitivityN",
     "Sparseness",
     "Stability",
-    "Subject",
     "Suite",
     "TopKIoU",
     "adversarial_score",
@@ -90,3 +94,13 @@ __all__ = [
     "report",
     "roc",
 ]
+
+
+def __getattr__(name: str) -> type[EvaluationInput]:
+    if name != "Subject":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn(
+        "evaluate.Subject is deprecated and removed in 0.3: use evaluate.EvaluationInput",
+        DeprecationWarning,
+    )
+    return EvaluationInput

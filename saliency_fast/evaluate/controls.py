@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saliency_fast.evaluate.positions import spatial_shape
+from saliency_fast.evaluate.maps import spatial_shape
 from saliency_fast.model.targets import Target
 from saliency_fast.ops import philox, random_bits
 
@@ -17,7 +17,7 @@ def edge_detector(model: Callable[..., object], inputs: Tensor, target: Target =
     2018): central differences, summed over channels.
 
     Args:
-        model: Ignored, as is `target`: the signature is that of a function that makes maps.
+        model: Ignored, as is `target`.
         inputs: [B, C, *spatial] or [B, F].
         target: Ignored.
 
@@ -29,11 +29,8 @@ def edge_detector(model: Callable[..., object], inputs: Tensor, target: Target =
         tensor([[1., 1., 0.]])
     """
     x = inputs.double() if inputs.dim() > 2 else inputs.double()[:, None]
-    total = torch.zeros_like(x[:, 0])
-    for axis in range(2, x.dim()):
-        slope = (shifted(x, axis, -1) - shifted(x, axis, 1)) / 2.0
-        total += slope.square().sum(1)
-    return total.sqrt().to(inputs.dtype)
+    slopes = [(shifted(x, axis, -1) - shifted(x, axis, 1)) / 2.0 for axis in range(2, x.dim())]
+    return torch.stack(slopes).square().sum((0, 2)).sqrt().to(inputs.dtype)
 
 
 def random_map(model: Callable[..., object], inputs: Tensor, target: Target = None) -> Tensor:

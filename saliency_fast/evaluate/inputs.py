@@ -1,6 +1,4 @@
-"""Evaluation inputs: a model's inputs with their maps, masks and replacement baselines, validated
-once for every metric.
-"""
+"""Evaluation inputs: a model's inputs with their maps, validated once for every metric."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from saliency_fast.engine.baselines import NAMED, Baseline, read_baselines
 from saliency_fast.engine.bind import bind, is_finite, layouts_of, read_inputs
 from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.positions import spatial_shape
+from saliency_fast.evaluate.maps import spatial_shape
 from saliency_fast.evaluate.scores import RunOptions, Scorer, Scores, one_target
 from saliency_fast.methods import make_method, read_method
 from saliency_fast.model.layout import Axes, LayoutLike, Layouts
@@ -31,25 +29,23 @@ Replacement = str | float | Tensor
 """What replaces removed positions: "zero", a named baseline, a number or a tensor."""
 ZERO = "zero"
 SAME = 1e-5
-"""The rounding error between two runs of a deterministic model, relative to the largest output
-(float32, atomic additions on GPUs).
-"""
+"""Rounding between two runs of a deterministic model, relative to the largest output (float32)."""
 _SHOWN = 8
 """How many example indices an error lists."""
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """The input of a metric, by `read_evaluation_input`; all tensors have channels first.
+class EvaluationInput:
+    """The input of a metric; all tensors have channels first.
 
     Args:
-        model: Of metrics that read its scores.
+        model: The model; None for metrics that do not read its scores.
         inputs: [B, C, *spatial] or [B, F], floating; NaN is a missing value.
         values: The maps, [B, C, *spatial], or [B, 1, *spatial] with one value for all channels.
         target: int64 [B] classes, or what `explain` takes.
         masks: Where the object is, bool [B, *spatial].
         method: How the maps were made.
-        baseline: Of that method.
+        baseline: The method's baseline.
         running: How the model is run.
     """
 
@@ -79,18 +75,12 @@ class Subject:
         """The target, with "predicted" replaced by the predicted classes int64 [B]."""
         if not (isinstance(self.target, str) and self.target == PREDICTED):
             return self.target
-        decisions = self._repeated[0].decisions
-        if decisions is None:
-            raise InputError(
-                "target='predicted' needs several classes: the model gives one number per example;"
-                " use target=None"
-            )
-        return decisions
+        return self.first.decided("target='predicted'")
 
     @property
     def scorer(self) -> Scorer:
         """Scores points that are made of the inputs."""
-        return Scorer(self._model, self.inputs, self.classes, self.running, lean=self.finite)
+        return Scorer(self._model, self.inputs, self.classes, self.running, self.finite)
 
     @cached_property
     def finite(self) -> bool:
@@ -134,20 +124,14 @@ class Subject:
             )
         model, method = model or self._model, self.method
         if is_method(method):
-            return self.read(self.attribution(read_method(method), inputs, model).values, inputs)
-        by_function = cast(Callable[[Model, Tensor, Target], Tensor], method)
-        return self.read(by_function(model, self.running.cast(inputs), self.classes), inputs)
-
-    def read(self, maps: Any, inputs: Tensor | None = None) -> Tensor:
-        """Validates maps in the model's layout, or without its channels, and moves channels
-        first.
-        """
-        return read_maps(maps, self.inputs if inputs is None else inputs, self.running.axes)
+            maps: object = self.attribution(read_method(method), inputs, model).values
+        else:
+            by_function = cast(Callable[[Model, Tensor, Target], Tensor], method)
+            maps = by_function(model, self.running.cast(inputs), self.classes)
+        return read_maps(maps, inputs, self.running.axes)
 
     def fill(self, replacement: Replacement, seed: int = 0, *, missing: bool = False) -> Tensor:
-        """The replacement baseline of the inputs, [B | 1, *]; see `replacement_of`. A tensor is in
-        the model's layout.
-        """
+        """The replacement baseline, [B | 1, *], of a replacement in the model's layout."""
         given = _channels_first(replacement, self.inputs, self.running)
         return replacement_of(given, self.inputs, seed, missing=missing)
 
@@ -163,13 +147,13 @@ class Subject:
         baseline: Baseline = _map_tensors(self.baseline, self.running.back)
         return baseline
 
-    def of(self, inputs: Tensor, values: Tensor) -> Subject:
+    def of(self, inputs: Tensor, values: Tensor) -> EvaluationInput:
         """The same with other inputs and maps, for the same classes."""
         return replace(self, inputs=inputs, values=values, target=self.classes, _scores=[])
 
     def beside(
         self, values: Tensor, method: Explainer | None, baseline: Baseline = None
-    ) -> Subject:
+    ) -> EvaluationInput:
         """The same inputs with other maps: the model is not run on them again."""
         baseline = self.baseline if baseline is None else baseline
         return replace(self, values=values, method=method, baseline=baseline, target=self.classes)
@@ -184,7 +168,7 @@ class Subject:
     def _repeated(self) -> tuple[Scores, Scores]:
         """The scores of the inputs by two runs."""
         if not self._scores:
-            scorer = Scorer(self._model, self.inputs, self.target, self.running, lean=self.finite)
+            scorer = Scorer(self._model, self.inputs, self.target, self.running, self.finite)
             self._scores.append(scorer.again())
         return self._scores[0]
 
@@ -200,31 +184,10 @@ def read_evaluation_input(
     baseline: Baseline = None,
     running: RunOptions | None = None,
     layout: LayoutLike = None,
-) -> Subject:
-    """Validates an evaluation input.
+) -> EvaluationInput:
+    """Validates an evaluation input; the arguments are those of `Metric.__call__`.
 
-    Args:
-        model: None for metrics that do not read its scores.
-        inputs: [B, C, *spatial] or [B, F] in the model's layout.
-        maps: An `Attribution`, which gives target, method and baseline where they are None, or a
-            tensor [B, C, *spatial], [B, 1, *spatial] or [B, *spatial].
-        target: One class per example, as in `explain`.
-        boxes: Integers [B, 2 D] as (top, left, bottom, right), half-open, for D spatial axes, or
-            masks bool [B, *spatial].
-        method: How the maps were made, for metrics that explain again.
-        baseline: Of that method.
-        running: How the model is run.
-        layout: Of the inputs, one letter per axis, as in `explain`; by default that of the
-            attribution or of the model.
-
-    Raises:
-        InputError: If a shape or value does not fit.
-        InputTypeError: If an argument has the wrong type.
-
-    Example:
-        >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
-        >>> read_evaluation_input(model, x, x, target=0).places.shape
-        torch.Size([2, 4])
+    maps: an attribution gives target, method and baseline where they are None.
     """
     if not isinstance(inputs, Tensor):
         raise InputTypeError(
@@ -233,12 +196,13 @@ def read_evaluation_input(
         )
     (x,), _ = read_inputs(inputs, missing=True)
     running = running or RunOptions()
-    axes = axes_of(model, inputs, running, maps, layout)
-    running = running.taking(inputs.dtype, axes)
+    running = running.taking(inputs.dtype, _axes_of(model, inputs, running, maps, layout))
     x = running.standard(x)
     if isinstance(maps, Attribution):
         past = maps.provenance
-        made_by = _method_of(maps)
+        fields = past.parameters.items()
+        options = {key: tuple(one) if isinstance(one, list) else one for key, one in fields}
+        made_by = make_method(past.method, options)
         # Class activation maps have a layer and are nevertheless maps of the inputs.
         if past.at is not None and made_by.recipe().layers is None:
             raise InputError(
@@ -252,21 +216,17 @@ def read_evaluation_input(
         if baseline is None:
             baseline = restore_baseline(past.baseline, maps.kept, x.device)
     one_target(target, len(x))
-    masks = None if boxes is None else masks_of(boxes, x)
+    masks = None if boxes is None else _masks_of(boxes, x)
     if method is not None and is_method(method):
         method = read_method(method)
     baseline = _channels_first(baseline, x, running)
     values = maps.values if isinstance(maps, Attribution) else maps
     values = read_maps(values, x, running.axes)
-    return Subject(model, x, values, target, masks, method, baseline, running)
+    return EvaluationInput(model, x, values, target, masks, method, baseline, running)
 
 
-def axes_of(
-    model: Model | None,
-    x: Tensor,
-    running: RunOptions,
-    maps: object = None,
-    layout: LayoutLike = None,
+def _axes_of(
+    model: Model | None, x: Tensor, running: RunOptions, maps: object, layout: LayoutLike
 ) -> Axes:
     """The layout of inputs: as given, as an attribution states it, or as the model implies."""
     if layout is None and isinstance(maps, Attribution) and maps.layout[:1] != (None,):
@@ -344,31 +304,40 @@ def read_maps(maps: Any, inputs: Tensor, axes: Axes | None = None) -> Tensor:
     return values
 
 
-def masks_of(boxes: Any, inputs: Tensor) -> Tensor:
-    """Masks bool [B, *spatial] of inputs [B, C, *spatial], from masks or from integer boxes
-    [B, 2 D]: the D starts and then the D stops (half-open).
+def _masks_of(boxes: Any, inputs: Tensor) -> Tensor:
+    """Masks bool [B, *spatial] from masks, or from integer boxes [B, 2 D]: the D starts and then
+    the D stops (half-open).
     """
     batch, spatial = len(inputs), spatial_shape(inputs)
+    whole = [batch, *spatial]
     try:
         boxes = torch.as_tensor(boxes).to(inputs.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputTypeError(
             f"boxes must be a tensor of corners or masks: got {type(boxes).__name__}"
         ) from error
+    is_mask = boxes.shape in ((batch, *spatial), (batch, 1, *spatial))
     if boxes.dtype == torch.bool:
-        return _checked_masks(boxes, batch, spatial)
+        if not is_mask:
+            got = list(boxes.shape)
+            raise InputError(f"masks must match the inputs: got {got}, expected {whole}")
+        masks: Tensor = boxes.reshape(batch, *spatial)
+        empty = true_rows(~masks.flatten(1).any(1))
+        if empty:
+            raise InputError(f"masks must hold something: those of examples {empty} are empty")
+        return masks
     if boxes.numel() and (boxes.is_floating_point() or boxes.is_complex()):
         raise InputTypeError(
             f"boxes must be whole numbers or bool masks: got {boxes.dtype}; use .long() or .bool()"
         )
     if boxes.shape != (batch, 2 * len(spatial)):
-        if boxes.shape in ((batch, *spatial), (batch, 1, *spatial)):
+        if is_mask:
             raise InputTypeError(f"masks must be bool: got {boxes.dtype}; use .bool()")
         raise InputError(
             f"boxes must be [B, {2 * len(spatial)}], the starts and then the stops of each axis, or"
-            f" masks {[batch, *spatial]}: got {list(boxes.shape)} for {batch} inputs"
+            f" masks {whole}: got {list(boxes.shape)} for {batch} inputs"
         )
-    inside = torch.ones((batch, *spatial), dtype=torch.bool, device=inputs.device)
+    inside = torch.ones(whole, dtype=torch.bool, device=inputs.device)
     for axis, size in enumerate(spatial):
         start, stop = boxes[:, axis], boxes[:, len(spatial) + axis]
         wrong = true_rows((start < 0) | (stop > size) | (start >= stop))
@@ -383,30 +352,15 @@ def masks_of(boxes: Any, inputs: Tensor) -> Tensor:
     return inside
 
 
-def _checked_masks(masks: Tensor, batch: int, spatial: torch.Size) -> Tensor:
-    if masks.shape == (batch, 1, *spatial):
-        masks = masks[:, 0]
-    if masks.shape != (batch, *spatial):
-        raise InputError(
-            f"masks must match the inputs: got {list(masks.shape)}, expected {[batch, *spatial]}"
-        )
-    empty = true_rows(~masks.flatten(1).any(1))
-    if empty:
-        raise InputError(f"masks must hold something: those of examples {empty} are empty")
-    return masks
-
-
 def check_replacement(name: str, value: object, also: tuple[str, ...] = ()) -> None:
     """Raises unless the value is a number, a tensor, or one of the names."""
-    names = ", ".join((*also, ZERO, *NAMED))
+    valid = (*also, ZERO, *NAMED)
+    expected = f"{name} must be one of {', '.join(valid)}, a number or a tensor like the inputs"
     if isinstance(value, str):
-        if value not in (*also, ZERO, *NAMED):
-            raise InputError(f"{name} must be one of {names}, a number or a tensor: got {value!r}")
+        if value not in valid:
+            raise InputError(f"{expected}: got {value!r}")
     elif isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
-        raise InputTypeError(
-            f"{name} must be one of {names}, a number or a tensor like the inputs: "
-            f"got {type(value).__name__}"
-        )
+        raise InputTypeError(f"{expected}: got {type(value).__name__}")
 
 
 def replacement_of(
@@ -414,13 +368,9 @@ def replacement_of(
 ) -> Tensor:
     """The values, [B | 1, *], that replace removed positions of inputs [B, *].
 
-    Args:
-        replacement: "zero", "mean" (of each channel), "blur" (Gaussian, 5 % of each axis),
-            "uniform" (noise within each example's range), a number, or a tensor that broadcasts to
-            the inputs.
-        inputs: [B, C, *spatial] or [B, F].
-        seed: Of "uniform".
-        missing: Whether the values may hold NaN.
+    replacement: "zero", "mean" (of each channel), "blur" (Gaussian, 5 % of each axis), "uniform"
+    (noise within each example's range, by the seed), a number, or a tensor that broadcasts to the
+    inputs. missing: whether the values may hold NaN.
     """
     given = 0.0 if isinstance(replacement, str) and replacement == ZERO else replacement
     try:
@@ -452,12 +402,3 @@ def true_rows(flags: Tensor) -> list[int]:
 def is_method(method: Any) -> TypeGuard[Method | str]:
     """Whether maps are made by a method of the library, rather than by a function."""
     return isinstance(method, str) or hasattr(method, "recipe")
-
-
-def _method_of(attribution: Attribution) -> Method:
-    """The method that an attribution's record names, with its fields."""
-    fields = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in attribution.provenance.parameters.items()
-    }
-    return make_method(attribution.provenance.method, fields)

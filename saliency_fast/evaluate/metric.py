@@ -15,10 +15,10 @@ from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError, warn
 from saliency_fast.evaluate.inputs import (
+    EvaluationInput,
     Explainer,
     Model,
     Replacement,
-    Subject,
     check_replacement,
     describe,
     read_evaluation_input,
@@ -46,8 +46,8 @@ CLASS_OUTPUTS = ("softmax", "accuracy")
 _NEEDS = {
     "model": "needs model, whose scores it reads: got None; pass the model",
     "masks": "needs boxes or masks, which say where the object is: got None; pass boxes=",
-    "method": "needs method, since it explains again: got None; pass method= a method, its name or "
-    "a function (model, inputs, target) -> maps",
+    "method": "needs method, since it explains again, and how these maps were made is unknown: got "
+    "None; pass a method, its name or a function (model, inputs, target) -> maps",
 }
 
 
@@ -57,7 +57,7 @@ class Metric:
     A metric defines `_evaluate(data)`, and registers with `in_suite` where reports should have it.
 
     Attributes:
-        name: As tables state it.
+        name: The name in tables.
         better: "higher", "lower", or "" where neither is.
         needs: Which of "model", "masks" and "method" the evaluation input must hold.
         takes_missing: Whether inputs and replacements may hold NaN, where the model accepts it.
@@ -65,8 +65,7 @@ class Metric:
     Example:
         >>> import torch
         >>> from saliency_fast.evaluate import Sparseness
-        >>> maps = torch.tensor([[0.0, 0.0, 0.0, 1.0]])
-        >>> Sparseness()(None, torch.ones(1, 4), maps).values
+        >>> Sparseness()(None, torch.ones(1, 4), torch.tensor([[0.0, 0.0, 0.0, 1.0]])).values
         tensor([0.7500], dtype=torch.float64)
     """
 
@@ -102,61 +101,54 @@ class Metric:
             boxes: [B, 2 D] as (top, left, bottom, right), half-open, or masks bool [B, *spatial].
             method: How the maps were made, for metrics that explain again; by default the
                 attribution's. A method, its name, or a function (model, inputs, target) -> maps.
-            baseline: Of that method.
+            baseline: The method's baseline; by default the attribution's.
             forward_args: As in `explain`; so are all that follow.
             forward_kwargs: Keyword arguments of the model.
-            memory_budget: Of a launch.
-            points_per_launch: How many points are scored at once.
+            memory_budget: Memory of a launch.
+            points_per_launch: Points that are scored at once.
             progress: Whether a bar is shown.
-            layout: Of the inputs, one letter per axis.
+            layout: The inputs' axes, one letter each.
 
         Raises:
             InputError: If the metric needs what is not given, or something does not fit.
+            InputTypeError: If an argument has the wrong type.
         """
-        running = RunOptions(
-            forward_args, forward_kwargs, memory_budget, points_per_launch, progress
-        )
+        options = (forward_args, forward_kwargs, memory_budget, points_per_launch, progress)
         data = read_evaluation_input(
             *(model, inputs, maps),
             target=target,
             boxes=boxes,
             method=method,
             baseline=baseline,
-            running=running,
+            running=RunOptions(*options),
             layout=layout,
         )
         return self.evaluate(data)
 
-    def evaluate(self, data: Subject) -> Outcome:
+    def evaluate(self, data: EvaluationInput) -> Outcome:
         """The outcome for an evaluation input, which was validated."""
-        missing = self.missing(data)
-        if missing:
-            raise InputError(f"{self.name} {_NEEDS[missing]}")
+        for need in self.needs:
+            if getattr(data, need) is None:
+                raise InputError(f"{self.name} {_NEEDS[need]}")
         if not self.takes_missing and not data.finite:
             raise InputError(
                 f"the input holds NaN or infinity, and {self.name} needs finite numbers; deletion, "
                 "insertion, sensitivity-n and faithfulness correlation take values that are missing"
             )
         outcome = self._evaluate(data)
-        caveats = data.caveats if "model" in self.needs else ()
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        parameters = {one.name: describe(getattr(self, one.name)) for one in fields}
-        return dataclasses.replace(
-            outcome,
-            parameters=parameters | dict(outcome.parameters),
-            caveats=caveats + outcome.caveats,
-        )
+        caveats = (data.caveats if "model" in self.needs else ()) + outcome.caveats
+        parameters = {name: describe(getattr(self, name)) for name in fields_of(type(self))}
+        parameters |= outcome.parameters
+        return dataclasses.replace(outcome, parameters=parameters, caveats=caveats)
 
-    def judge(self, data: Subject) -> Outcome:
+    def judge(self, data: EvaluationInput) -> Outcome:
         """Deprecated alias of `evaluate`."""
-        warn("Metric.judge is deprecated: use Metric.evaluate", DeprecationWarning)
+        warn(
+            "Metric.judge is deprecated and removed in 0.3: use Metric.evaluate", DeprecationWarning
+        )
         return self.evaluate(data)
 
-    def missing(self, data: Subject) -> str | None:
-        """The first thing that the metric needs and the evaluation input lacks."""
-        return next((one for one in self.needs if getattr(data, one) is None), None)
-
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         raise NotImplementedError
 
     def _outcome(self, values: Tensor, **further: Any) -> Outcome:
@@ -213,7 +205,7 @@ def in_suite(
 ) -> Callable[[_M], _M]:
     """Registers a metric class for reports and the command line; see `Entry`.
 
-    name: where it is not the metric's own. asks: where it is not the summary of the docstring.
+    name, asks: where they are not the metric's own name and the summary of its docstring.
     """
 
     def register(kind: _M) -> _M:
@@ -226,9 +218,7 @@ def in_suite(
 
 
 def entry_of(metric: Metric, name: str = "") -> Entry:
-    """The entry of a metric under the name that a report uses, or under its own; for metrics that
-    are not registered, one made of their docstring.
-    """
+    """A metric's entry under a report's name for it or its own; else one made of its docstring."""
     for one in (name, plain_name(metric.name)):
         if one in ENTRIES and type(metric) is ENTRIES[one].kind:
             return ENTRIES[one]
@@ -248,7 +238,7 @@ def make_metric(name: str, fields: Mapping[str, Any]) -> Metric:
         fields: Options that differ from the defaults.
 
     Raises:
-        InputError: If the name or a field is unknown; the message lists the valid ones.
+        InputError: If the name or a field is unknown.
 
     Example:
         >>> make_metric("pointing-game", {"tolerance": 2.0})
@@ -301,11 +291,11 @@ class Suite:
     """The metrics of a report and their options.
 
     Args:
-        names: Of the metrics; None for all that the arguments of the report allow.
-        quick: Fewer steps and samples, for a first look.
-        substrate: Of every metric that replaces positions.
-        steps: Of the same metrics.
-        seed: Of all metrics.
+        names: The metrics' names; None for all that the arguments of the report allow.
+        quick: Whether metrics take fewer steps and samples, for a first look.
+        substrate: The replacement of every metric that replaces positions.
+        steps: The number of steps of the same metrics.
+        seed: The seed of all metrics.
         fields: Options of single metrics by name, which take precedence.
 
     Raises:
@@ -329,23 +319,19 @@ class Suite:
             raise InputError(f"names must be several: got {self.names!r}; write [{self.names!r}]")
         if self.substrate is not None:
             check_replacement("substrate", self.substrate)
-        known = [plain_name(name) for name in (ENTRIES if self.names is None else self.names)]
+        names = self._plain_names()
         for name in self.fields:
-            if name not in known:
-                raise InputError(
-                    f"fields are for {name!r}, which is not asked for: expected one of "
-                    f"{', '.join(known)}"
-                )
+            if name not in names:
+                expected = f"expected one of {', '.join(names)}"
+                raise InputError(f"fields are for {name!r}, which is not asked for: {expected}")
         self.metrics()
 
-    def metrics(self, classes: bool = True) -> dict[str, Metric]:
-        """The metrics by name.
+    def _plain_names(self) -> list[str]:
+        return [plain_name(name) for name in (ENTRIES if self.names is None else self.names)]
 
-        Args:
-            classes: Whether the model returns several classes.
-        """
-        names = ENTRIES if self.names is None else self.names
-        return {plain_name(name): self._metric(plain_name(name), classes) for name in names}
+    def metrics(self, classes: bool = True) -> dict[str, Metric]:
+        """The metrics by name; `classes` says whether the model returns several classes."""
+        return {name: self._metric(name, classes) for name in self._plain_names()}
 
     def _metric(self, name: str, classes: bool) -> Metric:
         if name not in ENTRIES:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,14 +24,11 @@ class Curve:
     """Values of every example over a shared axis, such as the score while positions are deleted.
 
     Args:
-        x: The axis, float64 [n].
-        y: The values, float64 [B, n].
-        x_name: What the axis is.
-        y_name: What the values are.
+        x: The axis, float64 [n], with the label `x_name`.
+        y: The values, float64 [B, n], with the label `y_name`.
 
     Example:
-        >>> curve = Curve(torch.tensor([0.0, 1.0]), torch.tensor([[1.0, 0.0]]), "share", "score")
-        >>> curve.area()
+        >>> Curve(torch.tensor([0.0, 1.0]), torch.tensor([[1.0, 0.0]]), "share", "score").area()
         tensor([0.5000])
     """
 
@@ -49,11 +47,9 @@ class Interval:
     """A mean with its bootstrap interval; NaN where there are no values.
 
     Args:
-        mean: The mean of the values.
-        low: The lower end of the interval.
-        high: The upper end.
-        confidence: Of the interval, such as 0.95.
-        count: How many values the mean is of.
+        mean: The mean.
+        low: The interval's lower end; `high` its upper end, `confidence` its level.
+        count: The number of values.
 
     Example:
         >>> print(Interval(0.5, 0.25, 0.75, 0.95, 20))
@@ -79,9 +75,9 @@ class Outcome:
         values: One per example, float64 [B]; NaN where the metric is undefined.
         better: "higher", "lower", or "" where neither is.
         parameters: The metric's fields and all else that the values depend on.
-        curve: Of metrics that have one.
-        passed: The verdict of metrics that give one, by `threshold`.
-        threshold: Of the verdict.
+        curve: A curve, of metrics that have one.
+        passed: The verdict, of metrics that give one.
+        threshold: The verdict's threshold.
         details: Further results by name.
         caveats: Sentences that a reader of the values must know.
 
@@ -105,12 +101,7 @@ class Outcome:
         return bootstrap(self.values, confidence, seed=seed)
 
     def over(self, other: Outcome, confidence: float = 0.95, *, seed: int = 0) -> Interval:
-        """The mean of the paired differences from another outcome on the same examples.
-
-        Args:
-            other: The outcome that is subtracted.
-            confidence: Of the interval.
-            seed: Of the resampling.
+        """The mean of the paired differences, `self` less `other`, on the same examples.
 
         Raises:
             InputError: If the outcomes differ in their number of examples.
@@ -134,26 +125,20 @@ def bootstrap(values: Tensor, confidence: float = 0.95, *, seed: int = 0) -> Int
 
     Args:
         values: One per example, [B]; NaN and infinity are left out.
-        confidence: Of the interval, between 0 and 1.
+        confidence: The interval's level, between 0 and 1.
         seed: Of the 2000 resamples.
-
-    Returns:
-        The mean with its interval; NaN where no value is finite.
-
-    Raises:
-        InputError: If `confidence` is not between 0 and 1.
 
     Example:
         >>> print(bootstrap(torch.tensor([2.0, 2.0, 2.0])))
         2 [2, 2]
     """
     check_confidence(confidence)
-    known = values.detach().double().cpu().flatten()
-    known = known[known.isfinite()]
-    if len(known) == 0:
+    finite = values.detach().double().cpu().flatten()
+    finite = finite[finite.isfinite()]
+    if len(finite) == 0:
         return Interval(math.nan, math.nan, math.nan, confidence, 0)
-    low, high = mean_ends(known[:, None], confidence, seed)
-    return Interval(float(known.mean()), float(low), float(high), confidence, len(known))
+    low, high = mean_ends(finite[:, None], confidence, seed)
+    return Interval(float(finite.mean()), float(low), float(high), confidence, len(finite))
 
 
 def mean_ends(rows: Tensor, confidence: float, seed: int) -> Tensor:
@@ -170,9 +155,8 @@ def percentile_ends(statistics: Tensor, confidence: float) -> Tensor:
 
 
 def resampled(sizes: tuple[int, ...], seed: int) -> Iterator[tuple[Tensor, ...]]:
-    """How often each member of some groups is drawn in each of `RESAMPLES` resamples.
-
-    Yields one float64 [rows, size] per group, until there are enough rows.
+    """How often each member of each group is drawn: one float64 [rows, size] per group at a time,
+    `RESAMPLES` rows in all.
     """
     generator = torch.Generator().manual_seed(seed)
     most = max(1, _HELD // max(sizes))
@@ -186,7 +170,42 @@ def resampled(sizes: tuple[int, ...], seed: int) -> Iterator[tuple[Tensor, ...]]
         yield tuple(times)
 
 
+def caveats_of(*pairs: tuple[object, str]) -> tuple[str, ...]:
+    """The sentences of the pairs (condition, sentence) whose condition holds."""
+    return tuple(sentence for holds, sentence in pairs if holds)
+
+
 def check_confidence(confidence: float) -> None:
     """Raises unless it lies between 0 and 1."""
     if not 0.0 < confidence < 1.0:
         raise InputError(f"confidence must lie between 0 and 1: got {confidence}")
+
+
+def plain(value: Any, most: float = math.inf) -> Any:
+    """Numbers, text, lists and mappings with text for keys; what is not finite becomes None.
+
+    most: elements up to which tensors are written out.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Tensor):
+        if value.numel() > most:
+            return f"tensor {list(value.shape)}"
+        return plain(value.detach().cpu().tolist())
+    if hasattr(value, "to_dict"):
+        return plain(value.to_dict(), most)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain_fields(value, most=most)
+    if isinstance(value, Mapping):
+        return {str(name): plain(one, most) for name, one in value.items()}
+    if isinstance(value, Iterable):
+        return [plain(one, most) for one in value]
+    return str(value)
+
+
+def plain_fields(value: Any, *left_out: str, most: float = math.inf) -> dict[str, Any]:
+    """The fields of a dataclass as JSON holds them."""
+    names = [one.name for one in dataclasses.fields(value) if one.name not in left_out]
+    return {name: plain(getattr(value, name), most) for name in names}

@@ -9,42 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.engine.recipe import (
-    Maps,
-    Recipe,
-    Round,
-    RoundContext,
-    RoundResult,
-    Rounds,
-    RoundsRecipe,
-)
+from saliency_fast.engine import recipe as recipes
+from saliency_fast.engine.recipe import Round, RoundContext, RoundResult
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.passes.half import HALVES
+from saliency_fast.model import targets as model_targets
 from saliency_fast.model.layout import Axes
-from saliency_fast.model.targets import (
-    PREDICTED,
-    Reader,
-    Target,
-    Targets,
-    read_targets,
-    tensor_of,
-    with_padding,
-)
+from saliency_fast.model.targets import PREDICTED, Target, Targets
 
 OUTPUTS = ("softmax", "logit")
 SUMS = 1e-4
 """How far outputs may sum from one and still count as probabilities, in float32."""
 NO_CLASS = -1.0
 """Stands for a missing probability or class, since the engine refuses NaN."""
+Write = Callable[[Tensor, Tensor], Tensor]
+"""(example int64 [R], number int64 [R]) -> points [R, *] in fresh memory."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """How a model is run: further arguments and the options of `Engine`.
 
-    dtype: that of the inputs where it is a half type, which are read as float32. axes: the model's
-    layout; evaluation inputs are [B, C, *spatial].
+    dtype: of half inputs, which are read as float32. axes: the model's layout; evaluation inputs
+    have channels first.
     """
 
     forward_args: Any = ()
@@ -57,8 +45,7 @@ class RunOptions:
 
     def engine(self, model: Callable[..., Any], method: Any, *, lean: bool = True) -> Engine:
         engine = Engine(
-            model,
-            method,
+            *(model, method),
             lean=lean,
             memory_budget=self.memory_budget,
             points_per_launch=self.points_per_launch,
@@ -111,9 +98,9 @@ class RunOptions:
 class Scores:
     """The model's scores of R points.
 
-    scores: the target's output, float64 [R]. Where the model returns classes, also probabilities:
-    the target's, float64 [R], by softmax unless the outputs are probabilities already; and
-    decisions: the predicted classes, int64 [R].
+    scores: the target's output, float64 [R]. Of models that return classes, probabilities: the
+    target's, float64 [R], by softmax unless the outputs are probabilities already; decisions: the
+    predicted classes, int64 [R].
     """
 
     scores: Tensor
@@ -124,16 +111,25 @@ class Scores:
         """The target's "logit" or "softmax" probability, float64 [R]."""
         if output == "logit":
             return self.scores
-        if self.probabilities is None:
-            raise InputError(
-                "output='softmax' needs several classes: the model or the target gives one number "
-                "per example; use output='logit'"
-            )
-        return self.probabilities
+        return _need_classes("output='softmax'", self.probabilities)
+
+    def decided(self, what: str) -> Tensor:
+        """The predicted classes; raises that `what` needs them."""
+        return _need_classes(what, self.decisions)
+
+
+def _need_classes(what: str, value: Tensor | None) -> Tensor:
+    if value is None:
+        raise InputError(
+            f"{what} needs several classes: the model or the target gives one number per example; "
+            "use a model that returns [B, classes] and a class as target, or output='logit' and "
+            "target=None"
+        )
+    return value
 
 
 @dataclass(frozen=True)
-class Reading(Reader):
+class Reading(model_targets.Reader):
     """A target of three outputs: score, probability and decision.
 
     classes: int64 [B], or None for the predicted class. targets: a target that is no class.
@@ -148,7 +144,7 @@ class Reading(Reader):
         if self.targets is not None:
             self.targets.check(raw, example)
             return _score_only(self.targets.read(raw, example)[0][:, :1])
-        output = tensor_of(raw)
+        output = model_targets.tensor_of(raw)
         if output.dim() != 2 or len(output) != len(example):
             raise InputError(
                 "target as a class needs a model that returns [B, classes]: got "
@@ -194,29 +190,29 @@ class ScoreQuery:
     scores at the inputs and at the points.
     """
 
-    write: Callable[[Tensor, Tensor], Tensor]
+    write: Write
     example: Tensor
     node: Tensor
     found: list[Tensor] = field(default_factory=list)
     name = "evaluation"
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> recipes.Recipe:
         points = max(1, -(-len(self.example) // max(1, int(self.example.max()) + 1)))
-        return RoundsRecipe(self.rounds, points, gradients=False, held=0)
+        return recipes.RoundsRecipe(self.rounds, points, gradients=False, held=0)
 
-    def rounds(self, asked: RoundContext) -> Rounds:
+    def rounds(self, context: RoundContext) -> recipes.Rounds:
         """One round; the scores at the inputs come first."""
         # A run may begin again.
         self.found.clear()
-        self.found.append(asked.scores)
-        scores = asked.scores.new_empty((len(self.example), asked.scores.shape[1]))
+        self.found.append(context.scores)
+        scores = context.scores.new_empty((len(self.example), context.scores.shape[1]))
 
-        def each(rows: slice, found: RoundResult) -> None:
-            scores[rows] = found.scores
+        def each(rows: slice, result: RoundResult) -> None:
+            scores[rows] = result.scores
 
         yield Round(lambda i, p: (self.write(i, p),), self.example, self.node, each=each)
         self.found.append(scores)
-        return Maps((asked.scores.new_zeros((*asked.scores.shape, 1)),))
+        return recipes.Maps((context.scores.new_zeros((*context.scores.shape, 1)),))
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,12 +228,8 @@ class Scorer:
     running: RunOptions
     lean: bool = True
 
-    def at(
-        self, write: Callable[[Tensor, Tensor], Tensor], example: Tensor, number: Tensor
-    ) -> tuple[Scores, Scores]:
-        """Scores at the inputs [B], and at the R points that `write(example, number)` makes in
-        fresh memory; example int64 [R] and number int64 [R] say which point of which example.
-        """
+    def at(self, write: Write, example: Tensor, number: Tensor) -> tuple[Scores, Scores]:
+        """Scores at the inputs [B], and at the R points that `write(example, number)` makes."""
         query = ScoreQuery(lambda i, n: self.running.back(write(i, n)), example, number)
         engine = self.running.engine(self.model, query, lean=self.lean)
         engine(self.running.cast(self.inputs), self._reading(), **self.running.arguments())
@@ -250,28 +242,19 @@ class Scorer:
             )
         return _split(first), _split(points)
 
-    def grid(
-        self, write: Callable[[Tensor, Tensor], Tensor], count: int, *, numbers_first: bool = False
-    ) -> tuple[Scores, Scores]:
+    def grid(self, write: Write, count: int) -> tuple[Scores, Scores]:
         """Scores at the inputs [B], and at `count` points of each example [B, count].
 
-        numbers_first: whether a launch holds the same point of all examples, rather than all points
-        of an example, for a `write` that prepares what they share.
+        A launch holds the same point of all examples, so that `write` shares its preparation.
         """
         batch, device = len(self.inputs), self.inputs.device
-        example, number = torch.arange(batch, device=device), torch.arange(count, device=device)
-        if numbers_first:
-            example, number = example.repeat(count), number.repeat_interleave(batch)
-        else:
-            example, number = example.repeat_interleave(count), number.repeat(batch)
+        example = torch.arange(batch, device=device).repeat(count)
+        number = torch.arange(count, device=device).repeat_interleave(batch)
         first, points = self.at(write, example, number)
-
-        def table(rows: Tensor) -> Tensor:
-            return rows.view(count, batch).T if numbers_first else rows.view(batch, count)
-
-        if points.probabilities is None or points.decisions is None:
-            return first, Scores(table(points.scores), None, None)
-        return first, Scores(*map(table, (points.scores, points.probabilities, points.decisions)))
+        found = points.scores, points.probabilities, points.decisions
+        scores, *further = (None if one is None else one.view(count, batch).T for one in found)
+        assert scores is not None
+        return first, Scores(scores, *further)
 
     def again(self) -> tuple[Scores, Scores]:
         """Scores at the inputs by two runs, which are equal if the model is deterministic."""
@@ -283,7 +266,7 @@ class Scorer:
             return Reading(None)
         targets = one_target(self.target, len(self.inputs)).to(self.inputs.device)
         about = (self.model, (self.running.back(self.inputs),), *self.running.arguments().values())
-        targets = with_padding(targets, *about)
+        targets = model_targets.with_padding(targets, *about)
         if targets.classes is None or targets.position is not None:
             return Reading(None, targets)
         return Reading(targets.classes[:, 0])
@@ -291,7 +274,7 @@ class Scorer:
 
 def one_target(target: Target, batch: int) -> Targets:
     """The target of a batch; raises where it is invalid, or several of each example."""
-    targets = read_targets(target, batch)
+    targets = model_targets.read_targets(target, batch)
     if targets.count > 1:
         raise InputError(
             f"target must be one per example, as maps are: got {targets.count} of each; evaluate "

@@ -19,7 +19,7 @@ from saliency_fast.engine.recipe import (
 )
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.coalitions import Game, players
+from saliency_fast.methods.parts.coalitions import Game, feature_count
 from saliency_fast.methods.parts.maps import every_row
 from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import philox, random_bits, segment_points
@@ -42,7 +42,9 @@ class FeatureAblation:
     name = "feature_ablation"
 
     def recipe(self) -> Recipe:
-        return RoundsRecipe(_ablated, players, baseline="fill", gradients=False, features=True)
+        return RoundsRecipe(
+            _ablated, feature_count, baseline="fill", gradients=False, features=True
+        )
 
 
 def _ablated(context: RoundContext) -> Rounds:
@@ -105,7 +107,7 @@ class FeaturePermutation:
         rounds = partial(_permuted, repeats=self.repeats, seed=self.seed)
 
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
-            return self.repeats * players(inputs, features)
+            return self.repeats * feature_count(inputs, features)
 
         return RoundsRecipe(rounds, points, gradients=False, features=True)
 

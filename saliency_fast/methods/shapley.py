@@ -14,7 +14,7 @@ from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe, Round, RoundContext, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.coalitions import PARTIAL_MAPS, Game, players
+from saliency_fast.methods.parts.coalitions import PARTIAL_MAPS, Game, feature_count
 from saliency_fast.methods.parts.maps import every_row
 from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import philox
@@ -77,7 +77,7 @@ class ShapleySampling:
 
     def recipe(self) -> Recipe:
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
-            count = players(inputs, features)
+            count = feature_count(inputs, features)
             return min((1 << count) - 2, self.permutations * (count - 1))
 
         return RoundsRecipe(self._rounds, points, baseline="one", gradients=False, features=True)
@@ -107,7 +107,7 @@ class ShapleySampling:
 
 def _coalitions(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
     """How many coalitions there are between none and all."""
-    count = players(inputs, features)
+    count = feature_count(inputs, features)
     if count > MOST:
         raise InputError(
             f"exact Shapley values take 2^F points: got {count} features, expected at most "

@@ -14,7 +14,7 @@ from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Recipe, RoundContext, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.coalitions import Game, players
+from saliency_fast.methods.parts.coalitions import Game, feature_count
 from saliency_fast.methods.parts.regression import FITS, Slopes, fit, fit_shapley
 from saliency_fast.methods.shapley import exact_rounds
 from saliency_fast.model.layout import Layouts
@@ -118,7 +118,7 @@ class KernelShap:
 
     def recipe(self) -> Recipe:
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
-            return min((1 << players(inputs, features)) - 2, self.samples)
+            return min((1 << feature_count(inputs, features)) - 2, self.samples)
 
         return RoundsRecipe(self._rounds, points, baseline="one", gradients=False, features=True)
 

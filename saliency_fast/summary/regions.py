@@ -18,7 +18,7 @@ from torch import Tensor
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.features import SEGMENTATIONS, segment
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.inputs import Subject, read_evaluation_input
+from saliency_fast.evaluate.inputs import EvaluationInput, read_evaluation_input
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
 
@@ -151,7 +151,7 @@ def regions(
     return regions_of(subject, how, most, names)
 
 
-def regions_of(subject: Subject, how: str | Tensor, most: int, names: Names) -> Regions:
+def regions_of(subject: EvaluationInput, how: str | Tensor, most: int, names: Names) -> Regions:
     """The regions of an evaluation input's maps; see `regions`."""
     _check_how(how)
     checks.whole("most", most, 1)

@@ -19,10 +19,15 @@ from torch import Tensor
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline, choices, read_baselines
 from saliency_fast.engine.recipe import WeightedSum
-from saliency_fast.evaluate.inputs import Explainer, Subject, read_evaluation_input, replacement_of
+from saliency_fast.evaluate.inputs import (
+    EvaluationInput,
+    Explainer,
+    read_evaluation_input,
+    replacement_of,
+)
+from saliency_fast.evaluate.maps import correlation
 from saliency_fast.evaluate.metrics.inpaint import inpaint
 from saliency_fast.evaluate.scores import NO_CLASS, RunOptions, ScoreQuery, probabilities
-from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.methods import read_method
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
@@ -297,7 +302,7 @@ def value_at(facts: Any, path: tuple[str | int, ...]) -> Any:
 
 
 def facts_of(
-    subject: Subject,
+    subject: EvaluationInput,
     grouped: Regions,
     labels: Names,
     object_name: str,
@@ -387,7 +392,7 @@ class _Reader(Reader):
 
 
 def deletion_queries(
-    subject: Subject, labels: Tensor, queried: list[int], names: Mapping[int, str]
+    subject: EvaluationInput, labels: Tensor, queried: list[int], names: Mapping[int, str]
 ) -> tuple[list[Facts], list[dict[str, Facts]]]:
     """The predictions of the inputs, and per example and replacement those without the region
     `queried[b]` of labels [B, *spatial]; none where that is 0.
@@ -423,7 +428,7 @@ def replacements(inputs: Tensor, mask: Tensor) -> dict[str, Tensor]:
 
 
 def _predictions(
-    subject: Subject, points: Tensor, example: Tensor, names: Mapping[int, str]
+    subject: EvaluationInput, points: Tensor, example: Tensor, names: Mapping[int, str]
 ) -> tuple[list[Facts], list[Facts]]:
     """The predictions of the inputs, and of the rows `example` of points [B, *]."""
     targets = read_targets(subject.classes, subject.batch).to(subject.inputs.device)
@@ -453,7 +458,9 @@ def _prediction(row: list[float], names: Mapping[int, str]) -> Facts:
     return own | {"decision": decision, "runner_up": runner_up}
 
 
-def _confidence(subject: Subject, stability: int, result: Attribution | None) -> list[Facts]:
+def _confidence(
+    subject: EvaluationInput, stability: int, result: Attribution | None
+) -> list[Facts]:
     equal, stable = _equal_to_baseline(subject), _stability(subject, stability)
     rows: list[Facts] = []
     for b in range(subject.batch):
@@ -484,7 +491,7 @@ def _finite(value: Tensor) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _equal_to_baseline(subject: Subject) -> Tensor | None:
+def _equal_to_baseline(subject: EvaluationInput) -> Tensor | None:
     """The share of positions where an input equals its baseline, of which a path between them says
     nothing; None for methods without such a path.
     """
@@ -502,7 +509,7 @@ def _equal_to_baseline(subject: Subject) -> Tensor | None:
     return whole.flatten(1).double().mean(1)
 
 
-def _stability(subject: Subject, count: int) -> Tensor | None:
+def _stability(subject: EvaluationInput, count: int) -> Tensor | None:
     """The mean correlation of the maps with those of `count` noisy inputs, float64 [B]."""
     if not count:
         return None

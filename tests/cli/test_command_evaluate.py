@@ -105,7 +105,7 @@ def test_targets_and_boxes_from_files(here, pair):
 def test_check_decides_the_exit_code(here, pair, monkeypatch, capsys, passed, code):
     from dataclasses import replace
 
-    def judged(*args, **options):
+    def evaluated(*args, **options):
         found = report(*args, **options)
         cells = found.outcomes["gradient"]
         return replace(
@@ -114,7 +114,7 @@ def test_check_decides_the_exit_code(here, pair, monkeypatch, capsys, passed, co
             | {"gradient": {name: replace(one, passed=passed) for name, one in cells.items()}},
         )
 
-    monkeypatch.setattr(command, "report", judged)
+    monkeypatch.setattr(command, "report", evaluated)
     assert run("evaluate", *pair, *TINY, *FAST, "--check") == code
     assert ("a check failed" in capsys.readouterr().err) == (code == 1)
     assert run("evaluate", *pair, *TINY, *FAST) == 0

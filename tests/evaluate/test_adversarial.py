@@ -8,7 +8,7 @@ from torch import nn
 
 from saliency_fast import zoo
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.attacks.adversarial import fgsm, pgd, uniform
+from saliency_fast.evaluate.attacks import fgsm, pgd, uniform
 from tests.evaluate import naive_adversarial as naive
 
 

@@ -13,7 +13,7 @@ import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
 from saliency_fast.evaluate.inputs import replacement_of
-from saliency_fast.evaluate.metrics.removal import Counterfactual
+from saliency_fast.evaluate.metrics.faithfulness import Counterfactual
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import SHAPES, Audio, Image, Scalar, Tabular, Video, make, randn

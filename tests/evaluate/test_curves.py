@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.metrics.removal import Deletion, Insertion
+from saliency_fast.evaluate.metrics.faithfulness import Deletion, Insertion
 from saliency_fast.evaluate.outcome import Outcome
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_curves as naive

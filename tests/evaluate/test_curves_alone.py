@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.evaluate.metrics.removal import Deletion, Insertion
+from saliency_fast.evaluate.metrics.faithfulness import Deletion, Insertion
 from tests.models import Image, Tabular, Video, make, randn
 from tests.traces import Notes
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from saliency_fast import explain, zoo
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.attacks.adversarial import fgsm, pgd
-from saliency_fast.evaluate.attacks.detection import (
+from saliency_fast.evaluate.attacks import fgsm, pgd
+from saliency_fast.evaluate.controls import edge_detector
+from saliency_fast.evaluate.detection import (
     CoherenceReference,
     adversarial_score,
     attack_roc,
@@ -18,7 +19,6 @@ from saliency_fast.evaluate.attacks.detection import (
     roc,
     shrunk_correlations,
 )
-from saliency_fast.evaluate.controls import edge_detector
 from saliency_fast.methods.paths import IntegratedGradients
 from tests.evaluate import naive_adversarial as naive
 

@@ -15,7 +15,7 @@ import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
 from saliency_fast.evaluate.inputs import replacement_of
-from saliency_fast.evaluate.metrics.perturbation import Infidelity
+from saliency_fast.evaluate.metrics.faithfulness import Infidelity
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import SHAPES, Audio, Image, Tabular, Video, make, randn
@@ -132,7 +132,7 @@ def test_against_quantus() -> None:
 
     model, x = make(Image).float(), randn(4, 3, 12, 12).float()
     maps, target = randn(4, 3, 12, 12, seed=1).float(), torch.tensor([0, 1, 2, 3])
-    judge = quantus.Infidelity(
+    theirs = quantus.Infidelity(
         perturb_patch_sizes=[3, 4],
         n_perturb_samples=1,
         normalise=False,
@@ -140,7 +140,7 @@ def test_against_quantus() -> None:
         disable_warnings=True,
         display_progressbar=False,
     )
-    want = judge(model, x.numpy(), target.numpy(), maps.numpy(), softmax=False)
+    want = theirs(model, x.numpy(), target.numpy(), maps.numpy(), softmax=False)
     black = x.flatten(1).amin(1).view(-1, 1, 1, 1)
     metric = Infidelity("patches", patch=(3, 4), cumulative=True, substrate=black)
     found = metric(model, x, maps, target=target).values

@@ -171,10 +171,10 @@ def test_smoothing_outvotes_a_lone_place() -> None:
         (PointingGame, {"tolerance": "15"}, InputTypeError, "tolerance must be a number"),
         (PointingGame, {"smooth": 2.0}, InputError, "smooth is a share"),
         (EnergyInBox, {"evidence": "negative"}, InputError, "positive, absolute, signed"),
-        (TopKIoU, {"k": 0}, InputError, "k must be 1 or more"),
-        (TopKIoU, {"k": 1.5}, InputError, "at most 1"),
-        (TopKIoU, {"k": math.nan}, InputError, "at most 1"),
-        (RankAccuracy, {"k": True}, InputTypeError, "k must be None"),
+        (TopKIoU, {"k": 0}, InputError, "k must be at least 1"),
+        (TopKIoU, {"k": 1.5}, InputError, "k is a share"),
+        (TopKIoU, {"k": math.nan}, InputError, "k must be a positive finite number"),
+        (RankAccuracy, {"k": True}, InputTypeError, "k must be a whole number"),
     ],
 )
 def test_options_are_checked(

@@ -10,7 +10,7 @@ from torch import nn
 from saliency_fast import explain, ops, zoo
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError, ModelError
-from saliency_fast.evaluate.attacks.manipulation import (
+from saliency_fast.evaluate.attacks import (
     Manipulation,
     Steering,
     correlation_slope,
@@ -18,7 +18,7 @@ from saliency_fast.evaluate.attacks.manipulation import (
 )
 from saliency_fast.evaluate.controls import edge_detector
 from saliency_fast.evaluate.inputs import read_evaluation_input
-from saliency_fast.evaluate.similarity import correlation, overlap, rank_correlation
+from saliency_fast.evaluate.maps import correlation, overlap, rank_correlation
 from saliency_fast.methods.cam import GradCAM
 from saliency_fast.methods.gradient import Gradient, InputXGradient
 from saliency_fast.methods.occlusion import Occlusion

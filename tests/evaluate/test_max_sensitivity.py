@@ -110,7 +110,7 @@ def test_like_quantus() -> None:
 
 
 @pytest.mark.parametrize("noise", ["uniform", "gaussian"])
-def test_an_example_is_judged_alike_in_any_batch(noise: str) -> None:
+def test_an_example_has_the_same_value_in_any_batch(noise: str) -> None:
     model, x = network(), images()
     metric = MaxSensitivity(radius=0.1, samples=3, noise=noise)
     maps = sf.explain(model, x, method="gradient", target=TARGET).values

@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from saliency_fast.evaluate.metrics.perturbation import Infidelity, SensitivityN
-from saliency_fast.evaluate.metrics.removal import Deletion, Insertion, Road
+from saliency_fast.evaluate.metrics.faithfulness import (
+    Deletion,
+    Infidelity,
+    Insertion,
+    Road,
+    SensitivityN,
+)
 from tests.models import Image, make, randn
 
 quantus = pytest.importorskip("quantus")
@@ -19,14 +24,14 @@ CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def judged() -> tuple[Any, ...]:
+def case() -> tuple[Any, ...]:
     x = torch.randn(BATCH, 3, 12, 12, generator=torch.Generator().manual_seed(0)).abs() + 0.1
     maps = randn(BATCH, 3, 12, 12, seed=1).float()
     return make(Image).float().eval(), x, torch.arange(BATCH), maps
 
 
-def _theirs(name: str, judged: tuple[Any, ...], x: Any = None, **fields: Any) -> Any:
-    model, inputs, target, maps = judged
+def _theirs(name: str, case: tuple[Any, ...], x: Any = None, **fields: Any) -> Any:
+    model, inputs, target, maps = case
     common = {"normalise": False, "disable_warnings": True, "display_progressbar": False}
     metric = getattr(quantus, name)(**common, **fields)
     x = inputs.numpy().copy() if x is None else x
@@ -37,18 +42,18 @@ def _black(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).amin(1).view(-1, 1, 1, 1)
 
 
-def test_pixel_flipping(judged: tuple[Any, ...]) -> None:
-    model, x, target, maps = judged
+def test_pixel_flipping(case: tuple[Any, ...]) -> None:
+    model, x, target, maps = case
     for given, substrate in (("black", _black(x)), (0.3, 0.3)):
-        want = _theirs("PixelFlipping", judged, features_in_step=12, perturb_baseline=given)
+        want = _theirs("PixelFlipping", case, features_in_step=12, perturb_baseline=given)
         metric = Deletion(step_size=12, substrate=substrate, per="element")
         curve = metric(model, x, maps, target=target).curve
         assert curve is not None
         np.testing.assert_allclose(curve.y[:, 1:].numpy(), want, rtol=0, atol=1e-6)
 
 
-def test_insertion(judged: tuple[Any, ...]) -> None:
-    model, x, target, maps = judged
+def test_insertion(case: tuple[Any, ...]) -> None:
+    model, x, target, maps = case
     full = x.numpy().reshape(BATCH, -1)
 
     def put(arr: Any, indices: Any, **_: Any) -> Any:
@@ -57,23 +62,23 @@ def test_insertion(judged: tuple[Any, ...]) -> None:
         return arr
 
     blank = np.zeros_like(x.numpy())
-    want = _theirs("PixelFlipping", judged, blank, features_in_step=12, perturb_func=put)
+    want = _theirs("PixelFlipping", case, blank, features_in_step=12, perturb_func=put)
     curve = Insertion(step_size=12, per="element")(model, x, maps, target=target).curve
     assert curve is not None
     np.testing.assert_allclose(curve.y[:, 1:].numpy(), want, rtol=0, atol=1e-6)
 
 
-def test_infidelity(judged: tuple[Any, ...]) -> None:
-    model, x, target, maps = judged
-    want = _theirs("Infidelity", judged, perturb_patch_sizes=[4], n_perturb_samples=1)
+def test_infidelity(case: tuple[Any, ...]) -> None:
+    model, x, target, maps = case
+    want = _theirs("Infidelity", case, perturb_patch_sizes=[4], n_perturb_samples=1)
     metric = Infidelity("patches", patch=4, cumulative=True, substrate=_black(x))
     found = metric(model, x, maps, target=target).values
     np.testing.assert_allclose(found.numpy(), want, rtol=CLOSE)
 
 
-def test_sensitivity_n(judged: tuple[Any, ...]) -> None:
-    model, x, target, maps = judged
-    want = _theirs("SensitivityN", judged, features_in_step=12, return_aggregate=False)
+def test_sensitivity_n(case: tuple[Any, ...]) -> None:
+    model, x, target, maps = case
+    want = _theirs("SensitivityN", case, features_in_step=12, return_aggregate=False)
     shares = tuple(12 * step / SIZE for step in range(1, len(want) + 1))
     metric = SensitivityN(
         shares, subsets="ranked", per="element", output="softmax", substrate=_black(x)
@@ -83,8 +88,8 @@ def test_sensitivity_n(judged: tuple[Any, ...]) -> None:
     np.testing.assert_allclose(found.numpy(), want, rtol=0, atol=1e-3)
 
 
-def test_road_of_one_channel(judged: tuple[Any, ...]) -> None:
-    model, x, target, maps = judged
+def test_road_of_one_channel(case: tuple[Any, ...]) -> None:
+    model, x, target, maps = case
     wide, x, maps = torch.nn.Sequential(_Wide(), model).eval(), x[:, :1], maps[:, :1]
     found = Road((0.1, 0.3, 0.5), noise=0)(wide, x, maps, target=target).curve
     want = quantus.ROAD(

@@ -16,6 +16,7 @@ from saliency_fast.evaluate import Deletion, Insertion, Sparseness, bootstrap
 from saliency_fast.evaluate.inputs import read_evaluation_input
 from saliency_fast.evaluate.metric import (
     ENTRIES,
+    GROUPS,
     METRICS,
     Suite,
     fields_of,
@@ -182,6 +183,12 @@ def test_where_nothing_can_be_measured_the_first_error_is_raised():
         )
 
 
+def test_maps_without_a_method_alone_cannot_be_explained_again():
+    maps = {"a": torch.rand(4, 12, 10)}
+    with pytest.raises(InputError, match="again needs method, since it explains again"):
+        report(network(), pictures(), methods=maps, controls=(), metrics=[Again()])
+
+
 def test_attributions_bring_their_baseline_and_must_explain_the_same():
     model, x = network(), pictures()
     method = sf.IntegratedGradients(steps=4)
@@ -297,6 +304,12 @@ def test_the_old_name_of_evaluate_warns():
     with pytest.deprecated_call(match=r"use Metric\.evaluate"):
         old = Sparseness().judge(data)
     assert torch.equal(old.values, Sparseness().evaluate(data).values)
+
+
+def test_metrics_register_in_the_order_of_a_report():
+    groups = [entry.group for entry in ENTRIES.values()]
+    assert groups == sorted(groups, key=list(GROUPS).index)
+    assert list(METRICS)[-3:] == ["manipulation", "sparseness", "complexity"]
 
 
 @pytest.mark.parametrize("name", list(ENTRIES))

@@ -16,11 +16,12 @@ from reporting import Again, Check, Known, network, pictures
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate import Deletion, Insertion, SensitivityN
+from saliency_fast.evaluate import Agreement, Deletion, Insertion, SensitivityN
 from saliency_fast.evaluate.metric import field_meanings as meanings
 from saliency_fast.evaluate.metric import fields_of
+from saliency_fast.evaluate.metrics.agreement import COMPARISONS
 from saliency_fast.evaluate.outcome import Interval, bootstrap
-from saliency_fast.evaluate.reports.export import plot_of
+from saliency_fast.evaluate.reports.files import plot_of
 from saliency_fast.evaluate.reports.report import report
 from saliency_fast.evaluate.reports.text import interval_text, verdict_of, verdicts
 from saliency_fast.render import plots
@@ -226,12 +227,8 @@ def test_the_meaning_of_fields_is_read_from_docstrings():
 
 
 def test_an_agreement_becomes_matrices(shown):
-    class Agreement:
-        def to_dict(self):
-            names = list(shown.names)
-            rows = [[None if a == b else 0.5 for a in names] for b in names]
-            return {"names": names, "overlap": rows, "share": 0.1, "none": [[None] * 6] * 6}
-
-    page = Reader(replace(shown, agreement=Agreement()).html())
+    undefined = torch.full((4, 6, 6), math.nan)
+    matrices = dict.fromkeys(COMPARISONS, undefined) | {"overlap": torch.full((4, 6, 6), 0.5)}
+    page = Reader(replace(shown, agreement=Agreement(shown.names, matrices, 0.1, "signed")).html())
     assert sum(one.get("class") == "matrix" for one in page.named("table")) == 1
     assert page.text.count("Agreement between methods") == 1

@@ -13,7 +13,7 @@ from torch import nn
 
 from saliency_fast.evaluate import PointingGame, SanityCheck
 from saliency_fast.evaluate.reports.data import FEW
-from saliency_fast.evaluate.reports.page import slice_of
+from saliency_fast.evaluate.reports.files import slice_of
 from saliency_fast.evaluate.reports.report import report
 from saliency_fast.evaluate.reports.text import spelled, verdicts
 from tests.pages import Reader

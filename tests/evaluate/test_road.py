@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
-from saliency_fast.evaluate.metrics.removal import Road
+from saliency_fast.evaluate.metrics.faithfulness import Road
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import SHAPES, Audio, Image, Scalar, Tabular, Video, make, randn
@@ -64,7 +64,7 @@ def test_against_quantus() -> None:
     maps = sf.explain(model, x, method="integrated_gradients", target=target).values
     # No two alike, for Quantus's order of equal ones is not told.
     maps = maps + 1e-4 * maps.std() * random_map(model, x, target)[:, None]
-    judge = quantus.ROAD(
+    theirs = quantus.ROAD(
         percentages=[10, 29, 50, 70, 90],
         noise=0.0,
         normalise=False,
@@ -72,7 +72,7 @@ def test_against_quantus() -> None:
         disable_warnings=True,
         display_progressbar=False,
     )
-    want = judge(model, x.numpy(), target.numpy(), maps.numpy(), softmax=False)
+    want = theirs(model, x.numpy(), target.numpy(), maps.numpy(), softmax=False)
     metric = Road((0.1, 0.29, 0.5, 0.7, 0.9), noise=0)
     found = metric(model, x, maps, target=target).curve.y.mean(0)
     assert np.allclose(found.numpy(), np.array(list(want.values())), atol=1e-12)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.evaluate.controls import centre_map, edge_detector, random_map
+from saliency_fast.evaluate.maps import correlation, rank_correlation, rank_ssim
 from saliency_fast.evaluate.metrics.sanity import HALF, Randomised, SanityCheck, seed_of
-from saliency_fast.evaluate.similarity import correlation, rank_correlation, rank_ssim
 from saliency_fast.zoo import digits_cnn, digits_vit, held_out
 from tests.evaluate.naive_robustness import spearman, ssim_of_ranks
 from tests.traces import Net, one_thread, unchanged

@@ -13,11 +13,11 @@ import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.controls import random_map
 from saliency_fast.evaluate.inputs import replacement_of
-from saliency_fast.evaluate.metrics.perturbation import (
+from saliency_fast.evaluate.maps import random_ranks
+from saliency_fast.evaluate.metrics.faithfulness import (
     FaithfulnessCorrelation,
     SensitivityN,
 )
-from saliency_fast.evaluate.positions import random_ranks
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate import naive_faithfulness as naive
 from tests.models import SHAPES, Audio, Image, Tabular, Video, make, randn
@@ -104,7 +104,7 @@ def test_faithfulness_correlation_against_quantus(monkeypatch: pytest.MonkeyPatc
     drawn = [one for one in subsets_of(2, 20, 432, 50) for _ in range(3)]
     choices = iter(drawn)
     monkeypatch.setattr(np.random, "choice", lambda *_, **__: np.array(next(choices)))
-    judge = quantus.FaithfulnessCorrelation(
+    theirs = quantus.FaithfulnessCorrelation(
         nr_runs=20,
         subset_size=50,
         perturb_baseline=0.25,
@@ -114,7 +114,7 @@ def test_faithfulness_correlation_against_quantus(monkeypatch: pytest.MonkeyPatc
         disable_warnings=True,
         display_progressbar=False,
     )
-    want = judge(model, x.numpy(), TARGET.numpy(), maps.numpy(), softmax=False)
+    want = theirs(model, x.numpy(), TARGET.numpy(), maps.numpy(), softmax=False)
     metric = FaithfulnessCorrelation(50, 20, substrate=0.25, per="element", seed=2)
     found = metric(model, x, maps, target=TARGET)
     assert np.allclose(found.values.numpy(), np.array(want), rtol=0, atol=1e-5)
@@ -128,7 +128,7 @@ def test_ranked_against_quantus_and_a_loop() -> None:
 
     model, x = make(Image).float(), randn(6, 3, 12, 12).float()
     maps, target = randn(6, 3, 12, 12, seed=1).float(), torch.tensor([0, 1, 2, 3, 4, 0])
-    judge = quantus.SensitivityN(
+    theirs = quantus.SensitivityN(
         features_in_step=12,
         n_max_percentage=2.4,  # of the places, which it counts without channels
         perturb_baseline=0.0,
@@ -138,7 +138,7 @@ def test_ranked_against_quantus_and_a_loop() -> None:
         disable_warnings=True,
         display_progressbar=False,
     )
-    want = np.array(judge(model, x.numpy(), target.numpy(), maps.numpy(), softmax=False))
+    want = np.array(theirs(model, x.numpy(), target.numpy(), maps.numpy(), softmax=False))
     shares = tuple((step + 1) * 12 / 432 for step in range(len(want)))
     found = SensitivityN(shares, subsets="ranked", per="element")(model, x, maps, target=target)
     assert len(want) == 28

@@ -11,7 +11,7 @@ from scipy.stats import pearsonr, rankdata, spearmanr
 from skimage.metrics import structural_similarity
 
 from saliency_fast.errors import InputError
-from saliency_fast.evaluate.similarity import (
+from saliency_fast.evaluate.maps import (
     correlation,
     largest,
     overlap,

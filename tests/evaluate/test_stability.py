@@ -9,8 +9,8 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import centre_map, edge_detector, random_map
+from saliency_fast.evaluate.maps import ssim
 from saliency_fast.evaluate.metrics.robustness import Stability, noisy, shifted
-from saliency_fast.evaluate.similarity import ssim
 from saliency_fast.zoo import digits_cnn, held_out
 from tests.evaluate.naive_robustness import spearman
 from tests.traces import Net, one_thread, unchanged

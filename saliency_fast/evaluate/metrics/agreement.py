@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.inputs import position_sums, read_maps
-from saliency_fast.evaluate.similarity import is_constant, largest, overlap, rank_correlation, ssim
+from saliency_fast.evaluate.inputs import describe, position_sums, read_maps
+from saliency_fast.evaluate.maps import is_constant, largest, overlap, rank_correlation, ssim
+from saliency_fast.evaluate.outcome import plain
 from saliency_fast.methods.parts import checks
 
 COMPARISONS = ("rank_correlation", "ssim", "overlap", "sign_agreement")
@@ -25,8 +26,11 @@ EVIDENCE = ("signed", "absolute")
 class Agreement:
     """The pairwise similarities of M maps of each of B examples.
 
+    The attributes `rank_correlation`, `ssim`, `overlap` and `sign_agreement` hold the means over
+    examples, float64 [M, M].
+
     Args:
-        names: Of the maps.
+        names: The maps' names.
         per_example: By comparison, float64 [B, M, M], NaN where it is undefined:
             "rank_correlation" (Spearman) of all positions; "ssim", of maps with spatial axes;
             "overlap", the intersection over union of the top share; "sign_agreement", the share of
@@ -42,25 +46,10 @@ class Agreement:
     evidence: str
     caveats: tuple[str, ...] = ()
 
-    @property
-    def rank_correlation(self) -> Tensor:
-        """Means over examples, float64 [M, M]."""
-        return self.mean("rank_correlation")
-
-    @property
-    def ssim(self) -> Tensor:
-        """Means over examples, float64 [M, M]; NaN for maps without spatial axes."""
-        return self.mean("ssim")
-
-    @property
-    def overlap(self) -> Tensor:
-        """Means over examples, float64 [M, M]."""
-        return self.mean("overlap")
-
-    @property
-    def sign_agreement(self) -> Tensor:
-        """Means over examples, float64 [M, M]."""
-        return self.mean("sign_agreement")
+    rank_correlation = property(lambda self: self.mean("rank_correlation"))
+    ssim = property(lambda self: self.mean("ssim"))
+    overlap = property(lambda self: self.mean("overlap"))
+    sign_agreement = property(lambda self: self.mean("sign_agreement"))
 
     def mean(self, comparison: str) -> Tensor:
         """The mean over the examples for which a comparison is defined, float64 [M, M]."""
@@ -75,19 +64,14 @@ class Agreement:
             "share": self.share,
             "evidence": self.evidence,
             "caveats": list(self.caveats),
-        } | {
-            name: [
-                [cell if math.isfinite(cell) else None for cell in row]
-                for row in self.mean(name).tolist()
-            ]
-            for name in COMPARISONS
+            **{name: plain(self.mean(name).tolist()) for name in COMPARISONS},
         }
 
     def __repr__(self) -> str:
         """A table for each comparison, every pair once."""
         examples = len(self.per_example[COMPARISONS[0]])
         lines = [f"agreement of {len(self.names)} maps over {examples} examples"]
-        wide = max(len(one) for one in self.names)
+        wide = max(map(len, self.names))
         for comparison in COMPARISONS:
             matrix = self.mean(comparison)
             if bool(matrix.isnan().all()):
@@ -123,41 +107,35 @@ def agreement(
         InputTypeError: If `maps` is no mapping.
 
     Example:
-        >>> agreement({"a": torch.tensor([[1.0, 2.0, 3.0]]), "b": torch.tensor([[1.0, 2.0, 4.0]])})
-        agreement of 2 maps over 1 examples
-        rank correlation
-          a  1.00
-          b  1.00  1.00
-        overlap (top 10%)
-          a  1.00
-          b  1.00  1.00
-        sign agreement (top 10%)
-          a  1.00
-          b  1.00  1.00
+        >>> maps = {"a": torch.tensor([[1.0, 2.0, 3.0]]), "b": torch.tensor([[1.0, 2.0, 4.0]])}
+        >>> agreement(maps).overlap
+        tensor([[1., 1.],
+                [1., 1.]], dtype=torch.float64)
     """
     checks.share("share", share)
     if share == 0:
         raise InputError("share must be above 0: got 0")
     checks.choice("evidence", evidence, EVIDENCE)
     names, sums = _read(maps, inputs)
-    if len({one.device for one in sums}) > 1 or len({one.shape for one in sums}) > 1:
+    if len({(one.device, one.shape) for one in sums}) > 1:
         raise InputError("maps must be of the same positions on one device")
     compared = [one.abs() for one in sums] if evidence == "absolute" else sums
-    compare: dict[str, Callable[[int, int], Tensor]] = {
-        "rank_correlation": lambda a, b: rank_correlation(compared[a], compared[b]),
-        "overlap": lambda a, b: overlap(compared[a], compared[b], share),
-        "sign_agreement": lambda a, b: _sign_agreement(sums[a], sums[b], share),
-    }
-    if sums[0].dim() > 2 or (inputs is not None and inputs.dim() > 2):
-        compare["ssim"] = lambda a, b: ssim(compared[a], compared[b])
-    per_example = {}
+    structured = sums[0].dim() > 2 or (inputs is not None and inputs.dim() > 2)
     shape = (len(sums[0]), len(names), len(names))
-    for comparison in COMPARISONS:
-        matrix = sums[0].new_full(shape, math.nan, dtype=torch.float64)
-        if comparison in compare:
-            for a, b in itertools.combinations_with_replacement(range(len(names)), 2):
-                matrix[:, a, b] = matrix[:, b, a] = compare[comparison](a, b)
-        per_example[comparison] = matrix
+    per_example = {
+        name: sums[0].new_full(shape, math.nan, dtype=torch.float64) for name in COMPARISONS
+    }
+    for a, b in itertools.combinations_with_replacement(range(len(names)), 2):
+        pair = compared[a], compared[b]
+        values = {
+            "rank_correlation": rank_correlation(*pair),
+            "overlap": overlap(*pair, share),
+            "sign_agreement": _sign_agreement(sums[a], sums[b], share),
+        }
+        if structured:
+            values["ssim"] = ssim(*pair)
+        for name, value in values.items():
+            per_example[name][:, a, b] = per_example[name][:, b, a] = value
     constant = {name: int(is_constant(one).sum()) for name, one in zip(names, sums, strict=True)}
     caveats = tuple(
         f"{count} of {shape[0]} maps of {name!r} are constant: no correlation"
@@ -168,9 +146,7 @@ def agreement(
 
 
 def _sign_agreement(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """The share of the largest magnitudes of rows [B, *] that both hold with the same sign, float64
-    [B].
-    """
+    """The share of the largest magnitudes that both rows hold with the same sign, float64 [B]."""
     top = largest(a.abs(), share)
     both = top & largest(b.abs(), share) & (a.sign() == b.sign())
     return both.flatten(1).sum(1).double() / top.flatten(1).sum(1).double()
@@ -181,9 +157,7 @@ def _read(
 ) -> tuple[tuple[str, ...], list[Tensor]]:
     """The names, and the maps with their channels summed, [B, *spatial]."""
     if not isinstance(maps, Mapping):
-        raise InputTypeError(
-            f'maps must be a mapping such as {{"ig": ig, "rise": rise}}: got {type(maps).__name__}'
-        )
+        raise InputTypeError(f"maps must be a mapping from names: got {type(maps).__name__}")
     if len(maps) < 2:
         raise InputError(f"maps must be two or more, to agree with each other: got {len(maps)}")
     values: dict[str, Any] = {}
@@ -198,7 +172,7 @@ def _read(
     if inputs is None:
         inputs = next(iter(values.values()))
         if not isinstance(inputs, Tensor) or not 2 <= inputs.dim() <= 5:
-            got = list(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+            got = describe(inputs) if isinstance(inputs, Tensor) else type(inputs).__name__
             raise InputError(f"maps must be tensors of two to five axes: got {got}; pass inputs=")
         inputs = inputs[:, None] if inputs.dim() == 3 else inputs
     sums = []

@@ -12,16 +12,16 @@ from torch import Tensor
 from saliency_fast.engine.baselines import choices, read_baseline_set
 from saliency_fast.engine.recipe import Starting, WeightedSum
 from saliency_fast.evaluate.inputs import (
+    EvaluationInput,
     Replacement,
-    Subject,
     check_replacement,
     describe,
     is_method,
     replacement_of,
 )
+from saliency_fast.evaluate.maps import check_tolerance
 from saliency_fast.evaluate.metric import AXIOMS, Metric, check_fields, in_suite
-from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.positions import check_tolerance
+from saliency_fast.evaluate.outcome import Outcome, caveats_of
 from saliency_fast.evaluate.scores import OUTPUTS
 from saliency_fast.methods import read_method
 
@@ -32,8 +32,7 @@ class Completeness(Metric):
     """The completeness residual: |sum of the map - gain| / |gain|, where the gain is the score less
     the baseline's (Sundararajan, 2017): 0 where the map is complete, 1 for a zero map.
 
-    NaN where the gain is zero. `details`: `gap` (the sum less the gain) and `gain`, in units of the
-    score.
+    NaN where the gain is zero. `details`: `gap`, the sum less the gain, and `gain`.
 
     Args:
         substrate: The baseline; None is that of the maps, or zeros where it is unknown. Of several
@@ -44,8 +43,7 @@ class Completeness(Metric):
 
     Example:
         >>> model, x = torch.nn.Linear(4, 3, bias=False), torch.ones(1, 4)
-        >>> outcome = Completeness(tolerance=1e-5)(model, x, x * model.weight[0], target=0)
-        >>> outcome.passed
+        >>> Completeness(tolerance=1e-5)(model, x, x * model.weight[0], target=0).passed
         True
     """
 
@@ -64,16 +62,22 @@ class Completeness(Metric):
         if self.tolerance is not None:
             check_tolerance("tolerance", self.tolerance)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         fills, stated = self._baselines(data)
-        gain = self._gain(data, fills)
+        table, counts = torch.cat(fills), [len(one) for one in fills]
+        sizes = torch.tensor(counts, device=table.device)
+        starts = sizes.cumsum(0) - sizes
+
+        def write(example: Tensor, number: Tensor) -> Tensor:
+            return table[starts[number] + example % sizes[number]]
+
+        first, points = data.scorer.grid(write, len(fills))
+        gain = first.of(self.output) - points.of(self.output).mean(1)
         gap = data.values.double().flatten(1).sum(1) - gain
         nothing = gain == 0
         values = (gap.abs() / gain.abs()).masked_fill(nothing, math.nan)
         count = int(nothing.sum())
-        caveat = (
-            f"{count} of {len(gain)} examples score as their baseline does and count as unknown"
-        )
+        what = "examples score as their baseline does and count as unknown"
         passed = None
         if self.tolerance is not None and not bool(nothing.all()):
             passed = bool((values <= self.tolerance)[~nothing].all())
@@ -83,15 +87,14 @@ class Completeness(Metric):
             threshold=self.tolerance,
             details={"gap": gap, "gain": gain},
             parameters={"substrate": stated},
-            caveats=(caveat,) if count else (),
+            caveats=caveats_of((count, f"{count} of {len(gain)} {what}")),
         )
 
-    def _baselines(self, data: Subject) -> tuple[list[Tensor], Any]:
+    def _baselines(self, data: EvaluationInput) -> tuple[list[Tensor], Any]:
         """The baselines, each [B | 1, *], and how results state them."""
-        x = data.inputs
+        x, given = data.inputs, data.baseline
         if self.substrate is not None:
             return [data.fill(self.substrate, self.seed)], describe(self.substrate)
-        given = data.baseline
         recipe = read_method(data.method).recipe() if is_method(data.method) else None
         if isinstance(recipe, WeightedSum) and isinstance(recipe.family, Starting):
             return [recipe.family.start((x,))[0]], "the path's start"
@@ -99,20 +102,5 @@ class Completeness(Metric):
         if recipe is not None and recipe.baseline == "set":
             return [row[None] for row in read_baseline_set(given, (x,))[0]], stated
         several = choices(given[0] if isinstance(given, tuple) and len(given) == 1 else given)
-        fills = [
-            replacement_of(0.0 if one is None else one, x, number)
-            for number, one in enumerate(several)
-        ]
-        return fills, stated
-
-    def _gain(self, data: Subject, fills: list[Tensor]) -> Tensor:
-        """The scores less the mean of the baselines' scores, float64 [B]."""
-        table = torch.cat(fills)
-        sizes = torch.tensor([len(one) for one in fills], device=table.device)
-        starts = sizes.cumsum(0) - sizes
-
-        def write(example: Tensor, number: Tensor) -> Tensor:
-            return table[starts[number] + example % sizes[number]]
-
-        first, points = data.scorer.grid(write, len(fills), numbers_first=True)
-        return first.of(self.output) - points.of(self.output).mean(1)
+        several = [0.0 if one is None else one for one in several]
+        return [replacement_of(one, x, number) for number, one in enumerate(several)], stated

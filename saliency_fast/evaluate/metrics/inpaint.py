@@ -24,11 +24,11 @@ def inpaint(x: Tensor, missing: Tensor) -> Tensor:
 
     Each missing position is the weighted mean of its neighbours, missing or not: the linear system
     of noisy linear imputation (Rong, 2022), without its noise. A weight halves for each axis along
-    which the neighbour differs: 1/6 for direct and 1/12 for diagonal neighbours of a pixel, 1/2 in
-    1-D, 1/14, 1/28 and 1/56 in a volume; neighbours outside of the image do not count. Where
-    everything is missing, it is the channel's mean. Solved in float64 by conjugate gradients with a
-    multigrid cycle as preconditioner, batched on the device of x: a sparse solver of SciPy is 2.6
-    times slower for large holes of a picture of 224 x 224, and runs out of memory for volumes.
+    which the neighbour differs: 1/6 for direct and 1/12 for diagonal neighbours of a pixel;
+    neighbours outside of the image do not count. Where everything is missing, it is the channel's
+    mean. Solved in float64 by conjugate gradients with a multigrid cycle as preconditioner: SciPy's
+    sparse solver is 2.6 times slower for large holes of 224 x 224 pixels, and runs out of memory
+    for volumes.
     """
     if not x.is_floating_point() or missing.dtype != torch.bool:
         raise InputTypeError(
@@ -61,26 +61,25 @@ def _filled(x: Tensor, missing: Tensor) -> Tensor:
     hole = missing[:, None]
     wide, axes = x.double(), tuple(range(2, x.dim()))
     count = (~hole).sum(axes, keepdim=True)
-    known = wide.masked_fill(hole, 0.0).sum(axes, keepdim=True) / count.clamp(min=1)
+    observed = wide.masked_fill(hole, 0.0).sum(axes, keepdim=True) / count.clamp(min=1)
     # The system is linear and ignores an added constant: the solution in units of the range of the
-    # known values, less their mean, avoids rounding errors.
-    mean = torch.where(count > 0, known, wide.mean(axes, keepdim=True))
-    known = (wide - mean).masked_fill(hole, 0.0)
-    unit = known.abs().amax(axes, keepdim=True)
-    known = known / torch.where(unit == 0, 1.0, unit)
-    right = _binomial(known).masked_fill_(~hole, 0.0)
+    # observed values, less their mean, avoids rounding errors.
+    mean = torch.where(count > 0, observed, wide.mean(axes, keepdim=True))
+    observed = (wide - mean).masked_fill(hole, 0.0)
+    unit = observed.abs().amax(axes, keepdim=True)
+    observed = observed / torch.where(unit == 0, 1.0, unit)
+    right = _binomial(observed).masked_fill_(~hole, 0.0)
     filled = _solved(_levels(hole), right) * unit + mean
     return torch.where(hole, filled.to(x.dtype), x)
 
 
 def _solved(levels: list[_Level], right: Tensor) -> Tensor:
-    """The solution of each system of `right` [N, C, *], by conjugate gradients.
-
-    Solved systems do not change any more, so that none depends on the rest of the batch.
+    """The solution of each system of `right` [N, C, *], by conjugate gradients; solved systems do
+    not change any more, so that none depends on the rest of the batch.
     """
     solution, residual = torch.zeros_like(right), right
     least = TOLERANCE * _dot(right, right).sqrt()
-    direction = preconditioned = _cycle(levels, residual)
+    direction = preconditioned = _cycle(levels, residual.float()).double()
     slope = _dot(residual, preconditioned)
     for _ in range(SWEEPS):
         active = _dot(residual, residual).sqrt() > least
@@ -90,7 +89,7 @@ def _solved(levels: list[_Level], right: Tensor) -> Tensor:
         step = torch.where(active, slope / _dot(direction, product), 0.0)
         solution, before = solution + step * direction, residual
         residual = residual - step * product
-        preconditioned = _cycle(levels, residual)
+        preconditioned = _cycle(levels, residual.float()).double()
         # Polak and Ribiere's form, since the float32 cycle differs a little between iterations.
         beta = torch.where(active, _dot(preconditioned, residual - before) / slope, 0.0)
         direction = preconditioned + beta * direction
@@ -122,8 +121,15 @@ class _Level:
         if self.inside is not None and self.degree is not None:
             return (self.degree * u - _binomial(u)) * self.inside
         assert self.stencil is not None
-        total = torch.zeros_like(u)
-        for number, near in enumerate(_neighbours(u)):
+        total, dims = torch.zeros_like(u), u.dim() - 2
+        # Windows of three positions along every axis, zero outside.
+        windows = functional.pad(u, (1, 1) * dims)
+        for axis in range(2, u.dim()):
+            windows = windows.unfold(axis, 3, 1)
+        for number, step in enumerate(itertools.product(range(3), repeat=dims)):
+            near = windows
+            for at in step:
+                near = near.select(u.dim(), at)
             total.addcmul_(self.stencil[:, number : number + 1].expand_as(u), near)
         return total
 
@@ -175,16 +181,12 @@ def _coarser(level: _Level, rows: int, size: torch.Size) -> Tensor:
 
 
 def _cycle(levels: list[_Level], right: Tensor) -> Tensor:
-    """An approximate solution for `right`, by one multigrid cycle in float32."""
-    return _descended(levels, right.float()).to(right.dtype)
-
-
-def _descended(levels: list[_Level], right: Tensor) -> Tensor:
+    """An approximate solution for `right`, float32, by one multigrid cycle."""
     level, size = levels[0], right.shape[2:]
     u = level.smooth * right
     if len(levels) == 1:
         return u
-    below = _descended(levels[1:], _shorter(right - level.apply(u)))
+    below = _cycle(levels[1:], _shorter(right - level.apply(u)))
     u = u + level.within(_longer(below, size))
     return u + level.smooth * (right - level.apply(u))
 
@@ -201,48 +203,24 @@ def _binomial(u: Tensor) -> Tensor:
     return u
 
 
-def _neighbours(u: Tensor) -> list[Tensor]:
-    """Views of u [N, C, *] moved by -1, 0 and 1 along every axis, zero outside: 3 ** D of them."""
-    wide, size = functional.pad(u, (1, 1) * (u.dim() - 2)), u.shape[2:]
-    steps = itertools.product(range(3), repeat=len(size))
-    rest = (slice(None), slice(None))
-    cuts = (tuple(slice(s, s + n) for s, n in zip(step, size, strict=True)) for step in steps)
-    return [wide[rest + cut] for cut in cuts]
-
-
 def _longer(coarse: Tensor, size: tuple[int, ...]) -> Tensor:
     """A field of the coarse grid interpolated linearly on the fine one."""
     for axis, length in enumerate(size, start=2):
-        if length == 1:
-            continue
-        odd = length // 2
-        after = coarse.narrow(axis, 1, coarse.shape[axis] - 1)
-        if length % 2 == 0:
-            after = torch.cat([after, coarse.narrow(axis, coarse.shape[axis] - 1, 1)], axis)
-        between = (coarse.narrow(axis, 0, odd) + after) / 2.0
-        shape = (*coarse.shape[:axis], length, *coarse.shape[axis + 1 :])
-        fine = coarse.new_empty(shape)
-        fine[_every_second(axis, 0)] = coarse
-        fine[_every_second(axis, 1)] = between
-        coarse = fine
+        between, last = coarse.clone(), coarse.shape[axis] - 1
+        between.narrow(axis, 0, last).add_(coarse.narrow(axis, 1, last)).mul_(0.5)
+        pairs = torch.stack([coarse, between], axis + 1)
+        coarse = pairs.flatten(axis, axis + 1).narrow(axis, 0, length)
     return coarse
 
 
 def _shorter(fine: Tensor) -> Tensor:
     """A field of the fine grid restricted to the coarse one: the transpose of `_longer`."""
     for axis in range(2, fine.dim()):
-        length = fine.shape[axis]
-        if length == 1:
-            continue
-        coarse, half = fine[_every_second(axis, 0)].clone(), fine[_every_second(axis, 1)] / 2.0
-        odd, last = length // 2, coarse.shape[axis] - 1
-        coarse.narrow(axis, 0, odd).add_(half)
-        coarse.narrow(axis, 1, last).add_(half.narrow(axis, 0, last))
-        if length % 2 == 0:
-            coarse.narrow(axis, last, 1).add_(half.narrow(axis, odd - 1, 1))
-        fine = coarse
+        if fine.shape[axis] % 2:
+            fine = functional.pad(fine, (0, 0) * (fine.dim() - 1 - axis) + (0, 1))
+        even, odd = fine.unfold(axis, 2, 2).unbind(-1)
+        half, last = odd / 2.0, odd.shape[axis] - 1
+        fine = even + half
+        fine.narrow(axis, 1, last).add_(half.narrow(axis, 0, last))
+        fine.narrow(axis, last, 1).add_(half.narrow(axis, last, 1))
     return fine
-
-
-def _every_second(axis: int, first: int) -> tuple[slice, ...]:
-    return (*(slice(None),) * axis, slice(first, None, 2))

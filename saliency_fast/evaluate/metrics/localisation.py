@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.baselines import gaussian
-from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.inputs import Subject
+from saliency_fast.errors import InputError
+from saliency_fast.evaluate.inputs import EvaluationInput
+from saliency_fast.evaluate.maps import check_share, check_tolerance, is_constant
 from saliency_fast.evaluate.metric import LOCALISATION, Metric, check_fields, in_suite
-from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.positions import check_tolerance
-from saliency_fast.evaluate.similarity import is_constant
+from saliency_fast.evaluate.outcome import Outcome, caveats_of
 from saliency_fast.methods.parts import checks
 
 EVIDENCE = ("positive", "absolute", "signed")
@@ -25,8 +24,8 @@ EVIDENCE = ("positive", "absolute", "signed")
 class PointingGame(Metric):
     """Whether a map is largest on the object, 1 or 0 (Zhang, 2018).
 
-    Where several positions share the largest value, any of them may hit. `details`: `chance`, the
-    share of positions that hit; `maxima`, how many share the largest value.
+    Of several largest values any may hit. `details`: `chance`, the share of positions that hit;
+    `maxima`, the number of largest values.
 
     Args:
         tolerance: How far, in positions (Euclidean), the largest value may lie from the object;
@@ -35,8 +34,7 @@ class PointingGame(Metric):
             single pixel decides.
 
     Example:
-        >>> maps = torch.tensor([[1.0, 3.0, 2.0]])
-        >>> PointingGame()(None, torch.ones(1, 3), maps, boxes=[[1, 3]]).values
+        >>> PointingGame()(None, torch.ones(1, 3), torch.eye(3)[:1], boxes=[[0, 2]]).values
         tensor([1.], dtype=torch.float64)
     """
 
@@ -50,21 +48,19 @@ class PointingGame(Metric):
         check_tolerance("tolerance", self.tolerance, "positions")
         checks.share("smooth", self.smooth)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         maps = data.places
         if self.smooth:
             if data.values.dim() < 3:
-                raise InputError(
-                    "smooth needs maps with spatial axes: got "
-                    f"{list(data.values.shape)}; leave it out"
-                )
+                got = list(data.values.shape)
+                raise InputError(f"smooth needs maps with spatial axes: got {got}; leave it out")
             maps = gaussian(maps[:, None], self.smooth)[:, 0]
         values, near = maps.flatten(1), near_masks(_masks(data), self.tolerance).flatten(1)
         largest = values == values.amax(1, keepdim=True)
         hit = (largest & near).any(1)
         details = {"chance": _share(near), "maxima": largest.sum(1).double()}
         flat = is_constant(data.places) & (data.places[0].numel() > 1)
-        caveats = _caveat(flat, "constant, which hits from everywhere")
+        caveats = caveats_of(_about(flat, "constant, which hits from everywhere"))
         return self._outcome(hit.double(), details=details, caveats=caveats)
 
 
@@ -81,8 +77,7 @@ class EnergyInBox(Metric):
             as they are: a ratio of sums, which leaves 0 to 1 where signs differ.
 
     Example:
-        >>> maps = torch.tensor([[1.0, 3.0]])
-        >>> EnergyInBox()(None, torch.ones(1, 2), maps, boxes=[[1, 2]]).values
+        >>> EnergyInBox()(None, torch.ones(1, 2), torch.tensor([[1.0, 3.0]]), boxes=[[1, 2]]).values
         tensor([0.7500], dtype=torch.float64)
     """
 
@@ -94,21 +89,18 @@ class EnergyInBox(Metric):
     def __post_init__(self) -> None:
         check_fields(self, evidence=EVIDENCE)
 
-    def _evaluate(self, data: Subject) -> Outcome:
-        energy, inside = data.places.flatten(1).double(), _masks(data).flatten(1)
-        if self.evidence == "positive":
-            energy = energy.clamp_min(0.0)
-        elif self.evidence == "absolute":
-            energy = energy.abs()
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
+        maps, inside = data.places.flatten(1).double(), _masks(data).flatten(1)
+        forms = {"positive": maps.clamp_min(0.0), "absolute": maps.abs(), "signed": maps}
+        energy = forms[self.evidence]
         total = energy.sum(1)
         none = total == 0
         values = (energy * inside).sum(1) / total
-        caveats = _caveat(none, f"without {self.evidence} evidence and count as unknown")
-        if self.evidence == "signed":
-            outside = (values < 0) | (values > 1)
-            caveats += _caveat(
-                outside, "outside of 0 to 1, since evidence of both signs cancels out"
-            )
+        outside = ((values < 0) | (values > 1)) & (self.evidence == "signed")
+        caveats = caveats_of(
+            _about(none, f"without {self.evidence} evidence and count as unknown"),
+            _about(outside, "outside of 0 to 1, since evidence of both signs cancels out"),
+        )
         values, details = values.masked_fill(none, math.nan), {"chance": _share(inside)}
         return self._outcome(values, details=details, caveats=caveats)
 
@@ -127,20 +119,11 @@ class _TopK(Metric):
     needs = ("masks",)
 
     def __post_init__(self) -> None:
-        k = self.k
-        if k is None:
-            return
-        if isinstance(k, bool) or not isinstance(k, (int, float)):
-            raise InputTypeError(f"k must be None, a whole number or a share: got {k!r}")
-        if isinstance(k, float) and not 0.0 < k <= 1.0:
-            raise InputError(f"k as a share must be above 0 and at most 1: got {k}")
-        if k < 1 and isinstance(k, int):
-            raise InputError(f"k must be 1 or more positions: got {k}")
+        if self.k is not None:
+            check_fields(self, k=check_share if isinstance(self.k, float) else 1)
 
-    def _compared(self, data: Subject) -> tuple[Tensor, Tensor, Tensor]:
-        """The intersection over union, the share of the top that lies on the object, and the share
-        of all positions that do, float64 [B].
-        """
+    def _compared(self, data: EvaluationInput) -> tuple[Tensor, Tensor, Tensor]:
+        """The intersection over union, and the object's share of the top and of all positions."""
         values, inside = data.places.flatten(1), _masks(data).flatten(1)
         size, positions = inside.sum(1), values.shape[1]
         count = size
@@ -159,8 +142,7 @@ class _TopK(Metric):
 class TopKIoU(_TopK):
     """The intersection over union of the k positions that a map ranks highest with the object.
 
-    `details`: `rank_accuracy`, the share of them that lies on the object, and `chance`, that share
-    for a random map.
+    `details`: `rank_accuracy`, the share of them on the object, and `chance`, that of a random map.
 
     Example:
         >>> maps = torch.tensor([[1.0, 3.0, 2.0]])
@@ -170,15 +152,15 @@ class TopKIoU(_TopK):
 
     name = "top-k IoU"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         overlap, accuracy, chance = self._compared(data)
         return self._outcome(overlap, details={"rank_accuracy": accuracy, "chance": chance})
 
 
 class RankAccuracy(_TopK):
     """The share of the k positions that a map ranks highest that lies on the object: relevance rank
-    accuracy (Arras, 2022) with as many positions as the object holds, top-k intersection (Theiner,
-    2022) with a number. `details`: `chance`, what it is for a random map.
+    accuracy (Arras, 2022), with a number k top-k intersection (Theiner, 2022). `details`: `chance`,
+    the share of a random map.
 
     Example:
         >>> maps = torch.tensor([[1.0, 3.0, 2.0]])
@@ -188,7 +170,7 @@ class RankAccuracy(_TopK):
 
     name = "rank accuracy"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         _, accuracy, chance = self._compared(data)
         return self._outcome(accuracy, details={"chance": chance})
 
@@ -203,7 +185,7 @@ def near_masks(masks: Tensor, distance: float) -> Tensor:
     return torch.stack(away).to(masks.device) <= distance
 
 
-def _masks(data: Subject) -> Tensor:
+def _masks(data: EvaluationInput) -> Tensor:
     assert data.masks is not None, "evaluate() looks for masks"
     return data.masks
 
@@ -212,7 +194,7 @@ def _share(masks: Tensor) -> Tensor:
     return masks.double().mean(1)
 
 
-def _caveat(rows: Tensor, what: str) -> tuple[str, ...]:
-    """A caveat of the maps for which it holds, bool [B]; none where there are none."""
+def _about(rows: Tensor, what: str) -> tuple[int, str]:
+    """The number of maps for which something holds, bool [B], and a sentence."""
     count = int(rows.sum())
-    return (f"{count} of {len(rows)} maps are {what}",) if count else ()
+    return count, f"{count} of {len(rows)} maps are {what}"

@@ -11,23 +11,23 @@ from torch import Tensor
 
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import shifted
-from saliency_fast.evaluate.inputs import Subject, position_sums
+from saliency_fast.evaluate.inputs import EvaluationInput, position_sums
+from saliency_fast.evaluate.maps import check_share, overlap, rank_correlation, ssim, value_range
 from saliency_fast.evaluate.metric import ROBUSTNESS, Metric, check_fields, in_suite
-from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.positions import check_share, value_range
-from saliency_fast.evaluate.similarity import overlap, rank_correlation, ssim
+from saliency_fast.evaluate.outcome import Outcome, caveats_of
 from saliency_fast.methods.parts import checks
 from saliency_fast.ops import noise_points, philox, random_bits
 
 NOISES = ("uniform", "gaussian")
 NORMS = ("map", "input", "none")
+Copy = tuple[Tensor, int, int]
+"""Perturbed inputs [B, C, *spatial], and of shifts the axis of the maps and the distance."""
 
 
 def noisy(inputs: Tensor, spread: Tensor, sample: int, noise: str, seed: int) -> Tensor:
-    """Noisy copies of inputs [B, *], which depend on the seed and the sample and not on the batch.
+    """Noisy copies of inputs [B, *], which depend on the seed and the sample, not on the batch.
 
-    noise: "uniform" from -spread to spread, or "gaussian" with that standard deviation, float64
-    [B].
+    noise: "uniform" from -spread to spread, float64 [B], or "gaussian" with that deviation.
     """
     example = torch.arange(len(inputs), device=inputs.device)
     samples, seeds = torch.full_like(example, sample), torch.full_like(example, seed)
@@ -67,7 +67,7 @@ class _Sensitivity(Metric):
     def __post_init__(self) -> None:
         check_fields(self, radius=checks.positive, samples=1, noise=NOISES, norm=NORMS, seed=0)
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         x, distances = data.inputs, []
         spread = torch.full((data.batch,), self.radius, dtype=torch.float64, device=x.device)
         # One call per sample keeps every example at its index: targets, baselines and further
@@ -81,16 +81,14 @@ class _Sensitivity(Metric):
         divisor = _norm(data.values if self.norm == "map" else x)
         if self.norm == "none":
             divisor = torch.ones_like(divisor)
-        zero = divisor == 0
-        table = torch.stack(distances, 1)
+        zero, table = divisor == 0, torch.stack(distances, 1)
         distance = table.amax(1) if self.largest else table.mean(1)
         values = (distance / divisor).masked_fill(zero, torch.nan)
-        count = int(zero.sum())
-        caveats = (
-            f"{count} examples are left out: the {self.norm} is all zeros, and no distance is "
-            "relative to that; norm='none' takes distances as they are",
+        caveat = (
+            f"{int(zero.sum())} examples are left out: the {self.norm} is all zeros, and no "
+            "distance is relative to that; norm='none' takes distances as they are"
         )
-        return self._outcome(values, caveats=caveats if count else ())
+        return self._outcome(values, caveats=caveats_of((zero.any(), caveat)))
 
 
 def _norm(rows: Tensor) -> Tensor:
@@ -104,9 +102,8 @@ class MaxSensitivity(_Sensitivity):
     where maps are steady; a constant map is the steadiest.
 
     Example:
-        >>> model, x = torch.nn.Linear(4, 3), torch.ones(1, 4)
-        >>> maps = model.weight[:1]
-        >>> MaxSensitivity(samples=2)(model, x, maps, target=0, method="gradient").values
+        >>> model, x, metric = torch.nn.Linear(4, 3), torch.ones(1, 4), MaxSensitivity(samples=2)
+        >>> metric(model, x, model.weight[:1], target=0, method="gradient").values
         tensor([0.], dtype=torch.float64)
     """
 
@@ -119,25 +116,12 @@ class AvgSensitivity(_Sensitivity):
     2020).
 
     Example:
-        >>> model, x = torch.nn.Linear(4, 3), torch.ones(1, 4)
-        >>> maps = model.weight[:1]
-        >>> AvgSensitivity(samples=2)(model, x, maps, target=0, method="gradient").values
+        >>> model, x, metric = torch.nn.Linear(4, 3), torch.ones(1, 4), AvgSensitivity(samples=2)
+        >>> metric(model, x, model.weight[:1], target=0, method="gradient").values
         tensor([0.], dtype=torch.float64)
     """
 
     name = "avg_sensitivity"
-
-
-@dataclass(frozen=True, eq=False)
-class _Copy:
-    """Perturbed inputs [B, C, *spatial]; of shifts also by how many positions, along which axis of
-    the maps.
-    """
-
-    kind: str
-    inputs: Tensor
-    axis: int = 0
-    by: int = 0
 
 
 @in_suite(
@@ -148,9 +132,9 @@ class Stability(Metric):
     """The mean rank correlation of maps with those of slightly noisy and slightly shifted inputs: 1
     where nothing but the shift itself happens to them.
 
-    Maps of shifted copies are shifted back and compared where neither edge is. Copies that the
-    model decides otherwise are left out, since their maps should change; the value is NaN where no
-    copy is left. `details`: rank correlation, SSIM and overlap by noise and by shift, float64 [B].
+    Maps of shifted copies are shifted back and compared except at the edges. Copies that the model
+    decides otherwise are left out, since their maps should change; NaN where no copy is left.
+    `details`: rank correlation, SSIM and overlap by noise and by shift, float64 [B].
 
     Args:
         noise_level: Of the noise, as a share of each example's own range.
@@ -162,11 +146,8 @@ class Stability(Metric):
         seed: Of the noise.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
-        >>> x = torch.arange(64.0).view(1, 1, 8, 8)
-        >>> maps = model[1].weight[0].view(1, 1, 8, 8)
-        >>> metric = Stability(samples=2, shifts=())
-        >>> outcome = metric(model, x, maps, target=0, method="gradient", layout="BCHW")
+        >>> model, x, metric = torch.nn.Linear(4, 3), torch.arange(4.0)[None], Stability(samples=2)
+        >>> outcome = metric(model, x, model.weight[:1], target=0, method="gradient")
         >>> round(float(outcome.values), 6)
         1.0
     """
@@ -189,18 +170,23 @@ class Stability(Metric):
         if not self.samples and not self._by:
             raise InputError("samples=0 and shifts=() leave nothing to compare: give one of them")
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         copies = list(self._copies(data.inputs))
         if not copies:
             raise InputError(
                 f"shifts={self.shifts} leave less than half of inputs "
                 f"{list(data.inputs.shape)}, and samples=0: use samples=4, or smaller shifts"
             )
-        same = _same_decision(data, [copy.inputs for copy in copies])
-        similar = [self._similarity(data, copy) for copy in copies]
+        points = torch.stack([copy for copy, *_ in copies])
+        first, scores = data.scorer.grid(lambda i, n: points[n, i], len(copies))
+        same = torch.ones(data.batch, len(copies), dtype=torch.bool, device=points.device)
+        if first.decisions is not None and scores.decisions is not None:
+            same = scores.decisions == first.decisions[:, None]
+        similar = [self._similarity(data, *copy) for copy in copies]
+        kinds = ["shift" if by else "noise" for *_, by in copies]
         details: dict[str, Tensor] = {}
-        for kind in dict.fromkeys(copy.kind for copy in copies):
-            numbers = [number for number, copy in enumerate(copies) if copy.kind == kind]
+        for kind in dict.fromkeys(kinds):
+            numbers = [number for number, one in enumerate(kinds) if one == kind]
             for name in similar[0]:
                 rows = torch.stack([similar[one][name] for one in numbers], 1)
                 details[f"{name}_{kind}"] = rows.where(same[:, numbers], torch.nan).nanmean(1)
@@ -213,23 +199,25 @@ class Stability(Metric):
     def _by(self) -> tuple[int, ...]:
         return (self.shifts,) if isinstance(self.shifts, int) else tuple(self.shifts)
 
-    def _copies(self, x: Tensor) -> Iterator[_Copy]:
+    def _copies(self, x: Tensor) -> Iterator[Copy]:
         spread = self.noise_level * value_range(x.double())
         for sample in range(self.samples):
-            yield _Copy("noise", noisy(x, spread, sample, self.noise, self.seed))
+            yield noisy(x, spread, sample, self.noise, self.seed), 0, 0
         for axis in range(2, x.dim()):
             for by in (sign * one for one in self._by for sign in (1, -1)):
                 if 4 * abs(by) <= x.shape[axis]:
-                    yield _Copy("shift", shifted(x, axis, by), axis - 1, by)
+                    yield shifted(x, axis, by), axis - 1, by
 
-    def _similarity(self, data: Subject, copy: _Copy) -> dict[str, Tensor]:
+    def _similarity(
+        self, data: EvaluationInput, copy: Tensor, axis: int, by: int
+    ) -> dict[str, Tensor]:
         """The similarities of a copy's maps to those of the inputs, float64 [B] by name."""
-        a, b = data.places, position_sums(data.explain(copy.inputs))
-        if copy.by:
+        a, b = data.places, position_sums(data.explain(copy))
+        if by:
             # Position p of the input is p + by in the copy; the edges of both were repeated.
-            edge, size = abs(copy.by), a.shape[copy.axis]
-            a = a.narrow(copy.axis, edge, size - 2 * edge)
-            b = b.narrow(copy.axis, edge + copy.by, size - 2 * edge)
+            edge, size = abs(by), a.shape[axis]
+            a = a.narrow(axis, edge, size - 2 * edge)
+            b = b.narrow(axis, edge + by, size - 2 * edge)
         similar = {"rank_correlation": rank_correlation(a, b)}
         if data.inputs.dim() in (3, 4, 5):
             similar["ssim"] = ssim(a, b)
@@ -237,24 +225,12 @@ class Stability(Metric):
         return similar
 
 
-def _same_decision(data: Subject, copies: list[Tensor]) -> Tensor:
-    """Whether the model decides each copy as it does the example, bool [B, copies]."""
-    points = torch.stack(copies)
-    first, scores = data.scorer.grid(lambda i, n: points[n, i], len(copies), numbers_first=True)
-    if first.decisions is None or scores.decisions is None:
-        return torch.ones(data.batch, len(copies), dtype=torch.bool, device=points.device)
-    return scores.decisions == first.decisions[:, None]
-
-
 def _caveats(values: Tensor, same: Tensor) -> tuple[str, ...]:
-    caveats = []
     other, lost = int((~same).sum()), int((~same.any(1)).sum())
-    if other:
-        caveats.append(
-            f"{other} of {same.numel()} copies are left out, and with them {lost} of {len(same)} "
-            "examples: the model decides them otherwise, and their maps should change"
-        )
     flat = int(values.isnan().sum()) - lost
-    if flat > 0:
-        caveats.append(f"{flat} examples are left out: their maps, or all of the copies', are flat")
-    return tuple(caveats)
+    text = (
+        f"{other} of {same.numel()} copies are left out, and with them {lost} of {len(same)} "
+        "examples: the model decides them otherwise, and their maps should change"
+    )
+    of_flat = f"{flat} examples are left out: their maps, or all of the copies', are flat"
+    return caveats_of((other, text), (flat > 0, of_flat))

@@ -1,13 +1,11 @@
-"""The model randomisation test (Adebayo, 2018): whether a map changes when the model's layers are
-re-initialised.
-"""
+"""The model randomisation test: whether maps change when the model is re-initialised."""
 
 from __future__ import annotations
 
 import math
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,11 +18,11 @@ from torch.nn.parameter import is_lazy
 
 from saliency_fast._torch_compat import own_buffers, own_parameters, unwrapped, version_of
 from saliency_fast.errors import InputError, ModelError, SaliencyError
-from saliency_fast.evaluate.inputs import Subject, position_sums
+from saliency_fast.evaluate.inputs import EvaluationInput, position_sums
+from saliency_fast.evaluate.maps import is_constant, rank_correlation, rank_ssim, ssim
 from saliency_fast.evaluate.metric import SANITY, Metric, check_fields, in_suite
-from saliency_fast.evaluate.outcome import Curve, Outcome, bootstrap
+from saliency_fast.evaluate.outcome import Curve, Outcome, bootstrap, caveats_of
 from saliency_fast.evaluate.scores import Scorer
-from saliency_fast.evaluate.similarity import is_constant, rank_correlation, rank_ssim, ssim
 from saliency_fast.methods.parts import checks
 
 ORDERS = ("cascading", "bottom_up", "independent")
@@ -57,20 +55,17 @@ class SanityCheck(Metric):
 
     Values: the magnitude of the rank correlation of each example's map with that of a model whose
     layers are all re-initialised; with order="independent", its mean over layers. A map and its
-    negative count as equal, since a random model decides the sign.
-
-    The default threshold: maps with correlation r share r ** 2 of their variance. Below sqrt(1/2)
-    that is less than half, so that most of the map is not in the map of a random model. SSIM of
-    maps with equal means and variances is 2 cov / (var + var) = r, so that the same threshold holds
-    for both. `passed`: whether the upper ends of the 95 % intervals of the mean rank correlation
-    and of the mean SSIM of ranks lie below it; None for order="independent".
+    negative count as equal, since a random model decides the sign. `passed`: whether the upper ends
+    of the 95 % intervals of the mean rank correlation and of the mean SSIM of ranks lie below the
+    threshold; None for order="independent". Maps with correlation r share r ** 2 of their variance,
+    less than half below the default sqrt(1/2); SSIM of maps with equal means and variances is r.
 
     `curve`: the rank correlation over stages. `details`: every similarity, float64 [B, stages];
-    "layers"; "unnoticed", the layers that an independent order does not notice; "floor", the mean
-    similarity of maps of different examples and of different random models ("ssim" of values is
-    high there, so that it does not decide); "again", that of the maps with those that the model
-    itself gives again; "final", the intervals of the last stage; "unmoved", the share of stages
-    before the map moves below the threshold.
+    "layers"; "unchanged", those that a draw leaves as they are; "unnoticed", those that an
+    independent order does not notice; "floor", the mean similarity of maps of different examples
+    and of different random models ("ssim" of values is high there, so that it does not decide);
+    "again", that of the maps with those that the model itself gives again; "final", the intervals
+    of the last stage; "unmoved", the share of stages before the map moves below the threshold.
 
     Args:
         order: "cascading" from the output to the input, layer after layer; "bottom_up" from the
@@ -81,12 +76,9 @@ class SanityCheck(Metric):
         seed: Of the draws.
 
     Example:
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Linear(9, 2)
-        >>> x = torch.randn(4, 9)
-        >>> check = SanityCheck(draws=1)
-        >>> edges = check(model, x, x.abs(), target=0, method=lambda model, x, target: x.abs())
-        >>> edges.passed
+        >>> model, x = torch.nn.Linear(9, 2), torch.arange(36.0).view(4, 9)
+        >>> blind = lambda model, x, target: x.abs()
+        >>> SanityCheck(draws=1)(model, x, x.abs(), target=0, method=blind).passed
         False
     """
 
@@ -106,13 +98,16 @@ class SanityCheck(Metric):
         if self.threshold > 1.0:
             raise InputError(f"threshold is a correlation, up to 1: got {self.threshold}")
 
-    def _evaluate(self, data: Subject) -> Outcome:
-        structured = data.inputs.dim() > 2
-        maps = data.places
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
+        structured, maps = data.inputs.dim() > 2, data.places
         again = _similarities(maps, position_sums(data.explain(data.inputs)), structured)
         copy = Randomised(data.model, lambda model: _scores(model, data))
         unchanged = self._unchanged(copy, data)
-        groups = _groups(len(copy.layers), self.stages)
+        # Groups of layers of as equal size as possible.
+        layers = len(copy.layers)
+        count = min(self.stages or layers, layers)
+        ends = [layers * one // count for one in range(count + 1)]
+        groups = [list(range(start, stop)) for start, stop in pairwise(ends)]
         if self.order == "bottom_up":
             groups = [group[::-1] for group in reversed(groups)]
         similar: dict[str, Tensor] = {}
@@ -128,7 +123,10 @@ class SanityCheck(Metric):
         alone = self.order == "independent"
         details = {
             **similar,
-            "layers": [_joined([copy.layers[one].name for one in group]) for group in groups],
+            "layers": [
+                " to ".join(dict.fromkeys(copy.layers[one].name or "(model)" for one in pair))
+                for pair in ((group[0], group[-1]) for group in groups)
+            ],
             "unchanged": unchanged,
             "again": again,
             "floor": {
@@ -136,11 +134,12 @@ class SanityCheck(Metric):
                 "models": {} if alone else _pairs(final, structured),
             },
         }
-        outcome = self._independent if alone else self._cascaded
-        return outcome(data, similar, details, final)
+        if alone:
+            return self._independent(similar, details)
+        return self._cascaded(data, similar, details, final)
 
     def _walk(
-        self, data: Subject, copy: Randomised, groups: list[list[int]], draw: int
+        self, data: EvaluationInput, copy: Randomised, groups: list[list[int]], draw: int
     ) -> Iterator[Tensor]:
         """Maps [B, *spatial] after each group of layers is re-initialised."""
         for number in range(len(copy.layers)):
@@ -159,7 +158,7 @@ class SanityCheck(Metric):
                 for number in group:
                     copy.restore(number)
 
-    def _unchanged(self, copy: Randomised, data: Subject) -> list[str]:
+    def _unchanged(self, copy: Randomised, data: EvaluationInput) -> list[str]:
         """Names of layers that a draw leaves as they are; raises where no draw has an effect."""
         numbers = range(len(copy.layers))
         changed = [copy.draw(one, seed_of(self.seed, 0, one)) for one in numbers]
@@ -183,9 +182,7 @@ class SanityCheck(Metric):
         layers = zip(copy.layers, changed, strict=True)
         return [layer.name for layer, different in layers if not different]
 
-    def _independent(
-        self, data: Subject, similar: dict[str, Tensor], details: dict[str, Any], _: list[Tensor]
-    ) -> Outcome:
+    def _independent(self, similar: dict[str, Tensor], details: dict[str, Any]) -> Outcome:
         """The outcome of layers re-initialised one at a time: which of them are not noticed."""
         least = torch.stack([similar[one].mean(0) for one in _DECIDING if one in similar]).amin(0)
         details["unnoticed"] = [
@@ -196,45 +193,47 @@ class SanityCheck(Metric):
         ranked = similar["rank_correlation"]
         number = torch.arange(ranked.shape[1], dtype=torch.float64, device=ranked.device)
         curve = Curve(number, ranked, "layer re-initialised, from the output", "rank correlation")
-        caveats = tuple(_about_layers(details["unchanged"]))
+        caveats = caveats_of(_about_layers(details["unchanged"]))
         return self._outcome(ranked.mean(1), curve=curve, details=details, caveats=caveats)
 
     def _cascaded(
         self,
-        data: Subject,
+        data: EvaluationInput,
         similar: dict[str, Tensor],
         details: dict[str, Any],
         final: list[Tensor],
     ) -> Outcome:
         """The outcome of layers re-initialised one after another: the verdict."""
-        caveats = _about_layers(details["unchanged"])
         means = {name: bootstrap(similar[name][:, -1]) for name in _DECIDING if name in similar}
         passed: bool | None = all(one.high < self.threshold for one in means.values())
         low = (similar["rank_correlation"].mean(0) < self.threshold).tolist()
         details["final"] = means
         # Most stages for guided backpropagation, few for the gradient.
         details["unmoved"] = (low.index(True) if True in low else len(low)) / len(low)
-        if not passed:
-            caveats += _about_zeros(data.places, final, self.threshold)
-        known = bootstrap(details["again"]["rank_correlation"]).mean
-        if known < UNNOTICED:
-            caveats.append(
-                "explained again by method=, the model itself gives other maps (rank correlation "
-                f"{known:.2g}): are target, baseline and method those of the maps?"
-            )
+        repeatability = bootstrap(details["again"]["rank_correlation"]).mean
         positions = data.places[0].numel()
-        if positions < FEWEST_POSITIONS:
-            caveats.append(f"maps of {positions} positions are similar by chance: no verdict")
-        if known < self.threshold or positions < FEWEST_POSITIONS:
-            passed = None
-        if data.batch == 1:
-            caveats.append("one example has no interval: the verdict rests on its value alone")
         flat = sum(int((is_constant(one) & ~is_constant(data.places)).sum()) for one in final)
-        if flat:
-            caveats.append(
+        caveats = caveats_of(
+            _about_layers(details["unchanged"]),
+            (False, "") if passed else _about_zeros(data.places, final, self.threshold),
+            (
+                repeatability < UNNOTICED,
+                "explained again by method=, the model itself gives other maps (rank correlation "
+                f"{repeatability:.2g}): are target, baseline and method those of the maps?",
+            ),
+            (
+                positions < FEWEST_POSITIONS,
+                f"maps of {positions} positions are similar by chance: no verdict",
+            ),
+            (data.batch == 1, "one example has no interval: the verdict rests on its value alone"),
+            (
+                flat,
                 f"{flat} of {len(final) * data.batch} maps of re-initialised models are "
-                "constant, and count as not similar: such a model may have constant scores"
-            )
+                "constant, and count as not similar: such a model may have constant scores",
+            ),
+        )
+        if repeatability < self.threshold or positions < FEWEST_POSITIONS:
+            passed = None
         ranked = [details["again"]["rank_correlation"], *similar["rank_correlation"].T]
         y = torch.stack(ranked, 1)
         share = torch.linspace(0, 1, y.shape[1], dtype=torch.float64, device=y.device)
@@ -244,15 +243,13 @@ class SanityCheck(Metric):
             passed=passed,
             threshold=self.threshold,
             details=details,
-            caveats=tuple(caveats),
+            caveats=caveats,
         )
 
 
 def _similarities(a: Tensor, b: Tensor, structured: bool) -> dict[str, Tensor]:
-    """The similarities of maps [B, *spatial], up to their sign, float64 [B] by name.
-
-    structured: whether positions have neighbours, unlike the features of a table. Where one map is
-    constant, the similarity is whether the other is, too.
+    """The similarities of maps [B, *spatial], up to their sign, float64 [B] by name; of constant
+    maps whether both are. structured: whether positions have neighbours, unlike in a table.
     """
     similar = {
         "rank_correlation": rank_correlation(a, b).abs(),
@@ -265,21 +262,9 @@ def _similarities(a: Tensor, b: Tensor, structured: bool) -> dict[str, Tensor]:
     return {name: torch.where(one.isnan(), both, one) for name, one in similar.items()}
 
 
-def _scores(model: Any, data: Subject) -> Tensor:
+def _scores(model: Any, data: EvaluationInput) -> Tensor:
     """Another model's scores of the inputs, float64 [B]."""
     return Scorer(model, data.inputs, data.classes, data.running).again()[0].scores
-
-
-def _groups(layers: int, stages: int | None) -> list[list[int]]:
-    """Layer numbers in groups of as equal size as possible."""
-    count = layers if stages is None else min(stages, layers)
-    ends = [layers * one // count for one in range(count + 1)]
-    return [list(range(start, stop)) for start, stop in pairwise(ends)]
-
-
-def _joined(names: list[str]) -> str:
-    names = [name or "(model)" for name in names]
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
 def _pairs(maps: Sequence[Tensor], structured: bool) -> dict[str, float]:
@@ -289,17 +274,15 @@ def _pairs(maps: Sequence[Tensor], structured: bool) -> dict[str, float]:
     return {name: float(torch.stack([one[name] for one in pairs]).mean()) for name in names}
 
 
-def _about_layers(names: list[str]) -> list[str]:
-    if not names:
-        return []
-    return [
-        f"{len(names)} layers are the same when re-initialised, so that their stages have no "
-        "effect: " + ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    ]
+def _about_layers(names: list[str]) -> tuple[bool, str]:
+    """Whether a draw leaves layers as they are, and which."""
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    what = "layers are the same when re-initialised, so that their stages have no effect"
+    return bool(names), f"{len(names)} {what}: {shown}"
 
 
-def _about_zeros(maps: Tensor, final: list[Tensor], threshold: float) -> list[str]:
-    """A caveat where maps are similar only because both are zero at the same positions."""
+def _about_zeros(maps: Tensor, final: list[Tensor], threshold: float) -> tuple[bool, str]:
+    """Whether maps are similar only because both are zero at the same positions, in words."""
     left, shares = [], []
     for other in final:
         for a, b in zip(maps.flatten(1), other.flatten(1), strict=True):
@@ -307,15 +290,13 @@ def _about_zeros(maps: Tensor, final: list[Tensor], threshold: float) -> list[st
             shares.append(1.0 - float(some.double().mean()))
             if bool(some.any()):
                 left.append(rank_correlation(a[some][None], b[some][None]).abs())
-    known = float(torch.cat(left).nanmean()) if left else 1.0
+    remaining = float(torch.cat(left).nanmean()) if left else 1.0
     share = sum(shares) / len(shares)
-    if share == 0 or not known < threshold:
-        return []
-    return [
+    return share > 0 and remaining < threshold, (
         f"{100 * share:.0f} % of positions are zero in both maps, before and after; the rank "
-        f"correlation of the others is {known:.2g}: what stays is mostly where zeros are, "
+        f"correlation of the others is {remaining:.2g}: what stays is mostly where zeros are, "
         "which an input may decide without the model"
-    ]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -326,68 +307,55 @@ class Layer:
     module: nn.Module
     parameters: Mapping[str, nn.Parameter]
 
-    def state(self) -> list[Tensor]:
-        """Copies of its own parameters and buffers."""
-        kept = [*self.parameters.values(), *self.module.buffers(recurse=False)]
-        return [one.detach().clone() for one in kept]
+    def write(
+        self, parameters: Mapping[str, Tensor], buffers: Iterable[tuple[str, Tensor | None]]
+    ) -> bool:
+        """Writes new values of its parameters and buffers; returns whether anything changed."""
+        changed, own = False, own_buffers(self.module)
+        previous = dict(own.items())
+        for name, parameter in self.parameters.items():
+            changed |= not torch.equal(parameter, parameters[name])
+            parameter.copy_(parameters[name])
+        for name, value in buffers:
+            now = previous.get(name)
+            if value is None or now is None or now.shape != value.shape:
+                changed |= value is not now
+                own[name] = None if value is None else value.clone()
+            else:
+                changed |= not torch.equal(now, value)
+                now.copy_(value)
+        return changed
 
 
 class Randomised:
     """A copy of a model that is re-initialised layer by layer; the model itself never changes.
 
     A layer is a module that owns parameters; a shared parameter belongs to the module that runs
-    last. `reset_parameters` of a module re-initialises as its authors meant it (for normalisations
-    with the running statistics). Other parameters, such as position embeddings or the input
-    projection of nn.MultiheadAttention, are drawn from normals of their own mean and standard
-    deviation: activations keep their scale, and unlike with a permutation, scalars and constant
-    vectors change too.
+    last. `reset_parameters` of a module re-initialises as its authors meant it. Other parameters,
+    such as position embeddings, are drawn from normals of their own mean and standard deviation:
+    activations keep their scale, and unlike with a permutation, scalars change too.
 
     model: the copy. layers: from the output to the input, in the order in which they run.
     """
 
     def __init__(self, model: Any, run: Callable[[nn.Module], object] | None = None) -> None:
-        """run: calls the copy once, to record the order of its modules; without it, or where it
-        fails, they count in the order of their definition.
-        """
+        """run: calls the copy, to record its modules' order; by default that of definition."""
         self._source, self.model = _copied(model)
         self.layers = _layers(self.model, _order(self.model, run))
 
     def draw(self, number: int, seed: int) -> bool:
         """Re-initialises `layers[number]`; returns whether anything changed."""
         layer = self.layers[number]
-        before = layer.state()
-        with torch.inference_mode(False), torch.no_grad():
-            others = _others(layer)
-            with _seeded(seed, layer):
-                covered = _reset(layer)
-                for name, parameter in layer.parameters.items():
-                    if name not in covered:
-                        _draw_normal(parameter)
-            # A reset may change submodules and tied parameters, which belong to other layers.
-            for table, name, tensor, value in others:
-                table[name] = tensor
-                tensor.copy_(value)
-        after = layer.state()
-        return len(before) != len(after) or any(
-            one.shape != other.shape or not torch.equal(one, other)
-            for one, other in zip(before, after, strict=True)
-        )
+        with torch.inference_mode(False), torch.no_grad(), _seeded(seed, layer):
+            return layer.write(*_drawn(layer))
 
     def restore(self, number: int) -> None:
         """Gives `layers[number]` the model's parameters and buffers again."""
         layer = self.layers[number]
         # Modules of torch.jit have no get_submodule, and their tables no get.
         source = dict(self._source.named_modules())[layer.name]
-        buffers = dict(own_buffers(layer.module).items())
         with torch.inference_mode(False), torch.no_grad():
-            for name, parameter in layer.parameters.items():
-                parameter.copy_(own_parameters(source)[name])
-            for name, value in own_buffers(source).items():
-                now = buffers.get(name)
-                if value is not None and now is not None and now.shape == value.shape:
-                    now.copy_(value)
-                else:
-                    own_buffers(layer.module)[name] = None if value is None else value.clone()
+            layer.write(own_parameters(source), own_buffers(source).items())
 
 
 def seed_of(*numbers: int) -> int:
@@ -434,7 +402,10 @@ def _layers(model: nn.Module, order: Mapping[nn.Module, int]) -> tuple[Layer, ..
         own = {
             key: one
             for key, one in own_parameters(module).items()
-            if one is not None and id(one) not in taken and _can_be_drawn(one)
+            if one is not None
+            and id(one) not in taken
+            and one.numel() > 0
+            and (one.is_floating_point() or one.is_complex())
         }
         taken |= {id(one) for one in own.values()}
         if own:
@@ -447,10 +418,6 @@ def _layers(model: nn.Module, order: Mapping[nn.Module, int]) -> tuple[Layer, ..
             "model before it was quantised or frozen, with its weights as nn.Parameter"
         )
     return tuple(layers)
-
-
-def _can_be_drawn(parameter: Tensor) -> bool:
-    return parameter.numel() > 0 and (parameter.is_floating_point() or parameter.is_complex())
 
 
 def _order(model: nn.Module, run: Callable[[nn.Module], object] | None) -> dict[nn.Module, int]:
@@ -477,55 +444,46 @@ def _order(model: nn.Module, run: Callable[[nn.Module], object] | None) -> dict[
     return order
 
 
-def _reset(layer: Layer) -> set[str]:
-    """Calls the module's own reset; returns which of the layer's parameters it wrote."""
-    module, reset = layer.module, getattr(layer.module, "reset_parameters", None)
-    if not callable(reset):
-        return set()
-    before = {name: (version_of(one), one.clone()) for name, one in layer.parameters.items()}
-    try:
-        reset()
-    except Exception:
-        # It needs arguments, or writes read-only tensors: all is drawn from normals then.
-        return set()
-    finally:
-        made = {name: own_parameters(module).get(name) for name in before}
-        for name, parameter in layer.parameters.items():
-            own_parameters(module)[name] = parameter
-    covered = set()
+def _drawn(layer: Layer) -> tuple[dict[str, Tensor], list[tuple[str, Tensor | None]]]:
+    """New values of a layer's parameters, and its buffers. The module's own reset may change
+    submodules and tied parameters, too, and is called on a copy.
+    """
+    drawn: dict[str, Tensor] = {}
+    buffers = list(own_buffers(layer.module).items())
+    if callable(getattr(layer.module, "reset_parameters", None)):
+        copy: Any = deepcopy(layer.module)
+        before = {name: own_parameters(copy)[name] for name in layer.parameters}
+        versions = {name: version_of(one) for name, one in before.items()}
+        try:
+            copy.reset_parameters()
+            buffers = list(own_buffers(copy).items())
+        except Exception:
+            # It needs arguments, or writes read-only tensors: all is drawn from normals.
+            before = {}
+        for name, old in before.items():
+            new = own_parameters(copy).get(name)
+            if new is None or new.shape != old.shape:
+                continue
+            # The version does not count writes through .data; the values do not show equal writes.
+            written = new is not old or version_of(new) != versions[name]
+            if written or not torch.equal(new, layer.parameters[name]):
+                drawn[name] = new
     for name, parameter in layer.parameters.items():
-        version, value = before[name]
-        new = made[name]
-        if new is not None and new is not parameter and new.shape == parameter.shape:
-            parameter.copy_(new)
-        # The version does not count writes through .data; the values do not show equal writes.
-        if version_of(parameter) != version or not torch.equal(parameter, value):
-            covered.add(name)
-    return covered
+        if name not in drawn:
+            drawn[name] = _normal(parameter)
+    return drawn, buffers
 
 
-def _draw_normal(parameter: nn.Parameter) -> None:
-    whole = torch.view_as_real(parameter) if parameter.is_complex() else parameter
-    wide = whole.detach().float()
+def _normal(parameter: nn.Parameter) -> Tensor:
+    """A draw from the normal with the parameter's mean and deviation, like the parameter."""
+    new = parameter.clone()
+    whole = torch.view_as_real(new) if new.is_complex() else new
+    wide = whole.float()
     mean, deviation = wide.mean(), wide.std(correction=0)
     constant = deviation == 0
     deviation = torch.where(constant, mean.abs(), deviation)
     whole.copy_(torch.randn_like(wide) * deviation + mean.masked_fill(constant, 0.0))
-
-
-def _others(layer: Layer) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
-    """Tensors of submodules that the layer's reset may change and does not own: tables, names,
-    tensors and their values.
-    """
-    own = {id(one) for one in layer.parameters.values()}
-    own |= {id(one) for one in layer.module.buffers(recurse=False)}
-    return [
-        (table, name, one, one.detach().clone())
-        for module in layer.module.modules()
-        for table in (own_parameters(module), own_buffers(module))
-        for name, one in table.items()
-        if one is not None and id(one) not in own
-    ]
+    return new
 
 
 @contextmanager

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saliency_fast.evaluate.inputs import Subject
+from saliency_fast.evaluate.inputs import EvaluationInput
+from saliency_fast.evaluate.maps import PER, gini
 from saliency_fast.evaluate.metric import FORM, Metric, check_fields, in_suite
-from saliency_fast.evaluate.outcome import Outcome
-from saliency_fast.evaluate.positions import PER, gini
+from saliency_fast.evaluate.outcome import Outcome, caveats_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class _Spread(Metric):
     def __post_init__(self) -> None:
         check_fields(self, per=PER)
 
-    def _shares(self, data: Subject) -> tuple[Tensor, tuple[str, ...]]:
+    def _shares(self, data: EvaluationInput) -> tuple[Tensor, tuple[str, ...]]:
         """The shares, float64 [B, P], and caveats."""
         values = data.places if self.per == "place" else data.values
         sizes = values.flatten(1).double().abs()
@@ -35,8 +35,9 @@ class _Spread(Metric):
         sizes = sizes / sizes.amax(1, keepdim=True)
         shares = sizes / sizes.sum(1, keepdim=True)
         zero = int(shares.isnan().any(1).sum())
-        caveat = f"{zero} of {len(shares)} maps are zero and count as unknown"
-        return shares, (caveat,) if zero else ()
+        return shares, caveats_of(
+            (zero, f"{zero} of {len(shares)} maps are zero and count as unknown")
+        )
 
 
 @in_suite(FORM, "Chalasani et al., 2020")
@@ -52,7 +53,7 @@ class Sparseness(_Spread):
     name = "sparseness"
     better = "higher"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         shares, caveats = self._shares(data)
         return self._outcome(gini(shares), caveats=caveats)
 
@@ -72,7 +73,7 @@ class Complexity(_Spread):
     name = "complexity"
     better = "lower"
 
-    def _evaluate(self, data: Subject) -> Outcome:
+    def _evaluate(self, data: EvaluationInput) -> Outcome:
         shares, caveats = self._shares(data)
         entropy = torch.special.entr(shares).sum(1)
         most = math.log(shares.shape[1]) if shares.shape[1] > 1 else math.nan

@@ -35,7 +35,7 @@ class ReportData:
     """The outcomes of metrics for methods and controls, and what follows from them.
 
     Args:
-        title: Of the page.
+        title: The page's title.
         outcomes: By method and metric, controls behind the methods.
         metrics: By name, in the order of the tables.
         controls: The names of rows that do not depend on the model.
@@ -45,12 +45,12 @@ class ReportData:
         provenance: All that the outcomes depend on.
         inputs: [B, C, *spatial] or [B, F].
         maps: [B, *spatial] by method.
-        classes: What was explained, int64 [B], where the target is a class.
+        classes: The explained classes, int64 [B], where the target is a class.
         boxes: Masks of the objects, bool [B, *spatial], where they are given.
         labels: Names of classes.
         agreement: Between the maps, where there are several.
-        confidence: Of the intervals.
-        seed: Of the bootstrap.
+        confidence: The intervals' level.
+        seed: The bootstrap's seed.
     """
 
     title: str
@@ -116,9 +116,9 @@ class ReportData:
         """
         self._check_names(method, metric)
         self._check_names(other, metric)
-        if metric not in self.outcomes[method] or metric not in self.outcomes[other]:
+        one, two = self.outcomes[method].get(metric), self.outcomes[other].get(metric)
+        if one is None or two is None:
             return None
-        one, two = self.outcomes[method][metric], self.outcomes[other][metric]
         interval = one.over(two, self.confidence, seed=self.seed)
         return interval if interval.count else None
 
@@ -126,15 +126,13 @@ class ReportData:
         """The gaps of every method to one of them (the first), by method and metric."""
         first = self.methods[0] if reference is None else reference
         self._check_names(first, None)
-        return {
-            name: {
-                metric: gap
-                for metric in self.metrics
-                if (gap := self.gap(name, first, metric)) is not None
-            }
-            for name in self.methods
-            if name != first
-        }
+        gaps: dict[str, dict[str, Interval]] = {name: {} for name in self.methods if name != first}
+        for name, found in gaps.items():
+            for metric in self.metrics:
+                gap = self.gap(name, first, metric)
+                if gap is not None:
+                    found[metric] = gap
+        return gaps
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each method and metric that was measured, for data frames."""
@@ -144,10 +142,7 @@ class ReportData:
                 "control": method in self.controls,
                 "metric": metric,
                 "better": outcome.better,
-                "mean": interval.mean,
-                "low": interval.low,
-                "high": interval.high,
-                "count": interval.count,
+                **{part: getattr(interval, part) for part in ("mean", "low", "high", "count")},
                 "passed": outcome.passed,
                 "best": self.best(metric) == method,
                 "seconds": self.seconds[method][metric],

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.errors import InputError, InputTypeError, SaliencyError
 from saliency_fast.evaluate.controls import CONTROLS
 from saliency_fast.evaluate.inputs import (
+    EvaluationInput,
     Explainer,
     Model,
-    Subject,
     describe,
     is_method,
     read_evaluation_input,
@@ -28,8 +29,9 @@ from saliency_fast.evaluate.inputs import (
 )
 from saliency_fast.evaluate.metric import Metric, Suite, make_metric, plain_name
 from saliency_fast.evaluate.metrics.agreement import agreement
-from saliency_fast.evaluate.outcome import RESAMPLES, Outcome, bootstrap
-from saliency_fast.evaluate.reports.data import FEW, MAPS, Missing, ReportData
+from saliency_fast.evaluate.outcome import RESAMPLES, Outcome, bootstrap, caveats_of
+from saliency_fast.evaluate.reports.data import FEW, MAPS, Missing
+from saliency_fast.evaluate.reports.files import Report
 from saliency_fast.evaluate.scores import RunOptions
 from saliency_fast.methods import read_method
 from saliency_fast.model.layout import LayoutLike
@@ -37,74 +39,12 @@ from saliency_fast.model.targets import PREDICTED, Target, read_targets
 from saliency_fast.record import describe_target, tensor_sha256, weights_sha256
 from saliency_fast.version import __version__
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
-
 Given = Explainer | Attribution | Tensor
 """What makes the maps of a row, or the maps themselves."""
 EXPECTED = (
     "a method, its name, a function (model, inputs, target) -> maps, an Attribution or a tensor of "
     "maps"
 )
-_NEEDS = {
-    "method": "it explains again, and of these maps it is not known how they are made",
-    "masks": "it needs boxes",
-    "model": "it needs the model",
-}
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Report(ReportData):
-    """The outcomes of metrics for methods and controls, shown and saved; see `report`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it except the maps, as JSON holds it; NaN becomes None."""
-        from saliency_fast.evaluate.reports.export import report_dict
-
-        return report_dict(self)
-
-    def json(self, indent: int | None = 1) -> str:
-        """`to_dict` as JSON."""
-        from saliency_fast.evaluate.reports.export import as_json
-
-        return as_json(self, indent)
-
-    def html(self) -> str:
-        """One self-contained page; without matplotlib it has no curves and says so."""
-        from saliency_fast.evaluate.reports.page import page
-
-        return page(self)
-
-    def curves(self, folder: str | Path) -> list[Path]:
-        """Writes a PNG for each metric with a curve and returns the paths; needs matplotlib."""
-        from saliency_fast.evaluate.reports.export import write_curves
-
-        return write_curves(self, Path(folder))
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Writes index.html, report.json and curves/*.png; without matplotlib no curves."""
-        from saliency_fast.evaluate.reports.page import save
-
-        return save(self, Path(folder))
-
-    def show(self) -> None:
-        """Prints the tables."""
-        from saliency_fast.evaluate.reports.text import show
-
-        show(self)
-
-    def __str__(self) -> str:
-        from saliency_fast.evaluate.reports.text import text
-
-        return text(self)
-
-    def __repr__(self) -> str:
-        return f"<Report {', '.join(self.names)}: {', '.join(self.metrics)}>"
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from saliency_fast.evaluate.reports.text import tables
-
-        yield from tables(self, options.max_width)
 
 
 def report(
@@ -144,20 +84,19 @@ def report(
         metrics: Metrics, their names, a mapping from names, or a `Suite`; None for all that the
             other arguments allow.
         target: One class per example as in `explain`; None for models that return one number.
-        baseline: Of the methods that take one.
+        baseline: The baseline of the methods that take one.
         boxes: [B, 2 D], or masks bool [B, *spatial]: where the object is.
         controls: Names of `CONTROLS`, or functions; () for none.
-        confidence: Of the bootstrap intervals.
-        seed: Of the bootstrap, and of the metrics of a default suite.
-        forward_args: As in `Engine`; so are `forward_kwargs`, `memory_budget` and
-            `points_per_launch`.
+        confidence: The level of the bootstrap intervals.
+        seed: The seed of the bootstrap, and of the metrics of a default suite.
+        forward_args: As in a metric's call; so are all that follow, except `title` and `labels`.
         forward_kwargs: Keyword arguments of the model.
-        memory_budget: Of a launch.
-        points_per_launch: How many points are scored at once.
+        memory_budget: Memory of a launch.
+        points_per_launch: Points that are scored at once.
         progress: Whether a bar is shown.
-        title: Of the page.
-        labels: Names of classes.
-        layout: Of the inputs, as in `explain`.
+        title: The page's title.
+        labels: The classes' names.
+        layout: The inputs' axes, one letter each.
 
     Raises:
         InputError: If an argument is invalid, or if nothing could be measured.
@@ -165,8 +104,7 @@ def report(
 
     Example:
         >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
-        >>> found = report(model, x, methods="gradient", metrics=["deletion"])
-        >>> found.names
+        >>> report(model, x, methods="gradient", metrics=["deletion"]).names
         ('gradient', 'edge_detector', 'random', 'centre')
     """
     rows = _read_rows(methods, controls)
@@ -181,7 +119,12 @@ def report(
         layout=layout,
     )
     chosen = _read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)
-    results = _evaluate_rows(rows, base, chosen, progress)
+    results = _Results()
+    with tqdm(total=len(rows) * (len(chosen) + 1), disable=not progress, leave=False) as bar:
+        for row in rows:
+            results.measure(row, base, chosen, bar)
+    if results.errors and not any(results.outcomes.values()):
+        raise results.errors[0]
     if labels is not None and not isinstance(labels, Mapping):
         labels = dict(enumerate(labels))
     return Report(
@@ -204,25 +147,27 @@ def report(
     )
 
 
-def _caveats(base: Subject) -> list[str]:
-    caveats = list(base.caveats)
-    if getattr(base.model, "training", False):
-        caveats.append(
+def _caveats(base: EvaluationInput) -> tuple[str, ...]:
+    shares, count = base.first.probabilities, base.batch
+    given = shares is not None and bool((shares == base.first.scores).all())
+    return base.caveats + caveats_of(
+        (
+            getattr(base.model, "training", False),
             "the model was given in training mode and evaluated in evaluation mode, in which maps "
-            "are made"
-        )
-    shares = base.first.probabilities
-    if shares is not None and bool((shares == base.first.scores).all()):
-        caveats.append("the model gives probabilities already: no softmax is taken of them")
-    if base.batch < FEW:
-        caveats.append(
+            "are made",
+        ),
+        (given, "the model gives probabilities already: no softmax is taken of them"),
+        (
+            count < FEW,
             f"bootstrap intervals of fewer than about {FEW} examples are too narrow: "
-            f"{'here is 1' if base.batch == 1 else f'here are {base.batch}'}"
-        )
-    return caveats
+            f"{'here is 1' if count == 1 else f'here are {count}'}",
+        ),
+    )
 
 
-def _provenance(base: Subject, target: Target, methods: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(
+    base: EvaluationInput, target: Target, methods: Mapping[str, Any]
+) -> dict[str, Any]:
     """What the same report needs to be made again. methods: how each row's maps were made."""
     model, x = base.model, base.inputs
     named = not isinstance(model, nn.Module) and hasattr(model, "__qualname__")
@@ -261,22 +206,21 @@ class _Row:
     given: Given
     control: bool = False
 
-    def explained(self, base: Subject) -> tuple[Subject, list[str], dict[str, Any]]:
-        """The evaluation input with this row's maps, their caveats, and how they were made.
-
-        base: the inputs, with their targets looked up.
-        """
-        given, model = self.given, cast(Model, base.model)
-        if isinstance(given, Tensor):
-            return base.beside(base.read(given), None), [], {"kind": "maps"}
+    def explained(self, base: EvaluationInput) -> tuple[EvaluationInput, list[str], dict[str, Any]]:
+        """The evaluation input with this row's maps, their caveats, and how they were made."""
+        given, model, running = self.given, cast(Model, base.model), base.running
         if isinstance(given, Attribution):
             _check_target(given, base)
             own = read_evaluation_input(
-                None, base.running.back(base.inputs), given, layout=base.running.letters
+                None, running.back(base.inputs), given, layout=running.letters
             )
             past = own.baseline if base.baseline is None else base.baseline
             return (base.beside(own.values, own.method, past), *_about(given))
-        if is_method(given):
+        method: Explainer | None = None
+        axes, caveats, about = running.axes, list[str](), dict[str, Any](kind="maps")
+        if isinstance(given, Tensor):
+            maps: object = given
+        elif is_method(given):
             method = read_method(given)
             found = base.attribution(method, base.inputs, model)
             if found.many:
@@ -284,13 +228,16 @@ class _Row:
                     f"{self.name} gave several maps per example, and a report needs one: pass "
                     "target= one class, or int64 [B]"
                 )
-            return (base.beside(base.read(found.values), method), *_about(found))
-        # The library's controls take channels first.
-        own_control = given in CONTROLS.values()
-        x = base.inputs if own_control else base.running.cast(base.inputs)
-        made = cast(Callable[..., Tensor], given)(model, x, base.classes)
-        about = {"kind": "control" if self.control else "function", "function": _name_of(given)}
-        return base.beside(read_maps(made, x) if own_control else base.read(made), given), [], about
+            maps = found.values
+            caveats, about = _about(found)
+        else:
+            method, x = given, running.cast(base.inputs)
+            # The library's controls take channels first.
+            if given in CONTROLS.values():
+                axes, x = None, base.inputs
+            maps = cast(Callable[..., Tensor], given)(model, x, base.classes)
+            about = {"kind": "control" if self.control else "function", "function": _name_of(given)}
+        return base.beside(read_maps(maps, base.inputs, axes), method), caveats, about
 
 
 def _about(found: Attribution) -> tuple[list[str], dict[str, Any]]:
@@ -299,7 +246,7 @@ def _about(found: Attribution) -> tuple[list[str], dict[str, Any]]:
     if found.converged is not None and not bool(found.converged.all()):
         count = int((~found.converged).sum())
         caveats.append(f"{count} of {len(found.converged)} maps are not within their tolerance")
-    about = {
+    return caveats, {
         "kind": "method",
         "method": past.method,
         "parameters": past.parameters,
@@ -308,38 +255,35 @@ def _about(found: Attribution) -> tuple[list[str], dict[str, Any]]:
         "error": float(found.error.max()),
         "explained_in_seconds": past.seconds,
     }
-    return caveats, about
 
 
-def _check_target(found: Attribution, base: Subject) -> None:
+def _check_target(found: Attribution, base: EvaluationInput) -> None:
     """Raises where an attribution explains other classes than the report's target."""
     classes = base.classes
     if found.classes is None or found.many or not isinstance(classes, (int, list, Tensor)):
         return
-    asked = torch.as_tensor(classes, device=found.classes.device)
-    if asked.shape not in ((), found.classes.shape) or not bool((found.classes == asked).all()):
+    target = torch.as_tensor(classes, device=found.classes.device)
+    if target.shape not in ((), found.classes.shape) or not bool((found.classes == target).all()):
         raise InputError(
-            f"the attribution by {found.provenance.method} explains other classes than those asked "
-            "about: pass target=attribution.classes"
+            f"the attribution by {found.provenance.method} explains other classes than the "
+            "report's target: pass target=attribution.classes"
         )
 
 
 def _read_rows(methods: Any, controls: Any) -> list[_Row]:
     """Methods and then controls, with names that differ; raises for what is neither."""
-    rows = [_Row(name, _read(name, one)) for name, one in _named(methods, "methods")]
+    rows = [_row(name, one, False) for name, one in _named(methods, "methods")]
     if not rows:
         raise InputError(f"methods must hold one at least: got {methods!r}; expected {EXPECTED}")
     for name, one in _named(controls, "controls"):
-        if isinstance(one, str):
-            if one not in CONTROLS:
-                raise InputError(
-                    f"controls must be of {', '.join(CONTROLS)}, or functions (model, inputs, "
-                    f"target) -> maps: got {one!r}"
-                )
-            one = CONTROLS[one]
-        rows.append(_Row(name, _read(name, one), control=True))
-    names = [row.name for row in rows]
-    twice = sorted({name for name in names if names.count(name) > 1})
+        if isinstance(one, str) and one not in CONTROLS:
+            raise InputError(
+                f"controls must be of {', '.join(CONTROLS)}, or functions (model, inputs, "
+                f"target) -> maps: got {one!r}"
+            )
+        rows.append(_row(name, CONTROLS[one] if isinstance(one, str) else one, True))
+    counts = Counter(row.name for row in rows)
+    twice = sorted(name for name, count in counts.items() if count > 1)
     if twice:
         raise InputError(
             f"methods and controls must have names of their own: {', '.join(twice)} is there twice;"
@@ -362,9 +306,9 @@ def _named(given: Any, what: str) -> list[tuple[str, Any]]:
             raise InputTypeError(f"{what} must be named: got a tensor; write {{'mine': maps}}")
         name = _name_of(one)
         if any(name == taken for taken, _ in rows) and is_dataclass(one):
-            changed = (part for part in fields(one) if getattr(one, part.name) is not part.default)
-            named = ", ".join(f"{part.name}={getattr(one, part.name)}" for part in changed)
-            name = f"{name}({named})"
+            options = ((part.name, getattr(one, part.name), part.default) for part in fields(one))
+            changed = (f"{key}={value}" for key, value, usual in options if value is not usual)
+            name = f"{name}({', '.join(changed)})"
         rows.append((name, one))
     return rows
 
@@ -378,20 +322,16 @@ def _name_of(one: Any) -> str:
     return name if isinstance(name, str) else str(getattr(one, "__name__", type(one).__name__))
 
 
-def _read(name: str, one: Any) -> Given:
-    if isinstance(one, (Attribution, Tensor)):
-        return one
+def _row(name: str, one: Any, control: bool) -> _Row:
     if is_method(one):
-        return read_method(one)
-    if not callable(one):
+        one = read_method(one)
+    elif not isinstance(one, (Attribution, Tensor)) and not callable(one):
         raise InputTypeError(f"{name} must be {EXPECTED}: got {type(one).__name__}")
-    return cast(Explainer, one)
+    return _Row(name, one, control)
 
 
 def _read_metrics(given: Any, seed: int, boxes: bool, classes: bool) -> dict[str, Metric]:
-    """The metrics of a report by name; raises where one cannot be had. boxes, classes: whether
-    there are any.
-    """
+    """The metrics of a report by name. boxes, classes: whether there are any."""
     if given is None or isinstance(given, Suite):
         suite = Suite(seed=seed) if given is None else given
         metrics = suite.metrics(classes)
@@ -410,8 +350,7 @@ def _read_metrics(given: Any, seed: int, boxes: bool, classes: bool) -> dict[str
 
 
 def _named_metrics(given: Any) -> dict[str, Metric]:
-    if isinstance(given, (str, Metric)):
-        given = [given]
+    given = [given] if isinstance(given, (str, Metric)) else given
     if not isinstance(given, (Mapping, Sequence)):
         raise InputTypeError(
             "metrics must be metrics such as Deletion(), their names, a mapping from names, or a "
@@ -447,50 +386,33 @@ class _Results:
     unmeasured: list[Missing] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
 
-    def fail(self, row: _Row, metric: str, error: Exception) -> None:
-        text = " ".join(str(error).split())
-        why = text if isinstance(error, SaliencyError) else f"{type(error).__name__}: {text}"
-        self.unmeasured.append(Missing(row.name, metric, why))
-        self.errors.append(error)
+    def measure(
+        self, row: _Row, base: EvaluationInput, metrics: Mapping[str, Metric], bar: Any
+    ) -> None:
+        """Explains and evaluates a row; keeps the reason of what cannot be measured."""
+        outcomes = self.outcomes.setdefault(row.name, {})
+        with self._step(row.name, MAPS, bar):
+            data, caveats, self.about[row.name] = row.explained(base)
+            self.maps[row.name] = data.places
+            self.caveats += [f"{row.name}: {one}" for one in caveats]
+        if row.name not in self.maps:
+            bar.update(len(metrics))
+            return
+        for name, metric in metrics.items():
+            with self._step(row.name, name, bar):
+                outcomes[name] = metric.evaluate(data)
 
-
-def _evaluate_rows(
-    rows: Sequence[_Row], base: Subject, metrics: Mapping[str, Metric], progress: bool
-) -> _Results:
-    """Explains and evaluates every row. What cannot be measured is kept with its reason; where
-    nothing can be measured, the first error is raised.
-    """
-    results = _Results()
-    with tqdm(total=len(rows) * (len(metrics) + 1), disable=not progress, leave=False) as bar:
-        for row in rows:
-            bar.set_description(row.name)
-            outcomes = results.outcomes.setdefault(row.name, {})
-            seconds = results.seconds.setdefault(row.name, {})
-            begun = time.perf_counter()
-            try:
-                data, caveats, results.about[row.name] = row.explained(base)
-            # A model may raise anything.
-            except Exception as error:
-                results.fail(row, MAPS, error)
-                bar.update(1 + len(metrics))
-                continue
-            results.maps[row.name] = data.places
-            results.caveats += [f"{row.name}: {one}" for one in caveats]
-            seconds[MAPS] = time.perf_counter() - begun
-            bar.update()
-            for name, metric in metrics.items():
-                bar.set_description(f"{row.name}, {name}")
-                begun = time.perf_counter()
-                missing = metric.missing(data)
-                if missing is not None:
-                    results.unmeasured.append(Missing(row.name, name, _NEEDS[missing]))
-                else:
-                    try:
-                        outcomes[name] = metric.evaluate(data)
-                        seconds[name] = time.perf_counter() - begun
-                    except Exception as error:
-                        results.fail(row, name, error)
-                bar.update()
-    if results.errors and not any(results.outcomes.values()):
-        raise results.errors[0]
-    return results
+    @contextmanager
+    def _step(self, row: str, metric: str, bar: Any) -> Iterator[None]:
+        """Times a step, and keeps its error; a model may raise anything."""
+        bar.set_description(row if metric == MAPS else f"{row}, {metric}")
+        seconds, begun = self.seconds.setdefault(row, {}), time.perf_counter()
+        try:
+            yield
+            seconds[metric] = time.perf_counter() - begun
+        except Exception as error:
+            text = " ".join(str(error).split())
+            why = text if isinstance(error, SaliencyError) else f"{type(error).__name__}: {text}"
+            self.unmeasured.append(Missing(row, metric, why))
+            self.errors.append(error)
+        bar.update()

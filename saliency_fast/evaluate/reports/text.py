@@ -1,20 +1,21 @@
-"""A report as text: sentences about its outcomes, numbers with fitting digits, and the terminal's
-tables.
-"""
+"""A report as text: sentences about its outcomes, numbers, and the terminal's tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
 from io import StringIO
-
-from rich.console import Console, Group
-from rich.table import Table
-from rich.text import Text
+from textwrap import fill
+from typing import TYPE_CHECKING
 
 from saliency_fast.evaluate.metric import FAITHFULNESS, LOCALISATION, SANITY, entry_of
 from saliency_fast.evaluate.outcome import Interval
-from saliency_fast.evaluate.reports.data import FEW, ReportData
+from saliency_fast.evaluate.reports.data import FEW, MAPS, ReportData
+from saliency_fast.render.pages import Cell
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 GOOD, BAD, PLAIN = "good", "bad", "plain"
 Verdict = tuple[str, str]
@@ -23,6 +24,7 @@ WIDTH = 100
 ARROWS = {"higher": "\N{UPWARDS ARROW}", "lower": "\N{DOWNWARDS ARROW}", "": " "}
 _CELL = 13
 _STYLES = {GOOD: "green", BAD: "bold red"}
+_TAGS = {GOOD: "bold green", BAD: "bold red", "soft": "dim"}
 _SPELLED = {
     "road": "ROAD",
     "top_k_iou": "top-k IoU",
@@ -80,29 +82,28 @@ def verdict_of(gap: Interval, better: str) -> str:
 
 
 def _checks(report: ReportData) -> Iterator[Verdict]:
-    for metric in report.metrics:
-        # By (passed, is a control).
-        names: dict[tuple[bool, bool], list[str]] = {}
-        for name, found in report.outcomes.items():
-            passed = found[metric].passed if metric in found else None
-            if passed is not None:
-                names.setdefault((passed, name in report.controls), []).append(name)
-        what = spelled(metric)
-        sanity = entry_of(report.metrics[metric], metric).group == SANITY
-        for (passed, control), kind, text, meaning in (
-            ((True, False), GOOD, "passes for {}", _SANE),
-            ((False, False), BAD, "FAILS for {}", _INSANE),
-            ((False, True), PLAIN, "fails for {}, as it should", ""),
-            ((True, True), BAD, "passes for {} too, which never asked the model: beware", ""),
+    for metric, one in report.metrics.items():
+        sanity = entry_of(one, metric).group == SANITY
+        for passed, control, kind, text, meaning in (
+            (True, False, GOOD, "passes for {}", _SANE),
+            (False, False, BAD, "FAILS for {}", _INSANE),
+            (False, True, PLAIN, "fails for {}, as it should", ""),
+            (True, True, BAD, "passes for {} too, which never asked the model: beware", ""),
         ):
-            of = names.get((passed, control))
-            if of:
-                yield kind, f"{what} {text.format(_and(of))}{meaning if sanity else ''}."
+            names = [
+                name
+                for name, found in report.outcomes.items()
+                if metric in found and found[metric].passed is passed
+                if (name in report.controls) == control
+            ]
+            if names:
+                sentence = f"{spelled(metric)} {text.format(_and(names))}"
+                yield kind, f"{sentence}{meaning if sanity else ''}."
 
 
 def _against_controls(report: ReportData) -> list[Verdict]:
     """Of metrics by which a map that ignores the model should be bad."""
-    asked = [
+    ranked = [
         name
         for name, metric in report.metrics.items()
         if entry_of(metric, name).group in (FAITHFULNESS, LOCALISATION) and metric.better
@@ -113,7 +114,7 @@ def _against_controls(report: ReportData) -> list[Verdict]:
     for method in report.methods:
         ahead: list[str] = []
         level: dict[tuple[str, ...], list[str]] = {}
-        for metric in asked:
+        for metric in ranked:
             compared = {
                 control: verdict_of(gap, report.metrics[metric].better)
                 for control in report.controls
@@ -205,19 +206,25 @@ def _minus(text: str) -> str:
 
 def show(report: ReportData) -> None:
     """Prints the tables, at most as wide as the terminal."""
+    from rich.console import Console
+
     console = Console()
     (console if console.is_terminal else Console(width=WIDTH)).print(report)
 
 
-def text(report: ReportData) -> str:
+def as_text(report: ReportData) -> str:
     """The tables as plain text, at most 100 columns wide."""
+    from rich.console import Console
+
     file = StringIO()
     Console(width=WIDTH, file=file, color_system=None, legacy_windows=False).print(report)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
 
-def tables(report: ReportData, width: int) -> Iterator[Table | Text | Group]:
+def tables(report: ReportData, width: int) -> Iterator[Table | Text]:
     """All that is printed: metrics down, methods and controls across, split where they are wide."""
+    from rich.text import Text
+
     yield Text(report.title, style="bold")
     yield Text(
         f"{plural(len(report.inputs), 'example')}; means, below them their "
@@ -240,43 +247,46 @@ def tables(report: ReportData, width: int) -> Iterator[Table | Text | Group]:
         yield Text(f"note: {caveat}", style="yellow")
 
 
+def cell(report: ReportData, name: str, metric: str) -> Cell:
+    """A cell of the table of means."""
+    interval = report.interval(name, metric)
+    if interval is None:
+        why = [
+            one.why
+            for one in report.unmeasured
+            if one.method == name and one.metric in (metric, MAPS)
+        ]
+        return Cell("", why=why[0] if why else "not measured")
+    mean, ends = interval_text(interval)
+    best = report.best(metric) == name and len(report.methods) > 1
+    passed = report.outcomes[name][metric].passed
+    if passed is None:
+        return Cell(mean, ends, best=best)
+    # A control is expected to fail.
+    good = "soft" if name in report.controls else GOOD
+    kind = good if passed != (name in report.controls) else BAD
+    return Cell(mean, ends, "PASS" if passed else "FAIL", kind, best)
+
+
 def _table(report: ReportData, names: tuple[str, ...]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     for name in names:
-        head = Text(_folded(name))
-        if name in report.controls:
-            head = Text(f"{_folded(name)}\n(control)", style="dim")
+        lines = fill(spelled(name), _CELL, break_long_words=False, break_on_hyphens=False)
+        control = name in report.controls
+        head = Text(f"{lines}\n(control)", style="dim") if control else Text(lines)
         table.add_column(head, justify="right", min_width=_CELL)
     for metric, one in report.metrics.items():
-        label = Text(f"{spelled(metric)} {ARROWS[one.better]}")
-        table.add_row(label, *(_cell(report, name, metric) for name in names))
+        row = [Text(f"{spelled(metric)} {ARROWS[one.better]}")]
+        for name in names:
+            found, shown = cell(report, name, metric), Text()
+            if found.tag:
+                shown.append(f"{found.tag} ", style=_TAGS[found.kind])
+            shown.append(("*" if found.best else "") + found.text, "bold" if found.best else "")
+            shown.append(f"\n{found.below}", style="dim")
+            row.append(Text("\N{EN DASH}", style="dim") if found.why else shown)
+        table.add_row(*row)
     return table
-
-
-def _cell(report: ReportData, name: str, metric: str) -> Text:
-    interval = report.interval(name, metric)
-    if interval is None:
-        return Text("\N{EN DASH}", style="dim")
-    mean, ends = interval_text(interval)
-    best = report.best(metric) == name and len(report.methods) > 1
-    cell = Text()
-    passed = report.outcomes[name][metric].passed
-    if passed is not None:
-        control = name in report.controls
-        expected = "dim" if control else "bold green"
-        style = expected if passed != control else "bold red"
-        cell.append("PASS " if passed else "FAIL ", style=style)
-    cell.append(("*" if best else "") + mean, style="bold" if best else "")
-    return cell.append(f"\n{ends}", style="dim")
-
-
-def _folded(name: str) -> str:
-    """A name in lines of about a cell's width, broken between its words."""
-    lines = [""]
-    for part in spelled(name).split():
-        if lines[-1] and len(lines[-1]) + 1 + len(part) > _CELL:
-            lines.append(part)
-        else:
-            lines[-1] += f" {part}" if lines[-1] else part
-    return "\n".join(lines)

@@ -25,7 +25,7 @@ Members = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Game:
-    """The features of a call as players; segments: each element's feature, int64 [B | 1, *]."""
+    """Features as players of a game; segments: each element's feature, int64 [B | 1, *]."""
 
     context: RoundContext
     segments: Inputs
@@ -105,10 +105,10 @@ class Game:
 def features_of(context: RoundContext) -> tuple[Inputs, int]:
     """The feature of each element, int64 [B | 1, *] per input, and how many features there are."""
     segments = context.features or numbered(None, context.inputs)
-    return segments, players(context.inputs, segments)
+    return segments, feature_count(context.inputs, segments)
 
 
-def players(inputs: Inputs, features: Inputs, layouts: Layouts | None = None) -> int:
+def feature_count(inputs: Inputs, features: Inputs, layouts: Layouts | None = None) -> int:
     """How many features a call has."""
     if not features:
         return sum(x[:1].numel() for x in inputs)

@@ -1,7 +1,7 @@
-"""What the metrics say of methods and of controls on the built-in models: the judge judged.
+"""What the metrics say of methods and of controls on the built-in models: a meta-evaluation.
 
-    python -m benchmarks.judged             minutes on two cores
-    python -m benchmarks.judged --quick     seconds; few images, for tests
+    python -m benchmarks.metaevaluation             minutes on two cores
+    python -m benchmarks.metaevaluation --quick     seconds; few images, for tests
 
 Held-out scenes with known boxes; for the pointing game, whose differences are of few scenes, also
 many fresh ones of the held-out digits, which needs scikit-learn. A metric earns trust where it
@@ -128,7 +128,7 @@ def sanity(name: str, model: Any, samples: Samples) -> list[dict[str, Any]]:
 def attacks(
     name: str, model: Any, samples: Samples, epsilons: tuple[float, ...]
 ) -> list[dict[str, Any]]:
-    """Areas under the ROC of the score of unusual maps: one half are references, one is judged."""
+    """Areas under the ROC of the score of unusual maps: one half are references, one is scored."""
     half, rows = len(samples) // 2, []
     for one, method in ATTACKED.items():
         for epsilon in epsilons:
@@ -152,7 +152,7 @@ def measure(
 ) -> dict[str, Any]:
     """The document of a run."""
     if device != "cpu":
-        raise SystemExit("the built-in models are judged on the CPU")
+        raise SystemExit("the built-in models are evaluated on the CPU")
     whole, rows = held_out(), []
     count = 8 if quick else len(whole)
     samples = Samples(whole.images[:count], whole.labels[:count], whole.boxes[:count])
@@ -222,4 +222,4 @@ def _part(part: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    command(__doc__, "few images", measure, table, "judged")
+    command(__doc__, "few images", measure, table, "metaevaluation")

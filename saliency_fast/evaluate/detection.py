@@ -1,6 +1,4 @@
-"""Detection of unusual inputs: how far statistics of their maps are from those of clean references,
-and how well that tells adversarial inputs from clean ones.
-"""
+"""Detection of unusual inputs by statistics of their maps, relative to those of references."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from torch.nn import functional
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import read_inputs
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.evaluate.attacks.adversarial import (
+from saliency_fast.evaluate.attacks import (
     Bounds,
     check_seed,
     classes_of,
@@ -32,10 +30,15 @@ from saliency_fast.evaluate.inputs import (
     position_sums,
     read_evaluation_input,
 )
-from saliency_fast.evaluate.outcome import Interval, check_confidence, percentile_ends, resampled
-from saliency_fast.evaluate.positions import gini
+from saliency_fast.evaluate.maps import correlation, gini
+from saliency_fast.evaluate.outcome import (
+    Interval,
+    check_confidence,
+    percentile_ends,
+    plain_fields,
+    resampled,
+)
 from saliency_fast.evaluate.scores import RunOptions
-from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.methods import read_method
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
@@ -80,12 +83,11 @@ def coherence(maps: Tensor, *, neighbours: bool = True) -> dict[str, Tensor]:
         tensor([0.7500], dtype=torch.float64)
     """
     size = max(1, HELD // max(1, maps[:1].numel()))
-    starts = range(0, len(maps), size)
-    parts = [_coherence(maps[at : at + size].detach(), neighbours) for at in starts]
-    return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
-
-
-def _coherence(maps: Tensor, neighbours: bool) -> dict[str, Tensor]:
+    if len(maps) > size:
+        starts = range(0, len(maps), size)
+        parts = [coherence(maps[at : at + size], neighbours=neighbours) for at in starts]
+        return {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
+    maps = maps.detach()
     rows = maps.flatten(1).double()
     amount, count = rows.abs(), rows.shape[1]
     total = amount.sum(1)
@@ -101,19 +103,15 @@ def _coherence(maps: Tensor, neighbours: bool) -> dict[str, Tensor]:
         "net": rows.sum(1) / peak,
         "scale": amount.mean(1).clamp_min(tiny).log(),
     }
-    if neighbours and maps.dim() > 1 and count > 1:
+    if neighbours and count > 1:
         maps = maps.double()
-        result["roughness"] = _variation(maps) / peak
-        result["roughness_of_magnitude"] = _variation(maps.abs()) / peak
+        for name, values in (("roughness", maps), ("roughness_of_magnitude", maps.abs())):
+            along = (values.diff(dim=axis).abs().flatten(1) for axis in range(1, maps.dim()))
+            result[name] = torch.stack([one.sum(1) for one in along]).sum(0) / peak
         result["smoothness"] = _smoothness(maps, 3)
         result["smoothness_of_magnitude"] = _smoothness(maps.abs(), 5)
         result["spread"] = _spread(share.view_as(maps))
     return result
-
-
-def _variation(maps: Tensor) -> Tensor:
-    along = [maps.diff(dim=axis).abs().flatten(1).sum(1) for axis in range(1, maps.dim())]
-    return torch.stack(along).sum(0)
 
 
 def _smoothness(maps: Tensor, window: int) -> Tensor:
@@ -141,22 +139,18 @@ class CoherenceReference:
     """The mean and the shrunk covariance of the statistics of clean maps; see `fit`.
 
     Args:
-        names: Of the S statistics that are used.
+        names: The S statistics that are used.
         left_out: Those that are the same for all references.
-        centre: Means, float64 [S].
-        deviation: Standard deviations, float64 [S].
-        precision: Of the standardised statistics, float64 [S, S].
+        centre: Means, float64 [S]; `deviation` holds standard deviations.
+        precision: The inverse of the correlations, float64 [S, S].
         calibration: The sorted scores of references that were not fitted, float64 [n].
-        shrinkage: Of the correlations towards zero.
-        spatial: The shape of a map.
-        neighbours: As in `coherence`.
-        count: The number of references.
-        seed: Which half of them is fitted.
+        shrinkage: How far correlations are shrunk towards zero.
+        spatial: The shape of a map; `neighbours` as in `coherence`.
+        count: The number of references; `seed` says which half of them is fitted.
 
     Example:
-        >>> maps = torch.rand(40, 6, 6, generator=torch.Generator().manual_seed(0))
-        >>> reference = CoherenceReference.fit(maps)
-        >>> reference.p_values(reference.score(maps[:2])).shape
+        >>> maps = torch.rand(40, 6, 6)
+        >>> CoherenceReference.fit(maps).score(maps[:2]).shape
         torch.Size([2])
     """
 
@@ -174,15 +168,10 @@ class CoherenceReference:
 
     @classmethod
     def fit(cls, maps: Tensor, *, neighbours: bool = True, seed: int = 0) -> CoherenceReference:
-        """Fits half of the references and scores the other half.
-
-        Args:
-            maps: [N, *spatial] of clean inputs, 20 at least.
-            neighbours: False for tables, whose columns have no neighbours.
-            seed: Which half is fitted.
+        """Fits half of the maps [N, *spatial] of clean inputs and scores the other half.
 
         Raises:
-            InputError: If the maps are too few or all alike.
+            InputError: If the maps are fewer than 20 or all alike.
         """
         checks.flag("neighbours", neighbours)
         check_seed("seed", seed)
@@ -201,7 +190,7 @@ class CoherenceReference:
         varied = deviation > FLAT * (1.0 + centre.abs())
         if not bool(varied.any()):
             raise InputError(
-                "maps of references are all alike: nothing can be told from them; pass maps that "
+                "maps of references are all alike: they have no statistics; pass maps that "
                 "follow the inputs"
             )
         used = dict(zip(statistics, varied.tolist(), strict=True))
@@ -209,18 +198,12 @@ class CoherenceReference:
         standard = (values[:, varied] - centre) / deviation
         correlations, shrinkage = shrunk_correlations(standard[fitted])
         precision = torch.linalg.inv(correlations)
+        calibration = _distance(standard[kept_back], precision).sort().values
         return cls(
-            names=tuple(name for name, one in used.items() if one),
-            left_out=tuple(name for name, one in used.items() if not one),
-            centre=centre,
-            deviation=deviation,
-            precision=precision,
-            calibration=_distance(standard[kept_back], precision).sort().values,
-            shrinkage=shrinkage,
-            spatial=tuple(maps.shape[1:]),
-            neighbours=neighbours,
-            count=len(maps),
-            seed=seed,
+            tuple(name for name, one in used.items() if one),
+            tuple(name for name, one in used.items() if not one),
+            *(centre, deviation, precision, calibration, shrinkage),
+            *(tuple(maps.shape[1:]), neighbours, len(maps), seed),
         )
 
     def score(self, maps: Tensor) -> Tensor:
@@ -233,21 +216,19 @@ class CoherenceReference:
         """How many deviations each statistic is away from the references' mean, float64 [B, S]."""
         _check_maps(maps, "maps")
         if tuple(maps.shape[1:]) != self.spatial:
-            raise InputError(
-                f"maps must be like those of the references: got {list(maps.shape)}, expected "
-                f"{['B', *self.spatial]}"
-            )
+            expected = f"expected {['B', *self.spatial]}, as the references"
+            raise InputError(f"maps must have one shape: got {list(maps.shape)}, {expected}")
         statistics = coherence(maps, neighbours=self.neighbours)
         values = torch.stack([statistics[name] for name in self.names], 1)
         return (values - self.centre.to(maps.device)) / self.deviation.to(maps.device)
 
     def p_values(self, scores: Tensor) -> Tensor:
-        """The conformal p-values (Vovk, 2005), float64 [B]: the share of calibration scores, and
-        the score itself, that are at least as high.
+        """The conformal p-values (Vovk, 2005), float64 [B]: the share of the calibration scores and
+        the score itself that are at least as high.
         """
-        known = self.calibration.to(scores.device)
-        below = torch.searchsorted(known, scores.double().contiguous())
-        return (len(known) - below + 1).double() / (len(known) + 1)
+        calibration = self.calibration.to(scores.device)
+        below = torch.searchsorted(calibration, scores.double().contiguous())
+        return (len(calibration) - below + 1).double() / (len(calibration) + 1)
 
     def __repr__(self) -> str:
         return f"<CoherenceReference of {self.count} maps; {', '.join(self.names)}>"
@@ -260,8 +241,8 @@ def _distance(standard: Tensor, precision: Tensor) -> Tensor:
 
 
 def shrunk_correlations(standard: Tensor) -> tuple[Tensor, float]:
-    """The correlations of standardised rows [n, S], shrunk towards zero by the optimal share as
-    estimated by Schäfer & Strimmer (2005), and that share.
+    """The correlations of standardised rows [n, S], shrunk towards zero by the optimal share
+    (Schäfer & Strimmer, 2005), and that share.
     """
     rows, count = standard.shape
     products = standard[:, :, None] * standard[:, None, :]
@@ -296,8 +277,7 @@ class Roc:
         thresholds: Falling, from infinity, float64 [n].
         area: Under tpr over fpr, with its bootstrap interval: the probability that an attacked
             input scores higher than a clean one (ties count half).
-        clean: The number of clean scores.
-        attacked: The number of attacked scores.
+        clean: The number of clean scores; `attacked` that of the others.
     """
 
     fpr: Tensor
@@ -315,17 +295,9 @@ class Roc:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON; the first threshold, infinity, is None."""
-        return {
-            "fpr": self.fpr.tolist(),
-            "tpr": self.tpr.tolist(),
-            "thresholds": [None, *self.thresholds[1:].tolist()],
-            "area": self.area.mean,
-            "area_low": self.area.low,
-            "area_high": self.area.high,
-            "confidence": self.area.confidence,
-            "clean": self.clean,
-            "attacked": self.attacked,
-        }
+        area = {"area": self.area.mean, "area_low": self.area.low, "area_high": self.area.high}
+        own: dict[str, Any] = plain_fields(self)
+        return {**own, **area, "confidence": self.area.confidence}
 
     def __repr__(self) -> str:
         return f"<Roc area {self.area}; {self.clean} clean, {self.attacked} attacked>"
@@ -337,8 +309,8 @@ def roc(clean: Tensor, attacked: Tensor, confidence: float = 0.95, *, seed: int 
     Args:
         clean: Scores [N].
         attacked: Scores [M], which should be higher.
-        confidence: Of the area's interval, from 2000 resamples of each group. Where one group holds
-            attacked versions of the other, it is rather too wide.
+        confidence: The level of the area's interval, from 2000 resamples of each group. Where one
+            group holds attacked versions of the other, it is rather too wide.
         seed: Of the resampling.
 
     Raises:
@@ -354,11 +326,11 @@ def roc(clean: Tensor, attacked: Tensor, confidence: float = 0.95, *, seed: int 
 
     def areas(times_low: Tensor, times_high: Tensor) -> Tensor:
         """Areas [R] of groups whose members count so often, [R, N] and [R, M]."""
-        until = _led_by(times_low.cumsum(1))
+        until = functional.pad(times_low.cumsum(1), (1, 0))
         beaten = (until[:, below] + until[:, upto]) / 2.0
         return (beaten * times_high).sum(1) / (len(low) * len(high))
 
-    cuts = torch.unique(torch.cat([low, high])).flip(0)
+    cuts = functional.pad(torch.unique(torch.cat([low, high])).flip(0), (1, 0), value=math.inf)
     # The share that scores at least a cut: all but those below it.
     fpr, tpr = (
         (len(one) - torch.searchsorted(one, cuts)).double() / len(one) for one in (low, high)
@@ -366,19 +338,8 @@ def roc(clean: Tensor, attacked: Tensor, confidence: float = 0.95, *, seed: int 
     area = float(areas(torch.ones_like(low)[None], torch.ones_like(high)[None]))
     sampled = torch.cat([areas(*times) for times in resampled((len(low), len(high)), seed)])
     lowest, highest = percentile_ends(sampled, confidence).tolist()
-    return Roc(
-        fpr=_led_by(fpr),
-        tpr=_led_by(tpr),
-        thresholds=_led_by(cuts, math.inf),
-        area=Interval(area, lowest, highest, confidence, len(low) + len(high)),
-        clean=len(low),
-        attacked=len(high),
-    )
-
-
-def _led_by(rows: Tensor, value: float = 0.0) -> Tensor:
-    """Rows [*, n] with a value before the first, [*, n + 1]."""
-    return functional.pad(rows, (1, 0), value=value)
+    interval = Interval(area, lowest, highest, confidence, len(low) + len(high))
+    return Roc(fpr, tpr, cuts, interval, len(low), len(high))
 
 
 def _sorted_scores(name: str, scores: Tensor) -> Tensor:
@@ -417,15 +378,8 @@ class AdversarialScore:
     caveats: tuple[str, ...] = CAVEATS
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers and text for JSON."""
-        return {
-            "scores": self.scores.tolist(),
-            "p_values": self.p_values.tolist(),
-            "deviations": self.deviations.tolist(),
-            "names": list(self.names),
-            "parameters": dict(self.parameters),
-            "caveats": list(self.caveats),
-        }
+        """Plain numbers and text for JSON; without the reference."""
+        return plain_fields(self, "reference")
 
     def __repr__(self) -> str:
         rare = int((self.p_values <= RARE).sum())
@@ -454,14 +408,8 @@ class AttackRoc:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers and text for JSON."""
-        return {
-            "rocs": {name: one and one.as_dict() for name, one in self.rocs.items()},
-            "fooled": dict(self.fooled),
-            "tried": self.tried,
-            "scores": {name: one.tolist() for name, one in self.scores.items()},
-            "parameters": dict(self.parameters),
-            "caveats": list(self.caveats),
-        }
+        rocs = {name: one and one.as_dict() for name, one in self.rocs.items()}
+        return plain_fields(self) | {"rocs": rocs}
 
     def __repr__(self) -> str:
         lines = [
@@ -484,8 +432,8 @@ def adversarial_score(
     running: RunOptions | None = None,
     layout: LayoutLike = None,
 ) -> AdversarialScore:
-    """Scores inputs by how unusual their maps are relative to those of clean references. How much
-    the score tells depends on the model and the method: `attack_roc` measures it.
+    """Scores inputs by how unusual their maps are relative to those of clean references. How well
+    the score finds attacks depends on the model and the method: `attack_roc` measures it.
 
     Args:
         model: The model.
@@ -495,16 +443,15 @@ def adversarial_score(
         method: Makes the maps.
         target: Of the maps; where there is one class per input, the references are explained for
             their predicted classes.
-        baseline: Of the method.
+        baseline: The method's baseline.
         seed: Which half of the references is fitted.
         running: How the model is run.
-        layout: Of the inputs, one letter per axis, as in `explain`.
+        layout: The inputs' axes, one letter each.
 
     Raises:
         InputError: If references do not fit the inputs or are too few.
 
     Example:
-        >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh())
         >>> x = torch.randn(42, 4)
         >>> adversarial_score(model, x[:2], x[2:], "gradient").p_values.shape
@@ -529,12 +476,10 @@ def adversarial_score(
         _check_references(references, inputs)
         # A target per input is not the references'.
         shared = target if target is None or isinstance(target, (int, str)) else PREDICTED
-        tables = inputs.dim() == 2
-        reference = CoherenceReference.fit(
-            explained(references, shared), neighbours=not tables, seed=seed
-        )
-    scores = reference.score(maps)
-    parameters = _method_parameters(method, baseline) | {
+        clean, spatial = explained(references, shared), inputs.dim() > 2
+        reference = CoherenceReference.fit(clean, neighbours=spatial, seed=seed)
+    scores, about = reference.score(maps), _about(method, baseline)
+    parameters = about | {
         "target": target if isinstance(target, (int, str)) else type(target).__name__,
         "references": reference.count,
         "statistics": list(reference.names),
@@ -542,36 +487,23 @@ def adversarial_score(
         "shrinkage": reference.shrinkage,
         "seed": reference.seed,
     }
-    return AdversarialScore(
-        scores,
-        reference.p_values(scores),
-        reference.standardised(maps),
-        reference.names,
-        reference,
-        parameters,
-    )
+    found = scores, reference.p_values(scores), reference.standardised(maps)
+    return AdversarialScore(*found, reference.names, reference, parameters)
 
 
 def _check_references(references: object, inputs: Tensor) -> None:
     """Raises where references are not like the inputs, or are the inputs."""
-    if not isinstance(references, Tensor) or references.shape[1:] != inputs.shape[1:]:
-        got = list(references.shape) if isinstance(references, Tensor) else type(references)
-        raise InputError(
-            f"references must be clean inputs like the others: got {got}, expected "
-            f"{['N', *inputs.shape[1:]]}"
-        )
-    if references.device != inputs.device:
-        raise InputError(
-            f"references are on another device: got {references.device}, inputs are on "
-            f"{inputs.device}; move them with .to(inputs.device)"
-        )
-    if references.shape == inputs.shape and bool((references == inputs).all()):
-        raise InputError(
-            "references must be other inputs than those that are scored: got the same ones"
-        )
+    expected = f"expected {['N', *inputs.shape[1:]]} on {inputs.device}"
+    if not isinstance(references, Tensor):
+        raise InputError(f"references must be a tensor: got {type(references)}, {expected}")
+    got = f"{list(references.shape)} on {references.device}"
+    if references.shape[1:] != inputs.shape[1:] or references.device != inputs.device:
+        raise InputError(f"references must be clean inputs like the others: got {got}, {expected}")
+    if torch.equal(references, inputs):
+        raise InputError("references must be other inputs than those that are scored")
 
 
-def _method_parameters(method: Explainer, baseline: Baseline) -> dict[str, Any]:
+def _about(method: Explainer, baseline: Baseline) -> dict[str, Any]:
     if is_method(method):
         method = read_method(method)
         fields = getattr(method, "__dataclass_fields__", ())
@@ -579,8 +511,8 @@ def _method_parameters(method: Explainer, baseline: Baseline) -> dict[str, Any]:
         about = {"method": method.name, "method_parameters": values}
     else:
         about = {"method": getattr(method, "__name__", type(method).__name__)}
-    plain = baseline is None or isinstance(baseline, (str, int, float, Tensor))
-    return about | {"baseline": describe(baseline) if plain else type(baseline).__name__}
+    simple = baseline is None or isinstance(baseline, (str, int, float, Tensor))
+    return about | {"baseline": describe(baseline) if simple else type(baseline).__name__}
 
 
 def attack_roc(
@@ -615,28 +547,36 @@ def attack_roc(
         steps: Of "pgd".
         step_size: Of "pgd".
         bounds: Of valid inputs.
-        baseline: Of the method.
+        baseline: The method's baseline; `seed`, `running` and `layout` as in `adversarial_score`.
         seed: Of the references and the attack.
         running: How the model is run.
-        layout: As in `adversarial_score`.
+        layout: The inputs' axes.
 
     Raises:
         InputError: If the model is right about none of the inputs.
 
     Example:
-        >>> _ = torch.manual_seed(0)
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Tanh())
         >>> x = torch.randn(60, 4)
-        >>> result = attack_roc(model, x[40:], model(x[40:]).argmax(1), x[:40], "gradient", 1.0)
-        >>> result.tried
+        >>> attack_roc(model, x[40:], model(x[40:]).argmax(1), x[:40], "gradient", 1.0).tried
         20
     """
     running = running or RunOptions()
     names = (attacks,) if isinstance(attacks, str) else tuple(attacks)
     for name in names:
-        if name not in ATTACKS:
-            raise InputError(f"attacks must be out of {', '.join(ATTACKS)}: got {name!r}")
-    clean, classes = _right(model, inputs, labels, running)
+        checks.choice("attacks", name, ATTACKS)
+    if not isinstance(inputs, Tensor):
+        raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
+    (x,), (dtype,) = read_inputs(inputs)
+    decided = decisions(model, x, running.taking(dtype), labels)
+    classes = classes_of(labels, decided)
+    right = decided == classes
+    if not bool(right.any()):
+        raise InputError(
+            "labels: the model is right about none of the inputs, so that none can be attacked; "
+            f"got {classes[:8].tolist()}, decided {decided[:8].tolist()}"
+        )
+    clean, classes = x[right].to(dtype), classes[right]
     shared: dict[str, Any] = {"bounds": bounds, "running": running}
 
     def scored(x: Tensor, usual: Tensor | CoherenceReference) -> AdversarialScore:
@@ -666,21 +606,3 @@ def attack_roc(
         {**first.parameters, "attacks": about},
         (*missed, _UNAWARE, *CAVEATS),
     )
-
-
-def _right(
-    model: Model, inputs: Tensor, labels: Target, running: RunOptions
-) -> tuple[Tensor, Tensor]:
-    """The inputs that the model is right about, and their classes."""
-    if not isinstance(inputs, Tensor):
-        raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
-    (x,), (dtype,) = read_inputs(inputs)
-    before = decisions(model, x, running.taking(dtype), labels)
-    classes = classes_of(labels, before)
-    right = before == classes
-    if not bool(right.any()):
-        raise InputError(
-            "labels: the model is right about none of the inputs, so that none can be attacked; "
-            f"got {classes[:8].tolist()}, decided {before[:8].tolist()}"
-        )
-    return x[right].to(dtype), classes[right]

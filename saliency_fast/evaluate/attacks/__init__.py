@@ -1,1 +1,0 @@
-"""Adversarial attacks on decisions and on maps, and the detection of unusual inputs."""
