@@ -75,7 +75,7 @@ _PLAIN: dict[str, Any] = {
 
 
 def deletion(size: int, substrate: float) -> Pair:
-    """Deletion in steps of so many places; Quantus calls it pixel flipping."""
+    """Deletion in steps of so many positions; Quantus calls it pixel flipping."""
 
     def ours(task: Task) -> np.ndarray:
         metric = ev.Deletion(substrate=substrate, step_size=size, per="element")
@@ -126,7 +126,7 @@ def digits(count: int, side: int, method: str) -> Task:
 
 
 def _untied(maps: Tensor) -> Tensor:
-    """The rank of every element, equal ones in the order of their place: Quantus sorts in an order
+    """The rank of every element, equal ones by position: Quantus sorts in an order
     of its own, and the step in which equal ones go would differ.
     """
     order = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
@@ -169,7 +169,7 @@ def _cases(quick: bool) -> list[tuple[Callable[[], Task], list[Pair]]]:
     return [
         # 128 steps, of the size that the network was trained on.
         (lambda: digits(64, 64, "smoothgrad"), [deletion(32, 0.0), insertion(32, 0.0)]),
-        # 100 steps of 64 places.
+        # 100 steps of 64 positions.
         (lambda: digits(64, 80, "smoothgrad"), both),
         (lambda: digits(64, 80, "integrated_gradients"), both[:2]),
         # 96 steps.
@@ -224,7 +224,7 @@ def table(document: dict[str, Any]) -> str:
         f"Against Quantus {setting['quantus']}, the same maps and protocol, in turn in one "
         "process; medians. The gap is the largest between both, of softmax probabilities at any "
         "step of any curve. Small inputs come first: in a process that has held larger tensors, "
-        "memory for a batch of 64 is not asked of the system anew, and Quantus takes less time.",
+        "memory for a batch of 64 is not allocated anew, and Quantus takes less time.",
     ]
     return "\n".join(lines) + "\n"
 

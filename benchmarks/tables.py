@@ -9,7 +9,7 @@ under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the s
 (one line per race), "lean-cpu", "lean-gpu", "ops-cpu" or "ops-gpu"; "kernels" (what compilers make
 of every kernel), "kernels-summary" (one line per kernel), "kernels-gpu" (what was timed) or the
 same with "-summary" (only what is checked in or to be); "precision-cpu", "precision-gpu",
-"requests-cpu", "requests-gpu" (both also with "-summary"), "evaluation-cpu", "judged-cpu",
+"requests-cpu", "requests-gpu" (both also with "-summary"), "evaluation-cpu", "metrics-cpu",
 "intervals", "methods-cpu", "methods-gpu", "smoothgrad" or "startup".
 """
 
@@ -32,7 +32,7 @@ GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 OWN_TABLES = (
     "evaluation",
     "intervals",
-    "judged",
+    "metrics",
     "methods",
     "precision",
     "requests",
@@ -171,7 +171,7 @@ def lean(document: dict[str, Any]) -> str:
         "",
         *aligned("model, as the model is, lean, times less", saved),
         "",
-        "The affine prefix, taken once instead of for every point where the plan says it pays:",
+        "The affine prefix, applied once instead of for every point where the plan says it pays:",
         "",
         *aligned(
             "model, method, contender:, time, spread, against no prefix, what the plan takes once:,"

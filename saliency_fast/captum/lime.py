@@ -37,7 +37,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
 from saliency_fast.methods.parts.coalitions import Game
-from saliency_fast.methods.parts.regression import fit
+from saliency_fast.methods.surrogates import fit
 from saliency_fast.model.preserve import preserved
 
 MANY_FEATURES = 10_000
@@ -491,7 +491,7 @@ class _Fitted:
 
     def recipe(self) -> Recipe:
         def rounds(asked: engine.RoundContext) -> engine.Rounds:
-            return surrogates.fitted(asked, self.draw, self.weigh, self.how, self.alpha)
+            return surrogates.surrogate_rounds(asked, self.draw, self.weigh, self.how, self.alpha)
 
         return engine.RoundsRecipe(
             rounds, self.samples, baseline="fill", gradients=False, features=True

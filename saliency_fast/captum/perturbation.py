@@ -30,8 +30,8 @@ from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import ablation, occlusion, shapley
-from saliency_fast.methods.parts.coalitions import Game, players
-from saliency_fast.methods.parts.windows import read_windows
+from saliency_fast.methods.occlusion import read_windows
+from saliency_fast.methods.parts.coalitions import Game, feature_count
 from saliency_fast.model.layout import Layouts
 
 MANY_FEATURES = 10
@@ -334,7 +334,7 @@ class _Permuted:
     name = "feature_permutation"
 
     def recipe(self) -> Recipe:
-        return engine.RoundsRecipe(self._rounds, players, gradients=False, features=True)
+        return engine.RoundsRecipe(self._rounds, feature_count, gradients=False, features=True)
 
     def _rounds(self, asked: engine.RoundContext) -> engine.Rounds:
         game = Game.of(asked)

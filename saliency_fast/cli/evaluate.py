@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 from saliency_fast import zoo
-from saliency_fast.cli.inputs import Read, read_form, read_inputs
-from saliency_fast.cli.models import Loaded, load_model
-from saliency_fast.cli.options import (
-    read_baseline,
-    read_boxes,
-    read_fields,
-    read_methods,
-    read_one_target,
-)
-from saliency_fast.cli.report import failures_named, out_folder
+from saliency_fast.cli import arguments
+from saliency_fast.cli.explain import failures_named, out_folder
 from saliency_fast.cli.tables import show_paths
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import CONTROLS
@@ -47,7 +39,7 @@ class _Examples:
 
 def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
     """Runs `saliency-fast evaluate`."""
-    methods = read_methods(args.method or METHODS, args.method_arg)
+    methods = arguments.read_methods(args.method or METHODS, args.method_arg)
     metrics = [one.replace("-", "_").replace(" ", "_") for one in args.metric] or None
     suite = Suite(
         names=metrics,
@@ -55,14 +47,15 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
         substrate=None if args.substrate is None else _substrate(args.substrate, args.device),
         steps=args.steps,
         seed=args.seed,
-        fields=read_fields("--metric-arg", metrics or list(ENTRIES), args.metric_arg),
+        fields=arguments.read_fields("--metric-arg", metrics or list(ENTRIES), args.metric_arg),
     )
-    loaded = load_model(args.model, args.weights, read_form(args.size, args.channels), args.device)
-    baseline = read_baseline(args.baseline, args.device)
+    form = arguments.read_form(args.size, args.channels)
+    loaded = arguments.load_model(args.model, args.weights, form, args.device)
+    baseline = arguments.read_baseline(args.baseline, args.device)
     given = _files(args, loaded) if args.input else _scenes(args)
     out = out_folder(args.out)
     x = given.x.to(args.device)
-    with failures_named(Read("inputs", given.source, x)):
+    with failures_named(arguments.Read("inputs", given.source, x)):
         found = report(
             *(loaded.model, x),
             methods={method.name: method for method in methods},
@@ -98,7 +91,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _substrate(text: str, device: str) -> Any:
-    found = read_baseline(text, device)
+    found = arguments.read_baseline(text, device)
     if found is None or isinstance(found, list):
         raise InputError(
             f"--substrate must be zero, mean, blur, uniform, a number or a file: got {text!r}"
@@ -106,25 +99,26 @@ def _substrate(text: str, device: str) -> Any:
     return found
 
 
-def _files(args: argparse.Namespace, loaded: Loaded) -> _Examples:
+def _files(args: argparse.Namespace, loaded: arguments.Loaded) -> _Examples:
     """Inputs from files, in one batch."""
     if args.examples is not None:
         raise InputError(
             "--examples is for the built-in scenes: leave it out, or give fewer inputs"
         )
-    reads = read_inputs(args.input, loaded.prepare, loaded.dtype, args.batched, args.max_pixels)
+    about = loaded.dtype, args.batched, args.max_pixels
+    reads = arguments.read_inputs(args.input, loaded.prepare, *about)
     first = reads[0]
     for read in reads:
         if read.x.shape[1:] != first.x.shape[1:]:
             raise InputError(
-                f"inputs must have one shape, to be judged together: got {list(first.x.shape[1:])} "
-                f"of {first.source} and {list(read.x.shape[1:])} of {read.source}; use --size and "
-                "--channels, or one call for each shape"
+                "inputs must have one shape, to be evaluated together: got "
+                f"{list(first.x.shape[1:])} of {first.source} and {list(read.x.shape[1:])} of "
+                f"{read.source}; use --size and --channels, or one call for each shape"
             )
     x = torch.cat([read.x for read in reads])
     names = [read.name for read in reads for _ in range(len(read.x))]
-    target = read_one_target(args.target or "predicted", len(x))
-    boxes = None if args.boxes is None else read_boxes(args.boxes, names)
+    target = arguments.read_one_target(args.target or "predicted", len(x))
+    boxes = None if args.boxes is None else arguments.read_boxes(args.boxes, names)
     source = first.source if len(reads) == 1 else f"{first.source} and {len(reads) - 1} more"
     return _Examples(x, target, boxes, source, f"Are the maps of {args.model} any good?")
 
@@ -146,7 +140,7 @@ def _scenes(args: argparse.Namespace) -> _Examples:
     target = samples.labels[:count]
     explained = "their true digits"
     if args.target is not None:
-        target = read_one_target(args.target, count)
+        target = arguments.read_one_target(args.target, count)
         explained = f"the target {args.target}"
     title = f"Maps of {args.model} on {count} built-in held-out scenes: {explained}, known boxes"
     return _Examples(samples.images[:count], target, samples.boxes[:count], "held_out", title)

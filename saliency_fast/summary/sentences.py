@@ -114,7 +114,7 @@ def summarise(
         >>> summary.sentences[1]
         '75 % of what raises the output lies in age, 25 % in dose.'
     """
-    checks.whole("stability", stability, 0)
+    checks.integer("stability", stability, 0)
     found = maps if isinstance(maps, Attribution) else None
     if target is None and found is not None and found.classes is None:
         target = restore_target(found.provenance.target, None, False, found.kept)

@@ -1,4 +1,4 @@
-"""Metrics against Quantus, and the metrics themselves judged: quick runs have tables."""
+"""Metrics against Quantus, and metrics of the built-in models: quick runs have tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks import evaluation, judged
+from benchmarks import evaluation, metrics
 
 
 def test_curves_race_quantus_and_agree() -> None:
@@ -21,15 +21,15 @@ def test_curves_race_quantus_and_agree() -> None:
         assert row["work"] in text
 
 
-def test_verdicts_and_orders_are_told() -> None:
-    document = judged.measure(quick=True)
+def test_verdicts_and_orders_are_reported() -> None:
+    document = metrics.measure(quick=True)
     rows = {(row["part"], row["name"]): row for row in document["rows"]}
     assert rows["sanity check", "edge_detector"]["passed"] is False
-    for method in judged.SANITY[:-1]:
+    for method in metrics.SANITY[:-1]:
         assert rows["sanity check", method]["passed"] is True
     for part in ("deletion", "insertion", "pointing game"):
         assert all(math.isfinite(row["mean"]) for row in document["rows"] if row["part"] == part)
     assert rows["deletion", "perfect"]["high"] < rows["deletion", "random"]["low"]
     assert rows["insertion", "perfect"]["low"] > rows["insertion", "random"]["high"]
-    text = judged.table(document)
+    text = metrics.table(document)
     assert "| digits | edge_detector | 1.000 [1.000, 1.000] | FAILED |" in text

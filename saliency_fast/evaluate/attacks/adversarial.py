@@ -135,7 +135,7 @@ def pgd(
         True
     """
     checks.positive("epsilon", epsilon)
-    checks.whole("steps", steps, 1)
+    checks.integer("steps", steps, 1)
     check_seed("seed", seed)
     if step_size is not None:
         checks.positive("step_size", step_size)
@@ -152,7 +152,7 @@ def check_seed(name: str, seed: object) -> None:
     """Raises unless it is one 64-bit int."""
     if isinstance(seed, tuple):
         raise InputTypeError(f"{name} must be one 64-bit int for all examples: got {seed!r}")
-    checks.seed(seed)
+    checks.seed("seed", seed)
 
 
 def uniform(x: Tensor, seed: int, sample: int = 0) -> Tensor:
@@ -217,7 +217,7 @@ class _Victim:
         bounds: Bounds,
         running: RunOptions | None,
     ) -> _Victim:
-        checks.flag("targeted", targeted)
+        checks.boolean("targeted", targeted)
         if not callable(model):
             raise InputTypeError(f"model must be callable: got {type(model).__name__}")
         if not isinstance(x, Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeGuard, cast
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -116,7 +116,7 @@ class Manipulation(Metric):
 
     def __post_init__(self) -> None:
         check_fields(self, epsilon=checks.positive, steps=1, attack=ATTACKS, points=1)
-        check_fields(self, softplus=checks.positive, share=checks.share, seed=check_seed)
+        check_fields(self, softplus=checks.positive, share=checks.fraction, seed=check_seed)
 
     def manipulate(self, data: Subject) -> Manipulated:
         """The attack alone, which shows the attacked inputs and maps."""
@@ -228,7 +228,7 @@ class _Search:
         """The gradient of the maps' correlation with those before, at x."""
         running, origin = self.data.running, self.before
         if recipe is None:
-            recipe = cast(WeightedSum, Gradient().recipe())
+            recipe = Gradient().recipe()
             maps, origin = self._gradient(x), self.gradient_before
         direction = correlation_slope(maps, origin)
         direction = running.back(direction if x.dim() == 2 else direction[:, None])

@@ -135,7 +135,7 @@ def agreement(
           a  1.00
           b  1.00  1.00
     """
-    checks.share("share", share)
+    checks.fraction("share", share)
     if share == 0:
         raise InputError("share must be above 0: got 0")
     checks.choice("evidence", evidence, EVIDENCE)
