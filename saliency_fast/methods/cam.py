@@ -76,7 +76,7 @@ class GradCAM(Cam):
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.GradCAM(relu=False)
+        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.GradCAM("0")
         >>> sf.explain(model, torch.ones(2, 1, 5, 5), target=(1, 0, 0), method=method).values.shape
         torch.Size([2, 1, 5, 5])
     """
@@ -95,7 +95,7 @@ class GradCAMPlusPlus(Cam):
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.GradCAMPlusPlus()
+        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.GradCAMPlusPlus("0")
         >>> sf.explain(model, torch.ones(2, 1, 5, 5), target=(1, 0, 0), method=method).values.shape
         torch.Size([2, 1, 5, 5])
     """
@@ -113,7 +113,7 @@ class XGradCAM(Cam):
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.XGradCAM(relu=False)
+        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.XGradCAM("0")
         >>> sf.explain(model, torch.ones(2, 1, 5, 5), target=(1, 0, 0), method=method).values.shape
         torch.Size([2, 1, 5, 5])
     """
@@ -131,7 +131,7 @@ class LayerCAM(Cam):
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.LayerCAM(relu=False)
+        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.LayerCAM("0")
         >>> sf.explain(model, torch.ones(2, 1, 5, 5), target=(1, 0, 0), method=method).values.shape
         torch.Size([2, 1, 5, 5])
     """
@@ -147,7 +147,7 @@ class HiResCAM(Cam):
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.HiResCAM(relu=False)
+        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.HiResCAM("0")
         >>> sf.explain(model, torch.ones(2, 1, 5, 5), target=(1, 0, 0), method=method).values.shape
         torch.Size([2, 1, 5, 5])
     """
@@ -165,7 +165,7 @@ class EigenCAM(Cam):
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.EigenCAM()
+        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.EigenCAM("0")
         >>> sf.explain(model, torch.ones(2, 1, 5, 5), target=(1, 0, 0), method=method).values.shape
         torch.Size([2, 1, 5, 5])
     """
@@ -192,7 +192,7 @@ class ScoreCAM(Cam):
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.ScoreCAM(relu=False)
+        >>> model, method = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3)), sf.ScoreCAM("0")
         >>> sf.explain(model, torch.ones(2, 1, 5, 5), target=(1, 0, 0), method=method).values.shape
         torch.Size([2, 1, 5, 5])
     """
@@ -228,10 +228,9 @@ class GuidedGradCAM(GradCAM):
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.ReLU(), nn.Conv2d(2, 2, 3), nn.Flatten())
-        >>> x, method = torch.ones(2, 2, 5, 5), sf.GuidedGradCAM(relu=False)
-        >>> sf.explain(model, x, target=1, method=method).values.shape
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Conv2d(2, 2, 3))
+        >>> x, method = torch.ones(2, 2, 5, 5), sf.GuidedGradCAM("1")
+        >>> sf.explain(model, x, target=(1, 0, 0), method=method).values.shape
         torch.Size([2, 2, 5, 5])
     """
 

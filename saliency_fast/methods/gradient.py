@@ -156,7 +156,7 @@ class LRP:
         >>> import torch, saliency_fast as sf
         >>> x, method = torch.tensor([[-1.0, 2.0]]), sf.LRP("epsilon")
         >>> sf.explain(torch.nn.ReLU(), x, target=1, method=method).values
-        tensor([[-0.,  2.]])
+        tensor([[0., 2.]])
     """
 
     composite: str = "epsilon_plus"
