@@ -156,7 +156,6 @@ def dynamo_loaded() -> bool:
 
 
 def is_compiler_error(error: BaseException) -> bool:
-    """Whether the compiler raised `error`."""
     return type(error).__module__.startswith("torch._dynamo")
 
 

@@ -338,7 +338,6 @@ def _check_references(tensors: Mapping[str, Tensor], provenance: Mapping[str, An
 
 
 def _check_layout(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
-    """Layouts, regions and masks of regions against the maps."""
     lead = tensors["scores"].dim()
     layouts = provenance.get("layout")
     maps = _numbered(tensors, "values", "its maps")
@@ -473,7 +472,6 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and contents."""
     return digest("", {"": tensor})
 
 

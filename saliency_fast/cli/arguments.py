@@ -247,7 +247,6 @@ class Loaded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, which arrays are cast to."""
         weights = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         return next((one.dtype for one in weights if one.is_floating_point()), torch.float32)
 
@@ -423,7 +422,6 @@ def _load_weights(model: Callable[..., Any], file: str) -> None:
 
 
 def read_methods(names: Sequence[str], fields: Sequence[str]) -> list[Method]:
-    """Methods from `--method` and `--method-arg`."""
     given = read_fields("--method-arg", names, fields)
     return [make_method(name, given.get(name, {})) for name in dict.fromkeys(names)]
 

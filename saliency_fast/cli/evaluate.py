@@ -38,7 +38,6 @@ class _Examples:
 
 
 def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Runs `saliency-fast evaluate`."""
     methods = arguments.read_methods(args.method or METHODS, args.method_arg)
     metrics = [one.replace("-", "_").replace(" ", "_") for one in args.metric] or None
     suite = Suite(
@@ -100,7 +99,6 @@ def _substrate(text: str, device: str) -> Any:
 
 
 def _files(args: argparse.Namespace, loaded: arguments.Loaded) -> _Examples:
-    """Inputs from files, in one batch."""
     if args.examples is not None:
         raise InputError(
             "--examples is for the built-in scenes: leave it out, or give fewer inputs"
@@ -124,7 +122,6 @@ def _files(args: argparse.Namespace, loaded: arguments.Loaded) -> _Examples:
 
 
 def _scenes(args: argparse.Namespace) -> _Examples:
-    """The built-in held-out scenes, with their labels and boxes."""
     if args.model not in zoo.MODELS:
         raise InputError(
             "inputs are missing: only for the built-in models "

@@ -54,7 +54,6 @@ _DEMO = (
 
 
 def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Runs `saliency-fast explain`."""
     methods = arguments.read_methods(args.method or ["integrated_gradients"], args.method_arg)
     target = arguments.read_target(args.target)
     form = arguments.read_form(args.size, args.channels)
@@ -118,7 +117,6 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def demo(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Runs `saliency-fast demo`: held-out digits explained by the shipped model."""
     samples = zoo.held_out()
     if not 1 <= args.examples <= len(samples):
         raise InputError(f"--examples must lie between 1 and {len(samples)}: got {args.examples}")
@@ -223,7 +221,6 @@ class Reporter:
             )
 
     def page(self, title: str, lead: str, command: str) -> None:
-        """Writes the page of all entries so far."""
         facts = (("model", self.loaded.spec), *self.facts)
         path = self.out / "index.html"
         page = page_html(Page(title, lead, tuple(self.entries), facts, command))
@@ -253,7 +250,6 @@ class Reporter:
         return _Result(found, record, drawn, sentences)
 
     def _sentences(self, found: Attribution, x: Tensor) -> dict[Index, str]:
-        """A summary of each map."""
         if not _lies_over(found, x):
             raise InputError("--summary is about maps of the input: leave it out, or --at")
         model, labels = self.loaded.model, self.loaded.labels
@@ -355,7 +351,6 @@ def target_rows(target: Any, x: Tensor) -> Any:
 
 
 def class_name(number: int, labels: Mapping[int, str]) -> str:
-    """The name of a class, or its number where it has none."""
     return labels.get(number, f"class {number}")
 
 
@@ -369,7 +364,6 @@ def inside(found: Attribution, index: Index, box: Box) -> Inside:
 
 
 def out_folder(path: str) -> Path:
-    """The folder to write to, made where it is missing."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -379,7 +373,6 @@ def out_folder(path: str) -> Path:
 
 
 def _indices(found: Attribution) -> list[Index]:
-    """The indices of all maps, example by example."""
     return list(itertools.product(*map(range, found.scores.shape)))
 
 
@@ -399,7 +392,6 @@ def _lies_over(found: Attribution, x: Tensor) -> bool:
 
 
 def _of_target(found: Attribution, k: int) -> Attribution:
-    """The maps of each example's target `k` alone."""
     names = ["values", "scores", "baseline_scores", "delta", "error", "classes", "precision_error"]
     fields: dict[str, Any] = {
         name: value[:, k] for name in names if (value := getattr(found, name)) is not None
@@ -434,7 +426,6 @@ def _ranking(loaded: arguments.Loaded, x: Tensor) -> list[tuple[Ranked, ...]]:
 
 
 def _explained(found: Attribution, index: Index, labels: Mapping[int, str]) -> str:
-    """What a map explains, in words."""
     if found.classes is not None:
         return class_name(int(found.classes[index]), labels)
     output = found.provenance.target.get("index")

@@ -209,7 +209,6 @@ COMMANDS = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of `saliency-fast`."""
     root = argparse.ArgumentParser(
         prog="saliency-fast",
         description="Exact attribution for PyTorch models: which parts of an input did it.",

@@ -34,7 +34,6 @@ def _print(heads: Sequence[str], rows: Iterable[Sequence[str]], piped: int = _PI
 
 
 def methods(*_: object) -> int:
-    """Every method with its summary, fields and defaults."""
     rows = []
     for name, kind in METHODS.items():
         fields = [
@@ -48,7 +47,6 @@ def methods(*_: object) -> int:
 
 
 def metrics(*_: object) -> int:
-    """Every metric with its question, needs, fields and defaults."""
     # Evaluation is imported only where it is needed.
     from saliency_fast.evaluate.metric import ENTRIES, METRICS, fields_of
 
@@ -66,7 +64,6 @@ def metrics(*_: object) -> int:
 
 
 def backends(*_: object) -> int:
-    """Which version of the ops runs where."""
     return _print(("where", "what runs"), ops.backends().items())
 
 

@@ -75,8 +75,6 @@ _LOCATIONS = {
 
 
 class _Methods(Mapping[str, "type[Any]"]):
-    """Every method class by its name."""
-
     def __getitem__(self, name: str) -> type[Any]:
         module, kind = _LOCATIONS[name]
         method: type[Any] = getattr(import_module(f"{__name__}.{module}"), kind)

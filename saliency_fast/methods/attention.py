@@ -68,7 +68,6 @@ def _times(row: Tensor, matrix: Tensor) -> Tensor:
 
 
 def wide(layers: Sequence[Tensor]) -> list[Tensor]:
-    """Layers in float32 at least."""
     return [one if one.dtype == torch.float64 else one.float() for one in layers]
 
 

@@ -321,7 +321,6 @@ class Canvas:
         return self.inputs_round(each, gradients=gradients)
 
     def inputs_round(self, each: Callable[[slice, RoundResult], None], *, gradients: bool) -> Round:
-        """A round at the inputs themselves."""
         example, _ = every_row(self.context, 1)
         taps = LayerTaps(self.context.layers, self.context.layer_input)
         return Round(at_inputs(self.context), example, example, gradients, taps, each=each)
@@ -405,7 +404,6 @@ class Canvas:
                 )
 
     def extras(self) -> dict[str, Tensor]:
-        """The maps at their layers' size."""
         if len(self.maps) == 1:
             return {"layer": self.maps[0]}
         return {f"layer_{number}": one for number, one in enumerate(self.maps)}
@@ -418,6 +416,5 @@ def _to_peak(maps: Tensor) -> Tensor:
 
 
 def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Maps [N, *s] at another size."""
     resized: Tensor = ops.cam(maps.unsqueeze(1), maps.new_ones(len(maps), 1), list(size), False)
     return resized

@@ -66,7 +66,6 @@ def _launch(name: str, tensor: Tensor, *arguments: object) -> None:
 
 
 def noise_points(x: Tensor, *arguments: Any) -> Tensor:
-    """The op `noise_points`: [R, *]."""
     *columns, antithetic, first_element = arguments
     x, columns = x.contiguous(), [t.contiguous() for t in columns]
     out = torch.empty((len(columns[2]), *x.shape[1:]), dtype=x.dtype, device=x.device)
@@ -76,7 +75,6 @@ def noise_points(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def magnitude_percentile(values: Tensor, percentile: float) -> Tensor:
-    """The op `magnitude_percentile`: [B]."""
     values = values.contiguous()
     rows, numel = len(values), values[0].numel()
     out = torch.empty(rows, dtype=values.dtype, device=values.device)
@@ -97,14 +95,12 @@ def _planes(x: Tensor, layout: torch.memory_format | None) -> tuple[int, int, in
 
 
 def relu_mask(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The op `relu_mask`: (y like x, mask)."""
     x = masks.dense(x)
     y = torch.empty_like(x)
     return y, _rectify(x, y, *options)
 
 
 def relu_mask_(x: Tensor, *options: Any) -> Tensor:
-    """The op `relu_mask_`: the mask; y is written over x."""
     masks.check_in_place(x)
     return _rectify(x, x, *options)
 
@@ -125,7 +121,6 @@ def _rectify(x: Tensor, y: Tensor, *options: Any) -> Tensor:
 def relu_mask_backward(
     grad: Tensor, mask: Tensor, scale: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The op `relu_mask_backward`: (scale m, m or empty [0])."""
     slope, rule, both, channels_last = options
     masks.check_backward(grad, mask, scale, slope, rule)
     layout = masks.layout_named(grad, channels_last)
@@ -142,7 +137,6 @@ def relu_mask_backward(
 
 
 def pack_mask(flags: Tensor) -> Tensor:
-    """The op `pack_mask`: the mask of bool flags."""
     flags = masks.dense(flags)
     mask = masks.empty_mask(flags)
     _launch("pack_mask", flags, flags, mask, flags.numel())

@@ -31,7 +31,7 @@ def layout_of(x: Tensor) -> torch.memory_format | None:
 
 
 def dense(x: Tensor) -> Tensor:
-    """X itself where it is contiguous or channels_last, else a contiguous copy."""
+    """The tensor itself where it is contiguous or channels_last, else a contiguous copy."""
     return x.contiguous() if layout_of(x) is None else x
 
 
@@ -97,7 +97,6 @@ def check_in_place(x: Tensor) -> None:
 
 
 def _widened(t: Tensor) -> Tensor:
-    """`t` in the type of the arithmetic: float32 for half types."""
     return t.float() if t.dtype.itemsize == 2 else t
 
 
@@ -107,14 +106,12 @@ def _per_channel(t: Tensor, width: int) -> Tensor:
 
 
 def _packed(flags: Tensor) -> Tensor:
-    """The mask of bool `flags`, which are contiguous or channels_last."""
     ordered = flags if flags.is_contiguous() else flags.movedim(1, -1)
     bits = torch.nn.functional.pad(ordered.flatten(), (0, -flags.numel() % 8)).view(-1, 8)
     return (bits << torch.arange(8, device=flags.device)).sum(1).to(torch.uint8)
 
 
 def _unpacked(mask: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    """The bool flags of a mask, in the shape of `like`."""
     bits = (mask[:, None] >> torch.arange(8, device=mask.device)).bitwise_and(1).bool()
     shape = like.movedim(1, -1).shape if channels_last else like.shape
     flags = bits.flatten()[: like.numel()].view(shape)

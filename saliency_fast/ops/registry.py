@@ -59,7 +59,6 @@ class Op:
 
     @property
     def overload(self) -> OpOverload:
-        """The registered operator, for `torch.library.opcheck`."""
         packet: OpOverloadPacket = getattr(torch.ops.saliency_fast, self.name)
         return packet.default
 

@@ -110,7 +110,6 @@ def features_of(context: RoundContext) -> tuple[Inputs, int]:
 
 
 def feature_count(inputs: Inputs, features: Inputs, layouts: Layouts | None = None) -> int:
-    """How many features a call has."""
     if not features:
         return sum(x[:1].numel() for x in inputs)
     return 1 + max(int(one.max()) for one in features)

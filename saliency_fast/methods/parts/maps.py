@@ -20,7 +20,6 @@ def every_row(context: RoundContext, count: int) -> tuple[Tensor, Tensor]:
 
 
 def at_inputs(context: RoundContext) -> Callable[[Tensor, Tensor], Inputs]:
-    """Writes the inputs themselves."""
     return lambda example, _: tuple(x[example] for x in context.inputs)
 
 
