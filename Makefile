@@ -79,7 +79,7 @@ larger: $(VENV)/test-installed ## explain inputs larger than memory: three minut
 # number of samples that Captum needs for the same error.
 accuracy: $(VENV)/test-installed ## measure errors of maps and how well they are estimated
 	$(BIN)/python -m benchmarks.accuracy
-	$(BIN)/python -m benchmarks.metrics
+	$(BIN)/python -m benchmarks.metaevaluation
 	$(BIN)/python -m benchmarks.smoothgrad
 	$(BIN)/python -m benchmarks.tables
 

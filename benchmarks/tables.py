@@ -9,7 +9,7 @@ under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the s
 (one line per race), "lean-cpu", "lean-gpu", "ops-cpu" or "ops-gpu"; "kernels" (what compilers make
 of every kernel), "kernels-summary" (one line per kernel), "kernels-gpu" (what was timed) or the
 same with "-summary" (only what is checked in or to be); "precision-cpu", "precision-gpu",
-"requests-cpu", "requests-gpu" (both also with "-summary"), "evaluation-cpu", "metrics-cpu",
+"requests-cpu", "requests-gpu" (both also with "-summary"), "evaluation-cpu", "metaevaluation-cpu",
 "intervals", "methods-cpu", "methods-gpu", "smoothgrad" or "startup".
 """
 
@@ -32,7 +32,7 @@ GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 OWN_TABLES = (
     "evaluation",
     "intervals",
-    "metrics",
+    "metaevaluation",
     "methods",
     "precision",
     "requests",

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks import evaluation, metrics
+from benchmarks import evaluation, metaevaluation
 
 
 def test_curves_race_quantus_and_agree() -> None:
@@ -22,14 +22,14 @@ def test_curves_race_quantus_and_agree() -> None:
 
 
 def test_verdicts_and_orders_are_reported() -> None:
-    document = metrics.measure(quick=True)
+    document = metaevaluation.measure(quick=True)
     rows = {(row["part"], row["name"]): row for row in document["rows"]}
     assert rows["sanity check", "edge_detector"]["passed"] is False
-    for method in metrics.SANITY[:-1]:
+    for method in metaevaluation.SANITY[:-1]:
         assert rows["sanity check", method]["passed"] is True
     for part in ("deletion", "insertion", "pointing game"):
         assert all(math.isfinite(row["mean"]) for row in document["rows"] if row["part"] == part)
     assert rows["deletion", "perfect"]["high"] < rows["deletion", "random"]["low"]
     assert rows["insertion", "perfect"]["low"] > rows["insertion", "random"]["high"]
-    text = metrics.table(document)
+    text = metaevaluation.table(document)
     assert "| digits | edge_detector | 1.000 [1.000, 1.000] | FAILED |" in text

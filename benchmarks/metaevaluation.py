@@ -1,7 +1,7 @@
-"""What the metrics say of methods and of controls on the built-in models.
+"""What the metrics say of methods and of controls on the built-in models: a meta-evaluation.
 
-    python -m benchmarks.metrics             minutes on two cores
-    python -m benchmarks.metrics --quick     seconds; few images, for tests
+    python -m benchmarks.metaevaluation             minutes on two cores
+    python -m benchmarks.metaevaluation --quick     seconds; few images, for tests
 
 Held-out scenes with known boxes; for the pointing game, whose differences are of few scenes, also
 many fresh ones of the held-out digits, which needs scikit-learn. A metric earns trust where it
@@ -222,4 +222,4 @@ def _part(part: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    command(__doc__, "few images", measure, table, "metrics")
+    command(__doc__, "few images", measure, table, "metaevaluation")
