@@ -34,6 +34,29 @@ REGION_MASK = "region.mask"
 """The name under which `Attribution.kept` holds a region's mask."""
 
 
+class _Deferred:
+    """A field of `Provenance` that is computed when it is first read, where it is given as a
+    function to (value, note).
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._stored = name, f"_{name}"
+
+    def __get__(self, one: Any, owner: type) -> Any:
+        if one is None:
+            return self
+        value = vars(one)[self._stored]
+        if callable(value):
+            value, note = value()
+            vars(one)[self._stored] = value
+            if note:
+                one.notes[self._name] = note
+        return value
+
+    def __set__(self, one: Any, value: Any) -> None:
+        vars(one)[self._stored] = value
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What an attribution rests on: enough to compute it again and to detect changes.
@@ -45,8 +68,10 @@ class Provenance:
         precision: Arithmetic of the model: "float32", "bfloat16", "tf32" or "float16".
         dtype, device: Of the inputs, such as "float32" and "cpu".
         backend, versions: The kernels that ran; versions of saliency_fast, torch and Python.
-        input_sha256, weights_sha256: A hash per input, and of parameters and buffers; None where
-            hashing was turned off, the second also for plain functions.
+        input_sha256: A hash per input; None where hashing was turned off.
+        weights_sha256: Hash of parameters and buffers, computed when it is first read or saved;
+            None where hashing was turned off and for plain functions. Where weights have changed
+            since the call, `notes` says so.
         trained_mode: Whether the model was passed in training mode. It is explained in evaluation
             mode.
         seconds, peak_bytes: Wall time, and peak memory over what was in use before the call.
@@ -86,6 +111,15 @@ class Provenance:
     rows: str = "alone"
     layout: list[str | None] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever copies it gets the hash, and not the model.
+        self.weights_sha256  # noqa: B018
+        return vars(self)
+
+
+# Not as a default, which fields behind it would need then, too.
+setattr(Provenance, "weights_sha256", _Deferred("weights_sha256"))  # noqa: B010
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -190,7 +224,7 @@ class Attribution:
             >>> sf.explain(model, x, target=(0, 0, 0)).axes().channel
             1
         """
-        return self._layouts.usual(number)
+        return self._layouts.or_conventional(number)
 
     @property
     def _layouts(self) -> Layouts:
@@ -421,7 +455,7 @@ def attribution(job: Job, outcome: Outcome, baseline: Baseline, **facts: Any) ->
         # Derived once for all calls with inputs of one shape; for functions only when it is read.
         layouts.letters  # noqa: B018
     facts |= {"target": target, "baseline": baseline_spec}
-    facts["layout"] = list(layouts.settled) if any(layouts.settled) else None
+    facts["layout"] = list(layouts.cached_letters) if any(layouts.cached_letters) else None
 
     def column(found: Any) -> Any:
         """Without the axis K where the call named one target."""

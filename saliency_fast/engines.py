@@ -51,7 +51,7 @@ from saliency_fast.model.layers import At, names_of
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.preserve import preserve_model_state, uncaptured, uncompiled
 from saliency_fast.model.targets import Target, with_padding
-from saliency_fast.together import Arguments, Together, Whole, in_rows, whole_call
+from saliency_fast.together import Arguments, WholeInputCall, WholeInputModel, as_rows, whole_call
 
 
 class Engine:
@@ -209,7 +209,7 @@ class Engine:
         call = self._bound(given)
         with preserve_model_state(self.model, call.device), self._diagnosing(call):
             job, _ = self._prepare(call, given)
-            return shown(job, self.graphs, job.call.layouts.told)
+            return shown(job, self.graphs, job.call.layouts.described)
 
     @uncaptured
     def __call__(
@@ -246,7 +246,7 @@ class Engine:
         given = Arguments(inputs, target, baseline, *about)
         if self.rows == "together":
             with self._whole(given) as (engine, whole):
-                return self._in_rows(engine(**whole.arguments), whole, baseline)
+                return self._as_rows(engine(**whole.arguments), whole, baseline)
         started, call = time.perf_counter(), self._bound(given)
         resident = resident_before(call)
         with preserve_model_state(self.model, call.device) as training, self._diagnosing(call):
@@ -301,7 +301,7 @@ class Engine:
                     one = next(partials, None)
                     if one is None:
                         return
-                    shown_so_far = self._in_rows(one, whole, baseline)
+                    shown_so_far = self._as_rows(one, whole, baseline)
                 yield shown_so_far
         started, call = time.perf_counter(), self._bound(given)
         resident = resident_before(call)
@@ -483,7 +483,7 @@ class Engine:
             return diagnosed(error, self.model, inputs, call.args, call.kwargs)
 
     @contextmanager
-    def _whole(self, given: Arguments) -> Iterator[tuple[Engine, Whole]]:
+    def _whole(self, given: Arguments) -> Iterator[tuple[Engine, WholeInputCall]]:
         """(engine, call) of a call whose rows are one example."""
         if given.region is not None:
             raise InputError("region is of pictures and volumes, each an example: leave it out")
@@ -491,7 +491,7 @@ class Engine:
         count = len(inputs) if isinstance(inputs, (tuple, list)) else 1
         if count not in self._wholes:
             self._wholes[count] = Engine(
-                Together(self._called, count),
+                WholeInputModel(self._called, count),
                 self.method,
                 precision=self.precision,
                 tolerance=self.tolerance,
@@ -508,8 +508,10 @@ class Engine:
         with preserve_model_state(self.model, device):
             yield self._wholes[count], whole_call(self._called, given, self.layout)
 
-    def _in_rows(self, found: Attribution, whole: Whole, baseline: Baseline) -> Attribution:
-        rows = in_rows(found, whole, self._called, baseline, self._recipe.baseline)
+    def _as_rows(
+        self, found: Attribution, whole: WholeInputCall, baseline: Baseline
+    ) -> Attribution:
+        rows = as_rows(found, whole, self._called, baseline, self._recipe.baseline)
         return replace(rows, provenance=replace(rows.provenance, **self._hashes(whole.rows)))
 
     def _prepare(
@@ -531,17 +533,34 @@ class Engine:
             if not several or any(one.mark is not None for one in several):
                 same_model(model)
             call = assigned(model, with_next_token(self.model, call), cache, self.config)
-            while True:
-                if cache.unused:
-                    call = replace(call, unused=still_unused(model, call, cache.unused))
+
+            def planned() -> tuple[Job, list[str] | None]:
+                known = still_unused(model, call, cache.unused) if cache.unused else frozenset()
                 try:
-                    return self._planned(call, given, method, recipe, alone)
+                    job, names = self._planned(
+                        replace(call, unused=known), given, method, recipe, alone
+                    )
                 except UnseenInputError as error:
+                    note(known, error)
                     # Several may be unused: the same again until all are known.
-                    seen = location.at is not None or error.number in call.unused
-                    if seen or not self.zeros_of_unused or not unused(model, call, error.number):
-                        raise
-                    cache.unused.add(error.number)
+                    return planned()
+                replan = job.replan
+
+                def again(job: Job, error: Exception) -> Job:
+                    if not isinstance(error, UnseenInputError):
+                        return replan(job, error)
+                    note(known, error)
+                    return planned()[0]
+
+                return replace(job, replan=again), names
+
+            def note(known: frozenset[int], error: UnseenInputError) -> None:
+                number, seen = error.number, location.at is not None or error.number in known
+                if seen or not self.zeros_of_unused or not unused(model, call, number):
+                    raise error
+                cache.unused.add(number)
+
+            return planned()
 
     def _planned(
         self, call: Call, given: Arguments, method: Method, recipe: Recipe, alone: bool
@@ -611,7 +630,7 @@ class Engine:
         wanted = self.hashes
         return {
             "input_sha256": [record.tensor_sha256(x) for x in call.inputs] if wanted else None,
-            "weights_sha256": record.weights_sha256(self.model) if wanted else None,
+            "weights_sha256": record.weights_sha256_later(self.model) if wanted else None,
         }
 
     def _progress(self, job: Job) -> Iterator[Progress]:

@@ -1,4 +1,4 @@
-"""Together: calls whose rows are parts of one input, such as the nodes of a graph.
+"""Calls whose rows are parts of one input (`rows="together"`), such as the nodes of a graph.
 
 The whole input is one example. The model is called with all of its rows, once for each point, and
 what is explained is the sum of the rows' scores.
@@ -30,7 +30,7 @@ _OF_WHOLE = ("delta", "error", "tie_share", "precision_error", "points", "conver
 
 
 @dataclass(frozen=True)
-class Together:
+class WholeInputModel:
     """A model whose examples are whole inputs: points [R, N, *] give outputs [R, N, *], by one call
     of `model` for each of R. count: of its inputs; further arguments follow.
     """
@@ -111,9 +111,9 @@ class Arguments:
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeInputCall:
     """A call with rows together. rows: the call as it was given; arguments: those of a call of
-    `Together`, whose inputs are [1, N, *].
+    `WholeInputModel`, whose inputs are [1, N, *].
     """
 
     rows: Call
@@ -125,7 +125,7 @@ class Whole:
         return target
 
 
-def whole_call(model: Callable[..., Any], given: Arguments, layout: LayoutLike) -> Whole:
+def whole_call(model: Callable[..., Any], given: Arguments, layout: LayoutLike) -> WholeInputCall:
     """The call with rows together; predicted classes are those of the inputs."""
     args, kwargs = given.forward_args, given.forward_kwargs
     rows = bind(given.inputs, given.target, args, kwargs)
@@ -149,7 +149,7 @@ def whole_call(model: Callable[..., Any], given: Arguments, layout: LayoutLike) 
         "features": _lead(given.features, rows.inputs),
         "layout": layout_together(layout if given.layout is None else given.layout),
     }
-    return Whole(rows, arguments)
+    return WholeInputCall(rows, arguments)
 
 
 def _shared(value: Any) -> Any:
@@ -159,7 +159,7 @@ def _shared(value: Any) -> Any:
 
 
 def _lead(value: Any, inputs: Inputs) -> Any:
-    """Tensors like the inputs with an axis in front, as `Together` has them; others as they are."""
+    """Tensors like the inputs with an axis in front, as `WholeInputModel` takes them."""
     if isinstance(value, (tuple, list)):
         return type(value)(_lead(one, inputs) for one in value)
     ranks = {x.dim() for x in inputs}
@@ -174,8 +174,8 @@ def layout_together(layout: LayoutLike) -> LayoutLike:
     return None if layout is None else tuple(layout_together(one) for one in layout)  # type: ignore[misc]
 
 
-def in_rows(
-    found: Attribution, call: Whole, model: Callable[..., Any], baseline: Any, kind: str
+def as_rows(
+    found: Attribution, call: WholeInputCall, model: Callable[..., Any], baseline: Any, kind: str
 ) -> Attribution:
     """The attribution of a whole input as one of its rows: values like the inputs, each row's own
     scores, and the delta, error, ... of the whole input for every row. kind:

@@ -213,12 +213,12 @@ def _in_one_run(method: Method, call: AttributeCall) -> Inputs | None:
     single = single and _is_usual(call) and not (rules and rules.relevance)
     if not (single and call.owner is not None and is_small(call.owner, inputs)):
         return None
-    route = EagerExecutor(call.forward) if rules is None else RulesExecutor(call.forward, rules)
+    executor = EagerExecutor(call.forward) if rules is None else RulesExecutor(call.forward, rules)
     on = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
     with suppress(Exception), on[0], on[1], on[2]:
         points = [x.detach().clone().requires_grad_() for x in inputs]
         # Copies: the model may work in place, and rules take leaves for weights.
-        raw = route([one.clone() for one in points], as_args(call.further), {})
+        raw = executor([one.clone() for one in points], as_args(call.further), {})
         scores = selected(read_output(raw), call.target)
         need_one_number(scores)
         total = scores.sum()

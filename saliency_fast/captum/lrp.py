@@ -281,7 +281,7 @@ class _ModuleRules:
     name: ClassVar[str] = "LRP"
     references: ClassVar[bool] = False
     relevance: ClassVar[bool] = False
-    unmet: ClassVar[str] = ""
+    warning: ClassVar[str] = ""
 
     def recipe(self) -> Recipe:
         return WeightedSum(Line(), at_input(), at_input=True, rules=self)
@@ -295,7 +295,7 @@ class _ModuleRules:
             found.append((id(layer()), type(rule), fields))
         return repr(found)
 
-    def calls(self, model: Callable[..., Any] | None = None) -> RulesMode:
+    def mode(self, model: Callable[..., Any] | None = None) -> RulesMode:
         alive = [(layer(), rule) for layer, rule in self.layers]
         return _Hooks([(layer, rule) for layer, rule in alive if layer is not None])
 

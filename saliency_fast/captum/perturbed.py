@@ -44,7 +44,7 @@ from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError, ModelError
 from saliency_fast.model.casts import cast
 from saliency_fast.model.layout import Layouts
-from saliency_fast.model.preserve import preserved, random_states, same_draws
+from saliency_fast.model.preserve import preserved, random_states, restored_random_state
 
 Values = tuple[Inputs, Tensor | None]
 """Maps per input [N, *], for the N numbers of the function, and by feature [N, F] where known."""
@@ -246,7 +246,7 @@ def _has_independent_rows(call: AttributeCall, first: Tensor) -> bool:
         own = slice(number, number + 1), batch
         rows = (row_of(x, *own).clone() for x in call.inputs)
         before = random_states(device)
-        with same_draws(lambda: True, device), torch.no_grad():
+        with restored_random_state(lambda: True, device), torch.no_grad():
             try:
                 raw = call.forward(*rows, *arguments_of(call.further, row_of, *own))
                 alone = numbers_of_output(raw, row_of(call.target, *own)).double().flatten()

@@ -26,7 +26,7 @@ from saliency_fast.engine.independence import Row, RowsMeetError, provoked, scor
 from saliency_fast.errors import ContractError
 from saliency_fast.graph.passes.half import FLOAT32
 from saliency_fast.model.layers import hooked, tensors_at
-from saliency_fast.model.preserve import draw_again, preserved, random_states, same_draws
+from saliency_fast.model.preserve import draw_again, preserved, random_states, restored_random_state
 
 MOST_PROVED = 4
 """Copies in the first call of a size that are proved one by one; of more, the first, the last, the
@@ -79,8 +79,8 @@ class SharedCalls:
         example = torch.zeros(count, dtype=torch.int64, device=points[0].device)
         for number in dict.fromkeys(due):
             row = Row.of(points, example, number)
-            with same_draws(lambda: True, example.device):
-                alone, scale = self.judged(*row.alone())
+            with restored_random_state(lambda: True, example.device):
+                alone, scale = self.scores_and_magnitude(*row.alone())
                 # The first and the last are often an input and its baseline, at which functions
                 # are saturated.
                 if len(due) > 1 and number in (middle, farthest):
@@ -89,7 +89,7 @@ class SharedCalls:
                 raise RowsMeetError(f"copy {number} of {count} has other numbers alone")
 
     @torch.no_grad()
-    def judged(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
+    def scores_and_magnitude(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
         """The numbers of copies and the largest of them, as the engine's proof asks for them."""
         found = self.of(points)
         size = found.detach().double().nan_to_num(0.0, 0.0, 0.0).abs()
@@ -100,7 +100,7 @@ class SharedCalls:
         if len(points[0]) < 2:
             return False
         try:
-            with same_draws(lambda: True, points[0].device):
+            with restored_random_state(lambda: True, points[0].device):
                 self.numbers(points)
         except Exception:
             # A function that fails on several copies is called with one, which tells its error.

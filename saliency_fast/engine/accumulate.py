@@ -53,7 +53,7 @@ class AffinePrefix:
         for part in self._parts(example.numel()):
             further = self._further(example[part])
             with arithmetic(FLOAT32, example.device):
-                parts.append(self.prefix.lift(tuple(one[part] for one in table), further))
+                parts.append(self.prefix.forward(tuple(one[part] for one in table), further))
         return _joined(parts)
 
     def vjp(self, sums: Inputs, examples: Tensor | None = None) -> Inputs:
@@ -67,7 +67,7 @@ class AffinePrefix:
             slot = torch.arange(part.start, part.stop, device=sums[0].device)
             rows, example = tuple(one[part] for one in sums), examples[slot // each]
             with arithmetic(FLOAT32, sums[0].device):
-                parts.append(self.prefix.lower(rows, self.call.inputs, self._further(example)))
+                parts.append(self.prefix.transpose(rows, self.call.inputs, self._further(example)))
         return _joined(parts)
 
     def first(self) -> tuple[Inputs, list[Tensor]]:

@@ -17,7 +17,7 @@ from saliency_fast.engine.independence import numbers, scores_agree
 from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.errors import InputError, SaliencyError, warn
 from saliency_fast.model.executors import EagerExecutor
-from saliency_fast.model.preserve import same_draws, uncompiled
+from saliency_fast.model.preserve import restored_random_state, uncompiled
 
 
 def assigned(model: Model, call: Call, cache: CalibrationCache, config: EngineConfig) -> Call:
@@ -42,7 +42,7 @@ def assigned(model: Model, call: Call, cache: CalibrationCache, config: EngineCo
     whole = cache.arguments.get(key)
     if whole is None:
         meter = MemoryMeter()
-        with same_draws(lambda: meter.drew, call.device), uncompiled(), meter:
+        with restored_random_state(lambda: meter.drew, call.device), uncompiled(), meter:
             whole, alone = _proved(model, call, list(unmarked), config.arguments_tried)
         # An entry of its own, since rows that are all alike are proved again in every call.
         warned = (*key, "warned")
@@ -52,7 +52,7 @@ def assigned(model: Model, call: Call, cache: CalibrationCache, config: EngineCo
         # Rows that are all alike prove nothing for the next call.
         if not any(torch.equal(one, one[:1].expand_as(one)) for one in unmarked.values()):
             cache.arguments[key] = whole
-    return replace(call, whole=call.whole | whole)
+    return replace(call, shared_arguments=call.shared_arguments | whole)
 
 
 def _warn_of_whole(whole: frozenset[int | str], alone: str, call: Call) -> None:
@@ -80,12 +80,12 @@ def _proved(
     example = torch.arange(call.batch, device=call.device)
     executor = EagerExecutor(model)
     points = tuple(x.clone() for x in call.inputs)
-    together, scale = call.function(executor).judged(points, example)
+    together, scale = call.function(executor).scores_and_magnitude(points, example)
     for whole in _choices(unmarked, tried):
-        function = replace(call, whole=call.whole | whole).function(executor)
+        function = replace(call, shared_arguments=call.shared_arguments | whole).function(executor)
         try:
             alone, several = (
-                function.judged(tuple(x[own] for x in call.inputs), own)[0]
+                function.scores_and_magnitude(tuple(x[own] for x in call.inputs), own)[0]
                 for own in (
                     example[one : one + 1],
                     example[one].expand(3 if call.batch == 2 else 2),

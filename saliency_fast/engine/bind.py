@@ -18,9 +18,9 @@ from saliency_fast.engine.baselines import MISSING
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.graph.fingerprint import fingerprint
 from saliency_fast.graph.passes.half import HALVES
-from saliency_fast.graph.program import lies_innermost
+from saliency_fast.graph.program import is_channels_last
 from saliency_fast.graph.receptive_field import Box
-from saliency_fast.model.executors import EagerExecutor, Executor, recurring
+from saliency_fast.model.executors import EagerExecutor, Executor, for_recurrent_layers
 from saliency_fast.model.follow import Inside, follow, follow_inside, followed
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import Layer, channel_axis, module_at
@@ -91,9 +91,10 @@ class Call:
         unused: Numbers of inputs that no score depends on.
         features: int64 [B | 1, *] per input, numbers of its segments.
         layers: Where the method looks inside of the model, with `layer_input` at their inputs.
-        whole: Further arguments, by number or name, that go whole though they have the batch's
-            length; `marked` are those of which the caller said whose they are.
-        innermost: Which inputs lie with their channels innermost in memory.
+        shared_arguments: Further arguments, by number or name, that belong to no example though
+            they have the batch's length.
+        marked: Further arguments of which the caller said whether they belong to the examples.
+        channels_last: Which inputs lie with their channels innermost in memory.
         layout: What the caller said of the layout of what is explained.
         layouts: Those of the inputs.
     """
@@ -109,9 +110,9 @@ class Call:
     features: Any = ()
     layers: tuple[Layer, ...] = ()
     layer_input: bool = False
-    whole: frozenset[int | str] = frozenset()
+    shared_arguments: frozenset[int | str] = frozenset()
     marked: frozenset[int | str] = frozenset()
-    innermost: tuple[bool, ...] = ()
+    channels_last: tuple[bool, ...] = ()
     layout: LayoutLike = None
     layouts: Layouts = field(default_factory=lambda: Layouts(()))
 
@@ -122,12 +123,12 @@ class Call:
     def function(self, executor: Executor, kind: tuple[object, ...] = ()) -> PointFunction:
         """The model by an executor, with the further arguments and targets of the call."""
         return PointFunction(
-            *(recurring(executor, self.device), self.targets, self.args, self.kwargs),
+            *(for_recurrent_layers(executor, self.device), self.targets, self.args, self.kwargs),
             dtypes=self.dtypes if self.halves else None,
             kind=kind,
-            whole=self.whole,
+            shared_arguments=self.shared_arguments,
             unused=self.unused,
-            innermost=self.innermost,
+            channels_last=self.channels_last,
         )
 
     @property
@@ -143,14 +144,14 @@ class Call:
         """
         function = self.targets.function
         read = () if function is None else fingerprint(function)
-        return read, self.whole, self.settings
+        return read, self.shared_arguments, self.settings
 
     @property
     def shapes(self) -> tuple[object, ...]:
         """Equal for calls whose tensors have the same shapes, but for the number of examples."""
         further = [one for _, one in self.further() if isinstance(one, Tensor)]
         tensors = (*self.inputs, *further)
-        return self.dtypes, self.innermost, *((x.shape[1:], x.dtype, x.device) for x in tensors)
+        return self.dtypes, self.channels_last, *((x.shape[1:], x.dtype, x.device) for x in tensors)
 
     @property
     def batch(self) -> int:
@@ -193,9 +194,9 @@ def bind(
         tuple(one for key, one in plain.items() if isinstance(key, int)),
         {key: one for key, one in plain.items() if isinstance(key, str)},
         finite=not missing or all(map(is_finite, parts)),
-        whole=frozenset(key for key, one in given.items() if isinstance(one, Shared)),
+        shared_arguments=frozenset(key for key, one in given.items() if isinstance(one, Shared)),
         marked=frozenset(key for key, one in given.items() if isinstance(one, Belonging)),
-        innermost=tuple(map(lies_innermost, inputs if several else (inputs,))),
+        channels_last=tuple(map(is_channels_last, inputs if several else (inputs,))),
     )
 
 
@@ -336,7 +337,7 @@ def _output(model: nn.Module, call: Call, ids: Tensor, row: Tensor) -> Tensor | 
     function = call.function(EagerExecutor(model))
     args, kwargs = function.rows(row)
     rest: list[Any] = [x[row] for x in call.inputs[1:]]
-    return read_of(function.route([ids.clone(), *rest], args, kwargs))
+    return read_of(function.executor([ids.clone(), *rest], args, kwargs))
 
 
 def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
@@ -348,9 +349,11 @@ def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
 
     def ready(count: int) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], object]]:
         function = about.function(EagerExecutor(model))
-        rows = [one.repeat(count, *(1,) * (one.dim() - 1)) for one in function.taken(ones)]
+        rows = [
+            one.repeat(count, *(1,) * (one.dim() - 1)) for one in function.as_model_inputs(ones)
+        ]
         args, kwargs = function.rows(torch.zeros(count, dtype=torch.int64, device=device))
-        return rows, lambda inputs: function.route(inputs, args, kwargs)
+        return rows, lambda inputs: function.executor(inputs, args, kwargs)
 
     def kept() -> AbstractContextManager[bool]:
         draws = threading.current_thread().name != SERVICE
@@ -367,7 +370,7 @@ def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
 
     layouts = Layouts(shapes, given, find, look)
     cached = followed(model, shapes, call.dtypes)
-    return layouts if cached is None else layouts.saying(cached)
+    return layouts if cached is None else layouts.with_letters(cached)
 
 
 def layouts_at(
@@ -382,9 +385,11 @@ def layouts_at(
     ]
     letters = [
         settled or (None if of_input else _given_by(layer, shape))
-        for layer, shape, settled in zip(owners, layouts.shapes, layouts.settled, strict=True)
+        for layer, shape, settled in zip(
+            owners, layouts.shapes, layouts.cached_letters, strict=True
+        )
     ]
-    return layouts.knowing(letters)
+    return layouts.with_inferred(letters)
 
 
 def _given_by(layer: nn.Module, shape: tuple[int, ...]) -> str | None:
@@ -433,7 +438,7 @@ def read_region(region: Region, call: Call) -> Part | None:
     if region is None:
         return None
     shape = call.inputs[0].shape
-    if len(call.inputs) != 1 or (len(shape) < 3 and call.layouts.settled != ("BT",)):
+    if len(call.inputs) != 1 or (len(shape) < 3 and call.layouts.cached_letters != ("BT",)):
         raise InputError(
             "region needs one input [B, C, *spatial]: got "
             f"{[list(x.shape) for x in call.inputs]}; mask the values of other inputs yourself"

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from saliency_fast.graph.fingerprint import same_model
 from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.graph.outputs import leaves_of
 from saliency_fast.graph.passes.affine_prefix import check_affine
-from saliency_fast.graph.passes.float64 import Wider, native, wide
+from saliency_fast.graph.passes.float64 import InFloat64, native, wide
 from saliency_fast.graph.passes.half import Precision
 from saliency_fast.graph.program import Program
 from saliency_fast.graph.recorder import same_calls, unified
@@ -45,7 +46,7 @@ from saliency_fast.model.executors import (
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import Directional, PointFunction, entered, summed
 from saliency_fast.model.layers import Downstream
-from saliency_fast.model.preserve import random_states, same_draws, uncompiled
+from saliency_fast.model.preserve import random_states, restored_random_state, uncompiled
 
 OFF_TIES = 2.0**-20
 """Share of the largest number by which points are moved off ties."""
@@ -201,6 +202,20 @@ class Measurement:
             Ledger(MemoryMeter()), lambda: (*function.scores(*self._points(1)), [])
         )
 
+    def forward(self, strategy: Strategy) -> Measured:
+        """A forward pass alone, with the graph of its gradient where one is asked for."""
+        about = (self.model, self.call, self.recipe, self.baselines)
+        if not self.recipe.gradients:
+            return self.scores(strategy.score_function(*about[:2]))
+        function = strategy.gradient_function(*about)
+
+        def call() -> tuple[Tensor, Tensor | None, list[Inputs]]:
+            points, example = self._points(1)
+            points = function.as_model_inputs(points)
+            return *function.forward(entered(points)[0], example), []
+
+        return self._metered(Ledger(MemoryMeter()), call)
+
     def twice(self, function: PointFunction) -> Measured:
         """Second derivatives in one direction."""
         twice = Directional.of(function, summed)
@@ -229,10 +244,10 @@ class Measurement:
         return replace(measured, gradients=[prefix.vjp(one, example) for one in measured.gradients])
 
     def _gradients(self, function: PointFunction, ledger: Ledger) -> Measured:
-        keeps = _KeepsOutputs(function.route)
-        function = replace(function, route=keeps)
+        keeps = _KeepsOutputs(function.executor)
+        function = replace(function, executor=keeps)
         measured = self._metered(
-            ledger, lambda: function.again(lambda: function.gradients(*self._points(1)))
+            ledger, lambda: function.with_saved_copies(lambda: function.gradients(*self._points(1)))
         )
         return replace(measured, outputs=keeps.outputs)
 
@@ -242,7 +257,7 @@ class Measurement:
         if not self.metered:
             hooks = meter = nullcontext()
         try:
-            drew = same_draws(lambda: ledger.meter.drew or self.draws, self.call.device)
+            drew = restored_random_state(lambda: ledger.meter.drew or self.draws, self.call.device)
             with self._device(), drew, uncompiled(), meter, hooks:
                 states = random_states(self.call.device)
                 scores, _, gradients = call()
@@ -266,10 +281,15 @@ class Measurement:
         raises NotLeanError.
         """
         recording, meter = RecordingExecutor(self.model), MemoryMeter()
-        with self._device(), same_draws(lambda: meter.drew, self.call.device), uncompiled(), meter:
+        with (
+            self._device(),
+            restored_random_state(lambda: meter.drew, self.call.device),
+            uncompiled(),
+            meter,
+        ):
             states = random_states(self.call.device)
             function, (points, example) = self.call.function(recording), self._points(rows)
-            points = function.taken(points)
+            points = function.as_model_inputs(points)
             function.forward(entered(points)[0] if rows == 1 else points, example)
             drawn = not all(map(torch.equal, states, random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
@@ -294,6 +314,14 @@ class Measurement:
 NOTHING = Cost(0, 0)
 
 
+class Tier(Enum):
+    """How much is found out about a model before its points run."""
+
+    DIRECT = "nothing: points run eagerly, one by one"
+    EAGER = "what one point costs, and whether rows may meet"
+    RECORDED = "everything: a program was recorded and verified, or refused"
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The strategy that serves, what a point costs by it, and what it costs eagerly.
@@ -316,6 +344,8 @@ class Calibration:
         order: Precisions, the fastest first, once they were timed.
         captures: Captured launches by kind, or why there are none.
         maxima: Whether the model takes any, once that is known.
+        tier: How much was found out.
+        until: Points of calls of one kind that this serves.
     """
 
     strategy: Strategy
@@ -335,6 +365,13 @@ class Calibration:
     order: list[str] = field(default_factory=list, repr=False)
     captures: Captures = field(default_factory=Captures, repr=False)
     maxima: list[bool] = field(default_factory=list, repr=False)
+    tier: Tier = Tier.RECORDED
+    until: float = math.inf
+
+    @property
+    def measured(self) -> bool:
+        """Whether the cost of a point is known."""
+        return self.cost is not NOTHING
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was calibrated."""
@@ -403,10 +440,13 @@ class _Recorded:
                 yield kind, strategy, reason or "the affine prefix does not pay"
 
 
-def calibrated(point: Measurement, *, lean: bool, budget: int) -> Calibration:
+def calibrated(
+    point: Measurement, *, lean: bool, budget: int, points: float = math.inf
+) -> Calibration:
     """Measures one point eagerly and, with `lean`, by the first strategy that agrees.
 
-    Where a point might take much memory eagerly, that is foreseen on shapes alone first.
+    Where a point might take much memory eagerly, that is foreseen on shapes alone first. points:
+    how many there are to serve, which may be too few for a recording to repay.
     """
     call, recipe = point.call, point.recipe
     eager = Strategy(rules=recipe.rules)
@@ -419,17 +459,19 @@ def calibrated(point: Measurement, *, lean: bool, budget: int) -> Calibration:
         reason = "backward rules look at every call"
         return Calibration(eager, cost, cost, reason, suspect=_suspect(point))
     if not recipe.gradients:
-        return _for_scores(point, lean=lean, budget=budget)
+        return _for_scores(point, lean=lean, budget=budget, points=points)
     config = point.config
     usual = config.usual_ratio * sum(x[0].nbytes for x in call.inputs)
     if lean and usual > min(budget, config.unforeseen_bytes):
         foreseen = _foreseen(point, budget)
         if foreseen is not None:
             return foreseen
-    return _measured(point, lean=lean, budget=budget)
+    return _measured(point, lean=lean, budget=budget, points=points)
 
 
-def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
+def _measured(
+    point: Measurement, *, lean: bool, budget: int, points: float = math.inf
+) -> Calibration:
     config, recording = point.config, RecordingExecutor(point.model)
     eager = point.eager(recording)
     # Captured launches have no calls that cost time, and need a program.
@@ -441,6 +483,13 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
         reason = "a point is too small for it to pay" if lean else None
         calibration = Calibration(Strategy(), eager.cost, eager.cost, reason, why_not)
         return replace(calibration, suspect=_suspect(point, recording))
+    until = _repaid_after(eager.cost, recording, config)
+    if points <= until and not eager.cost.random:
+        reason = f"{until:.0f} points and fewer do not repay a recording"
+        why_not = tuple((one.name, reason) for one in STRATEGIES if one.lean)
+        calibration = Calibration(Strategy(), eager.cost, eager.cost, None, why_not)
+        suspect = _suspect(point, recording)
+        return replace(calibration, suspect=suspect, tier=Tier.EAGER, until=until)
     mark, recorded = _mark(point), _recorded(point, recording)
     reasons = [recorded.facts.refusal] if recorded.program is None else []
     refusals, judge = list[tuple[str, str]](), _Judge(point, eager, recorded, budget)
@@ -464,7 +513,17 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     return replace(calibration, suspect=suspect or _reads_arguments(recorded.program))
 
 
-def _for_scores(point: Measurement, *, lean: bool, budget: int) -> Calibration:
+def _repaid_after(cost: Cost, recording: RecordingExecutor, config: EngineConfig) -> float:
+    """The points that take as long as what a recording saves them."""
+    try:
+        calls = len(recording.program.steps)
+    except NotLeanError:
+        # Nothing is recorded; what intercepts calls is verified at a few points.
+        calls = 0
+    return config.recorded_from * (1 + calls * config.call_bytes / max(1, cost.peak))
+
+
+def _for_scores(point: Measurement, *, lean: bool, budget: int, points: float) -> Calibration:
     """A point's score alone, by a strategy where the model has a gradient that proves it."""
     calibration = Calibration(Strategy(), NOTHING, NOTHING, "scores alone keep nothing")
     if not (lean and all(x.is_floating_point() for x in point.call.inputs)):
@@ -472,7 +531,7 @@ def _for_scores(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     else:
         asked = replace(point, recipe=replace(point.recipe, gradients=True))
         with suppress(ModelError, BudgetError, InputError, RuntimeError):
-            calibration = calibrated(asked, lean=lean, budget=budget)
+            calibration = calibrated(asked, lean=lean, budget=budget, points=points)
     model, call = point.model, point.call
     eager = point.scores(Strategy().score_function(model, call))
     if calibration.strategy.program is None:
@@ -526,7 +585,7 @@ def in_precision(calibration: Calibration, precision: Precision, point: Measurem
 def sharing(calibration: Calibration, point: Measurement) -> Calibration:
     """The same for launches that several calls share."""
     strategy, gradients = calibration.strategy, point.recipe.gradients
-    if strategy.program is None or (gradients and not strategy.settled_bytes):
+    if strategy.program is None or (gradients and not strategy.invariant_bytes):
         return calibration
     strategy = replace(strategy, copies=False)
     if gradients:
@@ -657,7 +716,7 @@ class _Judge:
         if kind.name not in self._corners:
             self._corners[kind.name] = self._on_corner(kind, small)
         corner = self._corners[kind.name]
-        wider = Wider()
+        wider = InFloat64()
         strategy, program = corner or (strategy, whole)
         exact = (point if corner is None else small).in_float64()
         # What it makes in a type of its own, or does not serve in float64, tells nothing.
@@ -738,13 +797,15 @@ def _suspicion(recording: RecordingExecutor, refusal: Exception) -> Suspicion:
     """What a model that could not be recorded is suspected of."""
     if isinstance(refusal, _OneRowError):
         return Suspicion(_line(refusal), proof=False, vmap=False)
-    if recording.own is not None:
+    if recording.custom_gradient is not None:
         # Its code may look at all rows on the way back, of which scores tell nothing.
-        reason = f"the model gives gradients of its own ({recording.own})"
+        reason = f"the model gives gradients of its own ({recording.custom_gradient})"
         return Suspicion(reason, proof=False, vmap=False)
-    if recording.read is not None:
-        return Suspicion(f"Python reads numbers of the points ({recording.read})", proof=False)
-    return Suspicion(_line(refusal), arguments=recording.asked is not None)
+    if recording.first_read_of_points is not None:
+        return Suspicion(
+            f"Python reads numbers of the points ({recording.first_read_of_points})", proof=False
+        )
+    return Suspicion(_line(refusal), arguments=recording.first_read_of_arguments is not None)
 
 
 def _reads_arguments(program: Program | None) -> Suspicion | None:
@@ -779,7 +840,8 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
     """Calibrations of a model by shapes and by what was asked for.
 
     rows: what is known of its rows; arguments: which of its further arguments go whole, by shapes;
-    unused: inputs that no score depended on.
+    unused: inputs that no score depended on; prepared: jobs of earlier calls, without tensors;
+    points: of the calls of each kind so far.
     """
 
     def __init__(self) -> None:
@@ -787,3 +849,5 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
         self.rows: dict[tuple[object, ...], Independence] = {}
         self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
         self.unused: set[int] = set()
+        self.prepared: dict[Any, Any] = {}
+        self.points: dict[tuple[object, ...], int] = {}

@@ -179,7 +179,7 @@ class _Graph(SumEvaluation):
         written = self.source.write(rows)
         points = [self._point(number, one, rows) for number, one in enumerate(written)]
         # Copies: a model may write to its input.
-        inside = self.function.taken(tuple(one.clone() for one in points))
+        inside = self.function.as_model_inputs(tuple(one.clone() for one in points))
         scores, classes = self.function.forward(list(inside), rows.example)
         assert self.independence is not None
         for number in self.independence.due(rows.example.numel(), apart=False):

@@ -21,9 +21,12 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.recipe import Recipe, WeightedSum
+from saliency_fast.errors import ModelError
 from saliency_fast.graph.rows import Suspicion
+from saliency_fast.model.executors import EagerExecutor
+from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.preserve import same_draws, uncompiled
+from saliency_fast.model.preserve import restored_random_state, uncompiled
 from saliency_fast.model.ties import Ties, may_tie
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
@@ -100,9 +103,50 @@ class Independence:
         due, self.compared = not (self.proved or self.compared), True
         return due
 
-    def pair(self, reason: str | None) -> None:
-        """Notes how an example and its reference met in the model; None where they did not."""
+    def pair(self, model: Callable[..., Any], call: Call, baselines: Inputs) -> str | None:
+        """How an example and its reference meet in the model; None where they do not."""
+        number, function = call.batch // 2, call.function(EagerExecutor(model))
+        example = torch.tensor([number, number], device=call.device)
+        parts = zip(call.inputs, baselines, strict=True)
+        points = tuple(torch.cat([x[example[:1]], b[example[:1] % len(b)]]) for x, b in parts)
+        with restored_random_state(lambda: self.draws, call.device):
+            reason = meeting(function, points, example, extremes=self.suspect is not None)
         self.paired = reason is None
+        return reason
+
+    def difference(self, model: Callable[..., Any], call: Call, examples: int) -> str | None:
+        """How one of the first so many examples scores together with them something else than
+        alone; None where none does.
+        """
+        if call.batch == 1:
+            return None
+        function = call.function(EagerExecutor(model))
+        everyone = torch.arange(min(call.batch, examples), device=call.device)
+
+        def scored(example: Tensor) -> tuple[Tensor, float]:
+            return function.scores_and_magnitude(tuple(x[example] for x in call.inputs), example)
+
+        with restored_random_state(lambda: self.draws, call.device):
+            try:
+                together, scale = scored(everyone)
+            except (RuntimeError, MemoryError) as error:
+                # A model that takes one row at a time has no score of all to tell of.
+                if isinstance(error, ModelError) or is_out_of_memory(error):
+                    return None
+                raise
+            for number in range(len(everyone)):
+                alone, _ = scored(everyone[number : number + 1])
+                if scores_agree(together[number], alone[0], scale, function):
+                    continue
+                # A model that draws random numbers scores everything anew.
+                again = scored(everyone)[0][number]
+                if not scores_agree(again, together[number], scale, function):
+                    return None
+                return (
+                    f"example {number} scores {numbers(alone[0])} alone and "
+                    f"{numbers(together[number])} in a batch of {len(everyone)}"
+                )
+        return None
 
     def knows(self, rows: int) -> bool:
         """Whether launches of so many rows need no proof, but for some of them at random."""
@@ -138,8 +182,8 @@ class Independence:
         compares the launch's scores [R, K] with it, and raises RowsMeetError. gradients: whether
         the launch asks for any.
         """
-        with same_draws(lambda: self.draws, row.example.device):
-            single, scale = (function.single_row or function).judged(*row.alone())
+        with restored_random_state(lambda: self.draws, row.example.device):
+            single, scale = (function.single_row or function).scores_and_magnitude(*row.alone())
             if function.single_row is not None:
                 if gradients and not self._tied_alike:
                     self._at_ties(function, function.single_row, row)
@@ -233,7 +277,7 @@ def provoked(function: PointFunction, row: Row, single: Tensor, scale: float) ->
     raises RowsMeetError where it has others there.
     """
     try:
-        scores, _ = function.judged(*row.among_others())
+        scores, _ = function.scores_and_magnitude(*row.among_others())
     except Exception:
         # Values that the model refuses. What is suspect is proved in every launch anyway.
         return False
@@ -250,10 +294,10 @@ def meeting(
     """How one of these rows scores among the others something else than alone; None where none
     does. extremes: whether each is also tried among rows that are far from all others.
     """
-    together, scale = function.judged(tuple(one.clone() for one in points), example)
+    together, scale = function.scores_and_magnitude(tuple(one.clone() for one in points), example)
     for number in range(len(example)):
         row = Row.of(points, example, number)
-        single, _ = function.judged(*row.alone())
+        single, _ = function.scores_and_magnitude(*row.alone())
         if not scores_agree(together[number], single[0], scale, function):
             return f"one scores {numbers(single[0])} alone and {numbers(together[number])} there"
         try:
@@ -313,32 +357,28 @@ def find_ties(
     baselines: Inputs,
     config: EngineConfig,
     maxima: list[bool],
+    *,
+    few: bool = False,
 ) -> TieReport | None:
     """Looks at one point of some examples by the model as it is; None for methods that are no sum
     over points and where no example is looked at. maxima: whether the model takes any, empty until
-    that is known.
+    that is known; few: not to be found out now.
     """
     if not isinstance(recipe, WeightedSum) or not recipe.gradients or recipe.rules is not None:
         return None
     exact = torch.float64 in call.dtypes
     count = recipe.count * call.batch
-    few = int(not maxima or count >= config.ties_least_points)
-    many = call.batch if exact else max(count // config.ties_points_per_example, few)
+    one = int((not maxima and not few) or count >= config.ties_least_points)
+    many = call.batch if exact else max(count // config.ties_points_per_example, one)
     if not many:
         return None
     share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")
     if maxima == [False] and not exact:
         return TieReport(share.zero_())
-    level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
-    order = level.node.argsort()
-    nodes = [int(order[level.count // 2])]
-    if exact and level.count > 1 and float(level.node[order[0]]) == 0.0:
-        # At the baseline all may be flat.
-        nodes.append(int(order[0]))
+    points_of = _examined(recipe, call, baselines, exact=exact)
     largest, apart = 0.0, False
     for example in range(call.batch):
-        row = torch.full((1,), example, device=call.device)
-        several = [source.write(level.rows(row, node, node + 1)) for node in nodes]
+        several = points_of(example)
         tying = [may_tie(points) for points in several]
         # On the way: by pools, sorts, rectifiers of differences, where() and whatever else chooses.
         apart |= exact and tying[0]
@@ -349,11 +389,32 @@ def find_ties(
             for number, points in enumerate(several):
                 if not tying[number]:
                     continue
+                row = torch.full((1,), example, device=call.device)
                 tied, rounded = _tie_shares(Ties(model), call, points, row, maxima)
                 apart |= exact and rounded > 0
                 if number == 0:
                     share[example], largest = tied, max(largest, rounded)
     return TieReport(share, largest, apart)
+
+
+def _examined(
+    recipe: WeightedSum, call: Call, baselines: Inputs, *, exact: bool
+) -> Callable[[int], list[Inputs]]:
+    """From an example to its points that are examined for ties."""
+    if recipe.at_input:
+        return lambda example: [tuple(x[example : example + 1] for x in call.inputs)]
+    level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
+    order = level.node.argsort()
+    nodes = [int(order[level.count // 2])]
+    if exact and level.count > 1 and float(level.node[order[0]]) == 0.0:
+        # At the baseline all may be flat.
+        nodes.append(int(order[0]))
+
+    def points_of(example: int) -> list[Inputs]:
+        row = torch.full((1,), example, device=call.device)
+        return [source.write(level.rows(row, node, node + 1)) for node in nodes]
+
+    return points_of
 
 
 def _tie_shares(

@@ -8,16 +8,16 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.arena import Arena, LaunchMemory
+from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace
 from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.model.function import PointFunction
-from saliency_fast.model.pack import alike, packed
+from saliency_fast.model.pack import compatible, packed
 
 PATIENCE = 1.0
 """Seconds after which a launch begins all the same: whoever holds a slot may wait for it."""
@@ -36,6 +36,7 @@ class EvaluationRequest:
         gradients: Or scores alone.
         launches: What launches of these points are known to take.
         independence: What is known of the model's rows, where a launch of several is to be proved.
+        traced: Bytes that the launch takes, about, where its memory is to be traced.
     """
 
     function: PointFunction
@@ -44,6 +45,7 @@ class EvaluationRequest:
     gradients: bool = True
     launches: LaunchMemory | None = None
     independence: Independence | None = None
+    traced: int = 0
 
     def evaluate(
         self, function: PointFunction, points: Inputs, example: Tensor
@@ -65,16 +67,19 @@ class EvaluationRequest:
         # What is not proved once and for all is not put beside what others ask for.
         if rows is not None and (rows.suspect or rows.apart):
             return (id(self),)
-        return self.gradients, *alike(self.function)
+        return self.gradients, *compatible(self.function)
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """scores, classes [R, K], and for each of K targets the gradients at the points."""
+    """scores, classes [R, K], and for each of K targets the gradients at the points; trace: of the
+    launch's memory, where one was asked for.
+    """
 
     scores: Tensor
     classes: Tensor | None
     gradients: list[Inputs] = field(default_factory=list)
+    trace: Trace | None = None
 
 
 def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationResult | Exception:
@@ -89,16 +94,31 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
             if due:
                 with _slot(), arena.launch():
                     proofs = [request.prove(number) for number in due]
-        with _slot(), arena.launch(memory.of(count) if memory else None):
-            result = request.evaluate(request.function, *request.write(slice(0, count)))
+        if request.traced:
+            result = _traced(request, count, arena.device)
+        else:
+            with _slot(), arena.launch(memory.of(count) if memory else None):
+                result = request.evaluate(request.function, *request.write(slice(0, count)))
         for compare in proofs:
             compare(result.scores)
         return result
 
     try:
-        return request.function.again(run)
+        return request.function.with_saved_copies(run)
     except Exception as error:
         return error
+
+
+def _traced(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:
+    """A launch in an arena of its own, with a trace of what it takes."""
+    arena = Arena(device, LEAST_TRACED, request.traced)
+    try:
+        with _slot(), arena.launch():
+            result = request.evaluate(request.function, *request.write(slice(0, count)))
+        return replace(result, trace=arena.trace())
+    finally:
+        # What its tensors take goes with them.
+        arena.close()
 
 
 def execute_together(

@@ -15,7 +15,7 @@ from saliency_fast.engine.bind import Call, Model, layouts_at, read_inputs
 from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.recipe import Recipe, Starting, WeightedSum
 from saliency_fast.errors import InputError, ModelError, warn
-from saliency_fast.graph.program import laid, lies_innermost
+from saliency_fast.graph.program import in_layout, is_channels_last
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import FORWARD
 from saliency_fast.model.function import PointFunction
@@ -233,7 +233,7 @@ def _moved(call: Call, values: Inputs) -> Call:
     """The call with layers' values as inputs; the model's own inputs follow as arguments."""
     inputs, dtypes = read_inputs(values)
     own = [x.to(dtype) for x, dtype in zip(call.inputs, call.dtypes, strict=True)]
-    args, count = (*laid(own, call.innermost), *call.args), len(own)
+    args, count = (*in_layout(own, call.channels_last), *call.args), len(own)
 
     def moved(keys: frozenset[int | str]) -> frozenset[int | str]:
         return frozenset(key + count if isinstance(key, int) else key for key in keys)
@@ -244,9 +244,9 @@ def _moved(call: Call, values: Inputs) -> Call:
         dtypes=dtypes,
         is_tuple=len(values) > 1,
         args=args,
-        whole=moved(call.whole),
+        shared_arguments=moved(call.shared_arguments),
         marked=moved(call.marked) | frozenset(range(count)),
-        innermost=tuple(map(lies_innermost, values)),
+        channels_last=tuple(map(is_channels_last, values)),
     )
 
 
@@ -255,8 +255,8 @@ def _forward(function: PointFunction, rows: Inputs, example: Tensor) -> Callable
 
     def run() -> Any:
         # Copies: a model may work in place.
-        points = [one.clone() for one in function.taken(rows)]
+        points = [one.clone() for one in function.as_model_inputs(rows)]
         with function.failing(FORWARD, example):
-            return function.route(points, *function.rows(example))
+            return function.executor(points, *function.rows(example))
 
     return run

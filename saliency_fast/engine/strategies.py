@@ -25,12 +25,12 @@ from saliency_fast.errors import BudgetError
 from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.graph.opinfo import LEAN as CONVOLUTIONS
 from saliency_fast.graph.passes.affine_prefix import Prefix, prefix_of
-from saliency_fast.graph.passes.float64 import Wider
+from saliency_fast.graph.passes.float64 import InFloat64
 from saliency_fast.graph.passes.fuse_relu import fused, with_rectifiers
-from saliency_fast.graph.passes.half import FLOAT32, Lowered, Precision, lowered, lowered_bytes
-from saliency_fast.graph.passes.invariant import Settled, settled, settled_bytes
-from saliency_fast.graph.passes.scores_only import ready_bytes, scoring
-from saliency_fast.graph.program import Program, Step
+from saliency_fast.graph.passes.half import FLOAT32, Precision, half_type_bytes, in_half_type
+from saliency_fast.graph.passes.invariant import invariant_bytes, with_invariants
+from saliency_fast.graph.passes.scores_only import prepared_bytes, scoring
+from saliency_fast.graph.program import Prepared, Program, Step
 from saliency_fast.graph.receptive_field import Box
 from saliency_fast.graph.tiling import Tiled, local_stem, tile_sizes
 from saliency_fast.model.executors import (
@@ -90,7 +90,7 @@ class Strategy:
         if self.row_by_row:
             return self._row_by_row(model, call)
         if recipe is not None and self.program is not None and self._copies_for_scores(recipe):
-            executor: Executor = ScoresExecutor(self.program, self._ready)
+            executor: Executor = ScoresExecutor(self.program, self._scoring)
             return call.function(executor, (*self._kind(model), "scores"))
         return call.function(self._executor(model), (*self._kind(model), "whole"))
 
@@ -103,14 +103,14 @@ class Strategy:
         """
         if self.row_by_row:
             return self._row_by_row(model, call)
-        if self.half is not None and self._lowered is not None:
-            executor: Executor = WidenedExecutor(self._by(self._lowered.program))
+        if self.half is not None and self._in_half_type is not None:
+            executor: Executor = WidenedExecutor(self._by(self._in_half_type.program))
         elif self.half is not None:
             executor = WidenedExecutor(AutocastExecutor(model, self.half))
         elif self._whole is None or self.tiled is not None or self.rules is not None:
             executor = self._executor(model)
         else:
-            executor = self._by(self._whole if self._settled is None else self._settled.program)
+            executor = self._by(self._whole if self._invariant is None else self._invariant.program)
         return replace(
             call.function(executor, (*self._kind(model), self.precision.name)),
             prefix=self.prefix,
@@ -158,9 +158,13 @@ class Strategy:
         return self.program if self.prefix is None else self.prefix.rest
 
     @cached_property
-    def _settled(self) -> Settled | None:
+    def _invariant(self) -> Prepared | None:
         """The program of which what does not depend on the points has run, where copies pay."""
-        return settled(self._whole, self._made) if self._whole and self.settled_bytes else None
+        return (
+            with_invariants(self._whole, self._made)
+            if self._whole and self.invariant_bytes
+            else None
+        )
 
     @cached_property
     def _made(self) -> dict[Any, Any]:
@@ -170,18 +174,20 @@ class Strategy:
     def _scored(self) -> Program:
         """The program from the inputs, with what its launches' own has made of the weights."""
         assert self.program is not None
-        if self._settled is None:
+        if self._invariant is None:
             return self.program
         same = self.prefix is None
-        return self._settled.program if same else settled(self.program, self._made).program
+        return (
+            self._invariant.program if same else with_invariants(self.program, self._made).program
+        )
 
     @cached_property
-    def _lowered(self) -> Lowered | None:
+    def _in_half_type(self) -> Prepared | None:
         whole = self._whole
-        return None if self.half is None or whole is None else lowered(whole, self.half)
+        return None if self.half is None or whole is None else in_half_type(whole, self.half)
 
     @cached_property
-    def _ready(self) -> Program:
+    def _scoring(self) -> Program:
         assert self.program is not None
         return scoring(self.program)
 
@@ -192,27 +198,27 @@ class Strategy:
         return plain and self.copies and not recipe.gradients
 
     @cached_property
-    def settled_bytes(self) -> int:
+    def invariant_bytes(self) -> int:
         """Bytes of what is made of the weights once, for the time of a call."""
         exact = self.half is None and self.tiled is None and self.copies
-        return settled_bytes(self._whole) if self._whole is not None and exact else 0
+        return invariant_bytes(self._whole) if self._whole is not None and exact else 0
 
     def copied_bytes(self, recipe: Recipe) -> tuple[int, int]:
         """Bytes of copies of weights for the time of a call: of launches, and of scores alone."""
         if self.program is None or self._whole is None:
             return 0, 0
-        halves = 0 if self.half is None else lowered_bytes(self._whole)
-        ready = ready_bytes(self.program) if self._copies_for_scores(recipe) else 0
-        return self.settled_bytes + halves, ready
+        halves = 0 if self.half is None else half_type_bytes(self._whole)
+        ready = prepared_bytes(self.program) if self._copies_for_scores(recipe) else 0
+        return self.invariant_bytes + halves, ready
 
     def refresh(self) -> None:
         """Makes copies of weights anew, for a strategy that outlives a call."""
-        if self._lowered is not None:
-            self._lowered.refresh()
-        if self._settled is not None:
-            self._settled.refresh()
+        if self._in_half_type is not None:
+            self._in_half_type.refresh()
+        if self._invariant is not None:
+            self._invariant.refresh()
 
-    def in_float64(self, wider: Wider) -> Strategy:
+    def in_float64(self, wider: InFloat64) -> Strategy:
         """The same strategy in float64, for a program."""
         assert self.program is not None
         return Strategy(wider.program(self.program), prefix=wider.prefix(self.prefix))
@@ -229,20 +235,20 @@ class Strategy:
         """Strategies that take less memory and more time, in the order in which they are tried."""
         if self.program is None:
             return
-        if self.settled_bytes:
+        if self.invariant_bytes:
             yield replace(self, copies=False)
         if self.prefix is not None:
             yield replace(self, prefix=None)
         precision, counts = self.precision, config.segment_counts
         for count in counts:
-            yield Strategy(self.program.in_pieces(count), precision=precision)
+            yield Strategy(self.program.in_segments(count), precision=precision)
         with suppress(NotLeanError, BudgetError):
             stem = local_stem(self.unfolded or self.program)
             for share in config.tile_shares:
                 tiled = Tiled(stem, tile_sizes(stem, budget // share))
                 yield Strategy(self.program, tiled=tiled, precision=precision)
         if device.type != "cpu":
-            segments = self.program.in_pieces(counts[-1])
+            segments = self.program.in_segments(counts[-1])
             yield Strategy(segments, offloaded=True, precision=precision)
 
     def within(self, region: Box | None, share: float) -> Strategy:
@@ -283,7 +289,7 @@ class Strategy:
             named = "call by call" if self.intercepted else "off"
             return named if self.half is None else f"off, {self.precision.name} by autocast"
         order = ", channels last" if self.program.channels_last else ""
-        segments = len(self.program.pieces) + 1
+        segments = len(self.program.segments) + 1
         again = f", computed again in {segments} pieces" if segments > 1 else ""
         kind = "" if self.precision.exact else f", {self.precision.name}"
         if self.tiled is not None:
@@ -327,8 +333,8 @@ class Facts:
         return fused(self.program), with_rectifiers(self.program)
 
     @cached_property
-    def innermost(self) -> Program:
-        return self.fused[0].innermost()
+    def channels_last(self) -> Program:
+        return self.fused[0].with_channels_last()
 
 
 @dataclass(frozen=True)
@@ -378,7 +384,7 @@ class Kind:
             return Strategy(facts.program)
         program, unfolded = facts.fused
         if self.channels_last:
-            program = facts.innermost
+            program = facts.channels_last
         if not self.prefix:
             return Strategy(program, unfolded=unfolded)
         line = facts.recipe.family.straight

@@ -278,7 +278,7 @@ def axes_of(
         layouts = layouts_of(model, call, None)
     if x.dim() == 2:
         # Tables need no layout: a function, whose layout takes a run to find, is not run for it.
-        seen = layouts.letters if isinstance(model, nn.Module) else layouts.settled
+        seen = layouts.letters if isinstance(model, nn.Module) else layouts.cached_letters
         return Axes(seen[0] or "BF")
     return layouts.need(0, "what a map says of places")
 

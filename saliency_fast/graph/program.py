@@ -189,11 +189,11 @@ class Program:
         steps: The calls, in order.
         inputs: Numbers of the points.
         extras: Numbers of the further arguments that are tensors.
-        outputs: Templates of the return value's leaves, laid out as `tree`.
+        outputs: Templates of the return value's leaves, nested as `tree`.
         tree: How the return value is nested.
         values: What is known of each value.
         channels_last: Images and volumes enter with their channels innermost in memory.
-        pieces: Step indices where checkpoint segments end: a pass with gradients keeps only the
+        segments: Step indices where checkpoint segments end: a pass with gradients keeps only the
             values that are still needed there, and computes the others again on the way back.
         note: Called with every step before it runs.
         reads: Steps that repeat what the model's Python read, before all others.
@@ -206,7 +206,7 @@ class Program:
     tree: TreeSpec
     values: Mapping[int, Value] = field(repr=False)
     channels_last: bool = False
-    pieces: tuple[int, ...] = ()
+    segments: tuple[int, ...] = ()
     note: Callable[[Step], None] | None = field(default=None, compare=False, repr=False)
     reads: tuple[Step, ...] = ()
 
@@ -216,7 +216,7 @@ class Program:
         if isinstance(points, list):
             points.clear()
         start = 0
-        for stop in self.pieces if torch.is_grad_enabled() else ():
+        for stop in self.segments if torch.is_grad_enabled() else ():
             env = self._run_segment(env, rows, start, stop)
             start = stop
         self.run(env, rows, start, len(self.steps))
@@ -357,7 +357,7 @@ class Program:
                 memories |= {self.values[number].memory for number in (*step.used, *step.made)}
         return tuple(reversed(kept))
 
-    def innermost(self) -> Program:
+    def with_channels_last(self) -> Program:
         """The program on channels-last images and volumes, which views may have to copy."""
         steps = tuple(
             replace(step, func=Tensor.reshape) if step.func is Tensor.view else step
@@ -365,7 +365,7 @@ class Program:
         )
         return replace(self, steps=steps, channels_last=True)
 
-    def in_pieces(self, count: int) -> Program:
+    def in_segments(self, count: int) -> Program:
         """The program in `count` checkpoint segments of about equal bytes, all but the last
         computed twice.
         """
@@ -376,7 +376,7 @@ class Program:
             if index and seen * count >= total * (len(ends) + 1) and self._whole_at(index):
                 ends.append(index)
             seen += weight
-        return replace(self, pieces=tuple(ends[: count - 1]))
+        return replace(self, segments=tuple(ends[: count - 1]))
 
     def _whole_at(self, index: int) -> bool:
         later = (number for step in self.steps[index:] for number in step.overwritten)
@@ -398,7 +398,7 @@ class Program:
         """One line per step, as `%3 = conv2d(%1, float32[8, 3, 3, 3], ...)`."""
         head = f"inputs {_shown([*map(Ref, self.inputs)])}"
         lines = [f"  {'' if one.varying else 'const '}{one}" for one in self.steps]
-        for number, index in enumerate(self.pieces):
+        for number, index in enumerate(self.segments):
             lines.insert(index + number, "  -- checkpoint segment --")
         return "\n".join([head, *lines, f"return {_shown(self.outputs)}"])
 
@@ -437,12 +437,12 @@ def _shown(template: Any) -> str:
     return name_of(template) if callable(template) else repr(template)
 
 
-def lies_innermost(x: Tensor) -> bool:
+def is_channels_last(x: Tensor) -> bool:
     """Whether images or volumes lie with their channels innermost in memory."""
     return x.dim() in _FORMATS and x.stride(1) == 1 and x.stride(-1) == x.shape[1]
 
 
-def laid(tensors: Sequence[Tensor], inside: Sequence[bool]) -> tuple[Tensor, ...]:
+def in_layout(tensors: Sequence[Tensor], inside: Sequence[bool]) -> tuple[Tensor, ...]:
     """Tensors with their channels innermost in memory where `inside` says so.
 
     PyTorch's operators round otherwise in another memory format.

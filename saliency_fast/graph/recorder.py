@@ -82,11 +82,12 @@ def gradient_of(tensor: Tensor) -> object:
 
 
 class _Followed(dict[int, "weakref.ref[Tensor]"]):
-    """Tensors that depend on some first ones, by id. read: the first call by which Python learns
-    numbers of them.
+    """Tensors that depend on some first ones, by id.
+
+    first_read: the first call by which Python learns numbers of them.
     """
 
-    read: str | None = None
+    first_read: str | None = None
 
     def add(self, tensor: Tensor) -> None:
         self[id(tensor)] = weakref.ref(tensor)
@@ -106,7 +107,7 @@ class _Followed(dict[int, "weakref.ref[Tensor]"]):
             return
         counted = facts.data_sized == "zeros" or (name == "where" and len(given) == 1)
         if counted or not (made or facts.metadata):
-            self.read = self.read or name
+            self.first_read = self.first_read or name
 
 
 class Recorder(Calls):
@@ -117,7 +118,7 @@ class Recorder(Calls):
     that made it returned, no call reads the graph to hook it, and nothing changes what is saved.
 
     Attributes:
-        own: What of the model gives gradients of its own, if anything does.
+        custom_gradient: What of the model gives gradients of its own, if anything does.
     """
 
     def __init__(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
@@ -128,7 +129,7 @@ class Recorder(Calls):
         self._seen: dict[int, _Seen] = {}
         self._by_memory: dict[int, list[int]] = {}
         self._memories: dict[int, int] = {}
-        self.own: str | None = None
+        self.custom_gradient: str | None = None
         self._points, self._given = _Followed(), _Followed()
         for known, tensors in ((self._points, points), (self._given, extras)):
             for one in tensors:
@@ -137,14 +138,14 @@ class Recorder(Calls):
         self._extras = [self._number(one, varying=False) for one in extras]
 
     @property
-    def read(self) -> str | None:
+    def first_read_of_points(self) -> str | None:
         """The first call by which Python learns numbers that depend on the points."""
-        return self._points.read
+        return self._points.first_read
 
     @property
-    def asked(self) -> str | None:
+    def first_read_of_arguments(self) -> str | None:
         """The first call by which Python learns numbers of further arguments."""
-        return self._given.read
+        return self._given.first_read
 
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -156,9 +157,9 @@ class Recorder(Calls):
         self._recorded(self._note, func, before, result)
         # Also where the recording was refused.
         given, made = list(tensors_in((args, kwargs))), list(tensors_in(result))
-        self.own = self.own or own_gradient(func, given, result)
-        if self.own is None and self.packs:
-            self.own = "saved_tensors_hooks"
+        self.custom_gradient = self.custom_gradient or own_gradient(func, given, result)
+        if self.custom_gradient is None and self.packs:
+            self.custom_gradient = "saved_tensors_hooks"
         for known in (self._points, self._given):
             known.follow(func, given, made)
         return result

@@ -334,7 +334,7 @@ class Canvas:
                 "layers of one tensor each, or one layer, whose first tensor is used"
             )
         for number, one in enumerate(taps[: len(layers)]):
-            times = self._layouts(number, one)[0].fold if one.dim() > 2 else 1
+            times = self._layouts(number, one)[0].steps_per_example if one.dim() > 2 else 1
             if one.dim() == 0 or len(one) != rows * times:
                 raise InputError(
                     f"a layer must have the examples on its first axis: got {list(one.shape)} for "

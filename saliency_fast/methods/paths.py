@@ -31,7 +31,7 @@ from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.maps import accumulators, by_example, on_lines, unknown_error
 from saliency_fast.methods.parts.quadrature import NESTED, RULES, level, nested_levels
 from saliency_fast.model.layers import LayerTaps
-from saliency_fast.model.preserve import same_draws
+from saliency_fast.model.preserve import restored_random_state
 
 CLOSE = 1e-9
 """Share of a path's length that counts as nothing."""
@@ -284,13 +284,13 @@ class _BatchFirst(LayerTaps):
 
     _checked: list[bool] = field(default_factory=list, compare=False)
 
-    def look(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
+    def prepare(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
         """Raises InputError where one row alone has another first axis. A launch of as many rows as
         there are steps may hide it.
         """
         if self._checked:
             return
-        with torch.no_grad(), same_draws(lambda: True, rows[0].device):
+        with torch.no_grad(), restored_random_state(lambda: True, rows[0].device):
             _, tensors = self.run(lambda: run(tuple(one.clone() for one in rows)))
         need_batch_first(tensors, 1)
         self._checked.append(True)

@@ -74,7 +74,7 @@ class AttentionTaps:
         # Which layers count, once a row has been looked at.
         self._own: list[bool] | None = None
 
-    def look(self, run: Callable[[tuple[Tensor, ...]], Any], rows: tuple[Tensor, ...]) -> None:
+    def prepare(self, run: Callable[[tuple[Tensor, ...]], Any], rows: tuple[Tensor, ...]) -> None:
         """Finds the layers whose queries and keys are the tokens of the explained input, from runs
         with one row: `rows`, and others.
         """
@@ -109,7 +109,7 @@ class AttentionTaps:
         raw = _run(mode, call)
         return raw, _square(mode, raw, self._own)
 
-    def need(self, reached: Sequence[bool]) -> None:
+    def check_reached(self, reached: Sequence[bool]) -> None:
         """Raises ModelError where gradients reach none of the layers."""
         if not any(reached):
             raise ModelError(

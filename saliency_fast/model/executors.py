@@ -135,10 +135,10 @@ def _from_host(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
 class WidenedExecutor:
     """An executor whose outputs in half types become float32, for targets to be read from."""
 
-    route: Executor
+    executor: Executor
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
-        raw = self.route(points, args, kwargs)
+        raw = self.executor(points, args, kwargs)
         return map_tensors(lambda one: one.float() if one.dtype in HALVES else one, raw)
 
 
@@ -146,27 +146,30 @@ class RecordingExecutor:
     """The model as it is, which it records.
 
     Attributes:
-        read: The first call, if any, by which Python reads numbers that depend on the points.
-        asked: The same, of numbers of further arguments.
-        own: Which part of the model gives gradients of its own.
+        first_read_of_points: The first call, if any, by which Python reads numbers that depend on
+            the points.
+        first_read_of_arguments: The same, of numbers of further arguments.
+        custom_gradient: Which part of the model gives gradients of its own.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
         self._recorded: Program | str = "the model has not run"
-        self.read: str | None = None
-        self.own: str | None = None
-        self.asked: str | None = None
+        self.first_read_of_points: str | None = None
+        self.custom_gradient: str | None = None
+        self.first_read_of_arguments: str | None = None
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
         recorder = Recorder(points, tensors_among(args, kwargs))
         with recorder:
             raw = self.model(*points, *args, **kwargs)
-        self.read, self.own, self.asked = recorder.read, recorder.own, recorder.asked
+        self.first_read_of_points = recorder.first_read_of_points
+        self.first_read_of_arguments = recorder.first_read_of_arguments
+        self.custom_gradient = recorder.custom_gradient
         if torch.is_grad_enabled():
             leaves = [one for one in tree_leaves(raw) if isinstance(one, Tensor)]
-            self.own = self.own or own_gradient(tree_leaves, leaves, None)
+            self.custom_gradient = self.custom_gradient or own_gradient(tree_leaves, leaves, None)
         try:
             self._recorded = recorder.program(raw)
         except NotLeanError as refusal:
@@ -288,28 +291,28 @@ class Differentiable(Calls):
 
 
 @dataclass(frozen=True)
-class Recurring:
+class RecurrentExecutor:
     """An executor through recurrent layers on a GPU."""
 
-    route: Executor
+    executor: Executor
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         with Differentiable():
-            return self.route(points, args, kwargs)
+            return self.executor(points, args, kwargs)
 
 
-def recurring(route: Executor, device: torch.device) -> Executor:
+def for_recurrent_layers(executor: Executor, device: torch.device) -> Executor:
     """The executor as gradients of recurrent layers need it."""
-    return Recurring(route) if device.type == "cuda" and _recurs(route) else route
+    return RecurrentExecutor(executor) if device.type == "cuda" and _recurs(executor) else executor
 
 
-def _recurs(route: Any) -> bool:
+def _recurs(executor: Any) -> bool:
     """Whether an executor may run recurrent layers; interception costs time in each call."""
-    if isinstance(route, (RecordedExecutor, OffloadedExecutor)):
-        return any(step.func in LAYERS for step in route.program.steps)
-    if isinstance(route, nn.Module):
-        return any(isinstance(one, nn.RNNBase) for one in route.modules())
-    inner = [getattr(route, name, None) for name in ("route", "model")]
+    if isinstance(executor, (RecordedExecutor, OffloadedExecutor)):
+        return any(step.func in LAYERS for step in executor.program.steps)
+    if isinstance(executor, nn.Module):
+        return any(isinstance(one, nn.RNNBase) for one in executor.modules())
+    inner = [getattr(executor, name, None) for name in ("executor", "model")]
     return all(one is None or _recurs(one) for one in inner)
 
 

@@ -6,7 +6,7 @@ Gradients are those at the inputs, at layers inside of the model, or second deri
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from saliency_fast.graph.intercept import Calls
 from saliency_fast.graph.outputs import map_tensors, rows_of
 from saliency_fast.graph.passes.affine_prefix import Prefix
 from saliency_fast.graph.passes.half import FLOAT32, Precision, arithmetic
-from saliency_fast.graph.program import laid, tensors_among
+from saliency_fast.graph.program import in_layout, tensors_among
 from saliency_fast.model.attention import probabilities
 from saliency_fast.model.executors import Executor
 from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
@@ -45,6 +45,10 @@ NO_GRADIENT = (
 )
 
 
+COPIED = 64 * 1024
+"""Bytes of points up to which a copy takes less time than a function of autograd's in Python."""
+
+
 class _Enter(torch.autograd.Function):
     """Makes plain points differentiable without a copy, so that a model may work in place."""
 
@@ -60,6 +64,9 @@ class _Enter(torch.autograd.Function):
 
 def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
     """Differentiable points for the model, and the edges of autograd's graph of their gradients."""
+    if sum(one.nbytes for one in points) <= COPIED:
+        leaves = [one.detach().requires_grad_() for one in points]
+        return [one.clone() for one in leaves], [get_gradient_edge(one) for one in leaves]
     anchor = torch.zeros((), requires_grad=True, device="cpu")
     # Detached: work in place on a view would be its base's, too, and its gradient lost.
     detached = [one.detach() for one in points]
@@ -81,11 +88,11 @@ class PointFunction:
     """The model, by one executor, with its further arguments and targets, on a launch's rows.
 
     Further arguments that are tensors with the batch's length on their first axis belong to the
-    examples and follow them into the rows, but for those named in `whole`, by number or name; all
-    others are passed as they are.
+    examples and follow them into the rows, but for those named in `shared_arguments`, by number or
+    name; all others are passed as they are.
 
     Attributes:
-        route: The executor; behind a `prefix` of the rest of the model.
+        executor: The executor; behind a `prefix` of the rest of the model.
         targets: Which scores are read from outputs.
         args: Further arguments of the model.
         kwargs: Those by name.
@@ -99,14 +106,14 @@ class PointFunction:
         shape: Of an example's output, after the first run.
         references: Rows [B | 1, *] that go through the model behind the points, one for each.
         relevance: Whether gradients of outputs are multiplied with the outputs.
-        whole: Further arguments that do not belong to the examples.
+        shared_arguments: Further arguments that do not belong to the examples.
         unused: Inputs that no score depends on, whose gradients are 0.
         lone: The function of a single row, where that is another one.
         overwrites: Whether the model overwrites saved tensors, so that copies are saved.
-        innermost: Which inputs have their channels innermost in memory; their points have, too.
+        channels_last: Which inputs have their channels innermost in memory; their points have, too.
     """
 
-    route: Executor
+    executor: Executor
     targets: Targets
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -119,25 +126,25 @@ class PointFunction:
     shape: torch.Size | None = None
     references: Inputs | None = None
     relevance: bool = False
-    whole: frozenset[int | str] = frozenset()
+    shared_arguments: frozenset[int | str] = frozenset()
     unused: frozenset[int] = frozenset()
     single_row: PointFunction | None = None
     overwrites: bool = False
-    innermost: tuple[bool, ...] = ()
+    channels_last: tuple[bool, ...] = ()
     _checked: bool = False
     _squeezes: bool | None = None
 
     def scores(self, points: Inputs, example: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] without gradients, and the classes [R, K] they belong to."""
         with torch.no_grad(), arithmetic(self.precision, example.device):
-            return self.forward(self.taken(points), example)
+            return self.forward(self.as_model_inputs(points), example)
 
-    def judged(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
+    def scores_and_magnitude(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
         """Scores [R, K] without gradients, from points as launches write them, and the largest
         magnitude of the outputs that they are read from.
         """
         with torch.no_grad(), arithmetic(self.precision, example.device):
-            raw = self._run(self.taken(self._behind_prefix(points, example)), example)
+            raw = self._run(self.as_model_inputs(self._behind_prefix(points, example)), example)
             scores, _ = self.read(raw, example)
             output = read_of(raw)
             outputs = [scores] if output is None else [scores, output]
@@ -150,17 +157,16 @@ class PointFunction:
         One forward pass serves all targets; each has its own backward pass. The points are handed
         over: the model may overwrite them.
         """
-        # PyTorch's own allow_mutation_on_saved_tensors misses writes to views behind an offset.
-        copied = torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda one: one)
-        with (
-            arithmetic(self.precision, example.device),
-            copied if self.overwrites else nullcontext(),
-        ):
-            return self._gradients(points, example)
+        with arithmetic(self.precision, example.device):
+            if not self.overwrites:
+                return self._gradients(points, example)
+            # PyTorch's allow_mutation_on_saved_tensors misses writes to views behind an offset.
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda one: one):
+                return self._gradients(points, example)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
-        points = self.taken(self._behind_prefix(points, example))
-        shapes, (inside, edges) = _shapes(points), entered(points)
+        points = self.as_model_inputs(self._behind_prefix(points, example))
+        likes, (inside, edges) = _like(points), entered(points)
         del points
         scores, classes = self.forward(inside, example)
         inside.clear()
@@ -168,12 +174,15 @@ class PointFunction:
             raise ModelError(NO_GRADIENT)
         # A sum: where a gradient is handed in, PyTorch imports its symbolic shapes, which takes a
         # third of a second.
-        sums = [(one * self.scale).sum() for one in scores.unbind(1)]
+        scale: Any = self.scale
+        scaled = isinstance(scale, Tensor) or scale != 1.0
+        cotangents = scores * scale if scaled else scores
+        sums = [one.sum() for one in cotangents.unbind(1)]
         with self.failing(BACKWARD, example):
             several = _each(sums, edges)
         if self.prefix is None:
             _check_seen(several, self.unused)
-        filled = [_filled(grads, shapes) for grads in several]
+        filled = [_filled(grads, likes) for grads in several]
         if self.prefix is not None:
             return scores.detach(), classes, [self.prefix.turned_back(one) for one in filled]
         return scores.detach(), classes, [tuple(g.contiguous() for g in one) for one in filled]
@@ -183,7 +192,7 @@ class PointFunction:
         if self.prefix is None:
             return points
         if not self.at_prefix_end:
-            points = self.prefix.lift(points, tensors_among(*self.rows(example)))
+            points = self.prefix.forward(points, tensors_among(*self.rows(example)))
         return self.prefix.turned(points)
 
     def forward(self, points: Sequence[Tensor], example: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -194,14 +203,14 @@ class PointFunction:
     def _run(self, points: Sequence[Tensor], example: Tensor) -> Any:
         """What the model returns for points where the executor takes them."""
         if self.references is None:
-            return self.called(lambda: self.route(points, *self.rows(example)), points, example)
-        pairs = zip(points, self.taken(self.references), strict=True)
+            return self.called(lambda: self.executor(points, *self.rows(example)), points, example)
+        pairs = zip(points, self.as_model_inputs(self.references), strict=True)
         both = [torch.cat([one, rows[example % len(rows)]]) for one, rows in pairs]
         with self.failing(FORWARD, example):
-            raw = self.route(both, *self.rows(torch.cat([example, example])))
+            raw = self.executor(both, *self.rows(torch.cat([example, example])))
         return rows_of(raw, slice(len(example)), 2 * len(example))
 
-    def again(self, call: Callable[[], Made]) -> Made:
+    def with_saved_copies(self, call: Callable[[], Made]) -> Made:
         """The result of `call`, which writes its points anew each time; called once more, with
         copies of saved tensors, where the model overwrites them.
         """
@@ -236,7 +245,7 @@ class PointFunction:
             return False
         twice = [torch.cat([x, x]) for x in points]
         with suppress(Exception), torch.no_grad():
-            two = self.route(twice, *self.rows(torch.cat([example, example])))
+            two = self.executor(twice, *self.rows(torch.cat([example, example])))
             if not isinstance(two, Tensor) or two.shape != (2, *raw.shape):
                 return False
             close = tolerance(raw.dtype)
@@ -250,13 +259,13 @@ class PointFunction:
             self.shape, self._checked = self.targets.check(raw, example), True
         return self.targets.read(raw, example)
 
-    def taken(self, points: Inputs) -> Inputs:
+    def as_model_inputs(self, points: Inputs) -> Inputs:
         """The points in the types and the memory order of the model's inputs."""
         if self.dtypes is not None:
             points = tuple(one.to(dtype) for one, dtype in zip(points, self.dtypes, strict=True))
-        if self.prefix is not None or not any(self.innermost):
+        if self.prefix is not None or not any(self.channels_last):
             return points
-        return laid(points, self.innermost)
+        return in_layout(points, self.channels_last)
 
     def rows(self, example: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The further arguments of the rows of examples `example` [R]."""
@@ -270,7 +279,7 @@ class PointFunction:
     def follows(self, key: int | str, value: Any) -> bool:
         """Whether the further argument of that number or name belongs to the examples."""
         long = isinstance(value, Tensor) and value.dim() > 0 and len(value) == self.targets.batch
-        return long and key not in self.whole
+        return long and key not in self.shared_arguments
 
 
 @dataclass
@@ -288,19 +297,19 @@ class TappedFunction(PointFunction):
         return cls(**_fields(function), taps=taps, backward=backward)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
-        taps, given, tapped = self.taps, list(self.taken(points)), list[Tensor]()
+        taps, given, tapped = self.taps, list(self.as_model_inputs(points)), list[Tensor]()
         assert taps is not None
 
         def one_row(rows: Inputs) -> Any:
             with self.failing(FORWARD, example[:1]):
-                return self.route(list(rows), *self.rows(example[:1]))
+                return self.executor(list(rows), *self.rows(example[:1]))
 
         def call() -> Any:
-            raw, tensors = taps.run(partial(self.route, given, *self.rows(example)))
+            raw, tensors = taps.run(partial(self.executor, given, *self.rows(example)))
             tapped.extend(tensors)
             return raw
 
-        taps.look(one_row, tuple(one[:1] for one in given))
+        taps.prepare(one_row, tuple(one[:1] for one in given))
         with torch.set_grad_enabled(self.backward):
             scores, classes = self.read(self.called(call, given, example), example)
         if not self.backward:
@@ -309,9 +318,11 @@ class TappedFunction(PointFunction):
         if scores.requires_grad:
             with self.failing(BACKWARD, example):
                 several = _each([one.sum() for one in scores.unbind(1)], tapped)
-        taps.need([any(one is not None for one in own) for own in zip(*several, strict=True)])
+        taps.check_reached(
+            [any(one is not None for one in own) for own in zip(*several, strict=True)]
+        )
         values = tuple(one.detach() for one in tapped)
-        return scores.detach(), classes, [values, *(_filled(one, tapped) for one in several)]
+        return scores.detach(), classes, [values, *(_filled(one, _like(tapped)) for one in several)]
 
 
 @dataclass
@@ -331,8 +342,8 @@ class Directional(PointFunction):
         return cls(**_fields(function), project=project)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
-        points = self.taken(points)
-        shapes, (inside, edges) = _shapes(points), entered(points)
+        points = self.as_model_inputs(points)
+        likes, (inside, edges) = _like(points), entered(points)
         del points
         with _TwiceDifferentiable():
             scores, classes = self.forward(inside, example)
@@ -340,7 +351,7 @@ class Directional(PointFunction):
             raise ModelError(NO_GRADIENT)
         with self.failing(BACKWARD, example):
             try:
-                several = [self._twice(one, edges, shapes, example) for one in scores.unbind(1)]
+                several = [self._twice(one, edges, likes, example) for one in scores.unbind(1)]
             except RuntimeError as error:
                 if not ErrorText.NO_SECOND_DERIVATIVE.of(error):
                     raise
@@ -351,14 +362,14 @@ class Directional(PointFunction):
         return scores.detach(), classes, several
 
     def _twice(
-        self, score: Tensor, edges: list[GradientEdge], shapes: list[Tensor], example: Tensor
+        self, score: Tensor, edges: list[GradientEdge], likes: list[Like], example: Tensor
     ) -> Inputs:
         assert self.project is not None
 
         def gradient(numbers: Tensor, *, again: bool) -> Inputs:
             """Of numbers [R], each of its own row; again: to be differentiated once more."""
             options = {"retain_graph": True, "create_graph": again, "allow_unused": True}
-            return _filled(gradients(numbers, edges, torch.ones_like(numbers), **options), shapes)
+            return _filled(gradients(numbers, edges, torch.ones_like(numbers), **options), likes)
 
         first_order = gradient(score, again=True)
         first = self.project(first_order, example)
@@ -396,13 +407,14 @@ def _fields(function: PointFunction) -> dict[str, Any]:
     return {one.name: getattr(function, one.name) for one in fields(function)}
 
 
-def _shapes(points: Inputs) -> list[Tensor]:
-    """Tensors like the points, without memory.
+Like = tuple[torch.Size, torch.dtype, torch.device]
 
-    Behind a prefix points are as large as activations, and must not outlive the calls that take
-    them.
+
+def _like(points: Sequence[Tensor]) -> list[Like]:
+    """What zeros like the points need: behind a prefix points are as large as activations, and
+    must not outlive the calls that take them.
     """
-    return [torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape) for x in points]
+    return [(x.shape, x.dtype, x.device) for x in points]
 
 
 def _each(
@@ -416,10 +428,12 @@ def _each(
     ]
 
 
-def _filled(grads: tuple[Tensor | None, ...], shapes: Sequence[Tensor]) -> Inputs:
+def _filled(grads: tuple[Tensor | None, ...], likes: Sequence[Like]) -> Inputs:
     """Zeros where a target does not depend on an input."""
-    pairs = zip(grads, shapes, strict=True)
-    return tuple(one.new_zeros(one.shape) if grad is None else grad for grad, one in pairs)
+    return tuple(
+        torch.zeros(like[0], dtype=like[1], device=like[2]) if grad is None else grad
+        for grad, like in zip(grads, likes, strict=True)
+    )
 
 
 def _check_seen(several: Sequence[tuple[Tensor | None, ...]], unused: frozenset[int]) -> None:

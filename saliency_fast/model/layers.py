@@ -268,10 +268,10 @@ class Taps(Protocol):
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tapped tensors [R, *], on autograd's graph."""
 
-    def look(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
+    def prepare(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
         """Before the first run: finds what to tap, by runs of the model with one row."""
 
-    def need(self, reached: Sequence[bool]) -> None:
+    def check_reached(self, reached: Sequence[bool]) -> None:
         """Raises ModelError where a tap has no gradient; reached: of each tensor."""
 
 
@@ -286,14 +286,14 @@ class LayerTaps:
     of_input: bool = False
     counts: list[int] = field(default_factory=list, compare=False)
 
-    def look(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
+    def prepare(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
         """Layers are named: there is nothing to find."""
 
-    def need(self, reached: Sequence[bool]) -> None:
+    def check_reached(self, reached: Sequence[bool]) -> None:
         """Raises ModelError where the score depends on none of a layer's tensors."""
         ends = [sum(self.counts[: number + 1]) for number in range(len(self.counts))]
         pairs = zip(self.counts, ends, strict=True)
-        need_reached(self.layers, [any(reached[end - count : end]) for count, end in pairs])
+        check_layers_reached(self.layers, [any(reached[end - count : end]) for count, end in pairs])
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tensors at the layers."""
@@ -318,7 +318,7 @@ class LayerTaps:
         return raw, [one for own in several for one in own]
 
 
-def need_reached(layers: Sequence[Layer], reached: Sequence[bool]) -> None:
+def check_layers_reached(layers: Sequence[Layer], reached: Sequence[bool]) -> None:
     """Raises ModelError where gradients reach none of a layer's tensors."""
     for layer, one in zip(layers, reached, strict=True):
         if not one:

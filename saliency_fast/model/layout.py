@@ -137,15 +137,15 @@ class Layouts:
         return self._letters
 
     @property
-    def settled(self) -> tuple[str | None, ...]:
+    def cached_letters(self) -> tuple[str | None, ...]:
         """The same, without looking at the model."""
         return self._letters
 
-    def saying(self, letters: Sequence[str | None]) -> Layouts:
+    def with_letters(self, letters: Sequence[str | None]) -> Layouts:
         """The same with the model's layouts of its inputs."""
         return self._with(letters, None, self._look)
 
-    def knowing(self, letters: Sequence[str | None]) -> Layouts:
+    def with_inferred(self, letters: Sequence[str | None]) -> Layouts:
         """The same with the layouts of some inputs; the others are still looked for."""
         return self._with(letters, self._find, self._look)
 
@@ -165,7 +165,7 @@ class Layouts:
         return None if self._look is None else self._look(layers, of_input)
 
     @property
-    def told(self) -> str:
+    def described(self) -> str:
         """The layouts in words, with who says so."""
         parts = []
         for number, shape in enumerate(self.shapes):
@@ -184,7 +184,7 @@ class Layouts:
         letters = self.letters[number]
         return None if letters is None else Axes(letters)
 
-    def usual(self, number: int) -> Axes | None:
+    def or_conventional(self, number: int) -> Axes | None:
         """The layout of an input, by convention where it is unknown."""
         letters = _CONVENTION.get(len(self.shapes[number]))
         return self.of(number) or (None if letters is None else Axes(letters))
@@ -289,7 +289,7 @@ class Layout:
         shape: Of one example's map, with the input's axes: [1, *size], or with the 1 where the
             input has its channels.
         order: Of the layer's spatial axes, where it is another than the input's.
-        fold: How many steps of an example are rows of their own.
+        steps_per_example: How many steps of an example are rows of their own.
     """
 
     last: bool
@@ -298,12 +298,12 @@ class Layout:
     size: tuple[int, ...]
     shape: tuple[int, ...]
     order: tuple[int, ...] | None = None
-    fold: int = 1
+    steps_per_example: int = 1
 
     def maps(self, output: Tensor) -> Tensor:
         """The layer's output, or gradients of its shape, as maps [R, C, *grid]."""
-        if self.fold > 1:
-            output = output.reshape(-1, self.fold, *output.shape[1:])
+        if self.steps_per_example > 1:
+            output = output.reshape(-1, self.steps_per_example, *output.shape[1:])
             output = output if self.last else output.movedim(2, 1)
         if self.last:
             output = output.movedim(-1, 1)
@@ -360,8 +360,8 @@ def read_layout(
     last = channel_axis(layer, shape, -1 if len(shape) == 3 and len(size) > 1 else 1) == -1
     inner = tuple(shape[1:-1] if last else shape[2:])
     followed = space.inside.of(at, space.number)
-    fold = 1 if followed is None else _steps(followed, space)
-    if last and len(inner) == 1 and fold == 1:
+    steps_per_example = 1 if followed is None else _steps(followed, space)
+    if last and len(inner) == 1 and steps_per_example == 1:
         lattice = tokens_at(f"layer {name}", inner[0], space, grid, special, model, followed)
         return Layout(True, lattice.index, lattice.grid, size, space.of_map)
     if grid is not None or special:
@@ -371,22 +371,22 @@ def read_layout(
         )
     if math.prod(inner) == 1:
         raise no_space
-    places = len(inner) + (fold > 1)
+    places = len(inner) + (steps_per_example > 1)
     if places != len(size):
         raise InputError(
             f"a map needs as many spatial axes as the input {list(space.shape)} has: got {places} "
             f"in the output {list(shape)} of layer {name}, expected {len(size)}; choose another "
             "layer, and pass what has no space through forward_args"
         )
-    order, grid = None, (*((fold,) if fold > 1 else ()), *inner)
+    order, grid = None, (*((steps_per_example,) if steps_per_example > 1 else ()), *inner)
     if followed is not None:
         first = 1 if last else 2
-        axes = [*([0] if fold > 1 else []), *range(first, first + len(inner))]
+        axes = [*([0] if steps_per_example > 1 else []), *range(first, first + len(inner))]
         along = order_of(followed, axes, space.axes.places)
         order = None if along is None else tuple(2 + axes.index(axis) for axis in along)
     if order is not None:
         grid = tuple(grid[axis - 2] for axis in order)
-    return Layout(last, None, grid, size, space.of_map, order, fold)
+    return Layout(last, None, grid, size, space.of_map, order, steps_per_example)
 
 
 def _steps(followed: Followed, space: Space) -> int:

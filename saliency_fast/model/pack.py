@@ -91,13 +91,13 @@ def packed(
     return together, several, torch.arange(pack.batch, device=items[0].device), pack
 
 
-def alike(function: PointFunction) -> tuple[object, ...]:
+def compatible(function: PointFunction) -> tuple[object, ...]:
     """Equal for functions whose points may share a launch."""
     further: list[tuple[int | str, Any]] = [*enumerate(function.args)]
     further += sorted(function.kwargs.items())
     shared = tuple((key, _kind(key, value, function)) for key, value in further)
     dtypes, count = function.dtypes, function.targets.count
-    return (function.kind, function.at_prefix_end, count, dtypes, function.innermost, shared)
+    return (function.kind, function.at_prefix_end, count, dtypes, function.channels_last, shared)
 
 
 def _kind(key: int | str, value: Any, function: PointFunction) -> object:

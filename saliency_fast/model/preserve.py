@@ -131,7 +131,7 @@ def preserve_model_state(
         Whether the model was in training mode.
     """
     with (
-        same_draws(lambda: True, device) if draws else nullcontext(),
+        restored_random_state(lambda: True, device) if draws else nullcontext(),
         outside_transforms(),
         _evaluating(model) as was_training,
         preserved(model, rewinds=draws),
@@ -144,7 +144,7 @@ def preserve_model_state(
 
 
 @contextmanager
-def same_draws(drew: Callable[[], bool], device: torch.device) -> Iterator[None]:
+def restored_random_state(drew: Callable[[], bool], device: torch.device) -> Iterator[None]:
     """Whatever a model draws inside, it draws again afterwards. drew: whether it did; else random
     numbers are other threads' business, since the state is the whole process's.
     """
@@ -454,6 +454,8 @@ class _Container:
 
 def _same(before: dict[Any, Any], now: dict[Any, Any]) -> bool:
     """Whether a dictionary has the same keys in the same order, and the very same values."""
+    if not now:
+        return not before
     same = len(before) == len(now) and all(map(is_, before.values(), now.values()))
     return same and list(before) == list(now)
 
@@ -480,7 +482,7 @@ def rewind(*, counts: bool = True) -> None:
         return
     hold = _LOCAL.holds[-1]
     hold.runs += counts
-    snapshots = hold.snapshots if counts and hold.runs <= 2 else hold.changing
+    snapshots = hold.snapshots if counts and hold.runs == 2 else hold.changing
     if not snapshots:
         return
     with _SNAPSHOTS.lock:

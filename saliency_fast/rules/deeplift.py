@@ -200,11 +200,11 @@ class Rescale:
     name: ClassVar[str] = "DeepLIFT"
     references: ClassVar[bool] = True
     relevance: ClassVar[bool] = False
-    unmet: ClassVar[str] = ""
+    warning: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < float("inf"):
             raise InputError(f"epsilon must be a positive finite number: got {self.epsilon}")
 
-    def calls(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Func | None = None) -> RulesMode:
         return Paired(self)

@@ -240,7 +240,7 @@ class Rules(Protocol):
     """Backward rules that a model runs under, instead of the chain rule.
 
     references: points are followed by a row of the baseline for each; relevance: backward starts
-    from the score itself, not from its derivative 1. unmet: the warning where a run made no call
+    from the score itself, not from its derivative 1. warning: the warning where a run made no call
     that has a rule; "" for none.
     """
 
@@ -254,9 +254,9 @@ class Rules(Protocol):
     def relevance(self) -> bool: ...
 
     @property
-    def unmet(self) -> str: ...
+    def warning(self) -> str: ...
 
-    def calls(self, model: Func | None = None) -> RulesMode: ...
+    def mode(self, model: Func | None = None) -> RulesMode: ...
 
 
 @dataclass(frozen=True)
@@ -272,9 +272,9 @@ class RulesExecutor:
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
-        calls = self.rules.calls(self.model)
-        raw = calls.run(self.model, points, args, kwargs)
+        mode = self.rules.mode(self.model)
+        raw = mode.run(self.model, points, args, kwargs)
         # Without gradients no call needs a rule.
-        if calls.met == 0 and self.rules.unmet and torch.is_grad_enabled():
-            warn(self.rules.unmet)
+        if mode.met == 0 and self.rules.warning and torch.is_grad_enabled():
+            warn(self.rules.warning)
         return raw

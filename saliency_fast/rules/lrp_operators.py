@@ -84,7 +84,7 @@ class Composite:
     name: ClassVar[str] = "LRP"
     references: ClassVar[bool] = False
     relevance: ClassVar[bool] = True
-    unmet: ClassVar[str] = ""
+    warning: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         Epsilon(self.epsilon)
@@ -98,7 +98,7 @@ class Composite:
                     f"{field} must be one of {', '.join(valid)}: got {getattr(self, field)!r}"
                 )
 
-    def calls(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Func | None = None) -> RulesMode:
         return Relevance(self, self._by_weight(model))
 
     def _by_weight(self, model: Func | None) -> dict[int, PropagationRule]:

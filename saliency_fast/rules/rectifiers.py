@@ -29,7 +29,7 @@ from saliency_fast.rules.intercept import (
     with_backward,
 )
 
-_UNMET = (
+_WARNING = (
     "the model has no ReLU that {} could change: these are plain gradients (leaky, bounded and "
     "smooth activations keep their gradient); fused layers such as nn.RNN hide theirs"
 )
@@ -99,9 +99,9 @@ class Guided:
     name: ClassVar[str] = "guided backpropagation"
     references: ClassVar[bool] = False
     relevance: ClassVar[bool] = False
-    unmet: ClassVar[str] = _UNMET.format(name)
+    warning: ClassVar[str] = _WARNING.format(name)
 
-    def calls(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Func | None = None) -> RulesMode:
         return RulesMode(self.name, _GUIDED)
 
 
@@ -112,9 +112,9 @@ class Deconv:
     name: ClassVar[str] = "deconvolution"
     references: ClassVar[bool] = False
     relevance: ClassVar[bool] = False
-    unmet: ClassVar[str] = _UNMET.format(name)
+    warning: ClassVar[str] = _WARNING.format(name)
 
-    def calls(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Func | None = None) -> RulesMode:
         return RulesMode(self.name, _DECONV)
 
 
@@ -130,13 +130,13 @@ class Softplus:
     name: ClassVar[str] = "softplus"
     references: ClassVar[bool] = False
     relevance: ClassVar[bool] = False
-    unmet: ClassVar[str] = ""
+    warning: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < torch.inf:
             raise InputError(f"beta must be a positive finite number: got {self.beta}")
 
-    def calls(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Func | None = None) -> RulesMode:
         table = _table(lambda x: functional.softplus(x, self.beta, _LINEAR_FROM))
         return _Smooth(self.name, table)
 

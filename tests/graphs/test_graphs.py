@@ -389,7 +389,7 @@ def test_pieces_that_are_computed_again(monkeypatch):
     original = Planner._fitting
 
     def fitting(self: Any, found: Any, *about: Any) -> Any:
-        segments = found.strategy.program.in_pieces(3)
+        segments = found.strategy.program.in_segments(3)
         strategy = Strategy(segments, precision=found.strategy.precision)
         return original(self, replace(found, strategy=strategy), *about)
 

@@ -1,4 +1,4 @@
-"""Models that do what lean routes could get wrong, each with the way that is to serve it."""
+"""Models that memory-efficient executors could get wrong, each with the way that serves it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from saliency_fast.engine.precision import PrecisionError, everywhere, finite, f
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.intercept import Calls
 from saliency_fast.graph.passes import half as precisions
-from saliency_fast.graph.passes.half import lowered
+from saliency_fast.graph.passes.half import in_half_type
 from saliency_fast.graph.recorder import unified
 from saliency_fast.model.executors import RecordingExecutor
 from tests.configured import configure
@@ -177,13 +177,13 @@ def test_what_it_costs_is_estimated(build, method):
     assert sorted(ratios)[4] < 6
 
 
-def test_products_alone_are_lowered():
+def test_products_alone_are_in_a_half_type():
     net, x = seeded(Image, (3, 9, 9))
     recording, second = RecordingExecutor(net), RecordingExecutor(net)
     with torch.enable_grad():
         recording([x[:1].requires_grad_() * 1], (), {})
         second([x[:2].requires_grad_() * 1], (), {})
-    program = lowered(unified(recording.program, second.program), torch.bfloat16).program
+    program = in_half_type(unified(recording.program, second.program), torch.bfloat16).program
     seen: dict[str, set[torch.dtype]] = {}
 
     class Spy(Calls):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import saliency_fast as sf
-from saliency_fast.graph.passes.invariant import settled, settled_bytes
+from saliency_fast.graph.passes.invariant import invariant_bytes, with_invariants
 from tests.model.answers import METHODS, always_lean, check, way_of, why
 from tests.model.lean_models import Case, Net, seeded
 from tests.model.recording import record
@@ -77,7 +77,7 @@ def test_against_autograd(name: str, method: Any) -> None:
     check(engine, case)
     assert way_of(engine) == "program", why(engine)
     program = record(model, X).pruned()
-    ready = settled(program).program
+    ready = with_invariants(program).program
     for rows in (1, 2, 5):
         # Points are handed over.
         points = [randn(rows, 2, 6, 6, seed=rows) for _ in range(2)]
@@ -141,9 +141,9 @@ def test_weights_are_fixed_bytes() -> None:
     assert plan.points_per_launch == 32
     assert plan.launch_bytes < 32 * weight / 4
     strategy = replace(next(iter(engine._location.cache.values())).strategy)
-    assert strategy.settled_bytes == weight
-    assert strategy._settled is not None
-    assert "std" not in {step.name for step in strategy._settled.program.steps}
+    assert strategy.invariant_bytes == weight
+    assert strategy._invariant is not None
+    assert "std" not in {step.name for step in strategy._invariant.program.steps}
 
 
 def test_little_memory_makes_them_in_every_launch() -> None:
@@ -162,7 +162,7 @@ def test_requests_that_share_launches_hold_no_copies() -> None:
     with sf.Engine(model, latency=0.05) as engine:
         found = engine.explain_many([asked, asked])
     several = [one.strategy for one in engine._location.cache.values()]
-    assert any(not one.copies and one.settled_bytes == 0 for one in several)
+    assert any(not one.copies and one.invariant_bytes == 0 for one in several)
     for one in found:
         torch.testing.assert_close(one.values, expected.values, rtol=1e-4, atol=1e-6)
 
@@ -194,9 +194,9 @@ def test_what_leads_to_them_is_let_go_of() -> None:
         return x @ w
 
     program = record(body, randn(1, 64)).pruned()
-    assert settled_bytes(program) == weight.nbytes
+    assert invariant_bytes(program) == weight.nbytes
     meter = MemoryMeter()
     with meter:
-        done = settled(program)
+        done = with_invariants(program)
     assert meter.peak <= 3 * weight.nbytes
     assert len(done.program.steps) == 1

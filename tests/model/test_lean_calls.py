@@ -13,7 +13,7 @@ from saliency_fast.graph.autograd import LEAN
 from saliency_fast.graph.intercept import Calls
 from saliency_fast.model.executors import EagerExecutor
 from tests.model.lean_cases import CASES, made
-from tests.model.ways import check, compare, routes, take
+from tests.model.ways import check, compare, executors, take
 from tests.models import randn
 from tests.traces import one_thread
 
@@ -28,14 +28,14 @@ def _one_thread():
 def test_against_autograd(name: str) -> None:
     case = CASES[name]
     taken = check(case.model, case.points())
-    for route, one in taken.items():
-        if route == "plain":
+    for executor, one in taken.items():
+        if executor == "plain":
             continue
         mine = {node.removesuffix("Backward") for node in one.nodes if node[0] == "_"}
-        assert case.node is None or case.node in mine, f"{route}: {sorted(one.nodes)}"
+        assert case.node is None or case.node in mine, f"{executor}: {sorted(one.nodes)}"
         if case.kept is not None:
             promised = case.kept(case.points(), one.outputs[0])
-            assert one.kept == promised, route
+            assert one.kept == promised, executor
 
 
 def test_every_lean_version_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,8 +86,8 @@ def test_the_comparison_fails_where_it_should(name: str) -> None:
     case = CASES[name]
     x = case.points()
     expected = take(EagerExecutor(case.model), x)
-    for route in routes(case.model, x).values():
-        found = take(route, x)
+    for executor in executors(case.model, x).values():
+        found = take(executor, x)
         found.gradient[0, 0, 0, 0] += 1e-9
         with pytest.raises(AssertionError, match="gradient: off by"):
             compare(found, expected, 1e-12)

@@ -1,4 +1,4 @@
-"""Models that lean routes could get wrong, against a naive loop of autograd in float64."""
+"""Models that memory-efficient executors could get wrong, against naive autograd in float64."""
 
 from __future__ import annotations
 

@@ -77,12 +77,12 @@ def test_pieces(axes: int, kinds: list[str], seed: int) -> None:
     """Programs as they are and fused, of which parts are computed again on the way back."""
     model, x = drawn_network(axes, kinds, seed)
     whole, expected = record(model, x), gradient(model, x)
-    for program in (fused(whole), whole, with_rectifiers(whole).innermost()):
+    for program in (fused(whole), whole, with_rectifiers(whole).with_channels_last()):
         if program.channels_last and whole.aliased:
             continue
         for count in (2, 4):
-            route = RecordedExecutor(program.in_pieces(count))
-            found = gradient(lambda points, route=route: route((points,), (), {}), x)
+            executor = RecordedExecutor(program.in_segments(count))
+            found = gradient(lambda points, executor=executor: executor((points,), (), {}), x)
             assert naive.relative_l2(found, expected) <= TOLERANCE
 
 

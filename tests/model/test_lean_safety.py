@@ -1,4 +1,4 @@
-"""Lean routes among threads, over many calls, under callers' modes, and when things go wrong."""
+"""Memory-efficient executors in threads, many calls, callers' modes, and when things go wrong."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ FAILURES = {
 @every_way
 @pytest.mark.parametrize("failure", FAILURES)
 def test_after_a_failure(way: str, failure: str) -> None:
-    """In whichever pass: recorded, with two rows, by a lean route, or in a launch."""
+    """In whichever pass: recorded, with two rows, memory-efficient, or in a launch."""
     model = Failing(BY_WAY[way]().train(), 0, FAILURES[failure])
     engine = sf.Engine(model, NOISE, points_per_launch=2, hashes=False)
     expected, passes, failed = engine(X, 1).values, model.notes.calls, 0
@@ -219,7 +219,7 @@ def test_after_a_failure(way: str, failure: str) -> None:
                 engine(X, 1)
             except (LaunchError, KeyboardInterrupt, RuntimeError):
                 failed += 1
-    # Failures of a lean route alone, and of backward passes that are none, do not come through.
+    # Failures of a memory-efficient executor alone, and of no backward pass, do not come through.
     assert failed >= 1
     model.at = 0
     torch.testing.assert_close(engine(X, 1).values, expected, rtol=1e-12, atol=1e-15)

@@ -143,7 +143,9 @@ def test_cudnns_terms(
     method = sf.IntegratedGradients(4)
     expected = sf.explain(model, x, target=(1, 2), method=method, forward_args=args)
     monkeypatch.setattr(
-        bind, "recurring", lambda route, device: executors.recurring(route, torch.device("cuda"))
+        bind,
+        "for_recurrent_layers",
+        lambda executor, device: executors.for_recurrent_layers(executor, torch.device("cuda")),
     )
     with always_lean(), Cudnn() as cudnn:
         found = sf.explain(model, x, target=(1, 2), method=method, forward_args=args, lean=lean)
@@ -172,13 +174,15 @@ def test_training_stays_as_it_is() -> None:
 def test_other_models_are_not_watched() -> None:
     cuda = torch.device("cuda")
     plain = EagerExecutor(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
-    assert executors.recurring(plain, cuda) is plain
+    assert executors.for_recurrent_layers(plain, cuda) is plain
     assert (
-        executors.recurring(EagerExecutor(made(nn.GRU)), torch.device("cpu")).__class__
+        executors.for_recurrent_layers(EagerExecutor(made(nn.GRU)), torch.device("cpu")).__class__
         is EagerExecutor
     )
-    for route in (EagerExecutor(made(nn.GRU)), EagerExecutor(lambda x: x)):
-        assert isinstance(executors.recurring(route, cuda), executors.Recurring)
+    for executor in (EagerExecutor(made(nn.GRU)), EagerExecutor(lambda x: x)):
+        assert isinstance(
+            executors.for_recurrent_layers(executor, cuda), executors.RecurrentExecutor
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,7 +19,7 @@ from saliency_fast.engine import strategies
 from saliency_fast.graph.autograd.convolutions import winograd_built
 from saliency_fast.graph.passes import scores_only as scorings
 from saliency_fast.graph.passes.fuse_relu import fused
-from saliency_fast.graph.passes.scores_only import ready_bytes, scoring
+from saliency_fast.graph.passes.scores_only import prepared_bytes, scoring
 from saliency_fast.graph.program import Program
 from saliency_fast.ops.dispatch import forced
 from tests.model.answers import why
@@ -47,7 +47,7 @@ def checked(model: Any, x: Tensor) -> str:
     """
     want = model(x.double().clone()).detach()
     model, x = copy.deepcopy(model).float(), x.float()
-    program = fused(record(model, x)).innermost()
+    program = fused(record(model, x)).with_channels_last()
     ready = scoring(program)
     with torch.no_grad():
         # What float32 is off by as it is, and the errors of other orders of its sums.
@@ -177,14 +177,14 @@ def test_bytes_are_those_of_the_weights() -> None:
     model = prepared(
         Wide(lambda m, x: m.strided(m.first(x)).relu() + m.wide(m.second(m.first(x))).mean())
     )
-    program = fused(record(model.float(), randn(2, 2, 24, 24).float())).innermost()
+    program = fused(record(model.float(), randn(2, 2, 24, 24).float())).with_channels_last()
     ready = {
         "winograd": lambda call: call.options[-1].nbytes + call.weight.nbytes,
         "reordered": lambda call: math.prod(call.weight.shape) * 4,
     }
     calls = [step.func for step in scoring(program).steps if type(step.func).__name__ in PREPARED]
     expected = sum(ready[PREPARED[type(call).__name__]](call) for call in calls)
-    assert ready_bytes(program) == expected > 36 * 16 * 32 * 4
+    assert prepared_bytes(program) == expected > 36 * 16 * 32 * 4
 
 
 @pytest.mark.parametrize("why_not", ["float64", "contiguous", "in pieces"])
@@ -192,12 +192,14 @@ def test_what_is_left_as_it_is(why_not: str) -> None:
     model = prepared(Wide(lambda m, x: m.second(m.first(x).relu())))
     x = randn(2, 2, 24, 24)
     if why_not == "float64":
-        program = fused(record(model, x)).innermost()
+        program = fused(record(model, x)).with_channels_last()
     else:
         program = fused(record(model.float(), x.float()))
-        program = program if why_not == "contiguous" else program.innermost().in_pieces(2)
+        program = (
+            program if why_not == "contiguous" else program.with_channels_last().in_segments(2)
+        )
     assert kinds(scoring(program)) == kinds(program)
-    assert ready_bytes(program) == 0
+    assert prepared_bytes(program) == 0
 
 
 class Net(nn.Module):
@@ -295,7 +297,7 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = made()
     engine = sf.Engine(model, OCCLUSION)
     assert off(engine(x, 1).values, model, x) < 1e-5
-    program = fused(record(model, x)).innermost()
+    program = fused(record(model, x)).with_channels_last()
     assert "reordered" not in kinds(scoring(program))
     if forced() in (None, "native") and winograd_built():
         assert "winograd" in kinds(scoring(program))

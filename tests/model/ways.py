@@ -1,4 +1,4 @@
-"""One gradient by the model as it is, and by each of its lean routes."""
+"""One gradient by the model as it is, and by each of its memory-efficient executors."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Taken:
     nodes: frozenset[str]
 
 
-def take(route: Executor, x: Tensor) -> Taken:
+def take(executor: Executor, x: Tensor) -> Taken:
     """One launch, with the points made inside, so that keeping them counts."""
     leaf, ledger = x.clone().requires_grad_(), Ledger(MemoryMeter())
     with ledger.meter, ledger:
         point = leaf.clone(memory_format=torch.preserve_format)
-        raw = route((point,), (), {})
+        raw = executor((point,), (), {})
         del point
     outputs = [one for one in tree_leaves(raw) if isinstance(one, Tensor)]
     passing = [one for one in outputs if one.requires_grad]
@@ -69,8 +69,8 @@ def _nodes(outputs: list[Tensor]) -> Iterator[str]:
             waiting += [one for one, _ in node.next_functions]
 
 
-def routes(model: Model, x: Tensor) -> dict[str, Executor]:
-    """Every lean route of a model that can be recorded."""
+def executors(model: Model, x: Tensor) -> dict[str, Executor]:
+    """Every memory-efficient executor of a model that can be recorded."""
     program = fused(record(model, x))
     found: dict[str, Executor] = {
         "watched": InterceptedExecutor(model),
@@ -97,9 +97,9 @@ def compare(found: Taken, expected: Taken, tolerance: float, where: str = "") ->
 
 
 def check(model: Model, x: Tensor, tolerance: float = 1e-12) -> dict[str, Taken]:
-    """Compares every lean route with plain autograd; returns what each one took."""
+    """Compares every memory-efficient executor with plain autograd; returns what each one took."""
     expected = take(EagerExecutor(model), x)
-    taken = {name: take(route, x) for name, route in routes(model, x).items()}
+    taken = {name: take(executor, x) for name, executor in executors(model, x).items()}
     for name, one in taken.items():
         compare(one, expected, tolerance, name)
     return {"plain": expected, **taken}

@@ -242,8 +242,8 @@ def test_attention_by_hand() -> None:
 
     leaf = x.clone().requires_grad_()
     rules = composite("epsilon", 0.0)
-    calls = rules.calls()
-    raw = calls.run(attend, [leaf.view_as(leaf)], (), {})
+    mode = rules.mode()
+    raw = mode.run(attend, [leaf.view_as(leaf)], (), {})
     (found,) = torch.autograd.grad(raw, leaf, relevance[None])
     z = q @ k.T / 2**0.5
     s = z.masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf).softmax(-1)

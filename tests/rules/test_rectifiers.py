@@ -104,10 +104,10 @@ def test_softplus_is_the_smooth_model_twice_differentiable(kind: str) -> None:
     assert relative_l2(scores, found[0]) < EXACT
 
 
-def _curved(route: Any, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _curved(executor: Any, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs, gradients and Hessian-vector products."""
     leaf = x.clone().requires_grad_()
-    raw = route([leaf.view_as(leaf)], (), {})
+    raw = executor([leaf.view_as(leaf)], (), {})
     (first,) = torch.autograd.grad(raw[:, 1].sum(), leaf, create_graph=True)
     (second,) = torch.autograd.grad((first * direction).sum(), leaf)
     return raw.detach(), first, second

@@ -363,8 +363,8 @@ def _named(given: Any, what: str) -> list[tuple[str, Any]]:
         name = _name_of(one)
         if any(name == taken for taken, _ in rows) and is_dataclass(one):
             changed = (part for part in fields(one) if getattr(one, part.name) is not part.default)
-            told = ", ".join(f"{part.name}={getattr(one, part.name)}" for part in changed)
-            name = f"{name}({told})"
+            named = ", ".join(f"{part.name}={getattr(one, part.name)}" for part in changed)
+            name = f"{name}({named})"
         rows.append((name, one))
     return rows
 

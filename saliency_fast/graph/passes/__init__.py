@@ -13,8 +13,8 @@ import torch
 from saliency_fast.graph.passes.affine_prefix import behind_prefix
 from saliency_fast.graph.passes.fold_norm import folded
 from saliency_fast.graph.passes.fuse_relu import with_rectifiers
-from saliency_fast.graph.passes.half import lowered
-from saliency_fast.graph.passes.invariant import settled
+from saliency_fast.graph.passes.half import in_half_type
+from saliency_fast.graph.passes.invariant import with_invariants
 from saliency_fast.graph.passes.scores_only import scoring
 from saliency_fast.graph.program import Program
 
@@ -51,15 +51,15 @@ def pipeline(
     found = [] if line is None else [Pass("affine_prefix", lambda p: behind_prefix(p, line) or p)]
     found += [Pass("fold_norm", folded), Pass("fuse_relu", with_rectifiers)]
     if channels_last:
-        found.append(Pass("channels_last", Program.innermost))
+        found.append(Pass("channels_last", Program.with_channels_last))
     if segments > 1:
-        found.append(Pass("checkpoint", lambda program: program.in_pieces(segments)))
+        found.append(Pass("checkpoint", lambda program: program.in_segments(segments)))
     if half is not None:
-        found.append(Pass("half", lambda program: lowered(program, half).program))
+        found.append(Pass("half", lambda program: in_half_type(program, half).program))
     elif scores:
         found.append(Pass("scores_only", scoring))
     else:
-        found.append(Pass("invariant", lambda program: settled(program).program))
+        found.append(Pass("invariant", lambda program: with_invariants(program).program))
     return tuple(found)
 
 

@@ -50,14 +50,14 @@ class Prefix:
         """Whether the stem takes further arguments, and so may differ between examples."""
         return any(not step.used.isdisjoint(self.stem.extras) for step in self.stem.steps)
 
-    def lift(self, points: Inputs, extras: list[Tensor]) -> Inputs:
+    def forward(self, points: Inputs, extras: list[Tensor]) -> Inputs:
         """The activations of `points` at the cut, contiguous and without autograd."""
         with torch.no_grad():
             found = self.stem(self._spared(points), extras)
         # The data alone: autograd would not let the rest overwrite a view made without it.
         return tuple(self._in_memory_order(one).contiguous().data for one in found)
 
-    def lower(self, grads: Inputs, like: Inputs, extras: list[Tensor]) -> Inputs:
+    def transpose(self, grads: Inputs, like: Inputs, extras: list[Tensor]) -> Inputs:
         """The stem's transpose: gradients at the cut [R, *] to gradients at inputs like `like`."""
         rows = len(grads[0])
         points = tuple(x.new_zeros((rows, *x.shape[1:])).requires_grad_() for x in like)
@@ -127,7 +127,7 @@ def prefix_of(program: Program, *, channels_last: bool, line: bool) -> Prefix | 
     cut = tuple(Ref(number) for number in rest.inputs)
     stem, rest = program.part(program.inputs, cut, tree_structure(rest.inputs)), fused(rest)
     if channels_last:
-        stem, rest = stem.innermost(), rest.innermost()
+        stem, rest = stem.with_channels_last(), rest.with_channels_last()
     return Prefix(stem, rest)
 
 
@@ -154,7 +154,7 @@ def check_affine(prefix: Prefix, points: Inputs, extras: list[Tensor]) -> None:
     at_prefix_end = []
     for move in moves:
         moved = tuple(one + step for one, step in zip(points, move, strict=True))
-        at_prefix_end.append(prefix.lift(moved, extras))
+        at_prefix_end.append(prefix.forward(moved, extras))
     for start, stop, found in zip(*at_prefix_end, strict=True):
         scale = float(torch.maximum(start.abs().max(), stop.abs().max()))
         gap = float(((start + stop) / 2 - found).abs().max())

@@ -32,10 +32,10 @@ def native(program: Program) -> Program:
 
 def wide(value: Any) -> Any:
     """A value with its floating tensors in float64."""
-    return Wider().value(value)
+    return InFloat64().value(value)
 
 
-class Wider:
+class InFloat64:
     """Programs with float64 in the place of every smaller floating type, their weights copied once.
 
     They may fail when they run, where calls make tensors of another type in a way of their own.

@@ -103,10 +103,7 @@ def cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
     return mapped(change, value)
 
 
-Lowered = Prepared
-
-
-def lowered(program: Program, half: torch.dtype) -> Prepared:
+def in_half_type(program: Program, half: torch.dtype) -> Prepared:
     """The program with its products in a half type.
 
     Batch normalisations that fused rectifiers apply are folded into the convolutions before them,
@@ -158,7 +155,7 @@ class _Copies:
         return copies
 
 
-def lowered_bytes(program: Program) -> int:
+def half_type_bytes(program: Program) -> int:
     """Bytes of the copies of the weights."""
     products = [
         step

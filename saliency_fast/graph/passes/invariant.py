@@ -31,10 +31,7 @@ Env = dict[int, Tensor]
 Weights = tuple[Tensor, Tensor | None]
 
 
-Settled = Prepared
-
-
-def settled(program: Program, known: dict[Any, Any] | None = None) -> Prepared:
+def with_invariants(program: Program, known: dict[Any, Any] | None = None) -> Prepared:
     """The program for as long as its weights do not change: invariant steps have run.
 
     known: what was made already for another part of the same program; filled.
@@ -70,7 +67,7 @@ def settled(program: Program, known: dict[Any, Any] | None = None) -> Prepared:
     found = replace(
         program,
         steps=tuple(step for index, step in steps.items() if index not in indices),
-        pieces=tuple(end - sum(one < end for one in indices) for end in program.pieces),
+        segments=tuple(end - sum(one < end for one in indices) for end in program.segments),
         outputs=tuple(map(put, program.outputs)),
     )
     return Prepared(found, ((again, (*env.values(), *_each(ready.values()))),))
@@ -95,7 +92,7 @@ def _run(program: Program, indices: frozenset[int], kept: list[int], known: dict
                 env.pop(number, None)
 
 
-def settled_bytes(program: Program) -> int:
+def invariant_bytes(program: Program) -> int:
     """Bytes that invariant steps make of their own, for the time of a call."""
     indices = frozenset(_invariant(program))
     used = {number for step in _others(program, indices) for number in step.used}

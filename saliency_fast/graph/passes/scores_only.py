@@ -116,7 +116,7 @@ def scoring(program: Program) -> Program:
     return replace(program, steps=tuple(step for step in steps if step is not None))
 
 
-def ready_bytes(program: Program) -> int:
+def prepared_bytes(program: Program) -> int:
     """Bytes of the prepared weights of `scoring`."""
     return sum(one.nbytes for one in _prepared(program))
 
@@ -124,7 +124,7 @@ def ready_bytes(program: Program) -> int:
 def _prepared(program: Program) -> Iterator[_Prepared]:
     """The convolutions for which there is a faster call than PyTorch's own."""
     # All calls hand on channels last.
-    if program.pieces or not program.channels_last:
+    if program.segments or not program.channels_last:
         return
     onednn = HAS_ONEDNN_ORDERS and onednn_enabled()
     for layer in layers(program):
