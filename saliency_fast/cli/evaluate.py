@@ -24,6 +24,8 @@ from saliency_fast.evaluate.reports.report import report
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients")
 FAILED = 1
+_PASSED_ON = "confidence", "seed", "memory_budget", "points_per_launch", "progress", "layout"
+"""Options that are arguments of `report` of the same name."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,9 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
             baseline=baseline,
             boxes=given.boxes,
             controls=() if args.no_controls else tuple(CONTROLS),
-            confidence=args.confidence,
-            seed=args.seed,
-            memory_budget=args.memory_budget,
-            points_per_launch=args.points_per_launch,
-            progress=args.progress,
             title=given.title,
             labels=loaded.labels,
-            layout=args.layout,
+            **{name: getattr(args, name) for name in _PASSED_ON},
         )
     written = save(found, out, shlex.join(["saliency-fast", *argv]))
     if args.json:

@@ -68,20 +68,9 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
         )
     about = loaded.dtype, args.batched, args.max_pixels
     inputs = arguments.read_inputs(args.input, loaded.prepare, *about)
-    engines = [
-        Engine(
-            loaded.model,
-            method,
-            memory_budget=args.memory_budget,
-            points_per_launch=args.points_per_launch,
-            precision=args.precision,
-            at=at,
-            tolerance=args.tolerance,
-            progress=args.progress,
-            layout=args.layout,
-        )
-        for method in methods
-    ]
+    names = "memory_budget", "points_per_launch", "precision", "tolerance", "progress", "layout"
+    options = {name: getattr(args, name) for name in names}
+    engines = [Engine(loaded.model, method, at=at, **options) for method in methods]
     if args.plan:
         for read in inputs:
             x = read.x.to(args.device)
@@ -92,8 +81,8 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
                 print(f"input      {read.source} {list(x.shape)}\n{plan}\n")
         return 0
     # What `verify` needs to make the same call again.
-    names = ("model", "weights", "size", "channels", "batched", "max_pixels")
-    notes = {name: value for name in names if (value := getattr(args, name))}
+    noted = ("model", "weights", "size", "channels", "batched", "max_pixels")
+    notes = {name: value for name in noted if (value := getattr(args, name))}
     if args.max_pixels == MAX_PIXELS:
         del notes["max_pixels"]
     reporter = Reporter(
