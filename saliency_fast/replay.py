@@ -22,6 +22,8 @@ TOLERANCE = {"float32": 1e-4, "float64": 1e-9, "float16": 1e-2, "bfloat16": 5e-2
 the kinks of a model. A half precision may move a map as far as it was measured to."""
 INTEGER_TOLERANCE = TOLERANCE["float32"]
 """The same for integer inputs, whatever the model's dtype."""
+_OPTIONS = ("precision", "lean", "at", "layer_input", "rows")
+"""Fields of a provenance that are options of an engine."""
 
 
 @dataclass(frozen=True)
@@ -117,17 +119,9 @@ def replay(
             f"the record's call cannot be made again: {error}; read it with the version of "
             f"saliency_fast that wrote it, {past.versions.get('saliency_fast', 'which it lacks')}"
         ) from error
-    engine = Engine(
-        model,
-        method,
-        precision=past.precision,
-        memory_budget=memory_budget,
-        lean=past.lean,
-        at=past.at,
-        layer_input=past.layer_input,
-        rows=past.rows,
-        layout=None if past.layout is None else tuple(past.layout),
-    )
+    options = {name: getattr(past, name) for name in _OPTIONS}
+    layout = None if past.layout is None else tuple(past.layout)
+    engine = Engine(model, method, memory_budget=memory_budget, layout=layout, **options)
     region: Any = old.kept.get(REGION_MASK, past.region)
     again = engine(
         inputs,
