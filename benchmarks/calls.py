@@ -45,7 +45,7 @@ def _ablation(library: Any, model: nn.Module, target: Any, x: Tensor) -> Tensor:
 
 
 def _last(model: nn.Module) -> nn.Module:
-    """The last layer with places: the usual choice for maps of a convolutional network."""
+    """The last spatial layer: the usual choice for maps of a convolutional network."""
     for name in ("stages", "bottom", "4"):
         with suppress(AttributeError):
             return model.get_submodule(name)

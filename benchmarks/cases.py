@@ -23,20 +23,20 @@ QUICK_SETTINGS = (GRADIENT, Setting("integrated_gradients", 6), Setting("smoothg
 class Case:
     """A model, the side of its inputs and the batches; None keeps the workload's own side.
 
-    samples: of the SmoothGrad reference. most_items: of a batch that are held against it.
+    samples: of the SmoothGrad reference. most_examples: of a batch that are held against it.
     """
 
     workload: str
     batches: tuple[int, ...]
     side: int | None = None
     samples: int = 128
-    most_items: int = 1
+    most_examples: int = 1
 
     def found(self) -> Workload:
         return sized(self.workload, self.side)
 
-    def items(self, batch: int) -> int:
-        return min(batch, self.most_items)
+    def examples(self, batch: int) -> int:
+        return min(batch, self.most_examples)
 
     @property
     def label(self) -> str:
@@ -74,8 +74,8 @@ CPU_CASES = (
     Case("resnet50", (1,), samples=128),
     Case("vit_b16", (1,), side=112, samples=128),
     Case("unet3d", (1,), side=32, samples=128),
-    Case("digits", (1, 16), samples=512, most_items=2),
-    Case("mlp", (1, 64), samples=4096, most_items=4),
+    Case("digits", (1, 16), samples=512, most_examples=2),
+    Case("mlp", (1, 64), samples=4096, most_examples=4),
 )
 GPU_CASES = (
     Case("resnet50", (8, 1, 64)),
@@ -85,7 +85,7 @@ GPU_CASES = (
     Case("mlp", (8, 1, 64), samples=1024),
 )
 QUICK_CASES = (
-    Case("mlp", (1, 3), samples=16, most_items=2),
+    Case("mlp", (1, 3), samples=16, most_examples=2),
     Case("tiny-unet3d", (1,), samples=16),
     Case("tiny-vit", (1,), samples=16),
 )

@@ -1,4 +1,4 @@
-"""The callables that the benchmarks compare, made alike: `make(name, workload, model)(x, setting)`.
+"""The callables that the benchmarks compare: `make(name, workload, model)(x, setting)`.
 
 Each explains a batch x [B, *] and returns values like x. All are used by
 `python -m benchmarks.` `end_to_end`, `lean`, `plots` or `gpu`.
@@ -94,7 +94,7 @@ class _Autocast(nn.Module):
 
 
 class Contender(Protocol):
-    """A library's way to explain one model, kept over calls as a service would keep it."""
+    """How a library explains one model, kept over calls as a service would keep it."""
 
     def __call__(self, x: Tensor, setting: Setting) -> Tensor: ...
 
@@ -247,16 +247,16 @@ def search(run: Callable[[Setting], object], setting: Setting) -> int:
 
 def _timed(run: Callable[[], object]) -> float:
     """Seconds of one call; of the better of two where calls are short."""
-    taken = []
+    times = []
     for _ in range(2):
         begun = time.perf_counter()
         run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begun)
-        if taken[0] > 0.2:
+        times.append(time.perf_counter() - begun)
+        if times[0] > 0.2:
             break
-    return min(taken)
+    return min(times)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -268,8 +268,8 @@ def out_of_memory(error: BaseException) -> bool:
 class Loop:
     """The loop people write: one point for the whole batch at a time, scores summed.
 
-    It asks for the gradient of the points alone, as a careful author does; `backward()` on a model
-    whose parameters want gradients would compute those too.
+    It computes the gradient of the points alone, as a careful author does; `backward()` on a model
+    whose parameters require gradients would compute those too.
     """
 
     def __init__(self, workload: Workload, model: nn.Module) -> None:

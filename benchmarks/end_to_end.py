@@ -101,14 +101,14 @@ def measure_case(
                 with suppress(ContenderError):
                     child.load(batch)
             for setting in settings:
-                wanted = attribution(
+                reference = attribution(
                     case.found(),
                     setting,
-                    items=case.items(batch),
+                    examples=case.examples(batch),
                     samples=case.samples,
                     cache=cache,
                 )
-                entries = race(children, setting, wanted, clock, seconds=seconds, rounds=rounds)
+                entries = race(children, setting, reference, clock, seconds=seconds, rounds=rounds)
                 found += rows(case, batch, setting, entries)
                 say(
                     f"{clock.spent:4.0f} s  {case.label} batch {batch} {setting.label}: "

@@ -224,7 +224,7 @@ def table(document: dict[str, Any]) -> str:
         f"Against Quantus {setting['quantus']}, the same maps and protocol, in turn in one "
         "process; medians. The gap is the largest between both, of softmax probabilities at any "
         "step of any curve. Small inputs come first: in a process that has held larger tensors, "
-        "memory for a batch of 64 is not asked of the system anew, and Quantus takes less time.",
+        "memory for a batch of 64 is not allocated anew, and Quantus takes less time.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -96,8 +96,8 @@ def read_checks(output: str) -> dict[str, str]:
 
 def measure_ops(device: str, verdicts: dict[str, str]) -> dict[str, Any]:
     """Per-op rows; those of ops that are not proven right hold the reason instead."""
-    judged = [(name, verdicts[name]) for name in OPS if name in verdicts]
-    refused = [{"op": name, "reason": seen} for name, seen in judged if seen != "passed"]
+    checked = [(name, verdicts[name]) for name in OPS if name in verdicts]
+    refused = [{"op": name, "reason": seen} for name, seen in checked if seen != "passed"]
     try:
         measured = op_benchmarks.measure(device)
     except Exception as error:
@@ -124,10 +124,10 @@ class Field:
         self, batch: int, setting: Setting, clock: Clock, seconds: float
     ) -> tuple[list[dict[str, Any]], dict[str, Entry]]:
         work = batch * setting.points
-        wanted = None
+        reference = None
         if clock.left > 0:
-            wanted = attribution(
-                self.case.found(), setting, items=self.case.items(batch),
+            reference = attribution(
+                self.case.found(), setting, examples=self.case.examples(batch),
                 samples=self.case.samples, device=self.device, cache=self.cache,
             )  # fmt: skip
             for worker in self.workers.values():
@@ -135,7 +135,7 @@ class Field:
         # Seconds per gradient only fall as batches grow, so this guess is on the safe side.
         expected = {name: pace * work for name, pace in self.pace.items()}
         entries = race(
-            self.workers, setting, wanted, clock, seconds=seconds, rounds=20, expected=expected
+            self.workers, setting, reference, clock, seconds=seconds, rounds=20, expected=expected
         )
         for name, entry in entries.items():
             if entry.median:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import saliency_fast as sf
-from saliency_fast.methods.parts.groups import GROUPS, student
+from saliency_fast.methods.sampling import GROUPS, student
 
 CONFIDENCE = 0.95
 

@@ -33,10 +33,10 @@ SMALLER = 4
 def _stages() -> nn.Module:
     """Three stages of two convolutions, each half the size of the one before: [B, 3, H, W]."""
 
-    def stage(taken: int, made: int) -> list[nn.Module]:
+    def stage(inputs: int, outputs: int) -> list[nn.Module]:
         return [
-            *(nn.Conv2d(taken, made, 3, 2, 1), nn.BatchNorm2d(made), nn.ReLU(inplace=True)),
-            *(nn.Conv2d(made, made, 3, 1, 1), nn.BatchNorm2d(made), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)),
+            *(nn.Conv2d(outputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)),
         ]
 
     with torch.random.fork_rng():
@@ -114,7 +114,8 @@ def table(document: dict[str, Any]) -> str:
         f"{about['device']}, {about['threads']} threads, torch {about['torch']}; "
         f"`python -m benchmarks.larger`.",
         "",
-        "| model | input | budget | planned | measured | autograd keeps | time | error | way |",
+        "| model | input | budget | planned | measured | autograd keeps | time | error "
+        "| strategy |",
         "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in document["rows"]:

@@ -93,7 +93,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     """The rows of a race, with the plans of ours and every ratio."""
     case, setting = one.case, one.setting
-    wanted = attribution(case.found(), setting, items=1, samples=case.samples, cache=cache)
+    reference = attribution(case.found(), setting, examples=1, samples=case.samples, cache=cache)
     children: dict[str, Child] = {}
     try:
         for name in one.names:
@@ -107,7 +107,7 @@ def compare(
             child = children[name] = Child(case.workload, case.side, name, threads=threads)
             child.ready()
             child.load(1)
-        entries = race(children, setting, wanted, clock, seconds=seconds, rounds=rounds)
+        entries = race(children, setting, reference, clock, seconds=seconds, rounds=rounds)
         plans = {name: _plan(child, setting) for name, child in children.items()}
     finally:
         for child in children.values():

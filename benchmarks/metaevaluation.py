@@ -21,9 +21,9 @@ from torch import Tensor
 import saliency_fast as sf
 from benchmarks.end_to_end import command, machine
 from benchmarks.tables import aligned, caption
+from examples.clutter import hide, split_glyphs
 from saliency_fast import evaluate as ev
 from saliency_fast.zoo import MODELS, Samples, held_out
-from saliency_fast.zoo.clutter import hide, split_glyphs
 
 METHODS: dict[str, Any] = {
     "gradient": "gradient",
@@ -57,7 +57,7 @@ def _maps(model: Any, samples: Samples) -> dict[str, Tensor]:
 
 
 def _perfect(samples: Samples) -> Tensor:
-    """The box itself, and within it the brighter places first: what a map could know at best."""
+    """The box itself, and within it the brighter positions first: what a map could know at best."""
     boxes = torch.zeros_like(samples.images)
     for row, (top, left, bottom, right) in enumerate(samples.boxes.tolist()):
         boxes[row, :, top:bottom, left:right] = 1.0
@@ -128,7 +128,7 @@ def sanity(name: str, model: Any, samples: Samples) -> list[dict[str, Any]]:
 def attacks(
     name: str, model: Any, samples: Samples, epsilons: tuple[float, ...]
 ) -> list[dict[str, Any]]:
-    """Areas under the ROC of the score of unusual maps: one half are references, one is scored."""
+    """Areas under the ROC of the score of unusual maps: half are references."""
     half, rows = len(samples) // 2, []
     for one, method in ATTACKED.items():
         for epsilon in epsilons:
@@ -143,7 +143,7 @@ def attacks(
             for attack, curve in found.rocs.items():
                 if curve is not None:
                     label = f"{one}, {attack}, {epsilon:g}"
-                    rows.append(_row("attacks told", name, label, curve.area))
+                    rows.append(_row("attacks detected", name, label, curve.area))
     return rows
 
 
@@ -191,9 +191,9 @@ def table(document: dict[str, Any]) -> str:
         "",
         f"{document['setting']['examples']} held-out scenes; 95 % bootstrap intervals; differences "
         "are paired. Deletion and insertion are areas under softmax curves of 100 steps over "
-        "black; sanity checks are of 16 scenes: what is left is the rank correlation with a map "
-        "of a model of random weights. Attacks told: area under the ROC of `attack_roc`; half of "
-        "the scenes are references, and attacks are those on the other half that fool the model.",
+        "black; sanity checks are of 16 scenes: the rank correlation with a map of a model of "
+        "random weights. Attacks detected: area under the ROC of `attack_roc`; half of the "
+        "scenes are references, and attacks are those on the other half that fool the model.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -203,20 +203,20 @@ def _part(part: str, rows: list[dict[str, Any]]) -> list[str]:
     others = list(dict.fromkeys(name for row in rows for name in row.get("over", {})))
     cells = []
     for row in rows:
-        told = [
+        values = [
             row["model"],
             row["name"],
             f"{row['mean']:.3f} [{row['low']:.3f}, {row['high']:.3f}]",
         ]
-        told += [row.get("over", {}).get(one, "") for one in others]
+        values += [row.get("over", {}).get(one, "") for one in others]
         if "passed" in row:
-            told.append({True: "passed", False: "FAILED", None: "no verdict"}[row["passed"]])
-        cells.append(told)
-    heads = {"sanity check": "what is left, verdict", "attacks told": "area"}
+            values.append({True: "passed", False: "FAILED", None: "no verdict"}[row["passed"]])
+        cells.append(values)
+    heads = {"sanity check": "rank correlation, verdict", "attacks detected": "area"}
     value = heads.get(part, "area" if part in ("deletion", "insertion") else "accuracy")
     over = "".join(f", over {one}" for one in others)
     assert models
-    first = "method:, " if part != "attacks told" else "method; attack; epsilon:, "
+    first = "method:, " if part != "attacks detected" else "method; attack; epsilon:, "
     head = f"model, {first}{value.split(', ')[0]}{over}"
     return aligned(head + (", verdict" if part == "sanity check" else ""), cells)
 

@@ -97,10 +97,10 @@ def _row(
 ) -> dict[str, Any]:
     setting = Setting(name)
     try:
-        wanted: Tensor | None = _reference(case, setting)
+        reference: Tensor | None = _reference(case, setting)
     except (RuntimeError, AssertionError) as error:
         raise ContenderError(f"Captum in float64 failed in {name}: {error}") from error
-    entries = race(runners, setting, wanted, clock, seconds=seconds, rounds=rounds)
+    entries = race(runners, setting, reference, clock, seconds=seconds, rounds=rounds)
     ours, theirs = entries[OURS], entries[CAPTUM]
     both = ours.median and theirs.median
     return {

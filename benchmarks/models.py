@@ -385,11 +385,11 @@ class Workload:
         if batch < 1:
             raise ValueError(f"batch must be at least 1: got {batch}; pass a positive number")
         generator = torch.Generator("cpu").manual_seed(seed)
-        items = [
+        examples = [
             torch.randn(self.shape, generator=generator, dtype=torch.float32, device="cpu")
             for _ in range(batch)
         ]
-        return torch.stack(items).to(dtype)
+        return torch.stack(examples).to(dtype)
 
 
 WORKLOADS: dict[str, Workload] = {

@@ -45,7 +45,7 @@ class Call:
 def pictures(device: str) -> list[Call]:
     """Batch 8 of 3 x 224 x 224, and the rows of a launch over it."""
     x, baseline = (torch.randn(8, 3, 224, 224, device=device) for _ in range(2))
-    item = torch.arange(8, device=device).repeat_interleave(8)
+    example = torch.arange(8, device=device).repeat_interleave(8)
     sample = torch.arange(64, device=device)
     alpha = torch.rand(64, dtype=torch.float64, device=device)
     sigma = torch.full((8,), 0.15, dtype=torch.float64, device=device)
@@ -53,25 +53,29 @@ def pictures(device: str) -> list[Call]:
     grads = torch.randn(64, *x.shape[1:], device=device)
     count = torch.zeros(8, dtype=torch.float64, device=device)
     size = "8 x 3x224x224, 64 rows"
-    noise = (x, sigma, seed, item, sample, False, 0)
-    pairs = (x, sigma, seed, item, sample, True, 0)
-    lines = (x, baseline, sigma, seed, item, sample, 0)
-    quiet = (x, baseline, 0 * sigma, seed, item, sample, 0)
+    noise = (x, sigma, seed, example, sample, False, 0)
+    pairs = (x, sigma, seed, example, sample, True, 0)
+    lines = (x, baseline, sigma, seed, example, sample, 0)
+    quiet = (x, baseline, 0 * sigma, seed, example, sample, 0)
     return [
         Call(ops.random_bits, "8 rows of 150528", (seed, seed, 150528, 0, 0)),
-        Call(ops.line_points, size, (x, baseline, item, alpha)),
+        Call(ops.line_points, size, (x, baseline, example, alpha)),
         Call(ops.noise_points, size, noise),
         Call(ops.noise_points, f"{size}, antithetic", pairs),
         Call(ops.random_line_points, size, lines),
         Call(ops.random_line_points, f"{size}, sigma 0", quiet),
-        Call(ops.accumulate, size, (x.clone(), grads, item, alpha, "sum")),
+        Call(ops.accumulate, size, (x.clone(), grads, example, alpha, "sum")),
         Call(
-            ops.accumulate, f"{size}, bfloat16", (x.clone(), grads.bfloat16(), item, alpha, "sum")
+            ops.accumulate,
+            f"{size}, bfloat16",
+            (x.clone(), grads.bfloat16(), example, alpha, "sum"),
         ),
-        Call(ops.accumulate_moments, size, (x.clone(), x.abs(), count, grads, item)),
-        Call(ops.accumulate_random_lines, size, (x.clone(), grads, item, alpha, *lines)),
+        Call(ops.accumulate_moments, size, (x.clone(), x.abs(), count, grads, example)),
+        Call(ops.accumulate_random_lines, size, (x.clone(), grads, example, alpha, *lines)),
         Call(
-            ops.accumulate_random_lines, f"{size}, sigma 0", (x.clone(), grads, item, alpha, *quiet)
+            ops.accumulate_random_lines,
+            f"{size}, sigma 0",
+            (x.clone(), grads, example, alpha, *quiet),
         ),
         Call(ops.finish, "64 slots of 8 x 3x224x224, l2", (grads, x, baseline, "l2")),
     ]
@@ -80,15 +84,15 @@ def pictures(device: str) -> list[Call]:
 def volumes(device: str) -> list[Call]:
     """One volume of 64 MiB and four rows."""
     x, baseline = (torch.randn(1, 1, 256, 256, 256, device=device) for _ in range(2))
-    item = torch.zeros(4, dtype=torch.int64, device=device)
+    example = torch.zeros(4, dtype=torch.int64, device=device)
     alpha = torch.rand(4, dtype=torch.float64, device=device)
     grads = torch.randn(4, *x.shape[1:], device=device)
     count = torch.zeros(1, dtype=torch.float64, device=device)
     size = "256^3, 4 rows"
     return [
-        Call(ops.line_points, size, (x, baseline, item, alpha)),
-        Call(ops.accumulate, size, (x.clone(), grads, item, alpha, "sum")),
-        Call(ops.accumulate_moments, size, (x.clone(), x.abs(), count, grads, item)),
+        Call(ops.line_points, size, (x, baseline, example, alpha)),
+        Call(ops.accumulate, size, (x.clone(), grads, example, alpha, "sum")),
+        Call(ops.accumulate_moments, size, (x.clone(), x.abs(), count, grads, example)),
         Call(ops.finish, "256^3, none", (grads[:1], x, baseline, "none")),
         Call(ops.magnitude_percentile, "256^3", (x, 99.0)),
     ]
@@ -163,8 +167,9 @@ def convolved(device: str) -> list[Call]:
 def perturbed(device: str) -> list[Call]:
     """One picture of 3 x 224 x 224 with parts of it replaced, in 64 rows."""
     x, fill = torch.randn(1, 3, 224, 224, device=device), torch.zeros(1, 3, 224, 224, device=device)
-    item, place = torch.zeros(64, dtype=torch.int64, device=device), torch.arange(64, device=device)
-    corner = torch.stack([0 * place, place // 8 * 25, place % 8 * 25], 1)
+    number = torch.arange(64, device=device)
+    example = 0 * number
+    corner = torch.stack([0 * number, number // 8 * 25, number % 8 * 25], 1)
     window = torch.tensor([3, 32, 32], device=device)
     segment = torch.arange(224 * 224, device=device).view(1, -1)
     segment = segment // 224 // 16 * 14 + segment % 224 // 16
@@ -173,10 +178,10 @@ def perturbed(device: str) -> list[Call]:
     rank = torch.randperm(224 * 224, device=device).int().view(1, -1)
     size = "3x224x224, 64 rows"
     return [
-        Call(ops.window_points, size, (x, fill, item, corner, corner + window)),
-        Call(ops.segment_points, size, (x, fill, segment, present, item, place)),
-        Call(ops.mask_points, size, (x, fill, mask, item, place)),
-        Call(ops.rank_points, size, (x, fill, rank, item, 224 * 224 * place // 63)),
+        Call(ops.window_points, size, (x, fill, example, corner, corner + window)),
+        Call(ops.segment_points, size, (x, fill, segment, present, example, number)),
+        Call(ops.mask_points, size, (x, fill, mask, example, number)),
+        Call(ops.rank_points, size, (x, fill, rank, example, 224 * 224 * number // 63)),
     ]
 
 
@@ -228,10 +233,10 @@ def outcome(function: Callable[..., Any], op: Op, args: Args, *, double: bool) -
     return returned + [c for c, a in zip(copies, arguments, strict=True) if a.is_write]
 
 
-def relative_error(got: list[Tensor], want: list[Tensor]) -> float:
+def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative L2 error of any result."""
     worst = 0.0
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got, expected, strict=True):
         scale = torch.linalg.vector_norm(b.double()).item() or 1.0
         error = torch.linalg.vector_norm(a.double() - b.double()).item() / scale
         worst = max(worst, error)
@@ -248,28 +253,28 @@ def measure_call(call: Call, device: str) -> dict[str, Any]:
         "copy": lambda: target.copy_(source),
         "reference": lambda: call.op.reference(*call.args),
     }
-    want = outcome(call.op.reference, call.op, call.args, double=True)
+    expected = outcome(call.op.reference, call.op, call.args, double=True)
     # These two calls warm up as well.
     errors = {
-        "error": relative_error(outcome(call.op, call.op, call.args, double=False), want),
+        "error": relative_error(outcome(call.op, call.op, call.args, double=False), expected),
         "reference_error": relative_error(
-            outcome(call.op.reference, call.op, call.args, double=False), want
+            outcome(call.op.reference, call.op, call.args, double=False), expected
         ),
     }
     timed(sides["copy"], device)
-    taken: dict[str, list[float]] = {side: [] for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in sides}
     begun = time.perf_counter()
     for number in range(ROUNDS):
         for side, function in sides.items():
-            taken[side].append(timed(function, device))
+            times[side].append(timed(function, device))
         if number >= 1 and time.perf_counter() - begun > SECONDS:
             break
-    fast, copy, reference = (statistics.median(taken[side]) for side in sides)
+    fast, copy, reference = (statistics.median(times[side]) for side in sides)
     return {
         "op": call.op.name,
         "size": call.size,
         "megabytes": moved / 1e6,
-        "rounds": len(taken["fast"]),
+        "rounds": len(times["fast"]),
         "fast_ms": fast * 1e3,
         "reference_ms": reference * 1e3,
         "copy_ms": copy * 1e3,

@@ -123,7 +123,7 @@ def agreement(found: sf.Attribution, exact: sf.Attribution) -> dict[str, float]:
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of a call, and of what it has asked of a GPU."""
+    """Seconds of a call, and of what it has launched on a GPU."""
     begun = time.perf_counter()
     call()
     if device == "cuda":
@@ -179,7 +179,7 @@ def compare(
 
 
 def attempt(engine: sf.Engine, x: Tensor, target: Any) -> sf.Attribution | str:
-    """The engine's answer, or why it gives none."""
+    """The engine's attribution, or why it gives none."""
     try:
         return engine(x, target)
     except SaliencyError as error:
@@ -205,7 +205,7 @@ def rounds_of(
 def table(document: dict[str, Any]) -> str:
     """A line for every model, method and precision."""
     header = (
-        "model, method, precision:, from float32, told, rank correlation, top 1 % in common, "
+        "model, method, precision:, from float32, estimated, rank correlation, top 1 % in common, "
         "float32's own error, time, float32's time, speed, auto takes:"
     )
     lines = []
@@ -234,7 +234,7 @@ def table(document: dict[str, Any]) -> str:
 
 NOTES = (
     "From float32: relative L2 distance of the map from the one in float32, at the same points and "
-    "with the same seed; told: what the library said of it without knowing that map "
+    "with the same seed; estimated: what the library said of it without knowing that map "
     "(`precision_error`). Rank correlation is Spearman's of the pixels' magnitudes, and the top "
     "1 % are the pixels of the largest. Float32's own error is `Attribution.error` of its map: "
     "what the number of steps or samples leaves. Medians over 8 held-out scenes for the two "

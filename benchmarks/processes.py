@@ -1,6 +1,6 @@
 """Where a contender runs: here (`Worker`), or in a process of its own (`Child`) for its memory.
 
-Both answer the same calls. On a CPU peak memory is a process's high-water mark, so every
+Both run the same calls. On a CPU peak memory is a process's high-water mark, so every
 (workload, contender) gets a fresh process; its level right after the model was built is
 subtracted. On a GPU PyTorch's allocator counts, and one process can hold all contenders.
 """
@@ -29,12 +29,12 @@ _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class ContenderError(Exception):
-    """A contender gave no answer; the text is the reason that the row gets."""
+    """A contender gave no result; the text is the reason that the row gets."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One call: its seconds, its first items where asked for, and so its peak: over the idle level,
+    """One call: its seconds, its first examples where requested, and its peak: over the idle level,
     and over the level right before the call, which what was planned and prepared has raised.
     """
 
@@ -62,7 +62,7 @@ class Worker:
     ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
-        # Captum says at every call that it had to make its input want gradients.
+        # Captum says at every call that it had to make its input require gradients.
         warnings.filterwarnings("ignore", message="Input Tensor .* did not already require")
         self.workload, self.device = sized(workload, side), device
         model = self.workload.build().to(device) if model is None else model
@@ -89,7 +89,7 @@ class Worker:
         return self._try(lambda: found.plan(self.x, setting)) if isinstance(found, Ours) else None
 
     def run(self, setting: Setting, memory: bool = False, keep: int = 0) -> Sample:
-        """One call, timed; with its peak memory, and its first `keep` items, where asked for."""
+        """One call, timed; with its peak memory, and its first `keep` examples, where requested."""
         if memory:
             _tidy(self.device)
             tracked = _reset_peak(self.device)
@@ -181,20 +181,20 @@ class Child:
 
     def _answer(self) -> Any:
         try:
-            answer = self.pipe.recv()
+            result = self.pipe.recv()
         except EOFError as error:
             self.process.join(5)
-            # The system's way to say that memory ran out.
+            # How the system says that memory ran out.
             killed = self.process.exitcode == -9
             reason = "killed: out of memory" if killed else "its process ended"
             raise ContenderError(reason) from error
-        if isinstance(answer, ContenderError):
-            raise answer
-        return answer
+        if isinstance(result, ContenderError):
+            raise result
+        return result
 
 
 def _serve(pipe: Connection, arguments: tuple[Any, ...], threads: int | None) -> None:
-    """A child's life: builds its worker, then answers until the pipe is closed."""
+    """A child's life: builds its worker, then runs calls until the pipe is closed."""
     try:
         worker = Worker(*arguments, threads=threads)
     except Exception as error:

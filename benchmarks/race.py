@@ -146,7 +146,7 @@ def rows(
             "times_captum": captum / median if captum and median else None,
             "peak_bytes": entry.peak_bytes,
             "error": entry.error,
-            "reference_items": case.items(batch),
+            "reference_items": case.examples(batch),
         }
         if setting.method == "smoothgrad":
             row["reference_samples"] = case.samples

@@ -1,4 +1,4 @@
-"""The judge: slow, obvious float64 attribution, kept in a cache since it takes minutes.
+"""The reference: slow, obvious float64 attribution, kept in a cache since it takes minutes.
 
     python -m benchmarks.reference          fills the cache for `python -m benchmarks.end_to_end`
 
@@ -62,23 +62,23 @@ def attribution(
     workload: Workload,
     setting: Setting,
     *,
-    items: int,
+    examples: int,
     samples: int,
     device: str = "cpu",
     cache: Path = CACHE,
 ) -> Tensor:
-    """The reference of the first `items` examples, float64 on the CPU, from the cache if it can be.
+    """The reference of the first `examples` inputs, float64 on the CPU, cached where it can.
 
     samples: the noisy copies that a SmoothGrad reference takes.
     """
     model = workload.build()
-    key = _key(workload, model, setting, items, samples)
+    key = _key(workload, model, setting, examples, samples)
     path = cache / f"{workload.name}-{setting.label}-{key}.pt"
     if path.exists():
         kept: Tensor = torch.load(path, weights_only=True)
         return kept
     model = model.double().to(device)
-    x = workload.inputs(items).double().to(device)
+    x = workload.inputs(examples).double().to(device)
     if setting.method == "gradient":
         found = gradient(model, x, workload.target)
     elif setting.method == "integrated_gradients":
@@ -91,20 +91,22 @@ def attribution(
     return found.cpu()
 
 
-def _key(workload: Workload, model: nn.Module, setting: Setting, items: int, samples: int) -> str:
+def _key(
+    workload: Workload, model: nn.Module, setting: Setting, examples: int, samples: int
+) -> str:
     """Changes with the weights and with everything else that the reference depends on."""
     digest = hashlib.sha256()
     count = samples if setting.method == "smoothgrad" else 0
-    digest.update(repr((workload.shape, workload.target, setting, items, count, SEED)).encode())
+    digest.update(repr((workload.shape, workload.target, setting, examples, count, SEED)).encode())
     for value in model.state_dict().values():
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """Relative L2 over all items of `wanted`, of which `found` may hold more."""
-    found = found[: len(wanted)].double()
-    return float(torch.linalg.vector_norm(found - wanted) / torch.linalg.vector_norm(wanted))
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    """Relative L2 over all examples of `reference`, of which `found` may hold more."""
+    found = found[: len(reference)].double()
+    return float(torch.linalg.vector_norm(found - reference) / torch.linalg.vector_norm(reference))
 
 
 def main() -> None:
@@ -113,9 +115,10 @@ def main() -> None:
         for batch in case.batches:
             for setting in SETTINGS:
                 begun = time.perf_counter()
-                attribution(case.found(), setting, items=case.items(batch), samples=case.samples)
-                spent = time.perf_counter() - begun
-                print(f"{case.label} batch {batch} {setting.label}: {spent:.1f} s", flush=True)
+                examples = case.examples(batch)
+                attribution(case.found(), setting, examples=examples, samples=case.samples)
+                seconds = time.perf_counter() - begun
+                print(f"{case.label} batch {batch} {setting.label}: {seconds:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.requests             about three minutes on two cores
     python -m benchmarks.requests --quick     seconds; a tiny model, for tests
 
-Every caller is a thread that asks for one map after another, each of an input of its own. The ways
+Every caller is a thread that requests one map after another, each of its own input. The contenders
 take turns in one process, on one model. "at once" hands many requests in together. Writes
 requests-cpu or requests-gpu, JSON and Markdown, under benchmarks/results/.
 """
@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ ONE_BY_ONE, MANY, BATCH = "one by one", "explain_many", "one batch"
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked of a model: callers, calls of all of them (one each at least), rounds."""
+    """The load of a model: callers, calls of all of them (one each at least), rounds."""
 
     workload: str
     setting: Setting
@@ -69,7 +70,7 @@ QUICK_LOADS = (Load("mlp", _ig(4), (1, 3), 6, rounds=1, at_once=5),)
 
 @dataclass
 class Drive:
-    """What one way has shown: calls per second of each round, seconds of each call, and what the
+    """Of one contender: calls per second of each round, seconds of each call, and what the
     service counted meanwhile.
     """
 
@@ -78,8 +79,8 @@ class Drive:
     counted: dict[str, float]
 
 
-class Ways:
-    """A model, an input for each caller, and the ways to explain it."""
+class Contenders:
+    """A model, an input for each caller, and the contenders to explain it."""
 
     def __init__(self, load: Load, device: str) -> None:
         workload = sized(load.workload)
@@ -95,17 +96,17 @@ class Ways:
             CAPTUM: lambda x: captum(x, load.setting),
         }
 
-    def call(self, way: str, number: int) -> Tensor:
+    def call(self, contender: str, number: int) -> Tensor:
         """The map of a caller's input."""
-        values = self.calls[way](self.inputs[number])
+        values = self.calls[contender](self.inputs[number])
         if self.device == "cuda":
             torch.cuda.synchronize()
         return values
 
     def disagreement(self) -> dict[str, float]:
-        """How far each way's first map is from Captum's; also warms them."""
+        """How far each contender's first map is from Captum's; also warms them."""
         expected = self.call(CAPTUM, 0)
-        return {way: relative_error(self.call(way, 0), expected) for way in self.calls}
+        return {name: relative_error(self.call(name, 0), expected) for name in self.calls}
 
     def at_once(self, how: str, count: int) -> float:
         """Seconds for so many requests."""
@@ -125,7 +126,7 @@ class Ways:
 def drive(
     call: Callable[[int], object], pool: ThreadPoolExecutor, callers: int, each: int
 ) -> tuple[float, list[float]]:
-    """Seconds until `callers` threads of the pool had `each` answers, and those of every call."""
+    """Seconds until `callers` threads of the pool had `each` results, and those of every call."""
     start = threading.Barrier(callers + 1)
 
     def caller(number: int) -> list[float]:
@@ -144,20 +145,25 @@ def drive(
     return time.perf_counter() - begun, latencies
 
 
-def race(ways: Ways, load: Load, callers: int) -> dict[str, Drive]:
-    """All ways in turn, round by round, with the same threads."""
+def race(contenders: Contenders, load: Load, callers: int) -> dict[str, Drive]:
+    """All contenders in turn, round by round, with the same threads."""
     each = -(-max(load.calls, callers) // callers)
-    drives = {way: Drive([], [], {}) for way in ways.calls}
+    drives = {contender: Drive([], [], {}) for contender in contenders.calls}
     with ThreadPoolExecutor(callers) as pool:
         # Threads that have run no parallel loop yet would start their helpers while timed.
         drive(lambda _: torch.ones(2**17).add_(1), pool, callers, 1)
         for _ in range(load.rounds):
-            for way, found in drives.items():
-                before = ways.engine.statistics
-                seconds, latencies = drive(lambda n: ways.call(way, n), pool, callers, each)  # noqa: B023
+            for contender, found in drives.items():
+                before = contenders.engine.statistics
+                seconds, latencies = drive(
+                    partial(contenders.call, contender),
+                    pool,
+                    callers,
+                    each,
+                )
                 found.speeds.append(callers * each / seconds)
                 found.latencies += latencies
-                for name, value in counted(before, ways.engine.statistics).items():
+                for name, value in counted(before, contenders.engine.statistics).items():
                     found.counted[name] = found.counted.get(name, 0) + value
     return drives
 
@@ -175,14 +181,14 @@ def percentile(seconds: Iterable[float], share: float) -> float:
 
 
 def rows(load: Load, callers: int, drives: dict[str, Drive]) -> list[dict[str, Any]]:
-    """A row for every way."""
+    """A row for every contender."""
     captum = statistics.median(drives[CAPTUM].speeds)
     found = []
-    for way, one in drives.items():
+    for contender, one in drives.items():
         speed, service = statistics.median(one.speeds), one.counted
         row = {
             "part": "callers", "workload": load.workload, "method": load.setting.label,
-            "callers": callers, "way": way, "calls": len(one.latencies),
+            "callers": callers, "way": contender, "calls": len(one.latencies),
             "maps_per_second": speed, "times_captum": speed / captum,
             "median_seconds": statistics.median(one.latencies),
             "slow_seconds": percentile(one.latencies, 0.95),
@@ -198,23 +204,23 @@ def rows(load: Load, callers: int, drives: dict[str, Drive]) -> list[dict[str, A
     return found
 
 
-def together(ways: Ways, load: Load, count: int) -> list[dict[str, Any]]:
-    """A row for every way to have many maps at once."""
+def together(contenders: Contenders, load: Load, count: int) -> list[dict[str, Any]]:
+    """A row for every contender to get many maps at once."""
     seconds: dict[str, list[float]] = {how: [] for how in (ONE_BY_ONE, MANY, BATCH)}
     for how in seconds:
-        ways.at_once(how, count)
+        contenders.at_once(how, count)
     for _ in range(load.rounds):
-        for how, taken in seconds.items():
-            taken.append(ways.at_once(how, count))
+        for how, times in seconds.items():
+            times.append(contenders.at_once(how, count))
     alone = statistics.median(seconds[ONE_BY_ONE])
     return [
         {
             "part": "at once", "workload": load.workload, "method": load.setting.label,
-            "requests": count, "way": how, "seconds": statistics.median(taken),
-            "maps_per_second": count / statistics.median(taken),
-            "times_one_by_one": alone / statistics.median(taken),
+            "requests": count, "way": how, "seconds": statistics.median(times),
+            "maps_per_second": count / statistics.median(times),
+            "times_one_by_one": alone / statistics.median(times),
         }
-        for how, taken in seconds.items()
+        for how, times in seconds.items()
     ]  # fmt: skip
 
 
@@ -222,21 +228,21 @@ def measure(
     *, device: str = "cpu", quick: bool = False, say: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """The document of a run."""
-    # Captum says at every call that it had to make its input want gradients.
+    # Captum says at every call that it had to make its input require gradients.
     warnings.filterwarnings("ignore", message="Input Tensor .* did not already require")
     clock, found = Clock(None), []
     for load in QUICK_LOADS if quick else LOADS:
-        ways = Ways(load, device)
-        disagreement = ways.disagreement()
+        contenders = Contenders(load, device)
+        disagreement = contenders.disagreement()
         for callers in load.callers:
-            new = rows(load, callers, race(ways, load, callers))
+            new = rows(load, callers, race(contenders, load, callers))
             found += [row | {"from_captum": disagreement[row["way"]]} for row in new]
             say(f"{clock.spent:4.0f} s  {load.label} {callers}: " + _brief(new))
         if load.at_once is not None:
-            new = together(ways, load, load.at_once)
+            new = together(contenders, load, load.at_once)
             found += new
             say(f"{clock.spent:4.0f} s  {load.label} at once: " + _brief(new))
-        ways.engine.close()
+        contenders.engine.close()
     about = machine(device) | {"quick": quick, "seconds_taken": round(clock.spent)}
     return {"setting": about, "rows": found}
 
@@ -268,7 +274,7 @@ def table(document: dict[str, Any]) -> str:
         tables.caption(document["setting"]),
         "",
         *tables.aligned(
-            "model:, method, callers, way:, maps/s, against Captum, median latency, 95th "
+            "model:, method, callers, contender:, maps/s, against Captum, median latency, 95th "
             "percentile, queued, launches a map, fill",
             callers,
         ),
@@ -276,7 +282,7 @@ def table(document: dict[str, Any]) -> str:
         "Many requests at once, of one thread:",
         "",
         *tables.aligned(
-            "model:, method, requests, way:, time, maps/s, against one by one", at_once
+            "model:, method, requests, contender:, time, maps/s, against one by one", at_once
         ),
         "",
         NOTES,
@@ -285,15 +291,15 @@ def table(document: dict[str, Any]) -> str:
 
 
 def summary(document: dict[str, Any]) -> str:
-    """A line for every number of callers: maps a second of each way, and how submit made them."""
+    """A line for every number of callers: maps a second by contender, and how submit made them."""
     by: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in (one for one in document["rows"] if one["part"] == "callers"):
         by.setdefault((row["workload"], row["method"], row["callers"]), {})[row["way"]] = row
     lines = []
-    for (workload, method, callers), ways in by.items():
-        ours, theirs = ways[SUBMIT], ways[CAPTUM]
+    for (workload, method, callers), contenders in by.items():
+        ours, theirs = contenders[SUBMIT], contenders[CAPTUM]
         cells = [workload, method, str(callers)]
-        cells += [f"{ways[way]['maps_per_second']:.3g}" for way in (SUBMIT, ALONE, CAPTUM)]
+        cells += [f"{contenders[name]['maps_per_second']:.3g}" for name in (SUBMIT, ALONE, CAPTUM)]
         cells += [tables.times_text(ours["times_captum"])]
         for key in ("median_seconds", "slow_seconds"):
             cells += [f"{tables.time_text(ours[key])}; {tables.time_text(theirs[key])}"]
@@ -308,10 +314,10 @@ def summary(document: dict[str, Any]) -> str:
 
 
 NOTES = (
-    "Every caller is a thread that asks for the next map when it has the last one, so latencies "
-    "grow with the callers. Maps per second are medians over rounds in which the ways take turns. "
+    "Every caller is a thread that requests the next map when it has the last one, so latencies "
+    "grow with the callers. Maps per second are medians over rounds, contenders in turn. "
     "Queued is the mean time until a launch with a request's points began; fill is the share of "
-    "the places in launches that had a point. All ways take the same points; ours without the "
+    "the slots of launches that had a point. All contenders take the same points; ours without the "
     "hashes that records carry."
 )
 

@@ -90,8 +90,8 @@ def interval(ours: Errors, captum: Errors) -> list[float]:
     ratios = []
     for _ in range(RESAMPLINGS):
         chosen = torch.randint(count, (count,), generator=generator)
-        taken = ({n: found[chosen] for n, found in one.items()} for one in (ours, captum))
-        ratios.append(sample_ratio(*taken))
+        resampled = ({n: found[chosen] for n, found in one.items()} for one in (ours, captum))
+        ratios.append(sample_ratio(*resampled))
     ends = torch.tensor(ratios, dtype=torch.float64).quantile(torch.tensor([0.05, 0.95]).double())
     return [float(end) for end in ends]
 
@@ -142,12 +142,14 @@ def compare(name: str, score: str, level: float, sizes: Sizes) -> dict[str, Any]
         errors["ours"][n] = distances(found, expected)
     for n in sorted({*sizes.samples, *(2 * n for n in sizes.samples)}):
         errors["captum"][n] = distances(captum_maps(model, x, classes, level, n, n), expected)
-    told = {who: {str(n): rms(one) for n, one in found.items()} for who, found in errors.items()}
+    measured = {
+        who: {str(n): rms(one) for n, one in found.items()} for who, found in errors.items()
+    }
     return {
         "model": name,
         "score": score,
         "noise_level": level,
-        "errors": told,
+        "errors": measured,
         "ratio": sample_ratio(errors["ours"], errors["captum"]),
         "median_ratio": median_ratio(errors["ours"], errors["captum"]),
         "interval": interval(errors["ours"], errors["captum"]),
@@ -198,7 +200,7 @@ def table(document: dict[str, Any]) -> str:
 
 EXPLAINED = (
     "Errors are relative L2, root mean square over {images} held-out images, against {reference} "
-    "samples of ours with other seeds, whose own error is not taken off. Noise is a share of each "
+    "samples of ours with other seeds, whose own error is not subtracted. Noise is a share of each "
     "image's range. The samples that Captum (NoiseTunnel over Saliency, signed) takes for each of "
     "ours at equal error are the squared ratio of c in error = c / sqrt(samples), fitted to each; "
     "the last column says how far errors are off that fit."

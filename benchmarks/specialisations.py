@@ -114,8 +114,8 @@ class Specialisation:
             for name in self.kernel.arg_names
         }
         hints = {
-            (place,): [["tt.divisibility", 16]]
-            for place, (name, kind) in enumerate(signature.items())
+            (position,): [["tt.divisibility", 16]]
+            for position, (name, kind) in enumerate(signature.items())
             if kind.startswith("*") or (name in DIVISIBLE and not odd)
         }
         return ASTSource(self.kernel, signature, constants, hints)
@@ -184,7 +184,7 @@ def _points(dtype: str) -> Iterator[Specialisation]:
 
 
 def _perturbed(dtype: str) -> Iterator[Specialisation]:
-    """Windows of pictures and, with 64-bit places, of volumes with channels and time; segments;
+    """Windows of pictures and, with 64-bit offsets, of volumes with channels and time; segments;
     ranks.
     """
     picture, volume = {"size_b": 1, "AXES": 3, "WIDE": False}, {"AXES": 5, "WIDE": True}
@@ -251,7 +251,7 @@ def _finish_and_overlay(dtype: str) -> Iterator[Specialisation]:
 
 
 def _masks(dtype: str) -> Iterator[Specialisation]:
-    places = " i32" * 6
+    offsets = " i32" * 6
     for affine, rule, wide in (
         ("one", "standard", False),
         ("row", "guided", False),
@@ -263,17 +263,17 @@ def _masks(dtype: str) -> Iterator[Specialisation]:
             continue  # compiled like bfloat16
         same = {"AFFINE": affine, "SLOPE": 0.0, "WIDE": wide}
         yield Specialisation(
-            masks._forward, dtype, "*T *T *T *T *T *u8" + size + places,
+            masks._forward, dtype, "*T *T *T *T *T *u8" + size + offsets,
             {**same, "RESIDUAL": True, "UPPER": 6.0}, _groups, fused=False,
         )  # fmt: skip
         yield Specialisation(
-            masks._backward, dtype, "*T *u8 *T *T *T" + size + places,
+            masks._backward, dtype, "*T *u8 *T *T *T" + size + offsets,
             {**same, "RULE": rule, "BOTH": True}, _groups, fused=False,
         )  # fmt: skip
 
 
 def _pools(dtype: str) -> Iterator[Specialisation]:
-    """Contiguous pictures and, with 64-bit places, volumes with their channels last."""
+    """Contiguous pictures and, with 64-bit offsets, volumes with their channels last."""
     picture = {
         "inner": 1, "in_d": 1, "out_d": 1, "KERNEL": (1, 3, 3), "STRIDE": (1, 2, 2),
         "PADDING": (0, 1, 1), "DILATION": (1, 1, 1), "WIDE": False,

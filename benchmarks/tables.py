@@ -171,7 +171,7 @@ def lean(document: dict[str, Any]) -> str:
         "",
         *aligned("model, as the model is, lean, times less", saved),
         "",
-        "The affine prefix, taken once instead of for every point where the plan says it pays:",
+        "The affine prefix, applied once instead of for every point where the plan says it pays:",
         "",
         *aligned(
             "model, method, contender:, time, spread, against no prefix, what the plan takes once:,"

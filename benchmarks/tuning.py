@@ -1,6 +1,6 @@
 """Which configuration of a kernel, and which of an op's two GPU versions, is the fastest.
 
-Candidates are judged before they are timed: one that fails, spills or gives other results than the
+Candidates are checked before they are timed: one that fails, spills or gives other results than the
 op's reference never wins. Those that stand are timed in turn, round by round, beside a copy of as
 many bytes as the op must move. `python -m benchmarks.kernels --tune` runs it; what it finds is
 checked in by hand (kernels/configurations.py).
@@ -91,8 +91,8 @@ def call_for(op: str, width: int, device: str) -> Call:
     names = [argument.name for argument in call.op.overload._schema.arguments]
 
     def cast(name: str, value: Any) -> Any:
-        wanted = isinstance(value, Tensor) and value.dtype == torch.float32
-        return value.to(dtype) if wanted and (short is None or name in short) else value
+        is_float = isinstance(value, Tensor) and value.dtype == torch.float32
+        return value.to(dtype) if is_float and (short is None or name in short) else value
 
     args = tuple(cast(name, value) for name, value in zip(names, call.args, strict=True))
     return replace(call, args=args)
@@ -143,31 +143,31 @@ def spilling(kernel: str, width: int, target: str) -> str:
     return ""
 
 
-def wrong(call: Call, entry: Entry, wanted: list[Tensor]) -> str:
+def wrong(call: Call, entry: Entry, expected: list[Tensor]) -> str:
     """Why the entry's results are refused, or nothing; its memory is filled with NaN before."""
     with entry.current(), _poisoned():
         got = outcome(entry.version, call.op, call.args, double=False)
-    if [(t.shape, t.dtype) for t in got] != [(t.shape, t.dtype) for t in wanted]:
+    if [(t.shape, t.dtype) for t in got] != [(t.shape, t.dtype) for t in expected]:
         return "its results have other shapes or types than the reference's"
-    for number, (a, b) in enumerate(zip(got, wanted, strict=True)):
+    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
         if a.numel() > 0 and not _same(call.op.name, a, b):
             return f"result {number} differs from the reference's"
     return ""
 
 
-def _same(op: str, got: Tensor, wanted: Tensor) -> bool:
+def _same(op: str, got: Tensor, expected: Tensor) -> bool:
     """Whether a result is the reference's, to rounding where it is no integer."""
     if op == "overlay":
         # A colour may be rounded to the next, rarely: its blend is computed in another order.
-        error = (got.int() - wanted.int()).abs()
+        error = (got.int() - expected.int()).abs()
         return int(error.max()) <= 1 and int((error > 0).sum()) <= got.numel() // 1000
     if not got.is_floating_point():
-        return torch.equal(got, wanted)
+        return torch.equal(got, expected)
     allowed = ALLOWED[got.dtype] * torch.finfo(got.dtype).eps
-    largest = float((got.double() - wanted.double()).abs().max())
-    if not largest <= allowed * float(wanted.double().abs().max()):
+    largest = float((got.double() - expected.double()).abs().max())
+    if not largest <= allowed * float(expected.double().abs().max()):
         return False
-    return relative_error([got], [wanted]) <= allowed
+    return relative_error([got], [expected]) <= allowed
 
 
 @contextlib.contextmanager
@@ -182,9 +182,9 @@ def _poisoned() -> Iterator[None]:
 
 def race(call: Call, entries: list[Entry], timer: Timer) -> list[dict[str, Any]]:
     """One row per entry, in order: its seconds or why it was refused; one row is the fastest."""
-    wanted = outcome(call.op.reference, call.op, call.args, double=False)
+    expected = outcome(call.op.reference, call.op, call.args, double=False)
     refused = {
-        entry.label: entry.refused or _failure(partial(wrong, call, entry, wanted))
+        entry.label: entry.refused or _failure(partial(wrong, call, entry, expected))
         for entry in entries
     }
     moved = call.op.moved(*call.args)
@@ -278,7 +278,7 @@ class CudaTimer:
     def __call__(self, functions: dict[str, Run]) -> dict[str, float]:
         for run in functions.values():
             run()
-        taken: dict[str, list[float]] = {name: [] for name in functions}
+        times: dict[str, list[float]] = {name: [] for name in functions}
         for _ in range(self.rounds):
             for name, run in functions.items():
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -288,5 +288,5 @@ class CudaTimer:
                 run()
                 end.record()
                 end.synchronize()
-                taken[name].append(start.elapsed_time(end) / 1e3)
-        return {name: statistics.median(times) for name, times in taken.items()}
+                times[name].append(start.elapsed_time(end) / 1e3)
+        return {name: statistics.median(own) for name, own in times.items()}

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from clutter import Glyphs, hide, save_samples, split_glyphs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saliency_fast.zoo.clutter import Glyphs, Samples, hide, save_samples, split_glyphs
+from saliency_fast.zoo import Samples
 from saliency_fast.zoo.networks import DigitsCNN, DigitsViT
 
 SHIPPED = Path(__file__).parents[1] / "saliency_fast" / "zoo" / "data"

@@ -80,8 +80,8 @@ def _moments(mean, spread, before, count, grads, slot, slots, rows, numel, AHEAD
 
 
 @triton.jit
-def _random_lines(total, grads, slot, weight, x, baselines, sigma, seed, item, sample, slots, rows,
-                  count, numel, first_block, skip, BLOCKS: tl.constexpr):  # fmt: skip
+def _random_lines(total, grads, slot, weight, x, baselines, sigma, seed, examples, sample, slots,
+                  rows, count, numel, first_block, skip, BLOCKS: tl.constexpr):  # fmt: skip
     # Reads each gradient, x and the drawn baselines once; reads and writes total once.
     # Layout: total [slots, numel], grads [rows, numel], x [B, numel], baselines [count, numel].
     program = tl.program_id(0)
@@ -94,7 +94,7 @@ def _random_lines(total, grads, slot, weight, x, baselines, sigma, seed, item, s
         if tl.load(slot + row) == mine:
             gradient = tl.load(grads + row * wide + at, mask=inside).to(kept.dtype)
             start, end, _ = random_line(
-                x, baselines, sigma, seed, item, sample, row, count, numel, block, at, inside
+                x, baselines, sigma, seed, examples, sample, row, count, numel, block, at, inside
             )
             term = gradient * (end - start).to(kept.dtype)
             kept += tl.load(weight + row).to(kept.dtype) * term
@@ -124,7 +124,7 @@ def accumulate_moments(mean, spread, count, grads, slot):
                        num_warps=chosen.warps)  # fmt: skip
 
 
-def accumulate_random_lines(total, grads, slot, weight, x, baselines, sigma, seed, item, sample,
+def accumulate_random_lines(total, grads, slot, weight, x, baselines, sigma, seed, examples, sample,
                             first_element):  # fmt: skip
     """The op `accumulate_random_lines`: adds to total in place."""
     slots, rows, numel = len(total), len(grads), total[0].numel()
@@ -134,6 +134,6 @@ def accumulate_random_lines(total, grads, slot, weight, x, baselines, sigma, see
     with on(total), contiguous(total) as (kept,):
         _random_lines[grid](kept, grads.contiguous(), slot.contiguous(), weight.contiguous(),
                             x.contiguous(), baselines.contiguous(), sigma.contiguous(),
-                            seed.contiguous(), item.contiguous(), sample.contiguous(), slots, rows,
-                            len(baselines), numel, first_block, skip, BLOCKS=chosen.elements // 4,
-                            num_warps=chosen.warps)  # fmt: skip
+                            seed.contiguous(), examples.contiguous(), sample.contiguous(), slots,
+                            rows, len(baselines), numel, first_block, skip,
+                            BLOCKS=chosen.elements // 4, num_warps=chosen.warps)  # fmt: skip

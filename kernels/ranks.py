@@ -11,7 +11,7 @@ from .segments import choose, numbered
 
 
 @triton.jit
-def _rank(x, fill, rank, item, count, out, rows, fills, ranked, positions, repeats,
+def _rank(x, fill, rank, examples, count, out, rows, fills, ranked, positions, repeats,
           BLOCK: tl.constexpr):  # fmt: skip
     # Reads x, fill and rank once (from L2 for further rows), writes rows * numel points.
     # Layout: x, fill, out [*, repeats, positions], rank [ranked, positions], all contiguous.
@@ -19,7 +19,7 @@ def _rank(x, fill, rank, item, count, out, rows, fills, ranked, positions, repea
     row = (program % rows).to(tl.int64)
     at = (program // rows).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < positions
-    example = tl.load(item + row)
+    example = tl.load(examples + row)
     place = tl.load(rank + example % ranked * positions + at, mask=inside)
     # 32 bits hold every bound but those beyond all ranks.
     bound = tl.load(count + row)
@@ -31,14 +31,14 @@ def _rank(x, fill, rank, item, count, out, rows, fills, ranked, positions, repea
     choose(kept, x, fill, out + row * numel, at, inside, positions, repeats)
 
 
-def rank_points(x, fill, rank, item, count):
+def rank_points(x, fill, rank, examples, count):
     """The op `rank_points`: [R, *]."""
     x, fill, rank = x.contiguous(), fill.contiguous(), rank.contiguous()
-    out, positions, repeats = numbered(x, item, rank)
+    out, positions, repeats = numbered(x, examples, rank)
     chosen = configuration("ranks.rank", x)
     with on(x):
         _rank[len(out) * triton.cdiv(positions, chosen.elements),](
-            x, fill, rank, item.contiguous(), count.contiguous(), out, len(out), len(fill),
+            x, fill, rank, examples.contiguous(), count.contiguous(), out, len(out), len(fill),
             len(rank), positions, repeats, BLOCK=chosen.elements, num_warps=chosen.warps,
         )  # fmt: skip
     return out

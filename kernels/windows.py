@@ -37,7 +37,7 @@ def within(start, stop, row, place, axis: tl.constexpr, AXES: tl.constexpr):
 
 
 @triton.jit
-def _window(x, fill, item, start, stop, out, rows, fills, numel, size_b, size_c, size_d, size_e,
+def _window(x, fill, examples, start, stop, out, rows, fills, numel, size_b, size_c, size_d, size_e,
             AXES: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr,
             BLOCK: tl.constexpr):  # fmt: skip
     # Reads x and fill once (from L2 for further rows), writes rows * numel points.
@@ -66,17 +66,17 @@ def _window(x, fill, item, start, stop, out, rows, fills, numel, size_b, size_c,
             depth = tl.minimum(depth, within(start, stop, row, b, AXES - 4, AXES))
         if AXES > 4:
             depth = tl.minimum(depth, within(start, stop, row, a, AXES - 5, AXES))
-        example = tl.load(item + row)
+        example = tl.load(examples + row)
         seen = tl.load(x + example * numel + at, mask=inside)
         hidden = tl.load(fill + example % fills * numel + at, mask=inside)
         point = tl.where(depth >= 0, hidden, seen)
         tl.store(out + tl.cast(row, tl.int64) * numel + at, point, mask=inside)
 
 
-def window_points(x, fill, item, start, stop):
+def window_points(x, fill, examples, start, stop):
     """The op `window_points`: [R, *]."""
     x, fill = x.contiguous(), fill.contiguous()
-    axes, rows, numel = x.dim() - 1, len(item), x[0].numel()
+    axes, rows, numel = x.dim() - 1, len(examples), x[0].numel()
     if not 1 <= axes <= MOST_AXES or max(x.shape[1:]) > LONGEST:
         raise ValueError(
             f"x must have 1 to {MOST_AXES} axes behind the batch, none longer than {LONGEST}: got"
@@ -87,7 +87,7 @@ def window_points(x, fill, item, start, stop):
     grid = triton.cdiv(rows, chosen.tiles) * triton.cdiv(numel, chosen.elements)
     sizes = (*(1,) * (MOST_AXES - axes), *x.shape[1:])
     with on(x):
-        _window[grid,](x, fill, item.contiguous(), start.contiguous(), stop.contiguous(), out,
+        _window[grid,](x, fill, examples.contiguous(), start.contiguous(), stop.contiguous(), out,
                        rows, len(fill), numel, *sizes[1:], AXES=axes, WIDE=numel > NARROW,
                        TILES=chosen.tiles, BLOCK=chosen.elements,
                        num_warps=chosen.warps)  # fmt: skip

@@ -1,5 +1,7 @@
 """Exact attribution for PyTorch: Integrated Gradients, SmoothGrad and their family, fused."""
 
+# ruff: noqa: F403, F405
+
 import gc
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -23,44 +25,7 @@ finally:
 if TYPE_CHECKING:
     from saliency_fast import evaluate as evaluate
     from saliency_fast import summary as summary
-    from saliency_fast.methods.ablation import FeatureAblation, FeaturePermutation
-    from saliency_fast.methods.attention import (
-        AttentionRollout,
-        AttentionWeights,
-        GradientAttention,
-    )
-    from saliency_fast.methods.cam import (
-        EigenCAM,
-        GradCAM,
-        GradCAMPlusPlus,
-        GuidedGradCAM,
-        HiResCAM,
-        LayerCAM,
-        ScoreCAM,
-        XGradCAM,
-    )
-    from saliency_fast.methods.gradient import (
-        LRP,
-        Deconvolution,
-        DeepLift,
-        Gradient,
-        GuidedBackprop,
-        InputXGradient,
-    )
-    from saliency_fast.methods.hessian import HessianVectorProduct, IntegratedHessians
-    from saliency_fast.methods.occlusion import Occlusion
-    from saliency_fast.methods.paths import IDGI, BlurIG, Conductance, GuidedIG, IntegratedGradients
-    from saliency_fast.methods.rise import Rise
-    from saliency_fast.methods.sampling import (
-        ExpectedGradients,
-        GradientShap,
-        SmoothGrad,
-        SmoothGradSquared,
-        VarGrad,
-    )
-    from saliency_fast.methods.shapley import ShapleySampling, ShapleyValues
-    from saliency_fast.methods.surrogates import KernelShap, Lime
-    from saliency_fast.methods.temporal import TemporalRescaling
+    from saliency_fast.methods import *
     from saliency_fast.model.targets import NextToken
     from saliency_fast.tokens import Similarity, TokenAttribution, explain_tokens
     from saliency_fast.video import Clip, explain_video
@@ -135,7 +100,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Methods, and what comes beside them, are imported when they are first asked for."""
+    """Methods, and what comes beside them, are imported when they are first used."""
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     if name not in __all__:

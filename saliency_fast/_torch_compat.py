@@ -1,4 +1,4 @@
-"""Every private interface of PyTorch that the package uses, looked up once, in one place.
+"""Every private interface of PyTorch that the package uses, looked up once.
 
 An interface without a fallback fails on import, with its name; the others say what happens where a
 release of PyTorch lacks them. Error texts are matched where PyTorch has no exception of its own.
@@ -58,13 +58,12 @@ _GUARDS = ("has_torch_function", "has_torch_function_unary", "has_torch_function
 
 @cache
 def unguarded(func: FunctionType) -> FunctionType | None:
-    """A copy of a Python function of PyTorch without its check for function modes.
-
-    Such functions hand themselves over whole to a mode. The copy has the same code object and
-    other globals, in which the check answers no, so that the mode sees the calls inside. None for
-    functions without such a check, and for methods of Tensor: what these call passes the mode
-    under its own name. Where a release names the check otherwise, a mode sees the function as one
-    call, which has no lean version and keeps more memory.
+    """A copy of a Python function of PyTorch without its check for function modes. Such functions
+    hand themselves over whole to a mode. The copy has the same code object and other globals, in
+    which the check answers no, so that the mode sees the calls inside. None for functions without
+    such a check, and for methods of Tensor: what these call passes the mode under its own name.
+    Where a release names the check otherwise, a mode sees the function as one call, which has no
+    lean version and keeps more memory.
     """
     if func.__module__ == "torch._tensor":
         return None
@@ -115,8 +114,7 @@ def set_version(tensor: Tensor, version: int) -> None:
 
 def storage_id(tensor: Tensor) -> int:
     """One number for all tensors of the same memory, also of memory without data. Required."""
-    found: int = tensor.untyped_storage()._cdata
-    return found
+    return int(tensor.untyped_storage()._cdata)
 
 
 def own_state(module: nn.Module, prefix: str) -> dict[str, Any] | None:
@@ -158,7 +156,6 @@ def dynamo_loaded() -> bool:
 
 
 def is_compiler_error(error: BaseException) -> bool:
-    """Whether the compiler raised `error`."""
     return type(error).__module__.startswith("torch._dynamo")
 
 
@@ -169,14 +166,12 @@ with suppress(ImportError):
 
 
 def inside_transform() -> bool:
-    """Whether a transform of torch.func runs; without the interface none seems to, and a model that
-    uses one inside may be recorded as if it did not.
-    """
+    """Whether a transform of torch.func runs; without the interface, recordings may miss one."""
     return _interpreter is not None and _interpreter() is not None
 
 
 def inside_dual_level() -> bool:
-    """Whether forward derivatives are taken. Required."""
+    """Whether forward derivatives are computed. Required."""
     return bool(forward_ad._current_level >= 0)
 
 
@@ -184,10 +179,7 @@ def outside_transforms() -> AbstractContextManager[object]:
     """A context that transforms of torch.func around the caller do not see; without the interface
     calls inside such a transform are transformed, too.
     """
-    if _clear is None or not inside_transform():
-        return nullcontext()
-    context: AbstractContextManager[object] = _clear()
-    return context
+    return nullcontext() if _clear is None or not inside_transform() else _clear()
 
 
 _is_wrapped = _find("_C._functorch.is_functorch_wrapped_tensor")
@@ -195,8 +187,8 @@ _warn_of_fallbacks = _find("_C._functorch._set_vmap_fallback_warning_enabled")
 
 
 def is_of_transform(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to a transform of torch.func; without the interface none does, and a
-    model that caches such a tensor fails on its next run.
+    """Whether a tensor belongs to a transform of torch.func; without the interface, models that
+    cache such a tensor fail on their next run.
     """
     return _is_wrapped is not None and bool(_is_wrapped(tensor))
 
@@ -214,10 +206,6 @@ without_dispatch_modes: Callable[[], AbstractContextManager[object]] = (
 
 
 # Operators.
-READS: frozenset[Any] = frozenset(
-    (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-)
-"""Operators whose result Python reads numbers from. Required."""
 # The names of operators that models call by other functions. Under other names their axes get no
 # letters, and LRP has no rule for them.
 PACKED_SEQUENCE = "_pack_padded_sequence"
@@ -259,8 +247,7 @@ _cpu_attention = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
 def softmax_of_masked(logits: Tensor) -> Tensor:
     """Softmax over the last axis, where rows of -inf alone are zero."""
     if _safe_softmax is not None:
-        result: Tensor = _safe_softmax(logits, -1, dtype=logits.dtype)
-        return result
+        return _safe_softmax(logits, -1, dtype=logits.dtype)  # type: ignore[no-any-return]
     return logits.softmax(-1).masked_fill((logits == -torch.inf).all(-1, keepdim=True), 0.0)
 
 
@@ -277,14 +264,12 @@ def cpu_attention(
     """`scaled_dot_product_attention` by the CPU's kernel, also of meta tensors, for which PyTorch
     chooses a kernel that keeps more. Without the interface calibration counts what that one keeps.
     """
-    mask = attn_mask
     if _cpu_attention is None or query.dim() != 4 or dropout_p or enable_gqa:
         attention = torch.nn.functional.scaled_dot_product_attention
         own: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
-        return attention(query, key, value, mask, dropout_p, is_causal, **own)
-    found: Tensor = _cpu_attention(query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale)[
-        0
-    ]
+        return attention(query, key, value, attn_mask, dropout_p, is_causal, **own)
+    kept: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale}
+    found: Tensor = _cpu_attention(query, key, value, 0.0, is_causal, **kept)[0]
     return found
 
 
@@ -301,13 +286,8 @@ sequence_number = methodcaller("_sequence_nr")
 
 
 def custom_function(node: Any) -> type | None:
-    """The torch.autograd.Function of which a step of autograd's graph is; None of PyTorch's own
-    steps. Required.
-    """
-    if not isinstance(node, BackwardCFunction):
-        return None
-    found: type = vars(type(node))["_forward_cls"]
-    return found
+    """The torch.autograd.Function of a step of autograd's graph, None of others. Required."""
+    return vars(type(node))["_forward_cls"] if isinstance(node, BackwardCFunction) else None
 
 
 def is_module_hook(node: Any) -> bool:
@@ -327,8 +307,7 @@ def saved_tensors_hooks() -> Any:
 
 def kind_of_step(node: Any) -> str:
     """The operator of a step of autograd's graph, by its name: "Relu" of "ReluBackward0"."""
-    name: str = node.name().rpartition("::")[2].rstrip("0123456789")
-    return name.removesuffix("Backward")
+    return str(node.name()).rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 # Checkpoints: what every kind of checkpoint goes through, under whatever name it was imported
@@ -340,9 +319,8 @@ CheckpointHook: Any = checkpoint._checkpoint_hook
 
 
 class ErrorText(Enum):
-    """Texts of PyTorch's errors, where it has no exception of its own for a failure.
-
-    Where a release words an error otherwise, its message is shown without our cure.
+    """Texts of PyTorch's errors, where it has no exception of its own for a failure. Where a
+    release words an error otherwise, its message is shown without our cure.
     """
 
     ALLOCATION = ("alloc",)

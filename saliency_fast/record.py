@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -118,8 +119,12 @@ class _Kind(NamedTuple):
     least: float = -math.inf
 
 
-def _number(kind: type, least: float) -> Test:
-    return lambda value: type(value) is kind and bool(least <= value < math.inf)  # type: ignore[operator]
+def _is(kind: type) -> Test:
+    return lambda value: type(value) is kind
+
+
+def _number(least: float, *kinds: type) -> Test:
+    return lambda value: type(value) in kinds and bool(least <= value < math.inf)
 
 
 def _optional(test: Test) -> Test:
@@ -130,20 +135,8 @@ def _list_of(test: Test, least: int = 1) -> Test:
     return lambda value: isinstance(value, list) and len(value) >= least and all(map(test, value))
 
 
-def _bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _string(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
-
-
-def _mapping(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 def _sha256(value: Any) -> bool:
@@ -152,7 +145,7 @@ def _sha256(value: Any) -> bool:
 
 def _span(value: Any) -> bool:
     """[start, stop] of an axis."""
-    return _list_of(_COUNT)(value) and len(value) == 2 and bool(value[0] < value[1])
+    return _list_of(_COUNT, 2)(value) and len(value) == 2 and bool(value[0] < value[1])
 
 
 def _layout(value: Any) -> bool:
@@ -169,19 +162,16 @@ def _index(value: Any) -> bool:
 
 
 def _target(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in _TARGETS:
         return False
-    if value["kind"] not in _TARGETS:
-        return False
-    further = _TARGETS[value["kind"]]
-    return set(value) == {"kind", *further} and all(
-        test(value[name]) for name, test in further.items()
-    )
+    further = _TARGETS[kind]
+    return set(value) == {"kind", *further} and all(t(value[name]) for name, t in further.items())
 
 
 def _baseline(value: Any) -> bool:
     if not isinstance(value, dict):
-        number = type(value) in (int, float) and math.isfinite(value)
+        number = type(value) in (int, float) and abs(value) <= sys.float_info.max
         return value is None or number or _text(value)
     if len(value) != 1:
         return False
@@ -191,55 +181,49 @@ def _baseline(value: Any) -> bool:
     return kind in ("tuple", "list") and _list_of(_baseline)(inner)
 
 
-_INT, _COUNT = _number(int, -math.inf), _number(int, 0)
+_INT, _COUNT = _number(-math.inf, int), _number(0, int)
 _TARGETS: dict[str, dict[str, Test]] = {
-    "scalar": {},
-    "classes": {},
-    "predicted": {},
-    "next_token": {},
-    "places": {},
+    **{kind: {} for kind in ("scalar", "classes", "predicted", "next_token", "places")},
     "index": {"index": _list_of(_index, 0)},
     "function": {"name": _text},
 }
 _ROWS = ("alone", "together")
-_FLAG = "true or false"
+_FLAG = _Field("true or false", _is(bool))
+_NAME = _Field("text that is not empty", _text)
+_SIZE = _Field("a whole number, 0 or more", _COUNT)
 _FIELDS: dict[str, _Field] = {
-    "method": _Field("text that is not empty", _text),
-    "parameters": _Field("names and values", _mapping),
+    "method": _NAME,
+    "parameters": _Field("names and values", _is(dict)),
     "target": _Field(f"a kind, one of {', '.join(_TARGETS)}, and what belongs to it", _target),
     "baseline": _Field("null, a number, a name, or a tuple, list or tensor of these", _baseline),
-    "precision": _Field(
-        f"one of {', '.join(PRECISIONS)}", lambda value: _string(value) and value in PRECISIONS
-    ),
+    "precision": _Field(f"one of {', '.join(PRECISIONS)}", lambda one: one in list(PRECISIONS)),
     "dtype": _Field(
         "the name of a dtype",
-        lambda value: _string(value) and isinstance(getattr(torch, value, None), torch.dtype),
+        lambda one: _text(one) and isinstance(getattr(torch, one, None), torch.dtype),
     ),
-    "device": _Field("text that is not empty", _text),
-    "backend": _Field("text that is not empty", _text),
+    "device": _NAME,
+    "backend": _NAME,
     "versions": _Field(
-        "names and texts", lambda value: _mapping(value) and all(map(_text, value.values()))
+        "names and texts", lambda one: _is(dict)(one) and all(map(_text, one.values()))
     ),
     "input_sha256": _Field("null or SHA-256s", _optional(_list_of(_sha256))),
     "weights_sha256": _Field("null or a SHA-256", _optional(_sha256)),
-    "trained_mode": _Field(_FLAG, _bool),
-    "seconds": _Field(
-        "a number, 0 or more", lambda value: _number(float, 0)(value) or _COUNT(value)
-    ),
-    "peak_bytes": _Field("a whole number, 0 or more", _COUNT),
-    "peak_measured": _Field(_FLAG, _bool),
-    "points_per_launch": _Field("a whole number, 1 or more", _number(int, 1)),
-    "halvings": _Field("a whole number, 0 or more", _COUNT),
-    "lean": _Field(_FLAG, _bool, False),
-    "way": _Field("text", _string, False),
+    "trained_mode": _FLAG,
+    "seconds": _Field("a number, 0 or more", _number(0, int, float)),
+    "peak_bytes": _SIZE,
+    "peak_measured": _FLAG,
+    "points_per_launch": _Field("a whole number, 1 or more", _number(1, int)),
+    "halvings": _SIZE,
+    "lean": _FLAG._replace(required=False),
+    "way": _Field("text", _is(str), False),
     "region": _Field("null, or a start and a stop per axis", _optional(_list_of(_span)), False),
-    "at": _Field("null, or names of layers", _optional(_list_of(_string)), False),
-    "layer_input": _Field(_FLAG, _bool, False),
-    "rows": _Field(f"one of {', '.join(_ROWS)}", lambda value: value in _ROWS, False),
+    "at": _Field("null, or names of layers", _optional(_list_of(_is(str))), False),
+    "layer_input": _FLAG._replace(required=False),
+    "rows": _Field(f"one of {', '.join(_ROWS)}", lambda one: one in _ROWS, False),
     "layout": _Field(
         "null, or a letter per axis of each input", _optional(_list_of(_optional(_layout))), False
     ),
-    "notes": _Field("names and values", _mapping, False),
+    "notes": _Field("names and values", _is(dict), False),
 }
 _FLOAT64, _INT64 = (torch.float64,), (torch.int64,)
 TENSORS: dict[str, _Kind] = {
@@ -261,7 +245,7 @@ class _MismatchError(Exception):
     """How a record differs from its schema."""
 
 
-def _need(right: bool, what: str, got: Any, expected: str) -> None:
+def _need(right: bool, what: str, got: Any, expected: Any) -> None:
     if not right:
         shown = repr(got)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
@@ -270,10 +254,10 @@ def _need(right: bool, what: str, got: Any, expected: str) -> None:
 
 def _check_fields(metadata: Mapping[str, Any]) -> None:
     known = {"schema", "tuple", "provenance"}
-    _need(set(metadata) == known, "its fields", sorted(metadata), f"{sorted(known)}")
-    _need(_bool(metadata["tuple"]), "tuple", metadata["tuple"], _FLAG)
+    _need(set(metadata) == known, "its fields", sorted(metadata), sorted(known))
+    _need(_FLAG.test(metadata["tuple"]), "tuple", metadata["tuple"], _FLAG.expected)
     provenance = metadata["provenance"]
-    _need(_mapping(provenance), "provenance", provenance, "names and values")
+    _need(_is(dict)(provenance), "provenance", provenance, "names and values")
     missing = [name for name, one in _FIELDS.items() if one.required and name not in provenance]
     _need(not missing, "provenance lacks", missing, "all of its fields")
     for name, value in provenance.items():
@@ -281,10 +265,17 @@ def _check_fields(metadata: Mapping[str, Any]) -> None:
         _need(_FIELDS[name].test(value), name, value, _FIELDS[name].expected)
 
 
+def _numbered(tensors: Mapping[str, Tensor], prefix: str, what: str) -> list[Tensor]:
+    """The tensors `prefix.0`, `prefix.1`, ... in this order; no other has this prefix."""
+    names = [name for name in tensors if name.startswith(f"{prefix}.")]
+    expected = [f"{prefix}.{number}" for number in range(len(names))]
+    _need(set(names) == set(expected), what, names, expected or f"{prefix}.0 and on")
+    return [tensors[name] for name in expected]
+
+
 def _check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    maps = [name for name in tensors if name.startswith("values.")]
-    expected = [f"values.{number}" for number in range(len(maps))]
-    _need(sorted(maps) == sorted(expected) and maps != [], "its maps", maps, "values.0 and on")
+    maps = _numbered(tensors, "values", "its maps")
+    _need(maps != [], "its maps", [], "values.0 and on")
     several = metadata["tuple"] or len(maps) == 1
     _need(several, "tuple", metadata["tuple"], f"true for {len(maps)} maps")
     others = [n for n in tensors if not n.startswith(("values.", "kept.", "extras."))]
@@ -297,10 +288,10 @@ def _check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -
     for name in others:
         _check_numbers(name, tensors[name], TENSORS[name])
         like = shape[:1] if TENSORS[name].per_example else shape
-        _need(tensors[name].shape == like, name, list(tensors[name].shape), f"{list(like)}")
+        _need(tensors[name].shape == like, name, list(tensors[name].shape), list(like))
     double = metadata["provenance"]["dtype"] == "float64"
-    for name in maps:
-        one = tensors[name]
+    for number, one in enumerate(maps):
+        name = f"values.{number}"
         _check_numbers(name, one, _MAP)
         right = one.shape[: len(shape)] == shape and one.numel() > 0
         _need(right, name, list(one.shape), f"{list(shape)} and more axes")
@@ -312,52 +303,50 @@ def _check_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -
 
 
 def _check_numbers(name: str, tensor: Tensor, kind: _Kind) -> None:
-    _need(tensor.dtype in kind.dtypes, name, tensor.dtype, f"{', '.join(map(str, kind.dtypes))}")
+    _need(tensor.dtype in kind.dtypes, name, tensor.dtype, ", ".join(map(str, kind.dtypes)))
     if kind.finite and tensor.is_floating_point():
         _need(bool(tensor.isfinite().all()), name, "NaN or infinity", "finite numbers")
-    if kind.least > -math.inf:
-        # NaN stands for an unknown number and passes.
-        _need(not bool((tensor < kind.least).any()), name, "less than 0", "0 or more")
+    # NaN stands for an unknown number and passes.
+    below = kind.least > -math.inf and bool((tensor < kind.least).any())
+    _need(not below, name, "less than 0", "0 or more")
 
 
 def _check_references(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
     """Targets, baselines and features against the tensors that they name."""
     kind, batch = provenance["target"]["kind"], tensors["scores"].shape[0]
 
-    def need(name: str, dtype: torch.dtype, dim: int, what: str, shape: str) -> None:
+    def need(name: str, dtype: torch.dtype, dim: int, shape: str) -> None:
         one = tensors.get(f"kept.{name}")
-        right = one is not None and one.dtype == dtype and one.dim() == dim
-        right = right and one is not None and len(one) == batch and one.numel() > 0
-        _need(right, what, "other tensors", f"kept.{name}, {shape}")
+        right = one is not None and (one.dtype, one.dim(), len(one)) == (dtype, dim, batch)
+        right = right and one is not None and one.numel() > 0
+        _need(right, f"target {kind}", "other tensors", f"kept.{name}, {shape}")
 
     if kind in ("classes", "predicted", "next_token"):
         _need("classes" in tensors, f"target {kind}", "no classes", "the tensor classes")
     if kind == "next_token":
-        need("target.position", torch.int64, 1, "target next_token", "int64 [B]")
+        need("target.position", torch.int64, 1, "int64 [B]")
         if "kept.target.real" in tensors:
-            need("target.real", torch.bool, 2, "target next_token", "bool [B, T]")
+            need("target.real", torch.bool, 2, "bool [B, T]")
     if kind == "places":
-        need("target.places", torch.int64, 2, "target places", "int64 [B, D]")
+        need("target.places", torch.int64, 2, "int64 [B, D]")
     for name in _tensor_names(provenance["baseline"]):
         _need(f"kept.{name}" in tensors, "baseline", name, "the name of a kept tensor")
-    features = [name for name in tensors if name.startswith("kept.features.")]
-    expected = [f"kept.features.{number}" for number in range(len(features))]
-    _need(sorted(features) == sorted(expected), "its features", features, f"{expected}")
-    whole = all(tensors[name].dtype == torch.int64 for name in features)
+    features = _numbered(tensors, "kept.features", "its features")
+    whole = all(one.dtype == torch.int64 for one in features)
     _need(whole, "its features", "other dtypes", "torch.int64")
     _check_layout(tensors, provenance)
 
 
 def _check_layout(tensors: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
-    """Layouts, regions and masks of regions against the maps."""
     lead = tensors["scores"].dim()
     layouts = provenance.get("layout")
-    maps = [tensors[f"values.{n}"] for n in range(sum(n.startswith("values.") for n in tensors))]
-    axes = [1 + one.dim() - lead for one in maps]
+    maps = _numbered(tensors, "values", "its maps")
     if layouts is not None:
-        lengths = [None if one is None else len(one) for one in layouts]
-        right = len(axes) == len(lengths)
-        right = right and all(b in (a, None) for a, b in zip(axes, lengths, strict=True))
+        axes = [1 + one.dim() - lead for one in maps]
+        right = len(axes) == len(layouts)
+        right = right and all(
+            one is None or len(one) == n for one, n in zip(layouts, axes, strict=True)
+        )
         _need(right, "layout", layouts, f"{axes} letters")
     region, mask = provenance.get("region"), tensors.get("kept.region.mask")
     sizes = list(maps[0].shape[lead:])
@@ -381,30 +370,31 @@ def _tensor_names(baseline: Any) -> list[str]:
     return [name for part in next(iter(baseline.values())) for name in _tensor_names(part)]
 
 
-# --- Targets and baselines ----------------------------------------------------------------------
+# --- Targets and baselines --------------------------------------------------------------------
 
 
 def describe_target(targets: Targets) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(JSON, tensors) from which `restore_target` makes the same target again."""
-    kept: dict[str, Tensor] = {}
     if targets.function is not None:
         name = getattr(targets.function, "__qualname__", type(targets.function).__name__)
-        return {"kind": "function", "name": name}, kept
+        return {"kind": "function", "name": name}, {}
     if targets.position is not None:
-        kept["target.position"] = targets.position
-        if targets.padding.real is not None:
-            kept["target.real"] = targets.padding.real
-        return {"kind": "next_token"}, kept
+        kept = {"target.position": targets.position, "target.real": targets.padding.real}
+        return {"kind": "next_token"}, {name: one for name, one in kept.items() if one is not None}
     if targets.classes is not None or targets.predicted:
-        return {"kind": "predicted" if targets.predicted else "classes"}, kept
+        return {"kind": "predicted" if targets.predicted else "classes"}, {}
     if targets.places is not None:
-        kept["target.places"] = targets.places
-        return {"kind": "places"}, kept
+        return {"kind": "places"}, {"target.places": targets.places}
     if targets.index is None:
-        return {"kind": "scalar"}, kept
-    if targets.mask is not None:
-        kept["target.mask"] = targets.mask
-    return {"kind": "index", "index": [_part(one) for one in targets.index]}, kept
+        return {"kind": "scalar"}, {}
+    mask = {} if targets.mask is None else {"target.mask": targets.mask}
+    return {"kind": "index", "index": [_part(one) for one in targets.index]}, mask
+
+
+def _part(one: Any) -> Any:
+    if isinstance(one, slice):
+        return {"slice": [one.start, one.stop, one.step]}
+    return "..." if one is Ellipsis else one
 
 
 def restore_target(
@@ -417,31 +407,21 @@ def restore_target(
             f"the record's target is the function {spec['name']!r}, which a record cannot hold; "
             "pass it as target=..."
         )
-    if kind in ("classes", "predicted"):
+    if kind in ("classes", "predicted", "next_token"):
         assert classes is not None
-        return classes if many else classes.flatten()
-    if kind == "next_token":
-        assert classes is not None
-        token = classes if many else classes.flatten()
-        return NextToken(token, kept["target.position"], kept.get("target.real"))
+        found = classes if many else classes.flatten()
+        if kind == "next_token":
+            return NextToken(found, kept["target.position"], kept.get("target.real"))
+        return found
     if kind == "places":
         return [tuple(row) for row in kept["target.places"].tolist()]
     if kind == "index":
-        index = tuple(_restored(one) for one in spec["index"])
+        index = tuple(
+            slice(*one["slice"]) if isinstance(one, dict) else ... if one == "..." else one
+            for one in spec["index"]
+        )
         return (*index, kept["target.mask"]) if "target.mask" in kept else index
     return None
-
-
-def _part(one: Any) -> Any:
-    if isinstance(one, slice):
-        return {"slice": [one.start, one.stop, one.step]}
-    return "..." if one is Ellipsis else one
-
-
-def _restored(one: Any) -> Any:
-    if isinstance(one, dict):
-        return slice(*one["slice"])
-    return ... if one == "..." else one
 
 
 def describe_baseline(baseline: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -472,7 +452,7 @@ def restore_baseline(spec: Any, kept: Mapping[str, Tensor], device: torch.device
     return tuple(parts) if kind == "tuple" else parts
 
 
-# --- Hashes -------------------------------------------------------------------------------------
+# --- Hashes -----------------------------------------------------------------------------------
 
 _LOCK = threading.Lock()
 _WEIGHTS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = WeakKeyDictionary()
@@ -492,15 +472,13 @@ def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """SHA-256 of dtype, shape and contents."""
     return digest("", {"": tensor})
 
 
 def weights_sha256(model: Callable[..., Any]) -> str | None:
-    """SHA-256 of all tensors that a module holds, by name.
-
-    The result is cached until one of the tensors is replaced or written to. It is None for plain
-    functions and for tensors whose contents cannot be read.
+    """SHA-256 of all tensors that a module holds, by name. The result is cached until one of the
+    tensors is replaced or written to. It is None for plain functions and for tensors whose contents
+    cannot be read.
     """
     return _weights_sha256(model, *_weights(model)) if isinstance(model, nn.Module) else None
 

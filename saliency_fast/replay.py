@@ -22,6 +22,8 @@ TOLERANCE = {"float32": 1e-4, "float64": 1e-9, "float16": 1e-2, "bfloat16": 5e-2
 the kinks of a model. A half precision may move a map as far as it was measured to."""
 INTEGER_TOLERANCE = TOLERANCE["float32"]
 """The same for integer inputs, whatever the model's dtype."""
+_OPTIONS = ("precision", "lean", "at", "layer_input", "rows")
+"""Fields of a provenance that are options of an engine."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ def replay(
         model: The model that was explained.
         inputs: The inputs that were explained, as for `explain`.
         target: The target, only where it was a function, which a record cannot hold.
-        forward_args: Further positional arguments of the model.
-        forward_kwargs: Further keyword arguments of the model.
-        memory_budget: Bytes or text such as "8GiB", as for `explain`.
+        forward_args: As for `explain`.
+        forward_kwargs: As for `explain`.
+        memory_budget: As for `explain`.
 
     Returns:
         Whether they agree, and why not.
@@ -98,9 +100,8 @@ def replay(
     Example:
         >>> import torch, saliency_fast as sf
         >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
-        >>> attribution = sf.explain(model, x, target=1)
-        >>> bool(sf.replay(attribution, model, x)), bool(sf.replay(attribution, model, x + 1))
-        (True, False)
+        >>> bool(sf.replay(sf.explain(model, x, target=1), model, x + 1))
+        False
     """
     old = recorded if isinstance(recorded, Attribution) else load(recorded)
     past = old.provenance
@@ -109,12 +110,7 @@ def replay(
     try:
         if target is None:
             target = record.restore_target(past.target, old.classes, old.many, old.kept)
-        # JSON has lists in place of tuples.
-        fields = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in past.parameters.items()
-        }
-        method = make_method(past.method, fields)
+        method = make_method(past.method, past.parameters)
         baseline = record.restore_baseline(past.baseline, old.kept, device)
     except RecordError:
         raise
@@ -123,20 +119,10 @@ def replay(
             f"the record's call cannot be made again: {error}; read it with the version of "
             f"saliency_fast that wrote it, {past.versions.get('saliency_fast', 'which it lacks')}"
         ) from error
-    engine = Engine(
-        model,
-        method,
-        precision=past.precision,
-        memory_budget=memory_budget,
-        lean=past.lean,
-        at=past.at,
-        layer_input=past.layer_input,
-        rows=past.rows,
-        layout=None if past.layout is None else tuple(past.layout),
-    )
-    region: Any = old.kept.get(REGION_MASK)
-    if region is None and past.region is not None:
-        region = [(start, stop) for start, stop in past.region]
+    options = {name: getattr(past, name) for name in _OPTIONS}
+    layout = None if past.layout is None else tuple(past.layout)
+    engine = Engine(model, method, memory_budget=memory_budget, layout=layout, **options)
+    region: Any = old.kept.get(REGION_MASK, past.region)
     again = engine(
         inputs,
         target,
@@ -155,14 +141,9 @@ def _compared(old: Attribution, again: Attribution, weights_sha256: str | None) 
         raise InputError(
             f"the inputs are not those of the record: got maps {mine}, it has {theirs}"
         )
-    past = old.provenance
-    same_input, same_weights = (
-        None if recorded is None else recorded == found
-        for recorded, found in (
-            (past.input_sha256, again.provenance.input_sha256),
-            (past.weights_sha256, weights_sha256),
-        )
-    )
+    past, new = old.provenance, again.provenance
+    same_input = None if past.input_sha256 is None else past.input_sha256 == new.input_sha256
+    same_weights = None if past.weights_sha256 is None else past.weights_sha256 == weights_sha256
     error, tolerance = _relative_l2(again, old), TOLERANCE.get(past.dtype, INTEGER_TOLERANCE)
     if old.precision_error is not None:
         tolerance = max(tolerance, float(old.precision_error.max()))
@@ -172,10 +153,9 @@ def _compared(old: Attribution, again: Attribution, weights_sha256: str | None) 
 
 def _relative_l2(found: Attribution, expected: Attribution) -> float:
     """Relative L2 distance of two attributions' maps over all inputs."""
-    pairs = [
-        (a.detach().double().cpu(), b.detach().double().cpu())
-        for a, b in zip(maps_of(found), maps_of(expected), strict=True)
-    ]
-    gap = sum(float((a - b).square().sum()) for a, b in pairs)
-    norm = sum(float(b.square().sum()) for _, b in pairs)
-    return float(torch.tensor(gap / norm if norm else gap, device="cpu").sqrt())
+    own, recorded = (
+        torch.cat([one.detach().double().cpu().flatten() for one in maps_of(several)])
+        for several in (found, expected)
+    )
+    norm = float(recorded.norm())
+    return float((own - recorded).norm()) / (norm or 1.0)

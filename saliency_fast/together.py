@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.attribution import Attribution
+from saliency_fast.attribution import Attribution, maps_of
 from saliency_fast.engine.baselines import Baseline, choices, read_baseline_set, read_baselines
 from saliency_fast.engine.bind import Belonging, Call, Region, Shared, bind
 from saliency_fast.engine.features import Features
@@ -24,6 +24,9 @@ from saliency_fast.graph.outputs import map_tensors, tensors_of
 from saliency_fast.model.layout import LayoutLike, Layouts
 from saliency_fast.model.targets import Reader, Target, Targets, tensor_of
 from saliency_fast.record import describe_baseline, describe_target
+
+_OF_WHOLE = ("delta", "error", "tie_share", "precision_error", "points", "converged")
+"""Fields of an attribution that are the same for every row of an input."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +167,7 @@ def _lead(value: Any, inputs: Inputs) -> Any:
 
 
 def layout_together(layout: LayoutLike) -> LayoutLike:
-    """The layout of a whole input from that of its rows: the rows are places of it."""
+    """The layout of a whole input from that of its rows: its rows are positions."""
     if isinstance(layout, str):
         free = next((one for one in "TDHW" if one not in layout.upper()), "T")
         return f"B{free}{layout[1:]}"
@@ -175,12 +178,10 @@ def as_rows(
     found: Attribution, call: WholeInputCall, model: Callable[..., Any], baseline: Any, kind: str
 ) -> Attribution:
     """The attribution of a whole input as one of its rows: values like the inputs, each row's own
-    scores, and what is known of the whole, such as delta and error, the same for every row.
-
-    kind: what the method compares with, as its recipe says.
+    scores, and the delta, error, ... of the whole input for every row. kind:
+    what the method compares with, as its recipe says.
     """
     count, inputs = call.rows.batch, call.arguments["inputs"]
-    whole_baseline = call.arguments["baseline"]
 
     def every(value: Tensor) -> Tensor:
         # Targets that are objects have an axis of their own.
@@ -193,41 +194,32 @@ def as_rows(
         return call.target.of_rows(raw).double().reshape(-1).expand(count).clone()
 
     def baseline_scores() -> Tensor:
+        given, layouts = call.arguments["baseline"], found.layouts
         if kind == "set":
-            several = list(
-                zip(*read_baseline_set(whole_baseline, inputs, found.layouts), strict=True)
-            )
+            points = zip(*read_baseline_set(given, inputs, layouts), strict=True)
         else:
-            rows = [
-                read_baselines(one, inputs, layouts=found.layouts)
-                for one in choices(whole_baseline)
-            ]
-            several = [tuple(one[0] for one in parts) for parts in rows]
-        like = [x.dtype for x in inputs]
-        several = [tuple(one.to(t) for one, t in zip(b, like, strict=True)) for b in several]
-        return torch.stack([scores(one) for one in several]).mean(0)
+            parts = [read_baselines(one, inputs, layouts=layouts) for one in choices(given)]
+            points = (tuple(x[0] for x in one) for one in parts)  # type: ignore[assignment]
+        cast = [tuple(b.to(x.dtype) for b, x in zip(one, inputs, strict=True)) for one in points]
+        return torch.stack([scores(one) for one in cast]).mean(0)
 
     target, kept = describe_target(call.rows.targets)
     spec, kept_baseline = describe_baseline(baseline)
     others = {n: one for n, one in found.kept.items() if not n.startswith(("baseline.", "target."))}
-    values = found.values if isinstance(found.values, tuple) else (found.values,)
+    values = maps_of(found)
     classes = call.rows.targets.classes
+    known = {name: getattr(found, name) for name in _OF_WHOLE}
+    repeated: dict[str, Any] = {n: one if one is None else every(one) for n, one in known.items()}
+    about = replace(found.provenance, rows="together", target=target, baseline=spec, layout=None)
     return replace(
         found,
         layouts=Layouts([tuple(x.shape) for x in call.rows.inputs]),
         values=tuple(one[0, 0] for one in values) if call.rows.is_tuple else values[0][0, 0],
         scores=scores(tuple(x[0] for x in inputs)),
         baseline_scores=None if found.baseline_scores is None else baseline_scores(),
-        delta=None if found.delta is None else every(found.delta),
-        error=every(found.error),
-        tie_share=None if found.tie_share is None else every(found.tie_share),
-        precision_error=None if found.precision_error is None else every(found.precision_error),
+        **repeated,
         classes=None if classes is None else classes[:, 0],
-        points=every(found.points),
-        converged=None if found.converged is None else every(found.converged),
         extras={name: every(one) for name, one in found.extras.items()},
         kept=others | kept | kept_baseline,
-        provenance=replace(
-            found.provenance, rows="together", target=target, baseline=spec, layout=None
-        ),
+        provenance=about,
     )

@@ -105,12 +105,9 @@ def explain_video(
     batch, count = len(clip), len(starts)
     if isinstance(baseline, Tensor) and baseline.shape[-clip.dim() + 1 :] == clip.shape[1:]:
         baseline = _windows(baseline.expand_as(clip), starts, window, axis)
-    found = engine(
-        _windows(clip, starts, window, axis),
-        _per_window(target, batch, count),
-        baseline,
-        forward_args=tuple(_per_window(one, batch, count) for one in forward_args),
-    )
+    further = tuple(_per_window(one, batch, count) for one in forward_args)
+    points, targets = _windows(clip, starts, window, axis), _per_window(target, batch, count)
+    found = engine(points, targets, baseline, forward_args=further)
     assert isinstance(found.values, Tensor)
     time_axis = axis + 1 if found.many else axis
     windows = found.values.view(batch, count, *found.values.shape[1:])
@@ -169,9 +166,8 @@ def _averaged(
 
 
 def _smoothed(values: Tensor, clip: Tensor, width: float, axis: int, time_axis: int) -> Tensor:
-    """Diffusion along time (Perona & Malik, 1990) until `width` frames where nothing changes.
-
-    Both neighbours use the same conductivity, so that sums over time stay.
+    """Diffusion along time (Perona & Malik, 1990) until `width` frames where nothing changes. Both
+    neighbours use the same conductivity, so that sums over time stay.
     """
     found, time = values.movedim(time_axis, -1), clip.movedim(axis, -1).to(values.dtype)
     steps = torch.diff(time, dim=-1).square()

@@ -32,7 +32,7 @@ from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
 from saliency_fast.methods import surrogates
 from saliency_fast.methods.parts.coalitions import Game
-from saliency_fast.methods.parts.regression import fit
+from saliency_fast.methods.surrogates import fit
 from saliency_fast.model.preserve import preserved
 
 MANY_FEATURES = 10_000
@@ -427,7 +427,7 @@ class _Fitted:
 
     def recipe(self) -> Recipe:
         def rounds(context: engine.RoundContext) -> engine.Rounds:
-            return surrogates.fitted(context, self.draw, self.weigh, self.how, self.alpha)
+            return surrogates.surrogate_rounds(context, self.draw, self.weigh, self.how, self.alpha)
 
         of = rounds, self.samples
         return engine.RoundsRecipe(*of, baseline="fill", gradients=False, features=True)

@@ -40,8 +40,8 @@ from saliency_fast.engine.independence import TOLERANCE
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError, ModelError
 from saliency_fast.methods import ablation, occlusion, shapley
+from saliency_fast.methods.occlusion import read_windows
 from saliency_fast.methods.parts.coalitions import Game, feature_count
-from saliency_fast.methods.parts.windows import read_windows
 from saliency_fast.model.casts import cast
 from saliency_fast.model.layout import Layouts
 from saliency_fast.model.preserve import preserved, random_states, restored_random_state

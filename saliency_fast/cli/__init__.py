@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
+from importlib import import_module
 
-from saliency_fast.cli.parser import parser
+from saliency_fast.cli.parser import COMMANDS, parser
 from saliency_fast.errors import SaliencyError
 
+__all__ = ["main"]
 USAGE, INTERRUPTED = 2, 130
 
 
@@ -20,7 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else USAGE
     try:
-        return _run(args.command, args, given)
+        # Each command imports what it needs, so that --help answers at once.
+        module = import_module(f"{__name__}.{COMMANDS[args.command].module}")
+        code: int = getattr(module, args.command)(args, given)
+        return code
     except (SaliencyError, OSError) as error:
         if args.debug:
             raise
@@ -29,26 +33,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("saliency-fast: interrupted", file=sys.stderr)
         return INTERRUPTED
-
-
-def _run(command: str, args: Namespace, given: Sequence[str]) -> int:
-    # Each command imports what it needs, so that --help answers at once.
-    if command in ("explain", "demo"):
-        from saliency_fast.cli.explain import demo, explain
-
-        return (explain if command == "explain" else demo)(args, given)
-    if command == "evaluate":
-        from saliency_fast.cli.evaluate import evaluate
-
-        return evaluate(args, given)
-    if command == "verify":
-        from saliency_fast.cli.verify import verify
-
-        return verify(args)
-    from saliency_fast.cli.tables import LISTS
-
-    LISTS[command]()
-    return 0
-
-
-__all__ = ["main"]

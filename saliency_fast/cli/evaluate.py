@@ -13,16 +13,8 @@ import torch
 from torch import Tensor
 
 from saliency_fast import zoo
-from saliency_fast.cli.inputs import Read, read_form, read_inputs
-from saliency_fast.cli.models import Loaded, load_model
-from saliency_fast.cli.options import (
-    read_baseline,
-    read_boxes,
-    read_fields,
-    read_methods,
-    read_one_target,
-)
-from saliency_fast.cli.report import failures_named, out_folder
+from saliency_fast.cli import arguments
+from saliency_fast.cli.explain import failures_named, out_folder
 from saliency_fast.cli.tables import show_paths
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import CONTROLS
@@ -32,6 +24,8 @@ from saliency_fast.evaluate.reports.report import report
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients")
 FAILED = 1
+_PASSED_ON = "confidence", "seed", "memory_budget", "points_per_launch", "progress", "layout"
+"""Options that are arguments of `report` of the same name."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +40,7 @@ class _Examples:
 
 
 def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Runs `saliency-fast evaluate`."""
-    methods = read_methods(args.method or METHODS, args.method_arg)
+    methods = arguments.read_methods(args.method or METHODS, args.method_arg)
     metrics = [one.replace("-", "_").replace(" ", "_") for one in args.metric] or None
     suite = Suite(
         names=metrics,
@@ -55,14 +48,15 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
         substrate=None if args.substrate is None else _substrate(args.substrate, args.device),
         steps=args.steps,
         seed=args.seed,
-        fields=read_fields("--metric-arg", metrics or list(ENTRIES), args.metric_arg),
+        fields=arguments.read_fields("--metric-arg", metrics or list(ENTRIES), args.metric_arg),
     )
-    loaded = load_model(args.model, args.weights, read_form(args.size, args.channels), args.device)
-    baseline = read_baseline(args.baseline, args.device)
+    form = arguments.read_form(args.size, args.channels)
+    loaded = arguments.load_model(args.model, args.weights, form, args.device)
+    baseline = arguments.read_baseline(args.baseline, args.device)
     given = _files(args, loaded) if args.input else _scenes(args)
     out = out_folder(args.out)
     x = given.x.to(args.device)
-    with failures_named(Read("inputs", given.source, x)):
+    with failures_named(arguments.Read("inputs", given.source, x)):
         found = report(
             *(loaded.model, x),
             methods={method.name: method for method in methods},
@@ -71,14 +65,9 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
             baseline=baseline,
             boxes=given.boxes,
             controls=() if args.no_controls else tuple(CONTROLS),
-            confidence=args.confidence,
-            seed=args.seed,
-            memory_budget=args.memory_budget,
-            points_per_launch=args.points_per_launch,
-            progress=args.progress,
             title=given.title,
             labels=loaded.labels,
-            layout=args.layout,
+            **{name: getattr(args, name) for name in _PASSED_ON},
         )
     written = save(found, out, shlex.join(["saliency-fast", *argv]))
     if args.json:
@@ -98,7 +87,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _substrate(text: str, device: str) -> Any:
-    found = read_baseline(text, device)
+    found = arguments.read_baseline(text, device)
     if found is None or isinstance(found, list):
         raise InputError(
             f"--substrate must be zero, mean, blur, uniform, a number or a file: got {text!r}"
@@ -106,13 +95,13 @@ def _substrate(text: str, device: str) -> Any:
     return found
 
 
-def _files(args: argparse.Namespace, loaded: Loaded) -> _Examples:
-    """Inputs from files, in one batch."""
+def _files(args: argparse.Namespace, loaded: arguments.Loaded) -> _Examples:
     if args.examples is not None:
         raise InputError(
             "--examples is for the built-in scenes: leave it out, or give fewer inputs"
         )
-    reads = read_inputs(args.input, loaded.prepare, loaded.dtype, args.batched, args.max_pixels)
+    about = loaded.dtype, args.batched, args.max_pixels
+    reads = arguments.read_inputs(args.input, loaded.prepare, *about)
     first = reads[0]
     for read in reads:
         if read.x.shape[1:] != first.x.shape[1:]:
@@ -123,14 +112,13 @@ def _files(args: argparse.Namespace, loaded: Loaded) -> _Examples:
             )
     x = torch.cat([read.x for read in reads])
     names = [read.name for read in reads for _ in range(len(read.x))]
-    target = read_one_target(args.target or "predicted", len(x))
-    boxes = None if args.boxes is None else read_boxes(args.boxes, names)
+    target = arguments.read_one_target(args.target or "predicted", len(x))
+    boxes = None if args.boxes is None else arguments.read_boxes(args.boxes, names)
     source = first.source if len(reads) == 1 else f"{first.source} and {len(reads) - 1} more"
     return _Examples(x, target, boxes, source, f"Are the maps of {args.model} any good?")
 
 
 def _scenes(args: argparse.Namespace) -> _Examples:
-    """The built-in held-out scenes, with their labels and boxes."""
     if args.model not in zoo.MODELS:
         raise InputError(
             "inputs are missing: only for the built-in models "
@@ -146,7 +134,7 @@ def _scenes(args: argparse.Namespace) -> _Examples:
     target = samples.labels[:count]
     explained = "their true digits"
     if args.target is not None:
-        target = read_one_target(args.target, count)
+        target = arguments.read_one_target(args.target, count)
         explained = f"the target {args.target}"
     title = f"Maps of {args.model} on {count} built-in held-out scenes: {explained}, known boxes"
     return _Examples(samples.images[:count], target, samples.boxes[:count], "held_out", title)

@@ -6,10 +6,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from saliency_fast.cli.inputs import MAX_PIXELS
 from saliency_fast.graph.passes.half import AUTO, PRECISIONS
 from saliency_fast.version import __version__
 
+MAX_PIXELS = 16384 * 16384
+"""Default limit of a picture, since a small file may decompress to any size."""
 Settings = Mapping[str, Any]
 """Arguments of `ArgumentParser.add_argument`."""
 
@@ -169,15 +170,21 @@ _DEMO: Mapping[str, Settings] = {
 
 
 class _Command(NamedTuple):
+    """module: of `saliency_fast.cli` whose function of the command's name runs it."""
+
+    module: str
     help: str
     options: Mapping[str, Settings]
     description: str | None = None
     epilog: str | None = None
 
 
-_COMMANDS = {
-    "explain": _Command("explain inputs: records, pictures and a page", _EXPLAIN, None, _INPUTS),
+COMMANDS = {
+    "explain": _Command(
+        "explain", "explain inputs: records, pictures and a page", _EXPLAIN, None, _INPUTS
+    ),
     "evaluate": _Command(
+        "evaluate",
         "are a model's maps any good? metrics with intervals, a page, numbers",
         _EVALUATE,
         "Evaluates methods by metrics on the same inputs, beside controls that never ask the "
@@ -187,21 +194,21 @@ _COMMANDS = {
         _INPUTS,
     ),
     "verify": _Command(
+        "verify",
         "check a record and compute it again",
         _VERIFY,
         "Checks a record's hash and schema; where its model and input are known, from the record "
         "or from here, computes it again and compares. Exit code: 0 agrees, 1 disagrees or broken, "
         "2 usage.",
     ),
-    "demo": _Command("explain held-out digits with the shipped model", _DEMO),
-    "methods": _Command("list the methods, their fields and defaults", {}),
-    "metrics": _Command("list the metrics of evaluate, their fields and defaults", {}),
-    "backends": _Command("which version of the kernels runs where", {}),
+    "demo": _Command("explain", "explain held-out digits with the shipped model", _DEMO),
+    "methods": _Command("tables", "list the methods, their fields and defaults", {}),
+    "metrics": _Command("tables", "list the metrics of evaluate, their fields and defaults", {}),
+    "backends": _Command("tables", "which version of the kernels runs where", {}),
 }
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of `saliency-fast`."""
     root = argparse.ArgumentParser(
         prog="saliency-fast",
         description="Exact attribution for PyTorch models: which parts of an input did it.",
@@ -209,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"saliency-fast {__version__}")
     root.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in _COMMANDS.items():
+    for name, command in COMMANDS.items():
         raw = argparse.RawDescriptionHelpFormatter
         one = commands.add_parser(
             name,

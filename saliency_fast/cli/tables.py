@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from saliency_fast import ops
 from saliency_fast.methods import METHODS
-from saliency_fast.ops import backends
 from saliency_fast.render.html import number_text, percent_text
 from saliency_fast.render.pages import Entry, MapMeasurements, memory_text
 
@@ -21,7 +21,7 @@ _PIPED, _PROSE = 160, 100
 """Columns of a table where the output is a file or a pipe: of numbers, and of sentences."""
 
 
-def _print(heads: Sequence[str], rows: Iterable[Sequence[str]], piped: int = _PIPED) -> None:
+def _print(heads: Sequence[str], rows: Iterable[Sequence[str]], piped: int = _PIPED) -> int:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for head in heads:
         # Short notes fold, so that sentences beside them have room.
@@ -30,10 +30,10 @@ def _print(heads: Sequence[str], rows: Iterable[Sequence[str]], piped: int = _PI
         table.add_row(*map(Text, row))
     console = Console()
     (console if console.is_terminal else Console(width=piped)).print(table)
+    return 0
 
 
-def _show_methods() -> None:
-    """Every method with its summary, fields and defaults."""
+def methods(*_: object) -> int:
     rows = []
     for name, kind in METHODS.items():
         fields = [
@@ -43,11 +43,10 @@ def _show_methods() -> None:
         ]
         summary = (inspect.getdoc(kind) or "").partition("\n\n")[0]
         rows.append((name, " ".join(summary.split()), ", ".join(fields) or "none"))
-    _print(("method", "what it is", "fields"), rows)
+    return _print(("method", "what it is", "fields"), rows)
 
 
-def _show_metrics() -> None:
-    """Every metric with its question, needs, fields and defaults."""
+def metrics(*_: object) -> int:
     # Evaluation is imported only where it is needed.
     from saliency_fast.evaluate.metric import ENTRIES, METRICS, fields_of
 
@@ -61,24 +60,15 @@ def _show_metrics() -> None:
         ]
         needs = ", ".join(words.get(one, one) for one in kind.needs) or "maps alone"
         rows.append((name, entry.asks, needs, ", ".join(fields) or "none"))
-    _print(("metric", "what it asks", "needs", "fields"), rows, _PROSE)
+    return _print(("metric", "what it asks", "needs", "fields"), rows, _PROSE)
 
 
-def _show_backends() -> None:
-    """Which version of the ops runs where."""
-    _print(("where", "what runs"), backends().items())
-
-
-LISTS: dict[str, Callable[[], None]] = {
-    "methods": _show_methods,
-    "metrics": _show_metrics,
-    "backends": _show_backends,
-}
-"""Commands that print a table and nothing else."""
+def backends(*_: object) -> int:
+    return _print(("where", "what runs"), ops.backends().items())
 
 
 def show_entries(entries: Sequence[Entry]) -> None:
-    """One row for each map, and the summaries that were asked for."""
+    """One row for each map, and the summaries that were requested."""
     boxed = any(view.numbers.inside for entry in entries for view in entry.maps)
     heads = ["input", "predicted", "method", "explains"]
     heads += ["score", "delta", "error", "time", "memory"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from saliency_fast import zoo
 from saliency_fast.attribution import Attribution, load, maps_of
-from saliency_fast.cli.inputs import MAX_PIXELS, read_form, read_inputs
-from saliency_fast.cli.models import load_model
-from saliency_fast.cli.report import failures_named
+from saliency_fast.cli import arguments
+from saliency_fast.cli.explain import failures_named
+from saliency_fast.cli.parser import MAX_PIXELS
 from saliency_fast.errors import InputError, RecordError
 from saliency_fast.replay import replay
 
@@ -18,10 +19,8 @@ AGREES, DISAGREES = 0, 1
 _SAFE = ("hf", "torchvision", "timm")
 
 
-def verify(args: argparse.Namespace) -> int:
-    """Runs `saliency-fast verify`. Returns 0 where the record agrees, 1 where it disagrees or is
-    broken.
-    """
+def verify(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Runs `saliency-fast verify`: 0 where the record agrees, 1 where it disagrees or is broken."""
     if not Path(args.record).is_file():
         raise InputError(f"record {args.record} does not exist or is not a file")
     try:
@@ -53,20 +52,16 @@ def _not_computed(args: argparse.Namespace, recorded: Attribution) -> str | None
 def _replay(args: argparse.Namespace, recorded: Attribution) -> int:
     notes = recorded.provenance.notes
     weights = args.weights or (None if args.model else notes.get("weights"))
-    form = read_form(notes.get("size"), notes.get("channels"))
-    loaded = load_model(args.model or notes["model"], weights, form, args.device)
+    form = arguments.read_form(notes.get("size"), notes.get("channels"))
+    loaded = arguments.load_model(args.model or notes["model"], weights, form, args.device)
     source = args.input or notes["input"]
-    most = int(notes.get("max_pixels", MAX_PIXELS))
-    found = read_inputs([source], loaded.prepare, loaded.dtype, bool(notes.get("batched")), most)
+    about = bool(notes.get("batched")), int(notes.get("max_pixels", MAX_PIXELS))
+    found = arguments.read_inputs([source], loaded.prepare, loaded.dtype, *about)
     if len(found) != 1:
         raise InputError(f"--input must name one input: {source} holds {len(found)}")
     with failures_named(found[0]):
-        outcome = replay(
-            recorded,
-            loaded.model,
-            found[0].x.to(args.device),
-            memory_budget=args.memory_budget,
-        )
+        x = found[0].x.to(args.device)
+        outcome = replay(recorded, loaded.model, x, memory_budget=args.memory_budget)
     print(outcome)
     return AGREES if outcome else DISAGREES
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeGuard, cast
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -149,9 +149,10 @@ def pgd(
         tensor(0.1000)
     """
     checks.positive("epsilon", epsilon)
-    checks.whole("steps", steps, 1)
+    checks.integer("steps", steps, 1)
     check_seed("seed", seed)
-    checks.positive("step_size", step_size, optional=True)
+    if step_size is not None:
+        checks.positive("step_size", step_size)
     size = STEP_SHARE * epsilon / steps if step_size is None else step_size
     about = {"attack": "pgd", "epsilon": epsilon, "steps": steps, "step_size": size, "seed": seed}
     return _attack(model, x, target, about, steps, size, seed, targeted, bounds, running)
@@ -170,7 +171,7 @@ def _attack(
     running: RunOptions | None,
 ) -> Attacked:
     """Steps along the sign of the loss gradient, from x or, with a seed, from near it."""
-    checks.flag("targeted", targeted)
+    checks.boolean("targeted", targeted)
     if not callable(model):
         raise InputTypeError(f"model must be callable: got {type(model).__name__}")
     if not isinstance(x, Tensor):
@@ -196,7 +197,7 @@ def check_seed(name: str, seed: object) -> None:
     """Raises unless it is one 64-bit int."""
     if isinstance(seed, tuple):
         raise InputTypeError(f"{name} must be one 64-bit int for all examples: got {seed!r}")
-    checks.seed(seed)
+    checks.seed("seed", seed)
 
 
 def uniform(x: Tensor, seed: int, sample: int = 0) -> Tensor:
@@ -340,7 +341,7 @@ class Manipulation(Metric):
 
     def __post_init__(self) -> None:
         check_fields(self, epsilon=checks.positive, steps=1, attack=SEARCHES, points=1)
-        check_fields(self, softplus=checks.positive, share=checks.share, seed=check_seed)
+        check_fields(self, softplus=checks.positive, share=checks.fraction, seed=check_seed)
 
     def manipulate(self, data: EvaluationInput) -> Manipulated:
         """The attack alone, which shows the attacked inputs and maps."""
@@ -447,7 +448,7 @@ class _Search:
         """The gradient of the maps' correlation with those before, at x."""
         running, origin = self.data.running, self.before
         if recipe is None:
-            recipe = cast(WeightedSum, Gradient().recipe())
+            recipe = Gradient().recipe()
             maps, origin = self._gradient(x), self.gradient_before
         direction = correlation_slope(maps, origin)
         direction = running.back(direction if x.dim() == 2 else direction[:, None])

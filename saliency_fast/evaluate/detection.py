@@ -173,7 +173,7 @@ class CoherenceReference:
         Raises:
             InputError: If the maps are fewer than 20 or all alike.
         """
-        checks.flag("neighbours", neighbours)
+        checks.boolean("neighbours", neighbours)
         check_seed("seed", seed)
         _check_maps(maps, "maps of references")
         if len(maps) < FEWEST:

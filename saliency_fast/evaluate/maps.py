@@ -101,7 +101,7 @@ def check_tolerance(name: str, value: object, unit: str = "") -> None:
 def check_share(name: str, share: object) -> None:
     """Raises unless the value is a share above 0 and at most 1."""
     checks.positive(name, share)
-    checks.share(name, share)
+    checks.fraction(name, share)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:

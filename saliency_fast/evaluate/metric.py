@@ -157,18 +157,7 @@ class Metric:
         return Outcome(self.name, values.detach().double(), self.better, **further)
 
 
-def check_fields(metric: Metric, **rules: Any) -> None:
-    """Validates fields: a rule is the smallest whole number, the valid names, or a function of the
-    field's name and value.
-    """
-    for name, rule in rules.items():
-        value = getattr(metric, name)
-        if isinstance(rule, int):
-            checks.whole(name, value, rule)
-        elif isinstance(rule, tuple):
-            checks.choice(name, value, rule)
-        else:
-            rule(name, value)
+check_fields = checks.fields
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,10 @@
-"""Attribution methods by name: each is a small frozen dataclass whose recipe the engine runs."""
+"""Attribution methods by name: each is a small frozen dataclass whose recipe the engine runs.
+
+Making a method raises InputError or InputTypeError for a field that has another type or is out of
+range.
+"""
+
+# ruff: noqa: F403
 
 from __future__ import annotations
 
@@ -12,18 +18,18 @@ from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 
 if TYPE_CHECKING:
-    from saliency_fast.methods.ablation import *  # noqa: F403
-    from saliency_fast.methods.attention import *  # noqa: F403
-    from saliency_fast.methods.cam import *  # noqa: F403
-    from saliency_fast.methods.gradient import *  # noqa: F403
-    from saliency_fast.methods.hessian import *  # noqa: F403
-    from saliency_fast.methods.occlusion import *  # noqa: F403
-    from saliency_fast.methods.paths import *  # noqa: F403
-    from saliency_fast.methods.rise import *  # noqa: F403
-    from saliency_fast.methods.sampling import *  # noqa: F403
-    from saliency_fast.methods.shapley import *  # noqa: F403
-    from saliency_fast.methods.surrogates import *  # noqa: F403
-    from saliency_fast.methods.temporal import *  # noqa: F403
+    from saliency_fast.methods.ablation import *
+    from saliency_fast.methods.attention import *
+    from saliency_fast.methods.cam import *
+    from saliency_fast.methods.gradient import *
+    from saliency_fast.methods.hessian import *
+    from saliency_fast.methods.occlusion import *
+    from saliency_fast.methods.paths import *
+    from saliency_fast.methods.rise import *
+    from saliency_fast.methods.sampling import *
+    from saliency_fast.methods.shapley import *
+    from saliency_fast.methods.surrogates import *
+    from saliency_fast.methods.temporal import *
 
 _LOCATIONS = {
     "gradient": ("gradient", "Gradient"),
@@ -69,8 +75,6 @@ _LOCATIONS = {
 
 
 class _Methods(Mapping[str, "type[Any]"]):
-    """Every method class by its name."""
-
     def __getitem__(self, name: str) -> type[Any]:
         module, kind = _LOCATIONS[name]
         method: type[Any] = getattr(import_module(f"{__name__}.{module}"), kind)

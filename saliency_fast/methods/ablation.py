@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.recipe import (
-    Recipe,
-    Round,
-    RoundContext,
-    RoundResult,
-    Rounds,
-    RoundsRecipe,
-)
+from saliency_fast.engine.recipe import Round, RoundContext, RoundResult, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, feature_count
@@ -41,7 +34,7 @@ class FeatureAblation:
 
     name = "feature_ablation"
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RoundsRecipe:
         return RoundsRecipe(
             _ablated, feature_count, baseline="fill", gradients=False, features=True
         )
@@ -80,9 +73,6 @@ class FeaturePermutation:
         repeats: Permutations of each feature, whose differences are averaged.
         seed: One int.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> x, method = torch.tensor([[1.0, 2.0], [3.0, 2.0]]), sf.FeaturePermutation()
@@ -96,14 +86,13 @@ class FeaturePermutation:
     name = "feature_permutation"
 
     def __post_init__(self) -> None:
-        checks.whole("repeats", self.repeats, 1)
-        checks.seed(self.seed)
+        checks.fields(self, repeats=1, seed=checks.seed)
         if not isinstance(self.seed, int):
             raise InputTypeError(
                 f"seed must be one int, since examples are permuted together: got {self.seed!r}"
             )
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RoundsRecipe:
         rounds = partial(_permuted, repeats=self.repeats, seed=self.seed)
 
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:

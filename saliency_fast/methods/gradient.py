@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from saliency_fast.engine.points import Line
-from saliency_fast.engine.recipe import Itself, Level, Recipe, WeightedSum
+from saliency_fast.engine.recipe import Itself, Level, WeightedSum
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.rules import Composite, Deconv, Guided, Rescale, composite
@@ -30,9 +30,6 @@ class Gradient:
     Args:
         absolute: Whether values are absolute values.
 
-    Raises:
-        InputTypeError: `absolute` is not a bool.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> model = torch.nn.Linear(4, 3)
@@ -45,9 +42,9 @@ class Gradient:
     name = "gradient"
 
     def __post_init__(self) -> None:
-        checks.flag("absolute", self.absolute)
+        checks.boolean("absolute", self.absolute)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> WeightedSum:
         reduction = "absolute" if self.absolute else "sum"
         return WeightedSum(Line(), at_input(), reduction, at_input=True)
 
@@ -58,15 +55,14 @@ class InputXGradient:
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, x = torch.nn.Linear(4, 3), torch.full((1, 4), 2.0)
-        >>> att = sf.explain(model, x, target=1, method=sf.InputXGradient())
-        >>> torch.equal(att.values[0], 2 * model.weight[1].detach())
-        True
+        >>> x, method = torch.tensor([[1.0, 2.0]]), sf.InputXGradient()
+        >>> sf.explain(lambda x: x.square().sum(1), x, method=method).values
+        tensor([[2., 8.]])
     """
 
     name = "input_x_gradient"
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> WeightedSum:
         return WeightedSum(Line(), at_input(), factor="input", at_input=True)
 
 
@@ -86,7 +82,7 @@ class GuidedBackprop:
 
     name = "guided_backprop"
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> WeightedSum:
         return WeightedSum(Itself(), at_input(), at_input=True, rules=Guided())
 
 
@@ -103,7 +99,7 @@ class Deconvolution:
 
     name = "deconvolution"
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> WeightedSum:
         return WeightedSum(Itself(), at_input(), at_input=True, rules=Deconv())
 
 
@@ -117,15 +113,11 @@ class DeepLift:
         captum: Whether to depart from the paper as Captum's DeepLift does, for equal numbers; see
             `saliency_fast.rules.Rescale`.
 
-    Raises:
-        InputError, InputTypeError: A field has another type, or `epsilon` is not positive.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(4, 3))
-        >>> att = sf.explain(model, torch.ones(2, 4), target=1, method=sf.DeepLift())
-        >>> bool((att.delta.abs() < 1e-5).all())
-        True
+        >>> x, method = torch.tensor([[-1.0, 2.0]]), sf.DeepLift()
+        >>> sf.explain(lambda x: x.relu().sum(1), x, method=method, baseline=1.0).values
+        tensor([[-1.,  1.]])
     """
 
     epsilon: float = 1e-10
@@ -134,16 +126,14 @@ class DeepLift:
     name = "deeplift"
 
     def __post_init__(self) -> None:
-        checks.positive("epsilon", self.epsilon)
-        checks.flag("multiply", self.multiply)
-        checks.flag("captum", self.captum)
+        checks.fields(self, epsilon=checks.positive, multiply=checks.boolean, captum=checks.boolean)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> WeightedSum:
         rules = Rescale(float(self.epsilon), self.captum)
         # Multipliers alone add up to nothing.
         factor, ends = ("difference", True) if self.multiply else ("none", False)
-        one = WeightedSum(Itself(), at_input(), factor=factor, baseline="one", at_input=True)
-        return replace(one, ends=ends, rules=rules)
+        about: dict[str, Any] = {"baseline": "one", "ends": ends, "at_input": True}
+        return WeightedSum(Itself(), at_input(), factor=factor, rules=rules, **about)
 
 
 @dataclass(frozen=True)
@@ -162,16 +152,11 @@ class LRP:
         softmax: "taylor" expands softmax at its input (Achtibat, 2024), "constant" gives attention
             weights no relevance (Ali, 2022).
 
-    Raises:
-        InputError, InputTypeError: An unknown composite, rule or parameter, or bounds that the
-            composite does not take.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(4, 3))
-        >>> att = sf.explain(model, torch.ones(2, 4), target=1, method=sf.LRP("epsilon"))
-        >>> att.values.shape
-        torch.Size([2, 4])
+        >>> x, method = torch.tensor([[-1.0, 2.0]]), sf.LRP("epsilon")
+        >>> sf.explain(torch.nn.ReLU(), x, target=1, method=method).values
+        tensor([[0., 2.]])
     """
 
     composite: str = "epsilon_plus"
@@ -194,12 +179,10 @@ class LRP:
         self._rules()
 
     def _rules(self) -> Composite:
-        options = {"softmax": self.softmax}
-        return composite(
-            self.composite, self.epsilon, self.gamma, self.bounds, self.layers, **options
-        )
+        about = self.composite, self.epsilon, self.gamma, self.bounds, self.layers
+        return composite(*about, softmax=self.softmax)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> WeightedSum:
         return WeightedSum(Itself(), at_input(), at_input=True, rules=self._rules())
 
 

@@ -9,15 +9,7 @@ from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.recipe import (
-    Maps,
-    Recipe,
-    Round,
-    RoundContext,
-    RoundResult,
-    Rounds,
-    RoundsRecipe,
-)
+from saliency_fast.engine.recipe import Maps, Round, RoundContext, RoundResult, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError, ModelError, warn
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import features_of
@@ -26,6 +18,7 @@ from saliency_fast.methods.parts.maps import (
     at_inputs,
     by_example,
     every_row,
+    on_lines,
     unknown_error,
 )
 from saliency_fast.methods.parts.quadrature import gauss_logarithm
@@ -50,9 +43,6 @@ class HessianVectorProduct:
         softplus: Steepness of the softplus functions that replace ReLUs, which have no second
             derivative; None keeps ReLUs.
 
-    Raises:
-        InputError, InputTypeError: `softplus` is not a positive number.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> x, method = torch.ones(2, 4), sf.HessianVectorProduct()
@@ -64,9 +54,9 @@ class HessianVectorProduct:
     name = "hessian_vector_product"
 
     def __post_init__(self) -> None:
-        checks.positive("softplus", self.softplus, optional=True)
+        checks.fields(self, softplus=checks.optional(checks.positive))
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RoundsRecipe:
         rules = _smooth(self.softplus)
         return RoundsRecipe(self._rounds, 1, baseline="fill", rules=rules, second=True)
 
@@ -100,9 +90,6 @@ class IntegratedHessians:
         steps: Points of Gauss's rule for that density, at most 256.
         softplus: As of `HessianVectorProduct`.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> x, method = torch.ones(1, 2), sf.IntegratedHessians(steps=4)
@@ -117,14 +104,10 @@ class IntegratedHessians:
     name = "integrated_hessians"
 
     def __post_init__(self) -> None:
-        checks.whole("steps", self.steps, 1)
-        if self.steps > MOST_STEPS:
-            raise InputError(
-                f"steps must be at most {MOST_STEPS}, which is exact to rounding: {self.steps}"
-            )
-        checks.positive("softplus", self.softplus, optional=True)
+        checks.integer("steps", self.steps, 1, MOST_STEPS)
+        checks.fields(self, softplus=checks.optional(checks.positive))
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RoundsRecipe:
         rules = _smooth(self.softplus)
         return RoundsRecipe(
             self._rounds, self.steps, rules=rules, baseline="one", second=True, features=True
@@ -141,74 +124,54 @@ class IntegratedHessians:
         nodes, weights = (
             torch.from_numpy(one).to(context.scores.device) for one in gauss_logarithm(self.steps)
         )
+        (batch, targets), inputs = context.scores.shape, len(context.inputs)
+        # Sums of gradients times w and Hessian products times w t, for S = B * K maps: by region,
+        # and of both element by element.
+        first = context.scores.new_zeros((batch * targets, count))
+        second = context.scores.new_zeros((batch * targets, count, count))
+        totals = accumulators(context.inputs, batch * targets)
         example, node = every_row(context, self.steps)
-        sums = _Interactions(context, count)
-
-        def write(example: Tensor, node: Tensor) -> Inputs:
-            ends = zip(context.inputs, context.baselines, strict=True)
-            return tuple(ops.line_points(x, start, example, nodes[node]) for x, start in ends)
 
         def each(rows: slice, result: RoundResult) -> None:
-            sums.add(example[rows], weights[node[rows]], nodes[node[rows]], result)
+            weight, t = weights[node[rows]], nodes[node[rows]]
+            for k, (gradient, product, *further) in enumerate(result.grads):
+                slot = example[rows] * targets + k
+                first.index_add_(0, slot, gradient.double() * weight[:, None])
+                second.index_add_(0, slot, product.double() * (weight * t)[:, None, None])
+                for number, total in enumerate(totals):
+                    ops.accumulate(total, further[number], slot, weight, "sum")
+                    ops.accumulate(total, further[inputs + number], slot, weight * t, "sum")
 
         project = _region_sums(context, features, count)
-        yield Round(write, example, node, project=project, each=each)
-        return sums.maps()
-
-
-class _Interactions:
-    """Sums over points, for S = B * K maps, of gradients times w and Hessian products times w t.
-
-    first [S, R]: first-order terms of regions; second [S, R, R]: second-order terms; totals [S, *]:
-    both, element by element.
-    """
-
-    def __init__(self, context: RoundContext, count: int) -> None:
-        self.context, slots = context, context.scores.numel()
-        self.totals = accumulators(context.inputs, slots)
-        self.first = context.scores.new_zeros((slots, count))
-        self.second = context.scores.new_zeros((slots, count, count))
-
-    def add(self, example: Tensor, weight: Tensor, t: Tensor, result: RoundResult) -> None:
-        """Adds the results of points t of the examples."""
-        targets, inputs = self.context.scores.shape[1], len(self.totals)
-        for k, (first, second, *further) in enumerate(result.grads):
-            slot = example * targets + k
-            self.first.index_add_(0, slot, first.double() * weight[:, None])
-            self.second.index_add_(0, slot, second.double() * (weight * t)[:, None, None])
-            for number, total in enumerate(self.totals):
-                ops.accumulate(total, further[number], slot, weight, "sum")
-                ops.accumulate(total, further[inputs + number], slot, weight * t, "sum")
-
-    def maps(self) -> Maps:
-        """The maps; ModelError where interactions are zero and the gain is not explained.
-
-        Without second derivatives the first-order terms explain the gain, as for linear models.
-        """
-        context, (batch, targets) = self.context, self.context.scores.shape
-        pairs = self.second + torch.diag_embed(self.first)
+        yield Round(on_lines(context), example, nodes[node], project=project, each=each)
+        pairs = second + torch.diag_embed(first)
         sums = pairs.sum((1, 2)).view(batch, targets)
-        if not bool(self.second.any()):
-            assert context.baseline_scores is not None
-            gain = context.scores - context.baseline_scores
-            gap = float((sums - gain).abs().max() / gain.abs().max().clamp_min(1e-30))
-            if gap > LARGEST_GAP:
-                raise ModelError(
-                    FLAT.format(f"interactions are zero and miss {gap:.0%} of the gain")
-                )
-        parts = zip(self.totals, context.inputs, context.baselines, strict=True)
+        if not bool(second.any()):
+            _need_explained(context, sums)
+        parts = zip(totals, context.inputs, context.baselines, strict=True)
         values = tuple(ops.finish(total, x, start, "none")[0] for total, x, start in parts)
-        extras = {"interactions": pairs.view(batch, targets, *pairs.shape[1:])}
+        extras = {"interactions": pairs.view(batch, targets, count, count)}
         return Maps(by_example(values, targets), unknown_error(context), sums, extras)
+
+
+def _need_explained(context: RoundContext, sums: Tensor) -> None:
+    """Raises where interactions are zero and first-order terms do not explain the gain, as they do
+    for linear models.
+    """
+    assert context.baseline_scores is not None
+    gain = context.scores - context.baseline_scores
+    gap = float((sums - gain).abs().max() / gain.abs().max().clamp_min(1e-30))
+    if gap > LARGEST_GAP:
+        raise ModelError(FLAT.format(f"interactions are zero and miss {gap:.0%} of the gain"))
 
 
 def _region_sums(context: RoundContext, features: Inputs, count: int) -> Project:
     """Sums over each region's elements of gradient times (input - baseline)."""
+    parts = list(zip(context.inputs, context.baselines, features, strict=True))
 
     def project(grads: Inputs, example: Tensor) -> Tensor:
         sums = grads[0].new_zeros((len(example), count))
-        parts = zip(grads, context.inputs, context.baselines, features, strict=True)
-        for gradient, x, start, region in parts:
+        for gradient, (x, start, region) in zip(grads, parts, strict=True):
             difference = x[example] - start[example % len(start)]
             rows = region[example % len(region)].expand_as(x[example]).flatten(1)
             sums = sums.scatter_add(1, rows, (gradient * difference).flatten(1).to(sums.dtype))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
@@ -26,11 +28,15 @@ from saliency_fast.engine.recipe import (
 )
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.maps import accumulators, by_example, unknown_error
-from saliency_fast.methods.parts.paths import HELD, GuidedPath, StraightPath
+from saliency_fast.methods.parts.maps import accumulators, by_example, on_lines, unknown_error
 from saliency_fast.methods.parts.quadrature import NESTED, RULES, level, nested_levels
 from saliency_fast.model.layers import LayerTaps
 from saliency_fast.model.preserve import restored_random_state
+
+CLOSE = 1e-9
+"""Share of a path's length that counts as nothing."""
+HELD = 11
+"""Maps that a `_GuidedPath` holds at once."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +54,11 @@ class IntegratedGradients:
             `max_steps` is reached; `Attribution.converged` tells which.
         max_steps: Most points of an example, with a tolerance.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
-        >>> method = sf.IntegratedGradients(steps=20)
-        >>> att = sf.explain(model, torch.ones(2, 4), target=1, method=method)
-        >>> bool((att.delta.abs() < 1e-3).all())
-        True
+        >>> x, method = torch.tensor([[1.0, 2.0]]), sf.IntegratedGradients(steps=20)
+        >>> sf.explain(lambda x: x.square().sum(1), x, method=method).values
+        tensor([[1., 4.]])
     """
 
     steps: int = 50
@@ -69,9 +70,8 @@ class IntegratedGradients:
     def __post_init__(self) -> None:
         if self.rule is not None:
             checks.choice("rule", self.rule, NESTED if self.tolerance else tuple(RULES))
-        checks.whole("steps", self.steps, RULES[self._rule].least)
-        checks.whole("max_steps", self.max_steps, 1)
-        checks.positive("tolerance", self.tolerance, optional=True)
+        checks.fields(self, steps=RULES[self._rule].least, max_steps=1)
+        checks.fields(self, tolerance=checks.optional(checks.positive))
         if self.tolerance is not None:
             if self.tolerance >= 1:
                 raise InputError(f"tolerance is a relative error under 1: got {self.tolerance}")
@@ -112,14 +112,10 @@ class BlurIG:
         spacing: The blur falls like (1 - alpha)^spacing; 1 is the published spacing, 2 has more
             points where detail appears, for the same integral.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten())
         >>> x, method = torch.ones(2, 1, 5, 5), sf.BlurIG(steps=4, max_sigma=2.0)
-        >>> sf.explain(model, x, target=1, method=method).values.shape
+        >>> sf.explain(torch.nn.Conv2d(1, 1, 3), x, target=(0, 1, 1), method=method).values.shape
         torch.Size([2, 1, 5, 5])
     """
 
@@ -131,11 +127,9 @@ class BlurIG:
     name = "blur_ig"
 
     def __post_init__(self) -> None:
-        checks.choice("rule", self.rule, tuple(RULES))
-        checks.whole("steps", self.steps, RULES[self.rule].least)
-        checks.positive("max_sigma", self.max_sigma)
-        checks.choice("padding", self.padding, tuple(PADDINGS))
-        checks.positive("spacing", self.spacing)
+        checks.fields(self, rule=tuple(RULES), padding=tuple(PADDINGS))
+        checks.fields(self, steps=RULES[self.rule].least, max_sigma=checks.positive)
+        checks.fields(self, spacing=checks.positive)
         if self.spacing < 1:
             raise InputError(f"spacing must be at least 1: got {self.spacing}")
 
@@ -158,15 +152,11 @@ class GuidedIG:
         max_dist: Share of its own displacement by which an element may leave the line, from 0 (the
             straight path) to 1 (free).
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
-        >>> method = sf.GuidedIG(steps=10)
-        >>> sf.explain(model, torch.ones(2, 4), target=1, method=method).values.shape
-        torch.Size([2, 4])
+        >>> x, method = torch.tensor([[1.0, 2.0]]), sf.GuidedIG(steps=10)
+        >>> sf.explain(lambda x: x.sum(1), x, method=method).values
+        tensor([[1., 2.]])
     """
 
     steps: int = 200
@@ -175,23 +165,20 @@ class GuidedIG:
     name = "guided_ig"
 
     def __post_init__(self) -> None:
-        checks.whole("steps", self.steps, 1)
-        checks.share("fraction", self.fraction)
-        checks.share("max_dist", self.max_dist)
+        checks.fields(self, steps=1, fraction=checks.fraction, max_dist=checks.fraction)
 
     def recipe(self) -> Recipe:
         return RoundsRecipe(self._rounds, self.steps, baseline="one", held=HELD)
 
     def _rounds(self, context: RoundContext) -> Rounds:
-        path = GuidedPath(context)
+        path, error = _GuidedPath(context), unknown_error(context)
+        launch = Round(path.write, path.example, path.target, True, each=path.keep_gradients)
         for number in range(self.steps):
             # One after another: each point follows from the gradient at the one before.
-            yield Round(
-                path.write, path.example, path.target, gradients=True, each=path.keep_gradients
-            )
+            yield launch
             path.step((number + 1) / self.steps, self.fraction, self.max_dist)
-            yield Maps(path.values, unknown_error(context))
-        return Maps(path.values, unknown_error(context))
+            yield Maps(path.values, error)
+        return Maps(path.values, error)
 
 
 @dataclass(frozen=True)
@@ -205,22 +192,18 @@ class IDGI:
     Args:
         steps: Steps on the path, of `steps` + 1 points.
 
-    Raises:
-        InputError, InputTypeError: `steps` is no positive int.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
-        >>> att = sf.explain(model, torch.ones(2, 4), target=1, method=sf.IDGI(steps=5))
-        >>> bool((att.delta.abs() < 1e-5).all())
-        True
+        >>> x, method = torch.tensor([[1.0, 2.0]]), sf.IDGI(steps=4)
+        >>> sf.explain(lambda x: x.sum(1), x, method=method).values
+        tensor([[1.5000, 1.5000]])
     """
 
     steps: int = 50
     name = "idgi"
 
     def __post_init__(self) -> None:
-        checks.whole("steps", self.steps, 1)
+        checks.integer("steps", self.steps, 1)
 
     def recipe(self) -> Recipe:
         return RoundsRecipe(self._rounds, self.steps + 1, baseline="one")
@@ -228,7 +211,7 @@ class IDGI:
     def _rounds(self, context: RoundContext) -> Rounds:
         targets = context.scores.shape[1]
         totals = accumulators(context.inputs, context.scores.numel())
-        path = StraightPath(context, [step / self.steps for step in range(self.steps + 1)])
+        path = _StraightPath(context, [step / self.steps for step in range(self.steps + 1)])
 
         def each(rows: slice, result: RoundResult) -> None:
             for example, weight, here, there in path.pairs(rows, result):
@@ -254,14 +237,10 @@ class Conductance:
         steps: Steps on the path, of `steps` + 1 points.
         rule: Where the points are, as of `IntegratedGradients`; "trapezoid" reaches both ends.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
-        >>> att = sf.explain(model, torch.ones(2, 4), target=1, method=sf.Conductance(), at="0")
-        >>> att.values.shape
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh()), torch.ones(2, 4)
+        >>> sf.explain(model, x, target=1, method=sf.Conductance(), at="0").values.shape
         torch.Size([2, 3])
     """
 
@@ -270,8 +249,7 @@ class Conductance:
     name = "conductance"
 
     def __post_init__(self) -> None:
-        checks.whole("steps", self.steps, 1)
-        checks.choice("rule", self.rule, tuple(RULES))
+        checks.fields(self, steps=1, rule=tuple(RULES))
 
     def recipe(self) -> Recipe:
         return RoundsRecipe(self._rounds, self.steps + 1, baseline="one", layers="auto")
@@ -283,7 +261,7 @@ class Conductance:
                 "since every layer's values sum to the whole gain"
             )
         targets, totals = context.scores.shape[1], list[Inputs]()
-        path = StraightPath(context, sorted(RULES[self.rule].points(self.steps + 1)[0].tolist()))
+        path = _StraightPath(context, sorted(RULES[self.rule].points(self.steps + 1)[0].tolist()))
 
         def each(rows: slice, result: RoundResult) -> None:
             need_batch_first(result.taps, rows.stop - rows.start)
@@ -307,9 +285,8 @@ class _BatchFirst(LayerTaps):
     _checked: list[bool] = field(default_factory=list, compare=False)
 
     def prepare(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
-        """Raises InputError where one row alone has another first axis.
-
-        A launch of as many rows as there are steps may hide it.
+        """Raises InputError where one row alone has another first axis. A launch of as many rows as
+        there are steps may hide it.
         """
         if self._checked:
             return
@@ -317,3 +294,127 @@ class _BatchFirst(LayerTaps):
             _, tensors = self.run(lambda: run(tuple(one.clone() for one in rows)))
         need_batch_first(tensors, 1)
         self._checked.append(True)
+
+
+# --- Paths ------------------------------------------------------------------------------------
+
+
+class _StraightPath:
+    """Points at `alphas` on straight lines, example after example, and pairs of neighbours. A
+    launch may end anywhere: its last point is kept for the first pair of the next launch.
+    """
+
+    def __init__(self, context: RoundContext, alphas: Sequence[float]) -> None:
+        x = context.inputs[0]
+        self.write, self.count = on_lines(context), len(alphas)
+        self.example = torch.arange(len(x), device=x.device).repeat_interleave(self.count)
+        self.alpha = torch.tensor(alphas, dtype=torch.float64, device=x.device).repeat(len(x))
+        self._last: RoundResult | None = None
+
+    def pairs(
+        self, rows: slice, result: RoundResult
+    ) -> Iterator[tuple[Tensor, Tensor, RoundResult, RoundResult]]:
+        """(example int64 [P], weight float64 [P], result at a point, result at the next point). The
+        weight is 0 where the next point is the first one of another example, else 1.
+        """
+        if self._last is not None:
+            yield *self._step(rows.start - 1, rows.start), self._last, _rows(result, 0, 1)
+        if (count := rows.stop - rows.start) > 1:
+            here, there = _rows(result, 0, count - 1), _rows(result, 1, count)
+            yield *self._step(rows.start, rows.stop - 1), here, there
+        self._last = _rows(result, count - 1, count, copied=True)
+
+    def _step(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        row = torch.arange(start, stop, device=self.alpha.device)
+        return row // self.count, ((row + 1) % self.count != 0).double()
+
+
+def _rows(result: RoundResult, start: int, stop: int, *, copied: bool = False) -> RoundResult:
+    def own(several: Inputs) -> Inputs:
+        rows = tuple(one[start:stop] for one in several)
+        return tuple(one.clone() for one in rows) if copied else rows
+
+    (scores,) = own((result.scores,))
+    return RoundResult(scores, [own(one) for one in result.grads], own(result.taps))
+
+
+class _GuidedPath:
+    """S = B * K paths that move first where the gradient is small (Kapishnikov, 2021). The N
+    elements of all inputs are in one row. progress [S, N]: share of its own displacement that each
+    element has moved; total [S, N]: sum of gradient times movement; gradient [S, N]: at the present
+    points.
+    """
+
+    def __init__(self, context: RoundContext) -> None:
+        self.context, self.targets = context, context.scores.shape[1]
+        x = context.inputs[0]
+        self.example = torch.arange(len(x), device=x.device).repeat_interleave(self.targets)
+        self.target = torch.arange(self.targets, device=x.device).repeat(len(x))
+        ends = zip(context.inputs, context.baselines, strict=True)
+        displacements = [(one - baseline).flatten(1) for one, baseline in ends]
+        self.displacement = torch.cat(displacements, 1).repeat_interleave(self.targets, dim=0)
+        self.distance = self.displacement.abs()
+        zeros = torch.zeros_like(self.displacement)
+        self.progress, self.total, self.gradient = zeros, zeros.clone(), zeros.clone()
+
+    def write(self, example: Tensor, target: Tensor) -> Inputs:
+        shares = self._per_input(self.progress[example * self.targets + target])
+        points = []
+        ends = zip(self.context.inputs, self.context.baselines, shares, strict=True)
+        for x, baseline, share in ends:
+            start = baseline[example % len(baseline)]
+            points.append(start + share.to(x.dtype) * (x[example] - start))
+        return tuple(points)
+
+    def keep_gradients(self, rows: slice, result: RoundResult) -> None:
+        """Keeps the gradient of each row's own target."""
+        for k, grads in enumerate(result.grads):
+            own = self.target[rows] == k
+            flat = torch.cat([one.flatten(1) for one in grads], 1)
+            self.gradient[rows][own] = flat[own].to(self.gradient.dtype)
+
+    def step(self, alpha: float, fraction: float, reach: float) -> None:
+        """Moves on until the share 1 - `alpha` of each path's L1 length is left."""
+        low, high = (
+            self.displacement.new_tensor(min(max(alpha + d, 0.0), 1.0)) for d in (-reach, reach)
+        )
+        size = self.gradient.abs()
+        length = _sum(self.distance)
+        left = length * (1.0 - alpha)
+        # Elements that lag behind the straight path move whatever their gradient.
+        self._move(torch.maximum(self.progress, low))
+        rank = math.floor(fraction * (self.displacement.shape[1] - 1)) + 1
+        active = length > 0
+        while True:
+            room = self.distance * (high - self.progress)
+            over = _sum(self.distance * (1.0 - self.progress)) - left
+            ranked = torch.where(room > 0, size, torch.inf)
+            chosen = (room > 0) & (ranked <= ranked.kthvalue(rank, dim=1, keepdim=True).values)
+            # NaN gradients are never chosen; where nothing can move, rounding alone is left.
+            active = active & (over > CLOSE * length) & chosen.any(1)
+            if not bool(active.any()):
+                return
+            share = over / _sum(room * chosen)
+            part = share.clamp_max(1.0).to(self.displacement.dtype)[:, None]
+            there = torch.where(part < 1.0, self.progress.lerp(high, part), high)
+            self._move(torch.where(chosen & active[:, None], there, self.progress))
+            active &= share > 1.0
+
+    def _move(self, progress: Tensor) -> None:
+        self.total += self.gradient * self.displacement * (progress - self.progress)
+        self.progress = progress
+
+    @property
+    def values(self) -> Inputs:
+        """The maps so far: per input [B, K, *]."""
+        return by_example(self._per_input(self.total), self.targets)
+
+    def _per_input(self, rows: Tensor) -> Inputs:
+        """Rows [R, N] of all elements as inputs [R, *]."""
+        inputs = self.context.inputs
+        parts = torch.split(rows, [x[0].numel() for x in inputs], dim=1)
+        return tuple(part.reshape(-1, *x.shape[1:]) for part, x in zip(parts, inputs, strict=True))
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts.sum(1, dtype=torch.float64)

@@ -12,15 +12,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
-from saliency_fast.engine.recipe import (
-    Maps,
-    Recipe,
-    Round,
-    RoundContext,
-    RoundResult,
-    Rounds,
-    RoundsRecipe,
-)
+from saliency_fast.engine.recipe import Maps, Round, RoundContext, RoundResult, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import PARTIAL_MAPS, own_seeds
@@ -42,9 +34,6 @@ class Rise:
         keep: Probability of a cell to be kept.
         seed: An int, or one for each example.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> x, method = torch.ones(1, 1, 8, 8), sf.Rise(samples=50, grid=4)
@@ -59,14 +48,9 @@ class Rise:
     name = "rise"
 
     def __post_init__(self) -> None:
-        checks.whole("samples", self.samples, 1)
-        checks.whole("grid", self.grid, 1)
-        checks.positive("keep", self.keep)
-        if self.keep > 1:
-            raise InputError(f"keep is a chance, at most 1: got {self.keep}")
-        checks.seed(self.seed)
+        checks.fields(self, samples=1, grid=1, keep=checks.positive_fraction, seed=checks.seed)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RoundsRecipe:
         rounds = partial(_averaged, method=self)
         return RoundsRecipe(rounds, self.samples, baseline="fill", gradients=False)
 
@@ -146,8 +130,8 @@ def _maps(context: RoundContext, sums: list[Tensor], samples: int, keep: float) 
         gap += channels * half.square().sum(1)
         norm += channels * mean.square().sum(1)
         shape = size if not one.spatial else (1, *size)
-        placed = one.back(mean.to(x.dtype).view(*context.scores.shape, *shape), 2)
-        values.append(placed.expand(-1, -1, *x.shape[1:]).contiguous())
+        of_input = one.back(mean.to(x.dtype).view(*context.scores.shape, *shape), 2)
+        values.append(of_input.expand(-1, -1, *x.shape[1:]).contiguous())
     error = (gap / norm.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
     return Maps(tuple(values), error.view(context.scores.shape))
 
@@ -155,10 +139,9 @@ def _maps(context: RoundContext, sums: list[Tensor], samples: int, keep: float) 
 def masks(
     method: Rise, number: int, sizes: tuple[int, ...], seed: Tensor, sample: Tensor
 ) -> Tensor:
-    """Masks for input `number`, float64 [M, positions], from the draws of (seed, sample, input).
-
-    A grid of zeros and ones is enlarged linearly to one cell more than the input, and a random
-    window of the input's sizes is cut out.
+    """Masks for input `number`, float64 [M, positions], from the draws of (seed, sample, input). A
+    grid of zeros and ones is enlarged linearly to one cell more than the input, and a random window
+    of the input's sizes is cut out.
     """
     rank, cells = len(sizes), method.grid ** len(sizes)
     # Inputs have draws of their own, far apart.

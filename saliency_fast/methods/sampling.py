@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from saliency_fast import ops
+from saliency_fast._types import Inputs
+from saliency_fast.engine.accumulate import norm_of
 from saliency_fast.engine.points import Noise, RandomLine, Seed
-from saliency_fast.engine.recipe import Level, Recipe, RoundsRecipe, WeightedSum
+from saliency_fast.engine.recipe import (
+    Level,
+    Maps,
+    Recipe,
+    Round,
+    RoundContext,
+    RoundResult,
+    Rounds,
+    RoundsRecipe,
+    Rows,
+    WeightedSum,
+)
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.groups import GROUPS, smooth_rounds, variance_rounds
+from saliency_fast.methods.parts.maps import accumulators, by_example, every_row
+
+GROUPS = 8
+"""More groups narrow the interval by a tenth at most, and each costs the memory of maps."""
+LEAST_SHARE = 1e-6
+"""Least share of a variance that is left without one group, so that it has a logarithm."""
 
 
 def samples_level(samples: int, antithetic: bool) -> tuple[Level]:
@@ -31,10 +52,8 @@ class _Noisy:
     seed: Seed = 0
 
     def _check(self, least: int) -> None:
-        checks.whole("samples", self.samples, least)
-        checks.positive("noise_level", self.noise_level)
-        checks.positive("sigma", self.sigma, optional=True)
-        checks.seed(self.seed)
+        checks.fields(self, samples=least, noise_level=checks.positive, seed=checks.seed)
+        checks.fields(self, sigma=checks.optional(checks.positive))
 
 
 @dataclass(frozen=True)
@@ -53,15 +72,11 @@ class SmoothGrad(_Noisy):
         shared_axis: Axis of the input along which the noise is the same, such as 2 for the frames
             of [B, C, T, H, W], so that maps flicker less.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, x = torch.nn.Linear(4, 3), torch.arange(8.0).view(2, 4)
-        >>> att = sf.explain(model, x, target=1, method=sf.SmoothGrad(samples=8, sigma=0.1))
-        >>> torch.allclose(att.values[0], model.weight[1])
-        True
+        >>> x, method = torch.tensor([[1.0, 2.0]]), sf.SmoothGrad(samples=8)
+        >>> sf.explain(lambda x: x @ torch.tensor([3.0, -1.0]), x, method=method).values
+        tensor([[ 3., -1.]])
     """
 
     antithetic: bool = True
@@ -70,17 +85,14 @@ class SmoothGrad(_Noisy):
     name = "smoothgrad"
 
     def __post_init__(self) -> None:
-        checks.flag("antithetic", self.antithetic)
-        checks.flag("standard_error", self.standard_error)
-        least = (2 + 2 * self.antithetic) if self.standard_error else 1
-        self._check(least)
-        if self.shared_axis is not None:
-            checks.whole("shared_axis", self.shared_axis, 1)
+        checks.fields(self, antithetic=checks.boolean, standard_error=checks.boolean)
+        self._check((2 + 2 * self.antithetic) if self.standard_error else 1)
+        checks.fields(self, shared_axis=checks.optional(1))
 
     def recipe(self) -> Recipe:
         noise = Noise(self.noise_level, self.sigma, self.seed, self.antithetic, self.shared_axis)
         if self.standard_error:
-            rounds = partial(smooth_rounds, noise=noise, samples=self.samples)
+            rounds = partial(_smooth_rounds, noise=noise, samples=self.samples)
             return RoundsRecipe(rounds, self.samples, held=2 * GROUPS)
         return WeightedSum(noise, samples_level(self.samples, self.antithetic))
 
@@ -92,22 +104,18 @@ class SmoothGradSquared(_Noisy):
     Args:
         samples, noise_level, sigma, seed, antithetic: As of `SmoothGrad`.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, x = torch.nn.Linear(4, 3), torch.arange(8.0).view(2, 4)
-        >>> att = sf.explain(model, x, target=1, method=sf.SmoothGradSquared(samples=8))
-        >>> torch.allclose(att.values[0], model.weight[1].square())
-        True
+        >>> x, method = torch.tensor([[1.0, 2.0]]), sf.SmoothGradSquared(samples=8)
+        >>> sf.explain(lambda x: x @ torch.tensor([3.0, -1.0]), x, method=method).values
+        tensor([[9., 1.]])
     """
 
     antithetic: bool = True
     name = "smoothgrad_squared"
 
     def __post_init__(self) -> None:
-        checks.flag("antithetic", self.antithetic)
+        checks.boolean("antithetic", self.antithetic)
         self._check(1)
 
     def recipe(self) -> Recipe:
@@ -126,9 +134,6 @@ class VarGrad(_Noisy):
         confidence: Level of an interval for every element, such as 0.95, in
             `extras["interval_low"]` and `extras["interval_high"]`; None for no interval.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> x, method = torch.arange(8.0).view(2, 4), sf.VarGrad(sigma=0.5)
@@ -141,9 +146,8 @@ class VarGrad(_Noisy):
     name = "vargrad"
 
     def __post_init__(self) -> None:
-        least = 2 if self.confidence is None else 2 * GROUPS
-        self._check(least)
-        checks.positive("confidence", self.confidence, optional=True)
+        self._check(2 if self.confidence is None else 2 * GROUPS)
+        checks.fields(self, confidence=checks.optional(checks.positive))
         if self.confidence is not None and self.confidence >= 1:
             raise InputError(f"confidence is a probability under 1: got {self.confidence}")
 
@@ -151,7 +155,7 @@ class VarGrad(_Noisy):
         noise = Noise(self.noise_level, self.sigma, self.seed, False)
         if self.confidence is not None:
             samples, confidence = self.samples, self.confidence
-            rounds = partial(variance_rounds, noise=noise, samples=samples, confidence=confidence)
+            rounds = partial(_variance_rounds, noise=noise, samples=samples, confidence=confidence)
             # Means and squares of all groups, and at the end their logarithms and temporaries.
             return RoundsRecipe(rounds, samples, held=5 * GROUPS)
         return WeightedSum(noise, samples_level(self.samples, False), "variance")
@@ -170,15 +174,11 @@ class ExpectedGradients:
         noise_level: Standard deviation of noise on the input end, as a share of its range.
         seed: An int, or one for each example.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
-        >>> method = sf.ExpectedGradients(samples=8)
-        >>> sf.explain(model, x, target=1, method=method, baseline=torch.zeros(5, 4)).values.shape
-        torch.Size([2, 4])
+        >>> x, method = torch.tensor([[1.0, 2.0]]), sf.ExpectedGradients(samples=8)
+        >>> sf.explain(lambda x: x.sum(1), x, method=method, baseline=torch.zeros(5, 2)).values
+        tensor([[1., 2.]])
     """
 
     samples: int = 200
@@ -187,10 +187,7 @@ class ExpectedGradients:
     name = "expected_gradients"
 
     def __post_init__(self) -> None:
-        checks.whole("samples", self.samples, 1)
-        if self.noise_level != 0:
-            checks.positive("noise_level", self.noise_level)
-        checks.seed(self.seed)
+        _check_lines(self, "noise_level")
 
     def recipe(self) -> Recipe:
         lines = RandomLine(self.noise_level, self.seed)
@@ -202,19 +199,14 @@ class GradientShap:
     """`ExpectedGradients` under Captum's name and with its defaults (Lundberg, 2017).
 
     Args:
-        samples: Random points of each example.
+        samples, seed: As of `ExpectedGradients`.
         sigma: Standard deviation of noise on the input end, in units of the input.
-        seed: An int, or one for each example.
-
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
 
     Example:
         >>> import torch, saliency_fast as sf
-        >>> model, x = torch.nn.Linear(4, 3), torch.ones(2, 4)
-        >>> method = sf.GradientShap()
-        >>> sf.explain(model, x, target=1, method=method, baseline=torch.zeros(5, 4)).values.shape
-        torch.Size([2, 4])
+        >>> x, method = torch.tensor([[1.0, 2.0]]), sf.GradientShap()
+        >>> sf.explain(lambda x: x.sum(1), x, method=method, baseline=torch.zeros(5, 2)).values
+        tensor([[1., 2.]])
     """
 
     samples: int = 5
@@ -223,11 +215,132 @@ class GradientShap:
     name = "gradient_shap"
 
     def __post_init__(self) -> None:
-        checks.whole("samples", self.samples, 1)
-        if self.sigma != 0:
-            checks.positive("sigma", self.sigma)
-        checks.seed(self.seed)
+        _check_lines(self, "sigma")
 
     def recipe(self) -> Recipe:
         lines = RandomLine(0.0, self.seed, float(self.sigma))
         return WeightedSum(lines, samples_level(self.samples, False), factor="line", baseline="set")
+
+
+def _check_lines(method: ExpectedGradients | GradientShap, noise: str) -> None:
+    checks.fields(method, samples=1, seed=checks.seed)
+    if getattr(method, noise) != 0:
+        checks.positive(noise, getattr(method, noise))
+
+
+# --- Sampling errors --------------------------------------------------------------------------
+
+
+Group = tuple[Tensor, Tensor, Tensor]
+"""Of one input: means [S, G, *] and sums of squared deviations of each group's gradients for every
+map, and the groups' sizes [G, 1, ...].
+"""
+
+
+def _groups(
+    context: RoundContext, noise: Noise, samples: int, *, moments: bool
+) -> Generator[Round | Maps, RoundResult, list[Group]]:
+    """Gradients at all samples, dealt to the groups in turn; a pair of opposite noise is in one
+    group. Without `moments` the sums of squared deviations are the means.
+    """
+    together = 2 if noise.antithetic else 1
+    count = min(GROUPS, samples // (2 if moments else together))
+    source = noise.bind(context.inputs, context.baselines)
+    (batch, targets), slots = context.scores.shape, context.scores.numel() * count
+    means = accumulators(context.inputs, slots)
+    squares = accumulators(context.inputs, slots) if moments else means
+    example, sample = every_row(context, samples)
+    group = sample // together % count
+    sizes = torch.bincount(group, minlength=count).double() / batch
+    seen = [sizes.new_zeros(slots) for _ in means]
+
+    def write(example: Tensor, sample: Tensor) -> Inputs:
+        return source.write(Rows(example, sample, sample.double(), example))
+
+    def each(rows: slice, result: RoundResult) -> None:
+        for k, grads in enumerate(result.grads):
+            slot = (example[rows] * targets + k) * count + group[rows]
+            for number, gradient in enumerate(grads):
+                if moments:
+                    state = means[number], squares[number], seen[number]
+                    ops.accumulate_moments(*state, gradient, slot)
+                else:
+                    ops.accumulate(means[number], gradient, slot, 1.0 / sizes[group[rows]], "sum")
+
+    yield Round(write, example, sample, gradients=True, each=each)
+    found = []
+    for mean, square in zip(means, squares, strict=True):
+        own = (-1, count, *mean.shape[1:])
+        size = sizes.to(mean.dtype).view(-1, *(1,) * (mean.dim() - 1))
+        found.append((mean.view(own), square.view(own), size))
+    return found
+
+
+def _smooth_rounds(context: RoundContext, noise: Noise, samples: int) -> Rounds:
+    """Mean gradients, with standard errors from the differences of the groups' means."""
+    values, errors = [], []
+    for means, _, size in (yield from _groups(context, noise, samples, moments=False)):
+        count, share = len(size), size / samples
+        mean = (share * means).sum(1)
+        square = (share * (means - mean[:, None])).square_().sum(1)
+        values.append(mean)
+        errors.append(square.mul_(count / (count - 1)).sqrt_())
+    return _maps(context, values, errors, {"standard_error": errors})
+
+
+def _variance_rounds(
+    context: RoundContext, noise: Noise, samples: int, confidence: float
+) -> Rounds:
+    """Variances of gradients, with intervals by the jackknife over groups (Miller, 1974) of their
+    logarithms, the scale on which a variance is closest to normal.
+    """
+    values, errors, lows, highs = [], [], [], []
+    for means, squares, size in (yield from _groups(context, noise, samples, moments=True)):
+        count = len(size)
+        total, left = _without_each_group(means, squares, size, samples)
+        values.append(total / samples)
+        whole = (total / (samples - 1)).clamp_min(torch.finfo(total.dtype).tiny)
+        others = (left / (samples - size - 1)).maximum(LEAST_SHARE * whole[:, None]).log_()
+        pseudo = count * whole.log()[:, None] - (count - 1) * others
+        middle, deviation = pseudo.mean(1), pseudo.var(1).div_(count).sqrt_()
+        reach = student(confidence, count - 1) * deviation
+        lows.append((middle - reach).exp_().masked_fill_(total == 0, 0.0))
+        highs.append((middle + reach).exp_().masked_fill_(total == 0, 0.0))
+        errors.append(deviation * values[-1])
+    return _maps(context, values, errors, {"interval_low": lows, "interval_high": highs})
+
+
+def _without_each_group(
+    means: Tensor, squares: Tensor, size: Tensor, samples: int
+) -> tuple[Tensor, Tensor]:
+    """Sums of squared deviations [S, *] of all samples, and [S, G, *] without each group."""
+    mean = (size * means).sum(1, keepdim=True) / samples
+    away = (means - mean).square_()
+    total = (squares + size * away).sum(1)
+    # Chan's merge (1983), solved for what is left when a group is taken out.
+    left = total[:, None] - squares - away * (size * samples / (samples - size))
+    return total, left.clamp_min_(0.0)
+
+
+def _maps(
+    context: RoundContext,
+    values: list[Tensor],
+    errors: list[Tensor],
+    extras: dict[str, list[Tensor]],
+) -> Maps:
+    targets, scale = context.scores.shape[1], norm_of(tuple(values))
+    error = norm_of(tuple(errors)) / scale.clamp_min(torch.finfo(torch.float64).tiny)
+    named = {
+        name if len(parts) == 1 else f"{name}.{number}": one
+        for name, parts in extras.items()
+        for number, one in enumerate(by_example(tuple(parts), targets))
+    }
+    return Maps(by_example(tuple(values), targets), error.view_as(context.scores), extras=named)
+
+
+def student(confidence: float, freedom: int) -> float:
+    """How many standard errors a two-sided interval reaches, by Student's distribution."""
+    # Imported here, since the import of scipy.special takes longer than that of this package.
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.5 + confidence / 2))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.points import Seed
-from saliency_fast.engine.recipe import Recipe, Round, RoundContext, Rounds, RoundsRecipe
+from saliency_fast.engine.recipe import Round, RoundContext, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import PARTIAL_MAPS, Game, feature_count
@@ -38,7 +38,7 @@ class ShapleyValues:
 
     name = "shapley_values"
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RoundsRecipe:
         return RoundsRecipe(_exact, _coalitions, baseline="one", gradients=False, features=True)
 
 
@@ -55,9 +55,6 @@ class ShapleySampling:
             number of points (Mitchell, 2022).
         seed: An int, or one for each example.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> x, method = torch.tensor([[1.0, 2.0, 3.0]]), sf.ShapleySampling()
@@ -71,11 +68,9 @@ class ShapleySampling:
     name = "shapley_sampling"
 
     def __post_init__(self) -> None:
-        checks.whole("permutations", self.permutations, 1)
-        checks.flag("antithetic", self.antithetic)
-        checks.seed(self.seed)
+        checks.fields(self, permutations=1, antithetic=checks.boolean, seed=checks.seed)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RoundsRecipe:
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             count = feature_count(inputs, features)
             return min((1 << count) - 2, self.permutations * (count - 1))
@@ -98,11 +93,8 @@ class ShapleySampling:
                 rank = torch.where((number % 2 == 1)[:, None], game.count - 1 - rank, rank)
             return rank
 
-        return (
-            yield from permutation_rounds(
-                game, self.permutations, ranks, 2 if self.antithetic else 1
-            )
-        )
+        together = 2 if self.antithetic else 1
+        return (yield from permutation_rounds(game, self.permutations, ranks, together))
 
 
 def _coalitions(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
@@ -124,14 +116,11 @@ def exact_rounds(game: Game) -> Rounds:
     """All coalitions; the scores of the empty and of the full one are in the context."""
     number = torch.arange(2**game.count, device=game.device)
     present = ((number[:, None] >> torch.arange(game.count, device=game.device)) & 1).bool()
-    context = game.context
-    assert context.baseline_scores is not None
-    between = context.scores.new_zeros((*context.scores.shape, 0))
+    between = game.context.scores.new_zeros((*game.context.scores.shape, 0))
     if game.count > 1:
         result = yield game.table(present[None, 1:-1])
-        between = game.answers(result.scores)
-    ends = context.baseline_scores[..., None], context.scores[..., None]
-    worth = torch.cat((ends[0], between, ends[1]), dim=2)
+        between = game.table_scores(result.scores)
+    worth = _with_ends(game, between)
     # A coalition of s features counts for each feature it has, and against each one it lacks.
     sizes = torch.arange(game.count + 1, dtype=torch.float64, device=game.device)
     equal = [comb(game.count, size) for size in range(game.count + 1)]
@@ -148,10 +137,9 @@ def exact_rounds(game: Game) -> Rounds:
 def permutation_rounds(
     game: Game, orders: int, ranks: Callable[[int, int], Tensor], together: int
 ) -> Rounds:
-    """Mean gains along orders of the features.
-
-    ranks(start, stop): int64 [1 | B, stop - start, F], the position of every feature in these
-    orders. together: orders that are one draw. With one draw alone the error is unknown.
+    """Mean gains along orders of the features. ranks(start, stop): int64 [1 | B, stop - start, F],
+    the position of every feature in these orders. together: orders that are one draw. With one draw
+    alone the error is unknown.
     """
     total = game.context.scores.new_zeros((*game.context.scores.shape, game.count))
     mean, square, draws = total.clone(), total.clone(), 0
@@ -160,7 +148,7 @@ def permutation_rounds(
         stop = min(start + step, orders)
         own = ranks(start, stop)
         result = yield _walk(game, own)
-        gains = _gains(game, own, game.answers(result.scores))
+        gains = _gains(game, own, game.table_scores(result.scores))
         total += gains.sum(2)
         for one in torch.split(gains, together, dim=2):
             # Welford's mean and sum of squared deviations (1962), draw by draw.
@@ -186,13 +174,19 @@ def _walk(game: Game, ranks: Tensor) -> Round:
     return Round(game.writer(members), *every_row(game.context, ranks.shape[1] * steps))
 
 
-def _gains(game: Game, ranks: Tensor, answers: Tensor) -> Tensor:
-    """The gain of each feature in each order, [B, K, P, F], from the answers of `_walk`."""
-    context = game.context
-    assert context.baseline_scores is not None
-    batch, targets, orders = *context.scores.shape, ranks.shape[1]
-    wide = (batch, targets, orders, 1)
-    begin = context.baseline_scores[..., None, None].expand(wide)
-    end = context.scores[..., None, None].expand(wide)
-    worth = torch.cat((begin, answers.reshape(batch, targets, orders, -1), end), dim=3)
+def _gains(game: Game, ranks: Tensor, scores: Tensor) -> Tensor:
+    """The gain of each feature in each order, [B, K, P, F], from the scores of `_walk`."""
+    batch, targets, _ = scores.shape
+    worth = _with_ends(game, scores.reshape(batch, targets, ranks.shape[1], game.count - 1))
     return worth.diff(dim=3).gather(3, ranks[:, None].expand(batch, targets, -1, -1))
+
+
+def _with_ends(game: Game, scores: Tensor) -> Tensor:
+    """Scores [B, K, *, M] with the empty coalition's before and the full one's behind them."""
+    context, shape = game.context, (*scores.shape[:-1], 1)
+    assert context.baseline_scores is not None
+    begin, end = (
+        one.view(*one.shape, *(1,) * (len(shape) - 2)).expand(shape)
+        for one in (context.baseline_scores, context.scores)
+    )
+    return torch.cat((begin, scores, end), dim=-1)

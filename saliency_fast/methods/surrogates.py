@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +12,10 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import is_finite
 from saliency_fast.engine.points import Seed
-from saliency_fast.engine.recipe import Recipe, RoundContext, Rounds, RoundsRecipe
+from saliency_fast.engine.recipe import RoundContext, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.coalitions import Game, feature_count
-from saliency_fast.methods.parts.regression import FITS, Slopes, fit, fit_shapley
 from saliency_fast.methods.shapley import exact_rounds
 from saliency_fast.model.layout import Layouts
 from saliency_fast.ops import philox
@@ -24,6 +24,7 @@ Draw = Callable[[Game], Tensor]
 """A table of coalitions bool [1 | B, M, F] for the features of a call."""
 Weigh = Callable[[Game, Tensor], Tensor]
 """The weights float64 [1 | B, M] of such a table."""
+FITS = ("ridge", "lasso", "linear")
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,6 @@ class Lime:
         alpha: Penalty of "ridge" and "lasso".
         seed: An int, or one for each example.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> x, method = torch.tensor([[1.0, 2.0, 3.0]]), sf.Lime(samples=50, fit="linear")
@@ -61,14 +59,10 @@ class Lime:
     name = "lime"
 
     def __post_init__(self) -> None:
-        checks.whole("samples", self.samples, 2)
-        checks.positive("kernel_width", self.kernel_width)
-        checks.choice("distance", self.distance, tuple(DISTANCES))
-        checks.choice("fit", self.fit, FITS)
-        checks.positive("alpha", self.alpha)
-        checks.seed(self.seed)
+        checks.fields(self, samples=2, distance=tuple(DISTANCES), fit=FITS, seed=checks.seed)
+        checks.fields(self, kernel_width=checks.positive, alpha=checks.positive)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RoundsRecipe:
         def draw(game: Game) -> Tensor:
             number = torch.arange(self.samples, device=game.device)
             return game.random_words(self.seed, number, game.count, philox.COALITION) >= 2**31
@@ -78,7 +72,7 @@ class Lime:
             return torch.exp(-d.square() / (2.0 * self.kernel_width**2))
 
         def rounds(context: RoundContext) -> Rounds:
-            return fitted(context, draw, weigh, self.fit, self.alpha)
+            return surrogate_rounds(context, draw, weigh, self.fit, self.alpha)
 
         return RoundsRecipe(rounds, self.samples, baseline="fill", gradients=False, features=True)
 
@@ -96,9 +90,6 @@ class KernelShap:
             same number of points (Covert and Lee, 2021).
         seed: An int, or one for each example.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> x, method = torch.tensor([[1.0, 2.0, 3.0]]), sf.KernelShap()
@@ -112,11 +103,9 @@ class KernelShap:
     name = "kernel_shap"
 
     def __post_init__(self) -> None:
-        checks.flag("paired", self.paired)
-        checks.whole("samples", self.samples, 2)
-        checks.seed(self.seed)
+        checks.fields(self, paired=checks.boolean, samples=2, seed=checks.seed)
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> RoundsRecipe:
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             return min((1 << feature_count(inputs, features)) - 2, self.samples)
 
@@ -135,18 +124,16 @@ class KernelShap:
         present = self._coalitions(game)
         result = yield game.table(present)
         assert context.baseline_scores is not None
-        answers = game.answers(result.scores) - context.baseline_scores[..., None]
+        scores = game.table_scores(result.scores) - context.baseline_scores[..., None]
         gains = (context.scores - context.baseline_scores).reshape(len(present), -1)
-        slopes = _per_table(
-            present,
-            answers,
-            lambda number, y: fit_shapley(present[number], y, gains[number], paired=self.paired),
-        )
-        return game.maps(*slopes, sums=True)
+
+        def solve(number: int, y: Tensor) -> Slopes:
+            return fit_shapley(present[number], y, gains[number], paired=self.paired)
+
+        return game.maps(*_per_table(present, scores, solve), sums=True)
 
     def _coalitions(self, game: Game) -> Tensor:
         """Coalitions bool [1 | B, M, F] of s features, by the Shapley kernel of all of that size.
-
         The chance of s is proportional to 1 / (s (F - s)). Every other paired one is the complement
         of the one before, and an odd sample is left out.
         """
@@ -156,35 +143,37 @@ class KernelShap:
         draws = torch.arange(self.samples // (2 if self.paired else 1), device=game.device)
         words = game.random_words(self.seed, draws, game.count + 1, philox.COALITION)
         share = ((words[..., 0] >> 8).double() + 0.5) * 2.0**-24
-        wanted = torch.searchsorted(bounds, share.contiguous()) + 1
+        drawn = torch.searchsorted(bounds, share.contiguous()) + 1
         rank = words[..., 1:].argsort(dim=-1, stable=True).argsort(dim=-1)
-        present = rank < wanted[..., None]
+        present = rank < drawn[..., None]
         return torch.stack((present, ~present), dim=2).flatten(1, 2) if self.paired else present
 
 
-def fitted(context: RoundContext, draw: Draw, weigh: Weigh, how: str, alpha: float) -> Rounds:
+def surrogate_rounds(
+    context: RoundContext, draw: Draw, weigh: Weigh, how: str, alpha: float
+) -> Rounds:
     """Slopes of the score on drawn coalitions with their weights."""
     game = Game.of(context)
     present = draw(game)
     weight = weigh(game, present)
     result = yield game.table(present)
-    answers = game.answers(result.scores)
     table = present.expand(max(len(present), len(weight)), -1, -1)
-    slopes = _per_table(
-        table, answers, lambda number, y: fit(table[number], y, weight[number], how, alpha)
-    )
-    return game.maps(*slopes, sums=False)
+
+    def solve(number: int, y: Tensor) -> Slopes:
+        return fit(table[number], y, weight[number], how, alpha)
+
+    return game.maps(*_per_table(table, game.table_scores(result.scores), solve), sums=False)
 
 
 def _per_table(
-    present: Tensor, answers: Tensor, solve: Callable[[int, Tensor], Slopes]
+    present: Tensor, scores: Tensor, solve: Callable[[int, Tensor], Slopes]
 ) -> tuple[Tensor, Tensor]:
-    """Slopes and variances [B, K, F] from answers [B, K, M], all examples of a table at once."""
-    batch, targets, count = answers.shape
-    groups = answers.reshape(len(present), -1, count)
+    """Slopes and variances [B, K, F] from scores [B, K, M], all examples of a table at once."""
+    batch, targets, count = scores.shape
+    groups = scores.reshape(len(present), -1, count)
     slopes = [solve(number, y.T) for number, y in enumerate(groups)]
-    values = torch.cat([one.values.T for one in slopes]).view(batch, targets, -1)
-    return values, torch.cat([one.variance.T for one in slopes]).view(batch, targets, -1)
+    values, variance = (torch.cat([one.T for one in each]) for each in zip(*slopes, strict=True))
+    return values.view(batch, targets, -1), variance.view(batch, targets, -1)
 
 
 def _of_features(game: Game, present: Tensor) -> Tensor:
@@ -221,10 +210,7 @@ DISTANCES = {"features": _of_features, "cosine": _cosine, "euclidean": _euclidea
 
 
 def distances(game: Game, present: Tensor, kind: str) -> Tensor:
-    """Distances of coalitions from the whole example, float64 [1 | B, M].
-
-    InputError where missing values have no distance.
-    """
+    """Distances of coalitions from the whole example, float64 [1 | B, M]."""
     each = DISTANCES[kind](game, present)
     if not is_finite(each):
         raise InputError(
@@ -232,3 +218,92 @@ def distances(game: Game, present: Tensor, kind: str) -> Tensor:
             "use distance='features'"
         )
     return each
+
+
+# --- Regression -------------------------------------------------------------------------------
+
+
+class Slopes(NamedTuple):
+    """values [F, N] of N regressions, and the variances of their sampling errors."""
+
+    values: Tensor
+    variance: Tensor
+
+
+def fit(present: Tensor, scores: Tensor, weight: Tensor, how: str, alpha: float) -> Slopes:
+    """Slopes of scores float64 [M, N] on coalitions bool [M, F], weighted [M], with an intercept.
+    how: "ridge" and "lasso" penalise the slopes by `alpha`, "linear" does not, and has the solution
+    of the least norm. Variances are those of heteroscedastic residuals (White, 1980), NaN where
+    there are not more coalitions than features.
+    """
+    z, total = present.double(), weight.sum()
+    if not total > 0:
+        raise InputError(
+            "the weights of all coalitions are zero to rounding: their distances are many times "
+            "the kernel's width; pass a larger kernel_width, or distance='cosine'"
+        )
+    share = weight / total
+    # The intercept is the weighted mean.
+    z, y = z - share @ z, scores - share @ scores
+    root = weight.sqrt()[:, None]
+    rows, y = root * z, root * y
+    if how == "lasso":
+        return _lasso(rows, y, weight, alpha)
+    if how == "ridge":
+        gram = rows.T @ rows + alpha * torch.eye(rows.shape[1], dtype=rows.dtype, device=z.device)
+        inverse = torch.linalg.solve(gram, rows.T)
+    else:
+        inverse = torch.linalg.pinv(rows)
+    values = inverse @ y
+    return Slopes(values, _variance(inverse, y - rows @ values, rows.shape[1] + 1))
+
+
+def _variance(inverse: Tensor, residual: Tensor, fitted: int) -> Tensor:
+    """Of slopes inverse @ y, from the residuals [M, N] of so many fitted numbers."""
+    count, free = len(residual), len(residual) - fitted
+    return inverse.square() @ residual.square() * (count / free if free > 0 else torch.nan)
+
+
+def _lasso(rows: Tensor, y: Tensor, weight: Tensor, alpha: float) -> Slopes:
+    """By scikit-learn: mean squares, weighted to a mean weight of one, and alpha * |slopes|."""
+    try:
+        from sklearn.linear_model import Lasso
+    except ImportError as error:
+        raise InputError(
+            "fit='lasso' needs scikit-learn, which is not installed: use pip install "
+            "'saliency-fast[surrogates]', or fit='ridge'"
+        ) from error
+    scale = (len(weight) / weight.sum()).sqrt()
+    table, target = (scale * rows).cpu().numpy(), (scale * y).cpu().numpy()
+    values = torch.zeros(rows.shape[1], y.shape[1], dtype=torch.float64, device="cpu")
+    variance = torch.zeros_like(values)
+    for number in range(y.shape[1]):
+        solved = Lasso(alpha=alpha, fit_intercept=False).fit(table, target[:, number])
+        values[:, number] = torch.from_numpy(solved.coef_)
+        # Slopes at zero are assumed to stay there.
+        active = values[:, number] != 0
+        own = rows.cpu()[:, active]
+        residual = y.cpu()[:, number : number + 1] - own @ values[active, number : number + 1]
+        inverse = torch.linalg.pinv(own)
+        variance[active, number] = _variance(inverse, residual, own.shape[1] + 1)[:, 0]
+    return Slopes(values.to(y.device), variance.to(y.device))
+
+
+def fit_shapley(present: Tensor, scores: Tensor, gain: Tensor, *, paired: bool) -> Slopes:
+    """Slopes of scores float64 [M, N] on coalitions bool [M, F] that sum to `gain` [N] exactly.
+    There is no intercept (Lundberg and Lee, 2017). paired: rows 2j and 2j + 1 are complements, one
+    draw (Covert and Lee, 2021).
+    """
+    z = present.double()
+    even = gain / z.shape[1]
+    # Slopes are equal shares of the gain, plus slopes that sum to zero.
+    rest = scores - z.sum(1, keepdim=True) * even
+    rows = z - z.mean(1, keepdim=True)
+    inverse = torch.linalg.pinv(rows)
+    centred = inverse @ rest
+    residual = rest - rows @ centred
+    if paired:
+        # A complement's row is the negative one, so that a pair counts by its difference.
+        inverse, residual = inverse[:, ::2], residual[::2] - residual[1::2]
+    variance = _variance(inverse, residual, z.shape[1] - 1)
+    return Slopes(even + centred - centred.mean(0), variance)

@@ -44,10 +44,6 @@ class TemporalRescaling:
         above: Quantile of the steps' relevance above which features are masked one by one; values
             of other steps are zero.
 
-    Raises:
-        InputError, InputTypeError: A field has another type or is out of range, or `base` is of
-            another kind.
-
     Example:
         >>> import torch, saliency_fast as sf
         >>> model, x = lambda x: (x**2).sum((1, 2)), torch.rand(2, 5, 3)
@@ -63,7 +59,7 @@ class TemporalRescaling:
     def __post_init__(self) -> None:
         if isinstance(self.axis, bool) or self.axis not in (1, 2):
             raise InputError(f"axis must be 1 or 2, that of time: got {self.axis!r}")
-        checks.share("above", self.above)
+        checks.fields(self, above=checks.fraction)
         base = self._base()
         sums = isinstance(base, WeightedSum) and base.rules is None and base.baseline != "set"
         if not sums or len(base.levels) > 1 or hasattr(base.family, "start"):
@@ -107,41 +103,35 @@ class TemporalRescaling:
 
 
 class _Series:
-    """Maps of copies of a series in which a step, or one feature of it, is masked.
-
-    x, baseline: [B, T, F], whatever the axis of time in the call.
+    """Maps of copies of a series in which a step, or one feature of it, is masked. x, baseline: [B,
+    T, F], whatever the axis of time in the call.
     """
 
     def __init__(self, context: RoundContext, base: WeightedSum, axis: int) -> None:
         self.context, self.base, self.axis = context, base, axis
-        self.x, self.baseline = (
-            self._swapped(one) for one in (context.inputs[0], context.baselines[0])
-        )
+        self.x = self._swapped(context.inputs[0])
+        self.baseline = self._swapped(context.baselines[0])
 
     def _swapped(self, x: Tensor) -> Tensor:
         return x if self.axis == 1 else x.mT
 
     def changes(self, steps: Tensor, masks: range) -> Generator[Round | Maps, RoundResult, Tensor]:
         """L1 change of the map for each mask of the steps bool [B, T]: float64 [B, K, T * masks].
-
         Mask 0 is the whole step, mask f its feature f - 1; changes are zero where `steps` is False.
         """
-        batch, count = steps.shape
+        (batch, count), device = steps.shape, steps.device
         # The maps of so many variants are held beside each launch.
         targets, size = self.context.scores.shape[1], max(1, self.context.size // 4)
-        device = steps.device
-        whole = yield from self._maps(torch.arange(batch, device=device), self.x)
-        whole = whole.view(batch, targets, -1)
+        original = yield from self._maps(torch.arange(batch, device=device), self.x)
+        original = original.view(batch, targets, -1)
         changes = torch.zeros(batch, count, len(masks), targets, dtype=torch.float64, device=device)
-        example, step = steps.nonzero(as_tuple=True)
-        example, step = (one.repeat_interleave(len(masks)) for one in (example, step))
-        mask = torch.arange(masks.start, masks.stop, device=device)
-        mask = mask.repeat(len(example) // len(masks))
-        for start in range(0, len(example), size):
-            own, at, which = (one[start : start + size] for one in (example, step, mask))
-            part = yield from self._maps(own, self._masked(own, at, which))
-            gap = (part.view(len(own), targets, -1) - whole[own]).abs().sum(2, dtype=torch.float64)
-            changes[own, at, which - masks.start] = gap
+        rows = steps[..., None].expand(-1, -1, len(masks)).nonzero()
+        for start in range(0, len(rows), size):
+            example, step, mask = rows[start : start + size].unbind(1)
+            x = self._masked(example, step, mask + masks.start)
+            part = yield from self._maps(example, x)
+            gap = (part.view(len(x), targets, -1) - original[example]).abs()
+            changes[example, step, mask] = gap.sum(2, dtype=torch.float64)
         return changes.flatten(1, 2).mT
 
     def _masked(self, example: Tensor, step: Tensor, mask: Tensor) -> Tensor:
@@ -160,8 +150,8 @@ class _Series:
         baselines: Inputs = (start if len(start) == 1 else start[example],)
         accumulators = Accumulators(base, inputs, baselines, self.context.scores.shape[1])
         source, level = base.family.bind(inputs, baselines), base.levels[0].to(x.device)
-        variant = torch.arange(len(example), device=x.device)
-        rows = level.rows(variant, 0, level.count * len(example))
+        variants = torch.arange(len(example), device=x.device)
+        rows = level.rows(variants, 0, level.count * len(example))
 
         def write(_: Tensor, row: Tensor) -> Inputs:
             columns = (rows.example, rows.node, rows.weight, rows.replicate)

@@ -36,12 +36,12 @@ def _samples() -> Iterator[Sample]:
     for kind in KINDS:
         for dtype, shape in product((torch.float32, torch.float64), _SHAPES):
             total, grads = torch.randn(3, *shape).to(dtype), torch.randn(5, *shape).to(dtype)
-            yield Sample((total, grads, slot, weight, kind), note=f"{kind} {shape} {dtype}")
+            yield Sample((total, grads, slot, weight, kind))
         strided = torch.randn(5, 6, 8, 3).permute(0, 3, 1, 2)
-        yield Sample((torch.randn(3, 3, 6, 8), strided, slot, weight, kind), note=f"{kind} strided")
+        yield Sample((torch.randn(3, 3, 6, 8), strided, slot, weight, kind))
         for half in (torch.float16, torch.bfloat16):
             grads = torch.randn(5, 33).to(half)
-            yield Sample((torch.randn(3, 33), grads, slot, weight, kind), note=f"{kind} {half}")
+            yield Sample((torch.randn(3, 33), grads, slot, weight, kind))
 
 
 accumulate = define(
@@ -49,7 +49,7 @@ accumulate = define(
     reference=_accumulate,
     fake=lambda *_: None,
     samples=_samples,
-    triton="saliency_fast.kernels.accumulate:accumulate",
+    triton="accumulate",
 )
 """accumulate(total [S, *], grads [R, *], slot int64 [R], weight float64 [R], kind): adds
 weight * g, weight * g**2 or weight * |g| of each row to total[slot], in place."""
@@ -70,7 +70,7 @@ def _moment_samples() -> Iterator[Sample]:
         mean, spread = torch.randn(3, *shape).to(dtype), torch.rand(3, *shape).to(dtype)
         count = torch.tensor([4.0, 0.0, 1.0]).double()
         grads = torch.randn(7, *shape).to(dtype) + 3.0
-        yield Sample((mean, spread, count, grads, slot), note=f"{shape} {dtype}")
+        yield Sample((mean, spread, count, grads, slot))
 
 
 accumulate_moments = define(
@@ -79,7 +79,7 @@ accumulate_moments = define(
     reference=_moments,
     fake=lambda *_: None,
     samples=_moment_samples,
-    triton="saliency_fast.kernels.accumulate:accumulate_moments",
+    triton="accumulate",
 )
 """accumulate_moments(mean [S, *], spread [S, *], count float64 [S], grads [R, *], slot int64 [R]):
 Welford's update (1962), in place; spread / count is the variance."""
@@ -96,17 +96,17 @@ def _random_line_samples() -> Iterator[Sample]:
     for sample in random_line_samples():
         x = sample.args[0]
         total, grads = torch.randn(3, *x.shape[1:]).to(x), torch.randn(5, *x.shape[1:]).to(x)
-        yield Sample((total, grads, slot, weight, *sample.args), note=sample.note)
+        yield Sample((total, grads, slot, weight, *sample.args))
 
 
 accumulate_random_lines = define(
     schema="accumulate_random_lines(Tensor(a!) total, Tensor grads, Tensor slot,"
-    " Tensor weight, Tensor x, Tensor baselines, Tensor sigma, Tensor seed, Tensor item,"
+    " Tensor weight, Tensor x, Tensor baselines, Tensor sigma, Tensor seed, Tensor example,"
     " Tensor sample, int first_element) -> ()",
     reference=_random_lines,
     fake=lambda *_: None,
     samples=_random_line_samples,
-    triton="saliency_fast.kernels.accumulate:accumulate_random_lines",
+    triton="accumulate",
     least=lambda total, grads, slot, weight, x, baselines, *_: (
         grads.numel() * grads.element_size()
         + 2 * total.numel() * total.element_size()

@@ -53,16 +53,15 @@ def _samples() -> Iterator[Sample]:
             ((2, 7, 5, 1, 3), (4, 6, 1)),
         ):
             activations = torch.randn(shape, dtype=dtype)
-            note = f"{shape} to {size} {dtype}"
             weights = torch.randn(shape[:2], dtype=dtype)
-            yield Sample((activations, weights, size, True), note=note)
+            yield Sample((activations, weights, size, True))
             weights = torch.randn(shape, dtype=dtype)
-            yield Sample((activations, weights, size, False), note=f"{note}, weights everywhere")
+            yield Sample((activations, weights, size, False))
     activations = torch.randn(2, 5, 6, 37).permute(0, 3, 2, 1)
     weights = torch.randn(37, 2).T
-    yield Sample((activations, weights, (11, 10), True), note="strided")
-    yield Sample((activations.bfloat16(), weights, (11, 10), False), note="bfloat16")
-    yield Sample((activations.half(), weights.half(), (11, 10), True), note="float16")
+    yield Sample((activations, weights, (11, 10), True))
+    yield Sample((activations.bfloat16(), weights, (11, 10), False))
+    yield Sample((activations.half(), weights.half(), (11, 10), True))
 
 
 cam = define(
@@ -70,7 +69,7 @@ cam = define(
     reference=_cam,
     fake=_fake,
     samples=_samples,
-    triton="saliency_fast.kernels.cam:cam",
+    triton="cam",
 )
 """cam(activations [B, C, *s], weights [B, C] or [B, C, *s], size, rectify) -> [B, *size]: the
 channels' weighted sum over 1 to 3 spatial axes, its negative part cut off where `rectify`, resized

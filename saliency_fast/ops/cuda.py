@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from functools import cache
 from typing import Any
 
@@ -19,20 +18,14 @@ _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _DOUBLE = ctypes.c_double
 _FLOATS = {torch.float32: "f32", torch.float64: "f64"}
 _ALL_FLOATS = {**_FLOATS, torch.bfloat16: "bf16", torch.float16: "f16"}
-_SUFFIXES = {
-    "noise_points": _FLOATS,
-    "magnitude_percentile": _FLOATS,
-    "relu_mask": _ALL_FLOATS,
-    "relu_mask_backward": _ALL_FLOATS,
-    "pack_mask": {torch.bool: "u8"},
+_LAUNCHERS: dict[str, tuple[dict[torch.dtype, str], list[Any]]] = {
+    "noise_points": (_FLOATS, [_POINTER] * 6 + [_INT64, _INT64, _INT, _INT64, _POINTER]),
+    "magnitude_percentile": (_FLOATS, [_POINTER] * 3 + [_INT64] * 3 + [_POINTER]),
+    "relu_mask": (_ALL_FLOATS, [_POINTER] * 6 + [_INT64] * 3 + [_DOUBLE, _DOUBLE, _POINTER]),
+    "relu_mask_backward": (_ALL_FLOATS, [_POINTER] * 5 + [_INT64] * 3 + [_DOUBLE, _INT, _POINTER]),
+    "pack_mask": ({torch.bool: "u8"}, [_POINTER, _POINTER, _INT64, _POINTER]),
 }
-_ARGUMENTS = {
-    "noise_points": [_POINTER] * 6 + [_INT64, _INT64, _INT, _INT64, _POINTER],
-    "magnitude_percentile": [_POINTER] * 3 + [_INT64, _INT64, _INT64, _POINTER],
-    "relu_mask": [_POINTER] * 6 + [_INT64] * 3 + [_DOUBLE, _DOUBLE, _POINTER],
-    "relu_mask_backward": [_POINTER] * 5 + [_INT64] * 3 + [_DOUBLE, _INT, _POINTER],
-    "pack_mask": [_POINTER, _POINTER, _INT64, _POINTER],
-}
+"""The suffixes of each launcher's names by dtype, and the types of its arguments."""
 
 
 @cache
@@ -42,8 +35,8 @@ def library() -> ctypes.CDLL:
         raise not_built("the CUDA ops", "cuda")
     try:
         found = ctypes.CDLL(str(CUDA_LIBRARY))
-        for name, arguments in _ARGUMENTS.items():
-            for suffix in _SUFFIXES[name].values():
+        for name, (suffixes, arguments) in _LAUNCHERS.items():
+            for suffix in suffixes.values():
                 launcher = getattr(found, f"saliency_fast_{name}_{suffix}")
                 launcher.argtypes, launcher.restype = arguments, _INT
         found.saliency_fast_percentile_state.argtypes = []
@@ -59,11 +52,11 @@ def library() -> ctypes.CDLL:
 
 def _launch(name: str, tensor: Tensor, *arguments: object) -> None:
     """Calls `name` for the tensor's dtype, on its device and that device's current stream."""
-    suffixes = _SUFFIXES[name]
+    suffixes, _ = _LAUNCHERS[name]
     suffix = suffixes.get(tensor.dtype)
     if suffix is None:
-        taken = " or ".join(str(dtype).removeprefix("torch.") for dtype in suffixes)
-        raise InputTypeError(f"{name} takes {taken} on a GPU: got {tensor.dtype}; pass x.float()")
+        valid = " or ".join(str(dtype).removeprefix("torch.") for dtype in suffixes)
+        raise InputTypeError(f"{name} takes {valid} on a GPU: got {tensor.dtype}; pass x.float()")
     with torch.cuda.device(tensor.device):
         stream = torch.cuda.current_stream().cuda_stream
         values = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
@@ -73,7 +66,6 @@ def _launch(name: str, tensor: Tensor, *arguments: object) -> None:
 
 
 def noise_points(x: Tensor, *arguments: Any) -> Tensor:
-    """The op `noise_points`: [R, *]."""
     *columns, antithetic, first_element = arguments
     x, columns = x.contiguous(), [t.contiguous() for t in columns]
     out = torch.empty((len(columns[2]), *x.shape[1:]), dtype=x.dtype, device=x.device)
@@ -83,7 +75,6 @@ def noise_points(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def magnitude_percentile(values: Tensor, percentile: float) -> Tensor:
-    """The op `magnitude_percentile`: [B]."""
     values = values.contiguous()
     rows, numel = len(values), values[0].numel()
     out = torch.empty(rows, dtype=values.dtype, device=values.device)
@@ -104,14 +95,12 @@ def _planes(x: Tensor, layout: torch.memory_format | None) -> tuple[int, int, in
 
 
 def relu_mask(x: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """The op `relu_mask`: (y like x, mask)."""
-    x = x.contiguous() if masks.layout_of(x) is None else x
+    x = masks.dense(x)
     y = torch.empty_like(x)
     return y, _rectify(x, y, *options)
 
 
 def relu_mask_(x: Tensor, *options: Any) -> Tensor:
-    """The op `relu_mask_`: the mask; y is written over x."""
     masks.check_in_place(x)
     return _rectify(x, x, *options)
 
@@ -119,8 +108,7 @@ def relu_mask_(x: Tensor, *options: Any) -> Tensor:
 def _rectify(x: Tensor, y: Tensor, *options: Any) -> Tensor:
     """Writes y; returns the mask. options: scale, shift, residual, slope, upper."""
     scale, shift, residual, slope, upper = options
-    masks.check_rectifier(slope, upper)
-    masks.check_parts(x, scale, shift, residual)
+    masks.check_forward(x, scale, shift, residual, slope, upper)
     layout = masks.layout_of(x) or torch.contiguous_format
     channels = [None if t is None else t.contiguous() for t in (scale, shift)]
     added = None if residual is None else residual.contiguous(memory_format=layout)
@@ -133,11 +121,8 @@ def _rectify(x: Tensor, y: Tensor, *options: Any) -> Tensor:
 def relu_mask_backward(
     grad: Tensor, mask: Tensor, scale: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The op `relu_mask_backward`: (scale m, m or empty [0])."""
     slope, rule, both, channels_last = options
-    masks.check_rule(rule)
-    masks.check_rectifier(slope, math.inf)
-    masks.check_mask(grad, mask, scale)
+    masks.check_backward(grad, mask, scale, slope, rule)
     layout = masks.layout_named(grad, channels_last)
     grad, both = grad.contiguous(memory_format=layout), both and scale is not None
     scaled = torch.empty_like(grad, memory_format=layout)
@@ -152,8 +137,7 @@ def relu_mask_backward(
 
 
 def pack_mask(flags: Tensor) -> Tensor:
-    """The op `pack_mask`: the mask of bool flags."""
-    flags = flags.contiguous() if masks.layout_of(flags) is None else flags
+    flags = masks.dense(flags)
     mask = masks.empty_mask(flags)
     _launch("pack_mask", flags, flags, mask, flags.numel())
     return mask

@@ -71,9 +71,10 @@ def for_gpu(*, has_cuda: bool) -> str:
 
 
 def not_built(what: str, backend: str) -> BackendError:
+    install = "(pip install --no-build-isolation -e .)"
     cure = {
-        "native": "install with a C++ compiler (pip install --no-build-isolation -e .)",
-        "cuda": "install with FORCE_CUDA=1 and nvcc (pip install --no-build-isolation -e .)",
+        "native": f"install with a C++ compiler {install}",
+        "cuda": f"install with FORCE_CUDA=1 and nvcc {install}",
         "triton": "pip install triton",
     }[backend]
     return BackendError(f"{what}: the {backend} version is not built here; {cure}")
@@ -107,11 +108,10 @@ def backends() -> dict[str, str]:
     gpu = "no GPU seen by PyTorch"
     if torch.cuda.is_available():
         gpu = f"{for_gpu(has_cuda=True)} and {for_gpu(has_cuda=False)} kernels"
-    built = "built" if CUDA_LIBRARY.exists() else "not built"
     return {
         "cpu": cpu,
         "cuda": gpu,
         "triton": "installed" if _has_triton() else "not installed",
-        "cuda ops": built,
+        "cuda ops": "built" if CUDA_LIBRARY.exists() else "not built",
         "forced": choice or "nothing",
     }

@@ -43,11 +43,10 @@ def _samples() -> Iterator[Sample]:
     dtypes, shapes = (torch.float32, torch.float64), ((1, 1), (3, 5, 7), (2, 4099), (5, 1031))
     for reduction, dtype, shape in product(REDUCTIONS, dtypes, shapes):
         total, x = torch.randn(4, *shape).to(dtype), torch.randn(2, *shape).to(dtype)
-        note = f"{reduction} {shape} {dtype}"
-        yield Sample((total, None, None, reduction), note=note)
-        yield Sample((total, x, None, reduction), note=f"{note} times x")
-        yield Sample((total, x, x.flip(0), reduction), note=f"{note} times x - baseline")
-        yield Sample((total, x, x[:1], reduction), note=f"{note}, one baseline")
+        yield Sample((total, None, None, reduction))
+        yield Sample((total, x, None, reduction))
+        yield Sample((total, x, x.flip(0), reduction))
+        yield Sample((total, x, x[:1], reduction))
 
 
 finish = define(
@@ -55,7 +54,7 @@ finish = define(
     reference=_finish,
     fake=_fake,
     samples=_samples,
-    triton="saliency_fast.kernels.finish:finish",
+    triton="finish",
 )
 """finish(total [S, C, *], x [B, C, *] | None, baseline [B | 1, C, *] | None, reduction) ->
 (values, sums float64 [S]): multiplies by x - baseline (by x where baseline is None; S is a

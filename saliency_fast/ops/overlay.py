@@ -26,9 +26,9 @@ def _percentile_samples() -> Iterator[Sample]:
     dtypes, shapes = (torch.float32, torch.float64), ((1, 1), (3, 7), (2, 64, 65), (1, 100_003))
     for dtype, shape, percentile in product(dtypes, shapes, (0.0, 50.0, 99.0, 100.0)):
         values = torch.randn(shape).to(dtype)
-        yield Sample((values, percentile), note=f"{shape} {dtype} {percentile}")
-    yield Sample((torch.zeros(2, 50), 99.0), note="zeros")
-    yield Sample((torch.randn(2, 500).round(), 90.0), note="ties")
+        yield Sample((values, percentile))
+    yield Sample((torch.zeros(2, 50), 99.0))
+    yield Sample((torch.randn(2, 500).round(), 90.0))
 
 
 magnitude_percentile = define(
@@ -36,8 +36,8 @@ magnitude_percentile = define(
     reference=_percentile,
     fake=lambda values, percentile: values.new_empty(values.shape[0]),
     samples=_percentile_samples,
-    triton="saliency_fast.kernels.overlay:magnitude_percentile",
-    cuda="saliency_fast.ops.cuda:magnitude_percentile",
+    triton="overlay",
+    cuda=True,
 )
 """magnitude_percentile(values [B, *], percentile in [0, 100]) -> [B]: the order statistic of
 |values| at ceil(percentile / 100 (n - 1)), an element of the map itself and so equal bit for bit
@@ -61,10 +61,9 @@ def _overlay_samples() -> Iterator[Sample]:
     for shape, signed, dtype in product(shapes, (False, True), dtypes):
         image = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
         values = torch.randn(shape).to(dtype)
-        args = (image, values, values.abs().amax(1) * 0.7, colors, signed, 0.8)
-        yield Sample(args, note=f"{shape} {dtype} signed={signed}")
+        yield Sample((image, values, values.abs().amax(1) * 0.7, colors, signed, 0.8))
     image = torch.randint(0, 256, (2, 9, 3), dtype=torch.uint8)
-    yield Sample((image, torch.zeros(2, 9), torch.zeros(2), colors, True, 1.0), note="empty map")
+    yield Sample((image, torch.zeros(2, 9), torch.zeros(2), colors, True, 1.0))
 
 
 overlay = define(
@@ -73,7 +72,7 @@ overlay = define(
     reference=_overlay,
     fake=lambda image, *_: torch.empty_like(image),
     samples=_overlay_samples,
-    triton="saliency_fast.kernels.overlay:overlay",
+    triton="overlay",
 )
 """overlay(image uint8 [B, P, 3], values [B, P], scale [B], colors uint8 [256, 3], signed, opacity
 in [0, 1]) -> uint8 [B, P, 3]: colours value / scale (signed: -1 is the first colour and 1 the

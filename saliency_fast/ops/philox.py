@@ -1,6 +1,6 @@
 """Philox4x32-10 (Salmon et al., 2011), the only source of random numbers in the library.
 
-A draw is keyed by (the item's seed, sample, element, stream) and by nothing else, so it depends
+A draw is keyed by (the example's seed, sample, element, stream) and by nothing else, so it depends
 neither on how points were split into launches nor on the device. The counter is
 (element // 4 low, element // 4 high, sample, stream) and the key is the seed's two halves; the
 four words of a block belong to elements 4q to 4q + 3.
@@ -25,9 +25,8 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def blocks(seed: Tensor, sample: Tensor, block: Tensor, stream: int) -> Tensor:
-    """Philox words of `block` for each row: int64 [R, Q, 4] in [0, 2**32).
-
-    seed, sample: int64 [R]; block: int64 [Q], the element's number divided by four.
+    """Philox words of `block` for each row: int64 [R, Q, 4] in [0, 2**32). seed, sample: int64 [R];
+    block: int64 [Q], the element's number divided by four.
     """
     rows, count = seed.numel(), block.numel()
     word0 = (block & _MASK).expand(rows, count)
@@ -61,7 +60,7 @@ def _samples() -> Iterator[Sample]:
     for count, first in ((1, 0), (5, 3), (64, 0), (1031, 4 * 2**32 - 2)):
         seed = torch.tensor([0, 7, -1, 2**62 + 5])
         sample = torch.tensor([0, 1, 2**32 - 1, 12])
-        yield Sample((seed, sample, count, first, NOISE), note=f"{count} from {first}")
+        yield Sample((seed, sample, count, first, NOISE))
 
 
 random_bits = define(
@@ -70,18 +69,16 @@ random_bits = define(
     reference=_bits,
     fake=lambda seed, sample, count, *_: seed.new_empty((seed.numel(), count)),
     samples=_samples,
-    triton="saliency_fast.kernels.philox:random_bits",
+    triton="philox",
 )
 """random_bits(seed [R], sample [R], count, first_element, stream) -> int64 [R, count]."""
 
 
 def normals(seed: Tensor, sample: Tensor, count: int, first_element: int) -> Tensor:
-    """Standard normals by Box-Muller from 24-bit uniforms: float64 [R, count].
-
-    Words (0, 1) and (2, 3) of a block give the normals of elements (0, 1) and (2, 3): radius from
-    u = (word >> 8) + 1 over 2**24, in (0, 1], angle from 2 pi (word >> 8) / 2**24. Every number
-    up to the logarithm is exact in float32 too, so both precisions draw the same noise; the
-    largest magnitude is 5.77.
+    """Standard normals by Box-Muller from 24-bit uniforms: float64 [R, count]. Words (0, 1) and (2,
+    3) of a block give the normals of elements (0, 1) and (2, 3): radius from u = (word >> 8) + 1
+    over 2**24, in (0, 1], angle from 2 pi (word >> 8) / 2**24. Every number up to the logarithm is
+    exact in float32 too, so both precisions draw the same noise; the largest magnitude is 5.77.
     """
     block, inside = _span(seed, count, first_element)
     words = (blocks(seed, sample, block, NOISE) >> 8).double()
@@ -92,10 +89,9 @@ def normals(seed: Tensor, sample: Tensor, count: int, first_element: int) -> Ten
 
 
 def line_draw(seed: Tensor, sample: Tensor, baselines: int) -> tuple[Tensor, Tensor]:
-    """The random line of each row: baseline number int64 [R] and alpha float64 [R].
-
-    From words 0 and 1 of block 0 in the stream LINE: (word0 * baselines) >> 32, and
-    ((word1 >> 9) + 0.5) / 2**23: the middle of its cell, never 0 or 1, exact in float32.
+    """The random line of each row: baseline number int64 [R] and alpha float64 [R]. From words 0
+    and 1 of block 0 in the stream LINE: (word0 * baselines) >> 32, and ((word1 >> 9) + 0.5) /
+    2**23: the middle of its cell, never 0 or 1, exact in float32.
     """
     block = torch.zeros(1, dtype=torch.int64, device=seed.device)
     words = blocks(seed, sample, block, LINE)[:, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -23,8 +23,11 @@ class Sample:
     """Arguments of one call, as tests and benchmarks make it."""
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
+
+    @property
+    def note(self) -> str:
+        """The arguments in a line; of tensors dtypes, shapes and strides."""
+        return ", ".join(map(_noted, self.args))
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,9 @@ class Op:
         reference: The slow, obvious version, with which tests compare all others.
         fake: Its outputs without their numbers; None for an op that only changes arguments.
         samples: Yields calls with every awkward size.
-        triton, cuda: Launchers as "module:function"; without them GPUs take the reference.
-        native: Whether csrc/cpu has it.
+        triton: Module of `saliency_fast.kernels` with a launcher of the op's name; without it and
+            `cuda` GPUs take the reference.
+        cuda: Whether `saliency_fast.ops.cuda` has such a launcher.
         least: Bytes that a perfect kernel must read and write, where `moved` would count others.
     """
 
@@ -46,8 +50,7 @@ class Op:
     fake: Callable[..., Any]
     samples: Callable[[], Iterator[Sample]]
     triton: str | None = None
-    cuda: str | None = None
-    native: bool = True
+    cuda: bool = False
     least: Callable[..., int] | None = None
 
     @property
@@ -56,7 +59,6 @@ class Op:
 
     @property
     def overload(self) -> OpOverload:
-        """The registered operator, for `torch.library.opcheck`."""
         packet: OpOverloadPacket = getattr(torch.ops.saliency_fast, self.name)
         return packet.default
 
@@ -69,14 +71,10 @@ class Op:
         """
         if self.least is not None:
             return self.least(*args)
-        shapes = [one.to("meta") if isinstance(one, Tensor) else one for one in args]
-        found = self.fake(*shapes)
+        found = self.fake(*(one.to("meta") if isinstance(one, Tensor) else one for one in args))
         results = found if isinstance(found, tuple) else (found,)
-        changed = [
-            value
-            for value, about in zip(args, schema_of(self.overload).arguments, strict=False)
-            if about.alias_info is not None and about.alias_info.is_write
-        ]
+        about = zip(args, schema_of(self.overload).arguments, strict=False)
+        changed = [value for value, one in about if one.alias_info and one.alias_info.is_write]
         tensors = [one for one in (*args, *changed, *results) if isinstance(one, Tensor)]
         return sum(one.numel() * one.element_size() for one in tensors)
 
@@ -84,11 +82,11 @@ class Op:
         """The function behind `backend` ("reference", "triton" or "cuda"), imported now."""
         if backend == "reference":
             return self.reference
-        path = {"triton": self.triton, "cuda": self.cuda}[backend]
+        kernels = self.triton and f"saliency_fast.kernels.{self.triton}"
+        path = {"triton": kernels, "cuda": "saliency_fast.ops.cuda" if self.cuda else None}[backend]
         if path is None:
             raise dispatch.not_built(self.name, backend)
-        module, function = path.split(":")
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        found: Callable[..., Any] = getattr(importlib.import_module(path), self.name)
         return found
 
 
@@ -99,17 +97,20 @@ def define(schema: str, **fields: Any) -> Op:
     _LIBRARY.define(op.schema)  # type: ignore[no-untyped-call]
     _implement(op.name, op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"saliency_fast::{op.name}", op.fake, lib=_LIBRARY)
-    backend = dispatch.for_gpu(has_cuda=op.cuda is not None)
+    backend = dispatch.for_gpu(has_cuda=op.cuda)
     if backend != "reference" and (op.triton or op.cuda):
-        _implement(op.name, _lazily(op, backend), "CUDA")
+        # The fast version is imported when it is first called.
+        launcher = cache(partial(op.launcher, backend))
+        _implement(op.name, lambda *args, **kwargs: launcher()(*args, **kwargs), "CUDA")
     OPS[op.name] = op
     return op
 
 
-def _lazily(op: Op, backend: str) -> Callable[..., Any]:
-    """A stand-in that imports the fast version when it is first called."""
-    launcher = cache(partial(op.launcher, backend))
-    return lambda *args, **kwargs: launcher()(*args, **kwargs)
+def _noted(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(value)
+    strides = "" if value.is_contiguous() else f" strides {value.stride()}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}{strides}"
 
 
 def rows_of(table: Tensor, width: int) -> Tensor:

@@ -22,10 +22,10 @@ def repeated(rows: Tensor, x: Tensor) -> Tensor:
 
 
 def _segments(
-    x: Tensor, fill: Tensor, segment: Tensor, present: Tensor, item: Tensor, place: Tensor
+    x: Tensor, fill: Tensor, segment: Tensor, present: Tensor, example: Tensor, coalition: Tensor
 ) -> Tensor:
-    kept = present[place].gather(1, segment[item % len(segment)])
-    return torch.where(repeated(kept, x), x[item], fill[item % len(fill)]).contiguous()
+    kept = present[coalition].gather(1, segment[example % len(segment)])
+    return torch.where(repeated(kept, x), x[example], fill[example % len(fill)]).contiguous()
 
 
 SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (
@@ -38,77 +38,74 @@ SHAPES: tuple[tuple[tuple[int, ...], int], ...] = (
     ((2, 4099), 4099),
     ((2, 2, 2053), 2053),
 )
-_PLACE = (0, 3, 1, 3, 2, 0, 1)
+_CHOSEN = (0, 3, 1, 3, 2, 0, 1)
 
 
 def _segment_samples() -> Iterator[Sample]:
-    place = torch.tensor(_PLACE)
+    coalition = torch.tensor(_CHOSEN)
     for dtype in (torch.float32, torch.float64, torch.int64):
         for shape, positions in SHAPES:
             x = (100 * torch.randn(shape)).to(dtype)
-            item = torch.arange(len(place)) % len(x)
+            example = torch.arange(len(coalition)) % len(x)
             features = min(positions, 11)
             segment = torch.randint(0, features, (len(x), positions))
             present = torch.rand(4, features) < 0.5
-            args = (x, -x, segment, present, item, place)
-            yield Sample(args, note=f"{shape} by {positions} {dtype}")
-            args = (x, -x[:1], segment[:1], present, item, place)
-            yield Sample(args, note=f"{shape} by {positions} {dtype}, one fill and segments")
+            yield Sample((x, -x, segment, present, example, coalition))
+            yield Sample((x, -x[:1], segment[:1], present, example, coalition))
     x = torch.randn(2, 5, 8, 3).permute(0, 3, 1, 2)
     segment = (torch.arange(80).view(40, 2).T) // 7
     present = (torch.rand(12, 4) < 0.5).T
-    item, place = torch.tensor([1, 0, 1]), torch.tensor([2, 3, 0])
-    yield Sample((x, x.flip(2), segment, present, item, place), note="strided")
+    example, coalition = torch.tensor([1, 0, 1]), torch.tensor([2, 3, 0])
+    yield Sample((x, x.flip(2), segment, present, example, coalition))
     half = torch.randn(2, 3, 40).bfloat16()
-    yield Sample((half, -half, segment, present, item, place), note="bfloat16")
+    yield Sample((half, -half, segment, present, example, coalition))
     bits = torch.randint(0, 256, (2, 3, 40), dtype=torch.uint8)
-    yield Sample((bits, ~bits, segment, present, item, place), note="bytes")
+    yield Sample((bits, ~bits, segment, present, example, coalition))
 
 
 segment_points = define(
     schema="segment_points(Tensor x, Tensor fill, Tensor segment, Tensor present,"
-    " Tensor item, Tensor place) -> Tensor",
+    " Tensor example, Tensor coalition) -> Tensor",
     reference=_segments,
     fake=fake_points(4),
     samples=_segment_samples,
-    triton="saliency_fast.kernels.segments:segment_points",
+    triton="segments",
 )
-"""segment_points(x [B, *], fill [B | 1, *], segment int64 [B | 1, P], present bool [M, F], item,
-place int64 [R]) -> [R, *]: element e of row r is example item[r]'s where the segment of e % P is
-present in coalition place[r], else the fill's, as feature ablation, LIME (Ribeiro, 2016) and
-Shapley values (Lundberg and Lee, 2017) ask for. Segments lie in [0, F). x and fill have one type,
-of any kind: elements are copied."""
+"""segment_points(x [B, *], fill [B | 1, *], segment int64 [B | 1, P], present bool [M, F], example,
+coalition int64 [R]) -> [R, *]: element e of row r is that of example[r] where the segment of e % P
+is present in coalition[r], else the fill's, as feature ablation, LIME (Ribeiro, 2016) and Shapley
+values (Lundberg and Lee, 2017) ask for. Segments lie in [0, F). x and fill have one type, of any
+kind: elements are copied."""
 
 
-def _masks(x: Tensor, fill: Tensor, mask: Tensor, item: Tensor, place: Tensor) -> Tensor:
-    base = fill[item % len(fill)]
-    kept = repeated(mask[place].to(x.dtype), x)
-    return (base + kept * (x[item] - base)).contiguous()
+def _masks(x: Tensor, fill: Tensor, mask: Tensor, example: Tensor, number: Tensor) -> Tensor:
+    base = fill[example % len(fill)]
+    kept = repeated(mask[number].to(x.dtype), x)
+    return (base + kept * (x[example] - base)).contiguous()
 
 
 def _mask_samples() -> Iterator[Sample]:
-    place = torch.tensor(_PLACE)
+    number = torch.tensor(_CHOSEN)
     for dtype in (torch.float32, torch.float64):
         for shape, positions in SHAPES:
             x = torch.randn(shape, dtype=dtype)
-            item = torch.arange(len(place)) % len(x)
+            example = torch.arange(len(number)) % len(x)
             mask = torch.rand(4, positions, dtype=dtype)
-            args = (x, x.flip(0) / 2, mask, item, place)
-            yield Sample(args, note=f"{shape} by {positions} {dtype}")
-            args = (x, 0 * x[:1], mask.double(), item, place)
-            yield Sample(args, note=f"{shape} by {positions} {dtype}, zeros and a float64 mask")
+            yield Sample((x, x.flip(0) / 2, mask, example, number))
+            yield Sample((x, 0 * x[:1], mask.double(), example, number))
     x = torch.randn(2, 5, 8, 3).permute(0, 3, 1, 2)
-    item, place = torch.tensor([1, 0, 1]), torch.tensor([2, 3, 0])
-    yield Sample((x, x.flip(2), torch.rand(40, 4).T, item, place), note="strided")
+    example, number = torch.tensor([1, 0, 1]), torch.tensor([2, 3, 0])
+    yield Sample((x, x.flip(2), torch.rand(40, 4).T, example, number))
 
 
 mask_points = define(
-    schema="mask_points(Tensor x, Tensor fill, Tensor mask, Tensor item, Tensor place) -> Tensor",
+    schema="mask_points(Tensor x, Tensor fill, Tensor mask, Tensor example, Tensor number)"
+    " -> Tensor",
     reference=_masks,
     fake=fake_points(3),
     samples=_mask_samples,
-    triton="saliency_fast.kernels.segments:mask_points",
+    triton="segments",
 )
-"""mask_points(x [B, *], fill [B | 1, *], mask floating [M, P], item, place int64 [R]) -> [R, *]:
-fill + mask[place[r], e % P] * (x - fill) at element e, example item[r] seen through a smooth mask,
-as in RISE (Petsiuk, 2018) and Score-CAM (Wang, 2020)."""
+"""mask_points(x [B, *], fill [B | 1, *], mask floating [M, P], example, number int64 [R]) ->
+[R, *]: fill + mask[number[r], e % P] * (x - fill) at element e of example[r], seen through a smooth
+mask, as in RISE (Petsiuk, 2018) and Score-CAM (Wang, 2020)."""

@@ -11,14 +11,14 @@ from saliency_fast.ops.points import fake_points
 from saliency_fast.ops.registry import Sample, define
 
 
-def _windows(x: Tensor, fill: Tensor, item: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+def _windows(x: Tensor, fill: Tensor, example: Tensor, start: Tensor, stop: Tensor) -> Tensor:
     axes = x.dim() - 1
-    covered = torch.ones((len(item), *(1,) * axes), dtype=torch.bool, device=x.device)
+    covered = torch.ones((len(example), *(1,) * axes), dtype=torch.bool, device=x.device)
     for axis, size in enumerate(x.shape[1:]):
         position = torch.arange(size, device=x.device)
         within = (position >= start[:, axis, None]) & (position < stop[:, axis, None])
-        covered = covered & within.view(len(item), *(1,) * axis, size, *(1,) * (axes - axis - 1))
-    return torch.where(covered, fill[item % len(fill)], x[item]).contiguous()
+        covered = covered & within.view(len(example), *(1,) * axis, size, *(1,) * (axes - axis - 1))
+    return torch.where(covered, fill[example % len(fill)], x[example]).contiguous()
 
 
 def _boxes(shape: Sequence[int], rows: int) -> tuple[Tensor, Tensor]:
@@ -43,32 +43,33 @@ def _samples() -> Iterator[Sample]:
     for dtype in (torch.float32, torch.float64, torch.int64):
         for shape in (*shapes, (2, 2, 3, 1, 4, 5)):
             x = (100 * torch.randn(shape)).to(dtype)
-            item = torch.arange(12) % len(x)
+            example = torch.arange(12) % len(x)
             start, stop = _boxes(shape[1:], 12)
-            yield Sample((x, -x.flip(0), item, start, stop), note=f"{shape} {dtype}")
-            yield Sample((x, -x[:1], item, start, stop), note=f"{shape} {dtype}, one fill")
+            yield Sample((x, -x.flip(0), example, start, stop))
+            yield Sample((x, -x[:1], example, start, stop))
     x = torch.randn(2, 6, 67, 5, dtype=torch.float64)
-    item = torch.arange(201) % 2
-    yield Sample((x, -x, item, *_boxes(x.shape[1:], 201)), note="many rows")
+    example = torch.arange(201) % 2
+    yield Sample((x, -x, example, *_boxes(x.shape[1:], 201)))
     x = torch.randn(2, 6, 8, 3).permute(0, 3, 1, 2)
     start, stop = _boxes(x.shape[1:], 8)
-    item = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0])
+    example = torch.tensor([1, 0, 1, 1, 0, 1, 0, 0])
     strided = start.T.contiguous().T
-    yield Sample((x, x.flip(2)[:1], item, strided, stop), note="strided")
+    yield Sample((x, x.flip(2)[:1], example, strided, stop))
     half = torch.randn(2, 3, 17).bfloat16()
-    yield Sample((half, -half, item, *_boxes((3, 17), 8)), note="bfloat16")
+    yield Sample((half, -half, example, *_boxes((3, 17), 8)))
     bits = torch.randint(0, 256, (2, 3, 17), dtype=torch.uint8)
-    yield Sample((bits, ~bits, item, *_boxes((3, 17), 8)), note="bytes")
+    yield Sample((bits, ~bits, example, *_boxes((3, 17), 8)))
 
 
 window_points = define(
-    schema="window_points(Tensor x, Tensor fill, Tensor item, Tensor start, Tensor stop) -> Tensor",
+    schema="window_points(Tensor x, Tensor fill, Tensor example, Tensor start, Tensor stop)"
+    " -> Tensor",
     reference=_windows,
     fake=fake_points(2),
     samples=_samples,
-    triton="saliency_fast.kernels.windows:window_points",
+    triton="windows",
 )
-"""window_points(x [B, *], fill [B | 1, *], item int64 [R], start, stop int64 [R, D]) -> [R, *]:
-example item[r] with the elements from start[r] to before stop[r] along its D axes (1 to 5) taken
+"""window_points(x [B, *], fill [B | 1, *], example int64 [R], start, stop int64 [R, D]) -> [R, *]:
+example[r] with the elements from start[r] to before stop[r] along its D axes (1 to 5) taken
 from the fill, as an occlusion slides its window (Zeiler and Fergus, 2013). Windows are cut at the
 edges. x and fill have one type, of any kind: elements are copied."""

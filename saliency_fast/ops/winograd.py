@@ -87,9 +87,8 @@ def _samples() -> Iterator[Sample]:
         if number % 2:
             weight = weight.contiguous(memory_format=torch.channels_last)
         bias = torch.randn(outputs) if number % 4 < 2 else None
-        note = f"{list(x.shape)} to {outputs}, padding {padding}"
         ready = winograd_weights(weight) if number % 3 else None
-        yield Sample((x, weight, bias, padding, number % 2 == 1, ready), note=note)
+        yield Sample((x, weight, bias, padding, number % 2 == 1, ready))
 
 
 def _weights() -> Iterator[Sample]:
@@ -97,7 +96,7 @@ def _weights() -> Iterator[Sample]:
         weight = torch.randn(results, channels, 3, 3)
         if channels == 16:
             weight = weight.contiguous(memory_format=torch.channels_last)
-        yield Sample((weight,), note=f"{list(weight.shape)}")
+        yield Sample((weight,))
 
 
 winograd_weights = define(

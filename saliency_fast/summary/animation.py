@@ -123,7 +123,7 @@ def progress(
             "an animation is of one image, video or volume [1, C, *spatial]: got "
             f"{list(inputs.shape)}; {cure}"
         )
-    checks.whole("frames", frames, 1)
+    checks.integer("frames", frames, 1)
     if isinstance(stream, Engine):
         about: dict[str, Any] = {
             "forward_args": forward_args,

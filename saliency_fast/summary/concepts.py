@@ -17,8 +17,8 @@ from saliency_fast.attribution import Attribution
 from saliency_fast.engine import recipe as engine
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.cam import Canvas, resize
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.canvas import Canvas, resize
 from saliency_fast.model.layers import At
 from saliency_fast.model.targets import PREDICTED, Target
 from saliency_fast.summary.regions import connected
@@ -188,9 +188,9 @@ def concepts(
         >>> found.shares.shape, found.maps.shape, float(found.explained.mean().round(decimals=3))
         (torch.Size([3, 1]), torch.Size([3, 1, 2, 2]), 1.0)
     """
-    checks.whole("count", count, 1)
+    checks.integer("count", count, 1)
     checks.choice("method", method, METHODS)
-    checks.whole("seed", seed, 0)
+    checks.integer("seed", seed, 0)
     if not isinstance(inputs, Tensor):
         raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
     evidence = LayerEvidence(grid=grid, special=special)

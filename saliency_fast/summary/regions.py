@@ -154,7 +154,7 @@ def regions(
 def regions_of(subject: EvaluationInput, how: str | Tensor, most: int, names: Names) -> Regions:
     """The regions of an evaluation input's maps; see `regions`."""
     _check_how(how)
-    checks.whole("most", most, 1)
+    checks.integer("most", most, 1)
     values = subject.places.double()
     labels = _grouped(subject.inputs, subject.places, how, most)
     features, given = subject.inputs.dim() == 2, by_number(names)

@@ -162,7 +162,7 @@ def summarise(
         >>> summary.sentences[1]
         '75 % of what raises the output lies in age, 25 % in dose.'
     """
-    checks.whole("stability", stability, 0)
+    checks.integer("stability", stability, 0)
     result = maps if isinstance(maps, Attribution) else None
     if target is None and result is not None and result.classes is None:
         target = restore_target(result.provenance.target, None, False, result.kept)

@@ -36,9 +36,8 @@ class DigitsCNN(nn.Module):
 
 
 class DigitsViT(nn.Module):
-    """Convolutional stem, 64 tokens, maximum over tokens: [B, 1, 64, 64] to logits [B, 10].
-
-    Pre-LayerNorm blocks and GELU (Dosovitskiy et al., 2021), stem after Xiao et al. (2021).
+    """Convolutional stem, 64 tokens, maximum over tokens: [B, 1, 64, 64] to logits [B, 10]. Pre-
+    LayerNorm blocks and GELU (Dosovitskiy et al., 2021), stem after Xiao et al. (2021).
     """
 
     def __init__(self, width: int = 64, depth: int = 5, heads: int = 4) -> None:
@@ -119,10 +118,7 @@ class Attention(nn.Module):
 
 
 def digits_cnn() -> nn.Module:
-    """The trained `DigitsCNN` of cluttered digits.
-
-    Returns:
-        The model in evaluation mode: float32 [B, 1, 64, 64] in [0, 1] to logits [B, 10].
+    """The trained `DigitsCNN` in evaluation mode: float32 [B, 1, 64, 64] in [0, 1] to [B, 10].
 
     Example:
         >>> import torch
@@ -134,10 +130,7 @@ def digits_cnn() -> nn.Module:
 
 
 def digits_vit() -> nn.Module:
-    """The trained `DigitsViT` of cluttered digits.
-
-    Returns:
-        The model in evaluation mode: float32 [B, 1, 64, 64] in [0, 1] to logits [B, 10].
+    """The trained `DigitsViT` in evaluation mode: float32 [B, 1, 64, 64] in [0, 1] to [B, 10].
 
     Example:
         >>> import torch

@@ -47,7 +47,7 @@ def test_exact_methods_agree_with_float64(document: dict[str, Any], name: str) -
     assert all(row["error"] < 1.0 for row in found if row["method"] == "smoothgrad")
 
 
-def test_memory_is_told_where_the_system_tells_it(document: dict[str, Any]) -> None:
+def test_memory_is_reported_where_the_system_measures_it(document: dict[str, Any]) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("/proc/self/clear_refs is missing: no high-water mark to reset")
     assert all(row["peak_bytes"] > 0 for row in document["rows"])
@@ -96,7 +96,7 @@ def test_a_failure_is_a_row_with_its_reason() -> None:
     assert "| saliency_fast | out of memory | - |" in text
 
 
-def test_who_would_be_late_is_told_so() -> None:
+def test_contenders_that_would_be_late_are_named() -> None:
     expected = {OURS: 5.0}
     late: dict[str, Any] = {OURS: None}
     entries = race(
@@ -115,8 +115,8 @@ def test_a_child_that_cannot_start_says_why() -> None:
 def test_the_reference_is_cached_and_follows_the_weights(tmp_path: Path) -> None:
     setting = Setting("integrated_gradients", 3)
     workload = sized("mlp")
-    first = reference.attribution(workload, setting, items=1, samples=0, cache=tmp_path)
-    again = reference.attribution(workload, setting, items=1, samples=0, cache=tmp_path)
+    first = reference.attribution(workload, setting, examples=1, samples=0, cache=tmp_path)
+    again = reference.attribution(workload, setting, examples=1, samples=0, cache=tmp_path)
     assert torch.equal(first, again)
     assert len(list(tmp_path.glob("*.pt"))) == 1
     assert first.dtype == torch.float64

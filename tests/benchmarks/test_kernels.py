@@ -104,7 +104,7 @@ ON_GPUS = {name for name, op in OPS.items() if op.triton is not None}
 
 
 @pytest.mark.parametrize("name", sorted(ON_GPUS - {"overlay"}))
-def test_every_op_is_judged(name: str) -> None:
+def test_every_op_is_checked(name: str) -> None:
     """Its reference stands, changed arguments included; one with an element off does not."""
     op = OPS[name]
     one = max((call(name, number) for number in range(3)), key=lambda c: op.moved(*c.args))

@@ -12,7 +12,7 @@ from PIL import Image
 
 import saliency_fast as sf
 from saliency_fast import zoo
-from saliency_fast.cli.report import inside
+from saliency_fast.cli.explain import inside
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from command import run
 
 from saliency_fast.cli import main
-from saliency_fast.cli.options import literal, read_target
+from saliency_fast.cli.arguments import literal, read_target
 from saliency_fast.errors import InputError
 from saliency_fast.methods import METHODS
 
@@ -87,7 +87,7 @@ def test_ctrl_c(here, grey_png, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("saliency_fast.cli.explain.read_inputs", interrupt)
+    monkeypatch.setattr("saliency_fast.cli.arguments.read_inputs", interrupt)
     assert run("explain", "grey.png", "--model", "tiny:grey") == 130
     assert capsys.readouterr().err == "saliency-fast: interrupted\n"
 

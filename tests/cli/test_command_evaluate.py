@@ -11,7 +11,7 @@ from command import run
 from PIL import Image
 
 from saliency_fast.cli import evaluate as command
-from saliency_fast.cli.options import read_boxes
+from saliency_fast.cli.arguments import read_boxes
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate import Deletion
 from saliency_fast.evaluate.reports.report import report

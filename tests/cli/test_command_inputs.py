@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import saliency_fast as sf
-from saliency_fast.cli.inputs import Form, read_form, read_inputs
+from saliency_fast.cli.arguments import Form, read_form, read_inputs
 from saliency_fast.errors import InputError
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import saliency_fast as sf
 from saliency_fast import zoo
-from saliency_fast.cli.models import load_model
+from saliency_fast.cli.arguments import load_model
 from saliency_fast.errors import InputError
 
 FAST = ("--method-arg", "steps=2")
@@ -187,7 +187,7 @@ def _hub(hub, monkeypatch):
         resolve_model_data_config=lambda model: {"input_size": (3, 4, 4)},
         create_transform=lambda input_size, is_training: pixels,
     )
-    monkeypatch.setattr("saliency_fast.cli.models._package", lambda *_: made)
+    monkeypatch.setattr("saliency_fast.cli.arguments._package", lambda *_: made)
     return load_model(f"{hub}:any")
 
 

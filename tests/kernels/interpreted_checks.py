@@ -96,16 +96,16 @@ def test_strided_totals_change_in_place(name: str):
         a.transpose(1, 2).contiguous().transpose(1, 2) if i == 0 else a
         for i, a in enumerate(sample.args)
     )
-    sample = Sample(strided, note=f"{sample.note}, strided total")
+    sample = Sample(strided)
     assert_close_to_reference(op, sample, results(op, sample, op.launcher("triton")))
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if name.endswith("_points")])
 def test_no_rows_make_no_points(name: str):
     op = OPS[name]
-    item = next(i for i, a in enumerate(op.overload._schema.arguments) if a.name == "item")
+    first = next(i for i, a in enumerate(op.overload._schema.arguments) if a.name == "example")
     args = list(next(op.samples()).args)
-    for column in range(item, len(args)):
+    for column in range(first, len(args)):
         if isinstance(args[column], torch.Tensor):
             args[column] = args[column][:0]
     assert op.launcher("triton")(*args).shape == (0, *args[0].shape[1:])

@@ -112,7 +112,7 @@ def test_every_kernel_has_an_op_and_every_twin_is_compared() -> None:
     assert set(OP_OF) == set(TABLE)
     on_gpus = {name for name, op in OPS.items() if op.triton}
     assert set(OP_OF.values()) | {"relu_mask_"} == on_gpus
-    assert set(VERSUS) == {op.name for op in OPS.values() if op.cuda is not None}
+    assert set(VERSUS) == {op.name for op in OPS.values() if op.cuda}
     for kernel, op in OP_OF.items():
         for width in TABLE[kernel].widths:
             assert call_for(op, width, "meta").op.name == op

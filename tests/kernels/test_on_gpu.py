@@ -30,7 +30,7 @@ def test_dispatched(op: Op, sample: Sample):
 def test_each_backend(op: Op, sample: Sample, backend: str):
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    if backend == "cuda" and op.cuda is None:
+    if backend == "cuda" and not op.cuda:
         pytest.skip(f"{op.name} has no CUDA C++ version")
     if backend == "cuda" and not CUDA_LIBRARY.exists():
         pytest.skip("the CUDA ops are not built here (FORCE_CUDA=1)")

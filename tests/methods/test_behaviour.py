@@ -124,8 +124,10 @@ def test_many_targets_share_forward_passes(method: object) -> None:
     single = [engine(x, k, baseline_for(method)) for k in range(3)]
     one_by_one, calls = calls, 0
     together = engine(x, classes, baseline_for(method))
-    # One row, picked at random, may be proved once more; guided paths are each target's own.
-    assert isinstance(method, sf.GuidedIG) or (calls - 1) * 3 <= one_by_one
+    # One row, picked at random, may be proved once more, of DeepLIFT with its baseline; guided
+    # paths are each target's own.
+    proved = 2 if isinstance(method, sf.DeepLift) else 1
+    assert isinstance(method, sf.GuidedIG) or (calls - proved) * 3 <= one_by_one
     assert together.values.shape == (2, 3, 3, 12, 12)
     for k in range(3):
         assert naive.relative_l2(together.values[0, k], single[k].values[0]) < 1e-12

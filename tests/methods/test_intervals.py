@@ -13,7 +13,7 @@ from torch import Tensor
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError
-from saliency_fast.methods.parts.groups import GROUPS, student
+from saliency_fast.methods.sampling import GROUPS, student
 from saliency_fast.ops import philox
 from tests import naive
 from tests.models import Image, Multimodal, Tabular, make, randn

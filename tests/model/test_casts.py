@@ -9,7 +9,7 @@ import torch
 import saliency_fast as sf
 import saliency_fast.captum as captum
 import saliency_fast.evaluate as ev
-from saliency_fast.cli.inputs import read_inputs
+from saliency_fast.cli.arguments import read_inputs
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.model.casts import cast
 

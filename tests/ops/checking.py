@@ -94,7 +94,7 @@ def results(
 ) -> list[Tensor]:
     """What `function` makes of the sample: its outputs, then the arguments it changed."""
     args = copied(sample, device)
-    out = function(*args, **sample.kwargs)
+    out = function(*args)
     returned = [] if out is None else [out] if isinstance(out, Tensor) else list(out)
     return returned + [args[i] for i in mutated(op)]
 

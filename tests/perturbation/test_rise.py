@@ -103,5 +103,5 @@ def test_what_is_refused() -> None:
         sf.explain(table, torch.ones(2, 4, dtype=torch.int64), target=1, method=sf.Rise(grid=2))
     with pytest.raises(InputError, match="samples must be at least 1"):
         sf.Rise(0)
-    with pytest.raises(InputError, match=r"keep is a chance, at most 1: got 1\.5"):
+    with pytest.raises(InputError, match=r"keep is a share, at most 1: got 1\.5"):
         sf.Rise(keep=1.5)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from examples.clutter import CANVAS, INK, Glyphs, hide, split_glyphs
 from saliency_fast.zoo import MODELS, Samples, held_out
-from saliency_fast.zoo.clutter import CANVAS, INK, Glyphs, hide, split_glyphs
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "saliency_fast" / "zoo" / "data"
@@ -56,18 +54,6 @@ def _least_hits(count: int, rate: float, risk: float = 1e-3) -> int:
         if below > risk:
             return hits
     return count
-
-
-def _training_script() -> ModuleType:
-    path = ROOT / "examples" / "train_digits.py"
-    spec = importlib.util.spec_from_file_location("train_digits", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # A dataclass looks its module up while the class is made.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("file", SHIPPED)
@@ -161,9 +147,12 @@ def test_train_and_held_out_digits_are_disjoint(split: tuple[Glyphs, Glyphs]) ->
 
 
 def test_shipped_samples_come_from_the_held_out_digits(
-    split: tuple[Glyphs, Glyphs], samples: Samples, tmp_path: Path
+    split: tuple[Glyphs, Glyphs], samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _training_script().write_samples(split[1], tmp_path / "held_out.safetensors")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    importlib.import_module("train_digits").write_samples(
+        split[1], tmp_path / "held_out.safetensors"
+    )
 
     fresh = load_file(tmp_path / "held_out.safetensors")
     assert torch.equal(fresh["labels"], samples.labels)

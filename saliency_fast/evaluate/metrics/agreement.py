@@ -112,7 +112,7 @@ def agreement(
         tensor([[1., 1.],
                 [1., 1.]], dtype=torch.float64)
     """
-    checks.share("share", share)
+    checks.fraction("share", share)
     if share == 0:
         raise InputError("share must be above 0: got 0")
     checks.choice("evidence", evidence, EVIDENCE)

@@ -408,8 +408,8 @@ class Infidelity(Metric):
         if isinstance(self.patch, tuple) and not self.patch:
             raise InputError("patch is an empty tuple: pass at least one size")
         for size in self._sizes:
-            checks.whole("patch", size, 1)
-        flag = checks.flag
+            checks.integer("patch", size, 1)
+        flag = checks.boolean
         check_fields(self, cumulative=flag, contributions=flag, scaled=flag)
         if self.cumulative and self.perturbation != "patches":
             raise InputError(

@@ -46,7 +46,7 @@ class PointingGame(Metric):
 
     def __post_init__(self) -> None:
         check_tolerance("tolerance", self.tolerance, "positions")
-        checks.share("smooth", self.smooth)
+        checks.fraction("smooth", self.smooth)
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:
         maps = data.places

@@ -165,7 +165,7 @@ class Stability(Metric):
     def __post_init__(self) -> None:
         check_fields(self, noise_level=checks.positive, noise=NOISES, samples=0)
         for one in self._by:
-            checks.whole("shifts", one, 1)
+            checks.integer("shifts", one, 1)
         check_fields(self, top_share=check_share, seed=0)
         if not self.samples and not self._by:
             raise InputError("samples=0 and shifts=() leave nothing to compare: give one of them")

@@ -94,7 +94,7 @@ class SanityCheck(Metric):
     def __post_init__(self) -> None:
         check_fields(self, order=ORDERS, draws=1, threshold=checks.positive, seed=0)
         if self.stages is not None:
-            checks.whole("stages", self.stages, 1)
+            checks.integer("stages", self.stages, 1)
         if self.threshold > 1.0:
             raise InputError(f"threshold is a correlation, up to 1: got {self.threshold}")
 

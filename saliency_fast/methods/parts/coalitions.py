@@ -25,7 +25,9 @@ Members = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Game:
-    """Features as players of a game; segments: each element's feature, int64 [B | 1, *]."""
+    """The cooperative game whose players are a call's features. segments: each element's feature,
+    int64 [B | 1, *].
+    """
 
     context: RoundContext
     segments: Inputs
@@ -59,7 +61,7 @@ class Game:
         write = self.writer(lambda example, number: (flat, number + shift * example))
         return Round(write, *every_row(self.context, count))
 
-    def answers(self, scores: Tensor) -> Tensor:
+    def table_scores(self, scores: Tensor) -> Tensor:
         """The scores of `table` as [B, K, M]."""
         batch = len(self.context.inputs[0])
         return scores.view(-1, batch, scores.shape[1]).permute(1, 2, 0)
@@ -81,10 +83,9 @@ class Game:
         return counts
 
     def maps(self, values: Tensor, variance: Tensor | None, *, sums: bool) -> Maps:
-        """Maps in which every element has the value [B, K, F] of its feature.
-
-        variance [B, K, F]: of the values' sampling errors, for the map's error; sums: whether
-        values add up to the gain. The values are an extra result where the call has features.
+        """Maps in which every element has the value [B, K, F] of its feature. variance [B, K, F]:
+        of the values' sampling errors, for the map's error; sums: whether values add up to the
+        gain. The values are an extra result where the call has features.
         """
         error = None
         if variance is not None:
@@ -109,7 +110,6 @@ def features_of(context: RoundContext) -> tuple[Inputs, int]:
 
 
 def feature_count(inputs: Inputs, features: Inputs, layouts: Layouts | None = None) -> int:
-    """How many features a call has."""
     if not features:
         return sum(x[:1].numel() for x in inputs)
     return 1 + max(int(one.max()) for one in features)

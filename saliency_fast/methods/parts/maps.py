@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import RoundContext
 
@@ -19,8 +20,15 @@ def every_row(context: RoundContext, count: int) -> tuple[Tensor, Tensor]:
 
 
 def at_inputs(context: RoundContext) -> Callable[[Tensor, Tensor], Inputs]:
-    """Writes the inputs themselves."""
     return lambda example, _: tuple(x[example] for x in context.inputs)
+
+
+def on_lines(context: RoundContext) -> Callable[[Tensor, Tensor], Inputs]:
+    """Writes the points baseline + alpha (x - baseline)."""
+    ends = list(zip(context.inputs, context.baselines, strict=True))
+    return lambda example, alpha: tuple(
+        ops.line_points(x, baseline, example, alpha) for x, baseline in ends
+    )
 
 
 def accumulators(tensors: Inputs, slots: int) -> Inputs:

@@ -1,6 +1,6 @@
-"""One handwritten digit hidden in clutter made of scrambled digit parts.
+"""Scenes of one handwritten digit hidden in clutter made of scrambled digit parts.
 
-The digit's place is known, so the share of a saliency map that falls on it can be measured.
+The digit's box is known, so the share of a saliency map that falls on it can be measured.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from saliency_fast.zoo import Samples
 
 CANVAS = 64
 WINDOW = 32
 FRAGMENT = 14
 CELLS = 6
 INK = 0.25
-
-_HELD_OUT_FILE = Path(__file__).parent / "data" / "held_out.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,6 @@ class Glyphs:
 
     images: Tensor
     labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Cluttered scenes that each hold one whole digit.
-
-    Attributes:
-        images: float32 [N, 1, 64, 64] in [0, 1].
-        labels: int64 [N].
-        boxes: int64 [N, 4], the digit's ink as (top, left, bottom, right) in pixels, half-open.
-
-    Example:
-        >>> from saliency_fast import zoo
-        >>> zoo.held_out().labels.dtype
-        torch.int64
-    """
-
-    images: Tensor
-    labels: Tensor
-    boxes: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -91,23 +68,6 @@ def hide(glyphs: Glyphs, which: Tensor, seed: int, strength: float = 1.0) -> Sam
     clutter = strength * _clutter(glyphs.images, boxes, generator)
     images = torch.maximum(digits, clutter).unsqueeze(1)
     return Samples(images, glyphs.labels[which], boxes)
-
-
-def held_out() -> Samples:
-    """The shipped scenes of held-out digits, which neither model was trained on.
-
-    Returns:
-        100 scenes with labels and boxes.
-
-    Example:
-        >>> from saliency_fast import zoo
-        >>> samples = zoo.held_out()
-        >>> samples.images.shape[1:], samples.boxes.shape[1:]
-        (torch.Size([1, 64, 64]), torch.Size([4]))
-    """
-    stored = load_file(_HELD_OUT_FILE)
-    images = stored["images"].to(torch.float32) / 255.0
-    return Samples(images, stored["labels"], stored["boxes"])
 
 
 def save_samples(samples: Samples, path: Path) -> None:
