@@ -21,7 +21,8 @@ from saliency_fast._torch_compat import (
     tree_flatten,
     version_of,
 )
-from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, NotLeanError
+from saliency_fast._types import Args, Function, Kwargs
+from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, NotLeanError, autocast_is_on
 from saliency_fast.graph.opinfo import info, name_of
 from saliency_fast.graph.program import (
     Missing,
@@ -66,10 +67,8 @@ class _Seen(NamedTuple):
 
 def gradient_of(tensor: Tensor) -> object:
     """How gradients reach a tensor: equal for as long as it is the same output of the same node of
-    autograd's graph.
-
-    A custom function runs its forward without gradients and then makes the very tensors that this
-    made outputs of a node of its own, so that neither their identity nor `requires_grad` tells.
+    autograd's graph. A custom function makes the tensors of its forward, which runs without
+    gradients, outputs of a node of its own: their identity and `requires_grad` do not show it.
     """
     try:
         node = tensor.grad_fn
@@ -84,7 +83,7 @@ def gradient_of(tensor: Tensor) -> object:
 class _Followed(dict[int, "weakref.ref[Tensor]"]):
     """Tensors that depend on some first ones, by id.
 
-    first_read: the first call by which Python learns numbers of them.
+    first_read: the first call by which Python reads numbers of them.
     """
 
     first_read: str | None = None
@@ -96,7 +95,7 @@ class _Followed(dict[int, "weakref.ref[Tensor]"]):
         found = self.get(id(tensor))
         return found is not None and found() is tensor
 
-    def follow(self, func: Callable[..., Any], given: list[Tensor], made: list[Tensor]) -> None:
+    def follow(self, func: Function, given: list[Tensor], made: list[Tensor]) -> None:
         if not any(map(self.holds, given)):
             return
         name, facts = name_of(func), info(func)
@@ -139,17 +138,14 @@ class Recorder(Calls):
 
     @property
     def first_read_of_points(self) -> str | None:
-        """The first call by which Python learns numbers that depend on the points."""
+        """The first call by which Python reads numbers that depend on the points."""
         return self._points.first_read
 
     @property
     def first_read_of_arguments(self) -> str | None:
-        """The first call by which Python learns numbers of further arguments."""
         return self._given.first_read
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if func is Tensor.__iter__:
             return iter(self.call(Tensor.unbind, args, kwargs))
         before = self._recorded(self._before, func, args, kwargs)
@@ -177,9 +173,7 @@ class Recorder(Calls):
                 self._refusal = f"the model has tensors that cannot be followed ({_line(error)})"
         return None
 
-    def _before(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> _Before:
+    def _before(self, func: Function, args: Args, kwargs: Kwargs) -> _Before:
         if func in INNER_GRADIENTS:
             raise NotLeanError("the model takes gradients of its own")
         self.check_saving()
@@ -211,7 +205,7 @@ class Recorder(Calls):
             return found
         return Missing(f"the model returns what no recorded call made ({type(leaf).__name__})")
 
-    def _note(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
+    def _note(self, func: Function, given: _Before, result: Any) -> None:
         made, changed = list(tensors_in(result)), given.changed()
         args, kwargs = given.template
         if not (made or changed):
@@ -241,7 +235,7 @@ class Recorder(Calls):
         pairs = tuple(zip(before, after, strict=True))
         self._steps.append(Step(func, args, kwargs, outputs, varying, detached, pairs))
 
-    def _note_read(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
+    def _note_read(self, func: Function, given: _Before, result: Any) -> None:
         """Records a call by which Python learns numbers, where these do not depend on the points:
         every launch reads them again, and they must be the same.
         """
@@ -284,7 +278,7 @@ class Recorder(Calls):
                 self._seen[key] = seen._replace(gradient=gradient_of(tensor))
                 self._values[seen.number] = replace(value, varying=value.varying or varying)
 
-    def _sized_by_numbers(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    def _sized_by_numbers(self, func: Function, args: Any, kwargs: Any) -> bool:
         name = name_of(func)
         if name == "__getitem__":
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -331,7 +325,10 @@ def unified(one: Program, two: Program) -> Program:
         args, kwargs = _merged(a.args, b.args), _merged(a.kwargs, b.kwargs)
         steps.append(replace(a, args=args, kwargs=kwargs))
     pairs = zip(one.outputs, two.outputs, strict=True)
-    outputs = tuple(_merged_outputs(a, b) for a, b in pairs)
+    outputs = tuple(
+        next((each for each in (a, b) if isinstance(each, Missing)), None) or _merged(a, b)
+        for a, b in pairs
+    )
     values = {n: _grown(value, two.values[n].shape) for n, value in one.values.items()}
     tree: TreeSpec = one.tree
     for step in steps:
@@ -347,7 +344,7 @@ def _about(step: Step) -> list[object]:
     return [getattr(step, name) for name in names]
 
 
-def own_gradient(func: Callable[..., Any], given: Sequence[Tensor], result: Any) -> str | None:
+def own_gradient(func: Function, given: Sequence[Tensor], result: Any) -> str | None:
     """What of a call shows that the model gives gradients of its own, by code that may look at all
     rows on the way back: a custom function or a hook.
     """
@@ -420,11 +417,6 @@ def _equal(a: Any, b: Any) -> bool:
     )
 
 
-def _merged_outputs(a: Any, b: Any) -> Any:
-    missing = next((each for each in (a, b) if isinstance(each, Missing)), None)
-    return _merged(a, b) if missing is None else missing
-
-
 def _parts_of_rows(step: Step, values: Mapping[int, Value]) -> bool:
     """Whether a call takes some of a launch's rows by numbers that hold for one and for two."""
     first = (*step.args, None)[0]
@@ -451,9 +443,8 @@ def _grown(value: Value, two: tuple[int, ...]) -> Value:
 
 def _inside_a_mode() -> bool:
     """Whether autocast, inference mode, a transform of torch.func or forward derivatives are on."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return True
-    return inside_transform() or inside_dual_level() or torch.is_inference_mode_enabled()
+    modes = (autocast_is_on, inside_transform, inside_dual_level, torch.is_inference_mode_enabled)
+    return any(is_on() for is_on in modes)
 
 
 def _line(error: Exception) -> str:

@@ -44,10 +44,6 @@ def _box(bounds: Any, epsilon: float) -> ZBox:
     return ZBox(low, high, epsilon)
 
 
-def _is_pair(one: object) -> bool:
-    return isinstance(one, (tuple, list)) and len(one) == 2 and isinstance(one[0], str)
-
-
 def composite(
     name: str,
     epsilon: float = 1e-6,
@@ -59,7 +55,11 @@ def composite(
     """A composite by name; `layers`: (layer's name, rule as `read_rule` takes it) pairs."""
     if not isinstance(name, str) or name not in COMPOSITES:
         raise InputError(f"composite must be one of {', '.join(COMPOSITES)}: got {name!r}")
-    if not isinstance(layers, (tuple, list)) or not all(map(_is_pair, layers)):
+    are_pairs = isinstance(layers, (tuple, list)) and all(
+        isinstance(one, (tuple, list)) and len(one) == 2 and isinstance(one[0], str)
+        for one in layers
+    )
+    if not are_pairs:
         raise InputError(
             f"layers must be (layer's name, rule) pairs such as (('head', 'flat'),): got {layers!r}"
         )

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from saliency_fast._torch_compat import FUSED_RMS_NORM, custom_function
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import InputError, ModelError
+from saliency_fast.graph.autograd.function import differentiable
 from saliency_fast.graph.autograd.norms import affine_of
 from saliency_fast.graph.gradients import steps_behind
 from saliency_fast.graph.intercept import lean_call
 from saliency_fast.graph.outputs import tensors_of
+from saliency_fast.model.attention import scaled_products
 from saliency_fast.rules.intercept import (
     ELEMENTWISE,
-    Args,
-    Func,
-    Kwargs,
     OperatorRule,
+    Rules,
     RulesMode,
     call_name,
     named,
@@ -31,7 +32,6 @@ from saliency_fast.rules.intercept import (
     register,
     split,
     varies,
-    with_backward,
 )
 from saliency_fast.rules.lrp import Affine, Epsilon, PropagationRule, ratio
 
@@ -62,7 +62,7 @@ VIEWS = frozenset(
 
 
 @dataclass(frozen=True)
-class Composite:
+class Composite(Rules):
     """Which propagation rule is for which kind of layer.
 
     convolution, linear: rules of layers with weights; first: of layers with weights that get the
@@ -82,9 +82,7 @@ class Composite:
     pools: str = "winner"
     softmax: str = "taylor"
     name: ClassVar[str] = "LRP"
-    references: ClassVar[bool] = False
     relevance: ClassVar[bool] = True
-    warning: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         Epsilon(self.epsilon)
@@ -98,10 +96,10 @@ class Composite:
                     f"{field} must be one of {', '.join(valid)}: got {getattr(self, field)!r}"
                 )
 
-    def mode(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Function | None = None) -> RulesMode:
         return Relevance(self, self._by_weight(model))
 
-    def _by_weight(self, model: Func | None) -> dict[int, PropagationRule]:
+    def _by_weight(self, model: Function | None) -> dict[int, PropagationRule]:
         """The rules of layers by name, by the identity of the layers' weights."""
         rules: dict[int, PropagationRule] = {}
         modules: dict[str, nn.Module] = {}
@@ -148,7 +146,7 @@ class Relevance(RulesMode):
     def epsilon(self) -> Epsilon:
         return Epsilon(self.composite.epsilon)
 
-    def call(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         # The base class makes plain tensors of weights.
         given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
         self.weights = any(isinstance(one, nn.Parameter) for one in given)
@@ -167,18 +165,13 @@ class Relevance(RulesMode):
         if rule is None:
             of_kind = name.startswith("conv")
             rule = self.composite.convolution if of_kind else self.composite.linear
-        with torch.no_grad():
-            y = layer.call(x, layer.weight, layer.bias)
-        return with_backward(y, _LayerBack(layer, rule, True), (x,), x)
+        return _propagated(x, layer, rule, True)
 
     def linear(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
         """A call that is linear in x and has no weights: the epsilon rule."""
-        with torch.no_grad():
-            y = apply(x)
-        layer = Affine(lambda x, *_: apply(x))
-        return with_backward(y, _LayerBack(layer, self.epsilon), (x,), x)
+        return _propagated(x, Affine(lambda x, *_: apply(x)), self.epsilon)
 
-    def other(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    def other(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         name, _ = call_name(func)
         result = func(*args, **kwargs)
         if name.removesuffix("_") in VIEWS or name in VIEWS:
@@ -210,8 +203,8 @@ class _LayerBack:
     rule: PropagationRule
     weighted: bool = False
 
-    def __call__(self, relevance: Tensor, x: Tensor) -> tuple[Tensor]:
-        return (self.rule(self.layer, x, relevance),)
+    def __call__(self, relevance: Tensor, x: Tensor) -> Tensor:
+        return self.rule(self.layer, x, relevance)
 
 
 def _is_first(x: Tensor) -> bool:
@@ -220,41 +213,42 @@ def _is_first(x: Tensor) -> bool:
     return not any(getattr(back, "weighted", False) for back in backs)
 
 
-def _passed(x: Tensor, y: Tensor, open: Tensor | None = None) -> Tensor:
-    """Y shaped like x, which gets all relevance, or that of elements where `open`."""
+def _propagated(
+    x: Tensor, layer: Affine, rule: PropagationRule, weighted: bool = False, y: Tensor | None = None
+) -> Tensor:
+    """A layer whose relevance goes to its input by a rule; y: its output, where that is known."""
 
-    def back(relevance: Tensor, open: Tensor | None) -> tuple[Tensor]:
-        return (relevance if open is None else relevance * open,)
+    def run(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return layer.call(x, layer.weight, layer.bias) if y is None else y, (x,)
 
-    return with_backward(y, back, (open,), x)
+    result: Tensor = differentiable(x, run, _LayerBack(layer, rule, weighted))
+    return result
+
+
+def _passed(x: Tensor, apply: Callable[[Tensor], Tensor], open: Tensor | None = None) -> Any:
+    """apply(x), shaped like x, which gets all relevance, or that of elements where `open`."""
+
+    def back(relevance: Tensor, open: Tensor | None) -> Tensor:
+        return relevance if open is None else relevance * open
+
+    return differentiable(x, lambda x: (apply(x), (open,)), back)
 
 
 # Operators of one tensor.
 
 
-@lrp_rule(*ELEMENTWISE, "rms_norm", FUSED_RMS_NORM)
-def _elementwise(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    if not only_input_varies(args, kwargs):
-        return NotImplemented
-    x, apply = split(func, args, kwargs)
-    with torch.no_grad():
-        y = apply(x)
-    return _passed(x, y)
-
-
-@lrp_rule("neg negative __neg__")
-def _negate(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    with torch.no_grad():
-        y = func(*args, **kwargs)
-    return _passed(args[0], y)
+@lrp_rule(*ELEMENTWISE, "neg negative __neg__ rms_norm", FUSED_RMS_NORM)
+def _elementwise(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    varying = only_input_varies(args, kwargs)
+    return _passed(*split(func, args, kwargs)) if varying else NotImplemented
 
 
 @lrp_rule("dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout")
-def _dropout(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _dropout(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     x, apply = split(func, args, kwargs)
     with torch.no_grad():
         y = apply(x)
-    return _passed(x, y, (y != 0) | (x == 0))
+    return _passed(x, lambda _: y, (y != 0) | (x == 0))
 
 
 @lrp_rule(
@@ -264,28 +258,26 @@ def _dropout(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
     "_upsample_bicubic2d_aa grid_sampler grid_sampler_2d grid_sampler_3d col2im diff trace "
     "norm vector_norm std"
 )
-def _homogeneous(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _homogeneous(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """f(c x) = c f(x), so that x * f'(x) sums to f(x): sums, means, norms."""
-    if not only_input_varies(args, kwargs):
-        return NotImplemented
-    return mode.linear(*split(func, args, kwargs))
+    varying = only_input_varies(args, kwargs)
+    return mode.linear(*split(func, args, kwargs)) if varying else NotImplemented
 
 
 @lrp_rule("var")
-def _variance(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _variance(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Homogeneous of degree two: x * f'(x) sums to 2 f(x)."""
     x, apply = split(func, args, kwargs)
-    with torch.no_grad():
-        y = apply(x)
-    layer, rule = Affine(lambda x, *_: apply(x)), mode.epsilon
-    return with_backward(y, lambda relevance, x: (rule(layer, x, relevance / 2),), (x,), x)
+    epsilon = mode.epsilon
+    layer = Affine(lambda x, *_: apply(x))
+    return _propagated(x, layer, lambda layer, x, relevance: epsilon(layer, x, relevance / 2))
 
 
 @lrp_rule(
     "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
     *(f"{kind}max_pool{n}d_with_indices" for kind in ("", "adaptive_") for n in (1, 2, 3)),
 )
-def _max_pool(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _max_pool(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     if mode.composite.pools == "winner":
         return func(*args, **kwargs)
     x, apply = split(func, args, kwargs)
@@ -304,7 +296,7 @@ _BATCH_NORM = tuple(
 
 
 @lrp_rule("batch_norm")
-def _batch_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _batch_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     given = named(_BATCH_NORM, args, kwargs)
     x, weight, bias, eps = (given[name] for name in ("input", "weight", "bias", "eps"))
     mean, variance = given["running_mean"], given["running_var"]
@@ -320,15 +312,13 @@ def _batch_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
     before: Any = getattr(x.grad_fn, "back", None)
     if mode.composite.norms == "merge" and mode.own is None and _mergeable(before, x):
         (first,) = x.grad_fn.saved_tensors
-        back = _LayerBack(before.layer.scaled(scale, shift), before.rule, True)
-        return with_backward(y, back, (first,), first)
+        return _propagated(first, before.layer.scaled(scale, shift), before.rule, True, y)
 
     def normalised(x: Tensor, weight: Any, bias: Any) -> Tensor:
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
 
     layer = Affine(normalised, torch.ones_like(mean) if weight is None else weight, bias)
-    back = _LayerBack(layer, mode.own or mode.epsilon, mode.own is not None)
-    return with_backward(y, back, (x,), x)
+    return _propagated(x, layer, mode.own or mode.epsilon, mode.own is not None, y)
 
 
 def _mergeable(before: Any, x: Tensor) -> bool:
@@ -339,7 +329,7 @@ def _mergeable(before: Any, x: Tensor) -> bool:
 
 
 @lrp_rule("instance_norm")
-def _instance_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _instance_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     given = named(_BATCH_NORM, args, kwargs)
     if not given.pop("use_input_stats", given["training"]):
         return _batch_norm(mode, torch.batch_norm, (), given | {"training": False})
@@ -347,7 +337,7 @@ def _instance_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> A
 
 
 @lrp_rule("layer_norm")
-def _layer_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _layer_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     given = named(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
     x, shape = given["input"], given["normalized_shape"]
     groups = x.reshape(*x.shape[: x.dim() - len(shape)], -1)
@@ -355,7 +345,7 @@ def _layer_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
 
 
 @lrp_rule("group_norm")
-def _group_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _group_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     given = named(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
     groups = given["input"].reshape(len(given["input"]), given["num_groups"], -1)
     return _standardised(mode, partial(func, *args, **kwargs), given, groups, 1)
@@ -388,7 +378,7 @@ def _standardised(
         z = z if weight is None else z * weight
         return z if bias is None else z + bias
 
-    return with_backward(y, _LayerBack(Affine(affine), mode.epsilon), (x,), x)
+    return _propagated(x, Affine(affine), mode.epsilon, y=y)
 
 
 # Layers with weights.
@@ -398,7 +388,7 @@ _TRANSPOSED = tuple("input weight bias stride padding output_padding groups dila
 
 
 @lrp_rule("linear")
-def _linear(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _linear(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     given = named(("input", "weight", "bias"), args, kwargs)
     x, weight, bias = given["input"], given["weight"], given.get("bias")
     if varies(weight) or varies(bias):
@@ -409,7 +399,7 @@ def _linear(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
 @lrp_rule("conv1d conv2d conv3d", names=_CONVOLUTION, outputs=0)
 @lrp_rule("conv_transpose1d conv_transpose2d conv_transpose3d", names=_TRANSPOSED, outputs=1)
 def _convolution(
-    mode: Relevance, func: Func, args: Args, kwargs: Kwargs, names: Args, outputs: int
+    mode: Relevance, func: Function, args: Args, kwargs: Kwargs, names: Args, outputs: int
 ) -> Any:
     given = named(names, args, kwargs)
     x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
@@ -450,7 +440,7 @@ def _two(args: Args, kwargs: Kwargs, swapped: bool) -> tuple[Any, Any]:
 @lrp_rule("sub subtract __sub__", sign=-1)
 @lrp_rule("rsub __rsub__", sign=-1, swapped=True)
 def _add(
-    mode: Relevance, func: Func, args: Args, kwargs: Kwargs, sign: int = 1, swapped: bool = False
+    mode: Relevance, func: Any, args: Args, kwargs: Kwargs, sign: int = 1, swapped: bool = False
 ) -> Any:
     """Relevance of a + factor * b is in proportion to the summands (Bach, 2015).
 
@@ -462,25 +452,23 @@ def _add(
     if not (varies(a) and varies(b)) and _is_first(varying):
         with torch.no_grad():
             y = torch.add(a, b, alpha=factor) if isinstance(a, Tensor) else a + factor * b
-        return _passed(varying.expand(y.shape), y)
+        return _passed(varying.expand(y.shape), lambda _: y)
     a, b = (
         one if isinstance(one, Tensor) else torch.as_tensor(one, device=varying.device)
         for one in (a, b)
     )
     needed, epsilon = (varies(a), varies(b)), mode.composite.epsilon
-    with torch.no_grad():
-        y = torch.add(a, b, alpha=factor)
 
     def back(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
         rate = ratio(relevance, torch.add(a, b, alpha=factor), epsilon)
         terms = zip(needed, (a, b * factor), strict=True)
         return tuple((term * rate).sum_to_size(term.shape) if own else None for own, term in terms)
 
-    return with_backward(y, back, (a, b), a, b)
+    return differentiable(a, lambda a, b: (torch.add(a, b, alpha=factor), (a, b)), back, b)
 
 
 @lrp_rule("mul multiply __mul__ __rmul__")
-def _multiply(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _multiply(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Each of two factors that depend on the points gets half (Achtibat, 2024)."""
     a, b = _two(args, kwargs, False)
     x, factor = (a, b) if varies(a) else (b, a)
@@ -488,28 +476,29 @@ def _multiply(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
         y = x * factor
     if not varies(factor):
         # Elements that are multiplied by zero, as by masks, get nothing.
-        return _passed(x.expand(y.shape), y, factor != 0 if isinstance(factor, Tensor) else None)
+        passing = factor != 0 if isinstance(factor, Tensor) else None
+        return _passed(x.expand(y.shape), lambda _: y, passing)
     shapes = x.shape, factor.shape
 
     def back(relevance: Tensor) -> tuple[Tensor, ...]:
         return tuple((relevance / 2).sum_to_size(shape) for shape in shapes)
 
-    return with_backward(y, back, (), x, factor)
+    return differentiable(x, lambda *_: (y, ()), back, factor)
 
 
 @lrp_rule("div divide true_divide __truediv__")
 @lrp_rule("__rdiv__ __rtruediv__", swapped=True)
-def _divide(mode: Relevance, func: Func, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
+def _divide(mode: Relevance, func: Any, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
     """A divisor is a normalisation's, and gets nothing where the dividend varies."""
     a, b = _two(args, kwargs, swapped)
     x = a if varies(a) else b
     with torch.no_grad():
         a = torch.as_tensor(a, device=x.device)
         y = torch.div(a, b, rounding_mode=kwargs.get("rounding_mode"))
-    return _passed(x.expand(y.shape), y)
+    return _passed(x.expand(y.shape), lambda _: y)
 
 
-def _bilinear(mode: Relevance, a: Any, b: Any, call: Func) -> Any:
+def _bilinear(mode: Relevance, a: Any, b: Any, call: Function) -> Any:
     """A sum of products of elements of a and b: relevance by products, of which each factor gets
     half where both depend on the points.
     """
@@ -518,8 +507,6 @@ def _bilinear(mode: Relevance, a: Any, b: Any, call: Func) -> Any:
     if not varies(a):
         return mode.linear(b, lambda b: call(a, b))
     epsilon = mode.composite.epsilon
-    with torch.no_grad():
-        y = call(a, b)
 
     def back(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -528,12 +515,12 @@ def _bilinear(mode: Relevance, a: Any, b: Any, call: Func) -> Any:
         grads = torch.autograd.grad(z, leaves, ratio(relevance / 2, z.detach(), epsilon))
         return tuple(one * grad for one, grad in zip((a, b), grads, strict=True))
 
-    return with_backward(y, back, (a, b), a, b)
+    return differentiable(a, lambda a, b: (call(a, b), (a, b)), back, b)
 
 
 @lrp_rule("matmul mm bmm mv dot __matmul__")
 @lrp_rule("__rmatmul__", swapped=True)
-def _matmul(mode: Relevance, func: Func, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
+def _matmul(mode: Relevance, func: Any, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
     a, b = _two(args, kwargs, swapped)
     if mode.weights and not varies(b):
         return _product(mode, a, b)
@@ -544,7 +531,7 @@ def _matmul(mode: Relevance, func: Func, args: Args, kwargs: Kwargs, swapped: bo
 
 
 @lrp_rule("einsum")
-def _einsum(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _einsum(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     equation, operands = args[0], args[1:]
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
@@ -564,7 +551,7 @@ def _einsum(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
 
 
 @lrp_rule("addmm")
-def _addmm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _addmm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Adds bias + x @ weight: a linear layer with its weight transposed, or a sum and a product."""
     if len(args) == 3 and not kwargs and mode.weights and varies(args[1]):
         bias, x, weight = args
@@ -574,7 +561,7 @@ def _addmm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
 
 
 @lrp_rule("baddbmm")
-def _baddbmm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _baddbmm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     base, a, b = args[:3]
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     with mode:
@@ -586,7 +573,7 @@ def _baddbmm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
 
 
 @lrp_rule("softmax")
-def _softmax(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _softmax(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """R_i = x_i (R_i - s_i sum_j R_j), softmax's first-order expansion at x (Achtibat, 2024)."""
     given = named(("input", "dim", "dtype"), args, kwargs)
     x, dim, dtype = given["input"], given["dim"], given.get("dtype")
@@ -596,40 +583,26 @@ def _softmax(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
     if mode.composite.softmax == "constant":
         return y
 
-    def back(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
+    def back(relevance: Tensor, x: Tensor, y: Tensor) -> Tensor:
         result = x * (relevance - y * relevance.sum(dim, keepdim=True))
         # Masked elements of x are -inf.
-        return (torch.where(y == 0, 0.0, result).to(x.dtype),)
+        return torch.where(y == 0, 0.0, result).to(x.dtype)
 
-    return with_backward(y, back, (x, y), x)
+    return differentiable(x, lambda x: (y, (x, y)), back)
 
 
 @lrp_rule("scaled_dot_product_attention")
-def _attention(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _attention(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Scaled dot-product attention, in calls that have rules."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = named(names, args, kwargs)
-    if given.get("dropout_p"):
+    if kwargs.get("dropout_p", (*args, *[0.0] * 5)[4]):
         return NotImplemented
-    query, key, value = given["query"], given["key"], given["value"]
-    scale, mask = given.get("scale"), given.get("attn_mask")
     with mode:
-        if given.get("enable_gqa"):
-            times = query.shape[-3] // key.shape[-3]
-            key, value = (one.repeat_interleave(times, -3) for one in (key, value))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = (query * scale) @ key.transpose(-2, -1)
-        if given.get("is_causal"):
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        elif mask is not None:
-            scores = scores + mask
-        return torch.matmul(scores.softmax(-1), value)
+        logits, value = scaled_products(*args, **kwargs)
+        return torch.matmul(logits.softmax(-1), value)
 
 
 @lrp_rule("cosine_similarity")
-def _cosine_similarity(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _cosine_similarity(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     given = named(("x1", "x2", "dim", "eps"), args, kwargs)
     dim, eps = given.get("dim", 1), given.get("eps", 1e-8)
     with mode:
