@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -38,9 +38,8 @@ _VMAP_WARNINGS: SharedSwitch[None] = SharedSwitch()
 
 
 class Executor(Protocol):
-    """What the model returns for the points of a launch and its further arguments.
-
-    A list of points may be emptied, so that the executor can let go of them.
+    """What the model returns for the points of a launch, whose list may be emptied, and its further
+    arguments.
     """
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any: ...
@@ -94,7 +93,7 @@ class RecordedExecutor:
 
 @dataclass(frozen=True)
 class ScoresExecutor:
-    """The model's program, and `ready`, its version for scores without gradients."""
+    """The model's program, and `ready`, the one for scores without gradients."""
 
     program: Program
     ready: Program
@@ -111,24 +110,21 @@ class OffloadedExecutor:
     program: Program
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
-        to_host = partial(_to_host, self.program.memories)
-        with torch.autograd.graph.saved_tensors_hooks(to_host, _from_host):
+        weights = self.program.memories
+
+        def to_host(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
+            if tensor.untyped_storage().data_ptr() in weights:
+                return None, tensor
+            pinned = tensor.is_cuda
+            host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+            return tensor.device, host.copy_(tensor, non_blocking=pinned)
+
+        def from_host(kept: tuple[torch.device | None, Tensor]) -> Tensor:
+            device, host = kept
+            return host if device is None else host.to(device, non_blocking=True)
+
+        with torch.autograd.graph.saved_tensors_hooks(to_host, from_host):
             return self.program(points, tensors_among(args, kwargs))
-
-
-def _to_host(weights: frozenset[int], tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-    if tensor.untyped_storage().data_ptr() in weights:
-        return tensor
-    pinned = tensor.is_cuda
-    host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-    return tensor.device, host.copy_(tensor, non_blocking=pinned)
-
-
-def _from_host(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    device, host = kept
-    return host.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -143,21 +139,14 @@ class WidenedExecutor:
 
 
 class RecordingExecutor:
-    """The model as it is, which it records.
-
-    Attributes:
-        first_read_of_points: The first call, if any, by which Python reads numbers that depend on
-            the points.
-        first_read_of_arguments: The same, of numbers of further arguments.
-        custom_gradient: Which part of the model gives gradients of its own.
-    """
+    """The model as it is, which it records; its public attributes are those of `Recorder`."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
         self._recorded: Program | str = "the model has not run"
         self.first_read_of_points: str | None = None
-        self.custom_gradient: str | None = None
         self.first_read_of_arguments: str | None = None
+        self.custom_gradient: str | None = None
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
@@ -224,9 +213,8 @@ class VmapExecutor:
 
 @dataclass(frozen=True)
 class WithoutVmapTensors:
-    """A model for `torch.func.vmap`, whose modules keep no tensor of vmap's own from one call to
-    the next: outside of the vmap that made it nothing can read it. What the model kept before comes
-    back in its place.
+    """A model for `torch.func.vmap` whose modules keep no tensor of vmap's, which nothing can read
+    afterwards: what the model kept before the call comes back in its place.
     """
 
     model: Callable[..., Any]
@@ -241,29 +229,22 @@ class WithoutVmapTensors:
                 return self.model(*args, **kwargs)
         finally:
             for now, before in tables:
-                _put_back(now, before)
+                if isinstance(now, list):
+                    if any(map(_holds_vmapped, now)):
+                        now[:] = before
+                    continue
+                for name in [name for name, value in now.items() if _holds_vmapped(value)]:
+                    if name in before:
+                        now[name] = before[name]
+                    else:
+                        del now[name]
 
 
-def _tables(module: nn.Module) -> Iterator[Any]:
+def _tables(module: nn.Module) -> list[Any]:
     """Where a module keeps tensors: its attributes, its buffers, its lists and dictionaries."""
     own = vars(module)
-    yield own
-    yield own[BUFFERS]
-    for name, value in list(own.items()):
-        if not name.startswith("_") and isinstance(value, (dict, list)):
-            yield value
-
-
-def _put_back(now: Any, before: Any) -> None:
-    if isinstance(now, list):
-        if any(map(_holds_vmapped, now)):
-            now[:] = before
-        return
-    for name in [name for name, value in now.items() if _holds_vmapped(value)]:
-        if name in before:
-            now[name] = before[name]
-        else:
-            del now[name]
+    public = [value for name, value in own.items() if not name.startswith("_")]
+    return [own, own[BUFFERS], *(one for one in public if isinstance(one, (dict, list)))]
 
 
 def _holds_vmapped(value: Any) -> bool:
@@ -275,9 +256,8 @@ def _holds_vmapped(value: Any) -> bool:
 
 
 class Differentiable(Calls):
-    """Inside its `with`, recurrent layers run as in training, and without their dropout: the same
-    numbers, and cuDNN saves the tensors of the backward pass. No flag of the model or of cuDNN
-    changes.
+    """Inside its `with`, recurrent layers run as in training without dropout: the same numbers, and
+    cuDNN saves the tensors of the backward pass. No flag of the model or of cuDNN changes.
     """
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
@@ -320,10 +300,8 @@ def _recurs(executor: Any) -> bool:
 
 
 class MetaTensors(FunctionMode):
-    """Inside its `with`, calls that take meta tensors take all others as meta tensors too.
-
-    To the model all tensors seem to be on `device`, so that it branches as it would there. Calls
-    without any meta tensor run as they are.
+    """Inside its `with`, calls that take a meta tensor take all others as meta tensors too. To the
+    model all tensors seem to be on `device`, so that it branches as it would there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -333,7 +311,7 @@ class MetaTensors(FunctionMode):
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        if not tree_any(_is_meta, (args, dict(kwargs))):
+        if not tree_any(lambda x: isinstance(x, Tensor) and x.is_meta, (args, dict(kwargs))):
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -349,26 +327,18 @@ class MetaTensors(FunctionMode):
         return func(*args, **named)
 
     def _moved(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value if value.is_meta else self._twin(value)
         if isinstance(value, torch.device) and value.type == self._device.type:
             return _META
-        return value
-
-    def _twin(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._twins:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        if id(value) not in self._twins:
+            sizes = value.shape, value.stride()
             # Weights are there already: a mode that counts memory is not to see their twins made.
             with without_dispatch_modes():
-                twin = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META
-                )
+                twin = torch.empty_strided(*sizes, dtype=value.dtype, device=_META)
             # A leaf like a weight, so that calls save the same tensors for it.
-            self._twins[id(tensor)] = tensor, twin.requires_grad_(tensor.requires_grad)
-        return self._twins[id(tensor)][1]
-
-
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
+            self._twins[id(value)] = value, twin.requires_grad_(value.requires_grad)
+        return self._twins[id(value)][1]
 
 
 def shapes_only(inputs: Inputs, rows: int) -> Inputs:

@@ -1,6 +1,5 @@
-"""The model as a function from points to scores and gradients.
-
-Gradients are those at the inputs, at layers inside of the model, or second derivatives.
+"""The model as a function from points to scores and gradients: those at the inputs or at layers
+inside of the model, or second derivatives.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from saliency_fast._torch_compat import ErrorText
-from saliency_fast._types import Inputs
+from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import ModelCallError, ModelError, UnseenInputError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.graph.intercept import Calls
@@ -32,7 +31,7 @@ from saliency_fast.model.layers import Taps
 from saliency_fast.model.targets import Targets, read_of, tolerance
 
 Made = TypeVar("Made")
-ScoresExecutor = tuple[Tensor, Tensor | None, list[Inputs]]
+ScoresAndGradients = tuple[Tensor, Tensor | None, list[Inputs]]
 """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points."""
 Project = Callable[[Inputs, Tensor], Tensor]
 """From gradients per input [R, *] of the examples int64 [R] to M numbers [R, M], linear in them."""
@@ -81,17 +80,13 @@ class PointFunction:
     """The model, by one executor, with its further arguments and targets, on a launch's rows.
 
     Further arguments that are tensors with the batch's length on their first axis belong to the
-    examples and follow them into the rows, but for those named in `shared_arguments`, by number or
-    name; all others are passed as they are.
+    examples and follow them into the rows, but for `shared_arguments`.
 
     Attributes:
-        executor: The executor; behind a `prefix` of the rest of the model.
-        targets: Which scores are read from outputs.
-        args: Further arguments of the model.
-        kwargs: Those by name.
+        executor: Of the model, or of what is downstream of the `prefix`.
+        args, kwargs: Further arguments of the model.
         prefix: The affine beginning of the model, at whose end gradients are taken.
-        lifted: Whether points are values at the end of the prefix already.
-        precision: Of the arithmetic.
+        at_prefix_end: Whether points are values at the end of the prefix already.
         scale: Factor of the cotangent, and of gradients with it, where half types underflow; a
             number, or one per row.
         dtypes: What the model takes, where points are written in other dtypes.
@@ -99,11 +94,11 @@ class PointFunction:
         shape: Of an example's output, after the first run.
         references: Rows [B | 1, *] that go through the model behind the points, one for each.
         relevance: Whether gradients of outputs are multiplied with the outputs.
-        shared_arguments: Further arguments that do not belong to the examples.
+        shared_arguments: Numbers and names of further arguments that belong to no example.
         unused: Inputs that no score depends on, whose gradients are 0.
-        lone: The function of a single row, where that is another one.
+        single_row: The function of a single row, where that is another one.
         overwrites: Whether the model overwrites saved tensors, so that copies are saved.
-        channels_last: Which inputs have their channels innermost in memory; their points have, too.
+        channels_last: Which inputs, and so their points, have that memory format.
     """
 
     executor: Executor
@@ -144,7 +139,7 @@ class PointFunction:
             finite = [one.detach().float().nan_to_num(0.0, 0.0, 0.0) for one in outputs]
             return scores, max(float(one.abs().max()) for one in finite if one.numel())
 
-    def gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
+    def gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points.
 
         One forward pass serves all targets; each has its own backward pass. The points are handed
@@ -158,7 +153,7 @@ class PointFunction:
         ):
             return self._gradients(points, example)
 
-    def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
+    def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(self._behind_prefix(points, example))
         shapes, (inside, edges) = _shapes(points), entered(points)
         del points
@@ -202,9 +197,7 @@ class PointFunction:
         return rows_of(raw, slice(len(example)), 2 * len(example))
 
     def with_saved_copies(self, call: Callable[[], Made]) -> Made:
-        """The result of `call`, which writes its points anew each time; called once more, with
-        copies of saved tensors, where the model overwrites them.
-        """
+        """The result of `call`; called again, with copies of saved tensors, if these are lost."""
         try:
             return call()
         except ModelCallError as error:
@@ -218,8 +211,8 @@ class PointFunction:
         return Failing(stage, example.numel(), self.targets.batch)
 
     def called(self, call: Callable[[], Any], points: Sequence[Tensor], example: Tensor) -> Any:
-        """What `call` returns, which takes the points through the model, with a batch axis where a
-        squeeze() takes that of a single row.
+        """The output of `call`, a run of the model on the points, with the batch axis of a single
+        row restored where a squeeze() removes it.
         """
         one = example.numel() == 1 and self._squeezes is not False
         # Before the model may overwrite them, and once.
@@ -260,12 +253,9 @@ class PointFunction:
 
     def rows(self, example: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The further arguments of the rows of examples `example` [R]."""
-
-        def own(key: int | str, value: Any) -> Any:
-            return value[example] if self.follows(key, value) else value
-
-        args = tuple(own(number, value) for number, value in enumerate(self.args))
-        return args, {name: own(name, value) for name, value in self.kwargs.items()}
+        further = dict(enumerate(self.args)) | dict(self.kwargs)
+        own = {key: x[example] if self.follows(key, x) else x for key, x in further.items()}
+        return tuple(own[n] for n in range(len(self.args))), {n: own[n] for n in self.kwargs}
 
     def follows(self, key: int | str, value: Any) -> bool:
         """Whether the further argument of that number or name belongs to the examples."""
@@ -287,7 +277,7 @@ class TappedFunction(PointFunction):
         """`function` with taps."""
         return cls(**_fields(function), taps=taps, backward=backward)
 
-    def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
+    def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         taps, given, tapped = self.taps, list(self.as_model_inputs(points)), list[Tensor]()
         assert taps is not None
 
@@ -332,7 +322,7 @@ class Directional(PointFunction):
         """`function`, whose executor must leave all calls to autograd."""
         return cls(**_fields(function), project=project)
 
-    def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
+    def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(points)
         shapes, (inside, edges) = _shapes(points), entered(points)
         del points
@@ -384,9 +374,7 @@ def summed(grads: Inputs, example: Tensor) -> Tensor:
 class _TwiceDifferentiable(Calls):
     """Runs fused attention, whose kernels can be differentiated once, by products and a softmax."""
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         weights, value = probabilities(*args, **kwargs)
@@ -399,10 +387,8 @@ def _fields(function: PointFunction) -> dict[str, Any]:
 
 
 def _shapes(points: Inputs) -> list[Tensor]:
-    """Tensors like the points, without memory.
-
-    Behind a prefix points are as large as activations, and must not outlive the calls that take
-    them.
+    """Tensors like the points, without memory: behind a prefix points are as large as activations,
+    and must not outlive the calls that take them.
     """
     return [torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape) for x in points]
 
@@ -411,11 +397,9 @@ def _each(
     sums: Sequence[Tensor], sources: Sequence[Tensor | GradientEdge]
 ) -> list[tuple[Tensor | None, ...]]:
     """The gradients of each sum, all of one graph."""
-    last = len(sums) - 1
-    return [
-        gradients(one, sources, retain_graph=k < last, allow_unused=True)
-        for k, one in enumerate(sums)
-    ]
+    kept = [True] * (len(sums) - 1) + [False]
+    pairs = zip(sums, kept, strict=True)
+    return [gradients(one, sources, retain_graph=keep, allow_unused=True) for one, keep in pairs]
 
 
 def _filled(grads: tuple[Tensor | None, ...], shapes: Sequence[Tensor]) -> Inputs:

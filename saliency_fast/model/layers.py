@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
+from itertools import islice
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.preserve import uncompiled, without_recomputation
 from saliency_fast.model.targets import read_of
 
+T = TypeVar("T")
 At = str | nn.Module | Sequence[str | nn.Module]
 """Layers: by name, or themselves."""
 EMBEDDINGS = "embeddings"
@@ -37,9 +39,8 @@ Change = Callable[[Tensor], Tensor]
 Run = Callable[[int, Change | None], tuple[Any, Tensor]]
 """Runs the model on the example of a number, its inputs changed: its output, and scores."""
 _POOLS = tuple(
-    getattr(nn, f"{adaptive}{kind}Pool{axes}d")
-    for adaptive in ("", "Adaptive")
-    for kind in ("Avg", "Max")
+    getattr(nn, f"{kind}Pool{axes}d")
+    for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax")
     for axes in (1, 2, 3)
 )
 _FIRST = frozenset("expand_as view_as reshape_as type_as to".split())
@@ -86,7 +87,7 @@ def find_layers(model: object, at: At) -> tuple[Layer, ...]:
 
 
 def module_of(model: object) -> nn.Module:
-    """The module whose layers are meant; that of `torch.compile` is the one it was made from."""
+    """The module whose layers are meant, without `torch.compile` around it."""
     inner = eager_module(model)
     if not isinstance(inner, nn.Module):
         raise InputTypeError(
@@ -97,7 +98,7 @@ def module_of(model: object) -> nn.Module:
 
 
 def names_of(model: object, layers: Sequence[Layer]) -> list[str]:
-    """The names of layers, as `named_modules` has them, and the numbers of calls."""
+    """The names of layers in `named_modules`, with the numbers of calls."""
     inner = eager_module(model)
     named = inner.named_modules() if isinstance(inner, nn.Module) else ()
     names = {id(layer): name for name, layer in named}
@@ -136,14 +137,18 @@ def _find(model: nn.Module, at: object) -> Layer:
 
 
 def channel_axis(layer: nn.Module, shape: tuple[int, ...], default: int = 1) -> int:
-    """1 or -1: the axis of a layer's output [R, ...] that holds its channels.
-
-    By the layer's last part that has an attribute with its number of features; convolutions and
-    batch norms have them on axis 1 where both axes fit.
+    """1 or -1: the axis of a layer's output [R, ...] that holds its channels, by the layer's last
+    part that has an attribute with its number of features. Convolutions and batch norms have them
+    on axis 1 where both axes fit.
     """
+
+    def number(part: nn.Module, names: str) -> int | None:
+        values = [getattr(part, name, None) for name in names.split()]
+        return next((one for one in values if isinstance(one, int)), None)
+
     for part in reversed(list(layer.modules())):
-        early = _number(part, "out_channels", "num_channels", "num_features")
-        late = _number(part, "out_features", "embed_dim", "embedding_dim", "hidden_size")
+        early = number(part, "out_channels num_channels num_features")
+        late = number(part, "out_features embed_dim embedding_dim hidden_size")
         if late is None and isinstance(part, nn.LayerNorm) and len(part.normalized_shape) == 1:
             late = part.normalized_shape[0]
         features = early if late is None else late
@@ -151,11 +156,6 @@ def channel_axis(layer: nn.Module, shape: tuple[int, ...], default: int = 1) -> 
         if fits:
             return fits[0] if early is not None else fits[-1]
     return default
-
-
-def _number(part: nn.Module, *names: str) -> int | None:
-    values = [getattr(part, name, None) for name in names]
-    return next((one for one in values if isinstance(one, int)), None)
 
 
 # Values at layers, by hooks.
@@ -178,42 +178,34 @@ def hooked(
         layer = layers[number]
         return not isinstance(layer, OneCall) or calls[number] == layer.call + 1
 
-    def after(number: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            return seen(number, output) if applies(number) else None
+    def after(number: int, _: nn.Module, __: Any, output: Any) -> Any:
+        return seen(number, output) if applies(number) else None
 
-        return hook
-
-    def before(number: int) -> Callable[..., Any]:
-        # While a hook comes or goes, PyTorch calls it without keywords in other threads.
-        def hook(_: nn.Module, args: Any, kwargs: Any = None) -> Any:
-            if not applies(number):
-                return None
-            if not floats_at(args):
-                return seen(number, (args, kwargs))
-            # Keyword arguments beside it are masks and the like.
-            changed = seen(number, args)
-            return None if changed is None else (changed, kwargs)
-
-        return hook
+    # While a hook comes or goes, PyTorch calls it without keywords in other threads.
+    def before(number: int, _: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        if not applies(number):
+            return None
+        if not floats_at(args):
+            return seen(number, (args, kwargs))
+        # Keyword arguments beside it are masks and the like.
+        changed = seen(number, args)
+        return None if changed is None else (changed, kwargs)
 
     with uncompiled(), without_recomputation(), ExitStack() as stack:
         for number, layer in enumerate(map(module_at, layers)):
             if of_input:
-                handle = layer.register_forward_pre_hook(before(number), with_kwargs=True)
+                hook = partial(before, number)
+                handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             else:
-                handle = layer.register_forward_hook(after(number))
+                handle = layer.register_forward_hook(partial(after, number))
             stack.callback(handle.remove)
         yield
 
 
 def _hooked_once(
-    layers: Sequence[Layer],
-    seen: Callable[[int, Any], Any],
-    of_input: bool,
-    call: Callable[[], Any],
-) -> Any:
-    """What `call` returns, in which each layer runs once; `seen` as in `hooked`."""
+    layers: Sequence[Layer], seen: Callable[[int, Any], Any], of_input: bool, call: Callable[[], T]
+) -> T:
+    """The result of `call`, in which each layer runs once; `seen` as in `hooked`."""
     ran: set[int] = set()
 
     def once(number: int, value: Any) -> Any:
@@ -241,8 +233,8 @@ def _hooked_once(
 
 
 def tensors_at(value: Any) -> list[Tensor]:
-    """The tensors in a layer's input or output: those of a tuple itself, without the states that
-    recurrent layers return in a tuple of their own, or, where it has none, all within it.
+    """The tensors in a layer's input or output: those directly in a tuple, without the states that
+    recurrent layers return in a tuple of their own, or else all within it.
     """
     parts = value if isinstance(value, (tuple, list)) else [value]
     own = [one for one in parts if isinstance(one, Tensor)]
@@ -277,9 +269,8 @@ class Taps(Protocol):
 
 @dataclass(frozen=True)
 class LayerTaps:
-    """The outputs of layers, or their inputs, as taps: one for each tensor of each layer.
-
-    counts: how many tensors each layer had in the last run.
+    """The outputs of layers, or their inputs, as taps: one for each tensor of each layer, of which
+    the last run had `counts`.
     """
 
     layers: tuple[Layer, ...]
@@ -290,10 +281,15 @@ class LayerTaps:
         """Layers are named: there is nothing to find."""
 
     def check_reached(self, reached: Sequence[bool]) -> None:
-        """Raises ModelError where the score depends on none of a layer's tensors."""
-        ends = [sum(self.counts[: number + 1]) for number in range(len(self.counts))]
-        pairs = zip(self.counts, ends, strict=True)
-        check_layers_reached(self.layers, [any(reached[end - count : end]) for count, end in pairs])
+        of_each = iter(reached)
+        for layer, count in zip(self.layers, self.counts, strict=True):
+            if not any(list(islice(of_each, count))):
+                raise ModelError(
+                    f"at: the explained score does not depend on the layer {kind_of(layer)}: it "
+                    "ran, and no gradient reaches it, as of an auxiliary head that another output "
+                    "is for, or a layer whose result is detached; name one that the score is made "
+                    "from"
+                )
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tensors at the layers."""
@@ -318,23 +314,10 @@ class LayerTaps:
         return raw, [one for own in several for one in own]
 
 
-def check_layers_reached(layers: Sequence[Layer], reached: Sequence[bool]) -> None:
-    """Raises ModelError where gradients reach none of a layer's tensors."""
-    for layer, one in zip(layers, reached, strict=True):
-        if not one:
-            raise ModelError(
-                f"at: the explained score does not depend on the layer {kind_of(layer)}: it "
-                "ran, and no gradient reaches it, as of an auxiliary head that another output is "
-                "for, or a layer whose result is detached; name one that the score is made from"
-            )
-
-
 @dataclass(frozen=True, eq=False)
 class Downstream:
-    """The function behind layers, as a model of its own: `downstream(*points, *inputs, **kwargs)`
-    is the model's output for its inputs with `points` as the layers' outputs (or inputs).
-
-    counts: tensors of each layer.
+    """The function downstream of layers: `downstream(*points, *inputs, **kwargs)` is the model's
+    output for its inputs, with `points` as the layers' outputs (or inputs), `counts` of each.
     """
 
     model: Callable[..., Any]
@@ -385,10 +368,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Lookup:
-    """One call of a table with ids that come from the explained input.
-
-    several: whether the table runs more than once.
-    """
+    """One call of a table, which runs once or several times, with ids of the explained input."""
 
     table: nn.Module
     call: int
@@ -404,9 +384,7 @@ class Lookup:
 def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> list[Lookup]:
     """The calls of embedding tables in `run` whose ids are numbers of `inputs`, however these were
     cut, moved, added to or cast; not tables of positions or of types, whose ids follow from shapes
-    or from comparisons alone.
-
-    Raises InputError where there is none.
+    or comparisons. Raises InputError where there is none.
     """
     module = module_of(model)
     kinds = (nn.Embedding, nn.EmbeddingBag)
@@ -445,9 +423,7 @@ def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> 
     return [replace(one, several=id(one.table) in often) for one in calls]
 
 
-def embeddings(
-    model: object, run: Callable[[], Any], inputs: Sequence[Tensor]
-) -> tuple[Layer, ...]:
+def embeddings(model: object, run: Callable[[], Any], inputs: Inputs) -> tuple[Layer, ...]:
     """The layers that `at="embeddings"` means, in the order in which they run."""
     return tuple(one.layer for one in lookups(model, run, inputs))
 
@@ -457,10 +433,9 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 class _FollowIds(FunctionMode):
-    """Follows numbers of some tensors through the calls of a model.
+    """Follows numbers of tensors through the calls of a model, by identity.
 
-    By identity, with weak references: activations are let go of as they would be. given, looked_up:
-    of each table at work, the tensor that it was passed, and the ids that it looks up.
+    given, looked_up: of each table at work, the tensor that it was passed, and the ids.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -470,7 +445,6 @@ class _FollowIds(FunctionMode):
         self._followed = {id(one): weakref.ref(one) for one in inputs}
 
     def opens(self, func: FunctionType) -> bool:
-        """A function is one step from its arguments to its results."""
         return False
 
     def follows(self, value: object) -> bool:
@@ -503,14 +477,13 @@ def last_spatial(model: object, run: Run, examples: int) -> tuple[nn.Module, boo
     inputs and the explained score, and whether it does for every score that the output holds.
 
     Spatial is an output [R, C, *s], [R, *s, C] or of tokens [R, T, C], with more than one position
-    and more than one channel. Left out are pooled maps (the paper's layer is the last
-    convolution's, before its resolution is lost); modules that run more than once; modules that
-    return several tensors, of which the rest of the model may read another, where others are; and,
-    where the model's own output is spatial (segmentation), maps of as many channels as it has.
-    Tokens are taken from before the last module that mixes them (attention, a recurrence): after
-    it, the head of a class token reads no other token. The first norm of a ViT's last block,
-    therefore. Auxiliary heads and the towers of other inputs are left out by proof: a module counts
-    if its output differs for other inputs, and if scores differ where its output is changed.
+    and channel. Left out are pooled maps (Grad-CAM's layer is the last convolution); modules that
+    run more than once; modules that return several tensors, where others do not; and, of a spatial
+    model output (segmentation), maps of as many channels. Tokens are taken from before the last
+    module that mixes them (attention, a recurrence), since the head of a class token reads no other
+    token after it: in a ViT the first norm of the last block. Auxiliary heads and towers of other
+    inputs are left out by proof: a module's output must differ for other inputs, and scores must
+    differ where it is changed.
 
     Raises InputError where there is none, with the last outputs that there are.
     """
@@ -518,7 +491,7 @@ def last_spatial(model: object, run: Run, examples: int) -> tuple[nn.Module, boo
     modules = watch.modules
     with torch.no_grad():
         begin = hooked(modules, watch.begin, of_input=True)
-        with begin, hooked(modules, watch.end), _Attention(watch):
+        with begin, hooked(modules, watch.end), watch:
             raw, scores = run(0, None)
         before = watch.digests.copy()
         with hooked(modules, watch.digest):
@@ -562,9 +535,8 @@ def noisy(x: Tensor) -> Tensor:
 
 @dataclass
 class _Proof:
-    """Shows which modules the scores depend on: they differ where a module's output is changed.
-
-    shown, scores: the model's output and the score of the first example as they are.
+    """Shows which modules scores depend on: they differ from those of the first example, `scores`
+    of the output `shown`, where a module's output is changed.
     """
 
     run: Run
@@ -609,19 +581,16 @@ class _Output:
     axis: int
     alone: bool
 
-    @property
-    def channels(self) -> int:
-        return self.shape[self.axis]
 
-
-class _Watch:
-    """What the modules of one forward pass did.
+class _Watch(FunctionMode):
+    """Records what the modules of a forward pass do, and attention by its calls.
 
     stack: modules at work, and since when; mixing: when which module mixed tokens; digests: numbers
     that differ where outputs do; rows: of the model's input; pooled: the last pooled map.
     """
 
     def __init__(self, root: nn.Module) -> None:
+        super().__init__()
         self.root, self.modules = root, list(root.modules())
         self.stack: list[tuple[nn.Module, int]] = []
         self.calls: dict[nn.Module, int] = {}
@@ -632,6 +601,17 @@ class _Watch:
         self.time = 0
         self.rows: int | None = None
         self.pooled: Tensor | None = None
+
+    def opens(self, func: FunctionType) -> bool:
+        return False
+
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        name = getattr(func, "__name__", "")
+        shape = args[0].shape if args and isinstance(args[0], Tensor) else ()
+        square = len(shape) >= 3 and shape[-1] == shape[-2] > 1
+        if "attention" in name or "transformer" in name or (name == "softmax" and square):
+            self.mixes()
+        return func(*args, **kwargs)
 
     def mixes(self) -> None:
         """Tokens are mixed by the innermost module at work; a softmax module works for its own."""
@@ -688,7 +668,7 @@ class _Watch:
         outputs = [one for one in self.outputs if self.calls[one.module] == 1]
         if raw is not None and raw.dim() >= 3:
             classes = {raw.shape[1], raw.shape[-1 if raw.dim() == 3 else 1]}
-            outputs = [one for one in outputs if one.channels not in classes]
+            outputs = [one for one in outputs if one.shape[one.axis] not in classes]
         outputs = [one for one in outputs if one.alone] or outputs
         if not outputs:
             raise self.none()
@@ -715,23 +695,3 @@ class _Watch:
             f'layer="auto" found no layer with spatial output{lacking}: the last outputs are '
             f"{shown}{more}; pass the layer itself"
         )
-
-
-class _Attention(FunctionMode):
-    """Reports attention to a watch: by its own functions, or a softmax over [T, T]."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def opens(self, func: FunctionType) -> bool:
-        """Functions are recognised by their own names."""
-        return False
-
-    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        name = getattr(func, "__name__", "")
-        shape = args[0].shape if args and isinstance(args[0], Tensor) else ()
-        square = len(shape) >= 3 and shape[-1] == shape[-2] > 1
-        if "attention" in name or "transformer" in name or (name == "softmax" and square):
-            self._watch.mixes()
-        return func(*args, **kwargs)

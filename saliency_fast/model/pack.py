@@ -18,10 +18,9 @@ from saliency_fast.model.function import NO_GRADIENT, PointFunction
 
 @dataclass
 class Pack:
-    """Takes the place of `Targets` where the rows of a launch belong to several functions.
+    """The targets of a launch whose rows belong to several functions: each reads its own rows.
 
-    Each function reads its own rows of the model's output, as it would alone. An exception of one
-    of them is kept in `errors`, by its number, and its rows have scores 0.
+    errors: exceptions by the number of their function, whose rows have scores 0.
     """
 
     functions: Sequence[PointFunction]
@@ -48,23 +47,17 @@ class Pack:
         for number, (function, own) in enumerate(zip(self.functions, self.items, strict=True)):
             part = slice(start, start + own.numel())
             start = part.stop
-            scores, classes = self._own(number, function, own, rows_of(raw, part, self.batch))
+            try:
+                scores, classes = function.read(rows_of(raw, part, self.batch), own)
+                if torch.is_grad_enabled() and not scores.requires_grad:
+                    raise ModelError(NO_GRADIENT)
+            except Exception as error:
+                self.errors[number] = error
+                count = self.functions[0].targets.count
+                scores, classes = torch.zeros(own.numel(), count, device=own.device), None
             several.append(scores)
             self.classes.append(classes)
         return torch.cat(several), None
-
-    def _own(
-        self, number: int, function: PointFunction, example: Tensor, raw: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        try:
-            scores, classes = function.read(raw, example)
-            if torch.is_grad_enabled() and not scores.requires_grad:
-                raise ModelError(NO_GRADIENT)
-        except Exception as error:
-            self.errors[number] = error
-            count = self.functions[0].targets.count
-            return torch.zeros(example.numel(), count, device=example.device), None
-        return scores, classes
 
 
 def packed(
@@ -93,16 +86,15 @@ def packed(
 
 def compatible(function: PointFunction) -> tuple[object, ...]:
     """Equal for functions whose points may share a launch."""
+
+    def kind(key: int | str, value: Any) -> object:
+        if function.follows(key, value):
+            return "rows", value.shape[1:], value.dtype
+        plain = isinstance(value, (int, float, str, bool, type(None)))
+        return (type(value), value) if plain else id(value)
+
     further: list[tuple[int | str, Any]] = [*enumerate(function.args)]
     further += sorted(function.kwargs.items())
-    shared = tuple((key, _kind(key, value, function)) for key, value in further)
+    shared = tuple((key, kind(key, value)) for key, value in further)
     dtypes, count = function.dtypes, function.targets.count
     return (function.kind, function.at_prefix_end, count, dtypes, function.channels_last, shared)
-
-
-def _kind(key: int | str, value: Any, function: PointFunction) -> object:
-    if function.follows(key, value):
-        return "rows", value.shape[1:], value.dtype
-    if isinstance(value, (int, float, str, bool, type(None))):
-        return type(value), value
-    return id(value)
