@@ -16,8 +16,7 @@ from torch import Tensor
 from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import Arena, LaunchMemory
 from saliency_fast.engine.independence import Independence, Row
-from saliency_fast.model.function import PointFunction
-from saliency_fast.model.pack import compatible, packed
+from saliency_fast.model.function import PointFunction, compatible, packed
 
 PATIENCE = 1.0
 """Seconds after which a launch begins all the same: whoever holds a slot may wait for it."""

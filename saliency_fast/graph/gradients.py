@@ -1,16 +1,19 @@
-"""Gradients by autograd, right also where PyTorch's own backward of a normalisation is not."""
+"""Gradients by autograd, and calls whose backward pass is our own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from saliency_fast._torch_compat import BATCH_NORM_STEPS
 
+Forward = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
+Backward = Callable[..., Tensor | tuple[Tensor | None, ...]]
 Source = Tensor | GradientEdge
 
 
@@ -57,3 +60,25 @@ def steps_behind(results: Iterable[Source]) -> Iterator[Any]:
             seen.add(node)
             pending += [one for one, _ in node.next_functions]
             yield node
+
+
+class _Lean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Forward, back: Backward, *inputs: Tensor) -> Tensor:
+        y, kept = run(*inputs)
+        ctx.save_for_backward(*kept)
+        ctx.back = back
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        found = ctx.back(grad, *ctx.saved_tensors)
+        return None, None, *(found if isinstance(found, tuple) else (found,))
+
+
+def differentiable(x: Tensor, run: Forward, back: Backward, *others: Tensor) -> Any:
+    """`run(x, *others)` gives the result and the tensors that its backward pass keeps;
+    `back(gradient, *kept)` gives the gradient with respect to x, or a tuple of all.
+    """
+    return _Lean.apply(run, back, x, *others)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.graph.autograd.function import differentiable
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.rules.intercept import (
     ELEMENTWISE,
     OperatorRule,

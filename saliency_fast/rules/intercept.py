@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from saliency_fast._torch_compat import OpOverload, OpOverloadPacket, kind_of_step
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import ModelError, warn
-from saliency_fast.graph.autograd.function import differentiable
-from saliency_fast.graph.gradients import steps_behind
+from saliency_fast.graph.gradients import differentiable, steps_behind
 from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, lean_call
 from saliency_fast.graph.outputs import map_tensors, tensors_of
 from saliency_fast.model.preserve import rewind, uncompiled, without_recomputation

@@ -19,7 +19,7 @@ from torch.nn import functional
 from saliency_fast import ops
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import InputError
-from saliency_fast.graph.autograd.function import differentiable
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.ops.masks import DTYPES
 from saliency_fast.rules.intercept import OperatorRule, Rules, RulesMode, split
 

@@ -18,7 +18,7 @@ import saliency_fast as sf
 from saliency_fast.engine import strategies
 from saliency_fast.graph.autograd.convolutions import winograd_built
 from saliency_fast.graph.passes import scores_only as scorings
-from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.graph.passes.fusion import fused
 from saliency_fast.graph.passes.scores_only import prepared_bytes, scoring
 from saliency_fast.graph.program import Program
 from saliency_fast.ops.dispatch import forced

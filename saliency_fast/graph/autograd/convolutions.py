@@ -21,7 +21,7 @@ from saliency_fast._torch_compat import (
     backward_operator,
     onednn_enabled,
 )
-from saliency_fast.graph.autograd.function import differentiable
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.opinfo import lean
 from saliency_fast.ops.dispatch import forced, native_library
 from saliency_fast.ops.winograd import CHANNELS

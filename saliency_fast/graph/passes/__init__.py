@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from saliency_fast.graph.passes.affine_prefix import behind_prefix
-from saliency_fast.graph.passes.fold_norm import folded
-from saliency_fast.graph.passes.fuse_relu import with_rectifiers
+from saliency_fast.graph.passes.fusion import folded, with_rectifiers
 from saliency_fast.graph.passes.half import in_half_type
 from saliency_fast.graph.passes.invariant import with_invariants
 from saliency_fast.graph.passes.scores_only import scoring

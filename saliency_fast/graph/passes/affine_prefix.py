@@ -17,7 +17,7 @@ from torch import Tensor
 from saliency_fast._torch_compat import tree_structure
 from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelError
-from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.graph.passes.fusion import fused
 from saliency_fast.graph.program import Program, Ref, Step, refs_in
 
 FLOPS_PER_BYTE = 8

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from saliency_fast.errors import InputError
-from saliency_fast.graph.fused import folded_weights, partial_convolution
 from saliency_fast.graph.intercept import lean_call
 from saliency_fast.graph.opinfo import Wrapped
-from saliency_fast.graph.patterns import layers
+from saliency_fast.graph.passes.fusion import folded_weights, layers, partial_convolution
 from saliency_fast.graph.program import Prepared, Program, Step, mapped
 
 Tensors = tuple[Tensor, ...]

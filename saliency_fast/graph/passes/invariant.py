@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast._torch_compat import storage_id
-from saliency_fast.graph.fused import folded_weights
-from saliency_fast.graph.patterns import Layer, convolution
+from saliency_fast.graph.passes.fusion import Layer, convolution, folded_weights
 from saliency_fast.graph.program import (
     PerRow,
     Prepared,

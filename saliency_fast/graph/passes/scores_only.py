@@ -21,8 +21,7 @@ from saliency_fast._torch_compat import (
     onednn_enabled,
 )
 from saliency_fast.graph.autograd.convolutions import each_axis, even_edges, winograd_pays
-from saliency_fast.graph.fused import folded_weights
-from saliency_fast.graph.patterns import Layer, layers
+from saliency_fast.graph.passes.fusion import Layer, folded_weights, layers
 from saliency_fast.graph.program import Program, Step
 
 WINOGRAD_BYTES = 4

@@ -1,0 +1,401 @@
+"""Fuses neighbours of a program, which spares tensors of the size of the activations and passes
+over them: batch normalisation and concatenation in convolutions; batch normalisation, residual
+addition and rectifier in one call, in place where nothing reads what is overwritten.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saliency_fast.graph.autograd.activations import RECTIFIERS, SLOPE, ramp
+from saliency_fast.graph.autograd.norms import affine_of
+from saliency_fast.graph.intercept import lean_call
+from saliency_fast.graph.program import Program, Ref, Step, refs_in
+
+Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
+"""(weight, bias, mean, variance, eps) of a batch normalisation with frozen statistics."""
+_NORM_ARGUMENTS = 8
+SMALLER = 8
+"""Times that a weight must be smaller than what its convolution writes for a row, to be folded:
+where calls share launches, anew in every one."""
+
+
+# Operators that take the place of several calls.
+
+
+def folded_weights(weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """(weight, bias) of a convolution and the batch normalisation behind it in one."""
+    scale, shift = affine_of(*norm)
+    if bias is not None:
+        shift = torch.addcmul(shift, bias, scale)
+    return weight * scale.view(-1, *(1,) * (weight.dim() - 1)), shift
+
+
+def folded_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    convolution: Callable[..., Any],
+    options: tuple[Any, ...],
+    norm: Norm,
+) -> Any:
+    """A convolution and the batch normalisation `norm` behind it, as one convolution."""
+    return lean_call(convolution, (x, *folded_weights(weight, bias, norm), *options), {})
+
+
+def partial_convolution(
+    x: Tensor,
+    total: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    convolution: Callable[..., Any],
+    options: tuple[Any, ...],
+    start: int,
+) -> Any:
+    """Adds to `total` the convolution of the channels from `start` onwards, which are `x`."""
+    part = weight.narrow(1, start, x.shape[1])
+    found = lean_call(convolution, (x, part, bias, *options), {})
+    return found if total is None else total.add_(found)
+
+
+def rectified(
+    x: Tensor,
+    norm: Norm | None,
+    residual: Tensor | None,
+    slope: float,
+    upper: float,
+    inplace: bool,
+) -> Tensor:
+    """The rectifier of norm(x) + residual; `inplace` writes into x."""
+    if residual is not None and residual.dtype != x.dtype:
+        # As an addition would: where half types meet float32, float32 remains.
+        common = torch.promote_types(residual.dtype, x.dtype)
+        inplace = inplace and common == x.dtype
+        x, residual = x.to(common), residual.to(common)
+    affine = (None, None) if norm is None else affine_of(*norm)
+    scale, shift = [None if one is None else one.to(x.dtype) for one in affine]
+    found = ramp(x, scale, shift, residual, slope=slope, upper=upper, inplace=inplace)
+    if found is NotImplemented:
+        raise TypeError(f"no fused rectifier for {x.dtype}")
+    assert isinstance(found, Tensor)
+    return found
+
+
+# Patterns that passes match.
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution of the model's own weights, with the normalisation and rectifier behind it.
+
+    Attributes:
+        index: Of the convolution's step.
+        output: Number of its result, or of its normalisation's.
+        x, weight, bias, call, options: The convolution `call(x, weight, bias, *options)`.
+        norm: Its batch normalisation, folded into it already or still behind it.
+        norm_index: Of the step behind it that applies `norm`: a batch normalisation, or a fused
+            rectifier.
+        relu_index: Of the fused rectifier behind it, where that is a ReLU without a residual.
+    """
+
+    index: int
+    output: int
+    x: Ref
+    weight: Tensor
+    bias: Tensor | None
+    call: Callable[..., Any]
+    options: tuple[Any, ...]
+    norm: Norm | None = None
+    norm_index: int | None = None
+    relu_index: int | None = None
+
+
+def layers(program: Program) -> Iterator[Layer]:
+    """The convolutions of a program, in order."""
+    for index, step in enumerate(program.steps):
+        layer = convolution(index, step)
+        if layer is not None:
+            yield _with_rectifier(program, _with_norm(program, layer))
+
+
+def convolution(index: int, step: Step) -> Layer | None:
+    """A step as a layer, without what is behind it; None where it is no convolution with weights
+    of the model's own, or its arguments go by name.
+    """
+    if not step.passing or step.kwargs or len(step.args) < 2:
+        return None
+    if step.info.kind == "folded convolution":
+        x, weight, bias, call, options, norm = step.args
+    elif step.info.kind == "convolution":
+        x, weight, *others = step.args
+        bias, call, options, norm = (*others, None)[0], step.func, tuple(others[1:]), None
+    else:
+        return None
+    if not isinstance(x, Ref) or any(refs_in((weight, bias, norm))):
+        return None
+    return Layer(index, step.outputs[0], x, weight, bias, call, options, norm)
+
+
+def _with_norm(program: Program, layer: Layer) -> Layer:
+    user = _only_user(program, layer.output)
+    if user is None or layer.norm is not None or not is_norm(program, program.steps[user]):
+        return layer
+    step = program.steps[user]
+    if step.args[0].number != layer.output:
+        return layer
+    norm = norm_parameters(step.args)
+    return replace(layer, norm=norm, norm_index=user, output=step.outputs[0])
+
+
+def _with_rectifier(program: Program, layer: Layer) -> Layer:
+    user = _only_user(program, layer.output)
+    if user is None or program.steps[user].info.kind != "rectified":
+        return layer
+    base, norm, residual, slope, upper, _ = program.steps[user].args
+    # A base that is the residual too is taken a second time without the normalisation.
+    both = norm is not None and layer.norm is not None
+    if base.number != layer.output or residual == base or both:
+        return layer
+    if norm is not None:
+        layer = replace(layer, norm=norm, norm_index=user)
+    whole = residual is None and slope == 0.0 and upper == math.inf
+    return replace(layer, relu_index=user) if whole else layer
+
+
+def _only_user(program: Program, number: int) -> int | None:
+    """The index of the step that alone takes a value, of which there are no views."""
+    uses = program.uses.get(number, ())
+    if len(uses) != 1 or uses[0] == len(program.steps):
+        return None
+    return None if only_maker(program, number, uses[0]) is None else uses[0]
+
+
+def only_maker(program: Program, number: int, user: int) -> int | None:
+    """The index of the step that made a value, where `user` alone takes it and it has no views."""
+    index = program.born.get(number)
+    if index is None or program.uses.get(number) != (user,) or watched(program, number, user):
+        return None
+    step = program.steps[index]
+    return index if step.passing and step.outputs == (number,) else None
+
+
+def watched(program: Program, number: int, index: int) -> bool:
+    """Whether a step after `index` takes another value of the same memory."""
+    memory = program.values[number].memory
+    return any(
+        other != number and program.values[other].memory == memory and indices[-1] > index
+        for other, indices in program.uses.items()
+        if program.born.get(other, -1) < index
+    )
+
+
+def is_norm(program: Program, step: Step) -> bool:
+    """Batch normalisation with frozen statistics and parameters of the input's type, that gradients
+    pass.
+    """
+    if step.func is not torch.batch_norm or step.kwargs or len(step.args) < _NORM_ARGUMENTS:
+        return False
+    x, *parameters, training, _, _ = step.args[:_NORM_ARGUMENTS]
+    if not isinstance(x, Ref) or not step.passing:
+        return False
+    if training or any(refs_in(tuple(parameters))) or parameters[2] is None:
+        return False
+    dtype = program.values[x.number].dtype
+    return all(one is None or one.dtype == dtype for one in parameters)
+
+
+def norm_parameters(args: tuple[Any, ...]) -> Norm:
+    """The parameters of a batch normalisation with these arguments."""
+    _, weight, bias, mean, variance, _, _, eps = args[:_NORM_ARGUMENTS]
+    return weight, bias, mean, variance, eps
+
+
+# What surrounds a convolution: batch normalisation behind it, concatenation before it.
+
+
+def folded(program: Program) -> Program:
+    """The same program with fewer tensors of the size of its activations."""
+    return _without_norms(_without_cats(program))
+
+
+def _without_norms(program: Program) -> Program:
+    """Batch normalisations in the weights of the convolutions before them."""
+    steps: list[Step | None] = list(program.steps)
+    for layer in layers(program):
+        small = SMALLER * layer.weight.nbytes <= program.values[layer.output].nbytes
+        if (
+            layer.norm_index is None
+            or not small
+            or program.steps[layer.norm_index].info.kind != ("normalisation")
+        ):
+            continue
+        args = (layer.x, layer.weight, layer.bias, layer.call, layer.options, layer.norm)
+        made = program.steps[layer.index]
+        steps[layer.index] = replace(
+            made, func=folded_convolution, args=args, outputs=(layer.output,)
+        )
+        steps[layer.norm_index] = None
+    return replace(program, steps=tuple(step for step in steps if step is not None))
+
+
+def _without_cats(program: Program) -> Program:
+    """The largest concatenations in the convolutions behind them, part by part."""
+    values, steps = dict(program.values), [[step] for step in program.steps]
+    largest = max((value.nbytes for value in values.values() if value.varying), default=0)
+    for index, step in enumerate(program.steps):
+        layer = convolution(index, step)
+        cat = None if layer is None else _concatenation(program, layer)
+        if layer is None or cat is None or values[layer.x.number].nbytes < largest:
+            continue
+        steps[cat], steps[index] = [], []
+        total, start = None, 0
+        parts = program.steps[cat].args[0]
+        for part in parts:
+            made = layer.output if part is parts[-1] else len(values) + max(values)
+            values[made] = program.values[layer.output]
+            bias = None if total else layer.bias
+            args = (part, total, layer.weight, bias, layer.call, layer.options, start)
+            changed = () if total is None else ((total.number, made),)
+            one = replace(step, func=partial_convolution, args=args, outputs=(made,))
+            steps[index].append(replace(one, changed=changed))
+            total, start = Ref(made), start + values[part.number].shape[1]
+    joined = tuple(step for several in steps for step in several)
+    return replace(program, steps=joined, values=values)
+
+
+def _concatenation(program: Program, layer: Layer) -> int | None:
+    """The index of the concatenation of channels that a convolution alone takes."""
+    if layer.norm is not None or (*layer.options, *(1,) * 4)[3] != 1:
+        return None
+    cat = only_maker(program, layer.x.number, layer.index)
+    if cat is None or program.steps[cat].info.kind != "concatenation":
+        return None
+    parts, *axis = program.steps[cat].args
+    axis += program.steps[cat].kwargs.values()
+    whole = all(isinstance(one, Ref) and program.values[one.number].varying for one in parts)
+    numbers = {one.number for one in parts} if whole else set()
+    if not whole or axis != [1] or not len(numbers) == len(parts) > 1:
+        return None
+    memories = {program.values[number].memory for number in numbers}
+    between = program.steps[cat + 1 : layer.index]
+    written = {program.values[number].memory for one in between for number in one.overwritten}
+    return None if memories & written else cat
+
+
+# Rectifiers and what is before them.
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A rectifier's operands, and the indices of the steps that it swallows."""
+
+    base: int
+    norm: Norm | None = None
+    residual: int | None = None
+    swallowed: tuple[int, ...] = ()
+
+
+def fused(program: Program) -> Program:
+    """The same program with fewer passes over memory and fewer tensors in it."""
+    return with_rectifiers(folded(program))
+
+
+def with_rectifiers(program: Program) -> Program:
+    """The same program with its rectifiers and what is before them in one pass."""
+    steps: list[Step | None] = list(program.steps)
+    for index, step in enumerate(program.steps):
+        rule = _slope_and_upper(step)
+        if rule is None:
+            continue
+        match = _match(program, index)
+        if not _may_wait(program, match, index):
+            match = _Match(step.args[0].number)
+        inplace = _may_overwrite(program, match, index)
+        if not (match.swallowed or inplace):
+            continue
+        for one in match.swallowed:
+            steps[one] = None
+        residual = None if match.residual is None else Ref(match.residual)
+        args = (Ref(match.base), match.norm, residual, *rule, inplace)
+        donated = (match.base,) if inplace else ()
+        own = replace(step, func=rectified, args=args, kwargs={}, changed=(), donated=donated)
+        steps[index] = own
+    return replace(program, steps=tuple(step for step in steps if step is not None))
+
+
+def _slope_and_upper(step: Step) -> tuple[float, float] | None:
+    """Those of a rectifier that gradients pass."""
+    kind = RECTIFIERS.get(step.func) if step.passing else None
+    if kind is None or step.kwargs or not isinstance(step.args[0], Ref) or not kind.agrees():
+        return None
+    slope = float((*step.args, SLOPE)[1]) if kind.leaky else 0.0
+    return slope, kind.upper
+
+
+def _match(program: Program, index: int) -> _Match:
+    """Follows the rectifier's operand up through an addition and a normalisation."""
+    own = program.steps[index].args[0].number
+    add = only_maker(program, own, index)
+    if add is None:
+        return _Match(own)
+    if is_norm(program, program.steps[add]):
+        given = program.steps[add].args
+        return _Match(given[0].number, norm_parameters(given), None, (add,))
+    if not _is_addition(program, program.steps[add]):
+        return _Match(own)
+    left, right = (one.number for one in program.steps[add].args)
+    for normed, residual in ((left, right), (right, left)):
+        norm = only_maker(program, normed, add)
+        if norm is not None and is_norm(program, program.steps[norm]) and normed != residual:
+            given = program.steps[norm].args
+            return _Match(given[0].number, norm_parameters(given), residual, (norm, add))
+    return _Match(left, None, right, (add,))
+
+
+def _may_wait(program: Program, match: _Match, index: int) -> bool:
+    """Whether the swallowed steps may run as late as `index`: no step in between overwrites what
+    they take, or reads what they overwrite.
+    """
+    memory = {number: value.memory for number, value in program.values.items()}
+    for one in match.swallowed:
+        taken, written = (
+            {memory[number] for number in numbers}
+            for numbers in (program.steps[one].used, program.steps[one].overwritten)
+        )
+        for other in set(range(one + 1, index)) - set(match.swallowed):
+            between = program.steps[other]
+            if taken & {memory[number] for number in between.overwritten}:
+                return False
+            if written & {memory[number] for number in between.used}:
+                return False
+    return True
+
+
+def _is_addition(program: Program, step: Step) -> bool:
+    """A sum of two values of one shape, both of which depend on the points."""
+    if step.info.kind != "addition" or step.kwargs or len(step.args) != 2:
+        return False
+    if not all(isinstance(one, Ref) for one in step.args):
+        return False
+    left, right = (program.values[one.number] for one in step.args)
+    same = left.shape == right.shape and left.dtype == right.dtype
+    return same and all(one.varying and one.rowwise for one in (left, right))
+
+
+def _may_overwrite(program: Program, match: _Match, index: int) -> bool:
+    """Whether the rectifier's base is fresh memory that only the fused steps take."""
+    maker = program.born.get(match.base)
+    if match.base == match.residual or set(program.uses[match.base]) - {index, *match.swallowed}:
+        return False
+    if maker is None:
+        # Points are donated; further arguments are the user's.
+        fresh = match.base in program.inputs
+    else:
+        fresh = program.steps[maker].info.fresh and program.steps[maker].passing
+    return fresh and not watched(program, match.base, index)
