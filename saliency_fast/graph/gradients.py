@@ -25,11 +25,10 @@ def gradients(
 ) -> tuple[Any, ...]:
     """`torch.autograd.grad`, with the gradients of batch and instance normalisation right.
 
-    On CPUs PyTorch's kernel walks input and gradient in one order if each of them is dense in
-    some memory format. Of one row both formats may hold at once by name while the two lie
-    differently: tokens [1, T, C] seen as an image, or InstanceNorm between channels-last layers.
-    Its result is then wrong by its own size. A gradient that is dense in no format goes through a
-    kernel that reads all strides.
+    On CPUs PyTorch's kernel walks input and gradient in one order if each is dense in some memory
+    format. Of one row, strides may fit both formats while the two tensors lie differently, and the
+    result is wrong: InstanceNorm between channels-last layers. A gradient that is dense in no
+    format goes through a kernel that reads all strides.
     """
     many = (outputs,) if isinstance(outputs, (Tensor, GradientEdge)) else tuple(outputs)
     norms = [node for node in steps_behind(many) if node.name().startswith(BATCH_NORM_STEPS)]

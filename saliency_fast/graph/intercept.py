@@ -1,8 +1,6 @@
-"""Intercepts a model's calls of PyTorch while it runs, and answers them by lean versions.
-
-No tracing and no change to the model: a function mode sees every call, of modules and of functions
-alike. Calls that do not depend on the points run without autograd, weights take part in the
-others as plain numbers, and calls for which autograd would keep too much have lean versions.
+"""Intercepts a model's calls of PyTorch while it runs: calls that do not depend on the points run
+without autograd, weights are plain numbers in the others, and calls for which autograd would keep
+too much have lean versions. A function mode sees the calls of modules and functions alike.
 """
 
 from __future__ import annotations
@@ -30,9 +28,8 @@ class NotLeanError(SaliencyError, RuntimeError):
 
 
 class FunctionMode(TorchFunctionMode):
-    """Inside its `with`, hands every call of PyTorch to `call`.
-
-    PyTorch's Python functions run by their bodies, so that the calls which they make are seen.
+    """Inside its `with`, hands every call of PyTorch to `call`; PyTorch's Python functions run by
+    their bodies, so that the calls which they make are seen.
     """
 
     def opens(self, func: FunctionType) -> bool:
@@ -55,9 +52,8 @@ class FunctionMode(TorchFunctionMode):
 
 
 class Calls(FunctionMode):
-    """Inside its `with`, calls that depend on points keep only what input gradients need.
-
-    A tensor depends on the points where it has a gradient function: weights are leaves.
+    """Inside its `with`, calls that depend on points keep only what input gradients need. A tensor
+    depends on the points where it has a gradient function: weights are leaves.
     """
 
     def __init__(self) -> None:

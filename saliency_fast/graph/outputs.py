@@ -14,9 +14,8 @@ from saliency_fast.graph.intercept import NotLeanError
 
 
 class Unread:
-    """Stands for a part of an output that a recorded program does not make.
-
-    Whatever reads it raises NotLeanError with the reason, and the model itself runs.
+    """Stands for a part of an output that a recorded program does not make: whatever reads it
+    raises NotLeanError with the reason, and the model itself runs.
     """
 
     def __init__(self, reason: str) -> None:

@@ -1,7 +1,7 @@
 """A model's calls of PyTorch as a program: recorded once, then run without the model's Python.
 
-Where no call depends on numbers inside the model's tensors, the list of calls is the model. It can
-be run in parts, fused and analysed. What cannot be recorded with certainty is refused.
+Where no call depends on numbers inside the model's tensors, the list of calls is the model, and can
+be run in parts, fused and analysed.
 """
 
 from __future__ import annotations
@@ -323,9 +323,8 @@ class Program:
         return frozenset(found)
 
     def pruned(self) -> Program:
-        """The program without calls that neither the points nor its outputs need.
-
-        Calls on points stay, needed or not: their shapes tell that a recording does not hold.
+        """The program without calls that neither the points nor its outputs need. All calls on
+        points stay: their shapes show where a recording does not hold.
         """
         varying = [step for step in self.steps if step.varying]
         return replace(self, steps=self._needed(varying, refs_in(self.outputs)))

@@ -1,8 +1,7 @@
 """Receptive fields: which part of its operands a part of a result needs, and calls on crops.
 
-A value [R, C, *spatial] is cut along its spatial axes. A call is local where any box of its result
-needs only boxes of its operands: convolutions, pools, upsampling, elementwise and channel-wise
-calls. Each rule registers with `opinfo` as the field `crop` of its operators.
+A value [R, C, *spatial] is cut along its spatial axes. Each rule of a local call registers with
+`opinfo` as the field `crop` of its operators.
 """
 
 from __future__ import annotations

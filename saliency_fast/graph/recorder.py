@@ -112,12 +112,9 @@ class _Followed(dict[int, "weakref.ref[Tensor]"]):
 class Recorder(Calls):
     """Records every call while it runs unchanged; `program` gives the result.
 
-    A model that cannot be recorded runs to its end all the same. A recorded model has autograd's
-    own gradient: every tensor that a call takes is, in autograd's graph, what the recorded call
-    that made it returned, no call reads the graph to hook it, and nothing changes what is saved.
-
-    Attributes:
-        custom_gradient: What of the model gives gradients of its own, if anything does.
+    A recorded model has autograd's own gradient: every tensor that a call takes is, in autograd's
+    graph, what the recorded call that made it returned, no call reads the graph to hook it, and
+    nothing changes what is saved. custom_gradient: what gives gradients of its own, if anything.
     """
 
     def __init__(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> None:

@@ -1,8 +1,6 @@
-"""Whether the rows of a launch can meet inside a recorded model, by shapes and axes.
-
-A recording with one row and one with two tell which axis of every tensor counts the rows. A call
-that reduces, orders or mixes along that axis lets rows meet. Shapes cannot tell whether scores
-depend on it, so such a call only makes a model suspect.
+"""Whether the rows of a launch can meet inside a recorded model: whether a call reduces, orders or
+mixes along the axis that counts the rows. Shapes do not show whether scores depend on such a call,
+so it only makes a model suspect.
 """
 
 from __future__ import annotations
@@ -18,12 +16,10 @@ from saliency_fast.graph.program import PerRow, Program, Ref, Step, Value, leave
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Why rows may meet in a model.
+    """The `reason` why rows may meet in a model.
 
     Attributes:
-        reason: The cause, as text.
-        proof: Whether a proof in every launch can tell; otherwise some rows might be moved alone,
-            and rows are kept apart.
+        proof: Whether a proof in every launch is enough; otherwise rows are kept apart.
         vmap: Whether rows can be kept apart by `torch.func.vmap`, under which hooks do not run.
         arguments: Whether Python reads numbers of further arguments, so that the other examples of
             a launch may change which branch the model takes.

@@ -1,8 +1,7 @@
 """Tiling: exact gradients of one image or volume that is larger than memory.
 
-The leading local calls of a model run tile by tile, each with the halo that it needs; only their
-last values, the cut, are ever whole. Backward computes every tile again. The gradients of
-overlapping halos add up, so that the sum over tiles is the gradient of the whole.
+The leading local calls of a model run tile by tile, each with its halo; only their last values, the
+cut, are ever whole. Backward computes every tile again, and gradients of overlapping halos add up.
 """
 
 from __future__ import annotations
@@ -74,10 +73,8 @@ def inside(box: Box, held: Box | None = None) -> tuple[slice, ...]:
 class Stem:
     """The leading local calls of a model.
 
-    Attributes:
-        local: Leads from the input to the values `cut`.
-        rest: Leads from them to the outputs, and from the input as well where `through`.
-        rules: One per step of `local`; None where a step does not depend on the points.
+    local: leads from the input to the values `cut`. rest: leads from them to the outputs, and from
+    the input as well where `through`. rules: one per step of `local`; None without the points.
     """
 
     local: Program
@@ -351,10 +348,8 @@ class _ByTiles(torch.autograd.Function):
 
 
 def tile_bytes(stem: Stem, tile: Sequence[int]) -> int:
-    """Bytes that one tile of one row takes in backward, beside what is whole.
-
-    Whole are the points, the cut values and the gradients of both. Counted is, at each call on
-    crops, what autograd has kept by then and the gradients that are alive there.
+    """Bytes that one tile of one row takes in backward, beside the points, the cut values and the
+    gradients of both: at each call, what autograd has kept by then and the gradients alive there.
     """
     values, steps = stem.local.values, stem.steps
     boxes = stem.needed(_largest(stem, tile))

@@ -23,13 +23,11 @@ SLOPE = 0.01
 
 
 class _Ramp(torch.autograd.Function):
-    """relu_mask: 0 < scale x + shift + residual < upper lets gradients pass.
-
-    options: scale, shift, residual, slope, upper, inplace.
-    """
+    """relu_mask: 0 < scale x + shift + residual < upper lets gradients pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
+        # scale, shift, residual, slope, upper, and whether in place.
         *args, inplace = options
         if inplace and layout_of(x) is not None:
             y, mask = x, ops.relu_mask_(x, *args)

@@ -48,17 +48,15 @@ WINOGRAD_WEIGHTS = 1 << 22
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
-    """`aten::convolution`, by oneDNN also for one small volume.
-
-    PyTorch unfolds such an input instead, which takes up to 27 times the memory and 10 to 100 times
-    as long. options: stride, padding, dilation, transposed, output padding, groups.
+    """`aten::convolution`, by oneDNN also for one small volume, which PyTorch unfolds in up to 27
+    times the memory and 10 to 100 times the time.
     """
     if not (_one_volume(x) and _plain(x, weight, *options)):
         return CONVOLUTION(x, weight, bias, *options)
     stride, padding, dilation, transposed, output_padding, groups = options
     # As `aten::convolution` does.
-    innermost = x.is_contiguous(memory_format=torch.channels_last_3d)
-    layout = torch.channels_last_3d if innermost else torch.contiguous_format
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     x, weight = [one.contiguous(memory_format=layout) for one in (x, weight)]
     if transposed:
         geometry = (padding, output_padding, stride, dilation, groups)
@@ -100,8 +98,7 @@ def on_cpu(x: Tensor) -> bool:
 
 def _transpose(grad: Tensor, weight: Tensor, size: torch.Size, *options: Any) -> Any:
     """The convolution's transpose, itself a convolution: unlike the backward operator it asks for
-    no input, and its result has the memory format of `grad`. options: stride, padding, dilation,
-    transposed, groups.
+    no input, and its result has the memory format of `grad`.
     """
     stride, padding, dilation, transposed, groups = options
     extra = [0] * len(stride)
@@ -144,9 +141,8 @@ def _to_few(
 
 
 def _by_backward(grad: Tensor, weight: Tensor, size: torch.Size, groups: int) -> bool:
-    """Whether the backward operator takes less time than the transpose, and the input that it asks
-    for is small: to volumes of one channel a seventh less, to images of few channels by kernels
-    that are wide a third to a hundredth, where channels lie innermost.
+    """Whether the backward operator takes less time than the transpose: a seventh less to volumes
+    of one channel, a third to a hundredth to channels-last images of few channels by wide kernels.
     """
     channels = weight.shape[1]
     if groups > 1 or channels > FEW_CHANNELS or not on_cpu(grad):

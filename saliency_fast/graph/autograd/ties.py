@@ -1,7 +1,6 @@
-"""PyTorch's own gradients where a slope changes or values are equal, found by asking it.
+"""PyTorch's own gradients where a slope changes or values are equal, measured on first use.
 
-Releases differ: clamp passes gradients at its bounds up to 2.13, and not from 2.14 on. Each
-question is asked once, when a lean version first needs the answer.
+Releases differ: clamp passes gradients at its bounds up to 2.13, and not from 2.14 on.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ def takes_first(call: Callable[..., Any], axes: int, layout: torch.memory_format
 
     def pooled(x: torch.Tensor) -> torch.Tensor:
         window = x.view(1, 2, *[3] * axes)
-        laid = window.contiguous(memory_format=layout) if axes > 1 else window
-        found: torch.Tensor = call(laid, [3] * axes)
+        window = window.contiguous(memory_format=layout) if axes > 1 else window
+        found: torch.Tensor = call(window, [3] * axes)
         return found
 
     first = [1.0] + [0.0] * (size - 1)

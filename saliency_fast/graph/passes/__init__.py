@@ -36,12 +36,8 @@ def pipeline(
 ) -> tuple[Pass, ...]:
     """The passes from a recorded program to the program of a launch, in order.
 
-    Args:
-        line: Whether points lie on straight lines, for the affine prefix; None leaves it out.
-        channels_last: Images and volumes enter with their channels innermost.
-        segments: Checkpoint segments; 1 for none.
-        half: Type of products, None for that of the points.
-        scores: Launches ask for scores alone.
+    line: whether points lie on straight lines, for the affine prefix; None leaves it out.
+    scores: launches ask for scores alone.
 
     Example:
         >>> [one.name for one in pipeline(half=torch.bfloat16)]

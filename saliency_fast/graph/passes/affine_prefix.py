@@ -1,8 +1,7 @@
 """The affine prefix: the leading part of a model that is affine in its input, applied once.
 
 On a straight line A(x' + a (x - x')) = A(x') + a (A(x) - A(x')) for an affine A. So points can be
-made behind it, gradients summed there, and the sum brought back by one transpose of A. The maps
-are the same up to rounding.
+made downstream of it, gradients summed there, and the sum brought back by one transpose of A.
 """
 
 from __future__ import annotations
@@ -31,10 +30,8 @@ TOLERANCE = 1e4
 
 @dataclass(frozen=True)
 class Prefix:
-    """A program in two: `stem`, affine in the inputs, and `rest`, from its results onwards.
-
-    The saved activations at the cut are the stem's results, in the order in which they lie in
-    memory: [R, *] each, with the channels last where the stem's are.
+    """A program in two: `stem`, affine in the inputs, and `rest`, from the activations at the cut
+    onwards: [R, *] each, in memory order, so that channels are last where the stem's are.
     """
 
     stem: Program
@@ -79,7 +76,7 @@ class Prefix:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of a row's activations at the cut."""
+        """Of a row's activations at the cut."""
         shapes = [self.stem.values[one.number].shape[1:] for one in self.stem.outputs]
         return tuple((*s[1:], s[0]) if self._turned(len(s) + 1) else s for s in shapes)
 
@@ -101,10 +98,8 @@ class Prefix:
 
 
 class _WithGradients(torch.autograd.Function):
-    """A number whose gradients at some tensors are those given.
-
-    Gradients that `torch.autograd.grad` is given make it import PyTorch's symbolic shapes, which
-    takes a third of a second.
+    """A number whose gradients at some tensors are those given: `torch.autograd.grad` with given
+    gradients imports PyTorch's symbolic shapes, which takes a third of a second.
     """
 
     @staticmethod
@@ -148,8 +143,14 @@ def behind_prefix(program: Program, line: bool) -> Program | None:
 
 def check_affine(prefix: Prefix, points: Inputs, extras: list[Tensor]) -> None:
     """Raises ModelError where the stem of a midpoint is not the midpoint of the stems."""
+
+    def wave(like: Tensor, shift: int) -> Tensor:
+        """Numbers of either sign of twice the size of `like`."""
+        number = torch.arange(like.numel(), dtype=like.dtype, device=like.device)
+        return (number + shift).cos().view_as(like) * (1 + 2 * like.abs().max())
+
     # Apart from the points' own direction: on the ray through them a ReLU is linear too.
-    moves = [tuple(_wave(one, shift) for one in points) for shift in (0, 1)]
+    moves = [tuple(wave(one, shift) for one in points) for shift in (0, 1)]
     moves.append(tuple((one + other) / 2 for one, other in zip(*moves, strict=True)))
     at_prefix_end = []
     for move in moves:
@@ -160,12 +161,6 @@ def check_affine(prefix: Prefix, points: Inputs, extras: list[Tensor]) -> None:
         gap = float(((start + stop) / 2 - found).abs().max())
         if not gap <= TOLERANCE * torch.finfo(found.dtype).eps * scale:
             raise ModelError(f"the prefix is not affine: off by {gap:.1g} of {scale:.1g}")
-
-
-def _wave(like: Tensor, shift: int) -> Tensor:
-    """Numbers of either sign of twice the size of `like`."""
-    number = torch.arange(like.numel(), dtype=like.dtype, device=like.device)
-    return (number + shift).cos().view_as(like) * (1 + 2 * like.abs().max())
 
 
 def _overwritten(stem: Program, cut: list[int]) -> bool:

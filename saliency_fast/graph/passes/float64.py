@@ -36,9 +36,8 @@ def wide(value: Any) -> Any:
 
 
 class InFloat64:
-    """Programs with float64 in the place of every smaller floating type, their weights copied once.
-
-    They may fail when they run, where calls make tensors of another type in a way of their own.
+    """Programs with float64 in the place of every smaller floating type, their weights copied once;
+    they fail where calls make tensors of another type in a way of their own.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,5 @@
-"""Half precision: the arithmetic of a model's convolutions and matrix products.
-
-Products take half types and add up in float32; the calls between them keep the type that they get,
-and what half types cannot hold is done in float32. The model's own weights stay as they are.
+"""Half precision: convolutions and matrix products take half types and add up in float32, calls
+between them keep the type that they get, and what half types cannot hold is done in float32.
 """
 
 from __future__ import annotations
@@ -27,13 +25,10 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Precision:
-    """How a launch computes its products.
+    """How a launch computes its products: in the type `half`, or in float32 (None).
 
-    Attributes:
-        name: As users write it.
-        half: The type of products, None for float32.
-        tf32: Products of float32 numbers are rounded to 10 bits, on GPUs.
-        scaled: Cotangents are multiplied with a power of two, as the type has few exponents.
+    tf32: products of float32 numbers are rounded to 10 bits, on GPUs. scaled: cotangents are
+    multiplied with a power of two, as the type has few exponents.
     """
 
     name: str
@@ -103,10 +98,8 @@ def cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
 
 
 def in_half_type(program: Program, half: torch.dtype) -> Prepared:
-    """The program with its products in a half type.
-
-    Batch normalisations that fused rectifiers apply are folded into the convolutions before them,
-    in float32.
+    """The program with its products in a half type; batch normalisations that fused rectifiers
+    apply are folded into the convolutions before them, in float32.
     """
     copies, steps = _Copies(half), list(program.steps)
     for layer in layers(program):
@@ -186,11 +179,9 @@ _BEFORE: list[tuple[bool, bool, bool]] = []
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """What PyTorch may do to float32 products inside, on a GPU.
-
-    Its switches hold for all threads, so launches that want them otherwise wait. Launches repeat
-    their shapes, so that cuDNN chooses convolutions by their time; under
-    `torch.backends.cudnn.deterministic` it chooses among those that repeat their bits.
+    """Inside, PyTorch may use TF32 on a GPU where the precision says so; its switches hold for all
+    threads, so launches that want them otherwise wait. Launches repeat their shapes, so that cuDNN
+    chooses convolutions by time, under `torch.backends.cudnn.deterministic` deterministic ones.
     """
     if device.type != "cuda":
         yield

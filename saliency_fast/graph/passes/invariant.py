@@ -1,7 +1,5 @@
-"""Loop-invariant code: steps of a program that depend on weights alone run once a call.
-
-Folded, standardised and normalised weights, and those in another memory format, are as large as the
-weights: made in every launch, they cost time there, and memory that is counted for a point.
+"""Loop-invariant code: steps of a program that depend on weights alone (folded, standardised or in
+another memory format) run once a call, not in every launch.
 """
 
 from __future__ import annotations
@@ -31,9 +29,8 @@ Weights = tuple[Tensor, Tensor | None]
 
 
 def with_invariants(program: Program, known: dict[Any, Any] | None = None) -> Prepared:
-    """The program for as long as its weights do not change: invariant steps have run.
-
-    known: what was made already for another part of the same program; filled.
+    """The program for as long as its weights do not change: invariant steps have run. known: what
+    was made already for another part of the same program; filled.
     """
     indices, layers = frozenset(_invariant(program)), list(_prepared(program))
     used = {number for step in _others(program, indices) for number in step.used}
@@ -139,17 +136,16 @@ def _prepared(program: Program) -> Iterator[Layer]:
         weight = layer.weight
         plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
         if layer.norm is not None or (
-            weight.dim() == 5 and program.channels_last and plain and not _innermost(weight)
+            weight.dim() == 5
+            and program.channels_last
+            and plain
+            and not weight.is_contiguous(memory_format=torch.channels_last_3d)
         ):
             yield layer
 
 
 def _key(layer: Layer) -> tuple[int, bool]:
     return layer.output, layer.norm is not None
-
-
-def _innermost(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def _weights(program: Program, layer: Layer) -> Weights:

@@ -1,7 +1,6 @@
-"""Scores alone: a program for launches without gradients, its weights as they are now.
-
-Convolutions on the CPU take along the normalisation and rectifier behind them, and their weights
-are prepared once: folded, and transformed or in the order in which oneDNN takes them.
+"""Scores alone: a program for launches without gradients. Convolutions on the CPU include the
+normalisation and rectifier behind them, and their weights are prepared once: folded, and
+transformed or in the order in which oneDNN takes them.
 """
 
 from __future__ import annotations
