@@ -1,20 +1,18 @@
 """Attention probabilities of a model that keeps none, on the autograd graph.
 
-A function mode sees each call while the model runs: fused attention is computed step by step, so
-that its probabilities exist, and attention that is written out is recognised by its calls.
+A function mode computes fused attention step by step, so that its probabilities exist, and
+recognises attention that is written out by its calls.
 
-Which layers attend among the tokens of the explained input is found by changing some of them: the
-model runs again with one token changed, while the outputs of attention stay what they were. Tokens
-are then independent of each other, so that in each layer queries and keys of that token alone
-change: its row and its column of the logits. Queries of a decoder or of another tower do not change
-at all.
+Which layers attend among the tokens of the explained input is found by running the model again with
+one token changed and the outputs of attention frozen: in such a layer queries and keys of that
+token alone change, its row and its column of the logits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,14 +57,11 @@ _CHANGED_SHARE = 16
 
 
 class AttentionTaps:
-    """Takes the probabilities of every self-attention layer while a model runs.
+    """Taps at the probabilities of every self-attention layer, in the order in which layers run.
 
-    Layers count in the order in which they run. Cross-attention and pooling by attention, whose
-    maps are not square, are passed over; dropout of fused attention is off.
-
-    Args:
-        special: Tokens beside those of the input, leading ones or, where negative, trailing ones.
-        grid: The rows and columns of a picture's tokens, where the user gave them.
+    Cross-attention and pooling by attention, whose maps are not square, are left out; dropout of
+    fused attention is off. special: tokens beside those of the input, leading ones or, where
+    negative, trailing ones. grid: of a picture's tokens, where the user gave it.
     """
 
     def __init__(self, special: int | None = None, grid: tuple[int, ...] | None = None) -> None:
@@ -75,36 +70,29 @@ class AttentionTaps:
         self._own: list[bool] | None = None
 
     def prepare(self, run: Callable[[tuple[Tensor, ...]], Any], rows: tuple[Tensor, ...]) -> None:
-        """Finds the layers whose queries and keys are the tokens of the explained input, from runs
-        with one row: `rows`, and others.
-        """
+        """Finds the layers whose queries and keys are the tokens of the explained input."""
         if self._own is not None or len(rows) != 1:
             return
         (x,) = rows
-        plain, every = _Watched(reading=True), list[tuple[_Variation, list[Tensor]]]()
+        plain, every = _Watched(reading=True), list[tuple[int | None, list[Tensor]]]()
         with torch.no_grad():
             _run(plain, lambda: run((x.clone(),)))
-            for change in _variations(x, self._grid is None):
+            for points, token in _variations(x, self._grid is None):
                 mode = _Watched(reading=True, frozen=plain.products)
-                _run(mode, lambda points=change.points: run((points,)))  # type: ignore[misc]
+                _run(mode, partial(run, (points,)))
                 if len(mode.logits) != len(plain.logits):
                     raise NoAttentionError(
                         "attention layers come and go with the input's values, so which of them "
                         f"are over its tokens is undecidable; {OTHER}"
                     )
-                every.append((change, mode.logits))
-        own = []
-        for number, before in enumerate(plain.logits):
-            after = [(change, several[number]) for change, several in every]
-            own.append(_is_among(x, before, after, self._special))
-        self._own = own
+                every.append((token, mode.logits))
+        self._own = [
+            _is_among(x, before, [(token, of[number]) for token, of in every], self._special)
+            for number, before in enumerate(plain.logits)
+        ]
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-        """What `call` returns, and [R, heads, T, T] of each layer, where gradients can be taken.
-
-        Raises NoAttentionError where no self-attention is met, one that is not over all of an
-        example's tokens, or none that is over those of the explained input.
-        """
+        """The result of `call`, and [R, heads, T, T] of each layer on autograd's graph."""
         mode = _Watched()
         raw = _run(mode, call)
         return raw, _square(mode, raw, self._own)
@@ -161,10 +149,8 @@ def _square(mode: _Watched, raw: Any, own: Sequence[bool] | None) -> list[Tensor
 
 
 class _Watched(Calls):
-    """Collects attention probabilities as the model's calls go by.
-
-    reading: collects `logits` before the softmax of each layer, too, and `products` of
-    probabilities and values. frozen: products of another run, in the place of this one's.
+    """Collects attention probabilities from a model's calls. reading: also `logits` before the
+    softmax, and `products` with values. frozen: products of another run, in their place.
     """
 
     def __init__(self, *, reading: bool = False, frozen: Sequence[Tensor] | None = None) -> None:
@@ -236,9 +222,8 @@ class _Watched(Calls):
         return result
 
     def _is_attention(self, left: Tensor, right: Tensor) -> bool:
-        """Whether probabilities weigh values that each example has of its own.
-
-        Else it is a mixture of prototypes or experts: weights have no batch axis.
+        """Whether probabilities weigh values that each example has of its own: weights without a
+        batch axis are a mixture of prototypes or experts.
         """
         if not self._is_soft(left) or right.dim() != left.dim():
             return False
@@ -347,9 +332,8 @@ def scaled_products(
 
 
 def probabilities(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The weights of values in `scaled_dot_product_attention`, and those values, one per head.
-
-    Rows that may attend to nothing are zero, as they are there.
+    """The weights of values in `scaled_dot_product_attention`, zero in rows that may attend to
+    nothing, and those values, one per head.
     """
     logits, value = scaled_products(*args, **kwargs)
     return softmax_of_masked(logits), value
@@ -358,28 +342,20 @@ def probabilities(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 # Which layers attend among the tokens of the explained input.
 
 
-@dataclass(frozen=True)
-class _Variation:
-    """points: the input [1, *] with something changed. token: which one of a sequence, None where
-    it is a place of a picture, a volume or a series.
+def _variations(x: Tensor, sequence: bool) -> list[tuple[Tensor, int | None]]:
+    """Changed copies of an input [1, *], each with the changed token of a sequence or None where a
+    part of a picture, a volume or a series is changed; sequence: whether axis 1 may be the tokens'.
     """
-
-    points: Tensor
-    token: int | None
-
-
-def _variations(x: Tensor, sequence: bool) -> list[_Variation]:
-    """Changed copies of an input [1, *]; sequence: whether axis 1 may be the tokens'."""
-    changed: list[_Variation] = []
+    changed: list[tuple[Tensor, int | None]] = []
     if sequence and x.dim() in (2, 3) and x.shape[1] > 0:
         for token in _tokens(x):
             points = x.clone()
             points[0, token] = _other(x, token)
-            changed.append(_Variation(points, token))
+            changed.append((points, token))
     if x.is_floating_point() and x.dim() > 2:
         # Which axis holds channels is unknown: where one slice is a channel, others are places.
         several: Sequence[Sequence[int]] = ((1,), (2,)) if x.dim() == 3 else (range(2, x.dim()),)
-        changed += [_Variation(_blotted(x, axes), None) for axes in several]
+        changed += [(_blotted(x, axes), None) for axes in several]
     return changed
 
 
@@ -425,7 +401,7 @@ def _blotted(x: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def _is_among(
-    x: Tensor, before: Tensor, after: Sequence[tuple[_Variation, Tensor]], special: int
+    x: Tensor, before: Tensor, after: Sequence[tuple[int | None, Tensor]], special: int
 ) -> bool:
     """Whether a layer's queries and keys are the tokens of x [1, *].
 
@@ -434,15 +410,15 @@ def _is_among(
     tokens = before.shape[-1]
     if before.shape[-2] != tokens:
         return False
-    changes = [(change, _changed(before, one)) for change, one in after]
-    of_tokens = [(one.token, changed) for one, changed in changes if one.token is not None]
+    changes = [(token, _changed(before, one)) for token, one in after]
+    of_tokens = [(token, changed) for token, changed in changes if token is not None]
     if of_tokens and tokens == x.shape[1] + abs(special):
         lowest = torch.finfo(before.dtype).min / 2
         is_open = (before > lowest).flatten(0, -3).all(0)
         return _each_its_own(of_tokens, is_open, max(special, 0))
     if not x.is_floating_point():
         return False
-    return any(_both(changed) for one, changed in changes if one.token is None)
+    return any(_both(changed) for token, changed in changes if token is None)
 
 
 def _changed(before: Tensor, after: Tensor) -> Tensor:
@@ -454,11 +430,9 @@ def _changed(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _each_its_own(changes: Sequence[tuple[int, Tensor]], is_open: Tensor, offset: int) -> bool:
-    """Whether every changed token changed its own queries and its own keys, and not all of them.
-
-    is_open: bool [T, T], which logits are not masked: those never change, so that not every token
-    shows both. Layers that mix neighbours before the attention, such as convolutions, change the
-    queries and keys of a token's neighbours too.
+    """Whether every changed token changed its own queries and its own keys, and not all of them;
+    also those of neighbours, where convolutions mix these before the attention. is_open: bool
+    [T, T], which logits are not masked: masked ones never change.
     """
     queries = keys = False
     for token, changed in changes:

@@ -1,7 +1,4 @@
-"""Exceptions that a model or a target function raises become `ModelCallError`, with the cure.
-
-`Failing` catches them; `diagnosed` then calls the model as its user would, to find which cure fits.
-"""
+"""Exceptions that a model or a target function raises become `ModelCallError`, with the cure."""
 
 from __future__ import annotations
 
@@ -67,14 +64,8 @@ def overwrites_saved(error: BaseException) -> bool:
 
 @dataclass
 class Failing:
-    """Turns exceptions of the model inside of the `with` into `ModelCallError`.
-
-    Errors of this library and of allocators pass: launches handle them.
-
-    Attributes:
-        stage: `FORWARD`, `BACKWARD` or `TARGET`.
-        rows: The number of rows that the model is called with.
-        batch: The number of examples that the rows are made of.
+    """Turns exceptions of the model inside of the `with`, called with `rows` rows made of `batch`
+    examples, into `ModelCallError`, but for errors of this library and of allocators.
     """
 
     stage: str
@@ -100,14 +91,8 @@ def diagnosed(
     args: Args,
     kwargs: Kwargs,
 ) -> ModelCallError:
-    """The failure with the cure that fits, found by calling the model as its user would.
-
-    Args:
-        error: What `Failing` raised.
-        model: The user's model.
-        inputs: The user's inputs [B, *], in the dtypes that the model takes.
-        args: Further arguments of the model.
-        kwargs: Those by name.
+    """The failure that `Failing` raised with the cure that fits, found by calling the model on the
+    user's inputs [B, *].
     """
     cause = error.__cause__
     # An exception of the user's own is meant, and needs no diagnosis.
@@ -150,7 +135,8 @@ def as_well(cause: type[Exception]) -> type[ModelCallError]:
     own = {
         "__init__": Exception.__init__,
         "__str__": Exception.__str__,
-        "__reduce__": _reduced,
+        # For pickle, which finds classes by name.
+        "__reduce__": lambda error: (ModelCallError, (str(error),)),
         "__module__": ModelCallError.__module__,
         "__doc__": ModelCallError.__doc__,
     }
@@ -159,11 +145,6 @@ def as_well(cause: type[Exception]) -> type[ModelCallError]:
         kind("made as any exception is")
         return kind
     return ModelCallError
-
-
-def _reduced(error: Exception) -> tuple[type[ModelCallError], tuple[str]]:
-    """For pickle, which finds classes by name."""
-    return ModelCallError, (str(error),)
 
 
 def _cure(error: BaseException, stage: str) -> str:

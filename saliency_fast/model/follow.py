@@ -1,8 +1,5 @@
-"""Follows the elements of inputs through a model, to infer layouts and where layers' outputs lie.
-
-The kind of the first layer that an input reaches shows which of its axes holds channels.
-
-Each element of an input carries its coordinates, which move with it through the model's calls.
+"""Follows the elements of inputs, each with its coordinates, through the calls of a model, to infer
+layouts (the kind of the first layer shows which axis holds channels) and where layers' outputs lie.
 """
 
 from __future__ import annotations
@@ -64,10 +61,10 @@ _CELLS = frozenset("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 
 @dataclass(frozen=True)
 class Followed:
-    """A tensor made of an input by moves of its elements, and by calls that keep their order.
+    """A tensor made of input `number` by calls that move its elements or keep their order.
 
-    where: for each axis of the input the coordinate of each element, like the tensor (expanded: no
-    memory); -1 where it is padding. mixed: axes of the input that a product summed over.
+    where: for each axis of the input the coordinate of each element, like the tensor; -1 where it
+    is padding. mixed: axes of the input that a product summed over.
     """
 
     number: int
@@ -148,10 +145,8 @@ def order_of(tensor: Followed, space: Sequence[int], places: Sequence[int]) -> l
 
 @dataclass(frozen=True)
 class Inside:
-    """Where the elements of layers' outputs, or inputs, lie in the model's inputs.
-
-    layers: of the first tensor of each layer, for each input, None where that was lost. tokens: of
-    all tensors [R, T, C] on the way, by T.
+    """Where the elements of layers' outputs, or inputs, lie in the model's inputs: of the first
+    tensor of each layer, for each input, and of all tensors [R, T, C] by T.
     """
 
     layers: tuple[tuple[Followed | None, ...], ...] = ()
@@ -175,10 +170,8 @@ _CACHED: WeakKeyDictionary[Any, dict[Any, tuple[str | None, ...]]] = WeakKeyDict
 def follow(
     model: Callable[..., Any], inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Any]
 ) -> tuple[str | None, ...]:
-    """The letters of each input of a model, None where no layer shows them; cached for `followed`.
-
-    inputs: one row [1, *] of each; run: takes them through the model, which is stopped where all
-    layouts are found.
+    """The letters of each input [1, *] of a model, None where no layer shows them; cached for
+    `followed`. `run` takes them through the model, which is stopped where all layouts are found.
     """
     key = tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
     cached = _CACHED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
@@ -236,11 +229,8 @@ class _Finished(BaseException):
 
 
 class _Follow(FunctionMode):
-    """Inside its `with`, follows inputs.
-
-    letters: the layout of each input, once a layer shows it; closed: inputs whose first such layer
-    does not show it. through: whether it goes on after these layers, to others inside of the model,
-    and collects `tokens`.
+    """Follows inputs. letters: the layout of each input, once a layer shows it; closed: inputs of
+    which the first such layer does not. through: it goes on after these layers, and collects `tokens`.
     """
 
     def __init__(self, inputs: Sequence[Tensor], *, through: bool = False) -> None:
@@ -258,9 +248,7 @@ class _Follow(FunctionMode):
             self._keep([x], [Followed(number, _coordinates(x))])
 
     def opens(self, func: FunctionType) -> bool:
-        """Moves and resizes are followed as one call."""
-        name = _name(func)
-        return name not in _RESIZES and name not in _MOVES and name != "linear"
+        return _name(func) not in _RESIZES | _MOVES | {"linear"}
 
     def __torch_function__(
         self, func: Function, types: Any, args: Any = (), kwargs: Any = None
@@ -381,7 +369,7 @@ class _Follow(FunctionMode):
         return [replace(first, where=one) for one in zip(*parts, strict=True)]
 
     def _ask(self, number: int, func: Function, args: Args, kwargs: Kwargs) -> None:
-        """Looks whether a call shows what the axes of an input are, before it runs."""
+        """Whether a call shows what the axes of an input are, before it runs."""
         if self.through or number in self.letters or number in self.closed:
             return
         name, values, shape = _name(func), [*args, *kwargs.values()], self.shapes[number]

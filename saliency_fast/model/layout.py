@@ -1,5 +1,5 @@
-"""Layouts: which axis of an input holds channels and which are places, by letters such as "BTCHW",
-and how a layer's output is read as maps over these places.
+"""Layouts: which axis of an input holds channels and which are spatial, by letters such as "BTCHW",
+and how a layer's output is read as maps over these axes.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ class Axes:
     """The layout of an input: one letter for each axis.
 
     B is the batch, C channels, F features, T time, D, H and W space. Channels are C, or F where
-    there is no C; all further axes behind the batch are places. Inputs [B, F] and [B, T] are places
-    alone. The standard form is [B, C, *places], with one channel where there is none, and [B, F]
-    of tables.
+    there is no C; all other axes behind the batch are places, as are F and T of [B, F] and [B, T].
+    The standard form is [B, C, *places], with one channel where there is none, and [B, F].
     """
 
     letters: str
@@ -98,13 +97,10 @@ class Axes:
 
 
 class Layouts:
-    """The layouts of a call's inputs, given by the caller or inferred on demand.
+    """The layouts of inputs of `shapes` [B, ...], given by the caller or inferred on demand.
 
-    Args:
-        shapes: Of the inputs, [B, ...].
-        given: What the caller said of the layouts.
-        find: Infers the letters of each input from the model, None where it does not show them.
-        look: From (layers, of_input) to where the elements of layers lie in the inputs.
+    find: infers the letters of each input from the model, None where it does not show them. look:
+    from (layers, of_input) to where the elements of layers lie in the inputs.
     """
 
     def __init__(
@@ -284,10 +280,8 @@ class Layout:
     Attributes:
         last: Whether channels are the last axis.
         index: The tokens at the points of the grid, where the output is of tokens.
-        grid: The sizes of the maps' spatial axes.
         size: The input's spatial size.
-        shape: Of one example's map, with the input's axes: [1, *size], or with the 1 where the
-            input has its channels.
+        shape: Of one example's map, with 1 where the input has its channels.
         order: Of the layer's spatial axes, where it is another than the input's.
         steps_per_example: How many steps of an example are rows of their own.
     """
@@ -345,10 +339,8 @@ def read_layout(
     model: object = None,
     at: int = 0,
 ) -> Layout:
-    """The layout of the output of layer `at`, of `shape` [R, ...].
-
-    grid, special: of tokens [R, T, C], where neither the coordinates of the tokens nor the model's
-    patches show them.
+    """The layout of the output of layer `at`, of `shape` [R, ...]; grid, special: of tokens
+    [R, T, C], where neither the coordinates of the tokens nor the model's patches show them.
     """
     name, size = type(layer).__name__, space.size
     no_space = InputError(

@@ -1,11 +1,9 @@
 """Leaves a model as it was: modes, attributes, buffers, random numbers and checkpoints.
 
-A model may keep its last input, count its calls, cache masks by batch size or update a moving
-average. While it is explained it runs on points, which its user never gave it. So attributes,
-buffers, parameters and submodules of its modules come back as they were: attributes by identity,
-lists, dictionaries and sets by their entries, tensors by PyTorch's count of in-place writes. They
-come back before each run, too: a point's score depends on the model as the caller passed it, and
-not on the runs before.
+A model may keep its last input, count its calls or update a moving average. Attributes, buffers,
+parameters and submodules are restored, attributes by identity, containers by their entries, tensors
+by PyTorch's count of in-place writes. They are restored before each run, too: a point's score
+depends on the model as the caller passed it, not on earlier runs.
 """
 
 from __future__ import annotations
@@ -55,9 +53,8 @@ Called = TypeVar("Called", bound=Callable[..., Any])
 
 
 class SharedSwitch(Generic[Held]):
-    """Something process-wide that calls of several threads hold at once, for each key.
-
-    The first user of a key turns it on, and the last one turns it off, both under `lock`.
+    """Something process-wide that calls of several threads hold at once, for each key: the first
+    user of a key turns it on, and the last one turns it off, both under `lock`.
     """
 
     def __init__(self) -> None:
@@ -116,19 +113,11 @@ _CHANGING: WeakSet[nn.Module] = WeakSet()
 def preserve_model_state(
     model: Callable[..., Any], device: torch.device, *, draws: bool = True
 ) -> Iterator[bool]:
-    """Runs its body with the model in evaluation mode; restores all that the model changes.
+    """Inside, the model is in evaluation mode; yields whether it was in training mode.
 
-    Modes, random states and the model's own state come back also after an exception or Ctrl-C.
-    Threads may share a model, or parts of one: modes come back when the last of them leaves.
-
-    Args:
-        model: The model, or a function around one.
-        device: The device of the model's inputs.
-        draws: Whether random states are restored, which are the whole process's: not where other
-            threads work on.
-
-    Yields:
-        Whether the model was in training mode.
+    Modes, random states and the model's own state are restored also after an exception or Ctrl-C,
+    modes of shared models when the last thread leaves. draws: whether random states are restored,
+    which are the process's: not where other threads go on working.
     """
     with (
         restored_random_state(lambda: True, device) if draws else nullcontext(),
@@ -227,12 +216,10 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def without_recomputation(*, once: bool = True) -> Iterator[None]:
-    """Inside, torch.utils.checkpoint runs its functions once in this thread, as plain calls.
-
-    Hooks and function modes hold for one forward pass: a checkpoint's second run, in the backward
-    pass, would go without them, in one of autograd's threads. Activations are kept instead, and
-    counted as such. once: False leaves checkpoints with use_reentrant=False as they
-    are, and runs the other kind, which refuses torch.autograd.grad, as if it were that one.
+    """Inside, torch.utils.checkpoint runs its functions once in this thread, as plain calls: hooks
+    and function modes do not hold for a checkpoint's second run. once: False leaves checkpoints
+    with use_reentrant=False as they are, and runs the other kind, which refuses
+    torch.autograd.grad, as if it were that one.
     """
     before = _LOCAL.once
     with _CHECKPOINTS.on(_patch_checkpoints, _unpatch_checkpoints):
@@ -283,10 +270,9 @@ def _leave(hook: Any, *error: Any) -> None:
 class _Snapshot:
     """A module as it was before the first of the calls that hold it.
 
-    overwritten: names of the tensors that the module writes to, None before its first call. room:
-    bytes of tensors that may be copied. thread: the one that all calls are of, None for several.
-    changed: whether the last `restore` had something to put back. inference: whether tensors of
-    inference mode were replaced.
+    room: bytes of tensors that may be copied. thread: the one of all calls, None for several.
+    changed: whether the last `restore` restored something. inference: whether it has tensors of
+    inference mode.
     """
 
     __slots__ = (
@@ -351,8 +337,7 @@ class _Snapshot:
 
     def restore(self, *, graphs: bool) -> list[str]:
         """Restores the module; returns the names of tensors and containers that stay changed.
-        graphs: whether graphs of its runs live on, whose backward pass is to fail where the module
-        was written to.
+        graphs: graphs of its runs live on, whose backward pass fails where tensors were written to.
         """
         own, self.changed = vars(self.module), False
         for name, before in zip(TABLES, self.tables, strict=True):
@@ -460,8 +445,7 @@ def _same(before: dict[Any, Any], now: dict[Any, Any]) -> bool:
 
 class _Hold:
     """What a call holds. runs: of the model so far; changing: modules that change when it runs;
-    graphs: whether graphs of its runs live on. rewinds: whether its runs begin with the state as it
-    was held, not where a user may change the model meanwhile.
+    graphs: whether graphs of its runs live on; rewinds: whether its runs begin with the held state.
     """
 
     def __init__(self, snapshots: list[_Snapshot], rewinds: bool) -> None:
@@ -470,11 +454,9 @@ class _Hold:
 
 
 def rewind(*, counts: bool = True) -> None:
-    """Restores the state that earlier runs of the innermost call changed.
-
-    To be called before each run of its model. The second run shows which modules change. Calls of
-    several threads at once leave the state as it is. counts: whether the run leaves its changes for
-    the next one to restore.
+    """Restores the state that earlier runs of the innermost call changed, before its model runs,
+    unless several threads hold it. The second run shows which modules change. counts: whether the
+    run leaves its changes for the next one to restore.
     """
     if not _LOCAL.holds or not _LOCAL.holds[-1].rewinds:
         return
@@ -501,10 +483,8 @@ def keep_graphs() -> None:
 
 @contextmanager
 def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
-    """Runs its body; restores the state that the model's modules change meanwhile.
-
-    Of a plain function, the modules that it closes over, reads by name or is bound to. Several
-    calls may hold a module at once: it comes back when the last of them leaves. Warns of what
+    """Restores the state that the model's modules change inside (of a function those that it closes
+    over, reads by name or is bound to), when the last call that holds them leaves. Warns of what
     cannot be restored, by name.
     """
     held: list[_Snapshot] = []
@@ -539,8 +519,8 @@ def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
 
 
 def modules_of(model: object) -> list[nn.Module]:
-    """The modules that a model is made of, apart from those that keep their state elsewhere:
-    compiled scripts, and lazy modules, whose parameters are made by their first call.
+    """The modules of a model, apart from compiled scripts, and lazy modules, whose parameters are
+    made by their first call.
     """
     modules: dict[int, nn.Module] = {}
     left = list(_roots(model))
@@ -549,12 +529,12 @@ def modules_of(model: object) -> list[nn.Module]:
         if id(module) not in modules:
             modules[id(module)] = module
             left.extend(module.children())
-    return [one for one in modules.values() if _is_plain(one)]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    lazy = getattr(type(module), "has_uninitialized_params", None)
-    return not isinstance(module, torch.jit.ScriptModule) and not (lazy and lazy(module))
+    is_lazy = [getattr(type(one), "has_uninitialized_params", None) for one in modules.values()]
+    return [
+        one
+        for one, lazy in zip(modules.values(), is_lazy, strict=True)
+        if not isinstance(one, torch.jit.ScriptModule) and not (lazy and lazy(one))
+    ]
 
 
 def _roots(model: object, depth: int = 3) -> Iterator[nn.Module]:

@@ -1,7 +1,5 @@
-"""Targets: which scalar of the model's output is explained, per example.
-
-Positions in sequences are counted among each text's own tokens, so that the padding of a batch does
-not change which token a target names.
+"""Targets: which scalar of the model's output is explained, per example. Positions in sequences are
+counted among each text's own tokens, whatever the padding of the batch.
 """
 
 from __future__ import annotations
@@ -109,27 +107,19 @@ Target = (
 class Padding:
     """Which tokens of a call's sequences are padding.
 
-    Attributes:
-        real: bool [B, T], true at a text's own tokens; None where no text has padding.
-        doubt: Why it is unknown where texts end, or "".
+    real: bool [B, T], true at a text's own tokens; None where no text has padding. doubt: why it is
+    unknown where texts end, or "".
     """
 
     real: Tensor | None = None
     doubt: str = ""
 
     def to(self, device: torch.device) -> Padding:
-        """The same on a device."""
         return self if self.real is None else Padding(self.real.to(device), self.doubt)
 
     def places(self, position: Tensor, length: int) -> Tensor:
-        """The indices int64 [B] of positions in outputs of `length` tokens.
-
-        Args:
-            position: int64 [B], counted among each text's own tokens; negative from the last.
-            length: T, of the output.
-
-        Raises:
-            InputError: Where a text is too short, or padding is unknown and matters.
+        """The indices int64 [B] in outputs of `length` tokens of positions int64 [B] among each
+        text's own tokens, negative from the last.
         """
         if self.real is None:
             if self.doubt and bool((position < 0).any()):
@@ -161,10 +151,8 @@ class Padding:
             )
 
     def axis(self, shape: torch.Size, index: Any) -> int | None:
-        """The axis of an example's output along which positions are counted without padding; None
-        where there is none, or no text has padding.
-
-        Raises InputError where an output may or may not be a sequence, and it matters.
+        """The axis of an example's output along which positions are counted without padding, or
+        None. Raises InputError where an output may or may not be a sequence, and it matters.
         """
         if self.real is None:
             if self.doubt and len(shape) > 1 and _from_the_end(index):
@@ -188,12 +176,9 @@ class Padding:
 
 @dataclass(frozen=True)
 class Targets:
-    """K scalars per example, read from the output of a batch of points.
-
-    All of the first six attributes None is the scalar output.
+    """K scalars per example of `batch`, read from the output; by default the scalar output.
 
     Attributes:
-        batch: B, the number of examples.
         classes: int64 [B, K], columns of an output [R, C].
         places: int64 [B, D], one element of an output [R, ...] per example.
         index: A tuple into the output behind its batch axis; the rest is summed.
@@ -270,10 +255,8 @@ class Targets:
         return self._indexed(output, example)[:, None], None
 
     def check(self, raw: Any, example: Tensor) -> torch.Size | None:
-        """Raises where classes or indices lie outside the output, or a function depends on where a
-        row stands; once, on the first output, of the rows of examples `example` [R].
-
-        Returns the shape of an example's output, for `fit`; None where a function reads it.
+        """Raises where classes or indices lie outside of the first output, or a function depends on
+        the order of rows. Returns the shape of an example's output; None where a function reads it.
         """
         if self.function is not None:
             self._need_any_row(raw, example)
@@ -448,10 +431,7 @@ def tensor_of(raw: Any) -> Tensor:
 
 
 def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets:
-    """Validates `target` for a batch; raises InputError or InputTypeError with the cure.
-
-    signed: whether ints may be negative, where they are positions.
-    """
+    """Validates `target` for a batch; signed: ints are positions, which may be negative."""
     if isinstance(target, (np.ndarray, np.generic)):
         target = target.tolist()
     if target is None:
@@ -484,9 +464,8 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
 
 
 def _example_of(function: Callable[..., Any]) -> str:
-    """How a function of the output takes the examples' indices, by its signature: `NAME` where it
-    has a parameter of that name, `POSITION` where exactly two positional parameters have no
-    default, "" where it takes none.
+    """How a function of the output takes the examples' indices: `NAME` where it has a parameter of
+    that name, `POSITION` where exactly two positional parameters have no default, else "".
     """
     try:
         parameters = inspect.signature(function).parameters.values()

@@ -28,11 +28,8 @@ Counts = tuple[Tensor, Tensor] | None
 class Ties:
     """An executor that runs the model eagerly and finds the ties that its gradient passes.
 
-    Attributes:
-        model: The model.
-        met: Whether it takes a maximum over places.
-        passed: For each of them sums of absolute gradients: of all that passes, through ties, and
-            through those whose values are not equal to the last bit.
+    met: whether the model takes maxima. passed: for each maximum sums of absolute gradients: all,
+    through ties, and through ties whose values are not equal to the last bit.
     """
 
     model: Callable[..., Any]
@@ -88,12 +85,6 @@ class _Watch(Calls):
         return result
 
 
-def _near(seen: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a value is within rounding of its maximum, and where it is equal."""
-    reach = y.abs() * WITHIN.get(y.dtype, torch.finfo(y.dtype).eps)
-    return y - seen <= reach, y == seen
-
-
 def _windows(axes: int) -> Callable[..., Counts]:
     def look(
         x: Tensor,
@@ -141,7 +132,8 @@ def _along(x: Tensor, y: Tensor, dim: Any = (), keepdim: bool = False, **_: Any)
     wide = y
     for axis in () if keepdim else axes:
         wide = wide.unsqueeze(axis)
-    near, equal = _near(x, wide)
+    reach = wide.abs() * WITHIN.get(y.dtype, torch.finfo(y.dtype).eps)
+    near, equal = wide - x <= reach, wide == x
     return near.sum(axes).view(y.shape), equal.sum(axes).view(y.shape)
 
 
@@ -163,16 +155,15 @@ _MAXIMA: dict[Any, Callable[..., Counts]] = {
 
 
 def may_tie(inputs: Inputs) -> bool:
-    """Whether a model may see the same at several places of an example, [1, *] for each input:
-    neighbours are equal in all channels, or any two places of a series or a cloud.
+    """Whether neighbours of an example, [1, *] for each input, are equal in all channels, or any
+    two positions of a series or a cloud are.
     """
-    return any(_repeats(x[0] if x.dim() > 2 else x) for x in inputs)
-
-
-def _repeats(places: Tensor) -> bool:
-    for axis in range(1, places.dim()):
-        count = places.shape[axis] - 1
-        same = places.narrow(axis, 1, count) == places.narrow(axis, 0, count)
-        if bool(same.all(0).any()):
+    for places in (x[0] if x.dim() > 2 else x for x in inputs):
+        for axis in range(1, places.dim()):
+            count = places.shape[axis] - 1
+            same = places.narrow(axis, 1, count) == places.narrow(axis, 0, count)
+            if bool(same.all(0).any()):
+                return True
+        if places.dim() == 2 and torch.unique(places, dim=1).shape[1] < places.shape[1]:
             return True
-    return places.dim() == 2 and torch.unique(places, dim=1).shape[1] < places.shape[1]
+    return False
