@@ -230,7 +230,7 @@ class _Finished(BaseException):
 
 class _Follow(FunctionMode):
     """Follows inputs. letters: the layout of each input, once a layer shows it; closed: inputs of
-    which the first such layer does not. through: it goes on after these layers, and collects `tokens`.
+    which the first such layer does not. through: goes on after these layers, and collects `tokens`.
     """
 
     def __init__(self, inputs: Sequence[Tensor], *, through: bool = False) -> None:

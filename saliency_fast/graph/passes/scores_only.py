@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saliency_fast import ops
 from saliency_fast._torch_compat import (
@@ -52,45 +51,27 @@ class _Prepared:
         copies = WINOGRAD_BYTES + (self.layer.norm is not None) if self.by_winograd else 1
         return int(self.layer.weight.nbytes) * copies
 
-    def call(self) -> Callable[[Tensor], Tensor]:
-        """The layer as a call of its input."""
+    def call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The layer as a call with its arguments."""
         weight, bias = self.layer.weight.detach(), self.layer.bias
         bias, relu = None if bias is None else bias.detach(), self.layer.relu_index is not None
         if self.layer.norm is not None:
             weight, bias = folded_weights(weight, bias, self.layer.norm)
         if self.by_winograd:
-            options = (self.padding, relu, ops.winograd_weights(weight))
-            return _Winograd(weight, bias, options)
+            transformed = ops.winograd_weights(weight)
+            return _winograd, (self.layer.x, weight, bias, self.padding, relu, transformed)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
-        size = (1, *self.shape[1:])
-        ready = ONEDNN_REORDER(weight, *geometry, size)
-        return _Reordered(ready, bias, (*geometry, "relu" if relu else "none", [], ""))
+        weight = ONEDNN_REORDER(weight, *geometry, (1, *self.shape[1:]))
+        fused = ("relu" if relu else "none", [], "")
+        return _reordered, (self.layer.x, weight, bias, *geometry, *fused)
 
 
-@dataclass(frozen=True, eq=False)
-class _Winograd:
-    """A convolution by Winograd's algorithm, with transformed weights."""
-
-    weight: Tensor
-    bias: Tensor | None
-    options: tuple[Any, ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        found: Tensor = ops.winograd(x, self.weight, self.bias, *self.options)
-        return found
+def _winograd(*args: Any) -> Any:
+    return ops.winograd(*args)
 
 
-@dataclass(frozen=True, eq=False)
-class _Reordered:
-    """oneDNN's convolution, with weights in its own order."""
-
-    weight: Tensor
-    bias: Tensor | None
-    options: tuple[Any, ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        found: Tensor = ONEDNN_FUSED(x, self.weight, self.bias, *self.options)
-        return found
+def _reordered(*args: Any) -> Any:
+    return ONEDNN_FUSED(*args)
 
 
 def scoring(program: Program) -> Program:
@@ -109,8 +90,9 @@ def scoring(program: Program) -> Program:
                     steps[behind], last = None, behind
             if layer.relu_index is not None:
                 steps[layer.relu_index], last = None, layer.relu_index
-            own = replace(program.steps[layer.index], func=one.call(), args=(layer.x,))
-            steps[layer.index] = replace(own, outputs=program.steps[last].outputs)
+            (call, args), own = one.call(), program.steps[layer.index]
+            outputs = program.steps[last].outputs
+            steps[layer.index] = replace(own, func=call, args=args, outputs=outputs)
     return replace(program, steps=tuple(step for step in steps if step is not None))
 
 
