@@ -4,7 +4,7 @@ another memory format) run once a call, not in every launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from saliency_fast.graph.program import (
     Program,
     Read,
     Ref,
-    Step,
     leaves_in,
     refs_in,
 )
@@ -33,18 +32,25 @@ def with_invariants(program: Program, known: dict[Any, Any] | None = None) -> Pr
     was made already for another part of the same program; filled.
     """
     indices, layers = frozenset(_invariant(program)), list(_prepared(program))
-    used = {number for step in _others(program, indices) for number in step.used}
     made = {number for index in indices for number in program.steps[index].outputs}
-    kept = sorted(made & (used | {one.number for one in refs_in(program.outputs)}))
+    outputs = {one.number for one in refs_in(program.outputs)}
+    kept = sorted(made & (_used(program, indices) | outputs))
 
     def make(known: dict[Any, Any]) -> tuple[Env, dict[int, Weights]]:
+        given = tuple(number for number in known if isinstance(number, int))
+        missing = [Ref(number) for number in kept if number not in known]
+        part, env = program.part(given, missing, program.tree), {n: known[n] for n in given}
         with torch.no_grad():
-            _run(program, indices, kept, known)
+            part.run(env, 1, 0, len(part.steps))
+            known |= {one.number: env[one.number] for one in missing}
             for layer in layers:
                 if _key(layer) not in known:
                     known[_key(layer)] = _weights(program, layer)
-        env = {number: known[number] for number in kept}
-        return env, {layer.index: known[_key(layer)] for layer in layers}
+        kept_values = {number: known[number] for number in kept}
+        return kept_values, {layer.index: known[_key(layer)] for layer in layers}
+
+    def tensors(env: Env, ready: dict[int, Weights]) -> tuple[Tensor, ...]:
+        return (*env.values(), *(one for two in ready.values() for one in two if one is not None))
 
     env, ready = make({} if known is None else known)
 
@@ -56,42 +62,19 @@ def with_invariants(program: Program, known: dict[Any, Any] | None = None) -> Pr
         args = (put(layer.x), *ready[layer.index], *layer.options)
         steps[layer.index] = replace(steps[layer.index], func=layer.call, args=args)
 
-    def again() -> tuple[Tensor, ...]:
-        found, weights = make({})
-        return (*found.values(), *_each(weights.values()))
-
     found = replace(
         program,
         steps=tuple(step for index, step in steps.items() if index not in indices),
         segments=tuple(end - sum(one < end for one in indices) for end in program.segments),
         outputs=tuple(map(put, program.outputs)),
     )
-    return Prepared(found, ((again, (*env.values(), *_each(ready.values()))),))
-
-
-def _run(program: Program, indices: frozenset[int], kept: list[int], known: dict[Any, Any]) -> None:
-    """Adds the values `kept` to those known, dropping each other value after its last use."""
-    needed, chain = set(kept) - known.keys(), list[int]()
-    for index in sorted(indices, reverse=True):
-        step = program.steps[index]
-        if needed & set(step.outputs):
-            chain.append(index)
-            needed |= step.used - known.keys()
-    last = {number: index for index in chain[::-1] for number in program.steps[index].used}
-    env: Env = {number: known[number] for number in last if number in known}
-    for index in reversed(chain):
-        step = program.steps[index]
-        step.run(env, 1)
-        known.update({number: env[number] for number in step.outputs if number in kept})
-        for number in (*step.used, *step.outputs):
-            if last.get(number, -1) <= index:
-                env.pop(number, None)
+    return Prepared(found, ((lambda: tensors(*make({})), tensors(env, ready)),))
 
 
 def invariant_bytes(program: Program) -> int:
     """Bytes that invariant steps make of their own, for the time of a call."""
     indices = frozenset(_invariant(program))
-    used = {number for step in _others(program, indices) for number in step.used}
+    used = _used(program, indices)
     memories = set(map(storage_id, program.constants))
     own = {
         value.memory: value.nbytes
@@ -102,8 +85,10 @@ def invariant_bytes(program: Program) -> int:
     return sum(own.values()) + sum(layer.weight.nbytes for layer in _prepared(program))
 
 
-def _others(program: Program, indices: frozenset[int]) -> Iterator[Step]:
-    return (step for index, step in enumerate(program.steps) if index not in indices)
+def _used(program: Program, indices: frozenset[int]) -> set[int]:
+    """The values that the other steps take."""
+    others = (step for index, step in enumerate(program.steps) if index not in indices)
+    return {number for step in others for number in step.used}
 
 
 def _invariant(program: Program) -> Iterator[int]:
@@ -130,17 +115,12 @@ def _prepared(program: Program) -> Iterator[Layer]:
     memory format in which oneDNN takes them.
     """
     for index, step in enumerate(program.steps):
-        layer = convolution(index, step)
-        if layer is None:
+        if (layer := convolution(index, step)) is None:
             continue
-        weight = layer.weight
+        weight, last = layer.weight, torch.channels_last_3d
         plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
-        if layer.norm is not None or (
-            weight.dim() == 5
-            and program.channels_last
-            and plain
-            and not weight.is_contiguous(memory_format=torch.channels_last_3d)
-        ):
+        volumes = plain and weight.dim() == 5 and program.channels_last
+        if layer.norm is not None or (volumes and not weight.is_contiguous(memory_format=last)):
             yield layer
 
 
@@ -155,7 +135,3 @@ def _weights(program: Program, layer: Layer) -> Weights:
     if weight.dim() == 5 and program.channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last_3d)
     return weight, bias
-
-
-def _each(weights: Iterable[Weights]) -> Iterator[Tensor]:
-    return (one for two in weights for one in two if one is not None)

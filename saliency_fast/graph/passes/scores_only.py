@@ -62,8 +62,8 @@ class _Prepared:
             return _winograd, (self.layer.x, weight, bias, self.padding, relu, transformed)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
         weight = ONEDNN_REORDER(weight, *geometry, (1, *self.shape[1:]))
-        fused = ("relu" if relu else "none", [], "")
-        return _reordered, (self.layer.x, weight, bias, *geometry, *fused)
+        rectifier = "relu" if relu else "none"
+        return _reordered, (self.layer.x, weight, bias, *geometry, rectifier, [], "")
 
 
 def _winograd(*args: Any) -> Any:
