@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._torch_compat import ErrorText
-from saliency_fast._types import Args, Kwargs
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import ModelCallError, SaliencyError
 from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.preserve import rewind
@@ -27,26 +27,16 @@ BY_ARGUMENT = (
     "tensors of the batch inside the model, such as a mask, are passed through forward_args or "
     "forward_kwargs, which follow their examples into the rows"
 )
-_CURES = (
-    (
-        ErrorText.IN_PLACE,
-        "the model overwrites what autograd needs: write y = y * 2 instead of y *= 2 or "
-        "y[...] = ..., or overwrite a clone()",
-    ),
-    (
-        ErrorText.NO_DERIVATIVE,
-        "replace the call that has no gradient, or take a method that asks for scores alone, such "
-        "as sf.Occlusion",
-    ),
-    (
-        ErrorText.INFERENCE_TENSOR,
-        "make the model and its tensors outside of torch.inference_mode(), or clone() them there",
-    ),
-    (
-        ErrorText.NO_GRADIENT,
-        "look for detach(), no_grad(), .item(), NumPy or integer steps inside the model",
-    ),
-)
+_CURES = {
+    ErrorText.IN_PLACE: "the model overwrites what autograd needs: write y = y * 2 instead of "
+    "y *= 2 or y[...] = ..., or overwrite a clone()",
+    ErrorText.NO_DERIVATIVE: "replace the call that has no gradient, or take a method that asks "
+    "for scores alone, such as sf.Occlusion",
+    ErrorText.INFERENCE_TENSOR: "make the model and its tensors outside of torch.inference_mode(), "
+    "or clone() them there",
+    ErrorText.NO_GRADIENT: "look for detach(), no_grad(), .item(), NumPy or integer steps inside "
+    "the model",
+}
 """Texts of PyTorch's errors, and the cure."""
 
 
@@ -85,11 +75,7 @@ class Failing:
 
 
 def diagnosed(
-    error: ModelCallError,
-    model: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    args: Args,
-    kwargs: Kwargs,
+    error: ModelCallError, model: Function, inputs: Sequence[Tensor], args: Args, kwargs: Kwargs
 ) -> ModelCallError:
     """The failure that `Failing` raised with the cure that fits, found by calling the model on the
     user's inputs [B, *].
@@ -150,7 +136,7 @@ def as_well(cause: type[Exception]) -> type[ModelCallError]:
 def _cure(error: BaseException, stage: str) -> str:
     if stage == TARGET:
         return f"it is called with the outputs of any number of rows; {BY_EXAMPLE}"
-    return next((cure for text, cure in _CURES if text.of(error)), "")
+    return next((cure for text, cure in _CURES.items() if text.of(error)), "")
 
 
 @dataclass(frozen=True)

@@ -164,12 +164,11 @@ class Inside:
         return lattices.pop() if len(lattices) == 1 else None
 
 
+Run = Callable[[Sequence[Tensor]], Any]
 _CACHED: WeakKeyDictionary[Any, dict[Any, tuple[str | None, ...]]] = WeakKeyDictionary()
 
 
-def follow(
-    model: Callable[..., Any], inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Any]
-) -> tuple[str | None, ...]:
+def follow(model: Function, inputs: Sequence[Tensor], run: Run) -> tuple[str | None, ...]:
     """The letters of each input [1, *] of a model, None where no layer shows them; cached for
     `followed`. `run` takes them through the model, which is stopped where all layouts are found.
     """
@@ -204,10 +203,7 @@ def followed(
 
 
 def follow_inside(
-    inputs: Sequence[Tensor],
-    run: Callable[[Sequence[Tensor]], Any],
-    layers: Sequence[Layer],
-    of_input: bool,
+    inputs: Sequence[Tensor], run: Run, layers: Sequence[Layer], of_input: bool
 ) -> Inside:
     """Follows inputs [R, *] to layers; takes a whole run."""
     watch = _Follow(inputs, through=True)
@@ -273,7 +269,7 @@ class _Follow(FunctionMode):
         for number, tensors in given.items():
             # Results of a call that cannot be followed are not followed.
             with suppress(Exception), WithoutFunctionModes(), torch.no_grad():
-                self._after(number, func, args, kwargs, tensors, result)
+                self._after(number, (func, args, kwargs), tensors, result)
         return result
 
     def of(self, value: Any, number: int) -> Followed | None:
@@ -289,17 +285,11 @@ class _Follow(FunctionMode):
                     self.tokens.setdefault(tensor.shape[1], []).append(one)
 
     def _after(
-        self,
-        number: int,
-        func: Function,
-        args: Args,
-        kwargs: Kwargs,
-        given: list[Tensor],
-        result: Any,
+        self, number: int, call: tuple[Function, Args, Kwargs], given: list[Tensor], result: Any
     ) -> None:
         """Follows the results of a call of followed tensors."""
-        name, made = _name(func), [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        first = self.of(given[0], number)
+        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        (func, args, kwargs), name, first = call, _name(call[0]), self.of(given[0], number)
         if first is None or not made:
             return
         rank, shape = first.where[0].dim(), made[0].shape

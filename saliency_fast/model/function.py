@@ -168,9 +168,9 @@ class PointFunction:
             several = _each(sums, edges)
         if self.prefix is None:
             _check_seen(several, self.unused)
-        filled = [_filled(grads, shapes) for grads in several]
+        filled: list[Any] = [_filled(grads, shapes) for grads in several]
         if self.prefix is not None:
-            return scores.detach(), classes, [self.prefix.turned_back(one) for one in filled]
+            filled = [self.prefix.in_memory_order(one) for one in filled]
         return scores.detach(), classes, [tuple(g.contiguous() for g in one) for one in filled]
 
     def _behind_prefix(self, points: Inputs, example: Tensor) -> Inputs:
@@ -179,7 +179,7 @@ class PointFunction:
             return points
         if not self.at_prefix_end:
             points = self.prefix.forward(points, tensors_among(*self.rows(example)))
-        return self.prefix.turned(points)
+        return self.prefix.as_rest_inputs(points)
 
     def forward(self, points: Sequence[Tensor], example: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import InputError, InputTypeError, ModelError
 from saliency_fast.model.casts import cast
 from saliency_fast.model.failures import BY_ARGUMENT, BY_EXAMPLE, TARGET, Failing
@@ -88,19 +89,8 @@ class Reader(Protocol):
         """Scores [R, count] of the rows of examples `example` [R], from the model's output."""
 
 
-Target = (
-    NextToken
-    | int
-    | str
-    | Tensor
-    | np.ndarray[Any, Any]
-    | np.generic
-    | Sequence[Any]
-    | tuple[Any, ...]
-    | Callable[..., Tensor]
-    | Reader
-    | None
-)
+Numbers = Tensor | np.ndarray[Any, Any] | np.generic
+Target = NextToken | int | str | Numbers | Sequence[Any] | Callable[..., Tensor] | Reader | None
 
 
 @dataclass(frozen=True)
@@ -618,11 +608,7 @@ def _from_the_end(index: Any) -> bool:
 
 
 def with_padding(
-    targets: Targets,
-    model: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    args: Any,
-    kwargs: Mapping[str, Any] | None,
+    targets: Targets, model: Function, inputs: Sequence[Tensor], args: Any, kwargs: Kwargs | None
 ) -> Targets:
     """Targets with the padding that a call's further arguments describe."""
     positions = targets.position is not None or targets.places is not None or targets.index
@@ -632,12 +618,7 @@ def with_padding(
     return replace(targets, padding=_padding_of(model, inputs, args, kwargs or {}))
 
 
-def _padding_of(
-    model: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Padding:
+def _padding_of(model: Function, inputs: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Padding:
     """The padding by a call's arguments, by their names in the model's signature."""
     named, batch = _by_name(model, inputs, args, kwargs), len(inputs[0])
     decoded = any(named.get(name) is not None for name in DECODED)
@@ -682,16 +663,13 @@ def _may_mask(name: str, value: Tensor, batch: int) -> bool:
     if "mask" in name.lower():
         flags = value.dim() == 2 and len(value) == batch and _are_flags(value)
     else:
-        whole = value.shape == (batch,) and not value.is_floating_point()
-        flags = "len" in name.lower() and whole
+        integers = value.shape == (batch,) and not value.is_floating_point()
+        flags = "len" in name.lower() and integers
     return flags and not bool((value == value.flatten()[0]).all())
 
 
 def _by_name(
-    model: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    model: Function, inputs: Sequence[Tensor], args: Args, kwargs: Kwargs
 ) -> dict[str, Any]:
     """Arguments by name: those by position have the names that the model gives them."""
     if not any(isinstance(one, Tensor) for one in args):

@@ -114,12 +114,7 @@ def _biased(kind: str, bias: Tensor | None, rule: Part) -> Tensor | None:
 
 
 def _by_sign(
-    layer: Affine,
-    x: Tensor,
-    relevance: Tensor,
-    weights: tuple[Tensor | None, ...],
-    bias: Tensor | None,
-    epsilon: float,
+    layer: Affine, x: Tensor, relevance: Tensor, weights: Any, bias: Tensor | None, epsilon: float
 ) -> Tensor:
     """The epsilon rule with one weight for positive and another for negative elements of x."""
     high, low = x.clamp(min=0), x.clamp(max=0)

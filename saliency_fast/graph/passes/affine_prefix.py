@@ -52,7 +52,7 @@ class Prefix:
         with torch.no_grad():
             found = self.stem(self._spared(points), extras)
         # The data alone: autograd would not let the rest overwrite a view made without it.
-        return tuple(self._in_memory_order(one).contiguous().data for one in found)
+        return tuple(one.contiguous().data for one in self.in_memory_order(found))
 
     def transpose(self, grads: Inputs, like: Inputs, extras: list[Tensor]) -> Inputs:
         """The stem's transpose: gradients at the cut [R, *] to gradients at inputs like `like`."""
@@ -60,7 +60,7 @@ class Prefix:
         points = tuple(x.new_zeros((rows, *x.shape[1:])).requires_grad_() for x in like)
         with torch.enable_grad():
             entered = self._spared(points)
-            found = [self._in_memory_order(one) for one in self.stem(entered, extras)]
+            found = self.in_memory_order(self.stem(entered, extras))
         pairs = [(one, grad) for one, grad in zip(found, grads, strict=True) if one.requires_grad]
         total = _WithGradients.apply([grad for _, grad in pairs], *(one for one, _ in pairs))  # type: ignore[no-untyped-call]
         back = torch.autograd.grad(total, points, allow_unused=True)
@@ -78,23 +78,20 @@ class Prefix:
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         """Of a row's activations at the cut."""
         shapes = [self.stem.values[one.number].shape[1:] for one in self.stem.outputs]
-        return tuple((*s[1:], s[0]) if self._turned(len(s) + 1) else s for s in shapes)
+        return tuple((*s[1:], s[0]) if self._is_last(len(s) + 1) else s for s in shapes)
 
-    def _turned(self, rank: int) -> bool:
-        """Whether values of so many axes lie with their channels innermost."""
+    def _is_last(self, rank: int) -> bool:
+        """Whether values of so many axes have channels-last memory format."""
         return self.stem.channels_last and rank in (4, 5)
 
-    def _in_memory_order(self, value: Tensor) -> Tensor:
-        return value.movedim(1, -1) if self._turned(value.dim()) else value
+    def in_memory_order(self, values: Inputs) -> list[Tensor]:
+        """Activations at the cut, or their gradients, with their axes as they lie in memory."""
+        return [one.movedim(1, -1) if self._is_last(one.dim()) else one for one in values]
 
-    def turned(self, values: Inputs) -> Inputs:
+    def as_rest_inputs(self, values: Inputs) -> Inputs:
         """Activations at the cut as the rest takes them, in the same memory."""
         # The data alone: to work in place on a view costs autograd a copy of all.
-        return tuple(one.movedim(-1, 1).data if self._turned(one.dim()) else one for one in values)
-
-    def turned_back(self, grads: Inputs) -> Inputs:
-        """Gradients of what `turned` gave, in memory order and contiguous."""
-        return tuple(self._in_memory_order(one).contiguous() for one in grads)
+        return tuple(one.movedim(-1, 1).data if self._is_last(one.dim()) else one for one in values)
 
 
 class _WithGradients(torch.autograd.Function):

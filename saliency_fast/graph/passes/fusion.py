@@ -144,12 +144,12 @@ def convolution(index: int, step: Step) -> Layer | None:
 
 def _with_norm(program: Program, layer: Layer) -> Layer:
     user = _only_user(program, layer.output)
-    if user is None or layer.norm is not None or not is_norm(program, program.steps[user]):
+    if user is None or layer.norm is not None:
         return layer
     step = program.steps[user]
-    if step.args[0].number != layer.output:
+    norm = norm_of(program, step)
+    if norm is None or step.args[0].number != layer.output:
         return layer
-    norm = norm_parameters(step.args)
     return replace(layer, norm=norm, norm_index=user, output=step.outputs[0])
 
 
@@ -195,25 +195,20 @@ def watched(program: Program, number: int, index: int) -> bool:
     )
 
 
-def is_norm(program: Program, step: Step) -> bool:
-    """Batch normalisation with frozen statistics and parameters of the input's type, that gradients
-    pass.
-    """
+def norm_of(program: Program, step: Step) -> Norm | None:
+    """A step that gradients pass as a normalisation with parameters of the input's type, or None."""
     if step.func is not torch.batch_norm or step.kwargs or len(step.args) < _NORM_ARGUMENTS:
-        return False
-    x, *parameters, training, _, _ = step.args[:_NORM_ARGUMENTS]
-    if not isinstance(x, Ref) or not step.passing:
-        return False
-    if training or any(refs_in(tuple(parameters))) or parameters[2] is None:
-        return False
+        return None
+    x, weight, bias, mean, variance, training, _, eps = step.args[:_NORM_ARGUMENTS]
+    parameters = weight, bias, mean, variance
+    if not isinstance(x, Ref) or not step.passing or training or mean is None:
+        return None
     dtype = program.values[x.number].dtype
-    return all(one is None or one.dtype == dtype for one in parameters)
-
-
-def norm_parameters(args: tuple[Any, ...]) -> Norm:
-    """The parameters of a batch normalisation with these arguments."""
-    _, weight, bias, mean, variance, _, _, eps = args[:_NORM_ARGUMENTS]
-    return weight, bias, mean, variance, eps
+    if any(refs_in(parameters)) or any(
+        one is not None and one.dtype != dtype for one in parameters
+    ):
+        return None
+    return (*parameters, eps)
 
 
 # What surrounds a convolution: batch normalisation behind it, concatenation before it.
@@ -229,18 +224,13 @@ def _without_norms(program: Program) -> Program:
     steps: list[Step | None] = list(program.steps)
     for layer in layers(program):
         small = SMALLER * layer.weight.nbytes <= program.values[layer.output].nbytes
-        if (
-            layer.norm_index is None
-            or not small
-            or program.steps[layer.norm_index].info.kind != ("normalisation")
-        ):
+        behind = layer.norm_index
+        if behind is None or not small or program.steps[behind].info.kind != "normalisation":
             continue
         args = (layer.x, layer.weight, layer.bias, layer.call, layer.options, layer.norm)
-        made = program.steps[layer.index]
-        steps[layer.index] = replace(
-            made, func=folded_convolution, args=args, outputs=(layer.output,)
-        )
-        steps[layer.norm_index] = None
+        own, made = program.steps[layer.index], (layer.output,)
+        steps[layer.index] = replace(own, func=folded_convolution, args=args, outputs=made)
+        steps[behind] = None
     return replace(program, steps=tuple(step for step in steps if step is not None))
 
 
@@ -344,17 +334,17 @@ def _match(program: Program, index: int) -> _Match:
     add = only_maker(program, own, index)
     if add is None:
         return _Match(own)
-    if is_norm(program, program.steps[add]):
-        given = program.steps[add].args
-        return _Match(given[0].number, norm_parameters(given), None, (add,))
-    if not _is_addition(program, program.steps[add]):
+    step = program.steps[add]
+    if (norm := norm_of(program, step)) is not None:
+        return _Match(step.args[0].number, norm, None, (add,))
+    if not _is_addition(program, step):
         return _Match(own)
-    left, right = (one.number for one in program.steps[add].args)
+    left, right = (one.number for one in step.args)
     for normed, residual in ((left, right), (right, left)):
-        norm = only_maker(program, normed, add)
-        if norm is not None and is_norm(program, program.steps[norm]) and normed != residual:
-            given = program.steps[norm].args
-            return _Match(given[0].number, norm_parameters(given), residual, (norm, add))
+        at = only_maker(program, normed, add)
+        norm = None if at is None else norm_of(program, program.steps[at])
+        if at is not None and norm is not None and normed != residual:
+            return _Match(program.steps[at].args[0].number, norm, residual, (at, add))
     return _Match(left, None, right, (add,))
 
 
