@@ -61,9 +61,7 @@ def same_model(model: object, *, anew: bool = False) -> tuple[object, ...]:
 
 @contextmanager
 def unchanging(known: Known | None = None) -> Iterator[None]:
-    """Inside, this thread takes models to be as they were at its first look: models change while
-    they run and are restored later. known: earlier fingerprints; filled.
-    """
+    """Inside, this thread takes models to be as at its first look; known: filled."""
     outer: Known | None = getattr(_HELD, "known", None)
     if known is None:
         known = {} if outer is None else outer

@@ -77,7 +77,5 @@ class _Lean(torch.autograd.Function):
 
 
 def differentiable(x: Tensor, run: Forward, back: Backward, *others: Tensor) -> Any:
-    """`run(x, *others)` gives the result and the tensors that its backward pass keeps;
-    `back(gradient, *kept)` gives the gradient with respect to x, or a tuple of all.
-    """
+    """The result of `run(x, *others)` -> (y, kept), whose gradients are `back(gradient, *kept)`."""
     return _Lean.apply(run, back, x, *others)  # type: ignore[no-untyped-call]

@@ -28,9 +28,7 @@ class NotLeanError(SaliencyError, RuntimeError):
 
 
 class FunctionMode(TorchFunctionMode):
-    """Inside its `with`, hands every call of PyTorch to `call`; PyTorch's Python functions run by
-    their bodies, so that the calls which they make are seen.
-    """
+    """Hands every call of PyTorch to `call`, also those in its Python functions."""
 
     def opens(self, func: FunctionType) -> bool:
         """Whether a Python function is seen by the calls that it makes, and not as one call."""
@@ -52,9 +50,7 @@ class FunctionMode(TorchFunctionMode):
 
 
 class Calls(FunctionMode):
-    """Inside its `with`, calls that depend on points keep only what input gradients need. A tensor
-    depends on the points where it has a gradient function: weights are leaves.
-    """
+    """Calls that depend on points, by their grad_fn, keep only what input gradients need."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -355,9 +355,7 @@ class Program:
         return replace(self, steps=steps, channels_last=True)
 
     def in_segments(self, count: int) -> Program:
-        """The program in `count` checkpoint segments of about equal bytes, all but the last
-        computed twice.
-        """
+        """The program in `count` checkpoint segments of about equal bytes."""
         weights = [sum(self.values[number].nbytes for number in step.made) for step in self.steps]
         total, seen, ends = sum(weights), 0, list[int]()
         for index, weight in enumerate(weights):

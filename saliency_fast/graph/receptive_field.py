@@ -106,9 +106,7 @@ class CropRule:
         return tuple((start, start + n) for start, n in starts)
 
     def pads(self, out: Box, seen: Box, size: Sequence[int]) -> tuple[list[int], list[Span]]:
-        """How far windows look beyond the box of operands, into padding: what the call itself adds
-        on both sides, and what it does not.
-        """
+        """How far windows look into padding, by the call itself on both sides and beside it."""
         both_sides, pads = [], []
         for window, span, (first, stop), length in zip(self.windows, out, seen, size, strict=True):
             start, end = window.sees(span)
@@ -148,9 +146,7 @@ def _bound(step: Step, names: str, **given: Any) -> dict[str, Any]:
 
 
 def _alone(step: Step, values: Values) -> bool:
-    """Whether only the first argument depends on the points, and has the spatial axes that the
-    operator's name tells, if it does.
-    """
+    """Whether only the first argument depends on the points, with its spatial axes."""
     first = step.args[0] if step.args else None
     if not isinstance(first, Ref) or varying(step, values) != [first.number]:
         return False

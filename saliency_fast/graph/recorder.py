@@ -342,9 +342,7 @@ def _about(step: Step) -> list[object]:
 
 
 def own_gradient(func: Function, given: Sequence[Tensor], result: Any) -> str | None:
-    """What of a call shows that the model gives gradients of its own, by code that may look at all
-    rows on the way back: a custom function or a hook.
-    """
+    """The custom function or hook, if any, by which a call's gradient is the model's own."""
     if name_of(func) in _HOOKING or isinstance(result, torch.autograd.graph.Node):
         return "hook"
     known = ("saliency_fast.", "torch.utils.checkpoint")

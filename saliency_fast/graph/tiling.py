@@ -399,9 +399,7 @@ def _largest(stem: Stem, tile: Sequence[int]) -> dict[int, Box]:
 
 
 def tile_sizes(stem: Stem, available: int) -> tuple[int, ...]:
-    """A large tile, in whole strides of the stem, that takes no more than `available` bytes beside
-    what is whole; raises BudgetError where even the smallest takes more.
-    """
+    """A large tile, in whole strides, that takes up to `available` bytes beside what is whole."""
     size, unit = stem.size(stem.input), stem.unit
 
     def evened(tile: Sequence[int], axis: int, pieces: int) -> tuple[int, ...]:

@@ -149,9 +149,7 @@ def _square(mode: _Watched, raw: Any, own: Sequence[bool] | None) -> list[Tensor
 
 
 class _Watched(Calls):
-    """Collects attention probabilities from a model's calls. reading: also `logits` before the
-    softmax, and `products` with values. frozen: products of another run, in their place.
-    """
+    """Collects probabilities; reading: logits and products, too; frozen: products to use."""
 
     def __init__(self, *, reading: bool = False, frozen: Sequence[Tensor] | None = None) -> None:
         super().__init__()
@@ -222,9 +220,7 @@ class _Watched(Calls):
         return result
 
     def _is_attention(self, left: Tensor, right: Tensor) -> bool:
-        """Whether probabilities weigh values that each example has of its own: weights without a
-        batch axis are a mixture of prototypes or experts.
-        """
+        """Whether examples have values of their own: else it is a mixture of experts."""
         if not self._is_soft(left) or right.dim() != left.dim():
             return False
         pairs = zip(left.shape[:-2], right.shape[:-2], strict=True)
@@ -332,9 +328,7 @@ def scaled_products(
 
 
 def probabilities(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The weights of values in `scaled_dot_product_attention`, zero in rows that may attend to
-    nothing, and those values, one per head.
-    """
+    """The weights in `scaled_dot_product_attention`, and the values, one per head."""
     logits, value = scaled_products(*args, **kwargs)
     return softmax_of_masked(logits), value
 
@@ -343,9 +337,7 @@ def probabilities(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _variations(x: Tensor, sequence: bool) -> list[tuple[Tensor, int | None]]:
-    """Changed copies of an input [1, *], each with the changed token of a sequence or None where a
-    part of a picture, a volume or a series is changed; sequence: whether axis 1 may be the tokens'.
-    """
+    """Changed copies of an input [1, *], each with the changed token of a sequence, or None."""
     changed: list[tuple[Tensor, int | None]] = []
     if sequence and x.dim() in (2, 3) and x.shape[1] > 0:
         for token in _tokens(x):
@@ -360,9 +352,7 @@ def _variations(x: Tensor, sequence: bool) -> list[tuple[Tensor, int | None]]:
 
 
 def _tokens(x: Tensor) -> list[int]:
-    """The tokens to change; of ids rare ones, which are no padding, in the middle, where no special
-    tokens are.
-    """
+    """The tokens to change; of ids rare ones in the middle: no padding and no special tokens."""
     length = x.shape[1]
     if x.is_floating_point():
         return sorted({0, length // 2, length - 1})

@@ -38,9 +38,7 @@ _VMAP_WARNINGS: SharedSwitch[None] = SharedSwitch()
 
 
 class Executor(Protocol):
-    """What the model returns for the points of a launch, whose list may be emptied, and its further
-    arguments.
-    """
+    """The model's output for the points of a launch, a list that may be emptied."""
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any: ...
 
@@ -300,9 +298,7 @@ def _recurs(executor: Any) -> bool:
 
 
 class MetaTensors(FunctionMode):
-    """Inside its `with`, calls that take a meta tensor take all others as meta tensors too. To the
-    model all tensors seem to be on `device`, so that it branches as it would there.
-    """
+    """Calls with a meta tensor take all others as meta tensors; all seem to be on `device`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

@@ -77,9 +77,7 @@ class Failing:
 def diagnosed(
     error: ModelCallError, model: Function, inputs: Sequence[Tensor], args: Args, kwargs: Kwargs
 ) -> ModelCallError:
-    """The failure that `Failing` raised with the cure that fits, found by calling the model on the
-    user's inputs [B, *].
-    """
+    """The failure with its cure, found by calling the model on the inputs [B, *]."""
     cause = error.__cause__
     # An exception of the user's own is meant, and needs no diagnosis.
     if error.stage == TARGET or not isinstance(cause, Exception) or not _is_common(type(cause)):

@@ -100,18 +100,14 @@ def _coordinates(x: Tensor) -> tuple[Tensor, ...]:
 
 @dataclass(frozen=True)
 class Lattice:
-    """Tokens as spatial positions: the grid that they make over the positions of an input, and the
-    token at each of its points.
-    """
+    """The grid that tokens make over an input's positions, and the token at each point."""
 
     grid: tuple[int, ...]
     index: tuple[int, ...]
 
 
 def lattice_of(tokens: Followed, places: Sequence[int]) -> Lattice | None:
-    """The lattice of followed tokens [R, T, C], None where they make none. Tokens made of no
-    position of the input (of classes, registers) are left over.
-    """
+    """The lattice of followed tokens [R, T, C], without tokens of no position, or None."""
     where = tokens.where[0]
     # Rows of more than one place are windows, which are no sequence of an example.
     if where.dim() != 3 or not places or (tokens.along(0) - {0}) or tokens.along(-1) & set(places):
@@ -130,9 +126,7 @@ def lattice_of(tokens: Followed, places: Sequence[int]) -> Lattice | None:
 
 
 def order_of(tensor: Followed, space: Sequence[int], places: Sequence[int]) -> list[int] | None:
-    """For each of the input's `places` the axis among `space` of a tensor that lies along it; None
-    where that is unknown, or not one to one.
-    """
+    """For each of the input's `places` the one axis among `space` of a tensor along it, or None."""
     along = [tensor.along(axis) & set(places) for axis in space]
     order = []
     for place in places:

@@ -128,9 +128,7 @@ class PointFunction:
             return self.forward(self.as_model_inputs(points), example)
 
     def scores_and_magnitude(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
-        """Scores [R, K] without gradients, from points as launches write them, and the largest
-        magnitude of the outputs that they are read from.
-        """
+        """Scores [R, K] without gradients, and the outputs' largest magnitude."""
         with torch.no_grad(), arithmetic(self.precision, example.device):
             raw = self._run(self.as_model_inputs(self._behind_prefix(points, example)), example)
             scores, _ = self.read(raw, example)
@@ -211,9 +209,7 @@ class PointFunction:
         return Failing(stage, example.numel(), self.targets.batch)
 
     def called(self, call: Callable[[], Any], points: Sequence[Tensor], example: Tensor) -> Any:
-        """The output of `call`, a run of the model on the points, with the batch axis of a single
-        row restored where a squeeze() removes it.
-        """
+        """The output of `call`, with the batch axis that a squeeze() removes from a single row."""
         one = example.numel() == 1 and self._squeezes is not False
         # Before the model may overwrite them, and once.
         spare = [x.detach().clone() for x in points] if one and self._squeezes is None else []
@@ -265,9 +261,7 @@ class PointFunction:
 
 @dataclass
 class TappedFunction(PointFunction):
-    """A point function whose gradients are those at `taps`, behind the tapped tensors, which come
-    first in the list; without `backward` these are all.
-    """
+    """A point function of the tensors at `taps` and, with `backward`, of their gradients."""
 
     taps: Taps | None = None
     backward: bool = True
@@ -387,9 +381,7 @@ def _fields(function: PointFunction) -> dict[str, Any]:
 
 
 def _shapes(points: Inputs) -> list[Tensor]:
-    """Tensors like the points, without memory: behind a prefix points are as large as activations,
-    and must not outlive the calls that take them.
-    """
+    """Tensors like the points, without their memory, which must not outlive the run."""
     return [torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape) for x in points]
 
 

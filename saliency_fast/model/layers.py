@@ -233,9 +233,7 @@ def _hooked_once(
 
 
 def tensors_at(value: Any) -> list[Tensor]:
-    """The tensors in a layer's input or output: those directly in a tuple, without the states that
-    recurrent layers return in a tuple of their own, or else all within it.
-    """
+    """The tensors of a value: those directly in a tuple, without states, or else all."""
     parts = value if isinstance(value, (tuple, list)) else [value]
     own = [one for one in parts if isinstance(one, Tensor)]
     return own or [one for one in tree_leaves(value) if isinstance(one, Tensor)]
@@ -269,9 +267,7 @@ class Taps(Protocol):
 
 @dataclass(frozen=True)
 class LayerTaps:
-    """The outputs of layers, or their inputs, as taps: one for each tensor of each layer, of which
-    the last run had `counts`.
-    """
+    """The outputs or inputs of layers as taps; counts: of tensors, in the last run."""
 
     layers: tuple[Layer, ...]
     of_input: bool = False
@@ -535,9 +531,7 @@ def noisy(x: Tensor) -> Tensor:
 
 @dataclass
 class _Proof:
-    """Shows which modules scores depend on: they differ from those of the first example, `scores`
-    of the output `shown`, where a module's output is changed.
-    """
+    """Shows which modules scores depend on: scores differ where a module's output is changed."""
 
     run: Run
     examples: int
@@ -571,9 +565,7 @@ class _Proof:
 
 @dataclass
 class _Output:
-    """A module's output: when it was ready, its shape, the axis of its channels, and whether the
-    module returned one tensor.
-    """
+    """An output: when it was ready, its shape and channel axis, whether it is alone."""
 
     module: nn.Module
     time: int
@@ -662,9 +654,7 @@ class _Watch(FunctionMode):
             self.outputs.append(_Output(module, self.time, shape, axis, len(tensors) == 1))
 
     def candidates(self, raw: Tensor | None, varying: Collection[nn.Module]) -> list[_Output]:
-        """Outputs that may be meant by `layer="auto"`, of a model that returned `raw`. varying:
-        modules whose output differs for other inputs.
-        """
+        """Outputs that `layer="auto"` may mean; varying: those that differ with inputs."""
         outputs = [one for one in self.outputs if self.calls[one.module] == 1]
         if raw is not None and raw.dim() >= 3:
             classes = {raw.shape[1], raw.shape[-1 if raw.dim() == 3 else 1]}

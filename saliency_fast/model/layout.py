@@ -309,9 +309,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Space:
-    """An input's space: its shape [B, ...] and layout, and where the elements of layers lie in it,
-    as number `number` of the inputs.
-    """
+    """An input's shape [B, ...], layout and number, and where layers lie in it."""
 
     shape: tuple[int, ...]
     axes: Axes
@@ -382,9 +380,7 @@ def read_layout(
 
 
 def _steps(followed: Followed, space: Space) -> int:
-    """How many steps of an example are rows of a layer, one after the other; 1 where it has the
-    examples alone on its first axis.
-    """
+    """How many steps of an example are rows of a layer; 1 where rows are examples."""
     steps = followed.along(0) - {0}
     if not steps:
         return 1
@@ -407,9 +403,7 @@ def tokens_at(
     model: object = None,
     followed: Followed | None = None,
 ) -> Lattice:
-    """Where tokens lie in an input: by `grid` and `special` where these are given, else by the
-    coordinates that were followed to them, else by the arithmetic of the patch convolution.
-    """
+    """Where tokens lie: as given, by followed coordinates, or by the patch convolution."""
     size, places = space.size, space.axes.places
     if grid is None:
         lattice = None if followed is None else lattice_of(followed, places)

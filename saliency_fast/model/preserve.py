@@ -53,9 +53,7 @@ Called = TypeVar("Called", bound=Callable[..., Any])
 
 
 class SharedSwitch(Generic[Held]):
-    """Something process-wide that calls of several threads hold at once, for each key: the first
-    user of a key turns it on, and the last one turns it off, both under `lock`.
-    """
+    """What threads share: a key's first user turns it on, its last one off."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -134,9 +132,7 @@ def preserve_model_state(
 
 @contextmanager
 def restored_random_state(drew: Callable[[], bool], device: torch.device) -> Iterator[None]:
-    """Whatever a model draws inside, it draws again afterwards. drew: whether it did; else random
-    numbers are other threads' business, since the state is the whole process's.
-    """
+    """Restores random states, which threads share, if `drew()` says that they changed."""
     before = random_states(device)
     try:
         yield
@@ -186,9 +182,7 @@ def _train(module: nn.Module, _: None) -> None:
 
 
 def uncaptured(function: Called) -> Called:
-    """The function, which torch.compile leaves as it is with all that it calls: in a function that
-    is being compiled, it would compile our own frames one by one.
-    """
+    """The function outside of torch.compile, which would compile our own frames one by one."""
 
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -201,9 +195,7 @@ def uncaptured(function: Called) -> Called:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside, models of torch.compile run eagerly: the compiler would try to compile our hooks and
-    modes, and give up the model for good.
-    """
+    """Inside, models of torch.compile run eagerly: it cannot compile hooks and modes."""
     with ExitStack() as stack:
         # Refused in a function that is being compiled, where the model is no frame of its own.
         with suppress(RuntimeError):
@@ -474,9 +466,7 @@ def rewind(*, counts: bool = True) -> None:
 
 
 def keep_graphs() -> None:
-    """Graphs of the innermost call's runs live on: where its model writes to tensors that they
-    save, their backward pass is to fail.
-    """
+    """Graphs of the innermost call's runs live on: their overwritten tensors are to fail."""
     if _LOCAL.holds:
         _LOCAL.holds[-1].graphs = True
 
@@ -519,9 +509,7 @@ def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
 
 
 def modules_of(model: object) -> list[nn.Module]:
-    """The modules of a model, apart from compiled scripts, and lazy modules, whose parameters are
-    made by their first call.
-    """
+    """The modules of a model but for compiled scripts and lazy modules without parameters."""
     modules: dict[int, nn.Module] = {}
     left = list(_roots(model))
     while left:

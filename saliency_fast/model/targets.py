@@ -108,9 +108,7 @@ class Padding:
         return self if self.real is None else Padding(self.real.to(device), self.doubt)
 
     def places(self, position: Tensor, length: int) -> Tensor:
-        """The indices int64 [B] in outputs of `length` tokens of positions int64 [B] among each
-        text's own tokens, negative from the last.
-        """
+        """Indices int64 [B] in outputs of `length` tokens of positions in each text."""
         if self.real is None:
             if self.doubt and bool((position < 0).any()):
                 raise InputError(f"target: {self.doubt}; {CURE}")
@@ -695,9 +693,7 @@ def _pad_ids(model: object) -> Iterator[int]:
 
 
 def _ends_in(pad: Tensor) -> bool:
-    """Whether rows of ids bool [B, T] begin or end in runs of padding: of several lengths, or of
-    two and more tokens, since a single one may close every text.
-    """
+    """Whether rows of ids begin or end in runs of padding, several lengths or tokens long."""
     for rows in (pad, pad.flip(1)):
         runs = rows.int().cumprod(1).sum(1)
         if int(runs.max()) > 0 and (int(runs.min()) != int(runs.max()) or int(runs.min()) > 1):

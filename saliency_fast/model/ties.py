@@ -155,9 +155,7 @@ _MAXIMA: dict[Any, Callable[..., Counts]] = {
 
 
 def may_tie(inputs: Inputs) -> bool:
-    """Whether neighbours of an example, [1, *] for each input, are equal in all channels, or any
-    two positions of a series or a cloud are.
-    """
+    """Whether neighbours of an example, or positions of a series or cloud, are equal."""
     for places in (x[0] if x.dim() > 2 else x for x in inputs):
         for axis in range(1, places.dim()):
             count = places.shape[axis] - 1

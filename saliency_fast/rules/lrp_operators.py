@@ -510,9 +510,7 @@ def _divide(mode: Relevance, func: Any, args: Args, kwargs: Kwargs, swapped: boo
 
 
 def _bilinear(mode: Relevance, a: Any, b: Any, call: Function) -> Any:
-    """A sum of products of elements of a and b: relevance by products, of which each factor gets
-    half where both depend on the points.
-    """
+    """A sum of products of elements of a and b, of which each factor gets half where both vary."""
     if not varies(b):
         return mode.linear(a, lambda a: call(a, b))
     if not varies(a):

@@ -129,9 +129,7 @@ class Softplus(Rules):
 
 
 class _Smooth(RulesMode):
-    """Rules that hold without gradients too, by autograd's own operators: memory-efficient versions
-    can be differentiated only once.
-    """
+    """Rules that hold without gradients too, by autograd's own operators, twice differentiable."""
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if torch.is_grad_enabled():

@@ -77,9 +77,7 @@ def ramp(
 
 @dataclass(frozen=True)
 class Rectifier:
-    """A call that `relu_mask` serves; plain: the same call not in place. Below 0 its slope is 0 or,
-    where leaky, its second argument.
-    """
+    """A call that `relu_mask` serves: its plain version, upper bound and slope below 0."""
 
     plain: Callable[..., Any]
     upper: float = math.inf

@@ -97,9 +97,7 @@ def on_cpu(x: Tensor) -> bool:
 
 
 def _transpose(grad: Tensor, weight: Tensor, size: torch.Size, *options: Any) -> Any:
-    """The convolution's transpose, itself a convolution: unlike the backward operator it asks for
-    no input, and its result has the memory format of `grad`.
-    """
+    """The convolution's transpose by a convolution, which asks for no input."""
     stride, padding, dilation, transposed, groups = options
     extra = [0] * len(stride)
     if not transposed:
@@ -128,9 +126,7 @@ def _transpose(grad: Tensor, weight: Tensor, size: torch.Size, *options: Any) ->
 def _to_few(
     grad: Tensor, weight: Tensor, stride: Ints, dilation: Ints, extra: Ints, groups: int
 ) -> bool:
-    """Whether a transpose leads to gray or coloured images, whose channels oneDNN pads to whole
-    vectors, and unfolding is no larger than its input.
-    """
+    """Whether unfolding is faster: to gray or coloured images, whose channels oneDNN pads."""
     channels, size = weight.shape[1], weight[0].numel()
     if groups > 1 or channels > 3 or size > weight.shape[0] or not on_cpu(grad):
         return False

@@ -19,9 +19,7 @@ Args = tuple[Any, ...]
 def passes(
     call: Callable[..., Any], args: Args, points: tuple[float, ...], slope: float = 0.0
 ) -> tuple[bool | None, ...]:
-    """Whether `call(x, *args)` passes gradients at each of the points; False where it passes
-    `slope` times them, None where neither.
-    """
+    """Whether `call(x, *args)` passes gradients (False: `slope` times them, None: neither)."""
     answers: dict[float, bool] = {slope: False, 1.0: True}
     return tuple(answers.get(one) for one in _slopes(call, args, points))
 
@@ -42,9 +40,7 @@ def takes_first(call: Callable[..., Any], axes: int, layout: torch.memory_format
 
 
 def _slopes(call: Callable[..., Any], args: Args, points: Sequence[float]) -> list[float]:
-    """The gradient of the sum of `call(x, *args)` at the points, in a thread of its own, where no
-    mode, device, autocast or tracing of the caller's holds.
-    """
+    """The gradient of the sum of `call(x, *args)`, outside of the caller's modes and devices."""
 
     def ask() -> list[float]:
         x = torch.tensor(points, dtype=torch.float64, device="cpu", requires_grad=True)

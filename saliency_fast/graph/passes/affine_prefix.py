@@ -110,9 +110,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 def prefix_of(program: Program, *, channels_last: bool, line: bool) -> Prefix | None:
-    """The prefix of a program that was not fused yet, or None where there is none or none that
-    pays. line: points lie on straight lines, so that the stem's forward passes are spared too.
-    """
+    """The prefix that pays of a program that was not fused yet; line: points lie on lines."""
     rest = behind_prefix(program, line)
     if rest is None:
         return None

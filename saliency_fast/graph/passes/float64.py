@@ -36,9 +36,7 @@ def wide(value: Any) -> Any:
 
 
 class InFloat64:
-    """Programs with float64 in the place of every smaller floating type, their weights copied once;
-    they fail where calls make tensors of another type in a way of their own.
-    """
+    """Programs with float64 in the place of smaller floating types, their weights copied once."""
 
     def __init__(self) -> None:
         # With the originals: the ids of what is gone are used again.

@@ -125,9 +125,7 @@ def layers(program: Program) -> Iterator[Layer]:
 
 
 def convolution(index: int, step: Step) -> Layer | None:
-    """A step as a layer, without what is behind it; None where it is no convolution with weights
-    of the model's own, or its arguments go by name.
-    """
+    """A step as a layer without what is behind it, if it is a convolution by weights."""
     if not step.passing or step.kwargs or len(step.args) < 2:
         return None
     if step.info.kind == "folded convolution":
@@ -196,7 +194,7 @@ def watched(program: Program, number: int, index: int) -> bool:
 
 
 def norm_of(program: Program, step: Step) -> Norm | None:
-    """A step that gradients pass as a normalisation with parameters of the input's type, or None."""
+    """A step as a normalisation with parameters of its input's type, or None."""
     if step.func is not torch.batch_norm or step.kwargs or len(step.args) < _NORM_ARGUMENTS:
         return None
     x, weight, bias, mean, variance, training, _, eps = step.args[:_NORM_ARGUMENTS]
@@ -349,9 +347,7 @@ def _match(program: Program, index: int) -> _Match:
 
 
 def _may_wait(program: Program, match: _Match, index: int) -> bool:
-    """Whether the swallowed steps may run as late as `index`: no step in between overwrites what
-    they take, or reads what they overwrite.
-    """
+    """Whether steps up to `index` leave alone what swallowed steps take and overwrite."""
     memory = {number: value.memory for number, value in program.values.items()}
     for one in match.swallowed:
         taken, written = (

@@ -98,9 +98,7 @@ def cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
 
 
 def in_half_type(program: Program, half: torch.dtype) -> Prepared:
-    """The program with its products in a half type; batch normalisations that fused rectifiers
-    apply are folded into the convolutions before them, in float32.
-    """
+    """The program with products in a half type, and normalisations folded in float32."""
     copies, steps = _Copies(half), list(program.steps)
     for layer in layers(program):
         behind = layer.norm_index

@@ -28,9 +28,7 @@ Weights = tuple[Tensor, Tensor | None]
 
 
 def with_invariants(program: Program, known: dict[Any, Any] | None = None) -> Prepared:
-    """The program for as long as its weights do not change: invariant steps have run. known: what
-    was made already for another part of the same program; filled.
-    """
+    """The program whose invariant steps have run; known: tensors made already, filled."""
     indices, layers = frozenset(_invariant(program)), list(_prepared(program))
     made = {number for index in indices for number in program.steps[index].outputs}
     outputs = {one.number for one in refs_in(program.outputs)}
@@ -111,9 +109,7 @@ def _invariant(program: Program) -> Iterator[int]:
 
 
 def _prepared(program: Program) -> Iterator[Layer]:
-    """The convolutions whose weights are made of the model's own: folded, or for volumes in the
-    memory format in which oneDNN takes them.
-    """
+    """Convolutions with folded weights, or with weights in oneDNN's format for volumes."""
     for index, step in enumerate(program.steps):
         if (layer := convolution(index, step)) is None:
             continue

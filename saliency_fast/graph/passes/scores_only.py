@@ -114,9 +114,7 @@ def _prepared(program: Program) -> Iterator[_Prepared]:
 
 
 def _geometry(program: Program, layer: Layer) -> _Prepared | None:
-    """The arguments of an image's or volume's convolution in float32 on the CPU; None for others,
-    and for paddings by name that are not even.
-    """
+    """The arguments of an image's or volume's convolution in float32 on the CPU."""
     step, axes = program.steps[layer.index], layer.weight.dim() - 2
     values = [program.values[one] for one in (layer.x.number, *step.outputs)]
     own = [one for one in (layer.weight, layer.bias) if one is not None]
