@@ -10,17 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saliency_fast._torch_compat import (
-    TreeSpec,
-    custom_function,
-    inside_dual_level,
-    inside_transform,
-    is_module_hook,
-    sequence_number,
-    storage_id,
-    tree_flatten,
-    version_of,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, NotLeanError, autocast_is_on
 from saliency_fast.graph.opinfo import info, name_of
@@ -54,7 +44,7 @@ class _Before:
 
     def changed(self) -> list[Tensor]:
         pairs = zip(self.tensors, self.versions, strict=True)
-        return [one for one, version in pairs if version_of(one) != version]
+        return [one for one, version in pairs if compat.version_of(one) != version]
 
 
 class _Seen(NamedTuple):
@@ -76,7 +66,7 @@ def gradient_of(tensor: Tensor) -> object:
         # A view that must not be used any more: equal to nothing.
         return object()
     # By its number: the node itself would keep what it saved for the backward pass alive.
-    found = None if node is None else (node.name(), sequence_number(node), tensor.output_nr)
+    found = None if node is None else (node.name(), compat.sequence_number(node), tensor.output_nr)
     return tensor.requires_grad, found
 
 
@@ -176,13 +166,13 @@ class Recorder(Calls):
         self.check_saving()
         given = list(tensors_in((args, kwargs)))
         template = mapped(self._leaf, (args, dict(kwargs)))
-        return _Before(template, given, list(map(version_of, given)))
+        return _Before(template, given, list(map(compat.version_of, given)))
 
     def program(self, raw: Any) -> Program:
         """The program that ends in `raw`, the model's return value; raises NotLeanError."""
         if self._refusal is not None:
             raise NotLeanError(self._refusal)
-        leaves, tree = tree_flatten(raw)
+        leaves, tree = compat.tree_flatten(raw)
         outputs = tuple(self._output(one) for one in leaves)
         missing = [one for one in outputs if isinstance(one, Missing)]
         if missing and not any(isinstance(one, Ref) for one in outputs):
@@ -299,10 +289,10 @@ class Recorder(Calls):
         """The number of a tensor's memory. Once no recorded tensor of it is alive, its address
         counts as another one: who gets it depends on the heap, and two recordings must not.
         """
-        address = storage_id(tensor)
+        address = compat.storage_id(tensor)
         memory = self._memories.get(address, -1)
         recorded = (self._seen[key].tensor() for key in self._by_memory.get(memory, ()))
-        if not any(one is not None and storage_id(one) == address for one in recorded):
+        if not any(one is not None and compat.storage_id(one) == address for one in recorded):
             memory = self._memories[address] = len(self._by_memory)
             self._by_memory[memory] = []
         return memory
@@ -327,7 +317,7 @@ def unified(one: Program, two: Program) -> Program:
         for a, b in pairs
     )
     values = {n: _grown(value, two.values[n].shape) for n, value in one.values.items()}
-    tree: TreeSpec = one.tree
+    tree: compat.TreeSpec = one.tree
     for step in steps:
         if _parts_of_rows(step, values):
             raise NotLeanError(f"the model takes rows in parts of a fixed size ({step.name})")
@@ -347,7 +337,7 @@ def own_gradient(func: Function, given: Sequence[Tensor], result: Any) -> str | 
         return "hook"
     known = ("saliency_fast.", "torch.utils.checkpoint")
     for one in given:
-        custom = custom_function(one.grad_fn) if one.requires_grad else None
+        custom = compat.custom_function(one.grad_fn) if one.requires_grad else None
         if custom is not None and not custom.__module__.startswith(known):
             return custom.__name__
     return None
@@ -355,8 +345,8 @@ def own_gradient(func: Function, given: Sequence[Tensor], result: Any) -> str | 
 
 def _of_unseen(tensor: Tensor) -> str:
     """Why a tensor is not the result of a call of PyTorch's."""
-    custom = custom_function(tensor.grad_fn)
-    if custom is not None and is_module_hook(tensor.grad_fn):
+    custom = compat.custom_function(tensor.grad_fn)
+    if custom is not None and compat.is_module_hook(tensor.grad_fn):
         return "a module of the model has a backward hook"
     if custom is not None:
         return f"the model has a custom autograd function {custom.__name__}"
@@ -405,7 +395,7 @@ def _kinds(program: Program) -> list[object]:
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether two templates are equal, their tensors being the same ones."""
-    (some, tree), (others, other) = tree_flatten(a), tree_flatten(b)
+    (some, tree), (others, other) = compat.tree_flatten(a), compat.tree_flatten(b)
     return bool(tree == other) and all(
         x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else type(x) is type(y) and x == y
         for x, y in zip(some, others, strict=True)
@@ -438,7 +428,12 @@ def _grown(value: Value, two: tuple[int, ...]) -> Value:
 
 def _inside_a_mode() -> bool:
     """Whether autocast, inference mode, a transform of torch.func or forward derivatives are on."""
-    modes = (autocast_is_on, inside_transform, inside_dual_level, torch.is_inference_mode_enabled)
+    modes = (
+        autocast_is_on,
+        compat.inside_transform,
+        compat.inside_dual_level,
+        torch.is_inference_mode_enabled,
+    )
     return any(is_on() for is_on in modes)
 
 

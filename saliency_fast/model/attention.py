@@ -19,12 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saliency_fast._torch_compat import (
-    EINSUM,
-    is_compiler_error,
-    softmax_of_masked,
-    tree_leaves,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import ModelError, NoAttentionError
 from saliency_fast.graph.intercept import Calls
@@ -112,7 +107,7 @@ def _run(mode: _Watched, call: Callable[[], Any]) -> Any:
             return call()
     except Exception as error:
         # FlexAttention compiles itself, and cannot inside a function mode.
-        if is_compiler_error(error):
+        if compat.is_compiler_error(error):
             raise NoAttentionError(f"attention inside compiled code is not seen: {CURE}") from error
         raise
 
@@ -132,7 +127,7 @@ def _square(mode: _Watched, raw: Any, own: Sequence[bool] | None) -> list[Tensor
                 "input, or each of them depends on all tokens before any attention; explain the "
                 f"part of the model that reads these tokens, or {OTHER}"
             )
-    leaves = [x for x in tree_leaves(raw)[:1] if isinstance(x, Tensor) and x.dim() > 0]
+    leaves = [x for x in compat.tree_leaves(raw)[:1] if isinstance(x, Tensor) and x.dim() > 0]
     for one in maps:
         if len(one) not in {mode.rows, *map(len, leaves)}:
             raise NoAttentionError(
@@ -188,7 +183,7 @@ class _Watched(Calls):
             if not rest and self._is_attention(left, right):
                 return self._mixed(super().call(func, (self._tap(left), right), {}))
             return super().call(func, args, kwargs)
-        if func is EINSUM:
+        if func is compat.EINSUM:
             operands = self._contracted(*args)
             result = super().call(func, (args[0], operands), kwargs)
             tapped = any(a is not b for a, b in zip(operands, args[1], strict=True))
@@ -285,7 +280,7 @@ class _Watched(Calls):
                 f"{list(query.shape) if not query.is_nested else 'a nested tensor'}"
             )
         logits, value = super().call(scaled_products, args, kwargs)
-        return self._mixed(self._tap(softmax_of_masked(logits), logits) @ value)
+        return self._mixed(self._tap(compat.softmax_of_masked(logits), logits) @ value)
 
 
 class _OnGraph(torch.autograd.Function):
@@ -330,7 +325,7 @@ def scaled_products(
 def probabilities(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """The weights in `scaled_dot_product_attention`, and the values, one per head."""
     logits, value = scaled_products(*args, **kwargs)
-    return softmax_of_masked(logits), value
+    return compat.softmax_of_masked(logits), value
 
 
 # Which layers attend among the tokens of the explained input.

@@ -11,18 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from saliency_fast._torch_compat import (
-    BUFFERS,
-    cpu_attention,
-    is_of_transform,
-    tree_any,
-    tree_flatten,
-    tree_leaves,
-    tree_map,
-    tree_unflatten,
-    warn_of_vmap_fallbacks,
-    without_dispatch_modes,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.graph.intercept import Calls, FunctionMode, NotLeanError
 from saliency_fast.graph.outputs import map_tensors
@@ -155,8 +144,10 @@ class RecordingExecutor:
         self.first_read_of_arguments = recorder.first_read_of_arguments
         self.custom_gradient = recorder.custom_gradient
         if torch.is_grad_enabled():
-            leaves = [one for one in tree_leaves(raw) if isinstance(one, Tensor)]
-            self.custom_gradient = self.custom_gradient or own_gradient(tree_leaves, leaves, None)
+            leaves = [one for one in compat.tree_leaves(raw) if isinstance(one, Tensor)]
+            self.custom_gradient = self.custom_gradient or own_gradient(
+                compat.tree_leaves, leaves, None
+            )
         try:
             self._recorded = recorder.program(raw)
         except NotLeanError as refusal:
@@ -196,7 +187,9 @@ class VmapExecutor:
         def alone(rows: Sequence[Tensor], own: Mapping[Any, Tensor]) -> list[Tensor]:
             given = further | {key: one[None] for key, one in own.items()}
             numbered, named = [given[n] for n in range(len(args))], {n: given[n] for n in kwargs}
-            outputs[:] = tree_flatten(self.model(*(one[None] for one in rows), *numbered, **named))
+            outputs[:] = compat.tree_flatten(
+                self.model(*(one[None] for one in rows), *numbered, **named)
+            )
             return [one for one in outputs[0] if isinstance(one, Tensor)]
 
         tensors = iter(torch.func.vmap(alone, randomness="error")(list(points), own))
@@ -206,7 +199,7 @@ class VmapExecutor:
                 one = next(tensors)
                 # One row of one example each: [R, 1, *], or [R] where it is a single number.
                 leaves[number] = one.flatten(0, 1) if one.dim() > 1 else one
-        return tree_unflatten(leaves, tree)
+        return compat.tree_unflatten(leaves, tree)
 
 
 @dataclass(frozen=True)
@@ -221,7 +214,10 @@ class WithoutVmapTensors:
         tables = [(table, table.copy()) for one in modules_of(self.model) for table in _tables(one)]
         # PyTorch would ask to file an issue for each operator that it runs row by row: the caller
         # has not chosen vmap, and to run all rows one by one would take longer.
-        quiet = partial(warn_of_vmap_fallbacks, False), lambda _: warn_of_vmap_fallbacks(True)
+        quiet = (
+            partial(compat.warn_of_vmap_fallbacks, False),
+            lambda _: compat.warn_of_vmap_fallbacks(True),
+        )
         try:
             with _VMAP_WARNINGS.on(*quiet):
                 return self.model(*args, **kwargs)
@@ -242,12 +238,12 @@ def _tables(module: nn.Module) -> list[Any]:
     """Where a module keeps tensors: its attributes, its buffers, its lists and dictionaries."""
     own = vars(module)
     public = [value for name, value in own.items() if not name.startswith("_")]
-    return [own, own[BUFFERS], *(one for one in public if isinstance(one, (dict, list)))]
+    return [own, own[compat.BUFFERS], *(one for one in public if isinstance(one, (dict, list)))]
 
 
 def _holds_vmapped(value: Any) -> bool:
-    leaves = tree_leaves(value) if isinstance(value, (tuple, list, dict)) else (value,)
-    return any(is_of_transform(one) for one in leaves if isinstance(one, Tensor))
+    leaves = compat.tree_leaves(value) if isinstance(value, (tuple, list, dict)) else (value,)
+    return any(compat.is_of_transform(one) for one in leaves if isinstance(one, Tensor))
 
 
 # Recurrent layers on GPUs.
@@ -307,7 +303,7 @@ class MetaTensors(FunctionMode):
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        if not tree_any(lambda x: isinstance(x, Tensor) and x.is_meta, (args, dict(kwargs))):
+        if not compat.tree_any(lambda x: isinstance(x, Tensor) and x.is_meta, (args, dict(kwargs))):
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -317,9 +313,9 @@ class MetaTensors(FunctionMode):
                 return name == f"is_{self._device.type}"
         if func in (Tensor.cpu, Tensor.cuda, Tensor.get_device):
             raise NotLeanError("the model moves tensors between devices")
-        args, named = tree_map(self._moved, (args, dict(kwargs)))
+        args, named = compat.tree_map(self._moved, (args, dict(kwargs)))
         if func is scaled_dot_product_attention and self._device.type == "cpu":
-            return cpu_attention(*args, **named)
+            return compat.cpu_attention(*args, **named)
         return func(*args, **named)
 
     def _moved(self, value: Any) -> Any:
@@ -330,7 +326,7 @@ class MetaTensors(FunctionMode):
         if id(value) not in self._twins:
             sizes = value.shape, value.stride()
             # Weights are there already: a mode that counts memory is not to see their twins made.
-            with without_dispatch_modes():
+            with compat.without_dispatch_modes():
                 twin = torch.empty_strided(*sizes, dtype=value.dtype, device=_META)
             # A leaf like a weight, so that calls save the same tensors for it.
             self._twins[id(value)] = value, twin.requires_grad_(value.requires_grad)

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from saliency_fast._torch_compat import (
-    ENCODER_LAYER,
-    PACKED_SEQUENCE,
-    WithoutFunctionModes,
-    tree_leaves,
-    tree_map,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.graph.intercept import FunctionMode
 from saliency_fast.model.layers import Layer, floats_at, hooked
@@ -77,7 +71,7 @@ class Followed:
 
     def moved(self, change: Callable[[Tensor], Any]) -> list[Followed]:
         """The same after `change` moved elements: one for each tensor that is made."""
-        made = [tree_leaves(change(one)) for one in self.where]
+        made = [compat.tree_leaves(change(one)) for one in self.where]
         return [replace(self, where=tuple(parts)) for parts in zip(*made, strict=True)]
 
 
@@ -204,7 +198,7 @@ def follow_inside(
     at_layers: dict[int, list[Followed | None]] = {}
 
     def seen(number: int, value: Any) -> None:
-        with WithoutFunctionModes():
+        with compat.WithoutFunctionModes():
             own = floats_at(value)
         at_layers[number] = [watch.of(own[0], n) for n in range(len(inputs))] if own else []
 
@@ -250,7 +244,7 @@ class _Follow(FunctionMode):
         return super().__torch_function__(func, types, args, kwargs)
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        flat = [one for one in tree_leaves((args, dict(kwargs))) if isinstance(one, Tensor)]
+        flat = [one for one in compat.tree_leaves((args, dict(kwargs))) if isinstance(one, Tensor)]
         numbers = range(len(self.shapes))
         given = {n: [one for one in flat if (id(one), n) in self._followed] for n in numbers}
         given = {number: tensors for number, tensors in given.items() if tensors}
@@ -262,7 +256,7 @@ class _Follow(FunctionMode):
         result = func(*args, **kwargs)
         for number, tensors in given.items():
             # Results of a call that cannot be followed are not followed.
-            with suppress(Exception), WithoutFunctionModes(), torch.no_grad():
+            with suppress(Exception), compat.WithoutFunctionModes(), torch.no_grad():
                 self._after(number, (func, args, kwargs), tensors, result)
         return result
 
@@ -282,7 +276,7 @@ class _Follow(FunctionMode):
         self, number: int, call: tuple[Function, Args, Kwargs], given: list[Tensor], result: Any
     ) -> None:
         """Follows the results of a call of followed tensors."""
-        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        made = [one for one in compat.tree_leaves(result) if isinstance(one, Tensor)]
         (func, args, kwargs), name, first = call, _name(call[0]), self.of(given[0], number)
         if first is None or not made:
             return
@@ -344,10 +338,14 @@ class _Follow(FunctionMode):
                     return value
                 return value.new_full((), -1.0, dtype=torch.float32).expand(value.shape)
 
-            changed, named = tree_map(instead, (args, dict(kwargs)))
+            changed, named = compat.tree_map(instead, (args, dict(kwargs)))
             if name == "pad":
                 changed, named = _padded(changed, named)
-            return [one for one in tree_leaves(func(*changed, **named)) if isinstance(one, Tensor)]
+            return [
+                one
+                for one in compat.tree_leaves(func(*changed, **named))
+                if isinstance(one, Tensor)
+            ]
 
         parts = [change(axis) for axis in range(len(first.where))]
         return [replace(first, where=one) for one in zip(*parts, strict=True)]
@@ -365,7 +363,7 @@ class _Follow(FunctionMode):
         kernel = _CONVOLUTIONS.get(name, 0)
         if kernel and taken.dim() == kernel + 2:
             channel = _by_convolution(own, taken, values, kwargs, shape)
-        elif name in _RECURRENT or name == PACKED_SEQUENCE:
+        elif name in _RECURRENT or name == compat.PACKED_SEQUENCE:
             packed = isinstance(values[1], Tensor) and not values[1].is_floating_point()
             if packed and name in _RECURRENT:
                 return
@@ -374,7 +372,7 @@ class _Follow(FunctionMode):
             channel = _channel_of(own, {-1}, {0}, shape, taken)
         elif name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
             channel = _by_attention(own, 0 if name.startswith("multi") else -2, shape)
-        elif name == ENCODER_LAYER and taken.dim() == 3:
+        elif name == compat.ENCODER_LAYER and taken.dim() == 3:
             channel = _by_attention(own, 1, shape)
         elif name in _PRODUCTS and len(values) > 1 and (other := self.of(values[1], number)):
             queries, keys = own.along(-2), other.along(-1)

@@ -16,12 +16,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from saliency_fast._torch_compat import (
-    WithoutFunctionModes,
-    eager_module,
-    tree_leaves,
-    tree_map,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import InputError, InputTypeError, ModelError, RepeatedLayerError
 from saliency_fast.graph.intercept import FunctionMode
@@ -79,7 +74,7 @@ def find_layers(model: object, at: At) -> tuple[Layer, ...]:
     if not parts:
         raise InputError("at is empty: expected a layer, its name, or several of these")
     own = tuple(one for one in parts if isinstance(one, nn.Module))
-    if len(own) == len(parts) and not isinstance(eager_module(model), nn.Module):
+    if len(own) == len(parts) and not isinstance(compat.eager_module(model), nn.Module):
         # A function around a model: whether the layers run shows when it does.
         return own
     module = module_of(model)
@@ -88,7 +83,7 @@ def find_layers(model: object, at: At) -> tuple[Layer, ...]:
 
 def module_of(model: object) -> nn.Module:
     """The module whose layers are meant, without `torch.compile` around it."""
-    inner = eager_module(model)
+    inner = compat.eager_module(model)
     if not isinstance(inner, nn.Module):
         raise InputTypeError(
             f"at names layers of a torch.nn.Module: got {type(model).__name__}; pass the module "
@@ -99,7 +94,7 @@ def module_of(model: object) -> nn.Module:
 
 def names_of(model: object, layers: Sequence[Layer]) -> list[str]:
     """The names of layers in `named_modules`, with the numbers of calls."""
-    inner = eager_module(model)
+    inner = compat.eager_module(model)
     named = inner.named_modules() if isinstance(inner, nn.Module) else ()
     names = {id(layer): name for name, layer in named}
     shown = [(names.get(id(module_at(one)), kind_of(one)), one) for one in layers]
@@ -110,7 +105,7 @@ def _find(model: nn.Module, at: object) -> Layer:
     if isinstance(at, OneCall):
         return at
     if isinstance(at, nn.Module):
-        layer = eager_module(at)
+        layer = compat.eager_module(at)
         assert isinstance(layer, nn.Module)
         if not any(one is layer for one in model.modules()):
             raise InputError(
@@ -236,7 +231,7 @@ def tensors_at(value: Any) -> list[Tensor]:
     """The tensors of a value: those directly in a tuple, without states, or else all."""
     parts = value if isinstance(value, (tuple, list)) else [value]
     own = [one for one in parts if isinstance(one, Tensor)]
-    return own or [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+    return own or [one for one in compat.tree_leaves(value) if isinstance(one, Tensor)]
 
 
 def floats_at(value: Any) -> list[Tensor]:
@@ -249,7 +244,9 @@ def with_floats(value: Any, others: Sequence[Tensor]) -> Any:
     instead: dict[int, list[Tensor]] = {}
     for one, other in zip(floats_at(value), others, strict=True):
         instead.setdefault(id(one), []).append(other)
-    return tree_map(lambda one: instead[id(one)].pop(0) if instead.get(id(one)) else one, value)
+    return compat.tree_map(
+        lambda one: instead[id(one)].pop(0) if instead.get(id(one)) else one, value
+    )
 
 
 class Taps(Protocol):
@@ -293,7 +290,7 @@ class LayerTaps:
 
         def seen(number: int, value: Any) -> Any:
             # These calls are not the model's, for whichever mode follows its calls.
-            with WithoutFunctionModes(), torch.enable_grad():
+            with compat.WithoutFunctionModes(), torch.enable_grad():
                 # The first tap cuts the graph: nothing before it is kept for the backward pass. A
                 # later one may depend on it.
                 later = any(tapped.values())
@@ -425,7 +422,7 @@ def embeddings(model: object, run: Callable[[], Any], inputs: Inputs) -> tuple[L
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+    return [one for one in compat.tree_leaves(value) if isinstance(one, Tensor)]
 
 
 class _FollowIds(FunctionMode):

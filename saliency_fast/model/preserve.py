@@ -24,16 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint as torch_checkpoint
 
-from saliency_fast._torch_compat import (
-    TABLES,
-    TRANSIENT,
-    CheckpointHook,
-    ReentrantCheckpoint,
-    dynamo_loaded,
-    outside_transforms,
-    set_version,
-    version_of,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast.errors import warn
 
 COPIED = 64 * 1024**2
@@ -119,7 +110,7 @@ def preserve_model_state(
     """
     with (
         restored_random_state(lambda: True, device) if draws else nullcontext(),
-        outside_transforms(),
+        compat.outside_transforms(),
         _evaluating(model) as was_training,
         preserved(model, rewinds=draws),
         torch.inference_mode(False),
@@ -186,7 +177,7 @@ def uncaptured(function: Called) -> Called:
 
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        if not dynamo_loaded():
+        if not compat.dynamo_loaded():
             return function(*args, **kwargs)
         return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -199,7 +190,7 @@ def uncompiled() -> Iterator[None]:
     with ExitStack() as stack:
         # Refused in a function that is being compiled, where the model is no frame of its own.
         with suppress(RuntimeError):
-            if dynamo_loaded():
+            if compat.dynamo_loaded():
                 set_stance = partial(torch.compiler.set_stance, "force_eager")
                 unset = methodcaller("__exit__", None, None, None)
                 stack.enter_context(_STANCE.on(set_stance, unset))
@@ -225,17 +216,23 @@ def without_recomputation(*, once: bool = True) -> Iterator[None]:
 
 def _patch_checkpoints() -> None:
     # All hide inherited methods, which other threads go on to.
-    ReentrantCheckpoint.apply = staticmethod(_apply)
-    CheckpointHook.__enter__, CheckpointHook.__exit__ = _enter, _leave
+    compat.ReentrantCheckpoint.apply = staticmethod(_apply)
+    compat.CheckpointHook.__enter__, compat.CheckpointHook.__exit__ = _enter, _leave
 
 
 def _unpatch_checkpoints(_: None) -> None:
-    del ReentrantCheckpoint.apply, CheckpointHook.__enter__, CheckpointHook.__exit__
+    del (
+        compat.ReentrantCheckpoint.apply,
+        compat.CheckpointHook.__enter__,
+        compat.CheckpointHook.__exit__,
+    )
 
 
 def _apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
     if _LOCAL.once is None:
-        return super(ReentrantCheckpoint, ReentrantCheckpoint).apply(function, preserve, *args)
+        return super(compat.ReentrantCheckpoint, compat.ReentrantCheckpoint).apply(
+            function, preserve, *args
+        )
     if _LOCAL.once:
         return function(*args)
     return torch_checkpoint.checkpoint(
@@ -277,8 +274,8 @@ class _Snapshot:
         self.module, self.inference, self.changed = module, False, False
         self.thread: int | None = threading.get_ident()
         self.attributes = own.copy()
-        self.tables = [own[name].copy() for name in TABLES]
-        self.transient = own[TRANSIENT].copy()
+        self.tables = [own[name].copy() for name in compat.TABLES]
+        self.transient = own[compat.TRANSIENT].copy()
         self.containers: list[_Container] = []
         parameters, buffers, _ = self.tables
         # A layer without a bias has a parameter that is None.
@@ -294,7 +291,7 @@ class _Snapshot:
             pairs = zip(self.names, self.tensors, strict=True)
             counted = [(n, t) for n, t in pairs if not t.is_inference()]
             self.names, self.tensors = [n for n, _ in counted], [t for _, t in counted]
-        self.versions = list(map(version_of, self.tensors))
+        self.versions = list(map(compat.version_of, self.tensors))
         self.copies = self._copied(parameters, room)
 
     def _gather(self, name: str, value: Any, seen: set[int]) -> None:
@@ -332,19 +329,19 @@ class _Snapshot:
         graphs: graphs of its runs live on, whose backward pass fails where tensors were written to.
         """
         own, self.changed = vars(self.module), False
-        for name, before in zip(TABLES, self.tables, strict=True):
+        for name, before in zip(compat.TABLES, self.tables, strict=True):
             if not _same(before, own[name]):
                 self.changed = True
                 own[name].clear()
                 own[name].update(before)
-        if (transient := own[TRANSIENT]) != self.transient:
+        if (transient := own[compat.TRANSIENT]) != self.transient:
             transient.clear()
             transient.update(self.transient)
         if not _same(self.attributes, own):
             self._restore_attributes(own)
         containers = [one for one in self.containers if one.changed()]
         lost = [one.name for one in containers if not one.restore()]
-        now = list(map(version_of, self.tensors))
+        now = list(map(compat.version_of, self.tensors))
         written = [n for n, was in enumerate(self.versions) if now[n] != was]
         # Batch normalisation writes to its statistics without counting.
         written += [n for n, one in self.copies.items() if not torch.equal(one, self.tensors[n])]
@@ -380,7 +377,7 @@ class _Snapshot:
             if not graphs:
                 # As if it had never been written to, for graphs that the user holds from before.
                 with suppress(Exception):
-                    set_version(tensor, self.versions[number])
+                    compat.set_version(tensor, self.versions[number])
             return True
         return False
 
@@ -388,7 +385,7 @@ class _Snapshot:
         """Puts copies in the place of parameters and buffers that were made in inference mode, and
         cannot take part in gradients; `made`: those of the tensors that modules share.
         """
-        for name in TABLES[:2]:
+        for name in compat.TABLES[:2]:
             table = vars(self.module)[name]
             for key, one in table.items():
                 if isinstance(one, Tensor) and one.is_inference():

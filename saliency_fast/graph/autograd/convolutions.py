@@ -10,17 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast import _torch_compat as compat
 from saliency_fast import ops
-from saliency_fast._torch_compat import (
-    CONVOLUTION,
-    HAS_ONEDNN,
-    ONEDNN_CONVOLUTION,
-    ONEDNN_TRANSPOSE,
-    UNFOLDED_TRANSPOSES,
-    WithoutFunctionModes,
-    backward_operator,
-    onednn_enabled,
-)
 from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.opinfo import lean
 from saliency_fast.ops.dispatch import forced, native_library
@@ -28,7 +19,7 @@ from saliency_fast.ops.winograd import CHANNELS
 
 Ints = list[int]
 Sizes = int | tuple[int, ...] | Ints
-_convolution_backward = backward_operator("convolution")
+_convolution_backward = compat.backward_operator("convolution")
 CONVOLUTIONS = {
     **{getattr(torch, f"conv{axes}d"): (axes, False) for axes in (1, 2, 3)},
     **{getattr(torch, f"conv_transpose{axes}d"): (axes, True) for axes in (1, 2, 3)},
@@ -52,7 +43,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> 
     times the memory and 10 to 100 times the time.
     """
     if not (_one_volume(x) and _plain(x, weight, *options)):
-        return CONVOLUTION(x, weight, bias, *options)
+        return compat.CONVOLUTION(x, weight, bias, *options)
     stride, padding, dilation, transposed, output_padding, groups = options
     # As `aten::convolution` does.
     channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
@@ -60,8 +51,8 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> 
     x, weight = [one.contiguous(memory_format=layout) for one in (x, weight)]
     if transposed:
         geometry = (padding, output_padding, stride, dilation, groups)
-        return ONEDNN_TRANSPOSE(x, weight, bias, *geometry, "none", [], "")
-    return ONEDNN_CONVOLUTION(x, weight, bias, padding, stride, dilation, groups)
+        return compat.ONEDNN_TRANSPOSE(x, weight, bias, *geometry, "none", [], "")
+    return compat.ONEDNN_CONVOLUTION(x, weight, bias, padding, stride, dilation, groups)
 
 
 def _plain(x: Tensor, weight: Tensor, *options: Any) -> bool:
@@ -83,8 +74,8 @@ def _plain(x: Tensor, weight: Tensor, *options: Any) -> bool:
 
 
 def _one_volume(x: Tensor) -> bool:
-    few = HAS_ONEDNN and len(x) == 1 and x.dim() == 5 and x.numel() > 0
-    return few and on_cpu(x) and onednn_enabled()
+    few = compat.HAS_ONEDNN and len(x) == 1 and x.dim() == 5 and x.numel() > 0
+    return few and on_cpu(x) and compat.onednn_enabled()
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -92,7 +83,7 @@ def on_cpu(x: Tensor) -> bool:
     if x.dtype != torch.float32 or type(x) is not Tensor:
         return False
     # Under `model.meta`, tensors without memory name the device of the model's.
-    with WithoutFunctionModes():
+    with compat.WithoutFunctionModes():
         return x.device.type == "cpu"
 
 
@@ -109,7 +100,7 @@ def _transpose(grad: Tensor, weight: Tensor, size: torch.Size, *options: Any) ->
         ]
     if not transposed and _to_few(grad, weight, stride, dilation, extra, groups):
         kernel = list(weight.shape[2:])
-        found = UNFOLDED_TRANSPOSES[grad.dim()](
+        found = compat.UNFOLDED_TRANSPOSES[grad.dim()](
             grad, weight, kernel, None, stride, padding, extra, dilation
         )
     elif not transposed and _by_backward(grad, weight, size, groups):

@@ -11,13 +11,8 @@ from typing import Any
 
 import torch
 
+from saliency_fast import _torch_compat as compat
 from saliency_fast import ops
-from saliency_fast._torch_compat import (
-    HAS_ONEDNN_ORDERS,
-    ONEDNN_FUSED,
-    ONEDNN_REORDER,
-    onednn_enabled,
-)
 from saliency_fast.graph.autograd.convolutions import each_axis, even_edges, winograd_pays
 from saliency_fast.graph.passes.fusion import Layer, folded_weights, layers
 from saliency_fast.graph.program import Program, Step
@@ -61,7 +56,7 @@ class _Prepared:
             transformed = ops.winograd_weights(weight)
             return _winograd, (self.layer.x, weight, bias, self.padding, relu, transformed)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
-        weight = ONEDNN_REORDER(weight, *geometry, (1, *self.shape[1:]))
+        weight = compat.ONEDNN_REORDER(weight, *geometry, (1, *self.shape[1:]))
         rectifier = "relu" if relu else "none"
         return _reordered, (self.layer.x, weight, bias, *geometry, rectifier, [], "")
 
@@ -71,7 +66,7 @@ def _winograd(*args: Any) -> Any:
 
 
 def _reordered(*args: Any) -> Any:
-    return ONEDNN_FUSED(*args)
+    return compat.ONEDNN_FUSED(*args)
 
 
 def scoring(program: Program) -> Program:
@@ -106,7 +101,7 @@ def _prepared(program: Program) -> Iterator[_Prepared]:
     # All calls hand on channels last.
     if program.segments or not program.channels_last:
         return
-    onednn = HAS_ONEDNN_ORDERS and onednn_enabled()
+    onednn = compat.HAS_ONEDNN_ORDERS and compat.onednn_enabled()
     for layer in layers(program):
         one = _geometry(program, layer)
         if one is not None and (onednn or one.by_winograd):
