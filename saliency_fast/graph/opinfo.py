@@ -86,16 +86,6 @@ def operators(names: str, **facts: Any) -> None:
         TABLE[name] = replace(TABLE.get(name, UNKNOWN), **facts)
 
 
-def register(field: str, names: str) -> Callable[[_F], _F]:
-    """Decorator: adds a function to a field (`crop`, `lrp`, `deeplift`) of operators."""
-
-    def add(function: _F) -> _F:
-        operators(names, **{field: function})
-        return function
-
-    return add
-
-
 def lean(*calls: Call) -> Callable[[_F], _F]:
     """Decorator: adds the lean version of calls; it may answer NotImplemented."""
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from saliency_fast.graph.autograd.convolutions import each_axis
-from saliency_fast.graph.opinfo import out_of_place, register
+from saliency_fast.graph.opinfo import operators, out_of_place
 from saliency_fast.graph.program import Ref, Step, Value, leaves_in
 
 Span = tuple[int, int]
@@ -117,6 +117,9 @@ class CropRule:
         return both_sides, pads
 
 
+Rule = Callable[[Step, Values], CropRule | None]
+
+
 def crop_rule(step: Step, values: Values) -> CropRule | None:
     """How a step runs on crops, None where it is not local or not known to be."""
     make = step.info.crop
@@ -130,8 +133,21 @@ def crop_rule(step: Step, values: Values) -> CropRule | None:
     rank = len(shapes[0].shape)
     if rank < 3 or any(len(one.shape) != rank or not one.rowwise for one in shapes):
         return None
-    found: CropRule | None = make(step, values)
-    return found
+    rule: CropRule | None = make(step, values)
+    return rule
+
+
+def _rule(names: str, *, alone: bool = True) -> Callable[[Rule], Rule]:
+    """Registers the rule of operators, of which only the first argument varies where `alone`."""
+
+    def add(rule: Rule) -> Rule:
+        def crop(step: Step, values: Values) -> CropRule | None:
+            return rule(step, values) if not alone or _alone(step, values) else None
+
+        operators(names, crop=crop)
+        return rule
+
+    return add
 
 
 def varying(step: Step, values: Values) -> list[int]:
@@ -169,13 +185,11 @@ def _pointwise_windows(step: Step, values: Values) -> tuple[Window, ...]:
     return (Window(),) * (len(values[step.outputs[0]].shape) - 2)
 
 
-@register("crop", "conv1d conv2d conv3d")
+@_rule("conv1d conv2d conv3d")
 def _convolution(step: Step, values: Values) -> CropRule | None:
     names = "input weight bias stride padding dilation groups"
     given = _bound(step, names, bias=None, stride=1, padding=0, dilation=1, groups=1)
     axes = _axes(step)
-    if not _alone(step, values):
-        return None
     strides, holes = each_axis(given["stride"], axes), each_axis(given["dilation"], axes)
     kernel = _about(given["weight"], values).shape[2:]
     reaches = [d * (k - 1) for d, k in zip(holes, kernel, strict=True)]
@@ -190,14 +204,12 @@ def _convolution(step: Step, values: Values) -> CropRule | None:
     return CropRule(windows, step.func, args, fill=0.0, padding=4)
 
 
-@register("crop", "conv_transpose1d conv_transpose2d conv_transpose3d")
+@_rule("conv_transpose1d conv_transpose2d conv_transpose3d")
 def _transposed(step: Step, values: Values) -> CropRule | None:
     names = "input weight bias stride padding output_padding groups dilation"
     ones = {"stride": 1, "dilation": 1, "groups": 1}
     given = _bound(step, names, bias=None, padding=0, output_padding=0, **ones)
     axes = _axes(step)
-    if not _alone(step, values):
-        return None
     options = [each_axis(given[name], axes) for name in names.split()[3:6]]
     holes, kernel = each_axis(given["dilation"], axes), _about(given["weight"], values).shape[2:]
     windows, extra = [], []
@@ -210,7 +222,7 @@ def _transposed(step: Step, values: Values) -> CropRule | None:
     return CropRule(tuple(windows), step.func, args)
 
 
-@register("crop", "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
+@_rule("max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
 def _pool(step: Step, values: Values) -> CropRule | None:
     greatest, axes = step.name.startswith("max"), _axes(step)
     own = "dilation ceil_mode" if greatest else "ceil_mode count_include_pad divisor_override"
@@ -218,7 +230,7 @@ def _pool(step: Step, values: Values) -> CropRule | None:
     plain = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
     given = _bound(step, names, count_include_pad=True, divisor_override=None, **plain)
     kernel, before = each_axis(given["kernel_size"], axes), each_axis(given["padding"], axes)
-    if not _alone(step, values) or (any(before) and not given["count_include_pad"]):
+    if any(before) and not given["count_include_pad"]:
         return None
     strides = each_axis(given["stride"], axes) if given["stride"] not in (None, []) else kernel
     holes = each_axis(given["dilation"], axes)
@@ -234,8 +246,7 @@ def _pool(step: Step, values: Values) -> CropRule | None:
     return CropRule(windows, step.func, args, fill=fill, padding=3, keeps=step.info.keeps)
 
 
-@register(
-    "crop",
+@_rule(
     """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d
     upsample_nearest_exact2d upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
     upsample_trilinear3d""",
@@ -244,7 +255,7 @@ def _upsampled(step: Step, values: Values) -> CropRule | None:
     linear = "linear" in step.name
     names = f"input output_size {'align_corners' if linear else ''} scale_factors"
     given = _bound(step, names, output_size=None, align_corners=False, scale_factors=None)
-    if not _alone(step, values) or given["align_corners"]:
+    if given["align_corners"]:
         return None
     sizes = [values[one].shape[2:] for one in (step.args[0].number, step.outputs[0])]
     factors = [out // own for own, out in zip(*sizes, strict=True)]
@@ -260,20 +271,20 @@ def _upsampled(step: Step, values: Values) -> CropRule | None:
     return CropRule(tuple(windows), step.func, args)
 
 
-@register("crop", "pixel_shuffle pixel_unshuffle")
+@_rule("pixel_shuffle pixel_unshuffle")
 def _shuffled(step: Step, values: Values) -> CropRule | None:
     images = len(values[step.outputs[0]].shape) == 4
-    if not images or not _alone(step, values) or [type(one) for one in step.args[1:]] != [int]:
+    if not images or [type(one) for one in step.args[1:]] != [int]:
         return None
     window = Window(step.args[1], 0, step.args[1] - 1, spread=step.name == "pixel_shuffle")
     return CropRule((window, window), step.func, step.args)
 
 
-@register("crop", "pad")
+@_rule("pad")
 def _padded(step: Step, values: Values) -> CropRule | None:
     given = _bound(step, "input pad mode value", mode="constant", value=None)
     axes, pads = len(values[step.outputs[0]].shape) - 2, list(given["pad"])
-    if given["mode"] != "constant" or any(pads[2 * axes :]) or not _alone(step, values):
+    if given["mode"] != "constant" or any(pads[2 * axes :]):
         return None
     pads += [0] * (2 * axes - len(pads))
     pairs = [(pads[2 * axis], pads[2 * axis + 1]) for axis in reversed(range(axes))]
@@ -281,7 +292,7 @@ def _padded(step: Step, values: Values) -> CropRule | None:
     return CropRule(windows, Tensor.contiguous, (step.args[0],), fill=given["value"] or 0.0)
 
 
-@register("crop", "getitem")
+@_rule("getitem")
 def _indexed(step: Step, values: Values) -> CropRule | None:
     """Slices of channels and of space."""
     key = step.args[1] if isinstance(step.args[1], tuple) else (step.args[1],)
@@ -289,7 +300,7 @@ def _indexed(step: Step, values: Values) -> CropRule | None:
     ends = [end for one in slices for end in (one.start, one.stop, one.step) if end is not None]
     dots = sum(one is ... for one in key)
     whole = not any(type(end) is not int for end in ends) and len(slices) + dots == len(key)
-    if not whole or dots > 1 or not _alone(step, values):
+    if not whole or dots > 1:
         return None
     shape = values[step.args[0].number].shape
     split = next((at for at, one in enumerate(key) if one is ...), len(key))
@@ -303,13 +314,13 @@ def _indexed(step: Step, values: Values) -> CropRule | None:
     return CropRule(windows, step.func, (step.args[0], index), view=True)
 
 
-@register(
-    "crop",
+@_rule(
     """add sub subtract rsub neg negative clone to float double half bfloat16 type_as contiguous
     relu relu6 leaky_relu hardtanh clamp threshold sigmoid tanh exp expm1 sqrt rsqrt reciprocal
     mul multiply div divide true_divide gelu silu elu celu selu hardswish hardsigmoid mish softplus
     log_sigmoid where square pow abs log log1p log2 log10 sin cos atan erf clip clamp_min clamp_max
     maximum minimum lerp addcmul addcdiv exp2""",
+    alone=False,
 )
 def _pointwise(step: Step, values: Values) -> CropRule | None:
     """A call whose result has at each position what its operands have there."""
@@ -338,10 +349,10 @@ def _broadcasts(one: Value, shape: tuple[int, ...]) -> bool:
     return all(own in (1, out) for own, out in spatial)
 
 
-@register(
-    "crop",
+@_rule(
     """softmax log_softmax chunk split split_with_sizes narrow mean sum cat concat concatenate
     glu""",
+    alone=False,
 )
 def _channelwise(step: Step, values: Values) -> CropRule | None:
     """A call along the channels."""
@@ -352,23 +363,23 @@ def _channelwise(step: Step, values: Values) -> CropRule | None:
     return _pointwise(step, values) if along else None
 
 
-@register("crop", "dropout feature_dropout alpha_dropout feature_alpha_dropout")
+@_rule("dropout feature_dropout alpha_dropout feature_alpha_dropout", alone=False)
 def _dropout(step: Step, values: Values) -> CropRule | None:
     training = _bound(step, "input p train", train=True)["train"]
     return None if training else _pointwise(step, values)
 
 
-@register("crop", "batch_norm prelu")
+@_rule("batch_norm prelu")
 def _parametric(step: Step, values: Values) -> CropRule | None:
     """A frozen batch normalisation or a PReLU: parameters lie along the channels."""
     names = "input weight bias running_mean running_var training"
-    if not _alone(step, values) or _bound(step, names, training=False)["training"]:
+    if _bound(step, names, training=False)["training"]:
         return None
     windows, func = _pointwise_windows(step, values), out_of_place(step.func)
     return CropRule(windows, func, step.args, step.kwargs, keeps=step.info.keeps)
 
 
-@register("crop", "rectified")
+@_rule("rectified", alone=False)
 def _rectified(step: Step, values: Values) -> CropRule | None:
     named = [one.number for one in (step.args[0], step.args[2]) if isinstance(one, Ref)]
     if varying(step, values) != named or len({values[one].shape for one in named}) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,17 +34,8 @@ _NOT_RECORDED = ("__set__", "__delete__")
 _BATCH_VARIES = "the model's calls depend on the number of rows"
 
 
-@dataclass(frozen=True)
-class _Before:
-    """A call's arguments before it runs."""
-
-    template: Any
-    tensors: list[Tensor]
-    versions: list[int]
-
-    def changed(self) -> list[Tensor]:
-        pairs = zip(self.tensors, self.versions, strict=True)
-        return [one for one, version in pairs if compat.version_of(one) != version]
+_Before = tuple[Any, list[Tensor], list[int]]
+"""A call's arguments before it runs: their template, and their tensors with versions."""
 
 
 class _Seen(NamedTuple):
@@ -166,7 +157,7 @@ class Recorder(Calls):
         self.check_saving()
         given = list(tensors_in((args, kwargs)))
         template = mapped(self._leaf, (args, dict(kwargs)))
-        return _Before(template, given, list(map(compat.version_of, given)))
+        return template, given, list(map(compat.version_of, given))
 
     def program(self, raw: Any) -> Program:
         """The program that ends in `raw`, the model's return value; raises NotLeanError."""
@@ -193,11 +184,13 @@ class Recorder(Calls):
         return Missing(f"the model returns what no recorded call made ({type(leaf).__name__})")
 
     def _note(self, func: Function, given: _Before, result: Any) -> None:
-        made, changed = list(tensors_in(result)), given.changed()
-        args, kwargs = given.template
+        template, tensors, versions = given
+        (args, kwargs), made = template, list(tensors_in(result))
+        known = zip(tensors, versions, strict=True)
+        changed = [one for one, version in known if compat.version_of(one) != version]
         if not (made or changed):
-            if given.tensors:
-                self._note_read(func, given, result)
+            if tensors:
+                self._note_read(func, template, result)
             return
         if _inside_a_mode():
             raise NotLeanError(
@@ -208,7 +201,7 @@ class Recorder(Calls):
         detached = not torch.is_grad_enabled()
         if detached and any(one.requires_grad for one in changed):
             raise NotLeanError(f"the model overwrites without gradients ({name_of(func)})")
-        varying = self._varying(given.template)
+        varying = self._varying(template)
         before = [number for one in changed if (number := self._known(one)) is not None]
         if len(before) < len(changed):
             raise NotLeanError(f"the model changes its own state ({name_of(func)})")
@@ -222,18 +215,18 @@ class Recorder(Calls):
         pairs = tuple(zip(before, after, strict=True))
         self._steps.append(Step(func, args, kwargs, outputs, varying, detached, pairs))
 
-    def _note_read(self, func: Function, given: _Before, result: Any) -> None:
-        """Records a call by which Python learns numbers, where these do not depend on the points:
-        every launch reads them again, and they must be the same.
+    def _note_read(self, func: Function, template: Any, result: Any) -> None:
+        """Records a call by which Python reads numbers that do not depend on the points: every
+        launch reads them again, and they must be the same.
         """
         name, plain = name_of(func), all(isinstance(one, _PLAIN) for one in leaves_in(result))
         if isinstance(result, torch.autograd.graph.Node):
             raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
         if info(func).metadata and plain:
             return
-        if self._varying(given.template) or name in _NOT_RECORDED or not plain:
+        if self._varying(template) or name in _NOT_RECORDED or not plain:
             raise NotLeanError(f"the model reads numbers out of its tensors ({name})")
-        args, kwargs = given.template
+        args, kwargs = template
         self._steps.append(Step(Read(func, result), args, kwargs, (), False, True))
 
     def _varying(self, template: Any) -> bool:

@@ -226,13 +226,11 @@ class Targets:
             _need_sequence(output.shape[1:])
             token = self.padding.places(self.position, output.shape[1])
             output = output[torch.arange(len(example), device=example.device), token[example]]
-        if self.predicted and self.classes is None:
-            _need_matrix(output, "target='predicted'")
-            classes = output.detach().argmax(1, keepdim=True)
-            return output.gather(1, classes), classes
-        if self.classes is not None:
-            _need_matrix(output, "an integer target")
-            classes = self.classes[example]
+        classes = None if self.classes is None else self.classes[example]
+        if self.predicted or classes is not None:
+            what = "target='predicted'" if classes is None else "an integer target"
+            _need_matrix(output, what)
+            classes = output.detach().argmax(1, keepdim=True) if classes is None else classes
             return output.gather(1, classes), classes
         if self.places is not None:
             rows = torch.arange(len(example), device=example.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -26,9 +27,8 @@ Part = Callable[[Tensor | None], Tensor | None]
 class Affine:
     """A layer: `call(x, weight, bias)` is affine in x and linear in weight and bias.
 
-    weight: None for layers without, which the rules by sign do not serve. channels: the axis of the
-    input's channels. outputs: the axis of the weight that numbers the output channels, None where
-    nothing can be merged into the layer.
+    channels: the axis of the input's channels. outputs: the axis of the weight that numbers the
+    output channels, None where nothing can be merged into the layer.
     """
 
     call: Call
@@ -97,14 +97,10 @@ def _negative(part: Tensor | None) -> Tensor | None:
     return None if part is None else part.clamp(max=0)
 
 
-def _raised(gamma: float, part: Part) -> Part:
+def _raised(gamma: float, part: Part, value: Tensor | None) -> Tensor | None:
     """Values with gamma times a part of them added."""
-
-    def raised(value: Tensor | None) -> Tensor | None:
-        given = part(value)
-        return None if value is None or given is None else torch.add(value, given, alpha=gamma)
-
-    return raised
+    given = part(value)
+    return None if value is None or given is None else torch.add(value, given, alpha=gamma)
 
 
 def _biased(kind: str, bias: Tensor | None, rule: Part) -> Tensor | None:
@@ -175,7 +171,7 @@ class Gamma:
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         if not self.signed:
-            raised = _raised(self.gamma, _positive)
+            raised = partial(_raised, self.gamma, _positive)
             bias = _biased(self.bias, layer.bias, raised)
             own = replace(layer, weight=raised(layer.weight), bias=bias)
             return Epsilon(self.epsilon)(own, x, relevance)
@@ -192,8 +188,8 @@ class Gamma:
         self, layer: Affine, x: Tensor, relevance: Tensor, same: Part, opposite: Part
     ) -> Tensor:
         """Relevance by contributions of which one sign is raised, `same` where x is positive."""
-        raised = _raised(self.gamma, same)
-        weights = raised(layer.weight), _raised(self.gamma, opposite)(layer.weight)
+        raised = partial(_raised, self.gamma, same)
+        weights = raised(layer.weight), _raised(self.gamma, opposite, layer.weight)
         bias = _biased(self.bias, layer.bias, raised)
         return _by_sign(layer, x, relevance, weights, bias, self.epsilon)
 
