@@ -31,6 +31,8 @@ from saliency_fast.graph.program import (
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 _NOT_RECORDED = ("__set__", "__delete__")
+_INFERENCE = torch.is_inference_mode_enabled
+_MODES = (autocast_is_on, _INFERENCE, compat.inside_transform, compat.inside_dual_level)
 _BATCH_VARIES = "the model's calls depend on the number of rows"
 
 
@@ -192,7 +194,7 @@ class Recorder(Calls):
             if tensors:
                 self._note_read(func, template, result)
             return
-        if _inside_a_mode():
+        if any(is_on() for is_on in _MODES):
             raise NotLeanError(
                 "the model uses autocast, inference mode, torch.func or forward derivatives inside"
             )
@@ -367,23 +369,14 @@ def _merged(a: Any, b: Any) -> Any:
 
 def same_calls(one: Program, other: Program) -> bool:
     """Whether two recordings are of the same calls on the same tensors of the model's own."""
-    parts = [
-        (each.tree, each.inputs, each.extras, each.outputs, _kinds(each), len(each.steps))
-        for each in (one, other)
-    ]
-    return parts[0] == parts[1] and all(
+
+    def about(each: Program) -> tuple[object, ...]:
+        return each.tree, each.inputs, each.extras, each.outputs, each.values, len(each.steps)
+
+    return about(one) == about(other) and all(
         _about(a) == _about(b) and _equal((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)))
         for a, b in zip(one.steps, other.steps, strict=True)
     )
-
-
-def _kinds(program: Program) -> list[object]:
-    """What is known of the values, with their memories by the order in which they come."""
-    seen: dict[int, int] = {}
-    return [
-        (number, replace(value, memory=seen.setdefault(value.memory, len(seen))))
-        for number, value in program.values.items()
-    ]
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -417,17 +410,6 @@ def _grown(value: Value, two: tuple[int, ...]) -> Value:
     return replace(
         value, rowwise=rowwise, growth=tuple(b - a for a, b in zip(one, two, strict=True))
     )
-
-
-def _inside_a_mode() -> bool:
-    """Whether autocast, inference mode, a transform of torch.func or forward derivatives are on."""
-    modes = (
-        autocast_is_on,
-        compat.inside_transform,
-        compat.inside_dual_level,
-        torch.is_inference_mode_enabled,
-    )
-    return any(is_on() for is_on in modes)
 
 
 def _line(error: Exception) -> str:
