@@ -34,9 +34,7 @@ class FunctionMode(TorchFunctionMode):
         """Whether a Python function is seen by the calls that it makes, and not as one call."""
         return True
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         opened = isinstance(func, FunctionType) and self.opens(func)
         body = unguarded(func) if opened else None
         if body is None:

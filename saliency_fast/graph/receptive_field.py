@@ -249,7 +249,7 @@ def _pool(step: Step, values: Values) -> CropRule | None:
 @_rule(
     """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d
     upsample_nearest_exact2d upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
-    upsample_trilinear3d""",
+    upsample_trilinear3d"""
 )
 def _upsampled(step: Step, values: Values) -> CropRule | None:
     linear = "linear" in step.name

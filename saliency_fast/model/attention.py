@@ -69,11 +69,11 @@ class AttentionTaps:
         if self._own is not None or len(rows) != 1:
             return
         (x,) = rows
-        plain, every = _Watched(reading=True), list[tuple[int | None, list[Tensor]]]()
+        plain, every = _AttentionMode(reading=True), list[tuple[int | None, list[Tensor]]]()
         with torch.no_grad():
             _run(plain, lambda: run((x.clone(),)))
             for points, token in _variations(x, self._grid is None):
-                mode = _Watched(reading=True, frozen=plain.products)
+                mode = _AttentionMode(reading=True, frozen=plain.products)
                 _run(mode, partial(run, (points,)))
                 if len(mode.logits) != len(plain.logits):
                     raise NoAttentionError(
@@ -88,7 +88,7 @@ class AttentionTaps:
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """The result of `call`, and [R, heads, T, T] of each layer on autograd's graph."""
-        mode = _Watched()
+        mode = _AttentionMode()
         raw = _run(mode, call)
         return raw, _square(mode, raw, self._own)
 
@@ -101,7 +101,7 @@ class AttentionTaps:
             )
 
 
-def _run(mode: _Watched, call: Callable[[], Any]) -> Any:
+def _run(mode: _AttentionMode, call: Callable[[], Any]) -> Any:
     try:
         with uncompiled(), without_recomputation(), mode:
             return call()
@@ -112,7 +112,7 @@ def _run(mode: _Watched, call: Callable[[], Any]) -> Any:
         raise
 
 
-def _square(mode: _Watched, raw: Any, own: Sequence[bool] | None) -> list[Tensor]:
+def _square(mode: _AttentionMode, raw: Any, own: Sequence[bool] | None) -> list[Tensor]:
     maps = [one for one in mode.maps if one.shape[2] == one.shape[3]]
     shapes = ", ".join(sorted({str(list(one.shape)) for one in maps or mode.maps}))
     if not maps:
@@ -143,7 +143,7 @@ def _square(mode: _Watched, raw: Any, own: Sequence[bool] | None) -> list[Tensor
     return maps
 
 
-class _Watched(Calls):
+class _AttentionMode(Calls):
     """Collects probabilities; reading: logits and products, too; frozen: products to use."""
 
     def __init__(self, *, reading: bool = False, frozen: Sequence[Tensor] | None = None) -> None:
@@ -159,9 +159,7 @@ class _Watched(Calls):
         self._soft: dict[int, tuple[Tensor, Tensor]] = {}
         self._tapped: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self._heads
         if func is _MULTIHEAD:
             self._heads = (kwargs or {}).get("num_heads") or args[4]

@@ -67,20 +67,18 @@ class Followed:
 
     def along(self, axis: int) -> frozenset[int]:
         """The input's axes whose coordinate changes along an axis of the tensor."""
-        return frozenset(number for number, one in enumerate(self.where) if _changes(one, axis))
+        found = set()
+        for number, where in enumerate(self.where):
+            if (size := where.shape[axis]) > 1 and where.stride(axis):
+                a, b = where.narrow(axis, 0, size - 1), where.narrow(axis, 1, size - 1)
+                if bool(((a != b) & (a >= 0) & (b >= 0)).any()):
+                    found.add(number)
+        return frozenset(found)
 
     def moved(self, change: Callable[[Tensor], Any]) -> list[Followed]:
         """The same after `change` moved elements: one for each tensor that is made."""
         made = [compat.tree_leaves(change(one)) for one in self.where]
         return [replace(self, where=tuple(parts)) for parts in zip(*made, strict=True)]
-
-
-def _changes(where: Tensor, axis: int) -> bool:
-    size = where.shape[axis]
-    if size < 2 or where.stride(axis) == 0:
-        return False
-    a, b = where.narrow(axis, 0, size - 1), where.narrow(axis, 1, size - 1)
-    return bool(((a != b) & (a >= 0) & (b >= 0)).any())
 
 
 def _coordinates(x: Tensor) -> tuple[Tensor, ...]:
@@ -162,17 +160,13 @@ def follow(model: Function, inputs: Sequence[Tensor], run: Run) -> tuple[str | N
     """
     key = tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
     cached = _CACHED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
-    watch = _Follow(inputs)
-    failed = False
-    try:
-        with torch.no_grad(), uncompiled(), watch:
+    mode, failed = _Follow(inputs), True
+    # The same call raises an exception again where the model runs for its map.
+    with suppress(Exception):
+        with suppress(_Finished), torch.no_grad(), uncompiled(), mode:
             run(inputs)
-    except _Finished:
-        pass
-    except Exception:
-        # The same call raises it again where the model runs for its map.
-        failed = True
-    letters = tuple(watch.letters.get(number) for number in range(len(inputs)))
+        failed = False
+    letters = tuple(mode.letters.get(number) for number in range(len(inputs)))
     if not failed:
         while len(cached) >= MOST_CACHED:
             cached.pop(next(iter(cached)))
@@ -194,18 +188,18 @@ def follow_inside(
     inputs: Sequence[Tensor], run: Run, layers: Sequence[Layer], of_input: bool
 ) -> Inside:
     """Follows inputs [R, *] to layers; takes a whole run."""
-    watch = _Follow(inputs, through=True)
+    mode = _Follow(inputs, through=True)
     at_layers: dict[int, list[Followed | None]] = {}
 
     def seen(number: int, value: Any) -> None:
         with compat.WithoutFunctionModes():
             own = floats_at(value)
-        at_layers[number] = [watch.of(own[0], n) for n in range(len(inputs))] if own else []
+        at_layers[number] = [mode.of(own[0], n) for n in range(len(inputs))] if own else []
 
     hooks = hooked(tuple(layers), seen, of_input=of_input)
-    with torch.no_grad(), uncompiled(), suppress(Exception), watch, hooks:
+    with torch.no_grad(), uncompiled(), suppress(Exception), mode, hooks:
         run(inputs)
-    return Inside(tuple(tuple(at_layers.get(at, ())) for at in range(len(layers))), watch.tokens)
+    return Inside(tuple(tuple(at_layers.get(at, ())) for at in range(len(layers))), mode.tokens)
 
 
 class _Finished(BaseException):
@@ -234,9 +228,7 @@ class _Follow(FunctionMode):
     def opens(self, func: FunctionType) -> bool:
         return _name(func) not in _RESIZES | _MOVES | {"linear"}
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Before its body runs, which is followed call by call.
         if _name(func) == "multi_head_attention_forward":
             for number in range(len(self.shapes)):
@@ -462,10 +454,9 @@ def _by_attention(own: Followed, tokens: int, shape: tuple[int, ...]) -> int | b
 
 def _letters_of(rank: int, channel: int | None, kernel: int) -> str | None:
     """A layout by its channel axis; names of the places by their number and the kernel's."""
-    count = rank - 1 - (channel is not None)
-    names = {1: "T", 2: "DT" if kernel == 1 else "HW", 3: "DHW" if kernel == 3 else "THW"}
-    names[4] = "TDHW"
-    if count not in names:
+    pairs, triples = "DT" if kernel == 1 else "HW", "DHW" if kernel == 3 else "THW"
+    names = dict(enumerate(("T", pairs, triples, "TDHW"), 1))
+    if (count := rank - 1 - (channel is not None)) not in names:
         return None
     letters = list(names[count])
     if channel is not None:

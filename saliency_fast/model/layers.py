@@ -332,13 +332,13 @@ class Downstream:
 
 @dataclass
 class Read:
-    """The outputs of layers, or their inputs, in one run: per layer its tensors."""
+    """The outputs of layers, or their inputs, in one run."""
 
     layers: tuple[Layer, ...]
     of_input: bool = False
 
     def run(self, call: Callable[[], Any]) -> list[Inputs]:
-        """The tensors at the layers while `call` runs, as plain copies."""
+        """Plain copies of the tensors at each layer while `call` runs."""
         values: list[Inputs] = [()] * len(self.layers)
 
         def seen(number: int, value: Any) -> None:
@@ -480,31 +480,30 @@ def last_spatial(model: object, run: Run, examples: int) -> tuple[nn.Module, boo
 
     Raises InputError where there is none, with the last outputs that there are.
     """
-    watch = _Watch(module_of(model))
-    modules = watch.modules
+    trace = _ModuleTrace(module_of(model))
+    modules = trace.modules
     with torch.no_grad():
-        begin = hooked(modules, watch.begin, of_input=True)
-        with begin, hooked(modules, watch.end), watch:
+        begin = hooked(modules, trace.begin, of_input=True)
+        with begin, hooked(modules, trace.end), trace:
             raw, scores = run(0, None)
-        before = watch.digests.copy()
-        with hooked(modules, watch.digest):
+        before = trace.digests.copy()
+        with hooked(modules, trace.digest):
             run(0, noisy)
-        varying = {one for one, value in watch.digests.items() if value != before.get(one)}
+        varying = {one for one, value in trace.digests.items() if value != before.get(one)}
         shown = _shown(raw)
-        candidates = watch.candidates(shown, varying)
+        candidates = trace.candidates(shown, varying)
         proof = _Proof(run, examples, shown, scores)
         while candidates:
-            module = watch.last(candidates, varying)
+            module = trace.last(candidates, varying)
             if (reached := proof.of(module)) is not None:
                 return module, reached
             candidates = [one for one in candidates if one.module is not module]
-    raise watch.none(tried=True)
+    raise trace.none(tried=True)
 
 
 def _shown(raw: Any) -> Tensor | None:
     """The tensor that is explained in a model's output, as a rule."""
-    explained = read_of(raw)
-    return next(iter(tensors_of(raw)), None) if explained is None else explained
+    return next((one for one in (read_of(raw), *tensors_of(raw)) if one is not None), None)
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -571,7 +570,7 @@ class _Output:
     alone: bool
 
 
-class _Watch(FunctionMode):
+class _ModuleTrace(FunctionMode):
     """Records what the modules of a forward pass do, and attention by its calls.
 
     stack: modules at work, and since when; mixing: when which module mixed tokens; digests: numbers
@@ -603,7 +602,7 @@ class _Watch(FunctionMode):
         return func(*args, **kwargs)
 
     def mixes(self) -> None:
-        """Tokens are mixed by the innermost module at work; a softmax module works for its own."""
+        """Tokens are mixed by the innermost module at work that is no softmax."""
         at_work = [at for at in self.stack if not isinstance(at[0], nn.Softmax)]
         if at_work:
             self.mixing.append((at_work[-1][1], at_work[-1][0]))

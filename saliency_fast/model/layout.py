@@ -97,7 +97,8 @@ class Axes:
 
 
 class Layouts:
-    """The layouts of inputs of `shapes` [B, ...], given by the caller or inferred on demand.
+    """The layouts of inputs of `shapes` [B, ...], given by the caller or inferred on demand, as
+    `letters`; `cached_letters` are those known so far.
 
     find: infers the letters of each input from the model, None where it does not show them. look:
     from (layers, of_input) to where the elements of layers lie in the inputs.
@@ -111,31 +112,26 @@ class Layouts:
         look: Callable[..., Any] | None = None,
     ) -> None:
         self.shapes = tuple(tuple(shape) for shape in shapes)
-        self._letters = _read(given, self.shapes)
-        self.given = tuple(one is not None for one in self._letters)
+        self.cached_letters = _read(given, self.shapes)
+        self.given = tuple(one is not None for one in self.cached_letters)
         self._find, self._look = find, look
         self._warned = False
 
     def _with(self, letters: Sequence[str | None], find: Any, look: Any) -> Layouts:
         """The same with letters where there are none, and other functions."""
         layouts = Layouts(self.shapes, None, find, look)
-        pairs = zip(self._letters, letters, strict=True)
-        layouts._letters, layouts.given = tuple(one or other for one, other in pairs), self.given
+        layouts.given, pairs = self.given, zip(self.cached_letters, letters, strict=True)
+        layouts.cached_letters = tuple(one or other for one, other in pairs)
         return layouts
 
     @property
     def letters(self) -> tuple[str | None, ...]:
         """Of each input, None where neither the caller nor the model says."""
-        if None in self._letters and self._find is not None:
+        if None in self.cached_letters and self._find is not None:
             find, self._find = self._find, None
-            pairs = zip(self._letters, find(), strict=True)
-            self._letters = tuple(one or other for one, other in pairs)
-        return self._letters
-
-    @property
-    def cached_letters(self) -> tuple[str | None, ...]:
-        """The same, without looking at the model."""
-        return self._letters
+            pairs = zip(self.cached_letters, find(), strict=True)
+            self.cached_letters = tuple(one or other for one, other in pairs)
+        return self.cached_letters
 
     def with_letters(self, letters: Sequence[str | None]) -> Layouts:
         """The same with the model's layouts of its inputs."""
@@ -147,7 +143,7 @@ class Layouts:
 
     def released(self) -> Layouts:
         """The same for a result, which holds no more of the model than is needed to find them."""
-        return self._with(self._letters, self._find, None)
+        return self._with(self.cached_letters, self._find, None)
 
     def __getstate__(self) -> dict[str, Any]:
         # The functions that find them hold the model.
@@ -166,7 +162,7 @@ class Layouts:
         parts = []
         for number, shape in enumerate(self.shapes):
             if self.given[number]:
-                parts.append(f"{self._letters[number]}, as given")
+                parts.append(f"{self.cached_letters[number]}, as given")
             elif self.letters[number] is not None:
                 parts.append(f"{self.letters[number]}, by the model's first layer that tells")
             elif self.of(number) is None:
@@ -175,7 +171,7 @@ class Layouts:
 
     def of(self, number: int) -> Axes | None:
         """The layout of an input, None where it is unknown."""
-        if len(self.shapes[number]) == 2 and self._letters[number] is None:
+        if len(self.shapes[number]) == 2 and self.cached_letters[number] is None:
             return Axes("BF")
         letters = self.letters[number]
         return None if letters is None else Axes(letters)
@@ -183,7 +179,7 @@ class Layouts:
     def or_conventional(self, number: int) -> Axes | None:
         """The layout of an input, by convention where it is unknown."""
         letters = _CONVENTION.get(len(self.shapes[number]))
-        return self.of(number) or (None if letters is None else Axes(letters))
+        return self.of(number) or (letters and Axes(letters)) or None
 
     def need(self, number: int, what: str) -> Axes:
         """The layout of an input; raises an InputError that asks for it, on behalf of `what`."""

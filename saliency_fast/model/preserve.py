@@ -88,7 +88,7 @@ class _Local(threading.local):
 
 
 _LOCAL = _Local()
-_MODES: SharedSwitch[None] = SharedSwitch()
+_MODES: SharedSwitch[bool] = SharedSwitch()
 _SNAPSHOTS: SharedSwitch[_Snapshot] = SharedSwitch()
 _STANCE: SharedSwitch[Any] = SharedSwitch()
 _CHECKPOINTS: SharedSwitch[None] = SharedSwitch()
@@ -154,7 +154,7 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
         # Frozen TorchScript has no mode any more.
         for module in model.modules() if isinstance(model, nn.Module) else ():
             if hasattr(module, "training") and (module.training or module in _MODES):
-                _MODES.acquire(module, lambda: None)
+                _MODES.acquire(module, lambda: True)
                 module.training = False
                 held.append(module)
     try:
@@ -162,11 +162,7 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
     finally:
         with _MODES.lock:
             for module in held:
-                _MODES.release(module, partial(_train, module))
-
-
-def _train(module: nn.Module, _: None) -> None:
-    module.training = True
+                _MODES.release(module, partial(setattr, module, "training"))
 
 
 # Compilation and checkpoints.
@@ -502,7 +498,14 @@ def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
             for one in held:
                 _SNAPSHOTS.release(one.module, restore)
         if lost:
-            _warn_of_lost(held, lost)
+            paths = [path for one in held for path in one.module.named_modules()]
+            names = {id(one): path for path, one in reversed(paths)}
+            shown = [f"{names[id(one)]}.{name}".lstrip(".") for one, name in lost]
+            more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+            warn(
+                f"the model changed {', '.join(shown[:_NAMED])}{more} while it was explained, and "
+                "that could not be put back: look whether its forward() writes to it"
+            )
 
 
 def modules_of(model: object) -> list[nn.Module]:
@@ -540,16 +543,3 @@ def _roots(model: object, depth: int = 3) -> Iterator[nn.Module]:
         inside += getattr(model, "__dict__", {}).values()
     for one in inside if depth else ():
         yield from _roots(one, depth - 1)
-
-
-def _warn_of_lost(held: list[_Snapshot], lost: list[tuple[nn.Module, str]]) -> None:
-    names: dict[int, str] = {}
-    for snapshot in held:
-        for name, one in snapshot.module.named_modules():
-            names.setdefault(id(one), name)
-    shown = [f"{names[id(one)]}.{name}".lstrip(".") for one, name in lost]
-    more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
-    warn(
-        f"the model changed {', '.join(shown[:_NAMED])}{more} while it was explained, and that "
-        "could not be put back: look whether its forward() writes to it"
-    )

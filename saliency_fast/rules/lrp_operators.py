@@ -76,12 +76,14 @@ VIEWS = frozenset(
 class Composite(Rules):
     """Which propagation rule is for which kind of layer.
 
-    convolution, linear: rules of layers with weights; first: of layers with weights that get the
-    input before any other. layers: (name, rule) pairs for layers by name, or all within one; they
-    win. epsilon: of sums, means, norms and additions. norms: batch normalisation is "merge"d into
-    the layer before it, or a layer of its own with the "epsilon" rule. pools: a maximum's relevance
-    goes to the "winner", or by the "epsilon" rule. softmax: by its "taylor" expansion (Achtibat,
-    2024), or "constant": attention weights get none (Ali, 2022).
+    Args:
+        convolution, linear: Rules of layers with weights.
+        first: Of layers with weights that get the input before any other.
+        layers: (name, rule) pairs for layers by name, or all within one, which win.
+        epsilon: Of sums, means, norms and additions.
+        norms: Batch normalisation is "merge"d into the layer before it, or has the "epsilon" rule.
+        pools: A maximum's relevance goes to the "winner", or by the "epsilon" rule.
+        softmax: By its "taylor" expansion (Achtibat, 2024), or "constant" (Ali, 2022).
     """
 
     convolution: PropagationRule = _EPSILON
@@ -120,9 +122,8 @@ class Composite(Rules):
             own = [m for n, m in modules.items() if n == wanted or n.startswith(f"{wanted}.")]
             if not own:
                 near = difflib.get_close_matches(wanted, modules, 3)
-                hint = "see named_modules()"
-                if near:
-                    hint = f"did you mean {', '.join(map(repr, near))}?"
+                suggested = f"did you mean {', '.join(map(repr, near))}?"
+                hint = suggested if near else "see named_modules()"
                 raise InputError(f"layers: the model has no layer {wanted!r}; {hint}")
             weights = [w for m in own for w in (*m.parameters(False), *m.buffers(False))]
             if not weights:
@@ -135,10 +136,8 @@ class Composite(Rules):
 
 
 class Relevance(RulesMode):
-    """Inside its `with`, gradients of what depends on points are relevance.
-
-    by_weight: rules by the identity of a layer's weights. own: the one of the present call;
-    weights: whether the present call has parameters of the model.
+    """Inside its `with`, gradients of what depends on points are relevance. own: the rule of the
+    present call's layer by name; weights: whether the call has parameters of the model.
     """
 
     hidden = RulesMode.hidden | frozenset(
@@ -170,13 +169,10 @@ class Relevance(RulesMode):
 
     def weighted(self, name: str, x: Tensor, layer: Affine) -> Tensor:
         """A layer with weights, by the rule of its kind."""
-        rule = self.own
-        if rule is None and self.composite.first is not None and _is_first(x):
-            rule = self.composite.first
-        if rule is None:
-            of_kind = name.startswith("conv")
-            rule = self.composite.convolution if of_kind else self.composite.linear
-        return _propagated(x, layer, rule, True)
+        composite = self.composite
+        first = composite.first if composite.first is not None and _is_first(x) else None
+        of_kind = composite.convolution if name.startswith("conv") else composite.linear
+        return _propagated(x, layer, self.own or first or of_kind, True)
 
     def linear(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
         """A call that is linear in x and has no weights: the epsilon rule."""
@@ -208,7 +204,7 @@ class Relevance(RulesMode):
 
 @dataclass(frozen=True)
 class _LayerBack:
-    """Relevance of a layer's input by a propagation rule; weighted: whether it has weights."""
+    """Relevance of a layer's input by a propagation rule."""
 
     layer: Affine
     rule: PropagationRule
@@ -369,9 +365,8 @@ def _standardised(
     groups: Tensor,
     channels: int | None,
 ) -> Tensor:
-    """Normalisation of the last axis of `groups` by the epsilon rule (Achtibat, 2024).
-
-    With its deviation taken as a constant it is affine. channels: the axis of its weights.
+    """Normalisation of the last axis of `groups` by the epsilon rule (Achtibat, 2024), affine with
+    its deviation taken as a constant; channels: the axis of its weights.
     """
     x, shape = given["input"], groups.shape
     weight, bias = given.get("weight"), given.get("bias")
@@ -453,9 +448,8 @@ def _two(args: Args, kwargs: Kwargs, swapped: bool) -> tuple[Any, Any]:
 def _add(
     mode: Relevance, func: Any, args: Args, kwargs: Kwargs, sign: int = 1, swapped: bool = False
 ) -> Any:
-    """Relevance of a + factor * b is in proportion to the summands (Bach, 2015).
-
-    Constants are biases, but for changes of the input's units.
+    """Relevance of a + factor * b is in proportion to the summands (Bach, 2015); constants are
+    biases, but for changes of the input's units.
     """
     a, b = _two(args, kwargs, swapped)
     factor = sign * kwargs.get("alpha", 1)

@@ -65,12 +65,7 @@ def partial_convolution(
 
 
 def rectified(
-    x: Tensor,
-    norm: Norm | None,
-    residual: Tensor | None,
-    slope: float,
-    upper: float,
-    inplace: bool,
+    x: Tensor, norm: Norm | None, residual: Tensor | None, slope: float, upper: float, inplace: bool
 ) -> Tensor:
     """The rectifier of norm(x) + residual; `inplace` writes into x."""
     if residual is not None and residual.dtype != x.dtype:

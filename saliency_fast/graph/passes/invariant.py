@@ -13,15 +13,7 @@ from torch import Tensor
 
 from saliency_fast._torch_compat import storage_id
 from saliency_fast.graph.passes.fusion import Layer, convolution, folded_weights
-from saliency_fast.graph.program import (
-    PerRow,
-    Prepared,
-    Program,
-    Read,
-    Ref,
-    leaves_in,
-    refs_in,
-)
+from saliency_fast.graph.program import PerRow, Prepared, Program, Read, Ref, leaves_in, refs_in
 
 Env = dict[int, Tensor]
 Weights = tuple[Tensor, Tensor | None]
