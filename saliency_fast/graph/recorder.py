@@ -373,19 +373,19 @@ def same_calls(one: Program, other: Program) -> bool:
     def about(each: Program) -> tuple[object, ...]:
         return each.tree, each.inputs, each.extras, each.outputs, each.values, len(each.steps)
 
-    return about(one) == about(other) and all(
-        _about(a) == _about(b) and _equal((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)))
-        for a, b in zip(one.steps, other.steps, strict=True)
-    )
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return a is b
+        return type(a) is type(b) and bool(a == b)
 
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two templates are equal, their tensors being the same ones."""
-    (some, tree), (others, other) = compat.tree_flatten(a), compat.tree_flatten(b)
-    return bool(tree == other) and all(
-        x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else type(x) is type(y) and x == y
-        for x, y in zip(some, others, strict=True)
-    )
+    if about(one) != about(other):
+        return False
+    for a, b in zip(one.steps, other.steps, strict=True):
+        some, tree = compat.tree_flatten((a.args, dict(a.kwargs)))
+        others, same = compat.tree_flatten((b.args, dict(b.kwargs)))
+        if _about(a) != _about(b) or tree != same or not all(map(equal, some, others)):
+            return False
+    return True
 
 
 def _parts_of_rows(step: Step, values: Mapping[int, Value]) -> bool:

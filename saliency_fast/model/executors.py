@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Inputs, Kwargs
@@ -299,8 +300,7 @@ class MetaTensors(FunctionMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
-        # By identity, with the originals, so that no number is used twice.
-        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+        self._twins = WeakTensorKeyDictionary()
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if not compat.tree_any(lambda x: isinstance(x, Tensor) and x.is_meta, (args, dict(kwargs))):
@@ -323,14 +323,14 @@ class MetaTensors(FunctionMode):
             return _META
         if not isinstance(value, Tensor) or value.is_meta:
             return value
-        if id(value) not in self._twins:
+        if value not in self._twins:
             sizes = value.shape, value.stride()
             # Weights are there already: a mode that counts memory is not to see their twins made.
             with compat.without_dispatch_modes():
                 twin = torch.empty_strided(*sizes, dtype=value.dtype, device=_META)
             # A leaf like a weight, so that calls save the same tensors for it.
-            self._twins[id(value)] = value, twin.requires_grad_(value.requires_grad)
-        return self._twins[id(value)][1]
+            self._twins[value] = twin.requires_grad_(value.requires_grad)
+        return self._twins[value]
 
 
 def shapes_only(inputs: Inputs, rows: int) -> Inputs:

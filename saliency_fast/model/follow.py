@@ -81,15 +81,6 @@ class Followed:
         return [replace(self, where=tuple(parts)) for parts in zip(*made, strict=True)]
 
 
-def _coordinates(x: Tensor) -> tuple[Tensor, ...]:
-    coordinates = []
-    for axis, size in enumerate(x.shape):
-        kind = torch.float32 if size < EXACT else torch.float64
-        numbers = torch.arange(size, dtype=kind, device=x.device)
-        coordinates.append(numbers.view(-1, *(1,) * (x.dim() - 1 - axis)).expand(x.shape))
-    return tuple(coordinates)
-
-
 @dataclass(frozen=True)
 class Lattice:
     """The grid that tokens make over an input's positions, and the token at each point."""
@@ -223,7 +214,12 @@ class _Follow(FunctionMode):
         # made of several inputs: these are followed one by one.
         self._followed: dict[tuple[int, int], tuple[Tensor, Followed]] = {}
         for number, x in enumerate(inputs):
-            self._keep([x], [Followed(number, _coordinates(x))])
+            coordinates = []
+            for axis, size in enumerate(x.shape):
+                kind = torch.float32 if size < EXACT else torch.float64
+                numbers = torch.arange(size, dtype=kind, device=x.device)
+                coordinates.append(numbers.view(-1, *(1,) * (x.dim() - 1 - axis)).expand(x.shape))
+            self._keep([x], [Followed(number, tuple(coordinates))])
 
     def opens(self, func: FunctionType) -> bool:
         return _name(func) not in _RESIZES | _MOVES | {"linear"}

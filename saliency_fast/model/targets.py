@@ -109,16 +109,13 @@ class Padding:
 
     def places(self, position: Tensor, length: int) -> Tensor:
         """Indices int64 [B] in outputs of `length` tokens of positions in each text."""
-        if self.real is None:
-            if self.doubt and bool((position < 0).any()):
-                raise InputError(f"target: {self.doubt}; {CURE}")
-            index = torch.where(position < 0, position + length, position)
-            counts = torch.full_like(position, length)
-        else:
-            self.need_length(length)
-            counts = self.real.sum(1)
-            wanted = torch.where(position < 0, position + counts, position)
-            at = self.real & (self.real.cumsum(1) == wanted[:, None] + 1)
+        if self.real is None and self.doubt and bool((position < 0).any()):
+            raise InputError(f"target: {self.doubt}; {CURE}")
+        self.need_length(length)
+        counts = torch.full_like(position, length) if self.real is None else self.real.sum(1)
+        index = torch.where(position < 0, position + counts, position)
+        if self.real is not None:
+            at = self.real & (self.real.cumsum(1) == index[:, None] + 1)
             index = torch.where(at.any(1), at.int().argmax(1), -1)
         outside = (index < 0) | (index >= length)
         if bool(outside.any()):

@@ -103,7 +103,14 @@ class RulesMode(Calls):
 
     def run(self, model: Function, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         """The model's output for `points` under these rules; ModelError where calls are hidden."""
-        _check_visible(model, self.name)
+        parts = model.named_modules() if isinstance(model, nn.Module) else [("", model)]
+        for path, part in parts:
+            if isinstance(part, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+                raise ModelError(
+                    f"the rules of {self.name} cannot see into scripted code: got a "
+                    f"{type(part).__name__}{f' at {path!r}' if path else ''}; pass the model that "
+                    "it was scripted from"
+                )
         if self.paired:
             self.rows = len(points[0])
         with uncompiled(), without_recomputation(), self:
@@ -184,18 +191,6 @@ def _mirrored(raw: Tensor) -> Any:
         lambda x: (x.view_as(x), ()),
         lambda grad: grad[: len(grad) // 2].repeat(2, *(1,) * (grad.dim() - 1)),
     )
-
-
-def _check_visible(model: Function, name: str) -> None:
-    """Refuses scripted parts, whose calls no function mode sees."""
-    parts = model.named_modules() if isinstance(model, nn.Module) else [("", model)]
-    for path, part in parts:
-        if isinstance(part, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-            raise ModelError(
-                f"the rules of {name} cannot see into scripted code: got a "
-                f"{type(part).__name__}{f' at {path!r}' if path else ''}; pass the model that it "
-                "was scripted from"
-            )
 
 
 class Rules(Protocol):

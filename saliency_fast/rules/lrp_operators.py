@@ -317,7 +317,10 @@ def _batch_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> 
     with torch.no_grad():
         y = lean_call(func, args, kwargs)
     before: Any = getattr(x.grad_fn, "back", None)
-    if mode.composite.norms == "merge" and mode.own is None and _mergeable(before, x):
+    # Into a layer with weights of which x is the whole output, with its channels on axis 1.
+    merges = isinstance(before, _LayerBack) and before.weighted and before.layer.outputs is not None
+    merges = merges and (before.layer.channels == 1 or x.dim() == 2)
+    if mode.composite.norms == "merge" and mode.own is None and merges:
         (first,) = x.grad_fn.saved_tensors
         return _propagated(first, before.layer.scaled(scale, shift), before.rule, True, y)
 
@@ -326,13 +329,6 @@ def _batch_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> 
 
     layer = Affine(normalised, torch.ones_like(mean) if weight is None else weight, bias)
     return _propagated(x, layer, mode.own or mode.epsilon, mode.own is not None, y)
-
-
-def _mergeable(before: Any, x: Tensor) -> bool:
-    """Whether x is the whole output of a layer with weights, with its channels on axis 1."""
-    if not isinstance(before, _LayerBack) or not before.weighted or before.layer.outputs is None:
-        return False
-    return before.layer.channels == 1 or x.dim() == 2
 
 
 @lrp_rule("instance_norm")

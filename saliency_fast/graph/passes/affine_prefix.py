@@ -124,11 +124,23 @@ def prefix_of(program: Program, *, channels_last: bool, line: bool) -> Prefix | 
 def behind_prefix(program: Program, line: bool) -> Program | None:
     """The pass: the part of a program behind its prefix, as it was recorded."""
     affine = _affine(program)
-    cut = _cut(program, affine)
-    tree = tree_structure(tuple(cut))
-    stem = program.part(program.inputs, tuple(Ref(number) for number in cut), tree)
-    memories = {program.values[number].memory for number in cut}
-    doubtful = program.aliased or _overwritten(stem, cut) or len(memories) < len(cut)
+    # The affine values that calls behind the prefix, or the result, take.
+    taken = {one.number for one in refs_in(program.outputs)}
+    for step in program.steps:
+        taken |= set() if step.varying and set(step.made) <= affine else step.used
+    cut = sorted(taken & affine)
+    stem = program.part(program.inputs, tuple(map(Ref, cut)), tree_structure(tuple(cut)))
+    memory = {program.values[number].memory: stem.born.get(number, -1) for number in cut}
+    # Or the stem works in place on memory of a cut value that exists before.
+    doubtful = (
+        program.aliased
+        or len(memory) < len(cut)
+        or any(
+            memory.get(stem.values[after].memory, index) < index
+            for index, step in enumerate(stem.steps)
+            for _, after in step.changed
+        )
+    )
     if doubtful or not any(step.varying for step in stem.steps):
         return None
     if _gain(program, stem, cut, line=line) <= 0:
@@ -158,16 +170,6 @@ def check_affine(prefix: Prefix, points: Inputs, extras: list[Tensor]) -> None:
             raise ModelError(f"the prefix is not affine: off by {gap:.1g} of {scale:.1g}")
 
 
-def _overwritten(stem: Program, cut: list[int]) -> bool:
-    """Whether the stem works in place on memory of a cut value that exists before."""
-    memory = {stem.values[number].memory: stem.born.get(number, -1) for number in cut}
-    return any(
-        memory.get(stem.values[after].memory, index) < index
-        for index, step in enumerate(stem.steps)
-        for _, after in step.changed
-    )
-
-
 def _affine(program: Program) -> set[int]:
     """The values that are affine in the inputs, and rows of a launch."""
     affine = set(program.inputs)
@@ -195,15 +197,6 @@ def _stays_affine(program: Program, step: Step, affine: set[int]) -> bool:
         return False
     first = step.args[0] if step.args else None
     return linear == "any" or (isinstance(first, Ref) and first.number == varying[0])
-
-
-def _cut(program: Program, affine: set[int]) -> list[int]:
-    """The affine values that calls behind the prefix, or the result, take."""
-    found = {one.number for one in refs_in(program.outputs) if one.number in affine}
-    for step in program.steps:
-        if not (step.varying and set(step.made) <= affine):
-            found |= step.used & affine
-    return sorted(found)
 
 
 def _gain(program: Program, stem: Program, cut: list[int], *, line: bool) -> float:

@@ -116,7 +116,7 @@ def layers(program: Program) -> Iterator[Layer]:
     for index, step in enumerate(program.steps):
         layer = convolution(index, step)
         if layer is not None:
-            yield _with_rectifier(program, _with_norm(program, layer))
+            yield _with_neighbours(program, layer)
 
 
 def convolution(index: int, step: Step) -> Layer | None:
@@ -135,19 +135,15 @@ def convolution(index: int, step: Step) -> Layer | None:
     return Layer(index, step.outputs[0], x, weight, bias, call, options, norm)
 
 
-def _with_norm(program: Program, layer: Layer) -> Layer:
+def _with_neighbours(program: Program, layer: Layer) -> Layer:
+    """A layer with the normalisation and the rectifier behind it."""
     user = _only_user(program, layer.output)
-    if user is None or layer.norm is not None:
-        return layer
-    step = program.steps[user]
-    norm = norm_of(program, step)
-    if norm is None or step.args[0].number != layer.output:
-        return layer
-    return replace(layer, norm=norm, norm_index=user, output=step.outputs[0])
-
-
-def _with_rectifier(program: Program, layer: Layer) -> Layer:
-    user = _only_user(program, layer.output)
+    if user is not None and layer.norm is None:
+        step = program.steps[user]
+        norm = norm_of(program, step)
+        if norm is not None and step.args[0].number == layer.output:
+            layer = replace(layer, norm=norm, norm_index=user, output=step.outputs[0])
+            user = _only_user(program, layer.output)
     if user is None or program.steps[user].info.kind != "rectified":
         return layer
     base, norm, residual, slope, upper, _ = program.steps[user].args
@@ -330,9 +326,15 @@ def _match(program: Program, index: int) -> _Match:
     step = program.steps[add]
     if (norm := norm_of(program, step)) is not None:
         return _Match(step.args[0].number, norm, None, (add,))
-    if not _is_addition(program, step):
+    two = not step.kwargs and len(step.args) == 2
+    if step.info.kind != "addition" or not two or len([*refs_in(step.args)]) != 2:
         return _Match(own)
     left, right = (one.number for one in step.args)
+    a, b = program.values[left], program.values[right]
+    # Of one shape, and both of the points.
+    same = a.shape == b.shape and a.dtype == b.dtype
+    if not (same and a.varying and b.varying and a.rowwise and b.rowwise):
+        return _Match(own)
     for normed, residual in ((left, right), (right, left)):
         at = only_maker(program, normed, add)
         norm = None if at is None else norm_of(program, program.steps[at])
@@ -356,17 +358,6 @@ def _may_wait(program: Program, match: _Match, index: int) -> bool:
             if written & {memory[number] for number in between.used}:
                 return False
     return True
-
-
-def _is_addition(program: Program, step: Step) -> bool:
-    """A sum of two values of one shape, both of which depend on the points."""
-    if step.info.kind != "addition" or step.kwargs or len(step.args) != 2:
-        return False
-    if not all(isinstance(one, Ref) for one in step.args):
-        return False
-    left, right = (program.values[one.number] for one in step.args)
-    same = left.shape == right.shape and left.dtype == right.dtype
-    return same and all(one.varying and one.rowwise for one in (left, right))
 
 
 def _may_overwrite(program: Program, match: _Match, index: int) -> bool:

@@ -8,10 +8,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast.errors import InputError
 from saliency_fast.graph.intercept import lean_call
@@ -105,13 +107,14 @@ def in_half_type(program: Program, half: torch.dtype) -> Prepared:
         fused = behind is None or program.steps[behind].info.kind == "rectified"
         if layer.norm is None or not fused:
             continue
-        weights = copies.of_layer(layer.weight, layer.bias, layer.norm)
+        own = layer.weight, layer.bias, layer.norm
+        weights = copies.copied(partial(folded_weights, *own))
         args = (layer.x, *weights, *layer.options)
         steps[layer.index] = replace(steps[layer.index], func=layer.call, args=args)
         if behind is not None:
             x, _, *others = steps[behind].args
             steps[behind] = replace(steps[behind], args=(x, None, *others))
-    cast_steps = (_cast(one, half, copies.of) if one.varying else one for one in steps)
+    cast_steps = (_cast(one, half, copies) if one.varying else one for one in steps)
     return Prepared(replace(program, steps=tuple(cast_steps)), tuple(copies.made))
 
 
@@ -120,25 +123,17 @@ class _Copies:
 
     def __init__(self, half: torch.dtype) -> None:
         self.half, self.made = half, list[tuple[Callable[[], Tensors], Tensors]]()
-        # With the originals: the ids of what is gone are used again.
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known = WeakTensorKeyDictionary()
 
-    def of(self, template: Any) -> Any:
-        """A template of arguments with its float32 tensors in the half type."""
-        return mapped(self._of_leaf, template)
-
-    def of_layer(self, *layer: Any) -> Tensors:
-        """(weight, bias) of a convolution and its normalisation."""
-        return self._copied(lambda: folded_weights(*layer))
-
-    def _of_leaf(self, value: Any) -> Any:
+    def of_leaf(self, value: Any) -> Any:
+        """A leaf of arguments, in the half type where it is a float32 tensor."""
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             return value
-        if id(value) not in self._known:
-            self._known[id(value)] = value, self._copied(lambda: (value.detach(),))[0]
-        return self._known[id(value)][1]
+        if value not in self._known:
+            self._known[value] = self.copied(lambda: (value.detach(),))[0]
+        return self._known[value]
 
-    def _copied(self, make: Callable[[], Tensors]) -> Tensors:
+    def copied(self, make: Callable[[], Tensors]) -> Tensors:
         with torch.no_grad():
             copies = tuple(one.to(self.half) for one in make())
         self.made.append((make, copies))
@@ -157,12 +152,12 @@ def half_type_bytes(program: Program) -> int:
     return sum({id(one): one.nbytes // 2 for one in found}.values())
 
 
-def _cast(step: Step, half: torch.dtype, weights: Callable[[Any], Any]) -> Step:
+def _cast(step: Step, half: torch.dtype, copies: _Copies) -> Step:
     """A step with its call in the type that suits it."""
     policy, inplace = step.info.half, bool(step.changed)
     if policy == "product" and (not inplace or step.func is partial_convolution):
-        args, kwargs = weights((step.args, dict(step.kwargs)))
-        return replace(step, func=Cast(step.func, (torch.float32,), half), args=args, kwargs=kwargs)
+        call = Cast(step.func, (torch.float32,), half)
+        return replace(step.with_arguments(copies.of_leaf), func=call)
     if policy == "float32" and not inplace:
         return replace(step, func=Cast(step.func, HALVES, torch.float32))
     return replace(step, func=LikeInput(step.func)) if policy == "input" else step
