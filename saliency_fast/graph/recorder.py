@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
@@ -63,28 +64,19 @@ def gradient_of(tensor: Tensor) -> object:
     return tensor.requires_grad, found
 
 
-class _Followed(dict[int, "weakref.ref[Tensor]"]):
-    """Tensors that depend on some first ones, by id.
+class _Followed:
+    """Tensors that depend on some first ones, and the first call by which Python reads them."""
 
-    first_read: the first call by which Python reads numbers of them.
-    """
-
-    first_read: str | None = None
-
-    def add(self, tensor: Tensor) -> None:
-        self[id(tensor)] = weakref.ref(tensor)
-
-    def holds(self, tensor: Tensor) -> bool:
-        found = self.get(id(tensor))
-        return found is not None and found() is tensor
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.first_read: str | None = None
+        self._tensors = WeakTensorKeyDictionary(dict.fromkeys(tensors))
 
     def follow(self, func: Function, given: list[Tensor], made: list[Tensor]) -> None:
-        if not any(map(self.holds, given)):
+        if not any(one in self._tensors for one in given):
             return
         name, facts = name_of(func), info(func)
         written = name.endswith("_") or name == "__setitem__"
-        for one in (*made, *(given[:1] if written else ())):
-            self.add(one)
+        self._tensors.update(dict.fromkeys((*made, *(given[:1] if written else ()))))
         if name in ("__setitem__", "__set__"):
             return
         counted = facts.data_sized == "zeros" or (name == "where" and len(given) == 1)
@@ -109,10 +101,7 @@ class Recorder(Calls):
         self._by_memory: dict[int, list[int]] = {}
         self._memories: dict[int, int] = {}
         self.custom_gradient: str | None = None
-        self._points, self._given = _Followed(), _Followed()
-        for known, tensors in ((self._points, points), (self._given, extras)):
-            for one in tensors:
-                known.add(one)
+        self._points, self._given = _Followed(points), _Followed(extras)
         self._inputs = [self._number(one, varying=True) for one in points]
         self._extras = [self._number(one, varying=False) for one in extras]
 

@@ -158,7 +158,12 @@ class Stem:
                 tensor: Tensor = (env[one.number] if isinstance(one, Ref) else one).detach()
                 if isinstance(one, Ref) and self.local.values[one.number].rowwise:
                     tensor = tensor[at[0] : at[0] + 1]
-                return _constant(tensor, out) if rule.constants else tensor
+                if not rule.constants:
+                    return tensor
+                # Broadcast against the box of the result.
+                spans = zip(reversed(out), reversed(tensor.shape), strict=False)
+                index = [slice(*span) if size > 1 else slice(None) for span, size in spans]
+                return tensor[(..., *reversed(index))]
 
             args, kwargs = mapped(placed, (rule.args, dict(rule.kwargs)))
             args, kwargs = filled((args, kwargs), {}, at[1], False)
@@ -169,13 +174,6 @@ class Stem:
             for number in over:
                 env.pop(number, None)
         return env
-
-
-def _constant(tensor: Tensor, out: Box) -> Tensor:
-    """A tensor that is broadcast against the box `out` of a result."""
-    spans = zip(reversed(out), reversed(tensor.shape), strict=False)
-    index = [slice(*span) if size > 1 else slice(None) for span, size in spans]
-    return tensor[(..., *reversed(index))]
 
 
 def _called(rule: CropRule, args: Any, kwargs: Any, both: list[int], pads: list[Span]) -> Any:

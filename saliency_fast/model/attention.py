@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
@@ -155,9 +156,8 @@ class _AttentionMode(Calls):
         self.products: list[Tensor] = []
         self._reading, self._frozen = reading, frozen
         self._heads: int | None = None
-        # By identity, with the tensors themselves, so that no number is used twice.
-        self._soft: dict[int, tuple[Tensor, Tensor]] = {}
-        self._tapped: dict[int, tuple[Tensor, Tensor]] = {}
+        # Logits of probabilities, and the tensors that the model goes on with in their place.
+        self._soft, self._tapped = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self._heads
@@ -193,12 +193,12 @@ class _AttentionMode(Calls):
         if func in _SOFTMAX:
             axis = kwargs["dim"] if "dim" in kwargs else args[1]
             if result.dim() in (3, 4) and axis in (-1, result.dim() - 1):
-                self._soft[id(result)] = result, args[0] if args else kwargs["input"]
+                self._soft[result] = args[0] if args else kwargs["input"]
         elif name in _KEEPS and isinstance(result, Tensor):
-            soft = (one for one in args if id(one) in self._soft)
+            soft = (one for one in args if isinstance(one, Tensor) and one in self._soft)
             same = [x for x in soft if x.shape[-2:] == result.shape[-2:]]
             if same := [x for x in same if x.numel() == result.numel()]:
-                self._soft[id(result)] = result, self._soft[id(same[0])][1]
+                self._soft[result] = self._soft[same[0]]
         return result
 
     def _mixed(self, result: Tensor) -> Tensor:
@@ -219,9 +219,9 @@ class _AttentionMode(Calls):
         pairs = zip(left.shape[:-2], right.shape[:-2], strict=True)
         return len(left) == len(right) and all(a == b or b == 1 for a, b in pairs)
 
-    def _is_soft(self, one: Tensor) -> bool:
+    def _is_soft(self, one: Any) -> bool:
         """Whether a tensor is probabilities [B, heads, T, T] or [B * heads, T, T]."""
-        if id(one) not in self._soft or one.dim() not in (3, 4):
+        if not isinstance(one, Tensor) or one not in self._soft or one.dim() not in (3, 4):
             return False
         return one.dim() == 4 or self._split(len(one)) is not None
 
@@ -249,11 +249,12 @@ class _AttentionMode(Calls):
 
     def _tap(self, weights: Tensor, logits: Tensor | None = None) -> Tensor:
         """Collects probabilities; returns the tensor that the model must go on with."""
-        if id(weights) in self._tapped:
-            return self._tapped[id(weights)][1]
+        if weights in self._tapped:
+            tapped: Tensor = self._tapped[weights]
+            return tapped
         given = weights
         if self._reading:
-            before = self._soft[id(weights)][1] if logits is None else logits
+            before = self._soft[weights] if logits is None else logits
             self.logits.append(before.detach().clone())
         if not weights.requires_grad:
             # Also where another mode runs calls that do not depend on points without autograd.
@@ -266,7 +267,7 @@ class _AttentionMode(Calls):
             heads = weights.reshape(rows, -1, *weights.shape[1:])
             weights = heads.reshape(given.shape)
         self.maps.append(heads)
-        self._tapped[id(given)] = given, weights
+        self._tapped[given] = weights
         return weights
 
     def _fused(self, args: Args, kwargs: Kwargs) -> Tensor:

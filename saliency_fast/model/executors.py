@@ -37,7 +37,7 @@ class Executor(Protocol):
 class EagerExecutor:
     """The model as it is, with autograd's own memory."""
 
-    model: Callable[..., Any]
+    model: Function
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Inputs, Kwargs
@@ -435,15 +435,14 @@ class _FollowIds(FunctionMode):
         super().__init__()
         self.given: list[list[Tensor]] = []
         self.looked_up: list[list[Tensor]] = []
-        self._followed = {id(one): weakref.ref(one) for one in inputs}
+        self._followed = WeakTensorKeyDictionary(dict.fromkeys(inputs))
 
     def opens(self, func: FunctionType) -> bool:
         return False
 
     def follows(self, value: object) -> bool:
         """Whether a tensor holds numbers of the inputs, or numbers made from them."""
-        reference = self._followed.get(id(value))
-        return reference is not None and reference() is value
+        return isinstance(value, Tensor) and value in self._followed
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         name = getattr(func, "__name__", "")
@@ -458,7 +457,7 @@ class _FollowIds(FunctionMode):
         if name in ("__setitem__", "copy_") or (name.endswith("_") and not name.endswith("__")):
             made += [one for one in args[:1] if isinstance(one, Tensor)]
         # The result of a comparison is no number of the input's any more.
-        self._followed |= {id(one): weakref.ref(one) for one in made if one.dtype != torch.bool}
+        self._followed.update({one: None for one in made if one.dtype != torch.bool})
         return result
 
 

@@ -261,8 +261,8 @@ class _Snapshot:
     """
 
     __slots__ = (
-        "attributes", "changed", "containers", "copies", "inference", "module", "names", "tables",
-        "tensors", "thread", "transient", "versions",
+        "attributes", "changed", "containers", "copies", "inference", "module", "tables", "tensors",
+        "thread", "transient", "versions",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, room: int) -> None:
@@ -275,26 +275,22 @@ class _Snapshot:
         self.containers: list[_Container] = []
         parameters, buffers, _ = self.tables
         # A layer without a bias has a parameter that is None.
-        held = {n: t for n, t in (parameters | buffers).items() if t is not None}
-        self.names, self.tensors = list(held), list(held.values())
+        self.tensors = [(n, t) for n, t in (parameters | buffers).items() if t is not None]
         if len(own) > len(_BASE):
             for name, value in own.items():
                 if type(value) not in _PLAIN and name not in _BASE:
                     self._gather(name, value, set())
-        if any(tensor.is_inference() for tensor in self.tensors):
+        if any(tensor.is_inference() for _, tensor in self.tensors):
             # They count no writes, and take none outside of their mode.
             self.inference = True
-            pairs = zip(self.names, self.tensors, strict=True)
-            counted = [(n, t) for n, t in pairs if not t.is_inference()]
-            self.names, self.tensors = [n for n, _ in counted], [t for _, t in counted]
-        self.versions = list(map(compat.version_of, self.tensors))
+            self.tensors = [(name, one) for name, one in self.tensors if not one.is_inference()]
+        self.versions = [compat.version_of(tensor) for _, tensor in self.tensors]
         self.copies = self._copied(parameters, room)
 
     def _gather(self, name: str, value: Any, seen: set[int]) -> None:
         """Adds the containers and tensors in an attribute."""
         if isinstance(value, Tensor):
-            self.names.append(name)
-            self.tensors.append(value)
+            self.tensors.append((name, value))
         elif isinstance(value, (*_CONTAINERS, tuple)) and id(value) not in seen:
             seen.add(id(value))
             if not isinstance(value, tuple):
@@ -309,9 +305,7 @@ class _Snapshot:
         # In training mode, batch normalisation writes to its statistics.
         overwritten = None if self.module.training else _OVERWRITTEN.get(self.module)
         copies: dict[int, Tensor] = {}
-        if overwritten is not None and not overwritten:
-            return copies
-        for number, (name, tensor) in enumerate(zip(self.names, self.tensors, strict=True)):
+        for number, (name, tensor) in enumerate(() if overwritten == set() else self.tensors):
             wanted = name not in parameters and (overwritten is None or name in overwritten)
             # Writes to other layouts, such as sparse ones, show in their versions alone.
             plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
@@ -337,18 +331,21 @@ class _Snapshot:
             self._restore_attributes(own)
         containers = [one for one in self.containers if one.changed()]
         lost = [one.name for one in containers if not one.restore()]
-        now = list(map(compat.version_of, self.tensors))
+        now = [compat.version_of(tensor) for _, tensor in self.tensors]
         written = [n for n, was in enumerate(self.versions) if now[n] != was]
         # Batch normalisation writes to its statistics without counting.
-        written += [n for n, one in self.copies.items() if not torch.equal(one, self.tensors[n])]
+        written += [n for n, one in self.copies.items() if not torch.equal(one, self.tensors[n][1])]
         written = list(dict.fromkeys(written))
-        lost += [self.names[n] for n in written if not self._rewritten(n, graphs)]
+        names = [self.tensors[n][0] for n in written]
+        lost += [
+            name for n, name in zip(written, names, strict=True) if not self._rewritten(n, graphs)
+        ]
         self.changed |= bool(containers or written)
         if self.changed:
             _CHANGING.add(self.module)
         earlier = _OVERWRITTEN.get(self.module)
         if earlier is None or written:
-            _OVERWRITTEN[self.module] = (earlier or set()).union(self.names[n] for n in written)
+            _OVERWRITTEN[self.module] = (earlier or set()).union(names)
         return lost
 
     def _restore_attributes(self, own: dict[str, Any]) -> None:
@@ -365,7 +362,7 @@ class _Snapshot:
 
     def _rewritten(self, number: int, graphs: bool) -> bool:
         """Whether a tensor that was written to has its numbers again."""
-        tensor, copy = self.tensors[number], self.copies.get(number)
+        tensor, copy = self.tensors[number][1], self.copies.get(number)
         if copy is None:
             return False
         with suppress(RuntimeError), torch.no_grad(), torch.inference_mode(False):
@@ -378,8 +375,8 @@ class _Snapshot:
         return False
 
     def replace_inference(self, made: dict[int, Tensor]) -> None:
-        """Puts copies in the place of parameters and buffers that were made in inference mode, and
-        cannot take part in gradients; `made`: those of the tensors that modules share.
+        """Replaces parameters and buffers of inference mode, which have no gradients, by copies;
+        `made`: those of tensors that modules share.
         """
         for name in compat.TABLES[:2]:
             table = vars(self.module)[name]

@@ -5,7 +5,7 @@ counted among each text's own tokens, whatever the padding of the batch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -623,9 +623,18 @@ def _padding_of(model: Function, inputs: Sequence[Tensor], args: Args, kwargs: K
             doubt = f"position -1 may be padding, which the argument {name!r} may tell of"
             return Padding(doubt=doubt)
     ids = named.get("decoder_input_ids") if decoded else inputs[0]
-    if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
-        for pad in _pad_ids(model):
-            if _ends_in(ids == pad):
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return Padding()
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    tables = [one for one in modules if isinstance(one, nn.Embedding)]
+    own = [getattr(getattr(model, "config", None), "pad_token_id", None)]
+    own += [t.padding_idx % t.num_embeddings for t in tables if t.padding_idx is not None]
+    for pad in own:
+        for rows in (ids == pad, (ids == pad).flip(1)) if isinstance(pad, int) else ():
+            # Runs of padding of several lengths, or of two tokens: one alone may close every text.
+            runs = rows.int().cumprod(1).sum(1)
+            least, most = int(runs.min()), int(runs.max())
+            if most > 0 and (least != most or least > 1):
                 return Padding(
                     doubt=f"position -1 of some examples seems to be padding (token id {pad}), and "
                     "no attention mask says where texts end"
@@ -644,17 +653,14 @@ def _padding_by(name: str, mask: Tensor, batch: int) -> Padding:
 
 
 def _is_mask(mask: Tensor, batch: int) -> bool:
-    return mask.dim() == 2 and len(mask) in (1, batch) and _are_flags(mask)
-
-
-def _are_flags(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())
+    flags = mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())
+    return flags and mask.dim() == 2 and len(mask) in (1, batch)
 
 
 def _may_mask(name: str, value: Tensor, batch: int) -> bool:
     """Whether an argument looks like a mask of padding, or like lengths that differ."""
     if "mask" in name.lower():
-        flags = value.dim() == 2 and len(value) == batch and _are_flags(value)
+        flags = _is_mask(value, batch) and len(value) == batch
     else:
         integers = value.shape == (batch,) and not value.is_floating_point()
         flags = "len" in name.lower() and integers
@@ -675,22 +681,3 @@ def _by_name(
     own = {name: value for name, value in bound.arguments.items() if not isinstance(value, tuple)}
     given = {id(one) for one in inputs}
     return {name: value for name, value in own.items() if id(value) not in given} | dict(kwargs)
-
-
-def _pad_ids(model: object) -> Iterator[int]:
-    """Ids that models use for padding."""
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    if isinstance(pad, int):
-        yield pad
-    for layer in model.modules() if isinstance(model, nn.Module) else ():
-        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-            yield layer.padding_idx % layer.num_embeddings
-
-
-def _ends_in(pad: Tensor) -> bool:
-    """Whether rows of ids begin or end in runs of padding, several lengths or tokens long."""
-    for rows in (pad, pad.flip(1)):
-        runs = rows.int().cumprod(1).sum(1)
-        if int(runs.max()) > 0 and (int(runs.min()) != int(runs.max()) or int(runs.min()) > 1):
-            return True
-    return False

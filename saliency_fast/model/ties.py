@@ -38,7 +38,7 @@ class Ties:
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
-        with _Watch(self):
+        with _Maxima(self):
             return self.model(*points, *args, **kwargs)
 
     def shares(self) -> tuple[float, float]:
@@ -47,7 +47,7 @@ class Ties:
         tied, rounded = zip(*shares, strict=True) if shares else ((0.0,), (0.0,))
         return max(tied), max(rounded)
 
-    def note(self, x: Tensor, y: Tensor, near: Tensor, equal: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, near: Tensor, equal: Tensor) -> None:
         """Sums the gradient of maxima y of x, from counts of near and of equal values."""
         tied = near > 1
         if is_rectifier_step(x.grad_fn):
@@ -64,7 +64,7 @@ class Ties:
         y.register_hook(passing)  # type: ignore[no-untyped-call]
 
 
-class _Watch(Calls):
+class _Maxima(Calls):
     """Runs every call as it is, and reports calls that take maxima."""
 
     def __init__(self, ties: Ties) -> None:
@@ -81,7 +81,7 @@ class _Watch(Calls):
         with torch.no_grad():
             counts = look(args[0].detach(), y.detach(), *args[1:], **kwargs)
         if counts is not None:
-            self._ties.note(args[0], y, *counts)
+            self._ties.add(args[0], y, *counts)
         return result
 
 
