@@ -26,13 +26,10 @@ Values = Mapping[int, Value]
 @dataclass(frozen=True)
 class Window:
     """The receptive field along one axis: output o sees the inputs from o * stride - before to
-    `reach` positions further.
+    `reach` positions further; `after` is padding behind the input.
 
-    Attributes:
-        after: Padding behind the input.
-        spread: The other way round, as in upsampling: input i is seen by the outputs from
-            i * stride - before on.
-        origin: Of a spread call: on a crop from i, its result begins at i * stride - origin.
+    spread: the other way round, as in upsampling: input i is seen by the outputs from i * stride -
+    before on. origin: of a spread call on a crop from i, whose result begins at i * stride - origin.
     """
 
     stride: int = 1
@@ -66,12 +63,10 @@ class CropRule:
     """How a step runs on crops: `func` of `args`, whose values are crops, without padding.
 
     Attributes:
-        windows: The receptive field along each spatial axis.
         fill: Value of the step's own padding; None where it has none.
         padding: Position in `args` of the padding that is equal on both sides.
         constants: Tensors among the arguments are broadcast, and cropped with the operands.
-        keeps: What autograd keeps, as in `OpInfo`.
-        view: The result shares its operand's memory.
+        keeps, view: As in `OpInfo`.
     """
 
     windows: tuple[Window, ...]

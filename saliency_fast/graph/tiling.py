@@ -225,11 +225,8 @@ def local_stem(program: Program) -> Stem:
 class Tiled:
     """An executor: the stem by tiles of one row, the rest of the model whole.
 
-    Attributes:
-        tile: Sizes of a tile along the input's spatial axes; cut values are divided among tiles in
-            proportion.
-        region: A box of the input, (start, stop) per axis: gradients are exact inside and zero
-            outside, and only the tiles that it has a part in are computed again.
+    tile: sizes along the input's spatial axes; cut values are divided in proportion. region: a box
+    of the input inside of which gradients are exact, outside zero.
     """
 
     stem: Stem

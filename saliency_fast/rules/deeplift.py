@@ -180,13 +180,12 @@ def _unpooled(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
 class Rescale(Rules):
     """DeepLIFT's rescale rule: a nonlinearity's gradient becomes change out / change in.
 
-    Changes are between a point and its reference, the other half of the batch; where the input's
-    change is below `epsilon` the gradient stays. Softmax's multipliers lose their mean over the
-    example. Linear operators, normalisations by the data and products of two tensors keep their
-    gradient. captum: as Captum 0.9 has it, for equal numbers: of the elementwise operators only
-    `CAPTUM` have the rule, a nonlinearity directly after another keeps its gradient (sums then
-    miss the scores' change), softmax's mean is the whole batch's, and pools weigh references by
-    gradients of their own, so that the references' scores are to be differentiated as well.
+    Changes are between a point and its reference, the other half of the batch; below `epsilon` the
+    gradient stays. Softmax's multipliers lose their mean over the example. Linear operators,
+    normalisations by the data and products of two tensors keep their gradient. captum: as in Captum
+    0.9, only the elementwise operators `CAPTUM` have the rule, a nonlinearity directly after
+    another keeps its gradient, softmax's mean is the whole batch's, and pools weigh references by
+    their own gradients.
     """
 
     epsilon: float = 1e-10

@@ -40,11 +40,10 @@ ELEMENTWISE = ACTIVATIONS | frozenset(
 
 
 class RulesMode(Calls):
-    """Inside its `with`, calls that depend on points and whose name is in `table` have a rule.
+    """Calls that depend on points and whose name is in `table` have a rule, also in place.
 
-    In-place calls are answered as calls out of place, and written over their input. met: how many
-    calls had a rule. paired: points are followed by as many references; rows: of both.
-    hidden: kinds of autograd nodes that no call under these rules creates.
+    met: how many calls had a rule. paired: points are followed by as many references; rows: of
+    both. hidden: kinds of autograd nodes that no call under these rules creates.
     """
 
     paired = False
@@ -122,10 +121,8 @@ class RulesMode(Calls):
 
 @cache
 def call_name(func: Function) -> tuple[str, Function | None]:
-    """The operator's name, and for an in-place call the same call out of place.
-
-    Functions and methods have one name: torch.relu, Tensor.relu and Tensor.relu_ are "relu".
-    Operators of other libraries have none: "".
+    """The operator's name, "relu" of torch.relu, Tensor.relu and Tensor.relu_ and "" of other
+    libraries' operators; and for an in-place call the same call out of place.
     """
     if isinstance(func, (OpOverload, OpOverloadPacket)):
         space, _, name = str(func).partition(".")
@@ -147,10 +144,7 @@ def call_name(func: Function) -> tuple[str, Function | None]:
 def register(
     table: dict[str, OperatorRule], *names: str, **options: Any
 ) -> Callable[[OperatorRule], OperatorRule]:
-    """Decorator that makes a function, with `options`, the rule of operators.
-
-    names: of operators, several in a string with spaces between them.
-    """
+    """Decorator that makes a function, with `options`, the rule of the operators in `names`."""
 
     def add(rule: OperatorRule) -> OperatorRule:
         each = (name for several in names for name in several.split())

@@ -1,7 +1,6 @@
-"""Propagation rules of LRP: how the relevance of a layer's outputs goes to its inputs.
+"""Propagation rules of LRP: how the relevance of a layer's outputs goes to its inputs [B, *].
 
-Each rule is data and a formula: x [B, *] and the relevance of a layer's outputs in, the relevance
-of its inputs out. Denominators z are kept off zero as z + sign(z) epsilon, with sign(0) = 1.
+Denominators z are kept off zero as z + sign(z) epsilon, with sign(0) = 1.
 """
 
 from __future__ import annotations
@@ -153,10 +152,9 @@ class Gamma:
     """Contributions of the output's own sign count 1 + gamma times (Andeol, 2021).
 
     R_i = sum_j (c_ij + gamma max(0, c_ij)) R_j / sum_i (...) of c_ij = w_ij x_i where z_j >= 0, and
-    with min in the place of max where z_j < 0: no denominator is smaller than z_j, whatever the
-    signs of inputs and outputs. For inputs and outputs >= 0 these are weights w + gamma max(0, w)
-    (Montavon, 2019). bias: "rule" (a contribution), "keep" (as it is) or "zero". signed: False
-    takes those weights whatever the signs, as Captum does: denominators may then be close to zero.
+    with min in the place of max where z_j < 0. For inputs and outputs >= 0 these are weights w +
+    gamma max(0, w) (Montavon, 2019). bias: "rule" (a contribution), "keep" (as it is) or "zero".
+    signed: False takes those weights whatever the signs, as Captum does.
     """
 
     gamma: float = 0.25

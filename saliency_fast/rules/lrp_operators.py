@@ -339,27 +339,20 @@ def _instance_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) 
     return _standardised(mode, partial(func, *args, **kwargs), given, given["input"].flatten(2), 1)
 
 
-@lrp_rule("layer_norm")
-def _layer_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
+@lrp_rule("layer_norm group_norm")
+def _of_groups(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """Their second argument is the shape of the last axes, or the number of groups of channels."""
     given = named(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
-    x, shape = given["input"], given["normalized_shape"]
-    groups = x.reshape(*x.shape[: x.dim() - len(shape)], -1)
-    return _standardised(mode, partial(func, *args, **kwargs), given, groups, None)
-
-
-@lrp_rule("group_norm")
-def _group_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
-    given = named(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
-    groups = given["input"].reshape(len(given["input"]), given["num_groups"], -1)
-    return _standardised(mode, partial(func, *args, **kwargs), given, groups, 1)
+    x = given["input"]
+    groups: Any = given.get("num_groups", given.get("normalized_shape"))
+    of_channels = isinstance(groups, int)
+    lead = (len(x), groups) if of_channels else x.shape[: x.dim() - len(groups)]
+    apply = partial(func, *args, **kwargs)
+    return _standardised(mode, apply, given, x.reshape(*lead, -1), 1 if of_channels else None)
 
 
 def _standardised(
-    mode: Relevance,
-    apply: Callable[[], Tensor],
-    given: Mapping[str, Any],
-    groups: Tensor,
-    channels: int | None,
+    mode: Relevance, apply: Function, given: Kwargs, groups: Tensor, channels: int | None
 ) -> Tensor:
     """Normalisation of the last axis of `groups` by the epsilon rule (Achtibat, 2024), affine with
     its deviation taken as a constant; channels: the axis of its weights.
@@ -549,19 +542,13 @@ def _einsum(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     return _bilinear(mode, operands[varying[0]], operands[varying[1]], call)
 
 
-@lrp_rule("addmm")
+@lrp_rule("addmm baddbmm")
 def _addmm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Adds bias + x @ weight: a linear layer with its weight transposed, or a sum and a product."""
-    if len(args) == 3 and not kwargs and mode.weights and varies(args[1]):
-        bias, x, weight = args
-        if not (varies(bias) or varies(weight)):
-            return _product(mode, x, weight, bias)
-    return _baddbmm(mode, func, args, kwargs)
-
-
-@lrp_rule("baddbmm")
-def _baddbmm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     base, a, b = args[:3]
+    plain = call_name(func)[0] == "addmm" and len(args) == 3 and not kwargs
+    if plain and mode.weights and varies(a) and not (varies(base) or varies(b)):
+        return _product(mode, a, b, base)
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     with mode:
         product = torch.matmul(a, b) * alpha

@@ -1,8 +1,5 @@
-"""Rules of the rectifier max(0, x): guided backpropagation, deconvolution, softplus.
-
-They hold for a rectifier under each of its names (modules, functions, methods, in place,
-clamp(min=0), threshold(0, 0)) and for nothing else: the papers define them for ReLU. Leaky and
-bounded rectifiers keep their gradient.
+"""Rules of the rectifier max(0, x) under each of its names, such as clamp(min=0): guided
+backpropagation, deconvolution, softplus. Leaky and bounded rectifiers keep their gradient.
 """
 
 from __future__ import annotations
@@ -110,10 +107,8 @@ class Deconv(Rules):
 
 @dataclass(frozen=True)
 class Softplus(Rules):
-    """ReLU becomes softplus log(1 + exp(beta x)) / beta, forward and backward (Janizek, 2021).
-
-    For second derivatives, which ReLU does not have. Gradients can be differentiated again; scores
-    are those of the smooth model.
+    """ReLU becomes softplus log(1 + exp(beta x)) / beta, forward and backward (Janizek, 2021), for
+    second derivatives, which ReLU does not have.
     """
 
     beta: float = 10.0
