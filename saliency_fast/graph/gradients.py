@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge
 from saliency_fast._torch_compat import BATCH_NORM_STEPS
 
 Forward = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
-Backward = Callable[..., Tensor | tuple[Tensor | None, ...]]
+Backward = Callable[..., Tensor | tuple[Tensor | None, ...] | None]
 Source = Tensor | GradientEdge
 
 

@@ -29,7 +29,7 @@ class Window:
     `reach` positions further; `after` is padding behind the input.
 
     spread: the other way round, as in upsampling: input i is seen by the outputs from i * stride -
-    before on. origin: of a spread call on a crop from i, whose result begins at i * stride - origin.
+    before on. origin: of a spread call: on a crop from i its result begins at i * stride - origin.
     """
 
     stride: int = 1

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import ModelError, NoAttentionError
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.intercept import Calls
 from saliency_fast.model.preserve import uncompiled, without_recomputation
 
@@ -260,7 +261,9 @@ class _AttentionMode(Calls):
             # Also where another mode runs calls that do not depend on points without autograd.
             with torch.enable_grad():
                 anchor = torch.zeros((), requires_grad=True, device="cpu")
-                weights = _OnGraph.apply(weights, anchor)  # type: ignore[no-untyped-call]
+                weights = differentiable(
+                    anchor, lambda _: (given.view_as(given), ()), lambda _: None
+                )
         heads = weights
         if weights.dim() == 3:
             rows = self._split(len(weights)) or 1
@@ -280,18 +283,6 @@ class _AttentionMode(Calls):
             )
         logits, value = super().call(scaled_products, args, kwargs)
         return self._mixed(self._tap(compat.softmax_of_masked(logits), logits) @ value)
-
-
-class _OnGraph(torch.autograd.Function):
-    """Puts a tensor on autograd's graph that depends on no leaf with a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, anchor: Tensor) -> Tensor:
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None
 
 
 def scaled_products(
@@ -335,8 +326,14 @@ def _variations(x: Tensor, sequence: bool) -> list[tuple[Tensor, int | None]]:
     changed: list[tuple[Tensor, int | None]] = []
     if sequence and x.dim() in (2, 3) and x.shape[1] > 0:
         for token in _tokens(x):
-            points = x.clone()
-            points[0, token] = _other(x, token)
+            points, own = x.clone(), x[0, token]
+            if x.is_floating_point():
+                points[0, token] = _noise(own, x)
+            else:
+                # Another id, of the same input where it has one.
+                others = [n for n in (*_tokens(x), *range(x.shape[1])) if x[0, n] != own]
+                near = own - 1 if int(own.max()) > 0 else own + 1
+                points[0, token] = x[0, others[0]] if others else near
             changed.append((points, token))
     if x.is_floating_point() and x.dim() > 2:
         # Which axis holds channels is unknown: where one slice is a channel, others are places.
@@ -353,17 +350,6 @@ def _tokens(x: Tensor) -> list[int]:
     ids = x[0].tolist()
     order = sorted(range(length), key=lambda n: (ids.count(ids[n]), abs(n - length // 2)))
     return order[:_CHANGED_TOKENS]
-
-
-def _other(x: Tensor, token: int) -> Tensor:
-    """Another value for a token: noise, or another id of the same input."""
-    own = x[0, token]
-    if x.is_floating_point():
-        return _noise(own, x)
-    others = [n for n in (*_tokens(x), *range(x.shape[1])) if x[0, n] != own]
-    if others:
-        return x[0, others[0]]
-    return own - 1 if int(own.max()) > 0 else own + 1
 
 
 def _noise(part: Tensor, whole: Tensor) -> Tensor:

@@ -68,10 +68,9 @@ def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
 
 def _times_itself(output: Tensor) -> Tensor:
     """An output whose gradient arrives multiplied with the output, as relevance starts."""
-    if not output.requires_grad:
-        return output
     relevant, value = output.view_as(output), output.detach()
-    relevant.register_hook(lambda grad: value * grad)  # type: ignore[no-untyped-call]
+    if output.requires_grad:
+        relevant.register_hook(lambda grad: value * grad)  # type: ignore[no-untyped-call]
     return relevant
 
 

@@ -20,11 +20,6 @@ from saliency_fast.ops.winograd import CHANNELS
 Ints = list[int]
 Sizes = int | tuple[int, ...] | Ints
 _convolution_backward = compat.backward_operator("convolution")
-CONVOLUTIONS = {
-    **{getattr(torch, f"conv{axes}d"): (axes, False) for axes in (1, 2, 3)},
-    **{getattr(torch, f"conv_transpose{axes}d"): (axes, True) for axes in (1, 2, 3)},
-}
-"""(spatial axes, whether transposed) of each call."""
 WIDE = 25
 """Elements of a kernel from which it outweighs a copy of its input."""
 FEW_CHANNELS, WIDE_KERNEL = 4, 16
@@ -169,7 +164,7 @@ def winograd_built() -> bool:
     return capable and native_library() is not None and forced() in (None, "native")
 
 
-def _lean(axes: int, transposes: bool) -> Callable[..., Any]:
+def _lean(axes: int, *, transposes: bool) -> Callable[..., Any]:
     rest = "output_padding groups dilation" if transposes else "dilation groups"
     names = f"stride padding {rest}".split()
     defaults = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
@@ -200,8 +195,9 @@ def _lean(axes: int, transposes: bool) -> Callable[..., Any]:
     return convolution
 
 
-for _call, _kind in CONVOLUTIONS.items():
-    lean(_call)(_lean(*_kind))
+for _axes in (1, 2, 3):
+    lean(getattr(torch, f"conv{_axes}d"))(_lean(_axes, transposes=False))
+    lean(getattr(torch, f"conv_transpose{_axes}d"))(_lean(_axes, transposes=True))
 
 
 def _served(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from saliency_fast._torch_compat import tree_structure
 from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelError
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.passes.fusion import fused
 from saliency_fast.graph.program import Program, Ref, Step, refs_in
 
@@ -62,7 +62,12 @@ class Prefix:
             entered = self._spared(points)
             found = self.in_memory_order(self.stem(entered, extras))
         pairs = [(one, grad) for one, grad in zip(found, grads, strict=True) if one.requires_grad]
-        total = _WithGradients.apply([grad for _, grad in pairs], *(one for one, _ in pairs))  # type: ignore[no-untyped-call]
+        (first, *others), cotangents = zip(*pairs, strict=True)
+        # A number with these gradients: where `torch.autograd.grad` is given gradients, it imports
+        # PyTorch's symbolic shapes, which takes a third of a second.
+        total = differentiable(
+            first, lambda one, *_: (one.new_zeros(()), ()), lambda _: cotangents, *others
+        )
         back = torch.autograd.grad(total, points, allow_unused=True)
         return tuple(
             torch.zeros_like(point) if grad is None else grad.contiguous()
@@ -92,21 +97,6 @@ class Prefix:
         """Activations at the cut as the rest takes them, in the same memory."""
         # The data alone: to work in place on a view costs autograd a copy of all.
         return tuple(one.movedim(-1, 1).data if self._is_last(one.dim()) else one for one in values)
-
-
-class _WithGradients(torch.autograd.Function):
-    """A number whose gradients at some tensors are those given: `torch.autograd.grad` with given
-    gradients imports PyTorch's symbolic shapes, which takes a third of a second.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, grads: list[Tensor], *outputs: Tensor) -> Tensor:
-        ctx.grads = grads
-        return outputs[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        return None, *ctx.grads
 
 
 def prefix_of(program: Program, *, channels_last: bool, line: bool) -> Prefix | None:
