@@ -58,7 +58,6 @@ class Calls(FunctionMode):
         return func not in INNER_GRADIENTS
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        """Runs one call, keeping as little as possible."""
         if func in INNER_GRADIENTS:
             raise NotLeanError("the model takes gradients of its own")
         self.check_saving()

@@ -62,8 +62,15 @@ def _mixes(step: Step, axis: int, rank: int, values: Mapping[int, Value]) -> boo
     name = step.name.strip("_")
     if step.info.rows == "along":
         return axis in _dims(step, rank)
-    if step.info.rows == "first" or name == "batch_norm":
-        return axis != 0 or (name == "batch_norm" and _of_batch(step))
+    if name == "batch_norm":
+        # Statistics of the batch.
+        names = ["input", "running_mean", "running_var", "weight", "bias", "training"]
+        if step.func is torch.batch_norm:
+            names[1:5] = names[3:5] + names[1:3]
+        given = dict(zip(names, step.args, strict=False)) | dict(step.kwargs)
+        return axis != 0 or given.get("running_mean") is None or given.get("training") is True
+    if step.info.rows == "first":
+        return axis != 0
     if name == "scaled_dot_product_attention":
         return axis >= rank - 2
     if name == "multi_head_attention_forward":
@@ -131,15 +138,6 @@ def _letter(term: str, axis: int, rank: int) -> str:
     if not ellipsis or axis >= rank - len(after):
         return after[axis - rank]
     return f".{rank - len(after) - axis}"
-
-
-def _of_batch(step: Step) -> bool:
-    """Whether a batch normalisation takes its statistics from the batch."""
-    names = ["input", "running_mean", "running_var", "weight", "bias", "training"]
-    if step.func is torch.batch_norm:
-        names[1:5] = names[3:5] + names[1:3]
-    given = dict(zip(names, step.args, strict=False)) | dict(step.kwargs)
-    return given.get("running_mean") is None or given.get("training") is True
 
 
 def _axes(value: Value) -> list[int]:

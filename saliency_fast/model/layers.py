@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice
@@ -361,17 +361,14 @@ class Read:
 
 @dataclass(frozen=True)
 class Lookup:
-    """One call of a table, which runs once or several times, with ids of the explained input."""
+    """An embedding table, or one of its calls, and the ids of the explained input that it gets."""
 
-    table: nn.Module
-    call: int
+    layer: Layer
     ids: Tensor
-    several: bool = False
 
     @property
-    def layer(self) -> Layer:
-        """The table, or the one of its calls."""
-        return OneCall(self.table, self.call) if self.several else self.table
+    def table(self) -> nn.Module:
+        return module_at(self.layer)
 
 
 def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> list[Lookup]:
@@ -391,7 +388,7 @@ def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> 
             "at='embeddings': the model has no torch.nn.Embedding and no get_input_embeddings(); "
             "name the layer that makes vectors of tokens"
         )
-    mode, calls, counts = _FollowIds(inputs), list[Lookup](), [0] * len(tables)
+    mode, calls, counts = _FollowIds(inputs), list[tuple[int, int, Tensor]](), [0] * len(tables)
 
     def before(number: int, given: Any) -> None:
         mode.given.append(_tensors(given)[:1])
@@ -401,7 +398,7 @@ def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> 
         # Tables of positions may be passed the tokens for the sake of their number.
         given, ids = mode.given.pop(), mode.looked_up.pop()
         own = [one for one in ids or given if mode.follows(one)]
-        calls.extend(Lookup(tables[number], counts[number], one.detach()) for one in own[:1])
+        calls.extend((number, counts[number], one.detach()) for one in own[:1])
         counts[number] += 1
 
     with torch.no_grad(), hooked(tables, before, of_input=True), hooked(tables, after), mode:
@@ -412,8 +409,8 @@ def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> 
             f"at='embeddings': no table of the model gets ids from the explained input: it has "
             f"{names}; name the layer that makes vectors of the input"
         )
-    often = {id(table) for table, count in zip(tables, counts, strict=True) if count > 1}
-    return [replace(one, several=id(one.table) in often) for one in calls]
+    once = [count == 1 for count in counts]
+    return [Lookup(tables[n] if once[n] else OneCall(tables[n], k), ids) for n, k, ids in calls]
 
 
 def embeddings(model: object, run: Callable[[], Any], inputs: Inputs) -> tuple[Layer, ...]:
@@ -570,7 +567,7 @@ class _Output:
 
 
 class _ModuleTrace(FunctionMode):
-    """Records what the modules of a forward pass do, and attention by its calls.
+    """Records what the modules of a forward pass do, by hooks, and attention by its calls.
 
     stack: modules at work, and since when; mixing: when which module mixed tokens; digests: numbers
     that differ where outputs do; rows: of the model's input; pooled: the last pooled map.
@@ -619,7 +616,6 @@ class _ModuleTrace(FunctionMode):
         self.digests[self.modules[number]] = digest
 
     def begin(self, number: int, given: Any) -> None:
-        """Hook of a module's input."""
         module, self.time = self.modules[number], self.time + 1
         if module is self.root and (tensors := tensors_of(given)):
             self.rows = len(tensors[0]) if tensors[0].dim() else None
@@ -628,7 +624,6 @@ class _ModuleTrace(FunctionMode):
             self.mixes()
 
     def end(self, number: int, output: Any) -> None:
-        """Hook of a module's output."""
         module, self.time = self.modules[number], self.time + 1
         self.stack.pop()
         self.calls[module] = self.calls.get(module, 0) + 1

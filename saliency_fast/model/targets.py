@@ -127,7 +127,6 @@ class Padding:
         return index
 
     def need_length(self, length: int) -> None:
-        """Raises InputError where the output's sequences are not of the mask's length."""
         if self.real is not None and self.real.shape[1] != length:
             raise InputError(
                 f"target: the output has {length} places and the attention mask "
@@ -430,8 +429,9 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
     if isinstance(target, bool):
         raise InputTypeError("target must be an int, a sequence, a tuple or a function: got bool")
     if isinstance(target, int):
-        every = torch.full((batch, 1), target, device="cpu")
-        return Targets(batch, classes=_classes(every, signed))
+        return Targets(
+            batch, classes=_classes(torch.full((batch, 1), target, device="cpu"), signed)
+        )
     if isinstance(target, Tensor):
         return _per_example(target, batch, signed)
     if isinstance(target, tuple):
@@ -462,7 +462,7 @@ def _example_of(function: Callable[..., Any]) -> str:
 
 
 def _next_token(target: NextToken, batch: int) -> Targets:
-    token = target.token
+    token, mask = target.token, target.mask
     if isinstance(token, str) and token != PREDICTED:
         raise InputError(
             f"NextToken: the text {token!r} has an id only where a tokenizer is at hand: use "
@@ -478,7 +478,6 @@ def _next_token(target: NextToken, batch: int) -> Targets:
         raise InputError(
             f"NextToken: position must be an int, or one per text: got {target.position!r}"
         )
-    mask = target.mask
     if mask is not None and not _is_mask(mask, batch):
         raise InputError(
             f"target: mask must be bool, or 0 and 1, [B, T] with B = {batch}: got {mask.dtype} "
@@ -643,7 +642,6 @@ def _padding_of(model: Function, inputs: Sequence[Tensor], args: Args, kwargs: K
 
 
 def _padding_by(name: str, mask: Tensor, batch: int) -> Padding:
-    """Padding by a mask of that name."""
     if not _is_mask(mask, batch):
         doubt = f"position -1 may be padding, and the {name} {list(mask.shape)} is none of [B, T]"
         return Padding(doubt=f"{doubt} with 0 and 1")

@@ -137,21 +137,12 @@ def _along(x: Tensor, y: Tensor, dim: Any = (), keepdim: bool = False, **_: Any)
     return near.sum(axes).view(y.shape), equal.sum(axes).view(y.shape)
 
 
-_MAXIMA: dict[Any, Callable[..., Counts]] = {
-    torch.max_pool1d: _windows(1),
-    torch.max_pool1d_with_indices: _windows(1),
-    torch.max_pool2d: _windows(2),
-    NN.max_pool2d_with_indices: _windows(2),
-    torch.max_pool3d: _windows(3),
-    NN.max_pool3d_with_indices: _windows(3),
-    torch.adaptive_max_pool1d: _adaptive(1),
-    NN.adaptive_max_pool2d: _adaptive(2),
-    NN.adaptive_max_pool3d: _adaptive(3),
-    torch.amax: _along,
-    Tensor.amax: _along,
-    torch.max: _along,
-    Tensor.max: _along,
-}
+_MAXIMA: dict[Any, Callable[..., Counts]]
+_MAXIMA = dict.fromkeys((torch.amax, Tensor.amax, torch.max, Tensor.max), _along)
+for _axes, _space in ((1, torch), (2, NN), (3, NN)):
+    _MAXIMA[getattr(torch, f"max_pool{_axes}d")] = _windows(_axes)
+    _MAXIMA[getattr(_space, f"max_pool{_axes}d_with_indices")] = _windows(_axes)
+    _MAXIMA[getattr(_space, f"adaptive_max_pool{_axes}d")] = _adaptive(_axes)
 
 
 def may_tie(inputs: Inputs) -> bool:

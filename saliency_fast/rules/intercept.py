@@ -87,7 +87,6 @@ class RulesMode(Calls):
         return False
 
     def other(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        """A call without a rule."""
         return lean_call(func, args, kwargs)
 
     def check(self, node: Any) -> None:

@@ -59,8 +59,6 @@ class Affine:
 
 
 class PropagationRule(Protocol):
-    """A rule of relevance propagation."""
-
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor: ...
 
 

@@ -91,7 +91,6 @@ class Rectifier:
         return all(one is False for one in passes(self.plain, args, ends, slope))
 
     def __call__(self, input: Tensor, negative_slope: float = SLOPE) -> Any:
-        """The lean version."""
         slope = negative_slope if self.leaky else 0.0
         if not self.agrees():
             return NotImplemented

@@ -32,7 +32,6 @@ def native(program: Program) -> Program:
 
 
 def wide(value: Any) -> Any:
-    """A value with its floating tensors in float64."""
     return InFloat64().value(value)
 
 

@@ -91,8 +91,6 @@ class LikeInput(Wrapped):
 
 
 def cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
-    """Arguments with their tensors of the types `of` in the type `to`."""
-
     def change(leaf: Any) -> Any:
         return leaf.to(to) if isinstance(leaf, Tensor) and leaf.dtype in of else leaf
 
@@ -141,7 +139,6 @@ class _Copies:
 
 
 def half_type_bytes(program: Program) -> int:
-    """Bytes of the copies of the weights."""
     products = [
         step
         for step in program.steps

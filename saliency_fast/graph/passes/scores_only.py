@@ -42,12 +42,10 @@ class _Prepared:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the prepared weights."""
         copies = WINOGRAD_BYTES + (self.layer.norm is not None) if self.by_winograd else 1
         return int(self.layer.weight.nbytes) * copies
 
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The layer as a call with its arguments."""
         weight, bias = self.layer.weight.detach(), self.layer.bias
         bias, relu = None if bias is None else bias.detach(), self.layer.relu_index is not None
         if self.layer.norm is not None:
@@ -92,7 +90,6 @@ def scoring(program: Program) -> Program:
 
 
 def prepared_bytes(program: Program) -> int:
-    """Bytes of the prepared weights of `scoring`."""
     return sum(one.nbytes for one in _prepared(program))
 
 
