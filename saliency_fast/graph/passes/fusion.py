@@ -110,6 +110,17 @@ class Layer:
     norm_index: int | None = None
     relu_index: int | None = None
 
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias, with the normalisation folded into them."""
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        return (weight, bias) if self.norm is None else folded_weights(weight, bias, self.norm)
+
+
+def without_norm(rectifier: Step) -> Step:
+    """A fused rectifier whose normalisation is folded elsewhere."""
+    x, _, *others = rectifier.args
+    return replace(rectifier, args=(x, None, *others))
+
 
 def layers(program: Program) -> Iterator[Layer]:
     """The convolutions of a program, in order."""

@@ -18,7 +18,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from saliency_fast.errors import InputError
 from saliency_fast.graph.intercept import lean_call
 from saliency_fast.graph.opinfo import Wrapped
-from saliency_fast.graph.passes.fusion import folded_weights, layers, partial_convolution
+from saliency_fast.graph.passes.fusion import (
+    folded_weights,
+    layers,
+    partial_convolution,
+    without_norm,
+)
 from saliency_fast.graph.program import Prepared, Program, Step, mapped
 
 Tensors = tuple[Tensor, ...]
@@ -105,13 +110,11 @@ def in_half_type(program: Program, half: torch.dtype) -> Prepared:
         fused = behind is None or program.steps[behind].info.kind == "rectified"
         if layer.norm is None or not fused:
             continue
-        own = layer.weight, layer.bias, layer.norm
-        weights = copies.copied(partial(folded_weights, *own))
+        weights = copies.copied(partial(folded_weights, layer.weight, layer.bias, layer.norm))
         args = (layer.x, *weights, *layer.options)
         steps[layer.index] = replace(steps[layer.index], func=layer.call, args=args)
         if behind is not None:
-            x, _, *others = steps[behind].args
-            steps[behind] = replace(steps[behind], args=(x, None, *others))
+            steps[behind] = without_norm(steps[behind])
     cast_steps = (_cast(one, half, copies) if one.varying else one for one in steps)
     return Prepared(replace(program, steps=tuple(cast_steps)), tuple(copies.made))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast._torch_compat import storage_id
-from saliency_fast.graph.passes.fusion import Layer, convolution, folded_weights
+from saliency_fast.graph.passes.fusion import Layer, convolution
 from saliency_fast.graph.program import PerRow, Prepared, Program, Read, Ref, leaves_in, refs_in
 
 Env = dict[int, Tensor]
@@ -117,9 +117,7 @@ def _key(layer: Layer) -> tuple[int, bool]:
 
 
 def _weights(program: Program, layer: Layer) -> Weights:
-    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-    if layer.norm is not None:
-        weight, bias = folded_weights(weight, bias, layer.norm)
+    weight, bias = layer.weights()
     if weight.dim() == 5 and program.channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last_3d)
     return weight, bias

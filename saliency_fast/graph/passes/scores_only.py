@@ -14,7 +14,7 @@ import torch
 from saliency_fast import _torch_compat as compat
 from saliency_fast import ops
 from saliency_fast.graph.autograd.convolutions import each_axis, even_edges, winograd_pays
-from saliency_fast.graph.passes.fusion import Layer, folded_weights, layers
+from saliency_fast.graph.passes.fusion import Layer, layers, without_norm
 from saliency_fast.graph.program import Program, Step
 
 WINOGRAD_BYTES = 4
@@ -46,10 +46,7 @@ class _Prepared:
         return int(self.layer.weight.nbytes) * copies
 
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        weight, bias = self.layer.weight.detach(), self.layer.bias
-        bias, relu = None if bias is None else bias.detach(), self.layer.relu_index is not None
-        if self.layer.norm is not None:
-            weight, bias = folded_weights(weight, bias, self.layer.norm)
+        (weight, bias), relu = self.layer.weights(), self.layer.relu_index is not None
         if self.by_winograd:
             transformed = ops.winograd_weights(weight)
             return _winograd, (self.layer.x, weight, bias, self.padding, relu, transformed)
@@ -75,10 +72,8 @@ def scoring(program: Program) -> Program:
             layer, last = one.layer, one.layer.index
             behind = layer.norm_index
             if behind is not None and behind != layer.relu_index:
-                held = program.steps[behind]
-                if held.info.kind == "rectified":
-                    x, _, *others = held.args
-                    steps[behind] = replace(held, args=(x, None, *others))
+                if program.steps[behind].info.kind == "rectified":
+                    steps[behind] = without_norm(program.steps[behind])
                 else:
                     steps[behind], last = None, behind
             if layer.relu_index is not None:
