@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from saliency_fast._torch_compat import BATCH_NORM_STEPS
+from saliency_fast._types import Args, Function
 
 Forward = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
 Backward = Callable[..., Tensor | tuple[Tensor | None, ...] | None]
@@ -79,3 +82,44 @@ class _Lean(torch.autograd.Function):
 def differentiable(x: Tensor, run: Forward, back: Backward, *others: Tensor) -> Any:
     """The result of `run(x, *others)` -> (y, kept), whose gradients are `back(gradient, *kept)`."""
     return _Lean.apply(run, back, x, *others)  # type: ignore[no-untyped-call]
+
+
+# PyTorch's own gradients where a slope changes or values are equal, measured on first use: releases
+# differ (clamp passes gradients at its bounds up to 2.13, and not from 2.14 on).
+
+
+@cache
+def passes(
+    call: Function, args: Args, points: tuple[float, ...], slope: float = 0.0
+) -> tuple[bool | None, ...]:
+    """Whether `call(x, *args)` passes gradients (False: `slope` times them, None: neither)."""
+    answers: dict[float, bool] = {slope: False, 1.0: True}
+    return tuple(answers.get(one) for one in _slopes(call, args, points))
+
+
+@cache
+def takes_first(call: Function, axes: int, layout: torch.memory_format) -> bool:
+    """Whether a max pool hands the gradient of a window of equal values to the first of them."""
+    size = 3**axes
+
+    def pooled(x: Tensor) -> Tensor:
+        window = x.view(1, 2, *[3] * axes)
+        window = window.contiguous(memory_format=layout) if axes > 1 else window
+        found: Tensor = call(window, [3] * axes)
+        return found
+
+    first = [1.0] + [0.0] * (size - 1)
+    return _slopes(pooled, (), [1.0] * 2 * size) == first * 2
+
+
+def _slopes(call: Function, args: Args, points: Sequence[float]) -> list[float]:
+    """The gradient of the sum of `call(x, *args)`, outside of the caller's modes and devices."""
+
+    def ask() -> list[float]:
+        x = torch.tensor(points, dtype=torch.float64, device="cpu", requires_grad=True)
+        (slopes,) = torch.autograd.grad(call(x, *args).sum(), x)
+        found: list[float] = slopes.tolist()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()

@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
 from saliency_fast._torch_compat import NN
-from saliency_fast.graph.autograd.ties import passes
-from saliency_fast.graph.gradients import differentiable
+from saliency_fast.graph.gradients import differentiable, passes
 from saliency_fast.graph.opinfo import lean
 from saliency_fast.ops.masks import DTYPES, layout_of
 

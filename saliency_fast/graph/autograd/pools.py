@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from saliency_fast import ops
 from saliency_fast._torch_compat import NN, backward_operator
 from saliency_fast.graph.autograd.convolutions import Ints, Sizes, each_axis
-from saliency_fast.graph.autograd.ties import takes_first
-from saliency_fast.graph.gradients import differentiable
+from saliency_fast.graph.gradients import differentiable, takes_first
 from saliency_fast.graph.opinfo import LEAN, lean
 from saliency_fast.ops.masks import DTYPES
 from saliency_fast.ops.pools import LARGEST_WINDOW, layout
