@@ -176,8 +176,11 @@ def _about(one: Ref | Tensor, values: Values) -> Value:
     return Value(tuple(one.shape), one.dtype, False, False, -1)
 
 
-def _pointwise_windows(step: Step, values: Values) -> tuple[Window, ...]:
-    return (Window(),) * (len(values[step.outputs[0]].shape) - 2)
+def _of_points(step: Step, values: Values, args: Any = None, **more: Any) -> CropRule:
+    """The rule of a call, out of place, whose result has at each position what operands have."""
+    windows = (Window(),) * (len(values[step.outputs[0]].shape) - 2)
+    given = step.args if args is None else args
+    return CropRule(windows, out_of_place(step.func), given, step.kwargs, **more)
 
 
 @_rule("conv1d conv2d conv3d")
@@ -327,12 +330,11 @@ def _pointwise(step: Step, values: Values) -> CropRule | None:
         return None
     if step.changed and any(one.shape and one.dtype != made.dtype for one in given):
         return None
-    keeps, func = step.info.keeps, out_of_place(step.func)
+    keeps = step.info.keeps
     view = keeps == "view"
     if view or (keeps == "factors" and len(moving) == 1):
         keeps = "nothing"
-    windows = _pointwise_windows(step, values)
-    return CropRule(windows, func, step.args, step.kwargs, constants=True, keeps=keeps, view=view)
+    return _of_points(step, values, constants=True, keeps=keeps, view=view)
 
 
 def _broadcasts(one: Value, shape: tuple[int, ...]) -> bool:
@@ -370,8 +372,7 @@ def _parametric(step: Step, values: Values) -> CropRule | None:
     names = "input weight bias running_mean running_var training"
     if _bound(step, names, training=False)["training"]:
         return None
-    windows, func = _pointwise_windows(step, values), out_of_place(step.func)
-    return CropRule(windows, func, step.args, step.kwargs, keeps=step.info.keeps)
+    return _of_points(step, values, keeps=step.info.keeps)
 
 
 @_rule("rectified", alone=False)
@@ -379,5 +380,4 @@ def _rectified(step: Step, values: Values) -> CropRule | None:
     named = [one.number for one in (step.args[0], step.args[2]) if isinstance(one, Ref)]
     if varying(step, values) != named or len({values[one].shape for one in named}) > 1:
         return None
-    windows, args = _pointwise_windows(step, values), (*step.args[:5], False)
-    return CropRule(windows, step.func, args, keeps=step.info.keeps)
+    return _of_points(step, values, (*step.args[:5], False), keeps=step.info.keeps)

@@ -231,7 +231,12 @@ class Recorder(Calls):
         if number is None and value.is_leaf:
             return value
         if number is None or gradient_of(value) != self._seen[id(value)].gradient:
-            raise NotLeanError(_of_unseen(value))
+            custom = compat.custom_function(value.grad_fn)
+            if custom is None:
+                raise NotLeanError("the model computes outside of PyTorch's own calls")
+            if compat.is_module_hook(value.grad_fn):
+                raise NotLeanError("a module of the model has a backward hook")
+            raise NotLeanError(f"the model has a custom autograd function {custom.__name__}")
         return Ref(number)
 
     def _known(self, tensor: Tensor) -> int | None:
@@ -325,16 +330,6 @@ def own_gradient(func: Function, given: Sequence[Tensor], result: Any) -> str | 
         if custom is not None and not custom.__module__.startswith(known):
             return custom.__name__
     return None
-
-
-def _of_unseen(tensor: Tensor) -> str:
-    """Why a tensor is not the result of a call of PyTorch's."""
-    custom = compat.custom_function(tensor.grad_fn)
-    if custom is not None and compat.is_module_hook(tensor.grad_fn):
-        return "a module of the model has a backward hook"
-    if custom is not None:
-        return f"the model has a custom autograd function {custom.__name__}"
-    return "the model computes outside of PyTorch's own calls"
 
 
 def _merged(a: Any, b: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,8 @@ _META = torch.device("meta")
 _VMAP_WARNINGS: SharedSwitch[None] = SharedSwitch()
 
 
-class Executor(Protocol):
-    """The model's output for the points of a launch, a list that may be emptied."""
-
-    def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any: ...
+Executor = Callable[[Sequence[Tensor], Args, Kwargs], Any]
+"""The model's output for the points of a launch, a list that may be emptied, and its arguments."""
 
 
 @dataclass(frozen=True)

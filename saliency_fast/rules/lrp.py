@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,8 +58,8 @@ class Affine:
         return replace(self, weight=self.weight * scale.view(shape), bias=bias)
 
 
-class PropagationRule(Protocol):
-    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor: ...
+PropagationRule = Callable[[Affine, Tensor, Tensor], Tensor]
+"""From a layer, its input and the relevance of its outputs to the relevance of the input."""
 
 
 def ratio(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:

@@ -300,9 +300,10 @@ def with_rectifiers(program: Program) -> Program:
     """The same program with its rectifiers and what is before them in one pass."""
     steps: list[Step | None] = list(program.steps)
     for index, step in enumerate(program.steps):
-        rule = _slope_and_upper(step)
-        if rule is None:
+        kind = RECTIFIERS.get(step.func) if step.passing and not step.kwargs else None
+        if kind is None or not isinstance(step.args[0], Ref) or not kind.agrees():
             continue
+        slope = float((*step.args, SLOPE)[1]) if kind.leaky else 0.0
         match = _match(program, index)
         if not _may_wait(program, match, index):
             match = _Match(step.args[0].number)
@@ -312,20 +313,11 @@ def with_rectifiers(program: Program) -> Program:
         for one in match.swallowed:
             steps[one] = None
         residual = None if match.residual is None else Ref(match.residual)
-        args = (Ref(match.base), match.norm, residual, *rule, inplace)
+        args = (Ref(match.base), match.norm, residual, slope, kind.upper, inplace)
         donated = (match.base,) if inplace else ()
         own = replace(step, func=rectified, args=args, kwargs={}, changed=(), donated=donated)
         steps[index] = own
     return replace(program, steps=tuple(step for step in steps if step is not None))
-
-
-def _slope_and_upper(step: Step) -> tuple[float, float] | None:
-    """Those of a rectifier that gradients pass."""
-    kind = RECTIFIERS.get(step.func) if step.passing else None
-    if kind is None or step.kwargs or not isinstance(step.args[0], Ref) or not kind.agrees():
-        return None
-    slope = float((*step.args, SLOPE)[1]) if kind.leaky else 0.0
-    return slope, kind.upper
 
 
 def _match(program: Program, index: int) -> _Match:
