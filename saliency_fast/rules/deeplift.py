@@ -36,8 +36,7 @@ deeplift_rule = partial(register, DEEPLIFT)
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Points and their references."""
-    half = len(x) // 2
-    return x[:half], x[half:]
+    return x[: len(x) // 2], x[len(x) // 2 :]
 
 
 def _both(multiplier: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,9 +82,12 @@ def _check_number(name: str, value: object, least: float = 0.0) -> None:
 _BIASES = ("rule", "keep", "zero")
 
 
-def _check_bias(bias: object) -> None:
-    if bias not in _BIASES:
-        raise InputError(f"bias must be one of {', '.join(_BIASES)}: got {bias!r}")
+def _check_fields(rule: Any) -> None:
+    for name, value in vars(rule).items():
+        if name not in ("bias", "signed"):
+            _check_number(name, value)
+        elif name == "bias" and value not in _BIASES:
+            raise InputError(f"bias must be one of {', '.join(_BIASES)}: got {value!r}")
 
 
 def _positive(part: Tensor | None) -> Tensor | None:
@@ -138,7 +142,7 @@ class Epsilon:
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_number("epsilon", self.epsilon)
+        _check_fields(self)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         z, vjp = layer.vjp(x, layer.weight, layer.bias)
@@ -161,9 +165,7 @@ class Gamma:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("gamma", self.gamma)
-        _check_number("epsilon", self.epsilon)
-        _check_bias(self.bias)
+        _check_fields(self)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         if not self.signed:
@@ -203,8 +205,7 @@ class ZPlus:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("epsilon", self.epsilon)
-        _check_bias(self.bias)
+        _check_fields(self)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         bias = _biased(self.bias, layer.bias, _positive)
@@ -226,8 +227,7 @@ class AlphaBeta:
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "epsilon"):
-            _check_number(name, getattr(self, name))
+        _check_fields(self)
         if not math.isclose(self.alpha - self.beta, 1.0):
             raise InputError(
                 f"alpha - beta must be 1, or relevance is not conserved: got alpha {self.alpha}, "
@@ -267,21 +267,16 @@ class ZBox:
 
     def __post_init__(self) -> None:
         _check_number("epsilon", self.epsilon)
-        bounds = []
         for name in ("low", "high"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, value := tuple(value))
-            bounds.append(value if isinstance(value, tuple) else (value,))
-            for one in bounds[-1]:
+            for one in value if isinstance(value, tuple) else (value,):
                 _check_number(name, one, -math.inf)
-        low, high = bounds
+        low, high = np.atleast_1d(self.low), np.atleast_1d(self.high)
         if len(low) != len(high) and 1 not in (len(low), len(high)):
             raise InputError(f"low and high differ in channels: got {len(low)} and {len(high)}")
-        # One number is for all channels.
-        longest = max(len(low), len(high))
-        low, high = (one * longest if len(one) == 1 else one for one in bounds)
-        if not all(a < b for a, b in zip(low, high, strict=True)):
+        if not bool((low < high).all()):
             raise InputError(f"low must be less than high: got bounds {self.low}, {self.high}")
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
