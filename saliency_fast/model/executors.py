@@ -263,20 +263,14 @@ class Differentiable(Calls):
         return func(*args, **kwargs)
 
 
-@dataclass(frozen=True)
-class RecurrentExecutor:
-    """An executor through recurrent layers on a GPU."""
-
-    executor: Executor
-
-    def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
-        with Differentiable():
-            return self.executor(points, args, kwargs)
-
-
 def for_recurrent_layers(executor: Executor, device: torch.device) -> Executor:
-    """The executor as gradients of recurrent layers need it."""
-    return RecurrentExecutor(executor) if device.type == "cuda" and _recurs(executor) else executor
+    """The executor as gradients of recurrent layers on a GPU need it."""
+
+    def run(points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
+        with Differentiable():
+            return executor(points, args, kwargs)
+
+    return run if device.type == "cuda" and _recurs(executor) else executor
 
 
 def _recurs(executor: Any) -> bool:

@@ -488,10 +488,9 @@ def last_spatial(model: object, run: Run, examples: int) -> tuple[nn.Module, boo
         varying = {one for one, value in trace.digests.items() if value != before.get(one)}
         shown = _shown(raw)
         candidates = trace.candidates(shown, varying)
-        proof = _Proof(run, examples, shown, scores)
         while candidates:
             module = trace.last(candidates, varying)
-            if (reached := proof.of(module)) is not None:
+            if (reached := _reached(module, run, examples, shown, scores)) is not None:
                 return module, reached
             candidates = [one for one in candidates if one.module is not module]
     raise trace.none(tried=True)
@@ -521,38 +520,32 @@ def noisy(x: Tensor) -> Tensor:
     return drawn.to(x.device, x.dtype)
 
 
-@dataclass
-class _Proof:
-    """Shows which modules scores depend on: scores differ where a module's output is changed."""
+def _reached(
+    module: nn.Module, run: Run, examples: int, shown: Tensor | None, scores: Tensor
+) -> bool | None:
+    """Whether every number of the output `shown` depends on a module; None where a score does not:
+    `scores` of the first example, and those of others, differ where the module's output is changed.
+    """
 
-    run: Run
-    examples: int
-    shown: Tensor | None
-    scores: Tensor
+    def change(_: int, output: Any) -> Any:
+        return with_floats(output, [noisy(one) for one in floats_at(output)])
 
-    def of(self, module: nn.Module) -> bool | None:
-        """Whether every number of the output depends on a module; None where a score does not."""
-        raw, scores = self._changed(module, 0)
-        if not _differ(scores, self.scores):
-            return None
-        shown = _shown(raw)
-        if shown is None or self.shown is None or _differ(shown, self.shown):
-            return True
-        for number in range(1, self.examples):
-            if not _differ(self.run(number, None)[1], self._changed(module, number)[1]):
-                return None
-        return False
-
-    def _changed(self, module: nn.Module, number: int) -> tuple[Any, Tensor]:
-        def change(_: int, output: Any) -> Any:
-            return with_floats(output, [noisy(one) for one in floats_at(output)])
-
+    def changed(number: int) -> tuple[Any, Tensor]:
         try:
             with hooked((module,), change):
-                return self.run(number, None)
+                return run(number, None)
         except Exception:
             # A model that cannot run with other values depends on them.
-            return None, self.scores * torch.nan
+            return None, scores * torch.nan
+
+    raw, others = changed(0)
+    if not _differ(others, scores):
+        return None
+    explained = _shown(raw)
+    if explained is None or shown is None or _differ(explained, shown):
+        return True
+    pairs = ((run(number, None)[1], changed(number)[1]) for number in range(1, examples))
+    return False if all(_differ(*pair) for pair in pairs) else None
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,22 +23,35 @@ Counts = tuple[Tensor, Tensor] | None
 """For each maximum, how many values are within rounding of it, and how many are equal to it."""
 
 
-@dataclass
-class Ties:
+class Ties(Calls):
     """An executor that runs the model eagerly and finds the ties that its gradient passes.
 
     met: whether the model takes maxima. passed: for each maximum sums of absolute gradients: all,
     through ties, and through ties whose values are not equal to the last bit.
     """
 
-    model: Callable[..., Any]
-    met: bool = False
-    passed: list[list[float]] = field(default_factory=list)
+    def __init__(self, model: Function) -> None:
+        super().__init__()
+        self.model, self.met = model, False
+        self.passed: list[list[float]] = []
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
-        with _Maxima(self):
+        with self:
             return self.model(*points, *args, **kwargs)
+
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        result = func(*args, **kwargs)
+        look = _MAXIMA.get(func)
+        y = result[0] if isinstance(result, tuple) and result else result
+        if look is None or not isinstance(y, Tensor) or not y.requires_grad:
+            return result
+        self.met = True
+        with torch.no_grad():
+            counts = look(args[0].detach(), y.detach(), *args[1:], **kwargs)
+        if counts is not None:
+            self.add(args[0], y, *counts)
+        return result
 
     def shares(self) -> tuple[float, float]:
         """The largest shares of the gradient that pass ties, and ties by rounding."""
@@ -62,27 +74,6 @@ class Ties:
                 sums[number] += float(part.double().sum())
 
         y.register_hook(passing)  # type: ignore[no-untyped-call]
-
-
-class _Maxima(Calls):
-    """Runs every call as it is, and reports calls that take maxima."""
-
-    def __init__(self, ties: Ties) -> None:
-        super().__init__()
-        self._ties = ties
-
-    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        result = func(*args, **kwargs)
-        look = _MAXIMA.get(func)
-        y = result[0] if isinstance(result, tuple) and result else result
-        if look is None or not isinstance(y, Tensor) or not y.requires_grad:
-            return result
-        self._ties.met = True
-        with torch.no_grad():
-            counts = look(args[0].detach(), y.detach(), *args[1:], **kwargs)
-        if counts is not None:
-            self._ties.add(args[0], y, *counts)
-        return result
 
 
 def _windows(axes: int) -> Callable[..., Counts]:
