@@ -95,12 +95,10 @@ class Recorder(Calls):
     def __init__(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
         super().__init__()
         self._refusal: str | None = None
-        self._steps: list[Step] = []
-        self._values: dict[int, Value] = {}
-        self._seen: dict[int, _Seen] = {}
-        self._by_memory: dict[int, list[int]] = {}
-        self._memories: dict[int, int] = {}
         self.custom_gradient: str | None = None
+        self._steps, self._values = list[Step](), dict[int, Value]()
+        self._seen, self._memories = dict[int, _Seen](), dict[int, int]()
+        self._by_memory: dict[int, list[int]] = {}
         self._points, self._given = _Followed(points), _Followed(extras)
         self._inputs = [self._number(one, varying=True) for one in points]
         self._extras = [self._number(one, varying=False) for one in extras]

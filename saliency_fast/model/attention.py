@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
-from saliency_fast._types import Args, Function, Kwargs
+from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import ModelError, NoAttentionError
 from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.intercept import Calls
@@ -66,7 +66,7 @@ class AttentionTaps:
         # Which layers count, once a row has been looked at.
         self._own: list[bool] | None = None
 
-    def prepare(self, run: Callable[[tuple[Tensor, ...]], Any], rows: tuple[Tensor, ...]) -> None:
+    def prepare(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
         """Finds the layers whose queries and keys are the tokens of the explained input."""
         if self._own is not None or len(rows) != 1:
             return
@@ -152,9 +152,7 @@ class _AttentionMode(Calls):
         super().__init__()
         # Rows that are only looked at come one by one.
         self.rows: int | None = 1 if reading else None
-        self.maps: list[Tensor] = []
-        self.logits: list[Tensor] = []
-        self.products: list[Tensor] = []
+        self.maps, self.logits, self.products = list[Tensor](), list[Tensor](), list[Tensor]()
         self._reading, self._frozen = reading, frozen
         self._heads: int | None = None
         # Logits of probabilities, and the tensors that the model goes on with in their place.

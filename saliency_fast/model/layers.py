@@ -569,13 +569,10 @@ class _ModuleTrace(FunctionMode):
     def __init__(self, root: nn.Module) -> None:
         super().__init__()
         self.root, self.modules = root, list(root.modules())
-        self.stack: list[tuple[nn.Module, int]] = []
-        self.calls: dict[nn.Module, int] = {}
-        self.outputs: list[_Output] = []
-        self.shapes: dict[nn.Module, list[int]] = {}
-        self.mixing: list[tuple[int, nn.Module]] = []
+        self.stack, self.mixing = list[tuple[nn.Module, int]](), list[tuple[int, nn.Module]]()
+        self.calls, self.shapes = dict[nn.Module, int](), dict[nn.Module, list[int]]()
+        self.outputs, self.time = list[_Output](), 0
         self.digests: dict[nn.Module, tuple[float, ...]] = {}
-        self.time = 0
         self.rows: int | None = None
         self.pooled: Tensor | None = None
 

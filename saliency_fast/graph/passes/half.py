@@ -104,41 +104,35 @@ def cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
 
 def in_half_type(program: Program, half: torch.dtype) -> Prepared:
     """The program with products in a half type, and normalisations folded in float32."""
-    copies, steps = _Copies(half), list(program.steps)
+    made, steps = list[tuple[Callable[[], Tensors], Tensors]](), list(program.steps)
+    known = WeakTensorKeyDictionary()
+
+    def copied(make: Callable[[], Tensors]) -> Tensors:
+        with torch.no_grad():
+            copies = tuple(one.to(half) for one in make())
+        made.append((make, copies))
+        return copies
+
+    def leaf(value: Any) -> Any:
+        """A float32 tensor in the half type, one of each weight that several calls share."""
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if value not in known:
+            known[value] = copied(lambda: (value.detach(),))[0]
+        return known[value]
+
     for layer in layers(program):
         behind = layer.norm_index
         fused = behind is None or program.steps[behind].info.kind == "rectified"
         if layer.norm is None or not fused:
             continue
-        weights = copies.copied(partial(folded_weights, layer.weight, layer.bias, layer.norm))
+        weights = copied(partial(folded_weights, layer.weight, layer.bias, layer.norm))
         args = (layer.x, *weights, *layer.options)
         steps[layer.index] = replace(steps[layer.index], func=layer.call, args=args)
         if behind is not None:
             steps[behind] = without_norm(steps[behind])
-    cast_steps = (_cast(one, half, copies) if one.varying else one for one in steps)
-    return Prepared(replace(program, steps=tuple(cast_steps)), tuple(copies.made))
-
-
-class _Copies:
-    """Copies of weights in a half type, one of each weight that several calls share."""
-
-    def __init__(self, half: torch.dtype) -> None:
-        self.half, self.made = half, list[tuple[Callable[[], Tensors], Tensors]]()
-        self._known = WeakTensorKeyDictionary()
-
-    def of_leaf(self, value: Any) -> Any:
-        """A leaf of arguments, in the half type where it is a float32 tensor."""
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
-            return value
-        if value not in self._known:
-            self._known[value] = self.copied(lambda: (value.detach(),))[0]
-        return self._known[value]
-
-    def copied(self, make: Callable[[], Tensors]) -> Tensors:
-        with torch.no_grad():
-            copies = tuple(one.to(self.half) for one in make())
-        self.made.append((make, copies))
-        return copies
+    cast_steps = (_cast(one, half, leaf) if one.varying else one for one in steps)
+    return Prepared(replace(program, steps=tuple(cast_steps)), tuple(made))
 
 
 def half_type_bytes(program: Program) -> int:
@@ -152,12 +146,12 @@ def half_type_bytes(program: Program) -> int:
     return sum({id(one): one.nbytes // 2 for one in found}.values())
 
 
-def _cast(step: Step, half: torch.dtype, copies: _Copies) -> Step:
+def _cast(step: Step, half: torch.dtype, leaf: Callable[[Any], Any]) -> Step:
     """A step with its call in the type that suits it."""
     policy, inplace = step.info.half, bool(step.changed)
     if policy == "product" and (not inplace or step.func is partial_convolution):
         call = Cast(step.func, (torch.float32,), half)
-        return replace(step.with_arguments(copies.of_leaf), func=call)
+        return replace(step.with_arguments(leaf), func=call)
     if policy == "float32" and not inplace:
         return replace(step, func=Cast(step.func, HALVES, torch.float32))
     return replace(step, func=LikeInput(step.func)) if policy == "input" else step
