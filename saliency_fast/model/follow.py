@@ -15,11 +15,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.graph.intercept import FunctionMode
-from saliency_fast.model.layers import Layer, floats_at, hooked
+from saliency_fast.model.layers import Layer, floats_at, hooked, tree_tensors
 from saliency_fast.model.preserve import uncompiled
 
 PATIENCE = 200
@@ -77,7 +78,7 @@ class Followed:
 
     def moved(self, change: Callable[[Tensor], Any]) -> list[Followed]:
         """The same after `change` moved elements: one for each tensor that is made."""
-        made = [compat.tree_leaves(change(one)) for one in self.where]
+        made = [tree_tensors(change(one)) for one in self.where]
         return [replace(self, where=tuple(parts)) for parts in zip(*made, strict=True)]
 
 
@@ -210,9 +211,8 @@ class _Follow(FunctionMode):
         self.letters: dict[int, str] = {}
         self.closed: set[int] = set()
         self._idle = 0
-        # Tensors are held, so that no number of one that is gone is used again. A tensor may be
-        # made of several inputs: these are followed one by one.
-        self._followed: dict[tuple[int, int], tuple[Tensor, Followed]] = {}
+        # By input: a tensor may be made of several, which are followed one by one.
+        self._followed = [WeakTensorKeyDictionary() for _ in inputs]
         for number, x in enumerate(inputs):
             coordinates = []
             for axis, size in enumerate(x.shape):
@@ -232,9 +232,9 @@ class _Follow(FunctionMode):
         return super().__torch_function__(func, types, args, kwargs)
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        flat = [one for one in compat.tree_leaves((args, dict(kwargs))) if isinstance(one, Tensor)]
+        flat = tree_tensors((args, dict(kwargs)))
         numbers = range(len(self.shapes))
-        given = {n: [one for one in flat if (id(one), n) in self._followed] for n in numbers}
+        given = {n: [one for one in flat if one in self._followed[n]] for n in numbers}
         given = {number: tensors for number, tensors in given.items() if tensors}
         self._idle = 0 if given else self._idle + 1
         if self._idle > PATIENCE and not self.through:
@@ -250,13 +250,13 @@ class _Follow(FunctionMode):
 
     def of(self, value: Any, number: int) -> Followed | None:
         """What is followed of a tensor, as it was made of input `number`."""
-        key = id(value), number
-        return self._followed[key][1] if key in self._followed else None
+        known = self._followed[number]
+        return known[value] if isinstance(value, Tensor) and value in known else None
 
     def _keep(self, made: Sequence[Tensor], followed: Sequence[Followed]) -> None:
         for tensor, one in zip(made, followed, strict=False):
             if tensor.shape == one.where[0].shape:
-                self._followed[id(tensor), one.number] = tensor, one
+                self._followed[one.number][tensor] = one
                 if self.through and tensor.dim() == 3:
                     self.tokens.setdefault(tensor.shape[1], []).append(one)
 
@@ -264,8 +264,8 @@ class _Follow(FunctionMode):
         self, number: int, call: tuple[Function, Args, Kwargs], given: list[Tensor], result: Any
     ) -> None:
         """Follows the results of a call of followed tensors."""
-        made = [one for one in compat.tree_leaves(result) if isinstance(one, Tensor)]
-        (func, args, kwargs), name, first = call, _name(call[0]), self.of(given[0], number)
+        made, first = tree_tensors(result), self.of(given[0], number)
+        (func, args, kwargs), name = call, _name(call[0])
         if first is None or not made:
             return
         rank, shape = first.where[0].dim(), made[0].shape
@@ -329,11 +329,7 @@ class _Follow(FunctionMode):
             changed, named = compat.tree_map(instead, (args, dict(kwargs)))
             if name == "pad":
                 changed, named = _padded(changed, named)
-            return [
-                one
-                for one in compat.tree_leaves(func(*changed, **named))
-                if isinstance(one, Tensor)
-            ]
+            return tree_tensors(func(*changed, **named))
 
         parts = [change(axis) for axis in range(len(first.where))]
         return [replace(first, where=one) for one in zip(*parts, strict=True)]

@@ -227,11 +227,15 @@ def _hooked_once(
     return raw
 
 
+def tree_tensors(value: Any) -> list[Tensor]:
+    return [one for one in compat.tree_leaves(value) if isinstance(one, Tensor)]
+
+
 def tensors_at(value: Any) -> list[Tensor]:
     """The tensors of a value: those directly in a tuple, without states, or else all."""
     parts = value if isinstance(value, (tuple, list)) else [value]
     own = [one for one in parts if isinstance(one, Tensor)]
-    return own or [one for one in compat.tree_leaves(value) if isinstance(one, Tensor)]
+    return own or tree_tensors(value)
 
 
 def floats_at(value: Any) -> list[Tensor]:
@@ -391,7 +395,7 @@ def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> 
     mode, calls, counts = _FollowIds(inputs), list[tuple[int, int, Tensor]](), [0] * len(tables)
 
     def before(number: int, given: Any) -> None:
-        mode.given.append(_tensors(given)[:1])
+        mode.given.append(tree_tensors(given)[:1])
         mode.looked_up.append([])
 
     def after(number: int, _: Any) -> None:
@@ -418,10 +422,6 @@ def embeddings(model: object, run: Callable[[], Any], inputs: Inputs) -> tuple[L
     return tuple(one.layer for one in lookups(model, run, inputs))
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [one for one in compat.tree_leaves(value) if isinstance(one, Tensor)]
-
-
 class _FollowIds(FunctionMode):
     """Follows numbers of tensors through the calls of a model, by identity.
 
@@ -444,13 +444,15 @@ class _FollowIds(FunctionMode):
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         name = getattr(func, "__name__", "")
         if name in ("embedding", "embedding_bag") and self.looked_up:
-            given = _tensors((args, kwargs))
+            given = tree_tensors((args, kwargs))
             self.looked_up[-1] += [one for one in given if not one.is_floating_point()]
         result = func(*args, **kwargs)
         sources = args[:1] if name in _FIRST else (args, kwargs)
-        if any(part in name for part in _SHAPES) or not any(map(self.follows, _tensors(sources))):
+        if any(part in name for part in _SHAPES) or not any(
+            map(self.follows, tree_tensors(sources))
+        ):
             return result
-        made = _tensors(result)
+        made = tree_tensors(result)
         if name in ("__setitem__", "copy_") or (name.endswith("_") and not name.endswith("__")):
             made += [one for one in args[:1] if isinstance(one, Tensor)]
         # The result of a comparison is no number of the input's any more.
