@@ -259,7 +259,7 @@ class Program:
 
     def run(self, env: Env, rows: int, start: int, stop: int) -> None:
         """Runs steps `start` to `stop` on the values in `env`; drops each after its last use."""
-        for step, over in zip(self.steps[start:stop], self.over[start:stop], strict=True):
+        for step, over in zip(self.steps[start:stop], self.dead_after[start:stop], strict=True):
             if self.note is not None:
                 self.note(step)
             step.run(env, rows)
@@ -283,7 +283,7 @@ class Program:
         return tuple(tensors_in([(step.args, step.kwargs) for step in self.steps]))
 
     @cached_property
-    def over(self) -> tuple[tuple[int, ...], ...]:
+    def dead_after(self) -> tuple[tuple[int, ...], ...]:
         """For each step, the values that no later step takes."""
         needed = {one.number for one in self.outputs if isinstance(one, Ref)}
         found = []
@@ -305,7 +305,7 @@ class Program:
         return {number: tuple(indices) for number, indices in found.items()}
 
     @cached_property
-    def born(self) -> Mapping[int, int]:
+    def made_at(self) -> Mapping[int, int]:
         """For each value, the index of the step that makes it."""
         return {number: index for index, step in enumerate(self.steps) for number in step.made}
 
@@ -318,7 +318,7 @@ class Program:
                 memory = self.values[after].memory
                 for number, indices in self.uses.items():
                     shares = number not in step.made and self.values[number].memory == memory
-                    if shares and self.born.get(number, -1) <= index < max(indices):
+                    if shares and self.made_at.get(number, -1) <= index < max(indices):
                         found.add(memory)
         return frozenset(found)
 
@@ -362,7 +362,7 @@ class Program:
             # A segment ends where a share is full, and nothing before it is overwritten later.
             if index and seen * count >= total * (len(ends) + 1):
                 later = (number for step in self.steps[index:] for number in step.overwritten)
-                if all(self.born.get(number, -1) >= index for number in later):
+                if all(self.made_at.get(number, -1) >= index for number in later):
                     ends.append(index)
             seen += weight
         return replace(self, segments=tuple(ends[: count - 1]))

@@ -94,7 +94,7 @@ class Stem:
     @cached_property
     def steps(self) -> tuple[tuple[Step, CropRule, list[int], tuple[int, ...]], ...]:
         """The steps on crops: call, rule, operands as often as named, values that end there."""
-        steps = zip(self.local.steps, self.rules, self.local.over, strict=True)
+        steps = zip(self.local.steps, self.rules, self.local.dead_after, strict=True)
         values = self.local.values
         return tuple((one, rule, varying(one, values), over) for one, rule, over in steps if rule)
 

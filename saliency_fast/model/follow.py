@@ -228,7 +228,7 @@ class _Follow(FunctionMode):
         # Before its body runs, which is followed call by call.
         if _name(func) == "multi_head_attention_forward":
             for number in range(len(self.shapes)):
-                self._ask(number, func, args, kwargs or {})
+                self._infer_axes(number, func, args, kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
@@ -240,7 +240,7 @@ class _Follow(FunctionMode):
         if self._idle > PATIENCE and not self.through:
             raise _Finished
         for number in given:
-            self._ask(number, func, args, kwargs)
+            self._infer_axes(number, func, args, kwargs)
         result = func(*args, **kwargs)
         for number, tensors in given.items():
             # Results of a call that cannot be followed are not followed.
@@ -334,7 +334,7 @@ class _Follow(FunctionMode):
         parts = [change(axis) for axis in range(len(first.where))]
         return [replace(first, where=one) for one in zip(*parts, strict=True)]
 
-    def _ask(self, number: int, func: Function, args: Args, kwargs: Kwargs) -> None:
+    def _infer_axes(self, number: int, func: Function, args: Args, kwargs: Kwargs) -> None:
         """Whether a call shows what the axes of an input are, before it runs."""
         if self.through or number in self.letters or number in self.closed:
             return

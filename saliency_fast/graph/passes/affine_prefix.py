@@ -120,7 +120,7 @@ def behind_prefix(program: Program, line: bool) -> Program | None:
         taken |= set() if step.varying and set(step.made) <= affine else step.used
     cut = sorted(taken & affine)
     stem = program.part(program.inputs, tuple(map(Ref, cut)), tree_structure(tuple(cut)))
-    memory = {program.values[number].memory: stem.born.get(number, -1) for number in cut}
+    memory = {program.values[number].memory: stem.made_at.get(number, -1) for number in cut}
     # Or the stem works in place on memory of a cut value that exists before.
     doubtful = (
         program.aliased

@@ -178,20 +178,24 @@ def _only_user(program: Program, number: int) -> int | None:
 
 def only_maker(program: Program, number: int, user: int) -> int | None:
     """The index of the step that made a value, where `user` alone takes it and it has no views."""
-    index = program.born.get(number)
-    if index is None or program.uses.get(number) != (user,) or watched(program, number, user):
+    index = program.made_at.get(number)
+    if (
+        index is None
+        or program.uses.get(number) != (user,)
+        or is_viewed_later(program, number, user)
+    ):
         return None
     step = program.steps[index]
     return index if step.passing and step.outputs == (number,) else None
 
 
-def watched(program: Program, number: int, index: int) -> bool:
+def is_viewed_later(program: Program, number: int, index: int) -> bool:
     """Whether a step after `index` takes another value of the same memory."""
     memory = program.values[number].memory
     return any(
         other != number and program.values[other].memory == memory and indices[-1] > index
         for other, indices in program.uses.items()
-        if program.born.get(other, -1) < index
+        if program.made_at.get(other, -1) < index
     )
 
 
@@ -365,7 +369,7 @@ def _may_wait(program: Program, match: _Match, index: int) -> bool:
 
 def _may_overwrite(program: Program, match: _Match, index: int) -> bool:
     """Whether the rectifier's base is fresh memory that only the fused steps take."""
-    maker = program.born.get(match.base)
+    maker = program.made_at.get(match.base)
     if match.base == match.residual or set(program.uses[match.base]) - {index, *match.swallowed}:
         return False
     if maker is None:
@@ -373,4 +377,4 @@ def _may_overwrite(program: Program, match: _Match, index: int) -> bool:
         fresh = match.base in program.inputs
     else:
         fresh = program.steps[maker].info.fresh and program.steps[maker].passing
-    return fresh and not watched(program, match.base, index)
+    return fresh and not is_viewed_later(program, match.base, index)
