@@ -72,7 +72,6 @@ class Axes:
 
     @property
     def is_standard(self) -> bool:
-        """Whether the standard form is this one."""
         return self.channel == 1 or not self.spatial
 
     def standard(self, x: Tensor, lead: int = 1) -> Tensor:

@@ -260,11 +260,6 @@ class _Snapshot:
     inference mode.
     """
 
-    __slots__ = (
-        "attributes", "changed", "containers", "copies", "inference", "module", "tables", "tensors",
-        "thread", "transient", "versions",
-    )  # fmt: skip
-
     def __init__(self, module: nn.Module, room: int) -> None:
         own = vars(module)
         self.module, self.inference, self.changed = module, False, False

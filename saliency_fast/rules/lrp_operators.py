@@ -599,29 +599,10 @@ def _cosine_similarity(mode: Relevance, func: Function, args: Args, kwargs: Kwar
 
 # Composites by name.
 
-_COMPOSITES: dict[str, Callable[[float, float], PropagationRule]] = {
-    "epsilon": lambda epsilon, gamma: Epsilon(epsilon),
-    "z_plus": lambda epsilon, gamma: ZPlus(epsilon),
-    "epsilon_plus": lambda epsilon, gamma: ZPlus(epsilon),
-    "epsilon_plus_flat": lambda epsilon, gamma: ZPlus(epsilon),
-    "epsilon_gamma": lambda epsilon, gamma: Gamma(gamma, epsilon),
-    "epsilon_gamma_box": lambda epsilon, gamma: Gamma(gamma, epsilon),
-    "epsilon_alpha2_beta1": lambda epsilon, gamma: AlphaBeta(2.0, 1.0, epsilon),
-    "epsilon_alpha2_beta1_flat": lambda epsilon, gamma: AlphaBeta(2.0, 1.0, epsilon),
-    "captum": lambda epsilon, gamma: Epsilon(epsilon),
-}
-"""The rule of convolutions in each composite, from (epsilon, gamma)."""
-COMPOSITES = tuple(_COMPOSITES)
-
-
-def _box(bounds: Any, epsilon: float) -> ZBox:
-    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
-        raise InputError(
-            f"epsilon_gamma_box needs bounds=(low, high) of the input: got {bounds!r}; each is a "
-            "number or one per channel, such as (0.0, 1.0) for pixels that are not normalised"
-        )
-    low, high = bounds
-    return ZBox(low, high, epsilon)
+COMPOSITES = tuple(
+    "epsilon z_plus epsilon_plus epsilon_plus_flat epsilon_gamma epsilon_gamma_box "
+    "epsilon_alpha2_beta1 epsilon_alpha2_beta1_flat captum".split()
+)
 
 
 def composite(
@@ -643,15 +624,27 @@ def composite(
         raise InputError(
             f"layers must be (layer's name, rule) pairs such as (('head', 'flat'),): got {layers!r}"
         )
-    # gamma is checked also where the composite has no such rule.
-    Gamma(gamma, epsilon)
+    # The rule of convolutions, by the beginning of the name.
+    kinds: dict[str, PropagationRule] = {
+        "z_plus": ZPlus(epsilon),
+        "epsilon_plus": ZPlus(epsilon),
+        "epsilon_gamma": Gamma(gamma, epsilon),
+        "epsilon_alpha2_beta1": AlphaBeta(2.0, 1.0, epsilon),
+    }
+    epsilons = Epsilon(epsilon)
+    convolution = next((kinds[one] for one in kinds if name.startswith(one)), epsilons)
     first: PropagationRule | None = Flat() if name.endswith("_flat") else None
     if name.endswith("_box"):
-        first = _box(bounds, epsilon)
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+            raise InputError(
+                f"epsilon_gamma_box needs bounds=(low, high) of the input: got {bounds!r}; each is "
+                "a number or one per channel, such as (0.0, 1.0) for pixels that are not normalised"
+            )
+        first = ZBox(*bounds, epsilon)
     fields = {"norms": "epsilon", "pools": "epsilon"} if name == "captum" else {}
     return Composite(
-        convolution=_COMPOSITES[name](epsilon, gamma),
-        linear=ZPlus(epsilon) if name == "z_plus" else Epsilon(epsilon),
+        convolution=convolution,
+        linear=convolution if name == "z_plus" else epsilons,
         first=first,
         layers=tuple((layer, read_rule(rule)) for layer, rule in layers),
         epsilon=epsilon,
