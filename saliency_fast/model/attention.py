@@ -25,6 +25,7 @@ from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import ModelError, NoAttentionError
 from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.intercept import Calls
+from saliency_fast.model.layers import noisy
 from saliency_fast.model.preserve import uncompiled, without_recomputation
 
 LOOKED_FOR = (
@@ -326,7 +327,7 @@ def _variations(x: Tensor, sequence: bool) -> list[tuple[Tensor, int | None]]:
         for token in _tokens(x):
             points, own = x.clone(), x[0, token]
             if x.is_floating_point():
-                points[0, token] = _noise(own, x)
+                points[0, token] = noisy(own)
             else:
                 # Another id, of the same input where it has one.
                 others = [n for n in (*_tokens(x), *range(x.shape[1])) if x[0, n] != own]
@@ -350,12 +351,6 @@ def _tokens(x: Tensor) -> list[int]:
     return order[:_CHANGED_TOKENS]
 
 
-def _noise(part: Tensor, whole: Tensor) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(part.shape, generator=generator, dtype=torch.float64, device="cpu")
-    return part + noise.to(part.device, part.dtype) * (whole.std(correction=0) + whole.abs().mean())
-
-
 def _blotted(x: Tensor, axes: Sequence[int]) -> Tensor:
     """Noise in the middle of some axes."""
     part: list[slice] = [slice(None)] * x.dim()
@@ -364,7 +359,7 @@ def _blotted(x: Tensor, axes: Sequence[int]) -> Tensor:
         width = max(1, size // _CHANGED_SHARE)
         part[axis] = slice((size - width) // 2, (size - width) // 2 + width)
     points = x.clone()
-    points[tuple(part)] = _noise(points[tuple(part)], x)
+    points[tuple(part)] = noisy(points[tuple(part)])
     return points
 
 

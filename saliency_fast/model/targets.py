@@ -428,12 +428,9 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
         return Targets(batch, function=target, many=True)
     if isinstance(target, bool):
         raise InputTypeError("target must be an int, a sequence, a tuple or a function: got bool")
-    if isinstance(target, int):
-        return Targets(
-            batch, classes=_classes(torch.full((batch, 1), target, device="cpu"), signed)
-        )
-    if isinstance(target, Tensor):
-        return _per_example(target, batch, signed)
+    if isinstance(target, (int, Tensor)):
+        numbers = torch.tensor(target, device="cpu") if isinstance(target, int) else target
+        return _per_example(numbers, batch, signed)
     if isinstance(target, tuple):
         return _index(target, batch)
     if callable(target):
