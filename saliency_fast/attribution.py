@@ -34,6 +34,29 @@ REGION_MASK = "region.mask"
 """The name under which `Attribution.kept` holds a region's mask."""
 
 
+class _Deferred:
+    """A field of `Provenance` that is computed when it is first read, where it is given as a
+    function to (value, note).
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._stored = name, f"_{name}"
+
+    def __get__(self, one: Any, owner: type) -> Any:
+        if one is None:
+            return self
+        value = vars(one)[self._stored]
+        if callable(value):
+            value, note = value()
+            vars(one)[self._stored] = value
+            if note:
+                one.notes[self._name] = note
+        return value
+
+    def __set__(self, one: Any, value: Any) -> None:
+        vars(one)[self._stored] = value
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What an attribution rests on: enough to compute it again and to detect changes.
@@ -49,8 +72,9 @@ class Provenance:
         backend: The version of the kernels that ran.
         versions: Versions of saliency_fast, torch and Python.
         input_sha256: A hash per input; None where hashing was turned off.
-        weights_sha256: Hash of parameters and buffers; None where hashing was turned off and for
-            plain functions.
+        weights_sha256: Hash of parameters and buffers, computed when it is first read or saved;
+            None where hashing was turned off and for plain functions. Where weights have changed
+            since the call, `notes` says so.
         trained_mode: Whether the model was passed in training mode. It is explained in evaluation
             mode.
         seconds: Wall time.
@@ -93,6 +117,15 @@ class Provenance:
     rows: str = "alone"
     layout: list[str | None] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever copies it gets the hash, and not the model.
+        self.weights_sha256  # noqa: B018
+        return vars(self)
+
+
+# Not as a default, which fields behind it would need then, too.
+setattr(Provenance, "weights_sha256", _Deferred("weights_sha256"))  # noqa: B010
 
 
 @dataclass(frozen=True, eq=False, repr=False)

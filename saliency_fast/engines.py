@@ -533,17 +533,34 @@ class Engine:
             if not several or any(one.mark is not None for one in several):
                 same_model(model)
             call = assigned(model, with_next_token(self.model, call), cache, self.config)
-            while True:
-                if cache.unused:
-                    call = replace(call, unused=still_unused(model, call, cache.unused))
+
+            def planned() -> tuple[Job, list[str] | None]:
+                known = still_unused(model, call, cache.unused) if cache.unused else frozenset()
                 try:
-                    return self._planned(call, given, method, recipe, alone)
+                    job, names = self._planned(
+                        replace(call, unused=known), given, method, recipe, alone
+                    )
                 except UnseenInputError as error:
+                    note(known, error)
                     # Several may be unused: the same again until all are known.
-                    seen = location.at is not None or error.number in call.unused
-                    if seen or not self.zeros_of_unused or not unused(model, call, error.number):
-                        raise
-                    cache.unused.add(error.number)
+                    return planned()
+                replan = job.replan
+
+                def again(job: Job, error: Exception) -> Job:
+                    if not isinstance(error, UnseenInputError):
+                        return replan(job, error)
+                    note(known, error)
+                    return planned()[0]
+
+                return replace(job, replan=again), names
+
+            def note(known: frozenset[int], error: UnseenInputError) -> None:
+                number, seen = error.number, location.at is not None or error.number in known
+                if seen or not self.zeros_of_unused or not unused(model, call, number):
+                    raise error
+                cache.unused.add(number)
+
+            return planned()
 
     def _planned(
         self, call: Call, given: Arguments, method: Method, recipe: Recipe, alone: bool
@@ -613,7 +630,7 @@ class Engine:
         wanted = self.hashes
         return {
             "input_sha256": [record.tensor_sha256(x) for x in call.inputs] if wanted else None,
-            "weights_sha256": record.weights_sha256(self.model) if wanted else None,
+            "weights_sha256": record.weights_sha256_later(self.model) if wanted else None,
         }
 
     def _progress(self, job: Job) -> Iterator[Progress]:

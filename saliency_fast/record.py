@@ -502,14 +502,45 @@ def weights_sha256(model: Callable[..., Any]) -> str | None:
     The result is cached until one of the tensors is replaced or written to. It is None for plain
     functions and for tensors whose contents cannot be read.
     """
+    return _weights_sha256(model, *_weights(model)) if isinstance(model, nn.Module) else None
+
+
+def weights_sha256_later(
+    model: Callable[..., Any],
+) -> str | Callable[[], tuple[str | None, str]] | None:
+    """The hash of a module's weights where it is cached; else a function that computes it when it
+    is asked for, and a text where they have changed since this call.
+
+    Weights whose changes PyTorch does not count are hashed at once.
+    """
     if not isinstance(model, nn.Module):
         return None
-    state = {name: one for name, one in _state(model).items() if isinstance(one, Tensor)}
-    memory = [_memory(one) for one in state.values()]
-    key = tuple(memory)
+    state, key = _weights(model)
     with _LOCK:
         cached = _WEIGHTS.get(model)
-    if cached is not None and cached[0] == key and None not in memory:
+    if None in key or not state or (cached is not None and cached[0] == key):
+        return _weights_sha256(model, state, key)
+
+    def later() -> tuple[str | None, str]:
+        state, now = _weights(model)
+        changed = "" if now == key else "the weights have changed between the map and their hash"
+        return _weights_sha256(model, state, now), changed
+
+    return later
+
+
+def _weights(model: nn.Module) -> tuple[dict[str, Tensor], tuple[object, ...]]:
+    """The tensors of a module by name, and where and in which version they lie in memory."""
+    state = {name: one for name, one in _state(model).items() if isinstance(one, Tensor)}
+    return state, tuple(_memory(one) for one in state.values())
+
+
+def _weights_sha256(
+    model: nn.Module, state: dict[str, Tensor], key: tuple[object, ...]
+) -> str | None:
+    with _LOCK:
+        cached = _WEIGHTS.get(model)
+    if cached is not None and cached[0] == key and None not in key:
         return cached[1]
     try:
         found = digest("", state)

@@ -9,7 +9,9 @@ import pytest
 
 from saliency_fast.engine import config
 
-ALWAYS_LEAN = {"lean_from": 0, "exact_dtypes": frozenset()}
+RECORDED = {"direct_points": 0, "recorded_from": 0}
+"""Also calls of few points are recorded, which does not repay."""
+ALWAYS_LEAN = {"lean_from": 0, "exact_dtypes": frozenset(), **RECORDED}
 """Memory-efficient also where points are so small that it does not pay, and in float64, whose
 rounding tells wrong gradients from right ones."""
 

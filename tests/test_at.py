@@ -15,6 +15,7 @@ import saliency_fast as sf
 from saliency_fast.engine.bind import bind
 from saliency_fast.errors import InputError, InputTypeError, ModelError
 from saliency_fast.model.layers import Change, hooked, last_spatial
+from tests.configured import RECORDED, configure
 from tests.naive import relative_l2
 
 
@@ -182,7 +183,10 @@ class Overwriting(nn.Module):
 
 
 @pytest.mark.parametrize("at", [None, "first", "second"])
-def test_what_is_written_through_views_is_not_left_out(at: str | None) -> None:
+def test_what_is_written_through_views_is_not_left_out(
+    at: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(monkeypatch, **RECORDED)
     model, x = Overwriting(), torch.randn(1, 3, 128, 128)
     found = sf.explain(model, x, target=1, at=at)
     plain = sf.explain(model, x, target=1, at=at, lean=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 import saliency_fast as sf
+from saliency_fast import record
 from saliency_fast.errors import InputError, RecordError
 from tests import models
 from tests.models import make, randn
@@ -132,6 +134,16 @@ class TestProvenance:
         model[1].running_mean[0] += 1e-9
         again = sf.explain(model, x, target=1, method="gradient").provenance
         assert again.weights_sha256 != changed.weights_sha256
+
+    def test_a_hash_of_weights_that_changed_after_the_call_says_so(self) -> None:
+        model, x, found = image_attribution(method="gradient")
+        with torch.no_grad():
+            model[0].bias[0] += 1e-9
+        assert found.provenance.weights_sha256 == record.weights_sha256(model)
+        assert "changed" in found.provenance.notes["weights_sha256"]
+        again = sf.explain(model, x, target=1, method="gradient").provenance
+        assert copy.deepcopy(again).weights_sha256 == found.provenance.weights_sha256
+        assert "weights_sha256" not in again.notes
 
     def test_hashing_can_be_turned_off(self) -> None:
         model, x, _ = image_attribution()

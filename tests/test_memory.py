@@ -19,6 +19,7 @@ from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.memory import MemoryMeter, bytes_text, read_budget
 from saliency_fast.errors import BudgetError, ModelError
 from saliency_fast.model.failures import is_out_of_memory
+from tests.configured import configure
 from tests.traces import Net, Notes, one_thread, unchanged
 
 X = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
@@ -98,7 +99,9 @@ def test_a_launch_that_does_not_fit_is_halved(fail: Callable[[], None], most: in
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda one: one.name)
-def test_halving_changes_no_result(method: Any) -> None:
+def test_halving_changes_no_result(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Few points would go one by one.
+    configure(monkeypatch, direct_points=0)
     found = sf.explain(Limited(2, gpu_allocator), X, target=1, method=method, points_per_launch=7)
     expected = sf.explain(Net(), X, target=1, method=method, points_per_launch=7)
     # From 7 points, or the 4 that a gradient has, to 2.
@@ -167,7 +170,7 @@ def test_a_plan_lists_the_strategies_before_its_own() -> None:
     assert all("too small" in reason for _, reason in plan.strategies)
     assert "refused    intercepted: a point is too small" in str(plan)
     assert "strategy   eager" in str(plan)
-    lean = sf.Engine(model, config=EngineConfig(lean_from=0)).plan(x, 1)
+    lean = sf.Engine(model, config=EngineConfig(lean_from=0, recorded_from=0)).plan(x, 1)
     assert lean.lean.startswith("recorded")
     assert len(lean.strategies) < len(plan.strategies)
     off = sf.Engine(model, lean=False).plan(x, 1)
@@ -342,5 +345,5 @@ def test_no_point_is_kept() -> None:
     with meter:
         engine(X)
     launches = found[-40:]
-    # Of a row that is proved nothing stays but its score.
-    assert max(launches) - min(launches) < 2 * X[:1].nbytes
+    # Four rows and their copies, or one row that is proved: no launch adds to what there is.
+    assert max(launches) - min(launches) < 8 * X[:1].nbytes

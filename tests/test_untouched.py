@@ -287,7 +287,8 @@ def test_threads_share_a_model() -> None:
     with unchanged(model, *(x for _, x, _ in jobs)), ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda job: job[0](*job[1:]).values, jobs))
     for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other)
+        # To rounding: after some calls a recording serves, in launches of other sizes.
+        torch.testing.assert_close(one, other)
 
 
 def test_a_part_of_a_model_that_is_explained_at_the_same_time() -> None:

@@ -104,6 +104,7 @@ class Arena:
 
     def __init__(self, device: torch.device, least: int = LEAST, about: int = WORTH) -> None:
         """least: bytes from which memory is its own; about: what a launch is thought to take."""
+        self.device = device
         self._library: Any = _library() if about >= WORTH and served(device) else None
         self._handle: int | None = None
         self._expected: Trace | None = None

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -201,6 +202,20 @@ class Measurement:
             Ledger(MemoryMeter()), lambda: (*function.scores(*self._points(1)), [])
         )
 
+    def forward(self, strategy: Strategy) -> Measured:
+        """A forward pass alone, with the graph of its gradient where one is asked for."""
+        about = (self.model, self.call, self.recipe, self.baselines)
+        if not self.recipe.gradients:
+            return self.scores(strategy.score_function(*about[:2]))
+        function = strategy.gradient_function(*about)
+
+        def call() -> tuple[Tensor, Tensor | None, list[Inputs]]:
+            points, example = self._points(1)
+            points = function.as_model_inputs(points)
+            return *function.forward(entered(points)[0], example), []
+
+        return self._metered(Ledger(MemoryMeter()), call)
+
     def twice(self, function: PointFunction) -> Measured:
         """Second derivatives in one direction."""
         twice = Directional.of(function, summed)
@@ -299,6 +314,14 @@ class Measurement:
 NOTHING = Cost(0, 0)
 
 
+class Tier(Enum):
+    """How much is found out about a model before its points run."""
+
+    DIRECT = "nothing: points run eagerly, one by one"
+    EAGER = "what one point costs, and whether rows may meet"
+    RECORDED = "everything: a program was recorded and verified, or refused"
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The strategy that serves, what a point costs by it, and what it costs eagerly.
@@ -321,6 +344,8 @@ class Calibration:
         order: Precisions, the fastest first, once they were timed.
         captures: Captured launches by kind, or why there are none.
         maxima: Whether the model takes any, once that is known.
+        tier: How much was found out.
+        until: Points of calls of one kind that this serves.
     """
 
     strategy: Strategy
@@ -340,6 +365,13 @@ class Calibration:
     order: list[str] = field(default_factory=list, repr=False)
     captures: Captures = field(default_factory=Captures, repr=False)
     maxima: list[bool] = field(default_factory=list, repr=False)
+    tier: Tier = Tier.RECORDED
+    until: float = math.inf
+
+    @property
+    def measured(self) -> bool:
+        """Whether the cost of a point is known."""
+        return self.cost is not NOTHING
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was calibrated."""
@@ -408,10 +440,13 @@ class _Recorded:
                 yield kind, strategy, reason or "the affine prefix does not pay"
 
 
-def calibrated(point: Measurement, *, lean: bool, budget: int) -> Calibration:
+def calibrated(
+    point: Measurement, *, lean: bool, budget: int, points: float = math.inf
+) -> Calibration:
     """Measures one point eagerly and, with `lean`, by the first strategy that agrees.
 
-    Where a point might take much memory eagerly, that is foreseen on shapes alone first.
+    Where a point might take much memory eagerly, that is foreseen on shapes alone first. points:
+    how many there are to serve, which may be too few for a recording to repay.
     """
     call, recipe = point.call, point.recipe
     eager = Strategy(rules=recipe.rules)
@@ -424,17 +459,19 @@ def calibrated(point: Measurement, *, lean: bool, budget: int) -> Calibration:
         reason = "backward rules look at every call"
         return Calibration(eager, cost, cost, reason, suspect=_suspect(point))
     if not recipe.gradients:
-        return _for_scores(point, lean=lean, budget=budget)
+        return _for_scores(point, lean=lean, budget=budget, points=points)
     config = point.config
     usual = config.usual_ratio * sum(x[0].nbytes for x in call.inputs)
     if lean and usual > min(budget, config.unforeseen_bytes):
         foreseen = _foreseen(point, budget)
         if foreseen is not None:
             return foreseen
-    return _measured(point, lean=lean, budget=budget)
+    return _measured(point, lean=lean, budget=budget, points=points)
 
 
-def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
+def _measured(
+    point: Measurement, *, lean: bool, budget: int, points: float = math.inf
+) -> Calibration:
     config, recording = point.config, RecordingExecutor(point.model)
     eager = point.eager(recording)
     # Captured launches have no calls that cost time, and need a program.
@@ -446,6 +483,13 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
         reason = "a point is too small for it to pay" if lean else None
         calibration = Calibration(Strategy(), eager.cost, eager.cost, reason, why_not)
         return replace(calibration, suspect=_suspect(point, recording))
+    until = _repaid_after(eager.cost, recording, config)
+    if points <= until and not eager.cost.random:
+        reason = f"{until:.0f} points and fewer do not repay a recording"
+        why_not = tuple((one.name, reason) for one in STRATEGIES if one.lean)
+        calibration = Calibration(Strategy(), eager.cost, eager.cost, None, why_not)
+        suspect = _suspect(point, recording)
+        return replace(calibration, suspect=suspect, tier=Tier.EAGER, until=until)
     mark, recorded = _mark(point), _recorded(point, recording)
     reasons = [recorded.facts.refusal] if recorded.program is None else []
     refusals, judge = list[tuple[str, str]](), _Judge(point, eager, recorded, budget)
@@ -469,7 +513,17 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     return replace(calibration, suspect=suspect or _reads_arguments(recorded.program))
 
 
-def _for_scores(point: Measurement, *, lean: bool, budget: int) -> Calibration:
+def _repaid_after(cost: Cost, recording: RecordingExecutor, config: EngineConfig) -> float:
+    """The points that take as long as what a recording saves them."""
+    try:
+        calls = len(recording.program.steps)
+    except NotLeanError:
+        # Nothing is recorded; what intercepts calls is verified at a few points.
+        calls = 0
+    return config.recorded_from * (1 + calls * config.call_bytes / max(1, cost.peak))
+
+
+def _for_scores(point: Measurement, *, lean: bool, budget: int, points: float) -> Calibration:
     """A point's score alone, by a strategy where the model has a gradient that proves it."""
     calibration = Calibration(Strategy(), NOTHING, NOTHING, "scores alone keep nothing")
     if not (lean and all(x.is_floating_point() for x in point.call.inputs)):
@@ -477,7 +531,7 @@ def _for_scores(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     else:
         asked = replace(point, recipe=replace(point.recipe, gradients=True))
         with suppress(ModelError, BudgetError, InputError, RuntimeError):
-            calibration = calibrated(asked, lean=lean, budget=budget)
+            calibration = calibrated(asked, lean=lean, budget=budget, points=points)
     model, call = point.model, point.call
     eager = point.scores(Strategy().score_function(model, call))
     if calibration.strategy.program is None:
@@ -786,7 +840,8 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
     """Calibrations of a model by shapes and by what was asked for.
 
     rows: what is known of its rows; arguments: which of its further arguments go whole, by shapes;
-    unused: inputs that no score depended on.
+    unused: inputs that no score depended on; prepared: jobs of earlier calls, without tensors;
+    points: of the calls of each kind so far.
     """
 
     def __init__(self) -> None:
@@ -794,3 +849,5 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
         self.rows: dict[tuple[object, ...], Independence] = {}
         self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
         self.unused: set[int] = set()
+        self.prepared: dict[Any, Any] = {}
+        self.points: dict[tuple[object, ...], int] = {}

@@ -37,6 +37,11 @@ class EngineConfig:
         agreement_in_float64: The same in float64, where no kink is crossed.
         scores_agreement: The same of scores alone, which may be small differences of large
             numbers, by strategies whose gradient has agreed.
+        direct_points: Points of calls of one kind up to which they run eagerly, one by one, and
+            nothing is recorded or measured.
+        recorded_from: Points of calls of one kind from which a recording repays: it takes as long
+            as some eight points, and a point by it about a quarter less.
+        call_bytes: Bytes of a point for each of its calls that take as long as to record the call.
         compared_at_three_from: Points of a call from which strategies are compared at three of
             them, and at two below.
         corner: Side of the images and volumes on which strategies are verified that larger ones
@@ -99,6 +104,9 @@ class EngineConfig:
     scores_agreement: Mapping[torch.dtype, float] = field(
         default_factory=lambda: _by_dtype(1e-6, 5e-2, 0.2, 0.5)
     )
+    direct_points: int = 8
+    recorded_from: int = 32
+    call_bytes: int = 256 * 1024
     compared_at_three_from: int = 128
     corner: int = 64
     segment_counts: tuple[int, ...] = (2, 4, 8, 16)

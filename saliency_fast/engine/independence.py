@@ -313,32 +313,28 @@ def find_ties(
     baselines: Inputs,
     config: EngineConfig,
     maxima: list[bool],
+    *,
+    few: bool = False,
 ) -> TieReport | None:
     """Looks at one point of some examples by the model as it is; None for methods that are no sum
     over points and where no example is looked at. maxima: whether the model takes any, empty until
-    that is known.
+    that is known; few: not to be found out now.
     """
     if not isinstance(recipe, WeightedSum) or not recipe.gradients or recipe.rules is not None:
         return None
     exact = torch.float64 in call.dtypes
     count = recipe.count * call.batch
-    few = int(not maxima or count >= config.ties_least_points)
-    many = call.batch if exact else max(count // config.ties_points_per_example, few)
+    one = int((not maxima and not few) or count >= config.ties_least_points)
+    many = call.batch if exact else max(count // config.ties_points_per_example, one)
     if not many:
         return None
     share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")
     if maxima == [False] and not exact:
         return TieReport(share.zero_())
-    level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
-    order = level.node.argsort()
-    nodes = [int(order[level.count // 2])]
-    if exact and level.count > 1 and float(level.node[order[0]]) == 0.0:
-        # At the baseline all may be flat.
-        nodes.append(int(order[0]))
+    points_of = _examined(recipe, call, baselines, exact=exact)
     largest, apart = 0.0, False
     for example in range(call.batch):
-        row = torch.full((1,), example, device=call.device)
-        several = [source.write(level.rows(row, node, node + 1)) for node in nodes]
+        several = points_of(example)
         tying = [may_tie(points) for points in several]
         # On the way: by pools, sorts, rectifiers of differences, where() and whatever else chooses.
         apart |= exact and tying[0]
@@ -349,11 +345,32 @@ def find_ties(
             for number, points in enumerate(several):
                 if not tying[number]:
                     continue
+                row = torch.full((1,), example, device=call.device)
                 tied, rounded = _tie_shares(Ties(model), call, points, row, maxima)
                 apart |= exact and rounded > 0
                 if number == 0:
                     share[example], largest = tied, max(largest, rounded)
     return TieReport(share, largest, apart)
+
+
+def _examined(
+    recipe: WeightedSum, call: Call, baselines: Inputs, *, exact: bool
+) -> Callable[[int], list[Inputs]]:
+    """From an example to its points that are examined for ties."""
+    if recipe.at_input:
+        return lambda example: [tuple(x[example : example + 1] for x in call.inputs)]
+    level, source = recipe.levels[0].to(call.device), recipe.family.bind(call.inputs, baselines)
+    order = level.node.argsort()
+    nodes = [int(order[level.count // 2])]
+    if exact and level.count > 1 and float(level.node[order[0]]) == 0.0:
+        # At the baseline all may be flat.
+        nodes.append(int(order[0]))
+
+    def points_of(example: int) -> list[Inputs]:
+        row = torch.full((1,), example, device=call.device)
+        return [source.write(level.rows(row, node, node + 1)) for node in nodes]
+
+    return points_of
 
 
 def _tie_shares(

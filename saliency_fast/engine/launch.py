@@ -8,13 +8,13 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.arena import Arena, LaunchMemory
+from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace
 from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.model.function import PointFunction, compatible, packed
 
@@ -35,6 +35,7 @@ class EvaluationRequest:
         gradients: Or scores alone.
         launches: What launches of these points are known to take.
         independence: What is known of the model's rows, where a launch of several is to be proved.
+        traced: Bytes that the launch takes, about, where its memory is to be traced.
     """
 
     function: PointFunction
@@ -43,6 +44,7 @@ class EvaluationRequest:
     gradients: bool = True
     launches: LaunchMemory | None = None
     independence: Independence | None = None
+    traced: int = 0
 
     def evaluate(
         self, function: PointFunction, points: Inputs, example: Tensor
@@ -69,11 +71,14 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """scores, classes [R, K], and for each of K targets the gradients at the points."""
+    """scores, classes [R, K], and for each of K targets the gradients at the points; trace: of the
+    launch's memory, where one was asked for.
+    """
 
     scores: Tensor
     classes: Tensor | None
     gradients: list[Inputs] = field(default_factory=list)
+    trace: Trace | None = None
 
 
 def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationResult | Exception:
@@ -88,8 +93,11 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
             if due:
                 with _slot(), arena.launch():
                     proofs = [request.prove(number) for number in due]
-        with _slot(), arena.launch(memory.of(count) if memory else None):
-            result = request.evaluate(request.function, *request.write(slice(0, count)))
+        if request.traced:
+            result = _traced(request, count, arena.device)
+        else:
+            with _slot(), arena.launch(memory.of(count) if memory else None):
+                result = request.evaluate(request.function, *request.write(slice(0, count)))
         for compare in proofs:
             compare(result.scores)
         return result
@@ -98,6 +106,18 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
         return request.function.with_saved_copies(run)
     except Exception as error:
         return error
+
+
+def _traced(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:
+    """A launch in an arena of its own, with a trace of what it takes."""
+    arena = Arena(device, LEAST_TRACED, request.traced)
+    try:
+        with _slot(), arena.launch():
+            result = request.evaluate(request.function, *request.write(slice(0, count)))
+        return replace(result, trace=arena.trace())
+    finally:
+        # What its tensors take goes with them.
+        arena.close()
 
 
 def execute_together(

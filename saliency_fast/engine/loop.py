@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.accumulate import Accumulators, Outcome, average, norm_of
-from saliency_fast.engine.arena import Arena, LaunchMemory
+from saliency_fast.engine.arena import Arena, LaunchMemory, Trace
 from saliency_fast.engine.bind import Call, Model, Part
-from saliency_fast.engine.calibrate import Calibration, Cost
+from saliency_fast.engine.calibrate import Calibration, Cost, Tier
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import Independence, TieReport, find_ties
 from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, execute, wait_for
 from saliency_fast.engine.memory import MemoryMeter
-from saliency_fast.engine.plan import Plan, point_bytes
+from saliency_fast.engine.plan import DRAWS, Plan, point_bytes
 from saliency_fast.engine.precision import (
     LEAST_SCALE,
     PrecisionError,
@@ -52,7 +54,7 @@ from saliency_fast.engine.strategies import Strategy
 from saliency_fast.graph.passes.half import FLOAT32
 from saliency_fast.model.executors import EagerExecutor, Executor, InterceptedExecutor
 from saliency_fast.model.function import Directional, PointFunction, TappedFunction, summed
-from saliency_fast.model.preserve import restored_random_state, uncompiled
+from saliency_fast.model.preserve import random_states, restored_random_state, uncompiled
 from saliency_fast.rules.intercept import RulesExecutor
 
 LOWER = 16.0
@@ -76,6 +78,9 @@ class Job:
         replan: From a job and an error to the job that begins again; raises the error where no
             other plan helps.
         capture: Steps of captured launches, where the device can; see `captured`.
+        learn: Notes the cost of a point where the first call tells it.
+        traced: Sizes of launches whose memory is traced first; with_traces: from the traces by size
+            to the job that goes on.
         limit: What the precision may cost a map, where another one is left to take its place.
     """
 
@@ -93,6 +98,9 @@ class Job:
     config: EngineConfig
     replan: Callable[[Job, Exception], Job]
     capture: Callable[..., Generator[EvaluationRequest | Progress, Any, bool]] | None = None
+    learn: Callable[[Cost], Calibration] | None = None
+    traced: tuple[int, ...] = ()
+    with_traces: Callable[[Mapping[int, Trace]], Job] | None = None
     limit: float = math.inf
 
     @property
@@ -114,8 +122,20 @@ class Job:
         if self.calibration.cost.drew or not affordable:
             # A point taken once more would move the model's random numbers.
             return None
-        about = (self.model, self.call, self.recipe, self.baselines[number])
-        return find_ties(*about, self.config, self.calibration.maxima)
+        about = (self.model, self.call, self.recipe, self.baselines[number], self.config)
+        with restored_random_state(lambda: not self.calibration.measured, self.call.device):
+            return find_ties(
+                *about, self.calibration.maxima, few=self.calibration.tier is Tier.DIRECT
+            )
+
+    def measured(self, cost: Cost) -> Job:
+        """The job, once its launches have told what a point costs."""
+        assert self.learn is not None
+        calibration, each = self.learn(cost), point_bytes(cost, self.config)
+        notes = (*self.plan.notes, *((DRAWS,) if cost.random else ()))
+        plan = replace(self.plan, launch_bytes=each, notes=notes, saved_before=cost.saved)
+        plan = replace(plan, saved_after=cost.saved)
+        return replace(self, calibration=calibration, plan=plan)
 
     def judge(self, outcome: Outcome, *, fresh: bool) -> None:
         """Notes what the precision costs; raises where that is more than it may."""
@@ -163,16 +183,15 @@ def _over_baselines(job: Job) -> Steps:
     finished: list[Outcome] = []
     for number, baselines in enumerate(job.baselines):
         error, ties = job.known_precision_error(), job.ties(number)
-        report = _Report(job, tuple(finished), fresh=error is None)
+        report = _Report(tuple(finished), fresh=error is None)
         captured = job.capture if ties is None or not ties.apart else None
         about = (job, number, error, ties, replace(report), finished)
         if captured is not None and (yield from captured(*about)):
             continue
-        sums = isinstance(job.recipe, WeightedSum)
-        evaluation = (SumEvaluation if sums else RoundsEvaluation)(
-            job, job.call, baselines, error, ties
-        )
+        evaluation = evaluation_of(job)(job, job.call, baselines, error, ties)
         yield from evaluation.steps(report)
+        # Its launches may have been traced.
+        job = evaluation.job
         if number < len(job.baselines) - 1:
             finished.append(evaluation.outcome())
 
@@ -183,7 +202,6 @@ class _Report:
     precision itself.
     """
 
-    job: Job
     finished: tuple[Outcome, ...]
     fresh: bool
     judged: bool = False
@@ -191,22 +209,23 @@ class _Report:
     def __call__(self, evaluation: Evaluation, done: int, of: int, maps: bool = True) -> Progress:
         if evaluation.precision_error is not None and not self.judged:
             self.judged = True
-            self.job.judge(evaluation.outcome(), fresh=self.fresh)
-        before, several = len(self.finished), len(self.job.baselines)
+            evaluation.job.judge(evaluation.outcome(), fresh=self.fresh)
+        before, several = len(self.finished), len(evaluation.job.baselines)
         # Captured launches are another call's when this one is over.
         over = evaluation.outcome() if evaluation.reused and done == of else None
 
         def outcome() -> Outcome:
             return average([*self.finished, over or evaluation.outcome()])
 
-        return Progress(done + before * of, of * several, outcome, self.job, maps)
+        return Progress(done + before * of, of * several, outcome, evaluation.job, maps)
 
 
 def run_alone(job: Job) -> Iterator[Progress]:
     """Runs a call in launches of its own, and notes what a point takes."""
     device, seconds, last = job.call.device, 0.0, None
     arena = Arena(device, about=job.plan.launch_bytes)
-    progress = drive(evaluate(job), arena)
+    steps = evaluate(job)
+    progress = drive(steps, arena) if job.calibration.measured else measuring(steps, device, arena)
     try:
         while True:
             started = time.perf_counter()
@@ -236,6 +255,28 @@ def drive(
             step = next(steps, None)
         else:
             step = resume(steps, [execute(step, step.count, arena)])
+
+
+def measuring(
+    steps: Generator[EvaluationRequest | Progress, Any, Any], device: torch.device, arena: Arena
+) -> Generator[Progress, None, None]:
+    """The same of the first call of its kind, whose launches tell what a point costs."""
+    meter, moved = MemoryMeter(), False
+    step = next(steps, None)
+    while step is not None:
+        if isinstance(step, Progress):
+            if not step.job.calibration.measured:
+                drawn = meter.drew, meter.drew and moved
+                cost = Cost(meter.peak, meter.largest, {}, *drawn)
+                step = replace(step, job=step.job.measured(cost))
+            yield step
+            step = next(steps, None)
+            continue
+        states = random_states(device)
+        with uncompiled(), meter:
+            result = execute(step, step.count, arena)
+        moved = moved or not all(map(torch.equal, states, random_states(device)))
+        step = resume(steps, [result])
 
 
 def resume(
@@ -268,11 +309,12 @@ class Evaluation:
         ties: TieReport | None = None,
     ) -> None:
         """error: what the precision costs, where that is known."""
+        self.job, self.traces = job, dict[int, Trace]()
         self.call, self.recipe, self.baselines, self.plan = call, job.recipe, baselines, job.plan
         self.strategy, self.config = job.strategy, job.config
         self.launches = job.launches
         self.independence: Independence | None = job.independence
-        self.score_function = self.strategy.score_function(job.model, call, self.recipe)
+        self.model = job.model
         self.precision_error, self.ties = error, ties
         self.size = 1 if ties is not None and ties.apart else self.plan.points_per_launch
         shape, device = (call.batch, call.targets.count), call.device
@@ -281,6 +323,10 @@ class Evaluation:
         self.baseline_scores: Tensor | None = None
         self.classes = call.targets.classes
         self.points = torch.zeros(call.batch, dtype=torch.int64, device=device)
+
+    @cached_property
+    def score_function(self) -> PointFunction:
+        return self.strategy.score_function(self.model, self.call, self.recipe)
 
     def steps(self, report: _Report) -> Steps:
         """Runs launch by launch; yields requests, and what `report` makes after each."""
@@ -293,6 +339,33 @@ class Evaluation:
     def trial(self, rows: int, arena: Arena) -> None:
         """A launch of the first point, `rows` times, in `arena`; nothing is kept of it."""
         raise NotImplementedError
+
+    @property
+    def next_size(self) -> int:
+        """Points of the next launch, at most: few while launches are traced."""
+        left = [size for size in self.job.traced if size not in self.traces]
+        return min(self.size, left[0]) if left else self.size
+
+    def request(
+        self, function: PointFunction, count: int, write: Callable[[slice], tuple[Inputs, Tensor]]
+    ) -> EvaluationRequest:
+        """Gradients of so many points."""
+        traced = self.plan.launch_bytes if count in self.job.traced else 0
+        about = (function, count, write, True, self.launches, self.independence)
+        return EvaluationRequest(*about, traced)
+
+    def note(self, result: EvaluationResult) -> None:
+        """Plans anew once all launches are traced that are to be."""
+        if result.trace is None or len(result.scores) not in self.job.traced:
+            return
+        self.traces[len(result.scores)] = result.trace
+        if len(self.traces) == len(self.job.traced):
+            assert self.job.with_traces is not None
+            job = self.job.with_traces(self.traces)
+            self.job = replace(job, limit=self.job.limit, replan=self.job.replan)
+            self.plan, self.launches = job.plan, job.launches
+            if self.size > 1:
+                self.size = job.plan.points_per_launch
 
     def set_classes(self, classes: Tensor) -> None:
         """Fixes the classes that are explained, once they were predicted."""
@@ -362,6 +435,71 @@ class Evaluation:
             self.classes[example] = classes
 
 
+def evaluation_of(job: Job) -> type[Evaluation]:
+    """The kind of evaluation that serves a job."""
+    recipe = job.recipe
+    if not isinstance(recipe, WeightedSum):
+        return RoundsEvaluation
+    alone = recipe.at_input and recipe.reduction in REDUCED and recipe.factor in ("none", "input")
+    fits = job.plan.points_per_launch >= job.call.batch and job.strategy.prefix is None
+    return GradientEvaluation if alone and fits and job.strategy.precision.exact else SumEvaluation
+
+
+REDUCED: dict[str, Callable[[Tensor], Tensor]]
+REDUCED = {"sum": lambda one: one, "square": torch.square, "absolute": torch.abs}
+"""What a reduction makes of the gradient at a single point."""
+
+
+class GradientEvaluation(Evaluation):
+    """The gradients at the inputs themselves, in one launch: there is nothing to accumulate."""
+
+    recipe: WeightedSum
+
+    def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
+        super().__init__(job, call, baselines, *about)
+        self.function = self.strategy.gradient_function(job.model, call, self.recipe, baselines)
+
+    def steps(self, report: _Report) -> Steps:
+        call, parts, done = self.call, list[list[Inputs]](), 0
+        while done < call.batch:
+
+            def write(own: slice, start: int = done) -> tuple[Inputs, Tensor]:
+                rows = slice(start + own.start, start + own.stop)
+                return tuple(x[rows].clone() for x in call.inputs), self.everyone[rows]
+
+            count = min(self.next_size, call.batch - done)
+            result = yield self.request(self.function, count, write)
+            self.note(result)
+            own = self.everyone[done : done + len(result.scores)]
+            self.note_scores(own, result.scores, result.classes)
+            parts.append(result.gradients)
+            done += len(own)
+        self.points += 1
+        # For each of K targets the gradients [B, *] per input.
+        self.gradients = [
+            tuple(map(torch.cat, zip(*k, strict=True))) for k in zip(*parts, strict=True)
+        ]
+        yield report(self, done, done)
+
+    def trial(self, rows: int, arena: Arena) -> None:
+        example = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
+        with arena.launch():
+            self.function.gradients(tuple(x[example] for x in self.call.inputs), example)
+
+    def outcome(self) -> Outcome:
+        shape, reduced = self.scores.shape, REDUCED[self.recipe.reduction]
+        values, sums = list[Tensor](), torch.zeros_like(self.scores)
+        for number, x in enumerate(self.call.inputs):
+            maps = torch.stack([one[number] for one in self.gradients], 1).flatten(0, 1)
+            factor = x if self.recipe.factor == "input" else None
+            found, total = ops.finish(reduced(maps.to(x.dtype)), factor, None, "none")
+            values.append(found.view(*shape, *found.shape[1:]))
+            sums += total.view(shape)
+        scores, error, points = self.scores.clone(), torch.zeros_like(sums), self.points.clone()
+        about = (tuple(values), scores, self.baseline_scores, sums, error, points, None)
+        return Outcome(*about, self.classes, ties=self.ties)
+
+
 class SumEvaluation(Evaluation):
     """The evaluation of a weighted sum of gradients."""
 
@@ -396,7 +534,7 @@ class SumEvaluation(Evaluation):
             start, stop = 0, level.count * active.numel()
             self.enter(level.to(self.call.device), active)
             while start < stop:
-                count = yield from self.launch(start, min(start + self.size, stop))
+                count = yield from self.launch(start, min(start + self.next_size, stop))
                 start, done = start + count, done + count
                 if count and not totals.nested:
                     yield report(self, done, of)
@@ -433,9 +571,9 @@ class SumEvaluation(Evaluation):
         rows = self.level.rows(self.active, start, stop)
         if self.exact is not None and self.precision_error is None:
             yield from self.measure_precision(self.exact)
-        request = _requested(self.function, self.source, rows)
-        request = replace(request, launches=self.launches, independence=self.independence)
-        result = yield request
+        write = _writer(self.source, rows)
+        result = yield self.request(self.function, rows.example.numel(), write)
+        self.note(result)
         if self.strategy.precision.scaled and not finite(result.gradients) and self.lower_scale():
             return 0
         count = len(result.scores)
@@ -527,14 +665,19 @@ class SumEvaluation(Evaluation):
         )
 
 
-def _requested(function: PointFunction, source: Source, rows: Rows) -> EvaluationRequest:
-    """The gradients of a table of rows."""
+def _writer(source: Source, rows: Rows) -> Callable[[slice], tuple[Inputs, Tensor]]:
+    """What writes the points of a table of rows."""
 
     def write(own: slice) -> tuple[Inputs, Tensor]:
         part = rows.part(own.start, own.stop)
         return source.write(part), part.example
 
-    return EvaluationRequest(function, rows.example.numel(), write)
+    return write
+
+
+def _requested(function: PointFunction, source: Source, rows: Rows) -> EvaluationRequest:
+    """The gradients of a table of rows."""
+    return EvaluationRequest(function, rows.example.numel(), _writer(source, rows))
 
 
 def _all_of(
@@ -559,7 +702,6 @@ class RoundsEvaluation(Evaluation):
 
     def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
         super().__init__(job, call, baselines, *about)
-        self.model = job.model
 
     def steps(self, report: _Report) -> Steps:
         """Evaluates one round after another, and reports every map on the way and the last."""

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -19,9 +19,12 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, served
 from saliency_fast.engine.bind import Call, Model, Part, Region, is_finite, read_region
 from saliency_fast.engine.calibrate import (
+    NOTHING,
     Calibration,
     CalibrationCache,
+    Cost,
     Measurement,
+    Tier,
     calibrated,
     in_precision,
     sharing,
@@ -42,13 +45,12 @@ from saliency_fast.engine.loop import (
     Evaluation,
     Job,
     PrecisionCostsError,
-    RoundsEvaluation,
-    SumEvaluation,
+    evaluation_of,
 )
 from saliency_fast.engine.memory import bytes_text, read_budget
 from saliency_fast.engine.plan import Limits, Plan, baselines_of, make_plan
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
-from saliency_fast.engine.strategies import Strategy
+from saliency_fast.engine.strategies import STRATEGIES, Strategy
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError, warn
 from saliency_fast.graph.fingerprint import unchanging
 from saliency_fast.graph.intercept import NotLeanError
@@ -82,6 +84,18 @@ class _Attempt:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """What of a job is the same for all calls of one kind."""
+
+    attempt: _Attempt
+    strategy: Strategy
+    plan: Plan
+    launches: LaunchMemory | None
+    calibration: Calibration
+    independence: Independence
+
+
+@dataclass(frozen=True)
 class Planner:
     """Makes the jobs of one call, whatever their precision.
 
@@ -93,6 +107,7 @@ class Planner:
         lean: Whether memory-efficient strategies are wanted.
         alone: Whether launches are the call's own, or shared with other requests.
         graphs: Whether launches may be captured.
+        direct: Whether calls of few points may do without a recording.
         used: By precision: what was found in this call, and its key; a call looks at its model
             once.
     """
@@ -109,6 +124,7 @@ class Planner:
     lean: bool
     alone: bool
     graphs: bool
+    direct: bool = False
     used: dict[str, tuple[tuple[object, ...], Calibration]] = field(default_factory=dict)
     _warned: list[bool] = field(default_factory=list)
     _seen: dict[int, tuple[object, ...]] = field(default_factory=dict)
@@ -148,6 +164,8 @@ class Planner:
 
     def _calibrated(self, precision: Precision) -> tuple[tuple[object, ...], Calibration]:
         key = (*self._key, precision.name)
+        if (direct := self._unmeasured(key, precision)) is not None:
+            return key, direct
         calibration = self._found(key, precision, self._point)
         if (read := self._reads(calibration)) is None:
             return key, calibration
@@ -166,6 +184,8 @@ class Planner:
         self, key: tuple[object, ...], precision: Precision, point: Measurement
     ) -> Calibration:
         calibration = self.cache.get(key)
+        if calibration is not None and not self._serves(calibration):
+            calibration = None
         if calibration is not None and (point.programs or calibration.strategy.program is None):
             if calibration.holds(self.model, self.call):
                 return calibration
@@ -175,11 +195,46 @@ class Planner:
             self.cache.rows.clear()
         if precision.exact:
             budget = read_budget(self.limits.memory_budget, self.call.device)
-            calibration = calibrated(point, lean=self.lean, budget=budget)
+            brief = self.direct and self.alone and self.part is None
+            points = self._points if brief else math.inf
+            calibration = calibrated(point, lean=self.lean, budget=budget, points=points)
             calibration = calibration if self.alone else sharing(calibration, point)
         else:
             calibration = in_precision(self.calibration(FLOAT32), precision, point)
         return self._keep(key, precision, calibration)
+
+    @property
+    def _points(self) -> int:
+        """Of this call and of those of its kind before."""
+        return self.cache.points.get(self._key, 0) + self.recipe.count * self.call.batch
+
+    def _serves(self, calibration: Calibration) -> bool:
+        """Whether there are not so many points by now that more should be found out."""
+        if calibration.tier is Tier.RECORDED:
+            return True
+        if not (self.direct and self.alone and self.part is None):
+            return False
+        # Another order of launches would draw other random numbers in later calls.
+        few = calibration.cost.random and self.recipe.count * self.call.batch <= calibration.until
+        return few or self._points <= calibration.until
+
+    def _unmeasured(self, key: tuple[object, ...], precision: Precision) -> Calibration | None:
+        """For few points: that they run eagerly, and their cost is what the first call shows."""
+        earlier, most = self.cache.get(key), self.config.direct_points
+        inputs = self.config.usual_ratio * sum(x[0].nbytes for x in self.call.inputs)
+        # Rules with references take each example through the model together with another row.
+        paired = isinstance(self.recipe.rules, Rescale) and not self.recipe.rules.captum
+        plain = self.direct and self.alone and self.part is None and not paired
+        limited = self.limits.memory_budget is not None or inputs > self.config.unforeseen_bytes
+        if not plain or limited or (earlier is not None and earlier.tier is not Tier.DIRECT):
+            return None
+        reason = f"{most} points and fewer do not repay a recording"
+        refusals = tuple((one.name, reason) for one in STRATEGIES if one.lean)
+        about = (Strategy(rules=self.recipe.rules), NOTHING, NOTHING, None, refusals)
+        direct = Calibration(*about, suspect=None, tier=Tier.DIRECT, until=most)
+        if not self._serves(earlier or direct):
+            return None
+        return earlier or self._keep(key, precision, direct)
 
     def _reads(self, calibration: Calibration) -> tuple[object, ...] | None:
         """What the model's Python reads of each example's further arguments, and of all; None where
@@ -197,11 +252,15 @@ class Planner:
                 same = same and read.holds(value)
         return None if same else tuple(values)
 
+    @cached_property
+    def _rows_key(self) -> tuple[object, ...]:
+        """Equal for calls whose rows are proved together."""
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        return self.call.shapes, self.call.reading, *map(id, modules)
+
     def independence(self, calibration: Calibration) -> Independence:
         """What is known of the model's rows."""
-        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
-        key = (self.call.shapes, self.call.reading, *map(id, modules))
-        several, suspect = self.cache.rows, calibration.suspect
+        key, several, suspect = self._rows_key, self.cache.rows, calibration.suspect
         while len(several) >= self.config.most_known:
             several.pop(next(iter(several)))
         rows = several.get(key)
@@ -215,6 +274,70 @@ class Planner:
             if how is not None:
                 rows.meet(how)
         return rows
+
+    def _kind(self, precision: Precision) -> tuple[object, ...] | None:
+        """Equal for calls that one `Prepared` serves; None where none does."""
+        if self.part is not None or self.call.halves:
+            return None
+        sizes = (self.call.batch, self.recipe.count, *(len(one[0]) for one in self.baselines))
+        about = (self.method, self.limits, self.graphs, precision.name)
+        return *self._key, *sizes, *about, self._rows_key
+
+    def earlier(self, precision: Precision) -> Job | None:
+        """The job of an earlier call of the same kind with this call's tensors; None where there
+        was none, or what it rests on may have changed.
+        """
+        try:
+            prepared: Prepared | None = self.cache.prepared.get(self._kind(precision))
+        except TypeError:
+            # A method with a parameter that has no hash.
+            return None
+        if prepared is None or not prepared.calibration.holds(self.model, self.call):
+            return None
+        rows, plan, calibration = prepared.independence, prepared.plan, prepared.calibration
+        if not self._serves(calibration):
+            return None
+        if rows.apart is not None or rows.suspect is not None:
+            return None
+        if self._tight(plan) or self._reads(prepared.calibration) is not None:
+            return None
+        by_function = self.call.targets.function is not None
+        rows.renew(None, draws=prepared.calibration.cost.drew, by_function=by_function)
+        self._count()
+        return self._job(prepared)
+
+    def _count(self) -> None:
+        """Counts the points of this call."""
+        points = self.cache.points
+        while len(points) >= self.config.most_known:
+            points.pop(next(iter(points)))
+        points[self._key] = points.get(self._key, 0) + self.recipe.count * self.call.batch
+
+    def _tight(self, plan: Plan) -> bool:
+        """Whether another amount of free memory might give another plan."""
+        free = self.limits.memory_budget is None
+        return free and 2 * plan.peak_bytes > read_budget(None, self.call.device)
+
+    def _job(self, prepared: Prepared) -> Job:
+        """The job of this call by what was prepared for its kind."""
+        return Job(
+            *(self.model, self.method, self.call, self.recipe, self.baselines, self.part),
+            # A copy: copies of weights are a call's own.
+            strategy=replace(prepared.strategy),
+            plan=prepared.plan,
+            launches=prepared.launches,
+            calibration=prepared.calibration,
+            independence=prepared.independence,
+            config=self.config,
+            replan=partial(self._replanned, prepared.attempt),
+            capture=captured_steps if self.graphs else None,
+            learn=partial(self._learn, prepared.attempt),
+        )
+
+    def _learn(self, attempt: _Attempt, cost: Cost) -> Calibration:
+        """Notes what the first call tells of a point."""
+        calibration = replace(self.calibration(attempt.precision), cost=cost, eager=cost)
+        return self._keep(attempt.key, attempt.precision, calibration)
 
     def job(
         self,
@@ -245,12 +368,16 @@ class Planner:
             else:
                 limits = replace(limits, points_per_launch=1)
             self._warn_of_dependence(self.call.batch, rows)
+        if calibration.tier is Tier.DIRECT:
+            # Nothing is known of the rows, so that they must not meet.
+            limits = replace(limits, points_per_launch=1)
         rules = self.recipe.rules
         # Captum's version takes the whole batch and its baselines through the model as they are.
         if isinstance(rules, Rescale) and not rules.captum:
             self._need_pairs(rows)
         attempt = _Attempt(precision, reason, tuple(others), limits, tuple(notes), key)
         job = self._fitting(calibration, attempt, rows)
+        self._count()
         job = replace(job, limit=limit if others else math.inf)
         if job.plan.points_per_launch == 1 and rows.compare_once():
             # No launch will tell. Two of them, since memory may be why there is one.
@@ -295,34 +422,50 @@ class Planner:
         self, calibration: Calibration, plan: Plan, attempt: _Attempt, rows: Independence
     ) -> Job:
         """A job whose launches are traced, once for all calls."""
-        part, strategy = self.part, replace(calibration.strategy)
+        part, strategy = self.part, calibration.strategy
         if part is not None and part.first:
-            strategy = replace(strategy.within(part.box, self.config.region_share))
-        job = Job(
-            self.model,
-            self.method,
-            self.call,
-            self.recipe,
-            self.baselines,
-            part,
-            strategy,
-            plan,
-            launches=None,
-            calibration=calibration,
-            independence=rows,
-            config=self.config,
-            replan=partial(self._replanned, attempt),
-            capture=captured_steps if self.graphs else None,
-        )
+            strategy = strategy.within(part.box, self.config.region_share)
+        prepared = Prepared(attempt, strategy, plan, None, calibration, rows)
+        job = self._job(prepared)
         # Tiles are laid out by a budget of their own.
-        if strategy.tiled is not None:
-            return job
-        if job.key not in calibration.launches:
-            calibration.launches[job.key] = launches_of(job)
-        launches = calibration.launches[job.key]
-        if launches is None:
-            return job
-        return replace(job, plan=self._plan(calibration, attempt, launches), launches=launches)
+        if strategy.tiled is None:
+            if job.key not in calibration.launches:
+                sizes = _traced_sizes(job)
+                # Launches of other sizes than in later calls would draw other random numbers.
+                own = isinstance(self.recipe, WeightedSum) and not calibration.cost.random
+                if sizes and own and self.alone and sum(sizes) < plan.points:
+                    go_on = partial(self._with_traces, prepared, job.key)
+                    return replace(job, traced=sizes, with_traces=go_on)
+                calibration.launches[job.key] = launches_of(job)
+            if (launches := calibration.launches[job.key]) is not None:
+                plan = self._plan(calibration, attempt, launches)
+                prepared = replace(prepared, plan=plan, launches=launches)
+                job = self._job(prepared)
+        if not attempt.others and calibration.measured and not self._tight(plan):
+            self._remember(prepared)
+        return job
+
+    def _with_traces(
+        self, prepared: Prepared, key: tuple[str, int], traces: Mapping[int, Trace]
+    ) -> Job:
+        """The job that goes on once its first launches have told what launches take; raises
+        BudgetError where that is more than the budget.
+        """
+        calibration, memory = prepared.calibration, LaunchMemory(dict(traces))
+        calibration.launches[key] = memory if memory.consistent else None
+        if memory.consistent:
+            plan = self._plan(calibration, prepared.attempt, memory)
+            prepared = replace(prepared, plan=plan, launches=memory)
+        return self._job(prepared)
+
+    def _remember(self, prepared: Prepared) -> None:
+        """Keeps what was prepared for later calls of the same kind."""
+        known = self.cache.prepared
+        while len(known) >= self.config.most_known:
+            known.pop(next(iter(known)))
+        with suppress(TypeError):
+            if (kind := self._kind(prepared.attempt.precision)) is not None:
+                known[kind] = prepared
 
     def fastest(self, limit: float) -> Job:
         """A job in the fastest precision whose maps are off by `limit` at most."""
@@ -359,6 +502,12 @@ class Planner:
             return replace(
                 job, calibration=calibration, plan=plan, strategy=strategy, launches=None
             )
+        if isinstance(error, BudgetError) and job.traced:
+            # Its launches take more than its tensors told.
+            return self.job(attempt.precision, attempt.reason, others, job.limit)
+        if is_out_of_memory(error) and job.calibration.tier is Tier.DIRECT:
+            self.used.clear()
+            return replace(self, direct=False).job(attempt.precision)
         if is_out_of_memory(error):
             return _halved(job, error)
         # Not all that models do runs under vmap; what is wrong otherwise shows again.
@@ -459,7 +608,7 @@ def _halved(job: Job, error: Exception) -> Job:
         halvings=plan.halvings + 1,
         notes=(*plan.notes, note),
     )
-    return replace(job, plan=plan)
+    return replace(job, plan=plan, traced=())
 
 
 def prepare(
@@ -490,7 +639,7 @@ def prepare(
         # What our versions of a call make of NaN need not be what the model makes of it.
         lean = call.finite and all(is_finite(one) for several in baselines for one in several)
     about = (model, method, recipe, call, baselines, part, limits, cache, config)
-    planner = Planner(*about, lean, alone, graphs)
+    planner = Planner(*about, lean, alone, graphs, direct=precision == FLOAT32.name)
     if call.halves:
         _need_alike(model, call.dtypes)
     other = next((one for one in call.dtypes if one != torch.float32), None)
@@ -500,10 +649,10 @@ def prepare(
                 f"precision={precision!r} is for sums of gradients, whose error can be measured: "
                 f"got the method {method.name}; use precision='float32'"
             )
-        return planner.job(FLOAT32)
+        return planner.earlier(FLOAT32) or planner.job(FLOAT32)
     if precision == AUTO:
         if other is not None:
-            return planner.job(FLOAT32)
+            return planner.earlier(FLOAT32) or planner.job(FLOAT32)
         if tolerance is None:
             half = None if recipe.tolerance is None else recipe.tolerance / 2
             tolerance = config.precision_tolerance if half is None else half
@@ -514,7 +663,8 @@ def prepare(
             f"precision={precision!r} is for float32 inputs: got {kind}; use .float() on inputs "
             f"and model, or precision='float32', which keeps {kind} as it is"
         )
-    return planner.job(read_precision(precision, call.device))
+    asked = read_precision(precision, call.device)
+    return planner.earlier(asked) or planner.job(asked)
 
 
 def _need_alike(model: Model, dtypes: Sequence[torch.dtype]) -> None:
@@ -533,8 +683,8 @@ def timed(job: Job) -> Job:
     """The job, whose plan tells what a point takes: in an earlier call, else measured."""
     seconds = job.calibration.seconds
     if job.key not in seconds:
-        if job.strategy.tiled is not None:
-            # To try a single tile tells nothing, and to try them all is the call itself.
+        if job.strategy.tiled is not None or job.calibration.tier is Tier.DIRECT:
+            # To try a single tile, or one of few points, is the call itself.
             return job
         each = _seconds_per_point(job)
         if each is None:
@@ -545,16 +695,28 @@ def timed(job: Job) -> Job:
 
 def shown(job: Job, graphs: bool, layout: str) -> Plan:
     """The plan of a job for people, with times, captures and layout."""
+    if not job.calibration.measured:
+        about = (job.model, job.call, job.baselines[0], job.recipe.measured, job.config)
+        job = job.measured(Measurement(*about).forward(job.strategy).cost)
+    if job.traced and job.with_traces is not None and (launches := launches_of(job)) is not None:
+        job = job.with_traces(launches.known)
     return replace(timed(job).plan, graphs=described(job, wanted=graphs), layout=layout)
+
+
+def _traced_sizes(job: Job) -> tuple[int, ...]:
+    """Points of launches whose traces tell what all launches take; none where that is little."""
+    plan = job.plan
+    if plan.launch_bytes < job.config.traced_from or not served(job.call.device):
+        return ()
+    # One row often goes another way through PyTorch; from two on pieces grow evenly.
+    return (2, 3) if plan.points_per_launch > 3 else (plan.points_per_launch,)
 
 
 def launches_of(job: Job) -> LaunchMemory | None:
     """What launches up to the plan's size take; None where that cannot be told, or is little."""
-    plan, device = job.plan, job.call.device
-    if plan.launch_bytes < job.config.traced_from or not served(device):
+    plan, device, sizes = job.plan, job.call.device, _traced_sizes(job)
+    if not sizes:
         return None
-    # One row often goes another way through PyTorch; from two on pieces grow evenly.
-    sizes = (2, 3) if plan.points_per_launch > 3 else (plan.points_per_launch,)
     evaluation, traces = _trial(job), dict[int, Trace]()
     for rows in sizes:
         arena = Arena(device, LEAST_TRACED, plan.launch_bytes)
@@ -593,5 +755,4 @@ def _seconds_per_point(job: Job) -> float | None:
 
 
 def _trial(job: Job) -> Evaluation:
-    kind = SumEvaluation if isinstance(job.recipe, WeightedSum) else RoundsEvaluation
-    return kind(job, job.call, job.baselines[0])
+    return evaluation_of(job)(job, job.call, job.baselines[0])

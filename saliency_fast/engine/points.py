@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
-from saliency_fast.engine.recipe import Rows, Source
+from saliency_fast.engine.recipe import Rows, Source, Starting
 from saliency_fast.errors import InputError
 from saliency_fast.graph.passes.half import FLOAT32, arithmetic
 from saliency_fast.model.layout import Axes, Layouts
@@ -172,7 +172,7 @@ def first_elements(inputs: Inputs) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Blur:
+class Blur(Starting):
     """Gaussian blurs of the input, from `max_sigma` pixels (alpha 0) down to none (alpha 1), by
     `max_sigma` (1 - alpha)^spacing.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -69,15 +69,16 @@ class Family(Protocol):
     def bind(self, inputs: Inputs, baselines: Inputs) -> Source: ...
 
 
-@runtime_checkable
-class Starting(Protocol):
+class Starting:
     """A family whose path begins at points of its own instead of the baseline."""
 
     def start(self, inputs: Inputs) -> Inputs:
         """For each input the points [B, *] at alpha 0."""
+        raise NotImplementedError
 
     def laid(self, layouts: Layouts) -> Family:
         """The family for inputs of these layouts."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

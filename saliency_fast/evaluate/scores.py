@@ -24,6 +24,7 @@ from saliency_fast.graph.passes.half import HALVES
 from saliency_fast.model.layout import Axes
 from saliency_fast.model.targets import (
     PREDICTED,
+    Reader,
     Target,
     Targets,
     read_targets,
@@ -132,8 +133,8 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A target (`model.targets.Reader`) of three outputs: score, probability and decision.
+class Reading(Reader):
+    """A target of three outputs: score, probability and decision.
 
     classes: int64 [B], or None for the predicted class. targets: a target that is no class.
     """

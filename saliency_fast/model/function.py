@@ -5,7 +5,7 @@ inside of the model, or second derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -44,6 +44,10 @@ NO_GRADIENT = (
 )
 
 
+COPIED = 64 * 1024
+"""Bytes of points up to which a copy takes less time than a function of autograd's in Python."""
+
+
 class _Enter(torch.autograd.Function):
     """Makes plain points differentiable without a copy, so that a model may work in place."""
 
@@ -59,6 +63,9 @@ class _Enter(torch.autograd.Function):
 
 def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
     """Differentiable points for the model, and the edges of autograd's graph of their gradients."""
+    if sum(one.nbytes for one in points) <= COPIED:
+        leaves = [one.detach().requires_grad_() for one in points]
+        return [one.clone() for one in leaves], [get_gradient_edge(one) for one in leaves]
     anchor = torch.zeros((), requires_grad=True, device="cpu")
     # Detached: work in place on a view would be its base's, too, and its gradient lost.
     detached = [one.detach() for one in points]
@@ -142,17 +149,16 @@ class PointFunction:
         One forward pass serves all targets; each has its own backward pass. The points are handed
         over: the model may overwrite them.
         """
-        # PyTorch's own allow_mutation_on_saved_tensors misses writes to views behind an offset.
-        copied = torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda one: one)
-        with (
-            arithmetic(self.precision, example.device),
-            copied if self.overwrites else nullcontext(),
-        ):
-            return self._gradients(points, example)
+        with arithmetic(self.precision, example.device):
+            if not self.overwrites:
+                return self._gradients(points, example)
+            # PyTorch's allow_mutation_on_saved_tensors misses writes to views behind an offset.
+            with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda one: one):
+                return self._gradients(points, example)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(self._behind_prefix(points, example))
-        shapes, (inside, edges) = _shapes(points), entered(points)
+        likes, (inside, edges) = _like(points), entered(points)
         del points
         scores, classes = self.forward(inside, example)
         inside.clear()
@@ -160,12 +166,15 @@ class PointFunction:
             raise ModelError(NO_GRADIENT)
         # A sum: where a gradient is handed in, PyTorch imports its symbolic shapes, which takes a
         # third of a second.
-        sums = [(one * self.scale).sum() for one in scores.unbind(1)]
+        scale: Any = self.scale
+        scaled = isinstance(scale, Tensor) or scale != 1.0
+        cotangents = scores * scale if scaled else scores
+        sums = [one.sum() for one in cotangents.unbind(1)]
         with self.failing(BACKWARD, example):
             several = _each(sums, edges)
         if self.prefix is None:
             _check_seen(several, self.unused)
-        filled: list[Any] = [_filled(grads, shapes) for grads in several]
+        filled: list[Any] = [_filled(grads, likes) for grads in several]
         if self.prefix is not None:
             filled = [self.prefix.in_memory_order(one) for one in filled]
         return scores.detach(), classes, [tuple(g.contiguous() for g in one) for one in filled]
@@ -296,7 +305,7 @@ class TappedFunction(PointFunction):
             [any(one is not None for one in own) for own in zip(*several, strict=True)]
         )
         values = tuple(one.detach() for one in tapped)
-        return scores.detach(), classes, [values, *(_filled(one, tapped) for one in several)]
+        return scores.detach(), classes, [values, *(_filled(one, _like(tapped)) for one in several)]
 
 
 @dataclass
@@ -317,7 +326,7 @@ class Directional(PointFunction):
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(points)
-        shapes, (inside, edges) = _shapes(points), entered(points)
+        likes, (inside, edges) = _like(points), entered(points)
         del points
         with _TwiceDifferentiable():
             scores, classes = self.forward(inside, example)
@@ -325,7 +334,7 @@ class Directional(PointFunction):
             raise ModelError(NO_GRADIENT)
         with self.failing(BACKWARD, example):
             try:
-                several = [self._twice(one, edges, shapes, example) for one in scores.unbind(1)]
+                several = [self._twice(one, edges, likes, example) for one in scores.unbind(1)]
             except RuntimeError as error:
                 if not ErrorText.NO_SECOND_DERIVATIVE.of(error):
                     raise
@@ -336,14 +345,14 @@ class Directional(PointFunction):
         return scores.detach(), classes, several
 
     def _twice(
-        self, score: Tensor, edges: list[GradientEdge], shapes: list[Tensor], example: Tensor
+        self, score: Tensor, edges: list[GradientEdge], likes: list[Like], example: Tensor
     ) -> Inputs:
         assert self.project is not None
 
         def gradient(numbers: Tensor, *, again: bool) -> Inputs:
             """Of numbers [R], each of its own row; again: to be differentiated once more."""
             options = {"retain_graph": True, "create_graph": again, "allow_unused": True}
-            return _filled(gradients(numbers, edges, torch.ones_like(numbers), **options), shapes)
+            return _filled(gradients(numbers, edges, torch.ones_like(numbers), **options), likes)
 
         first_order = gradient(score, again=True)
         first = self.project(first_order, example)
@@ -379,9 +388,12 @@ def _fields(function: PointFunction) -> dict[str, Any]:
     return {one.name: getattr(function, one.name) for one in fields(function)}
 
 
-def _shapes(points: Inputs) -> list[Tensor]:
-    """Tensors like the points, without their memory, which must not outlive the run."""
-    return [torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape) for x in points]
+Like = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _like(points: Sequence[Tensor]) -> list[Like]:
+    """What zeros like the points need, without their memory, which must not outlive the run."""
+    return [(x.shape, x.dtype, x.device) for x in points]
 
 
 def _each(
@@ -393,10 +405,12 @@ def _each(
     return [gradients(one, sources, retain_graph=keep, allow_unused=True) for one, keep in pairs]
 
 
-def _filled(grads: tuple[Tensor | None, ...], shapes: Sequence[Tensor]) -> Inputs:
+def _filled(grads: tuple[Tensor | None, ...], likes: Sequence[Like]) -> Inputs:
     """Zeros where a target does not depend on an input."""
-    pairs = zip(grads, shapes, strict=True)
-    return tuple(one.new_zeros(one.shape) if grad is None else grad for grad, one in pairs)
+    return tuple(
+        torch.zeros(like[0], dtype=like[1], device=like[2]) if grad is None else grad
+        for grad, like in zip(grads, likes, strict=True)
+    )
 
 
 def _check_seen(several: Sequence[tuple[Tensor | None, ...]], unused: frozenset[int]) -> None:

@@ -416,6 +416,8 @@ class _Container:
 
 def _same(before: dict[Any, Any], now: dict[Any, Any]) -> bool:
     """Whether a dictionary has the same keys in the same order, and the very same values."""
+    if not now:
+        return not before
     same = len(before) == len(now) and all(map(is_, before.values(), now.values()))
     return same and list(before) == list(now)
 
@@ -439,7 +441,7 @@ def rewind(*, counts: bool = True) -> None:
         return
     hold = _LOCAL.holds[-1]
     hold.runs += counts
-    snapshots = hold.snapshots if counts and hold.runs <= 2 else hold.changing
+    snapshots = hold.snapshots if counts and hold.runs == 2 else hold.changing
     if not snapshots:
         return
     with _SNAPSHOTS.lock:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,15 +78,16 @@ class NextToken:
             )
 
 
-@runtime_checkable
-class Reader(Protocol):
+class Reader:
     """A target that reads `count` numbers of every row, which may depend on the row's example."""
 
     @property
-    def count(self) -> int: ...
+    def count(self) -> int:
+        raise NotImplementedError
 
     def read(self, raw: Any, example: Tensor) -> Tensor:
         """Scores [R, count] of the rows of examples `example` [R], from the model's output."""
+        raise NotImplementedError
 
 
 Numbers = Tensor | np.ndarray[Any, Any] | np.generic

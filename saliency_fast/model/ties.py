@@ -139,6 +139,11 @@ for _axes, _space in ((1, torch), (2, NN), (3, NN)):
 def may_tie(inputs: Inputs) -> bool:
     """Whether neighbours of an example, or positions of a series or cloud, are equal."""
     for places in (x[0] if x.dim() > 2 else x for x in inputs):
+        if len(places) == 1 and places.dim() == 2:
+            ordered = places[0].sort().values
+            if bool((ordered[1:] == ordered[:-1]).any()):
+                return True
+            continue
         for axis in range(1, places.dim()):
             count = places.shape[axis] - 1
             same = places.narrow(axis, 1, count) == places.narrow(axis, 0, count)

@@ -21,7 +21,7 @@ from saliency_fast.evaluate.metrics.inpaint import inpaint
 from saliency_fast.evaluate.scores import NO_CLASS, ScoreQuery, probabilities
 from saliency_fast.evaluate.similarity import correlation
 from saliency_fast.methods import read_method
-from saliency_fast.model.targets import Targets, read_targets, tensor_of, with_padding
+from saliency_fast.model.targets import Reader, Targets, read_targets, tensor_of, with_padding
 from saliency_fast.summary.locations import KINDS
 from saliency_fast.summary.regions import Names, Region, Regions, by_number
 
@@ -99,8 +99,8 @@ def _evidence(positive: float, negative: float) -> Facts:
 
 
 @dataclass(frozen=True)
-class _Reader:
-    """A target (`model.targets.Reader`) that reads [R, 6]: the score, and where there are several
+class _Reader(Reader):
+    """A target that reads [R, 6]: the score, and where there are several
     classes the probability of the target's class and the two largest with their probabilities;
     `NO_CLASS` otherwise.
     """

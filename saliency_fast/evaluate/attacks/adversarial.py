@@ -18,7 +18,7 @@ from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.inputs import Model
 from saliency_fast.evaluate.scores import RunOptions, Scorer
 from saliency_fast.methods.parts import checks
-from saliency_fast.model.targets import PREDICTED, Target, read_targets, tensor_of
+from saliency_fast.model.targets import PREDICTED, Reader, Target, read_targets, tensor_of
 from saliency_fast.ops import philox, random_bits
 
 Bounds = tuple[float | Tensor, float | Tensor] | None
@@ -177,8 +177,8 @@ def project(x: Tensor, origin: Tensor, radius: Tensor | float, bounds: tuple[Any
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """A target (`model.targets.Reader`): the cross-entropy of classes int64 [B]."""
+class CrossEntropy(Reader):
+    """A target: the cross-entropy of classes int64 [B]."""
 
     classes: Tensor
     count: int = 1

@@ -1,0 +1,164 @@
+"""How much is found out before points run: nothing for few of them, a recording where it repays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import saliency_fast as sf
+from saliency_fast.engine.config import EngineConfig
+from tests.configured import RECORDED
+from tests.traces import Notes
+
+X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+TIERED = {"direct_points": 4, "recorded_from": 16, "call_bytes": 0, "lean_from": 0}
+METHODS = ("gradient", "input_x_gradient", "guided_backprop", "deeplift", "lrp", "grad_cam")
+
+
+class Counting(nn.Module):
+    """A small network that notes how many rows each of its runs has."""
+
+    def __init__(self, first: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(8, 5)
+        self.first = first
+        # A list of the module's would be put back after each call.
+        self.notes = Notes(seen=[])
+
+    @property
+    def runs(self) -> list[int]:
+        return self.notes.seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs.append(len(x))
+        return self.head(self.features(self.first(x)).mean((2, 3)))
+
+
+def model(**about: Any) -> Any:
+    return Counting(**about).eval()
+
+
+@pytest.mark.parametrize("method", ["gradient", "input_x_gradient", "guided_backprop"])
+def test_a_single_point_costs_a_single_run(method: str) -> None:
+    network = model()
+    sf.explain(network, X[:1], target=1, method=method, layout="BCHW")
+    assert network.runs == [1]
+
+
+def test_a_plan_before_any_call_costs_a_single_run() -> None:
+    network = model()
+    plan = sf.Engine(network, "gradient", layout="BCHW").plan(X[:1], 1)
+    assert network.runs == [1]
+    assert plan.launch_bytes > X[:1].nbytes
+    assert "do not repay a recording" in str(plan)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_every_tier_has_the_same_map(method: str, batch: int) -> None:
+    network, x = model(), X[:batch]
+    config = EngineConfig(**{**RECORDED, "lean_from": 0})
+    expected = sf.Engine(network, method, config=config)(x, 1).values
+    engine = sf.Engine(network, method, config=EngineConfig(**TIERED))
+    kinds = set()
+    for _ in range(60):
+        found = engine(x, 1)
+        kinds.add(found.provenance.way)
+        torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-7)
+    assert found.provenance.points_per_launch == batch
+    rules = method in ("guided_backprop", "deeplift", "lrp")
+    assert rules or any("recorded" in one for one in kinds)
+
+
+def test_a_recording_waits_until_it_repays() -> None:
+    network, config = model(), EngineConfig(**TIERED)
+    engine = sf.Engine(network, sf.IntegratedGradients(steps=6), config=config)
+    ways = [engine(X[:1], 1).provenance.way for _ in range(6)]
+    assert ways[0] == "off"
+    assert "recorded" in ways[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_model_that_draws_has_one_map_whatever_the_number_of_calls(steps: int) -> None:
+    network = model(first=lambda x: x + 0.1 * torch.randn_like(x))
+    engine = sf.Engine(network, sf.IntegratedGradients(steps=steps))
+    found = []
+    for _ in range(12):
+        torch.manual_seed(3)
+        found.append(engine(X[:1], 1))
+    assert all("draws random numbers" in str(one.provenance.notes) for one in found)
+    assert all(torch.equal(one.values, found[0].values) for one in found)
+
+
+def test_examples_that_meet_are_explained_alone() -> None:
+    network = model(first=lambda x: x - x.mean(0, keepdim=True) + x.flip(0) ** 2)
+    with pytest.warns(UserWarning, match="depend on each other"):
+        together = sf.explain(network, X, target=1, method="gradient").values
+    alone = [sf.explain(network, x[None], target=1, method="gradient").values[0] for x in X]
+    torch.testing.assert_close(together, torch.stack(alone))
+
+
+def test_what_does_not_fit_is_planned() -> None:
+    class Full(Counting):
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled() and len(self.runs) == 0:
+                self.runs.append(len(x))
+                raise torch.OutOfMemoryError("no room")
+            return super().forward(x)
+
+    network = Full().eval()
+    found = sf.explain(network, X[:1], target=1, method="gradient")
+    expected = sf.explain(model(), X[:1], target=1, method="gradient")
+    torch.testing.assert_close(found.values, expected.values)
+
+
+def test_a_budget_or_shared_launches_are_planned() -> None:
+    for options in ({"memory_budget": "1GiB"}, {"precision": "bfloat16"}):
+        plan = sf.Engine(model(), "gradient", **options).plan(X[:1], 1)
+        assert "do not repay" not in str(plan.strategies) or "points and fewer" in str(plan)
+        assert plan.saved_before > 0
+    with sf.Engine(model(), "gradient") as engine:
+        found = engine.submit(X[:1], 1).result()
+    torch.testing.assert_close(
+        found.values, sf.explain(model(), X[:1], target=1, method="gradient").values
+    )
+
+
+def test_what_launches_take_is_told_by_launches_that_count() -> None:
+    network = model()
+    config = EngineConfig(direct_points=0, lean_from=2**40, traced_from=1)
+    engine = sf.Engine(network, sf.IntegratedGradients(steps=40), config=config, layout="BCHW")
+    x = torch.randn(1, 3, 64, 64)
+    first = engine(x, 1)
+    rows = sum(network.runs)
+    network.runs.clear()
+    later = engine(x, 1)
+    # One point is measured and two rows recorded; rows of launches of other sizes are proved.
+    assert rows - sum(network.runs) <= 1 + 2 + 2 + 8
+    assert first.provenance.points_per_launch == later.provenance.points_per_launch > 3
+    torch.testing.assert_close(first.values, later.values)
+
+
+def test_a_budget_holds_where_launches_take_more_than_their_tensors_told() -> None:
+    network, x = model(), torch.randn(1, 3, 64, 64)
+    config = EngineConfig(direct_points=0, recorded_from=0, lean_from=0, traced_from=1)
+    plan = sf.Engine(network, sf.IntegratedGradients(steps=40), config=config).plan(x, 1)
+    for share in (0.5, 0.2):
+        budget = plan.fixed_bytes + plan.finish_bytes + int(share * plan.launch_bytes)
+        engine = sf.Engine(
+            model(), sf.IntegratedGradients(steps=40), memory_budget=budget, config=config
+        )
+        found = engine(x, 1)
+        assert found.provenance.points_per_launch < plan.points_per_launch
+        torch.testing.assert_close(
+            found.values, sf.explain(model(), x, target=1, method=engine.method).values
+        )
