@@ -91,9 +91,37 @@ class AttentionTaps:
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """The result of `call`, and [R, heads, T, T] of each layer on autograd's graph."""
-        mode = _AttentionMode()
+        mode, own = _AttentionMode(), self._own
         raw = _run(mode, call)
-        return raw, _square(mode, raw, self._own)
+        maps = [one for one in mode.maps if one.shape[2] == one.shape[3]]
+        shapes = ", ".join(sorted({str(list(one.shape)) for one in maps or mode.maps}))
+        if not maps:
+            met = f"; met only {shapes}, which is not self-attention" if shapes else ""
+            raise NoAttentionError(f"the model has no attention to read: {LOOKED_FOR}{met}; {CURE}")
+        if own is not None and len(own) == len(mode.maps):
+            maps = [one for one, is_own in zip(mode.maps, own, strict=True) if is_own]
+        if not maps:
+            raise NoAttentionError(
+                "the model has no attention among the tokens of the explained input: queries and "
+                f"keys of {shapes} are other tokens, as in a decoder or the tower of another "
+                "input, or each of them depends on all tokens before any attention; explain the "
+                f"part of the model that reads these tokens, or {OTHER}"
+            )
+        leaves = [x for x in compat.tree_leaves(raw)[:1] if isinstance(x, Tensor) and x.dim() > 0]
+        for one in maps:
+            if len(one) not in {mode.rows, *map(len, leaves)}:
+                raise NoAttentionError(
+                    "attention is over parts of an example, such as windows: got "
+                    f"{list(one.shape)} for {mode.rows} examples, expected "
+                    f"[{mode.rows}, heads, T, T]; {OTHER}"
+                )
+        if len({one.shape[2] for one in maps}) > 1:
+            counts = ", ".join(str(one.shape[2]) for one in maps)
+            raise NoAttentionError(
+                f"attention layers are over different numbers of tokens: got {counts}, so that "
+                f"one's tokens are not the next one's; {OTHER}"
+            )
+        return raw, maps
 
     def check_reached(self, reached: Sequence[bool]) -> None:
         """Raises ModelError where gradients reach none of the layers."""
@@ -113,37 +141,6 @@ def _run(mode: _AttentionMode, call: Callable[[], Any]) -> Any:
         if compat.is_compiler_error(error):
             raise NoAttentionError(f"attention inside compiled code is not seen: {CURE}") from error
         raise
-
-
-def _square(mode: _AttentionMode, raw: Any, own: Sequence[bool] | None) -> list[Tensor]:
-    maps = [one for one in mode.maps if one.shape[2] == one.shape[3]]
-    shapes = ", ".join(sorted({str(list(one.shape)) for one in maps or mode.maps}))
-    if not maps:
-        met = f"; met only {shapes}, which is not self-attention" if shapes else ""
-        raise NoAttentionError(f"the model has no attention to read: {LOOKED_FOR}{met}; {CURE}")
-    if own is not None and len(own) == len(mode.maps):
-        maps = [one for one, is_own in zip(mode.maps, own, strict=True) if is_own]
-        if not maps:
-            raise NoAttentionError(
-                "the model has no attention among the tokens of the explained input: queries and "
-                f"keys of {shapes} are other tokens, as in a decoder or the tower of another "
-                "input, or each of them depends on all tokens before any attention; explain the "
-                f"part of the model that reads these tokens, or {OTHER}"
-            )
-    leaves = [x for x in compat.tree_leaves(raw)[:1] if isinstance(x, Tensor) and x.dim() > 0]
-    for one in maps:
-        if len(one) not in {mode.rows, *map(len, leaves)}:
-            raise NoAttentionError(
-                f"attention is over parts of an example, such as windows: got {list(one.shape)} "
-                f"for {mode.rows} examples, expected [{mode.rows}, heads, T, T]; {OTHER}"
-            )
-    if len({one.shape[2] for one in maps}) > 1:
-        counts = ", ".join(str(one.shape[2]) for one in maps)
-        raise NoAttentionError(
-            f"attention layers are over different numbers of tokens: got {counts}, so that one's "
-            f"tokens are not the next one's; {OTHER}"
-        )
-    return maps
 
 
 class _AttentionMode(Calls):

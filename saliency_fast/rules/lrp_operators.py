@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from saliency_fast._torch_compat import FUSED_RMS_NORM, custom_function
 from saliency_fast._types import Args, Function, Kwargs
@@ -382,18 +381,9 @@ _CONVOLUTION = tuple("input weight bias stride padding dilation groups".split())
 _TRANSPOSED = tuple("input weight bias stride padding output_padding groups dilation".split())
 
 
-@lrp_rule("linear")
-def _linear(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
-    given = named(("input", "weight", "bias"), args, kwargs)
-    x, weight, bias = given["input"], given["weight"], given.get("bias")
-    if varies(weight) or varies(bias):
-        return NotImplemented
-    return mode.weighted("linear", x, Affine(functional.linear, weight, bias, x.dim() - 1, 0))
-
-
-@lrp_rule("conv1d conv2d conv3d", names=_CONVOLUTION, outputs=0)
+@lrp_rule("linear conv1d conv2d conv3d", names=_CONVOLUTION, outputs=0)
 @lrp_rule("conv_transpose1d conv_transpose2d conv_transpose3d", names=_TRANSPOSED, outputs=1)
-def _convolution(
+def _layer(
     mode: Relevance, func: Function, args: Args, kwargs: Kwargs, names: Args, outputs: int
 ) -> Any:
     given = named(names, args, kwargs)
@@ -401,13 +391,13 @@ def _convolution(
     if varies(weight) or varies(bias):
         return NotImplemented
 
-    def convolved(x: Tensor, weight: Any, bias: Any) -> Tensor:
+    def apply(x: Tensor, weight: Any, bias: Any) -> Tensor:
         result: Tensor = lean_call(func, (x, weight, bias), given)
         return result
 
     # Weights of grouped transposed convolutions number the outputs of one group alone.
     merges = outputs == 0 or given.get("groups", 1) == 1
-    layer = Affine(convolved, weight, bias, x.dim() - weight.dim() + 1, outputs if merges else None)
+    layer = Affine(apply, weight, bias, x.dim() - weight.dim() + 1, outputs if merges else None)
     return mode.weighted(func.__name__, x, layer)
 
 
