@@ -17,8 +17,7 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace
 from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.engine.memory import Cost, MemoryMeter
-from saliency_fast.model.function import PointFunction
-from saliency_fast.model.pack import compatible, packed
+from saliency_fast.model.function import PointFunction, compatible, packed
 from saliency_fast.model.preserve import random_states, uncompiled
 
 PATIENCE = 1.0

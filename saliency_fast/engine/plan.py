@@ -20,8 +20,8 @@ from saliency_fast.engine.precision import measured_points
 from saliency_fast.engine.recipe import Method, Recipe, RoundsRecipe, Starting, WeightedSum
 from saliency_fast.errors import BudgetError, InputError, InputTypeError
 from saliency_fast.graph.autograd import LEAN
-from saliency_fast.graph.fused import rectified
 from saliency_fast.graph.passes.affine_prefix import Prefix
+from saliency_fast.graph.passes.fusion import rectified
 from saliency_fast.graph.passes.half import HALVES
 from saliency_fast.graph.tiling import tile_bytes
 from saliency_fast.model.casts import cast

@@ -26,7 +26,7 @@ from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.graph.opinfo import LEAN as CONVOLUTIONS
 from saliency_fast.graph.passes.affine_prefix import Prefix, prefix_of
 from saliency_fast.graph.passes.float64 import InFloat64
-from saliency_fast.graph.passes.fuse_relu import fused, with_rectifiers
+from saliency_fast.graph.passes.fusion import fused, with_rectifiers
 from saliency_fast.graph.passes.half import FLOAT32, Precision, half_type_bytes, in_half_type
 from saliency_fast.graph.passes.invariant import invariant_bytes, with_invariants
 from saliency_fast.graph.passes.scores_only import prepared_bytes, scoring

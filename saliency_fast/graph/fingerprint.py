@@ -7,8 +7,8 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from contextlib import contextmanager, suppress
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,8 @@ _HELD = threading.local()
 
 
 def fingerprint(*values: object) -> tuple[object, ...]:
-    """Equal for equal modules, settings and code: parameters and buffers by identity, numbers and
-    text by value, functions by their code and what they close over or read by name.
-
-    Numbers inside tensors do not count: a program reads them anew.
+    """Equal for equal modules, settings and code: tensors by identity (programs read their numbers
+    anew), numbers and text by value, functions by their code and what they close over or read.
     """
     walk = _Walk()
     for value in (*values, *HOOKS_OF_ALL_MODULES):
@@ -52,10 +50,7 @@ def fingerprint(*values: object) -> tuple[object, ...]:
 
 
 def same_model(model: object, *, anew: bool = False) -> tuple[object, ...]:
-    """The fingerprint of a model; inside `unchanging` as it was when that began.
-
-    anew: as it is now, where the model has run since.
-    """
+    """The fingerprint of a model; inside `unchanging` that of its beginning, but for `anew`."""
     known: Known | None = getattr(_HELD, "known", None)
     if known is None or anew:
         return fingerprint(model)
@@ -66,11 +61,7 @@ def same_model(model: object, *, anew: bool = False) -> tuple[object, ...]:
 
 @contextmanager
 def unchanging(known: Known | None = None) -> Iterator[None]:
-    """Inside, this thread takes models to be as they were when it first looked: for calls that
-    begin at once, and because models change while they run and are put back later.
-
-    known: earlier fingerprints; filled.
-    """
+    """Inside, this thread takes models to be as at its first look; known: filled."""
     outer: Known | None = getattr(_HELD, "known", None)
     if known is None:
         known = {} if outer is None else outer
@@ -161,7 +152,9 @@ class _Walk:
                 self.named(value.__globals__[name], names, depth)
             if owner is not None:
                 self.member(owner, name, depth)
-        self.all(map(_content, value.__closure__ or ()), depth)
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # not filled yet
+                self.visit(cell.cell_contents, depth)
         self.all((*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()), depth)
 
     def named(self, value: Any, names: tuple[str, ...], depth: int) -> None:
@@ -205,13 +198,6 @@ def _names(code: CodeType) -> tuple[str, ...]:
     """The names of globals and attributes in a function's code, and in functions inside it."""
     inner = [one for one in code.co_consts if isinstance(one, CodeType)]
     return tuple(dict.fromkeys([*code.co_names, *(name for one in inner for name in _names(one))]))
-
-
-def _content(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None  # not filled yet
 
 
 def _package(value: Any) -> str:

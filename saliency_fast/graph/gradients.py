@@ -1,16 +1,22 @@
-"""Gradients by autograd, right also where PyTorch's own backward of a normalisation is not."""
+"""Gradients by autograd, and calls whose backward pass is our own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
 from saliency_fast._torch_compat import BATCH_NORM_STEPS
+from saliency_fast._types import Args, Function
 
+Forward = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
+Backward = Callable[..., Tensor | tuple[Tensor | None, ...] | None]
 Source = Tensor | GradientEdge
 
 
@@ -22,11 +28,10 @@ def gradients(
 ) -> tuple[Any, ...]:
     """`torch.autograd.grad`, with the gradients of batch and instance normalisation right.
 
-    On CPUs PyTorch's kernel walks input and gradient in one order if each of them is dense in
-    some memory format. Of one row both formats may hold at once by name while the two lie
-    differently: tokens [1, T, C] seen as an image, or InstanceNorm between channels-last layers.
-    Its result is then wrong by its own size. A gradient that is dense in no format goes through a
-    kernel that reads all strides.
+    On CPUs PyTorch's kernel walks input and gradient in one order if each is dense in some memory
+    format. Of one row, strides may fit both formats while the two tensors lie differently, and the
+    result is wrong: InstanceNorm between channels-last layers. A gradient that is dense in no
+    format goes through a kernel that reads all strides.
     """
     many = (outputs,) if isinstance(outputs, (Tensor, GradientEdge)) else tuple(outputs)
     norms = [node for node in steps_behind(many) if node.name().startswith(BATCH_NORM_STEPS)]
@@ -57,3 +62,64 @@ def steps_behind(results: Iterable[Source]) -> Iterator[Any]:
             seen.add(node)
             pending += [one for one, _ in node.next_functions]
             yield node
+
+
+class _Lean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Forward, back: Backward, *inputs: Tensor) -> Tensor:
+        y, kept = run(*inputs)
+        ctx.save_for_backward(*kept)
+        ctx.back = back
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        found = ctx.back(grad, *ctx.saved_tensors)
+        return None, None, *(found if isinstance(found, tuple) else (found,))
+
+
+def differentiable(x: Tensor, run: Forward, back: Backward, *others: Tensor) -> Any:
+    """The result of `run(x, *others)` -> (y, kept), whose gradients are `back(gradient, *kept)`."""
+    return _Lean.apply(run, back, x, *others)  # type: ignore[no-untyped-call]
+
+
+# PyTorch's own gradients where a slope changes or values are equal, measured on first use: releases
+# differ (clamp passes gradients at its bounds up to 2.13, and not from 2.14 on).
+
+
+@cache
+def passes(
+    call: Function, args: Args, points: tuple[float, ...], slope: float = 0.0
+) -> tuple[bool | None, ...]:
+    """Whether `call(x, *args)` passes gradients (False: `slope` times them, None: neither)."""
+    answers: dict[float, bool] = {slope: False, 1.0: True}
+    return tuple(answers.get(one) for one in _slopes(call, args, points))
+
+
+@cache
+def takes_first(call: Function, axes: int, layout: torch.memory_format) -> bool:
+    """Whether a max pool hands the gradient of a window of equal values to the first of them."""
+    size = 3**axes
+
+    def pooled(x: Tensor) -> Tensor:
+        window = x.view(1, 2, *[3] * axes)
+        window = window.contiguous(memory_format=layout) if axes > 1 else window
+        found: Tensor = call(window, [3] * axes)
+        return found
+
+    first = [1.0] + [0.0] * (size - 1)
+    return _slopes(pooled, (), [1.0] * 2 * size) == first * 2
+
+
+def _slopes(call: Function, args: Args, points: Sequence[float]) -> list[float]:
+    """The gradient of the sum of `call(x, *args)`, outside of the caller's modes and devices."""
+
+    def ask() -> list[float]:
+        x = torch.tensor(points, dtype=torch.float64, device="cpu", requires_grad=True)
+        (slopes,) = torch.autograd.grad(call(x, *args).sum(), x)
+        found: list[float] = slopes.tolist()
+        return found
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(ask).result()

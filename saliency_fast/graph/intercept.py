@@ -1,13 +1,10 @@
-"""Intercepts a model's calls of PyTorch while it runs, and answers them by lean versions.
-
-No tracing and no change to the model: a function mode sees every call, of modules and of functions
-alike. Calls that do not depend on the points run without autograd, weights take part in the
-others as plain numbers, and calls for which autograd would keep too much have lean versions.
+"""Intercepts a model's calls of PyTorch while it runs: calls that do not depend on the points run
+without autograd, weights are plain numbers in the others, and calls for which autograd would keep
+too much have lean versions. A function mode sees the calls of modules and functions alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -16,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from saliency_fast._torch_compat import is_module_hook, saved_tensors_hooks, unguarded
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import SaliencyError
 from saliency_fast.graph.autograd import LEAN
 
@@ -30,18 +28,13 @@ class NotLeanError(SaliencyError, RuntimeError):
 
 
 class FunctionMode(TorchFunctionMode):
-    """Inside its `with`, hands every call of PyTorch to `call`.
-
-    PyTorch's Python functions run by their bodies, so that the calls which they make are seen.
-    """
+    """Hands every call of PyTorch to `call`, also those in its Python functions."""
 
     def opens(self, func: FunctionType) -> bool:
         """Whether a Python function is seen by the calls that it makes, and not as one call."""
         return True
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         opened = isinstance(func, FunctionType) and self.opens(func)
         body = unguarded(func) if opened else None
         if body is None:
@@ -49,36 +42,32 @@ class FunctionMode(TorchFunctionMode):
         with self:
             return body(*args, **(kwargs or {}))
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         """One call, outside of the mode."""
         return func(*args, **kwargs)
 
 
 class Calls(FunctionMode):
-    """Inside its `with`, calls that depend on points keep only what input gradients need.
-
-    A tensor depends on the points where it has a gradient function: weights are leaves.
-    """
+    """Calls that depend on points, by their grad_fn, keep only what input gradients need."""
 
     def __init__(self) -> None:
         super().__init__()
         self._saving = saved_tensors_hooks()
 
     def opens(self, func: FunctionType) -> bool:
-        """Whether a Python function is seen by the calls that it makes."""
         return func not in INNER_GRADIENTS
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
-        """Runs one call, keeping as little as possible."""
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if func in INNER_GRADIENTS:
             raise NotLeanError("the model takes gradients of its own")
         self.check_saving()
         if func == _GRAPH:
-            return _hookable(func(*args, **kwargs))
+            # The node of a lean call has other gradients than autograd's own; that of a module's
+            # full backward hooks has the same.
+            node = func(*args, **kwargs)
+            if node is not None and not is_module_hook(node):
+                raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
+            return node
         leaves, varying = _gradients((*args, *kwargs.values()))
         if not (leaves or varying) or not torch.is_grad_enabled():
             return func(*args, **kwargs)
@@ -101,35 +90,22 @@ class Calls(FunctionMode):
         if self.packs:
             raise NotLeanError("the model changes what autograd saves (saved_tensors_hooks)")
 
-    def answer(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def answer(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         """A call that depends on the points, its weights plain numbers."""
         return lean_call(func, args, kwargs)
 
 
-def lean_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def lean_call(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """`func` by its lean version, or by autograd's own where there is none for these arguments."""
     lean = LEAN.get(func)
-    if lean is not None and not _autocast():
+    if lean is not None and not autocast_is_on():
         result = lean(*args, **kwargs)
         if result is not NotImplemented:
             return result
     return func(*args, **kwargs)
 
 
-def _hookable(node: Any) -> Any:
-    """Refuses a node of autograd's graph that a model reads, in order to hook it.
-
-    The node of a lean call has other gradients than autograd's own; that of a module's full
-    backward hooks has the same.
-    """
-    if node is not None and not is_module_hook(node):
-        raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
-    return node
-
-
-def _autocast() -> bool:
+def autocast_is_on() -> bool:
     return torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
 
 

@@ -1,9 +1,8 @@
 """What the engine knows of PyTorch's operators: one table, read by every pass.
 
-A call is looked up by its name without underscores, so that `add`, `add_`, `__add__` and
-`__iadd__` may share an entry. Facts that are data stand here; facts that are code register
-themselves beside their definition: `lean` versions in `graph/autograd`, `crop` rules in
-`graph/receptive_field.py`. Backward rules may register in the open fields `lrp` and `deeplift`.
+A call is looked up by its name without underscores: `add`, `add_` and `__add__` share an entry.
+Facts that are code register themselves: `lean` versions in `graph/autograd`, `crop` rules in
+`graph/receptive_field.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ class OpInfo:
             "output", "operands", "factors" (the operands of a product) or "view" (nothing, and the
             result shares memory).
         crop: How a recorded step of the operator runs on crops (a receptive-field rule).
-        lrp, deeplift: Backward rules, registered by `saliency_fast.rules`.
     """
 
     kind: str = ""
@@ -65,8 +63,6 @@ class OpInfo:
     half: str = ""
     keeps: str = "nothing"
     crop: Call | None = None
-    lrp: Call | None = None
-    deeplift: Call | None = None
 
 
 UNKNOWN = OpInfo()
@@ -88,16 +84,6 @@ def operators(names: str, **facts: Any) -> None:
     """Adds facts to the entries of operators, named without underscores."""
     for name in names.split():
         TABLE[name] = replace(TABLE.get(name, UNKNOWN), **facts)
-
-
-def register(field: str, names: str) -> Callable[[_F], _F]:
-    """Decorator: adds a function to a field (`crop`, `lrp`, `deeplift`) of operators."""
-
-    def add(function: _F) -> _F:
-        operators(names, **{field: function})
-        return function
-
-    return add
 
 
 def lean(*calls: Call) -> Callable[[_F], _F]:

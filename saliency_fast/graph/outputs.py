@@ -14,10 +14,7 @@ from saliency_fast.graph.intercept import NotLeanError
 
 
 class Unread:
-    """Stands for a part of an output that a recorded program does not make.
-
-    Whatever reads it raises NotLeanError with the reason, and the model itself runs.
-    """
+    """A part of an output that a program does not make: to read it raises NotLeanError."""
 
     def __init__(self, reason: str) -> None:
         object.__setattr__(self, "reason", reason)
@@ -58,9 +55,7 @@ def rows_of(output: Any, part: slice, rows: int) -> Any:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], output: Any) -> Any:
-    """An output with each of its tensors changed: containers, dataclasses, mappings and objects of
-    the user's own are copied and keep their types.
-    """
+    """An output, copied, with each of its tensors changed, in containers and objects alike."""
 
     def changed(leaf: Any) -> Any:
         if type(leaf) is Unread:

@@ -1,7 +1,7 @@
 """A model's calls of PyTorch as a program: recorded once, then run without the model's Python.
 
-Where no call depends on numbers inside the model's tensors, the list of calls is the model. It can
-be run in parts, fused and analysed. What cannot be recorded with certainty is refused.
+Where no call depends on numbers inside the model's tensors, the list of calls is the model, and can
+be run in parts, fused and analysed.
 """
 
 from __future__ import annotations
@@ -54,11 +54,9 @@ class Read(Wrapped):
     value: Any
 
     def holds(self, found: Any) -> bool:
-        """Whether a later result equals the recorded one."""
         return type(found) is type(self.value) and bool(found == self.value)
 
     def check(self, found: Any) -> None:
-        """Raises NotLeanError where a later result differs."""
         if not self.holds(found):
             raise NotLeanError(
                 f"the model reads {found!r} where it read {self.value!r} ({self.__name__})"
@@ -74,7 +72,6 @@ class Value:
 
     Attributes:
         shape: Sizes for one row.
-        dtype: Type of its elements.
         rowwise: Its first axis counts the rows, and no other size depends on them.
         varying: It depends on the points.
         memory: Equal for views of one tensor.
@@ -107,7 +104,6 @@ class Step:
     """One call of a program.
 
     Attributes:
-        func: The call.
         args, kwargs: Templates of its arguments: values of the program are `Ref`.
         outputs: Numbers of the tensors in its result, in order.
         varying: It depends on the points.
@@ -190,9 +186,7 @@ class Program:
         inputs: Numbers of the points.
         extras: Numbers of the further arguments that are tensors.
         outputs: Templates of the return value's leaves, nested as `tree`.
-        tree: How the return value is nested.
-        values: What is known of each value.
-        channels_last: Images and volumes enter with their channels innermost in memory.
+        channels_last: Images and volumes enter in channels-last memory format.
         segments: Step indices where checkpoint segments end: a pass with gradients keeps only the
             values that are still needed there, and computes the others again on the way back.
         note: Called with every step before it runs.
@@ -220,7 +214,10 @@ class Program:
             env = self._run_segment(env, rows, start, stop)
             start = stop
         self.run(env, rows, start, len(self.steps))
-        return self.leave(env)
+        found = filled(list(self.outputs), env, 0, False)
+        # Only here: whatever reads a missing part raises.
+        leaves = [Unread(one.reason) if isinstance(one, Missing) else one for one in found]
+        return tree_unflatten(leaves, self.tree)
 
     def _run_segment(self, env: Env, rows: int, start: int, stop: int) -> Env:
         """`run`, keeping only the values in `env` for the backward pass."""
@@ -246,7 +243,7 @@ class Program:
         for read, value in self.reading(extras, len(points[0])):
             read.check(value)
         if self.channels_last:
-            points = [_innermost(one) for one in points]
+            points = [_in_channels_last(one) for one in points]
         return dict(zip((*self.inputs, *self.extras), (*points, *extras), strict=True))
 
     def reading(self, extras: Sequence[Tensor], rows: int) -> Iterator[tuple[Read, Any]]:
@@ -262,7 +259,7 @@ class Program:
 
     def run(self, env: Env, rows: int, start: int, stop: int) -> None:
         """Runs steps `start` to `stop` on the values in `env`; drops each after its last use."""
-        for step, over in zip(self.steps[start:stop], self.over[start:stop], strict=True):
+        for step, over in zip(self.steps[start:stop], self.dead_after[start:stop], strict=True):
             if self.note is not None:
                 self.note(step)
             step.run(env, rows)
@@ -275,13 +272,6 @@ class Program:
             for number in over:
                 env.pop(number, None)
 
-    def leave(self, env: Env) -> Any:
-        """The model's return value from the values that a run ends with."""
-        found = filled(list(self.outputs), env, 0, False)
-        # Only here: whoever reads a missing part raises.
-        leaves = [Unread(one.reason) if isinstance(one, Missing) else one for one in found]
-        return tree_unflatten(leaves, self.tree)
-
     @cached_property
     def memories(self) -> frozenset[int]:
         """The addresses of the model's own tensors."""
@@ -293,7 +283,7 @@ class Program:
         return tuple(tensors_in([(step.args, step.kwargs) for step in self.steps]))
 
     @cached_property
-    def over(self) -> tuple[tuple[int, ...], ...]:
+    def dead_after(self) -> tuple[tuple[int, ...], ...]:
         """For each step, the values that no later step takes."""
         needed = {one.number for one in self.outputs if isinstance(one, Ref)}
         found = []
@@ -315,7 +305,7 @@ class Program:
         return {number: tuple(indices) for number, indices in found.items()}
 
     @cached_property
-    def born(self) -> Mapping[int, int]:
+    def made_at(self) -> Mapping[int, int]:
         """For each value, the index of the step that makes it."""
         return {number: index for index, step in enumerate(self.steps) for number in step.made}
 
@@ -328,14 +318,13 @@ class Program:
                 memory = self.values[after].memory
                 for number, indices in self.uses.items():
                     shares = number not in step.made and self.values[number].memory == memory
-                    if shares and self.born.get(number, -1) <= index < max(indices):
+                    if shares and self.made_at.get(number, -1) <= index < max(indices):
                         found.add(memory)
         return frozenset(found)
 
     def pruned(self) -> Program:
-        """The program without calls that neither the points nor its outputs need.
-
-        Calls on points stay, needed or not: their shapes tell that a recording does not hold.
+        """The program without calls that neither the points nor its outputs need. All calls on
+        points stay: their shapes show where a recording does not hold.
         """
         varying = [step for step in self.steps if step.varying]
         return replace(self, steps=self._needed(varying, refs_in(self.outputs)))
@@ -366,21 +355,17 @@ class Program:
         return replace(self, steps=steps, channels_last=True)
 
     def in_segments(self, count: int) -> Program:
-        """The program in `count` checkpoint segments of about equal bytes, all but the last
-        computed twice.
-        """
+        """The program in `count` checkpoint segments of about equal bytes."""
         weights = [sum(self.values[number].nbytes for number in step.made) for step in self.steps]
         total, seen, ends = sum(weights), 0, list[int]()
         for index, weight in enumerate(weights):
             # A segment ends where a share is full, and nothing before it is overwritten later.
-            if index and seen * count >= total * (len(ends) + 1) and self._whole_at(index):
-                ends.append(index)
+            if index and seen * count >= total * (len(ends) + 1):
+                later = (number for step in self.steps[index:] for number in step.overwritten)
+                if all(self.made_at.get(number, -1) >= index for number in later):
+                    ends.append(index)
             seen += weight
         return replace(self, segments=tuple(ends[: count - 1]))
-
-    def _whole_at(self, index: int) -> bool:
-        later = (number for step in self.steps[index:] for number in step.overwritten)
-        return all(self.born.get(number, -1) >= index for number in later)
 
     def part(self, given: Sequence[int], wanted: Sequence[Any], tree: TreeSpec) -> Program:
         """The program from the values `given` to the values `wanted`; extras stay arguments."""
@@ -407,8 +392,7 @@ class Program:
 class Prepared:
     """A program that takes tensors made of its weights, for as long as these do not change.
 
-    Attributes:
-        copies: Pairs of a function that makes some of the tensors anew, and these tensors.
+    copies: Pairs of a function that makes some of the tensors anew, and these tensors.
     """
 
     program: Program
@@ -438,21 +422,17 @@ def _shown(template: Any) -> str:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether images or volumes lie with their channels innermost in memory."""
     return x.dim() in _FORMATS and x.stride(1) == 1 and x.stride(-1) == x.shape[1]
 
 
-def in_layout(tensors: Sequence[Tensor], inside: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Tensors with their channels innermost in memory where `inside` says so.
-
-    PyTorch's operators round otherwise in another memory format.
-    """
-    pairs = zip(tensors, inside, strict=True)
-    return tuple(_innermost(one) if innermost else one for one, innermost in pairs)
+def in_layout(tensors: Sequence[Tensor], channels_last: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Tensors in the memory formats of the inputs: in another one, operators round otherwise."""
+    pairs = zip(tensors, channels_last, strict=True)
+    return tuple(_in_channels_last(one) if last else one for one, last in pairs)
 
 
-def _innermost(point: Tensor) -> Tensor:
-    """Images and volumes with their channels innermost in memory, others as they are."""
+def _in_channels_last(point: Tensor) -> Tensor:
+    """Images and volumes in channels-last memory format, other tensors as they are."""
     layout = _FORMATS.get(point.dim())
     if layout is None or (point.is_contiguous(memory_format=layout) and point.shape[1] > 1):
         return point
@@ -490,12 +470,10 @@ def leaves_in(template: Any) -> Iterator[Any]:
 
 
 def refs_in(template: Any) -> Iterator[Ref]:
-    """The values that a template of arguments takes."""
     return (one for one in leaves_in(template) if isinstance(one, Ref))
 
 
 def tensors_in(result: Any) -> Iterator[Tensor]:
-    """The tensors in a call's arguments or result, in order."""
     return (one for one in leaves_in(result) if isinstance(one, Tensor))
 
 

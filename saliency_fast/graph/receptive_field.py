@@ -1,8 +1,7 @@
 """Receptive fields: which part of its operands a part of a result needs, and calls on crops.
 
-A value [R, C, *spatial] is cut along its spatial axes. A call is local where any box of its result
-needs only boxes of its operands: convolutions, pools, upsampling, elementwise and channel-wise
-calls. Each rule registers with `opinfo` as the field `crop` of its operators.
+A value [R, C, *spatial] is cut along its spatial axes. Each rule of a local call registers with
+`opinfo` as the field `crop` of its operators.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from saliency_fast.graph.autograd.convolutions import each_axis
-from saliency_fast.graph.opinfo import out_of_place, register
+from saliency_fast.graph.opinfo import operators, out_of_place
 from saliency_fast.graph.program import Ref, Step, Value, leaves_in
 
 Span = tuple[int, int]
@@ -27,13 +26,10 @@ Values = Mapping[int, Value]
 @dataclass(frozen=True)
 class Window:
     """The receptive field along one axis: output o sees the inputs from o * stride - before to
-    `reach` positions further.
+    `reach` positions further; `after` is padding behind the input.
 
-    Attributes:
-        after: Padding behind the input.
-        spread: The other way round, as in upsampling: input i is seen by the outputs from
-            i * stride - before on.
-        origin: Of a spread call: on a crop from i, its result begins at i * stride - origin.
+    spread: the other way round, as in upsampling: input i is seen by the outputs from i * stride -
+    before on. origin: of a spread call: on a crop from i its result begins at i * stride - origin.
     """
 
     stride: int = 1
@@ -67,12 +63,10 @@ class CropRule:
     """How a step runs on crops: `func` of `args`, whose values are crops, without padding.
 
     Attributes:
-        windows: The receptive field along each spatial axis.
         fill: Value of the step's own padding; None where it has none.
         padding: Position in `args` of the padding that is equal on both sides.
         constants: Tensors among the arguments are broadcast, and cropped with the operands.
-        keeps: What autograd keeps, as in `OpInfo`.
-        view: The result shares its operand's memory.
+        keeps, view: As in `OpInfo`.
     """
 
     windows: tuple[Window, ...]
@@ -107,9 +101,7 @@ class CropRule:
         return tuple((start, start + n) for start, n in starts)
 
     def pads(self, out: Box, seen: Box, size: Sequence[int]) -> tuple[list[int], list[Span]]:
-        """How far windows look beyond the box of operands, into padding: what the call itself adds
-        on both sides, and what it does not.
-        """
+        """How far windows look into padding, by the call itself on both sides and beside it."""
         both_sides, pads = [], []
         for window, span, (first, stop), length in zip(self.windows, out, seen, size, strict=True):
             start, end = window.sees(span)
@@ -118,6 +110,9 @@ class CropRule:
             both_sides.append(both)
             pads.append((0, 0) if self.fill is None else (ahead - both, behind - both))
         return both_sides, pads
+
+
+Rule = Callable[[Step, Values], CropRule | None]
 
 
 def crop_rule(step: Step, values: Values) -> CropRule | None:
@@ -133,8 +128,21 @@ def crop_rule(step: Step, values: Values) -> CropRule | None:
     rank = len(shapes[0].shape)
     if rank < 3 or any(len(one.shape) != rank or not one.rowwise for one in shapes):
         return None
-    found: CropRule | None = make(step, values)
-    return found
+    rule: CropRule | None = make(step, values)
+    return rule
+
+
+def _rule(names: str, *, alone: bool = True) -> Callable[[Rule], Rule]:
+    """Registers the rule of operators, of which only the first argument varies where `alone`."""
+
+    def add(rule: Rule) -> Rule:
+        def crop(step: Step, values: Values) -> CropRule | None:
+            return rule(step, values) if not alone or _alone(step, values) else None
+
+        operators(names, crop=crop)
+        return rule
+
+    return add
 
 
 def varying(step: Step, values: Values) -> list[int]:
@@ -149,9 +157,7 @@ def _bound(step: Step, names: str, **given: Any) -> dict[str, Any]:
 
 
 def _alone(step: Step, values: Values) -> bool:
-    """Whether only the first argument depends on the points, and has the spatial axes that the
-    operator's name tells, if it does.
-    """
+    """Whether only the first argument depends on the points, with its spatial axes."""
     first = step.args[0] if step.args else None
     if not isinstance(first, Ref) or varying(step, values) != [first.number]:
         return False
@@ -170,17 +176,18 @@ def _about(one: Ref | Tensor, values: Values) -> Value:
     return Value(tuple(one.shape), one.dtype, False, False, -1)
 
 
-def _pointwise_windows(step: Step, values: Values) -> tuple[Window, ...]:
-    return (Window(),) * (len(values[step.outputs[0]].shape) - 2)
+def _of_points(step: Step, values: Values, args: Any = None, **more: Any) -> CropRule:
+    """The rule of a call, out of place, whose result has at each position what operands have."""
+    windows = (Window(),) * (len(values[step.outputs[0]].shape) - 2)
+    given = step.args if args is None else args
+    return CropRule(windows, out_of_place(step.func), given, step.kwargs, **more)
 
 
-@register("crop", "conv1d conv2d conv3d")
+@_rule("conv1d conv2d conv3d")
 def _convolution(step: Step, values: Values) -> CropRule | None:
     names = "input weight bias stride padding dilation groups"
     given = _bound(step, names, bias=None, stride=1, padding=0, dilation=1, groups=1)
     axes = _axes(step)
-    if not _alone(step, values):
-        return None
     strides, holes = each_axis(given["stride"], axes), each_axis(given["dilation"], axes)
     kernel = _about(given["weight"], values).shape[2:]
     reaches = [d * (k - 1) for d, k in zip(holes, kernel, strict=True)]
@@ -195,14 +202,12 @@ def _convolution(step: Step, values: Values) -> CropRule | None:
     return CropRule(windows, step.func, args, fill=0.0, padding=4)
 
 
-@register("crop", "conv_transpose1d conv_transpose2d conv_transpose3d")
+@_rule("conv_transpose1d conv_transpose2d conv_transpose3d")
 def _transposed(step: Step, values: Values) -> CropRule | None:
     names = "input weight bias stride padding output_padding groups dilation"
     ones = {"stride": 1, "dilation": 1, "groups": 1}
     given = _bound(step, names, bias=None, padding=0, output_padding=0, **ones)
     axes = _axes(step)
-    if not _alone(step, values):
-        return None
     options = [each_axis(given[name], axes) for name in names.split()[3:6]]
     holes, kernel = each_axis(given["dilation"], axes), _about(given["weight"], values).shape[2:]
     windows, extra = [], []
@@ -215,7 +220,7 @@ def _transposed(step: Step, values: Values) -> CropRule | None:
     return CropRule(tuple(windows), step.func, args)
 
 
-@register("crop", "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
+@_rule("max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d")
 def _pool(step: Step, values: Values) -> CropRule | None:
     greatest, axes = step.name.startswith("max"), _axes(step)
     own = "dilation ceil_mode" if greatest else "ceil_mode count_include_pad divisor_override"
@@ -223,7 +228,7 @@ def _pool(step: Step, values: Values) -> CropRule | None:
     plain = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
     given = _bound(step, names, count_include_pad=True, divisor_override=None, **plain)
     kernel, before = each_axis(given["kernel_size"], axes), each_axis(given["padding"], axes)
-    if not _alone(step, values) or (any(before) and not given["count_include_pad"]):
+    if any(before) and not given["count_include_pad"]:
         return None
     strides = each_axis(given["stride"], axes) if given["stride"] not in (None, []) else kernel
     holes = each_axis(given["dilation"], axes)
@@ -239,17 +244,16 @@ def _pool(step: Step, values: Values) -> CropRule | None:
     return CropRule(windows, step.func, args, fill=fill, padding=3, keeps=step.info.keeps)
 
 
-@register(
-    "crop",
+@_rule(
     """upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_nearest_exact1d
     upsample_nearest_exact2d upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d
-    upsample_trilinear3d""",
+    upsample_trilinear3d"""
 )
 def _upsampled(step: Step, values: Values) -> CropRule | None:
     linear = "linear" in step.name
     names = f"input output_size {'align_corners' if linear else ''} scale_factors"
     given = _bound(step, names, output_size=None, align_corners=False, scale_factors=None)
-    if not _alone(step, values) or given["align_corners"]:
+    if given["align_corners"]:
         return None
     sizes = [values[one].shape[2:] for one in (step.args[0].number, step.outputs[0])]
     factors = [out // own for own, out in zip(*sizes, strict=True)]
@@ -265,20 +269,20 @@ def _upsampled(step: Step, values: Values) -> CropRule | None:
     return CropRule(tuple(windows), step.func, args)
 
 
-@register("crop", "pixel_shuffle pixel_unshuffle")
+@_rule("pixel_shuffle pixel_unshuffle")
 def _shuffled(step: Step, values: Values) -> CropRule | None:
     images = len(values[step.outputs[0]].shape) == 4
-    if not images or not _alone(step, values) or [type(one) for one in step.args[1:]] != [int]:
+    if not images or [type(one) for one in step.args[1:]] != [int]:
         return None
     window = Window(step.args[1], 0, step.args[1] - 1, spread=step.name == "pixel_shuffle")
     return CropRule((window, window), step.func, step.args)
 
 
-@register("crop", "pad")
+@_rule("pad")
 def _padded(step: Step, values: Values) -> CropRule | None:
     given = _bound(step, "input pad mode value", mode="constant", value=None)
     axes, pads = len(values[step.outputs[0]].shape) - 2, list(given["pad"])
-    if given["mode"] != "constant" or any(pads[2 * axes :]) or not _alone(step, values):
+    if given["mode"] != "constant" or any(pads[2 * axes :]):
         return None
     pads += [0] * (2 * axes - len(pads))
     pairs = [(pads[2 * axis], pads[2 * axis + 1]) for axis in reversed(range(axes))]
@@ -286,7 +290,7 @@ def _padded(step: Step, values: Values) -> CropRule | None:
     return CropRule(windows, Tensor.contiguous, (step.args[0],), fill=given["value"] or 0.0)
 
 
-@register("crop", "getitem")
+@_rule("getitem")
 def _indexed(step: Step, values: Values) -> CropRule | None:
     """Slices of channels and of space."""
     key = step.args[1] if isinstance(step.args[1], tuple) else (step.args[1],)
@@ -294,7 +298,7 @@ def _indexed(step: Step, values: Values) -> CropRule | None:
     ends = [end for one in slices for end in (one.start, one.stop, one.step) if end is not None]
     dots = sum(one is ... for one in key)
     whole = not any(type(end) is not int for end in ends) and len(slices) + dots == len(key)
-    if not whole or dots > 1 or not _alone(step, values):
+    if not whole or dots > 1:
         return None
     shape = values[step.args[0].number].shape
     split = next((at for at, one in enumerate(key) if one is ...), len(key))
@@ -308,13 +312,13 @@ def _indexed(step: Step, values: Values) -> CropRule | None:
     return CropRule(windows, step.func, (step.args[0], index), view=True)
 
 
-@register(
-    "crop",
+@_rule(
     """add sub subtract rsub neg negative clone to float double half bfloat16 type_as contiguous
     relu relu6 leaky_relu hardtanh clamp threshold sigmoid tanh exp expm1 sqrt rsqrt reciprocal
     mul multiply div divide true_divide gelu silu elu celu selu hardswish hardsigmoid mish softplus
     log_sigmoid where square pow abs log log1p log2 log10 sin cos atan erf clip clamp_min clamp_max
     maximum minimum lerp addcmul addcdiv exp2""",
+    alone=False,
 )
 def _pointwise(step: Step, values: Values) -> CropRule | None:
     """A call whose result has at each position what its operands have there."""
@@ -326,12 +330,11 @@ def _pointwise(step: Step, values: Values) -> CropRule | None:
         return None
     if step.changed and any(one.shape and one.dtype != made.dtype for one in given):
         return None
-    keeps, func = step.info.keeps, out_of_place(step.func)
+    keeps = step.info.keeps
     view = keeps == "view"
     if view or (keeps == "factors" and len(moving) == 1):
         keeps = "nothing"
-    windows = _pointwise_windows(step, values)
-    return CropRule(windows, func, step.args, step.kwargs, constants=True, keeps=keeps, view=view)
+    return _of_points(step, values, constants=True, keeps=keeps, view=view)
 
 
 def _broadcasts(one: Value, shape: tuple[int, ...]) -> bool:
@@ -343,10 +346,10 @@ def _broadcasts(one: Value, shape: tuple[int, ...]) -> bool:
     return all(own in (1, out) for own, out in spatial)
 
 
-@register(
-    "crop",
+@_rule(
     """softmax log_softmax chunk split split_with_sizes narrow mean sum cat concat concatenate
     glu""",
+    alone=False,
 )
 def _channelwise(step: Step, values: Values) -> CropRule | None:
     """A call along the channels."""
@@ -357,26 +360,24 @@ def _channelwise(step: Step, values: Values) -> CropRule | None:
     return _pointwise(step, values) if along else None
 
 
-@register("crop", "dropout feature_dropout alpha_dropout feature_alpha_dropout")
+@_rule("dropout feature_dropout alpha_dropout feature_alpha_dropout", alone=False)
 def _dropout(step: Step, values: Values) -> CropRule | None:
     training = _bound(step, "input p train", train=True)["train"]
     return None if training else _pointwise(step, values)
 
 
-@register("crop", "batch_norm prelu")
+@_rule("batch_norm prelu")
 def _parametric(step: Step, values: Values) -> CropRule | None:
     """A frozen batch normalisation or a PReLU: parameters lie along the channels."""
     names = "input weight bias running_mean running_var training"
-    if not _alone(step, values) or _bound(step, names, training=False)["training"]:
+    if _bound(step, names, training=False)["training"]:
         return None
-    windows, func = _pointwise_windows(step, values), out_of_place(step.func)
-    return CropRule(windows, func, step.args, step.kwargs, keeps=step.info.keeps)
+    return _of_points(step, values, keeps=step.info.keeps)
 
 
-@register("crop", "rectified")
+@_rule("rectified", alone=False)
 def _rectified(step: Step, values: Values) -> CropRule | None:
     named = [one.number for one in (step.args[0], step.args[2]) if isinstance(one, Ref)]
     if varying(step, values) != named or len({values[one].shape for one in named}) > 1:
         return None
-    windows, args = _pointwise_windows(step, values), (*step.args[:5], False)
-    return CropRule(windows, step.func, args, keeps=step.info.keeps)
+    return _of_points(step, values, (*step.args[:5], False), keeps=step.info.keeps)

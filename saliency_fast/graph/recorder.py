@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from saliency_fast._torch_compat import (
-    TreeSpec,
-    custom_function,
-    inside_dual_level,
-    inside_transform,
-    is_module_hook,
-    sequence_number,
-    storage_id,
-    tree_flatten,
-    version_of,
-)
-from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, NotLeanError
+from saliency_fast import _torch_compat as compat
+from saliency_fast._types import Args, Function, Kwargs
+from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, NotLeanError, autocast_is_on
 from saliency_fast.graph.opinfo import info, name_of
 from saliency_fast.graph.program import (
     Missing,
@@ -40,20 +32,13 @@ from saliency_fast.graph.program import (
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout)
 _HOOKING = frozenset(("register_hook", "register_post_accumulate_grad_hook"))
 _NOT_RECORDED = ("__set__", "__delete__")
+_INFERENCE = torch.is_inference_mode_enabled
+_MODES = (autocast_is_on, _INFERENCE, compat.inside_transform, compat.inside_dual_level)
 _BATCH_VARIES = "the model's calls depend on the number of rows"
 
 
-@dataclass(frozen=True)
-class _Before:
-    """A call's arguments before it runs."""
-
-    template: Any
-    tensors: list[Tensor]
-    versions: list[int]
-
-    def changed(self) -> list[Tensor]:
-        pairs = zip(self.tensors, self.versions, strict=True)
-        return [one for one, version in pairs if version_of(one) != version]
+_Before = tuple[Any, list[Tensor], list[int]]
+"""A call's arguments before it runs: their template, and their tensors with versions."""
 
 
 class _Seen(NamedTuple):
@@ -66,10 +51,8 @@ class _Seen(NamedTuple):
 
 def gradient_of(tensor: Tensor) -> object:
     """How gradients reach a tensor: equal for as long as it is the same output of the same node of
-    autograd's graph.
-
-    A custom function runs its forward without gradients and then makes the very tensors that this
-    made outputs of a node of its own, so that neither their identity nor `requires_grad` tells.
+    autograd's graph. A custom function makes the tensors of its forward, which runs without
+    gradients, outputs of a node of its own: their identity and `requires_grad` do not show it.
     """
     try:
         node = tensor.grad_fn
@@ -77,32 +60,23 @@ def gradient_of(tensor: Tensor) -> object:
         # A view that must not be used any more: equal to nothing.
         return object()
     # By its number: the node itself would keep what it saved for the backward pass alive.
-    found = None if node is None else (node.name(), sequence_number(node), tensor.output_nr)
+    found = None if node is None else (node.name(), compat.sequence_number(node), tensor.output_nr)
     return tensor.requires_grad, found
 
 
-class _Followed(dict[int, "weakref.ref[Tensor]"]):
-    """Tensors that depend on some first ones, by id.
+class _Followed:
+    """Tensors that depend on some first ones, and the first call by which Python reads them."""
 
-    first_read: the first call by which Python learns numbers of them.
-    """
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.first_read: str | None = None
+        self._tensors = WeakTensorKeyDictionary(dict.fromkeys(tensors))
 
-    first_read: str | None = None
-
-    def add(self, tensor: Tensor) -> None:
-        self[id(tensor)] = weakref.ref(tensor)
-
-    def holds(self, tensor: Tensor) -> bool:
-        found = self.get(id(tensor))
-        return found is not None and found() is tensor
-
-    def follow(self, func: Callable[..., Any], given: list[Tensor], made: list[Tensor]) -> None:
-        if not any(map(self.holds, given)):
+    def follow(self, func: Function, given: list[Tensor], made: list[Tensor]) -> None:
+        if not any(one in self._tensors for one in given):
             return
         name, facts = name_of(func), info(func)
         written = name.endswith("_") or name == "__setitem__"
-        for one in (*made, *(given[:1] if written else ())):
-            self.add(one)
+        self._tensors.update(dict.fromkeys((*made, *(given[:1] if written else ()))))
         if name in ("__setitem__", "__set__"):
             return
         counted = facts.data_sized == "zeros" or (name == "where" and len(given) == 1)
@@ -113,43 +87,32 @@ class _Followed(dict[int, "weakref.ref[Tensor]"]):
 class Recorder(Calls):
     """Records every call while it runs unchanged; `program` gives the result.
 
-    A model that cannot be recorded runs to its end all the same. A recorded model has autograd's
-    own gradient: every tensor that a call takes is, in autograd's graph, what the recorded call
-    that made it returned, no call reads the graph to hook it, and nothing changes what is saved.
-
-    Attributes:
-        custom_gradient: What of the model gives gradients of its own, if anything does.
+    A recorded model has autograd's own gradient: every tensor that a call takes is, in autograd's
+    graph, what the recorded call that made it returned, no call reads the graph to hook it, and
+    nothing changes what is saved. custom_gradient: what gives gradients of its own, if anything.
     """
 
     def __init__(self, points: Sequence[Tensor], extras: Sequence[Tensor]) -> None:
         super().__init__()
         self._refusal: str | None = None
-        self._steps: list[Step] = []
-        self._values: dict[int, Value] = {}
-        self._seen: dict[int, _Seen] = {}
-        self._by_memory: dict[int, list[int]] = {}
-        self._memories: dict[int, int] = {}
         self.custom_gradient: str | None = None
-        self._points, self._given = _Followed(), _Followed()
-        for known, tensors in ((self._points, points), (self._given, extras)):
-            for one in tensors:
-                known.add(one)
+        self._steps, self._values = list[Step](), dict[int, Value]()
+        self._seen, self._memories = dict[int, _Seen](), dict[int, int]()
+        self._by_memory: dict[int, list[int]] = {}
+        self._points, self._given = _Followed(points), _Followed(extras)
         self._inputs = [self._number(one, varying=True) for one in points]
         self._extras = [self._number(one, varying=False) for one in extras]
 
     @property
     def first_read_of_points(self) -> str | None:
-        """The first call by which Python learns numbers that depend on the points."""
+        """The first call by which Python reads numbers that depend on the points."""
         return self._points.first_read
 
     @property
     def first_read_of_arguments(self) -> str | None:
-        """The first call by which Python learns numbers of further arguments."""
         return self._given.first_read
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if func is Tensor.__iter__:
             return iter(self.call(Tensor.unbind, args, kwargs))
         before = self._recorded(self._before, func, args, kwargs)
@@ -177,21 +140,19 @@ class Recorder(Calls):
                 self._refusal = f"the model has tensors that cannot be followed ({_line(error)})"
         return None
 
-    def _before(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> _Before:
+    def _before(self, func: Function, args: Args, kwargs: Kwargs) -> _Before:
         if func in INNER_GRADIENTS:
             raise NotLeanError("the model takes gradients of its own")
         self.check_saving()
         given = list(tensors_in((args, kwargs)))
         template = mapped(self._leaf, (args, dict(kwargs)))
-        return _Before(template, given, list(map(version_of, given)))
+        return template, given, list(map(compat.version_of, given))
 
     def program(self, raw: Any) -> Program:
         """The program that ends in `raw`, the model's return value; raises NotLeanError."""
         if self._refusal is not None:
             raise NotLeanError(self._refusal)
-        leaves, tree = tree_flatten(raw)
+        leaves, tree = compat.tree_flatten(raw)
         outputs = tuple(self._output(one) for one in leaves)
         missing = [one for one in outputs if isinstance(one, Missing)]
         if missing and not any(isinstance(one, Ref) for one in outputs):
@@ -211,14 +172,16 @@ class Recorder(Calls):
             return found
         return Missing(f"the model returns what no recorded call made ({type(leaf).__name__})")
 
-    def _note(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
-        made, changed = list(tensors_in(result)), given.changed()
-        args, kwargs = given.template
+    def _note(self, func: Function, given: _Before, result: Any) -> None:
+        template, tensors, versions = given
+        (args, kwargs), made = template, list(tensors_in(result))
+        known = zip(tensors, versions, strict=True)
+        changed = [one for one, version in known if compat.version_of(one) != version]
         if not (made or changed):
-            if given.tensors:
-                self._note_read(func, given, result)
+            if tensors:
+                self._note_read(func, template, result)
             return
-        if _inside_a_mode():
+        if any(is_on() for is_on in _MODES):
             raise NotLeanError(
                 "the model uses autocast, inference mode, torch.func or forward derivatives inside"
             )
@@ -227,7 +190,7 @@ class Recorder(Calls):
         detached = not torch.is_grad_enabled()
         if detached and any(one.requires_grad for one in changed):
             raise NotLeanError(f"the model overwrites without gradients ({name_of(func)})")
-        varying = self._varying(given.template)
+        varying = self._varying(template)
         before = [number for one in changed if (number := self._known(one)) is not None]
         if len(before) < len(changed):
             raise NotLeanError(f"the model changes its own state ({name_of(func)})")
@@ -241,18 +204,18 @@ class Recorder(Calls):
         pairs = tuple(zip(before, after, strict=True))
         self._steps.append(Step(func, args, kwargs, outputs, varying, detached, pairs))
 
-    def _note_read(self, func: Callable[..., Any], given: _Before, result: Any) -> None:
-        """Records a call by which Python learns numbers, where these do not depend on the points:
-        every launch reads them again, and they must be the same.
+    def _note_read(self, func: Function, template: Any, result: Any) -> None:
+        """Records a call by which Python reads numbers that do not depend on the points: every
+        launch reads them again, and they must be the same.
         """
         name, plain = name_of(func), all(isinstance(one, _PLAIN) for one in leaves_in(result))
         if isinstance(result, torch.autograd.graph.Node):
             raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
         if info(func).metadata and plain:
             return
-        if self._varying(given.template) or name in _NOT_RECORDED or not plain:
+        if self._varying(template) or name in _NOT_RECORDED or not plain:
             raise NotLeanError(f"the model reads numbers out of its tensors ({name})")
-        args, kwargs = given.template
+        args, kwargs = template
         self._steps.append(Step(Read(func, result), args, kwargs, (), False, True))
 
     def _varying(self, template: Any) -> bool:
@@ -266,7 +229,12 @@ class Recorder(Calls):
         if number is None and value.is_leaf:
             return value
         if number is None or gradient_of(value) != self._seen[id(value)].gradient:
-            raise NotLeanError(_of_unseen(value))
+            custom = compat.custom_function(value.grad_fn)
+            if custom is None:
+                raise NotLeanError("the model computes outside of PyTorch's own calls")
+            if compat.is_module_hook(value.grad_fn):
+                raise NotLeanError("a module of the model has a backward hook")
+            raise NotLeanError(f"the model has a custom autograd function {custom.__name__}")
         return Ref(number)
 
     def _known(self, tensor: Tensor) -> int | None:
@@ -284,7 +252,7 @@ class Recorder(Calls):
                 self._seen[key] = seen._replace(gradient=gradient_of(tensor))
                 self._values[seen.number] = replace(value, varying=value.varying or varying)
 
-    def _sized_by_numbers(self, func: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    def _sized_by_numbers(self, func: Function, args: Any, kwargs: Any) -> bool:
         name = name_of(func)
         if name == "__getitem__":
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -308,10 +276,10 @@ class Recorder(Calls):
         """The number of a tensor's memory. Once no recorded tensor of it is alive, its address
         counts as another one: who gets it depends on the heap, and two recordings must not.
         """
-        address = storage_id(tensor)
+        address = compat.storage_id(tensor)
         memory = self._memories.get(address, -1)
         recorded = (self._seen[key].tensor() for key in self._by_memory.get(memory, ()))
-        if not any(one is not None and storage_id(one) == address for one in recorded):
+        if not any(one is not None and compat.storage_id(one) == address for one in recorded):
             memory = self._memories[address] = len(self._by_memory)
             self._by_memory[memory] = []
         return memory
@@ -331,9 +299,12 @@ def unified(one: Program, two: Program) -> Program:
         args, kwargs = _merged(a.args, b.args), _merged(a.kwargs, b.kwargs)
         steps.append(replace(a, args=args, kwargs=kwargs))
     pairs = zip(one.outputs, two.outputs, strict=True)
-    outputs = tuple(_merged_outputs(a, b) for a, b in pairs)
+    outputs = tuple(
+        next((each for each in (a, b) if isinstance(each, Missing)), None) or _merged(a, b)
+        for a, b in pairs
+    )
     values = {n: _grown(value, two.values[n].shape) for n, value in one.values.items()}
-    tree: TreeSpec = one.tree
+    tree: compat.TreeSpec = one.tree
     for step in steps:
         if _parts_of_rows(step, values):
             raise NotLeanError(f"the model takes rows in parts of a fixed size ({step.name})")
@@ -347,28 +318,16 @@ def _about(step: Step) -> list[object]:
     return [getattr(step, name) for name in names]
 
 
-def own_gradient(func: Callable[..., Any], given: Sequence[Tensor], result: Any) -> str | None:
-    """What of a call shows that the model gives gradients of its own, by code that may look at all
-    rows on the way back: a custom function or a hook.
-    """
+def own_gradient(func: Function, given: Sequence[Tensor], result: Any) -> str | None:
+    """The custom function or hook, if any, by which a call's gradient is the model's own."""
     if name_of(func) in _HOOKING or isinstance(result, torch.autograd.graph.Node):
         return "hook"
     known = ("saliency_fast.", "torch.utils.checkpoint")
     for one in given:
-        custom = custom_function(one.grad_fn) if one.requires_grad else None
+        custom = compat.custom_function(one.grad_fn) if one.requires_grad else None
         if custom is not None and not custom.__module__.startswith(known):
             return custom.__name__
     return None
-
-
-def _of_unseen(tensor: Tensor) -> str:
-    """Why a tensor is not the result of a call of PyTorch's."""
-    custom = custom_function(tensor.grad_fn)
-    if custom is not None and is_module_hook(tensor.grad_fn):
-        return "a module of the model has a backward hook"
-    if custom is not None:
-        return f"the model has a custom autograd function {custom.__name__}"
-    return "the model computes outside of PyTorch's own calls"
 
 
 def _merged(a: Any, b: Any) -> Any:
@@ -392,37 +351,23 @@ def _merged(a: Any, b: Any) -> Any:
 
 def same_calls(one: Program, other: Program) -> bool:
     """Whether two recordings are of the same calls on the same tensors of the model's own."""
-    parts = [
-        (each.tree, each.inputs, each.extras, each.outputs, _kinds(each), len(each.steps))
-        for each in (one, other)
-    ]
-    return parts[0] == parts[1] and all(
-        _about(a) == _about(b) and _equal((a.args, dict(a.kwargs)), (b.args, dict(b.kwargs)))
-        for a, b in zip(one.steps, other.steps, strict=True)
-    )
 
+    def about(each: Program) -> tuple[object, ...]:
+        return each.tree, each.inputs, each.extras, each.outputs, each.values, len(each.steps)
 
-def _kinds(program: Program) -> list[object]:
-    """What is known of the values, with their memories by the order in which they come."""
-    seen: dict[int, int] = {}
-    return [
-        (number, replace(value, memory=seen.setdefault(value.memory, len(seen))))
-        for number, value in program.values.items()
-    ]
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) or isinstance(b, Tensor):
+            return a is b
+        return type(a) is type(b) and bool(a == b)
 
-
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two templates are equal, their tensors being the same ones."""
-    (some, tree), (others, other) = tree_flatten(a), tree_flatten(b)
-    return bool(tree == other) and all(
-        x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else type(x) is type(y) and x == y
-        for x, y in zip(some, others, strict=True)
-    )
-
-
-def _merged_outputs(a: Any, b: Any) -> Any:
-    missing = next((each for each in (a, b) if isinstance(each, Missing)), None)
-    return _merged(a, b) if missing is None else missing
+    if about(one) != about(other):
+        return False
+    for a, b in zip(one.steps, other.steps, strict=True):
+        some, tree = compat.tree_flatten((a.args, dict(a.kwargs)))
+        others, same = compat.tree_flatten((b.args, dict(b.kwargs)))
+        if _about(a) != _about(b) or tree != same or not all(map(equal, some, others)):
+            return False
+    return True
 
 
 def _parts_of_rows(step: Step, values: Mapping[int, Value]) -> bool:
@@ -447,13 +392,6 @@ def _grown(value: Value, two: tuple[int, ...]) -> Value:
     return replace(
         value, rowwise=rowwise, growth=tuple(b - a for a, b in zip(one, two, strict=True))
     )
-
-
-def _inside_a_mode() -> bool:
-    """Whether autocast, inference mode, a transform of torch.func or forward derivatives are on."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return True
-    return inside_transform() or inside_dual_level() or torch.is_inference_mode_enabled()
 
 
 def _line(error: Exception) -> str:

@@ -1,8 +1,6 @@
-"""Whether the rows of a launch can meet inside a recorded model, by shapes and axes.
-
-A recording with one row and one with two tell which axis of every tensor counts the rows. A call
-that reduces, orders or mixes along that axis lets rows meet. Shapes cannot tell whether scores
-depend on it, so such a call only makes a model suspect.
+"""Whether the rows of a launch can meet inside a recorded model: whether a call reduces, orders or
+mixes along the axis that counts the rows. Shapes do not show whether scores depend on such a call,
+so it only makes a model suspect.
 """
 
 from __future__ import annotations
@@ -18,12 +16,10 @@ from saliency_fast.graph.program import PerRow, Program, Ref, Step, Value, leave
 
 @dataclass(frozen=True)
 class Suspicion:
-    """Why rows may meet in a model.
+    """The `reason` why rows may meet in a model.
 
     Attributes:
-        reason: The cause, as text.
-        proof: Whether a proof in every launch can tell; otherwise some rows might be moved alone,
-            and rows are kept apart.
+        proof: Whether a proof in every launch is enough; otherwise rows are kept apart.
         vmap: Whether rows can be kept apart by `torch.func.vmap`, under which hooks do not run.
         arguments: Whether Python reads numbers of further arguments, so that the other examples of
             a launch may change which branch the model takes.
@@ -66,8 +62,15 @@ def _mixes(step: Step, axis: int, rank: int, values: Mapping[int, Value]) -> boo
     name = step.name.strip("_")
     if step.info.rows == "along":
         return axis in _dims(step, rank)
-    if step.info.rows == "first" or name == "batch_norm":
-        return axis != 0 or (name == "batch_norm" and _of_batch(step))
+    if name == "batch_norm":
+        # Statistics of the batch.
+        names = ["input", "running_mean", "running_var", "weight", "bias", "training"]
+        if step.func is torch.batch_norm:
+            names[1:5] = names[3:5] + names[1:3]
+        given = dict(zip(names, step.args, strict=False)) | dict(step.kwargs)
+        return axis != 0 or given.get("running_mean") is None or given.get("training") is True
+    if step.info.rows == "first":
+        return axis != 0
     if name == "scaled_dot_product_attention":
         return axis >= rank - 2
     if name == "multi_head_attention_forward":
@@ -135,15 +138,6 @@ def _letter(term: str, axis: int, rank: int) -> str:
     if not ellipsis or axis >= rank - len(after):
         return after[axis - rank]
     return f".{rank - len(after) - axis}"
-
-
-def _of_batch(step: Step) -> bool:
-    """Whether a batch normalisation takes its statistics from the batch."""
-    names = ["input", "running_mean", "running_var", "weight", "bias", "training"]
-    if step.func is torch.batch_norm:
-        names[1:5] = names[3:5] + names[1:3]
-    given = dict(zip(names, step.args, strict=False)) | dict(step.kwargs)
-    return given.get("running_mean") is None or given.get("training") is True
 
 
 def _axes(value: Value) -> list[int]:

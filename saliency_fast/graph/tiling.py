@@ -1,8 +1,7 @@
 """Tiling: exact gradients of one image or volume that is larger than memory.
 
-The leading local calls of a model run tile by tile, each with the halo that it needs; only their
-last values, the cut, are ever whole. Backward computes every tile again. The gradients of
-overlapping halos add up, so that the sum over tiles is the gradient of the whole.
+The leading local calls of a model run tile by tile, each with its halo; only their last values, the
+cut, are ever whole. Backward computes every tile again, and gradients of overlapping halos add up.
 """
 
 from __future__ import annotations
@@ -74,10 +73,8 @@ def inside(box: Box, held: Box | None = None) -> tuple[slice, ...]:
 class Stem:
     """The leading local calls of a model.
 
-    Attributes:
-        local: Leads from the input to the values `cut`.
-        rest: Leads from them to the outputs, and from the input as well where `through`.
-        rules: One per step of `local`; None where a step does not depend on the points.
+    local: leads from the input to the values `cut`. rest: leads from them to the outputs, and from
+    the input as well where `through`. rules: one per step of `local`; None without the points.
     """
 
     local: Program
@@ -97,7 +94,7 @@ class Stem:
     @cached_property
     def steps(self) -> tuple[tuple[Step, CropRule, list[int], tuple[int, ...]], ...]:
         """The steps on crops: call, rule, operands as often as named, values that end there."""
-        steps = zip(self.local.steps, self.rules, self.local.over, strict=True)
+        steps = zip(self.local.steps, self.rules, self.local.dead_after, strict=True)
         values = self.local.values
         return tuple((one, rule, varying(one, values), over) for one, rule, over in steps if rule)
 
@@ -161,7 +158,12 @@ class Stem:
                 tensor: Tensor = (env[one.number] if isinstance(one, Ref) else one).detach()
                 if isinstance(one, Ref) and self.local.values[one.number].rowwise:
                     tensor = tensor[at[0] : at[0] + 1]
-                return _constant(tensor, out) if rule.constants else tensor
+                if not rule.constants:
+                    return tensor
+                # Broadcast against the box of the result.
+                spans = zip(reversed(out), reversed(tensor.shape), strict=False)
+                index = [slice(*span) if size > 1 else slice(None) for span, size in spans]
+                return tensor[(..., *reversed(index))]
 
             args, kwargs = mapped(placed, (rule.args, dict(rule.kwargs)))
             args, kwargs = filled((args, kwargs), {}, at[1], False)
@@ -172,13 +174,6 @@ class Stem:
             for number in over:
                 env.pop(number, None)
         return env
-
-
-def _constant(tensor: Tensor, out: Box) -> Tensor:
-    """A tensor that is broadcast against the box `out` of a result."""
-    spans = zip(reversed(out), reversed(tensor.shape), strict=False)
-    index = [slice(*span) if size > 1 else slice(None) for span, size in spans]
-    return tensor[(..., *reversed(index))]
 
 
 def _called(rule: CropRule, args: Any, kwargs: Any, both: list[int], pads: list[Span]) -> Any:
@@ -230,11 +225,8 @@ def local_stem(program: Program) -> Stem:
 class Tiled:
     """An executor: the stem by tiles of one row, the rest of the model whole.
 
-    Attributes:
-        tile: Sizes of a tile along the input's spatial axes; cut values are divided among tiles in
-            proportion.
-        region: A box of the input, (start, stop) per axis: gradients are exact inside and zero
-            outside, and only the tiles that it has a part in are computed again.
+    tile: sizes along the input's spatial axes; cut values are divided in proportion. region: a box
+    of the input inside of which gradients are exact, outside zero.
     """
 
     stem: Stem
@@ -351,10 +343,8 @@ class _ByTiles(torch.autograd.Function):
 
 
 def tile_bytes(stem: Stem, tile: Sequence[int]) -> int:
-    """Bytes that one tile of one row takes in backward, beside what is whole.
-
-    Whole are the points, the cut values and the gradients of both. Counted is, at each call on
-    crops, what autograd has kept by then and the gradients that are alive there.
+    """Bytes that one tile of one row takes in backward, beside the points, the cut values and the
+    gradients of both: at each call, what autograd has kept by then and the gradients alive there.
     """
     values, steps = stem.local.values, stem.steps
     boxes = stem.needed(_largest(stem, tile))
@@ -404,9 +394,7 @@ def _largest(stem: Stem, tile: Sequence[int]) -> dict[int, Box]:
 
 
 def tile_sizes(stem: Stem, available: int) -> tuple[int, ...]:
-    """A large tile, in whole strides of the stem, that takes no more than `available` bytes beside
-    what is whole; raises BudgetError where even the smallest takes more.
-    """
+    """A large tile, in whole strides, that takes up to `available` bytes beside what is whole."""
     size, unit = stem.size(stem.input), stem.unit
 
     def evened(tile: Sequence[int], axis: int, pieces: int) -> tuple[int, ...]:

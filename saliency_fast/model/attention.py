@@ -1,35 +1,31 @@
 """Attention probabilities of a model that keeps none, on the autograd graph.
 
-A function mode sees each call while the model runs: fused attention is computed step by step, so
-that its probabilities exist, and attention that is written out is recognised by its calls.
+A function mode computes fused attention step by step, so that its probabilities exist, and
+recognises attention that is written out by its calls.
 
-Which layers attend among the tokens of the explained input is found by changing some of them: the
-model runs again with one token changed, while the outputs of attention stay what they were. Tokens
-are then independent of each other, so that in each layer queries and keys of that token alone
-change: its row and its column of the logits. Queries of a decoder or of another tower do not change
-at all.
+Which layers attend among the tokens of the explained input is found by running the model again with
+one token changed and the outputs of attention frozen: in such a layer queries and keys of that
+token alone change, its row and its column of the logits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from saliency_fast._torch_compat import (
-    EINSUM,
-    is_compiler_error,
-    softmax_of_masked,
-    tree_leaves,
-)
-from saliency_fast._types import Args, Function, Kwargs
+from saliency_fast import _torch_compat as compat
+from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import ModelError, NoAttentionError
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.intercept import Calls
+from saliency_fast.model.layers import noisy
 from saliency_fast.model.preserve import uncompiled, without_recomputation
 
 LOOKED_FOR = (
@@ -59,14 +55,11 @@ _CHANGED_SHARE = 16
 
 
 class AttentionTaps:
-    """Takes the probabilities of every self-attention layer while a model runs.
+    """Taps at the probabilities of every self-attention layer, in the order in which layers run.
 
-    Layers count in the order in which they run. Cross-attention and pooling by attention, whose
-    maps are not square, are passed over; dropout of fused attention is off.
-
-    Args:
-        special: Tokens beside those of the input, leading ones or, where negative, trailing ones.
-        grid: The rows and columns of a picture's tokens, where the user gave them.
+    Cross-attention and pooling by attention, whose maps are not square, are left out; dropout of
+    fused attention is off. special: tokens beside those of the input, leading ones or, where
+    negative, trailing ones. grid: of a picture's tokens, where the user gave it.
     """
 
     def __init__(self, special: int | None = None, grid: tuple[int, ...] | None = None) -> None:
@@ -74,40 +67,61 @@ class AttentionTaps:
         # Which layers count, once a row has been looked at.
         self._own: list[bool] | None = None
 
-    def prepare(self, run: Callable[[tuple[Tensor, ...]], Any], rows: tuple[Tensor, ...]) -> None:
-        """Finds the layers whose queries and keys are the tokens of the explained input, from runs
-        with one row: `rows`, and others.
-        """
+    def prepare(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
+        """Finds the layers whose queries and keys are the tokens of the explained input."""
         if self._own is not None or len(rows) != 1:
             return
         (x,) = rows
-        plain, every = _Watched(reading=True), list[tuple[_Variation, list[Tensor]]]()
+        plain, every = _AttentionMode(reading=True), list[tuple[int | None, list[Tensor]]]()
         with torch.no_grad():
             _run(plain, lambda: run((x.clone(),)))
-            for change in _variations(x, self._grid is None):
-                mode = _Watched(reading=True, frozen=plain.products)
-                _run(mode, lambda points=change.points: run((points,)))  # type: ignore[misc]
+            for points, token in _variations(x, self._grid is None):
+                mode = _AttentionMode(reading=True, frozen=plain.products)
+                _run(mode, partial(run, (points,)))
                 if len(mode.logits) != len(plain.logits):
                     raise NoAttentionError(
                         "attention layers come and go with the input's values, so which of them "
                         f"are over its tokens is undecidable; {OTHER}"
                     )
-                every.append((change, mode.logits))
-        own = []
-        for number, before in enumerate(plain.logits):
-            after = [(change, several[number]) for change, several in every]
-            own.append(_is_among(x, before, after, self._special))
-        self._own = own
+                every.append((token, mode.logits))
+        self._own = [
+            _is_among(x, before, [(token, of[number]) for token, of in every], self._special)
+            for number, before in enumerate(plain.logits)
+        ]
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-        """What `call` returns, and [R, heads, T, T] of each layer, where gradients can be taken.
-
-        Raises NoAttentionError where no self-attention is met, one that is not over all of an
-        example's tokens, or none that is over those of the explained input.
-        """
-        mode = _Watched()
+        """The result of `call`, and [R, heads, T, T] of each layer on autograd's graph."""
+        mode, own = _AttentionMode(), self._own
         raw = _run(mode, call)
-        return raw, _square(mode, raw, self._own)
+        maps = [one for one in mode.maps if one.shape[2] == one.shape[3]]
+        shapes = ", ".join(sorted({str(list(one.shape)) for one in maps or mode.maps}))
+        if not maps:
+            met = f"; met only {shapes}, which is not self-attention" if shapes else ""
+            raise NoAttentionError(f"the model has no attention to read: {LOOKED_FOR}{met}; {CURE}")
+        if own is not None and len(own) == len(mode.maps):
+            maps = [one for one, is_own in zip(mode.maps, own, strict=True) if is_own]
+        if not maps:
+            raise NoAttentionError(
+                "the model has no attention among the tokens of the explained input: queries and "
+                f"keys of {shapes} are other tokens, as in a decoder or the tower of another "
+                "input, or each of them depends on all tokens before any attention; explain the "
+                f"part of the model that reads these tokens, or {OTHER}"
+            )
+        leaves = [x for x in compat.tree_leaves(raw)[:1] if isinstance(x, Tensor) and x.dim() > 0]
+        for one in maps:
+            if len(one) not in {mode.rows, *map(len, leaves)}:
+                raise NoAttentionError(
+                    "attention is over parts of an example, such as windows: got "
+                    f"{list(one.shape)} for {mode.rows} examples, expected "
+                    f"[{mode.rows}, heads, T, T]; {OTHER}"
+                )
+        if len({one.shape[2] for one in maps}) > 1:
+            counts = ", ".join(str(one.shape[2]) for one in maps)
+            raise NoAttentionError(
+                f"attention layers are over different numbers of tokens: got {counts}, so that "
+                f"one's tokens are not the next one's; {OTHER}"
+            )
+        return raw, maps
 
     def check_reached(self, reached: Sequence[bool]) -> None:
         """Raises ModelError where gradients reach none of the layers."""
@@ -118,71 +132,31 @@ class AttentionTaps:
             )
 
 
-def _run(mode: _Watched, call: Callable[[], Any]) -> Any:
+def _run(mode: _AttentionMode, call: Callable[[], Any]) -> Any:
     try:
         with uncompiled(), without_recomputation(), mode:
             return call()
     except Exception as error:
         # FlexAttention compiles itself, and cannot inside a function mode.
-        if is_compiler_error(error):
+        if compat.is_compiler_error(error):
             raise NoAttentionError(f"attention inside compiled code is not seen: {CURE}") from error
         raise
 
 
-def _square(mode: _Watched, raw: Any, own: Sequence[bool] | None) -> list[Tensor]:
-    maps = [one for one in mode.maps if one.shape[2] == one.shape[3]]
-    shapes = ", ".join(sorted({str(list(one.shape)) for one in maps or mode.maps}))
-    if not maps:
-        met = f"; met only {shapes}, which is not self-attention" if shapes else ""
-        raise NoAttentionError(f"the model has no attention to read: {LOOKED_FOR}{met}; {CURE}")
-    if own is not None and len(own) == len(mode.maps):
-        maps = [one for one, is_own in zip(mode.maps, own, strict=True) if is_own]
-        if not maps:
-            raise NoAttentionError(
-                "the model has no attention among the tokens of the explained input: queries and "
-                f"keys of {shapes} are other tokens, as in a decoder or the tower of another "
-                "input, or each of them depends on all tokens before any attention; explain the "
-                f"part of the model that reads these tokens, or {OTHER}"
-            )
-    leaves = [x for x in tree_leaves(raw)[:1] if isinstance(x, Tensor) and x.dim() > 0]
-    for one in maps:
-        if len(one) not in {mode.rows, *map(len, leaves)}:
-            raise NoAttentionError(
-                f"attention is over parts of an example, such as windows: got {list(one.shape)} "
-                f"for {mode.rows} examples, expected [{mode.rows}, heads, T, T]; {OTHER}"
-            )
-    if len({one.shape[2] for one in maps}) > 1:
-        counts = ", ".join(str(one.shape[2]) for one in maps)
-        raise NoAttentionError(
-            f"attention layers are over different numbers of tokens: got {counts}, so that one's "
-            f"tokens are not the next one's; {OTHER}"
-        )
-    return maps
-
-
-class _Watched(Calls):
-    """Collects attention probabilities as the model's calls go by.
-
-    reading: collects `logits` before the softmax of each layer, too, and `products` of
-    probabilities and values. frozen: products of another run, in the place of this one's.
-    """
+class _AttentionMode(Calls):
+    """Collects probabilities; reading: logits and products, too; frozen: products to use."""
 
     def __init__(self, *, reading: bool = False, frozen: Sequence[Tensor] | None = None) -> None:
         super().__init__()
         # Rows that are only looked at come one by one.
         self.rows: int | None = 1 if reading else None
-        self.maps: list[Tensor] = []
-        self.logits: list[Tensor] = []
-        self.products: list[Tensor] = []
+        self.maps, self.logits, self.products = list[Tensor](), list[Tensor](), list[Tensor]()
         self._reading, self._frozen = reading, frozen
         self._heads: int | None = None
-        # By identity, with the tensors themselves, so that no number is used twice.
-        self._soft: dict[int, tuple[Tensor, Tensor]] = {}
-        self._tapped: dict[int, tuple[Tensor, Tensor]] = {}
+        # Logits of probabilities, and the tensors that the model goes on with in their place.
+        self._soft, self._tapped = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self._heads
         if func is _MULTIHEAD:
             self._heads = (kwargs or {}).get("num_heads") or args[4]
@@ -204,7 +178,7 @@ class _Watched(Calls):
             if not rest and self._is_attention(left, right):
                 return self._mixed(super().call(func, (self._tap(left), right), {}))
             return super().call(func, args, kwargs)
-        if func is EINSUM:
+        if func is compat.EINSUM:
             operands = self._contracted(*args)
             result = super().call(func, (args[0], operands), kwargs)
             tapped = any(a is not b for a, b in zip(operands, args[1], strict=True))
@@ -216,12 +190,12 @@ class _Watched(Calls):
         if func in _SOFTMAX:
             axis = kwargs["dim"] if "dim" in kwargs else args[1]
             if result.dim() in (3, 4) and axis in (-1, result.dim() - 1):
-                self._soft[id(result)] = result, args[0] if args else kwargs["input"]
+                self._soft[result] = args[0] if args else kwargs["input"]
         elif name in _KEEPS and isinstance(result, Tensor):
-            soft = (one for one in args if id(one) in self._soft)
+            soft = (one for one in args if isinstance(one, Tensor) and one in self._soft)
             same = [x for x in soft if x.shape[-2:] == result.shape[-2:]]
             if same := [x for x in same if x.numel() == result.numel()]:
-                self._soft[id(result)] = result, self._soft[id(same[0])][1]
+                self._soft[result] = self._soft[same[0]]
         return result
 
     def _mixed(self, result: Tensor) -> Tensor:
@@ -236,18 +210,15 @@ class _Watched(Calls):
         return result
 
     def _is_attention(self, left: Tensor, right: Tensor) -> bool:
-        """Whether probabilities weigh values that each example has of its own.
-
-        Else it is a mixture of prototypes or experts: weights have no batch axis.
-        """
+        """Whether examples have values of their own: else it is a mixture of experts."""
         if not self._is_soft(left) or right.dim() != left.dim():
             return False
         pairs = zip(left.shape[:-2], right.shape[:-2], strict=True)
         return len(left) == len(right) and all(a == b or b == 1 for a, b in pairs)
 
-    def _is_soft(self, one: Tensor) -> bool:
+    def _is_soft(self, one: Any) -> bool:
         """Whether a tensor is probabilities [B, heads, T, T] or [B * heads, T, T]."""
-        if id(one) not in self._soft or one.dim() not in (3, 4):
+        if not isinstance(one, Tensor) or one not in self._soft or one.dim() not in (3, 4):
             return False
         return one.dim() == 4 or self._split(len(one)) is not None
 
@@ -275,24 +246,27 @@ class _Watched(Calls):
 
     def _tap(self, weights: Tensor, logits: Tensor | None = None) -> Tensor:
         """Collects probabilities; returns the tensor that the model must go on with."""
-        if id(weights) in self._tapped:
-            return self._tapped[id(weights)][1]
+        if weights in self._tapped:
+            tapped: Tensor = self._tapped[weights]
+            return tapped
         given = weights
         if self._reading:
-            before = self._soft[id(weights)][1] if logits is None else logits
+            before = self._soft[weights] if logits is None else logits
             self.logits.append(before.detach().clone())
         if not weights.requires_grad:
             # Also where another mode runs calls that do not depend on points without autograd.
             with torch.enable_grad():
                 anchor = torch.zeros((), requires_grad=True, device="cpu")
-                weights = _OnGraph.apply(weights, anchor)  # type: ignore[no-untyped-call]
+                weights = differentiable(
+                    anchor, lambda _: (given.view_as(given), ()), lambda _: None
+                )
         heads = weights
         if weights.dim() == 3:
             rows = self._split(len(weights)) or 1
             heads = weights.reshape(rows, -1, *weights.shape[1:])
             weights = heads.reshape(given.shape)
         self.maps.append(heads)
-        self._tapped[id(given)] = given, weights
+        self._tapped[given] = weights
         return weights
 
     def _fused(self, args: Args, kwargs: Kwargs) -> Tensor:
@@ -304,19 +278,7 @@ class _Watched(Calls):
                 f"{list(query.shape) if not query.is_nested else 'a nested tensor'}"
             )
         logits, value = super().call(scaled_products, args, kwargs)
-        return self._mixed(self._tap(softmax_of_masked(logits), logits) @ value)
-
-
-class _OnGraph(torch.autograd.Function):
-    """Puts a tensor on autograd's graph that depends on no leaf with a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, anchor: Tensor) -> Tensor:
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None
+        return self._mixed(self._tap(compat.softmax_of_masked(logits), logits) @ value)
 
 
 def scaled_products(
@@ -347,69 +309,43 @@ def scaled_products(
 
 
 def probabilities(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The weights of values in `scaled_dot_product_attention`, and those values, one per head.
-
-    Rows that may attend to nothing are zero, as they are there.
-    """
+    """The weights in `scaled_dot_product_attention`, and the values, one per head."""
     logits, value = scaled_products(*args, **kwargs)
-    return softmax_of_masked(logits), value
+    return compat.softmax_of_masked(logits), value
 
 
 # Which layers attend among the tokens of the explained input.
 
 
-@dataclass(frozen=True)
-class _Variation:
-    """points: the input [1, *] with something changed. token: which one of a sequence, None where
-    it is a place of a picture, a volume or a series.
-    """
-
-    points: Tensor
-    token: int | None
-
-
-def _variations(x: Tensor, sequence: bool) -> list[_Variation]:
-    """Changed copies of an input [1, *]; sequence: whether axis 1 may be the tokens'."""
-    changed: list[_Variation] = []
+def _variations(x: Tensor, sequence: bool) -> list[tuple[Tensor, int | None]]:
+    """Changed copies of an input [1, *], each with the changed token of a sequence, or None."""
+    changed: list[tuple[Tensor, int | None]] = []
     if sequence and x.dim() in (2, 3) and x.shape[1] > 0:
         for token in _tokens(x):
-            points = x.clone()
-            points[0, token] = _other(x, token)
-            changed.append(_Variation(points, token))
+            points, own = x.clone(), x[0, token]
+            if x.is_floating_point():
+                points[0, token] = noisy(own)
+            else:
+                # Another id, of the same input where it has one.
+                others = [n for n in (*_tokens(x), *range(x.shape[1])) if x[0, n] != own]
+                near = own - 1 if int(own.max()) > 0 else own + 1
+                points[0, token] = x[0, others[0]] if others else near
+            changed.append((points, token))
     if x.is_floating_point() and x.dim() > 2:
         # Which axis holds channels is unknown: where one slice is a channel, others are places.
         several: Sequence[Sequence[int]] = ((1,), (2,)) if x.dim() == 3 else (range(2, x.dim()),)
-        changed += [_Variation(_blotted(x, axes), None) for axes in several]
+        changed += [(_blotted(x, axes), None) for axes in several]
     return changed
 
 
 def _tokens(x: Tensor) -> list[int]:
-    """The tokens to change; of ids rare ones, which are no padding, in the middle, where no special
-    tokens are.
-    """
+    """The tokens to change; of ids rare ones in the middle: no padding and no special tokens."""
     length = x.shape[1]
     if x.is_floating_point():
         return sorted({0, length // 2, length - 1})
     ids = x[0].tolist()
     order = sorted(range(length), key=lambda n: (ids.count(ids[n]), abs(n - length // 2)))
     return order[:_CHANGED_TOKENS]
-
-
-def _other(x: Tensor, token: int) -> Tensor:
-    """Another value for a token: noise, or another id of the same input."""
-    own = x[0, token]
-    if x.is_floating_point():
-        return _noise(own, x)
-    others = [n for n in (*_tokens(x), *range(x.shape[1])) if x[0, n] != own]
-    if others:
-        return x[0, others[0]]
-    return own - 1 if int(own.max()) > 0 else own + 1
-
-
-def _noise(part: Tensor, whole: Tensor) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(0)
-    noise = torch.randn(part.shape, generator=generator, dtype=torch.float64, device="cpu")
-    return part + noise.to(part.device, part.dtype) * (whole.std(correction=0) + whole.abs().mean())
 
 
 def _blotted(x: Tensor, axes: Sequence[int]) -> Tensor:
@@ -420,12 +356,12 @@ def _blotted(x: Tensor, axes: Sequence[int]) -> Tensor:
         width = max(1, size // _CHANGED_SHARE)
         part[axis] = slice((size - width) // 2, (size - width) // 2 + width)
     points = x.clone()
-    points[tuple(part)] = _noise(points[tuple(part)], x)
+    points[tuple(part)] = noisy(points[tuple(part)])
     return points
 
 
 def _is_among(
-    x: Tensor, before: Tensor, after: Sequence[tuple[_Variation, Tensor]], special: int
+    x: Tensor, before: Tensor, after: Sequence[tuple[int | None, Tensor]], special: int
 ) -> bool:
     """Whether a layer's queries and keys are the tokens of x [1, *].
 
@@ -434,15 +370,15 @@ def _is_among(
     tokens = before.shape[-1]
     if before.shape[-2] != tokens:
         return False
-    changes = [(change, _changed(before, one)) for change, one in after]
-    of_tokens = [(one.token, changed) for one, changed in changes if one.token is not None]
+    changes = [(token, _changed(before, one)) for token, one in after]
+    of_tokens = [(token, changed) for token, changed in changes if token is not None]
     if of_tokens and tokens == x.shape[1] + abs(special):
         lowest = torch.finfo(before.dtype).min / 2
         is_open = (before > lowest).flatten(0, -3).all(0)
         return _each_its_own(of_tokens, is_open, max(special, 0))
     if not x.is_floating_point():
         return False
-    return any(_both(changed) for one, changed in changes if one.token is None)
+    return any(_both(changed) for token, changed in changes if token is None)
 
 
 def _changed(before: Tensor, after: Tensor) -> Tensor:
@@ -454,11 +390,9 @@ def _changed(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _each_its_own(changes: Sequence[tuple[int, Tensor]], is_open: Tensor, offset: int) -> bool:
-    """Whether every changed token changed its own queries and its own keys, and not all of them.
-
-    is_open: bool [T, T], which logits are not masked: those never change, so that not every token
-    shows both. Layers that mix neighbours before the attention, such as convolutions, change the
-    queries and keys of a token's neighbours too.
+    """Whether every changed token changed its own queries and its own keys, and not all of them;
+    also those of neighbours, where convolutions mix these before the attention. is_open: bool
+    [T, T], which logits are not masked: masked ones never change.
     """
     queries = keys = False
     for token, changed in changes:

@@ -9,21 +9,9 @@ from saliency_fast.errors import InputError, InputTypeError
 
 
 def cast(value: Tensor, dtype: torch.dtype, what: str, cure: str = "") -> Tensor:
-    """`value` in `dtype`, with the same numbers.
-
-    Floating point numbers are rounded to a narrower floating point type as PyTorch rounds them.
-    Nothing else may change: fractions and NaN have no place in whole numbers, whole numbers must
-    fit the range and the mantissa of the new type, and finite numbers must stay finite.
-
-    Args:
-        value: Of any shape.
-        dtype: The new type.
-        what: The name of the value in an error.
-        cure: What the caller can do instead.
-
-    Raises:
-        InputError: Where a number would change.
-        InputTypeError: For complex numbers where real ones are needed.
+    """`value` in `dtype`, with the same numbers: floating point numbers may be rounded to narrower
+    ones, and finite ones must stay finite. Raises InputError where a number would
+    change otherwise, with the name `what`, and InputTypeError for complex numbers.
     """
     if value.dtype == dtype:
         return value
@@ -65,6 +53,4 @@ def _lost(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _wrapped(value: Tensor, whole: Tensor) -> Tensor:
     """Which unsigned numbers have no int64."""
-    if value.dtype != torch.uint64:
-        return torch.zeros_like(whole, dtype=torch.bool)
-    return whole < 0
+    return (whole < 0) & (value.dtype == torch.uint64)

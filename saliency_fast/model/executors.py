@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from saliency_fast._torch_compat import (
-    BUFFERS,
-    cpu_attention,
-    is_of_transform,
-    tree_any,
-    tree_flatten,
-    tree_leaves,
-    tree_map,
-    tree_unflatten,
-    warn_of_vmap_fallbacks,
-    without_dispatch_modes,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.graph.intercept import Calls, FunctionMode, NotLeanError
 from saliency_fast.graph.outputs import map_tensors
@@ -37,20 +27,15 @@ _META = torch.device("meta")
 _VMAP_WARNINGS: SharedSwitch[None] = SharedSwitch()
 
 
-class Executor(Protocol):
-    """What the model returns for the points of a launch and its further arguments.
-
-    A list of points may be emptied, so that the executor can let go of them.
-    """
-
-    def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any: ...
+Executor = Callable[[Sequence[Tensor], Args, Kwargs], Any]
+"""The model's output for the points of a launch, a list that may be emptied, and its arguments."""
 
 
 @dataclass(frozen=True)
 class EagerExecutor:
     """The model as it is, with autograd's own memory."""
 
-    model: Callable[..., Any]
+    model: Function
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
@@ -94,7 +79,7 @@ class RecordedExecutor:
 
 @dataclass(frozen=True)
 class ScoresExecutor:
-    """The model's program, and `ready`, its version for scores without gradients."""
+    """The model's program, and `ready`, the one for scores without gradients."""
 
     program: Program
     ready: Program
@@ -111,24 +96,21 @@ class OffloadedExecutor:
     program: Program
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
-        to_host = partial(_to_host, self.program.memories)
-        with torch.autograd.graph.saved_tensors_hooks(to_host, _from_host):
+        weights = self.program.memories
+
+        def to_host(tensor: Tensor) -> tuple[torch.device | None, Tensor]:
+            if tensor.untyped_storage().data_ptr() in weights:
+                return None, tensor
+            pinned = tensor.is_cuda
+            host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+            return tensor.device, host.copy_(tensor, non_blocking=pinned)
+
+        def from_host(kept: tuple[torch.device | None, Tensor]) -> Tensor:
+            device, host = kept
+            return host if device is None else host.to(device, non_blocking=True)
+
+        with torch.autograd.graph.saved_tensors_hooks(to_host, from_host):
             return self.program(points, tensors_among(args, kwargs))
-
-
-def _to_host(weights: frozenset[int], tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-    if tensor.untyped_storage().data_ptr() in weights:
-        return tensor
-    pinned = tensor.is_cuda
-    host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
-    return tensor.device, host.copy_(tensor, non_blocking=pinned)
-
-
-def _from_host(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    device, host = kept
-    return host.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -143,21 +125,14 @@ class WidenedExecutor:
 
 
 class RecordingExecutor:
-    """The model as it is, which it records.
-
-    Attributes:
-        first_read_of_points: The first call, if any, by which Python reads numbers that depend on
-            the points.
-        first_read_of_arguments: The same, of numbers of further arguments.
-        custom_gradient: Which part of the model gives gradients of its own.
-    """
+    """The model as it is, which it records; its public attributes are those of `Recorder`."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
         self._recorded: Program | str = "the model has not run"
         self.first_read_of_points: str | None = None
-        self.custom_gradient: str | None = None
         self.first_read_of_arguments: str | None = None
+        self.custom_gradient: str | None = None
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
@@ -168,8 +143,10 @@ class RecordingExecutor:
         self.first_read_of_arguments = recorder.first_read_of_arguments
         self.custom_gradient = recorder.custom_gradient
         if torch.is_grad_enabled():
-            leaves = [one for one in tree_leaves(raw) if isinstance(one, Tensor)]
-            self.custom_gradient = self.custom_gradient or own_gradient(tree_leaves, leaves, None)
+            leaves = [one for one in compat.tree_leaves(raw) if isinstance(one, Tensor)]
+            self.custom_gradient = self.custom_gradient or own_gradient(
+                compat.tree_leaves, leaves, None
+            )
         try:
             self._recorded = recorder.program(raw)
         except NotLeanError as refusal:
@@ -209,7 +186,9 @@ class VmapExecutor:
         def alone(rows: Sequence[Tensor], own: Mapping[Any, Tensor]) -> list[Tensor]:
             given = further | {key: one[None] for key, one in own.items()}
             numbered, named = [given[n] for n in range(len(args))], {n: given[n] for n in kwargs}
-            outputs[:] = tree_flatten(self.model(*(one[None] for one in rows), *numbered, **named))
+            outputs[:] = compat.tree_flatten(
+                self.model(*(one[None] for one in rows), *numbered, **named)
+            )
             return [one for one in outputs[0] if isinstance(one, Tensor)]
 
         tensors = iter(torch.func.vmap(alone, randomness="error")(list(points), own))
@@ -219,14 +198,13 @@ class VmapExecutor:
                 one = next(tensors)
                 # One row of one example each: [R, 1, *], or [R] where it is a single number.
                 leaves[number] = one.flatten(0, 1) if one.dim() > 1 else one
-        return tree_unflatten(leaves, tree)
+        return compat.tree_unflatten(leaves, tree)
 
 
 @dataclass(frozen=True)
 class WithoutVmapTensors:
-    """A model for `torch.func.vmap`, whose modules keep no tensor of vmap's own from one call to
-    the next: outside of the vmap that made it nothing can read it. What the model kept before comes
-    back in its place.
+    """A model for `torch.func.vmap` whose modules keep no tensor of vmap's, which nothing can read
+    afterwards: what the model kept before the call comes back in its place.
     """
 
     model: Callable[..., Any]
@@ -235,49 +213,44 @@ class WithoutVmapTensors:
         tables = [(table, table.copy()) for one in modules_of(self.model) for table in _tables(one)]
         # PyTorch would ask to file an issue for each operator that it runs row by row: the caller
         # has not chosen vmap, and to run all rows one by one would take longer.
-        quiet = partial(warn_of_vmap_fallbacks, False), lambda _: warn_of_vmap_fallbacks(True)
+        quiet = (
+            partial(compat.warn_of_vmap_fallbacks, False),
+            lambda _: compat.warn_of_vmap_fallbacks(True),
+        )
         try:
             with _VMAP_WARNINGS.on(*quiet):
                 return self.model(*args, **kwargs)
         finally:
             for now, before in tables:
-                _put_back(now, before)
+                if isinstance(now, list):
+                    if any(map(_holds_vmapped, now)):
+                        now[:] = before
+                    continue
+                for name in [name for name, value in now.items() if _holds_vmapped(value)]:
+                    if name in before:
+                        now[name] = before[name]
+                    else:
+                        del now[name]
 
 
-def _tables(module: nn.Module) -> Iterator[Any]:
+def _tables(module: nn.Module) -> list[Any]:
     """Where a module keeps tensors: its attributes, its buffers, its lists and dictionaries."""
     own = vars(module)
-    yield own
-    yield own[BUFFERS]
-    for name, value in list(own.items()):
-        if not name.startswith("_") and isinstance(value, (dict, list)):
-            yield value
-
-
-def _put_back(now: Any, before: Any) -> None:
-    if isinstance(now, list):
-        if any(map(_holds_vmapped, now)):
-            now[:] = before
-        return
-    for name in [name for name, value in now.items() if _holds_vmapped(value)]:
-        if name in before:
-            now[name] = before[name]
-        else:
-            del now[name]
+    public = [value for name, value in own.items() if not name.startswith("_")]
+    return [own, own[compat.BUFFERS], *(one for one in public if isinstance(one, (dict, list)))]
 
 
 def _holds_vmapped(value: Any) -> bool:
-    leaves = tree_leaves(value) if isinstance(value, (tuple, list, dict)) else (value,)
-    return any(is_of_transform(one) for one in leaves if isinstance(one, Tensor))
+    leaves = compat.tree_leaves(value) if isinstance(value, (tuple, list, dict)) else (value,)
+    return any(compat.is_of_transform(one) for one in leaves if isinstance(one, Tensor))
 
 
 # Recurrent layers on GPUs.
 
 
 class Differentiable(Calls):
-    """Inside its `with`, recurrent layers run as in training, and without their dropout: the same
-    numbers, and cuDNN saves the tensors of the backward pass. No flag of the model or of cuDNN
-    changes.
+    """Inside its `with`, recurrent layers run as in training without dropout: the same numbers, and
+    cuDNN saves the tensors of the backward pass. No flag of the model or of cuDNN changes.
     """
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
@@ -290,20 +263,14 @@ class Differentiable(Calls):
         return func(*args, **kwargs)
 
 
-@dataclass(frozen=True)
-class RecurrentExecutor:
-    """An executor through recurrent layers on a GPU."""
-
-    executor: Executor
-
-    def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
-        with Differentiable():
-            return self.executor(points, args, kwargs)
-
-
 def for_recurrent_layers(executor: Executor, device: torch.device) -> Executor:
-    """The executor as gradients of recurrent layers need it."""
-    return RecurrentExecutor(executor) if device.type == "cuda" and _recurs(executor) else executor
+    """The executor as gradients of recurrent layers on a GPU need it."""
+
+    def run(points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
+        with Differentiable():
+            return executor(points, args, kwargs)
+
+    return run if device.type == "cuda" and _recurs(executor) else executor
 
 
 def _recurs(executor: Any) -> bool:
@@ -320,20 +287,15 @@ def _recurs(executor: Any) -> bool:
 
 
 class MetaTensors(FunctionMode):
-    """Inside its `with`, calls that take meta tensors take all others as meta tensors too.
-
-    To the model all tensors seem to be on `device`, so that it branches as it would there. Calls
-    without any meta tensor run as they are.
-    """
+    """Calls with a meta tensor take all others as meta tensors; all seem to be on `device`."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
-        # By identity, with the originals, so that no number is used twice.
-        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+        self._twins = WeakTensorKeyDictionary()
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        if not tree_any(_is_meta, (args, dict(kwargs))):
+        if not compat.tree_any(lambda x: isinstance(x, Tensor) and x.is_meta, (args, dict(kwargs))):
             return func(*args, **kwargs)
         if getattr(func, "__name__", "") == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -343,32 +305,24 @@ class MetaTensors(FunctionMode):
                 return name == f"is_{self._device.type}"
         if func in (Tensor.cpu, Tensor.cuda, Tensor.get_device):
             raise NotLeanError("the model moves tensors between devices")
-        args, named = tree_map(self._moved, (args, dict(kwargs)))
+        args, named = compat.tree_map(self._moved, (args, dict(kwargs)))
         if func is scaled_dot_product_attention and self._device.type == "cpu":
-            return cpu_attention(*args, **named)
+            return compat.cpu_attention(*args, **named)
         return func(*args, **named)
 
     def _moved(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value if value.is_meta else self._twin(value)
         if isinstance(value, torch.device) and value.type == self._device.type:
             return _META
-        return value
-
-    def _twin(self, tensor: Tensor) -> Tensor:
-        if id(tensor) not in self._twins:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        if value not in self._twins:
+            sizes = value.shape, value.stride()
             # Weights are there already: a mode that counts memory is not to see their twins made.
-            with without_dispatch_modes():
-                twin = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=_META
-                )
+            with compat.without_dispatch_modes():
+                twin = torch.empty_strided(*sizes, dtype=value.dtype, device=_META)
             # A leaf like a weight, so that calls save the same tensors for it.
-            self._twins[id(tensor)] = tensor, twin.requires_grad_(tensor.requires_grad)
-        return self._twins[id(tensor)][1]
-
-
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
+            self._twins[value] = twin.requires_grad_(value.requires_grad)
+        return self._twins[value]
 
 
 def shapes_only(inputs: Inputs, rows: int) -> Inputs:

@@ -1,7 +1,4 @@
-"""Exceptions that a model or a target function raises become `ModelCallError`, with the cure.
-
-`Failing` catches them; `diagnosed` then calls the model as its user would, to find which cure fits.
-"""
+"""Exceptions that a model or a target function raises become `ModelCallError`, with the cure."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._torch_compat import ErrorText
-from saliency_fast._types import Args, Kwargs
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import ModelCallError, SaliencyError
 from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.preserve import rewind
@@ -30,26 +27,16 @@ BY_ARGUMENT = (
     "tensors of the batch inside the model, such as a mask, are passed through forward_args or "
     "forward_kwargs, which follow their examples into the rows"
 )
-_CURES = (
-    (
-        ErrorText.IN_PLACE,
-        "the model overwrites what autograd needs: write y = y * 2 instead of y *= 2 or "
-        "y[...] = ..., or overwrite a clone()",
-    ),
-    (
-        ErrorText.NO_DERIVATIVE,
-        "replace the call that has no gradient, or take a method that asks for scores alone, such "
-        "as sf.Occlusion",
-    ),
-    (
-        ErrorText.INFERENCE_TENSOR,
-        "make the model and its tensors outside of torch.inference_mode(), or clone() them there",
-    ),
-    (
-        ErrorText.NO_GRADIENT,
-        "look for detach(), no_grad(), .item(), NumPy or integer steps inside the model",
-    ),
-)
+_CURES = {
+    ErrorText.IN_PLACE: "the model overwrites what autograd needs: write y = y * 2 instead of "
+    "y *= 2 or y[...] = ..., or overwrite a clone()",
+    ErrorText.NO_DERIVATIVE: "replace the call that has no gradient, or take a method that asks "
+    "for scores alone, such as sf.Occlusion",
+    ErrorText.INFERENCE_TENSOR: "make the model and its tensors outside of torch.inference_mode(), "
+    "or clone() them there",
+    ErrorText.NO_GRADIENT: "look for detach(), no_grad(), .item(), NumPy or integer steps inside "
+    "the model",
+}
 """Texts of PyTorch's errors, and the cure."""
 
 
@@ -67,14 +54,8 @@ def overwrites_saved(error: BaseException) -> bool:
 
 @dataclass
 class Failing:
-    """Turns exceptions of the model inside of the `with` into `ModelCallError`.
-
-    Errors of this library and of allocators pass: launches handle them.
-
-    Attributes:
-        stage: `FORWARD`, `BACKWARD` or `TARGET`.
-        rows: The number of rows that the model is called with.
-        batch: The number of examples that the rows are made of.
+    """Turns exceptions of the model inside of the `with`, called with `rows` rows made of `batch`
+    examples, into `ModelCallError`, but for errors of this library and of allocators.
     """
 
     stage: str
@@ -94,21 +75,9 @@ class Failing:
 
 
 def diagnosed(
-    error: ModelCallError,
-    model: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    args: Args,
-    kwargs: Kwargs,
+    error: ModelCallError, model: Function, inputs: Sequence[Tensor], args: Args, kwargs: Kwargs
 ) -> ModelCallError:
-    """The failure with the cure that fits, found by calling the model as its user would.
-
-    Args:
-        error: What `Failing` raised.
-        model: The user's model.
-        inputs: The user's inputs [B, *], in the dtypes that the model takes.
-        args: Further arguments of the model.
-        kwargs: Those by name.
-    """
+    """The failure with its cure, found by calling the model on the inputs [B, *]."""
     cause = error.__cause__
     # An exception of the user's own is meant, and needs no diagnosis.
     if error.stage == TARGET or not isinstance(cause, Exception) or not _is_common(type(cause)):
@@ -150,7 +119,8 @@ def as_well(cause: type[Exception]) -> type[ModelCallError]:
     own = {
         "__init__": Exception.__init__,
         "__str__": Exception.__str__,
-        "__reduce__": _reduced,
+        # For pickle, which finds classes by name.
+        "__reduce__": lambda error: (ModelCallError, (str(error),)),
         "__module__": ModelCallError.__module__,
         "__doc__": ModelCallError.__doc__,
     }
@@ -161,15 +131,10 @@ def as_well(cause: type[Exception]) -> type[ModelCallError]:
     return ModelCallError
 
 
-def _reduced(error: Exception) -> tuple[type[ModelCallError], tuple[str]]:
-    """For pickle, which finds classes by name."""
-    return ModelCallError, (str(error),)
-
-
 def _cure(error: BaseException, stage: str) -> str:
     if stage == TARGET:
         return f"it is called with the outputs of any number of rows; {BY_EXAMPLE}"
-    return next((cure for text, cure in _CURES if text.of(error)), "")
+    return next((cure for text, cure in _CURES.items() if text.of(error)), "")
 
 
 @dataclass(frozen=True)

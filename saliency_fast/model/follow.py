@@ -1,8 +1,5 @@
-"""Follows the elements of inputs through a model, to infer layouts and where layers' outputs lie.
-
-The kind of the first layer that an input reaches shows which of its axes holds channels.
-
-Each element of an input carries its coordinates, which move with it through the model's calls.
+"""Follows the elements of inputs, each with its coordinates, through the calls of a model, to infer
+layouts (the kind of the first layer shows which axis holds channels) and where layers' outputs lie.
 """
 
 from __future__ import annotations
@@ -18,17 +15,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from saliency_fast._torch_compat import (
-    ENCODER_LAYER,
-    PACKED_SEQUENCE,
-    WithoutFunctionModes,
-    tree_leaves,
-    tree_map,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.graph.intercept import FunctionMode
-from saliency_fast.model.layers import Layer, floats_at, hooked
+from saliency_fast.model.layers import Layer, floats_at, hooked, tree_tensors
 from saliency_fast.model.preserve import uncompiled
 
 PATIENCE = 200
@@ -64,10 +56,10 @@ _CELLS = frozenset("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 
 @dataclass(frozen=True)
 class Followed:
-    """A tensor made of an input by moves of its elements, and by calls that keep their order.
+    """A tensor made of input `number` by calls that move its elements or keep their order.
 
-    where: for each axis of the input the coordinate of each element, like the tensor (expanded: no
-    memory); -1 where it is padding. mixed: axes of the input that a product summed over.
+    where: for each axis of the input the coordinate of each element, like the tensor; -1 where it
+    is padding. mixed: axes of the input that a product summed over.
     """
 
     number: int
@@ -76,45 +68,30 @@ class Followed:
 
     def along(self, axis: int) -> frozenset[int]:
         """The input's axes whose coordinate changes along an axis of the tensor."""
-        return frozenset(number for number, one in enumerate(self.where) if _changes(one, axis))
+        found = set()
+        for number, where in enumerate(self.where):
+            if (size := where.shape[axis]) > 1 and where.stride(axis):
+                a, b = where.narrow(axis, 0, size - 1), where.narrow(axis, 1, size - 1)
+                if bool(((a != b) & (a >= 0) & (b >= 0)).any()):
+                    found.add(number)
+        return frozenset(found)
 
     def moved(self, change: Callable[[Tensor], Any]) -> list[Followed]:
         """The same after `change` moved elements: one for each tensor that is made."""
-        made = [tree_leaves(change(one)) for one in self.where]
+        made = [tree_tensors(change(one)) for one in self.where]
         return [replace(self, where=tuple(parts)) for parts in zip(*made, strict=True)]
-
-
-def _changes(where: Tensor, axis: int) -> bool:
-    size = where.shape[axis]
-    if size < 2 or where.stride(axis) == 0:
-        return False
-    a, b = where.narrow(axis, 0, size - 1), where.narrow(axis, 1, size - 1)
-    return bool(((a != b) & (a >= 0) & (b >= 0)).any())
-
-
-def _coordinates(x: Tensor) -> tuple[Tensor, ...]:
-    coordinates = []
-    for axis, size in enumerate(x.shape):
-        kind = torch.float32 if size < EXACT else torch.float64
-        numbers = torch.arange(size, dtype=kind, device=x.device)
-        coordinates.append(numbers.view(-1, *(1,) * (x.dim() - 1 - axis)).expand(x.shape))
-    return tuple(coordinates)
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """Tokens as spatial positions: the grid that they make over the positions of an input, and the
-    token at each of its points.
-    """
+    """The grid that tokens make over an input's positions, and the token at each point."""
 
     grid: tuple[int, ...]
     index: tuple[int, ...]
 
 
 def lattice_of(tokens: Followed, places: Sequence[int]) -> Lattice | None:
-    """The lattice of followed tokens [R, T, C], None where they make none. Tokens made of no
-    position of the input (of classes, registers) are left over.
-    """
+    """The lattice of followed tokens [R, T, C], without tokens of no position, or None."""
     where = tokens.where[0]
     # Rows of more than one place are windows, which are no sequence of an example.
     if where.dim() != 3 or not places or (tokens.along(0) - {0}) or tokens.along(-1) & set(places):
@@ -133,9 +110,7 @@ def lattice_of(tokens: Followed, places: Sequence[int]) -> Lattice | None:
 
 
 def order_of(tensor: Followed, space: Sequence[int], places: Sequence[int]) -> list[int] | None:
-    """For each of the input's `places` the axis among `space` of a tensor that lies along it; None
-    where that is unknown, or not one to one.
-    """
+    """For each of the input's `places` the one axis among `space` of a tensor along it, or None."""
     along = [tensor.along(axis) & set(places) for axis in space]
     order = []
     for place in places:
@@ -148,10 +123,8 @@ def order_of(tensor: Followed, space: Sequence[int], places: Sequence[int]) -> l
 
 @dataclass(frozen=True)
 class Inside:
-    """Where the elements of layers' outputs, or inputs, lie in the model's inputs.
-
-    layers: of the first tensor of each layer, for each input, None where that was lost. tokens: of
-    all tensors [R, T, C] on the way, by T.
+    """Where the elements of layers' outputs, or inputs, lie in the model's inputs: of the first
+    tensor of each layer, for each input, and of all tensors [R, T, C] by T.
     """
 
     layers: tuple[tuple[Followed | None, ...], ...] = ()
@@ -169,30 +142,23 @@ class Inside:
         return lattices.pop() if len(lattices) == 1 else None
 
 
+Run = Callable[[Sequence[Tensor]], Any]
 _CACHED: WeakKeyDictionary[Any, dict[Any, tuple[str | None, ...]]] = WeakKeyDictionary()
 
 
-def follow(
-    model: Callable[..., Any], inputs: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Any]
-) -> tuple[str | None, ...]:
-    """The letters of each input of a model, None where no layer shows them; cached for `followed`.
-
-    inputs: one row [1, *] of each; run: takes them through the model, which is stopped where all
-    layouts are found.
+def follow(model: Function, inputs: Sequence[Tensor], run: Run) -> tuple[str | None, ...]:
+    """The letters of each input [1, *] of a model, None where no layer shows them; cached for
+    `followed`. `run` takes them through the model, which is stopped where all layouts are found.
     """
     key = tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
     cached = _CACHED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
-    watch = _Follow(inputs)
-    failed = False
-    try:
-        with torch.no_grad(), uncompiled(), watch:
+    mode, failed = _Follow(inputs), True
+    # The same call raises an exception again where the model runs for its map.
+    with suppress(Exception):
+        with suppress(_Finished), torch.no_grad(), uncompiled(), mode:
             run(inputs)
-    except _Finished:
-        pass
-    except Exception:
-        # The same call raises it again where the model runs for its map.
-        failed = True
-    letters = tuple(watch.letters.get(number) for number in range(len(inputs)))
+        failed = False
+    letters = tuple(mode.letters.get(number) for number in range(len(inputs)))
     if not failed:
         while len(cached) >= MOST_CACHED:
             cached.pop(next(iter(cached)))
@@ -211,24 +177,21 @@ def followed(
 
 
 def follow_inside(
-    inputs: Sequence[Tensor],
-    run: Callable[[Sequence[Tensor]], Any],
-    layers: Sequence[Layer],
-    of_input: bool,
+    inputs: Sequence[Tensor], run: Run, layers: Sequence[Layer], of_input: bool
 ) -> Inside:
     """Follows inputs [R, *] to layers; takes a whole run."""
-    watch = _Follow(inputs, through=True)
+    mode = _Follow(inputs, through=True)
     at_layers: dict[int, list[Followed | None]] = {}
 
     def seen(number: int, value: Any) -> None:
-        with WithoutFunctionModes():
+        with compat.WithoutFunctionModes():
             own = floats_at(value)
-        at_layers[number] = [watch.of(own[0], n) for n in range(len(inputs))] if own else []
+        at_layers[number] = [mode.of(own[0], n) for n in range(len(inputs))] if own else []
 
     hooks = hooked(tuple(layers), seen, of_input=of_input)
-    with torch.no_grad(), uncompiled(), suppress(Exception), watch, hooks:
+    with torch.no_grad(), uncompiled(), suppress(Exception), mode, hooks:
         run(inputs)
-    return Inside(tuple(tuple(at_layers.get(at, ())) for at in range(len(layers))), watch.tokens)
+    return Inside(tuple(tuple(at_layers.get(at, ())) for at in range(len(layers))), mode.tokens)
 
 
 class _Finished(BaseException):
@@ -236,11 +199,8 @@ class _Finished(BaseException):
 
 
 class _Follow(FunctionMode):
-    """Inside its `with`, follows inputs.
-
-    letters: the layout of each input, once a layer shows it; closed: inputs whose first such layer
-    does not show it. through: whether it goes on after these layers, to others inside of the model,
-    and collects `tokens`.
+    """Follows inputs. letters: the layout of each input, once a layer shows it; closed: inputs of
+    which the first such layer does not. through: goes on after these layers, and collects `tokens`.
     """
 
     def __init__(self, inputs: Sequence[Tensor], *, through: bool = False) -> None:
@@ -251,67 +211,61 @@ class _Follow(FunctionMode):
         self.letters: dict[int, str] = {}
         self.closed: set[int] = set()
         self._idle = 0
-        # Tensors are held, so that no number of one that is gone is used again. A tensor may be
-        # made of several inputs: these are followed one by one.
-        self._followed: dict[tuple[int, int], tuple[Tensor, Followed]] = {}
+        # By input: a tensor may be made of several, which are followed one by one.
+        self._followed = [WeakTensorKeyDictionary() for _ in inputs]
         for number, x in enumerate(inputs):
-            self._keep([x], [Followed(number, _coordinates(x))])
+            coordinates = []
+            for axis, size in enumerate(x.shape):
+                kind = torch.float32 if size < EXACT else torch.float64
+                numbers = torch.arange(size, dtype=kind, device=x.device)
+                coordinates.append(numbers.view(-1, *(1,) * (x.dim() - 1 - axis)).expand(x.shape))
+            self._keep([x], [Followed(number, tuple(coordinates))])
 
     def opens(self, func: FunctionType) -> bool:
-        """Moves and resizes are followed as one call."""
-        name = _name(func)
-        return name not in _RESIZES and name not in _MOVES and name != "linear"
+        return _name(func) not in _RESIZES | _MOVES | {"linear"}
 
-    def __torch_function__(
-        self, func: Function, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Before its body runs, which is followed call by call.
         if _name(func) == "multi_head_attention_forward":
             for number in range(len(self.shapes)):
-                self._ask(number, func, args, kwargs or {})
+                self._infer_axes(number, func, args, kwargs or {})
         return super().__torch_function__(func, types, args, kwargs)
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        flat = [one for one in tree_leaves((args, dict(kwargs))) if isinstance(one, Tensor)]
+        flat = tree_tensors((args, dict(kwargs)))
         numbers = range(len(self.shapes))
-        given = {n: [one for one in flat if (id(one), n) in self._followed] for n in numbers}
+        given = {n: [one for one in flat if one in self._followed[n]] for n in numbers}
         given = {number: tensors for number, tensors in given.items() if tensors}
         self._idle = 0 if given else self._idle + 1
         if self._idle > PATIENCE and not self.through:
             raise _Finished
         for number in given:
-            self._ask(number, func, args, kwargs)
+            self._infer_axes(number, func, args, kwargs)
         result = func(*args, **kwargs)
         for number, tensors in given.items():
             # Results of a call that cannot be followed are not followed.
-            with suppress(Exception), WithoutFunctionModes(), torch.no_grad():
-                self._after(number, func, args, kwargs, tensors, result)
+            with suppress(Exception), compat.WithoutFunctionModes(), torch.no_grad():
+                self._after(number, (func, args, kwargs), tensors, result)
         return result
 
     def of(self, value: Any, number: int) -> Followed | None:
         """What is followed of a tensor, as it was made of input `number`."""
-        key = id(value), number
-        return self._followed[key][1] if key in self._followed else None
+        known = self._followed[number]
+        return known[value] if isinstance(value, Tensor) and value in known else None
 
     def _keep(self, made: Sequence[Tensor], followed: Sequence[Followed]) -> None:
         for tensor, one in zip(made, followed, strict=False):
             if tensor.shape == one.where[0].shape:
-                self._followed[id(tensor), one.number] = tensor, one
+                self._followed[one.number][tensor] = one
                 if self.through and tensor.dim() == 3:
                     self.tokens.setdefault(tensor.shape[1], []).append(one)
 
     def _after(
-        self,
-        number: int,
-        func: Function,
-        args: Args,
-        kwargs: Kwargs,
-        given: list[Tensor],
-        result: Any,
+        self, number: int, call: tuple[Function, Args, Kwargs], given: list[Tensor], result: Any
     ) -> None:
         """Follows the results of a call of followed tensors."""
-        name, made = _name(func), [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        first = self.of(given[0], number)
+        made, first = tree_tensors(result), self.of(given[0], number)
+        (func, args, kwargs), name = call, _name(call[0])
         if first is None or not made:
             return
         rank, shape = first.where[0].dim(), made[0].shape
@@ -372,16 +326,16 @@ class _Follow(FunctionMode):
                     return value
                 return value.new_full((), -1.0, dtype=torch.float32).expand(value.shape)
 
-            changed, named = tree_map(instead, (args, dict(kwargs)))
+            changed, named = compat.tree_map(instead, (args, dict(kwargs)))
             if name == "pad":
                 changed, named = _padded(changed, named)
-            return [one for one in tree_leaves(func(*changed, **named)) if isinstance(one, Tensor)]
+            return tree_tensors(func(*changed, **named))
 
         parts = [change(axis) for axis in range(len(first.where))]
         return [replace(first, where=one) for one in zip(*parts, strict=True)]
 
-    def _ask(self, number: int, func: Function, args: Args, kwargs: Kwargs) -> None:
-        """Looks whether a call shows what the axes of an input are, before it runs."""
+    def _infer_axes(self, number: int, func: Function, args: Args, kwargs: Kwargs) -> None:
+        """Whether a call shows what the axes of an input are, before it runs."""
         if self.through or number in self.letters or number in self.closed:
             return
         name, values, shape = _name(func), [*args, *kwargs.values()], self.shapes[number]
@@ -393,7 +347,7 @@ class _Follow(FunctionMode):
         kernel = _CONVOLUTIONS.get(name, 0)
         if kernel and taken.dim() == kernel + 2:
             channel = _by_convolution(own, taken, values, kwargs, shape)
-        elif name in _RECURRENT or name == PACKED_SEQUENCE:
+        elif name in _RECURRENT or name == compat.PACKED_SEQUENCE:
             packed = isinstance(values[1], Tensor) and not values[1].is_floating_point()
             if packed and name in _RECURRENT:
                 return
@@ -402,7 +356,7 @@ class _Follow(FunctionMode):
             channel = _channel_of(own, {-1}, {0}, shape, taken)
         elif name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
             channel = _by_attention(own, 0 if name.startswith("multi") else -2, shape)
-        elif name == ENCODER_LAYER and taken.dim() == 3:
+        elif name == compat.ENCODER_LAYER and taken.dim() == 3:
             channel = _by_attention(own, 1, shape)
         elif name in _PRODUCTS and len(values) > 1 and (other := self.of(values[1], number)):
             queries, keys = own.along(-2), other.along(-1)
@@ -492,10 +446,9 @@ def _by_attention(own: Followed, tokens: int, shape: tuple[int, ...]) -> int | b
 
 def _letters_of(rank: int, channel: int | None, kernel: int) -> str | None:
     """A layout by its channel axis; names of the places by their number and the kernel's."""
-    count = rank - 1 - (channel is not None)
-    names = {1: "T", 2: "DT" if kernel == 1 else "HW", 3: "DHW" if kernel == 3 else "THW"}
-    names[4] = "TDHW"
-    if count not in names:
+    pairs, triples = "DT" if kernel == 1 else "HW", "DHW" if kernel == 3 else "THW"
+    names = dict(enumerate(("T", pairs, triples, "TDHW"), 1))
+    if (count := rank - 1 - (channel is not None)) not in names:
         return None
     letters = list(names[count])
     if channel is not None:

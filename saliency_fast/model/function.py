@@ -1,14 +1,13 @@
-"""The model as a function from points to scores and gradients.
-
-Gradients are those at the inputs, at layers inside of the model, or second derivatives.
+"""The model as a function from points to scores and gradients: those at the inputs or at layers
+inside of the model, or second derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from saliency_fast._torch_compat import ErrorText
-from saliency_fast._types import Inputs
+from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import ModelCallError, ModelError, UnseenInputError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.graph.intercept import Calls
@@ -32,7 +31,7 @@ from saliency_fast.model.layers import Taps
 from saliency_fast.model.targets import Targets, read_of, tolerance
 
 Made = TypeVar("Made")
-ScoresExecutor = tuple[Tensor, Tensor | None, list[Inputs]]
+ScoresAndGradients = tuple[Tensor, Tensor | None, list[Inputs]]
 """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points."""
 Project = Callable[[Inputs, Tensor], Tensor]
 """From gradients per input [R, *] of the examples int64 [R] to M numbers [R, M], linear in them."""
@@ -76,10 +75,9 @@ def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
 
 def _times_itself(output: Tensor) -> Tensor:
     """An output whose gradient arrives multiplied with the output, as relevance starts."""
-    if not output.requires_grad:
-        return output
     relevant, value = output.view_as(output), output.detach()
-    relevant.register_hook(lambda grad: value * grad)  # type: ignore[no-untyped-call]
+    if output.requires_grad:
+        relevant.register_hook(lambda grad: value * grad)  # type: ignore[no-untyped-call]
     return relevant
 
 
@@ -88,17 +86,13 @@ class PointFunction:
     """The model, by one executor, with its further arguments and targets, on a launch's rows.
 
     Further arguments that are tensors with the batch's length on their first axis belong to the
-    examples and follow them into the rows, but for those named in `shared_arguments`, by number or
-    name; all others are passed as they are.
+    examples and follow them into the rows, but for `shared_arguments`.
 
     Attributes:
-        executor: The executor; behind a `prefix` of the rest of the model.
-        targets: Which scores are read from outputs.
-        args: Further arguments of the model.
-        kwargs: Those by name.
+        executor: Of the model, or of what is downstream of the `prefix`.
+        args, kwargs: Further arguments of the model.
         prefix: The affine beginning of the model, at whose end gradients are taken.
-        lifted: Whether points are values at the end of the prefix already.
-        precision: Of the arithmetic.
+        at_prefix_end: Whether points are values at the end of the prefix already.
         scale: Factor of the cotangent, and of gradients with it, where half types underflow; a
             number, or one per row.
         dtypes: What the model takes, where points are written in other dtypes.
@@ -106,11 +100,11 @@ class PointFunction:
         shape: Of an example's output, after the first run.
         references: Rows [B | 1, *] that go through the model behind the points, one for each.
         relevance: Whether gradients of outputs are multiplied with the outputs.
-        shared_arguments: Further arguments that do not belong to the examples.
+        shared_arguments: Numbers and names of further arguments that belong to no example.
         unused: Inputs that no score depends on, whose gradients are 0.
-        lone: The function of a single row, where that is another one.
+        single_row: The function of a single row, where that is another one.
         overwrites: Whether the model overwrites saved tensors, so that copies are saved.
-        channels_last: Which inputs have their channels innermost in memory; their points have, too.
+        channels_last: Which inputs, and so their points, have that memory format.
     """
 
     executor: Executor
@@ -140,9 +134,7 @@ class PointFunction:
             return self.forward(self.as_model_inputs(points), example)
 
     def scores_and_magnitude(self, points: Inputs, example: Tensor) -> tuple[Tensor, float]:
-        """Scores [R, K] without gradients, from points as launches write them, and the largest
-        magnitude of the outputs that they are read from.
-        """
+        """Scores [R, K] without gradients, and the outputs' largest magnitude."""
         with torch.no_grad(), arithmetic(self.precision, example.device):
             raw = self._run(self.as_model_inputs(self._behind_prefix(points, example)), example)
             scores, _ = self.read(raw, example)
@@ -151,7 +143,7 @@ class PointFunction:
             finite = [one.detach().float().nan_to_num(0.0, 0.0, 0.0) for one in outputs]
             return scores, max(float(one.abs().max()) for one in finite if one.numel())
 
-    def gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
+    def gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         """Scores [R, K], classes [R, K], and for each of K targets the gradients of the points.
 
         One forward pass serves all targets; each has its own backward pass. The points are handed
@@ -164,7 +156,7 @@ class PointFunction:
             with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda one: one):
                 return self._gradients(points, example)
 
-    def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
+    def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(self._behind_prefix(points, example))
         likes, (inside, edges) = _like(points), entered(points)
         del points
@@ -182,9 +174,9 @@ class PointFunction:
             several = _each(sums, edges)
         if self.prefix is None:
             _check_seen(several, self.unused)
-        filled = [_filled(grads, likes) for grads in several]
+        filled: list[Any] = [_filled(grads, likes) for grads in several]
         if self.prefix is not None:
-            return scores.detach(), classes, [self.prefix.turned_back(one) for one in filled]
+            filled = [self.prefix.in_memory_order(one) for one in filled]
         return scores.detach(), classes, [tuple(g.contiguous() for g in one) for one in filled]
 
     def _behind_prefix(self, points: Inputs, example: Tensor) -> Inputs:
@@ -193,7 +185,7 @@ class PointFunction:
             return points
         if not self.at_prefix_end:
             points = self.prefix.forward(points, tensors_among(*self.rows(example)))
-        return self.prefix.turned(points)
+        return self.prefix.as_rest_inputs(points)
 
     def forward(self, points: Sequence[Tensor], example: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [R, K] and classes [R, K] as autograd sees them."""
@@ -211,9 +203,7 @@ class PointFunction:
         return rows_of(raw, slice(len(example)), 2 * len(example))
 
     def with_saved_copies(self, call: Callable[[], Made]) -> Made:
-        """The result of `call`, which writes its points anew each time; called once more, with
-        copies of saved tensors, where the model overwrites them.
-        """
+        """The result of `call`; called again, with copies of saved tensors, if these are lost."""
         try:
             return call()
         except ModelCallError as error:
@@ -227,9 +217,7 @@ class PointFunction:
         return Failing(stage, example.numel(), self.targets.batch)
 
     def called(self, call: Callable[[], Any], points: Sequence[Tensor], example: Tensor) -> Any:
-        """What `call` returns, which takes the points through the model, with a batch axis where a
-        squeeze() takes that of a single row.
-        """
+        """The output of `call`, with the batch axis that a squeeze() removes from a single row."""
         one = example.numel() == 1 and self._squeezes is not False
         # Before the model may overwrite them, and once.
         spare = [x.detach().clone() for x in points] if one and self._squeezes is None else []
@@ -269,12 +257,9 @@ class PointFunction:
 
     def rows(self, example: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The further arguments of the rows of examples `example` [R]."""
-
-        def own(key: int | str, value: Any) -> Any:
-            return value[example] if self.follows(key, value) else value
-
-        args = tuple(own(number, value) for number, value in enumerate(self.args))
-        return args, {name: own(name, value) for name, value in self.kwargs.items()}
+        further = dict(enumerate(self.args)) | dict(self.kwargs)
+        own = {key: x[example] if self.follows(key, x) else x for key, x in further.items()}
+        return tuple(own[n] for n in range(len(self.args))), {n: own[n] for n in self.kwargs}
 
     def follows(self, key: int | str, value: Any) -> bool:
         """Whether the further argument of that number or name belongs to the examples."""
@@ -284,9 +269,7 @@ class PointFunction:
 
 @dataclass
 class TappedFunction(PointFunction):
-    """A point function whose gradients are those at `taps`, behind the tapped tensors, which come
-    first in the list; without `backward` these are all.
-    """
+    """A point function of the tensors at `taps` and, with `backward`, of their gradients."""
 
     taps: Taps | None = None
     backward: bool = True
@@ -296,7 +279,7 @@ class TappedFunction(PointFunction):
         """`function` with taps."""
         return cls(**_fields(function), taps=taps, backward=backward)
 
-    def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
+    def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         taps, given, tapped = self.taps, list(self.as_model_inputs(points)), list[Tensor]()
         assert taps is not None
 
@@ -341,7 +324,7 @@ class Directional(PointFunction):
         """`function`, whose executor must leave all calls to autograd."""
         return cls(**_fields(function), project=project)
 
-    def _gradients(self, points: Inputs, example: Tensor) -> ScoresExecutor:
+    def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(points)
         likes, (inside, edges) = _like(points), entered(points)
         del points
@@ -393,9 +376,7 @@ def summed(grads: Inputs, example: Tensor) -> Tensor:
 class _TwiceDifferentiable(Calls):
     """Runs fused attention, whose kernels can be differentiated once, by products and a softmax."""
 
-    def call(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if func is not functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         weights, value = probabilities(*args, **kwargs)
@@ -411,9 +392,7 @@ Like = tuple[torch.Size, torch.dtype, torch.device]
 
 
 def _like(points: Sequence[Tensor]) -> list[Like]:
-    """What zeros like the points need: behind a prefix points are as large as activations, and
-    must not outlive the calls that take them.
-    """
+    """What zeros like the points need, without their memory, which must not outlive the run."""
     return [(x.shape, x.dtype, x.device) for x in points]
 
 
@@ -421,11 +400,9 @@ def _each(
     sums: Sequence[Tensor], sources: Sequence[Tensor | GradientEdge]
 ) -> list[tuple[Tensor | None, ...]]:
     """The gradients of each sum, all of one graph."""
-    last = len(sums) - 1
-    return [
-        gradients(one, sources, retain_graph=k < last, allow_unused=True)
-        for k, one in enumerate(sums)
-    ]
+    kept = [True] * (len(sums) - 1) + [False]
+    pairs = zip(sums, kept, strict=True)
+    return [gradients(one, sources, retain_graph=keep, allow_unused=True) for one, keep in pairs]
 
 
 def _filled(grads: tuple[Tensor | None, ...], likes: Sequence[Like]) -> Inputs:
@@ -449,3 +426,90 @@ def _check_seen(several: Sequence[tuple[Tensor | None, ...]], unused: frozenset[
             )
             error.number = number
             raise error
+
+
+# Points of several calls as one launch, each with the targets and arguments of its own call.
+
+
+@dataclass
+class Pack:
+    """The targets of a launch whose rows belong to several functions: each reads its own rows.
+
+    errors: exceptions by the number of their function, whose rows have scores 0.
+    """
+
+    functions: Sequence[PointFunction]
+    items: Sequence[Tensor]
+    classes: list[Tensor | None] = field(default_factory=list)
+    errors: dict[int, Exception] = field(default_factory=dict)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return [example.numel() for example in self.items]
+
+    @cached_property
+    def batch(self) -> int:
+        """The number of rows: each is an example of its own."""
+        return sum(self.sizes)
+
+    def check(self, raw: Any, example: Tensor) -> torch.Size | None:
+        """Does nothing: each function checks its own rows, in `read`."""
+        return None
+
+    def read(self, raw: Any, example: Tensor) -> tuple[Tensor, None]:
+        """Scores [R, K] of all rows."""
+        several, start = [], 0
+        for number, (function, own) in enumerate(zip(self.functions, self.items, strict=True)):
+            part = slice(start, start + own.numel())
+            start = part.stop
+            try:
+                scores, classes = function.read(rows_of(raw, part, self.batch), own)
+                if torch.is_grad_enabled() and not scores.requires_grad:
+                    raise ModelError(NO_GRADIENT)
+            except Exception as error:
+                self.errors[number] = error
+                count = self.functions[0].targets.count
+                scores, classes = torch.zeros(own.numel(), count, device=own.device), None
+            several.append(scores)
+            self.classes.append(classes)
+        return torch.cat(several), None
+
+
+def packed(
+    functions: Sequence[PointFunction], points: Sequence[Inputs], items: Sequence[Tensor]
+) -> tuple[PointFunction, Inputs, Tensor, Pack]:
+    """(function, points, example, pack): several functions of one kind as one, on all points."""
+    first, pack = functions[0], Pack(functions, items)
+    rows = [function.rows(example) for function, example in zip(functions, items, strict=True)]
+
+    def joined(key: int | str, value: Any, parts: list[Any]) -> Any:
+        return torch.cat(parts) if first.follows(key, value) else value
+
+    args = tuple(joined(n, one, [own[n] for own, _ in rows]) for n, one in enumerate(first.args))
+    kwargs = {n: joined(n, one, [own[n] for _, own in rows]) for n, one in first.kwargs.items()}
+    scale: Any = 1.0
+    if any(function.scale != 1.0 for function in functions):
+        pairs = zip(functions, pack.sizes, strict=True)
+        scales = [torch.full((size,), one.scale, device="cpu") for one, size in pairs]
+        scale = torch.cat(scales).to(items[0].device)
+    # A pack reads its rows as targets do.
+    targets: Any = pack
+    together = replace(first, targets=targets, args=args, kwargs=kwargs, scale=scale)
+    several = tuple(torch.cat(parts) for parts in zip(*points, strict=True))
+    return together, several, torch.arange(pack.batch, device=items[0].device), pack
+
+
+def compatible(function: PointFunction) -> tuple[object, ...]:
+    """Equal for functions whose points may share a launch."""
+
+    def kind(key: int | str, value: Any) -> object:
+        if function.follows(key, value):
+            return "rows", value.shape[1:], value.dtype
+        plain = isinstance(value, (int, float, str, bool, type(None)))
+        return (type(value), value) if plain else id(value)
+
+    further: list[tuple[int | str, Any]] = [*enumerate(function.args)]
+    further += sorted(function.kwargs.items())
+    shared = tuple((key, kind(key, value)) for key, value in further)
+    dtypes, count = function.dtypes, function.targets.count
+    return (function.kind, function.at_prefix_end, count, dtypes, function.channels_last, shared)

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
+from itertools import islice
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from saliency_fast._torch_compat import (
-    WithoutFunctionModes,
-    eager_module,
-    tree_leaves,
-    tree_map,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import InputError, InputTypeError, ModelError, RepeatedLayerError
 from saliency_fast.graph.intercept import FunctionMode
@@ -28,6 +24,7 @@ from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.preserve import uncompiled, without_recomputation
 from saliency_fast.model.targets import read_of
 
+T = TypeVar("T")
 At = str | nn.Module | Sequence[str | nn.Module]
 """Layers: by name, or themselves."""
 EMBEDDINGS = "embeddings"
@@ -37,9 +34,8 @@ Change = Callable[[Tensor], Tensor]
 Run = Callable[[int, Change | None], tuple[Any, Tensor]]
 """Runs the model on the example of a number, its inputs changed: its output, and scores."""
 _POOLS = tuple(
-    getattr(nn, f"{adaptive}{kind}Pool{axes}d")
-    for adaptive in ("", "Adaptive")
-    for kind in ("Avg", "Max")
+    getattr(nn, f"{kind}Pool{axes}d")
+    for kind in ("Avg", "Max", "AdaptiveAvg", "AdaptiveMax")
     for axes in (1, 2, 3)
 )
 _FIRST = frozenset("expand_as view_as reshape_as type_as to".split())
@@ -78,7 +74,7 @@ def find_layers(model: object, at: At) -> tuple[Layer, ...]:
     if not parts:
         raise InputError("at is empty: expected a layer, its name, or several of these")
     own = tuple(one for one in parts if isinstance(one, nn.Module))
-    if len(own) == len(parts) and not isinstance(eager_module(model), nn.Module):
+    if len(own) == len(parts) and not isinstance(compat.eager_module(model), nn.Module):
         # A function around a model: whether the layers run shows when it does.
         return own
     module = module_of(model)
@@ -86,8 +82,8 @@ def find_layers(model: object, at: At) -> tuple[Layer, ...]:
 
 
 def module_of(model: object) -> nn.Module:
-    """The module whose layers are meant; that of `torch.compile` is the one it was made from."""
-    inner = eager_module(model)
+    """The module whose layers are meant, without `torch.compile` around it."""
+    inner = compat.eager_module(model)
     if not isinstance(inner, nn.Module):
         raise InputTypeError(
             f"at names layers of a torch.nn.Module: got {type(model).__name__}; pass the module "
@@ -97,8 +93,8 @@ def module_of(model: object) -> nn.Module:
 
 
 def names_of(model: object, layers: Sequence[Layer]) -> list[str]:
-    """The names of layers, as `named_modules` has them, and the numbers of calls."""
-    inner = eager_module(model)
+    """The names of layers in `named_modules`, with the numbers of calls."""
+    inner = compat.eager_module(model)
     named = inner.named_modules() if isinstance(inner, nn.Module) else ()
     names = {id(layer): name for name, layer in named}
     shown = [(names.get(id(module_at(one)), kind_of(one)), one) for one in layers]
@@ -109,7 +105,7 @@ def _find(model: nn.Module, at: object) -> Layer:
     if isinstance(at, OneCall):
         return at
     if isinstance(at, nn.Module):
-        layer = eager_module(at)
+        layer = compat.eager_module(at)
         assert isinstance(layer, nn.Module)
         if not any(one is layer for one in model.modules()):
             raise InputError(
@@ -136,14 +132,18 @@ def _find(model: nn.Module, at: object) -> Layer:
 
 
 def channel_axis(layer: nn.Module, shape: tuple[int, ...], default: int = 1) -> int:
-    """1 or -1: the axis of a layer's output [R, ...] that holds its channels.
-
-    By the layer's last part that has an attribute with its number of features; convolutions and
-    batch norms have them on axis 1 where both axes fit.
+    """1 or -1: the axis of a layer's output [R, ...] that holds its channels, by the layer's last
+    part that has an attribute with its number of features. Convolutions and batch norms have them
+    on axis 1 where both axes fit.
     """
+
+    def number(part: nn.Module, names: str) -> int | None:
+        values = [getattr(part, name, None) for name in names.split()]
+        return next((one for one in values if isinstance(one, int)), None)
+
     for part in reversed(list(layer.modules())):
-        early = _number(part, "out_channels", "num_channels", "num_features")
-        late = _number(part, "out_features", "embed_dim", "embedding_dim", "hidden_size")
+        early = number(part, "out_channels num_channels num_features")
+        late = number(part, "out_features embed_dim embedding_dim hidden_size")
         if late is None and isinstance(part, nn.LayerNorm) and len(part.normalized_shape) == 1:
             late = part.normalized_shape[0]
         features = early if late is None else late
@@ -151,11 +151,6 @@ def channel_axis(layer: nn.Module, shape: tuple[int, ...], default: int = 1) -> 
         if fits:
             return fits[0] if early is not None else fits[-1]
     return default
-
-
-def _number(part: nn.Module, *names: str) -> int | None:
-    values = [getattr(part, name, None) for name in names]
-    return next((one for one in values if isinstance(one, int)), None)
 
 
 # Values at layers, by hooks.
@@ -178,42 +173,34 @@ def hooked(
         layer = layers[number]
         return not isinstance(layer, OneCall) or calls[number] == layer.call + 1
 
-    def after(number: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, __: Any, output: Any) -> Any:
-            return seen(number, output) if applies(number) else None
+    def after(number: int, _: nn.Module, __: Any, output: Any) -> Any:
+        return seen(number, output) if applies(number) else None
 
-        return hook
-
-    def before(number: int) -> Callable[..., Any]:
-        # While a hook comes or goes, PyTorch calls it without keywords in other threads.
-        def hook(_: nn.Module, args: Any, kwargs: Any = None) -> Any:
-            if not applies(number):
-                return None
-            if not floats_at(args):
-                return seen(number, (args, kwargs))
-            # Keyword arguments beside it are masks and the like.
-            changed = seen(number, args)
-            return None if changed is None else (changed, kwargs)
-
-        return hook
+    # While a hook comes or goes, PyTorch calls it without keywords in other threads.
+    def before(number: int, _: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        if not applies(number):
+            return None
+        if not floats_at(args):
+            return seen(number, (args, kwargs))
+        # Keyword arguments beside it are masks and the like.
+        changed = seen(number, args)
+        return None if changed is None else (changed, kwargs)
 
     with uncompiled(), without_recomputation(), ExitStack() as stack:
         for number, layer in enumerate(map(module_at, layers)):
             if of_input:
-                handle = layer.register_forward_pre_hook(before(number), with_kwargs=True)
+                hook = partial(before, number)
+                handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
             else:
-                handle = layer.register_forward_hook(after(number))
+                handle = layer.register_forward_hook(partial(after, number))
             stack.callback(handle.remove)
         yield
 
 
 def _hooked_once(
-    layers: Sequence[Layer],
-    seen: Callable[[int, Any], Any],
-    of_input: bool,
-    call: Callable[[], Any],
-) -> Any:
-    """What `call` returns, in which each layer runs once; `seen` as in `hooked`."""
+    layers: Sequence[Layer], seen: Callable[[int, Any], Any], of_input: bool, call: Callable[[], T]
+) -> T:
+    """The result of `call`, in which each layer runs once; `seen` as in `hooked`."""
     ran: set[int] = set()
 
     def once(number: int, value: Any) -> Any:
@@ -240,13 +227,15 @@ def _hooked_once(
     return raw
 
 
+def tree_tensors(value: Any) -> list[Tensor]:
+    return [one for one in compat.tree_leaves(value) if isinstance(one, Tensor)]
+
+
 def tensors_at(value: Any) -> list[Tensor]:
-    """The tensors in a layer's input or output: those of a tuple itself, without the states that
-    recurrent layers return in a tuple of their own, or, where it has none, all within it.
-    """
+    """The tensors of a value: those directly in a tuple, without states, or else all."""
     parts = value if isinstance(value, (tuple, list)) else [value]
     own = [one for one in parts if isinstance(one, Tensor)]
-    return own or [one for one in tree_leaves(value) if isinstance(one, Tensor)]
+    return own or tree_tensors(value)
 
 
 def floats_at(value: Any) -> list[Tensor]:
@@ -259,7 +248,9 @@ def with_floats(value: Any, others: Sequence[Tensor]) -> Any:
     instead: dict[int, list[Tensor]] = {}
     for one, other in zip(floats_at(value), others, strict=True):
         instead.setdefault(id(one), []).append(other)
-    return tree_map(lambda one: instead[id(one)].pop(0) if instead.get(id(one)) else one, value)
+    return compat.tree_map(
+        lambda one: instead[id(one)].pop(0) if instead.get(id(one)) else one, value
+    )
 
 
 class Taps(Protocol):
@@ -277,10 +268,7 @@ class Taps(Protocol):
 
 @dataclass(frozen=True)
 class LayerTaps:
-    """The outputs of layers, or their inputs, as taps: one for each tensor of each layer.
-
-    counts: how many tensors each layer had in the last run.
-    """
+    """The outputs or inputs of layers as taps; counts: of tensors, in the last run."""
 
     layers: tuple[Layer, ...]
     of_input: bool = False
@@ -290,10 +278,15 @@ class LayerTaps:
         """Layers are named: there is nothing to find."""
 
     def check_reached(self, reached: Sequence[bool]) -> None:
-        """Raises ModelError where the score depends on none of a layer's tensors."""
-        ends = [sum(self.counts[: number + 1]) for number in range(len(self.counts))]
-        pairs = zip(self.counts, ends, strict=True)
-        check_layers_reached(self.layers, [any(reached[end - count : end]) for count, end in pairs])
+        of_each = iter(reached)
+        for layer, count in zip(self.layers, self.counts, strict=True):
+            if not any(list(islice(of_each, count))):
+                raise ModelError(
+                    f"at: the explained score does not depend on the layer {kind_of(layer)}: it "
+                    "ran, and no gradient reaches it, as of an auxiliary head that another output "
+                    "is for, or a layer whose result is detached; name one that the score is made "
+                    "from"
+                )
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tensors at the layers."""
@@ -301,7 +294,7 @@ class LayerTaps:
 
         def seen(number: int, value: Any) -> Any:
             # These calls are not the model's, for whichever mode follows its calls.
-            with WithoutFunctionModes(), torch.enable_grad():
+            with compat.WithoutFunctionModes(), torch.enable_grad():
                 # The first tap cuts the graph: nothing before it is kept for the backward pass. A
                 # later one may depend on it.
                 later = any(tapped.values())
@@ -318,23 +311,10 @@ class LayerTaps:
         return raw, [one for own in several for one in own]
 
 
-def check_layers_reached(layers: Sequence[Layer], reached: Sequence[bool]) -> None:
-    """Raises ModelError where gradients reach none of a layer's tensors."""
-    for layer, one in zip(layers, reached, strict=True):
-        if not one:
-            raise ModelError(
-                f"at: the explained score does not depend on the layer {kind_of(layer)}: it "
-                "ran, and no gradient reaches it, as of an auxiliary head that another output is "
-                "for, or a layer whose result is detached; name one that the score is made from"
-            )
-
-
 @dataclass(frozen=True, eq=False)
 class Downstream:
-    """The function behind layers, as a model of its own: `downstream(*points, *inputs, **kwargs)`
-    is the model's output for its inputs with `points` as the layers' outputs (or inputs).
-
-    counts: tensors of each layer.
+    """The function downstream of layers: `downstream(*points, *inputs, **kwargs)` is the model's
+    output for its inputs, with `points` as the layers' outputs (or inputs), `counts` of each.
     """
 
     model: Callable[..., Any]
@@ -356,13 +336,13 @@ class Downstream:
 
 @dataclass
 class Read:
-    """The outputs of layers, or their inputs, in one run: per layer its tensors."""
+    """The outputs of layers, or their inputs, in one run."""
 
     layers: tuple[Layer, ...]
     of_input: bool = False
 
     def run(self, call: Callable[[], Any]) -> list[Inputs]:
-        """The tensors at the layers while `call` runs, as plain copies."""
+        """Plain copies of the tensors at each layer while `call` runs."""
         values: list[Inputs] = [()] * len(self.layers)
 
         def seen(number: int, value: Any) -> None:
@@ -385,28 +365,20 @@ class Read:
 
 @dataclass(frozen=True)
 class Lookup:
-    """One call of a table with ids that come from the explained input.
+    """An embedding table, or one of its calls, and the ids of the explained input that it gets."""
 
-    several: whether the table runs more than once.
-    """
-
-    table: nn.Module
-    call: int
+    layer: Layer
     ids: Tensor
-    several: bool = False
 
     @property
-    def layer(self) -> Layer:
-        """The table, or the one of its calls."""
-        return OneCall(self.table, self.call) if self.several else self.table
+    def table(self) -> nn.Module:
+        return module_at(self.layer)
 
 
 def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> list[Lookup]:
     """The calls of embedding tables in `run` whose ids are numbers of `inputs`, however these were
     cut, moved, added to or cast; not tables of positions or of types, whose ids follow from shapes
-    or from comparisons alone.
-
-    Raises InputError where there is none.
+    or comparisons. Raises InputError where there is none.
     """
     module = module_of(model)
     kinds = (nn.Embedding, nn.EmbeddingBag)
@@ -420,17 +392,17 @@ def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> 
             "at='embeddings': the model has no torch.nn.Embedding and no get_input_embeddings(); "
             "name the layer that makes vectors of tokens"
         )
-    mode, calls, counts = _FollowIds(inputs), list[Lookup](), [0] * len(tables)
+    mode, calls, counts = _FollowIds(inputs), list[tuple[int, int, Tensor]](), [0] * len(tables)
 
     def before(number: int, given: Any) -> None:
-        mode.given.append(_tensors(given)[:1])
+        mode.given.append(tree_tensors(given)[:1])
         mode.looked_up.append([])
 
     def after(number: int, _: Any) -> None:
         # Tables of positions may be passed the tokens for the sake of their number.
         given, ids = mode.given.pop(), mode.looked_up.pop()
         own = [one for one in ids or given if mode.follows(one)]
-        calls.extend(Lookup(tables[number], counts[number], one.detach()) for one in own[:1])
+        calls.extend((number, counts[number], one.detach()) for one in own[:1])
         counts[number] += 1
 
     with torch.no_grad(), hooked(tables, before, of_input=True), hooked(tables, after), mode:
@@ -441,57 +413,50 @@ def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> 
             f"at='embeddings': no table of the model gets ids from the explained input: it has "
             f"{names}; name the layer that makes vectors of the input"
         )
-    often = {id(table) for table, count in zip(tables, counts, strict=True) if count > 1}
-    return [replace(one, several=id(one.table) in often) for one in calls]
+    once = [count == 1 for count in counts]
+    return [Lookup(tables[n] if once[n] else OneCall(tables[n], k), ids) for n, k, ids in calls]
 
 
-def embeddings(
-    model: object, run: Callable[[], Any], inputs: Sequence[Tensor]
-) -> tuple[Layer, ...]:
+def embeddings(model: object, run: Callable[[], Any], inputs: Inputs) -> tuple[Layer, ...]:
     """The layers that `at="embeddings"` means, in the order in which they run."""
     return tuple(one.layer for one in lookups(model, run, inputs))
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    return [one for one in tree_leaves(value) if isinstance(one, Tensor)]
-
-
 class _FollowIds(FunctionMode):
-    """Follows numbers of some tensors through the calls of a model.
+    """Follows numbers of tensors through the calls of a model, by identity.
 
-    By identity, with weak references: activations are let go of as they would be. given, looked_up:
-    of each table at work, the tensor that it was passed, and the ids that it looks up.
+    given, looked_up: of each table at work, the tensor that it was passed, and the ids.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.given: list[list[Tensor]] = []
         self.looked_up: list[list[Tensor]] = []
-        self._followed = {id(one): weakref.ref(one) for one in inputs}
+        self._followed = WeakTensorKeyDictionary(dict.fromkeys(inputs))
 
     def opens(self, func: FunctionType) -> bool:
-        """A function is one step from its arguments to its results."""
         return False
 
     def follows(self, value: object) -> bool:
         """Whether a tensor holds numbers of the inputs, or numbers made from them."""
-        reference = self._followed.get(id(value))
-        return reference is not None and reference() is value
+        return isinstance(value, Tensor) and value in self._followed
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         name = getattr(func, "__name__", "")
         if name in ("embedding", "embedding_bag") and self.looked_up:
-            given = _tensors((args, kwargs))
+            given = tree_tensors((args, kwargs))
             self.looked_up[-1] += [one for one in given if not one.is_floating_point()]
         result = func(*args, **kwargs)
         sources = args[:1] if name in _FIRST else (args, kwargs)
-        if any(part in name for part in _SHAPES) or not any(map(self.follows, _tensors(sources))):
+        if any(part in name for part in _SHAPES) or not any(
+            map(self.follows, tree_tensors(sources))
+        ):
             return result
-        made = _tensors(result)
+        made = tree_tensors(result)
         if name in ("__setitem__", "copy_") or (name.endswith("_") and not name.endswith("__")):
             made += [one for one in args[:1] if isinstance(one, Tensor)]
         # The result of a comparison is no number of the input's any more.
-        self._followed |= {id(one): weakref.ref(one) for one in made if one.dtype != torch.bool}
+        self._followed.update({one: None for one in made if one.dtype != torch.bool})
         return result
 
 
@@ -503,42 +468,39 @@ def last_spatial(model: object, run: Run, examples: int) -> tuple[nn.Module, boo
     inputs and the explained score, and whether it does for every score that the output holds.
 
     Spatial is an output [R, C, *s], [R, *s, C] or of tokens [R, T, C], with more than one position
-    and more than one channel. Left out are pooled maps (the paper's layer is the last
-    convolution's, before its resolution is lost); modules that run more than once; modules that
-    return several tensors, of which the rest of the model may read another, where others are; and,
-    where the model's own output is spatial (segmentation), maps of as many channels as it has.
-    Tokens are taken from before the last module that mixes them (attention, a recurrence): after
-    it, the head of a class token reads no other token. The first norm of a ViT's last block,
-    therefore. Auxiliary heads and the towers of other inputs are left out by proof: a module counts
-    if its output differs for other inputs, and if scores differ where its output is changed.
+    and channel. Left out are pooled maps (Grad-CAM's layer is the last convolution); modules that
+    run more than once; modules that return several tensors, where others do not; and, of a spatial
+    model output (segmentation), maps of as many channels. Tokens are taken from before the last
+    module that mixes them (attention, a recurrence), since the head of a class token reads no other
+    token after it: in a ViT the first norm of the last block. Auxiliary heads and towers of other
+    inputs are left out by proof: a module's output must differ for other inputs, and scores must
+    differ where it is changed.
 
     Raises InputError where there is none, with the last outputs that there are.
     """
-    watch = _Watch(module_of(model))
-    modules = watch.modules
+    trace = _ModuleTrace(module_of(model))
+    modules = trace.modules
     with torch.no_grad():
-        begin = hooked(modules, watch.begin, of_input=True)
-        with begin, hooked(modules, watch.end), _Attention(watch):
+        begin = hooked(modules, trace.begin, of_input=True)
+        with begin, hooked(modules, trace.end), trace:
             raw, scores = run(0, None)
-        before = watch.digests.copy()
-        with hooked(modules, watch.digest):
+        before = trace.digests.copy()
+        with hooked(modules, trace.digest):
             run(0, noisy)
-        varying = {one for one, value in watch.digests.items() if value != before.get(one)}
+        varying = {one for one, value in trace.digests.items() if value != before.get(one)}
         shown = _shown(raw)
-        candidates = watch.candidates(shown, varying)
-        proof = _Proof(run, examples, shown, scores)
+        candidates = trace.candidates(shown, varying)
         while candidates:
-            module = watch.last(candidates, varying)
-            if (reached := proof.of(module)) is not None:
+            module = trace.last(candidates, varying)
+            if (reached := _reached(module, run, examples, shown, scores)) is not None:
                 return module, reached
             candidates = [one for one in candidates if one.module is not module]
-    raise watch.none(tried=True)
+    raise trace.none(tried=True)
 
 
 def _shown(raw: Any) -> Tensor | None:
     """The tensor that is explained in a model's output, as a rule."""
-    explained = read_of(raw)
-    return next(iter(tensors_of(raw)), None) if explained is None else explained
+    return next((one for one in (read_of(raw), *tensors_of(raw)) if one is not None), None)
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -560,48 +522,37 @@ def noisy(x: Tensor) -> Tensor:
     return drawn.to(x.device, x.dtype)
 
 
-@dataclass
-class _Proof:
-    """Shows which modules the scores depend on: they differ where a module's output is changed.
-
-    shown, scores: the model's output and the score of the first example as they are.
+def _reached(
+    module: nn.Module, run: Run, examples: int, shown: Tensor | None, scores: Tensor
+) -> bool | None:
+    """Whether every number of the output `shown` depends on a module; None where a score does not:
+    `scores` of the first example, and those of others, differ where the module's output is changed.
     """
 
-    run: Run
-    examples: int
-    shown: Tensor | None
-    scores: Tensor
+    def change(_: int, output: Any) -> Any:
+        return with_floats(output, [noisy(one) for one in floats_at(output)])
 
-    def of(self, module: nn.Module) -> bool | None:
-        """Whether every number of the output depends on a module; None where a score does not."""
-        raw, scores = self._changed(module, 0)
-        if not _differ(scores, self.scores):
-            return None
-        shown = _shown(raw)
-        if shown is None or self.shown is None or _differ(shown, self.shown):
-            return True
-        for number in range(1, self.examples):
-            if not _differ(self.run(number, None)[1], self._changed(module, number)[1]):
-                return None
-        return False
-
-    def _changed(self, module: nn.Module, number: int) -> tuple[Any, Tensor]:
-        def change(_: int, output: Any) -> Any:
-            return with_floats(output, [noisy(one) for one in floats_at(output)])
-
+    def changed(number: int) -> tuple[Any, Tensor]:
         try:
             with hooked((module,), change):
-                return self.run(number, None)
+                return run(number, None)
         except Exception:
             # A model that cannot run with other values depends on them.
-            return None, self.scores * torch.nan
+            return None, scores * torch.nan
+
+    raw, others = changed(0)
+    if not _differ(others, scores):
+        return None
+    explained = _shown(raw)
+    if explained is None or shown is None or _differ(explained, shown):
+        return True
+    pairs = ((run(number, None)[1], changed(number)[1]) for number in range(1, examples))
+    return False if all(_differ(*pair) for pair in pairs) else None
 
 
 @dataclass
 class _Output:
-    """A module's output: when it was ready, its shape, the axis of its channels, and whether the
-    module returned one tensor.
-    """
+    """An output: when it was ready, its shape and channel axis, whether it is alone."""
 
     module: nn.Module
     time: int
@@ -609,32 +560,37 @@ class _Output:
     axis: int
     alone: bool
 
-    @property
-    def channels(self) -> int:
-        return self.shape[self.axis]
 
-
-class _Watch:
-    """What the modules of one forward pass did.
+class _ModuleTrace(FunctionMode):
+    """Records what the modules of a forward pass do, by hooks, and attention by its calls.
 
     stack: modules at work, and since when; mixing: when which module mixed tokens; digests: numbers
     that differ where outputs do; rows: of the model's input; pooled: the last pooled map.
     """
 
     def __init__(self, root: nn.Module) -> None:
+        super().__init__()
         self.root, self.modules = root, list(root.modules())
-        self.stack: list[tuple[nn.Module, int]] = []
-        self.calls: dict[nn.Module, int] = {}
-        self.outputs: list[_Output] = []
-        self.shapes: dict[nn.Module, list[int]] = {}
-        self.mixing: list[tuple[int, nn.Module]] = []
+        self.stack, self.mixing = list[tuple[nn.Module, int]](), list[tuple[int, nn.Module]]()
+        self.calls, self.shapes = dict[nn.Module, int](), dict[nn.Module, list[int]]()
+        self.outputs, self.time = list[_Output](), 0
         self.digests: dict[nn.Module, tuple[float, ...]] = {}
-        self.time = 0
         self.rows: int | None = None
         self.pooled: Tensor | None = None
 
+    def opens(self, func: FunctionType) -> bool:
+        return False
+
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        name = getattr(func, "__name__", "")
+        shape = args[0].shape if args and isinstance(args[0], Tensor) else ()
+        square = len(shape) >= 3 and shape[-1] == shape[-2] > 1
+        if "attention" in name or "transformer" in name or (name == "softmax" and square):
+            self.mixes()
+        return func(*args, **kwargs)
+
     def mixes(self) -> None:
-        """Tokens are mixed by the innermost module at work; a softmax module works for its own."""
+        """Tokens are mixed by the innermost module at work that is no softmax."""
         at_work = [at for at in self.stack if not isinstance(at[0], nn.Softmax)]
         if at_work:
             self.mixing.append((at_work[-1][1], at_work[-1][0]))
@@ -652,7 +608,6 @@ class _Watch:
         self.digests[self.modules[number]] = digest
 
     def begin(self, number: int, given: Any) -> None:
-        """Hook of a module's input."""
         module, self.time = self.modules[number], self.time + 1
         if module is self.root and (tensors := tensors_of(given)):
             self.rows = len(tensors[0]) if tensors[0].dim() else None
@@ -661,7 +616,6 @@ class _Watch:
             self.mixes()
 
     def end(self, number: int, output: Any) -> None:
-        """Hook of a module's output."""
         module, self.time = self.modules[number], self.time + 1
         self.stack.pop()
         self.calls[module] = self.calls.get(module, 0) + 1
@@ -682,13 +636,11 @@ class _Watch:
             self.outputs.append(_Output(module, self.time, shape, axis, len(tensors) == 1))
 
     def candidates(self, raw: Tensor | None, varying: Collection[nn.Module]) -> list[_Output]:
-        """Outputs that may be meant by `layer="auto"`, of a model that returned `raw`. varying:
-        modules whose output differs for other inputs.
-        """
+        """Outputs that `layer="auto"` may mean; varying: those that differ with inputs."""
         outputs = [one for one in self.outputs if self.calls[one.module] == 1]
         if raw is not None and raw.dim() >= 3:
             classes = {raw.shape[1], raw.shape[-1 if raw.dim() == 3 else 1]}
-            outputs = [one for one in outputs if one.channels not in classes]
+            outputs = [one for one in outputs if one.shape[one.axis] not in classes]
         outputs = [one for one in outputs if one.alone] or outputs
         if not outputs:
             raise self.none()
@@ -715,23 +667,3 @@ class _Watch:
             f'layer="auto" found no layer with spatial output{lacking}: the last outputs are '
             f"{shown}{more}; pass the layer itself"
         )
-
-
-class _Attention(FunctionMode):
-    """Reports attention to a watch: by its own functions, or a softmax over [T, T]."""
-
-    def __init__(self, watch: _Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def opens(self, func: FunctionType) -> bool:
-        """Functions are recognised by their own names."""
-        return False
-
-    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        name = getattr(func, "__name__", "")
-        shape = args[0].shape if args and isinstance(args[0], Tensor) else ()
-        square = len(shape) >= 3 and shape[-1] == shape[-2] > 1
-        if "attention" in name or "transformer" in name or (name == "softmax" and square):
-            self._watch.mixes()
-        return func(*args, **kwargs)

@@ -1,5 +1,5 @@
-"""Layouts: which axis of an input holds channels and which are places, by letters such as "BTCHW",
-and how a layer's output is read as maps over these places.
+"""Layouts: which axis of an input holds channels and which are spatial, by letters such as "BTCHW",
+and how a layer's output is read as maps over these axes.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ class Axes:
     """The layout of an input: one letter for each axis.
 
     B is the batch, C channels, F features, T time, D, H and W space. Channels are C, or F where
-    there is no C; all further axes behind the batch are places. Inputs [B, F] and [B, T] are places
-    alone. The standard form is [B, C, *places], with one channel where there is none, and [B, F]
-    of tables.
+    there is no C; all other axes behind the batch are places, as are F and T of [B, F] and [B, T].
+    The standard form is [B, C, *places], with one channel where there is none, and [B, F].
     """
 
     letters: str
@@ -73,7 +72,6 @@ class Axes:
 
     @property
     def is_standard(self) -> bool:
-        """Whether the standard form is this one."""
         return self.channel == 1 or not self.spatial
 
     def standard(self, x: Tensor, lead: int = 1) -> Tensor:
@@ -98,13 +96,11 @@ class Axes:
 
 
 class Layouts:
-    """The layouts of a call's inputs, given by the caller or inferred on demand.
+    """The layouts of inputs of `shapes` [B, ...], given by the caller or inferred on demand, as
+    `letters`; `cached_letters` are those known so far.
 
-    Args:
-        shapes: Of the inputs, [B, ...].
-        given: What the caller said of the layouts.
-        find: Infers the letters of each input from the model, None where it does not show them.
-        look: From (layers, of_input) to where the elements of layers lie in the inputs.
+    find: infers the letters of each input from the model, None where it does not show them. look:
+    from (layers, of_input) to where the elements of layers lie in the inputs.
     """
 
     def __init__(
@@ -115,31 +111,26 @@ class Layouts:
         look: Callable[..., Any] | None = None,
     ) -> None:
         self.shapes = tuple(tuple(shape) for shape in shapes)
-        self._letters = _read(given, self.shapes)
-        self.given = tuple(one is not None for one in self._letters)
+        self.cached_letters = _read(given, self.shapes)
+        self.given = tuple(one is not None for one in self.cached_letters)
         self._find, self._look = find, look
         self._warned = False
 
     def _with(self, letters: Sequence[str | None], find: Any, look: Any) -> Layouts:
         """The same with letters where there are none, and other functions."""
         layouts = Layouts(self.shapes, None, find, look)
-        pairs = zip(self._letters, letters, strict=True)
-        layouts._letters, layouts.given = tuple(one or other for one, other in pairs), self.given
+        layouts.given, pairs = self.given, zip(self.cached_letters, letters, strict=True)
+        layouts.cached_letters = tuple(one or other for one, other in pairs)
         return layouts
 
     @property
     def letters(self) -> tuple[str | None, ...]:
         """Of each input, None where neither the caller nor the model says."""
-        if None in self._letters and self._find is not None:
+        if None in self.cached_letters and self._find is not None:
             find, self._find = self._find, None
-            pairs = zip(self._letters, find(), strict=True)
-            self._letters = tuple(one or other for one, other in pairs)
-        return self._letters
-
-    @property
-    def cached_letters(self) -> tuple[str | None, ...]:
-        """The same, without looking at the model."""
-        return self._letters
+            pairs = zip(self.cached_letters, find(), strict=True)
+            self.cached_letters = tuple(one or other for one, other in pairs)
+        return self.cached_letters
 
     def with_letters(self, letters: Sequence[str | None]) -> Layouts:
         """The same with the model's layouts of its inputs."""
@@ -151,7 +142,7 @@ class Layouts:
 
     def released(self) -> Layouts:
         """The same for a result, which holds no more of the model than is needed to find them."""
-        return self._with(self._letters, self._find, None)
+        return self._with(self.cached_letters, self._find, None)
 
     def __getstate__(self) -> dict[str, Any]:
         # The functions that find them hold the model.
@@ -170,7 +161,7 @@ class Layouts:
         parts = []
         for number, shape in enumerate(self.shapes):
             if self.given[number]:
-                parts.append(f"{self._letters[number]}, as given")
+                parts.append(f"{self.cached_letters[number]}, as given")
             elif self.letters[number] is not None:
                 parts.append(f"{self.letters[number]}, by the model's first layer that tells")
             elif self.of(number) is None:
@@ -179,7 +170,7 @@ class Layouts:
 
     def of(self, number: int) -> Axes | None:
         """The layout of an input, None where it is unknown."""
-        if len(self.shapes[number]) == 2 and self._letters[number] is None:
+        if len(self.shapes[number]) == 2 and self.cached_letters[number] is None:
             return Axes("BF")
         letters = self.letters[number]
         return None if letters is None else Axes(letters)
@@ -187,7 +178,7 @@ class Layouts:
     def or_conventional(self, number: int) -> Axes | None:
         """The layout of an input, by convention where it is unknown."""
         letters = _CONVENTION.get(len(self.shapes[number]))
-        return self.of(number) or (None if letters is None else Axes(letters))
+        return self.of(number) or (letters and Axes(letters)) or None
 
     def need(self, number: int, what: str) -> Axes:
         """The layout of an input; raises an InputError that asks for it, on behalf of `what`."""
@@ -284,10 +275,8 @@ class Layout:
     Attributes:
         last: Whether channels are the last axis.
         index: The tokens at the points of the grid, where the output is of tokens.
-        grid: The sizes of the maps' spatial axes.
         size: The input's spatial size.
-        shape: Of one example's map, with the input's axes: [1, *size], or with the 1 where the
-            input has its channels.
+        shape: Of one example's map, with 1 where the input has its channels.
         order: Of the layer's spatial axes, where it is another than the input's.
         steps_per_example: How many steps of an example are rows of their own.
     """
@@ -315,9 +304,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Space:
-    """An input's space: its shape [B, ...] and layout, and where the elements of layers lie in it,
-    as number `number` of the inputs.
-    """
+    """An input's shape [B, ...], layout and number, and where layers lie in it."""
 
     shape: tuple[int, ...]
     axes: Axes
@@ -345,10 +332,8 @@ def read_layout(
     model: object = None,
     at: int = 0,
 ) -> Layout:
-    """The layout of the output of layer `at`, of `shape` [R, ...].
-
-    grid, special: of tokens [R, T, C], where neither the coordinates of the tokens nor the model's
-    patches show them.
+    """The layout of the output of layer `at`, of `shape` [R, ...]; grid, special: of tokens
+    [R, T, C], where neither the coordinates of the tokens nor the model's patches show them.
     """
     name, size = type(layer).__name__, space.size
     no_space = InputError(
@@ -390,9 +375,7 @@ def read_layout(
 
 
 def _steps(followed: Followed, space: Space) -> int:
-    """How many steps of an example are rows of a layer, one after the other; 1 where it has the
-    examples alone on its first axis.
-    """
+    """How many steps of an example are rows of a layer; 1 where rows are examples."""
     steps = followed.along(0) - {0}
     if not steps:
         return 1
@@ -415,9 +398,7 @@ def tokens_at(
     model: object = None,
     followed: Followed | None = None,
 ) -> Lattice:
-    """Where tokens lie in an input: by `grid` and `special` where these are given, else by the
-    coordinates that were followed to them, else by the arithmetic of the patch convolution.
-    """
+    """Where tokens lie: as given, by followed coordinates, or by the patch convolution."""
     size, places = space.size, space.axes.places
     if grid is None:
         lattice = None if followed is None else lattice_of(followed, places)

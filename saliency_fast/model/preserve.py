@@ -1,11 +1,9 @@
 """Leaves a model as it was: modes, attributes, buffers, random numbers and checkpoints.
 
-A model may keep its last input, count its calls, cache masks by batch size or update a moving
-average. While it is explained it runs on points, which its user never gave it. So attributes,
-buffers, parameters and submodules of its modules come back as they were: attributes by identity,
-lists, dictionaries and sets by their entries, tensors by PyTorch's count of in-place writes. They
-come back before each run, too: a point's score depends on the model as the caller passed it, and
-not on the runs before.
+A model may keep its last input, count its calls or update a moving average. Attributes, buffers,
+parameters and submodules are restored, attributes by identity, containers by their entries, tensors
+by PyTorch's count of in-place writes. They are restored before each run, too: a point's score
+depends on the model as the caller passed it, not on earlier runs.
 """
 
 from __future__ import annotations
@@ -26,16 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import checkpoint as torch_checkpoint
 
-from saliency_fast._torch_compat import (
-    TABLES,
-    TRANSIENT,
-    CheckpointHook,
-    ReentrantCheckpoint,
-    dynamo_loaded,
-    outside_transforms,
-    set_version,
-    version_of,
-)
+from saliency_fast import _torch_compat as compat
 from saliency_fast.errors import warn
 
 COPIED = 64 * 1024**2
@@ -55,10 +44,7 @@ Called = TypeVar("Called", bound=Callable[..., Any])
 
 
 class SharedSwitch(Generic[Held]):
-    """Something process-wide that calls of several threads hold at once, for each key.
-
-    The first user of a key turns it on, and the last one turns it off, both under `lock`.
-    """
+    """What threads share: a key's first user turns it on, its last one off."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -102,7 +88,7 @@ class _Local(threading.local):
 
 
 _LOCAL = _Local()
-_MODES: SharedSwitch[None] = SharedSwitch()
+_MODES: SharedSwitch[bool] = SharedSwitch()
 _SNAPSHOTS: SharedSwitch[_Snapshot] = SharedSwitch()
 _STANCE: SharedSwitch[Any] = SharedSwitch()
 _CHECKPOINTS: SharedSwitch[None] = SharedSwitch()
@@ -116,23 +102,15 @@ _CHANGING: WeakSet[nn.Module] = WeakSet()
 def preserve_model_state(
     model: Callable[..., Any], device: torch.device, *, draws: bool = True
 ) -> Iterator[bool]:
-    """Runs its body with the model in evaluation mode; restores all that the model changes.
+    """Inside, the model is in evaluation mode; yields whether it was in training mode.
 
-    Modes, random states and the model's own state come back also after an exception or Ctrl-C.
-    Threads may share a model, or parts of one: modes come back when the last of them leaves.
-
-    Args:
-        model: The model, or a function around one.
-        device: The device of the model's inputs.
-        draws: Whether random states are restored, which are the whole process's: not where other
-            threads work on.
-
-    Yields:
-        Whether the model was in training mode.
+    Modes, random states and the model's own state are restored also after an exception or Ctrl-C,
+    modes of shared models when the last thread leaves. draws: whether random states are restored,
+    which are the process's: not where other threads go on working.
     """
     with (
         restored_random_state(lambda: True, device) if draws else nullcontext(),
-        outside_transforms(),
+        compat.outside_transforms(),
         _evaluating(model) as was_training,
         preserved(model, rewinds=draws),
         torch.inference_mode(False),
@@ -145,9 +123,7 @@ def preserve_model_state(
 
 @contextmanager
 def restored_random_state(drew: Callable[[], bool], device: torch.device) -> Iterator[None]:
-    """Whatever a model draws inside, it draws again afterwards. drew: whether it did; else random
-    numbers are other threads' business, since the state is the whole process's.
-    """
+    """Restores random states, which threads share, if `drew()` says that they changed."""
     before = random_states(device)
     try:
         yield
@@ -178,7 +154,7 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
         # Frozen TorchScript has no mode any more.
         for module in model.modules() if isinstance(model, nn.Module) else ():
             if hasattr(module, "training") and (module.training or module in _MODES):
-                _MODES.acquire(module, lambda: None)
+                _MODES.acquire(module, lambda: True)
                 module.training = False
                 held.append(module)
     try:
@@ -186,24 +162,18 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
     finally:
         with _MODES.lock:
             for module in held:
-                _MODES.release(module, partial(_train, module))
-
-
-def _train(module: nn.Module, _: None) -> None:
-    module.training = True
+                _MODES.release(module, partial(setattr, module, "training"))
 
 
 # Compilation and checkpoints.
 
 
 def uncaptured(function: Called) -> Called:
-    """The function, which torch.compile leaves as it is with all that it calls: in a function that
-    is being compiled, it would compile our own frames one by one.
-    """
+    """The function outside of torch.compile, which would compile our own frames one by one."""
 
     @wraps(function)
     def called(*args: Any, **kwargs: Any) -> Any:
-        if not dynamo_loaded():
+        if not compat.dynamo_loaded():
             return function(*args, **kwargs)
         return torch.compiler.disable(function)(*args, **kwargs)  # type: ignore[no-untyped-call]
 
@@ -212,13 +182,11 @@ def uncaptured(function: Called) -> Called:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Inside, models of torch.compile run eagerly: the compiler would try to compile our hooks and
-    modes, and give up the model for good.
-    """
+    """Inside, models of torch.compile run eagerly: it cannot compile hooks and modes."""
     with ExitStack() as stack:
         # Refused in a function that is being compiled, where the model is no frame of its own.
         with suppress(RuntimeError):
-            if dynamo_loaded():
+            if compat.dynamo_loaded():
                 set_stance = partial(torch.compiler.set_stance, "force_eager")
                 unset = methodcaller("__exit__", None, None, None)
                 stack.enter_context(_STANCE.on(set_stance, unset))
@@ -227,12 +195,10 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def without_recomputation(*, once: bool = True) -> Iterator[None]:
-    """Inside, torch.utils.checkpoint runs its functions once in this thread, as plain calls.
-
-    Hooks and function modes hold for one forward pass: a checkpoint's second run, in the backward
-    pass, would go without them, in one of autograd's threads. Activations are kept instead, and
-    counted as such. once: False leaves checkpoints with use_reentrant=False as they
-    are, and runs the other kind, which refuses torch.autograd.grad, as if it were that one.
+    """Inside, torch.utils.checkpoint runs its functions once in this thread, as plain calls: hooks
+    and function modes do not hold for a checkpoint's second run. once: False leaves checkpoints
+    with use_reentrant=False as they are, and runs the other kind, which refuses
+    torch.autograd.grad, as if it were that one.
     """
     before = _LOCAL.once
     with _CHECKPOINTS.on(_patch_checkpoints, _unpatch_checkpoints):
@@ -246,17 +212,23 @@ def without_recomputation(*, once: bool = True) -> Iterator[None]:
 
 def _patch_checkpoints() -> None:
     # All hide inherited methods, which other threads go on to.
-    ReentrantCheckpoint.apply = staticmethod(_apply)
-    CheckpointHook.__enter__, CheckpointHook.__exit__ = _enter, _leave
+    compat.ReentrantCheckpoint.apply = staticmethod(_apply)
+    compat.CheckpointHook.__enter__, compat.CheckpointHook.__exit__ = _enter, _leave
 
 
 def _unpatch_checkpoints(_: None) -> None:
-    del ReentrantCheckpoint.apply, CheckpointHook.__enter__, CheckpointHook.__exit__
+    del (
+        compat.ReentrantCheckpoint.apply,
+        compat.CheckpointHook.__enter__,
+        compat.CheckpointHook.__exit__,
+    )
 
 
 def _apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
     if _LOCAL.once is None:
-        return super(ReentrantCheckpoint, ReentrantCheckpoint).apply(function, preserve, *args)
+        return super(compat.ReentrantCheckpoint, compat.ReentrantCheckpoint).apply(
+            function, preserve, *args
+        )
     if _LOCAL.once:
         return function(*args)
     return torch_checkpoint.checkpoint(
@@ -283,47 +255,37 @@ def _leave(hook: Any, *error: Any) -> None:
 class _Snapshot:
     """A module as it was before the first of the calls that hold it.
 
-    overwritten: names of the tensors that the module writes to, None before its first call. room:
-    bytes of tensors that may be copied. thread: the one that all calls are of, None for several.
-    changed: whether the last `restore` had something to put back. inference: whether tensors of
-    inference mode were replaced.
+    room: bytes of tensors that may be copied. thread: the one of all calls, None for several.
+    changed: whether the last `restore` restored something. inference: whether it has tensors of
+    inference mode.
     """
-
-    __slots__ = (
-        "attributes", "changed", "containers", "copies", "inference", "module", "names", "tables",
-        "tensors", "thread", "transient", "versions",
-    )  # fmt: skip
 
     def __init__(self, module: nn.Module, room: int) -> None:
         own = vars(module)
         self.module, self.inference, self.changed = module, False, False
         self.thread: int | None = threading.get_ident()
         self.attributes = own.copy()
-        self.tables = [own[name].copy() for name in TABLES]
-        self.transient = own[TRANSIENT].copy()
+        self.tables = [own[name].copy() for name in compat.TABLES]
+        self.transient = own[compat.TRANSIENT].copy()
         self.containers: list[_Container] = []
         parameters, buffers, _ = self.tables
         # A layer without a bias has a parameter that is None.
-        held = {n: t for n, t in (parameters | buffers).items() if t is not None}
-        self.names, self.tensors = list(held), list(held.values())
+        self.tensors = [(n, t) for n, t in (parameters | buffers).items() if t is not None]
         if len(own) > len(_BASE):
             for name, value in own.items():
                 if type(value) not in _PLAIN and name not in _BASE:
                     self._gather(name, value, set())
-        if any(tensor.is_inference() for tensor in self.tensors):
+        if any(tensor.is_inference() for _, tensor in self.tensors):
             # They count no writes, and take none outside of their mode.
             self.inference = True
-            pairs = zip(self.names, self.tensors, strict=True)
-            counted = [(n, t) for n, t in pairs if not t.is_inference()]
-            self.names, self.tensors = [n for n, _ in counted], [t for _, t in counted]
-        self.versions = list(map(version_of, self.tensors))
+            self.tensors = [(name, one) for name, one in self.tensors if not one.is_inference()]
+        self.versions = [compat.version_of(tensor) for _, tensor in self.tensors]
         self.copies = self._copied(parameters, room)
 
     def _gather(self, name: str, value: Any, seen: set[int]) -> None:
         """Adds the containers and tensors in an attribute."""
         if isinstance(value, Tensor):
-            self.names.append(name)
-            self.tensors.append(value)
+            self.tensors.append((name, value))
         elif isinstance(value, (*_CONTAINERS, tuple)) and id(value) not in seen:
             seen.add(id(value))
             if not isinstance(value, tuple):
@@ -338,9 +300,7 @@ class _Snapshot:
         # In training mode, batch normalisation writes to its statistics.
         overwritten = None if self.module.training else _OVERWRITTEN.get(self.module)
         copies: dict[int, Tensor] = {}
-        if overwritten is not None and not overwritten:
-            return copies
-        for number, (name, tensor) in enumerate(zip(self.names, self.tensors, strict=True)):
+        for number, (name, tensor) in enumerate(() if overwritten == set() else self.tensors):
             wanted = name not in parameters and (overwritten is None or name in overwritten)
             # Writes to other layouts, such as sparse ones, show in their versions alone.
             plain = tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_meta)
@@ -351,34 +311,36 @@ class _Snapshot:
 
     def restore(self, *, graphs: bool) -> list[str]:
         """Restores the module; returns the names of tensors and containers that stay changed.
-        graphs: whether graphs of its runs live on, whose backward pass is to fail where the module
-        was written to.
+        graphs: graphs of its runs live on, whose backward pass fails where tensors were written to.
         """
         own, self.changed = vars(self.module), False
-        for name, before in zip(TABLES, self.tables, strict=True):
+        for name, before in zip(compat.TABLES, self.tables, strict=True):
             if not _same(before, own[name]):
                 self.changed = True
                 own[name].clear()
                 own[name].update(before)
-        if (transient := own[TRANSIENT]) != self.transient:
+        if (transient := own[compat.TRANSIENT]) != self.transient:
             transient.clear()
             transient.update(self.transient)
         if not _same(self.attributes, own):
             self._restore_attributes(own)
         containers = [one for one in self.containers if one.changed()]
         lost = [one.name for one in containers if not one.restore()]
-        now = list(map(version_of, self.tensors))
+        now = [compat.version_of(tensor) for _, tensor in self.tensors]
         written = [n for n, was in enumerate(self.versions) if now[n] != was]
         # Batch normalisation writes to its statistics without counting.
-        written += [n for n, one in self.copies.items() if not torch.equal(one, self.tensors[n])]
+        written += [n for n, one in self.copies.items() if not torch.equal(one, self.tensors[n][1])]
         written = list(dict.fromkeys(written))
-        lost += [self.names[n] for n in written if not self._rewritten(n, graphs)]
+        names = [self.tensors[n][0] for n in written]
+        lost += [
+            name for n, name in zip(written, names, strict=True) if not self._rewritten(n, graphs)
+        ]
         self.changed |= bool(containers or written)
         if self.changed:
             _CHANGING.add(self.module)
         earlier = _OVERWRITTEN.get(self.module)
         if earlier is None or written:
-            _OVERWRITTEN[self.module] = (earlier or set()).union(self.names[n] for n in written)
+            _OVERWRITTEN[self.module] = (earlier or set()).union(names)
         return lost
 
     def _restore_attributes(self, own: dict[str, Any]) -> None:
@@ -395,7 +357,7 @@ class _Snapshot:
 
     def _rewritten(self, number: int, graphs: bool) -> bool:
         """Whether a tensor that was written to has its numbers again."""
-        tensor, copy = self.tensors[number], self.copies.get(number)
+        tensor, copy = self.tensors[number][1], self.copies.get(number)
         if copy is None:
             return False
         with suppress(RuntimeError), torch.no_grad(), torch.inference_mode(False):
@@ -403,15 +365,15 @@ class _Snapshot:
             if not graphs:
                 # As if it had never been written to, for graphs that the user holds from before.
                 with suppress(Exception):
-                    set_version(tensor, self.versions[number])
+                    compat.set_version(tensor, self.versions[number])
             return True
         return False
 
     def replace_inference(self, made: dict[int, Tensor]) -> None:
-        """Puts copies in the place of parameters and buffers that were made in inference mode, and
-        cannot take part in gradients; `made`: those of the tensors that modules share.
+        """Replaces parameters and buffers of inference mode, which have no gradients, by copies;
+        `made`: those of tensors that modules share.
         """
-        for name in TABLES[:2]:
+        for name in compat.TABLES[:2]:
             table = vars(self.module)[name]
             for key, one in table.items():
                 if isinstance(one, Tensor) and one.is_inference():
@@ -462,8 +424,7 @@ def _same(before: dict[Any, Any], now: dict[Any, Any]) -> bool:
 
 class _Hold:
     """What a call holds. runs: of the model so far; changing: modules that change when it runs;
-    graphs: whether graphs of its runs live on. rewinds: whether its runs begin with the state as it
-    was held, not where a user may change the model meanwhile.
+    graphs: whether graphs of its runs live on; rewinds: whether its runs begin with the held state.
     """
 
     def __init__(self, snapshots: list[_Snapshot], rewinds: bool) -> None:
@@ -472,11 +433,9 @@ class _Hold:
 
 
 def rewind(*, counts: bool = True) -> None:
-    """Restores the state that earlier runs of the innermost call changed.
-
-    To be called before each run of its model. The second run shows which modules change. Calls of
-    several threads at once leave the state as it is. counts: whether the run leaves its changes for
-    the next one to restore.
+    """Restores the state that earlier runs of the innermost call changed, before its model runs,
+    unless several threads hold it. The second run shows which modules change. counts: whether the
+    run leaves its changes for the next one to restore.
     """
     if not _LOCAL.holds or not _LOCAL.holds[-1].rewinds:
         return
@@ -494,19 +453,15 @@ def rewind(*, counts: bool = True) -> None:
 
 
 def keep_graphs() -> None:
-    """Graphs of the innermost call's runs live on: where its model writes to tensors that they
-    save, their backward pass is to fail.
-    """
+    """Graphs of the innermost call's runs live on: their overwritten tensors are to fail."""
     if _LOCAL.holds:
         _LOCAL.holds[-1].graphs = True
 
 
 @contextmanager
 def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
-    """Runs its body; restores the state that the model's modules change meanwhile.
-
-    Of a plain function, the modules that it closes over, reads by name or is bound to. Several
-    calls may hold a module at once: it comes back when the last of them leaves. Warns of what
+    """Restores the state that the model's modules change inside (of a function those that it closes
+    over, reads by name or is bound to), when the last call that holds them leaves. Warns of what
     cannot be restored, by name.
     """
     held: list[_Snapshot] = []
@@ -537,13 +492,18 @@ def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
             for one in held:
                 _SNAPSHOTS.release(one.module, restore)
         if lost:
-            _warn_of_lost(held, lost)
+            paths = [path for one in held for path in one.module.named_modules()]
+            names = {id(one): path for path, one in reversed(paths)}
+            shown = [f"{names[id(one)]}.{name}".lstrip(".") for one, name in lost]
+            more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+            warn(
+                f"the model changed {', '.join(shown[:_NAMED])}{more} while it was explained, and "
+                "that could not be put back: look whether its forward() writes to it"
+            )
 
 
 def modules_of(model: object) -> list[nn.Module]:
-    """The modules that a model is made of, apart from those that keep their state elsewhere:
-    compiled scripts, and lazy modules, whose parameters are made by their first call.
-    """
+    """The modules of a model but for compiled scripts and lazy modules without parameters."""
     modules: dict[int, nn.Module] = {}
     left = list(_roots(model))
     while left:
@@ -551,12 +511,12 @@ def modules_of(model: object) -> list[nn.Module]:
         if id(module) not in modules:
             modules[id(module)] = module
             left.extend(module.children())
-    return [one for one in modules.values() if _is_plain(one)]
-
-
-def _is_plain(module: nn.Module) -> bool:
-    lazy = getattr(type(module), "has_uninitialized_params", None)
-    return not isinstance(module, torch.jit.ScriptModule) and not (lazy and lazy(module))
+    is_lazy = [getattr(type(one), "has_uninitialized_params", None) for one in modules.values()]
+    return [
+        one
+        for one, lazy in zip(modules.values(), is_lazy, strict=True)
+        if not isinstance(one, torch.jit.ScriptModule) and not (lazy and lazy(one))
+    ]
 
 
 def _roots(model: object, depth: int = 3) -> Iterator[nn.Module]:
@@ -577,16 +537,3 @@ def _roots(model: object, depth: int = 3) -> Iterator[nn.Module]:
         inside += getattr(model, "__dict__", {}).values()
     for one in inside if depth else ():
         yield from _roots(one, depth - 1)
-
-
-def _warn_of_lost(held: list[_Snapshot], lost: list[tuple[nn.Module, str]]) -> None:
-    names: dict[int, str] = {}
-    for snapshot in held:
-        for name, one in snapshot.module.named_modules():
-            names.setdefault(id(one), name)
-    shown = [f"{names[id(one)]}.{name}".lstrip(".") for one, name in lost]
-    more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
-    warn(
-        f"the model changed {', '.join(shown[:_NAMED])}{more} while it was explained, and that "
-        "could not be put back: look whether its forward() writes to it"
-    )

@@ -1,13 +1,11 @@
-"""Targets: which scalar of the model's output is explained, per example.
-
-Positions in sequences are counted among each text's own tokens, so that the padding of a batch does
-not change which token a target names.
+"""Targets: which scalar of the model's output is explained, per example. Positions in sequences are
+counted among each text's own tokens, whatever the padding of the batch.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import InputError, InputTypeError, ModelError
 from saliency_fast.model.casts import cast
 from saliency_fast.model.failures import BY_ARGUMENT, BY_EXAMPLE, TARGET, Failing
@@ -91,57 +90,33 @@ class Reader:
         raise NotImplementedError
 
 
-Target = (
-    NextToken
-    | int
-    | str
-    | Tensor
-    | np.ndarray[Any, Any]
-    | np.generic
-    | Sequence[Any]
-    | tuple[Any, ...]
-    | Callable[..., Tensor]
-    | Reader
-    | None
-)
+Numbers = Tensor | np.ndarray[Any, Any] | np.generic
+Target = NextToken | int | str | Numbers | Sequence[Any] | Callable[..., Tensor] | Reader | None
 
 
 @dataclass(frozen=True)
 class Padding:
     """Which tokens of a call's sequences are padding.
 
-    Attributes:
-        real: bool [B, T], true at a text's own tokens; None where no text has padding.
-        doubt: Why it is unknown where texts end, or "".
+    real: bool [B, T], true at a text's own tokens; None where no text has padding. doubt: why it is
+    unknown where texts end, or "".
     """
 
     real: Tensor | None = None
     doubt: str = ""
 
     def to(self, device: torch.device) -> Padding:
-        """The same on a device."""
         return self if self.real is None else Padding(self.real.to(device), self.doubt)
 
     def places(self, position: Tensor, length: int) -> Tensor:
-        """The indices int64 [B] of positions in outputs of `length` tokens.
-
-        Args:
-            position: int64 [B], counted among each text's own tokens; negative from the last.
-            length: T, of the output.
-
-        Raises:
-            InputError: Where a text is too short, or padding is unknown and matters.
-        """
-        if self.real is None:
-            if self.doubt and bool((position < 0).any()):
-                raise InputError(f"target: {self.doubt}; {CURE}")
-            index = torch.where(position < 0, position + length, position)
-            counts = torch.full_like(position, length)
-        else:
-            self.need_length(length)
-            counts = self.real.sum(1)
-            wanted = torch.where(position < 0, position + counts, position)
-            at = self.real & (self.real.cumsum(1) == wanted[:, None] + 1)
+        """Indices int64 [B] in outputs of `length` tokens of positions in each text."""
+        if self.real is None and self.doubt and bool((position < 0).any()):
+            raise InputError(f"target: {self.doubt}; {CURE}")
+        self.need_length(length)
+        counts = torch.full_like(position, length) if self.real is None else self.real.sum(1)
+        index = torch.where(position < 0, position + counts, position)
+        if self.real is not None:
+            at = self.real & (self.real.cumsum(1) == index[:, None] + 1)
             index = torch.where(at.any(1), at.int().argmax(1), -1)
         outside = (index < 0) | (index >= length)
         if bool(outside.any()):
@@ -153,7 +128,6 @@ class Padding:
         return index
 
     def need_length(self, length: int) -> None:
-        """Raises InputError where the output's sequences are not of the mask's length."""
         if self.real is not None and self.real.shape[1] != length:
             raise InputError(
                 f"target: the output has {length} places and the attention mask "
@@ -162,10 +136,8 @@ class Padding:
             )
 
     def axis(self, shape: torch.Size, index: Any) -> int | None:
-        """The axis of an example's output along which positions are counted without padding; None
-        where there is none, or no text has padding.
-
-        Raises InputError where an output may or may not be a sequence, and it matters.
+        """The axis of an example's output along which positions are counted without padding, or
+        None. Raises InputError where an output may or may not be a sequence, and it matters.
         """
         if self.real is None:
             if self.doubt and len(shape) > 1 and _from_the_end(index):
@@ -189,12 +161,9 @@ class Padding:
 
 @dataclass(frozen=True)
 class Targets:
-    """K scalars per example, read from the output of a batch of points.
-
-    All of the first six attributes None is the scalar output.
+    """K scalars per example of `batch`, read from the output; by default the scalar output.
 
     Attributes:
-        batch: B, the number of examples.
         classes: int64 [B, K], columns of an output [R, C].
         places: int64 [B, D], one element of an output [R, ...] per example.
         index: A tuple into the output behind its batch axis; the rest is summed.
@@ -254,13 +223,11 @@ class Targets:
             _need_sequence(output.shape[1:])
             token = self.padding.places(self.position, output.shape[1])
             output = output[torch.arange(len(example), device=example.device), token[example]]
-        if self.predicted and self.classes is None:
-            _need_matrix(output, "target='predicted'")
-            classes = output.detach().argmax(1, keepdim=True)
-            return output.gather(1, classes), classes
-        if self.classes is not None:
-            _need_matrix(output, "an integer target")
-            classes = self.classes[example]
+        classes = None if self.classes is None else self.classes[example]
+        if self.predicted or classes is not None:
+            what = "target='predicted'" if classes is None else "an integer target"
+            _need_matrix(output, what)
+            classes = output.detach().argmax(1, keepdim=True) if classes is None else classes
             return output.gather(1, classes), classes
         if self.places is not None:
             rows = torch.arange(len(example), device=example.device)
@@ -271,10 +238,8 @@ class Targets:
         return self._indexed(output, example)[:, None], None
 
     def check(self, raw: Any, example: Tensor) -> torch.Size | None:
-        """Raises where classes or indices lie outside the output, or a function depends on where a
-        row stands; once, on the first output, of the rows of examples `example` [R].
-
-        Returns the shape of an example's output, for `fit`; None where a function reads it.
+        """Raises where classes or indices lie outside of the first output, or a function depends on
+        the order of rows. Returns the shape of an example's output; None where a function reads it.
         """
         if self.function is not None:
             self._need_any_row(raw, example)
@@ -449,10 +414,7 @@ def tensor_of(raw: Any) -> Tensor:
 
 
 def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets:
-    """Validates `target` for a batch; raises InputError or InputTypeError with the cure.
-
-    signed: whether ints may be negative, where they are positions.
-    """
+    """Validates `target` for a batch; signed: ints are positions, which may be negative."""
     if isinstance(target, (np.ndarray, np.generic)):
         target = target.tolist()
     if target is None:
@@ -467,11 +429,9 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
         return Targets(batch, function=target, many=True)
     if isinstance(target, bool):
         raise InputTypeError("target must be an int, a sequence, a tuple or a function: got bool")
-    if isinstance(target, int):
-        every = torch.full((batch, 1), target, device="cpu")
-        return Targets(batch, classes=_classes(every, signed))
-    if isinstance(target, Tensor):
-        return _per_example(target, batch, signed)
+    if isinstance(target, (int, Tensor)):
+        numbers = torch.tensor(target, device="cpu") if isinstance(target, int) else target
+        return _per_example(numbers, batch, signed)
     if isinstance(target, tuple):
         return _index(target, batch)
     if callable(target):
@@ -485,9 +445,8 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
 
 
 def _example_of(function: Callable[..., Any]) -> str:
-    """How a function of the output takes the examples' indices, by its signature: `NAME` where it
-    has a parameter of that name, `POSITION` where exactly two positional parameters have no
-    default, "" where it takes none.
+    """How a function of the output takes the examples' indices: `NAME` where it has a parameter of
+    that name, `POSITION` where exactly two positional parameters have no default, else "".
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -501,7 +460,7 @@ def _example_of(function: Callable[..., Any]) -> str:
 
 
 def _next_token(target: NextToken, batch: int) -> Targets:
-    token = target.token
+    token, mask = target.token, target.mask
     if isinstance(token, str) and token != PREDICTED:
         raise InputError(
             f"NextToken: the text {token!r} has an id only where a tokenizer is at hand: use "
@@ -517,7 +476,6 @@ def _next_token(target: NextToken, batch: int) -> Targets:
         raise InputError(
             f"NextToken: position must be an int, or one per text: got {target.position!r}"
         )
-    mask = target.mask
     if mask is not None and not _is_mask(mask, batch):
         raise InputError(
             f"target: mask must be bool, or 0 and 1, [B, T] with B = {batch}: got {mask.dtype} "
@@ -640,11 +598,7 @@ def _from_the_end(index: Any) -> bool:
 
 
 def with_padding(
-    targets: Targets,
-    model: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    args: Any,
-    kwargs: Mapping[str, Any] | None,
+    targets: Targets, model: Function, inputs: Sequence[Tensor], args: Any, kwargs: Kwargs | None
 ) -> Targets:
     """Targets with the padding that a call's further arguments describe."""
     positions = targets.position is not None or targets.places is not None or targets.index
@@ -654,12 +608,7 @@ def with_padding(
     return replace(targets, padding=_padding_of(model, inputs, args, kwargs or {}))
 
 
-def _padding_of(
-    model: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> Padding:
+def _padding_of(model: Function, inputs: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Padding:
     """The padding by a call's arguments, by their names in the model's signature."""
     named, batch = _by_name(model, inputs, args, kwargs), len(inputs[0])
     decoded = any(named.get(name) is not None for name in DECODED)
@@ -671,9 +620,18 @@ def _padding_of(
             doubt = f"position -1 may be padding, which the argument {name!r} may tell of"
             return Padding(doubt=doubt)
     ids = named.get("decoder_input_ids") if decoded else inputs[0]
-    if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
-        for pad in _pad_ids(model):
-            if _ends_in(ids == pad):
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return Padding()
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    tables = [one for one in modules if isinstance(one, nn.Embedding)]
+    own = [getattr(getattr(model, "config", None), "pad_token_id", None)]
+    own += [t.padding_idx % t.num_embeddings for t in tables if t.padding_idx is not None]
+    for pad in own:
+        for rows in (ids == pad, (ids == pad).flip(1)) if isinstance(pad, int) else ():
+            # Runs of padding of several lengths, or of two tokens: one alone may close every text.
+            runs = rows.int().cumprod(1).sum(1)
+            least, most = int(runs.min()), int(runs.max())
+            if most > 0 and (least != most or least > 1):
                 return Padding(
                     doubt=f"position -1 of some examples seems to be padding (token id {pad}), and "
                     "no attention mask says where texts end"
@@ -682,7 +640,6 @@ def _padding_of(
 
 
 def _padding_by(name: str, mask: Tensor, batch: int) -> Padding:
-    """Padding by a mask of that name."""
     if not _is_mask(mask, batch):
         doubt = f"position -1 may be padding, and the {name} {list(mask.shape)} is none of [B, T]"
         return Padding(doubt=f"{doubt} with 0 and 1")
@@ -692,28 +649,22 @@ def _padding_by(name: str, mask: Tensor, batch: int) -> Padding:
 
 
 def _is_mask(mask: Tensor, batch: int) -> bool:
-    return mask.dim() == 2 and len(mask) in (1, batch) and _are_flags(mask)
-
-
-def _are_flags(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())
+    flags = mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())
+    return flags and mask.dim() == 2 and len(mask) in (1, batch)
 
 
 def _may_mask(name: str, value: Tensor, batch: int) -> bool:
     """Whether an argument looks like a mask of padding, or like lengths that differ."""
     if "mask" in name.lower():
-        flags = value.dim() == 2 and len(value) == batch and _are_flags(value)
+        flags = _is_mask(value, batch) and len(value) == batch
     else:
-        whole = value.shape == (batch,) and not value.is_floating_point()
-        flags = "len" in name.lower() and whole
+        integers = value.shape == (batch,) and not value.is_floating_point()
+        flags = "len" in name.lower() and integers
     return flags and not bool((value == value.flatten()[0]).all())
 
 
 def _by_name(
-    model: Callable[..., Any],
-    inputs: Sequence[Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    model: Function, inputs: Sequence[Tensor], args: Args, kwargs: Kwargs
 ) -> dict[str, Any]:
     """Arguments by name: those by position have the names that the model gives them."""
     if not any(isinstance(one, Tensor) for one in args):
@@ -726,24 +677,3 @@ def _by_name(
     own = {name: value for name, value in bound.arguments.items() if not isinstance(value, tuple)}
     given = {id(one) for one in inputs}
     return {name: value for name, value in own.items() if id(value) not in given} | dict(kwargs)
-
-
-def _pad_ids(model: object) -> Iterator[int]:
-    """Ids that models use for padding."""
-    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
-    if isinstance(pad, int):
-        yield pad
-    for layer in model.modules() if isinstance(model, nn.Module) else ():
-        if isinstance(layer, nn.Embedding) and layer.padding_idx is not None:
-            yield layer.padding_idx % layer.num_embeddings
-
-
-def _ends_in(pad: Tensor) -> bool:
-    """Whether rows of ids bool [B, T] begin or end in runs of padding: of several lengths, or of
-    two and more tokens, since a single one may close every text.
-    """
-    for rows in (pad, pad.flip(1)):
-        runs = rows.int().cumprod(1).sum(1)
-        if int(runs.max()) > 0 and (int(runs.min()) != int(runs.max()) or int(runs.min()) > 1):
-            return True
-    return False

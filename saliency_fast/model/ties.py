@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,25 +23,35 @@ Counts = tuple[Tensor, Tensor] | None
 """For each maximum, how many values are within rounding of it, and how many are equal to it."""
 
 
-@dataclass
-class Ties:
+class Ties(Calls):
     """An executor that runs the model eagerly and finds the ties that its gradient passes.
 
-    Attributes:
-        model: The model.
-        met: Whether it takes a maximum over places.
-        passed: For each of them sums of absolute gradients: of all that passes, through ties, and
-            through those whose values are not equal to the last bit.
+    met: whether the model takes maxima. passed: for each maximum sums of absolute gradients: all,
+    through ties, and through ties whose values are not equal to the last bit.
     """
 
-    model: Callable[..., Any]
-    met: bool = False
-    passed: list[list[float]] = field(default_factory=list)
+    def __init__(self, model: Function) -> None:
+        super().__init__()
+        self.model, self.met = model, False
+        self.passed: list[list[float]] = []
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         rewind()
-        with _Watch(self):
+        with self:
             return self.model(*points, *args, **kwargs)
+
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        result = func(*args, **kwargs)
+        look = _MAXIMA.get(func)
+        y = result[0] if isinstance(result, tuple) and result else result
+        if look is None or not isinstance(y, Tensor) or not y.requires_grad:
+            return result
+        self.met = True
+        with torch.no_grad():
+            counts = look(args[0].detach(), y.detach(), *args[1:], **kwargs)
+        if counts is not None:
+            self.add(args[0], y, *counts)
+        return result
 
     def shares(self) -> tuple[float, float]:
         """The largest shares of the gradient that pass ties, and ties by rounding."""
@@ -50,7 +59,7 @@ class Ties:
         tied, rounded = zip(*shares, strict=True) if shares else ((0.0,), (0.0,))
         return max(tied), max(rounded)
 
-    def note(self, x: Tensor, y: Tensor, near: Tensor, equal: Tensor) -> None:
+    def add(self, x: Tensor, y: Tensor, near: Tensor, equal: Tensor) -> None:
         """Sums the gradient of maxima y of x, from counts of near and of equal values."""
         tied = near > 1
         if is_rectifier_step(x.grad_fn):
@@ -65,33 +74,6 @@ class Ties:
                 sums[number] += float(part.double().sum())
 
         y.register_hook(passing)  # type: ignore[no-untyped-call]
-
-
-class _Watch(Calls):
-    """Runs every call as it is, and reports calls that take maxima."""
-
-    def __init__(self, ties: Ties) -> None:
-        super().__init__()
-        self._ties = ties
-
-    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
-        result = func(*args, **kwargs)
-        look = _MAXIMA.get(func)
-        y = result[0] if isinstance(result, tuple) and result else result
-        if look is None or not isinstance(y, Tensor) or not y.requires_grad:
-            return result
-        self._ties.met = True
-        with torch.no_grad():
-            counts = look(args[0].detach(), y.detach(), *args[1:], **kwargs)
-        if counts is not None:
-            self._ties.note(args[0], y, *counts)
-        return result
-
-
-def _near(seen: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a value is within rounding of its maximum, and where it is equal."""
-    reach = y.abs() * WITHIN.get(y.dtype, torch.finfo(y.dtype).eps)
-    return y - seen <= reach, y == seen
 
 
 def _windows(axes: int) -> Callable[..., Counts]:
@@ -141,41 +123,32 @@ def _along(x: Tensor, y: Tensor, dim: Any = (), keepdim: bool = False, **_: Any)
     wide = y
     for axis in () if keepdim else axes:
         wide = wide.unsqueeze(axis)
-    near, equal = _near(x, wide)
+    reach = wide.abs() * WITHIN.get(y.dtype, torch.finfo(y.dtype).eps)
+    near, equal = wide - x <= reach, wide == x
     return near.sum(axes).view(y.shape), equal.sum(axes).view(y.shape)
 
 
-_MAXIMA: dict[Any, Callable[..., Counts]] = {
-    torch.max_pool1d: _windows(1),
-    torch.max_pool1d_with_indices: _windows(1),
-    torch.max_pool2d: _windows(2),
-    NN.max_pool2d_with_indices: _windows(2),
-    torch.max_pool3d: _windows(3),
-    NN.max_pool3d_with_indices: _windows(3),
-    torch.adaptive_max_pool1d: _adaptive(1),
-    NN.adaptive_max_pool2d: _adaptive(2),
-    NN.adaptive_max_pool3d: _adaptive(3),
-    torch.amax: _along,
-    Tensor.amax: _along,
-    torch.max: _along,
-    Tensor.max: _along,
-}
+_MAXIMA: dict[Any, Callable[..., Counts]]
+_MAXIMA = dict.fromkeys((torch.amax, Tensor.amax, torch.max, Tensor.max), _along)
+for _axes, _space in ((1, torch), (2, NN), (3, NN)):
+    _MAXIMA[getattr(torch, f"max_pool{_axes}d")] = _windows(_axes)
+    _MAXIMA[getattr(_space, f"max_pool{_axes}d_with_indices")] = _windows(_axes)
+    _MAXIMA[getattr(_space, f"adaptive_max_pool{_axes}d")] = _adaptive(_axes)
 
 
 def may_tie(inputs: Inputs) -> bool:
-    """Whether a model may see the same at several places of an example, [1, *] for each input:
-    neighbours are equal in all channels, or any two places of a series or a cloud.
-    """
-    return any(_repeats(x[0] if x.dim() > 2 else x) for x in inputs)
-
-
-def _repeats(places: Tensor) -> bool:
-    if len(places) == 1 and places.dim() == 2:
-        ordered = places[0].sort().values
-        return bool((ordered[1:] == ordered[:-1]).any())
-    for axis in range(1, places.dim()):
-        count = places.shape[axis] - 1
-        same = places.narrow(axis, 1, count) == places.narrow(axis, 0, count)
-        if bool(same.all(0).any()):
+    """Whether neighbours of an example, or positions of a series or cloud, are equal."""
+    for places in (x[0] if x.dim() > 2 else x for x in inputs):
+        if len(places) == 1 and places.dim() == 2:
+            ordered = places[0].sort().values
+            if bool((ordered[1:] == ordered[:-1]).any()):
+                return True
+            continue
+        for axis in range(1, places.dim()):
+            count = places.shape[axis] - 1
+            same = places.narrow(axis, 1, count) == places.narrow(axis, 0, count)
+            if bool(same.all(0).any()):
+                return True
+        if places.dim() == 2 and torch.unique(places, dim=1).shape[1] < places.shape[1]:
             return True
-    return places.dim() == 2 and torch.unique(places, dim=1).shape[1] < places.shape[1]
+    return False

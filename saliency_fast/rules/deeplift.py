@@ -12,20 +12,19 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import InputError, ModelError
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.rules.intercept import (
     ELEMENTWISE,
-    Args,
-    Func,
-    Kwargs,
     OperatorRule,
+    Rules,
     RulesMode,
     call_name,
     named,
     only_input_varies,
     register,
     split,
-    with_backward,
 )
 
 CAPTUM = ("relu", "elu", "leaky_relu", "sigmoid", "tanh", "softplus")
@@ -37,8 +36,7 @@ deeplift_rule = partial(register, DEEPLIFT)
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Points and their references."""
-    half = len(x) // 2
-    return x[:half], x[half:]
+    return x[: len(x) // 2], x[len(x) // 2 :]
 
 
 def _both(multiplier: Tensor) -> Tensor:
@@ -70,7 +68,7 @@ class Paired(RulesMode):
         self.rules = rules
         self._ruled = WeakIdKeyDictionary()
 
-    def answer(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    def answer(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         x = args[0] if args else kwargs.get("input")
         follows = self.rules.captum and isinstance(x, Tensor) and x in self._ruled
         if follows and call_name(func)[0] in self.table:
@@ -93,7 +91,7 @@ class Paired(RulesMode):
 
 
 @deeplift_rule(*ELEMENTWISE)
-def _elementwise(mode: Paired, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _elementwise(mode: Paired, func: Function, args: Args, kwargs: Kwargs) -> Any:
     if not only_input_varies(args, kwargs):
         return NotImplemented
     x, apply = split(func, args, kwargs)
@@ -105,11 +103,11 @@ def _elementwise(mode: Paired, func: Func, args: Args, kwargs: Kwargs) -> Any:
         leaf = point.detach().requires_grad_()
         (slope,) = torch.autograd.grad(apply(leaf).sum(), leaf)
     multiplier = _multipliers(point - reference, out - out_reference, slope, mode.rules.epsilon)
-    return with_backward(y, lambda grad, m: (grad * _both(m),), (multiplier,), x)
+    return differentiable(x, lambda _: (y, (multiplier,)), lambda grad, m: grad * _both(m))
 
 
 @deeplift_rule("softmax")
-def _softmax(mode: Paired, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _softmax(mode: Paired, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Multipliers less their mean, since shifts of the input change nothing."""
     given = named(("input", "dim", "dtype"), args, kwargs)
     dim, dtype = given.get("dim"), given.get("dtype")
@@ -122,23 +120,17 @@ def _softmax(mode: Paired, func: Func, args: Args, kwargs: Kwargs) -> Any:
         (point, reference), (out, out_reference) = _halves(x), _halves(y)
         changes = point - reference, out - out_reference
 
-    def back(grad: Tensor, y: Tensor, change: Tensor, change_out: Tensor) -> tuple[Tensor]:
+    def back(grad: Tensor, y: Tensor, change: Tensor, change_out: Tensor) -> Tensor:
         slope = y * (grad - (grad * y).sum(dim, keepdim=True))
         result = _multipliers(_both(change), grad * _both(change_out), slope, rules.epsilon)
         axes = range(0 if rules.captum else 1, result.dim())
-        return ((result - result.mean(tuple(axes), keepdim=True)).to(change.dtype),)
+        return (result - result.mean(tuple(axes), keepdim=True)).to(change.dtype)
 
-    return with_backward(y, back, (y, *changes), x)
+    return differentiable(x, lambda _: (y, (y, *changes)), back)
 
 
 def _max_pool(
-    mode: Paired,
-    func: Func,
-    args: Args,
-    kwargs: Kwargs,
-    axes: int,
-    pool: Func,
-    indices: bool,
+    mode: Paired, func: Any, args: Args, kwargs: Kwargs, axes: int, pool: Function, indices: bool
 ) -> Any:
     """The maximum's change goes to the positions of the point's and the reference's maxima."""
     x, apply = split(pool, args, kwargs)
@@ -153,7 +145,7 @@ def _max_pool(
 
     def back(
         grad: Tensor, index: Tensor, change: Tensor, out: Tensor, out_reference: Tensor
-    ) -> tuple[Tensor]:
+    ) -> Tensor:
         (at, at_reference), (grad, grad_reference) = _halves(index), _halves(grad)
         if not rules.captum:
             grad_reference = grad
@@ -161,9 +153,10 @@ def _max_pool(
         gained = _unpooled(grad * (larger - out_reference), at, change)
         lost = _unpooled(grad_reference * (out - larger), at_reference, change)
         slope = _unpooled(grad, at, change)
-        return (_both(_multipliers(change, gained + lost, slope, rules.epsilon)),)
+        return _both(_multipliers(change, gained + lost, slope, rules.epsilon))
 
-    y = with_backward(y, back, (index, change, out, out_reference), x)
+    kept = (index, change, out, out_reference)
+    y = differentiable(x, lambda _, plain=y: (plain, kept), back)
     return (y, index) if indices else y
 
 
@@ -183,28 +176,25 @@ def _unpooled(values: Tensor, index: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rescale:
+class Rescale(Rules):
     """DeepLIFT's rescale rule: a nonlinearity's gradient becomes change out / change in.
 
-    Changes are between a point and its reference, the other half of the batch; where the input's
-    change is below `epsilon` the gradient stays. Softmax's multipliers lose their mean over the
-    example. Linear operators, normalisations by the data and products of two tensors keep their
-    gradient. captum: as Captum 0.9 has it, for equal numbers: of the elementwise operators only
-    `CAPTUM` have the rule, a nonlinearity directly after another keeps its gradient (sums then
-    miss the scores' change), softmax's mean is the whole batch's, and pools weigh references by
-    gradients of their own, so that the references' scores are to be differentiated as well.
+    Changes are between a point and its reference, the other half of the batch; below `epsilon` the
+    gradient stays. Softmax's multipliers lose their mean over the example. Linear operators,
+    normalisations by the data and products of two tensors keep their gradient. captum: as in Captum
+    0.9, only the elementwise operators `CAPTUM` have the rule, a nonlinearity directly after
+    another keeps its gradient, softmax's mean is the whole batch's, and pools weigh references by
+    their own gradients.
     """
 
     epsilon: float = 1e-10
     captum: bool = False
     name: ClassVar[str] = "DeepLIFT"
     references: ClassVar[bool] = True
-    relevance: ClassVar[bool] = False
-    warning: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < float("inf"):
             raise InputError(f"epsilon must be a positive finite number: got {self.epsilon}")
 
-    def mode(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Function | None = None) -> RulesMode:
         return Paired(self)

@@ -6,27 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from saliency_fast._torch_compat import OpOverload, OpOverloadPacket, kind_of_step
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import ModelError, warn
-from saliency_fast.graph.gradients import steps_behind
+from saliency_fast.graph.gradients import differentiable, steps_behind
 from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, lean_call
 from saliency_fast.graph.outputs import map_tensors, tensors_of
 from saliency_fast.model.preserve import rewind, uncompiled, without_recomputation
 
-Func = Callable[..., Any]
-Args = tuple[Any, ...]
-Kwargs = Mapping[str, Any]
 OperatorRule = Callable[..., Any]
 """The rule of an operator: (the mode, the call, its arguments, its named ones) -> result; or
 NotImplemented where the rule does not hold for these arguments."""
-Back = Callable[..., tuple[Tensor | None, ...]]
-"""(gradient or relevance of the result, saved tensors ...) -> those of the inputs."""
 
 _WHOLE = (torch.nn.functional.softsign,)
 """Python functions that have a rule as a whole, rather than the operators that they call."""
@@ -45,11 +40,10 @@ ELEMENTWISE = ACTIVATIONS | frozenset(
 
 
 class RulesMode(Calls):
-    """Inside its `with`, calls that depend on points and whose name is in `table` have a rule.
+    """Calls that depend on points and whose name is in `table` have a rule, also in place.
 
-    In-place calls are answered as calls out of place, and written over their input. met: how many
-    calls had a rule. paired: points are followed by as many references; rows: of both.
-    hidden: kinds of autograd nodes that no call under these rules creates.
+    met: how many calls had a rule. paired: points are followed by as many references; rows: of
+    both. hidden: kinds of autograd nodes that no call under these rules creates.
     """
 
     paired = False
@@ -61,10 +55,9 @@ class RulesMode(Calls):
         self.met = self.rows = 0
 
     def opens(self, func: FunctionType) -> bool:
-        """Whether a Python function is seen by the calls that it makes."""
         return func not in _WHOLE and super().opens(func)
 
-    def call(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if func in INNER_GRADIENTS:
             raise ModelError(
                 "the model takes gradients of its own, which backward rules would change: use a "
@@ -72,7 +65,7 @@ class RulesMode(Calls):
             )
         return super().call(func, args, kwargs)
 
-    def answer(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    def answer(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         name, outside = call_name(func)
         rule = self.table.get(name)
         if rule is None:
@@ -93,8 +86,7 @@ class RulesMode(Calls):
         """Whether the rule of `name` saves its input for the backward pass."""
         return False
 
-    def other(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
-        """A call without a rule."""
+    def other(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         return lean_call(func, args, kwargs)
 
     def check(self, node: Any) -> None:
@@ -107,9 +99,16 @@ class RulesMode(Calls):
                 "model with plain functions"
             )
 
-    def run(self, model: Func, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
+    def run(self, model: Function, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         """The model's output for `points` under these rules; ModelError where calls are hidden."""
-        _check_visible(model, self.name)
+        parts = model.named_modules() if isinstance(model, nn.Module) else [("", model)]
+        for path, part in parts:
+            if isinstance(part, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+                raise ModelError(
+                    f"the rules of {self.name} cannot see into scripted code: got a "
+                    f"{type(part).__name__}{f' at {path!r}' if path else ''}; pass the model that "
+                    "it was scripted from"
+                )
         if self.paired:
             self.rows = len(points[0])
         with uncompiled(), without_recomputation(), self:
@@ -120,11 +119,9 @@ class RulesMode(Calls):
 
 
 @cache
-def call_name(func: Func) -> tuple[str, Func | None]:
-    """The operator's name, and for an in-place call the same call out of place.
-
-    Functions and methods have one name: torch.relu, Tensor.relu and Tensor.relu_ are "relu".
-    Operators of other libraries have none: "".
+def call_name(func: Function) -> tuple[str, Function | None]:
+    """The operator's name, "relu" of torch.relu, Tensor.relu and Tensor.relu_ and "" of other
+    libraries' operators; and for an in-place call the same call out of place.
     """
     if isinstance(func, (OpOverload, OpOverloadPacket)):
         space, _, name = str(func).partition(".")
@@ -146,10 +143,7 @@ def call_name(func: Func) -> tuple[str, Func | None]:
 def register(
     table: dict[str, OperatorRule], *names: str, **options: Any
 ) -> Callable[[OperatorRule], OperatorRule]:
-    """Decorator that makes a function, with `options`, the rule of operators.
-
-    names: of operators, several in a string with spaces between them.
-    """
+    """Decorator that makes a function, with `options`, the rule of the operators in `names`."""
 
     def add(rule: OperatorRule) -> OperatorRule:
         each = (name for several in names for name in several.split())
@@ -164,14 +158,14 @@ def named(names: Sequence[str], args: Sequence[Any], kwargs: Kwargs) -> dict[str
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
-def split(func: Func, args: Args, kwargs: Kwargs) -> tuple[Tensor, Callable[[Tensor], Any]]:
+def split(func: Function, args: Args, kwargs: Kwargs) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """The input of a call, and the call as a function of the input alone."""
     rest = {name: value for name, value in kwargs.items() if name != "input"}
     return args[0] if args else kwargs["input"], lambda x: func(x, *args[1:], **rest)
 
 
 def varies(value: Any) -> bool:
-    """Whether it is a tensor that depends on the points."""
+    """Whether `value` is a tensor that depends on the points."""
     return isinstance(value, Tensor) and value.requires_grad
 
 
@@ -181,93 +175,38 @@ def only_input_varies(args: Args, kwargs: Kwargs) -> bool:
     return varies(args[0] if args else kwargs.get("input")) and not any(map(varies, rest))
 
 
-class _WithBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, y: tuple[Tensor], back: Back, saved: tuple[Tensor | None, ...], *inputs: Tensor
-    ) -> Tensor:
-        # In a tuple: autograd takes a tensor that goes in and out for a view.
-        ctx.save_for_backward(*saved)
-        ctx.back = back
-        return y[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, None, None, *ctx.back(grad, *ctx.saved_tensors)
-
-
-def with_backward(
-    y: Tensor, back: Back, saved: tuple[Tensor | None, ...], *inputs: Tensor
-) -> Tensor:
-    """Y as a function of `inputs`, whose gradients are back(gradient of y, *saved)."""
-    result: Tensor = _WithBackward.apply((y,), back, saved, *inputs)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Mirrored(torch.autograd.Function):
-    """Gives references the output gradients of their points."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad[: len(grad) // 2].repeat(2, *(1,) * (grad.dim() - 1))
-
-
 def _mirrored(raw: Tensor) -> Any:
+    """An output whose references get the gradients of their points."""
     if not raw.requires_grad or raw.dim() == 0 or len(raw) % 2:
         return raw
-    return _Mirrored.apply(raw)  # type: ignore[no-untyped-call]
-
-
-def _check_visible(model: Func, name: str) -> None:
-    """Refuses scripted parts, whose calls no function mode sees."""
-    parts = model.named_modules() if isinstance(model, nn.Module) else [("", model)]
-    for path, part in parts:
-        if isinstance(part, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-            raise ModelError(
-                f"the rules of {name} cannot see into scripted code: got a "
-                f"{type(part).__name__}{f' at {path!r}' if path else ''}; pass the model that it "
-                "was scripted from"
-            )
+    return differentiable(
+        raw,
+        lambda x: (x.view_as(x), ()),
+        lambda grad: grad[: len(grad) // 2].repeat(2, *(1,) * (grad.dim() - 1)),
+    )
 
 
 class Rules(Protocol):
     """Backward rules that a model runs under, instead of the chain rule.
 
-    references: points are followed by a row of the baseline for each; relevance: backward starts
-    from the score itself, not from its derivative 1. warning: the warning where a run made no call
-    that has a rule; "" for none.
+    references: points are followed by a row of the baseline for each. relevance: backward starts
+    from the score itself, not from its derivative 1. warning: given where a run made no call that
+    has a rule.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    references: ClassVar[bool] = False
+    relevance: ClassVar[bool] = False
+    warning: ClassVar[str] = ""
 
-    @property
-    def references(self) -> bool: ...
-
-    @property
-    def relevance(self) -> bool: ...
-
-    @property
-    def warning(self) -> str: ...
-
-    def mode(self, model: Func | None = None) -> RulesMode: ...
+    def mode(self, model: Function | None = None) -> RulesMode: ...
 
 
 @dataclass(frozen=True)
 class RulesExecutor:
-    """Runs the model itself, call by call under backward rules.
+    """Runs the model itself, call by call under backward rules."""
 
-    Where `rules.references`, points and arguments are followed by their references, and so are
-    outputs.
-    """
-
-    model: Func
+    model: Function
     rules: Rules
 
     def __call__(self, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:

@@ -1,7 +1,6 @@
-"""Propagation rules of LRP: how the relevance of a layer's outputs goes to its inputs.
+"""Propagation rules of LRP: how the relevance of a layer's outputs goes to its inputs [B, *].
 
-Each rule is data and a formula: x [B, *] and the relevance of a layer's outputs in, the relevance
-of its inputs out. Denominators z are kept off zero as z + sign(z) epsilon, with sign(0) = 1.
+Denominators z are kept off zero as z + sign(z) epsilon, with sign(0) = 1.
 """
 
 from __future__ import annotations
@@ -9,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +27,8 @@ Part = Callable[[Tensor | None], Tensor | None]
 class Affine:
     """A layer: `call(x, weight, bias)` is affine in x and linear in weight and bias.
 
-    weight: None for layers without, which the rules by sign do not serve. channels: the axis of the
-    input's channels. outputs: the axis of the weight that numbers the output channels, None where
-    nothing can be merged into the layer.
+    channels: the axis of the input's channels. outputs: the axis of the weight that numbers the
+    output channels, None where nothing can be merged into the layer.
     """
 
     call: Call
@@ -59,10 +59,8 @@ class Affine:
         return replace(self, weight=self.weight * scale.view(shape), bias=bias)
 
 
-class PropagationRule(Protocol):
-    """A rule of relevance propagation."""
-
-    def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor: ...
+PropagationRule = Callable[[Affine, Tensor, Tensor], Tensor]
+"""From a layer, its input and the relevance of its outputs to the relevance of the input."""
 
 
 def ratio(relevance: Tensor, z: Tensor, epsilon: float) -> Tensor:
@@ -84,9 +82,12 @@ def _check_number(name: str, value: object, least: float = 0.0) -> None:
 _BIASES = ("rule", "keep", "zero")
 
 
-def _check_bias(bias: object) -> None:
-    if bias not in _BIASES:
-        raise InputError(f"bias must be one of {', '.join(_BIASES)}: got {bias!r}")
+def _check_fields(rule: Any) -> None:
+    for name, value in vars(rule).items():
+        if name not in ("bias", "signed"):
+            _check_number(name, value)
+        elif name == "bias" and value not in _BIASES:
+            raise InputError(f"bias must be one of {', '.join(_BIASES)}: got {value!r}")
 
 
 def _positive(part: Tensor | None) -> Tensor | None:
@@ -97,14 +98,10 @@ def _negative(part: Tensor | None) -> Tensor | None:
     return None if part is None else part.clamp(max=0)
 
 
-def _raised(gamma: float, part: Part) -> Part:
+def _raised(gamma: float, part: Part, value: Tensor | None) -> Tensor | None:
     """Values with gamma times a part of them added."""
-
-    def raised(value: Tensor | None) -> Tensor | None:
-        given = part(value)
-        return None if value is None or given is None else torch.add(value, given, alpha=gamma)
-
-    return raised
+    given = part(value)
+    return None if value is None or given is None else torch.add(value, given, alpha=gamma)
 
 
 def _biased(kind: str, bias: Tensor | None, rule: Part) -> Tensor | None:
@@ -114,12 +111,7 @@ def _biased(kind: str, bias: Tensor | None, rule: Part) -> Tensor | None:
 
 
 def _by_sign(
-    layer: Affine,
-    x: Tensor,
-    relevance: Tensor,
-    weights: tuple[Tensor | None, ...],
-    bias: Tensor | None,
-    epsilon: float,
+    layer: Affine, x: Tensor, relevance: Tensor, weights: Any, bias: Tensor | None, epsilon: float
 ) -> Tensor:
     """The epsilon rule with one weight for positive and another for negative elements of x."""
     high, low = x.clamp(min=0), x.clamp(max=0)
@@ -150,7 +142,7 @@ class Epsilon:
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_number("epsilon", self.epsilon)
+        _check_fields(self)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         z, vjp = layer.vjp(x, layer.weight, layer.bias)
@@ -162,10 +154,9 @@ class Gamma:
     """Contributions of the output's own sign count 1 + gamma times (Andeol, 2021).
 
     R_i = sum_j (c_ij + gamma max(0, c_ij)) R_j / sum_i (...) of c_ij = w_ij x_i where z_j >= 0, and
-    with min in the place of max where z_j < 0: no denominator is smaller than z_j, whatever the
-    signs of inputs and outputs. For inputs and outputs >= 0 these are weights w + gamma max(0, w)
-    (Montavon, 2019). bias: "rule" (a contribution), "keep" (as it is) or "zero". signed: False
-    takes those weights whatever the signs, as Captum does: denominators may then be close to zero.
+    with min in the place of max where z_j < 0. For inputs and outputs >= 0 these are weights w +
+    gamma max(0, w) (Montavon, 2019). bias: "rule" (a contribution), "keep" (as it is) or "zero".
+    signed: False takes those weights whatever the signs, as Captum does.
     """
 
     gamma: float = 0.25
@@ -174,13 +165,11 @@ class Gamma:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("gamma", self.gamma)
-        _check_number("epsilon", self.epsilon)
-        _check_bias(self.bias)
+        _check_fields(self)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         if not self.signed:
-            raised = _raised(self.gamma, _positive)
+            raised = partial(_raised, self.gamma, _positive)
             bias = _biased(self.bias, layer.bias, raised)
             own = replace(layer, weight=raised(layer.weight), bias=bias)
             return Epsilon(self.epsilon)(own, x, relevance)
@@ -197,8 +186,8 @@ class Gamma:
         self, layer: Affine, x: Tensor, relevance: Tensor, same: Part, opposite: Part
     ) -> Tensor:
         """Relevance by contributions of which one sign is raised, `same` where x is positive."""
-        raised = _raised(self.gamma, same)
-        weights = raised(layer.weight), _raised(self.gamma, opposite)(layer.weight)
+        raised = partial(_raised, self.gamma, same)
+        weights = raised(layer.weight), _raised(self.gamma, opposite, layer.weight)
         bias = _biased(self.bias, layer.bias, raised)
         return _by_sign(layer, x, relevance, weights, bias, self.epsilon)
 
@@ -216,8 +205,7 @@ class ZPlus:
     signed: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("epsilon", self.epsilon)
-        _check_bias(self.bias)
+        _check_fields(self)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         bias = _biased(self.bias, layer.bias, _positive)
@@ -239,8 +227,7 @@ class AlphaBeta:
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "epsilon"):
-            _check_number(name, getattr(self, name))
+        _check_fields(self)
         if not math.isclose(self.alpha - self.beta, 1.0):
             raise InputError(
                 f"alpha - beta must be 1, or relevance is not conserved: got alpha {self.alpha}, "
@@ -280,21 +267,16 @@ class ZBox:
 
     def __post_init__(self) -> None:
         _check_number("epsilon", self.epsilon)
-        bounds = []
         for name in ("low", "high"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, value := tuple(value))
-            bounds.append(value if isinstance(value, tuple) else (value,))
-            for one in bounds[-1]:
+            for one in value if isinstance(value, tuple) else (value,):
                 _check_number(name, one, -math.inf)
-        low, high = bounds
+        low, high = np.atleast_1d(self.low), np.atleast_1d(self.high)
         if len(low) != len(high) and 1 not in (len(low), len(high)):
             raise InputError(f"low and high differ in channels: got {len(low)} and {len(high)}")
-        # One number is for all channels.
-        longest = max(len(low), len(high))
-        low, high = (one * longest if len(one) == 1 else one for one in bounds)
-        if not all(a < b for a, b in zip(low, high, strict=True)):
+        if not bool((low < high).all()):
             raise InputError(f"low must be less than high: got bounds {self.low}, {self.high}")
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:

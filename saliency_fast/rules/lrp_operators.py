@@ -10,20 +10,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from saliency_fast._torch_compat import FUSED_RMS_NORM, custom_function
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.autograd.norms import affine_of
-from saliency_fast.graph.gradients import steps_behind
+from saliency_fast.graph.gradients import differentiable, steps_behind
 from saliency_fast.graph.intercept import lean_call
 from saliency_fast.graph.outputs import tensors_of
+from saliency_fast.model.attention import scaled_products
 from saliency_fast.rules.intercept import (
     ELEMENTWISE,
-    Args,
-    Func,
-    Kwargs,
     OperatorRule,
+    Rules,
     RulesMode,
     call_name,
     named,
@@ -31,9 +30,20 @@ from saliency_fast.rules.intercept import (
     register,
     split,
     varies,
-    with_backward,
 )
-from saliency_fast.rules.lrp import Affine, Epsilon, PropagationRule, ratio
+from saliency_fast.rules.lrp import (
+    Affine,
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    Gamma,
+    Numbers,
+    PropagationRule,
+    ZBox,
+    ZPlus,
+    ratio,
+    read_rule,
+)
 
 LRP: dict[str, OperatorRule] = {}
 """The rules of operators by name."""
@@ -62,15 +72,17 @@ VIEWS = frozenset(
 
 
 @dataclass(frozen=True)
-class Composite:
+class Composite(Rules):
     """Which propagation rule is for which kind of layer.
 
-    convolution, linear: rules of layers with weights; first: of layers with weights that get the
-    input before any other. layers: (name, rule) pairs for layers by name, or all within one; they
-    win. epsilon: of sums, means, norms and additions. norms: batch normalisation is "merge"d into
-    the layer before it, or a layer of its own with the "epsilon" rule. pools: a maximum's relevance
-    goes to the "winner", or by the "epsilon" rule. softmax: by its "taylor" expansion (Achtibat,
-    2024), or "constant": attention weights get none (Ali, 2022).
+    Args:
+        convolution, linear: Rules of layers with weights.
+        first: Of layers with weights that get the input before any other.
+        layers: (name, rule) pairs for layers by name, or all within one, which win.
+        epsilon: Of sums, means, norms and additions.
+        norms: Batch normalisation is "merge"d into the layer before it, or has the "epsilon" rule.
+        pools: A maximum's relevance goes to the "winner", or by the "epsilon" rule.
+        softmax: By its "taylor" expansion (Achtibat, 2024), or "constant" (Ali, 2022).
     """
 
     convolution: PropagationRule = _EPSILON
@@ -82,9 +94,7 @@ class Composite:
     pools: str = "winner"
     softmax: str = "taylor"
     name: ClassVar[str] = "LRP"
-    references: ClassVar[bool] = False
     relevance: ClassVar[bool] = True
-    warning: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         Epsilon(self.epsilon)
@@ -98,10 +108,10 @@ class Composite:
                     f"{field} must be one of {', '.join(valid)}: got {getattr(self, field)!r}"
                 )
 
-    def mode(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Function | None = None) -> RulesMode:
         return Relevance(self, self._by_weight(model))
 
-    def _by_weight(self, model: Func | None) -> dict[int, PropagationRule]:
+    def _by_weight(self, model: Function | None) -> dict[int, PropagationRule]:
         """The rules of layers by name, by the identity of the layers' weights."""
         rules: dict[int, PropagationRule] = {}
         modules: dict[str, nn.Module] = {}
@@ -111,9 +121,8 @@ class Composite:
             own = [m for n, m in modules.items() if n == wanted or n.startswith(f"{wanted}.")]
             if not own:
                 near = difflib.get_close_matches(wanted, modules, 3)
-                hint = "see named_modules()"
-                if near:
-                    hint = f"did you mean {', '.join(map(repr, near))}?"
+                suggested = f"did you mean {', '.join(map(repr, near))}?"
+                hint = suggested if near else "see named_modules()"
                 raise InputError(f"layers: the model has no layer {wanted!r}; {hint}")
             weights = [w for m in own for w in (*m.parameters(False), *m.buffers(False))]
             if not weights:
@@ -126,10 +135,8 @@ class Composite:
 
 
 class Relevance(RulesMode):
-    """Inside its `with`, gradients of what depends on points are relevance.
-
-    by_weight: rules by the identity of a layer's weights. own: the one of the present call;
-    weights: whether the present call has parameters of the model.
+    """Inside its `with`, gradients of what depends on points are relevance. own: the rule of the
+    present call's layer by name; weights: whether the call has parameters of the model.
     """
 
     hidden = RulesMode.hidden | frozenset(
@@ -148,7 +155,7 @@ class Relevance(RulesMode):
     def epsilon(self) -> Epsilon:
         return Epsilon(self.composite.epsilon)
 
-    def call(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         # The base class makes plain tensors of weights.
         given = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
         self.weights = any(isinstance(one, nn.Parameter) for one in given)
@@ -161,24 +168,16 @@ class Relevance(RulesMode):
 
     def weighted(self, name: str, x: Tensor, layer: Affine) -> Tensor:
         """A layer with weights, by the rule of its kind."""
-        rule = self.own
-        if rule is None and self.composite.first is not None and _is_first(x):
-            rule = self.composite.first
-        if rule is None:
-            of_kind = name.startswith("conv")
-            rule = self.composite.convolution if of_kind else self.composite.linear
-        with torch.no_grad():
-            y = layer.call(x, layer.weight, layer.bias)
-        return with_backward(y, _LayerBack(layer, rule, True), (x,), x)
+        composite = self.composite
+        first = composite.first if composite.first is not None and _is_first(x) else None
+        of_kind = composite.convolution if name.startswith("conv") else composite.linear
+        return _propagated(x, layer, self.own or first or of_kind, True)
 
     def linear(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
         """A call that is linear in x and has no weights: the epsilon rule."""
-        with torch.no_grad():
-            y = apply(x)
-        layer = Affine(lambda x, *_: apply(x))
-        return with_backward(y, _LayerBack(layer, self.epsilon), (x,), x)
+        return _propagated(x, Affine(lambda x, *_: apply(x)), self.epsilon)
 
-    def other(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    def other(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         name, _ = call_name(func)
         result = func(*args, **kwargs)
         if name.removesuffix("_") in VIEWS or name in VIEWS:
@@ -204,14 +203,14 @@ class Relevance(RulesMode):
 
 @dataclass(frozen=True)
 class _LayerBack:
-    """Relevance of a layer's input by a propagation rule; weighted: whether it has weights."""
+    """Relevance of a layer's input by a propagation rule."""
 
     layer: Affine
     rule: PropagationRule
     weighted: bool = False
 
-    def __call__(self, relevance: Tensor, x: Tensor) -> tuple[Tensor]:
-        return (self.rule(self.layer, x, relevance),)
+    def __call__(self, relevance: Tensor, x: Tensor) -> Tensor:
+        return self.rule(self.layer, x, relevance)
 
 
 def _is_first(x: Tensor) -> bool:
@@ -220,41 +219,42 @@ def _is_first(x: Tensor) -> bool:
     return not any(getattr(back, "weighted", False) for back in backs)
 
 
-def _passed(x: Tensor, y: Tensor, open: Tensor | None = None) -> Tensor:
-    """Y shaped like x, which gets all relevance, or that of elements where `open`."""
+def _propagated(
+    x: Tensor, layer: Affine, rule: PropagationRule, weighted: bool = False, y: Tensor | None = None
+) -> Tensor:
+    """A layer whose relevance goes to its input by a rule; y: its output, where that is known."""
 
-    def back(relevance: Tensor, open: Tensor | None) -> tuple[Tensor]:
-        return (relevance if open is None else relevance * open,)
+    def run(x: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        return layer.call(x, layer.weight, layer.bias) if y is None else y, (x,)
 
-    return with_backward(y, back, (open,), x)
+    result: Tensor = differentiable(x, run, _LayerBack(layer, rule, weighted))
+    return result
+
+
+def _passed(x: Tensor, apply: Callable[[Tensor], Tensor], open: Tensor | None = None) -> Any:
+    """apply(x), shaped like x, which gets all relevance, or that of elements where `open`."""
+
+    def back(relevance: Tensor, open: Tensor | None) -> Tensor:
+        return relevance if open is None else relevance * open
+
+    return differentiable(x, lambda x: (apply(x), (open,)), back)
 
 
 # Operators of one tensor.
 
 
-@lrp_rule(*ELEMENTWISE, "rms_norm", FUSED_RMS_NORM)
-def _elementwise(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    if not only_input_varies(args, kwargs):
-        return NotImplemented
-    x, apply = split(func, args, kwargs)
-    with torch.no_grad():
-        y = apply(x)
-    return _passed(x, y)
-
-
-@lrp_rule("neg negative __neg__")
-def _negate(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    with torch.no_grad():
-        y = func(*args, **kwargs)
-    return _passed(args[0], y)
+@lrp_rule(*ELEMENTWISE, "neg negative __neg__ rms_norm", FUSED_RMS_NORM)
+def _elementwise(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    varying = only_input_varies(args, kwargs)
+    return _passed(*split(func, args, kwargs)) if varying else NotImplemented
 
 
 @lrp_rule("dropout feature_dropout alpha_dropout feature_alpha_dropout native_dropout")
-def _dropout(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _dropout(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     x, apply = split(func, args, kwargs)
     with torch.no_grad():
         y = apply(x)
-    return _passed(x, y, (y != 0) | (x == 0))
+    return _passed(x, lambda _: y, (y != 0) | (x == 0))
 
 
 @lrp_rule(
@@ -264,28 +264,26 @@ def _dropout(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
     "_upsample_bicubic2d_aa grid_sampler grid_sampler_2d grid_sampler_3d col2im diff trace "
     "norm vector_norm std"
 )
-def _homogeneous(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _homogeneous(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """f(c x) = c f(x), so that x * f'(x) sums to f(x): sums, means, norms."""
-    if not only_input_varies(args, kwargs):
-        return NotImplemented
-    return mode.linear(*split(func, args, kwargs))
+    varying = only_input_varies(args, kwargs)
+    return mode.linear(*split(func, args, kwargs)) if varying else NotImplemented
 
 
 @lrp_rule("var")
-def _variance(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _variance(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Homogeneous of degree two: x * f'(x) sums to 2 f(x)."""
     x, apply = split(func, args, kwargs)
-    with torch.no_grad():
-        y = apply(x)
-    layer, rule = Affine(lambda x, *_: apply(x)), mode.epsilon
-    return with_backward(y, lambda relevance, x: (rule(layer, x, relevance / 2),), (x,), x)
+    epsilon = mode.epsilon
+    layer = Affine(lambda x, *_: apply(x))
+    return _propagated(x, layer, lambda layer, x, relevance: epsilon(layer, x, relevance / 2))
 
 
 @lrp_rule(
     "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d",
     *(f"{kind}max_pool{n}d_with_indices" for kind in ("", "adaptive_") for n in (1, 2, 3)),
 )
-def _max_pool(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _max_pool(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     if mode.composite.pools == "winner":
         return func(*args, **kwargs)
     x, apply = split(func, args, kwargs)
@@ -304,7 +302,7 @@ _BATCH_NORM = tuple(
 
 
 @lrp_rule("batch_norm")
-def _batch_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _batch_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     given = named(_BATCH_NORM, args, kwargs)
     x, weight, bias, eps = (given[name] for name in ("input", "weight", "bias", "eps"))
     mean, variance = given["running_mean"], given["running_var"]
@@ -318,59 +316,45 @@ def _batch_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
     with torch.no_grad():
         y = lean_call(func, args, kwargs)
     before: Any = getattr(x.grad_fn, "back", None)
-    if mode.composite.norms == "merge" and mode.own is None and _mergeable(before, x):
+    # Into a layer with weights of which x is the whole output, with its channels on axis 1.
+    merges = isinstance(before, _LayerBack) and before.weighted and before.layer.outputs is not None
+    merges = merges and (before.layer.channels == 1 or x.dim() == 2)
+    if mode.composite.norms == "merge" and mode.own is None and merges:
         (first,) = x.grad_fn.saved_tensors
-        back = _LayerBack(before.layer.scaled(scale, shift), before.rule, True)
-        return with_backward(y, back, (first,), first)
+        return _propagated(first, before.layer.scaled(scale, shift), before.rule, True, y)
 
     def normalised(x: Tensor, weight: Any, bias: Any) -> Tensor:
         return torch.batch_norm(x, weight, bias, mean, variance, False, 0.0, eps, False)
 
     layer = Affine(normalised, torch.ones_like(mean) if weight is None else weight, bias)
-    back = _LayerBack(layer, mode.own or mode.epsilon, mode.own is not None)
-    return with_backward(y, back, (x,), x)
-
-
-def _mergeable(before: Any, x: Tensor) -> bool:
-    """Whether x is the whole output of a layer with weights, with its channels on axis 1."""
-    if not isinstance(before, _LayerBack) or not before.weighted or before.layer.outputs is None:
-        return False
-    return before.layer.channels == 1 or x.dim() == 2
+    return _propagated(x, layer, mode.own or mode.epsilon, mode.own is not None, y)
 
 
 @lrp_rule("instance_norm")
-def _instance_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _instance_norm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     given = named(_BATCH_NORM, args, kwargs)
     if not given.pop("use_input_stats", given["training"]):
         return _batch_norm(mode, torch.batch_norm, (), given | {"training": False})
     return _standardised(mode, partial(func, *args, **kwargs), given, given["input"].flatten(2), 1)
 
 
-@lrp_rule("layer_norm")
-def _layer_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+@lrp_rule("layer_norm group_norm")
+def _of_groups(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    """Their second argument is the shape of the last axes, or the number of groups of channels."""
     given = named(("input", "normalized_shape", "weight", "bias", "eps"), args, kwargs)
-    x, shape = given["input"], given["normalized_shape"]
-    groups = x.reshape(*x.shape[: x.dim() - len(shape)], -1)
-    return _standardised(mode, partial(func, *args, **kwargs), given, groups, None)
-
-
-@lrp_rule("group_norm")
-def _group_norm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    given = named(("input", "num_groups", "weight", "bias", "eps"), args, kwargs)
-    groups = given["input"].reshape(len(given["input"]), given["num_groups"], -1)
-    return _standardised(mode, partial(func, *args, **kwargs), given, groups, 1)
+    x = given["input"]
+    groups: Any = given.get("num_groups", given.get("normalized_shape"))
+    of_channels = isinstance(groups, int)
+    lead = (len(x), groups) if of_channels else x.shape[: x.dim() - len(groups)]
+    apply = partial(func, *args, **kwargs)
+    return _standardised(mode, apply, given, x.reshape(*lead, -1), 1 if of_channels else None)
 
 
 def _standardised(
-    mode: Relevance,
-    apply: Callable[[], Tensor],
-    given: Mapping[str, Any],
-    groups: Tensor,
-    channels: int | None,
+    mode: Relevance, apply: Function, given: Kwargs, groups: Tensor, channels: int | None
 ) -> Tensor:
-    """Normalisation of the last axis of `groups` by the epsilon rule (Achtibat, 2024).
-
-    With its deviation taken as a constant it is affine. channels: the axis of its weights.
+    """Normalisation of the last axis of `groups` by the epsilon rule (Achtibat, 2024), affine with
+    its deviation taken as a constant; channels: the axis of its weights.
     """
     x, shape = given["input"], groups.shape
     weight, bias = given.get("weight"), given.get("bias")
@@ -388,7 +372,7 @@ def _standardised(
         z = z if weight is None else z * weight
         return z if bias is None else z + bias
 
-    return with_backward(y, _LayerBack(Affine(affine), mode.epsilon), (x,), x)
+    return _propagated(x, Affine(affine), mode.epsilon, y=y)
 
 
 # Layers with weights.
@@ -397,32 +381,23 @@ _CONVOLUTION = tuple("input weight bias stride padding dilation groups".split())
 _TRANSPOSED = tuple("input weight bias stride padding output_padding groups dilation".split())
 
 
-@lrp_rule("linear")
-def _linear(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
-    given = named(("input", "weight", "bias"), args, kwargs)
-    x, weight, bias = given["input"], given["weight"], given.get("bias")
-    if varies(weight) or varies(bias):
-        return NotImplemented
-    return mode.weighted("linear", x, Affine(functional.linear, weight, bias, x.dim() - 1, 0))
-
-
-@lrp_rule("conv1d conv2d conv3d", names=_CONVOLUTION, outputs=0)
+@lrp_rule("linear conv1d conv2d conv3d", names=_CONVOLUTION, outputs=0)
 @lrp_rule("conv_transpose1d conv_transpose2d conv_transpose3d", names=_TRANSPOSED, outputs=1)
-def _convolution(
-    mode: Relevance, func: Func, args: Args, kwargs: Kwargs, names: Args, outputs: int
+def _layer(
+    mode: Relevance, func: Function, args: Args, kwargs: Kwargs, names: Args, outputs: int
 ) -> Any:
     given = named(names, args, kwargs)
     x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
     if varies(weight) or varies(bias):
         return NotImplemented
 
-    def convolved(x: Tensor, weight: Any, bias: Any) -> Tensor:
+    def apply(x: Tensor, weight: Any, bias: Any) -> Tensor:
         result: Tensor = lean_call(func, (x, weight, bias), given)
         return result
 
     # Weights of grouped transposed convolutions number the outputs of one group alone.
     merges = outputs == 0 or given.get("groups", 1) == 1
-    layer = Affine(convolved, weight, bias, x.dim() - weight.dim() + 1, outputs if merges else None)
+    layer = Affine(apply, weight, bias, x.dim() - weight.dim() + 1, outputs if merges else None)
     return mode.weighted(func.__name__, x, layer)
 
 
@@ -450,11 +425,10 @@ def _two(args: Args, kwargs: Kwargs, swapped: bool) -> tuple[Any, Any]:
 @lrp_rule("sub subtract __sub__", sign=-1)
 @lrp_rule("rsub __rsub__", sign=-1, swapped=True)
 def _add(
-    mode: Relevance, func: Func, args: Args, kwargs: Kwargs, sign: int = 1, swapped: bool = False
+    mode: Relevance, func: Any, args: Args, kwargs: Kwargs, sign: int = 1, swapped: bool = False
 ) -> Any:
-    """Relevance of a + factor * b is in proportion to the summands (Bach, 2015).
-
-    Constants are biases, but for changes of the input's units.
+    """Relevance of a + factor * b is in proportion to the summands (Bach, 2015); constants are
+    biases, but for changes of the input's units.
     """
     a, b = _two(args, kwargs, swapped)
     factor = sign * kwargs.get("alpha", 1)
@@ -462,25 +436,23 @@ def _add(
     if not (varies(a) and varies(b)) and _is_first(varying):
         with torch.no_grad():
             y = torch.add(a, b, alpha=factor) if isinstance(a, Tensor) else a + factor * b
-        return _passed(varying.expand(y.shape), y)
+        return _passed(varying.expand(y.shape), lambda _: y)
     a, b = (
         one if isinstance(one, Tensor) else torch.as_tensor(one, device=varying.device)
         for one in (a, b)
     )
     needed, epsilon = (varies(a), varies(b)), mode.composite.epsilon
-    with torch.no_grad():
-        y = torch.add(a, b, alpha=factor)
 
     def back(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor | None, ...]:
         rate = ratio(relevance, torch.add(a, b, alpha=factor), epsilon)
         terms = zip(needed, (a, b * factor), strict=True)
         return tuple((term * rate).sum_to_size(term.shape) if own else None for own, term in terms)
 
-    return with_backward(y, back, (a, b), a, b)
+    return differentiable(a, lambda a, b: (torch.add(a, b, alpha=factor), (a, b)), back, b)
 
 
 @lrp_rule("mul multiply __mul__ __rmul__")
-def _multiply(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _multiply(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Each of two factors that depend on the points gets half (Achtibat, 2024)."""
     a, b = _two(args, kwargs, False)
     x, factor = (a, b) if varies(a) else (b, a)
@@ -488,38 +460,35 @@ def _multiply(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
         y = x * factor
     if not varies(factor):
         # Elements that are multiplied by zero, as by masks, get nothing.
-        return _passed(x.expand(y.shape), y, factor != 0 if isinstance(factor, Tensor) else None)
+        passing = factor != 0 if isinstance(factor, Tensor) else None
+        return _passed(x.expand(y.shape), lambda _: y, passing)
     shapes = x.shape, factor.shape
 
     def back(relevance: Tensor) -> tuple[Tensor, ...]:
         return tuple((relevance / 2).sum_to_size(shape) for shape in shapes)
 
-    return with_backward(y, back, (), x, factor)
+    return differentiable(x, lambda *_: (y, ()), back, factor)
 
 
 @lrp_rule("div divide true_divide __truediv__")
 @lrp_rule("__rdiv__ __rtruediv__", swapped=True)
-def _divide(mode: Relevance, func: Func, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
+def _divide(mode: Relevance, func: Any, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
     """A divisor is a normalisation's, and gets nothing where the dividend varies."""
     a, b = _two(args, kwargs, swapped)
     x = a if varies(a) else b
     with torch.no_grad():
         a = torch.as_tensor(a, device=x.device)
         y = torch.div(a, b, rounding_mode=kwargs.get("rounding_mode"))
-    return _passed(x.expand(y.shape), y)
+    return _passed(x.expand(y.shape), lambda _: y)
 
 
-def _bilinear(mode: Relevance, a: Any, b: Any, call: Func) -> Any:
-    """A sum of products of elements of a and b: relevance by products, of which each factor gets
-    half where both depend on the points.
-    """
+def _bilinear(mode: Relevance, a: Any, b: Any, call: Function) -> Any:
+    """A sum of products of elements of a and b, of which each factor gets half where both vary."""
     if not varies(b):
         return mode.linear(a, lambda a: call(a, b))
     if not varies(a):
         return mode.linear(b, lambda b: call(a, b))
     epsilon = mode.composite.epsilon
-    with torch.no_grad():
-        y = call(a, b)
 
     def back(relevance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -528,12 +497,12 @@ def _bilinear(mode: Relevance, a: Any, b: Any, call: Func) -> Any:
         grads = torch.autograd.grad(z, leaves, ratio(relevance / 2, z.detach(), epsilon))
         return tuple(one * grad for one, grad in zip((a, b), grads, strict=True))
 
-    return with_backward(y, back, (a, b), a, b)
+    return differentiable(a, lambda a, b: (call(a, b), (a, b)), back, b)
 
 
 @lrp_rule("matmul mm bmm mv dot __matmul__")
 @lrp_rule("__rmatmul__", swapped=True)
-def _matmul(mode: Relevance, func: Func, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
+def _matmul(mode: Relevance, func: Any, args: Args, kwargs: Kwargs, swapped: bool = False) -> Any:
     a, b = _two(args, kwargs, swapped)
     if mode.weights and not varies(b):
         return _product(mode, a, b)
@@ -544,7 +513,7 @@ def _matmul(mode: Relevance, func: Func, args: Args, kwargs: Kwargs, swapped: bo
 
 
 @lrp_rule("einsum")
-def _einsum(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _einsum(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     equation, operands = args[0], args[1:]
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
@@ -563,19 +532,13 @@ def _einsum(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
     return _bilinear(mode, operands[varying[0]], operands[varying[1]], call)
 
 
-@lrp_rule("addmm")
-def _addmm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+@lrp_rule("addmm baddbmm")
+def _addmm(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Adds bias + x @ weight: a linear layer with its weight transposed, or a sum and a product."""
-    if len(args) == 3 and not kwargs and mode.weights and varies(args[1]):
-        bias, x, weight = args
-        if not (varies(bias) or varies(weight)):
-            return _product(mode, x, weight, bias)
-    return _baddbmm(mode, func, args, kwargs)
-
-
-@lrp_rule("baddbmm")
-def _baddbmm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
     base, a, b = args[:3]
+    plain = call_name(func)[0] == "addmm" and len(args) == 3 and not kwargs
+    if plain and mode.weights and varies(a) and not (varies(base) or varies(b)):
+        return _product(mode, a, b, base)
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     with mode:
         product = torch.matmul(a, b) * alpha
@@ -586,7 +549,7 @@ def _baddbmm(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
 
 
 @lrp_rule("softmax")
-def _softmax(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _softmax(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """R_i = x_i (R_i - s_i sum_j R_j), softmax's first-order expansion at x (Achtibat, 2024)."""
     given = named(("input", "dim", "dtype"), args, kwargs)
     x, dim, dtype = given["input"], given["dim"], given.get("dtype")
@@ -596,43 +559,84 @@ def _softmax(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
     if mode.composite.softmax == "constant":
         return y
 
-    def back(relevance: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor]:
+    def back(relevance: Tensor, x: Tensor, y: Tensor) -> Tensor:
         result = x * (relevance - y * relevance.sum(dim, keepdim=True))
         # Masked elements of x are -inf.
-        return (torch.where(y == 0, 0.0, result).to(x.dtype),)
+        return torch.where(y == 0, 0.0, result).to(x.dtype)
 
-    return with_backward(y, back, (x, y), x)
+    return differentiable(x, lambda x: (y, (x, y)), back)
 
 
 @lrp_rule("scaled_dot_product_attention")
-def _attention(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _attention(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     """Scaled dot-product attention, in calls that have rules."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = named(names, args, kwargs)
-    if given.get("dropout_p"):
+    if kwargs.get("dropout_p", (*args, *[0.0] * 5)[4]):
         return NotImplemented
-    query, key, value = given["query"], given["key"], given["value"]
-    scale, mask = given.get("scale"), given.get("attn_mask")
     with mode:
-        if given.get("enable_gqa"):
-            times = query.shape[-3] // key.shape[-3]
-            key, value = (one.repeat_interleave(times, -3) for one in (key, value))
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        scores = (query * scale) @ key.transpose(-2, -1)
-        if given.get("is_causal"):
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        elif mask is not None:
-            scores = scores + mask
-        return torch.matmul(scores.softmax(-1), value)
+        logits, value = scaled_products(*args, **kwargs)
+        return torch.matmul(logits.softmax(-1), value)
 
 
 @lrp_rule("cosine_similarity")
-def _cosine_similarity(mode: Relevance, func: Func, args: Args, kwargs: Kwargs) -> Any:
+def _cosine_similarity(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> Any:
     given = named(("x1", "x2", "dim", "eps"), args, kwargs)
     dim, eps = given.get("dim", 1), given.get("eps", 1e-8)
     with mode:
         sides = (given[name] for name in ("x1", "x2"))
         a, b = (one / one.norm(dim=dim, keepdim=True).clamp_min(eps) for one in sides)
         return (a * b).sum(dim)
+
+
+# Composites by name.
+
+COMPOSITES = tuple(
+    "epsilon z_plus epsilon_plus epsilon_plus_flat epsilon_gamma epsilon_gamma_box "
+    "epsilon_alpha2_beta1 epsilon_alpha2_beta1_flat captum".split()
+)
+
+
+def composite(
+    name: str,
+    epsilon: float = 1e-6,
+    gamma: float = 0.25,
+    bounds: tuple[Numbers, Numbers] | None = None,
+    layers: tuple[Any, ...] = (),
+    **options: str,
+) -> Composite:
+    """A composite by name; `layers`: (layer's name, rule as `read_rule` takes it) pairs."""
+    if not isinstance(name, str) or name not in COMPOSITES:
+        raise InputError(f"composite must be one of {', '.join(COMPOSITES)}: got {name!r}")
+    are_pairs = isinstance(layers, (tuple, list)) and all(
+        isinstance(one, (tuple, list)) and len(one) == 2 and isinstance(one[0], str)
+        for one in layers
+    )
+    if not are_pairs:
+        raise InputError(
+            f"layers must be (layer's name, rule) pairs such as (('head', 'flat'),): got {layers!r}"
+        )
+    # The rule of convolutions, by the beginning of the name.
+    kinds: dict[str, PropagationRule] = {
+        "z_plus": ZPlus(epsilon),
+        "epsilon_plus": ZPlus(epsilon),
+        "epsilon_gamma": Gamma(gamma, epsilon),
+        "epsilon_alpha2_beta1": AlphaBeta(2.0, 1.0, epsilon),
+    }
+    epsilons = Epsilon(epsilon)
+    convolution = next((kinds[one] for one in kinds if name.startswith(one)), epsilons)
+    first: PropagationRule | None = Flat() if name.endswith("_flat") else None
+    if name.endswith("_box"):
+        if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+            raise InputError(
+                f"epsilon_gamma_box needs bounds=(low, high) of the input: got {bounds!r}; each is "
+                "a number or one per channel, such as (0.0, 1.0) for pixels that are not normalised"
+            )
+        first = ZBox(*bounds, epsilon)
+    fields = {"norms": "epsilon", "pools": "epsilon"} if name == "captum" else {}
+    return Composite(
+        convolution=convolution,
+        linear=convolution if name == "z_plus" else epsilons,
+        first=first,
+        layers=tuple((layer, read_rule(rule)) for layer, rule in layers),
+        epsilon=epsilon,
+        **fields | options,
+    )

@@ -1,13 +1,10 @@
-"""Rules of the rectifier max(0, x): guided backpropagation, deconvolution, softplus.
-
-They hold for a rectifier under each of its names (modules, functions, methods, in place,
-clamp(min=0), threshold(0, 0)) and for nothing else: the papers define them for ReLU. Leaky and
-bounded rectifiers keep their gradient.
+"""Rules of the rectifier max(0, x) under each of its names, such as clamp(min=0): guided
+backpropagation, deconvolution, softplus. Leaky and bounded rectifiers keep their gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -17,17 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from saliency_fast import ops
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import InputError
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.ops.masks import DTYPES
-from saliency_fast.rules.intercept import (
-    Args,
-    Func,
-    Kwargs,
-    OperatorRule,
-    RulesMode,
-    split,
-    with_backward,
-)
+from saliency_fast.rules.intercept import OperatorRule, Rules, RulesMode, split
 
 _WARNING = (
     "the model has no ReLU that {} could change: these are plain gradients (leaky, bounded and "
@@ -52,7 +43,7 @@ def _threshold(args: Args, kwargs: Kwargs) -> bool:
     return _is_zero(kwargs.get("threshold", level)) and _is_zero(kwargs.get("value", value))
 
 
-_IS_RECTIFIER: dict[str, Callable[[tuple[Any, ...], Mapping[str, Any]], bool]] = {
+_IS_RECTIFIER: dict[str, Callable[[Args, Kwargs], bool]] = {
     "relu": lambda args, kwargs: True,
     "clamp": _bounded,
     "clip": _bounded,
@@ -79,13 +70,13 @@ def _masked(x: Tensor, rule: str) -> Tensor:
         return _masked(x.view(1), rule).view(())
     with torch.no_grad():
         y, mask = ops.relu_mask(x, None, None, None, 0.0, torch.inf)
-    channels_last = not y.is_contiguous()
-
-    def back(grad: Tensor, mask: Tensor) -> tuple[Tensor]:
-        backward = ops.relu_mask_backward
-        return (backward(grad, mask, None, 0.0, rule, False, channels_last)[0],)
-
-    return with_backward(y, back, (mask,), x)
+    options = (None, 0.0, rule, False, not y.is_contiguous())
+    result: Tensor = differentiable(
+        x,
+        lambda _: (y, (mask,)),
+        lambda grad, mask: ops.relu_mask_backward(grad, mask, *options)[0],
+    )
+    return result
 
 
 _GUIDED = _table(partial(_masked, rule="guided"))
@@ -93,61 +84,49 @@ _DECONV = _table(partial(_masked, rule="deconv"))
 
 
 @dataclass(frozen=True)
-class Guided:
+class Guided(Rules):
     """ReLU passes back positive values where its input was positive (Springenberg, 2015)."""
 
     name: ClassVar[str] = "guided backpropagation"
-    references: ClassVar[bool] = False
-    relevance: ClassVar[bool] = False
     warning: ClassVar[str] = _WARNING.format(name)
 
-    def mode(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Function | None = None) -> RulesMode:
         return RulesMode(self.name, _GUIDED)
 
 
 @dataclass(frozen=True)
-class Deconv:
+class Deconv(Rules):
     """ReLU passes back positive values, whatever its input was (Zeiler and Fergus, 2014)."""
 
     name: ClassVar[str] = "deconvolution"
-    references: ClassVar[bool] = False
-    relevance: ClassVar[bool] = False
     warning: ClassVar[str] = _WARNING.format(name)
 
-    def mode(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Function | None = None) -> RulesMode:
         return RulesMode(self.name, _DECONV)
 
 
 @dataclass(frozen=True)
-class Softplus:
-    """ReLU becomes softplus log(1 + exp(beta x)) / beta, forward and backward (Janizek, 2021).
-
-    For second derivatives, which ReLU does not have. Gradients can be differentiated again; scores
-    are those of the smooth model.
+class Softplus(Rules):
+    """ReLU becomes softplus log(1 + exp(beta x)) / beta, forward and backward (Janizek, 2021), for
+    second derivatives, which ReLU does not have.
     """
 
     beta: float = 10.0
     name: ClassVar[str] = "softplus"
-    references: ClassVar[bool] = False
-    relevance: ClassVar[bool] = False
-    warning: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < torch.inf:
             raise InputError(f"beta must be a positive finite number: got {self.beta}")
 
-    def mode(self, model: Func | None = None) -> RulesMode:
+    def mode(self, model: Function | None = None) -> RulesMode:
         table = _table(lambda x: functional.softplus(x, self.beta, _LINEAR_FROM))
         return _Smooth(self.name, table)
 
 
 class _Smooth(RulesMode):
-    """Rules that hold without gradients too, by autograd's own operators.
+    """Rules that hold without gradients too, by autograd's own operators, twice differentiable."""
 
-    Memory-efficient versions can be differentiated but once.
-    """
-
-    def call(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if torch.is_grad_enabled():
             return super().call(func, args, kwargs)
         return self.answer(func, args, kwargs)
@@ -155,5 +134,5 @@ class _Smooth(RulesMode):
     def keeps(self, name: str) -> bool:
         return True
 
-    def other(self, func: Func, args: Args, kwargs: Kwargs) -> Any:
+    def other(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         return func(*args, **kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import saliency_fast as sf
-from saliency_fast.graph.autograd import ties
+from saliency_fast.graph import gradients as ties
 from saliency_fast.graph.intercept import Calls
 from tests.model.ways import check
 from tests.models import randn

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from saliency_fast.graph.passes import fuse_relu as fusion
-from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.graph.passes import fusion
+from saliency_fast.graph.passes.fusion import fused
 from saliency_fast.model.executors import EagerExecutor, RecordedExecutor
 from tests.model.lean_cases import made
 from tests.model.recording import record

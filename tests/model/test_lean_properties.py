@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.graph.passes.fuse_relu import fused, with_rectifiers
+from saliency_fast.graph.passes.fusion import fused, with_rectifiers
 from saliency_fast.model.executors import RecordedExecutor
 from tests import naive
 from tests.model.answers import always_lean, by_hand, score_of, way_of, why

@@ -82,11 +82,11 @@ def test_a_name_without_underscores_has_one_entry_for_all_its_calls() -> None:
     assert opinfo.out_of_place(torch.relu_) == torch.relu
 
 
-def test_rules_register_in_the_open_fields(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rules_register_in_the_fields_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opinfo, "TABLE", dict(opinfo.TABLE))
 
-    @opinfo.register("lrp", "linear conv2d")
     def rule() -> None: ...
 
-    assert opinfo.info(torch._C._nn.linear).lrp is opinfo.info(torch.conv2d).lrp is rule
-    assert opinfo.info(torch.conv3d).lrp is None
+    opinfo.operators("linear conv2d", crop=rule)
+    assert opinfo.info(torch._C._nn.linear).crop is opinfo.info(torch.conv2d).crop is rule
+    assert opinfo.info(torch.conv3d).crop is not rule

@@ -18,7 +18,7 @@ import saliency_fast as sf
 from saliency_fast.engine import strategies
 from saliency_fast.graph.autograd.convolutions import winograd_built
 from saliency_fast.graph.passes import scores_only as scorings
-from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.graph.passes.fusion import fused
 from saliency_fast.graph.passes.scores_only import prepared_bytes, scoring
 from saliency_fast.graph.program import Program
 from saliency_fast.ops.dispatch import forced
@@ -28,7 +28,7 @@ from tests.model.recording import IMAGES, prepared, record
 from tests.models import randn
 
 native = pytest.mark.skipif(not winograd_built(), reason="the C++ loops do not run here")
-PREPARED = {"_Winograd": "winograd", "_Reordered": "reordered"}
+PREPARED = ("_winograd", "_reordered")
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -37,8 +37,8 @@ def relative(got: Tensor, want: Tensor) -> float:
 
 def kinds(program: Program) -> str:
     """Its calls by name."""
-    names = [type(step.func).__name__ for step in program.steps]
-    return " ".join(PREPARED.get(n, s.name) for n, s in zip(names, program.steps, strict=True))
+    names = [step.name for step in program.steps]
+    return " ".join(name.lstrip("_") if name in PREPARED else name for name in names)
 
 
 def checked(model: Any, x: Tensor) -> str:
@@ -179,11 +179,11 @@ def test_bytes_are_those_of_the_weights() -> None:
     )
     program = fused(record(model.float(), randn(2, 2, 24, 24).float())).with_channels_last()
     ready = {
-        "winograd": lambda call: call.options[-1].nbytes + call.weight.nbytes,
-        "reordered": lambda call: math.prod(call.weight.shape) * 4,
+        "_winograd": lambda args: args[-1].nbytes + args[1].nbytes,
+        "_reordered": lambda args: math.prod(args[1].shape) * 4,
     }
-    calls = [step.func for step in scoring(program).steps if type(step.func).__name__ in PREPARED]
-    expected = sum(ready[PREPARED[type(call).__name__]](call) for call in calls)
+    steps = [step for step in scoring(program).steps if step.name in PREPARED]
+    expected = sum(ready[step.name](step.args) for step in steps)
     assert prepared_bytes(program) == expected > 36 * 16 * 32 * 4
 
 
@@ -246,8 +246,8 @@ def test_weights_are_those_of_the_call() -> None:
 
 @native
 def test_a_wrong_program_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = scorings._Winograd.__call__
-    monkeypatch.setattr(scorings._Winograd, "__call__", lambda *args: 1.5 * right(*args))
+    right = scorings._winograd
+    monkeypatch.setattr(scorings, "_winograd", lambda *args: 1.5 * right(*args))
     model, x = made()
     engine = sf.Engine(model, OCCLUSION)
     assert off(engine(x, 1).values, model, x) < 1e-5

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.errors import BudgetError, InputError
 from saliency_fast.graph.intercept import NotLeanError
-from saliency_fast.graph.passes.fuse_relu import with_rectifiers
+from saliency_fast.graph.passes.fusion import with_rectifiers
 from saliency_fast.graph.receptive_field import Window
 from saliency_fast.graph.recorder import Recorder
 from saliency_fast.graph.tiling import Stem, Tiled, inside, local_stem, tile_bytes, tile_sizes

@@ -15,7 +15,7 @@ import saliency_fast as sf
 from saliency_fast.engine import calibrate, config, strategies
 from saliency_fast.errors import BudgetError
 from saliency_fast.graph.passes import affine_prefix as prefix
-from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.graph.passes.fusion import fused
 from tests.configured import configure
 from tests.model.answers import always_lean, way_of, why
 from tests.models import randn

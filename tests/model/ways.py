@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from saliency_fast.engine.memory import Ledger, MemoryMeter
-from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.graph.passes.fusion import fused
 from saliency_fast.model.executors import (
     EagerExecutor,
     Executor,

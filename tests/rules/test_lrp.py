@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.rules import (
+from saliency_fast.rules import Composite
+from saliency_fast.rules.intercept import RulesExecutor
+from saliency_fast.rules.lrp import (
     AlphaBeta,
-    Composite,
     Epsilon,
     Flat,
     Gamma,
@@ -23,7 +24,6 @@ from saliency_fast.rules import (
     ZPlus,
     read_rule,
 )
-from saliency_fast.rules.intercept import RulesExecutor
 from tests.models import randn
 from tests.naive import relative_l2
 from tests.rules import naive_rules

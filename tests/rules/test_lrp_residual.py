@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.rules import COMPOSITES
+from saliency_fast.rules.lrp_operators import COMPOSITES
 from tests.naive import relative_l2
 
 SUMMED = ("epsilon", "z_plus", "epsilon_plus", "epsilon_plus_flat", "epsilon_gamma")

@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from saliency_fast import ops
 from saliency_fast._torch_compat import NN
-from saliency_fast.graph.autograd.function import differentiable
-from saliency_fast.graph.autograd.ties import passes
+from saliency_fast.graph.gradients import differentiable, passes
 from saliency_fast.graph.opinfo import lean
 from saliency_fast.ops.masks import DTYPES, layout_of
 
@@ -23,13 +22,11 @@ SLOPE = 0.01
 
 
 class _Ramp(torch.autograd.Function):
-    """relu_mask: 0 < scale x + shift + residual < upper lets gradients pass.
-
-    options: scale, shift, residual, slope, upper, inplace.
-    """
+    """relu_mask: 0 < scale x + shift + residual < upper lets gradients pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *options: Any) -> Tensor:
+        # scale, shift, residual, slope, upper, and whether in place.
         *args, inplace = options
         if inplace and layout_of(x) is not None:
             y, mask = x, ops.relu_mask_(x, *args)
@@ -79,9 +76,7 @@ def ramp(
 
 @dataclass(frozen=True)
 class Rectifier:
-    """A call that `relu_mask` serves; plain: the same call not in place. Below 0 its slope is 0 or,
-    where leaky, its second argument.
-    """
+    """A call that `relu_mask` serves: its plain version, upper bound and slope below 0."""
 
     plain: Callable[..., Any]
     upper: float = math.inf
@@ -95,7 +90,6 @@ class Rectifier:
         return all(one is False for one in passes(self.plain, args, ends, slope))
 
     def __call__(self, input: Tensor, negative_slope: float = SLOPE) -> Any:
-        """The lean version."""
         slope = negative_slope if self.leaky else 0.0
         if not self.agrees():
             return NotImplemented

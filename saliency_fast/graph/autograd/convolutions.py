@@ -10,30 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saliency_fast import _torch_compat as compat
 from saliency_fast import ops
-from saliency_fast._torch_compat import (
-    CONVOLUTION,
-    HAS_ONEDNN,
-    ONEDNN_CONVOLUTION,
-    ONEDNN_TRANSPOSE,
-    UNFOLDED_TRANSPOSES,
-    WithoutFunctionModes,
-    backward_operator,
-    onednn_enabled,
-)
-from saliency_fast.graph.autograd.function import differentiable
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.opinfo import lean
 from saliency_fast.ops.dispatch import forced, native_library
 from saliency_fast.ops.winograd import CHANNELS
 
 Ints = list[int]
 Sizes = int | tuple[int, ...] | Ints
-_convolution_backward = backward_operator("convolution")
-CONVOLUTIONS = {
-    **{getattr(torch, f"conv{axes}d"): (axes, False) for axes in (1, 2, 3)},
-    **{getattr(torch, f"conv_transpose{axes}d"): (axes, True) for axes in (1, 2, 3)},
-}
-"""(spatial axes, whether transposed) of each call."""
+_convolution_backward = compat.backward_operator("convolution")
 WIDE = 25
 """Elements of a kernel from which it outweighs a copy of its input."""
 FEW_CHANNELS, WIDE_KERNEL = 4, 16
@@ -48,22 +34,20 @@ WINOGRAD_WEIGHTS = 1 << 22
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Any:
-    """`aten::convolution`, by oneDNN also for one small volume.
-
-    PyTorch unfolds such an input instead, which takes up to 27 times the memory and 10 to 100 times
-    as long. options: stride, padding, dilation, transposed, output padding, groups.
+    """`aten::convolution`, by oneDNN also for one small volume, which PyTorch unfolds in up to 27
+    times the memory and 10 to 100 times the time.
     """
     if not (_one_volume(x) and _plain(x, weight, *options)):
-        return CONVOLUTION(x, weight, bias, *options)
+        return compat.CONVOLUTION(x, weight, bias, *options)
     stride, padding, dilation, transposed, output_padding, groups = options
     # As `aten::convolution` does.
-    innermost = x.is_contiguous(memory_format=torch.channels_last_3d)
-    layout = torch.channels_last_3d if innermost else torch.contiguous_format
+    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     x, weight = [one.contiguous(memory_format=layout) for one in (x, weight)]
     if transposed:
         geometry = (padding, output_padding, stride, dilation, groups)
-        return ONEDNN_TRANSPOSE(x, weight, bias, *geometry, "none", [], "")
-    return ONEDNN_CONVOLUTION(x, weight, bias, padding, stride, dilation, groups)
+        return compat.ONEDNN_TRANSPOSE(x, weight, bias, *geometry, "none", [], "")
+    return compat.ONEDNN_CONVOLUTION(x, weight, bias, padding, stride, dilation, groups)
 
 
 def _plain(x: Tensor, weight: Tensor, *options: Any) -> bool:
@@ -85,8 +69,8 @@ def _plain(x: Tensor, weight: Tensor, *options: Any) -> bool:
 
 
 def _one_volume(x: Tensor) -> bool:
-    few = HAS_ONEDNN and len(x) == 1 and x.dim() == 5 and x.numel() > 0
-    return few and on_cpu(x) and onednn_enabled()
+    few = compat.HAS_ONEDNN and len(x) == 1 and x.dim() == 5 and x.numel() > 0
+    return few and on_cpu(x) and compat.onednn_enabled()
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -94,15 +78,12 @@ def on_cpu(x: Tensor) -> bool:
     if x.dtype != torch.float32 or type(x) is not Tensor:
         return False
     # Under `model.meta`, tensors without memory name the device of the model's.
-    with WithoutFunctionModes():
+    with compat.WithoutFunctionModes():
         return x.device.type == "cpu"
 
 
 def _transpose(grad: Tensor, weight: Tensor, size: torch.Size, *options: Any) -> Any:
-    """The convolution's transpose, itself a convolution: unlike the backward operator it asks for
-    no input, and its result has the memory format of `grad`. options: stride, padding, dilation,
-    transposed, groups.
-    """
+    """The convolution's transpose by a convolution, which asks for no input."""
     stride, padding, dilation, transposed, groups = options
     extra = [0] * len(stride)
     if not transposed:
@@ -114,7 +95,7 @@ def _transpose(grad: Tensor, weight: Tensor, size: torch.Size, *options: Any) ->
         ]
     if not transposed and _to_few(grad, weight, stride, dilation, extra, groups):
         kernel = list(weight.shape[2:])
-        found = UNFOLDED_TRANSPOSES[grad.dim()](
+        found = compat.UNFOLDED_TRANSPOSES[grad.dim()](
             grad, weight, kernel, None, stride, padding, extra, dilation
         )
     elif not transposed and _by_backward(grad, weight, size, groups):
@@ -131,9 +112,7 @@ def _transpose(grad: Tensor, weight: Tensor, size: torch.Size, *options: Any) ->
 def _to_few(
     grad: Tensor, weight: Tensor, stride: Ints, dilation: Ints, extra: Ints, groups: int
 ) -> bool:
-    """Whether a transpose leads to gray or coloured images, whose channels oneDNN pads to whole
-    vectors, and unfolding is no larger than its input.
-    """
+    """Whether unfolding is faster: to gray or coloured images, whose channels oneDNN pads."""
     channels, size = weight.shape[1], weight[0].numel()
     if groups > 1 or channels > 3 or size > weight.shape[0] or not on_cpu(grad):
         return False
@@ -144,9 +123,8 @@ def _to_few(
 
 
 def _by_backward(grad: Tensor, weight: Tensor, size: torch.Size, groups: int) -> bool:
-    """Whether the backward operator takes less time than the transpose, and the input that it asks
-    for is small: to volumes of one channel a seventh less, to images of few channels by kernels
-    that are wide a third to a hundredth, where channels lie innermost.
+    """Whether the backward operator takes less time than the transpose: a seventh less to volumes
+    of one channel, a third to a hundredth to channels-last images of few channels by wide kernels.
     """
     channels = weight.shape[1]
     if groups > 1 or channels > FEW_CHANNELS or not on_cpu(grad):
@@ -186,7 +164,7 @@ def winograd_built() -> bool:
     return capable and native_library() is not None and forced() in (None, "native")
 
 
-def _lean(axes: int, transposes: bool) -> Callable[..., Any]:
+def _lean(axes: int, *, transposes: bool) -> Callable[..., Any]:
     rest = "output_padding groups dilation" if transposes else "dilation groups"
     names = f"stride padding {rest}".split()
     defaults = {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
@@ -217,8 +195,9 @@ def _lean(axes: int, transposes: bool) -> Callable[..., Any]:
     return convolution
 
 
-for _call, _kind in CONVOLUTIONS.items():
-    lean(_call)(_lean(*_kind))
+for _axes in (1, 2, 3):
+    lean(getattr(torch, f"conv{_axes}d"))(_lean(_axes, transposes=False))
+    lean(getattr(torch, f"conv_transpose{_axes}d"))(_lean(_axes, transposes=True))
 
 
 def _served(x: Tensor, weight: Tensor, bias: Tensor | None, axes: int) -> bool:

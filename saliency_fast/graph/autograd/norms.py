@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.graph.autograd.function import differentiable
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.opinfo import lean
 
 

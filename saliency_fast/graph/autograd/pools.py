@@ -13,8 +13,7 @@ from torch.autograd.function import once_differentiable
 from saliency_fast import ops
 from saliency_fast._torch_compat import NN, backward_operator
 from saliency_fast.graph.autograd.convolutions import Ints, Sizes, each_axis
-from saliency_fast.graph.autograd.function import differentiable
-from saliency_fast.graph.autograd.ties import takes_first
+from saliency_fast.graph.gradients import differentiable, takes_first
 from saliency_fast.graph.opinfo import LEAN, lean
 from saliency_fast.ops.masks import DTYPES
 from saliency_fast.ops.pools import LARGEST_WINDOW, layout
@@ -101,8 +100,12 @@ def _shaped(x: Tensor, call: Callable[..., Any], transpose: Callable[..., Any], 
     return differentiable(x, lambda one: (call(one, *rest), ()), back)
 
 
+# PyTorch, too, averages a series as an image of one line.
+
+
 def _average_pool(call: Callable[..., Any], axes: int) -> None:
-    transpose = backward_operator(f"avg_pool{axes}d")
+    pool = NN.avg_pool2d if axes == 1 else call
+    transpose = backward_operator(f"avg_pool{max(2, axes)}d")
 
     @lean(call)
     def average_pool(
@@ -117,55 +120,38 @@ def _average_pool(call: Callable[..., Any], axes: int) -> None:
         if not _served(input, axes):
             return NotImplemented
         kernel = each_axis(kernel_size, axes)
-        sizes = (kernel, _strides(stride, kernel), each_axis(padding, axes))
-        options = (*sizes, ceil_mode, count_include_pad, divisor_override)
-        return _shaped(input, call, transpose, *options)
+        sizes = [kernel, _strides(stride, kernel), each_axis(padding, axes)]
+        options = (ceil_mode, count_include_pad, divisor_override)
+        if axes > 1:
+            return _shaped(input, pool, transpose, *sizes, *options)
+        sizes = [[one, *own] for one, own in zip((1, 1, 0), sizes, strict=True)]
+        return _shaped(input.unsqueeze(2), pool, transpose, *sizes, *options).squeeze(2)
 
 
 def _adaptive_average_pool(call: Callable[..., Any], axes: int) -> None:
-    transpose = backward_operator(f"_adaptive_avg_pool{axes}d")
+    pool = NN.adaptive_avg_pool2d if axes == 1 else call
+    transpose = backward_operator(f"_adaptive_avg_pool{max(2, axes)}d")
 
     @lean(call)
     def adaptive_average_pool(input: Tensor, output_size: Any) -> Any:
         if not _served(input, axes):
             return NotImplemented
         sizes = zip(each_axis(output_size, axes), input.shape[2:], strict=True)
-        wanted = [own if size is None else size for size, own in sizes]
-        return _shaped(input, call, lambda grad, x, _: transpose(grad, x), wanted)
+        wanted = [1] * (axes == 1) + [own if size is None else size for size, own in sizes]
+        x = input.unsqueeze(2) if axes == 1 else input
+        found = _shaped(x, pool, lambda grad, x, _: transpose(grad, x), wanted)
+        return found.squeeze(2) if axes == 1 else found
 
 
 _max_pool(torch.max_pool1d, 1)
 _adaptive_max_pool(torch.adaptive_max_pool1d, 1)
+_average_pool(torch.avg_pool1d, 1)
+_adaptive_average_pool(torch.adaptive_avg_pool1d, 1)
 for _axes in (2, 3):
     _max_pool(getattr(torch, f"max_pool{_axes}d"), _axes)
     _adaptive_max_pool(getattr(NN, f"adaptive_max_pool{_axes}d"), _axes)
     _average_pool(getattr(NN, f"avg_pool{_axes}d"), _axes)
     _adaptive_average_pool(getattr(NN, f"adaptive_avg_pool{_axes}d"), _axes)
-
-
-@lean(torch.avg_pool1d)
-def _avg_pool1d(
-    input: Tensor,
-    kernel_size: Sizes,
-    stride: Sizes | None = None,
-    padding: Sizes = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-) -> Any:
-    if not _served(input, 1):
-        return NotImplemented
-    # PyTorch, too, pools a series as an image of one line.
-    kernel = each_axis(kernel_size, 1)
-    sizes = ([1, *kernel], [1, *_strides(stride, kernel)], [0, *each_axis(padding, 1)])
-    return LEAN[NN.avg_pool2d](input.unsqueeze(2), *sizes, ceil_mode, count_include_pad).squeeze(2)
-
-
-@lean(torch.adaptive_avg_pool1d)
-def _adaptive_avg_pool1d(input: Tensor, output_size: Sizes) -> Any:
-    if not _served(input, 1):
-        return NotImplemented
-    size = [1, *each_axis(output_size, 1)]
-    return LEAN[NN.adaptive_avg_pool2d](input.unsqueeze(2), size).squeeze(2)
 
 
 def _padding(call: Callable[..., Any], axes: int) -> None:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from saliency_fast.graph.passes.affine_prefix import behind_prefix
-from saliency_fast.graph.passes.fold_norm import folded
-from saliency_fast.graph.passes.fuse_relu import with_rectifiers
+from saliency_fast.graph.passes.fusion import folded, with_rectifiers
 from saliency_fast.graph.passes.half import in_half_type
 from saliency_fast.graph.passes.invariant import with_invariants
 from saliency_fast.graph.passes.scores_only import scoring
@@ -37,12 +36,8 @@ def pipeline(
 ) -> tuple[Pass, ...]:
     """The passes from a recorded program to the program of a launch, in order.
 
-    Args:
-        line: Whether points lie on straight lines, for the affine prefix; None leaves it out.
-        channels_last: Images and volumes enter with their channels innermost.
-        segments: Checkpoint segments; 1 for none.
-        half: Type of products, None for that of the points.
-        scores: Launches ask for scores alone.
+    line: whether points lie on straight lines, for the affine prefix; None leaves it out.
+    scores: launches ask for scores alone.
 
     Example:
         >>> [one.name for one in pipeline(half=torch.bfloat16)]

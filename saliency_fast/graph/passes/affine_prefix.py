@@ -1,15 +1,13 @@
 """The affine prefix: the leading part of a model that is affine in its input, applied once.
 
 On a straight line A(x' + a (x - x')) = A(x') + a (A(x) - A(x')) for an affine A. So points can be
-made behind it, gradients summed there, and the sum brought back by one transpose of A. The maps
-are the same up to rounding.
+made downstream of it, gradients summed there, and the sum brought back by one transpose of A.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +15,8 @@ from torch import Tensor
 from saliency_fast._torch_compat import tree_structure
 from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelError
-from saliency_fast.graph.passes.fuse_relu import fused
+from saliency_fast.graph.gradients import differentiable
+from saliency_fast.graph.passes.fusion import fused
 from saliency_fast.graph.program import Program, Ref, Step, refs_in
 
 FLOPS_PER_BYTE = 8
@@ -31,10 +30,8 @@ TOLERANCE = 1e4
 
 @dataclass(frozen=True)
 class Prefix:
-    """A program in two: `stem`, affine in the inputs, and `rest`, from its results onwards.
-
-    The saved activations at the cut are the stem's results, in the order in which they lie in
-    memory: [R, *] each, with the channels last where the stem's are.
+    """A program in two: `stem`, affine in the inputs, and `rest`, from the activations at the cut
+    onwards: [R, *] each, in memory order, so that channels are last where the stem's are.
     """
 
     stem: Program
@@ -55,7 +52,7 @@ class Prefix:
         with torch.no_grad():
             found = self.stem(self._spared(points), extras)
         # The data alone: autograd would not let the rest overwrite a view made without it.
-        return tuple(self._in_memory_order(one).contiguous().data for one in found)
+        return tuple(one.contiguous().data for one in self.in_memory_order(found))
 
     def transpose(self, grads: Inputs, like: Inputs, extras: list[Tensor]) -> Inputs:
         """The stem's transpose: gradients at the cut [R, *] to gradients at inputs like `like`."""
@@ -63,9 +60,14 @@ class Prefix:
         points = tuple(x.new_zeros((rows, *x.shape[1:])).requires_grad_() for x in like)
         with torch.enable_grad():
             entered = self._spared(points)
-            found = [self._in_memory_order(one) for one in self.stem(entered, extras)]
+            found = self.in_memory_order(self.stem(entered, extras))
         pairs = [(one, grad) for one, grad in zip(found, grads, strict=True) if one.requires_grad]
-        total = _WithGradients.apply([grad for _, grad in pairs], *(one for one, _ in pairs))  # type: ignore[no-untyped-call]
+        (first, *others), cotangents = zip(*pairs, strict=True)
+        # A number with these gradients: where `torch.autograd.grad` is given gradients, it imports
+        # PyTorch's symbolic shapes, which takes a third of a second.
+        total = differentiable(
+            first, lambda one, *_: (one.new_zeros(()), ()), lambda _: cotangents, *others
+        )
         back = torch.autograd.grad(total, points, allow_unused=True)
         return tuple(
             torch.zeros_like(point) if grad is None else grad.contiguous()
@@ -79,48 +81,26 @@ class Prefix:
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of a row's activations at the cut."""
+        """Of a row's activations at the cut."""
         shapes = [self.stem.values[one.number].shape[1:] for one in self.stem.outputs]
-        return tuple((*s[1:], s[0]) if self._turned(len(s) + 1) else s for s in shapes)
+        return tuple((*s[1:], s[0]) if self._is_last(len(s) + 1) else s for s in shapes)
 
-    def _turned(self, rank: int) -> bool:
-        """Whether values of so many axes lie with their channels innermost."""
+    def _is_last(self, rank: int) -> bool:
+        """Whether values of so many axes have channels-last memory format."""
         return self.stem.channels_last and rank in (4, 5)
 
-    def _in_memory_order(self, value: Tensor) -> Tensor:
-        return value.movedim(1, -1) if self._turned(value.dim()) else value
+    def in_memory_order(self, values: Inputs) -> list[Tensor]:
+        """Activations at the cut, or their gradients, with their axes as they lie in memory."""
+        return [one.movedim(1, -1) if self._is_last(one.dim()) else one for one in values]
 
-    def turned(self, values: Inputs) -> Inputs:
+    def as_rest_inputs(self, values: Inputs) -> Inputs:
         """Activations at the cut as the rest takes them, in the same memory."""
         # The data alone: to work in place on a view costs autograd a copy of all.
-        return tuple(one.movedim(-1, 1).data if self._turned(one.dim()) else one for one in values)
-
-    def turned_back(self, grads: Inputs) -> Inputs:
-        """Gradients of what `turned` gave, in memory order and contiguous."""
-        return tuple(self._in_memory_order(one).contiguous() for one in grads)
-
-
-class _WithGradients(torch.autograd.Function):
-    """A number whose gradients at some tensors are those given.
-
-    Gradients that `torch.autograd.grad` is given make it import PyTorch's symbolic shapes, which
-    takes a third of a second.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, grads: list[Tensor], *outputs: Tensor) -> Tensor:
-        ctx.grads = grads
-        return outputs[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        return None, *ctx.grads
+        return tuple(one.movedim(-1, 1).data if self._is_last(one.dim()) else one for one in values)
 
 
 def prefix_of(program: Program, *, channels_last: bool, line: bool) -> Prefix | None:
-    """The prefix of a program that was not fused yet, or None where there is none or none that
-    pays. line: points lie on straight lines, so that the stem's forward passes are spared too.
-    """
+    """The prefix that pays of a program that was not fused yet; line: points lie on lines."""
     rest = behind_prefix(program, line)
     if rest is None:
         return None
@@ -134,11 +114,23 @@ def prefix_of(program: Program, *, channels_last: bool, line: bool) -> Prefix | 
 def behind_prefix(program: Program, line: bool) -> Program | None:
     """The pass: the part of a program behind its prefix, as it was recorded."""
     affine = _affine(program)
-    cut = _cut(program, affine)
-    tree = tree_structure(tuple(cut))
-    stem = program.part(program.inputs, tuple(Ref(number) for number in cut), tree)
-    memories = {program.values[number].memory for number in cut}
-    doubtful = program.aliased or _overwritten(stem, cut) or len(memories) < len(cut)
+    # The affine values that calls behind the prefix, or the result, take.
+    taken = {one.number for one in refs_in(program.outputs)}
+    for step in program.steps:
+        taken |= set() if step.varying and set(step.made) <= affine else step.used
+    cut = sorted(taken & affine)
+    stem = program.part(program.inputs, tuple(map(Ref, cut)), tree_structure(tuple(cut)))
+    memory = {program.values[number].memory: stem.made_at.get(number, -1) for number in cut}
+    # Or the stem works in place on memory of a cut value that exists before.
+    doubtful = (
+        program.aliased
+        or len(memory) < len(cut)
+        or any(
+            memory.get(stem.values[after].memory, index) < index
+            for index, step in enumerate(stem.steps)
+            for _, after in step.changed
+        )
+    )
     if doubtful or not any(step.varying for step in stem.steps):
         return None
     if _gain(program, stem, cut, line=line) <= 0:
@@ -148,8 +140,14 @@ def behind_prefix(program: Program, line: bool) -> Program | None:
 
 def check_affine(prefix: Prefix, points: Inputs, extras: list[Tensor]) -> None:
     """Raises ModelError where the stem of a midpoint is not the midpoint of the stems."""
+
+    def wave(like: Tensor, shift: int) -> Tensor:
+        """Numbers of either sign of twice the size of `like`."""
+        number = torch.arange(like.numel(), dtype=like.dtype, device=like.device)
+        return (number + shift).cos().view_as(like) * (1 + 2 * like.abs().max())
+
     # Apart from the points' own direction: on the ray through them a ReLU is linear too.
-    moves = [tuple(_wave(one, shift) for one in points) for shift in (0, 1)]
+    moves = [tuple(wave(one, shift) for one in points) for shift in (0, 1)]
     moves.append(tuple((one + other) / 2 for one, other in zip(*moves, strict=True)))
     at_prefix_end = []
     for move in moves:
@@ -160,22 +158,6 @@ def check_affine(prefix: Prefix, points: Inputs, extras: list[Tensor]) -> None:
         gap = float(((start + stop) / 2 - found).abs().max())
         if not gap <= TOLERANCE * torch.finfo(found.dtype).eps * scale:
             raise ModelError(f"the prefix is not affine: off by {gap:.1g} of {scale:.1g}")
-
-
-def _wave(like: Tensor, shift: int) -> Tensor:
-    """Numbers of either sign of twice the size of `like`."""
-    number = torch.arange(like.numel(), dtype=like.dtype, device=like.device)
-    return (number + shift).cos().view_as(like) * (1 + 2 * like.abs().max())
-
-
-def _overwritten(stem: Program, cut: list[int]) -> bool:
-    """Whether the stem works in place on memory of a cut value that exists before."""
-    memory = {stem.values[number].memory: stem.born.get(number, -1) for number in cut}
-    return any(
-        memory.get(stem.values[after].memory, index) < index
-        for index, step in enumerate(stem.steps)
-        for _, after in step.changed
-    )
 
 
 def _affine(program: Program) -> set[int]:
@@ -205,15 +187,6 @@ def _stays_affine(program: Program, step: Step, affine: set[int]) -> bool:
         return False
     first = step.args[0] if step.args else None
     return linear == "any" or (isinstance(first, Ref) and first.number == varying[0])
-
-
-def _cut(program: Program, affine: set[int]) -> list[int]:
-    """The affine values that calls behind the prefix, or the result, take."""
-    found = {one.number for one in refs_in(program.outputs) if one.number in affine}
-    for step in program.steps:
-        if not (step.varying and set(step.made) <= affine):
-            found |= step.used & affine
-    return sorted(found)
 
 
 def _gain(program: Program, stem: Program, cut: list[int], *, line: bool) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast.graph.opinfo import Wrapped
 from saliency_fast.graph.passes.affine_prefix import Prefix
@@ -31,19 +32,14 @@ def native(program: Program) -> Program:
 
 
 def wide(value: Any) -> Any:
-    """A value with its floating tensors in float64."""
     return InFloat64().value(value)
 
 
 class InFloat64:
-    """Programs with float64 in the place of every smaller floating type, their weights copied once.
-
-    They may fail when they run, where calls make tensors of another type in a way of their own.
-    """
+    """Programs with float64 in the place of smaller floating types, their weights copied once."""
 
     def __init__(self) -> None:
-        # With the originals: the ids of what is gone are used again.
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+        self._known = WeakTensorKeyDictionary()
 
     def program(self, program: Program) -> Program:
         return replace(program, steps=tuple(map(self._step, program.steps)))
@@ -65,6 +61,6 @@ class InFloat64:
             return torch.float64 if leaf in _NARROW else leaf
         if not isinstance(leaf, Tensor) or leaf.dtype not in _NARROW:
             return leaf
-        if id(leaf) not in self._known:
-            self._known[id(leaf)] = leaf, leaf.detach().double()
-        return self._known[id(leaf)][1]
+        if leaf not in self._known:
+            self._known[leaf] = leaf.detach().double()
+        return self._known[leaf]

@@ -1,7 +1,5 @@
-"""Half precision: the arithmetic of a model's convolutions and matrix products.
-
-Products take half types and add up in float32; the calls between them keep the type that they get,
-and what half types cannot hold is done in float32. The model's own weights stay as they are.
+"""Half precision: convolutions and matrix products take half types and add up in float32, calls
+between them keep the type that they get, and what half types cannot hold is done in float32.
 """
 
 from __future__ import annotations
@@ -10,16 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast.errors import InputError
-from saliency_fast.graph.fused import folded_weights, partial_convolution
 from saliency_fast.graph.intercept import lean_call
 from saliency_fast.graph.opinfo import Wrapped
-from saliency_fast.graph.patterns import layers
+from saliency_fast.graph.passes.fusion import (
+    folded_weights,
+    layers,
+    partial_convolution,
+    without_norm,
+)
 from saliency_fast.graph.program import Prepared, Program, Step, mapped
 
 Tensors = tuple[Tensor, ...]
@@ -28,13 +32,10 @@ HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Precision:
-    """How a launch computes its products.
+    """How a launch computes its products: in the type `half`, or in float32 (None).
 
-    Attributes:
-        name: As users write it.
-        half: The type of products, None for float32.
-        tf32: Products of float32 numbers are rounded to 10 bits, on GPUs.
-        scaled: Cotangents are multiplied with a power of two, as the type has few exponents.
+    tf32: products of float32 numbers are rounded to 10 bits, on GPUs. scaled: cotangents are
+    multiplied with a power of two, as the type has few exponents.
     """
 
     name: str
@@ -95,8 +96,6 @@ class LikeInput(Wrapped):
 
 
 def cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
-    """Arguments with their tensors of the types `of` in the type `to`."""
-
     def change(leaf: Any) -> Any:
         return leaf.to(to) if isinstance(leaf, Tensor) and leaf.dtype in of else leaf
 
@@ -104,59 +103,39 @@ def cast(value: Any, of: tuple[torch.dtype, ...], to: torch.dtype) -> Any:
 
 
 def in_half_type(program: Program, half: torch.dtype) -> Prepared:
-    """The program with its products in a half type.
+    """The program with products in a half type, and normalisations folded in float32."""
+    made, steps = list[tuple[Callable[[], Tensors], Tensors]](), list(program.steps)
+    known = WeakTensorKeyDictionary()
 
-    Batch normalisations that fused rectifiers apply are folded into the convolutions before them,
-    in float32.
-    """
-    copies, steps = _Copies(half), list(program.steps)
+    def copied(make: Callable[[], Tensors]) -> Tensors:
+        with torch.no_grad():
+            copies = tuple(one.to(half) for one in make())
+        made.append((make, copies))
+        return copies
+
+    def leaf(value: Any) -> Any:
+        """A float32 tensor in the half type, one of each weight that several calls share."""
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if value not in known:
+            known[value] = copied(lambda: (value.detach(),))[0]
+        return known[value]
+
     for layer in layers(program):
         behind = layer.norm_index
         fused = behind is None or program.steps[behind].info.kind == "rectified"
         if layer.norm is None or not fused:
             continue
-        weights = copies.of_layer(layer.weight, layer.bias, layer.norm)
+        weights = copied(partial(folded_weights, layer.weight, layer.bias, layer.norm))
         args = (layer.x, *weights, *layer.options)
         steps[layer.index] = replace(steps[layer.index], func=layer.call, args=args)
         if behind is not None:
-            x, _, *others = steps[behind].args
-            steps[behind] = replace(steps[behind], args=(x, None, *others))
-    cast_steps = (_cast(one, half, copies.of) if one.varying else one for one in steps)
-    return Prepared(replace(program, steps=tuple(cast_steps)), tuple(copies.made))
-
-
-class _Copies:
-    """Copies of weights in a half type, one of each weight that several calls share."""
-
-    def __init__(self, half: torch.dtype) -> None:
-        self.half, self.made = half, list[tuple[Callable[[], Tensors], Tensors]]()
-        # With the originals: the ids of what is gone are used again.
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def of(self, template: Any) -> Any:
-        """A template of arguments with its float32 tensors in the half type."""
-        return mapped(self._of_leaf, template)
-
-    def of_layer(self, *layer: Any) -> Tensors:
-        """(weight, bias) of a convolution and its normalisation."""
-        return self._copied(lambda: folded_weights(*layer))
-
-    def _of_leaf(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dtype != torch.float32:
-            return value
-        if id(value) not in self._known:
-            self._known[id(value)] = value, self._copied(lambda: (value.detach(),))[0]
-        return self._known[id(value)][1]
-
-    def _copied(self, make: Callable[[], Tensors]) -> Tensors:
-        with torch.no_grad():
-            copies = tuple(one.to(self.half) for one in make())
-        self.made.append((make, copies))
-        return copies
+            steps[behind] = without_norm(steps[behind])
+    cast_steps = (_cast(one, half, leaf) if one.varying else one for one in steps)
+    return Prepared(replace(program, steps=tuple(cast_steps)), tuple(made))
 
 
 def half_type_bytes(program: Program) -> int:
-    """Bytes of the copies of the weights."""
     products = [
         step
         for step in program.steps
@@ -167,12 +146,12 @@ def half_type_bytes(program: Program) -> int:
     return sum({id(one): one.nbytes // 2 for one in found}.values())
 
 
-def _cast(step: Step, half: torch.dtype, weights: Callable[[Any], Any]) -> Step:
+def _cast(step: Step, half: torch.dtype, leaf: Callable[[Any], Any]) -> Step:
     """A step with its call in the type that suits it."""
     policy, inplace = step.info.half, bool(step.changed)
     if policy == "product" and (not inplace or step.func is partial_convolution):
-        args, kwargs = weights((step.args, dict(step.kwargs)))
-        return replace(step, func=Cast(step.func, (torch.float32,), half), args=args, kwargs=kwargs)
+        call = Cast(step.func, (torch.float32,), half)
+        return replace(step.with_arguments(leaf), func=call)
     if policy == "float32" and not inplace:
         return replace(step, func=Cast(step.func, HALVES, torch.float32))
     return replace(step, func=LikeInput(step.func)) if policy == "input" else step
@@ -187,11 +166,9 @@ _BEFORE: list[tuple[bool, bool, bool]] = []
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """What PyTorch may do to float32 products inside, on a GPU.
-
-    Its switches hold for all threads, so launches that want them otherwise wait. Launches repeat
-    their shapes, so that cuDNN chooses convolutions by their time; under
-    `torch.backends.cudnn.deterministic` it chooses among those that repeat their bits.
+    """Inside, PyTorch may use TF32 on a GPU where the precision says so; its switches hold for all
+    threads, so launches that want them otherwise wait. Launches repeat their shapes, so that cuDNN
+    chooses convolutions by time, under `torch.backends.cudnn.deterministic` deterministic ones.
     """
     if device.type != "cuda":
         yield

@@ -1,12 +1,10 @@
-"""Loop-invariant code: steps of a program that depend on weights alone run once a call.
-
-Folded, standardised and normalised weights, and those in another memory format, are as large as the
-weights: made in every launch, they cost time there, and memory that is counted for a point.
+"""Loop-invariant code: steps of a program that depend on weights alone (folded, standardised or in
+another memory format) run once a call, not in every launch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,41 +12,35 @@ import torch
 from torch import Tensor
 
 from saliency_fast._torch_compat import storage_id
-from saliency_fast.graph.fused import folded_weights
-from saliency_fast.graph.patterns import Layer, convolution
-from saliency_fast.graph.program import (
-    PerRow,
-    Prepared,
-    Program,
-    Read,
-    Ref,
-    Step,
-    leaves_in,
-    refs_in,
-)
+from saliency_fast.graph.passes.fusion import Layer, convolution
+from saliency_fast.graph.program import PerRow, Prepared, Program, Read, Ref, leaves_in, refs_in
 
 Env = dict[int, Tensor]
 Weights = tuple[Tensor, Tensor | None]
 
 
 def with_invariants(program: Program, known: dict[Any, Any] | None = None) -> Prepared:
-    """The program for as long as its weights do not change: invariant steps have run.
-
-    known: what was made already for another part of the same program; filled.
-    """
+    """The program whose invariant steps have run; known: tensors made already, filled."""
     indices, layers = frozenset(_invariant(program)), list(_prepared(program))
-    used = {number for step in _others(program, indices) for number in step.used}
     made = {number for index in indices for number in program.steps[index].outputs}
-    kept = sorted(made & (used | {one.number for one in refs_in(program.outputs)}))
+    outputs = {one.number for one in refs_in(program.outputs)}
+    kept = sorted(made & (_used(program, indices) | outputs))
 
     def make(known: dict[Any, Any]) -> tuple[Env, dict[int, Weights]]:
+        given = tuple(number for number in known if isinstance(number, int))
+        missing = [Ref(number) for number in kept if number not in known]
+        part, env = program.part(given, missing, program.tree), {n: known[n] for n in given}
         with torch.no_grad():
-            _run(program, indices, kept, known)
+            part.run(env, 1, 0, len(part.steps))
+            known |= {one.number: env[one.number] for one in missing}
             for layer in layers:
                 if _key(layer) not in known:
                     known[_key(layer)] = _weights(program, layer)
-        env = {number: known[number] for number in kept}
-        return env, {layer.index: known[_key(layer)] for layer in layers}
+        kept_values = {number: known[number] for number in kept}
+        return kept_values, {layer.index: known[_key(layer)] for layer in layers}
+
+    def tensors(env: Env, ready: dict[int, Weights]) -> tuple[Tensor, ...]:
+        return (*env.values(), *(one for two in ready.values() for one in two if one is not None))
 
     env, ready = make({} if known is None else known)
 
@@ -60,42 +52,19 @@ def with_invariants(program: Program, known: dict[Any, Any] | None = None) -> Pr
         args = (put(layer.x), *ready[layer.index], *layer.options)
         steps[layer.index] = replace(steps[layer.index], func=layer.call, args=args)
 
-    def again() -> tuple[Tensor, ...]:
-        found, weights = make({})
-        return (*found.values(), *_each(weights.values()))
-
     found = replace(
         program,
         steps=tuple(step for index, step in steps.items() if index not in indices),
         segments=tuple(end - sum(one < end for one in indices) for end in program.segments),
         outputs=tuple(map(put, program.outputs)),
     )
-    return Prepared(found, ((again, (*env.values(), *_each(ready.values()))),))
-
-
-def _run(program: Program, indices: frozenset[int], kept: list[int], known: dict[Any, Any]) -> None:
-    """Adds the values `kept` to those known, dropping each other value after its last use."""
-    needed, chain = set(kept) - known.keys(), list[int]()
-    for index in sorted(indices, reverse=True):
-        step = program.steps[index]
-        if needed & set(step.outputs):
-            chain.append(index)
-            needed |= step.used - known.keys()
-    last = {number: index for index in chain[::-1] for number in program.steps[index].used}
-    env: Env = {number: known[number] for number in last if number in known}
-    for index in reversed(chain):
-        step = program.steps[index]
-        step.run(env, 1)
-        known.update({number: env[number] for number in step.outputs if number in kept})
-        for number in (*step.used, *step.outputs):
-            if last.get(number, -1) <= index:
-                env.pop(number, None)
+    return Prepared(found, ((lambda: tensors(*make({})), tensors(env, ready)),))
 
 
 def invariant_bytes(program: Program) -> int:
     """Bytes that invariant steps make of their own, for the time of a call."""
     indices = frozenset(_invariant(program))
-    used = {number for step in _others(program, indices) for number in step.used}
+    used = _used(program, indices)
     memories = set(map(storage_id, program.constants))
     own = {
         value.memory: value.nbytes
@@ -106,8 +75,10 @@ def invariant_bytes(program: Program) -> int:
     return sum(own.values()) + sum(layer.weight.nbytes for layer in _prepared(program))
 
 
-def _others(program: Program, indices: frozenset[int]) -> Iterator[Step]:
-    return (step for index, step in enumerate(program.steps) if index not in indices)
+def _used(program: Program, indices: frozenset[int]) -> set[int]:
+    """The values that the other steps take."""
+    others = (step for index, step in enumerate(program.steps) if index not in indices)
+    return {number for step in others for number in step.used}
 
 
 def _invariant(program: Program) -> Iterator[int]:
@@ -130,18 +101,14 @@ def _invariant(program: Program) -> Iterator[int]:
 
 
 def _prepared(program: Program) -> Iterator[Layer]:
-    """The convolutions whose weights are made of the model's own: folded, or for volumes in the
-    memory format in which oneDNN takes them.
-    """
+    """Convolutions with folded weights, or with weights in oneDNN's format for volumes."""
     for index, step in enumerate(program.steps):
-        layer = convolution(index, step)
-        if layer is None:
+        if (layer := convolution(index, step)) is None:
             continue
-        weight = layer.weight
+        weight, last = layer.weight, torch.channels_last_3d
         plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
-        if layer.norm is not None or (
-            weight.dim() == 5 and program.channels_last and plain and not _innermost(weight)
-        ):
+        volumes = plain and weight.dim() == 5 and program.channels_last
+        if layer.norm is not None or (volumes and not weight.is_contiguous(memory_format=last)):
             yield layer
 
 
@@ -149,18 +116,8 @@ def _key(layer: Layer) -> tuple[int, bool]:
     return layer.output, layer.norm is not None
 
 
-def _innermost(weight: Tensor) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last_3d)
-
-
 def _weights(program: Program, layer: Layer) -> Weights:
-    weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
-    if layer.norm is not None:
-        weight, bias = folded_weights(weight, bias, layer.norm)
+    weight, bias = layer.weights()
     if weight.dim() == 5 and program.channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last_3d)
     return weight, bias
-
-
-def _each(weights: Iterable[Weights]) -> Iterator[Tensor]:
-    return (one for two in weights for one in two if one is not None)

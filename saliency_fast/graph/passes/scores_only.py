@@ -1,7 +1,6 @@
-"""Scores alone: a program for launches without gradients, its weights as they are now.
-
-Convolutions on the CPU take along the normalisation and rectifier behind them, and their weights
-are prepared once: folded, and transformed or in the order in which oneDNN takes them.
+"""Scores alone: a program for launches without gradients. Convolutions on the CPU include the
+normalisation and rectifier behind them, and their weights are prepared once: folded, and
+transformed or in the order in which oneDNN takes them.
 """
 
 from __future__ import annotations
@@ -11,18 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from saliency_fast import _torch_compat as compat
 from saliency_fast import ops
-from saliency_fast._torch_compat import (
-    HAS_ONEDNN_ORDERS,
-    ONEDNN_FUSED,
-    ONEDNN_REORDER,
-    onednn_enabled,
-)
 from saliency_fast.graph.autograd.convolutions import each_axis, even_edges, winograd_pays
-from saliency_fast.graph.fused import folded_weights
-from saliency_fast.graph.patterns import Layer, layers
+from saliency_fast.graph.passes.fusion import Layer, layers, without_norm
 from saliency_fast.graph.program import Program, Step
 
 WINOGRAD_BYTES = 4
@@ -50,49 +42,26 @@ class _Prepared:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the prepared weights."""
         copies = WINOGRAD_BYTES + (self.layer.norm is not None) if self.by_winograd else 1
         return int(self.layer.weight.nbytes) * copies
 
-    def call(self) -> Callable[[Tensor], Tensor]:
-        """The layer as a call of its input."""
-        weight, bias = self.layer.weight.detach(), self.layer.bias
-        bias, relu = None if bias is None else bias.detach(), self.layer.relu_index is not None
-        if self.layer.norm is not None:
-            weight, bias = folded_weights(weight, bias, self.layer.norm)
+    def call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        (weight, bias), relu = self.layer.weights(), self.layer.relu_index is not None
         if self.by_winograd:
-            options = (self.padding, relu, ops.winograd_weights(weight))
-            return _Winograd(weight, bias, options)
+            transformed = ops.winograd_weights(weight)
+            return _winograd, (self.layer.x, weight, bias, self.padding, relu, transformed)
         geometry = (self.padding, self.stride, self.dilation, self.groups)
-        size = (1, *self.shape[1:])
-        ready = ONEDNN_REORDER(weight, *geometry, size)
-        return _Reordered(ready, bias, (*geometry, "relu" if relu else "none", [], ""))
+        weight = compat.ONEDNN_REORDER(weight, *geometry, (1, *self.shape[1:]))
+        rectifier = "relu" if relu else "none"
+        return _reordered, (self.layer.x, weight, bias, *geometry, rectifier, [], "")
 
 
-@dataclass(frozen=True, eq=False)
-class _Winograd:
-    """A convolution by Winograd's algorithm, with transformed weights."""
-
-    weight: Tensor
-    bias: Tensor | None
-    options: tuple[Any, ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        found: Tensor = ops.winograd(x, self.weight, self.bias, *self.options)
-        return found
+def _winograd(*args: Any) -> Any:
+    return ops.winograd(*args)
 
 
-@dataclass(frozen=True, eq=False)
-class _Reordered:
-    """oneDNN's convolution, with weights in its own order."""
-
-    weight: Tensor
-    bias: Tensor | None
-    options: tuple[Any, ...]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        found: Tensor = ONEDNN_FUSED(x, self.weight, self.bias, *self.options)
-        return found
+def _reordered(*args: Any) -> Any:
+    return compat.ONEDNN_FUSED(*args)
 
 
 def scoring(program: Program) -> Program:
@@ -103,21 +72,19 @@ def scoring(program: Program) -> Program:
             layer, last = one.layer, one.layer.index
             behind = layer.norm_index
             if behind is not None and behind != layer.relu_index:
-                held = program.steps[behind]
-                if held.info.kind == "rectified":
-                    x, _, *others = held.args
-                    steps[behind] = replace(held, args=(x, None, *others))
+                if program.steps[behind].info.kind == "rectified":
+                    steps[behind] = without_norm(program.steps[behind])
                 else:
                     steps[behind], last = None, behind
             if layer.relu_index is not None:
                 steps[layer.relu_index], last = None, layer.relu_index
-            own = replace(program.steps[layer.index], func=one.call(), args=(layer.x,))
-            steps[layer.index] = replace(own, outputs=program.steps[last].outputs)
+            (call, args), own = one.call(), program.steps[layer.index]
+            outputs = program.steps[last].outputs
+            steps[layer.index] = replace(own, func=call, args=args, outputs=outputs)
     return replace(program, steps=tuple(step for step in steps if step is not None))
 
 
 def prepared_bytes(program: Program) -> int:
-    """Bytes of the prepared weights of `scoring`."""
     return sum(one.nbytes for one in _prepared(program))
 
 
@@ -126,7 +93,7 @@ def _prepared(program: Program) -> Iterator[_Prepared]:
     # All calls hand on channels last.
     if program.segments or not program.channels_last:
         return
-    onednn = HAS_ONEDNN_ORDERS and onednn_enabled()
+    onednn = compat.HAS_ONEDNN_ORDERS and compat.onednn_enabled()
     for layer in layers(program):
         one = _geometry(program, layer)
         if one is not None and (onednn or one.by_winograd):
@@ -134,9 +101,7 @@ def _prepared(program: Program) -> Iterator[_Prepared]:
 
 
 def _geometry(program: Program, layer: Layer) -> _Prepared | None:
-    """The arguments of an image's or volume's convolution in float32 on the CPU; None for others,
-    and for paddings by name that are not even.
-    """
+    """The arguments of an image's or volume's convolution in float32 on the CPU."""
     step, axes = program.steps[layer.index], layer.weight.dim() - 2
     values = [program.values[one] for one in (layer.x.number, *step.outputs)]
     own = [one for one in (layer.weight, layer.bias) if one is not None]
