@@ -22,6 +22,7 @@ from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.plan import DRAWS, Plan
 from saliency_fast.errors import InputError, warn
 from saliency_fast.model.layout import Axes, Layouts
+from saliency_fast.record import WeightsHash
 from saliency_fast.version import __version__
 
 _USUAL_LAYOUTS = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
@@ -34,27 +35,23 @@ REGION_MASK = "region.mask"
 """The name under which `Attribution.kept` holds a region's mask."""
 
 
-class _Deferred:
-    """A field of `Provenance` that is computed when it is first read, where it is given as a
-    function to (value, note).
-    """
+class _OnRead:
+    """A field of `Provenance` that may be given as a hash which is computed when it is read."""
 
-    def __init__(self, name: str) -> None:
-        self._name, self._stored = name, f"_{name}"
-
-    def __get__(self, one: Any, owner: type) -> Any:
+    def __get__(self, one: Provenance | None, owner: type) -> str | None:
         if one is None:
-            return self
-        value = vars(one)[self._stored]
-        if callable(value):
-            value, note = value()
-            vars(one)[self._stored] = value
-            if note:
-                one.notes[self._name] = note
+            # The field's default.
+            return None
+        value: str | WeightsHash | None = one.__dict__["_hash"]
+        if isinstance(value, WeightsHash):
+            value, changed = value()
+            one.__dict__["_hash"] = value
+            if changed:
+                one.notes["weights_sha256"] = changed
         return value
 
-    def __set__(self, one: Any, value: Any) -> None:
-        vars(one)[self._stored] = value
+    def __set__(self, one: Provenance, value: str | WeightsHash | None) -> None:
+        one.__dict__["_hash"] = value
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,6 @@ class Provenance:
     backend: str
     versions: dict[str, str]
     input_sha256: list[str] | None
-    weights_sha256: str | None
     trained_mode: bool
     seconds: float
     peak_bytes: int
@@ -111,15 +107,12 @@ class Provenance:
     rows: str = "alone"
     layout: list[str | None] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: _OnRead = _OnRead()
 
     def __getstate__(self) -> dict[str, Any]:
         # Whoever copies it gets the hash, and not the model.
         self.weights_sha256  # noqa: B018
         return vars(self)
-
-
-# Not as a default, which fields behind it would need then, too.
-setattr(Provenance, "weights_sha256", _Deferred("weights_sha256"))  # noqa: B010
 
 
 @dataclass(frozen=True, eq=False, repr=False)

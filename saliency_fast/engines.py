@@ -632,7 +632,7 @@ class Engine:
         wanted = self.hashes
         return {
             "input_sha256": [record.tensor_sha256(x) for x in call.inputs] if wanted else None,
-            "weights_sha256": record.weights_sha256_later(self.model) if wanted else None,
+            "weights_sha256": record.weights_hash(self.model) if wanted else None,
         }
 
     def _progress(self, job: Job) -> Iterator[Progress]:

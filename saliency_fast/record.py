@@ -8,6 +8,7 @@ import math
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -455,7 +456,7 @@ def restore_baseline(spec: Any, kept: Mapping[str, Tensor], device: torch.device
 # --- Hashes -----------------------------------------------------------------------------------
 
 _LOCK = threading.Lock()
-_WEIGHTS: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], str]] = WeakKeyDictionary()
+_WEIGHTS: WeakKeyDictionary[nn.Module, WeightsHash] = WeakKeyDictionary()
 
 
 def digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -475,59 +476,78 @@ def tensor_sha256(tensor: Tensor) -> str:
     return digest("", {"": tensor})
 
 
+class WeightsHash:
+    """The SHA-256 of all tensors that a module holds, by name, computed when it is asked for, or
+    when the module goes: it keeps the module from going no longer.
+    """
+
+    def __init__(self, model: nn.Module, state: dict[str, Tensor], key: tuple[object, ...]) -> None:
+        self.key, self._found = key, None if None not in key else (_hash_of(state), "")
+        self._model = weakref.ref(model)
+        # Not of this object, which is to go where nobody asks for the hash any more.
+        goes = weakref.finalize(model, _before_it_goes, weakref.ref(self), state)
+        goes.atexit = False
+        weakref.finalize(self, goes.detach).atexit = False
+
+    def __call__(self) -> tuple[str | None, str]:
+        """The hash, None for tensors whose contents cannot be read, and a text where they have
+        changed since it was wanted.
+        """
+        model = self._model()
+        if self._found is None and model is not None:
+            self.resolve(_weights(model))
+        return self._found or (None, "the model was gone before the hash of its weights was read")
+
+    def resolve(self, state: dict[str, Tensor]) -> None:
+        """Computes it from the module's tensors."""
+        if self._found is None:
+            same = _places(state) == self.key
+            changed = "" if same else "the weights have changed between the map and their hash"
+            self._found = _hash_of(state), changed
+
+
+def _before_it_goes(one: weakref.ref[WeightsHash], state: dict[str, Tensor]) -> None:
+    wanted = one()
+    if wanted is not None:
+        wanted.resolve(state)
+
+
 def weights_sha256(model: Callable[..., Any]) -> str | None:
-    """SHA-256 of all tensors that a module holds, by name. The result is cached until one of the
-    tensors is replaced or written to. It is None for plain functions and for tensors whose contents
-    cannot be read.
+    """SHA-256 of all tensors that a module holds, by name; None for plain functions and for tensors
+    whose contents cannot be read. Cached until one of the tensors is replaced or written to.
     """
-    return _weights_sha256(model, *_weights(model)) if isinstance(model, nn.Module) else None
+    found = weights_hash(model)
+    return None if found is None else found()[0]
 
 
-def weights_sha256_later(
-    model: Callable[..., Any],
-) -> str | Callable[[], tuple[str | None, str]] | None:
-    """The hash of a module's weights where it is cached; else a function that computes it when it
-    is asked for, and a text where they have changed since this call.
-
-    Weights whose changes PyTorch does not count are hashed at once.
-    """
+def weights_hash(model: Callable[..., Any]) -> WeightsHash | None:
+    """The hash of a module's weights as they are, at once where PyTorch does not count changes."""
     if not isinstance(model, nn.Module):
         return None
-    state, key = _weights(model)
+    state = _weights(model)
+    key = _places(state)
     with _LOCK:
-        cached = _WEIGHTS.get(model)
-    if None in key or not state or (cached is not None and cached[0] == key):
-        return _weights_sha256(model, state, key)
-
-    def later() -> tuple[str | None, str]:
-        state, now = _weights(model)
-        changed = "" if now == key else "the weights have changed between the map and their hash"
-        return _weights_sha256(model, state, now), changed
-
-    return later
+        known = _WEIGHTS.get(model)
+        if known is None or known.key != key or None in key:
+            known = _WEIGHTS[model] = WeightsHash(model, state, key)
+    return known
 
 
-def _weights(model: nn.Module) -> tuple[dict[str, Tensor], tuple[object, ...]]:
-    """The tensors of a module by name, and where and in which version they lie in memory."""
-    state = {name: one for name, one in _state(model).items() if isinstance(one, Tensor)}
-    return state, tuple(_memory(one) for one in state.values())
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: one for name, one in _state(model).items() if isinstance(one, Tensor)}
 
 
-def _weights_sha256(
-    model: nn.Module, state: dict[str, Tensor], key: tuple[object, ...]
-) -> str | None:
-    with _LOCK:
-        cached = _WEIGHTS.get(model)
-    if cached is not None and cached[0] == key and None not in key:
-        return cached[1]
+def _places(state: dict[str, Tensor]) -> tuple[object, ...]:
+    """Where tensors lie in memory, and in which version."""
+    return tuple(map(_memory, state.values()))
+
+
+def _hash_of(state: dict[str, Tensor]) -> str | None:
     try:
-        found = digest("", state)
+        return digest("", state)
     except (RuntimeError, NotImplementedError, TypeError):
         # A tensor subclass of the user's: a missing hash must not lose the map.
         return None
-    with _LOCK:
-        _WEIGHTS[model] = (key, found)
-    return found
 
 
 def _state(model: nn.Module) -> dict[str, Any]:

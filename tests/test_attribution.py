@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,15 @@ class TestProvenance:
         again = sf.explain(model, x, target=1, method="gradient").provenance
         assert copy.deepcopy(again).weights_sha256 == found.provenance.weights_sha256
         assert "weights_sha256" not in again.notes
+
+    def test_a_hash_outlives_its_model_and_keeps_none(self) -> None:
+        model, _, found = image_attribution(method="gradient")
+        expected = record.weights_sha256(copy.deepcopy(model))
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
+        assert found.provenance.weights_sha256 == expected
 
     def test_hashing_can_be_turned_off(self) -> None:
         model, x, _ = image_attribution()

@@ -319,7 +319,7 @@ def test_layers_that_cannot_be() -> None:
     model, x = make(VGG), randn(2, 3, 12, 16)
     with pytest.raises(InputError, match="did you mean 'features"):
         sf.explain(model, x, target=1, method=GradCAM("featurs.1"))
-    with pytest.raises(InputError, match=r"Linear has no spatial output: got \[2, 5\]"):
+    with pytest.raises(InputError, match=r"Linear has no spatial output: got \[1, 5\]"):
         sf.explain(model, x, target=1, method=GradCAM("classifier.2"))
 
 
