@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -38,7 +38,9 @@ from saliency_fast.captum.forward import (
     run_forward,
     selected,
 )
+from saliency_fast.engine import config as configs
 from saliency_fast.engine.calibrate import CalibrationCache
+from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import Independence
 from saliency_fast.engine.loop import Job, Progress, run_alone
 from saliency_fast.engine.recipe import Method, WeightedSum
@@ -127,6 +129,12 @@ class _RowProofs(dict[tuple[object, ...], Independence]):
         return proof
 
 
+@lru_cache
+def _proving(config: EngineConfig) -> EngineConfig:
+    """The same without launches of single points: that rows depend on each other is to be seen."""
+    return replace(config, single_points=0)
+
+
 class _Engine(Engine):
     """An engine with calibrations of its own, and a progress bar that counts calls, the first of
     which is over.
@@ -143,7 +151,8 @@ class _Engine(Engine):
         **of: Any,
     ) -> None:
         self._calibrations, self._bar = calibrations, bar
-        super().__init__(model, method, hashes=False, **of)
+        config = _proving(configs.DEFAULT)
+        super().__init__(model, method, hashes=False, config=config, **of)
 
     def _caches(self) -> Calibrations:
         return {(): self._calibrations}

@@ -166,6 +166,7 @@ class CapturedEvaluation(SumEvaluation):
         """Writes another call of the same kind over the last one; raises where its target lies
         outside of the model's output.
         """
+        self.job = job
         call, targets = job.call, job.call.targets
         shape = self.score_function.shape or self._inside.shape
         if shape is not None:
@@ -303,8 +304,9 @@ class CapturedEvaluation(SumEvaluation):
         return Outcome(**{name: _cloned(value) for name, value in parts.items()})
 
     def release(self) -> None:
-        """The call is over: the next one may be another thread's."""
+        """The call is over: the next one may be another thread's. Its model is not kept alive."""
         self._recorder.done()
+        del self.job
 
 
 def _copied(call: Call) -> Call:

@@ -283,7 +283,6 @@ class Evaluation:
         self.strategy, self.config = job.strategy, job.config
         self.launches = job.launches
         self.independence: Independence | None = job.independence
-        self.model = job.model
         self.precision_error, self.ties = error, ties
         self.size = 1 if ties is not None and ties.apart else self.plan.points_per_launch
         shape, device = (call.batch, call.targets.count), call.device
@@ -295,7 +294,7 @@ class Evaluation:
 
     @cached_property
     def score_function(self) -> PointFunction:
-        return self.strategy.score_function(self.model, self.call, self.recipe)
+        return self.strategy.score_function(self.job.model, self.call, self.recipe)
 
     def steps(self, report: _Report) -> Steps:
         """Runs launch by launch; yields requests, and what `report` makes after each."""
@@ -687,7 +686,7 @@ class RoundsEvaluation(Evaluation):
         call, scores = self.call, (self.scores, self.baseline_scores)
         context = RoundContext(
             *(call.inputs, self.baselines, *scores, self.size, call.features, call.layers),
-            *(self.model, call.layer_input, call.layouts),
+            *(self.job.model, call.layer_input, call.layouts),
         )
         rounds, result = self.recipe.rounds(context), None
         of = self.recipe.count * call.batch
@@ -772,15 +771,15 @@ class RoundsEvaluation(Evaluation):
         targets, strategy = self.score_function.targets, self.strategy
         if step.project is not None:
             # By autograd: memory-efficient versions can be differentiated but once.
-            plain = Strategy(rules=strategy.rules).score_function(self.model, self.call)
+            plain = Strategy(rules=strategy.rules).score_function(self.job.model, self.call)
             plain = replace(plain, targets=targets, kind=(id(step),))
             return Directional.of(plain, step.project)
         if step.taps is None and step.rules is None:
             return self.score_function
         lean = strategy.program is not None or strategy.intercepted
-        executor: Executor = (InterceptedExecutor if lean else EagerExecutor)(self.model)
+        executor: Executor = (InterceptedExecutor if lean else EagerExecutor)(self.job.model)
         if step.rules is not None:
-            executor = RulesExecutor(self.model, step.rules)
+            executor = RulesExecutor(self.job.model, step.rules)
         function = replace(self.call.function(executor), targets=targets)
         if step.taps is not None:
             function = TappedFunction.of(function, step.taps, backward=step.gradients is not False)

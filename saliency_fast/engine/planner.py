@@ -283,9 +283,9 @@ class Planner:
         key, several, suspect = self._rows_key, self.cache.rows, calibration.suspect
         while len(several) >= self.config.most_known:
             several.pop(next(iter(several)))
-        rows = several.get(key)
-        if rows is None or (suspect is not UNRECORDED and rows.unrecorded):
-            rows = several[key] = Independence(suspect)
+        if key in several and suspect is not UNRECORDED and several[key].unrecorded:
+            del several[key]
+        rows = several.setdefault(key, Independence(suspect))
         by_function = self.call.targets.function is not None
         draws = calibration.cost.drew or not calibration.measured
         rows.renew(suspect, draws=draws, by_function=by_function)
@@ -467,8 +467,16 @@ class Planner:
         sizes = () if strategy.tiled is not None else _traced_sizes(job)
         # Other sizes of launches would draw other random numbers.
         own = isinstance(self.recipe, WeightedSum) and not calibration.cost.random and self.alone
-        if sizes and own and sum(sizes) < plan.points:
-            prepared = replace(prepared, first=(*prepared.first, *sizes))
+        first = (*prepared.first, *sizes)
+        if sizes and own and sum(first) < plan.points:
+            # No launch has more points than are left then.
+            most = max(plan.points - sum(first), *first)
+            if most < plan.points_per_launch:
+                limits = replace(attempt.limits, points_per_launch=most)
+                attempt = replace(attempt, limits=limits)
+                plan = self._plan(calibration, attempt)
+                prepared = replace(prepared, attempt=attempt, plan=plan)
+            prepared = replace(prepared, first=first)
             if job.key not in calibration.launches:
                 go_on = partial(self._with_traces, prepared, job.key)
                 return replace(self._job(prepared), traced=sizes, with_traces=go_on)
