@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from benchmarks.models import Workload
 from saliency_fast.engine import config
+from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.plan import Plan
 from saliency_fast.graph.passes.half import PRECISIONS
 
@@ -119,7 +120,11 @@ class Ours:
         **limits: Any,
     ) -> None:
         self.target, self.one_launch = workload.target, one_launch
-        self.limits = {"precision": precision, "hashes": False} | limits
+        # What later calls are, from the first on; traces begin with smaller launches.
+        config = EngineConfig(
+            direct_points=0, direct_points_of_small=0, traced_from=2**62 if one_launch else 2**24
+        )
+        self.limits = {"precision": precision, "hashes": False, "config": config} | limits
         self.model = preparation.apply(model)
         self._engines: dict[Setting, sf.Engine] = {}
 

@@ -273,11 +273,12 @@ def test_a_plan_tells_what_launches_take(
     monkeypatch.setattr(Arena, "close", closed)
     found = engine(x, 1)
     assert extents == [plan.launch_bytes]
-    assert plan.launch_bytes == launches.bytes_of(9)
+    # The largest of launches of two, three and four points.
+    assert plan.launch_bytes == launches.bytes_of(4)
     configure(monkeypatch, traced_from=2**60)
     other = sf.Engine(Volume().eval(), method, points_per_launch=9, lean=lean, hashes=False)
     other.model.load_state_dict(model.state_dict())
-    assert torch.equal(other(x, 1).values, found.values)
+    torch.testing.assert_close(other(x, 1).values, found.values, rtol=1e-4, atol=1e-9)
 
 
 def reservations() -> int:

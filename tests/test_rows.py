@@ -522,3 +522,31 @@ def test_layers_behind_what_joins_the_examples(name: str, method: str) -> None:
         assert gap(found.values[own], single.values) < TIGHT
         with torch.no_grad():
             torch.testing.assert_close(found.scores[own].double(), model(x[own])[:, 1])
+
+
+class Switched(nn.Module):
+    """Rows meet in it once an attribute says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.mixes = nn.Linear(12, 16), nn.Linear(16, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).tanh()
+        return self.last(y * y.mean(0, keepdim=True).exp() if self.mixes else y)
+
+
+@pytest.mark.parametrize("steps", [4, 16, 300])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_that_meet_only_in_later_calls(steps: int, batch: int) -> None:
+    torch.manual_seed(0)
+    model, x = Switched().double().eval(), torch.randn(batch, 12).double()
+    method = sf.IntegratedGradients(steps=steps, rule="midpoint")
+    engine = sf.Engine(model, method)
+    for _ in range(40):
+        engine(x, 1)
+    model.mixes = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = engine(x, 1).values
+    assert gap(found, torch.cat([naive(model, one[None], steps) for one in x])) < TIGHT

@@ -306,7 +306,7 @@ class Calibration:
         eager: The cost by autograd.
         reason: Why no better strategy serves.
         refusals: (strategy, why not) of those that come before it in `STRATEGIES`.
-        mark: The model's fingerprints where a program stands for it.
+        mark: The fingerprints of the model whose program, or whose rows, this is about.
         exact: What a point costs in float32, where the strategy's precision is another one.
         foreseen: Whether measured on shapes alone.
         disagreed: Whether the gradient of a strategy was not the model's.
@@ -363,7 +363,8 @@ class Calibration:
         that counts its calls, and was called.
         """
         if self.whole is None:
-            return None
+            # Rows may meet in it now; what a point costs is about the same.
+            return replace(self, suspect=suspected(point), mark=_mark(point))
         try:
             same = same_calls(self.whole, unified(*(point.recorded(rows) for rows in (1, 2))))
         except Exception:
@@ -377,6 +378,7 @@ class Calibration:
         return Calibration(
             *(Strategy(precision=self.strategy.precision), self.eager, self.eager),
             *(reason, refusals),
+            mark=self.mark,
             exact=self.exact and self.eager,
             suspect=_reads_arguments(self.whole) or self.suspect,
         )
@@ -426,6 +428,11 @@ def calibrated(point: Measurement, *, lean: bool, budget: int) -> Calibration:
 
     Where a point might take much memory eagerly, that is foreseen on shapes alone first.
     """
+    calibration = _calibrated(point, lean=lean, budget=budget)
+    return calibration if calibration.mark else replace(calibration, mark=_mark(point))
+
+
+def _calibrated(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     call, recipe = point.call, point.recipe
     eager = Strategy(rules=recipe.rules)
     if recipe.second:
@@ -529,7 +536,7 @@ def in_precision(calibration: Calibration, precision: Precision, point: Measurem
         recorded = strategy.program is not None
         return Calibration(
             *(strategy, cost, calibration.eager, "; ".join(reasons) or None, calibration.refusals),
-            mark=calibration.mark if recorded else None,
+            mark=calibration.mark,
             exact=calibration.cost,
             foreseen=calibration.foreseen,
             suspect=calibration.suspect,

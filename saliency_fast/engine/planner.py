@@ -27,7 +27,6 @@ from saliency_fast.engine.calibrate import (
     in_precision,
     repaid_after,
     sharing,
-    suspected,
 )
 from saliency_fast.engine.captured import captured_steps, described
 from saliency_fast.engine.config import EngineConfig
@@ -226,8 +225,8 @@ class Planner:
         eager = self._first_eager() if earlier is None else earlier
         if eager is None or not self._serves(eager):
             return None
-        if eager.suspect is UNRECORDED and not self._single:
-            eager = replace(eager, suspect=suspected(self._point))
+        if not self._single and (eager.mark is None or not eager.holds(self.model, self.call)):
+            eager = eager.renewed(self._point) or eager
         return eager if eager is earlier else self._keep(key, precision, eager)
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import saliency_fast.captum as facade
 from saliency_fast.captum import attribution
 from tests.captum import facade_models as own
+from tests.configured import RECORDED, configure
 from tests.models import Image, Tabular, make, randn
 
 X = randn(3, 7)
@@ -149,10 +150,10 @@ def test_any_callable() -> None:
     model = make(Tabular)
     expected = facade.Saliency(model).attribute(X, 1)
     for one in (model.forward, lambda x: model(x), lambda *of: model(*of), Called(model)):
-        assert torch.equal(facade.Saliency(one).attribute(X, 1), expected)
+        torch.testing.assert_close(facade.Saliency(one).attribute(X, 1), expected)
     for mode in (torch.no_grad(), torch.inference_mode()):
         with mode:
-            assert torch.equal(facade.Saliency(model).attribute(X.clone(), 1), expected)
+            torch.testing.assert_close(facade.Saliency(model).attribute(X.clone(), 1), expected)
 
 
 class Called:
@@ -167,8 +168,11 @@ class Called:
         return self.model(x)
 
 
-def test_later_objects_profit_from_what_earlier_ones_found() -> None:
+def test_later_objects_profit_from_what_earlier_ones_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What points took is found out once for a model, for whatever object and target."""
+    configure(monkeypatch, **RECORDED)
     plain = make(Image).float()
     x, y = randn(2, 3, 96, 96).float(), randn(2, 3, 96, 96, seed=1).float()
     facade.IntegratedGradients(plain).attribute(x, target=1, n_steps=8)
@@ -189,8 +193,9 @@ def around(model: nn.Module, factor: float) -> Callable[[Tensor], Tensor]:
     return lambda x: model(x).softmax(1) * factor
 
 
-def test_functions_made_anew_are_known_by_their_code() -> None:
+def test_functions_made_anew_are_known_by_their_code(monkeypatch: pytest.MonkeyPatch) -> None:
     """And by what they close over: other numbers, layers and weights are no other's recording."""
+    configure(monkeypatch, **RECORDED)
     plain, x = make(Image).float(), randn(2, 3, 96, 96).float()
 
     known = []
@@ -211,8 +216,9 @@ def test_functions_made_anew_are_known_by_their_code() -> None:
     assert gone() is None
 
 
-def test_whole_batches_are_found_out_once_too() -> None:
+def test_whole_batches_are_found_out_once_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Softmax as a module, and one number for a batch: the batch is one example."""
+    configure(monkeypatch, **RECORDED)
     model, x = nn.Sequential(make(Tabular), nn.Softmax(1)).double(), randn(3, 7)
     known = []
     for _ in range(2):
@@ -220,7 +226,7 @@ def test_whole_batches_are_found_out_once_too() -> None:
         facade.LayerDeepLift(model, model[0]).attribute(x, target=1)
         facade.FeatureAblation(model).attribute(x)
         several = attribution._CALIBRATIONS[model].values()
-        known.append([id(probe) for one in several for probe in one.values()])
+        known.append([id(probe.cost) for one in several for probe in one.values()])
     assert known[0] == known[1]
     assert known[0]
 

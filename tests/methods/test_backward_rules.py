@@ -20,6 +20,7 @@ from saliency_fast.engine.strategies import Strategy
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import make_method
 from saliency_fast.rules import Guided
+from tests.configured import RECORDED, configure
 from tests.models import Multimodal, make, randn
 from tests.naive import relative_l2
 from tests.rules.ruled import Functional, Row, network, points
@@ -239,8 +240,9 @@ def test_a_strategy_with_a_profiler_is_the_same_strategy() -> None:
         assert getattr(profiled, one.name) == getattr(strategy, one.name), one.name
 
 
-def test_plans_measure_a_point_under_its_rules() -> None:
+def test_plans_measure_a_point_under_its_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     """References double what DeepLIFT keeps; rectifiers under a rule keep a bit of each number."""
+    configure(monkeypatch, **RECORDED)
     model = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()) for _ in range(8))).eval()
     model.append(nn.Flatten())
     x = torch.randn(1, 4, 64, 64)
