@@ -515,6 +515,24 @@ def _about(method: Explainer, baseline: Baseline) -> dict[str, Any]:
     return about | {"baseline": describe(baseline) if simple else type(baseline).__name__}
 
 
+def _rightly_classified(
+    model: Model, inputs: Tensor, labels: Target, running: RunOptions
+) -> tuple[Tensor, Tensor]:
+    """The inputs that the model is right about, and their classes."""
+    if not isinstance(inputs, Tensor):
+        raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
+    (x,), (dtype,) = read_inputs(inputs)
+    decided = decisions(model, x, running.taking(dtype), labels)
+    classes = classes_of(labels, decided)
+    right = decided == classes
+    if not bool(right.any()):
+        raise InputError(
+            "labels: the model is right about none of the inputs, so that none can be attacked; "
+            f"got {classes[:8].tolist()}, decided {decided[:8].tolist()}"
+        )
+    return x[right].to(dtype), classes[right]
+
+
 def attack_roc(
     model: Model,
     inputs: Tensor,
@@ -565,24 +583,12 @@ def attack_roc(
     names = (attacks,) if isinstance(attacks, str) else tuple(attacks)
     for name in names:
         checks.choice("attacks", name, ATTACKS)
-    if not isinstance(inputs, Tensor):
-        raise InputTypeError(f"inputs must be one tensor: got {type(inputs).__name__}")
-    (x,), (dtype,) = read_inputs(inputs)
-    decided = decisions(model, x, running.taking(dtype), labels)
-    classes = classes_of(labels, decided)
-    right = decided == classes
-    if not bool(right.any()):
-        raise InputError(
-            "labels: the model is right about none of the inputs, so that none can be attacked; "
-            f"got {classes[:8].tolist()}, decided {decided[:8].tolist()}"
-        )
-    clean, classes = x[right].to(dtype), classes[right]
+    clean, classes = _rightly_classified(model, inputs, labels, running)
     shared: dict[str, Any] = {"bounds": bounds, "running": running}
+    common: dict[str, Any] = {"baseline": baseline, "seed": seed, "layout": layout}
 
     def scored(x: Tensor, usual: Tensor | CoherenceReference) -> AdversarialScore:
-        return adversarial_score(
-            *(model, x, usual, method), baseline=baseline, seed=seed, running=running, layout=layout
-        )
+        return adversarial_score(model, x, usual, method, running=running, **common)
 
     # Attacks come first, since their errors cost less time than those of the maps.
     made = {
@@ -592,10 +598,11 @@ def attack_roc(
         for name in names
     }
     first = scored(clean, references)
-    scores = {"clean": first.scores}
-    for name, one in made.items():
-        moved = one.inputs[one.fooled]
-        scores[name] = scored(moved, first.reference).scores if len(moved) else first.scores[:0]
+    fooling = {name: one.inputs[one.fooled] for name, one in made.items()}
+    scores = {"clean": first.scores} | {
+        name: scored(moved, first.reference).scores if len(moved) else first.scores[:0]
+        for name, moved in fooling.items()
+    }
     missed = tuple(f"{name} fooled no input" for name in names if not len(scores[name]))
     about = {name: dict(one.parameters) for name, one in made.items()}
     return AttackRoc(

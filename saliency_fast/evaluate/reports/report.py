@@ -119,12 +119,7 @@ def report(
         layout=layout,
     )
     chosen = _read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)
-    results = _Results()
-    with tqdm(total=len(rows) * (len(chosen) + 1), disable=not progress, leave=False) as bar:
-        for row in rows:
-            results.measure(row, base, chosen, bar)
-    if results.errors and not any(results.outcomes.values()):
-        raise results.errors[0]
+    results = _measured(rows, base, chosen, progress)
     if labels is not None and not isinstance(labels, Mapping):
         labels = dict(enumerate(labels))
     return Report(
@@ -145,6 +140,19 @@ def report(
         confidence=confidence,
         seed=seed,
     )
+
+
+def _measured(
+    rows: Sequence[_Row], base: EvaluationInput, metrics: Mapping[str, Metric], progress: bool
+) -> _Results:
+    """The outcomes of all rows; raises the first error where nothing could be measured."""
+    results = _Results()
+    with tqdm(total=len(rows) * (len(metrics) + 1), disable=not progress, leave=False) as bar:
+        for row in rows:
+            results.measure(row, base, metrics, bar)
+    if results.errors and not any(results.outcomes.values()):
+        raise results.errors[0]
+    return results
 
 
 def _caveats(base: EvaluationInput) -> tuple[str, ...]:
