@@ -61,6 +61,10 @@ LOWER = 16.0
 """What a scale is divided by where half types overflow."""
 
 
+ARENA_LAUNCHES = 3
+"""Launches of a call from which an arena pays."""
+
+
 class PrecisionCostsError(Exception):
     """A precision costs a map more than it may."""
 
@@ -215,7 +219,9 @@ class _Report:
 def run_alone(job: Job) -> Iterator[Progress]:
     """Runs a call in launches of its own, and notes what a point takes."""
     device, seconds, last = job.call.device, 0.0, None
-    arena = Arena(device, about=job.plan.launch_bytes)
+    # Its first launch touches fresh pages, which costs more than the second one spares.
+    several = job.plan.launches * len(job.baselines) >= ARENA_LAUNCHES
+    arena = Arena(device, about=job.plan.launch_bytes if several else 0)
     progress = drive(evaluate(job), arena)
     try:
         while True:

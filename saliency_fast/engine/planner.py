@@ -481,7 +481,9 @@ class Planner:
                 return replace(self._job(prepared), traced=sizes, with_traces=go_on)
         if strategy.tiled is None:
             if job.key not in calibration.launches:
-                calibration.launches[job.key] = launches_of(job)
+                # A trial takes as long as the few points of a call that runs eagerly.
+                launches = launches_of(job) if calibration.recorded else None
+                calibration.launches[job.key] = launches
             if (launches := calibration.launches[job.key]) is not None:
                 plan = self._plan(calibration, attempt, launches)
                 prepared = replace(prepared, plan=plan, launches=launches)
