@@ -536,33 +536,46 @@ class Engine:
                 same_model(model)
             call = assigned(model, with_next_token(self.model, call), cache, self.config)
 
-            def planned() -> tuple[Job, list[str] | None]:
-                known = still_unused(model, call, cache.unused) if cache.unused else frozenset()
-                try:
-                    job, names = self._planned(
-                        replace(call, unused=known), given, method, recipe, alone
-                    )
-                except UnseenInputError as error:
-                    note(known, error)
-                    # Several may be unused: the same again until all are known.
-                    return planned()
-                replan = job.replan
+            return self._without_unused(call, given, method, recipe, alone, frozenset())
 
-                def again(job: Job, error: Exception) -> Job:
-                    if not isinstance(error, UnseenInputError):
-                        return replan(job, error)
-                    note(known, error)
-                    return planned()[0]
+    def _without_unused(
+        self,
+        call: Call,
+        given: Arguments,
+        method: Method,
+        recipe: Recipe,
+        alone: bool,
+        seen: frozenset[int],
+    ) -> tuple[Job, list[str] | None]:
+        """The job of a call; where an input turns out to be unused, of that with zeros for it.
 
-                return replace(job, replan=again), names
+        seen: inputs of which that was found in this call.
+        """
+        location, about = self._location, (given, method, recipe, alone)
+        cache, model = location.cache, self._called
+        if cache.unused:
+            seen = seen | still_unused(model, call, cache.unused - seen)
 
-            def note(known: frozenset[int], error: UnseenInputError) -> None:
-                number, seen = error.number, location.at is not None or error.number in known
-                if seen or not self.zeros_of_unused or not unused(model, call, number):
-                    raise error
-                cache.unused.add(number)
+        def without(error: UnseenInputError) -> tuple[Job, list[str] | None]:
+            number, known = error.number, location.at is not None or error.number in seen
+            if known or not self.zeros_of_unused:
+                raise error
+            if not unused(model, call, number, error.example):
+                raise error
+            cache.unused.add(number)
+            # Several may be unused: the same again until all are known.
+            return self._without_unused(call, *about, seen | {number})
 
-            return planned()
+        try:
+            job, names = self._planned(replace(call, unused=seen), *about)
+        except UnseenInputError as error:
+            return without(error)
+        replan = job.replan
+
+        def again(job: Job, error: Exception) -> Job:
+            return without(error)[0] if isinstance(error, UnseenInputError) else replan(job, error)
+
+        return replace(job, replan=again), names
 
     def _planned(
         self, call: Call, given: Arguments, method: Method, recipe: Recipe, alone: bool

@@ -48,9 +48,11 @@ class UnseenInputError(ModelError):
 
     Attributes:
         number: Index of the input.
+        example: Index of an example whose score does not depend on it.
     """
 
     number = 0
+    example = 0
 
 
 class RepeatedLayerError(ModelError):

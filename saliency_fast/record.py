@@ -428,18 +428,19 @@ def restore_target(
 def describe_baseline(baseline: Any) -> tuple[Any, dict[str, Tensor]]:
     """(JSON, tensors) of a baseline as the user gave it."""
     kept: dict[str, Tensor] = {}
+    return _described(baseline, kept), kept
 
-    def walk(one: Any) -> Any:
-        if isinstance(one, Tensor):
-            name = f"baseline.{len(kept)}"
-            # A copy, since the user may write to the tensor later.
-            kept[name] = one.detach().clone()
-            return {"tensor": name}
-        if isinstance(one, (tuple, list)):
-            return {type(one).__name__: [walk(part) for part in one]}
-        return one
 
-    return walk(baseline), kept
+def _described(one: Any, kept: dict[str, Tensor]) -> Any:
+    """JSON of a part of a baseline, whose tensors are added to `kept`."""
+    if isinstance(one, Tensor):
+        name = f"baseline.{len(kept)}"
+        # A copy, since the user may write to the tensor later.
+        kept[name] = one.detach().clone()
+        return {"tensor": name}
+    if isinstance(one, (tuple, list)):
+        return {type(one).__name__: [_described(part, kept) for part in one]}
+    return one
 
 
 def restore_baseline(spec: Any, kept: Mapping[str, Tensor], device: torch.device) -> Any:
@@ -537,9 +538,22 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: one for name, one in _state(model).items() if isinstance(one, Tensor)}
 
 
+SAMPLED = 16
+"""Numbers of each tensor that are compared: PyTorch does not count what is written to `.data`, to
+memory that NumPy shares, and by batch normalisation."""
+
+
 def _places(state: dict[str, Tensor]) -> tuple[object, ...]:
-    """Where tensors lie in memory, and in which version."""
-    return tuple(map(_memory, state.values()))
+    """Where tensors lie in memory, in which version, by name, and some of their numbers; None for
+    those of which that does not tell whether they have changed.
+    """
+    places = [_memory(one) for one in state.values()]
+    if None in places:
+        return (*places,)
+    parts = [one.detach().reshape(-1) for one in state.values()]
+    samples = [one[:: max(1, one.numel() // SAMPLED)].double() for one in parts]
+    sampled = _bytes(torch.cat([one.cpu() for one in samples])).tobytes() if samples else b""
+    return (tuple(state), *places, sampled)
 
 
 def _hash_of(state: dict[str, Tensor]) -> str | None:

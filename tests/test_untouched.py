@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -293,6 +294,21 @@ def test_threads_share_a_model() -> None:
     for one, other in zip(found, expected, strict=True):
         # To rounding: after some calls a recording serves, in launches of other sizes.
         torch.testing.assert_close(one, other)
+
+
+def test_a_call_leaves_no_cycle() -> None:
+    """Model and inputs go as soon as nobody holds them, and not when cycles are collected."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        found = sf.explain(model, torch.ones(2, 4), target=1, method="gradient")
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert found.values.shape == (2, 4)
 
 
 def test_a_part_of_a_model_that_is_explained_at_the_same_time() -> None:

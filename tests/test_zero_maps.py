@@ -162,3 +162,18 @@ def test_what_was_unused_may_be_used_later() -> None:
     found, said = warned(lambda: sf.explain(model, (A, B), method="gradient"))
     assert bool((found.values[1] == 1).all())
     assert said == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_an_input_that_one_example_uses(order: tuple[int, int]) -> None:
+    """Which of them is the first does not matter."""
+
+    def model(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([(a * b if float(a) > 0 else a) for a, b in zip(x, y, strict=True)])
+
+    x, y = torch.tensor([[-1.0], [2.0]])[list(order)], torch.tensor([[3.0], [4.0]])[list(order)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        of_x, of_y = sf.explain(model, (x, y), method="gradient").values
+    assert of_x.flatten()[list(order)].tolist() == [1.0, 4.0]
+    assert of_y.flatten()[list(order)].tolist() == [0.0, 2.0]

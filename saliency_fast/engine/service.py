@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
@@ -183,6 +183,7 @@ class Service(Generic[Result]):
         self._counts = Statistics()
         self._arena: Arena | None = None
         self._turn = False
+        self._over: list[Callable[[], None]] = []
         # How often in a row points of a kind could not share a launch.
         self._refused: dict[tuple[object, ...], int] = {}
 
@@ -238,12 +239,16 @@ class Service(Generic[Result]):
             self._gather()
             try:
                 device = self._waiting[0].device
-                with self._guard(device):
-                    self._burst(device)
+                while self._running or self._waits(device):
+                    with self._guard(device):
+                        self._burst(device)
+                    # Whoever has a result may change the model, which the guard would put back.
+                    self._hand_out()
             except BaseException as error:
                 # The guard's own, or what stops a thread: nobody may wait for ever.
                 self._fail_all(error)
             finally:
+                self._hand_out()
                 if self._arena is not None:
                     self._arena.close()
                     self._arena = None
@@ -258,8 +263,8 @@ class Service(Generic[Result]):
                 self._changed.wait(left)
 
     def _burst(self, device: torch.device) -> None:
-        """Runs until nothing waits that runs on the device, and nothing runs."""
-        while True:
+        """Runs until a request is over, or nothing waits that runs on the device."""
+        while not self._over:
             # What waits begins at one moment: the model is looked at once.
             with unchanging():
                 self._admit(device)
@@ -267,8 +272,18 @@ class Service(Generic[Result]):
                 self._settle(request)
             if self._running:
                 self._launch()
-            elif not self._waiting or self._waiting[0].device != device:
+            elif not self._waits(device):
                 return
+
+    def _waits(self, device: torch.device) -> bool:
+        """Whether the request that waits longest runs on the device."""
+        return bool(self._waiting) and self._waiting[0].device == device
+
+    def _hand_out(self) -> None:
+        """Gives the results of requests that are over to those who wait for them."""
+        over, self._over = self._over, []
+        for give in over:
+            give()
 
     def _admit(self, device: torch.device) -> None:
         """Prepares what waits, as much as memory allows; one at least."""
@@ -375,10 +390,10 @@ class Service(Generic[Result]):
             self._count(cancelled=1)
         elif error is not None:
             self._count(failed=1)
-            request.future.set_exception(request.failed(error))
+            self._over.append(partial(request.future.set_exception, request.failed(error)))
         else:
             self._count(finished=1)
-            request.future.set_result(result)  # type: ignore[arg-type]
+            self._over.append(partial(request.future.set_result, cast(Result, result)))
 
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:

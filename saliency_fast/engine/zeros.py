@@ -19,13 +19,13 @@ SHOWN = 8
 """Examples that a warning names."""
 
 
-def unused(model: Model, call: Call, number: int) -> bool:
-    """Whether the first example's score is the same, bit for bit, whatever stands in an input: a
-    model that reads it without a gradient is another matter.
+def unused(model: Model, call: Call, number: int, example: int = 0) -> bool:
+    """Whether an example's score is the same, bit for bit, whatever stands in an input: a model
+    that reads it without a gradient is another matter.
     """
-    x = call.inputs[number][:1]
+    x = call.inputs[number][example : example + 1]
     others = [x.flip(-1) + 1.0, torch.zeros_like(x), 1.5 * x - 0.25]
-    scores = [_score(model, call, number, one) for one in (x, x, *others)]
+    scores = [_score(model, call, number, one, example) for one in (x, x, *others)]
     return all(torch.equal(scores[0], one) for one in scores[1:])
 
 
@@ -35,14 +35,15 @@ def still_unused(model: Model, call: Call, earlier: set[int]) -> frozenset[int]:
     return frozenset(number for number in numbers if unused(model, call, number))
 
 
-def _score(model: Model, call: Call, number: int, instead: Tensor) -> Tensor:
+def _score(model: Model, call: Call, number: int, instead: Tensor, index: int) -> Tensor:
     function = call.function(EagerExecutor(model))
-    example = torch.zeros(1, dtype=torch.int64, device=call.device)
-    parts = [x[:1].clone() for x in call.inputs]
+    example = torch.full((1,), index, device=call.device)
+    rows = tuple(x[index : index + 1] for x in call.inputs)
+    parts = [x.clone() for x in rows]
     parts[number] = instead.clone()
     targets = function.targets
     if targets.predicted and targets.classes is None:
-        _, classes = function.scores(tuple(x[:1].clone() for x in call.inputs), example)
+        _, classes = function.scores(tuple(x.clone() for x in rows), example)
         assert classes is not None
         targets = replace(targets, classes=classes.expand(call.batch, -1))
         function = replace(function, targets=targets)

@@ -173,7 +173,7 @@ class PointFunction:
         with self.failing(BACKWARD, example):
             several = _each(sums, edges)
         if self.prefix is None:
-            _check_seen(several, self.unused)
+            _check_seen(several, self.unused, example)
         filled: list[Any] = [_filled(grads, likes) for grads in several]
         if self.prefix is not None:
             filled = [self.prefix.in_memory_order(one) for one in filled]
@@ -413,7 +413,9 @@ def _filled(grads: tuple[Tensor | None, ...], likes: Sequence[Like]) -> Inputs:
     )
 
 
-def _check_seen(several: Sequence[tuple[Tensor | None, ...]], unused: frozenset[int]) -> None:
+def _check_seen(
+    several: Sequence[tuple[Tensor | None, ...]], unused: frozenset[int], example: Tensor
+) -> None:
     """An input that no target depends on is an error, unless it is in `unused`."""
     for number, grads in enumerate(zip(*several, strict=True)):
         if number not in unused and all(grad is None for grad in grads):
@@ -424,7 +426,7 @@ def _check_seen(several: Sequence[tuple[Tensor | None, ...]], unused: frozenset[
                 f"forward_args. {OF_LAYERS}, and explain each by itself where one lies behind "
                 "another"
             )
-            error.number = number
+            error.number, error.example = number, int(example[0])
             raise error
 
 
