@@ -328,7 +328,9 @@ class Evaluation:
         gradients: bool = True,
     ) -> EvaluationRequest:
         """So many points, with gradients or scores alone."""
-        metered = self.job.with_cost is not None and gradients == self.recipe.gradients
+        # Rounds may ask for scores alone, whatever the recipe says.
+        telling = gradients or not (self.recipe.gradients and isinstance(self.recipe, WeightedSum))
+        metered = telling and self.job.with_cost is not None
         traced = gradients and count in self.job.traced and count == self.next_size
         launches = self.launches if gradients else None
         about = (function, count, write, gradients, launches, self.independence)
