@@ -17,8 +17,6 @@ from tests.traces import Notes
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 TIERED = {
     "direct_points_of_small": 8,
-    "recorded_from": 16,
-    "call_bytes": 0,
     "lean_from": 0,
     "direct_calls": 2,
 }

@@ -292,11 +292,6 @@ class Measurement:
 NOTHING = Cost(0, 0)
 
 
-def repaid_after(cost: Cost, config: EngineConfig) -> float:
-    """The points that take as long as what a recording of the model saves them."""
-    return config.recorded_from * (1 + cost.calls * config.call_bytes / max(1, cost.peak))
-
-
 @dataclass(frozen=True)
 class Calibration:
     """The strategy that serves, what a point costs by it, and what it costs eagerly.
@@ -319,9 +314,8 @@ class Calibration:
         order: Precisions, the fastest first, once they were timed.
         captures: Captured launches by kind, or why there are none.
         maxima: Whether the model takes any, once that is known.
-        most: Points of one call that this serves, without a recording; there is no such limit where
-            a recording was tried.
-        until: Points of several calls of its kind that it serves, or eight calls.
+        most: Points of one call that this serves, without a recording, and of several of its kind;
+            there is no such limit where a recording was tried.
     """
 
     strategy: Strategy
@@ -342,7 +336,6 @@ class Calibration:
     captures: Captures = field(default_factory=Captures, repr=False)
     maxima: list[bool] = field(default_factory=list, repr=False)
     most: float = math.inf
-    until: float = 0.0
 
     @property
     def measured(self) -> bool:

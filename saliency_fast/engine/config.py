@@ -45,9 +45,6 @@ class EngineConfig:
         single_points: Points of a call, of whose model nothing is known, up to which launches have
             one point each, so that no proof is needed that rows do not meet.
         small_bytes: Bytes of weights and of one example of the inputs.
-        recorded_from: Points of calls of one kind from which a recording repays: it takes as long
-            as some eight points, and a point by it about a quarter less.
-        call_bytes: Bytes of a point for each of its operators that take as long as to record them.
         compared_at_three_from: Points of a call from which strategies are compared at three of
             them, and at two below.
         corner: Side of the images and volumes on which strategies are verified that larger ones
@@ -110,13 +107,11 @@ class EngineConfig:
     scores_agreement: Mapping[torch.dtype, float] = field(
         default_factory=lambda: _by_dtype(1e-6, 5e-2, 0.2, 0.5)
     )
-    direct_points: int = 32
+    direct_points: int = 16
     direct_points_of_small: int = 256
     direct_calls: int = 8
     single_points: int = 8
     small_bytes: int = 4 * MiB
-    recorded_from: int = 32
-    call_bytes: int = 48 * 1024
     compared_at_three_from: int = 128
     corner: int = 64
     segment_counts: tuple[int, ...] = (2, 4, 8, 16)
@@ -129,7 +124,7 @@ class EngineConfig:
     traced_from: int = 16 * MiB
     cpu_tensor: int = 40 * MiB
     cpu_scores: int = 8 * MiB
-    cpu_launch: int = 256 * MiB
+    cpu_launch: int = 160 * MiB
     gpu_launch: int = 8 * GiB
     scarce: int = 32
     timed_rows: int = 4

@@ -108,7 +108,6 @@ class Cost:
         kept: Bytes that autograd keeps from forward to backward, by the call that asked for them.
         drew: Whether a call was made that may take random numbers.
         random: Whether it took any, which attention without dropout does not.
-        calls: Of operators.
     """
 
     peak: int
@@ -116,7 +115,6 @@ class Cost:
     kept: Mapping[str, int] = field(default_factory=dict)
     drew: bool = False
     random: bool = False
-    calls: int = 0
 
     @property
     def saved(self) -> int:
@@ -127,8 +125,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that live at the same time inside its `with`, and the largest.
 
     Works on any device and for one thread alone, unlike the allocators' own counters; what an
-    operator takes for itself while it runs is not seen. drew: whether one asked for random numbers;
-    calls: how many there were.
+    operator takes for itself while it runs is not seen. drew: whether one asked for random numbers.
     """
 
     @classmethod
@@ -138,7 +135,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = self.largest = self.calls = 0
+        self.live = self.peak = self.largest = 0
         self.drew = False
         self._seen: dict[int, weakref.ref[Any]] = {}
         self._sizes: dict[int, int] = {}
@@ -152,7 +149,6 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         # What an operator is given and was not seen here is not new: weights, buffers, inputs.
         self._watch((args, kwargs), new=False)
-        self.calls += 1
         self.drew |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         result = func(*args, **(kwargs or {}))
         self._watch(result, new=True)
@@ -161,7 +157,7 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def cost(self, kept: Mapping[str, int], *, moved: bool) -> Cost:
         """What was counted. kept: for the backward pass; moved: whether random states moved."""
         drawn = self.drew, self.drew and moved
-        return Cost(self.peak, self.largest, kept, *drawn, self.calls)
+        return Cost(self.peak, self.largest, kept, *drawn)
 
     def size_of(self, tensor: Tensor) -> tuple[int, int]:
         """A key of the tensor's memory, and its bytes where they are new inside the `with`."""

@@ -25,7 +25,6 @@ from saliency_fast.engine.calibrate import (
     Measurement,
     calibrated,
     in_precision,
-    repaid_after,
     sharing,
 )
 from saliency_fast.engine.captured import captured_steps, described
@@ -214,8 +213,7 @@ class Planner:
         if self.recipe.count * self.call.batch > calibration.most:
             return False
         several = self.config.direct_calls * self.recipe.count * self.call.batch
-        until = max(calibration.most, calibration.until, several)
-        return calibration.cost.random or self._points <= until
+        return calibration.cost.random or self._points <= max(calibration.most, several)
 
     def _eager(self, key: tuple[object, ...], precision: Precision) -> Calibration | None:
         """For few points: that they run eagerly; the first launch tells what a point costs."""
@@ -363,8 +361,8 @@ class Planner:
         """The job that goes on once its first launch has told what a point costs, which is kept for
         later calls.
         """
-        until, attempt = repaid_after(cost, self.config), prepared.attempt
-        calibration = replace(prepared.calibration, cost=cost, eager=cost, until=until)
+        attempt = prepared.attempt
+        calibration = replace(prepared.calibration, cost=cost, eager=cost)
         calibration = replace(calibration, launches={}, seconds={})
         if keep:
             self._keep(attempt.key, attempt.precision, calibration)
