@@ -63,6 +63,7 @@ class EngineConfig:
         traced_from: Bytes of a launch from which its trace pays, which costs up to five points.
         cpu_tensor, cpu_launch: Bytes of the largest tensor, and of all tensors of a launch, from
             which launches on CPUs no longer get cheaper per point.
+        cpu_eager: The same of all tensors of a launch that runs eagerly.
         cpu_scores: The same of the largest tensor for scores alone: each is read once, right after
             it was written, so that launches stay in the caches.
         gpu_launch: Bytes of a launch on GPUs, far above what keeps the device busy.
@@ -125,6 +126,7 @@ class EngineConfig:
     cpu_tensor: int = 40 * MiB
     cpu_scores: int = 8 * MiB
     cpu_launch: int = 160 * MiB
+    cpu_eager: int = 64 * MiB
     gpu_launch: int = 8 * GiB
     scarce: int = 32
     timed_rows: int = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from saliency_fast._types import Inputs
@@ -254,7 +254,9 @@ def make_plan(
     largest = config.cpu_tensor if recipe.gradients else scores
     pays = max(1, largest // max(cost.largest, 1)) if call.device.type == "cpu" else None
     room = (budget, fixed, needed.finish)
-    most = points_per_launch(limits.points_per_launch, bytes_of, pays, room, config)
+    # Autograd keeps more of a point: larger launches would take memory for little time.
+    bounds = config if calibration.recorded else replace(config, cpu_launch=config.cpu_eager)
+    most = points_per_launch(limits.points_per_launch, bytes_of, pays, room, bounds)
     points = recipe.count * call.batch
     size = min(most, points)
     launch, fits = bytes_of(size), fixed + max(exact, needed.finish) <= budget
