@@ -110,7 +110,7 @@ class EngineConfig:
     )
     direct_points: int = 16
     direct_points_of_small: int = 256
-    direct_calls: int = 8
+    direct_calls: int = 4
     single_points: int = 8
     small_bytes: int = 4 * MiB
     compared_at_three_from: int = 128
