@@ -17,7 +17,7 @@ from saliency_fast.engine.accumulate import Outcome
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.independence import TieReport
-from saliency_fast.engine.loop import Job
+from saliency_fast.engine.job import Job
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.plan import DRAWS, Plan
 from saliency_fast.errors import InputError, warn

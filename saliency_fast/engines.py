@@ -28,9 +28,10 @@ from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.differentiable import check_differentiable, differentiable
 from saliency_fast.engine.features import Features, read_features
+from saliency_fast.engine.job import Job, Progress
 from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.layers import LayerLocation
-from saliency_fast.engine.loop import Job, Progress, run_alone
+from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.plan import Limits, Plan
 from saliency_fast.engine.planner import prepare, shown
 from saliency_fast.engine.recipe import Method, Recipe

@@ -42,7 +42,8 @@ from saliency_fast.engine import config as configs
 from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import Independence
-from saliency_fast.engine.loop import Job, Progress, run_alone
+from saliency_fast.engine.job import Job, Progress
+from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.recipe import Method, WeightedSum
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
 from saliency_fast.graph.gradients import gradients

@@ -18,9 +18,11 @@ from saliency_fast.engine.accumulate import Outcome
 from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.cudagraph import CAPTURING, RECORDERS, cache_of
+from saliency_fast.engine.evaluation import SumEvaluation
 from saliency_fast.engine.independence import TieReport
+from saliency_fast.engine.job import Job, Progress
 from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult
-from saliency_fast.engine.loop import Job, Progress, SumEvaluation, drive
+from saliency_fast.engine.loop import drive
 from saliency_fast.engine.points import seeds
 from saliency_fast.engine.precision import PrecisionError, finite
 from saliency_fast.engine.recipe import Level, Recipe, Rows, WeightedSum

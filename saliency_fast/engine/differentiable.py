@@ -19,8 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from saliency_fast._types import Inputs
 from saliency_fast.engine.accumulate import Outcome, average
 from saliency_fast.engine.arena import Arena
+from saliency_fast.engine.evaluation import SumEvaluation
 from saliency_fast.engine.independence import Independence, Row, RowsMeetError
-from saliency_fast.engine.loop import Job, SumEvaluation, drive
+from saliency_fast.engine.job import Job
+from saliency_fast.engine.loop import drive
 from saliency_fast.engine.points import Line, Noise, RandomLine
 from saliency_fast.engine.recipe import Itself, Method, Recipe, Rows, WeightedSum
 from saliency_fast.engine.strategies import Strategy

@@ -22,13 +22,13 @@ from saliency_fast.engine.calibrate import (
     NOTHING,
     Calibration,
     CalibrationCache,
-    Measurement,
     calibrated,
     in_precision,
     sharing,
 )
 from saliency_fast.engine.captured import captured_steps, described
 from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.evaluation import Evaluation
 from saliency_fast.engine.independence import (
     SINGLE,
     UNRECORDED,
@@ -36,13 +36,10 @@ from saliency_fast.engine.independence import (
     Independence,
     RowsMeetError,
 )
+from saliency_fast.engine.job import Job, PrecisionCostsError
 from saliency_fast.engine.launch import wait_for
-from saliency_fast.engine.loop import (
-    Evaluation,
-    Job,
-    PrecisionCostsError,
-    evaluation_of,
-)
+from saliency_fast.engine.loop import evaluation_of
+from saliency_fast.engine.measure import Measurement
 from saliency_fast.engine.memory import Cost, bytes_text, read_budget
 from saliency_fast.engine.plan import Limits, Plan, baselines_of, make_plan
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum

@@ -21,13 +21,14 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 
 from saliency_fast.engine.arena import Arena
+from saliency_fast.engine.job import Job, Progress, Steps
 from saliency_fast.engine.launch import (
     EvaluationRequest,
     EvaluationResult,
     execute,
     execute_together,
 )
-from saliency_fast.engine.loop import Job, Progress, Steps, evaluate, resume
+from saliency_fast.engine.loop import evaluate, resume
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.errors import BusyError, ClosedError
 from saliency_fast.graph.fingerprint import unchanging

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import captured, loop
+from saliency_fast.engine import captured, evaluation
 from saliency_fast.engine import cudagraph as graphs
 from saliency_fast.engine.planner import Planner
 from saliency_fast.engine.precision import everywhere
@@ -233,8 +233,8 @@ class TestPrecision:
 
     def test_what_overflows_is_done_without(self, monkeypatch):
         net, x = seeded(Image, 3, 9, 9, dtype=torch.float32)
-        monkeypatch.setattr(loop, "first_scale", lambda _: 2.0**20)
-        monkeypatch.setattr(loop.SumEvaluation, "measure_precision", _unmeasured)
+        monkeypatch.setattr(evaluation, "first_scale", lambda _: 2.0**20)
+        monkeypatch.setattr(evaluation.SumEvaluation, "measure_precision", _unmeasured)
         method = sf.IntegratedGradients(12)
         engine = sf.Engine(net, method, precision="float16", points_per_launch=6)
         found, expected = engine(x[:2], 1), sf.Engine(net, method, graphs=False)(x[:2], 1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import saliency_fast as sf
 from saliency_fast import zoo
-from saliency_fast.engine import loop
+from saliency_fast.engine import evaluation
 from saliency_fast.engine.precision import PrecisionError, everywhere, finite, first_scale
 from saliency_fast.errors import InputError, ModelError
 from saliency_fast.graph.intercept import Calls
@@ -248,7 +248,7 @@ def test_a_launch_that_overflows_is_tried_again(monkeypatch, way: str):
     net, x = seeded(*SMOOTH["image"])
     expected = sf.explain(net, x, target=2, method=sf.IntegratedGradients(12))
     scales = []
-    lower = loop.SumEvaluation.lower_scale
+    lower = evaluation.SumEvaluation.lower_scale
 
     def counted(run: Any) -> bool:
         scales.append(run.function.scale)
@@ -260,8 +260,8 @@ def test_a_launch_that_overflows_is_tried_again(monkeypatch, way: str):
         run.precision_error = everywhere(0.0, 1, run.call.device)
         yield from ()
 
-    monkeypatch.setattr(loop.SumEvaluation, "measure_precision", unlooked)
-    monkeypatch.setattr(loop.SumEvaluation, "lower_scale", counted)
+    monkeypatch.setattr(evaluation.SumEvaluation, "measure_precision", unlooked)
+    monkeypatch.setattr(evaluation.SumEvaluation, "lower_scale", counted)
     method = sf.IntegratedGradients(12)
     found = sf.explain(net, x, target=2, method=method, precision="float16", points_per_launch=5)
     assert scales, "nothing overflowed"

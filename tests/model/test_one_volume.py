@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.engine.arena import LEAST_TRACED, Arena
 from saliency_fast.engine.bind import bind
-from saliency_fast.engine.loop import SumEvaluation
+from saliency_fast.engine.evaluation import SumEvaluation
 from saliency_fast.graph.autograd import convolutions
 from saliency_fast.model.executors import MetaTensors, shapes_only
 from saliency_fast.together import Arguments

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import saliency_fast as sf
-from saliency_fast.engine import calibrate, config, strategies
+from saliency_fast.engine import calibrate, config, measure, strategies
 from saliency_fast.errors import BudgetError
 from saliency_fast.graph.passes import affine_prefix as prefix
 from saliency_fast.graph.passes.fusion import fused
@@ -96,7 +96,7 @@ def test_a_fault_where_the_first_point_is_silent(
     assert found.provenance.way == "call by call", why(engine)
     assert gap(found.values, expected) < 1e-5
     # The test's own premise: by the first point alone the fault would not be seen.
-    monkeypatch.setattr(calibrate.Measurement, "elsewhere", lambda self, draws: [])
+    monkeypatch.setattr(measure.Measurement, "elsewhere", lambda self, draws: [])
     engine = sf.Engine(made(5.0, gate=0.16), method)
     assert gap(engine(x, 1).values, expected) > 0.1, why(engine)
 
