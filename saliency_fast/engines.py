@@ -34,7 +34,7 @@ from saliency_fast.engine.layers import LayerLocation
 from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.plan import Limits, Plan
 from saliency_fast.engine.planner import prepare, shown
-from saliency_fast.engine.recipe import Method, Recipe
+from saliency_fast.engine.recipe import Method, Recipe, with_fixed_nodes
 from saliency_fast.engine.service import Request, Service, Statistics
 from saliency_fast.engine.zeros import still_unused, unused, warn_of_zeros
 from saliency_fast.errors import (
@@ -155,6 +155,8 @@ class Engine:
         self.create_graph = create_graph
         self.config = configs.DEFAULT if config is None else config
         if create_graph:
+            self.method = with_fixed_nodes(self.method)
+            self._recipe = self.method.recipe()
             check_differentiable(self.method, self._recipe, at=at, precision=precision)
             if rows == "together":
                 raise InputError("create_graph=True is for rows='alone': got rows='together'")

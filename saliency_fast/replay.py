@@ -14,6 +14,7 @@ from saliency_fast import record
 from saliency_fast._types import Inputs
 from saliency_fast.api import Engine
 from saliency_fast.attribution import REGION_MASK, Attribution, load, maps_of
+from saliency_fast.engine.recipe import with_fixed_nodes
 from saliency_fast.errors import InputError, RecordError
 from saliency_fast.methods import make_method
 
@@ -110,7 +111,8 @@ def replay(
     try:
         if target is None:
             target = record.restore_target(past.target, old.classes, old.many, old.kept)
-        method = make_method(past.method, past.parameters)
+        # Records name the rule; older ones leave it open where it was a fixed one.
+        method = with_fixed_nodes(make_method(past.method, past.parameters))
         baseline = record.restore_baseline(past.baseline, old.kept, device)
     except RecordError:
         raise

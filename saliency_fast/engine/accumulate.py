@@ -100,8 +100,9 @@ class Accumulators:
 
     With one level the replicates are two rules of half the points each, and half their difference
     estimates the error of their mean. With several, replicate 0 holds the map of the earlier levels
-    and replicate 1 the new one, and the error is what the level changed. A recipe that looks at the
-    input alone has one replicate and no error. With `prefix` gradients are summed behind it.
+    and replicate 1 the new one, and the error is what the level changed; with a refinement the
+    caller says what goes into which. A recipe that looks at the input alone has one replicate and
+    no error. With `prefix` gradients are summed behind it.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Accumulators:
                 baselines = tuple(one if len(one) == 1 else one[examples] for one in baselines)
         self.inputs, self.baselines = inputs, baselines
         self.replicates = 1 if recipe.at_input else 2
-        self.nested = len(recipe.levels) > 1
+        self.nested = len(recipe.levels) > 1 or recipe.refinement is not None
         shapes = [x.shape[1:] for x in inputs] if prefix is None else prefix.prefix.shapes
         slots, device = len(inputs[0]) * maps * self.replicates, inputs[0].device
         dtype = torch.float64 if inputs[0].dtype == torch.float64 else torch.float32
@@ -138,6 +139,11 @@ class Accumulators:
             pair[active, :, 0] = pair[active, :, 1]
             pair[active, :, 1] *= keep
 
+    def clear(self, examples: Tensor) -> None:
+        """Forgets what was added for these examples."""
+        for total in self.totals:
+            total.view(len(self.inputs[0]), -1, *total.shape[1:])[examples] = 0
+
     def add(
         self,
         rows: Rows,
@@ -149,7 +155,8 @@ class Accumulators:
         """Adds a launch; for each of K targets the gradients [R, *] per input, `scale` times as
         large as they are. maps_of: the example of each row among the maps, unless `rows.example`.
         """
-        replicate = torch.ones_like(rows.replicate) if self.nested else rows.replicate
+        later = self.nested and self.recipe.refinement is None
+        replicate = torch.ones_like(rows.replicate) if later else rows.replicate
         example = rows.example if maps_of is None else maps_of
         directions = source.direction(rows) if self.recipe.factor == "path" else None
         for k, one in enumerate(gradients):

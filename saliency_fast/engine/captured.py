@@ -43,6 +43,8 @@ def refusal(job: Job) -> str | None:
     strategy, targets, suspect = job.strategy, job.call.targets, job.independence.suspect
     if not isinstance(job.recipe, WeightedSum):
         return "the method looks at answers before it goes on"
+    if job.recipe.refinement is not None:
+        return "the nodes follow from earlier gradients; a fixed rule such as 'midpoint' has none"
     if strategy.program is None:
         return "the model was not recorded"
     if strategy.tiled is not None or strategy.offloaded:

@@ -67,6 +67,9 @@ class EngineConfig:
         cpu_scores: The same of the largest tensor for scores alone: each is read once, right after
             it was written, so that launches stay in the caches.
         gpu_launch: Bytes of a launch on GPUs, far above what keeps the device busy.
+        kept_bytes: Bytes of the gradients that are kept of examples at a time, where each example
+            has nodes of its own.
+        kept_most: The same of one example, above which fixed nodes are taken.
         scarce: Launches of the plan's size that must fit for memory not to be scarce in rounds.
 
     Time:
@@ -128,6 +131,8 @@ class EngineConfig:
     cpu_launch: int = 160 * MiB
     cpu_eager: int = 64 * MiB
     gpu_launch: int = 8 * GiB
+    kept_bytes: int = 256 * MiB
+    kept_most: int = 1 * GiB
     scarce: int = 32
     timed_rows: int = 4
     long_seconds: float = 2.0

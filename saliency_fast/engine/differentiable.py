@@ -50,6 +50,11 @@ def check_differentiable(method: Method, recipe: Recipe, *, at: object, precisio
         raise InputError(
             "create_graph=True takes a fixed number of steps: got a tolerance; use steps="
         )
+    if isinstance(recipe, WeightedSum) and recipe.refinement is not None:
+        raise InputError(
+            "create_graph=True takes points that do not follow from gradients: got "
+            "rule='adaptive'; use another rule, such as 'midpoint'"
+        )
     if at is not None:
         raise InputError(
             "create_graph=True is for maps of the inputs: got at=; pass what the layer gives as "

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from saliency_fast.engine.accumulate import Outcome, average
+from saliency_fast.engine.adaptive import AdaptiveEvaluation
 from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.evaluation import REDUCED, Evaluation, GradientEvaluation, SumEvaluation
 from saliency_fast.engine.job import Job, Progress, Steps
@@ -57,6 +58,8 @@ def evaluation_of(job: Job) -> type[Evaluation]:
     recipe = job.recipe
     if not isinstance(recipe, WeightedSum):
         return RoundsEvaluation
+    if recipe.refinement is not None:
+        return AdaptiveEvaluation
     alone = recipe.at_input and recipe.reduction in REDUCED and recipe.factor in ("none", "input")
     fits = job.plan.points_per_launch >= job.call.batch and job.strategy.prefix is None
     return GradientEvaluation if alone and fits and job.strategy.precision.exact else SumEvaluation

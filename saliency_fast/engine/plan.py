@@ -17,7 +17,14 @@ from saliency_fast.engine.calibrate import Calibration
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.memory import Cost, bytes_text, read_budget
 from saliency_fast.engine.precision import measured_points
-from saliency_fast.engine.recipe import Method, Recipe, RoundsRecipe, Starting, WeightedSum
+from saliency_fast.engine.recipe import (
+    Method,
+    Recipe,
+    Refinement,
+    RoundsRecipe,
+    Starting,
+    WeightedSum,
+)
 from saliency_fast.errors import BudgetError, InputError, InputTypeError
 from saliency_fast.graph.autograd import LEAN
 from saliency_fast.graph.passes.affine_prefix import Prefix
@@ -32,6 +39,12 @@ DRAWS = (
     "state, and the same in every call from there"
 )
 """A note of plans."""
+
+
+def kept_bytes(refinement: Refinement, call: Call) -> int:
+    """What the gradients take that are kept of an example."""
+    size = sum(x[0].numel() * x.element_size() for x in call.inputs)
+    return refinement.kept * call.targets.count * size
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,12 @@ class _Bytes:
 
     @classmethod
     def of(
-        cls, call: Call, recipe: Recipe, baselines: list[Inputs], calibration: Calibration
+        cls,
+        call: Call,
+        recipe: Recipe,
+        baselines: list[Inputs],
+        calibration: Calibration,
+        config: EngineConfig,
     ) -> _Bytes:
         size_of, maps = call.inputs[0].element_size(), call.batch * call.targets.count
         map_bytes = sum(maps * x[0].numel() * size_of for x in call.inputs)
@@ -216,6 +234,9 @@ class _Bytes:
         if len(baselines) > 1:
             # The map of each, and the accumulators of the one before until the next has a launch.
             fixed += copies * sums + (len(baselines) - 1) * map_bytes
+        if isinstance(recipe, WeightedSum) and recipe.refinement is not None:
+            each = kept_bytes(recipe.refinement, call)
+            fixed += min(call.batch * each, max(each, config.kept_bytes))
         # A row that is proved alone before its launch, and copies of weights.
         weights, ready = calibration.strategy.copied_bytes(recipe)
         fixed += sum(x[0].nbytes for x in call.inputs) + weights + ready
@@ -239,7 +260,10 @@ def make_plan(
     """
     budget = read_budget(limits.memory_budget, call.device)
     cost, strategy = calibration.cost, calibration.strategy
-    needed, each = _Bytes.of(call, recipe, baselines, calibration), _point(calibration, config)
+    needed, each = (
+        _Bytes.of(call, recipe, baselines, calibration, config),
+        _point(calibration, config),
+    )
     exact = 0 if calibration.exact is None else point_bytes(calibration.exact, config)
     # The maps of the points that are taken in two precisions.
     measured = math.prod(measured_points(recipe, call.batch, config)) if exact else 0
@@ -354,6 +378,9 @@ def _notes(recipe: Recipe, size: int, limits: Limits, calibration: Calibration) 
     notes = [] if calibration.reason is None else [f"lean: {calibration.reason}"]
     if calibration.eager.random:
         notes.append(DRAWS)
+    if isinstance(recipe, WeightedSum) and recipe.refinement is not None:
+        first = recipe.refinement.first
+        notes.append(f"{first} points lie evenly, then more where the gradient changes")
     if isinstance(recipe, WeightedSum) and recipe.tolerance is not None:
         notes.append(f"stops early where the estimated error is within {recipe.tolerance:g}")
     if limits.points_per_launch is not None and size < limits.points_per_launch:

@@ -41,7 +41,7 @@ from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.loop import evaluation_of
 from saliency_fast.engine.measure import Measurement
 from saliency_fast.engine.memory import Cost, bytes_text, read_budget
-from saliency_fast.engine.plan import Limits, Plan, baselines_of, make_plan
+from saliency_fast.engine.plan import Limits, Plan, baselines_of, kept_bytes, make_plan
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
 from saliency_fast.engine.strategies import STRATEGIES, Strategy
 from saliency_fast.errors import BudgetError, InputError, InputTypeError, ModelError, warn
@@ -636,6 +636,7 @@ def prepare(
     tolerance: what precision "auto" may cost a map; half of the method's own unless given. alone:
     its launches are its own. graphs: they may be captured.
     """
+    method, recipe = _with_rule(method, recipe, call, region, limits, config)
     recipe = recipe.of(call.inputs, call.features, call.layouts)
     part, baselines = read_region(region, call), baselines_of(call, recipe, baseline)
     if recipe.scores_alone and lean:
@@ -668,6 +669,30 @@ def prepare(
         )
     asked = read_precision(precision, call.device)
     return planner.earlier(asked) or planner.job(asked)
+
+
+def _with_rule(
+    method: Method,
+    recipe: Recipe,
+    call: Call,
+    region: Region,
+    limits: Limits,
+    config: EngineConfig,
+) -> tuple[Method, Recipe]:
+    """The method with the rule that serves the call, and its recipe: nodes of each example's own
+    unless the gradients that they keep do not fit.
+    """
+    refinement = recipe.refinement if isinstance(recipe, WeightedSum) else None
+    if refinement is None:
+        return method, recipe
+    assert isinstance(recipe, WeightedSum)
+    if refinement.otherwise is not None:
+        kept, most = kept_bytes(refinement, call), config.kept_most
+        if limits.memory_budget is not None:
+            most = min(most, read_budget(limits.memory_budget, call.device) // 4)
+        if region is not None or kept > most:
+            return refinement.otherwise, replace(recipe, refinement=None)
+    return refinement.method, recipe
 
 
 def _need_alike(model: Model, dtypes: Sequence[torch.dtype]) -> None:

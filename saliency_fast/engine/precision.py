@@ -123,7 +123,8 @@ def compared(
     # that of many comes from squares.
     kind = "square" if recipe.reduction == "variance" else recipe.reduction
     one, maps = recipe.levels[:1], list[Inputs]()
-    plain = replace(recipe, levels=one, tolerance=None, at_input=True, reduction=kind)
+    plain = replace(recipe, levels=one, tolerance=None, refinement=None, at_input=True)
+    plain = replace(plain, reduction=kind)
     for gradients, scale in (half, (exact, 1.0)):
         few = (inputs, totals.baselines, totals.maps, totals.prefix, examples)
         part = Accumulators(plain, *few)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -192,6 +193,37 @@ class Recipe:
         raise NotImplementedError
 
 
+GROWTH = 1.6
+"""How many times as many nodes there are after each round of a refinement."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Nodes of each example's own: some evenly on the path, then more where the gradient changes.
+
+    Args:
+        method: The method, with this rule named.
+        otherwise: The same with the fixed rule of the levels, for calls that this does not fit;
+            None where it was asked for by name.
+        first: Nodes that every example gets, spread evenly.
+        steps: Nodes of each example in all, or before its error is first compared with a tolerance.
+        most: Nodes of an example at most.
+    """
+
+    method: Method
+    otherwise: Method | None
+    first: int
+    steps: int
+    most: int
+
+    @property
+    def kept(self) -> int:
+        """Nodes of an example whose gradients are kept; with a tolerance about so many."""
+        if self.steps == self.most:
+            return math.ceil(self.steps / GROWTH)
+        return min(self.most, math.ceil(self.steps * GROWTH**2))
+
+
 @dataclass(frozen=True)
 class WeightedSum(Recipe):
     """factor * reduction of the weighted gradients at the points of all levels.
@@ -207,6 +239,7 @@ class WeightedSum(Recipe):
         factor: "none", "input", "difference" (input - baseline), "line" (each row's own random
             line) or "path" (each row's own direction).
         tolerance: Relative L2 error at which an example stops.
+        refinement: Nodes of each example's own, instead of those of the levels.
     """
 
     family: Family
@@ -214,9 +247,12 @@ class WeightedSum(Recipe):
     reduction: str = "sum"
     factor: str = "none"
     tolerance: float | None = None
+    refinement: Refinement | None = None
 
     @property
     def count(self) -> int:
+        if self.refinement is not None:
+            return self.refinement.most
         return sum(level.count for level in self.levels)
 
     @property
@@ -231,7 +267,9 @@ class WeightedSum(Recipe):
         """Whether the sum may be taken behind a linear map, and has the `least` points per example
         from which two forwards and two transposes of that map pay.
         """
+        # The gradients of a refinement are kept and compared: behind the map they may be larger.
         linear = self.reduction == "sum" and self.factor not in ("line", "path")
+        linear = linear and self.refinement is None
         return linear and self.rules is None and self.gradients and self.count >= least
 
 
@@ -285,6 +323,13 @@ class Method(Protocol):
     def name(self) -> str: ...
 
     def recipe(self) -> Recipe: ...
+
+
+def with_fixed_nodes(method: Method) -> Method:
+    """The method, with the fixed rule where it is left to the call whether nodes are fixed."""
+    recipe = method.recipe()
+    refinement = recipe.refinement if isinstance(recipe, WeightedSum) else None
+    return method if refinement is None or refinement.otherwise is None else refinement.otherwise
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from saliency_fast.engine.accumulate import square_norm
 from saliency_fast.engine.layers import need_batch_first
 from saliency_fast.engine.points import PADDINGS, Blur, Line
 from saliency_fast.engine.recipe import (
+    GROWTH,
     Level,
     Maps,
     Recipe,
+    Refinement,
     Round,
     RoundContext,
     RoundResult,
@@ -33,6 +35,11 @@ from saliency_fast.methods.parts.quadrature import NESTED, RULES, level, nested_
 from saliency_fast.model.layers import LayerTaps
 from saliency_fast.model.preserve import restored_random_state
 
+ADAPTIVE = "adaptive"
+FEWEST = 8
+"""Points that lie evenly, at least, before the gradients there tell where others go."""
+ROUNDS = (9, 24, 64)
+"""Points from which others are placed in one, two and three rounds."""
 CLOSE = 1e-9
 """Share of a path's length that counts as nothing."""
 HELD = 11
@@ -46,9 +53,11 @@ class IntegratedGradients:
     The path is the straight line.
 
     Args:
-        steps: Points on the line, or of the first level where a tolerance is given.
-        rule: "midpoint", "trapezoid", "gauss_legendre", "left" or "right". None is "midpoint", or
-            "trapezoid" with a tolerance, since its refinement only doubles the points.
+        steps: Points on the line, or the least where a tolerance is given.
+        rule: "adaptive" (each example's points lie where its gradient changes, from 9 on),
+            "midpoint", "trapezoid", "gauss_legendre", "left" or "right". None is "adaptive" where
+            the gradients that it keeps fit into memory, else "midpoint", or "trapezoid" with a
+            tolerance, since its refinement only doubles the points.
         tolerance: Relative error, under 1. Points are added until the map's estimated relative L2
             error and the completeness delta relative to the score's gain are both under it, or
             `max_steps` is reached; `Attribution.converged` tells which.
@@ -69,7 +78,8 @@ class IntegratedGradients:
 
     def __post_init__(self) -> None:
         if self.rule is not None:
-            checks.choice("rule", self.rule, NESTED if self.tolerance else tuple(RULES))
+            rules = NESTED if self.tolerance else tuple(RULES)
+            checks.choice("rule", self.rule, (ADAPTIVE, *rules))
         checks.fields(self, steps=RULES[self._rule].least, max_steps=1)
         checks.fields(self, tolerance=checks.optional(checks.positive))
         if self.tolerance is not None:
@@ -84,17 +94,26 @@ class IntegratedGradients:
 
     @property
     def _rule(self) -> str:
-        return self.rule or ("midpoint" if self.tolerance is None else "trapezoid")
+        """The fixed rule."""
+        if self.rule in (None, ADAPTIVE):
+            return "midpoint" if self.tolerance is None else "trapezoid"
+        return str(self.rule)
 
     def recipe(self) -> Recipe:
-        rule = RULES[self._rule]
+        rule, refinement = RULES[self._rule], None
         if self.tolerance is None:
             levels: tuple[Level, ...] = (level(rule, self.steps),)
         else:
             levels = tuple(nested_levels(rule, self.steps, self.max_steps))
-        return WeightedSum(
-            Line(), levels, factor="difference", baseline="one", tolerance=self.tolerance
-        )
+        if self.rule in (None, ADAPTIVE) and (self.steps > FEWEST or self.tolerance is not None):
+            most = self.steps if self.tolerance is None else self.max_steps
+            rounds = sum(self.steps >= least for least in ROUNDS)
+            first = min(self.steps, max(FEWEST, math.ceil(self.steps / GROWTH**rounds)))
+            chosen = replace(self, rule=ADAPTIVE)
+            otherwise = replace(self, rule=self._rule) if self.rule is None else None
+            refinement = Refinement(chosen, otherwise, first, self.steps, most)
+        about = (Line(), levels, "sum", "difference", self.tolerance, refinement)
+        return WeightedSum(*about, baseline="one")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from saliency_fast.engine.recipe import (
     RoundsRecipe,
     Rows,
     WeightedSum,
+    with_fixed_nodes,
 )
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
@@ -62,16 +63,17 @@ class TemporalRescaling:
         checks.fields(self, above=checks.fraction)
         base = self._base()
         sums = isinstance(base, WeightedSum) and base.rules is None and base.baseline != "set"
-        if not sums or len(base.levels) > 1 or hasattr(base.family, "start"):
+        own_nodes = sums and base.refinement is not None
+        if not sums or own_nodes or len(base.levels) > 1 or hasattr(base.family, "start"):
             raise InputError(
-                "base must be a gradient, InputXGradient, IntegratedGradients without a tolerance, "
-                f"SmoothGrad or a variant of it: got {self.base!r}"
+                "base must be a gradient, InputXGradient, IntegratedGradients with a fixed rule "
+                f"and no tolerance, SmoothGrad or a variant of it: got {self.base!r}"
             )
 
     def _base(self) -> WeightedSum:
         from saliency_fast.methods import read_method
 
-        return cast(WeightedSum, read_method(self.base).recipe())
+        return cast(WeightedSum, with_fixed_nodes(read_method(self.base)).recipe())
 
     def recipe(self) -> Recipe:
         return RoundsRecipe(self._rounds, self._points, baseline="fill")

@@ -301,7 +301,7 @@ class TestTolerance:
 
     def test_what_is_not_reached_is_reported(self) -> None:
         model, x = make(models.Image), randn(2, 3, 12, 12)
-        method = sf.IntegratedGradients(4, tolerance=1e-9, max_steps=20)
+        method = sf.IntegratedGradients(4, "trapezoid", tolerance=1e-9, max_steps=20)
         found = sf.explain(model, x, target=1, method=method)
         assert not bool(found.converged.any())
         assert float(found.error.min()) > 1e-9
