@@ -141,6 +141,6 @@ def test_float32(kind: type[nn.Module]) -> None:
     exact = naive.integrated_gradients(
         model, column(1), (x.double(),), (torch.zeros_like(x).double(),), "midpoint", 20
     )[0]
-    found = sf.explain(model.float(), x, target=1, method=sf.IntegratedGradients(20))
+    found = sf.explain(model.float(), x, target=1, method=sf.IntegratedGradients(20, "midpoint"))
     assert found.values.dtype == torch.float32
     assert naive.relative_l2(found.values, exact) < FLOAT32

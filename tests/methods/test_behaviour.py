@@ -130,6 +130,9 @@ def test_many_targets_share_forward_passes(method: object) -> None:
     proved = 6 if isinstance(method, sf.DeepLift) else 4
     assert isinstance(method, sf.GuidedIG) or (calls - proved) * 3 <= one_by_one
     assert together.values.shape == (2, 3, 3, 12, 12)
+    if method == sf.IntegratedGradients(steps=11):
+        # Nodes are those of all targets: see test_adaptive.
+        return
     for k in range(3):
         assert naive.relative_l2(together.values[0, k], single[k].values[0]) < 1e-12
         assert naive.relative_l2(together.values[1, 2 - k], single[k].values[1]) < 1e-12
