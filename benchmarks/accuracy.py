@@ -21,6 +21,7 @@ from torch import Tensor
 
 import saliency_fast as sf
 from benchmarks.networks import NETWORKS, build
+from saliency_fast import evaluate as ev
 from saliency_fast import zoo
 
 FIXED = ("midpoint", "trapezoid", "gauss_legendre", "left", "right")
@@ -85,6 +86,28 @@ def measure_noise(examples: int, steps: tuple[int, ...], finest: int) -> Iterato
             for n in steps:
                 found = explain(method=sf.SmoothGrad(n, sigma=SIGMA, antithetic=antithetic))
                 yield row(found, exact, model=name, score="logits", method=kind, points=n)
+
+
+def measure_metrics(examples: int, finest: int) -> Iterator[str]:
+    """How far metrics of the default map are from those of a converged one: a table's lines."""
+    held, model = zoo.held_out(), zoo.MODELS["digits"]()
+    x, boxes = held.images[:examples], held.boxes[:examples]
+    target = model(x).argmax(1)
+    converged = sf.IntegratedGradients(finest, "midpoint")
+    exact = sf.explain(model, x, target=target, method=converged).values
+    metrics = (ev.Deletion(), ev.Insertion(), ev.EnergyInBox())
+    yield f"| method, {examples} digits | {' | '.join(type(one).__name__ for one in metrics)} |"
+    yield "|---|" + "---:|" * len(metrics)
+    methods = sf.IntegratedGradients(), sf.IntegratedGradients(tolerance=0.02)
+    for method in (*methods, sf.IntegratedGradients(rule="midpoint")):
+        maps, cells = sf.explain(model, x, target=target, method=method).values, list[str]()
+        for metric in metrics:
+            about = {"boxes": boxes} if isinstance(metric, ev.EnergyInBox) else {}
+            own, other = (
+                metric(model, x, one, target=target, **about).values for one in (maps, exact)
+            )
+            cells.append(f"{(own - other).mean():+.4f}, {(own - other).abs().max():.4f}")
+        yield f"| {method} | {' | '.join(cells)} |"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -157,7 +180,9 @@ def main() -> None:
     rows = [*measure_paths(names, *sizes), *measure_noise(*sizes[:2], 4 * sizes[2])]
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "accuracy.json").write_text(json.dumps(rows, indent=1) + "\n")
-    text = table(rows)
+    few = (4, 64) if options.quick else (24, 3000)
+    text = table(rows) + "\nMean and largest difference to a converged map's metrics.\n\n"
+    text += "\n".join(measure_metrics(*few)) + "\n"
     (options.out / "accuracy.md").write_text(text)
     print(text)
 

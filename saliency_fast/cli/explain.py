@@ -119,7 +119,7 @@ def demo(args: argparse.Namespace, argv: Sequence[str]) -> int:
     loaded = arguments.load_model("digits")
     engines = [
         Engine(loaded.model, method, progress=args.progress)
-        for method in (IntegratedGradients(), SmoothGrad(samples=256, noise_level=0.05))
+        for method in (IntegratedGradients(tolerance=0.02), SmoothGrad(samples=256, noise_level=0.05))
     ]
     out = out_folder(args.out)
     reporter = Reporter(loaded, engines, "predicted", None, out, notes={"model": "digits"})
