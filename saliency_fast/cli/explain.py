@@ -117,10 +117,8 @@ def demo(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if not 1 <= args.examples <= len(samples):
         raise InputError(f"--examples must lie between 1 and {len(samples)}: got {args.examples}")
     loaded = arguments.load_model("digits")
-    engines = [
-        Engine(loaded.model, method, progress=args.progress)
-        for method in (IntegratedGradients(tolerance=0.02), SmoothGrad(samples=256, noise_level=0.05))
-    ]
+    methods = (IntegratedGradients(tolerance=0.02), SmoothGrad(samples=256, noise_level=0.05))
+    engines = [Engine(loaded.model, method, progress=args.progress) for method in methods]
     out = out_folder(args.out)
     reporter = Reporter(loaded, engines, "predicted", None, out, notes={"model": "digits"})
     for number in range(args.examples):
