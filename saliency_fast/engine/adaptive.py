@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from saliency_fast.engine.plan import kept_bytes
 from saliency_fast.engine.recipe import GROWTH, Refinement, Rows
 
 Array = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 SAFETY = 1.3
 """What half the difference of two half rules is multiplied by, to be no less than the error."""
@@ -104,65 +105,53 @@ def refined(alpha: Array, change: Array, count: int) -> Array:
     return np.sort(np.array(found))
 
 
-@dataclass
-class _Block:
-    """Nodes that E examples get in one go, m each: alpha float64 [E, m]. Rows have nodes outermost.
-
-    kept: for each of K targets and each input the gradients [m * E, *] of all rows; None where they
-    are added up at once. weight, halves [E, m]: see `rule`. seen: rows that were visited, or, where
-    nothing is kept, all.
+class _Nodes:
+    """A table of the nodes of a group of examples, round after round: `example` int64 [N], `alpha`
+    float64 [N], and what `rule` gives for them, `weight` and `halves` [N].
     """
 
-    examples: Tensor
-    alpha: Array
-    kept: list[Inputs] | None
-    weight: Array
-    halves: Array
-    seen: int = 0
+    def __init__(self) -> None:
+        self.example = np.zeros(0, dtype=np.int64)
+        self.alpha, self.weight, self.halves = (np.zeros(0) for _ in range(3))
 
-    @property
-    def count(self) -> int:
-        return self.alpha.shape[1]
+    def append(self, examples: Sequence[int], alpha: Array) -> None:
+        """Appends nodes [E, m] of some examples, nodes outermost."""
+        more = np.tile(np.array(examples, dtype=np.int64), alpha.shape[1])
+        self.example = np.concatenate((self.example, more))
+        self.alpha = np.concatenate((self.alpha, alpha.T.reshape(-1)))
+        self.weight = np.concatenate((self.weight, np.zeros(alpha.size)))
+        self.halves = np.concatenate((self.halves, np.zeros(alpha.size)))
+
+    def of(self, example: int, stop: int) -> IntArray:
+        """The numbers of an example's nodes among the first `stop`."""
+        return np.flatnonzero(self.example[:stop] == example)
 
     def rows(self, active: Tensor, start: int, stop: int) -> Rows:
-        """Rows `start` to `stop`; `active` are the block's examples."""
-        row = torch.arange(start, stop, device=active.device)
-        example = active[row % len(active)]
-        columns = (_column(one, row) for one in (self.alpha, self.weight))
-        return Rows(example, *columns, torch.ones_like(example))
+        """Nodes `start` to `stop`, on the device of `active`, with what the map gives them."""
+        own, device = slice(start, stop), active.device
+        parts = (self.example, self.alpha, self.weight)
+        example, alpha, weight = (torch.from_numpy(one[own]).to(device) for one in parts)
+        return Rows(example, alpha, weight, torch.ones_like(example))
 
     def others(self, start: int, rows: Rows) -> Rows:
-        """The same rows, as they are added to what the map is compared with for its error."""
-        row = torch.arange(start, start + len(rows.example), device=rows.example.device)
-        weight = _column(self.weight - self.halves, row)
+        """The same with what they are given in the map that tells the error."""
+        own = slice(start, start + len(rows.example))
+        weight = torch.from_numpy((self.weight - self.halves)[own]).to(rows.weight.device)
         return replace(rows, weight=weight, replicate=torch.zeros_like(rows.replicate))
-
-    def of(self, example: int) -> tuple[int, int] | None:
-        """The number of an example here, and how many of its nodes were visited."""
-        numbers = (self.examples == example).nonzero().flatten().tolist()
-        if not numbers:
-            return None
-        size = len(self.examples)
-        return numbers[0], (self.seen - numbers[0] + size - 1) // size
-
-
-def _column(table: Array, row: Tensor) -> Tensor:
-    return torch.from_numpy(table.T.reshape(-1)).to(row.device)[row]
 
 
 class AdaptiveEvaluation(SumEvaluation):
     """The evaluation of an integral whose nodes each example has for itself."""
 
-    block: _Block
     refinement: Refinement
 
     def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
         super().__init__(job, call, baselines, *about)
         assert self.recipe.refinement is not None
         self.refinement = self.recipe.refinement
-        # Those whose gradients are kept, of a group of examples.
-        self.blocks = list[_Block]()
-        self.start, self.stale = 0, False
+        # For each of K targets and each input the gradients [N, *] of the first nodes of the table.
+        self.kept = list[Inputs]()
+        self.nodes, self.seen, self.stale = _Nodes(), 0, False
 
     def steps(self, report: Report) -> Steps:
         yield from self.begin()
@@ -170,134 +159,121 @@ class AdaptiveEvaluation(SumEvaluation):
         each = max(1, kept_bytes(self.refinement, self.call))
         groups = self.everyone.split(max(1, self.config.kept_bytes // each))
         for group in groups:
-            block: _Block | None = self._first(group)
-            while block is not None:
-                self.block, self.start, rows = block, 0, block.count * len(block.examples)
-                self.level, self.active = block, block.examples  # type: ignore[assignment]
-                while self.start < rows:
-                    stop = min(self.start + self.next_size, rows)
-                    count = yield from self.launch(self.start, stop)
-                    self.start, done = self.start + count, done + count
-                    if count and self.start < rows:
-                        # Of the last nodes, maps are not what they are until all are there.
-                        yield report(self, done, of, maps=block.kept is not None)
-                block = self._next(block)
-                over = block is None and group is groups[-1]
-                yield report(self, of if over else done, of)
+            self._open(group)
+            while self.seen < len(self.nodes.alpha):
+                stop = min(self.seen + self.next_size, len(self.nodes.alpha))
+                count = yield from self.launch(self.seen, stop)
+                self.seen, done = self.seen + count, done + count
+                round_over = self.seen == len(self.nodes.alpha)
+                if round_over:
+                    self._go_on()
+                last = self.seen == len(self.nodes.alpha) and group is groups[-1]
+                if count:
+                    # Of the last nodes, maps are not what they are until all are there.
+                    maps = round_over or self.seen < self._keeps
+                    yield report(self, of if last else done, of, maps=maps)
 
     def add(
         self, rows: Rows, result: EvaluationResult, scale: Tensor | float | None = None
     ) -> None:
-        block, own = self.block, self.function.scale if scale is None else scale
+        start, own = self.seen, self.function.scale if scale is None else scale
         self.points.index_add_(0, rows.example, torch.ones_like(rows.example))
-        if block.kept is None:
-            self._add(block, rows, self.start, result.gradients, own)
+        if start >= self._keeps:
+            self._add(rows, start, result.gradients, own)
             return
-        block.seen = self.start + len(rows.example)
-        for stores, gradients in zip(block.kept, result.gradients, strict=True):
-            for store, gradient in zip(stores, gradients, strict=True):
-                store[self.start : block.seen] = gradient.to(store.dtype) / own
         self.stale = True
+        for stores, gradients in zip(self.kept, result.gradients, strict=True):
+            for store, gradient in zip(stores, gradients, strict=True):
+                store[start : start + len(gradient)] = gradient.to(store.dtype) / own
 
     def outcome(self) -> Outcome:
         if self.stale:
-            self._sum_up(self.blocks[0].examples)
+            self._sum_up(self.seen)
         return super().outcome()
 
-    def _first(self, group: Tensor) -> _Block:
-        """Midpoints, in bit-reversed order: the first of any number are spread over the path."""
+    @property
+    def _keeps(self) -> int:
+        """How many nodes of the table have their gradients kept."""
+        return len(self.kept[0][0])
+
+    def _open(self, group: Tensor) -> None:
+        """Begins a group of examples with midpoints, in bit-reversed order: the first of any number
+        are spread over the path.
+        """
         count = self.refinement.first
         width = (count - 1).bit_length()
         order = sorted(range(count), key=lambda i: f"{i:0{width}b}"[::-1])
-        self.blocks = []
-        return self._block(group, np.tile((np.array(order) + 0.5) / count, (len(group), 1)))
+        self.level = self.nodes = _Nodes()  # type: ignore[assignment]
+        self.active, self.kept, self.seen = group, [], 0
+        self.nodes.append(group.tolist(), np.tile((np.array(order) + 0.5) / count, (len(group), 1)))
+        self._keep()
 
-    def _block(self, examples: Tensor, alpha: Array, *, last: bool = False) -> _Block:
-        zeros, seen = np.zeros_like(alpha), alpha.size if last else 0
-        kept = None if last else [self._store(alpha.size) for _ in range(self.call.targets.count)]
-        block = _Block(examples, alpha, kept, zeros, zeros.copy(), seen)
-        if not last:
-            self.blocks.append(block)
-        return block
+    def _keep(self) -> None:
+        """Makes room for the gradients of all nodes of the table."""
+        rows, kept = len(self.nodes.alpha), self.kept
+        self.kept = [
+            tuple(one.new_zeros(rows, *one.shape[1:]) for one in self.totals.totals)
+            for _ in range(self.call.targets.count)
+        ]
+        for stores, earlier in zip(self.kept, kept, strict=False):
+            for store, one in zip(stores, earlier, strict=True):
+                store[: len(one)] = one
 
-    def _store(self, rows: int) -> Inputs:
-        return tuple(one.new_zeros(rows, *one.shape[1:]) for one in self.totals.totals)
-
-    def _next(self, block: _Block) -> _Block | None:
-        """More nodes for the examples that need them; None where none does."""
-        active, steps = block.examples, self.refinement.steps
-        visited = sum(one.count for one in self.blocks if one.of(int(active[0])))
-        if self.recipe.tolerance is not None and (visited >= steps or block.kept is None):
+    def _go_on(self) -> None:
+        """More nodes for the examples that need them, once all of the table were visited."""
+        steps, most, tolerance = self.refinement.steps, self.refinement.most, self.recipe.tolerance
+        active, over = self.active, self.seen > self._keeps
+        visited = len(self.nodes.of(int(active[0]), self.seen))
+        if tolerance is not None and visited >= steps:
             active = self._unfinished(active)
-        if block.kept is None or active.numel() == 0:
-            return None
-        limit = steps if visited < steps else self.refinement.most
-        wanted = min(limit, math.ceil(visited * GROWTH))
-        alpha = np.stack([refined(*self._change(one), wanted - visited) for one in active.tolist()])
-        following = self._block(active, alpha, last=wanted == self.refinement.most)
-        if following.kept is None:
+        if over or visited == most or active.numel() == 0:
+            return
+        wanted = min(steps if visited < steps else most, math.ceil(visited * GROWTH))
+        examples = active.tolist()
+        more = [refined(*self._change(one), wanted - visited) for one in examples]
+        self.nodes.append(examples, np.stack(more))
+        if wanted < most:
+            self._keep()
+        else:
             # Now the weights of all nodes are known, and nothing more has to be kept.
-            self._sum_up(self.blocks[0].examples, following)
-            self.blocks = []
-        return following
+            self._sum_up(len(self.nodes.alpha))
+            self.kept = [tuple(one.new_zeros(0) for one in stores) for stores in self.kept]
+        self.active = active
 
     def _change(self, example: int) -> tuple[Array, Array]:
         """The nodes [n] of an example, ascending, and by how much the gradient times the path's
         length changes between neighbours [n - 1]; the largest share over the targets.
         """
         inputs, baselines = self.totals.inputs, self.totals.baselines
-        pairs = zip(inputs, baselines, strict=True)
-        along = [x[example] - base[example % len(base)] for x, base in pairs]
-        alpha, views = list[float](), list[list[Inputs]]()
-        for block in self.blocks:
-            number, seen = block.of(example) or (0, 0)
-            alpha += block.alpha[number, :seen].tolist()
-            for row in range(number, number + seen * len(block.examples), len(block.examples)):
-                views.append([tuple(one[row] for one in part) for part in block.kept or ()])
-        order, shares = np.argsort(alpha, kind="stable"), list[Array]()
-        for k in range(self.call.targets.count):
-            squares = np.zeros(len(alpha) - 1)
-            for which, factor in enumerate(along):
-                at_once = max(1, COMPARED // max(1, factor.numel()))
+        numbers = self.nodes.of(example, self.seen)
+        order = numbers[np.argsort(self.nodes.alpha[numbers], kind="stable")]
+        shares = list[Array]()
+        for stores in self.kept:
+            squares = np.zeros(len(order) - 1)
+            for store, x, base in zip(stores, inputs, baselines, strict=True):
+                along = x[example] - base[example % len(base)]
+                at_once = max(1, COMPARED // max(1, along.numel()))
                 for start in range(0, len(squares), at_once):
-                    some = [views[i][k][which] for i in order[start : start + at_once + 1]]
-                    found = square_norm(torch.stack(some).diff(dim=0) * factor)
+                    chosen = torch.from_numpy(order[start : start + at_once + 1]).to(x.device)
+                    found = square_norm(store[chosen].diff(dim=0) * along)
                     squares[start : start + len(found)] += found.cpu().numpy()
             squares = np.nan_to_num(squares)
             shares.append(np.sqrt(squares / (squares.sum() or 1.0)))
-        return np.array(alpha)[order], np.max(shares, axis=0)
+        return self.nodes.alpha[order], np.max(shares, axis=0)
 
-    def _sum_up(self, examples: Tensor, following: _Block | None = None) -> None:
-        """Adds up the gradients that are kept of examples, by the rule on all of their nodes, those
-        of a block that is still to come among them.
-        """
-        for example in examples.tolist():
-            found = [(one, one.of(example)) for one in (*self.blocks, following) if one is not None]
-            parts = [(one, where[0], where[1]) for one, where in found if where and where[1]]
-            if not parts:
-                continue
-            weight, halves = rule(np.concatenate([one.alpha[n, :seen] for one, n, seen in parts]))
-            start = 0
-            for one, number, seen in parts:
-                own, start = slice(start, start + seen), start + seen
-                one.weight[number, :seen], one.halves[number, :seen] = weight[own], halves[own]
-        self.totals.clear(examples)
-        for one in self.blocks:
-            rows = one.rows(one.examples, 0, one.seen)
-            kept = [tuple(store[: one.seen] for store in part) for part in one.kept or ()]
-            self._add(one, rows, 0, kept, 1.0)
+    def _sum_up(self, count: int) -> None:
+        """Adds up the gradients that are kept, by the rule on the first `count` nodes."""
+        nodes, kept = self.nodes, min(self.seen, self._keeps)
+        examples = np.unique(nodes.example[:count])
+        for example in examples:
+            own = nodes.of(example, count)
+            nodes.weight[own], nodes.halves[own] = rule(nodes.alpha[own])
+        self.totals.clear(torch.from_numpy(examples).to(self.call.device))
+        gradients = [tuple(store[:kept] for store in stores) for stores in self.kept]
+        self._add(nodes.rows(self.everyone, 0, kept), 0, gradients, 1.0)
         self.stale = False
 
-    def _add(
-        self,
-        block: _Block,
-        rows: Rows,
-        start: int,
-        gradients: Sequence[Inputs],
-        scale: Tensor | float,
-    ) -> None:
-        """Adds gradients of a block's rows from `start` on to the map and to what it is compared
-        with.
-        """
-        for part in (rows, block.others(start, rows)):
-            self.totals.add(part, list(gradients), self.source, scale)
+    def _add(self, rows: Rows, start: int, gradients: list[Inputs], scale: Tensor | float) -> None:
+        """Adds gradients at rows from `start` on to the map and to what it is compared with."""
+        for part in (rows, self.nodes.others(start, rows)):
+            self.totals.add(part, gradients, self.source, scale)
