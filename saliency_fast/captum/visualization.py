@@ -3,7 +3,6 @@
 Images are drawn by Captum's own visualization where Captum is installed; elsewhere there are heat
 maps, alone or over the image. Time series and texts are always drawn here: Captum 0.9 draws series
 only with matplotlib before 3.9, on pyplot's current figure, and writes words into HTML unescaped.
-Masks, which are of inputs that only Captum has, are drawn by Captum alone.
 """
 
 from __future__ import annotations
@@ -31,16 +30,7 @@ CHANNELS = (1, 3, 4)
 """Numbers of channels a picture may have, by which a tensor's channel axis is found."""
 NEARLY_ZERO = 1e-5
 """Attributions whose pictures are misleading."""
-CAPTUMS = ("draw_mask_border", "draw_mask_legend", "format_tooltip")
 Array = npt.NDArray[Any]
-
-
-def __getattr__(name: str) -> Any:
-    """The functions that only Captum has, where it is installed."""
-    if name in CAPTUMS:
-        return getattr(import_module("captum.attr._utils.visualization"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 ImageVisualizationMethod = Enum(
     "ImageVisualizationMethod",
@@ -326,6 +316,52 @@ def _draw_coloured(
     axes.set_ylim(1.2 * values.min(), 1.2 * values.max())
 
 
+def draw_mask_border(
+    ax: Axes,
+    mask: npt.NDArray[np.bool_],
+    border_width: int = 1,
+    border_color: str | Array = "black",
+) -> None:
+    """Draws the border of a mask over an image, inside the mask.
+
+    Args:
+        ax: the axes.
+        mask: bool [H, W].
+        border_width: in pixels.
+        border_color: a name, or RGBA on [0, 1].
+
+    Example:
+        >>> axes = _new_figure(False, (4, 4))[1]
+        >>> draw_mask_border(axes, np.ones((3, 3), dtype=bool))
+        >>> axes.images[0].get_array()[..., 3].sum()
+        8.0
+    """
+    if not mask.any():
+        return
+    from matplotlib.colors import to_rgba
+    from scipy.ndimage import binary_erosion
+
+    border = mask & ~binary_erosion(mask, iterations=border_width)
+    ax.imshow(border[..., None] * np.array(to_rgba(border_color)))
+
+
+def draw_mask_legend(
+    ax: Axes,
+    mask: npt.NDArray[np.bool_],
+    label: str,
+    fontsize: int = 10,
+    text_color: str = "white",
+    bbox_facecolor: str = "black",
+    bbox_alpha: float = 0.6,
+) -> None:
+    """Writes a label at the centre of a mask [H, W], in a box of `bbox_facecolor`."""
+    if not mask.any():
+        return
+    y, x = (positions.mean() for positions in mask.nonzero())
+    box = {"boxstyle": "round,pad=0.2", "facecolor": bbox_facecolor, "alpha": bbox_alpha}
+    ax.text(x, y, label, color=text_color, fontsize=fontsize, ha="center", va="center", bbox=box)
+
+
 def _series(value: Any, name: str) -> Array:
     result = _array(value)
     if result.ndim != 2:
@@ -461,6 +497,12 @@ def format_special_tokens(token: str) -> str:
         '#pad'
     """
     return "#" + token.strip("<>") if token.startswith("<") and token.endswith(">") else token
+
+
+def format_tooltip(item: str, text: str) -> str:
+    """An item whose text a page's style sheet shows while the pointer is over it."""
+    item, text = escape(item), escape(text)
+    return f'<div class="tooltip">{item}<span class="tooltiptext">{text}</span></div>'
 
 
 def format_word_importances(

@@ -218,7 +218,7 @@ def test_errors(call: Any, error: type[Exception], words: str | None) -> None:
 
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("colour", ["red", np.array([0.1, 0.2, 0.3, 0.4])])
-def test_borders(width: int, colour: Any) -> None:
+def test_masks(width: int, colour: Any) -> None:
     mask = RANDOM.random((9, 11)) < 0.8
     for one in (mask, np.zeros_like(mask), np.ones_like(mask)):
         figures = [plt.subplots() for _ in range(2)]
@@ -310,6 +310,7 @@ def test_parts_of_texts() -> None:
 
 def test_words_are_no_markup() -> None:
     assert "<b>" not in ours.format_word_importances(["<b>bold"], [0.5])
+    assert "<b>" not in ours.format_tooltip("<b>bold", "<b>bold")
 
 
 def test_names_and_enumerations() -> None:
