@@ -111,8 +111,8 @@ class Engine:
 
     zeros_of_unused = True
     """Whether inputs that no score depends on have zeros, and a warning, instead of an error."""
-    tells_zeros = True
-    """Whether maps of zeros bring a warning; metrics, which explain many inputs, judge them."""
+    warns_of_zeros = True
+    """Whether maps of zeros bring a warning."""
 
     def __init__(
         self,
@@ -471,7 +471,7 @@ class Engine:
     def _check(self, job: Job, outcome: Outcome) -> None:
         """Raises for a whole map that is not finite, and warns of one that is zero."""
         need_finite(outcome, job.plan.precision)
-        if self.tells_zeros:
+        if self.warns_of_zeros:
             warn_of_zeros(outcome, job.call, job.recipe, job.baselines)
 
     @contextmanager

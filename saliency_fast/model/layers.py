@@ -284,15 +284,18 @@ class LayerTaps:
                 raise ModelError(
                     f"at: the explained score does not depend on the layer {kind_of(layer)}: it "
                     "ran, and no gradient reaches it, as of an auxiliary head that another output "
-                    "is for, or a layer whose result is detached; name one that the score is made "
-                    "from"
+                    "is for, or a layer whose result is cut off by detach() or no_grad(); name one "
+                    "that the score is made from"
                 )
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tensors at the layers."""
         tapped: dict[int, list[Tensor]] = {}
+        differentiable = torch.is_grad_enabled()
 
         def seen(number: int, value: Any) -> Any:
+            if differentiable:
+                self._need_graph(self.layers[number], floats_at(value))
             # These calls are not the model's, for whichever mode follows its calls.
             with compat.WithoutFunctionModes(), torch.enable_grad():
                 # The first tap cuts the graph: nothing before it is kept for the backward pass. A
@@ -309,6 +312,21 @@ class LayerTaps:
         several = [tapped[number] for number in range(len(self.layers))]
         self.counts[:] = map(len, several)
         return raw, [one for own in several for one in own]
+
+    def _need_graph(self, layer: Layer, values: list[Tensor]) -> None:
+        """Raises ModelError where the model is not differentiable at a layer. A tap is, and would
+        give the layer gradients that the input does not have.
+        """
+        attached = not values or self.of_input or any(x.requires_grad for x in values)
+        # A frozen layer has no graph of its own: only a trained one tells.
+        weights = () if attached else module_at(layer).parameters()
+        if torch.is_grad_enabled() and not any(one.requires_grad for one in weights):
+            return
+        raise ModelError(
+            f"at: the model is not differentiable in its input: the layer {kind_of(layer)} runs "
+            "under no_grad(), or its result is detached; look for detach() and no_grad() inside "
+            "the model, or take a method that asks for scores alone, such as sf.Occlusion"
+        )
 
 
 @dataclass(frozen=True, eq=False)
