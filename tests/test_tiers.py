@@ -204,9 +204,8 @@ class Cut(nn.Module):
         self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.set_grad_enabled(
-            self.cut != "a block under no_grad" and torch.is_grad_enabled()
-        ):
+        block = torch.no_grad if self.cut == "a block under no_grad" else nullcontext
+        with block():
             features = self.features(x)
         return self.head(features.detach() if self.cut == "detach" else features)
 
