@@ -1,8 +1,7 @@
-"""Pictures of attributions, under Captum's names and arguments.
+"""Pictures of attributions, under Captum's names and arguments, with what Captum draws.
 
-Images are drawn by Captum's own visualization where Captum is installed; elsewhere there are heat
-maps, alone or over the image. Time series and texts are always drawn here: Captum 0.9 draws series
-only with matplotlib before 3.9, on pyplot's current figure, and writes words into HTML unescaped.
+Captum 0.9 draws time series only with matplotlib before 3.9, on pyplot's current figure, and writes
+words into HTML unescaped.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from html import escape
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,8 +67,7 @@ def visualize_image_attr(
     Args:
         attr: [H, W] or [H, W, C], or a tensor, also [C, H, W] or [1, C, H, W]. Channels are summed.
         original_image: the image, in one of these shapes, on [0, 1] or [0, 255].
-        method: a name of `ImageVisualizationMethod`; without Captum "heat_map" or
-            "blended_heat_map".
+        method: a name of `ImageVisualizationMethod`.
         sign: a name of `VisualizeSign`.
         plt_fig_axis: a figure and its axes to draw on instead of new ones.
         outlier_perc: the largest attributions, together this percentage of the sum, are cut off.
@@ -93,54 +90,61 @@ def visualize_image_attr(
         (8, 8)
     """
     attr = _picture(attr, "attr")
-    if original_image is not None:
-        original_image = _picture(original_image, "original_image")
     _check_name(ImageVisualizationMethod, method, "Method")
     _check_name(VisualizeSign, sign, "Sign")
-    try:
-        draw: Any = import_module("captum.attr._utils.visualization").visualize_image_attr
-    except ImportError:
-        draw = _heat_map
-    look = outlier_perc, cmap, alpha_overlay, show_colorbar, title, fig_size, use_pyplot
-    try:
-        figure, axes = draw(attr, original_image, method, sign, plt_fig_axis, *look)
-    except (AssertionError, ValueError) as error:
+    if original_image is None and method != "heat_map":
         raise ContractError(
-            f"{error} (got method={method!r}, sign={sign!r}, outlier_perc={outlier_perc}, "
-            f"original_image={None if original_image is None else original_image.shape})"
-        ) from error
-    return figure, axes
-
-
-def _heat_map(
-    attr: Array,
-    image: Array | None,
-    method: str,
-    sign: str,
-    figure_axes: tuple[Figure, Axes] | None,
-    *look: Any,
-) -> tuple[Figure, Axes]:
-    """Draws heat maps with the arguments of `visualize_image_attr`, where Captum is missing."""
-    outlier_perc, cmap, alpha, colorbar, title, size, use_pyplot = look
-    blended = method == "blended_heat_map"
-    if not blended and method != "heat_map":
-        raise ContractError(f"without captum there are heat maps alone: install it for {method!r}")
-    if blended and image is None:
-        raise ContractError(
-            "Original Image must be provided for any visualization other than heatmap."
+            "Original Image must be provided for any visualization other than heatmap: got None "
+            f"for {method}; pass original_image"
         )
-    figure, axes = figure_axes or _new_figure(use_pyplot, size)
-    axes.set(xticks=[], yticks=[], title=title or "")
-    if blended and image is not None:
-        axes.imshow(image.mean(axis=2) if image.ndim == 3 else image, "gray")
+    if sign == "all" and method in ("masked_image", "alpha_scaling"):
+        raise ContractError(
+            f"Cannot display {method.replace('_', ' ')} with both positive and negative "
+            "attributions, choose a different sign option: got sign='all'"
+        )
     scaled = _normalized(attr.sum(axis=2) if attr.ndim == 3 else attr, sign, outlier_perc)
-    colours = _mappable(sign, cmap)
-    opacity = alpha if blended else None
-    drawn = axes.imshow(scaled, cmap=colours.cmap, norm=colours.norm, alpha=opacity)
-    if colorbar:
-        figure.colorbar(drawn, orientation="horizontal", ax=axes)
+    figure, axes = plt_fig_axis or _new_figure(use_pyplot, fig_size)
+    axes.set(xticks=[], yticks=[])
+    colours, opacity = _mappable(sign, cmap), None
+    if original_image is not None:
+        image = np.atleast_3d(_picture(original_image, "original_image"))
+        image = _as_bytes(image * 255) if image.max() <= 1 else image
+        if method == "blended_heat_map":
+            axes.imshow(image.mean(axis=2), cmap="gray")
+            opacity = alpha_overlay
+        elif method == "original_image":
+            axes.imshow(image)
+        elif method == "masked_image":
+            axes.imshow(_as_bytes(image * scaled[..., None]))
+        elif method == "alpha_scaling":
+            rgb = np.broadcast_to(image[..., :3], (*scaled.shape, 3))
+            axes.imshow(np.concatenate([rgb, _as_bytes(scaled[..., None] * 255)], axis=2))
+    has_heat_map = method.endswith("heat_map")
+    if has_heat_map:
+        colours = axes.imshow(scaled, cmap=colours.cmap, norm=colours.norm, alpha=opacity)
+    if show_colorbar:
+        strip = _strip_below(axes, 0.1)
+        if has_heat_map:
+            figure.colorbar(colours, orientation="horizontal", cax=strip)
+        else:
+            strip.axis("off")
+    if title:
+        axes.set_title(title)
     _show(use_pyplot)
     return figure, axes
+
+
+def _as_bytes(image: Array) -> Array:
+    """Whole numbers from 0 to 255."""
+    return np.clip(image.astype(int), 0, 255)
+
+
+def _strip_below(axes: Axes, pad: float) -> Axes:
+    """Axes for a colour bar."""
+    from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+    strip: Axes = make_axes_locatable(axes).append_axes("bottom", size="5%", pad=pad)
+    return strip
 
 
 def visualize_image_attr_multiple(
@@ -259,9 +263,7 @@ def visualize_timeseries_attr(
     if not combined:
         figure.subplots_adjust(hspace=0)
     if show_colorbar:
-        from mpl_toolkits.axes_grid1 import make_axes_locatable
-
-        strip = make_axes_locatable(every[-1]).append_axes("bottom", size="5%", pad=0.4)
+        strip = _strip_below(every[-1], 0.4)
         figure.colorbar(colours, orientation="horizontal", cax=strip, alpha=opacity)
     if title:
         every[0].set_title(title)
