@@ -136,7 +136,8 @@ def visualize_image_attr(
 
 def _as_bytes(image: Array) -> Array:
     """Whole numbers from 0 to 255."""
-    return np.clip(image.astype(int), 0, 255)
+    result: Array = np.clip(image.astype(int), 0, 255)
+    return result
 
 
 def _strip_below(axes: Axes, pad: float) -> Axes:
