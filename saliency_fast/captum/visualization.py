@@ -336,8 +336,8 @@ def draw_mask_border(
     Example:
         >>> axes = _new_figure(False, (4, 4))[1]
         >>> draw_mask_border(axes, np.ones((3, 3), dtype=bool))
-        >>> axes.images[0].get_array()[..., 3].sum()
-        8.0
+        >>> int(axes.images[0].get_array()[..., 3].sum())
+        8
     """
     if not mask.any():
         return

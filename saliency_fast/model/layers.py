@@ -294,8 +294,13 @@ class LayerTaps:
         differentiable = torch.is_grad_enabled()
 
         def seen(number: int, value: Any) -> Any:
-            if differentiable:
-                self._need_graph(self.layers[number], floats_at(value))
+            # A tap is differentiable, and would give a layer gradients that the input has not.
+            if differentiable and not torch.is_grad_enabled():
+                raise ModelError(
+                    "at: the model is not differentiable in its input: the layer "
+                    f"{kind_of(self.layers[number])} runs under no_grad(); take that out of the "
+                    "model, or explain by a method that asks for scores alone, such as sf.Occlusion"
+                )
             # These calls are not the model's, for whichever mode follows its calls.
             with compat.WithoutFunctionModes(), torch.enable_grad():
                 # The first tap cuts the graph: nothing before it is kept for the backward pass. A
@@ -312,21 +317,6 @@ class LayerTaps:
         several = [tapped[number] for number in range(len(self.layers))]
         self.counts[:] = map(len, several)
         return raw, [one for own in several for one in own]
-
-    def _need_graph(self, layer: Layer, values: list[Tensor]) -> None:
-        """Raises ModelError where the model is not differentiable at a layer. A tap is, and would
-        give the layer gradients that the input does not have.
-        """
-        attached = not values or self.of_input or any(x.requires_grad for x in values)
-        # A frozen layer has no graph of its own: only a trained one tells.
-        weights = () if attached else module_at(layer).parameters()
-        if torch.is_grad_enabled() and not any(one.requires_grad for one in weights):
-            return
-        raise ModelError(
-            f"at: the model is not differentiable in its input: the layer {kind_of(layer)} runs "
-            "under no_grad(), or its result is detached; look for detach() and no_grad() inside "
-            "the model, or take a method that asks for scores alone, such as sf.Occlusion"
-        )
 
 
 @dataclass(frozen=True, eq=False)
