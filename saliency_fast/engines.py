@@ -44,7 +44,7 @@ from saliency_fast.errors import (
     SaliencyError,
     UnseenInputError,
 )
-from saliency_fast.graph.fingerprint import same_model, unchanging
+from saliency_fast.graph.fingerprint import model_fingerprint, unchanging
 from saliency_fast.graph.passes.half import AUTO, PRECISIONS
 from saliency_fast.methods import read_method
 from saliency_fast.model.failures import diagnosed
@@ -536,7 +536,7 @@ class Engine:
         cache = location.cache
         with unchanging():
             if not several or any(one.mark is not None for one in several):
-                same_model(model)
+                model_fingerprint(model)
             call = assigned(model, with_next_token(self.model, call), cache, self.config)
 
             return self._without_unused(call, given, method, recipe, alone, frozenset())

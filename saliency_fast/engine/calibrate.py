@@ -20,7 +20,7 @@ from saliency_fast.engine.memory import Cost, bytes_text
 from saliency_fast.engine.precision import PrecisionErrors
 from saliency_fast.engine.strategies import STRATEGIES, Facts, Kind, Strategy
 from saliency_fast.errors import BudgetError, InputError, ModelError
-from saliency_fast.graph.fingerprint import same_model
+from saliency_fast.graph.fingerprint import model_fingerprint
 from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.graph.passes.float64 import InFloat64, native
 from saliency_fast.graph.passes.half import Precision
@@ -97,7 +97,7 @@ class Calibration:
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was calibrated."""
-        return self.mark is None or (same_model(_root(model)), call.settings) in self.mark
+        return self.mark is None or (model_fingerprint(_root(model)), call.settings) in self.mark
 
     def renewed(self, point: Measurement) -> Calibration | None:
         """The same for a model that has changed since, where it still makes the recorded calls: one
@@ -535,7 +535,7 @@ def _mark(point: Measurement) -> tuple[object, ...]:
     an attribute of a module, and stays elsewhere.
     """
     root, others = _root(point.model), point.call.settings
-    return (same_model(root), others), (same_model(root, anew=True), others)
+    return (model_fingerprint(root), others), (model_fingerprint(root, anew=True), others)
 
 
 def _root(model: Callable[..., Any]) -> object:
