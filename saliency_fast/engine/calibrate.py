@@ -209,12 +209,12 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
         return replace(calibration, suspect=suspected(point, recording))
     mark, recorded = _mark(point), _recorded(point, recording)
     reasons = [recorded.facts.refusal] if recorded.program is None else []
-    refusals, judge = list[tuple[str, str]](), _Judge(point, eager, recorded, budget)
+    refusals, comparison = list[tuple[str, str]](), _Comparison(point, eager, recorded, budget)
     serving, cost = Strategy(), eager.cost
     for kind, strategy, why in recorded.candidates():
         measured = None
         if strategy is not None:
-            measured, why = judge.measured(kind, strategy)
+            measured, why = comparison.measured(kind, strategy)
             reasons += [] if measured else [why]
         if strategy is not None and measured is not None:
             serving, cost = strategy, measured.cost
@@ -224,7 +224,7 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     calibration = Calibration(
         serving, cost, eager.cost, "; ".join(reasons) or None, tuple(refusals)
     )
-    calibration = replace(calibration, disagreed=judge.disagreed)
+    calibration = replace(calibration, disagreed=comparison.disagreed)
     if serving.program is not None:
         return replace(calibration, mark=mark, whole=recorded.program, suspect=suspect)
     return replace(calibration, suspect=suspect or _reads_arguments(recorded.program))
@@ -359,7 +359,7 @@ def _verified(point: Measurement, strategy: Strategy, budget: int) -> str | None
 
 
 @dataclass
-class _Judge:
+class _Comparison:
     """Compares strategies with autograd at several points of a call.
 
     eager: what autograd gave at the first. recorded: by which facts they were made. disagreed:
