@@ -85,7 +85,7 @@ def test_every_tier_has_the_same_map(method: str, batch: int) -> None:
     kinds = set()
     for _ in range(60):
         found = engine(x, 1)
-        kinds.add(found.provenance.way)
+        kinds.add(found.provenance.strategy)
         torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-7)
     assert found.provenance.points_per_launch == batch
     rules = method in ("guided_backprop", "deeplift", "lrp")
@@ -95,7 +95,7 @@ def test_every_tier_has_the_same_map(method: str, batch: int) -> None:
 def test_a_recording_waits_until_it_repays() -> None:
     network, config = model(), EngineConfig(**TIERED)
     engine = sf.Engine(network, sf.IntegratedGradients(steps=6), config=config)
-    ways = [engine(X[:1], 1).provenance.way for _ in range(6)]
+    ways = [engine(X[:1], 1).provenance.strategy for _ in range(6)]
     assert ways[0] == "off"
     assert "recorded" in ways[-1]
 
