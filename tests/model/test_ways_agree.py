@@ -128,13 +128,13 @@ def test_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     agreement = {**config.DEFAULT.agreement, torch.float32: 1e-9}
     configure(monkeypatch, agreement=agreement)
     asked = []
-    exactly = calibrate._Judge._exactly
+    exactly = calibrate._Comparison._exactly
 
     def spy(self: Any, *args: Any) -> float | None:
         asked.append(exactly(self, *args))
         return asked[-1]
 
-    monkeypatch.setattr(calibrate._Judge, "_exactly", spy)
+    monkeypatch.setattr(calibrate._Comparison, "_exactly", spy)
     for side in (24, 96):
         asked.clear()
         engine = sf.Engine(model, sf.IntegratedGradients(steps=4), hashes=False)
