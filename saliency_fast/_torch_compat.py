@@ -297,6 +297,13 @@ def is_module_hook(node: Any) -> bool:
     return bool(node.name() == "BackwardHookFunctionBackward")
 
 
+def is_checkpoint(node: Any) -> bool:
+    """Whether a step of autograd's graph keeps the inputs of a checkpoint, by the name that it has
+    in older releases such as 2.9: a checkpoint of theirs looks at it, and later ones have none.
+    """
+    return bool(node.name() == "_NoopSaveInputsBackward")
+
+
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 

@@ -76,7 +76,7 @@ class Provenance:
         points_per_launch: Evaluation points per launch.
         halvings: How often a launch ran out of memory and was halved.
         lean, rows, layer_input: As in `explain`.
-        way: The execution strategy that was chosen.
+        strategy: The execution strategy that was chosen.
         region: (start, stop) per spatial axis of the requested region.
         at: Names of the layers that the maps belong to; None for the inputs.
         layout: One letter per axis of each input, None where unknown.
@@ -100,7 +100,7 @@ class Provenance:
     points_per_launch: int
     halvings: int
     lean: bool = True
-    way: str = ""
+    strategy: str = ""
     region: list[list[int]] | None = None
     at: list[str] | None = None
     layer_input: bool = False
@@ -108,6 +108,15 @@ class Provenance:
     layout: list[str | None] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     weights_sha256: _OnRead = _OnRead()
+
+    @property
+    def way(self) -> str:
+        """Deprecated alias of `strategy`."""
+        warn(
+            "Provenance.way is deprecated and removed in 0.3: use Provenance.strategy",
+            DeprecationWarning,
+        )
+        return self.strategy
 
     def __getstate__(self) -> dict[str, Any]:
         # Whoever copies it gets the hash, and not the model.
@@ -377,6 +386,7 @@ class Attribution:
         tensors |= {f"kept.{name}": value for name, value in self.kept.items()}
         tensors |= {f"extras.{name}": value for name, value in self.extras.items()}
         provenance = asdict(self.provenance)
+        provenance[record.STRATEGY] = provenance.pop("strategy")
         if self.layouts is not None:
             provenance["layout"] = list(self.layout) if any(self.layout) else None
         metadata = {"tuple": isinstance(self.values, tuple), "provenance": provenance}
@@ -420,9 +430,11 @@ def load(path: str | Path) -> Attribution:
         if rest:
             groups[prefix][rest] = tensor
     maps = tuple(groups["values"][str(number)] for number in range(len(groups["values"])))
+    provenance = dict(metadata["provenance"])
+    provenance["strategy"] = provenance.pop(record.STRATEGY, "")
     return Attribution(
         values=maps if metadata["tuple"] else maps[0],
-        provenance=Provenance(**metadata["provenance"]),
+        provenance=Provenance(**provenance),
         kept=groups["kept"],
         extras=groups["extras"],
         **{name: tensors.get(name) for name in record.TENSORS},  # type: ignore[arg-type]
@@ -495,7 +507,7 @@ def _provenance(job: Job, outcome: Outcome, facts: dict[str, Any]) -> Provenance
         },
         points_per_launch=plan.points_per_launch,
         halvings=plan.halvings,
-        way=str(job.strategy),
+        strategy=str(job.strategy),
         region=None if job.part is None else [list(span) for span in job.part.box],
         notes=notes,
         **facts,

@@ -44,7 +44,7 @@ from saliency_fast.errors import (
     SaliencyError,
     UnseenInputError,
 )
-from saliency_fast.graph.fingerprint import same_model, unchanging
+from saliency_fast.graph.fingerprint import model_fingerprint, unchanging
 from saliency_fast.graph.passes.half import AUTO, PRECISIONS
 from saliency_fast.methods import read_method
 from saliency_fast.model.failures import diagnosed
@@ -111,8 +111,8 @@ class Engine:
 
     zeros_of_unused = True
     """Whether inputs that no score depends on have zeros, and a warning, instead of an error."""
-    tells_zeros = True
-    """Whether maps of zeros bring a warning; metrics, which explain many inputs, judge them."""
+    warns_of_zeros = True
+    """Whether maps of zeros bring a warning."""
 
     def __init__(
         self,
@@ -471,7 +471,7 @@ class Engine:
     def _check(self, job: Job, outcome: Outcome) -> None:
         """Raises for a whole map that is not finite, and warns of one that is zero."""
         need_finite(outcome, job.plan.precision)
-        if self.tells_zeros:
+        if self.warns_of_zeros:
             warn_of_zeros(outcome, job.call, job.recipe, job.baselines)
 
     @contextmanager
@@ -536,7 +536,7 @@ class Engine:
         cache = location.cache
         with unchanging():
             if not several or any(one.mark is not None for one in several):
-                same_model(model)
+                model_fingerprint(model)
             call = assigned(model, with_next_token(self.model, call), cache, self.config)
 
             return self._without_unused(call, given, method, recipe, alone, frozenset())

@@ -189,6 +189,8 @@ _TARGETS: dict[str, dict[str, Test]] = {
     "function": {"name": _text},
 }
 _ROWS = ("alone", "together")
+STRATEGY = "way"
+"""The key of `Provenance.strategy` in records."""
 _FLAG = _Field("true or false", _is(bool))
 _NAME = _Field("text that is not empty", _text)
 _SIZE = _Field("a whole number, 0 or more", _COUNT)
@@ -216,7 +218,7 @@ _FIELDS: dict[str, _Field] = {
     "points_per_launch": _Field("a whole number, 1 or more", _number(1, int)),
     "halvings": _SIZE,
     "lean": _FLAG._replace(required=False),
-    "way": _Field("text", _is(str), False),
+    STRATEGY: _Field("text", _is(str), False),
     "region": _Field("null, or a start and a stop per axis", _optional(_list_of(_span)), False),
     "at": _Field("null, or names of layers", _optional(_list_of(_is(str))), False),
     "layer_input": _FLAG._replace(required=False),

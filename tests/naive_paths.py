@@ -21,7 +21,7 @@ def blurred(x: Tensor, sigma: Tensor, reach: int, padding: str) -> Tensor:
     for axis in range(1, x.dim()):
         total = torch.zeros_like(x)
         size = x.shape[axis]
-        for offset, share in zip(offsets.int().tolist(), weight, strict=True):
+        for offset, share in zip(range(-reach, reach + 1), weight, strict=True):
             place = torch.arange(size) + offset
             inside = ((place >= 0) & (place < size)).double()
             shape = [-1 if a == axis else 1 for a in range(x.dim())]

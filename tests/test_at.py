@@ -132,7 +132,7 @@ def test_a_recorded_model_leaves_out_what_leads_to_the_layer(
     x = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     found = sf.explain(model, x, target=2, at="2")
     plain = sf.explain(model, x, target=2, at="2", lean=False)
-    assert "recorded, 4 calls" in found.provenance.way
+    assert "recorded, 4 calls" in found.provenance.strategy
     assert relative_l2(found.values, plain.values) < 1e-5
 
 
@@ -193,7 +193,7 @@ def test_what_is_written_through_views_is_not_left_out(
     model, x = Overwriting(), torch.randn(1, 3, 128, 128)
     found = sf.explain(model, x, target=1, at=at)
     plain = sf.explain(model, x, target=1, at=at, lean=False)
-    assert "recorded" in found.provenance.way
+    assert "recorded" in found.provenance.strategy
     assert relative_l2(found.values, plain.values) < 1e-5
 
 

@@ -237,3 +237,14 @@ def test_the_hash_is_the_documented_one(tmp_path: Path) -> None:
             digest.update(tensor.contiguous().numpy().tobytes())
     assert header["sha256"] == digest.hexdigest()
     assert json.loads(header["saliency_fast"])["schema"] == 1
+
+
+def test_the_strategy_has_its_old_name_in_records_and_as_an_alias(tmp_path: Path) -> None:
+    _, _, found = image_attribution()
+    path = found.save(tmp_path / "map.safetensors")
+    with safe_open(str(path), framework="pt") as file:
+        provenance = json.loads(file.metadata()["saliency_fast"])["provenance"]
+    assert provenance["way"] == found.provenance.strategy == sf.load(path).provenance.strategy
+    assert found.provenance.strategy
+    with pytest.warns(DeprecationWarning, match=r"use Provenance\.strategy"):
+        assert found.provenance.way == found.provenance.strategy

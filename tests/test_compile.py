@@ -54,7 +54,7 @@ def test_same_maps(compiled, method):
     assert net.training
     assert "forward" not in vars(net)
     torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-6)
-    assert found.provenance.way == "off"
+    assert found.provenance.strategy == "off"
     assert found.provenance.weights_sha256 == expected.provenance.weights_sha256
     assert engine.explain_many([{"inputs": x, "target": 1}])[0].values.shape == x.shape
     engine.close()

@@ -53,7 +53,7 @@ def test_a_box_has_the_values_of_the_whole(method: Any, lean: bool) -> None:
     outside[inside] = 0
     assert not outside.any()
     assert part.delta is None
-    assert ("tiles" in part.provenance.way) == lean
+    assert ("tiles" in part.provenance.strategy) == lean
     assert part.provenance.region == [[4, 13], [30, 48]]
 
 

@@ -130,7 +130,7 @@ def test_plan_and_record_say_that_rows_depend() -> None:
     model, x = meeting("standardised"), picture()
     engine = sf.Engine(model)
     found = engine(x, 1)
-    assert "vmap" in found.provenance.way
+    assert "vmap" in found.provenance.strategy
     assert "rows may depend on each other" in str(engine.plan(x, 1))
     single = sf.Engine(meeting("loop"))
     single(x, 1)
@@ -417,7 +417,7 @@ def test_vmap_asks_nobody_to_file_an_issue() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = sf.explain(Counts().double(), torch.randn(1, 4).double(), target=1)
-    assert "vmap" in found.provenance.way
+    assert "vmap" in found.provenance.strategy
     with pytest.warns(UserWarning, match="performance drop"):
         torch.func.vmap(lambda x: torch.histc(x, 3))(torch.randn(3, 4))
 

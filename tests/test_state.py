@@ -299,7 +299,7 @@ def test_a_recording_holds_although_the_model_notes_itself(change: str) -> None:
 
     model = wide(counted)
     engine = sf.Engine(model, sf.Gradient(), points_per_launch=1)
-    way = engine(X(1), 1).provenance.way
+    way = engine(X(1), 1).provenance.strategy
     first = len(ran)
     for _ in range(2):
         ran.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -84,7 +85,7 @@ def test_every_tier_has_the_same_map(method: str, batch: int) -> None:
     kinds = set()
     for _ in range(60):
         found = engine(x, 1)
-        kinds.add(found.provenance.way)
+        kinds.add(found.provenance.strategy)
         torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-7)
     assert found.provenance.points_per_launch == batch
     rules = method in ("guided_backprop", "deeplift", "lrp")
@@ -94,7 +95,7 @@ def test_every_tier_has_the_same_map(method: str, batch: int) -> None:
 def test_a_recording_waits_until_it_repays() -> None:
     network, config = model(), EngineConfig(**TIERED)
     engine = sf.Engine(network, sf.IntegratedGradients(steps=6), config=config)
-    ways = [engine(X[:1], 1).provenance.way for _ in range(6)]
+    ways = [engine(X[:1], 1).provenance.strategy for _ in range(6)]
     assert ways[0] == "off"
     assert "recorded" in ways[-1]
 
@@ -189,3 +190,28 @@ def test_calls_alike_have_the_same_bits(method: str, batch: int) -> None:
         engine = sf.Engine(model(), method, config=config)
         engine.plan(x, 1)
         assert torch.equal(first.values, engine(x, 1).values)
+
+
+class Cut(nn.Module):
+    """A network whose features have no gradient, by one of two means."""
+
+    def __init__(self, cut: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features, self.cut = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), cut
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        block = torch.no_grad if self.cut == "no_grad" else nullcontext
+        with block():
+            features = self.features(x)
+        return self.head(features.detach() if self.cut == "detach" else features)
+
+
+@pytest.mark.parametrize("cut", ["no_grad", "detach"])
+@pytest.mark.parametrize("method", ["grad_cam", "layer_cam", "gradient"])
+def test_a_gradient_that_the_model_cuts_is_an_error_in_every_tier(method: str, cut: str) -> None:
+    for config in (EngineConfig(), EngineConfig(**RECORDED)):
+        engine = sf.Engine(Cut(cut).eval(), method, config=config)
+        with pytest.raises(sf.errors.ModelError, match="no_grad"):
+            engine(X, target=1)

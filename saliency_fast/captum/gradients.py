@@ -349,6 +349,7 @@ class _LayerPath(LayerGradientAttribution):
 
     _has_delta = True
     _maps: Callable[..., list[Inputs]]
+    _read = staticmethod(forms.as_tuple)
 
     @forms.with_parameters(
         "inputs, baselines=None, target=None, additional_forward_args=None, n_steps=50, "
@@ -362,9 +363,6 @@ class _LayerPath(LayerGradientAttribution):
         call = self._call(args, inputs=self._read(args.inputs))
         maps = self._maps(layers, call, steps, args.grad_kwargs)
         return self._result(args, call, tuple(chain(*maps)), layers.formatted(maps))
-
-    def _read(self, inputs: Any) -> Inputs:
-        return forms.as_tuple(inputs)
 
 
 class LayerIntegratedGradients(_LayerPath):
@@ -408,9 +406,7 @@ class LayerConductance(_LayerPath):
     """
 
     _multiply_by_inputs = True
-
-    def _read(self, inputs: Any) -> Inputs:
-        return forms.floating(forms.as_tuple(inputs))
+    _read = staticmethod(lambda inputs: forms.floating(forms.as_tuple(inputs)))
 
     def _maps(
         self, layers: Layers, call: AttributeCall, steps: Steps, grad_kwargs: Any

@@ -308,16 +308,10 @@ class GradientShap(GradientAttribution):
                 "Baselines distribution has to be provided in a form of a torch.Tensor "
                 f"{starts[0]}; pass a tensor [M, ...] for each input"
             )
-        return NoiseTunnel(_RandomPoint(self)).attribute(
-            args.inputs,
-            nt_samples=args.n_samples,
-            stdevs=args.stdevs,
-            draw_baseline_from_distrib=True,
-            baselines=starts,
-            target=args.target,
-            additional_forward_args=args.additional_forward_args,
-            return_convergence_delta=args.return_convergence_delta,
-        )
+        of = {**vars(args), "baselines": starts, "nt_samples": args.n_samples}
+        of.pop("n_samples")
+        tunnel = NoiseTunnel(_RandomPoint(self))
+        return tunnel.attribute(**of, draw_baseline_from_distrib=True)
 
 
 class _RandomPoint(GradientAttribution):

@@ -1,9 +1,7 @@
-"""Pictures of attributions, under Captum's names and arguments.
+"""Pictures of attributions, under Captum's names and arguments, with what Captum draws.
 
-Images are drawn by Captum's own visualization where Captum is installed; elsewhere there are heat
-maps, alone or over the image. Time series and texts are always drawn here: Captum 0.9 draws series
-only with matplotlib before 3.9, on pyplot's current figure, and writes words into HTML unescaped.
-Masks, which are of inputs that only Captum has, are drawn by Captum alone.
+Captum 0.9 draws time series only with matplotlib before 3.9, on pyplot's current figure, and writes
+words into HTML unescaped.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from html import escape
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,16 +28,7 @@ CHANNELS = (1, 3, 4)
 """Numbers of channels a picture may have, by which a tensor's channel axis is found."""
 NEARLY_ZERO = 1e-5
 """Attributions whose pictures are misleading."""
-CAPTUMS = ("draw_mask_border", "draw_mask_legend", "format_tooltip")
 Array = npt.NDArray[Any]
-
-
-def __getattr__(name: str) -> Any:
-    """The functions that only Captum has, where it is installed."""
-    if name in CAPTUMS:
-        return getattr(import_module("captum.attr._utils.visualization"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 ImageVisualizationMethod = Enum(
     "ImageVisualizationMethod",
@@ -79,8 +67,7 @@ def visualize_image_attr(
     Args:
         attr: [H, W] or [H, W, C], or a tensor, also [C, H, W] or [1, C, H, W]. Channels are summed.
         original_image: the image, in one of these shapes, on [0, 1] or [0, 255].
-        method: a name of `ImageVisualizationMethod`; without Captum "heat_map" or
-            "blended_heat_map".
+        method: a name of `ImageVisualizationMethod`.
         sign: a name of `VisualizeSign`.
         plt_fig_axis: a figure and its axes to draw on instead of new ones.
         outlier_perc: the largest attributions, together this percentage of the sum, are cut off.
@@ -103,54 +90,62 @@ def visualize_image_attr(
         (8, 8)
     """
     attr = _picture(attr, "attr")
-    if original_image is not None:
-        original_image = _picture(original_image, "original_image")
     _check_name(ImageVisualizationMethod, method, "Method")
     _check_name(VisualizeSign, sign, "Sign")
-    try:
-        draw: Any = import_module("captum.attr._utils.visualization").visualize_image_attr
-    except ImportError:
-        draw = _heat_map
-    look = outlier_perc, cmap, alpha_overlay, show_colorbar, title, fig_size, use_pyplot
-    try:
-        figure, axes = draw(attr, original_image, method, sign, plt_fig_axis, *look)
-    except (AssertionError, ValueError) as error:
+    if original_image is None and method != "heat_map":
         raise ContractError(
-            f"{error} (got method={method!r}, sign={sign!r}, outlier_perc={outlier_perc}, "
-            f"original_image={None if original_image is None else original_image.shape})"
-        ) from error
-    return figure, axes
-
-
-def _heat_map(
-    attr: Array,
-    image: Array | None,
-    method: str,
-    sign: str,
-    figure_axes: tuple[Figure, Axes] | None,
-    *look: Any,
-) -> tuple[Figure, Axes]:
-    """Draws heat maps with the arguments of `visualize_image_attr`, where Captum is missing."""
-    outlier_perc, cmap, alpha, colorbar, title, size, use_pyplot = look
-    blended = method == "blended_heat_map"
-    if not blended and method != "heat_map":
-        raise ContractError(f"without captum there are heat maps alone: install it for {method!r}")
-    if blended and image is None:
-        raise ContractError(
-            "Original Image must be provided for any visualization other than heatmap."
+            "Original Image must be provided for any visualization other than heatmap: got None "
+            f"for {method}; pass original_image"
         )
-    figure, axes = figure_axes or _new_figure(use_pyplot, size)
-    axes.set(xticks=[], yticks=[], title=title or "")
-    if blended and image is not None:
-        axes.imshow(image.mean(axis=2) if image.ndim == 3 else image, "gray")
+    if sign == "all" and method in ("masked_image", "alpha_scaling"):
+        raise ContractError(
+            f"Cannot display {method.replace('_', ' ')} with both positive and negative "
+            "attributions, choose a different sign option: got sign='all'"
+        )
     scaled = _normalized(attr.sum(axis=2) if attr.ndim == 3 else attr, sign, outlier_perc)
-    colours = _mappable(sign, cmap)
-    opacity = alpha if blended else None
-    drawn = axes.imshow(scaled, cmap=colours.cmap, norm=colours.norm, alpha=opacity)
-    if colorbar:
-        figure.colorbar(drawn, orientation="horizontal", ax=axes)
+    figure, axes = plt_fig_axis or _new_figure(use_pyplot, fig_size)
+    axes.set(xticks=[], yticks=[])
+    colours, opacity = _mappable(sign, cmap), None
+    if original_image is not None:
+        image = np.atleast_3d(_picture(original_image, "original_image"))
+        image = _as_bytes(image * 255) if image.max() <= 1 else image
+        if method == "blended_heat_map":
+            axes.imshow(image.mean(axis=2), cmap="gray")
+            opacity = alpha_overlay
+        elif method == "original_image":
+            axes.imshow(image)
+        elif method == "masked_image":
+            axes.imshow(_as_bytes(image * scaled[..., None]))
+        elif method == "alpha_scaling":
+            rgb = np.broadcast_to(image[..., :3], (*scaled.shape, 3))
+            axes.imshow(np.concatenate([rgb, _as_bytes(scaled[..., None] * 255)], axis=2))
+    has_heat_map = method.endswith("heat_map")
+    if has_heat_map:
+        colours = axes.imshow(scaled, cmap=colours.cmap, norm=colours.norm, alpha=opacity)
+    if show_colorbar:
+        strip = _strip_below(axes, 0.1)
+        if has_heat_map:
+            figure.colorbar(colours, orientation="horizontal", cax=strip)
+        else:
+            strip.axis("off")
+    if title:
+        axes.set_title(title)
     _show(use_pyplot)
     return figure, axes
+
+
+def _as_bytes(image: Array) -> Array:
+    """Whole numbers from 0 to 255."""
+    result: Array = np.clip(image.astype(int), 0, 255)
+    return result
+
+
+def _strip_below(axes: Axes, pad: float) -> Axes:
+    """Axes for a colour bar."""
+    from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+    strip: Axes = make_axes_locatable(axes).append_axes("bottom", size="5%", pad=pad)
+    return strip
 
 
 def visualize_image_attr_multiple(
@@ -269,9 +264,7 @@ def visualize_timeseries_attr(
     if not combined:
         figure.subplots_adjust(hspace=0)
     if show_colorbar:
-        from mpl_toolkits.axes_grid1 import make_axes_locatable
-
-        strip = make_axes_locatable(every[-1]).append_axes("bottom", size="5%", pad=0.4)
+        strip = _strip_below(every[-1], 0.4)
         figure.colorbar(colours, orientation="horizontal", cax=strip, alpha=opacity)
     if title:
         every[0].set_title(title)
@@ -324,6 +317,52 @@ def _draw_coloured(
     lines.set_array(scaled)
     axes.add_collection(lines)
     axes.set_ylim(1.2 * values.min(), 1.2 * values.max())
+
+
+def draw_mask_border(
+    ax: Axes,
+    mask: npt.NDArray[np.bool_],
+    border_width: int = 1,
+    border_color: str | Array = "black",
+) -> None:
+    """Draws the border of a mask over an image, inside the mask.
+
+    Args:
+        ax: the axes.
+        mask: bool [H, W].
+        border_width: in pixels.
+        border_color: a name, or RGBA on [0, 1].
+
+    Example:
+        >>> axes = _new_figure(False, (4, 4))[1]
+        >>> draw_mask_border(axes, np.ones((3, 3), dtype=bool))
+        >>> int(axes.images[0].get_array()[..., 3].sum())
+        8
+    """
+    if not mask.any():
+        return
+    from matplotlib.colors import to_rgba
+    from scipy.ndimage import binary_erosion
+
+    border = mask & ~binary_erosion(mask, iterations=border_width)
+    ax.imshow(border[..., None] * np.array(to_rgba(border_color)))
+
+
+def draw_mask_legend(
+    ax: Axes,
+    mask: npt.NDArray[np.bool_],
+    label: str,
+    fontsize: int = 10,
+    text_color: str = "white",
+    bbox_facecolor: str = "black",
+    bbox_alpha: float = 0.6,
+) -> None:
+    """Writes a label at the centre of a mask [H, W], in a box of `bbox_facecolor`."""
+    if not mask.any():
+        return
+    y, x = (positions.mean() for positions in mask.nonzero())
+    box = {"boxstyle": "round,pad=0.2", "facecolor": bbox_facecolor, "alpha": bbox_alpha}
+    ax.text(x, y, label, color=text_color, fontsize=fontsize, ha="center", va="center", bbox=box)
 
 
 def _series(value: Any, name: str) -> Array:
@@ -461,6 +500,12 @@ def format_special_tokens(token: str) -> str:
         '#pad'
     """
     return "#" + token.strip("<>") if token.startswith("<") and token.endswith(">") else token
+
+
+def format_tooltip(item: str, text: str) -> str:
+    """An item whose text a page's style sheet shows while the pointer is over it."""
+    item, text = escape(item), escape(text)
+    return f'<div class="tooltip">{item}<span class="tooltiptext">{text}</span></div>'
 
 
 def format_word_importances(

@@ -21,7 +21,7 @@ from saliency_fast.graph.passes.half import HALVES
 from saliency_fast.graph.program import is_channels_last
 from saliency_fast.graph.receptive_field import Box
 from saliency_fast.model.executors import EagerExecutor, Executor, for_recurrent_layers
-from saliency_fast.model.follow import Inside, follow, follow_inside, followed
+from saliency_fast.model.follow import Inside, cached_layouts, infer_layouts, locate_layers
 from saliency_fast.model.function import PointFunction
 from saliency_fast.model.layers import Layer, channel_axis, module_at
 from saliency_fast.model.layout import Axes, LayoutLike, Layouts
@@ -361,15 +361,15 @@ def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
 
     def find() -> Sequence[str | None]:
         with kept():
-            return follow(model, *ready(1))
+            return infer_layouts(model, *ready(1))
 
     def look(layers: Sequence[Layer], of_input: bool) -> Inside:
         # Two rows: where a layer folds steps into the batch, their order tells.
         with kept():
-            return follow_inside(*ready(2), layers, of_input)
+            return locate_layers(*ready(2), layers, of_input)
 
     layouts = Layouts(shapes, given, find, look)
-    cached = followed(model, shapes, call.dtypes)
+    cached = cached_layouts(model, shapes, call.dtypes)
     return layouts if cached is None else layouts.with_letters(cached)
 
 

@@ -20,7 +20,7 @@ from saliency_fast.engine.memory import Cost, bytes_text
 from saliency_fast.engine.precision import PrecisionErrors
 from saliency_fast.engine.strategies import STRATEGIES, Facts, Kind, Strategy
 from saliency_fast.errors import BudgetError, InputError, ModelError
-from saliency_fast.graph.fingerprint import same_model
+from saliency_fast.graph.fingerprint import model_fingerprint
 from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.graph.passes.float64 import InFloat64, native
 from saliency_fast.graph.passes.half import Precision
@@ -97,7 +97,7 @@ class Calibration:
 
     def holds(self, model: Callable[..., Any], call: Call) -> bool:
         """Whether the model is still the one that was calibrated."""
-        return self.mark is None or (same_model(_root(model)), call.settings) in self.mark
+        return self.mark is None or (model_fingerprint(_root(model)), call.settings) in self.mark
 
     def renewed(self, point: Measurement) -> Calibration | None:
         """The same for a model that has changed since, where it still makes the recorded calls: one
@@ -209,12 +209,12 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
         return replace(calibration, suspect=suspected(point, recording))
     mark, recorded = _mark(point), _recorded(point, recording)
     reasons = [recorded.facts.refusal] if recorded.program is None else []
-    refusals, judge = list[tuple[str, str]](), _Judge(point, eager, recorded, budget)
+    refusals, comparison = list[tuple[str, str]](), _Comparison(point, eager, recorded, budget)
     serving, cost = Strategy(), eager.cost
     for kind, strategy, why in recorded.candidates():
         measured = None
         if strategy is not None:
-            measured, why = judge.measured(kind, strategy)
+            measured, why = comparison.measured(kind, strategy)
             reasons += [] if measured else [why]
         if strategy is not None and measured is not None:
             serving, cost = strategy, measured.cost
@@ -224,7 +224,7 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     calibration = Calibration(
         serving, cost, eager.cost, "; ".join(reasons) or None, tuple(refusals)
     )
-    calibration = replace(calibration, disagreed=judge.disagreed)
+    calibration = replace(calibration, disagreed=comparison.disagreed)
     if serving.program is not None:
         return replace(calibration, mark=mark, whole=recorded.program, suspect=suspect)
     return replace(calibration, suspect=suspect or _reads_arguments(recorded.program))
@@ -359,7 +359,7 @@ def _verified(point: Measurement, strategy: Strategy, budget: int) -> str | None
 
 
 @dataclass
-class _Judge:
+class _Comparison:
     """Compares strategies with autograd at several points of a call.
 
     eager: what autograd gave at the first. recorded: by which facts they were made. disagreed:
@@ -535,7 +535,7 @@ def _mark(point: Measurement) -> tuple[object, ...]:
     an attribute of a module, and stays elsewhere.
     """
     root, others = _root(point.model), point.call.settings
-    return (same_model(root), others), (same_model(root, anew=True), others)
+    return (model_fingerprint(root), others), (model_fingerprint(root, anew=True), others)
 
 
 def _root(model: Callable[..., Any]) -> object:

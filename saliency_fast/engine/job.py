@@ -98,7 +98,7 @@ class Job:
             few = not self.calibration.measured
             return find_ties(*about, self.calibration.maxima, few=few)
 
-    def judge(self, outcome: Outcome, *, fresh: bool) -> None:
+    def check_precision(self, outcome: Outcome, *, fresh: bool) -> None:
         """Notes what the precision costs; raises where that is more than it may."""
         assert outcome.precision_error is not None
         if fresh:

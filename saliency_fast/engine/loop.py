@@ -73,12 +73,12 @@ class _Report:
 
     finished: tuple[Outcome, ...]
     fresh: bool
-    judged: bool = False
+    checked: bool = False
 
     def __call__(self, evaluation: Evaluation, done: int, of: int, maps: bool = True) -> Progress:
-        if evaluation.precision_error is not None and not self.judged:
-            self.judged = True
-            evaluation.job.judge(evaluation.outcome(), fresh=self.fresh)
+        if evaluation.precision_error is not None and not self.checked:
+            self.checked = True
+            evaluation.job.check_precision(evaluation.outcome(), fresh=self.fresh)
         before, several = len(self.finished), len(evaluation.job.baselines)
         # Captured launches are another call's when this one is over.
         over = evaluation.outcome() if evaluation.reused and done == of else None

@@ -31,7 +31,7 @@ from saliency_fast.model.executors import (
     shapes_only,
 )
 from saliency_fast.model.failures import is_out_of_memory
-from saliency_fast.model.function import Directional, PointFunction, entered, summed
+from saliency_fast.model.function import Directional, PointFunction, differentiable_points, summed
 from saliency_fast.model.preserve import random_states, restored_random_state, uncompiled
 
 OFF_TIES = 2.0**-20
@@ -174,7 +174,7 @@ class Measurement:
         def call() -> tuple[Tensor, Tensor | None, list[Inputs]]:
             points, example = self._points(1)
             points = function.as_model_inputs(points)
-            return *function.forward(entered(points)[0], example), []
+            return *function.forward(differentiable_points(points)[0], example), []
 
         measured = self._metered(Ledger(MemoryMeter()), call)
         # Gradients of the largest tensor come to what is kept for them.
@@ -254,7 +254,7 @@ class Measurement:
             states = random_states(self.call.device)
             function, (points, example) = self.call.function(recording), self._points(rows)
             points = function.as_model_inputs(points)
-            function.forward(entered(points)[0] if rows == 1 else points, example)
+            function.forward(differentiable_points(points)[0] if rows == 1 else points, example)
             drawn = not all(map(torch.equal, states, random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
         if meter.drew and drawn:

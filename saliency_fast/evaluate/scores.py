@@ -27,6 +27,12 @@ Write = Callable[[Tensor, Tensor], Tensor]
 """(example int64 [R], number int64 [R]) -> points [R, *] in fresh memory."""
 
 
+class _MetricEngine(Engine):
+    """An engine of many maps, which metrics judge."""
+
+    warns_of_zeros = False
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How a model is run: further arguments and the options of `Engine`.
@@ -44,7 +50,7 @@ class RunOptions:
     axes: Axes | None = None
 
     def engine(self, model: Callable[..., Any], method: Any, *, lean: bool = True) -> Engine:
-        engine = Engine(
+        return _MetricEngine(
             *(model, method),
             lean=lean,
             memory_budget=self.memory_budget,
@@ -53,8 +59,6 @@ class RunOptions:
             hashes=False,
             layout=self.letters,
         )
-        engine.tells_zeros = False
-        return engine
 
     @property
     def letters(self) -> str | None:

@@ -49,7 +49,7 @@ def fingerprint(*values: object) -> tuple[object, ...]:
     return tuple(walk.found)
 
 
-def same_model(model: object, *, anew: bool = False) -> tuple[object, ...]:
+def model_fingerprint(model: object, *, anew: bool = False) -> tuple[object, ...]:
     """The fingerprint of a model; inside `unchanging` that of its beginning, but for `anew`."""
     known: Known | None = getattr(_HELD, "known", None)
     if known is None or anew:

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from saliency_fast._torch_compat import is_module_hook, saved_tensors_hooks, unguarded
+from saliency_fast._torch_compat import (
+    is_checkpoint,
+    is_module_hook,
+    saved_tensors_hooks,
+    unguarded,
+)
 from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.errors import SaliencyError
 from saliency_fast.graph.autograd import LEAN
@@ -20,7 +25,7 @@ from saliency_fast.graph.autograd import LEAN
 INNER_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 _EXACT = ("torch.utils.checkpoint", "torch.autograd.graph")
 """Modules whose hooks return what was saved: it is computed again, or kept elsewhere."""
-_GRAPH = Tensor.grad_fn.__get__  # type: ignore[union-attr]
+GRAPH = Tensor.grad_fn.__get__  # type: ignore[union-attr]
 
 
 class NotLeanError(SaliencyError, RuntimeError):
@@ -61,11 +66,11 @@ class Calls(FunctionMode):
         if func in INNER_GRADIENTS:
             raise NotLeanError("the model takes gradients of its own")
         self.check_saving()
-        if func == _GRAPH:
+        if func == GRAPH:
             # The node of a lean call has other gradients than autograd's own; that of a module's
             # full backward hooks has the same.
             node = func(*args, **kwargs)
-            if node is not None and not is_module_hook(node):
+            if not (node is None or is_module_hook(node) or is_checkpoint(node)):
                 raise NotLeanError("the model reads the graph of its gradient (grad_fn)")
             return node
         leaves, varying = _gradients((*args, *kwargs.values()))

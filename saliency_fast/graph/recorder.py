@@ -13,7 +13,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
-from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, NotLeanError, autocast_is_on
+from saliency_fast.graph.intercept import (
+    GRAPH,
+    INNER_GRADIENTS,
+    Calls,
+    NotLeanError,
+    autocast_is_on,
+)
 from saliency_fast.graph.opinfo import info, name_of
 from saliency_fast.graph.program import (
     Missing,
@@ -115,6 +121,8 @@ class Recorder(Calls):
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if func is Tensor.__iter__:
             return iter(self.call(Tensor.unbind, args, kwargs))
+        if func == GRAPH and (node := func(*args)) is not None and compat.is_checkpoint(node):
+            return node
         before = self._recorded(self._before, func, args, kwargs)
         result = func(*args, **kwargs)
         self._recorded(self._note, func, before, result)

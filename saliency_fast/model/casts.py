@@ -21,7 +21,8 @@ def cast(value: Tensor, dtype: torch.dtype, what: str, cure: str = "") -> Tensor
         )
     lost = _lost(value, dtype)
     if bool(lost.any()):
-        number = value[lost].flatten()[0].item()
+        # By number: PyTorch before 2.10 has no masks of unsigned integers.
+        number = value.flatten()[int(lost.flatten().nonzero()[0])].item()
         raise InputError(
             f"{what} would change in a cast to {dtype}: got {number!r} ({value.dtype})"
             + (f"; {cure}" if cure else "")

@@ -55,7 +55,7 @@ _CELLS = frozenset("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 
 
 @dataclass(frozen=True)
-class Followed:
+class Coordinates:
     """A tensor made of input `number` by calls that move its elements or keep their order.
 
     where: for each axis of the input the coordinate of each element, like the tensor; -1 where it
@@ -76,7 +76,7 @@ class Followed:
                     found.add(number)
         return frozenset(found)
 
-    def moved(self, change: Callable[[Tensor], Any]) -> list[Followed]:
+    def moved(self, change: Callable[[Tensor], Any]) -> list[Coordinates]:
         """The same after `change` moved elements: one for each tensor that is made."""
         made = [tree_tensors(change(one)) for one in self.where]
         return [replace(self, where=tuple(parts)) for parts in zip(*made, strict=True)]
@@ -90,7 +90,7 @@ class Lattice:
     index: tuple[int, ...]
 
 
-def lattice_of(tokens: Followed, places: Sequence[int]) -> Lattice | None:
+def lattice_of(tokens: Coordinates, places: Sequence[int]) -> Lattice | None:
     """The lattice of followed tokens [R, T, C], without tokens of no position, or None."""
     where = tokens.where[0]
     # Rows of more than one place are windows, which are no sequence of an example.
@@ -109,7 +109,7 @@ def lattice_of(tokens: Followed, places: Sequence[int]) -> Lattice | None:
     return Lattice(grid, tuple(real.nonzero().flatten()[flat.argsort()].tolist()))
 
 
-def order_of(tensor: Followed, space: Sequence[int], places: Sequence[int]) -> list[int] | None:
+def order_of(tensor: Coordinates, space: Sequence[int], places: Sequence[int]) -> list[int] | None:
     """For each of the input's `places` the one axis among `space` of a tensor along it, or None."""
     along = [tensor.along(axis) & set(places) for axis in space]
     order = []
@@ -127,10 +127,10 @@ class Inside:
     tensor of each layer, for each input, and of all tensors [R, T, C] by T.
     """
 
-    layers: tuple[tuple[Followed | None, ...], ...] = ()
-    tokens: Mapping[int, Sequence[Followed]] = field(default_factory=dict)
+    layers: tuple[tuple[Coordinates | None, ...], ...] = ()
+    tokens: Mapping[int, Sequence[Coordinates]] = field(default_factory=dict)
 
-    def of(self, layer: int, number: int) -> Followed | None:
+    def of(self, layer: int, number: int) -> Coordinates | None:
         """Of a layer, as it was made of input `number`."""
         inputs = self.layers[layer] if layer < len(self.layers) else ()
         return inputs[number] if number < len(inputs) else None
@@ -146,13 +146,13 @@ Run = Callable[[Sequence[Tensor]], Any]
 _CACHED: WeakKeyDictionary[Any, dict[Any, tuple[str | None, ...]]] = WeakKeyDictionary()
 
 
-def follow(model: Function, inputs: Sequence[Tensor], run: Run) -> tuple[str | None, ...]:
-    """The letters of each input [1, *] of a model, None where no layer shows them; cached for
-    `followed`. `run` takes them through the model, which is stopped where all layouts are found.
+def infer_layouts(model: Function, inputs: Sequence[Tensor], run: Run) -> tuple[str | None, ...]:
+    """The letters of each input [1, *] of a model, None where no layer shows them; cached. `run`
+    takes them through the model, which is stopped where all layouts are found.
     """
     key = tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
     cached = _CACHED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
-    mode, failed = _Follow(inputs), True
+    mode, failed = _TrackCoordinates(inputs), True
     # The same call raises an exception again where the model runs for its map.
     with suppress(Exception):
         with suppress(_Finished), torch.no_grad(), uncompiled(), mode:
@@ -166,22 +166,22 @@ def follow(model: Function, inputs: Sequence[Tensor], run: Run) -> tuple[str | N
     return letters
 
 
-def followed(
+def cached_layouts(
     model: object, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
 ) -> tuple[str | None, ...] | None:
-    """The result of an earlier `follow` of a module and inputs of these shapes and types."""
+    """The result of an earlier `infer_layouts` of a module and inputs of these shapes and types."""
     if not isinstance(model, nn.Module):
         return None
     key = tuple((shape[1:], kind) for shape, kind in zip(shapes, dtypes, strict=True))
     return _CACHED.get(model, {}).get(key)
 
 
-def follow_inside(
+def locate_layers(
     inputs: Sequence[Tensor], run: Run, layers: Sequence[Layer], of_input: bool
 ) -> Inside:
     """Follows inputs [R, *] to layers; takes a whole run."""
-    mode = _Follow(inputs, through=True)
-    at_layers: dict[int, list[Followed | None]] = {}
+    mode = _TrackCoordinates(inputs, through=True)
+    at_layers: dict[int, list[Coordinates | None]] = {}
 
     def seen(number: int, value: Any) -> None:
         with compat.WithoutFunctionModes():
@@ -198,7 +198,7 @@ class _Finished(BaseException):
     """All layouts are found: the model need not go on."""
 
 
-class _Follow(FunctionMode):
+class _TrackCoordinates(FunctionMode):
     """Follows inputs. letters: the layout of each input, once a layer shows it; closed: inputs of
     which the first such layer does not. through: goes on after these layers, and collects `tokens`.
     """
@@ -206,7 +206,7 @@ class _Follow(FunctionMode):
     def __init__(self, inputs: Sequence[Tensor], *, through: bool = False) -> None:
         super().__init__()
         self.through = through
-        self.tokens: dict[int, list[Followed]] = {}
+        self.tokens: dict[int, list[Coordinates]] = {}
         self.shapes = [tuple(x.shape) for x in inputs]
         self.letters: dict[int, str] = {}
         self.closed: set[int] = set()
@@ -219,7 +219,7 @@ class _Follow(FunctionMode):
                 kind = torch.float32 if size < EXACT else torch.float64
                 numbers = torch.arange(size, dtype=kind, device=x.device)
                 coordinates.append(numbers.view(-1, *(1,) * (x.dim() - 1 - axis)).expand(x.shape))
-            self._keep([x], [Followed(number, tuple(coordinates))])
+            self._keep([x], [Coordinates(number, tuple(coordinates))])
 
     def opens(self, func: FunctionType) -> bool:
         return _name(func) not in _RESIZES | _MOVES | {"linear"}
@@ -248,13 +248,13 @@ class _Follow(FunctionMode):
                 self._after(number, (func, args, kwargs), tensors, result)
         return result
 
-    def of(self, value: Any, number: int) -> Followed | None:
+    def of(self, value: Any, number: int) -> Coordinates | None:
         """What is followed of a tensor, as it was made of input `number`."""
         known = self._followed[number]
         return known[value] if isinstance(value, Tensor) and value in known else None
 
-    def _keep(self, made: Sequence[Tensor], followed: Sequence[Followed]) -> None:
-        for tensor, one in zip(made, followed, strict=False):
+    def _keep(self, made: Sequence[Tensor], coordinates: Sequence[Coordinates]) -> None:
+        for tensor, one in zip(made, coordinates, strict=False):
             if tensor.shape == one.where[0].shape:
                 self._followed[one.number][tensor] = one
                 if self.through and tensor.dim() == 3:
@@ -290,7 +290,7 @@ class _Follow(FunctionMode):
 
     def _kept(
         self, number: int, name: str, given: list[Tensor], made: list[Tensor]
-    ) -> list[Followed]:
+    ) -> list[Coordinates]:
         """By a call that keeps the order of elements, or spreads them by broadcasting."""
         shape = made[0].shape
         same = [self.of(one, number) for one in given if one.shape == shape]
@@ -306,8 +306,8 @@ class _Follow(FunctionMode):
         return first.moved(lambda where: where.expand(shape)) if broadcast else []
 
     def _moved(
-        self, number: int, func: Function, args: Args, kwargs: Kwargs, first: Followed
-    ) -> list[Followed]:
+        self, number: int, func: Function, args: Args, kwargs: Kwargs, first: Coordinates
+    ) -> list[Coordinates]:
         """By a call that moves elements about: the same call with their coordinates."""
         name = _name(func)
         if name in ("view", "view_as"):
@@ -400,7 +400,7 @@ def _padded(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _channel_of(
-    own: Followed, features: set[int], slid: set[int], shape: tuple[int, ...], taken: Tensor
+    own: Coordinates, features: set[int], slid: set[int], shape: tuple[int, ...], taken: Tensor
 ) -> int | bool | None:
     """By the axes of a tensor that are `features`, and the axes `slid` over."""
     over = frozenset().union(*(own.along(axis) for axis in slid))
@@ -416,7 +416,7 @@ def _channel_of(
 
 
 def _by_convolution(
-    own: Followed, taken: Tensor, values: Any, kwargs: Kwargs, shape: tuple[int, ...]
+    own: Coordinates, taken: Tensor, values: Any, kwargs: Kwargs, shape: tuple[int, ...]
 ) -> int | bool | None:
     axes = set(range(2, taken.dim()))
     channel = _channel_of(own, {1}, axes, shape, taken)
@@ -432,7 +432,7 @@ def _by_convolution(
     return False if own.along(0) - {0} else None
 
 
-def _by_attention(own: Followed, tokens: int, shape: tuple[int, ...]) -> int | bool:
+def _by_attention(own: Coordinates, tokens: int, shape: tuple[int, ...]) -> int | bool:
     """By attention over tokens: the axis that is mixed into their vectors. An input [B, a, b] whose
     model brings its axes into another order first may attend to its channels, which shows nothing.
     """

@@ -61,7 +61,7 @@ class _Enter(torch.autograd.Function):
         return None, None
 
 
-def entered(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
+def differentiable_points(points: Inputs) -> tuple[list[Tensor], list[GradientEdge]]:
     """Differentiable points for the model, and the edges of autograd's graph of their gradients."""
     if sum(one.nbytes for one in points) <= COPIED:
         leaves = [one.detach().requires_grad_() for one in points]
@@ -158,7 +158,7 @@ class PointFunction:
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(self._behind_prefix(points, example))
-        likes, (inside, edges) = _like(points), entered(points)
+        likes, (inside, edges) = _like(points), differentiable_points(points)
         del points
         scores, classes = self.forward(inside, example)
         inside.clear()
@@ -326,7 +326,7 @@ class Directional(PointFunction):
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(points)
-        likes, (inside, edges) = _like(points), entered(points)
+        likes, (inside, edges) = _like(points), differentiable_points(points)
         del points
         with _TwiceDifferentiable():
             scores, classes = self.forward(inside, example)

@@ -284,15 +284,23 @@ class LayerTaps:
                 raise ModelError(
                     f"at: the explained score does not depend on the layer {kind_of(layer)}: it "
                     "ran, and no gradient reaches it, as of an auxiliary head that another output "
-                    "is for, or a layer whose result is detached; name one that the score is made "
-                    "from"
+                    "is for, or a layer whose result is cut off by detach() or no_grad(); name one "
+                    "that the score is made from"
                 )
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tensors at the layers."""
         tapped: dict[int, list[Tensor]] = {}
+        differentiable = torch.is_grad_enabled()
 
         def seen(number: int, value: Any) -> Any:
+            # A tap is differentiable, and would give a layer gradients that the input has not.
+            if differentiable and not torch.is_grad_enabled():
+                raise ModelError(
+                    "at: the model is not differentiable in its input: the layer "
+                    f"{kind_of(self.layers[number])} runs under no_grad(); take that out of the "
+                    "model, or explain by a method that asks for scores alone, such as sf.Occlusion"
+                )
             # These calls are not the model's, for whichever mode follows its calls.
             with compat.WithoutFunctionModes(), torch.enable_grad():
                 # The first tap cuts the graph: nothing before it is kept for the backward pass. A

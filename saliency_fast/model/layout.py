@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import InputError, InputTypeError, warn
-from saliency_fast.model.follow import Followed, Inside, Lattice, lattice_of, order_of
+from saliency_fast.model.follow import Coordinates, Inside, Lattice, lattice_of, order_of
 from saliency_fast.model.layers import channel_axis
 
 LETTERS = "BCFTDHW"
@@ -344,10 +344,10 @@ def read_layout(
         raise no_space
     last = channel_axis(layer, shape, -1 if len(shape) == 3 and len(size) > 1 else 1) == -1
     inner = tuple(shape[1:-1] if last else shape[2:])
-    followed = space.inside.of(at, space.number)
-    steps_per_example = 1 if followed is None else _steps(followed, space)
+    coordinates = space.inside.of(at, space.number)
+    steps_per_example = 1 if coordinates is None else _steps(coordinates, space)
     if last and len(inner) == 1 and steps_per_example == 1:
-        lattice = tokens_at(f"layer {name}", inner[0], space, grid, special, model, followed)
+        lattice = tokens_at(f"layer {name}", inner[0], space, grid, special, model, coordinates)
         return Layout(True, lattice.index, lattice.grid, size, space.of_map)
     if grid is not None or special:
         raise InputError(
@@ -364,26 +364,26 @@ def read_layout(
             "layer, and pass what has no space through forward_args"
         )
     order, grid = None, (*((steps_per_example,) if steps_per_example > 1 else ()), *inner)
-    if followed is not None:
+    if coordinates is not None:
         first = 1 if last else 2
         axes = [*([0] if steps_per_example > 1 else []), *range(first, first + len(inner))]
-        along = order_of(followed, axes, space.axes.places)
+        along = order_of(coordinates, axes, space.axes.places)
         order = None if along is None else tuple(2 + axes.index(axis) for axis in along)
     if order is not None:
         grid = tuple(grid[axis - 2] for axis in order)
     return Layout(last, None, grid, size, space.of_map, order, steps_per_example)
 
 
-def _steps(followed: Followed, space: Space) -> int:
+def _steps(coordinates: Coordinates, space: Space) -> int:
     """How many steps of an example are rows of a layer; 1 where rows are examples."""
-    steps = followed.along(0) - {0}
+    steps = coordinates.along(0) - {0}
     if not steps:
         return 1
-    rows = followed.where[0].flatten(1)[:, 0]
+    rows = coordinates.where[0].flatten(1)[:, 0]
     if len(steps) != 1 or not steps <= set(space.axes.places) or bool((rows.diff() < 0).any()):
         raise InputError(
             "a layer must have the examples on its first axis, each with its steps one after the "
-            f"other: got rows that mix axes {sorted(followed.along(0))} of the input "
+            f"other: got rows that mix axes {sorted(coordinates.along(0))} of the input "
             f"{list(space.shape)}; choose a layer before or behind the one that moves them"
         )
     return space.shape[next(iter(steps))]
@@ -396,12 +396,12 @@ def tokens_at(
     grid: tuple[int, ...] | None,
     special: int | None,
     model: object = None,
-    followed: Followed | None = None,
+    coordinates: Coordinates | None = None,
 ) -> Lattice:
     """Where tokens lie: as given, by followed coordinates, or by the patch convolution."""
     size, places = space.size, space.axes.places
     if grid is None:
-        lattice = None if followed is None else lattice_of(followed, places)
+        lattice = None if coordinates is None else lattice_of(coordinates, places)
         lattice = lattice or space.inside.sequence(tokens, places, space.number)
         left_over = 0 if lattice is None else tokens - len(lattice.index)
         if lattice is not None and special in (None, left_over, -left_over):

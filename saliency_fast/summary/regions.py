@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.features import SEGMENTATIONS, segment
-from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.errors import InputError, InputTypeError, warn
 from saliency_fast.evaluate.inputs import EvaluationInput, read_evaluation_input
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
@@ -86,27 +86,36 @@ class Regions:
 
     Attributes:
         labels: int64 [B, *spatial], 0 for the rest.
-        found: The regions of each example, the largest |share| first and numbered so from 1; given
-            labels keep their numbers.
+        by_example: The regions of each example, the largest |share| first and numbered so from 1;
+            given labels keep their numbers.
         rest: The rest of each example.
         positive: P, float64 [B].
         negative: N, float64 [B].
     """
 
     labels: Tensor
-    found: tuple[tuple[Region, ...], ...]
+    by_example: tuple[tuple[Region, ...], ...]
     rest: tuple[Region, ...]
     positive: Tensor
     negative: Tensor
 
+    @property
+    def found(self) -> tuple[tuple[Region, ...], ...]:
+        """Deprecated alias of `by_example`."""
+        warn(
+            "Regions.found is deprecated and removed in 0.3: use Regions.by_example",
+            DeprecationWarning,
+        )
+        return self.by_example
+
     def __len__(self) -> int:
-        return len(self.found)
+        return len(self.by_example)
 
     def __getitem__(self, example: int) -> tuple[Region, ...]:
-        return self.found[example]
+        return self.by_example[example]
 
     def __iter__(self) -> Iterator[tuple[Region, ...]]:
-        return iter(self.found)
+        return iter(self.by_example)
 
 
 def regions(

@@ -218,7 +218,7 @@ def test_errors(call: Any, error: type[Exception], words: str | None) -> None:
 
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("colour", ["red", np.array([0.1, 0.2, 0.3, 0.4])])
-def test_borders(width: int, colour: Any) -> None:
+def test_masks(width: int, colour: Any) -> None:
     mask = RANDOM.random((9, 11)) < 0.8
     for one in (mask, np.zeros_like(mask), np.ones_like(mask)):
         figures = [plt.subplots() for _ in range(2)]
@@ -310,6 +310,7 @@ def test_parts_of_texts() -> None:
 
 def test_words_are_no_markup() -> None:
     assert "<b>" not in ours.format_word_importances(["<b>bold"], [0.5])
+    assert "<b>" not in ours.format_tooltip("<b>bold", "<b>bold")
 
 
 def test_names_and_enumerations() -> None:
@@ -385,23 +386,11 @@ def test_series_as_tensors() -> None:
         np.testing.assert_array_equal(one.get_ydata(), other.get_ydata())
 
 
-@pytest.mark.parametrize("method", ["heat_map", "blended_heat_map"])
-@pytest.mark.parametrize("sign", SIGNS)
-def test_heat_maps_without_captum(method: str, sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    of = {"method": method, "sign": sign, "use_pyplot": False, "title": "a title"}
-    expected = ours.visualize_image_attr(ATTR, IMAGE, **of)[1]
-    monkeypatch.setitem(sys.modules, "captum.attr._utils.visualization", None)
-    figure, found = ours.visualize_image_attr(ATTR, IMAGE, **of, show_colorbar=True)
-    assert len(figure.axes) == 2
-    assert found.get_title() == expected.get_title()
-    one, other = found.images[-1], expected.images[-1]
-    np.testing.assert_allclose(one.to_rgba(one.get_array()), other.to_rgba(other.get_array()))
-    assert one.get_alpha() == other.get_alpha()
-
-
-def test_what_needs_captum_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "captum.attr._utils.visualization", None)
-    with pytest.raises(ValueError, match="without captum"):
-        ours.visualize_image_attr(ATTR, IMAGE, "masked_image", use_pyplot=False)
-    with pytest.raises(ValueError, match="Original Image must be provided"):
-        ours.visualize_image_attr(ATTR, None, "blended_heat_map", use_pyplot=False)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_images_need_no_captum(method: str, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [one for one in sys.modules if one.partition(".")[0] == "captum"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    image = IMAGE[:, :, :channels]
+    _, axes = ours.visualize_image_attr(ATTR, image, method, "positive", use_pyplot=False)
+    assert axes.images[-1].get_array().shape[:2] == ATTR.shape[:2]

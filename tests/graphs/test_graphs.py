@@ -398,7 +398,7 @@ def test_pieces_that_are_computed_again(monkeypatch):
     engine = sf.Engine(net, sf.IntegratedGradients(6))
     for k in range(2):
         found = engine(x[k : k + 2], k)
-        assert "computed again in 3 pieces" in found.provenance.way
+        assert "computed again in 3 pieces" in found.provenance.strategy
         expected = sf.Engine(net, sf.IntegratedGradients(6), graphs=False)(x[k : k + 2], k)
         same(found, expected)
     recorded(engine)

@@ -123,4 +123,4 @@ def test_one_picture_has_the_map_that_it_has_in_a_batch(
         one = sf.explain(model, x[row : row + 1], target=1, method=sf.Gradient(), lean=lean)
         torch.testing.assert_close(one.values, both[row : row + 1], rtol=1e-9, atol=1e-12)
         along = float((one.values * step[row]).sum())
-        assert along == pytest.approx(float(slope[row]), rel=1e-6), one.provenance.way
+        assert along == pytest.approx(float(slope[row]), rel=1e-6), one.provenance.strategy

@@ -81,7 +81,9 @@ def test_close_to_float32(model: str, method: Any, name: str, way: str):
     expected = sf.explain(net, x, target=target, method=method)
     found = sf.explain(net, x, target=target, method=method, precision=name)
     assert found.provenance.precision == name
-    assert ("recorded" in found.provenance.way) == (way == "recorded"), found.provenance.way
+    assert ("recorded" in found.provenance.strategy) == (way == "recorded"), (
+        found.provenance.strategy
+    )
     # A variance is a difference of squares: what is lost counts more.
     several = 4 if method.name == "vargrad" else 1
     assert 0 < distance(found.values, expected.values) < several * CLOSE[name]
@@ -111,7 +113,9 @@ def test_what_is_taken_twice_is_not_folded(way: str):
     method = sf.IntegratedGradients(8)
     expected = sf.explain(net, x, target=1, method=method)
     found = sf.explain(net, x, target=1, method=method, precision="bfloat16")
-    assert ("recorded" in found.provenance.way) == (way == "recorded"), found.provenance.way
+    assert ("recorded" in found.provenance.strategy) == (way == "recorded"), (
+        found.provenance.strategy
+    )
     # Rectifiers flip where they are near their kink: not smooth, and far below a wrong model's.
     assert distance(found.values, expected.values) < 0.1
 

@@ -178,7 +178,7 @@ def test_volumes_have_their_weights_in_order_once() -> None:
         found = sf.explain(model, x, target=1, method=method)
         expected = sf.explain(model, x, target=1, method=method, lean=False)
         gap = (found.values - expected.values).norm() / expected.values.norm()
-        assert gap < 1e-4, found.provenance.way
+        assert gap < 1e-4, found.provenance.strategy
 
 
 def test_what_leads_to_them_is_let_go_of() -> None:

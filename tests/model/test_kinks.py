@@ -156,8 +156,10 @@ def test_maps_as_autograd(name: str, dtype: torch.dtype) -> None:
     for lean in (True, False):
         found = sf.explain(model, x, target=1, method=sf.Gradient(), lean=lean)
         gap = float((found.values - expected).norm() / expected.norm())
-        assert gap <= 16 * torch.finfo(dtype).eps, (gap, found.provenance.way)
-        assert not lean or found.provenance.way.startswith("recorded"), found.provenance.way
+        assert gap <= 16 * torch.finfo(dtype).eps, (gap, found.provenance.strategy)
+        assert not lean or found.provenance.strategy.startswith("recorded"), (
+            found.provenance.strategy
+        )
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ def test_what_shows_only_in_a_launch() -> None:
     engine = sf.Engine(model, LINE, points_per_launch=1, hashes=False)
     check(engine, Case(lambda: model, inputs=(SECOND,)))
     *_, last = engine.stream(SECOND, 1)
-    assert last.provenance.way.startswith("off")
+    assert last.provenance.strategy.startswith("off")
     assert torch.equal(last.values, engine(SECOND, 1).values)
 
 
@@ -292,7 +292,7 @@ def test_what_shows_only_in_a_launch_of_a_stream() -> None:
         *_, last = engine.stream(SECOND, 1)
     plain = sf.Engine(model, LINE, points_per_launch=1, lean=False)
     assert torch.equal(last.values, plain(SECOND, 1).values)
-    assert last.provenance.way.startswith("off")
+    assert last.provenance.strategy.startswith("off")
 
 
 MODES: dict[str, Callable[[], Any]] = {

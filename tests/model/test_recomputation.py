@@ -106,7 +106,7 @@ def test_large_inputs(kind: str) -> None:
     x = _x(128)[:1].float()
     expected = sf.explain(_model(None).float(), x, target=3, **call)
     found = sf.explain(_model(kind).float(), x, target=3, **call)
-    assert found.provenance.way != "off"
+    assert found.provenance.strategy != "off"
     gap = float((found.values - expected.values).norm())
     assert gap <= 1e-4 * float(expected.values.norm())
 

@@ -174,7 +174,7 @@ def test_outputs_that_the_target_does_not_read(name: str) -> None:
     engine, plain = sf.Engine(model, METHODS[0]), sf.Engine(model, METHODS[0], lean=False)
     for target in (1, lambda raw: raw["logits"][:, 2]):
         found = engine(X, target)
-        assert found.provenance.way.startswith("recorded"), engine.plan(X, target).notes
+        assert found.provenance.strategy.startswith("recorded"), engine.plan(X, target).notes
         torch.testing.assert_close(found.values, plain(X, target).values, rtol=1e-10, atol=1e-12)
     together = engine.explain_many([{"inputs": X[:1], "target": 1}, {"inputs": X[1:], "target": 2}])
     torch.testing.assert_close(together[1].values, plain(X[1:], 2).values, rtol=1e-10, atol=1e-12)
@@ -195,7 +195,7 @@ def test_outputs_that_the_target_reads(name: str) -> None:
     model, read = seeded(lambda: Returns(OUTPUTS["cache"])), READERS[name]
     found = sf.Engine(model, METHODS[0])(X, read)
     expected = sf.Engine(model, METHODS[0], lean=False)(X, read)
-    assert not found.provenance.way.startswith("recorded")
+    assert not found.provenance.strategy.startswith("recorded")
     torch.testing.assert_close(found.values, expected.values, rtol=1e-10, atol=1e-12)
 
 

@@ -180,7 +180,7 @@ def test_maps_at_ties_are_autograds(name: str, kind: str, last: bool) -> None:
         right = _by_hand(model, x, 1, alphas)
         for lean in (True, False):
             found = sf.explain(model, x, target=1, method=method, lean=lean)
-            assert _gap(found.values, right) < 1e-9, (method, lean, found.provenance.way)
+            assert _gap(found.values, right) < 1e-9, (method, lean, found.provenance.strategy)
 
 
 def test_the_built_in_digits_are_autograds() -> None:
@@ -188,7 +188,7 @@ def test_the_built_in_digits_are_autograds() -> None:
     model, x = zoo.digits_cnn().double(), scenes.images[:4].double()
     target, method = scenes.labels[:4], METHODS["midpoint"][0]
     found = sf.explain(model, x, target=target, method=method)
-    assert "recorded" in found.provenance.way
+    assert "recorded" in found.provenance.strategy
     for number in range(4):
         own = x[number : number + 1]
         right = _by_hand(model, own, int(target[number]), MIDDLES)
@@ -198,7 +198,7 @@ def test_the_built_in_digits_are_autograds() -> None:
 def _by_way(dtype: torch.dtype) -> str:
     torch.manual_seed(0)
     model, x = _vgg(2, 3, True).to(dtype), torch.rand(1, 3, 40, 40, dtype=dtype)
-    return sf.explain(model, x, target=1, method=METHODS["midpoint"][0]).provenance.way
+    return sf.explain(model, x, target=1, method=METHODS["midpoint"][0]).provenance.strategy
 
 
 def test_float64_takes_no_way_that_rounds_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

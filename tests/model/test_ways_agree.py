@@ -71,7 +71,7 @@ def test_a_fault_of_a_small_branch(
     engine = sf.Engine(model, sf.IntegratedGradients(steps=4))
     found = engine(x, 1)
     expected = sf.Engine(model, sf.IntegratedGradients(steps=4), lean=False)(x, 1).values
-    assert found.provenance.way == "call by call", why(engine)
+    assert found.provenance.strategy == "call by call", why(engine)
     assert gap(found.values, expected) < 1e-5
 
 
@@ -93,7 +93,7 @@ def test_a_fault_where_the_first_point_is_silent(
     break_programs(monkeypatch)
     engine = sf.Engine(model, method)
     found = engine(x, 1)
-    assert found.provenance.way == "call by call", why(engine)
+    assert found.provenance.strategy == "call by call", why(engine)
     assert gap(found.values, expected) < 1e-5
     # The test's own premise: by the first point alone the fault would not be seen.
     monkeypatch.setattr(measure.Measurement, "elsewhere", lambda self, draws: [])
@@ -128,13 +128,13 @@ def test_rounding_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     agreement = {**config.DEFAULT.agreement, torch.float32: 1e-9}
     configure(monkeypatch, agreement=agreement)
     asked = []
-    exactly = calibrate._Judge._exactly
+    exactly = calibrate._Comparison._exactly
 
     def spy(self: Any, *args: Any) -> float | None:
         asked.append(exactly(self, *args))
         return asked[-1]
 
-    monkeypatch.setattr(calibrate._Judge, "_exactly", spy)
+    monkeypatch.setattr(calibrate._Comparison, "_exactly", spy)
     for side in (24, 96):
         asked.clear()
         engine = sf.Engine(model, sf.IntegratedGradients(steps=4), hashes=False)
@@ -152,7 +152,7 @@ def test_scores_never_outweigh_a_gradient(monkeypatch: pytest.MonkeyPatch) -> No
     engine = sf.Engine(model, sf.Gradient())
     found = engine(x, 1)
     expected = sf.Engine(model, sf.Gradient(), lean=False)(x, 1).values
-    assert gap(found.values, expected) < 1e-5, found.provenance.way
-    assert found.provenance.way == "call by call", why(engine)
+    assert gap(found.values, expected) < 1e-5, found.provenance.strategy
+    assert found.provenance.strategy == "call by call", why(engine)
     with pytest.raises(BudgetError, match="could be"):
         sf.Engine(made(5.0), sf.Gradient(), memory_budget="1MiB")(x, 1)

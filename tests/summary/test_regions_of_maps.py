@@ -139,7 +139,9 @@ def test_near_parts_are_one_and_far_ones_are_not():
 @pytest.mark.parametrize("how", HOWS)
 def test_a_map_of_zeros_has_no_regions(how):
     found = regions(torch.rand(2, 1, 9, 9), torch.zeros(2, 1, 9, 9), how)
-    assert found.found == ((), ())
+    assert found.by_example == ((), ())
+    with pytest.warns(DeprecationWarning, match="use Regions.by_example"):
+        assert found.found == found.by_example
     assert found.rest[0].share == found.rest[0].amount == 0.0
     assert found.rest[0].area == 1.0
 
