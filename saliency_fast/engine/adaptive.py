@@ -93,7 +93,7 @@ def refined(alpha: Array, change: Array, count: int) -> Array:
         pieces[j] += 1
         heapq.heapreplace(queue, (-float(hidden[j]) / float(pieces[j]) ** 2, j))
     found = list[float]()
-    for j in np.flatnonzero(pieces > 1):
+    for j in np.flatnonzero(pieces > 1).tolist():
         number, cut = np.arange(1, pieces[j]), pieces[j]
         if j < len(gap):
             found += list(alpha[j] + gap[j] * number / cut)
@@ -157,7 +157,7 @@ class AdaptiveEvaluation(SumEvaluation):
         yield from self.begin()
         done, of = 0, self.recipe.count * self.call.batch
         each = max(1, kept_bytes(self.refinement, self.call))
-        groups = self.everyone.split(max(1, self.config.kept_bytes // each))
+        groups = torch.split(self.everyone, max(1, self.config.kept_bytes // each))
         for group in groups:
             self._open(group)
             while self.seen < len(self.nodes.alpha):
