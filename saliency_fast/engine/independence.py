@@ -375,11 +375,11 @@ def find_ties(
     count = recipe.count * call.batch
     one = int((not maxima and not few) or count >= config.ties_least_points)
     many = call.batch if exact else max(count // config.ties_points_per_example, one)
-    if not many:
-        return None
     share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")
     if maxima == [False] and not exact:
         return TieReport(share.zero_())
+    if not many:
+        return None
     points_of = _examined(recipe, call, baselines, exact=exact)
     largest, apart = 0.0, False
     for example in range(call.batch):
@@ -399,6 +399,10 @@ def find_ties(
                 apart |= exact and rounded > 0
                 if number == 0:
                     share[example], largest = tied, max(largest, rounded)
+    if not maxima and not few:
+        # Once, so that later calls of a model that takes none need not look at their inputs.
+        row = torch.zeros(1, dtype=torch.int64, device=call.device)
+        _tie_shares(Ties(model), call, points_of(0)[0], row, maxima)
     return TieReport(share, largest, apart)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def gradients(
     """
     many = (outputs,) if isinstance(outputs, (Tensor, GradientEdge)) else tuple(outputs)
     norms = [node for node in steps_behind(many) if node.name().startswith(BATCH_NORM_STEPS)]
-    handles = [node.register_prehook(_apart) for node in norms]
+    handles = [node.register_prehook(partial(_apart, node)) for node in norms]
     try:
         found: tuple[Any, ...] = torch.autograd.grad(outputs, inputs, cotangents, **options)  # type: ignore[arg-type]
         return found
@@ -44,10 +44,14 @@ def gradients(
             handle.remove()
 
 
-def _apart(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+def _apart(node: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
     """The same gradients, of one image or volume with a gap between its elements in memory."""
     first = grads[0]
     if first is None or first.device.type != "cpu" or first.dim() < 4 or len(first) != 1:
+        return None
+    kept = getattr(node, "_saved_input", None)
+    if kept is not None and kept.stride() == first.stride():
+        # The two lie alike, so that one order serves both.
         return None
     return first.new_empty((*first.shape, 2))[..., 0].copy_(first), *grads[1:]
 
