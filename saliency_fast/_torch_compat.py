@@ -281,6 +281,9 @@ def is_rectifier_step(node: Any) -> bool:
 BATCH_NORM_STEPS = ("NativeBatchNorm", "BatchNormWithUpdate")
 """How the names of the steps of batch normalisation's CPU kernel begin, in all releases. Under
 another name its gradients stay PyTorch's, wrong ones of some memory formats included."""
+run_backward: Any = torch.autograd.Variable._execution_engine.run_backward
+"""The backward pass behind `torch.autograd.grad`: (outputs, cotangents, retain_graph, create_graph,
+inputs, allow_unreachable, accumulate_grad). Required."""
 sequence_number = methodcaller("_sequence_nr")
 """The number of a step of autograd's graph in the order in which a thread made them. Required."""
 

@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from saliency_fast import record
 from saliency_fast._types import Inputs
@@ -26,7 +25,6 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call, Region, bind, layouts_of, with_next_token
 from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.config import EngineConfig
-from saliency_fast.engine.differentiable import check_differentiable, differentiable
 from saliency_fast.engine.features import Features, read_features
 from saliency_fast.engine.job import Job, Progress
 from saliency_fast.engine.launch import wait_for
@@ -35,7 +33,6 @@ from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.plan import Limits, Plan
 from saliency_fast.engine.planner import prepare, shown
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum, with_fixed_nodes
-from saliency_fast.engine.service import Request, Service, Statistics
 from saliency_fast.engine.zeros import still_unused, unused, warn_of_zeros
 from saliency_fast.errors import (
     InputError,
@@ -54,6 +51,10 @@ from saliency_fast.model.preserve import preserve_model_state, uncaptured, uncom
 from saliency_fast.model.targets import Target, with_padding
 from saliency_fast.repeated import Repeat
 from saliency_fast.together import Arguments, WholeInputCall, WholeInputModel, as_rows, whole_call
+
+if TYPE_CHECKING:
+    # Imported when they are first used: most programs need none of them.
+    from saliency_fast.engine.service import Request, Service, Statistics
 
 
 class Engine:
@@ -139,8 +140,12 @@ class Engine:
         config: EngineConfig | None = None,
     ) -> None:
         _check_options(model, precision, waiting, latency, tolerance, compile, rows)
-        self.model, self.method = model, read_method(method)
-        self.compile, self._recipe = compile is True, self.method.recipe()
+        self.model, self.compile = model, compile is True
+        if isinstance(method, str):
+            self.method, self._recipe = _named(method)
+        else:
+            self.method = read_method(method)
+            self._recipe = self.method.recipe()
         if rows == "together" and (at is not None or self._recipe.layers is not None):
             raise InputError(
                 "rows='together' explains the inputs: got a method or `at` that is about layers; "
@@ -156,6 +161,8 @@ class Engine:
         self.create_graph = create_graph
         self.config = configs.DEFAULT if config is None else config
         if create_graph:
+            from saliency_fast.engine.differentiable import check_differentiable
+
             self.method = with_fixed_nodes(self.method)
             self._recipe = self.method.recipe()
             check_differentiable(self.method, self._recipe, at=at, precision=precision)
@@ -170,12 +177,13 @@ class Engine:
         self._repeats: tuple[object, ...] = ()
         if usual and sums and precision == FLOAT32.name:
             self._repeats = self.method, points_per_launch, lean, graphs, self.config
-        self._service: Service[Attribution] = Service(
-            partial(preserve_model_state, model, draws=False),
-            capacity=waiting,
-            latency=latency,
-            memory_budget=memory_budget,
-        )
+        self._queue = {"capacity": waiting, "latency": latency, "memory_budget": memory_budget}
+
+    @cached_property
+    def _service(self) -> Service[Attribution]:
+        from saliency_fast.engine.service import Service
+
+        return Service(partial(preserve_model_state, self.model, draws=False), **self._queue)
 
     def _caches(self) -> dict[tuple[object, ...], CalibrationCache]:
         """Calibrations, which engines of one module share."""
@@ -415,6 +423,8 @@ class Engine:
         self, call: Call, given: Arguments, method: Method, recipe: Recipe
     ) -> Request[Attribution]:
         """A call for the service."""
+        from saliency_fast.engine.service import Request
+
         started, ready, at = time.perf_counter(), _ready(call.device), list[str]()
         training = isinstance(self.model, nn.Module) and getattr(self.model, "training", False)
 
@@ -654,6 +664,8 @@ class Engine:
         return replace(call, layout=layout, layouts=layouts, features=features)
 
     def _differentiable(self, job: Job, inputs: Tensor | Inputs) -> Outcome:
+        from saliency_fast.engine.differentiable import differentiable
+
         if job.part is not None:
             raise InputError("create_graph=True is for whole maps: leave region= out")
         return differentiable(job, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
@@ -686,6 +698,8 @@ class Engine:
         if not self.progress:
             yield from run_alone(job)
             return
+        from tqdm.auto import tqdm
+
         total = job.plan.points * len(job.baselines)
         with tqdm(total=total, desc=self.method.name, unit="point") as bar:
             for progress in run_alone(job):
@@ -718,6 +732,13 @@ def _check_options(
         raise InputError(f"compile must be True, False or 'auto': got {compile!r}")
     if rows not in ("alone", "together"):
         raise InputError(f"rows must be 'alone' or 'together': got {rows!r}")
+
+
+@lru_cache(maxsize=64)
+def _named(method: str) -> tuple[Method, Recipe]:
+    """A method by its name, and its recipe, which takes longer to make than a small gradient."""
+    found = read_method(method)
+    return found, found.recipe()
 
 
 def _given(argument: object) -> bool:

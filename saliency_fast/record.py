@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import is_
+from operator import is_, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -543,8 +543,9 @@ def weights_hash(model: Callable[..., Any]) -> WeightsHash | None:
         return None
     held = list[object]()
     for module in below([model]):
-        parameters, buffers, inside = (vars(module).get(name, {}) for name in TABLES)
-        held += (*parameters, *parameters.values(), *buffers, *buffers.values(), *inside)
+        if not isinstance(module, torch.jit.ScriptModule):
+            parameters, buffers, inside = itemgetter(*TABLES)(vars(module))
+            held += (*parameters, *parameters.values(), *buffers, *buffers.values(), *inside)
     with _LOCK:
         known = _WEIGHTS.get(model)
         if known is None or not known.holds(held):

@@ -22,10 +22,12 @@ from saliency_fast.engine.job import Job
 from saliency_fast.engine.launch import EvaluationRequest, execute
 from saliency_fast.engine.loop import evaluation_of
 from saliency_fast.engine.memory import read_budget
+from saliency_fast.engine.planner import eager_serves
 from saliency_fast.graph.program import is_channels_last
 from saliency_fast.model.layout import Layouts
 from saliency_fast.model.preserve import preserve_model_state
 from saliency_fast.model.targets import Target, Targets
+from saliency_fast.model.ties import may_tie
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Repeat:
         call, known, program = job.call, job.calibration, job.strategy.program
         one = len(call.inputs) == 1 and not (call.is_tuple or call.args or call.kwargs)
         plain = not (call.unused or call.layers or job.part or job.launches or job.first)
-        told = known.recorded and known.measured and bool(known.maxima) and not known.cost.drew
+        told = known.measured and not known.cost.drew
         reads = program is not None and bool(program.reads)
         # Of many examples, and in float64, some are examined for ties in every call.
         many = call.batch >= job.config.ties_least_points and known.maxima != [False]
@@ -73,6 +75,11 @@ class Repeat:
             return False
         if 2 * job.plan.peak_bytes > read_budget(None, call.device):
             return False
+        if not job.calibration.recorded:
+            earlier = cache.points.get(job.kind, 0)
+            if not eager_serves(job.calibration, call.batch, earlier, job.config):
+                return False
+            cache.points[job.kind] = earlier + call.batch
         # Where a single row runs eagerly, nothing was proved of the model.
         alone = call.batch == 1 and job.strategy.program is None
         return alone or job.calibration.holds(model, call)
@@ -90,7 +97,8 @@ class Repeat:
         """
         started, job, batch = time.perf_counter(), self.job, len(x)
         classes = _classes_of(target, batch)
-        if classes is None or not is_finite(x):
+        maxima = job.calibration.maxima
+        if classes is None or not is_finite(x) or (not maxima and may_tie((x.detach(),))):
             return None
         inputs, targets = (x.detach().contiguous(),), Targets(batch, classes=classes)
         call = Call(
@@ -106,7 +114,8 @@ class Repeat:
             if not self.holds(model, call, cache):
                 return None
             # A copy: copies of weights are a call's own.
-            function = replace(job.strategy).gradient_function(model, call, job.recipe)
+            strategy = job.strategy if job.strategy.program is None else replace(job.strategy)
+            function = strategy.gradient_function(model, call, job.recipe)
             job.independence.renew(job.independence.suspect, draws=False, by_function=False)
             request = EvaluationRequest(function, batch, write, independence=job.independence)
             result = execute(request, batch, Arena(call.device, about=0))
@@ -129,7 +138,7 @@ class Repeat:
             "layout": list(letters) if any(letters) else None,
             "trained_mode": training,
         }
-        tied = None if True in job.calibration.maxima else torch.zeros(batch, dtype=torch.float64)
+        tied = None if True in maxima else torch.zeros(batch, dtype=torch.float64, device="cpu")
         return Attribution(
             values=values,
             scores=scores,

@@ -399,10 +399,6 @@ def find_ties(
                 apart |= exact and rounded > 0
                 if number == 0:
                     share[example], largest = tied, max(largest, rounded)
-    if not maxima and not few:
-        # Once, so that later calls of a model that takes none need not look at their inputs.
-        row = torch.zeros(1, dtype=torch.int64, device=call.device)
-        _tie_shares(Ties(model), call, points_of(0)[0], row, maxima)
     return TieReport(share, largest, apart)
 
 

@@ -18,7 +18,7 @@ from saliency_fast.methods.parts.maps import at_inputs, every_row
 from saliency_fast.model.follow import Inside
 from saliency_fast.model.layers import LayerTaps, kind_of, module_at
 from saliency_fast.model.layout import Layout, Space, read_layout
-from saliency_fast.rules import Guided
+from saliency_fast.rules.rectifiers import Guided
 
 Weights = Callable[[Tensor, Tensor], Tensor]
 

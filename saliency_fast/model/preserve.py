@@ -54,6 +54,9 @@ class SharedSwitch(Generic[Held]):
     def __contains__(self, key: object) -> bool:
         return key in self._held
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def acquire(self, key: object, turn_on: Callable[[], Held]) -> Held:
         """What `turn_on` returned to the first user of `key`."""
         with self.lock:
@@ -159,10 +162,11 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
     """Inside, all modules of a model are in evaluation mode; yields whether one was not."""
     held: list[nn.Module] = []
     with _MODES.lock:
-        # Frozen TorchScript has no mode any more.
+        others = len(_MODES) > 0
         for module in below([model]) if isinstance(model, nn.Module) else ():
+            # Frozen TorchScript has no mode any more.
             training = getattr(module, "training", None)
-            if training or (training is not None and module in _MODES):
+            if training or (others and training is not None and module in _MODES):
                 _MODES.acquire(module, lambda: True)
                 module.training = False
                 held.append(module)
@@ -274,15 +278,15 @@ class _Snapshot:
         self.module, self.inference, self.changed, self.users = module, False, False, 0
         self.thread: int | None = threading.get_ident()
         self.sizes, self.entries = _entries(own)
-        self.transient = own[compat.TRANSIENT].copy()
-        self.containers: list[_Container] = []
+        self.transient, self.containers = set(own[compat.TRANSIENT]), list[_Container]()
         parameters, buffers = own[compat.PARAMETERS], own[compat.BUFFERS]
         # A layer without a bias has a parameter that is None.
         self.tensors = [(n, t) for n, t in parameters.items() if t is not None]
         self.tensors += [(n, t) for n, t in buffers.items() if t is not None]
-        if len(own) > len(_BASE):
-            for name, value in own.items():
-                if type(value) not in _PLAIN and name not in _BASE:
+        for name in own if len(own) > len(_BASE) else ():
+            if name not in _BASE and type(value := own[name]) not in _PLAIN:
+                # Such as the sizes of a convolution's kernel.
+                if type(value) is not tuple or not _PLAIN.issuperset(map(type, value)):
                     self._gather(name, value, set())
         if any(tensor.is_inference() for _, tensor in self.tensors):
             # They count no writes, and take none outside of their mode.
