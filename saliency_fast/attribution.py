@@ -108,7 +108,6 @@ class Provenance:
     device: str
     backend: str
     versions: dict[str, str]
-    input_sha256: _OnRead[list[str] | None] = _OnRead()
     trained_mode: bool
     seconds: float
     peak_bytes: int
@@ -123,6 +122,7 @@ class Provenance:
     rows: str = "alone"
     layout: list[str | None] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    input_sha256: _OnRead[list[str] | None] = _OnRead(None)
     weights_sha256: _OnRead[str | None] = _OnRead(None)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from saliency_fast import record
 from saliency_fast._types import Inputs
@@ -177,13 +178,18 @@ class Engine:
         self._repeats: tuple[object, ...] = ()
         if usual and sums and precision == FLOAT32.name:
             self._repeats = self.method, points_per_launch, lean, graphs, self.config
-        self._queue = {"capacity": waiting, "latency": latency, "memory_budget": memory_budget}
+        self._waiting, self._latency = waiting, latency
 
     @cached_property
     def _service(self) -> Service[Attribution]:
         from saliency_fast.engine.service import Service
 
-        return Service(partial(preserve_model_state, self.model, draws=False), **self._queue)
+        return Service(
+            partial(preserve_model_state, self.model, draws=False),
+            capacity=self._waiting,
+            latency=self._latency,
+            memory_budget=self.limits.memory_budget,
+        )
 
     def _caches(self) -> dict[tuple[object, ...], CalibrationCache]:
         """Calibrations, which engines of one module share."""
@@ -298,13 +304,14 @@ class Engine:
         self, inputs: Tensor | Inputs, baseline: Baseline, about: tuple[object, ...]
     ) -> tuple[object, ...] | None:
         """Equal for calls that one `Repeat` may serve; None where none does."""
-        plain = type(inputs) is Tensor and not inputs.is_inference() and not any(map(_given, about))
-        if not (plain and self._repeats) or baseline is not None:
+        if not isinstance(inputs, Tensor) or type(inputs) is not Tensor or baseline is not None:
             return None
-        if torch.is_inference_mode_enabled():
+        if not self._repeats or any(map(_given, about)):
             return None
-        x = inputs
-        return *self._repeats, x.shape, x.stride(), x.dtype, x.device
+        # Inference tensors are copied first.
+        if inputs.is_inference() or torch.is_inference_mode_enabled():
+            return None
+        return *self._repeats, inputs.shape, inputs.stride(), inputs.dtype, inputs.device
 
     def stream(
         self,
@@ -698,8 +705,6 @@ class Engine:
         if not self.progress:
             yield from run_alone(job)
             return
-        from tqdm.auto import tqdm
-
         total = job.plan.points * len(job.baselines)
         with tqdm(total=total, desc=self.method.name, unit="point") as bar:
             for progress in run_alone(job):

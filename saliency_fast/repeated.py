@@ -23,6 +23,7 @@ from saliency_fast.engine.launch import EvaluationRequest, execute
 from saliency_fast.engine.loop import evaluation_of
 from saliency_fast.engine.memory import read_budget
 from saliency_fast.engine.planner import eager_serves
+from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.graph.program import is_channels_last
 from saliency_fast.model.layout import Layouts
 from saliency_fast.model.preserve import preserve_model_state
@@ -35,20 +36,21 @@ class Repeat:
     """What is the same in all calls of a kind; it holds neither the model nor a call's tensors.
 
     Args:
-        job: The job of an earlier call, without them.
+        job, recipe: The job of an earlier call, without them, and its recipe.
         key: Of the job.
         layouts: Of the input.
         origin: Makes the provenance.
     """
 
     job: Job
+    recipe: WeightedSum
     key: tuple[str, int]
     layouts: Layouts
     origin: partial[Any]
 
     @classmethod
     def of(cls, job: Job, layouts: Layouts | None) -> Repeat | None:
-        """From a call that is over; None where calls of its kind may differ in more than numbers."""
+        """From a call that is over; None where calls of its kind may differ beyond numbers."""
         call, known, program = job.call, job.calibration, job.strategy.program
         one = len(call.inputs) == 1 and not (call.is_tuple or call.args or call.kwargs)
         plain = not (call.unused or call.layers or job.part or job.launches or job.first)
@@ -61,10 +63,11 @@ class Repeat:
             return None
         if evaluation_of(job) is not GradientEvaluation or job.strategy.rules is not None:
             return None
+        assert isinstance(job.recipe, WeightedSum)
         nothing: Any = None
         bare = Call((), call.dtypes, False, Targets(call.batch), (), {})
         kept = replace(job, model=nothing, replan=nothing, with_cost=None, baselines=[], call=bare)
-        return cls(kept, job.key, layouts, origin_of(job, {}))
+        return cls(kept, job.recipe, job.key, layouts, origin_of(job, {}))
 
     def holds(self, model: Model, call: Call, cache: CalibrationCache) -> bool:
         """Whether all that it rests on is as it was; see `Planner.earlier`."""
@@ -121,8 +124,8 @@ class Repeat:
             result = execute(request, batch, Arena(call.device, about=0))
             if isinstance(result, Exception):
                 return None
-            maps = REDUCED[job.recipe.reduction](result.gradients[0][0].to(x.dtype))
-            factor = inputs[0] if job.recipe.factor == "input" else None
+            maps = REDUCED[self.recipe.reduction](result.gradients[0][0].to(x.dtype))
+            factor = inputs[0] if self.recipe.factor == "input" else None
             values, sums = ops.finish(maps, factor, None, "none")
             scores, numbers = result.scores.double()[:, 0], sums.tolist()
             # Of maps that are zero a warning says why, and an error of those that are not finite.

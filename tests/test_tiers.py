@@ -89,8 +89,10 @@ def test_every_tier_has_the_same_map(method: str, batch: int) -> None:
     assert found.provenance.points_per_launch == batch
     rules = method in ("guided_backprop", "deeplift", "lrp")
     # Of a small model a single point never repays one.
-    assert rules or (batch == 1 and method != "integrated_gradients") or any(
-        "recorded" in one for one in kinds
+    assert (
+        rules
+        or (batch == 1 and method != "integrated_gradients")
+        or any("recorded" in one for one in kinds)
     )
 
 

@@ -122,8 +122,7 @@ class Cost:
 
     def of_one(self, points: int) -> Cost:
         """The cost of one of so many points."""
-        each = {"peak": -(-self.peak // points), "largest": -(-self.largest // points)}
-        return self if points == 1 else replace(self, **each)
+        return replace(self, peak=-(-self.peak // points), largest=-(-self.largest // points))
 
 
 class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]

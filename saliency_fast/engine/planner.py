@@ -59,6 +59,7 @@ from saliency_fast.graph.program import tensors_among
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.layers import Downstream
 from saliency_fast.model.preserve import restored_random_state
+from saliency_fast.rules.intercept import Rules
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class Planner:
             sum(x[0].nbytes for x in self.call.inputs),
         )
         # Rules with references take each example through the model together with another row.
-        paired = rules is not None and rules.paired
+        paired = _pairs(rules)
         limited = self.limits.memory_budget is not None
         if limited or paired or config.usual_ratio * each > config.unforeseen_bytes:
             return None
@@ -394,7 +395,7 @@ class Planner:
             limits = replace(limits, points_per_launch=1)
         rules = self.recipe.rules
         # Captum's version takes the whole batch and its baselines through the model as they are.
-        if rules is not None and rules.paired:
+        if _pairs(rules):
             self._need_pairs(rows)
         attempt = _Attempt(precision, reason, tuple(others), limits, tuple(notes), key)
         job = self._fitting(calibration, attempt, rows)
@@ -689,9 +690,7 @@ def _with_rule(
     return refinement.method, recipe
 
 
-def eager_serves(
-    calibration: Calibration, points: int, earlier: int, config: EngineConfig
-) -> bool:
+def eager_serves(calibration: Calibration, points: int, earlier: int, config: EngineConfig) -> bool:
     """Whether an eager calibration serves a call of so many points, after `earlier` ones of its
     kind: there are not so many that a recording repays.
     """
@@ -703,6 +702,11 @@ def eager_serves(
         return True
     most = max(calibration.most, config.direct_calls * points)
     return calibration.cost.random or earlier + points <= most
+
+
+def _pairs(rules: Rules | None) -> bool:
+    """Whether an example goes through the model with its reference, and with nothing else."""
+    return rules is not None and rules.references and not getattr(rules, "captum", False)
 
 
 def _need_alike(model: Model, dtypes: Sequence[torch.dtype]) -> None:

@@ -284,10 +284,11 @@ class _Snapshot:
         self.tensors = [(n, t) for n, t in parameters.items() if t is not None]
         self.tensors += [(n, t) for n, t in buffers.items() if t is not None]
         for name in own if len(own) > len(_BASE) else ():
-            if name not in _BASE and type(value := own[name]) not in _PLAIN:
-                # Such as the sizes of a convolution's kernel.
-                if type(value) is not tuple or not _PLAIN.issuperset(map(type, value)):
-                    self._gather(name, value, set())
+            if name in _BASE or (kind := type(value := own[name])) in _PLAIN:
+                continue
+            # Such as the sizes of a convolution's kernel.
+            if kind is not tuple or not _PLAIN.issuperset(map(type, value)):
+                self._gather(name, value, set())
         if any(tensor.is_inference() for _, tensor in self.tensors):
             # They count no writes, and take none outside of their mode.
             self.inference = True
@@ -352,7 +353,9 @@ class _Snapshot:
         if self.changed:
             _CHANGING.add(self.module)
         if self.overwritten is None or written:
-            self.overwritten = (self.overwritten or set()).union(self.tensors[n][0] for n in written)
+            self.overwritten = (self.overwritten or set()).union(
+                self.tensors[n][0] for n in written
+            )
             _OVERWRITTEN[self.module] = self.overwritten
         return lost
 
@@ -439,7 +442,7 @@ class _Container:
 
 
 def _entries(own: dict[str, Any]) -> tuple[list[int], list[Any]]:
-    """The sizes of a module's attributes and tables; all of their names, and all of their values."""
+    """The sizes of a module's attributes and tables, and all of their names and values."""
     parts = own, *itemgetter(*compat.TABLES)(own)
     values = chain.from_iterable([one.values() for one in parts])
     return [len(one) for one in parts], [*chain.from_iterable(parts), *values]

@@ -192,10 +192,6 @@ class Rescale(Rules):
     name: ClassVar[str] = "DeepLIFT"
     references: ClassVar[bool] = True
 
-    @property
-    def paired(self) -> bool:
-        return not self.captum
-
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < float("inf"):
             raise InputError(f"epsilon must be a positive finite number: got {self.epsilon}")

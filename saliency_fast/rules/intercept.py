@@ -199,11 +199,6 @@ class Rules(Protocol):
     relevance: ClassVar[bool] = False
     warning: ClassVar[str] = ""
 
-    @property
-    def paired(self) -> bool:
-        """Whether an example goes through the model together with its reference alone."""
-        return False
-
     def mode(self, model: Function | None = None) -> RulesMode: ...
 
 
