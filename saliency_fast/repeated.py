@@ -83,9 +83,7 @@ class Repeat:
             if not eager_serves(job.calibration, call.batch, earlier, job.config):
                 return False
             cache.points[job.kind] = earlier + call.batch
-        # Where a single row runs eagerly, nothing was proved of the model.
-        alone = call.batch == 1 and job.strategy.program is None
-        return alone or job.calibration.holds(model, call)
+        return job.calibration.holds(model, call)
 
     def run(
         self,

@@ -281,8 +281,8 @@ class _Snapshot:
         self.transient, self.containers = set(own[compat.TRANSIENT]), list[_Container]()
         parameters, buffers = own[compat.PARAMETERS], own[compat.BUFFERS]
         # A layer without a bias has a parameter that is None.
-        self.tensors = [(n, t) for n, t in parameters.items() if t is not None]
-        self.tensors += [(n, t) for n, t in buffers.items() if t is not None]
+        self.tensors = [pair for pair in parameters.items() if pair[1] is not None]
+        self.tensors += [pair for pair in buffers.items() if pair[1] is not None]
         for name in own if len(own) > len(_BASE) else ():
             if name in _BASE or (kind := type(value := own[name])) in _PLAIN:
                 continue
@@ -295,7 +295,7 @@ class _Snapshot:
             self.tensors = [(name, one) for name, one in self.tensors if not one.is_inference()]
         self.versions = [compat.version_of(tensor) for _, tensor in self.tensors]
         self.overwritten = _OVERWRITTEN.get(module) if self.tensors else set()
-        self.copies = self._copied(parameters, room)
+        self.copies = self._copied(parameters, room) if self.tensors else {}
 
     def _gather(self, name: str, value: Any, seen: set[int]) -> None:
         """Adds the containers and tensors in an attribute."""
@@ -335,10 +335,11 @@ class _Snapshot:
         if own[compat.TRANSIENT] != self.transient:
             own[compat.TRANSIENT].clear()
             own[compat.TRANSIENT].update(self.transient)
+        if not (self.tensors or self.containers or self.changed):
+            return []
         containers = [one for one in self.containers if one.changed()]
         lost = [one.name for one in containers if not one.restore()]
-        now = [compat.version_of(tensor) for _, tensor in self.tensors]
-        written: list[int] = []
+        now, written = [compat.version_of(tensor) for _, tensor in self.tensors], list[int]()
         if now != self.versions:
             written = [n for n, was in enumerate(self.versions) if now[n] != was]
         # Batch normalisation writes to its statistics without counting.
