@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def gradients_of_sums(
 @contextmanager
 def _right_norms(results: Iterable[Source]) -> Iterator[None]:
     norms = [node for node in steps_behind(results) if node.name().startswith(BATCH_NORM_STEPS)]
-    handles = [node.register_prehook(partial(_apart, node)) for node in norms]
+    handles = [node.register_prehook(_apart) for node in norms]
     try:
         yield
     finally:
@@ -66,14 +66,10 @@ def _right_norms(results: Iterable[Source]) -> Iterator[None]:
             handle.remove()
 
 
-def _apart(node: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+def _apart(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
     """The same gradients, of one image or volume with a gap between its elements in memory."""
     first = grads[0]
     if first is None or first.device.type != "cpu" or first.dim() < 4 or len(first) != 1:
-        return None
-    kept = getattr(node, "_saved_input", None)
-    if kept is not None and kept.stride() == first.stride():
-        # The two lie alike, so that one order serves both.
         return None
     return first.new_empty((*first.shape, 2))[..., 0].copy_(first), *grads[1:]
 
