@@ -94,6 +94,8 @@ own_parameters: Callable[[nn.Module], dict[str, Any]] = attrgetter(PARAMETERS)
 """The parameters of a module without its submodules', by name, to read and to replace."""
 own_buffers: Callable[[nn.Module], dict[str, Any]] = attrgetter(BUFFERS)
 """The buffers of a module without its submodules', by name, to read and to replace."""
+own_modules: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter(TABLES[2])
+"""The submodules of a module by name."""
 TRANSIENT = "_non_persistent_buffers_set"
 """The attribute of a module that names the buffers that its state_dict leaves out. Required."""
 HOOKS_OF_ALL_MODULES = [

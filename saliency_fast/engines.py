@@ -172,13 +172,18 @@ class Engine:
             # Neither leaves a graph behind.
             self.lean = self.graphs = False
         self._location = LayerLocation(self._called, at, layer_input, self._caches())
-        usual = at is None and not (layer_input or progress or create_graph or self.compile)
-        usual = usual and layout is None and memory_budget is None and rows == "alone"
-        sums = isinstance(self._recipe, WeightedSum) and self._recipe.at_input
-        self._repeats: tuple[object, ...] = ()
-        if usual and sums and precision == FLOAT32.name:
-            self._repeats = self.method, points_per_launch, lean, graphs, self.config
+        self._repeats = self._repeated_options()
         self._waiting, self._latency = waiting, latency
+
+    def _repeated_options(self) -> tuple[object, ...]:
+        """What tells engines apart whose calls a `Repeat` may serve; () where it serves none."""
+        location, limits = self._location, self.limits
+        usual = location.at is None and not (location.of_input or self.progress or self.compile)
+        usual = usual and not self.create_graph and self.rows == "alone" and self.layout is None
+        sums = isinstance(self._recipe, WeightedSum) and self._recipe.at_input
+        if not (usual and sums and self.precision == FLOAT32.name) or limits.memory_budget:
+            return ()
+        return self.method, limits.points_per_launch, self.lean, self.graphs, self.config
 
     @cached_property
     def _service(self) -> Service[Attribution]:

@@ -132,24 +132,28 @@ class Repeat:
             seconds = time.perf_counter() - started
             usage = usage_of(job.plan, resident, seconds)
             job.calibration.seconds[self.key] = seconds / batch
-        letters = self.layouts.cached_letters
-        about = {
-            "target": {"kind": "classes"},
-            "baseline": None,
-            "layout": list(letters) if any(letters) else None,
-            "trained_mode": training,
-        }
-        tied = None if True in maxima else torch.zeros(batch, dtype=torch.float64, device="cpu")
+        facts = usage | hashes(call) | {"trained_mode": training}
+        return self._attribution(values, scores, classes[:, 0], facts)
+
+    def _attribution(
+        self, values: Tensor, scores: Tensor, classes: Tensor, facts: dict[str, Any]
+    ) -> Attribution:
+        letters, batch, tied = self.layouts.cached_letters, len(scores), None
+        layout = list(letters) if any(letters) else None
+        error = torch.zeros(batch, dtype=torch.float64, device="cpu")
+        if True not in self.job.calibration.maxima:
+            tied = torch.zeros_like(error)
+        about = facts | {"target": {"kind": "classes"}, "baseline": None, "layout": layout}
         return Attribution(
             values=values,
             scores=scores,
             baseline_scores=None,
             delta=None,
-            error=torch.zeros(batch, dtype=torch.float64, device="cpu"),
-            classes=classes[:, 0],
+            error=error,
+            classes=classes,
             points=torch.ones(batch, dtype=torch.int64, device="cpu"),
             converged=None,
-            provenance=partial(self.origin, **about, **usage, **hashes(call)),
+            provenance=partial(self.origin, **about),
             layouts=self.layouts,
             tie_share=tied,
         )

@@ -557,7 +557,7 @@ def below(roots: Iterable[nn.Module]) -> Iterable[nn.Module]:
         if id(module) not in modules:
             modules[id(module)] = module
             # As `children()`, which is slow where many are asked.
-            left += [one for _, one in module._modules.items() if one is not None]
+            left += [one for _, one in compat.own_modules(module).items() if one is not None]
     return modules.values()
 
 
