@@ -94,6 +94,8 @@ own_parameters: Callable[[nn.Module], dict[str, Any]] = attrgetter(PARAMETERS)
 """The parameters of a module without its submodules', by name, to read and to replace."""
 own_buffers: Callable[[nn.Module], dict[str, Any]] = attrgetter(BUFFERS)
 """The buffers of a module without its submodules', by name, to read and to replace."""
+own_modules: Callable[[nn.Module], dict[str, nn.Module | None]] = attrgetter(TABLES[2])
+"""The submodules of a module by name."""
 TRANSIENT = "_non_persistent_buffers_set"
 """The attribute of a module that names the buffers that its state_dict leaves out. Required."""
 HOOKS_OF_ALL_MODULES = [
@@ -281,6 +283,9 @@ def is_rectifier_step(node: Any) -> bool:
 BATCH_NORM_STEPS = ("NativeBatchNorm", "BatchNormWithUpdate")
 """How the names of the steps of batch normalisation's CPU kernel begin, in all releases. Under
 another name its gradients stay PyTorch's, wrong ones of some memory formats included."""
+run_backward: Any = torch.autograd.Variable._execution_engine.run_backward
+"""The backward pass behind `torch.autograd.grad`: (outputs, cotangents, retain_graph, create_graph,
+inputs, allow_unreachable, accumulate_grad). Required."""
 sequence_number = methodcaller("_sequence_nr")
 """The number of a step of autograd's graph in the order in which a thread made them. Required."""
 

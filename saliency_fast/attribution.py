@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from saliency_fast.engine.independence import TieReport
 from saliency_fast.engine.job import Job
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.plan import DRAWS, Plan
+from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, warn
+from saliency_fast.graph.receptive_field import Box
 from saliency_fast.model.layout import Axes, Layouts
 from saliency_fast.record import WeightsHash
 from saliency_fast.version import __version__
@@ -35,23 +38,36 @@ REGION_MASK = "region.mask"
 """The name under which `Attribution.kept` holds a region's mask."""
 
 
-class _OnRead:
-    """A field of `Provenance` that may be given as a hash which is computed when it is read."""
+Value = TypeVar("Value")
 
-    def __get__(self, one: Provenance | None, owner: type) -> str | None:
+
+class _OnRead(Generic[Value]):
+    """A field that may be given as a function, which makes its value when that is first read."""
+
+    def __init__(self, *default: Value) -> None:
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, one: Any, owner: type) -> Value:
         if one is None:
-            # The field's default.
-            return None
-        value: str | WeightsHash | None = one.__dict__["_hash"]
+            if not self.default:
+                raise AttributeError(self.name)
+            return self.default[0]
+        value: Any = one.__dict__[self.name]
         if isinstance(value, WeightsHash):
             value, changed = value()
-            one.__dict__["_hash"] = value
             if changed:
-                one.notes["weights_sha256"] = changed
-        return value
+                one.notes[self.name] = changed
+        elif callable(value):
+            value = value()
+        one.__dict__[self.name] = value
+        made: Value = value
+        return made
 
-    def __set__(self, one: Provenance, value: str | WeightsHash | None) -> None:
-        one.__dict__["_hash"] = value
+    def __set__(self, one: Any, value: Value | Callable[[], Any] | None) -> None:
+        one.__dict__[self.name] = value
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,6 @@ class Provenance:
     device: str
     backend: str
     versions: dict[str, str]
-    input_sha256: list[str] | None
     trained_mode: bool
     seconds: float
     peak_bytes: int
@@ -107,7 +122,8 @@ class Provenance:
     rows: str = "alone"
     layout: list[str | None] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
-    weights_sha256: _OnRead = _OnRead()
+    input_sha256: _OnRead[list[str] | None] = _OnRead(None)
+    weights_sha256: _OnRead[str | None] = _OnRead(None)
 
     @property
     def way(self) -> str:
@@ -120,8 +136,7 @@ class Provenance:
 
     def __getstate__(self) -> dict[str, Any]:
         # Whoever copies it gets the hash, and not the model.
-        self.weights_sha256  # noqa: B018
-        return vars(self)
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -167,12 +182,15 @@ class Attribution:
     classes: Tensor | None
     points: Tensor
     converged: Tensor | None
-    provenance: Provenance
+    provenance: _OnRead[Provenance] = _OnRead()
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     precision_error: Tensor | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     layouts: Layouts | None = None
     tie_share: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     def __repr__(self) -> str:
         """One line: method, shapes and the largest errors."""
@@ -478,7 +496,7 @@ def attribution(job: Job, outcome: Outcome, baseline: Baseline, **facts: Any) ->
         classes=column(outcome.classes),
         points=outcome.points,
         converged=outcome.converged,
-        provenance=_provenance(job, outcome, facts),
+        provenance=partial(origin_of(job, _notes(job.plan, outcome)), **facts),
         kept=kept,
         extras={name: column(one) for name, one in outcome.extras.items()},
         layouts=layouts,
@@ -486,16 +504,18 @@ def attribution(job: Job, outcome: Outcome, baseline: Baseline, **facts: Any) ->
     )
 
 
-def _provenance(job: Job, outcome: Outcome, facts: dict[str, Any]) -> Provenance:
-    plan = job.plan
-    notes: dict[str, Any] = {"draws": DRAWS} if DRAWS in plan.notes else {}
-    if outcome.precision_error is not None:
-        notes["underflow"] = outcome.underflow
-    if outcome.ties is not None and outcome.ties.rounded:
-        notes["rounded_ties"] = outcome.ties.rounded
+def origin_of(job: Job, notes: dict[str, Any]) -> partial[Provenance]:
+    """Makes the provenance of a job from further facts; it holds neither the model nor tensors."""
+    box = None if job.part is None else job.part.box
+    return partial(_provenance, job.method, job.plan, str(job.strategy), box, notes)
+
+
+def _provenance(
+    method: Method, plan: Plan, way: str, box: Box | None, notes: dict[str, Any], **facts: Any
+) -> Provenance:
     return Provenance(
-        method=job.method.name,
-        parameters=_parameters(job.method),
+        method=method.name,
+        parameters=_parameters(method),
         precision=plan.precision,
         dtype=plan.dtype,
         device=plan.device,
@@ -507,11 +527,20 @@ def _provenance(job: Job, outcome: Outcome, facts: dict[str, Any]) -> Provenance
         },
         points_per_launch=plan.points_per_launch,
         halvings=plan.halvings,
-        strategy=str(job.strategy),
-        region=None if job.part is None else [list(span) for span in job.part.box],
-        notes=notes,
+        strategy=way,
+        region=None if box is None else [list(span) for span in box],
+        notes=dict(notes),
         **facts,
     )
+
+
+def _notes(plan: Plan, outcome: Outcome) -> dict[str, Any]:
+    notes: dict[str, Any] = {"draws": DRAWS} if DRAWS in plan.notes else {}
+    if outcome.precision_error is not None:
+        notes["underflow"] = outcome.underflow
+    if outcome.ties is not None and outcome.ties.rounded:
+        notes["rounded_ties"] = outcome.ties.rounded
+    return notes
 
 
 def _tie_share(ties: TieReport | None) -> Tensor | None:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,6 @@ from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.bind import Call, Region, bind, layouts_of, with_next_token
 from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.config import EngineConfig
-from saliency_fast.engine.differentiable import check_differentiable, differentiable
 from saliency_fast.engine.features import Features, read_features
 from saliency_fast.engine.job import Job, Progress
 from saliency_fast.engine.launch import wait_for
@@ -34,8 +33,7 @@ from saliency_fast.engine.layers import LayerLocation
 from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.plan import Limits, Plan
 from saliency_fast.engine.planner import prepare, shown
-from saliency_fast.engine.recipe import Method, Recipe, with_fixed_nodes
-from saliency_fast.engine.service import Request, Service, Statistics
+from saliency_fast.engine.recipe import Method, Recipe, WeightedSum, with_fixed_nodes
 from saliency_fast.engine.zeros import still_unused, unused, warn_of_zeros
 from saliency_fast.errors import (
     InputError,
@@ -45,14 +43,19 @@ from saliency_fast.errors import (
     UnseenInputError,
 )
 from saliency_fast.graph.fingerprint import model_fingerprint, unchanging
-from saliency_fast.graph.passes.half import AUTO, PRECISIONS
+from saliency_fast.graph.passes.half import AUTO, FLOAT32, PRECISIONS
 from saliency_fast.methods import read_method
 from saliency_fast.model.failures import diagnosed
 from saliency_fast.model.layers import At, names_of
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.preserve import preserve_model_state, uncaptured, uncompiled
 from saliency_fast.model.targets import Target, with_padding
+from saliency_fast.repeated import Repeat
 from saliency_fast.together import Arguments, WholeInputCall, WholeInputModel, as_rows, whole_call
+
+if TYPE_CHECKING:
+    # Imported when they are first used: most programs need none of them.
+    from saliency_fast.engine.service import Request, Service, Statistics
 
 
 class Engine:
@@ -138,8 +141,12 @@ class Engine:
         config: EngineConfig | None = None,
     ) -> None:
         _check_options(model, precision, waiting, latency, tolerance, compile, rows)
-        self.model, self.method = model, read_method(method)
-        self.compile, self._recipe = compile is True, self.method.recipe()
+        self.model, self.compile = model, compile is True
+        if isinstance(method, str):
+            self.method, self._recipe = _named(method)
+        else:
+            self.method = read_method(method)
+            self._recipe = self.method.recipe()
         if rows == "together" and (at is not None or self._recipe.layers is not None):
             raise InputError(
                 "rows='together' explains the inputs: got a method or `at` that is about layers; "
@@ -155,6 +162,8 @@ class Engine:
         self.create_graph = create_graph
         self.config = configs.DEFAULT if config is None else config
         if create_graph:
+            from saliency_fast.engine.differentiable import check_differentiable
+
             self.method = with_fixed_nodes(self.method)
             self._recipe = self.method.recipe()
             check_differentiable(self.method, self._recipe, at=at, precision=precision)
@@ -163,11 +172,28 @@ class Engine:
             # Neither leaves a graph behind.
             self.lean = self.graphs = False
         self._location = LayerLocation(self._called, at, layer_input, self._caches())
-        self._service: Service[Attribution] = Service(
-            partial(preserve_model_state, model, draws=False),
-            capacity=waiting,
-            latency=latency,
-            memory_budget=memory_budget,
+        self._repeats = self._repeated_options()
+        self._waiting, self._latency = waiting, latency
+
+    def _repeated_options(self) -> tuple[object, ...]:
+        """What tells engines apart whose calls a `Repeat` may serve; () where it serves none."""
+        location, limits = self._location, self.limits
+        usual = location.at is None and not (location.of_input or self.progress or self.compile)
+        usual = usual and not self.create_graph and self.rows == "alone" and self.layout is None
+        sums = isinstance(self._recipe, WeightedSum) and self._recipe.at_input
+        if not (usual and sums and self.precision == FLOAT32.name) or limits.memory_budget:
+            return ()
+        return self.method, limits.points_per_launch, self.lean, self.graphs, self.config
+
+    @cached_property
+    def _service(self) -> Service[Attribution]:
+        from saliency_fast.engine.service import Service
+
+        return Service(
+            partial(preserve_model_state, self.model, draws=False),
+            capacity=self._waiting,
+            latency=self._latency,
+            memory_budget=self.limits.memory_budget,
         )
 
     def _caches(self) -> dict[tuple[object, ...], CalibrationCache]:
@@ -248,6 +274,12 @@ class Engine:
             tensor([[6.]])
         """
         about = (forward_args, forward_kwargs, region, features, layout)
+        cache, kind = self._location.cache, self._kind(inputs, baseline, about)
+        if (repeat := cache.repeats.get(kind)) is not None and not cache.unused:
+            again = repeat.run(self.model, inputs, target, cache, self._hashes)
+            if again is not None:
+                result: Attribution = again
+                return result
         given = Arguments(inputs, target, baseline, *about)
         if self.rows == "together":
             with self._whole(given) as (engine, whole):
@@ -266,7 +298,25 @@ class Engine:
             usage = usage_of(job.plan, resident, time.perf_counter() - started)
         # Of the weights as they are outside of the call, whatever the model does to them inside.
         facts = usage | self._hashes(call)
-        return self._attribution(job, outcome, baseline, training, facts, at)
+        found = self._attribution(job, outcome, baseline, training, facts, at)
+        if kind is not None and (made := Repeat.of(job, found.layouts)) is not None:
+            while len(cache.repeats) >= self.config.most_known:
+                cache.repeats.pop(next(iter(cache.repeats)))
+            cache.repeats[kind] = made
+        return found
+
+    def _kind(
+        self, inputs: Tensor | Inputs, baseline: Baseline, about: tuple[object, ...]
+    ) -> tuple[object, ...] | None:
+        """Equal for calls that one `Repeat` may serve; None where none does."""
+        if not isinstance(inputs, Tensor) or type(inputs) is not Tensor or baseline is not None:
+            return None
+        if not self._repeats or any(map(_given, about)):
+            return None
+        # Inference tensors are copied first.
+        if inputs.is_inference() or torch.is_inference_mode_enabled():
+            return None
+        return *self._repeats, inputs.shape, inputs.stride(), inputs.dtype, inputs.device
 
     def stream(
         self,
@@ -385,6 +435,8 @@ class Engine:
         self, call: Call, given: Arguments, method: Method, recipe: Recipe
     ) -> Request[Attribution]:
         """A call for the service."""
+        from saliency_fast.engine.service import Request
+
         started, ready, at = time.perf_counter(), _ready(call.device), list[str]()
         training = isinstance(self.model, nn.Module) and getattr(self.model, "training", False)
 
@@ -624,6 +676,8 @@ class Engine:
         return replace(call, layout=layout, layouts=layouts, features=features)
 
     def _differentiable(self, job: Job, inputs: Tensor | Inputs) -> Outcome:
+        from saliency_fast.engine.differentiable import differentiable
+
         if job.part is not None:
             raise InputError("create_graph=True is for whole maps: leave region= out")
         return differentiable(job, (inputs,) if isinstance(inputs, Tensor) else tuple(inputs))
@@ -647,7 +701,7 @@ class Engine:
     def _hashes(self, call: Call) -> dict[str, Any]:
         wanted = self.hashes
         return {
-            "input_sha256": [record.tensor_sha256(x) for x in call.inputs] if wanted else None,
+            "input_sha256": record.input_hashes(call.inputs) if wanted else None,
             "weights_sha256": record.weights_hash(self.model) if wanted else None,
         }
 
@@ -688,6 +742,17 @@ def _check_options(
         raise InputError(f"compile must be True, False or 'auto': got {compile!r}")
     if rows not in ("alone", "together"):
         raise InputError(f"rows must be 'alone' or 'together': got {rows!r}")
+
+
+@lru_cache(maxsize=64)
+def _named(method: str) -> tuple[Method, Recipe]:
+    """A method by its name, and its recipe, which takes longer to make than a small gradient."""
+    found = read_method(method)
+    return found, found.recipe()
+
+
+def _given(argument: object) -> bool:
+    return argument is not None and argument != () and argument != {}
 
 
 RequestLike = Tensor | Inputs | Mapping[str, Any]

@@ -9,7 +9,8 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import is_, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from saliency_fast._torch_compat import (
+    TABLES,
     TensorType,
     is_traceable_wrapper_subclass,
     own_state,
@@ -30,6 +32,7 @@ from saliency_fast._torch_compat import (
 from saliency_fast.errors import RecordError
 from saliency_fast.graph.passes.half import PRECISIONS
 from saliency_fast.model.layout import LETTERS, Axes
+from saliency_fast.model.preserve import below
 from saliency_fast.model.targets import NextToken, Targets
 
 SCHEMA = 1
@@ -484,13 +487,26 @@ class WeightsHash:
     when the module goes: it keeps the module from going no longer.
     """
 
-    def __init__(self, model: nn.Module, state: dict[str, Tensor], key: tuple[object, ...]) -> None:
-        self.key, self._found = key, None if None not in key else (_hash_of(state), "")
+    def __init__(self, model: nn.Module, held: list[object]) -> None:
+        state = _weights(model)
+        self.key, self._held = _places(state), held
+        self._found = None if None not in self.key else (_hash_of(state), "")
+        self._tensors = [one for one in held if isinstance(one, Tensor)]
+        plain = self._found is None and set(map(id, self._tensors)) == set(map(id, state.values()))
+        self._plain = plain and all(own_state(one, "") is None for one in below([model]))
+        self._counts = _counts(self._tensors) if plain else []
+        self._samples = [_sample(one) for one in state.values()] if plain else []
         self._model = weakref.ref(model)
         # Not of this object, which is to go where nobody asks for the hash any more.
         goes = weakref.finalize(model, _before_it_goes, weakref.ref(self), state)
         goes.atexit = False
         weakref.finalize(self, goes.detach).atexit = False
+
+    def holds(self, held: list[object]) -> bool:
+        """Whether it is still the hash of the tensors that are `held` by a module's tables."""
+        same = self._plain and len(held) == len(self._held) and all(map(is_, held, self._held))
+        same = same and _counts(self._tensors) == self._counts
+        return same and _sampled(self._samples) == self.key[-1]
 
     def __call__(self) -> tuple[str | None, str]:
         """The hash, None for tensors whose contents cannot be read, and a text where they have
@@ -527,19 +543,31 @@ def weights_hash(model: Callable[..., Any]) -> WeightsHash | None:
     """The hash of a module's weights as they are, at once where PyTorch does not count changes."""
     if not isinstance(model, nn.Module):
         return None
-    state = _weights(model)
-    key = _places(state)
+    held = list[object]()
+    for module in below([model]):
+        if not isinstance(module, torch.jit.ScriptModule):
+            parameters, buffers, inside = itemgetter(*TABLES)(vars(module))
+            held += (*parameters, *parameters.values(), *buffers, *buffers.values(), *inside)
     with _LOCK:
         known = _WEIGHTS.get(model)
-        if known is None or known.key != key or None in key:
-            known = _WEIGHTS[model] = WeightsHash(model, state, key)
+        if known is None or not known.holds(held):
+            found = WeightsHash(model, held)
+            if known is None or known.key != found.key or None in found.key:
+                known = _WEIGHTS[model] = found
     return known
+
+
+def _counts(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.Size]]:
+    """What tells of tensors that they were replaced in place, or written to."""
+    return [(one.data_ptr(), version_of(one), one.shape) for one in tensors]
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: one for name, one in _state(model).items() if isinstance(one, Tensor)}
 
 
+COPIED = 1024**2
+"""Bytes of inputs up to which copies are hashed when the hash is asked for."""
 SAMPLED = 16
 """Numbers of each tensor that are compared: PyTorch does not count what is written to `.data`, to
 memory that NumPy shares, and by batch normalisation."""
@@ -552,10 +580,31 @@ def _places(state: dict[str, Tensor]) -> tuple[object, ...]:
     places = [_memory(one) for one in state.values()]
     if None in places:
         return (*places,)
-    parts = [one.detach().reshape(-1) for one in state.values()]
-    samples = [one[:: max(1, one.numel() // SAMPLED)].double() for one in parts]
-    sampled = _bytes(torch.cat([one.cpu() for one in samples])).tobytes() if samples else b""
-    return (tuple(state), *places, sampled)
+    return (tuple(state), *places, _sampled([_sample(one) for one in state.values()]))
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A view of some of the numbers in a tensor's memory."""
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    extent = 1 + sum((size - 1) * step for size, step in axes) if tensor.numel() else 0
+    step = max(1, extent // SAMPLED)
+    return tensor.detach().as_strided((-(-extent // step),), (step,))
+
+
+def _sampled(samples: Sequence[Tensor]) -> bytes:
+    kinds: dict[object, list[Tensor]] = {}
+    for one in samples:
+        kinds.setdefault((one.dtype, one.device), []).append(one)
+    return b"".join(_bytes(torch.cat(several)) for several in kinds.values())
+
+
+def input_hashes(inputs: Sequence[Tensor]) -> Callable[[], list[str]]:
+    """The SHA-256 of each input: of large ones computed now, of small ones later, from a copy."""
+    if sum(one.nbytes for one in inputs) <= COPIED:
+        copies = [one.clone() for one in inputs]
+        return lambda: [tensor_sha256(one) for one in copies]
+    found = [tensor_sha256(one) for one in inputs]
+    return lambda: found
 
 
 def _hash_of(state: dict[str, Tensor]) -> str | None:

@@ -89,7 +89,12 @@ def test_every_tier_has_the_same_map(method: str, batch: int) -> None:
         torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-7)
     assert found.provenance.points_per_launch == batch
     rules = method in ("guided_backprop", "deeplift", "lrp")
-    assert rules or any("recorded" in one for one in kinds)
+    # Of a small model a single point never repays one.
+    assert (
+        rules
+        or (batch == 1 and method != "integrated_gradients")
+        or any("recorded" in one for one in kinds)
+    )
 
 
 def test_a_recording_waits_until_it_repays() -> None:

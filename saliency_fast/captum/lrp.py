@@ -28,7 +28,7 @@ from saliency_fast.errors import InputTypeError
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
 from saliency_fast.model.preserve import preserved
-from saliency_fast.rules import RulesMode
+from saliency_fast.rules.intercept import RulesMode
 from saliency_fast.rules.lrp import ratio
 
 DEFAULT_EPSILON = (

@@ -120,8 +120,10 @@ class Call:
         """The further arguments by their number or name."""
         return [*enumerate(self.args), *self.kwargs.items()]
 
-    def function(self, executor: Executor, kind: tuple[object, ...] = ()) -> PointFunction:
-        """The model by an executor, with the further arguments and targets of the call."""
+    def function(
+        self, executor: Executor, kind: tuple[object, ...] = (), **further: Any
+    ) -> PointFunction:
+        """The model by an executor, with the arguments and targets of the call. further: fields."""
         return PointFunction(
             *(for_recurrent_layers(executor, self.device), self.targets, self.args, self.kwargs),
             dtypes=self.dtypes if self.halves else None,
@@ -129,6 +131,7 @@ class Call:
             shared_arguments=self.shared_arguments,
             unused=self.unused,
             channels_last=self.channels_last,
+            **further,
         )
 
     @property

@@ -548,7 +548,8 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
 
     rows: what is known of its rows; arguments: which of its further arguments go whole, by shapes;
     unused: inputs that no score depended on; prepared: jobs of earlier calls, without tensors;
-    points: of the calls of each kind so far.
+    layers: those that `at="auto"` and the like mean, by inputs, with the fingerprint of the model;
+    repeats: those of gradients in one launch; points: of the calls of each kind so far.
     """
 
     def __init__(self) -> None:
@@ -557,4 +558,6 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
         self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
         self.unused: set[int] = set()
         self.prepared: dict[Any, Any] = {}
+        self.repeats: dict[Any, Any] = {}
+        self.layers: dict[tuple[object, ...], tuple[object, tuple[Any, ...]]] = {}
         self.points: dict[tuple[object, ...], int] = {}

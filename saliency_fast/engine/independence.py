@@ -375,11 +375,11 @@ def find_ties(
     count = recipe.count * call.batch
     one = int((not maxima and not few) or count >= config.ties_least_points)
     many = call.batch if exact else max(count // config.ties_points_per_example, one)
-    if not many:
-        return None
     share = torch.full((call.batch,), math.nan, dtype=torch.float64, device="cpu")
     if maxima == [False] and not exact:
         return TieReport(share.zero_())
+    if not many:
+        return None
     points_of = _examined(recipe, call, baselines, exact=exact)
     largest, apart = 0.0, False
     for example in range(call.batch):

@@ -52,6 +52,7 @@ class Job:
         traced: Those of the first sizes whose launches are traced; with_traces: from the traces by
             size to the job that goes on.
         limit: What the precision may cost a map, where another one is left to take its place.
+        kind: Equal for calls whose points are counted together.
     """
 
     model: Model
@@ -73,6 +74,7 @@ class Job:
     traced: tuple[int, ...] = ()
     with_traces: Callable[[Mapping[int, Trace]], Job] | None = None
     limit: float = math.inf
+    kind: tuple[object, ...] = ()
 
     @property
     def key(self) -> tuple[str, int]:

@@ -121,7 +121,7 @@ def _metered(request: EvaluationRequest, count: int, device: torch.device) -> Ev
     with _slot(), uncompiled(), meter:
         result = request.evaluate(request.function, *request.write(slice(0, count)))
     moved = not all(map(torch.equal, states, random_states(device)))
-    return replace(result, cost=meter.cost({}, moved=moved))
+    return replace(result, cost=meter.cost({}, moved=moved).of_one(count))
 
 
 def _traced(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +16,7 @@ from saliency_fast.engine.bind import Call, Model, layouts_at, read_inputs
 from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.recipe import Recipe, Starting, WeightedSum
 from saliency_fast.errors import InputError, ModelError, warn
+from saliency_fast.graph.fingerprint import model_fingerprint
 from saliency_fast.graph.program import in_layout, is_channels_last
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import FORWARD
@@ -31,7 +33,6 @@ from saliency_fast.model.layers import (
     find_layers,
     last_spatial,
     module_at,
-    module_of,
     names_of,
 )
 
@@ -50,7 +51,6 @@ class LayerLocation:
     of_input: bool
     caches: dict[tuple[object, ...], CalibrationCache]
     _downstream: dict[tuple[object, ...], Downstream] = field(default_factory=dict)
-    _layers_found: dict[tuple[object, ...], tuple[Layer, ...]] = field(default_factory=dict)
 
     @property
     def cache(self) -> CalibrationCache:
@@ -93,17 +93,20 @@ class LayerLocation:
             return find_layers(self.model, at)
         # By what it is called with: to look takes a run.
         key = (at, *((x.shape[1:], x.dtype) for x in call.inputs))
-        layers = self._layers_found.get(key)
-        inside = set(map(id, module_of(self.model).modules()))
-        if layers is not None and all(id(module_at(one)) in inside for one in layers):
-            return layers
+        mark, references = self.cache.layers.get(key, (None, ()))
+        if mark is not None and mark == model_fingerprint(self.model):
+            several = [(number, refer()) for number, refer in references]
+            return tuple(
+                one if number is None else OneCall(one, number)
+                for number, one in several
+                if one is not None
+            )
         function = call.function(EagerExecutor(self.model))
         if at == EMBEDDINGS:
             first = torch.zeros(1, dtype=torch.int64, device=call.device)
             rows = tuple(x[:1] for x in call.inputs)
             layers = embeddings(self.model, _forward(function, rows, first), rows)
-            self._layers_found[key] = layers
-            return layers
+            return self._keep(key, layers)
 
         def run(number: int, change: Change | None) -> tuple[Any, Tensor]:
             example = torch.tensor([number], device=call.device)
@@ -114,9 +117,16 @@ class LayerLocation:
 
         layer, general = last_spatial(self.model, run, call.batch)
         # A function may read what the output holds beside.
-        if general and call.targets.function is None:
-            self._layers_found[key] = (layer,)
-        return (layer,)
+        return self._keep(key, (layer,)) if general and call.targets.function is None else (layer,)
+
+    def _keep(self, key: tuple[object, ...], layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        """Remembers the layers of a model, which is not to be held by what remembers them."""
+        references = tuple(
+            (one.call if isinstance(one, OneCall) else None, weakref.ref(module_at(one)))
+            for one in layers
+        )
+        self.cache.layers[key] = model_fingerprint(self.model), references
+        return layers
 
     def _values(
         self, rows: Inputs, call: Call, layers: tuple[Layer, ...], example: Tensor

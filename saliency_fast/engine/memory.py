@@ -6,7 +6,7 @@ import re
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,10 @@ class Cost:
     @property
     def saved(self) -> int:
         return sum(self.kept.values())
+
+    def of_one(self, points: int) -> Cost:
+        """The cost of one of so many points."""
+        return replace(self, peak=-(-self.peak // points), largest=-(-self.largest // points))
 
 
 class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -59,7 +59,7 @@ from saliency_fast.graph.program import tensors_among
 from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.layers import Downstream
 from saliency_fast.model.preserve import restored_random_state
-from saliency_fast.rules.deeplift import Rescale
+from saliency_fast.rules.intercept import Rules
 
 
 @dataclass(frozen=True)
@@ -195,22 +195,14 @@ class Planner:
             calibration = in_precision(self.calibration(FLOAT32), precision, point)
         return self._keep(key, precision, calibration)
 
-    @property
-    def _points(self) -> int:
-        """Of this call and of those of its kind before."""
-        return self.cache.points.get(self._key, 0) + self.recipe.count * self.call.batch
-
     def _serves(self, calibration: Calibration) -> bool:
         """Whether there are not so many points by now that a recording repays."""
         if calibration.recorded:
             return True
         if not (self.direct and self.alone and self.part is None):
             return False
-        # Another order of launches would draw other random numbers in later calls.
-        if self.recipe.count * self.call.batch > calibration.most:
-            return False
-        several = self.config.direct_calls * self.recipe.count * self.call.batch
-        return calibration.cost.random or self._points <= max(calibration.most, several)
+        points = self.recipe.count * self.call.batch
+        return eager_serves(calibration, points, self.cache.points.get(self._key, 0), self.config)
 
     def _eager(self, key: tuple[object, ...], precision: Precision) -> Calibration | None:
         """For few points: that they run eagerly; the first launch tells what a point costs."""
@@ -239,7 +231,7 @@ class Planner:
             sum(x[0].nbytes for x in self.call.inputs),
         )
         # Rules with references take each example through the model together with another row.
-        paired = isinstance(rules, Rescale) and not rules.captum
+        paired = _pairs(rules)
         limited = self.limits.memory_budget is not None
         if limited or paired or config.usual_ratio * each > config.unforeseen_bytes:
             return None
@@ -352,6 +344,7 @@ class Planner:
             capture=captured_steps if self.graphs else None,
             first=prepared.first,
             with_cost=None if known else partial(self._with_cost, prepared),
+            kind=self._key,
         )
 
     def _with_cost(self, prepared: Prepared, cost: Cost, *, keep: bool = True) -> Job:
@@ -402,7 +395,7 @@ class Planner:
             limits = replace(limits, points_per_launch=1)
         rules = self.recipe.rules
         # Captum's version takes the whole batch and its baselines through the model as they are.
-        if isinstance(rules, Rescale) and not rules.captum:
+        if _pairs(rules):
             self._need_pairs(rows)
         attempt = _Attempt(precision, reason, tuple(others), limits, tuple(notes), key)
         job = self._fitting(calibration, attempt, rows)
@@ -454,7 +447,9 @@ class Planner:
         part, strategy = self.part, calibration.strategy
         if part is not None and part.first:
             strategy = strategy.within(part.box, self.config.region_share)
-        unknown = not calibration.recorded and plan.points_per_launch > 1
+        # As much memory as autograd takes for the call itself.
+        small = self.recipe.at_input and calibration.most >= self.config.direct_points_of_small
+        unknown = not calibration.recorded and plan.points_per_launch > 1 and not small
         prepared = Prepared(attempt, strategy, plan, None, calibration, rows, (1,) * unknown)
         job = self._job(prepared)
         # Tiles are laid out by a budget of their own.
@@ -693,6 +688,25 @@ def _with_rule(
         if region is not None or kept > most:
             return refinement.otherwise, replace(recipe, refinement=None)
     return refinement.method, recipe
+
+
+def eager_serves(calibration: Calibration, points: int, earlier: int, config: EngineConfig) -> bool:
+    """Whether an eager calibration serves a call of so many points, after `earlier` ones of its
+    kind: there are not so many that a recording repays.
+    """
+    # Another order of launches would draw other random numbers in later calls.
+    if points > calibration.most:
+        return False
+    if points == 1 and calibration.most >= config.direct_points_of_small > 0:
+        # A program's own calls take longer than what it spares of a single small point.
+        return True
+    most = max(calibration.most, config.direct_calls * points)
+    return calibration.cost.random or earlier + points <= most
+
+
+def _pairs(rules: Rules | None) -> bool:
+    """Whether an example goes through the model with its reference, and with nothing else."""
+    return rules is not None and rules.references and not getattr(rules, "captum", False)
 
 
 def _need_alike(model: Model, dtypes: Sequence[torch.dtype]) -> None:

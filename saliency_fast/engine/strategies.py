@@ -111,8 +111,8 @@ class Strategy:
             executor = self._executor(model)
         else:
             executor = self._by(self._whole if self._invariant is None else self._invariant.program)
-        return replace(
-            call.function(executor, (*self._kind(model), self.precision.name)),
+        return call.function(
+            *(executor, (*self._kind(model), self.precision.name)),
             prefix=self.prefix,
             at_prefix_end=self.prefix is not None and recipe.measured.family.straight,
             precision=self.precision,

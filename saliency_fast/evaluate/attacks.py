@@ -28,7 +28,7 @@ from saliency_fast.methods.gradient import Gradient
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import PREDICTED, Reader, Target, read_targets, tensor_of
 from saliency_fast.ops import philox, random_bits
-from saliency_fast.rules import Softplus
+from saliency_fast.rules.rectifiers import Softplus
 
 Bounds = tuple[float | Tensor, float | Tensor] | None
 """The smallest and the largest valid input: numbers, or tensors that broadcast to the inputs."""

@@ -21,6 +21,7 @@ from saliency_fast.graph.outputs import attributes_of
 _PLAIN = (int, float, complex, str, bytes, range, type(None), np.generic, torch.dtype, torch.device)
 _FREQUENT = frozenset((int, float, bool, str, type(None)))
 _TABLES = frozenset((dict, OrderedDict, list, tuple, set))
+_TENSORS = frozenset((Tensor, nn.Parameter))
 _OTHERS = frozenset(("torch", "numpy", *sys.stdlib_module_names))
 """Packages whose own code is taken to stay the same."""
 _OPAQUE = frozenset(("logging", "threading", "_thread", "io", "_io"))
@@ -81,6 +82,7 @@ class _Walk:
         self.found: list[object] = []
         # With the values, so that none is gone and its id another's while the walk lasts.
         self.seen: dict[int, tuple[int, object]] = {}
+        self.kinds: set[type] = set()
 
     def visit(self, value: Any, depth: int) -> None:
         if isinstance(value, _PLAIN):
@@ -94,9 +96,7 @@ class _Walk:
             # Not by its id: containers and bound methods may be made anew for every call.
             self.found.append(type(value))
             if isinstance(value, nn.Module):
-                # A module costs no depth: its parts count however deep they lie.
-                self.member(type(value), "forward", depth)
-                self.mapping(vars(value), depth)
+                self.module(value, depth)
             elif depth:
                 self.parts(value, depth - 1)
             else:
@@ -109,6 +109,23 @@ class _Walk:
             return True
         self.found.append(("again", found[0]))
         return False
+
+    def module(self, value: nn.Module, depth: int) -> None:
+        """A module costs no depth: its parts count however deep they lie."""
+        if type(value) not in self.kinds:
+            self.kinds.add(type(value))
+            self.member(type(value), "forward", depth)
+        own = vars(value)
+        # Modules have dozens of settings and empty tables each: most of the walk's time.
+        names, kinds = tuple(own), tuple(map(type, own.values()))
+        settings, tables, others = _sorted_by_kind(names, kinds)
+        self.found += (names, kinds, *[own[name] for name in settings])
+        for name in tables:
+            if part := own[name]:
+                self.found.append(name)
+                self.visit(part, depth)
+        for name in others:
+            self.visit(own[name], depth)
 
     def parts(self, value: Any, depth: int) -> None:
         if isinstance(value, dict):
@@ -182,15 +199,25 @@ class _Walk:
         for name, part in value.items():
             kind = type(part)
             self.found.append(name if type(name) in _FREQUENT else id(name))
-            # Modules have dozens of settings and empty tables each: most of the walk's time.
             if kind in _FREQUENT:
                 self.found += (kind, part)
+            elif kind in _TENSORS:
+                self.found.append(id(part))
             elif kind not in _TABLES or part:
                 self.visit(part, depth)
 
     def all(self, values: Iterable[object], depth: int) -> None:
         for value in values:
             self.visit(value, depth)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sorted_by_kind(names: tuple[str, ...], kinds: tuple[type, ...]) -> tuple[list[str], ...]:
+    """The names of a module's attributes: plain settings, containers and all others."""
+    settings, tables, others = list[str](), list[str](), list[str]()
+    for name, kind in zip(names, kinds, strict=True):
+        (settings if kind in _FREQUENT else tables if kind in _TABLES else others).append(name)
+    return settings, tables, others
 
 
 @functools.lru_cache(maxsize=4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
-from saliency_fast._torch_compat import BATCH_NORM_STEPS
+from saliency_fast._torch_compat import BATCH_NORM_STEPS, run_backward
 from saliency_fast._types import Args, Function
 
 Forward = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
@@ -34,11 +35,32 @@ def gradients(
     format goes through a kernel that reads all strides.
     """
     many = (outputs,) if isinstance(outputs, (Tensor, GradientEdge)) else tuple(outputs)
-    norms = [node for node in steps_behind(many) if node.name().startswith(BATCH_NORM_STEPS)]
-    handles = [node.register_prehook(_apart) for node in norms]
-    try:
+    with _right_norms(many):
         found: tuple[Any, ...] = torch.autograd.grad(outputs, inputs, cotangents, **options)  # type: ignore[arg-type]
         return found
+
+
+def gradients_of_sums(
+    columns: Sequence[Tensor], sources: Sequence[Source]
+) -> list[tuple[Tensor | None, ...]]:
+    """For each column of scores the gradients of its sum, None where it does not depend on a
+    source; all columns are of one graph.
+    """
+    found, last = [], len(columns) - 1
+    with _right_norms(columns):
+        for number, one in enumerate(columns):
+            # Not by `torch.autograd.grad`, which takes as long as the pass of a small network.
+            about = ((one,), (torch.ones_like(one),), number < last, False, tuple(sources))
+            found.append(run_backward(*about, allow_unreachable=True, accumulate_grad=False))
+    return found
+
+
+@contextmanager
+def _right_norms(results: Iterable[Source]) -> Iterator[None]:
+    norms = [node for node in steps_behind(results) if node.name().startswith(BATCH_NORM_STEPS)]
+    handles = [node.register_prehook(_apart) for node in norms]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

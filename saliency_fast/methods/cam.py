@@ -5,22 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saliency_fast import ops
 from saliency_fast._types import Inputs
+from saliency_fast.engine.layers import id_of
 from saliency_fast.engine.recipe import Maps, Round, RoundContext, RoundResult, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError, warn
+from saliency_fast.graph.fingerprint import model_fingerprint
 from saliency_fast.methods.parts import checks
 from saliency_fast.methods.parts.maps import at_inputs, every_row
-from saliency_fast.model.follow import Inside
+from saliency_fast.model.follow import MOST_CACHED, Inside
 from saliency_fast.model.layers import LayerTaps, kind_of, module_at
 from saliency_fast.model.layout import Layout, Space, read_layout
-from saliency_fast.rules import Guided
+from saliency_fast.rules.rectifiers import Guided
 
 Weights = Callable[[Tensor, Tensor], Tensor]
+_LAYOUTS: WeakKeyDictionary[nn.Module, dict[Any, tuple[object, list[Layout]]]] = WeakKeyDictionary()
+"""Layouts of a model's layers by shapes, each with the fingerprint of the model: to follow inputs
+to a layer takes as long as many points.
+"""
 
 
 @dataclass(frozen=True)
@@ -343,21 +351,30 @@ class Canvas:
         return taps[: len(layers)]
 
     @cached_property
-    def _spaces(self) -> list[Space]:
+    def _inside(self) -> Inside:
         context = self.context
-        inside = context.layouts.inside(context.layers, context.layer_input) or Inside()
-        axes = context.layouts.needed("a class activation map")
-        return [
-            Space(tuple(x.shape), one, inside, number)
-            for number, (x, one) in enumerate(zip(context.inputs, axes, strict=True))
-        ]
+        return context.layouts.inside(context.layers, context.layer_input) or Inside()
 
     def _layouts(self, number: int, output: Tensor) -> list[Layout]:
         """The layouts of the tensors of layer `number` in the space of each input."""
-        if number == len(self.layouts):
-            layer, shape = module_at(self.context.layers[number]), tuple(output.shape)
-            about = self.grid, self.special, self.context.model, number
-            self.layouts.append([read_layout(layer, shape, x, *about) for x in self._spaces])
+        if number < len(self.layouts):
+            return self.layouts[number]
+        context, shape = self.context, tuple(output.shape)
+        axes = context.layouts.needed("a class activation map")
+        shapes = tuple(tuple(x.shape) for x in context.inputs)
+        layers = (context.layer_input, *map(id_of, context.layers))
+        key = (shape, number, self.grid, self.special, axes, shapes, *layers)
+        model, mark = context.model, model_fingerprint(context.model)
+        known = _LAYOUTS.setdefault(model, {}) if isinstance(model, nn.Module) else {}
+        if key not in known or known[key][0] != mark:
+            about = self.grid, self.special, context.model, number
+            layer, parts = module_at(context.layers[number]), zip(shapes, axes, strict=True)
+            spaces = [Space(*part, self._inside, at) for at, part in enumerate(parts)]
+            found = [read_layout(layer, shape, space, *about) for space in spaces]
+            while len(known) >= MOST_CACHED:
+                known.pop(next(iter(known)))
+            known[key] = mark, found
+        self.layouts.append(known[key][1])
         return self.layouts[number]
 
     def read(self, number: int, output: Tensor) -> Tensor:

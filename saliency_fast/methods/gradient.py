@@ -11,7 +11,9 @@ from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Itself, Level, WeightedSum
 from saliency_fast.errors import InputError
 from saliency_fast.methods.parts import checks
-from saliency_fast.rules import Composite, Deconv, Guided, Rescale, composite
+from saliency_fast.rules.deeplift import Rescale
+from saliency_fast.rules.lrp_operators import Composite, composite
+from saliency_fast.rules.rectifiers import Deconv, Guided
 
 BOUNDED = "epsilon_gamma_box"
 """The composite whose first rule needs the bounds of the input."""

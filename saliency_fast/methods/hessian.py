@@ -23,8 +23,8 @@ from saliency_fast.methods.parts.maps import (
 )
 from saliency_fast.methods.parts.quadrature import gauss_logarithm
 from saliency_fast.model.function import Project
-from saliency_fast.rules import Softplus
 from saliency_fast.rules.intercept import Rules
+from saliency_fast.rules.rectifiers import Softplus
 
 MOST_REGIONS = 256
 """Each region takes a backward pass of its own for every point."""

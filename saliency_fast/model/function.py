@@ -18,7 +18,7 @@ from torch.nn import functional
 from saliency_fast._torch_compat import ErrorText
 from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import ModelCallError, ModelError, UnseenInputError
-from saliency_fast.graph.gradients import gradients
+from saliency_fast.graph.gradients import gradients, gradients_of_sums
 from saliency_fast.graph.intercept import Calls
 from saliency_fast.graph.outputs import map_tensors, rows_of
 from saliency_fast.graph.passes.affine_prefix import Prefix
@@ -164,14 +164,11 @@ class PointFunction:
         inside.clear()
         if not scores.requires_grad:
             raise ModelError(NO_GRADIENT)
-        # A sum: where a gradient is handed in, PyTorch imports its symbolic shapes, which takes a
-        # third of a second.
         scale: Any = self.scale
         scaled = isinstance(scale, Tensor) or scale != 1.0
         cotangents = scores * scale if scaled else scores
-        sums = [one.sum() for one in cotangents.unbind(1)]
         with self.failing(BACKWARD, example):
-            several = _each(sums, edges)
+            several = gradients_of_sums(cotangents.unbind(1), edges)
         if self.prefix is None:
             _check_seen(several, self.unused, example)
         filled: list[Any] = [_filled(grads, likes) for grads in several]
@@ -257,6 +254,8 @@ class PointFunction:
 
     def rows(self, example: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The further arguments of the rows of examples `example` [R]."""
+        if not (self.args or self.kwargs):
+            return (), {}
         further = dict(enumerate(self.args)) | dict(self.kwargs)
         own = {key: x[example] if self.follows(key, x) else x for key, x in further.items()}
         return tuple(own[n] for n in range(len(self.args))), {n: own[n] for n in self.kwargs}
@@ -300,7 +299,7 @@ class TappedFunction(PointFunction):
         several: list[tuple[Tensor | None, ...]] = [(None,) * len(tapped)] * scores.shape[1]
         if scores.requires_grad:
             with self.failing(BACKWARD, example):
-                several = _each([one.sum() for one in scores.unbind(1)], tapped)
+                several = gradients_of_sums(scores.unbind(1), tapped)
         taps.check_reached(
             [any(one is not None for one in own) for own in zip(*several, strict=True)]
         )
@@ -394,15 +393,6 @@ Like = tuple[torch.Size, torch.dtype, torch.device]
 def _like(points: Sequence[Tensor]) -> list[Like]:
     """What zeros like the points need, without their memory, which must not outlive the run."""
     return [(x.shape, x.dtype, x.device) for x in points]
-
-
-def _each(
-    sums: Sequence[Tensor], sources: Sequence[Tensor | GradientEdge]
-) -> list[tuple[Tensor | None, ...]]:
-    """The gradients of each sum, all of one graph."""
-    kept = [True] * (len(sums) - 1) + [False]
-    pairs = zip(sums, kept, strict=True)
-    return [gradients(one, sources, retain_graph=keep, allow_unused=True) for one, keep in pairs]
 
 
 def _filled(grads: tuple[Tensor | None, ...], likes: Sequence[Like]) -> Inputs:

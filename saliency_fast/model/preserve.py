@@ -11,10 +11,11 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial, wraps
-from operator import is_, methodcaller
+from itertools import chain, islice
+from operator import is_, itemgetter, methodcaller
 from types import FunctionType, MethodType
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakKeyDictionary, WeakSet
@@ -53,6 +54,9 @@ class SharedSwitch(Generic[Held]):
     def __contains__(self, key: object) -> bool:
         return key in self._held
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     def acquire(self, key: object, turn_on: Callable[[], Held]) -> Held:
         """What `turn_on` returned to the first user of `key`."""
         with self.lock:
@@ -89,7 +93,10 @@ class _Local(threading.local):
 
 _LOCAL = _Local()
 _MODES: SharedSwitch[bool] = SharedSwitch()
-_SNAPSHOTS: SharedSwitch[_Snapshot] = SharedSwitch()
+_SNAPSHOTS: dict[nn.Module, _Snapshot] = {}
+"""Of the modules that calls hold now, which share them."""
+_LOCK = threading.RLock()
+"""Of snapshots, which threads share."""
 _STANCE: SharedSwitch[Any] = SharedSwitch()
 _CHECKPOINTS: SharedSwitch[None] = SharedSwitch()
 _OVERWRITTEN: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
@@ -108,14 +115,18 @@ def preserve_model_state(
     modes of shared models when the last thread leaves. draws: whether random states are restored,
     which are the process's: not where other threads go on working.
     """
+    # Contexts of PyTorch's take longer than to ask whether they would change anything.
+    nothing = nullcontext()
     with (
-        restored_random_state(lambda: True, device) if draws else nullcontext(),
+        restored_random_state(lambda: True, device) if draws else nothing,
         compat.outside_transforms(),
         _evaluating(model) as was_training,
         preserved(model, rewinds=draws),
-        torch.inference_mode(False),
+        torch.inference_mode(False) if torch.is_inference_mode_enabled() else nothing,
         torch.enable_grad(),
-        torch.autocast(device.type, enabled=False),
+        torch.autocast(device.type, enabled=False)
+        if torch.is_autocast_enabled(device.type)
+        else nothing,
         without_recomputation(once=False),
     ):
         yield was_training
@@ -151,9 +162,11 @@ def _evaluating(model: Callable[..., Any]) -> Iterator[bool]:
     """Inside, all modules of a model are in evaluation mode; yields whether one was not."""
     held: list[nn.Module] = []
     with _MODES.lock:
-        # Frozen TorchScript has no mode any more.
-        for module in model.modules() if isinstance(model, nn.Module) else ():
-            if hasattr(module, "training") and (module.training or module in _MODES):
+        others = len(_MODES) > 0
+        for module in below([model]) if isinstance(model, nn.Module) else ():
+            # Frozen TorchScript has no mode any more.
+            training = getattr(module, "training", None)
+            if training or (others and training is not None and module in _MODES):
                 _MODES.acquire(module, lambda: True)
                 module.training = False
                 held.append(module)
@@ -255,32 +268,34 @@ def _leave(hook: Any, *error: Any) -> None:
 class _Snapshot:
     """A module as it was before the first of the calls that hold it.
 
-    room: bytes of tensors that may be copied. thread: the one of all calls, None for several.
-    changed: whether the last `restore` restored something. inference: whether it has tensors of
-    inference mode.
+    room: bytes of tensors that may be copied. users: calls that hold it. thread: the one of all
+    calls, None for several. changed: whether the last `restore` restored something. inference:
+    whether it has tensors of inference mode.
     """
 
     def __init__(self, module: nn.Module, room: int) -> None:
         own = vars(module)
-        self.module, self.inference, self.changed = module, False, False
+        self.module, self.inference, self.changed, self.users = module, False, False, 0
         self.thread: int | None = threading.get_ident()
-        self.attributes = own.copy()
-        self.tables = [own[name].copy() for name in compat.TABLES]
-        self.transient = own[compat.TRANSIENT].copy()
-        self.containers: list[_Container] = []
-        parameters, buffers, _ = self.tables
+        self.sizes, self.entries = _entries(own)
+        self.transient, self.containers = set(own[compat.TRANSIENT]), list[_Container]()
+        parameters, buffers = own[compat.PARAMETERS], own[compat.BUFFERS]
         # A layer without a bias has a parameter that is None.
-        self.tensors = [(n, t) for n, t in (parameters | buffers).items() if t is not None]
-        if len(own) > len(_BASE):
-            for name, value in own.items():
-                if type(value) not in _PLAIN and name not in _BASE:
-                    self._gather(name, value, set())
+        self.tensors = [pair for pair in parameters.items() if pair[1] is not None]
+        self.tensors += [pair for pair in buffers.items() if pair[1] is not None]
+        for name in own if len(own) > len(_BASE) else ():
+            if name in _BASE or (kind := type(value := own[name])) in _PLAIN:
+                continue
+            # Such as the sizes of a convolution's kernel.
+            if kind is not tuple or not _PLAIN.issuperset(map(type, value)):
+                self._gather(name, value, set())
         if any(tensor.is_inference() for _, tensor in self.tensors):
             # They count no writes, and take none outside of their mode.
             self.inference = True
             self.tensors = [(name, one) for name, one in self.tensors if not one.is_inference()]
         self.versions = [compat.version_of(tensor) for _, tensor in self.tensors]
-        self.copies = self._copied(parameters, room)
+        self.overwritten = _OVERWRITTEN.get(module) if self.tensors else set()
+        self.copies = self._copied(parameters, room) if self.tensors else {}
 
     def _gather(self, name: str, value: Any, seen: set[int]) -> None:
         """Adds the containers and tensors in an attribute."""
@@ -298,7 +313,7 @@ class _Snapshot:
     def _copied(self, parameters: dict[str, Any], room: int) -> dict[int, Tensor]:
         """Copies of tensors that may be overwritten: at first all but parameters."""
         # In training mode, batch normalisation writes to its statistics.
-        overwritten = None if self.module.training else _OVERWRITTEN.get(self.module)
+        overwritten = None if self.module.training else self.overwritten
         copies: dict[int, Tensor] = {}
         for number, (name, tensor) in enumerate(() if overwritten == set() else self.tensors):
             wanted = name not in parameters and (overwritten is None or name in overwritten)
@@ -314,45 +329,58 @@ class _Snapshot:
         graphs: graphs of its runs live on, whose backward pass fails where tensors were written to.
         """
         own, self.changed = vars(self.module), False
-        for name, before in zip(compat.TABLES, self.tables, strict=True):
-            if not _same(before, own[name]):
-                self.changed = True
-                own[name].clear()
-                own[name].update(before)
-        if (transient := own[compat.TRANSIENT]) != self.transient:
-            transient.clear()
-            transient.update(self.transient)
-        if not _same(self.attributes, own):
-            self._restore_attributes(own)
+        sizes, entries = _entries(own)
+        if sizes != self.sizes or not all(map(is_, entries, self.entries)):
+            self._restore_entries(own)
+        if own[compat.TRANSIENT] != self.transient:
+            own[compat.TRANSIENT].clear()
+            own[compat.TRANSIENT].update(self.transient)
+        if not (self.tensors or self.containers or self.changed):
+            return []
         containers = [one for one in self.containers if one.changed()]
         lost = [one.name for one in containers if not one.restore()]
-        now = [compat.version_of(tensor) for _, tensor in self.tensors]
-        written = [n for n, was in enumerate(self.versions) if now[n] != was]
+        now, written = [compat.version_of(tensor) for _, tensor in self.tensors], list[int]()
+        if now != self.versions:
+            written = [n for n, was in enumerate(self.versions) if now[n] != was]
         # Batch normalisation writes to its statistics without counting.
-        written += [n for n, one in self.copies.items() if not torch.equal(one, self.tensors[n][1])]
-        written = list(dict.fromkeys(written))
-        names = [self.tensors[n][0] for n in written]
-        lost += [
-            name for n, name in zip(written, names, strict=True) if not self._rewritten(n, graphs)
-        ]
-        self.changed |= bool(containers or written)
+        for n, one in self.copies.items():
+            if n not in written and not torch.equal(one, self.tensors[n][1]):
+                written.append(n)
+        if containers or written:
+            self.changed = True
+            names = [self.tensors[n][0] for n in written]
+            pairs = zip(written, names, strict=True)
+            lost += [name for n, name in pairs if not self._rewritten(n, graphs)]
         if self.changed:
             _CHANGING.add(self.module)
-        earlier = _OVERWRITTEN.get(self.module)
-        if earlier is None or written:
-            _OVERWRITTEN[self.module] = (earlier or set()).union(names)
+        if self.overwritten is None or written:
+            self.overwritten = (self.overwritten or set()).union(
+                self.tensors[n][0] for n in written
+            )
+            _OVERWRITTEN[self.module] = self.overwritten
         return lost
 
-    def _restore_attributes(self, own: dict[str, Any]) -> None:
-        for name in [one for one in own if one not in self.attributes and one not in _BASE]:
+    def _restore_entries(self, own: dict[str, Any]) -> None:
+        """Restores tables and attributes, in the order that they had."""
+        half, before = len(self.entries) // 2, list[dict[str, Any]]()
+        names, values = iter(self.entries[:half]), iter(self.entries[half:])
+        for size in self.sizes:
+            before.append(dict(zip(islice(names, size), islice(values, size), strict=True)))
+        attributes, *tables = before
+        for name, table in zip(compat.TABLES, tables, strict=True):
+            if not _same(table, own[name]):
+                self.changed = True
+                own[name].clear()
+                own[name].update(table)
+        for name in [one for one in own if one not in attributes and one not in _BASE]:
             self.changed = True
             del own[name]
-        for name, value in self.attributes.items():
+        for name, value in attributes.items():
             if name not in _BASE and own.get(name, own) is not value:
                 self.changed = True
                 own[name] = value
-        if list(own) != list(self.attributes):
-            for name in self.attributes:
+        if list(own) != list(attributes):
+            for name in attributes:
                 own[name] = own.pop(name)
 
     def _rewritten(self, number: int, graphs: bool) -> bool:
@@ -414,6 +442,13 @@ class _Container:
         return True
 
 
+def _entries(own: dict[str, Any]) -> tuple[list[int], list[Any]]:
+    """The sizes of a module's attributes and tables, and all of their names and values."""
+    parts = own, *itemgetter(*compat.TABLES)(own)
+    values = chain.from_iterable([one.values() for one in parts])
+    return [len(one) for one in parts], [*chain.from_iterable(parts), *values]
+
+
 def _same(before: dict[Any, Any], now: dict[Any, Any]) -> bool:
     """Whether a dictionary has the same keys in the same order, and the very same values."""
     if not now:
@@ -444,7 +479,7 @@ def rewind(*, counts: bool = True) -> None:
     snapshots = hold.snapshots if counts and hold.runs == 2 else hold.changing
     if not snapshots:
         return
-    with _SNAPSHOTS.lock:
+    with _LOCK:
         for one in snapshots:
             if one.thread is not None and not one.inference:
                 one.restore(graphs=hold.graphs)
@@ -464,33 +499,35 @@ def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
     over, reads by name or is bound to), when the last call that holds them leaves. Warns of what
     cannot be restored, by name.
     """
-    held: list[_Snapshot] = []
-    room, made = COPIED, dict[int, Tensor]()
-    with _SNAPSHOTS.lock, torch.inference_mode(False), torch.no_grad():
+    held, room, made = list[_Snapshot](), COPIED, dict[int, Tensor]()
+    inside = torch.is_inference_mode_enabled()
+    with _LOCK, torch.inference_mode(False) if inside else nullcontext(), torch.no_grad():
+        thread = threading.get_ident()
         for module in modules_of(model):
-            is_new = module not in _SNAPSHOTS
-            one = _SNAPSHOTS.acquire(module, partial(_Snapshot, module, room))
-            held.append(one)
-            if one.thread != threading.get_ident():
+            one = _SNAPSHOTS.get(module)
+            if one is None:
+                one = _SNAPSHOTS[module] = _Snapshot(module, room)
+                if one.inference:
+                    one.replace_inference(made)
+                if one.copies:
+                    room -= sum(copy.nbytes for copy in one.copies.values())
+            elif one.thread != thread:
                 one.thread = None
-            if is_new and one.inference:
-                one.replace_inference(made)
-            if is_new and one.copies:
-                room -= sum(copy.nbytes for copy in one.copies.values())
+            one.users += 1
+            held.append(one)
     lost: list[tuple[nn.Module, str]] = []
     hold = _Hold(held, rewinds)
-
-    def restore(one: _Snapshot) -> None:
-        lost.extend((one.module, name) for name in one.restore(graphs=hold.graphs))
-
     _LOCAL.holds.append(hold)
     try:
         yield
     finally:
         _LOCAL.holds.remove(hold)
-        with _SNAPSHOTS.lock:
+        with _LOCK:
             for one in held:
-                _SNAPSHOTS.release(one.module, restore)
+                one.users -= 1
+                if not one.users:
+                    del _SNAPSHOTS[one.module]
+                    lost += [(one.module, name) for name in one.restore(graphs=hold.graphs)]
         if lost:
             paths = [path for one in held for path in one.module.named_modules()]
             names = {id(one): path for path, one in reversed(paths)}
@@ -504,19 +541,24 @@ def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
 
 def modules_of(model: object) -> list[nn.Module]:
     """The modules of a model but for compiled scripts and lazy modules without parameters."""
-    modules: dict[int, nn.Module] = {}
-    left = list(_roots(model))
+    several = []
+    for one in below(_roots(model)):
+        lazy = getattr(type(one), "has_uninitialized_params", None)
+        if not isinstance(one, torch.jit.ScriptModule) and not (lazy and lazy(one)):
+            several.append(one)
+    return several
+
+
+def below(roots: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    """Modules and all inside of them, each once."""
+    modules, left = dict[int, nn.Module](), list(roots)
     while left:
         module = left.pop()
         if id(module) not in modules:
             modules[id(module)] = module
-            left.extend(module.children())
-    is_lazy = [getattr(type(one), "has_uninitialized_params", None) for one in modules.values()]
-    return [
-        one
-        for one, lazy in zip(modules.values(), is_lazy, strict=True)
-        if not isinstance(one, torch.jit.ScriptModule) and not (lazy and lazy(one))
-    ]
+            # As `children()`, which is slow where many are asked.
+            left += [one for _, one in compat.own_modules(module).items() if one is not None]
+    return modules.values()
 
 
 def _roots(model: object, depth: int = 3) -> Iterator[nn.Module]:

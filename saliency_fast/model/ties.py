@@ -137,18 +137,18 @@ for _axes, _space in ((1, torch), (2, NN), (3, NN)):
 
 
 def may_tie(inputs: Inputs) -> bool:
-    """Whether neighbours of an example, or positions of a series or cloud, are equal."""
-    for places in (x[0] if x.dim() > 2 else x for x in inputs):
-        if len(places) == 1 and places.dim() == 2:
-            ordered = places[0].sort().values
-            if bool((ordered[1:] == ordered[:-1]).any()):
+    """Whether neighbours of any example, or positions of a series or cloud, are equal."""
+    for x in inputs:
+        if x.dim() == 2:
+            ordered = x.sort(1).values
+            if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
                 return True
-            continue
-        for axis in range(1, places.dim()):
-            count = places.shape[axis] - 1
-            same = places.narrow(axis, 1, count) == places.narrow(axis, 0, count)
-            if bool(same.all(0).any()):
+        for axis in range(2, x.dim()):
+            count = x.shape[axis] - 1
+            same = x.narrow(axis, 1, count) == x.narrow(axis, 0, count)
+            if bool(same.all(1).any()):
                 return True
-        if places.dim() == 2 and torch.unique(places, dim=1).shape[1] < places.shape[1]:
+        several = x if x.dim() == 3 else ()
+        if any(torch.unique(one, dim=1).shape[1] < one.shape[1] for one in several):
             return True
     return False

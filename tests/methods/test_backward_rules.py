@@ -19,7 +19,7 @@ from saliency_fast.engine.memory import Ledger, MemoryMeter
 from saliency_fast.engine.strategies import Strategy
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods import make_method
-from saliency_fast.rules import Guided
+from saliency_fast.rules.rectifiers import Guided
 from tests.configured import RECORDED, configure
 from tests.models import Multimodal, make, randn
 from tests.naive import relative_l2

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.rules import Composite
 from saliency_fast.rules.intercept import RulesExecutor
 from saliency_fast.rules.lrp import (
     AlphaBeta,
@@ -24,6 +23,7 @@ from saliency_fast.rules.lrp import (
     ZPlus,
     read_rule,
 )
+from saliency_fast.rules.lrp_operators import Composite
 from tests.models import randn
 from tests.naive import relative_l2
 from tests.rules import naive_rules

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.rules import Composite, composite
 from saliency_fast.rules.lrp import Epsilon, Flat, ZBox
-from saliency_fast.rules.lrp_operators import COMPOSITES
+from saliency_fast.rules.lrp_operators import COMPOSITES, Composite, composite
 from tests.models import randn
 from tests.naive import relative_l2
 from tests.rules.ruled import (

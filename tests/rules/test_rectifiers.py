@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast.errors import ModelError
-from saliency_fast.rules import Deconv, Guided, Softplus, composite
 from saliency_fast.rules.intercept import RulesExecutor
+from saliency_fast.rules.lrp_operators import composite
+from saliency_fast.rules.rectifiers import Deconv, Guided, Softplus
 from tests.naive import relative_l2
 from tests.rules import naive_rules
 from tests.rules.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled

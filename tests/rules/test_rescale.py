@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, ModelError
-from saliency_fast.rules import Rescale
+from saliency_fast.rules.deeplift import Rescale
 from tests.models import Tokens, make, randn
 from tests.naive import relative_l2
 from tests.rules.ruled import RELUS, SHAPES, Functional, Row, network, points, ruled, scores
