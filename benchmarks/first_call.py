@@ -1,6 +1,6 @@
 """First calls, small calls and memory against Captum: `python -m benchmarks.first_call`.
 
-    python -m benchmarks.first_call                     about forty minutes on two cores
+    python -m benchmarks.first_call                     about an hour on two cores
     python -m benchmarks.first_call --only "IG-50"      rows whose text matches a pattern
     python -m benchmarks.first_call --quick             seconds; tiny models, for tests
 
