@@ -273,7 +273,7 @@ class Caller:
         def call() -> Tensor:
             found = sf.explain(self.model, self.x, target=self.workload.target, method=method)
             about = found.provenance
-            self.strategy = f"{about.way}, {about.points_per_launch} a launch"
+            self.strategy = f"{about.strategy}, {about.points_per_launch} a launch"
             values: Tensor = found.values
             return values
 

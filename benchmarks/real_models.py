@@ -4,7 +4,7 @@
     python -m benchmarks.real_models                about forty minutes on two cores
     python -m benchmarks.real_models --only timm    networks whose name matches a pattern
 
-IG-32 of every network of `benchmarks.real_networks`, each contender in a fresh interpreter that fails
+IG-32 of every network of `benchmarks.real_networks`, each contender in an interpreter that fails
 alone: first and later calls, peak memory, and maps against Captum's at equal nodes and, in
 float64, against a loop of plain autograd. Then, where `IntegratedGradients(rule="adaptive")`
 exists, the time that a map as good as Captum's takes.

@@ -105,7 +105,7 @@ def test_eager_launches_have_two_points_where_memory_allows(launch: int, rows: i
     config = EngineConfig(cpu_eager=1, cpu_launch=launch)
     engine = sf.Engine(model(), sf.IntegratedGradients(steps=20), config=config)
     found = engine(X[:1], 1)
-    assert found.provenance.way == "off"
+    assert found.provenance.strategy == "off"
     assert found.provenance.points_per_launch == rows
 
 

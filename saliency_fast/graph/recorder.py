@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
-<<<<<<< HEAD
+from saliency_fast.graph.gradients import steps_behind
 from saliency_fast.graph.intercept import (
     GRAPH,
     INNER_GRADIENTS,
@@ -22,10 +22,6 @@ from saliency_fast.graph.intercept import (
     NotLeanError,
     autocast_is_on,
 )
-=======
-from saliency_fast.graph.gradients import steps_behind
-from saliency_fast.graph.intercept import INNER_GRADIENTS, Calls, NotLeanError, autocast_is_on
->>>>>>> ef7fa3c (Tables that a model keeps of an earlier run are constants of its recording)
 from saliency_fast.graph.opinfo import info, name_of
 from saliency_fast.graph.program import (
     Missing,

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import real_models, tables
 from benchmarks.end_to_end import machine, save
 from benchmarks.fresh import CAPTUM, OURS
-from benchmarks.real_networks import NETWORKS, sized
 from benchmarks.real_models import FEW, STEPS, summary, table
+from benchmarks.real_networks import NETWORKS, sized
 
 
 def test_there_are_sixty_networks_of_five_libraries() -> None:
