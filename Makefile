@@ -16,7 +16,15 @@ PIP := REQUESTS_CA_BUNDLE="$${REQUESTS_CA_BUNDLE:-$${CURL_CA_BUNDLE:-$(CERTIFICA
 	$(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-.PHONY: help demo test test-all lint types imports unit test-versions bench bench-gpu kernels larger accuracy format clean
+# The sources in another directory, where constraints leave the release of PyTorch open.
+define copied
+mkdir -p $(1)
+git ls-files --cached --others --exclude-standard | tar -cf - -T - | tar -xf - -C $(1)
+grep -vE '^(torch|triton)==' constraints.txt > $(1)/constraints.txt
+touch -r constraints.txt $(1)/constraints.txt
+endef
+
+.PHONY: help demo test test-all lint types imports unit test-versions bench bench-gpu real-models kernels larger accuracy format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,13 +57,11 @@ unit: $(VENV)/test-installed ## run the tests
 test-versions: $(RELEASES:%=test-torch-%) ## run the tests on other releases of PyTorch
 
 test-torch-%:
-	mkdir -p build/torch-$*
-	git ls-files --cached --others --exclude-standard | tar -cf - -T - | tar -xf - -C build/torch-$*
-	grep -vE '^(torch|triton)==' constraints.txt > build/torch-$*/constraints.txt
-	touch -r constraints.txt build/torch-$*/constraints.txt
+	$(call copied,build/torch-$*)
 	$(MAKE) -C build/torch-$* unit VENV=.venv TORCH="torch==$* torchvision" MARKS="$(MARKS)"
 
 bench: $(VENV)/test-installed ## measure on the CPU and fill the tables of the documentation
+	$(BIN)/python -m benchmarks.first_call
 	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.end_to_end --device cpu
 	$(BIN)/python -m benchmarks.lean
@@ -64,7 +70,13 @@ bench: $(VENV)/test-installed ## measure on the CPU and fill the tables of the d
 	$(BIN)/python -m benchmarks.requests
 	$(BIN)/python -m benchmarks.methods
 	$(BIN)/python -m benchmarks.evaluation
-	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.tables
+
+# An environment of its own, since torchvision fits one release of PyTorch: 8 GB and forty minutes.
+real-models: ## measure sixty networks written by others
+	$(call copied,build/real-models)
+	$(MAKE) -C build/real-models .venv/networks-installed VENV=.venv TORCH="torch torchvision"
+	cd build/real-models && .venv/bin/python -m benchmarks.real_models --out $(CURDIR)/benchmarks/results
 	$(BIN)/python -m benchmarks.tables
 
 # Needs nvcc and Triton, and no GPU.
@@ -101,6 +113,10 @@ $(VENV)/installed: $(SOURCES)
 	$(PIP) $(TORCH) numpy "setuptools>=77" wheel ninja
 	@echo "== 2 of 2: saliency_fast, with its C++ ops where a compiler is found: a minute or two."
 	$(PIP) --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/networks-installed: $(VENV)/installed
+	$(PIP) --no-build-isolation --editable ".[benchmark,real-models]"
 	touch $@
 
 $(VENV)/test-installed: $(VENV)/installed

@@ -12,9 +12,28 @@ from functools import partial
 from torch import nn
 
 from benchmarks import models
-from benchmarks.contenders import GRADIENT, Setting
 from benchmarks.models import WORKLOADS, Workload
 
+SIGMA = 0.15
+"""Of SmoothGrad, absolute; the workloads' inputs have a deviation of one or a range of one."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is computed: "gradient", "integrated_gradients" or "smoothgrad" with so many points."""
+
+    method: str
+    points: int = 1
+    sigma: float = SIGMA
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        short = {"gradient": "gradient", "integrated_gradients": "IG", "smoothgrad": "SmoothGrad"}
+        return short[self.method] + (f"-{self.points}" if self.method != "gradient" else "")
+
+
+GRADIENT = Setting("gradient")
 SETTINGS = (GRADIENT, Setting("integrated_gradients", 50), Setting("smoothgrad", 32))
 QUICK_SETTINGS = (GRADIENT, Setting("integrated_gradients", 6), Setting("smoothgrad", 4))
 
@@ -46,7 +65,7 @@ class Case:
 
 def sized(name: str, side: int | None = None) -> Workload:
     """A workload by name with inputs of `side` on every spatial axis."""
-    known = WORKLOADS | VOLUMES | QUICK
+    known = WORKLOADS | VOLUMES | SMALL | QUICK
     workload = known.get(name)
     if workload is None:
         raise ValueError(f"workload must be one of {', '.join(known)}: got {name!r}")
@@ -65,6 +84,10 @@ VOLUMES = {
         "unet3d-instance", partial(models.unet3d, norm="instance"), (1, 64, 64, 64), (1,)
     ),
     "volume": Workload("volume", models.volume_net, (1, 48, 48, 48), 1),
+}
+SMALL = {
+    "small-cnn": Workload("small-cnn", models.small_cnn, (3, 64, 64), 3),
+    "small-mlp": Workload("small-mlp", models.small_mlp, (30,), 3),
 }
 QUICK = {
     "tiny-unet3d": Workload("tiny-unet3d", partial(models.unet3d, width=4), (1, 8, 8, 8), (1,)),

@@ -20,37 +20,18 @@ from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from benchmarks.cases import GRADIENT, Setting
 from benchmarks.models import Workload
 from saliency_fast.engine import config
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.plan import Plan
 from saliency_fast.graph.passes.half import PRECISIONS
 
-SIGMA = 0.15
-"""Of SmoothGrad, absolute; the workloads' inputs have a deviation of one or a range of one."""
 SEARCH_SECONDS = 5.0
 """Spent at most, before anything is timed, on looking for the best points per launch."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
 ONE_LAUNCH, LEAN_OFF = f"{OURS}, one launch", f"{OURS}, one launch, lean off"
 NO_PREFIX = f"{OURS}, no prefix"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is computed: "gradient", "integrated_gradients" or "smoothgrad" with so many points."""
-
-    method: str
-    points: int = 1
-    sigma: float = SIGMA
-    seed: int = 0
-
-    @property
-    def label(self) -> str:
-        short = {"gradient": "gradient", "integrated_gradients": "IG", "smoothgrad": "SmoothGrad"}
-        return short[self.method] + (f"-{self.points}" if self.method != "gradient" else "")
-
-
-GRADIENT = Setting("gradient")
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,11 @@ __all__ = [
     "VisionTransformer",
     "VolumeNet",
     "Workload",
+    "calibrate",
     "mlp",
     "resnet50",
+    "small_cnn",
+    "small_mlp",
     "unet3d",
     "vit_b16",
     "volume_net",
@@ -31,7 +34,7 @@ __all__ = [
 Norm = Literal["batch", "instance"]
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_BATCH_NORMS = (nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _NORMS = (*_BATCH_NORMS, nn.InstanceNorm3d, nn.LayerNorm)
 _PASSES = 3
 
@@ -279,6 +282,30 @@ def volume_net(classes: int = 4, width: int = 32, *, seed: int = 0) -> VolumeNet
     return _built(lambda: VolumeNet(classes, width), seed)
 
 
+def small_cnn(classes: int = 10, *, seed: int = 0) -> nn.Sequential:
+    """Three normalised and pooled 3x3 convolutions of 16, 32, 64: [B, 3, H, W] to [B, classes]."""
+
+    def make() -> nn.Sequential:
+        layers: list[nn.Module] = []
+        for channels, width in ((3, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width)]
+            layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+        return nn.Sequential(*layers, *head)
+
+    return _built(make, seed, (4, 3, 32, 32))
+
+
+def small_mlp(features: int = 30, classes: int = 5, *, seed: int = 0) -> nn.Sequential:
+    """Two hidden ReLU layers of 128: [B, features] to [B, classes]."""
+
+    def make() -> nn.Sequential:
+        hidden = (nn.Linear(features, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+        return nn.Sequential(*hidden, nn.Linear(128, classes))
+
+    return _built(make, seed)
+
+
 def _digits() -> nn.Module:
     # Late, so that the other workloads need nothing of the library they measure.
     from saliency_fast.zoo import digits_cnn
@@ -298,7 +325,7 @@ def _built(
     generator = torch.Generator("cpu").manual_seed(seed)
     _initialise(model, generator)
     if calibration is not None:
-        _calibrate(model, calibration, generator)
+        calibrate(model, calibration, generator)
     return model.eval()
 
 
@@ -339,7 +366,7 @@ def _fan_in(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def _calibrate(model: nn.Module, shape: tuple[int, ...], generator: torch.Generator) -> None:
+def calibrate(model: nn.Module, shape: tuple[int, ...], generator: torch.Generator) -> None:
     """Set BatchNorm's running statistics to the average over a few random batches of `shape`."""
     norms = [module for module in model.modules() if isinstance(module, _BATCH_NORMS)]
     if not norms:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from benchmarks import tables
 from benchmarks.accuracy import distances
-from benchmarks.cases import sized
-from benchmarks.contenders import SIGMA
+from benchmarks.cases import SIGMA, sized
 from benchmarks.end_to_end import command, machine
 from benchmarks.race import Clock
 from saliency_fast import zoo

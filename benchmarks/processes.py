@@ -7,15 +7,11 @@ subtracted. On a GPU PyTorch's allocator counts, and one process can hold all co
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import multiprocessing
-import re
 import time
 import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.cases import sized
 from benchmarks.contenders import Ours, Setting, make, out_of_memory
+from benchmarks.fresh import ContenderError, Remote, answer, first_line, level, reset_peak, tidy
 from saliency_fast.engine.plan import Plan
-
-_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
-class ContenderError(Exception):
-    """A contender gave no result; the text is the reason that the row gets."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ class Worker:
         self.x, self.started = torch.empty(0), 0
         # What building the model left free counts neither for nor against the calls.
         _tidy(device)
-        self.idle = _level("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
+        self.idle = level("VmRSS") if device == "cpu" else torch.cuda.memory_allocated()
 
     def load(self, batch: int) -> None:
         """Takes the first `batch` examples."""
@@ -111,12 +102,12 @@ class Worker:
 
     def _peak(self) -> int:
         if self.device == "cpu":
-            return max(0, _level("VmHWM") - self.idle)
+            return max(0, level("VmHWM") - self.idle)
         return torch.cuda.max_memory_allocated() - self.started
 
     def _above_idle(self) -> int:
         """What is in use now over the level from which peaks count."""
-        return _level("VmRSS") - self.idle if self.device == "cpu" else 0
+        return level("VmRSS") - self.idle if self.device == "cpu" else 0
 
     def _synchronize(self) -> None:
         if self.device == "cuda":
@@ -128,13 +119,13 @@ class Worker:
         try:
             return call()
         except (RuntimeError, MemoryError) as error:
-            reason = "out of memory" if out_of_memory(error) else _first_line(error)
+            reason = "out of memory" if out_of_memory(error) else first_line(error)
         # Outside the handler, so that the traceback's frames no longer hold the tensors.
         _tidy(self.device)
         raise ContenderError(reason)
 
 
-class Child:
+class Child(Remote):
     """A `Worker` in a fresh process; `ready` waits until its model is built."""
 
     def __init__(
@@ -149,69 +140,33 @@ class Child:
         self.process.start()
         theirs.close()
 
-    def ready(self) -> None:
-        self._answer()
-
     def load(self, batch: int) -> None:
-        self._ask("load", batch)
+        self.ask("load", batch)
 
     def warm(self, setting: Setting) -> None:
-        self._ask("warm", setting)
+        self.ask("warm", setting)
 
     def plan(self, setting: Setting) -> Plan | None:
-        plan: Plan | None = self._ask("plan", setting)
+        plan: Plan | None = self.ask("plan", setting)
         return plan
 
     def run(self, setting: Setting, memory: bool = False, keep: int = 0) -> Sample:
-        sample: Sample = self._ask("run", setting, memory, keep)
+        sample: Sample = self.ask("run", setting, memory, keep)
         return sample
+
+    def exit_code(self) -> int | None:
+        self.process.join(5)
+        code: int | None = self.process.exitcode
+        return code
 
     def close(self) -> None:
         self.pipe.close()
-        self.process.join(5)
-        if self.process.is_alive():
+        if self.exit_code() is None:
             self.process.kill()
-
-    def _ask(self, name: str, *arguments: Any) -> Any:
-        try:
-            self.pipe.send((name, arguments))
-        except OSError as error:
-            raise ContenderError("its process had ended") from error
-        return self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            result = self.pipe.recv()
-        except EOFError as error:
-            self.process.join(5)
-            # How the system says that memory ran out.
-            killed = self.process.exitcode == -9
-            reason = "killed: out of memory" if killed else "its process ended"
-            raise ContenderError(reason) from error
-        if isinstance(result, ContenderError):
-            raise result
-        return result
 
 
 def _serve(pipe: Connection, arguments: tuple[Any, ...], threads: int | None) -> None:
-    """A child's life: builds its worker, then runs calls until the pipe is closed."""
-    try:
-        worker = Worker(*arguments, threads=threads)
-    except Exception as error:
-        pipe.send(ContenderError(_first_line(error)))
-        return
-    pipe.send(None)
-    while True:
-        try:
-            name, given = pipe.recv()
-        except EOFError:
-            return
-        try:
-            pipe.send(getattr(worker, name)(*given))
-        except ContenderError as error:
-            pipe.send(error)
-        except Exception as error:
-            pipe.send(ContenderError(_first_line(error)))
+    answer(pipe, lambda: Worker(*arguments, threads=threads))
 
 
 def _context() -> Any:
@@ -223,20 +178,11 @@ def _context() -> Any:
     return context
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
 def _tidy(device: str) -> None:
     """Gives back what is free, so that the next peak holds nothing of earlier calls."""
-    gc.collect()
+    tidy()
     if device == "cuda":
         torch.cuda.empty_cache()
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _reset_peak(device: str) -> bool:
@@ -244,17 +190,4 @@ def _reset_peak(device: str) -> bool:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return True
-    try:
-        _REFERENCES.write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _level(name: str) -> int:
-    """A field of this process's status in bytes, 0 where the system tells not."""
-    try:
-        found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
+    return reset_peak()

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import CPU_CASES, SETTINGS
-from benchmarks.contenders import Setting
+from benchmarks.cases import CPU_CASES, SETTINGS, Setting
 from benchmarks.models import Workload
 
 CACHE = Path(__file__).parent / "results" / ".cache"

@@ -10,7 +10,8 @@ under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the s
 of every kernel), "kernels-summary" (one line per kernel), "kernels-gpu" (what was timed) or the
 same with "-summary" (only what is checked in or to be); "precision-cpu", "precision-gpu",
 "requests-cpu", "requests-gpu" (both also with "-summary"), "evaluation-cpu", "metaevaluation-cpu",
-"intervals", "methods-cpu", "methods-gpu", "smoothgrad" or "startup".
+"intervals", "methods-cpu", "methods-gpu", "smoothgrad", "first-call-cpu" or "real-models-cpu" (both
+also with "-summary").
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 """The files of per-op rows on a GPU, by `benchmarks.gpu` and by `benchmarks.ops`."""
 OWN_TABLES = (
     "evaluation",
+    "first-call",
     "intervals",
     "metaevaluation",
     "methods",
     "precision",
+    "real-models",
     "requests",
     "smoothgrad",
-    "startup",
 )
 """Modules beside this one whose `table` makes what they measured into Markdown."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
@@ -312,7 +314,7 @@ def table(name: str, results: Path = RESULTS) -> str:
     if stem.startswith("lean-"):
         return lean(document)
     if (short := stem.removesuffix("-cpu").removesuffix("-gpu")) in OWN_TABLES:
-        module = import_module(f"benchmarks.{short}")
+        module = import_module(f"benchmarks.{short.replace('-', '_')}")
         found: str = (module.summary if name.endswith("-summary") else module.table)(document)
         return found
     return summary(document) if name.endswith("-summary") else full(document)

@@ -105,6 +105,15 @@ def test_a_recording_waits_until_it_repays() -> None:
     assert "recorded" in ways[-1]
 
 
+@pytest.mark.parametrize(("launch", "rows"), [(2**30, 2), (1, 1)])
+def test_eager_launches_have_two_points_where_memory_allows(launch: int, rows: int) -> None:
+    config = EngineConfig(cpu_eager=1, cpu_launch=launch)
+    engine = sf.Engine(model(), sf.IntegratedGradients(steps=20), config=config)
+    found = engine(X[:1], 1)
+    assert found.provenance.strategy == "off"
+    assert found.provenance.points_per_launch == rows
+
+
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_a_model_that_draws_has_one_map_whatever_the_number_of_calls(steps: int) -> None:
     network = model(first=lambda x: x + 0.1 * torch.randn_like(x))

@@ -278,8 +278,13 @@ def make_plan(
     largest = config.cpu_tensor if recipe.gradients else scores
     pays = max(1, largest // max(cost.largest, 1)) if call.device.type == "cpu" else None
     room = (budget, fixed, needed.finish)
-    # Autograd keeps more of a point: larger launches would take memory for little time.
-    bounds = config if calibration.recorded else replace(config, cpu_launch=config.cpu_eager)
+    bounds = config
+    if not calibration.recorded:
+        # Autograd keeps more of a point: larger launches would take memory for little time. Two
+        # points are worth it: of one row, PyTorch convolves small volumes ten times as slowly.
+        bounds = replace(
+            config, cpu_launch=max(config.cpu_eager, min(bytes_of(2), config.cpu_launch))
+        )
     most = points_per_launch(limits.points_per_launch, bytes_of, pays, room, bounds)
     points = recipe.count * call.batch
     size = min(most, points)

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Kwargs
+from saliency_fast.graph.gradients import steps_behind
 from saliency_fast.graph.intercept import (
     GRAPH,
     INNER_GRADIENTS,
@@ -106,6 +108,10 @@ class Recorder(Calls):
         self._seen, self._memories = dict[int, _Seen](), dict[int, int]()
         self._by_memory: dict[int, list[int]] = {}
         self._points, self._given = _Followed(points), _Followed(extras)
+        with torch.enable_grad():
+            node = torch.zeros((), device="cpu", requires_grad=True).clone().grad_fn
+        self._begun = 0 if node is None else compat.sequence_number(node)
+        self._starts = {get_gradient_edge(one).node for one in points if one.requires_grad}
         self._inputs = [self._number(one, varying=True) for one in points]
         self._extras = [self._number(one, varying=False) for one in extras]
 
@@ -234,7 +240,7 @@ class Recorder(Calls):
         if not isinstance(value, Tensor):
             return value
         number = self._known(value)
-        if number is None and value.is_leaf:
+        if number is None and (value.is_leaf or self._kept(value)):
             return value
         if number is None or gradient_of(value) != self._seen[id(value)].gradient:
             custom = compat.custom_function(value.grad_fn)
@@ -244,6 +250,14 @@ class Recorder(Calls):
                 raise NotLeanError("a module of the model has a backward hook")
             raise NotLeanError(f"the model has a custom autograd function {custom.__name__}")
         return Ref(number)
+
+    def _kept(self, tensor: Tensor) -> bool:
+        """Whether it is of an earlier run, as a table that the model keeps, and has nothing to do
+        with the points. Threads count their nodes apart: hence the look at the graph.
+        """
+        if compat.sequence_number(tensor.grad_fn) >= self._begun:
+            return False
+        return self._starts.isdisjoint(steps_behind((tensor,)))
 
     def _known(self, tensor: Tensor) -> int | None:
         seen = self._seen.get(id(tensor))

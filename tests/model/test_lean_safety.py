@@ -341,3 +341,49 @@ def test_float32(kind: type[nn.Module], method: Any) -> None:
     expected = plain(x, target)
     gap = (found.values - expected.values).norm() / expected.values.norm()
     assert gap < 1e-5
+
+
+class Keeping(nn.Module):
+    """Keeps a table that it made of a weight, with its graph, as timm's LeViT and TinyViT do; or
+    numbers of the points, made in another thread.
+    """
+
+    def __init__(self, threaded: bool = False) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(2, 4, 3), nn.Linear(4, 3)
+        self.weight, self.kept = nn.Parameter(torch.rand(4, 1, 1)), dict[str, Tensor]()
+        self.threaded = threaded
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "table" not in self.kept:
+            self.kept["table"] = 2 * self.weight
+        table = self.kept["table"]
+        if self.threaded:
+            # A new thread's nodes are numbered from zero on.
+            with ThreadPoolExecutor(1) as pool:
+                table = table * pool.submit(lambda: x.square().mean((1, 2, 3)) + 1).result().view(
+                    -1, 1, 1, 1
+                )
+        return self.head((self.first(x).tanh() * table).sigmoid().mean((2, 3)))
+
+
+def test_a_table_that_an_earlier_run_has_left_is_a_constant() -> None:
+    model = seeded(Keeping)
+    model(X)
+    lean, plain = (sf.Engine(model, LINE, lean=one, hashes=False) for one in (True, False))
+    found = lean(X, 1).values
+    assert way_of(lean) == "program", why(lean)
+    torch.testing.assert_close(found, plain(X, 1).values, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        model.weight.mul_(1.5)
+    model.kept.clear()
+    torch.testing.assert_close(lean(X, 1).values, plain(X, 1).values, rtol=1e-9, atol=1e-12)
+
+
+def test_what_a_thread_made_of_the_points_is_no_constant() -> None:
+    model = seeded(lambda: Keeping(threaded=True))
+    model(X)
+    lean, plain = (sf.Engine(model, LINE, lean=one, hashes=False) for one in (True, False))
+    found = lean(X, 1).values
+    assert "outside of PyTorch's own calls" in why(lean)
+    torch.testing.assert_close(found, plain(X, 1).values, rtol=1e-9, atol=1e-12)

@@ -13,6 +13,7 @@ import saliency_fast as sf
 from saliency_fast.engine.arena import LEAST_TRACED, Arena
 from saliency_fast.engine.bind import bind
 from saliency_fast.engine.evaluation import SumEvaluation
+from saliency_fast.engine.memory import MemoryMeter
 from saliency_fast.graph.autograd import convolutions
 from saliency_fast.model.executors import MetaTensors, shapes_only
 from saliency_fast.together import Arguments
@@ -67,6 +68,19 @@ def test_any_convolution() -> None:
         assert naive.relative_l2(result, expected) < 1e-5, seed
         found += 1
     assert found > 200
+
+
+@needs_onednn
+@pytest.mark.parametrize("transposed", [False, True])
+def test_large_weights_keep_their_format(transposed: bool) -> None:
+    weight = randn(16, 16, 5, 5, 5).float().contiguous(memory_format=LAYOUTS[3])
+    x, options = randn(1, 16, 3, 4, 5).float(), ([1] * 3, [2] * 3, [1] * 3, transposed, [0] * 3, 1)
+    with MemoryMeter() as meter:
+        found = convolutions.convolved(x, weight, None, *options)
+    expected = torch.ops.aten.convolution(x.double(), weight.double(), None, *options)
+    assert naive.relative_l2(found, expected) < 1e-5
+    # A copy of the weights in every launch would count as a part of each point.
+    assert meter.largest < weight.nbytes
 
 
 def test_what_is_no_convolution_is_told_by_pytorch() -> None:

@@ -40,8 +40,9 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> 
     if not (_one_volume(x) and _plain(x, weight, *options)):
         return compat.CONVOLUTION(x, weight, bias, *options)
     stride, padding, dilation, transposed, output_padding, groups = options
-    # As `aten::convolution` does.
-    channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    # The smaller one takes the other's format: a copy of large weights may outlast the convolution.
+    leads = x if x.numel() >= weight.numel() else weight
+    channels_last = leads.is_contiguous(memory_format=torch.channels_last_3d)
     layout = torch.channels_last_3d if channels_last else torch.contiguous_format
     x, weight = [one.contiguous(memory_format=layout) for one in (x, weight)]
     if transposed:
