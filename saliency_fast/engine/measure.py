@@ -34,6 +34,8 @@ from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import Directional, PointFunction, entered, summed
 from saliency_fast.model.preserve import random_states, restored_random_state, uncompiled
 
+FIRST_ROWS = 6
+"""Points of the first launches, of one, two and three of them, that tell what launches take."""
 OFF_TIES = 2.0**-20
 """Share of the largest number by which points are moved off ties."""
 
@@ -53,6 +55,13 @@ class Measured:
         """Whether the model returned the same numbers, bit for bit."""
         pairs = zip(self.outputs, other.outputs, strict=True)
         return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
+
+    @property
+    def magnitude(self) -> float:
+        """The largest magnitude of the scores and of what the model returned."""
+        numbers = [one.detach().float() for one in (self.scores, *self.outputs) if one is not None]
+        finite = [one.nan_to_num(0.0, 0.0, 0.0).abs() for one in numbers if one.numel()]
+        return max(float(one.max()) for one in finite)
 
     def gap(self, other: Measured) -> float:
         """The largest relative difference, of scores or of a gradient."""
@@ -103,6 +112,10 @@ class Measurement:
         metered: Whether the cost is measured, which takes time.
         draws: Whether the model draws random numbers, where the cost is not measured.
         programs: Whether strategies may be by a recorded program.
+        single: Whether calls of this kind have one example and few points, of which the first has
+            a launch of its own.
+        deferred: Whether launches, which count, are compared with autograd, and not points that
+            are taken once more by the strategy.
     """
 
     model: Model
@@ -116,6 +129,13 @@ class Measurement:
     metered: bool = True
     draws: bool = False
     programs: bool = True
+    single: bool = False
+    deferred: bool = False
+
+    @property
+    def scores_ends(self) -> bool:
+        """Whether a recording with two rows scores the input and the baseline."""
+        return self.single and self.recipe.baseline == "one" and self.recipe.ends
 
     def elsewhere(self, *, draws: bool) -> list[Measurement]:
         """Two other points at most, one where there are few: the end of the last example's path,
@@ -123,6 +143,11 @@ class Measurement:
         """
         level, batch = self.recipe.levels[0], self.call.batch
         order = level.node.argsort()
+        if self.single:
+            # Behind the first launches, from which a plan is made.
+            order = order[order >= FIRST_ROWS]
+            number = int(order[-1])
+            return [replace(self, number=number, metered=False, draws=draws)]
         nodes = [(batch - 1, int(order[-1])), (batch // 2, int(order[level.count // 2]))]
         few = level.count * batch < self.config.compared_at_three_from
         nodes = list(dict.fromkeys(one for one in nodes if one != (0, 0)))[: 1 if few else 2]
@@ -240,9 +265,9 @@ class Measurement:
         counted = ledger.meter
         return Measured(scores, gradients, counted.cost(ledger.kept, moved=moved))
 
-    def recorded(self, rows: int) -> Program:
-        """A recording of the model with so many rows, one of them with the graph of its gradient;
-        raises NotLeanError.
+    def recorded(self, rows: int) -> tuple[Program, Tensor]:
+        """A recording of the model with so many rows, one of them with the graph of its gradient,
+        and their scores; raises NotLeanError.
         """
         recording, meter = RecordingExecutor(self.model), MemoryMeter()
         with (
@@ -253,14 +278,17 @@ class Measurement:
         ):
             states = random_states(self.call.device)
             function, (points, example) = self.call.function(recording), self._points(rows)
+            if rows == 2 and self.scores_ends and not self.on_meta:
+                pairs = zip(self.call.inputs, self.baselines, strict=True)
+                points = tuple(torch.cat([x, one]) for x, one in pairs)
             points = function.as_model_inputs(points)
-            function.forward(entered(points)[0] if rows == 1 else points, example)
+            scores, _ = function.forward(entered(points)[0] if rows == 1 else points, example)
             drawn = not all(map(torch.equal, states, random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
         if meter.drew and drawn:
             # Other memory formats and parts taken once would draw in another order.
             raise NotLeanError("the model draws random numbers")
-        return recording.program
+        return recording.program, scores.detach()
 
     def _device(self) -> AbstractContextManager[object]:
         return MetaTensors(self.call.device) if self.on_meta else nullcontext()
