@@ -101,7 +101,7 @@ class Calibration:
 
     @property
     def estimated(self) -> bool:
-        """Whether the first launch is to tell what a point costs, which is autograd's until then."""
+        """Whether the first launch is to tell what a point costs: until then autograd's."""
         return self.verification is not None and self.cost is self.eager
 
     @property

@@ -387,9 +387,7 @@ class SumEvaluation(Evaluation):
             yield from self._prove_ends(verification)
             self.job = replace(self.job, calibration=self.job.verified())
 
-    def _prove_ends(
-        self, verification: Verification
-    ) -> Generator[EvaluationRequest, Any, None]:
+    def _prove_ends(self, verification: Verification) -> Generator[EvaluationRequest, Any, None]:
         """Scores the input alone, where no launch of two rows has shown that they do not meet."""
         ends, known = self.job.calibration.ends, self.independence
         if ends is None or known is None or known.knows(2):

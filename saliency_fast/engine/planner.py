@@ -154,7 +154,7 @@ class Planner:
         own = self.part is None and limits.memory_budget is None and len(self.baselines) == 1
         targets = not (call.targets.predicted or call.targets.function is not None)
         kinds = not call.halves and config.exact_dtypes.isdisjoint(call.dtypes)
-        few = FIRST_ROWS < recipe.levels[0].count and recipe.count < config.compared_at_three_from
+        few = recipe.levels[0].count > FIRST_ROWS and recipe.count < config.compared_at_three_from
         one = call.batch == 1 and call.device.type == "cpu"
         return plain and own and targets and kinds and few and one
 
