@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast.engine import calibrate
+from saliency_fast.engine.calibrate import Verification
 from saliency_fast.engine.config import EngineConfig
+from saliency_fast.model.executors import RecordedExecutor
 from tests.configured import RECORDED
 from tests.traces import Notes
 
@@ -174,6 +178,96 @@ def test_a_budget_holds_where_launches_take_more_than_their_tensors_told() -> No
         torch.testing.assert_close(
             found.values, sf.explain(model(), x, target=1, method=engine.method).values
         )
+
+
+FIRST = EngineConfig(**RECORDED, lean_from=0, traced_from=1)
+"""Recorded in the first call, whose launches tell what they take."""
+X64 = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Fills with the rows of every run of a recorded program, and whether for gradients."""
+    found: list[tuple[int, bool]] = []
+    run = RecordedExecutor.__call__
+
+    def spy(self: RecordedExecutor, points: Any, *about: Any) -> Any:
+        found.append((len(points[0]), torch.is_grad_enabled()))
+        return run(self, points, *about)
+
+    monkeypatch.setattr(RecordedExecutor, "__call__", spy)
+    return found
+
+
+@pytest.mark.parametrize("method", [sf.IntegratedGradients(steps=50), sf.SmoothGrad(samples=40)])
+def test_a_recorded_first_call_takes_two_points_more(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, runs = model(), rows_run(monkeypatch)
+    engine = sf.Engine(network, method, config=FIRST, layout="BCHW")
+    first = engine(X64, 1)
+    # The recording of one point, and of two rows, and another point that is compared.
+    assert network.runs == [1, 2, 1]
+    points = engine.method.recipe().count
+    assert sum(rows for rows, gradients in runs if gradients) == points
+    # One row for each size of a launch, but for the largest; what is not recorded is scored.
+    others = [rows for rows, gradients in runs if not gradients]
+    scored = 0 if isinstance(method, sf.IntegratedGradients) else 1
+    assert sum(others) == 2 + scored, others
+    network.runs.clear()
+    runs.clear()
+    later = engine(X64, 1)
+    assert not network.runs
+    assert [rows for rows, gradients in runs if gradients][:3] == [1, 2, 3]
+    assert torch.equal(first.values, later.values)
+    assert torch.equal(first.scores, later.scores)
+    assert torch.equal(first.delta, later.delta) if first.delta is not None else True
+    expected = sf.Engine(model(), method, lean=False)(X64, 1)
+    torch.testing.assert_close(first.values, expected.values, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(first.scores, expected.scores)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_launch_that_differs_from_autograd_does_not_count(
+    row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare, compared = Verification.compare, list[int]()
+
+    def differs(self: Verification, number: int, mine: Any) -> None:
+        compared.append(number)
+        faulty = [tuple(1.01 * one for one in several) for several in mine.gradients]
+        off = number == sorted(self.rows)[row]
+        compare(self, number, replace(mine, gradients=faulty) if off else mine)
+
+    monkeypatch.setattr(Verification, "compare", differs)
+    # Not to be excused by float64, in which the program agrees.
+    config = replace(FIRST, agreement_in_float64=-1.0)
+    engine = sf.Engine(model(), sf.IntegratedGradients(steps=50), config=config)
+    found = engine(X64, 1)
+    assert len(compared) == row + 1
+    # All strategies are compared then before a launch counts.
+    later = engine(X64, 1)
+    assert len(compared) == row + 1
+    assert torch.equal(found.values, later.values)
+    expected = sf.Engine(model(), sf.IntegratedGradients(steps=50), lean=False)(X64, 1)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_rows_that_meet_beside_what_autograd_took(
+    size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the recording shows nothing, and where each row that would be proved is the least
+    of its launch.
+    """
+    monkeypatch.setattr(calibrate, "suspicion", lambda program: None)
+    network = model(first=lambda x: x + x.amin(0, keepdim=True))
+    method = sf.IntegratedGradients(steps=50)
+    engine = sf.Engine(network, method, config=FIRST, points_per_launch=size)
+    found = engine(X64, 1)
+    expected = sf.Engine(network, method, lean=False, points_per_launch=1)(X64, 1)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.scores, network(X64)[:, 1].double(), check_dtype=False)
+    assert "depend on each other" in str(found.provenance.notes) + str(engine.plan(X64, 1))
 
 
 @pytest.mark.parametrize("batch", [1, 5])

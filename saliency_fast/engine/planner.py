@@ -384,7 +384,9 @@ class Planner:
 
     def _verified(self, prepared: Prepared) -> Calibration:
         """Keeps a calibration whose strategy has agreed with autograd."""
-        attempt, calibration = prepared.attempt, replace(prepared.calibration, verification=None)
+        attempt = prepared.attempt
+        # As it was measured: a strategy that takes less memory is this call's own.
+        calibration = replace(self.used[attempt.precision.name][1], verification=None)
         return self._keep(attempt.key, attempt.precision, calibration)
 
     def _with_cost(self, prepared: Prepared, cost: Cost, *, keep: bool = True) -> Job:
