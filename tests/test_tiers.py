@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import calibrate
+from saliency_fast.engine import calibrate, layers
 from saliency_fast.engine.calibrate import Verification
 from saliency_fast.engine.config import EngineConfig
+from saliency_fast.model import layers as model_layers
 from saliency_fast.model.executors import RecordedExecutor
 from tests.configured import RECORDED
 from tests.traces import Notes
@@ -113,6 +114,48 @@ def test_a_model_that_draws_has_one_map_whatever_the_number_of_calls(steps: int)
         found.append(engine(X[:1], 1))
     assert all("draws random numbers" in str(one.provenance.notes) for one in found)
     assert all(torch.equal(one.values, found[0].values) for one in found)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_class_activation_map_costs_a_run_more_the_first_time(
+    moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(x: Tensor) -> Tensor:
+        return x.transpose(2, 3) if moved else x
+
+    network, x = model(first=first), X[:1, :, :, :12]
+    found = sf.explain(network, x, target=1, method="grad_cam", layout="BCHW")
+    # The layer is found by a run that also proves it; where elements may have moved, another tells.
+    assert network.runs == [1, 1, *([2] if moved else [])]
+    network.runs.clear()
+    later = sf.explain(network, x, target=1, method="grad_cam", layout="BCHW")
+    assert network.runs == [1, *([2] if moved else [])]
+    assert torch.equal(found.values, later.values)
+    # As it is found where nothing is proved by a gradient, and with followed elements.
+    monkeypatch.setattr(layers, "last_spatial_by_gradient", lambda *_: None)
+    monkeypatch.setattr(
+        _Moves, "call", lambda self, f, a, k: (self.names.append(""), f(*a, **k))[1]
+    )
+    whole = sf.explain(model(first=first), x, target=1, method="grad_cam", layout="BCHW")
+    assert torch.equal(found.values, whole.values)
+
+
+def test_a_layer_that_was_found_for_one_target_is_looked_for_again() -> None:
+    class Heads(Counting):
+        """The second score depends on the first convolution alone."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs.append(len(x))
+            first = self.features[:4](x)
+            scores = self.features[4:](first).mean((2, 3)).sum(1, keepdim=True)
+            return torch.cat([scores, first.mean((2, 3)).sum(1, keepdim=True)], 1)
+
+    network = Heads().eval()
+    for target in (0, 1, 0, 1):
+        found = sf.explain(network, X[:1], target=target, method="grad_cam", layout="BCHW")
+        fresh = sf.explain(Heads().eval(), X[:1], target=target, method="grad_cam", layout="BCHW")
+        assert torch.equal(found.values, fresh.values)
+        assert bool(found.values.any())
 
 
 def test_examples_that_meet_are_explained_alone() -> None:

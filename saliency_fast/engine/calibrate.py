@@ -635,7 +635,8 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
     """Calibrations of a model by shapes and by what was asked for.
 
     rows: what is known of its rows; arguments: which of its further arguments go whole, by shapes;
-    unused: inputs that no score depended on; prepared: jobs of earlier calls, without tensors;
+    unused: inputs that no score depended on; layers: those that were found, of which model and by
+    what they were asked for; prepared: jobs of earlier calls, without tensors;
     points: of the calls of each kind so far.
     """
 
@@ -644,5 +645,6 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
         self.rows: dict[tuple[object, ...], Independence] = {}
         self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
         self.unused: set[int] = set()
+        self.layers: dict[tuple[object, ...], tuple[object, tuple[Any, ...]]] = {}
         self.prepared: dict[Any, Any] = {}
         self.points: dict[tuple[object, ...], int] = {}

@@ -322,8 +322,11 @@ class Canvas:
 
     def inputs_round(self, each: Callable[[slice, RoundResult], None], *, gradients: bool) -> Round:
         example, _ = every_row(self.context, 1)
-        taps = LayerTaps(self.context.layers, self.context.layer_input)
-        return Round(at_inputs(self.context), example, example, gradients, taps, each=each)
+        return Round(at_inputs(self.context), example, example, gradients, self._taps, each=each)
+
+    @cached_property
+    def _taps(self) -> LayerTaps:
+        return LayerTaps(self.context.layers, self.context.layer_input)
 
     def of_layers(self, result: RoundResult) -> Inputs:
         """One tensor [R, ...] of each layer; of a single layer its first."""
@@ -345,8 +348,10 @@ class Canvas:
     @cached_property
     def _spaces(self) -> list[Space]:
         context = self.context
-        inside = context.layouts.inside(context.layers, context.layer_input) or Inside()
-        axes = context.layouts.needed("a class activation map")
+        axes, inside = context.layouts.needed("a class activation map"), Inside()
+        if self._taps.moving or not all(one.is_standard for one in axes):
+            # To follow the elements of the inputs takes another run.
+            inside = context.layouts.inside(context.layers, context.layer_input) or inside
         return [
             Space(tuple(x.shape), one, inside, number)
             for number, (x, one) in enumerate(zip(context.inputs, axes, strict=True))
