@@ -150,6 +150,8 @@ def test_a_layer_that_was_found_for_one_target_is_looked_for_again() -> None:
 
     network = Heads().eval()
     for target in (0, 1, 0, 1):
+        # What it notes would make it another model.
+        network.runs.clear()
         found = sf.explain(network, X[:1], target=target, method="grad_cam", layout="BCHW")
         fresh = sf.explain(Heads().eval(), X[:1], target=target, method="grad_cam", layout="BCHW")
         assert torch.equal(found.values, fresh.values)

@@ -99,7 +99,7 @@ class LayerLocation:
         key, targets = (at, *((x.shape[1:], x.dtype) for x in call.inputs)), call.targets
         own = (*key, *map(repr, (targets.classes, targets.places, targets.index)))
         known, mark = self.cache.layers, same_model(self.model)
-        for one in (key, own):
+        for one in (own, key):
             if one in known and known[one][0] == mark:
                 return known[one][1]
         function = call.function(EagerExecutor(self.model))
