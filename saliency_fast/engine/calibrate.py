@@ -580,7 +580,9 @@ def suspected(point: Measurement, recording: RecordingExecutor | None = None) ->
     """Why rows may meet in the model, by what it calls with one row and with two."""
     if recording is None:
         recording = RecordingExecutor(point.model)
-        point.scores(point.call.function(recording))
+        # As with two rows, where gradients are enabled, too.
+        with suppress(NotLeanError):
+            point.recorded(1, recording)
     try:
         program, _ = _program(point, recording)
         return suspicion(program) or _reads_arguments(program)

@@ -149,7 +149,7 @@ class Evaluation:
         predicted = self.score_function.targets.predicted
         inputs = predicted or not recipe.at_input
         ends = self.job.calibration.ends
-        room = 2 * batch <= self.size or ends is not None
+        room = 2 * batch <= self.size or ends is not None or self._scores_two
         both = starts and inputs and not predicted and room
         pairs = zip(self.baselines, call.inputs, strict=True)
         spread_out = tuple(one.expand_as(x) for one, x in pairs) if starts else ()
@@ -177,6 +177,13 @@ class Evaluation:
             scores, _ = yield from self.score(self.baselines, row, example)
             self.baseline_scores = scores.view(batch, rows, -1).mean(1)
 
+    @property
+    def _scores_two(self) -> bool:
+        """Whether eager launches score the input of the only example beside its baseline."""
+        calibration = self.job.calibration
+        few = self.call.batch == 1 and not calibration.recorded
+        return few and calibration.suspect is None
+
     def _recorded_scores(
         self, ends: Program, table: Inputs, example: Tensor
     ) -> Generator[EvaluationRequest, Any, Tensor]:
@@ -200,7 +207,7 @@ class Evaluation:
         """Scores float64 [R, K] and classes of table rows `row` [R] as inputs of `example` [R]."""
         scores, classes, start = [], [], 0
         # What is not recorded is not known to keep rows apart.
-        size = self.size if self.job.calibration.recorded else 1
+        size = self.size if self.job.calibration.recorded else 1 + self._scores_two
         while start < row.numel():
 
             def write(own: slice, start: int = start) -> tuple[Inputs, Tensor]:
@@ -390,7 +397,7 @@ class SumEvaluation(Evaluation):
     def _prove_ends(self, verification: Verification) -> Generator[EvaluationRequest, Any, None]:
         """Scores the input alone, where no launch of two rows has shown that they do not meet."""
         ends, known = self.job.calibration.ends, self.independence
-        if ends is None or known is None or known.knows(2):
+        if ends is None or known is None or (known.knows(2) and not known.provoke):
             return
         function = self.call.function(RecordedExecutor(ends), (id(ends), "ends"))
 

@@ -265,11 +265,13 @@ class Measurement:
         counted = ledger.meter
         return Measured(scores, gradients, counted.cost(ledger.kept, moved=moved))
 
-    def recorded(self, rows: int) -> tuple[Program, Tensor]:
+    def recorded(
+        self, rows: int, recording: RecordingExecutor | None = None
+    ) -> tuple[Program, Tensor]:
         """A recording of the model with so many rows, one of them with the graph of its gradient,
         and their scores; raises NotLeanError.
         """
-        recording, meter = RecordingExecutor(self.model), MemoryMeter()
+        recording, meter = recording or RecordingExecutor(self.model), MemoryMeter()
         with (
             self._device(),
             restored_random_state(lambda: meter.drew, self.call.device),

@@ -152,11 +152,10 @@ class Planner:
             return False
         plain = recipe.gradients and recipe.rules is None and not recipe.second
         own = self.part is None and limits.memory_budget is None and len(self.baselines) == 1
-        targets = not (call.targets.predicted or call.targets.function is not None)
         kinds = not call.halves and config.exact_dtypes.isdisjoint(call.dtypes)
         few = recipe.levels[0].count > FIRST_ROWS and recipe.count < config.compared_at_three_from
-        one = call.batch == 1 and call.device.type == "cpu"
-        return plain and own and targets and kinds and few and one
+        one = call.batch == 1 and call.device.type == "cpu" and not call.targets.predicted
+        return plain and own and kinds and few and one
 
     def calibration(self, precision: Precision) -> Calibration:
         """What is known of a point, or is measured now."""
