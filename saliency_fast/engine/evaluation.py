@@ -198,7 +198,7 @@ class Evaluation:
         def write(own: slice) -> tuple[Inputs, Tensor]:
             return tuple(one[own].clone() for one in table), example[own]
 
-        result = yield self.request(function, len(example), write, gradients=False)
+        result: EvaluationResult = yield self.request(function, len(example), write, False)
         return result.scores.double()
 
     def score(

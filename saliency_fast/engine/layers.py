@@ -125,11 +125,11 @@ class LayerLocation:
         # A function may read what the output holds beside.
         fixed = targets.function is None
         cheap = fixed and not targets.predicted and call.batch == 1
-        first = not any(one[: len(key)] == key for one in known)
-        if cheap and first and sum(x.nbytes for x in call.inputs) <= SMALL:
-            one = last_spatial_by_gradient(self.model, run)
-            if one is not None:
-                return found(one, of=own)
+        unknown = not any(one[: len(key)] == key for one in known)
+        if cheap and unknown and sum(x.nbytes for x in call.inputs) <= SMALL:
+            proved = last_spatial_by_gradient(self.model, run)
+            if proved is not None:
+                return found(proved, of=own)
         layer, general = last_spatial(self.model, run, call.batch)
         return found(layer, of=key) if general and fixed else (layer,)
 
