@@ -269,6 +269,16 @@ def test_a_recorded_first_call_takes_two_points_more(
     torch.testing.assert_close(first.scores, expected.scores)
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.9, 0.8, 0.7, 0.6])
+def test_a_recorded_first_call_has_the_scores_of_later_ones(factor: float) -> None:
+    engine = sf.Engine(model(), sf.IntegratedGradients(steps=20), config=FIRST)
+    found = [engine(factor * X64, torch.tensor([[0, 1, 2]])) for _ in range(3)]
+    for one in found[1:]:
+        assert torch.equal(one.scores, found[0].scores)
+        assert torch.equal(one.baseline_scores, found[0].baseline_scores)
+        assert torch.equal(one.values, found[0].values)
+
+
 @pytest.mark.parametrize("row", [0, 1])
 def test_a_launch_that_differs_from_autograd_does_not_count(
     row: int, monkeypatch: pytest.MonkeyPatch

@@ -251,7 +251,11 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     calibration = replace(calibration, disagreed=judge.disagreed, verification=verification)
     if serving.program is not None:
         program, alone = recorded.program, point.single and suspect is None
-        ends = program.pruned() if program is not None and alone and point.scores_ends else None
+        ends = None
+        if alone and point.scores_ends and program is not None:
+            # Detached: by the model's own calls, with the same bits as in the recording.
+            steps = tuple(replace(step, detached=True) for step in program.pruned().steps)
+            ends = replace(program.pruned(), steps=steps)
         calibration = replace(calibration, alone_first=alone, ends=ends)
         return replace(calibration, mark=mark, whole=program, suspect=suspect)
     return replace(calibration, suspect=suspect or _reads_arguments(recorded.program))

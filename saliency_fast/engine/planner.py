@@ -687,7 +687,8 @@ def prepare(
         # What our versions of a call make of NaN need not be what the model makes of it.
         lean = call.finite and all(is_finite(one) for several in baselines for one in several)
     about = (model, method, recipe, call, baselines, part, limits, cache, config)
-    planner = Planner(*about, lean, alone, graphs, direct=precision == FLOAT32.name)
+    plain = precision == FLOAT32.name
+    planner = Planner(*about, lean, alone, graphs, direct=plain, deferred=plain)
     if call.halves:
         _need_alike(model, call.dtypes)
     other = next((one for one in call.dtypes if one != torch.float32), None)
