@@ -18,7 +18,7 @@ from saliency_fast.engine.arena import LaunchMemory
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.cudagraph import RECORDERS, Captures
 from saliency_fast.engine.independence import UNRECORDED, Independence
-from saliency_fast.engine.measure import FIRST_ROWS, Measured, Measurement
+from saliency_fast.engine.measure import FIRST_ROWS, Measured, Measurement, does_not_fit
 from saliency_fast.engine.memory import Cost, bytes_text
 from saliency_fast.engine.precision import PrecisionErrors
 from saliency_fast.engine.strategies import STRATEGIES, Facts, Kind, Strategy
@@ -585,8 +585,14 @@ def suspected(point: Measurement, recording: RecordingExecutor | None = None) ->
     if recording is None:
         recording = RecordingExecutor(point.model)
         # As with two rows, where gradients are enabled, too.
-        with suppress(NotLeanError):
+        try:
             point.recorded(1, recording)
+        except NotLeanError:
+            pass
+        except (RuntimeError, MemoryError) as error:
+            if (short := does_not_fit(error)) is None:
+                raise
+            raise short from error
     try:
         program, _ = _program(point, recording)
         return suspicion(program) or _reads_arguments(program)

@@ -71,6 +71,12 @@ class Measured:
         return max(_relative(a, b) for a, b in pairs)
 
 
+def does_not_fit(error: Exception) -> BudgetError | None:
+    """What is raised where a point runs out of memory; None for other errors."""
+    text = f"one point alone does not fit in memory; explain a smaller input at once ({error})"
+    return BudgetError(text) if is_out_of_memory(error) else None
+
+
 def _relative(a: Tensor, b: Tensor) -> float:
     gap, scale = float((a - b).double().norm()), float(b.double().norm())
     if math.isnan(gap):
@@ -257,11 +263,9 @@ class Measurement:
             # counted; all else is.
             if ledger.accepted and ErrorText.SAVED_TENSOR_HOOKS.of(error):
                 return self._metered(Ledger(MemoryMeter(), accepted=False), call)
-            if not is_out_of_memory(error):
+            if (short := does_not_fit(error)) is None:
                 raise
-            raise BudgetError(
-                f"one point alone does not fit in memory; explain a smaller input at once ({error})"
-            ) from error
+            raise short from error
         counted = ledger.meter
         return Measured(scores, gradients, counted.cost(ledger.kept, moved=moved))
 
