@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast.engine import calibrate, layers
+from saliency_fast.engine.calibrate import Verification
 from saliency_fast.engine.config import EngineConfig
+from saliency_fast.model import layers as model_layers
+from saliency_fast.model.executors import RecordedExecutor
 from tests.configured import RECORDED
 from tests.traces import Notes
 
@@ -126,6 +131,48 @@ def test_a_model_that_draws_has_one_map_whatever_the_number_of_calls(steps: int)
     assert all(torch.equal(one.values, found[0].values) for one in found)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_class_activation_map_costs_a_run_more_the_first_time(
+    moved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(x: Tensor) -> Tensor:
+        return x.transpose(2, 3) if moved else x
+
+    network, x = model(first=first), X[:1, :, :, :12]
+    found = sf.explain(network, x, target=1, method="grad_cam", layout="BCHW")
+    # The layer is found by a run that also proves it; where elements may have moved, another tells.
+    assert network.runs == [1, 1, *([2] if moved else [])]
+    network.runs.clear()
+    later = sf.explain(network, x, target=1, method="grad_cam", layout="BCHW")
+    assert network.runs == [1, *([2] if moved else [])]
+    assert torch.equal(found.values, later.values)
+    # As it is found where nothing is proved by a gradient, and with followed elements.
+    monkeypatch.setattr(layers, "last_spatial_by_gradient", lambda *_: None)
+    monkeypatch.setattr(model_layers, "_STAYS", frozenset())
+    whole = sf.explain(model(first=first), x, target=1, method="grad_cam", layout="BCHW")
+    assert torch.equal(found.values, whole.values)
+
+
+def test_a_layer_that_was_found_for_one_target_is_looked_for_again() -> None:
+    class Heads(Counting):
+        """The second score depends on the first convolution alone."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs.append(len(x))
+            first = self.features[:4](x)
+            scores = self.features[4:](first).mean((2, 3)).sum(1, keepdim=True)
+            return torch.cat([scores, first.mean((2, 3)).sum(1, keepdim=True)], 1)
+
+    network = Heads().eval()
+    for target in (0, 1, 0, 1):
+        # What it notes would make it another model.
+        network.runs.clear()
+        found = sf.explain(network, X[:1], target=target, method="grad_cam", layout="BCHW")
+        fresh = sf.explain(Heads().eval(), X[:1], target=target, method="grad_cam", layout="BCHW")
+        assert torch.equal(found.values, fresh.values)
+        assert bool(found.values.any())
+
+
 def test_examples_that_meet_are_explained_alone() -> None:
     network = model(first=lambda x: x - x.mean(0, keepdim=True) + x.flip(0) ** 2)
     with pytest.warns(UserWarning, match="depend on each other"):
@@ -189,6 +236,114 @@ def test_a_budget_holds_where_launches_take_more_than_their_tensors_told() -> No
         torch.testing.assert_close(
             found.values, sf.explain(model(), x, target=1, method=engine.method).values
         )
+
+
+FIRST = EngineConfig(**RECORDED, lean_from=0, traced_from=1)
+"""Recorded in the first call, whose launches tell what they take."""
+X64 = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+
+
+def rows_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """Fills with the rows of every run of a recorded program, and whether for gradients."""
+    found: list[tuple[int, bool]] = []
+    run = RecordedExecutor.__call__
+
+    def spy(self: RecordedExecutor, points: Any, *about: Any) -> Any:
+        found.append((len(points[0]), torch.is_grad_enabled()))
+        return run(self, points, *about)
+
+    monkeypatch.setattr(RecordedExecutor, "__call__", spy)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "proved"),
+    [
+        (sf.IntegratedGradients(50, "midpoint"), 2),
+        # Launches of 1, 2, 3 and 14, then rounds of 12 and 18 points.
+        (sf.IntegratedGradients(50), 4),
+        (sf.SmoothGrad(samples=40), 2),
+    ],
+)
+def test_a_recorded_first_call_takes_two_points_more(
+    method: Any, proved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, runs = model(), rows_run(monkeypatch)
+    engine = sf.Engine(network, method, config=FIRST, layout="BCHW")
+    first = engine(X64, 1)
+    # The recording of one point, and of two rows, and another point that is compared.
+    assert network.runs == [1, 2, 1]
+    points = engine.method.recipe().count
+    assert sum(rows for rows, gradients in runs if gradients) == points
+    # One row for each size of a launch, but for the largest; what is not recorded is scored.
+    others = [rows for rows, gradients in runs if not gradients]
+    scored = 0 if isinstance(method, sf.IntegratedGradients) else 1
+    assert sum(others) == proved + scored, others
+    network.runs.clear()
+    runs.clear()
+    later = engine(X64, 1)
+    assert not network.runs
+    assert [rows for rows, gradients in runs if gradients][:3] == [1, 2, 3]
+    assert torch.equal(first.values, later.values)
+    assert torch.equal(first.scores, later.scores)
+    assert torch.equal(first.delta, later.delta) if first.delta is not None else True
+    expected = sf.Engine(model(), method, lean=False)(X64, 1)
+    torch.testing.assert_close(first.values, expected.values, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(first.scores, expected.scores)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.9, 0.8, 0.7, 0.6])
+def test_a_recorded_first_call_has_the_scores_of_later_ones(factor: float) -> None:
+    engine = sf.Engine(model(), sf.IntegratedGradients(steps=20), config=FIRST)
+    found = [engine(factor * X64, torch.tensor([[0, 1, 2]])) for _ in range(3)]
+    for one in found[1:]:
+        assert torch.equal(one.scores, found[0].scores)
+        assert torch.equal(one.baseline_scores, found[0].baseline_scores)
+        assert torch.equal(one.values, found[0].values)
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_a_launch_that_differs_from_autograd_does_not_count(
+    row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare, compared = Verification.compare, list[int]()
+
+    def differs(self: Verification, number: int, mine: Any) -> None:
+        compared.append(number)
+        faulty = [tuple(1.01 * one for one in several) for several in mine.gradients]
+        off = number == sorted(self.rows)[row]
+        compare(self, number, replace(mine, gradients=faulty) if off else mine)
+
+    monkeypatch.setattr(Verification, "compare", differs)
+    # Not to be excused by float64, in which the program agrees.
+    config = replace(FIRST, agreement_in_float64=-1.0)
+    engine = sf.Engine(model(), sf.IntegratedGradients(steps=50), config=config)
+    found = engine(X64, 1)
+    assert len(compared) == row + 1
+    # All strategies are compared then before a launch counts.
+    later = engine(X64, 1)
+    assert len(compared) == row + 1
+    assert torch.equal(found.values, later.values)
+    expected = sf.Engine(model(), sf.IntegratedGradients(steps=50), lean=False)(X64, 1)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_rows_that_meet_beside_what_autograd_took(
+    size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the recording shows nothing, and where each row that would be proved is the least
+    of its launch.
+    """
+    monkeypatch.setattr(calibrate, "suspicion", lambda program: None)
+    network = model(first=lambda x: x + x.amin(0, keepdim=True))
+    method = sf.IntegratedGradients(steps=50)
+    engine = sf.Engine(network, method, config=FIRST, points_per_launch=size)
+    found = engine(X64, 1)
+    expected = sf.Engine(network, method, lean=False, points_per_launch=1)(X64, 1)
+    torch.testing.assert_close(found.values, expected.values, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.scores, network(X64)[:, 1].double(), check_dtype=False)
+    assert "depend on each other" in str(found.provenance.notes) + str(engine.plan(X64, 1))
 
 
 @pytest.mark.parametrize("batch", [1, 5])

@@ -197,15 +197,11 @@ class AdaptiveEvaluation(SumEvaluation):
         return len(self.kept[0][0])
 
     def _open(self, group: Tensor) -> None:
-        """Begins a group of examples with midpoints, in bit-reversed order: the first of any number
-        are spread over the path.
-        """
-        count = self.refinement.first
-        width = (count - 1).bit_length()
-        order = sorted(range(count), key=lambda i: f"{i:0{width}b}"[::-1])
+        """Begins a group of examples with the nodes of the level."""
         self.level = self.nodes = _Nodes()  # type: ignore[assignment]
         self.active, self.kept, self.seen = group, [], 0
-        self.nodes.append(group.tolist(), np.tile((np.array(order) + 0.5) / count, (len(group), 1)))
+        first = self.recipe.levels[0].node.numpy()
+        self.nodes.append(group.tolist(), np.tile(first, (len(group), 1)))
         self._keep()
 
     def _keep(self) -> None:

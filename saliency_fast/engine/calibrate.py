@@ -9,19 +9,23 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
+
+from torch import Tensor
 
 from saliency_fast.engine.arena import LaunchMemory
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.cudagraph import RECORDERS, Captures
 from saliency_fast.engine.independence import UNRECORDED, Independence
-from saliency_fast.engine.measure import Measured, Measurement
+from saliency_fast.engine.measure import FIRST_ROWS, Measured, Measurement, does_not_fit
 from saliency_fast.engine.memory import Cost, bytes_text
 from saliency_fast.engine.precision import PrecisionErrors
 from saliency_fast.engine.strategies import STRATEGIES, Facts, Kind, Strategy
 from saliency_fast.errors import BudgetError, InputError, ModelError
 from saliency_fast.graph.fingerprint import model_fingerprint
 from saliency_fast.graph.intercept import NotLeanError
+from saliency_fast.graph.passes.affine_prefix import check_affine
 from saliency_fast.graph.passes.float64 import InFloat64, native
 from saliency_fast.graph.passes.half import Precision
 from saliency_fast.graph.program import Program
@@ -38,6 +42,10 @@ OTHER_NUMBERS = "the model reads other numbers of its further arguments than whe
 
 
 NOTHING = Cost(0, 0)
+
+
+class UnverifiedError(Exception):
+    """A launch by a strategy that was not compared before differs from autograd."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class Calibration:
         maxima: Whether the model takes any, once that is known.
         most: Points of one call that this serves, without a recording, and of several of its kind;
             there is no such limit where a recording was tried.
+        alone_first: Whether the first launch of every call has one point.
+        ends: The program as it was recorded, where it scores the input and the baseline together.
+        verification: What the launches of this call are compared with, where nothing was before.
     """
 
     strategy: Strategy
@@ -84,6 +95,14 @@ class Calibration:
     captures: Captures = field(default_factory=Captures, repr=False)
     maxima: list[bool] = field(default_factory=list, repr=False)
     most: float = math.inf
+    alone_first: bool = False
+    ends: Program | None = field(default=None, repr=False)
+    verification: Verification | None = field(default=None, repr=False)
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the first launch is to tell what a point costs: until then autograd's."""
+        return self.verification is not None and self.cost is self.eager
 
     @property
     def measured(self) -> bool:
@@ -107,7 +126,7 @@ class Calibration:
             # Rows may meet in it now; what a point costs is about the same.
             return replace(self, suspect=suspected(point), mark=_mark(point))
         try:
-            same = same_calls(self.whole, unified(*(point.recorded(rows) for rows in (1, 2))))
+            same = same_calls(self.whole, unified(*(point.recorded(rows)[0] for rows in (1, 2))))
         except Exception:
             # Whatever it is, it shows again when the model is calibrated.
             return None
@@ -147,13 +166,14 @@ class _OneRowError(Exception):
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What a recording tells: facts for strategies, why rows may meet, and the program as it was
-    recorded.
+    """What a recording tells: facts for strategies, why rows may meet, the program as it was
+    recorded, and the scores of its two rows.
     """
 
     facts: Facts
     suspect: Suspicion | None
     program: Program | None = None
+    scores: Tensor | None = None
 
     def candidates(self) -> Iterator[tuple[Kind, Strategy | None, str]]:
         """Every memory-efficient strategy in order, or why it does not apply."""
@@ -210,9 +230,15 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     mark, recorded = _mark(point), _recorded(point, recording)
     reasons = [recorded.facts.refusal] if recorded.program is None else []
     refusals, comparison = list[tuple[str, str]](), _Comparison(point, eager, recorded, budget)
-    serving, cost = Strategy(), eager.cost
+    serving, cost, verification = Strategy(), eager.cost, None
     for kind, strategy, why in recorded.candidates():
         measured = None
+        if strategy is not None and _defers(point, recorded, strategy, eager, budget):
+            verification = Verification(
+                comparison, kind, strategy, comparison.others(), recorded.scores
+            )
+            serving = strategy
+            break
         if strategy is not None:
             measured, why = comparison.measured(kind, strategy)
             reasons += [] if measured else [why]
@@ -224,9 +250,16 @@ def _measured(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     calibration = Calibration(
         serving, cost, eager.cost, "; ".join(reasons) or None, tuple(refusals)
     )
-    calibration = replace(calibration, disagreed=comparison.disagreed)
+    calibration = replace(calibration, disagreed=comparison.disagreed, verification=verification)
     if serving.program is not None:
-        return replace(calibration, mark=mark, whole=recorded.program, suspect=suspect)
+        program, alone = recorded.program, point.single and suspect is None
+        ends = None
+        if alone and point.scores_ends and program is not None:
+            # Detached: by the model's own calls, with the same bits as in the recording.
+            steps = tuple(replace(step, detached=True) for step in program.pruned().steps)
+            ends = replace(program.pruned(), steps=steps)
+        calibration = replace(calibration, alone_first=alone, ends=ends)
+        return replace(calibration, mark=mark, whole=program, suspect=suspect)
     return replace(calibration, suspect=suspect or _reads_arguments(recorded.program))
 
 
@@ -342,7 +375,8 @@ def _verified(point: Measurement, strategy: Strategy, budget: int) -> str | None
     not.
     """
     with suppress(Exception):
-        small = _measured(point.smaller(), lean=True, budget=budget)
+        corner = replace(point.smaller(), deferred=False)
+        small = _measured(corner, lean=True, budget=budget)
         if small.disagreed:
             # Scores do not tell of gradients: they never outweigh one that is off.
             return None
@@ -378,13 +412,9 @@ class _Comparison:
         """The first point by a strategy that agrees with autograd, or None and why it does not."""
         try:
             measured = self.point.by(strategy)
-            self._compare(kind, strategy, self.point, measured, self.eager)
-            if not self._others:
-                executor, draws = EagerExecutor(self.point.model), self.eager.cost.drew
-                others = self.point.elsewhere(draws=draws)
-                self._others = [(one, one.eager(executor)) for one in others]
-            for point, theirs in self._others:
-                self._compare(kind, strategy, point, point.by(strategy), theirs)
+            self.compare(kind, strategy, self.point, measured, self.eager)
+            for point, theirs in self.others():
+                self.compare(kind, strategy, point, point.by(strategy), theirs)
         except BudgetError:
             raise
         except _DisagreedError as difference:
@@ -394,7 +424,15 @@ class _Comparison:
             return None, _line(error)
         return measured, ""
 
-    def _compare(
+    def others(self) -> list[tuple[Measurement, Measured]]:
+        """The other points, and what autograd gives there."""
+        if not self._others:
+            executor, draws = EagerExecutor(self.point.model), self.eager.cost.drew
+            others = self.point.elsewhere(draws=draws)
+            self._others = [(one, one.eager(executor)) for one in others]
+        return self._others
+
+    def compare(
         self, kind: Kind, strategy: Strategy, point: Measurement, mine: Measured, theirs: Measured
     ) -> None:
         """Raises _DisagreedError where a strategy is off."""
@@ -450,25 +488,81 @@ class _Comparison:
         return None
 
 
+@dataclass(frozen=True)
+class Verification:
+    """Two points of a call as autograd took them, with which launches by a strategy are compared.
+
+    scores: [2, K] of the input and the baseline, which were recorded.
+    """
+
+    comparison: _Comparison
+    kind: Kind
+    strategy: Strategy
+    others: list[tuple[Measurement, Measured]]
+    scores: Tensor | None
+
+    @cached_property
+    def rows(self) -> dict[int, Measured]:
+        """What autograd gave, by the row of the first level."""
+        first = (self.comparison.point, self.comparison.eager)
+        return {point.number: measured for point, measured in (first, *self.others)}
+
+    def compare(self, row: int, mine: Measured) -> None:
+        """Raises UnverifiedError where a row of a launch is not what autograd gave."""
+        points = (self.comparison.point, *(one for one, _ in self.others))
+        (point,) = (one for one in points if one.number == row)
+        try:
+            self.comparison.compare(self.kind, self.strategy, point, mine, self.rows[row])
+        except _DisagreedError as difference:
+            raise UnverifiedError(f"{self.strategy}: {difference}") from difference
+
+    def settled(self) -> Cost:
+        """What a point costs, which is compared now; raises UnverifiedError."""
+        measured, why = self.comparison.measured(self.kind, self.strategy)
+        if measured is None:
+            raise UnverifiedError(why)
+        return measured.cost
+
+
+def _defers(
+    point: Measurement, recorded: _Recorded, strategy: Strategy, eager: Measured, budget: int
+) -> bool:
+    """Whether a strategy is compared with autograd by launches that count. Not where rows may meet,
+    or where its first launches might not fit in memory.
+    """
+    plain = strategy.program is not None and recorded.suspect is None
+    room = FIRST_ROWS * point.config.margin * eager.cost.peak <= budget
+    if not (point.deferred and plain and room and not recorded.facts.bitwise):
+        return False
+    try:
+        prefix = strategy.affine_prefix(point.call, point.recipe, 1)
+        if prefix is not None:
+            check_affine(prefix.prefix, *prefix.first())
+    except Exception:
+        # What is wrong is told where it is compared at once.
+        return False
+    return True
+
+
 def _recorded(point: Measurement, recording: RecordingExecutor) -> _Recorded:
     """What is known of strategies once `recording` has one row of the model."""
     facts = Facts(point.call, point.recipe, point.config)
     try:
-        program = _program(point, recording)
+        program, scores = _program(point, recording)
         suspect, pruned = suspicion(program), program.pruned()
     except Exception as refusal:
         facts = replace(facts, refusal=_line(refusal))
         return _Recorded(facts, _suspicion(recording, refusal))
     if not point.programs:
         return _Recorded(replace(facts, refusal=OTHER_NUMBERS), suspect, program)
-    return _Recorded(replace(facts, program=pruned), suspect, program)
+    return _Recorded(replace(facts, program=pruned), suspect, program, scores)
 
 
-def _program(point: Measurement, recording: RecordingExecutor) -> Program:
-    """The model's program, of which `recording` has one row; raises NotLeanError, _OneRowError
-    where the model takes no two, and what goes wrong otherwise.
+def _program(point: Measurement, recording: RecordingExecutor) -> tuple[Program, Tensor]:
+    """The model's program, of which `recording` has one row, and the scores of the two others;
+    raises NotLeanError, _OneRowError where the model takes no two, and what goes wrong otherwise.
     """
-    second: Program | NotLeanError
+    second: tuple[Program, Tensor] | NotLeanError
     try:
         second = point.recorded(2)
     except NotLeanError as refusal:
@@ -481,20 +575,29 @@ def _program(point: Measurement, recording: RecordingExecutor) -> Program:
     first = recording.program
     if isinstance(second, NotLeanError):
         raise second
+    program, scores = second
     try:
-        return unified(first, second)
+        return unified(first, program), scores
     except NotLeanError:
         # Tables that a model makes in its first run are there in the second.
-        return unified(point.recorded(1), second)
+        return unified(point.recorded(1)[0], program), scores
 
 
 def suspected(point: Measurement, recording: RecordingExecutor | None = None) -> Suspicion | None:
     """Why rows may meet in the model, by what it calls with one row and with two."""
     if recording is None:
         recording = RecordingExecutor(point.model)
-        point.scores(point.call.function(recording))
+        # As with two rows, where gradients are enabled, too.
+        try:
+            point.recorded(1, recording)
+        except NotLeanError:
+            pass
+        except (RuntimeError, MemoryError) as error:
+            if (short := does_not_fit(error)) is None:
+                raise
+            raise short from error
     try:
-        program = _program(point, recording)
+        program, _ = _program(point, recording)
         return suspicion(program) or _reads_arguments(program)
     except Exception as refusal:
         return _suspicion(recording, refusal)
@@ -548,8 +651,9 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
 
     rows: what is known of its rows; arguments: which of its further arguments go whole, by shapes;
     unused: inputs that no score depended on; prepared: jobs of earlier calls, without tensors;
-    layers: those that `at="auto"` and the like mean, by inputs, with the fingerprint of the model;
-    repeats: those of gradients in one launch; points: of the calls of each kind so far.
+    layers: those that `at="auto"` and the like mean, by what they were asked for, with the
+    fingerprint of the model; repeats: those of gradients in one launch; points: of the calls of
+    each kind so far.
     """
 
     def __init__(self) -> None:
@@ -557,7 +661,7 @@ class CalibrationCache(dict[tuple[object, ...], Calibration]):
         self.rows: dict[tuple[object, ...], Independence] = {}
         self.arguments: dict[tuple[object, ...], frozenset[int | str]] = {}
         self.unused: set[int] = set()
+        self.layers: dict[tuple[object, ...], tuple[object, tuple[Any, ...]]] = {}
         self.prepared: dict[Any, Any] = {}
         self.repeats: dict[Any, Any] = {}
-        self.layers: dict[tuple[object, ...], tuple[object, tuple[Any, ...]]] = {}
         self.points: dict[tuple[object, ...], int] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,9 +16,16 @@ from saliency_fast._types import Inputs
 from saliency_fast.engine.accumulate import Accumulators, Outcome, norm_of
 from saliency_fast.engine.arena import Arena, Trace
 from saliency_fast.engine.bind import Call
-from saliency_fast.engine.independence import Independence, TieReport
+from saliency_fast.engine.calibrate import NOTHING, Verification
+from saliency_fast.engine.independence import (
+    Independence,
+    RowsMeetError,
+    TieReport,
+    scores_agree,
+)
 from saliency_fast.engine.job import Job, Report, Steps
 from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult
+from saliency_fast.engine.measure import Measured
 from saliency_fast.engine.precision import (
     LEAST_SCALE,
     PrecisionError,
@@ -34,8 +42,11 @@ from saliency_fast.engine.recipe import (
     WeightedSum,
 )
 from saliency_fast.graph.passes.half import FLOAT32
+from saliency_fast.graph.program import Program
+from saliency_fast.model.executors import RecordedExecutor
 from saliency_fast.model.function import PointFunction
 
+NONE_ALONE: Mapping[int, tuple[Tensor, float]] = MappingProxyType({})
 LOWER = 16.0
 """What a scale is divided by where half types overflow."""
 
@@ -97,15 +108,16 @@ class Evaluation:
         count: int,
         write: Callable[[slice], tuple[Inputs, Tensor]],
         gradients: bool = True,
+        alone: Mapping[int, tuple[Tensor, float]] = NONE_ALONE,
     ) -> EvaluationRequest:
         """So many points, with gradients or scores alone."""
         # Rounds may ask for scores alone, whatever the recipe says.
         telling = gradients or not (self.recipe.gradients and isinstance(self.recipe, WeightedSum))
-        metered = telling and self.job.with_cost is not None
+        metered = self.job.ledger if telling and self.job.with_cost is not None else None
         traced = gradients and count in self.job.traced and count == self.next_size
         launches = self.launches if gradients else None
         about = (function, count, write, gradients, launches, self.independence)
-        return EvaluationRequest(*about, metered, self.plan.launch_bytes if traced else 0)
+        return EvaluationRequest(*about, metered, self.plan.launch_bytes if traced else 0, alone)
 
     def note(self, result: EvaluationResult) -> None:
         """Plans anew where a launch told what launches take."""
@@ -136,14 +148,19 @@ class Evaluation:
         batch, rows = call.batch, len(self.baselines[0])
         predicted = self.score_function.targets.predicted
         inputs = predicted or not recipe.at_input
-        both = starts and inputs and not predicted and 2 * batch <= self.size
+        ends = self.job.calibration.ends
+        room = 2 * batch <= self.size or ends is not None or self._scores_two
+        both = starts and inputs and not predicted and room
         pairs = zip(self.baselines, call.inputs, strict=True)
         spread_out = tuple(one.expand_as(x) for one, x in pairs) if starts else ()
         if both:
             # In one table [2B, *], where one launch can score both.
             table = tuple(map(torch.cat, zip(call.inputs, spread_out, strict=True)))
             row = torch.arange(2 * batch, device=call.device)
-            scores, _ = yield from self.score(table, row, row % batch)
+            if ends is None:
+                scores, _ = yield from self.score(table, row, row % batch)
+            else:
+                scores = yield from self._recorded_scores(ends, table, row % batch)
             self.note_scores(self.everyone, scores[:batch], None)
             self.baseline_scores = scores[batch:]
         elif inputs:
@@ -160,13 +177,37 @@ class Evaluation:
             scores, _ = yield from self.score(self.baselines, row, example)
             self.baseline_scores = scores.view(batch, rows, -1).mean(1)
 
+    @property
+    def _scores_two(self) -> bool:
+        """Whether eager launches score the input of the only example beside its baseline."""
+        calibration = self.job.calibration
+        few = self.call.batch == 1 and not calibration.recorded
+        return few and calibration.suspect is None
+
+    def _recorded_scores(
+        self, ends: Program, table: Inputs, example: Tensor
+    ) -> Generator[EvaluationRequest, Any, Tensor]:
+        """Scores [2, K] of the input and the baseline as the model was recorded: that run is the
+        first call's answer.
+        """
+        if (verification := self.job.calibration.verification) is not None:
+            assert verification.scores is not None
+            return verification.scores.double()
+        function = self.call.function(RecordedExecutor(ends), (id(ends), "ends"))
+
+        def write(own: slice) -> tuple[Inputs, Tensor]:
+            return tuple(one[own].clone() for one in table), example[own]
+
+        result: EvaluationResult = yield self.request(function, len(example), write, False)
+        return result.scores.double()
+
     def score(
         self, table: Inputs, row: Tensor, example: Tensor
     ) -> Generator[EvaluationRequest, Any, tuple[Tensor, Tensor | None]]:
         """Scores float64 [R, K] and classes of table rows `row` [R] as inputs of `example` [R]."""
         scores, classes, start = [], [], 0
         # What is not recorded is not known to keep rows apart.
-        size = self.size if self.job.calibration.recorded else 1
+        size = self.size if self.job.calibration.recorded else 1 + self._scores_two
         while start < row.numel():
 
             def write(own: slice, start: int = start) -> tuple[Inputs, Tensor]:
@@ -259,7 +300,9 @@ class SumEvaluation(Evaluation):
         super().__init__(job, call, baselines, *about)
         parts, strategy = (job.model, call, self.recipe), self.strategy
         self.function = strategy.gradient_function(*parts, baselines)
-        self.prefix = strategy.affine_prefix(call, self.recipe, self.plan.points_per_launch)
+        # Where the first launch tells how large the others are, in parts that do not depend on it.
+        most = 2 if job.calibration.alone_first else self.plan.points_per_launch
+        self.prefix = strategy.affine_prefix(call, self.recipe, most)
         self.exact: PointFunction | None = None
         if not strategy.precision.exact:
             self.exact = replace(strategy, precision=FLOAT32).gradient_function(*parts)
@@ -317,14 +360,54 @@ class SumEvaluation(Evaluation):
         rows = self.level.rows(self.active, start, stop)
         if self.exact is not None and self.precision_error is None:
             yield from self.measure_precision(self.exact)
-        write = _writer(self.source, rows)
-        result = yield self.request(self.function, rows.example.numel(), write)
+        write, alone = _writer(self.source, rows), self._alone(start, stop)
+        known = {row - start: (one.scores, one.magnitude) for row, one in alone.items()}
+        result = yield self.request(self.function, rows.example.numel(), write, alone=known)
+        yield from self._verify(start, rows, result, alone)
         self.note(result)
         if self.strategy.precision.scaled and not finite(result.gradients) and self.lower_scale():
             return 0
         count = len(result.scores)
         self.add(rows.first(count), result)
         return count
+
+    def _alone(self, start: int, stop: int) -> dict[int, Measured]:
+        """What autograd gave at rows of a launch that is to be compared with it."""
+        verification = self.job.calibration.verification
+        rows = {} if verification is None else verification.rows
+        return {row: one for row, one in rows.items() if start <= row < stop}
+
+    def _verify(
+        self, start: int, rows: Rows, result: EvaluationResult, alone: Mapping[int, Measured]
+    ) -> Generator[EvaluationRequest, Any, None]:
+        """Compares rows of a launch with what autograd gave; raises UnverifiedError."""
+        verification, count = self.job.calibration.verification, len(result.scores)
+        if verification is None:
+            return
+        for number in [row - start for row in alone if row - start < count]:
+            own = slice(number, number + 1)
+            several = [tuple(g[own] for g in one) for one in result.gradients]
+            if self.prefix is not None:
+                several = [self.prefix.vjp(one, rows.example[own]) for one in several]
+            verification.compare(start + number, Measured(result.scores[own], several, NOTHING))
+        if max(verification.rows) < start + count and self.job.verified is not None:
+            yield from self._prove_ends(verification)
+            self.job = replace(self.job, calibration=self.job.verified())
+
+    def _prove_ends(self, verification: Verification) -> Generator[EvaluationRequest, Any, None]:
+        """Scores the input alone, where no launch of two rows has shown that they do not meet."""
+        ends, known = self.job.calibration.ends, self.independence
+        if ends is None or known is None or (known.knows(2) and not known.provoke):
+            return
+        function = self.call.function(RecordedExecutor(ends), (id(ends), "ends"))
+
+        def write(own: slice) -> tuple[Inputs, Tensor]:
+            return tuple(x[:1].clone() for x in self.call.inputs), self.everyone[:1]
+
+        result = yield self.request(function, 1, write, gradients=False)
+        scale = max(one.magnitude for one in verification.rows.values())
+        if not scores_agree(self.scores[0], result.scores[0], scale, function):
+            raise RowsMeetError("the input scores alone something else than beside the baseline")
 
     def add(
         self, rows: Rows, result: EvaluationResult, scale: Tensor | float | None = None

@@ -202,11 +202,15 @@ class Independence:
                     f"one scores {numbers(single[0])} alone and {numbers(scores[number])} in a "
                     f"launch of {len(scores)}"
                 )
-            self._sizes.add(len(scores))
-            if not self.proved and self._launches >= LAUNCHES:
-                self.proved, self._left = True, _CHANCE.randrange(2, 16)
+            self.note(len(scores))
 
         return compare
+
+    def note(self, rows: int) -> None:
+        """A launch of so many rows was proved."""
+        self._sizes.add(rows)
+        if not self.proved and self._launches >= LAUNCHES:
+            self.proved, self._left = True, _CHANCE.randrange(2, 16)
 
     def _at_ties(self, function: PointFunction, single_row: PointFunction, row: Row) -> None:
         """The gradients of rows of few values, whose maxima and medians several elements reach:

@@ -15,6 +15,7 @@ from saliency_fast.engine.calibrate import Calibration
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import Independence, TieReport, find_ties
 from saliency_fast.engine.launch import EvaluationRequest
+from saliency_fast.engine.memory import Ledger
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.precision import (
     PrecisionError,
@@ -53,6 +54,8 @@ class Job:
             size to the job that goes on.
         limit: What the precision may cost a map, where another one is left to take its place.
         kind: Equal for calls whose points are counted together.
+        ledger: What measures the first launch, where that tells what a point costs.
+        verified: Keeps the calibration, once launches have agreed with autograd, and returns it.
     """
 
     model: Model
@@ -75,6 +78,8 @@ class Job:
     with_traces: Callable[[Mapping[int, Trace]], Job] | None = None
     limit: float = math.inf
     kind: tuple[object, ...] = ()
+    ledger: Ledger | None = None
+    verified: Callable[[], Calibration] | None = None
 
     @property
     def key(self) -> tuple[str, int]:

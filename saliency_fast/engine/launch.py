@@ -6,8 +6,8 @@ import itertools
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace
-from saliency_fast.engine.independence import Independence, Row
-from saliency_fast.engine.memory import Cost, MemoryMeter
+from saliency_fast.engine.independence import Independence, Row, scores_agree
+from saliency_fast.engine.memory import Cost, Ledger
 from saliency_fast.model.function import PointFunction, compatible, packed
 from saliency_fast.model.preserve import random_states, uncompiled
 
@@ -37,7 +37,9 @@ class EvaluationRequest:
         gradients: Or scores alone.
         launches: What launches of these points are known to take.
         independence: What is known of the model's rows, where a launch of several is to be proved.
-        metered: Whether the cost of the launch is to be measured.
+        metered: What measures the cost of the launch, if anything.
+        alone: Rows that went through the model alone before: their scores [1, K], and the largest
+            magnitude of the output behind them.
         traced: Bytes that it takes, about, where its memory is to be traced.
     """
 
@@ -47,8 +49,9 @@ class EvaluationRequest:
     gradients: bool = True
     launches: LaunchMemory | None = None
     independence: Independence | None = None
-    metered: bool = False
+    metered: Ledger | None = None
     traced: int = 0
+    alone: Mapping[int, tuple[Tensor, float]] = field(default_factory=dict)
 
     def evaluate(
         self, function: PointFunction, points: Inputs, example: Tensor
@@ -60,8 +63,23 @@ class EvaluationRequest:
     def prove(self, number: int) -> Callable[[Tensor], None]:
         """Runs one of its rows alone; returns what compares a launch's scores with that."""
         assert self.independence is not None
-        row = Row(*self.write(slice(number, number + 1)), number)
-        return self.independence.prove(self.function, row, gradients=self.gradients)
+        rows, function = self.independence, self.function
+
+        def proof(number: int) -> Callable[[Tensor], None]:
+            row = Row(*self.write(slice(number, number + 1)), number)
+            return rows.prove(function, row, gradients=self.gradients)
+
+        if rows.suspect is not None or rows.provoke or not self.alone:
+            return proof(number)
+
+        def compare(scores: Tensor) -> None:
+            for own, (single, scale) in self.alone.items():
+                if not scores_agree(scores[own], single[0], scale, function):
+                    # By another executor: it is this one's own score that tells.
+                    proof(number)(scores)
+            rows.note(len(scores))
+
+        return compare
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -98,8 +116,8 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
             if due:
                 with _slot(), arena.launch():
                     proofs = [request.prove(number) for number in due]
-        if request.metered:
-            result = _metered(request, count, arena.device)
+        if request.metered is not None:
+            result = _metered(request, count, arena.device, request.metered)
         elif request.traced:
             result = _traced(request, count, arena.device)
         else:
@@ -115,13 +133,19 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
         return error
 
 
-def _metered(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:
+def _metered(
+    request: EvaluationRequest, count: int, device: torch.device, ledger: Ledger
+) -> EvaluationResult:
     """A launch and its cost."""
-    states, meter = random_states(device), MemoryMeter()
-    with _slot(), uncompiled(), meter:
-        result = request.evaluate(request.function, *request.write(slice(0, count)))
+    states, meter = random_states(device), ledger.meter
+    hooks: AbstractContextManager[object] = ledger if ledger.accepted else nullcontext()
+    points, example = request.write(slice(0, count))
+    with _slot(), uncompiled(), meter, hooks:
+        # Inside, since a point counts.
+        points = tuple(one.clone() for one in points)
+        result = request.evaluate(request.function, points, example)
     moved = not all(map(torch.equal, states, random_states(device)))
-    return replace(result, cost=meter.cost({}, moved=moved).of_one(count))
+    return replace(result, cost=meter.cost(ledger.kept, moved=moved).of_one(count))
 
 
 def _traced(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:

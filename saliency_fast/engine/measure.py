@@ -34,6 +34,8 @@ from saliency_fast.model.failures import is_out_of_memory
 from saliency_fast.model.function import Directional, PointFunction, differentiable_points, summed
 from saliency_fast.model.preserve import random_states, restored_random_state, uncompiled
 
+FIRST_ROWS = 6
+"""Points of the first launches, of one, two and three of them, that tell what launches take."""
 OFF_TIES = 2.0**-20
 """Share of the largest number by which points are moved off ties."""
 
@@ -54,12 +56,25 @@ class Measured:
         pairs = zip(self.outputs, other.outputs, strict=True)
         return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
 
+    @property
+    def magnitude(self) -> float:
+        """The largest magnitude of the scores and of what the model returned."""
+        numbers = [one.detach().float() for one in (self.scores, *self.outputs) if one is not None]
+        finite = [one.nan_to_num(0.0, 0.0, 0.0).abs() for one in numbers if one.numel()]
+        return max(float(one.max()) for one in finite)
+
     def gap(self, other: Measured) -> float:
         """The largest relative difference, of scores or of a gradient."""
         pairs = [(self.scores, other.scores)]
         for mine, theirs in zip(self.gradients, other.gradients, strict=True):
             pairs += zip(mine, theirs, strict=True)
         return max(_relative(a, b) for a, b in pairs)
+
+
+def does_not_fit(error: Exception) -> BudgetError | None:
+    """What is raised where a point runs out of memory; None for other errors."""
+    text = f"one point alone does not fit in memory; explain a smaller input at once ({error})"
+    return BudgetError(text) if is_out_of_memory(error) else None
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
@@ -103,6 +118,10 @@ class Measurement:
         metered: Whether the cost is measured, which takes time.
         draws: Whether the model draws random numbers, where the cost is not measured.
         programs: Whether strategies may be by a recorded program.
+        single: Whether calls of this kind have one example and few points, of which the first has
+            a launch of its own.
+        deferred: Whether launches, which count, are compared with autograd, and not points that
+            are taken once more by the strategy.
     """
 
     model: Model
@@ -116,6 +135,13 @@ class Measurement:
     metered: bool = True
     draws: bool = False
     programs: bool = True
+    single: bool = False
+    deferred: bool = False
+
+    @property
+    def scores_ends(self) -> bool:
+        """Whether a recording with two rows scores the input and the baseline."""
+        return self.single and self.recipe.baseline == "one" and self.recipe.ends
 
     def elsewhere(self, *, draws: bool) -> list[Measurement]:
         """Two other points at most, one where there are few: the end of the last example's path,
@@ -123,6 +149,11 @@ class Measurement:
         """
         level, batch = self.recipe.levels[0], self.call.batch
         order = level.node.argsort()
+        if self.single:
+            # Behind the first launches, from which a plan is made.
+            order = order[order >= FIRST_ROWS]
+            number = int(order[-1])
+            return [replace(self, number=number, metered=False, draws=draws)]
         nodes = [(batch - 1, int(order[-1])), (batch // 2, int(order[level.count // 2]))]
         few = level.count * batch < self.config.compared_at_three_from
         nodes = list(dict.fromkeys(one for one in nodes if one != (0, 0)))[: 1 if few else 2]
@@ -232,19 +263,19 @@ class Measurement:
             # counted; all else is.
             if ledger.accepted and ErrorText.SAVED_TENSOR_HOOKS.of(error):
                 return self._metered(Ledger(MemoryMeter(), accepted=False), call)
-            if not is_out_of_memory(error):
+            if (short := does_not_fit(error)) is None:
                 raise
-            raise BudgetError(
-                f"one point alone does not fit in memory; explain a smaller input at once ({error})"
-            ) from error
+            raise short from error
         counted = ledger.meter
         return Measured(scores, gradients, counted.cost(ledger.kept, moved=moved))
 
-    def recorded(self, rows: int) -> Program:
-        """A recording of the model with so many rows, one of them with the graph of its gradient;
-        raises NotLeanError.
+    def recorded(
+        self, rows: int, recording: RecordingExecutor | None = None
+    ) -> tuple[Program, Tensor]:
+        """A recording of the model with so many rows, one of them with the graph of its gradient,
+        and their scores; raises NotLeanError.
         """
-        recording, meter = RecordingExecutor(self.model), MemoryMeter()
+        recording, meter = recording or RecordingExecutor(self.model), MemoryMeter()
         with (
             self._device(),
             restored_random_state(lambda: meter.drew, self.call.device),
@@ -253,14 +284,19 @@ class Measurement:
         ):
             states = random_states(self.call.device)
             function, (points, example) = self.call.function(recording), self._points(rows)
+            if rows == 2 and self.scores_ends and not self.on_meta:
+                pairs = zip(self.call.inputs, self.baselines, strict=True)
+                points = tuple(torch.cat([x, one]) for x, one in pairs)
             points = function.as_model_inputs(points)
-            function.forward(differentiable_points(points)[0] if rows == 1 else points, example)
+            scores, _ = function.forward(
+                differentiable_points(points)[0] if rows == 1 else points, example
+            )
             drawn = not all(map(torch.equal, states, random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
         if meter.drew and drawn:
             # Other memory formats and parts taken once would draw in another order.
             raise NotLeanError("the model draws random numbers")
-        return recording.program
+        return recording.program, scores.detach()
 
     def _device(self) -> AbstractContextManager[object]:
         return MetaTensors(self.call.device) if self.on_meta else nullcontext()

@@ -384,7 +384,7 @@ def _notes(recipe: Recipe, size: int, limits: Limits, calibration: Calibration) 
     if calibration.eager.random:
         notes.append(DRAWS)
     if isinstance(recipe, WeightedSum) and recipe.refinement is not None:
-        first = recipe.refinement.first
+        first = recipe.levels[0].count
         notes.append(f"{first} points lie evenly, then more where the gradient changes")
     if isinstance(recipe, WeightedSum) and recipe.tolerance is not None:
         notes.append(f"stops early where the estimated error is within {recipe.tolerance:g}")

@@ -22,6 +22,7 @@ from saliency_fast.engine.calibrate import (
     NOTHING,
     Calibration,
     CalibrationCache,
+    UnverifiedError,
     calibrated,
     in_precision,
     sharing,
@@ -39,8 +40,8 @@ from saliency_fast.engine.independence import (
 from saliency_fast.engine.job import Job, PrecisionCostsError
 from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.loop import evaluation_of
-from saliency_fast.engine.measure import Measurement
-from saliency_fast.engine.memory import Cost, bytes_text, read_budget
+from saliency_fast.engine.measure import FIRST_ROWS, Measurement
+from saliency_fast.engine.memory import Cost, Ledger, MemoryMeter, bytes_text, read_budget
 from saliency_fast.engine.plan import Limits, Plan, baselines_of, kept_bytes, make_plan
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
 from saliency_fast.engine.strategies import STRATEGIES, Strategy
@@ -102,6 +103,7 @@ class Planner:
         alone: Whether launches are the call's own, or shared with other requests.
         graphs: Whether launches may be captured.
         direct: Whether calls of few points may do without a recording.
+        deferred: Whether launches of a strategy may be compared with autograd, and not it before.
         used: By precision: what was found in this call, and its key; a call looks at its model
             once.
     """
@@ -119,6 +121,7 @@ class Planner:
     alone: bool
     graphs: bool
     direct: bool = False
+    deferred: bool = True
     used: dict[str, tuple[tuple[object, ...], Calibration]] = field(default_factory=dict)
     _warned: list[bool] = field(default_factory=list)
     _seen: dict[int, tuple[object, ...]] = field(default_factory=dict)
@@ -135,8 +138,24 @@ class Planner:
 
     @cached_property
     def _point(self) -> Measurement:
-        measured = self.recipe.measured
-        return Measurement(self.model, self.call, self.baselines[0], measured, self.config)
+        about = (self.model, self.call, self.baselines[0], self.recipe.measured, self.config)
+        single = self._single_example
+        return Measurement(*about, single=single, deferred=self.deferred and single)
+
+    @property
+    def _single_example(self) -> bool:
+        """Whether the call is a sum of gradients over so few points of one example that a first
+        launch of one point, and comparisons with autograd at launches that count, pay.
+        """
+        recipe, call, limits, config = self.recipe, self.call, self.limits, self.config
+        if not (isinstance(recipe, WeightedSum) and self.alone and self.lean) or recipe.at_input:
+            return False
+        plain = recipe.gradients and recipe.rules is None and not recipe.second
+        own = self.part is None and limits.memory_budget is None and len(self.baselines) == 1
+        kinds = not call.halves and config.exact_dtypes.isdisjoint(call.dtypes)
+        few = recipe.levels[0].count > FIRST_ROWS and recipe.count < config.compared_at_three_from
+        one = call.batch == 1 and call.device.type == "cpu" and not call.targets.predicted
+        return plain and own and kinds and few and one
 
     def calibration(self, precision: Precision) -> Calibration:
         """What is known of a point, or is measured now."""
@@ -152,7 +171,8 @@ class Planner:
         # Arguments that are new in every call must not pile up.
         while len(self.cache) >= self.config.most_known:
             self.cache.pop(next(iter(self.cache)))
-        self.cache[key] = calibration
+        if calibration.verification is None:
+            self.cache[key] = calibration
         self.used[precision.name] = key, calibration
         return calibration
 
@@ -330,11 +350,16 @@ class Planner:
 
     def _job(self, prepared: Prepared) -> Job:
         """The job of this call by what was prepared for its kind."""
-        known = prepared.calibration.measured
+        calibration = prepared.calibration
+        known = calibration.measured and not calibration.estimated
+        ledger = None if known else Ledger(MemoryMeter(), accepted=calibration.recorded)
+        pending, recorded = calibration.verification is not None, calibration.recorded
         return Job(
             *(self.model, self.method, self.call, self.recipe, self.baselines, self.part),
             # A copy: copies of weights are a call's own.
-            strategy=replace(prepared.strategy),
+            strategy=prepared.strategy.with_profiler(ledger)
+            if ledger is not None and recorded
+            else replace(prepared.strategy),
             plan=prepared.plan,
             launches=prepared.launches,
             calibration=prepared.calibration,
@@ -345,15 +370,25 @@ class Planner:
             first=prepared.first,
             with_cost=None if known else partial(self._with_cost, prepared),
             kind=self._key,
+            ledger=ledger,
+            verified=partial(self._verified, prepared) if pending else None,
         )
+
+    def _verified(self, prepared: Prepared) -> Calibration:
+        """Keeps a calibration whose strategy has agreed with autograd."""
+        attempt = prepared.attempt
+        # As it was measured: a strategy that takes less memory is this call's own.
+        calibration = replace(self.used[attempt.precision.name][1], verification=None)
+        return self._keep(attempt.key, attempt.precision, calibration)
 
     def _with_cost(self, prepared: Prepared, cost: Cost, *, keep: bool = True) -> Job:
         """The job that goes on once its first launch has told what a point costs, which is kept for
         later calls.
         """
         attempt = prepared.attempt
-        calibration = replace(prepared.calibration, cost=cost, eager=cost)
-        calibration = replace(calibration, launches={}, seconds={})
+        calibration = replace(prepared.calibration, cost=cost, launches={}, seconds={})
+        if not calibration.recorded:
+            calibration = replace(calibration, eager=cost)
         if keep:
             self._keep(attempt.key, attempt.precision, calibration)
         if cost.random:
@@ -447,11 +482,17 @@ class Planner:
         part, strategy = self.part, calibration.strategy
         if part is not None and part.first:
             strategy = strategy.within(part.box, self.config.region_share)
+        if calibration.estimated and attempt.limits.points_per_launch != 1:
+            # The launch that follows the first one tells how large the others are.
+            plan = replace(plan, points_per_launch=max(plan.points_per_launch, 2))
         # As much memory as autograd takes for the call itself.
         small = self.recipe.at_input and calibration.most >= self.config.direct_points_of_small
-        unknown = not calibration.recorded and plan.points_per_launch > 1 and not small
-        prepared = Prepared(attempt, strategy, plan, None, calibration, rows, (1,) * unknown)
+        alone = calibration.alone_first or not (calibration.recorded or small)
+        first = (1,) * (alone and plan.points_per_launch > 1)
+        prepared = Prepared(attempt, strategy, plan, None, calibration, rows, first)
         job = self._job(prepared)
+        if calibration.estimated:
+            return job
         # Tiles are laid out by a budget of their own.
         sizes = () if strategy.tiled is not None else _traced_sizes(job)
         # Other sizes of launches would draw other random numbers.
@@ -478,7 +519,8 @@ class Planner:
                 plan = self._plan(calibration, attempt, launches)
                 prepared = replace(prepared, plan=plan, launches=launches)
             job = self._job(prepared)
-        if not attempt.others and calibration.measured and not self._tight(plan):
+        settled = calibration.measured and calibration.verification is None
+        if settled and not attempt.others and not self._tight(plan):
             self._remember(prepared)
         return job
 
@@ -526,6 +568,9 @@ class Planner:
     def _replanned(self, attempt: _Attempt, job: Job, error: Exception) -> Job:
         """The job that begins again after an error; raises the error where no other plan helps."""
         others, rows, strategy = attempt.others, job.independence, job.strategy
+        if isinstance(error, UnverifiedError):
+            self.used.clear()
+            return replace(self, deferred=False).job(attempt.precision, attempt.reason, others)
         if isinstance(error, PrecisionCostsError):
             return self.job(PRECISIONS[others[0]], str(error), others[1:], job.limit)
         lean = strategy.program is not None or strategy.intercepted
@@ -638,7 +683,8 @@ def prepare(
         # What our versions of a call make of NaN need not be what the model makes of it.
         lean = call.finite and all(is_finite(one) for several in baselines for one in several)
     about = (model, method, recipe, call, baselines, part, limits, cache, config)
-    planner = Planner(*about, lean, alone, graphs, direct=precision == FLOAT32.name)
+    plain = precision == FLOAT32.name
+    planner = Planner(*about, lean, alone, graphs, direct=plain, deferred=plain)
     if call.halves:
         _need_alike(model, call.dtypes)
     other = next((one for one in call.dtypes if one != torch.float32), None)
@@ -686,7 +732,7 @@ def _with_rule(
         if limits.memory_budget is not None:
             most = min(most, read_budget(limits.memory_budget, call.device) // 4)
         if region is not None or kept > most:
-            return refinement.otherwise, replace(recipe, refinement=None)
+            return refinement.otherwise, refinement.otherwise.recipe()
     return refinement.method, recipe
 
 
@@ -737,7 +783,16 @@ def timed(job: Job) -> Job:
 
 def shown(job: Job, graphs: bool, layout: str) -> Plan:
     """The plan of a job for people, with times, captures and layout."""
-    if job.with_cost is not None:
+    if (verification := job.calibration.verification) is not None:
+        try:
+            cost = verification.settled()
+        except UnverifiedError as error:
+            return shown(job.replan(job, error), graphs, layout)
+        assert job.with_cost is not None
+        job = job.with_cost(cost)
+        assert job.verified is not None
+        job = replace(job, calibration=job.verified())
+    elif job.with_cost is not None:
         about = (job.model, job.call, job.baselines[0], job.recipe.measured, job.config)
         job = job.with_cost(Measurement(*about).forward(job.strategy).cost, keep=False)
     if job.traced and job.with_traces is not None and (launches := launches_of(job)) is not None:

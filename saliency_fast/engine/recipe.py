@@ -199,20 +199,18 @@ GROWTH = 1.6
 
 @dataclass(frozen=True)
 class Refinement:
-    """Nodes of each example's own: some evenly on the path, then more where the gradient changes.
+    """Nodes of each example's own: those of the only level, then more where the gradient changes.
 
     Args:
         method: The method, with this rule named.
-        otherwise: The same with the fixed rule of the levels, for calls that this does not fit;
-            None where it was asked for by name.
-        first: Nodes that every example gets, spread evenly.
+        otherwise: The same with a fixed rule, for calls that this does not fit; None where it was
+            asked for by name.
         steps: Nodes of each example in all, or before its error is first compared with a tolerance.
         most: Nodes of an example at most.
     """
 
     method: Method
     otherwise: Method | None
-    first: int
     steps: int
     most: int
 
@@ -239,7 +237,7 @@ class WeightedSum(Recipe):
         factor: "none", "input", "difference" (input - baseline), "line" (each row's own random
             line) or "path" (each row's own direction).
         tolerance: Relative L2 error at which an example stops.
-        refinement: Nodes of each example's own, instead of those of the levels.
+        refinement: Nodes of each example's own, behind those of the only level.
     """
 
     family: Family

@@ -86,6 +86,21 @@ def steps_behind(results: Iterable[Source]) -> Iterator[Any]:
             yield node
 
 
+def nodes_made_of(starts: Iterable[Any], result: Tensor) -> set[Any]:
+    """Autograd's steps behind a result that lead on to some of `starts`."""
+    after: dict[Any, list[Any]] = {}
+    for node in steps_behind((result,)):
+        for one, _ in node.next_functions:
+            after.setdefault(one, []).append(node)
+    pending, made = list(starts), set[Any]()
+    while pending:
+        node = pending.pop()
+        if node not in made:
+            made.add(node)
+            pending += after.get(node, ())
+    return made
+
+
 class _Lean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Forward, back: Backward, *inputs: Tensor) -> Tensor:

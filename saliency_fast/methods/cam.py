@@ -330,8 +330,11 @@ class Canvas:
 
     def inputs_round(self, each: Callable[[slice, RoundResult], None], *, gradients: bool) -> Round:
         example, _ = every_row(self.context, 1)
-        taps = LayerTaps(self.context.layers, self.context.layer_input)
-        return Round(at_inputs(self.context), example, example, gradients, taps, each=each)
+        return Round(at_inputs(self.context), example, example, gradients, self._taps, each=each)
+
+    @cached_property
+    def _taps(self) -> LayerTaps:
+        return LayerTaps(self.context.layers, self.context.layer_input)
 
     def of_layers(self, result: RoundResult) -> Inputs:
         """One tensor [R, ...] of each layer; of a single layer its first."""
@@ -353,6 +356,10 @@ class Canvas:
     @cached_property
     def _inside(self) -> Inside:
         context = self.context
+        axes = context.layouts.needed("a class activation map")
+        if not self._taps.moving and all(one.is_standard for one in axes):
+            # To follow the elements of the inputs takes another run.
+            return Inside()
         return context.layouts.inside(context.layers, context.layer_input) or Inside()
 
     def _layouts(self, number: int, output: Tensor) -> list[Layout]:

@@ -101,17 +101,18 @@ class IntegratedGradients:
 
     def recipe(self) -> Recipe:
         rule, refinement = RULES[self._rule], None
-        if self.tolerance is None:
-            levels: tuple[Level, ...] = (level(rule, self.steps),)
-        else:
-            levels = tuple(nested_levels(rule, self.steps, self.max_steps))
+        levels: tuple[Level, ...]
         if self.rule in (None, ADAPTIVE) and (self.steps > FEWEST or self.tolerance is not None):
             most = self.steps if self.tolerance is None else self.max_steps
+            otherwise = replace(self, rule=self._rule) if self.rule is None else None
+            refinement = Refinement(replace(self, rule=ADAPTIVE), otherwise, self.steps, most)
             rounds = sum(self.steps >= least for least in ROUNDS)
             first = min(self.steps, max(FEWEST, math.ceil(self.steps / GROWTH**rounds)))
-            chosen = replace(self, rule=ADAPTIVE)
-            otherwise = replace(self, rule=self._rule) if self.rule is None else None
-            refinement = Refinement(chosen, otherwise, first, self.steps, most)
+            levels = (level(RULES["midpoint"], first),)
+        elif self.tolerance is None:
+            levels = (level(rule, self.steps),)
+        else:
+            levels = tuple(nested_levels(rule, self.steps, self.max_steps))
         about = (Line(), levels, "sum", "difference", self.tolerance, refinement)
         return WeightedSum(*about, baseline="one")
 

@@ -14,12 +14,15 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast._types import Args, Function, Inputs, Kwargs
 from saliency_fast.errors import InputError, InputTypeError, ModelError, RepeatedLayerError
+from saliency_fast.graph.gradients import gradients, nodes_made_of
 from saliency_fast.graph.intercept import FunctionMode
+from saliency_fast.graph.opinfo import info
 from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.preserve import uncompiled, without_recomputation
 from saliency_fast.model.targets import read_of
@@ -268,11 +271,14 @@ class Taps(Protocol):
 
 @dataclass(frozen=True)
 class LayerTaps:
-    """The outputs or inputs of layers as taps; counts: of tensors, in the last run."""
+    """The outputs or inputs of layers as taps. counts: of tensors, in the last run; moving: calls
+    before the layers, in the last run, after which elements may lie elsewhere than in the input.
+    """
 
     layers: tuple[Layer, ...]
     of_input: bool = False
     counts: list[int] = field(default_factory=list, compare=False)
+    moving: list[str] = field(default_factory=list, compare=False)
 
     def prepare(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
         """Layers are named: there is nothing to find."""
@@ -290,10 +296,11 @@ class LayerTaps:
 
     def run(self, call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
         """What `call` returns, and the tensors at the layers."""
-        tapped: dict[int, list[Tensor]] = {}
+        tapped, moves = dict[int, list[Tensor]](), _Moves()
         differentiable = torch.is_grad_enabled()
 
         def seen(number: int, value: Any) -> Any:
+            self.moving[:] = moves.names
             # A tap is differentiable, and would give a layer gradients that the input has not.
             if differentiable and not torch.is_grad_enabled():
                 raise ModelError(
@@ -313,10 +320,43 @@ class LayerTaps:
                 # The model may go on to overwrite its tensors.
                 return with_floats(value, [one.clone() for one in tapped[number]])
 
-        raw = _hooked_once(self.layers, seen, self.of_input, call)
+        with moves:
+            raw = _hooked_once(self.layers, seen, self.of_input, call)
         several = [tapped[number] for number in range(len(self.layers))]
         self.counts[:] = map(len, several)
         return raw, [one for own in several for one in own]
+
+
+_STAYS = frozenset(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d batch_norm "
+    "instance_norm group_norm local_response_norm relu relu_ relu6 leaky_relu leaky_relu_ elu "
+    "elu_ celu selu gelu silu mish hardswish hardtanh hardtanh_ hardsigmoid sigmoid sigmoid_ tanh "
+    "tanh_ softplus clamp clamp_ prelu dropout dropout1d dropout2d dropout3d feature_dropout "
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d boolean_dispatch fn add "
+    "add_ __add__ __radd__ __iadd__ sub __sub__ mul mul_ __mul__ __rmul__ __imul__ div "
+    "__truediv__ contiguous clone to float".split()
+)
+"""Calls whose results have the rows, the channels and the axes of space where their inputs do."""
+
+
+class _Moves(FunctionMode):
+    """Notes the calls that may move elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def opens(self, func: FunctionType) -> bool:
+        return False
+
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
+        result, name = func(*args, **kwargs), getattr(func, "__name__", "")
+        # Channels beside channels.
+        joins = name == "cat" and 1 in (*args[1:], kwargs.get("dim"))
+        stays = name in _STAYS or joins or info(func).metadata
+        if not stays and tree_tensors(result):
+            self.names.append(name)
+        return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -506,6 +546,40 @@ def last_spatial(model: object, run: Run, examples: int) -> tuple[nn.Module, boo
     raise trace.none(tried=True)
 
 
+def last_spatial_by_gradient(model: object, run: Run) -> nn.Module | None:
+    """The same module, where one run with a gradient proves that it lies between the inputs and the
+    score of the only example: autograd's graph leads there, and a gradient arrives. None where it
+    does not, which proves nothing.
+    """
+    trace, leaves = _ModuleTrace(module_of(model)), list[Tensor]()
+    edges = dict[nn.Module, GradientEdge]()
+
+    def leaf(x: Tensor) -> Tensor:
+        leaves.append(x.detach().requires_grad_(x.is_floating_point()))
+        return leaves[-1]
+
+    def end(number: int, output: Any) -> None:
+        trace.end(number, output, digest=False)
+        tensors = tensors_of(output)
+        if tensors and tensors[0].requires_grad:
+            edges[trace.modules[number]] = get_gradient_edge(tensors[0])
+
+    begin = hooked(trace.modules, trace.begin, of_input=True)
+    try:
+        with torch.enable_grad(), begin, hooked(trace.modules, end), trace:
+            raw, scores = run(0, leaf)
+        starts = [get_gradient_edge(one).node for one in leaves if one.requires_grad]
+        made = nodes_made_of(starts, scores)
+        varying = {module for module, edge in edges.items() if edge.node in made}
+        candidates = [one for one in trace.candidates(_shown(raw), varying) if one.alone]
+        module = trace.last([one for one in candidates if one.module in varying], varying)
+        (found,) = gradients(scores.sum(), [edges[module]], allow_unused=True)
+        return module if found is not None and bool(found.any()) else None
+    except Exception:
+        # Whatever it is, the search without gradients tells.
+        return None
+
+
 def _shown(raw: Any) -> Tensor | None:
     """The tensor that is explained in a model's output, as a rule."""
     return next((one for one in (read_of(raw), *tensors_of(raw)) if one is not None), None)
@@ -623,7 +697,7 @@ class _ModuleTrace(FunctionMode):
         if isinstance(module, nn.RNNBase):
             self.mixes()
 
-    def end(self, number: int, output: Any) -> None:
+    def end(self, number: int, output: Any, digest: bool = True) -> None:
         module, self.time = self.modules[number], self.time + 1
         self.stack.pop()
         self.calls[module] = self.calls.get(module, 0) + 1
@@ -631,7 +705,8 @@ class _ModuleTrace(FunctionMode):
         if not tensors or module is self.root:
             return
         tensor, shape = tensors[0], tuple(tensors[0].shape)
-        self.digest(number, output)
+        if digest:
+            self.digest(number, output)
         self.shapes[module] = list(shape)
         if isinstance(module, _POOLS):
             self.pooled = tensor
