@@ -104,12 +104,10 @@ class Arena:
 
     def __init__(self, device: torch.device, least: int = LEAST, about: int = WORTH) -> None:
         """least: bytes from which memory is its own; about: what a launch is thought to take."""
-        self.device = device
-        self._library: Any = _library() if about >= WORTH and served(device) else None
+        self.device, self._least = device, least
+        self._library: Any = None
         self._handle: int | None = None
-        self._expected: Trace | None = None
-        if self._library is not None:
-            self._handle = self._library.saliency_fast_arena_open(max(RESERVED, 4 * about), least)
+        self.renew(about)
 
     @property
     def extent(self) -> int:
@@ -123,6 +121,9 @@ class Arena:
             yield
             return
         if expected is not self._expected:
+            if self._expected is None and self.extent:
+                # Where scores lie there is no place for what is expected.
+                self.renew(self._about)
             lives = (expected or Trace()).array()
             self._library.saliency_fast_arena_expect(self._handle, lives, len(lives))
             self._expected = expected
@@ -141,6 +142,15 @@ class Arena:
         lives = (_Life * count)()
         seen(self._handle, lives, count)
         return Trace(tuple((one.bytes, one.start, one.stop) for one in lives))
+
+    def renew(self, about: int) -> None:
+        """Gives back what launches of another kind have taken, and begins anew."""
+        self.close()
+        self._expected: Trace | None = None
+        self._about = about
+        if about >= WORTH and served(self.device):
+            self._library, size = _library(), max(RESERVED, 4 * about)
+            self._handle = self._library.saliency_fast_arena_open(size, self._least)
 
     def close(self) -> None:
         """Gives back what no tensor lives in; the rest goes when its tensors go."""

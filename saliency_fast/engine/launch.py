@@ -7,14 +7,14 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace
+from saliency_fast.engine.arena import LEAST_TRACED, WORTH, Arena, LaunchMemory, Trace
 from saliency_fast.engine.independence import Independence, Row
 from saliency_fast.engine.memory import Cost, MemoryMeter
 from saliency_fast.model.function import PointFunction, compatible, packed
@@ -98,10 +98,11 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
             if due:
                 with _slot(), arena.launch():
                     proofs = [request.prove(number) for number in due]
-        if request.metered:
-            result = _metered(request, count, arena.device)
-        elif request.traced:
-            result = _traced(request, count, arena.device)
+        if request.metered or request.traced:
+            # What scores have taken goes back; the launches that follow are larger.
+            arena.close()
+            result = _examined(request, count, arena.device)
+            arena.renew(0 if result.trace is None else result.trace.needed)
         else:
             with _slot(), arena.launch(memory.of(count) if memory else None):
                 result = request.evaluate(request.function, *request.write(slice(0, count)))
@@ -115,22 +116,21 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
         return error
 
 
-def _metered(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:
-    """A launch and its cost."""
-    states, meter = random_states(device), MemoryMeter()
-    with _slot(), uncompiled(), meter:
-        result = request.evaluate(request.function, *request.write(slice(0, count)))
-    moved = not all(map(torch.equal, states, random_states(device)))
-    return replace(result, cost=meter.cost({}, moved=moved))
-
-
-def _traced(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:
-    """A launch in an arena of its own, with a trace of what it takes."""
-    arena = Arena(device, LEAST_TRACED, request.traced)
+def _examined(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:
+    """A launch in an arena of its own, with a trace of what it takes, and its cost."""
+    arena, meter = Arena(device, LEAST_TRACED, max(WORTH, request.traced)), MemoryMeter()
+    states = random_states(device) if request.metered else []
+    counted = (uncompiled(), meter) if request.metered else ()
     try:
-        with _slot(), arena.launch():
+        with _slot(), arena.launch(), ExitStack() as stack:
+            for one in counted:
+                stack.enter_context(one)
             result = request.evaluate(request.function, *request.write(slice(0, count)))
-        return replace(result, trace=arena.trace())
+        result = replace(result, trace=arena.trace())
+        if not request.metered:
+            return result
+        moved = not all(map(torch.equal, states, random_states(device)))
+        return replace(result, cost=meter.cost({}, moved=moved))
     finally:
         # What its tensors take goes with them.
         arena.close()

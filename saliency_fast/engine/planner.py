@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from saliency_fast._torch_compat import storage_id
 from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, served
 from saliency_fast.engine.bind import Call, Model, Part, Region, is_finite, read_region
@@ -28,6 +29,7 @@ from saliency_fast.engine.calibrate import (
 )
 from saliency_fast.engine.captured import captured_steps, described
 from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.cudagraph import RECORDERS, cache_of
 from saliency_fast.engine.evaluation import Evaluation
 from saliency_fast.engine.independence import (
     SINGLE,
@@ -40,7 +42,14 @@ from saliency_fast.engine.job import Job, PrecisionCostsError
 from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.loop import evaluation_of
 from saliency_fast.engine.measure import Measurement
-from saliency_fast.engine.memory import Cost, bytes_text, read_budget
+from saliency_fast.engine.memory import (
+    LIBRARIES,
+    MALLOC_KEEPS,
+    Cost,
+    bytes_text,
+    library_bytes,
+    read_budget,
+)
 from saliency_fast.engine.plan import Limits, Plan, baselines_of, kept_bytes, make_plan
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
 from saliency_fast.engine.strategies import STRATEGIES, Strategy
@@ -233,11 +242,8 @@ class Planner:
 
     def _first_eager(self) -> Calibration | None:
         """Eager points, before any was run; None where that may take too much."""
-        config, rules, each = (
-            self.config,
-            self.recipe.rules,
-            sum(x[0].nbytes for x in self.call.inputs),
-        )
+        config, recipe, rules = self.config, self.recipe, self.recipe.rules
+        each = sum(x[0].nbytes for x in self.call.inputs)
         # Rules with references take each example through the model together with another row.
         paired = isinstance(rules, Rescale) and not rules.captum
         limited = self.limits.memory_budget is not None
@@ -247,8 +253,17 @@ class Planner:
         small = each + sum(one.nbytes for one in weights) <= config.small_bytes
         most = config.direct_points_of_small if small else config.direct_points
         reason = "so few points do not repay a recording" if self.lean else "lean=False"
-        refusals = tuple((one.name, reason) for one in STRATEGIES if one.lean)
-        return Calibration(Strategy(rules=rules), NOTHING, NOTHING, None, refusals, most=most)
+        # Its versions have each their gradient from PyTorch's definition; where one is not served,
+        # or the call is about more than its inputs' gradients, autograd takes over.
+        single = set(self.call.dtypes) == {torch.float32} and rules is None and not recipe.second
+        inside = self.call.layers or isinstance(self.model, Downstream)
+        lean = self.lean and recipe.gradients and single and not inside
+        strategy = Strategy(rules=rules, intercepted=lean and each >= config.direct_lean_from)
+        refused = [
+            one for one in STRATEGIES if one.lean and (one.recorded or not strategy.intercepted)
+        ]
+        refusals = tuple((one.name, reason) for one in refused)
+        return Calibration(strategy, NOTHING, NOTHING, None, refusals, most=most)
 
     def _reads(self, calibration: Calibration) -> tuple[object, ...] | None:
         """What the model's Python reads of each example's further arguments, and of all; None where
@@ -533,6 +548,13 @@ class Planner:
         others, rows, strategy = attempt.others, job.independence, job.strategy
         if isinstance(error, PrecisionCostsError):
             return self.job(PRECISIONS[others[0]], str(error), others[1:], job.limit)
+        short = is_out_of_memory(error) or isinstance(error, BudgetError)
+        met = isinstance(error, RowsMeetError)
+        if strategy.intercepted and not job.calibration.recorded and not (short or met):
+            # Nothing was tried before the call: where the model is wrong, it says so again.
+            eager = job.calibration.given_up(f"given up in a launch: {error}")
+            self._keep(attempt.key, attempt.precision, eager)
+            return self.job(attempt.precision, attempt.reason, others, job.limit)
         lean = strategy.program is not None or strategy.intercepted
         if isinstance(error, NotLeanError) and lean:
             why = f"given up in a launch: {error}"
@@ -544,7 +566,6 @@ class Planner:
             return replace(
                 job, calibration=calibration, plan=plan, strategy=strategy, launches=None
             )
-        short = is_out_of_memory(error) or isinstance(error, BudgetError)
         if short and not job.calibration.recorded and job.plan.points_per_launch == 1:
             self.used.clear()
             return replace(self, direct=False).job(attempt.precision)
@@ -554,7 +575,6 @@ class Planner:
         if is_out_of_memory(error):
             return _halved(job, error)
         # Not all that models do runs under vmap; what is wrong otherwise shows again.
-        met = isinstance(error, RowsMeetError)
         if not (met or strategy.row_by_row):
             raise error
         rows.meet(str(error) if met else rows.reason, vmapped=strategy.row_by_row)
@@ -728,7 +748,29 @@ def shown(job: Job, graphs: bool, layout: str) -> Plan:
         job = job.with_cost(Measurement(*about).forward(job.strategy).cost, keep=False)
     if job.traced and job.with_traces is not None and (launches := launches_of(job)) is not None:
         job = job.with_traces(launches.known)
-    return replace(timed(job).plan, graphs=described(job, wanted=graphs), layout=layout)
+    about = {"graphs": described(job, wanted=graphs), "layout": layout}
+    device = job.call.device
+    return replace(
+        timed(job).plan, **about, library_bytes=library_bytes(device), resident=_resident(job)
+    )
+
+
+def _resident(job: Job) -> dict[str, int]:
+    """Bytes that stay in use after a call, by name."""
+    device, programs = job.call.device, (job.strategy.program, job.calibration.whole)
+    model = job.model.model if isinstance(job.model, Downstream) else job.model
+    state = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    own, theirs = dict[int, int](), {storage_id(one) for one in state}
+    for one in (one for program in programs if program for one in program.constants):
+        if storage_id(one) not in theirs:
+            own[storage_id(one)] = one.untyped_storage().nbytes()
+    found = {"recorded program": sum(own.values())}
+    if device.type == "cpu":
+        freed = min(job.plan.launch_bytes + job.plan.fixed_bytes, MALLOC_KEEPS)
+        found |= {"freed memory that malloc keeps": freed, "libraries": LIBRARIES}
+    elif device.type in RECORDERS:
+        found["captured launches"] = cache_of(device).nbytes
+    return {name: size for name, size in found.items() if size}
 
 
 def _traced_sizes(job: Job) -> tuple[int, ...]:
