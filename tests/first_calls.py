@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast.engine.config import EngineConfig
+from tests.configured import RECORDED
 from tests.measured import encoder, images, status
 
 
@@ -26,7 +28,9 @@ def convolutions() -> nn.Module:
     for inner, outer in ((3, 32), (32, 32), (32, 32), (32, 32)):
         norm = nn.BatchNorm2d(outer)
         layers += [nn.Conv2d(inner, outer, 3, padding=1), norm, nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.AvgPool2d(16), nn.Flatten(), nn.Linear(32 * 14 * 14, 5))
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(14), nn.Flatten(), nn.Linear(32 * 14 * 14, 5)
+    )
 
 
 def volumes() -> nn.Module:
@@ -47,8 +51,13 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any, dict[str, 
     "small images": (images, (1, 3, 128, 128), sf.IntegratedGradients(steps=12), {}),
     "text": (encoder, (1, 256, 64), sf.IntegratedGradients(steps=12), {}),
     "volume": (volumes, VOLUME, sf.IntegratedGradients(steps=4), {}),
-    "recorded": (convolutions, IMAGE, sf.IntegratedGradients(steps=24), {}),
-    "layer": (convolutions, IMAGE, sf.IntegratedGradients(steps=4), {"at": "3"}),
+    "recorded": (
+        convolutions,
+        IMAGE,
+        sf.IntegratedGradients(steps=24),
+        {"config": EngineConfig(**RECORDED)},
+    ),
+    "layer": (convolutions, (1, 3, 112, 112), sf.IntegratedGradients(steps=4), {"at": "3"}),
     "wide": (wide, (4, 2048), sf.IntegratedGradients(steps=64), {}),
     "service": (convolutions, IMAGE, sf.IntegratedGradients(steps=4), {}),
 }
@@ -61,6 +70,10 @@ def trimmed() -> int:
     return status("VmRSS")
 
 
+def call(engine: sf.Engine, x: Tensor, name: str) -> None:
+    engine.submit(x, 1).result() if name == "service" else engine(x, 1)
+
+
 def measure(name: str) -> dict[str, Any]:
     """Bytes over the idle process: planned, the call's peak, after it, and once it was closed."""
     torch.manual_seed(0)
@@ -68,15 +81,11 @@ def measure(name: str) -> dict[str, Any]:
     model, x = build().eval(), torch.randn(shape)
     loaded = trimmed()
     engine = sf.Engine(model, method, **options)
-
-    def call(x: Tensor) -> None:
-        engine.submit(x, 1).result() if name == "service" else engine(x, 1)
-
     plan = engine.plan(x, 1)
     Path("/proc/self/clear_refs").write_text("5")
-    call(x)
+    call(engine, x, name)
     found = {"planned": plan.peak_bytes, "peak": status("VmHWM") - loaded}
-    call(x)
+    call(engine, x, name)
     gc.collect()
     found |= {"after": status("VmRSS") - loaded, "resident": dict(engine.plan(x, 1).resident)}
     engine.close()
@@ -86,7 +95,7 @@ def measure(name: str) -> dict[str, Any]:
     engine.close()
     found |= {"closed": closed - loaded, "again": status("VmRSS") - closed}
     weights = sum(one.nbytes for one in model.parameters())
-    del model, engine, call
+    del model, engine
     found |= {"weights": weights, "collected": trimmed() - loaded}
     return found
 

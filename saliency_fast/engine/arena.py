@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from saliency_fast._types import Inputs
 from saliency_fast.ops.dispatch import forced, native_library
 
 RESERVED = 8 * 1024**3
@@ -20,6 +21,8 @@ LEAST = 64 * 1024
 """Bytes from which a tensor's memory is the arena's."""
 WORTH = 16 * LEAST
 """Bytes of a launch from which an arena is opened for it."""
+COPIES = 4
+"""Times its own bytes that an example takes in a model, at least, as a rule."""
 LEAST_TRACED = 1024
 """Bytes from which a trace notes memory: with more rows it may grow into the arena's."""
 
@@ -157,6 +160,22 @@ class Arena:
         handle, self._handle = self._handle, None
         if handle:
             self._library.saliency_fast_arena_close(handle)
+
+
+@contextmanager
+def lent(device: torch.device, inputs: Inputs) -> Iterator[None]:
+    """Inside, a point of these inputs is measured in memory that goes back to the system."""
+    arena = Arena(device, about=least_bytes(inputs))
+    try:
+        with arena.launch():
+            yield
+    finally:
+        arena.close()
+
+
+def least_bytes(inputs: Inputs) -> int:
+    """What a launch takes at least where nothing was measured."""
+    return COPIES * sum(x[0].nbytes for x in inputs)
 
 
 def _library() -> Any:

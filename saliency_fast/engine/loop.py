@@ -13,8 +13,7 @@ from typing import Any
 
 from saliency_fast.engine.accumulate import Outcome, average
 from saliency_fast.engine.adaptive import AdaptiveEvaluation
-from saliency_fast.engine.arena import Arena
-from saliency_fast.engine.bind import Call
+from saliency_fast.engine.arena import Arena, least_bytes
 from saliency_fast.engine.evaluation import REDUCED, Evaluation, GradientEvaluation, SumEvaluation
 from saliency_fast.engine.job import Job, Progress, Steps
 from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, execute, wait_for
@@ -24,8 +23,6 @@ from saliency_fast.engine.rounds import RoundsEvaluation
 
 ARENA_LAUNCHES = 3
 """Launches of a call from which an arena pays."""
-COPIES = 4
-"""Times its own bytes that an example takes in a model, at least, as a rule."""
 
 
 def evaluate(job: Job) -> Steps:
@@ -98,7 +95,7 @@ def run_alone(job: Job) -> Iterator[Progress]:
     # Its first launch touches fresh pages, which costs more than the second one spares; malloc
     # would keep more of a large one than it needs, and much of that after the call.
     pays = job.plan.launches * len(job.baselines) >= ARENA_LAUNCHES or about >= MALLOC_KEEPS
-    about = about if measured else _about(job.call)
+    about = about if measured else least_bytes(job.call.inputs)
     arena = Arena(device, about=about if pays or not measured else 0)
     progress = drive(evaluate(job), arena)
     try:
@@ -118,11 +115,6 @@ def run_alone(job: Job) -> Iterator[Progress]:
     if last is not None:
         note_call()
         last.job.calibration.seconds[last.job.key] = seconds / max(1, last.done)
-
-
-def _about(call: Call) -> int:
-    """What a launch takes at least where nothing was measured: some copies of an example."""
-    return COPIES * sum(x[0].nbytes for x in call.inputs)
 
 
 def drive(

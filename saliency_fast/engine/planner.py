@@ -17,7 +17,7 @@ from torch import nn
 
 from saliency_fast._torch_compat import storage_id
 from saliency_fast._types import Inputs
-from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, served
+from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, lent, served
 from saliency_fast.engine.bind import Call, Model, Part, Region, is_finite, read_region
 from saliency_fast.engine.calibrate import (
     NOTHING,
@@ -198,8 +198,9 @@ class Planner:
             self.cache.rows.clear()
         if precision.exact:
             budget = read_budget(self.limits.memory_budget, self.call.device)
-            calibration = calibrated(point, lean=self.lean, budget=budget)
-            calibration = calibration if self.alone else sharing(calibration, point)
+            with lent(self.call.device, self.call.inputs):
+                calibration = calibrated(point, lean=self.lean, budget=budget)
+                calibration = calibration if self.alone else sharing(calibration, point)
         else:
             calibration = in_precision(self.calibration(FLOAT32), precision, point)
         return self._keep(key, precision, calibration)
@@ -745,7 +746,9 @@ def shown(job: Job, graphs: bool, layout: str) -> Plan:
     """The plan of a job for people, with times, captures and layout."""
     if job.with_cost is not None:
         about = (job.model, job.call, job.baselines[0], job.recipe.measured, job.config)
-        job = job.with_cost(Measurement(*about).forward(job.strategy).cost, keep=False)
+        with lent(job.call.device, job.call.inputs):
+            cost = Measurement(*about).forward(job.strategy).cost
+        job = job.with_cost(cost, keep=False)
     if job.traced and job.with_traces is not None and (launches := launches_of(job)) is not None:
         job = job.with_traces(launches.known)
     about = {"graphs": described(job, wanted=graphs), "layout": layout}
