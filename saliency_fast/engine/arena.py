@@ -110,6 +110,8 @@ class Arena:
         self.device, self._least = device, least
         self._library: Any = None
         self._handle: int | None = None
+        self._expected: Trace | None = None
+        self._about = about
         self.renew(about)
 
     @property
@@ -149,8 +151,7 @@ class Arena:
     def renew(self, about: int) -> None:
         """Gives back what launches of another kind have taken, and begins anew."""
         self.close()
-        self._expected: Trace | None = None
-        self._about = about
+        self._expected, self._about = None, about
         if about >= WORTH and served(self.device):
             self._library, size = _library(), max(RESERVED, 4 * about)
             self._handle = self._library.saliency_fast_arena_open(size, self._least)

@@ -751,10 +751,12 @@ def shown(job: Job, graphs: bool, layout: str) -> Plan:
         job = job.with_cost(cost, keep=False)
     if job.traced and job.with_traces is not None and (launches := launches_of(job)) is not None:
         job = job.with_traces(launches.known)
-    about = {"graphs": described(job, wanted=graphs), "layout": layout}
-    device = job.call.device
     return replace(
-        timed(job).plan, **about, library_bytes=library_bytes(device), resident=_resident(job)
+        timed(job).plan,
+        graphs=described(job, wanted=graphs),
+        layout=layout,
+        library_bytes=library_bytes(job.call.device),
+        resident=_resident(job),
     )
 
 
