@@ -253,7 +253,9 @@ class Volume(nn.Sequential):
 
 
 @pytest.mark.parametrize("lean", [True, False])
-@pytest.mark.parametrize("method", [sf.IntegratedGradients(steps=9), sf.SmoothGrad(samples=9)])
+@pytest.mark.parametrize(
+    "method", [sf.IntegratedGradients(steps=9, rule="midpoint"), sf.SmoothGrad(samples=9)]
+)
 def test_a_plan_tells_what_launches_take(
     method: Any, lean: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
