@@ -31,6 +31,7 @@ from saliency_fast.engine.job import Job, Progress
 from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.layers import LayerLocation
 from saliency_fast.engine.loop import run_alone
+from saliency_fast.engine.memory import give_back
 from saliency_fast.engine.plan import Limits, Plan
 from saliency_fast.engine.planner import prepare, shown
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum, with_fixed_nodes
@@ -509,10 +510,17 @@ class Engine:
         return self._service.statistics
 
     def close(self, *, cancel: bool = False) -> None:
-        """Finishes what was handed in, or cancels it, and takes no more requests; calls alone still
-        run.
+        """Finishes what was handed in, or cancels it, takes no more requests, and gives back the
+        memory that stays after calls (`Plan.resident`): what was found out about the model, also
+        by its other engines, and what malloc keeps. Calls alone still run, and prepare again.
         """
         self._service.close(cancel=cancel)
+        wholes = list(self._wholes.values())
+        self._wholes.clear()
+        for one in wholes:
+            one.close()
+        self._location.forget()
+        give_back()
 
     def __enter__(self) -> Engine:
         return self

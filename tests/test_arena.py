@@ -253,7 +253,9 @@ class Volume(nn.Sequential):
 
 
 @pytest.mark.parametrize("lean", [True, False])
-@pytest.mark.parametrize("method", [sf.IntegratedGradients(steps=9), sf.SmoothGrad(samples=9)])
+@pytest.mark.parametrize(
+    "method", [sf.IntegratedGradients(steps=9, rule="midpoint"), sf.SmoothGrad(samples=9)]
+)
 def test_a_plan_tells_what_launches_take(
     method: Any, lean: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,7 +274,8 @@ def test_a_plan_tells_what_launches_take(
     assert launches is not None
     monkeypatch.setattr(Arena, "close", closed)
     found = engine(x, 1)
-    assert extents == [plan.launch_bytes]
+    # Scores take less, in an arena that closes before.
+    assert max(extents) == plan.launch_bytes
     # The largest of launches of two, three and four points.
     assert plan.launch_bytes == launches.bytes_of(4)
     configure(monkeypatch, traced_from=2**60)

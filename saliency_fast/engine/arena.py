@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from saliency_fast._types import Inputs
 from saliency_fast.ops.dispatch import forced, native_library
 
 RESERVED = 8 * 1024**3
@@ -20,6 +21,8 @@ LEAST = 64 * 1024
 """Bytes from which a tensor's memory is the arena's."""
 WORTH = 16 * LEAST
 """Bytes of a launch from which an arena is opened for it."""
+COPIES = 4
+"""Times its own bytes that an example takes in a model, at least, as a rule."""
 LEAST_TRACED = 1024
 """Bytes from which a trace notes memory: with more rows it may grow into the arena's."""
 
@@ -104,12 +107,12 @@ class Arena:
 
     def __init__(self, device: torch.device, least: int = LEAST, about: int = WORTH) -> None:
         """least: bytes from which memory is its own; about: what a launch is thought to take."""
-        self.device = device
-        self._library: Any = _library() if about >= WORTH and served(device) else None
+        self.device, self._least = device, least
+        self._library: Any = None
         self._handle: int | None = None
         self._expected: Trace | None = None
-        if self._library is not None:
-            self._handle = self._library.saliency_fast_arena_open(max(RESERVED, 4 * about), least)
+        self._about = about
+        self.renew(about)
 
     @property
     def extent(self) -> int:
@@ -123,6 +126,9 @@ class Arena:
             yield
             return
         if expected is not self._expected:
+            if self._expected is None and self.extent:
+                # Where scores lie there is no place for what is expected.
+                self.renew(self._about)
             lives = (expected or Trace()).array()
             self._library.saliency_fast_arena_expect(self._handle, lives, len(lives))
             self._expected = expected
@@ -142,11 +148,35 @@ class Arena:
         seen(self._handle, lives, count)
         return Trace(tuple((one.bytes, one.start, one.stop) for one in lives))
 
+    def renew(self, about: int) -> None:
+        """Gives back what launches of another kind have taken, and begins anew."""
+        self.close()
+        self._expected, self._about = None, about
+        if about >= WORTH and served(self.device):
+            self._library, size = _library(), max(RESERVED, 4 * about)
+            self._handle = self._library.saliency_fast_arena_open(size, self._least)
+
     def close(self) -> None:
         """Gives back what no tensor lives in; the rest goes when its tensors go."""
         handle, self._handle = self._handle, None
         if handle:
             self._library.saliency_fast_arena_close(handle)
+
+
+@contextmanager
+def lent(device: torch.device, inputs: Inputs) -> Iterator[None]:
+    """Inside, a point of these inputs is measured in memory that goes back to the system."""
+    arena = Arena(device, about=least_bytes(inputs))
+    try:
+        with arena.launch():
+            yield
+    finally:
+        arena.close()
+
+
+def least_bytes(inputs: Inputs) -> int:
+    """What a launch takes at least where nothing was measured."""
+    return COPIES * sum(x[0].nbytes for x in inputs)
 
 
 def _library() -> Any:

@@ -143,6 +143,11 @@ class Calibration:
             suspect=_reads_arguments(self.whole) or self.suspect,
         )
 
+    def given_up(self, reason: str) -> Calibration:
+        """The same few points by autograd, whose cost the next launch tells."""
+        refusals = (*self.refusals, (str(self.strategy), reason))
+        return Calibration(Strategy(), NOTHING, NOTHING, None, refusals, most=self.most)
+
     def row_by_row(self) -> Calibration:
         """The same point, each alone by vmap, since rows would meet."""
         alone = Strategy(row_by_row=True)

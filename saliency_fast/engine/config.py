@@ -42,6 +42,8 @@ class EngineConfig:
         direct_points_of_small: The same of models and inputs of `small_bytes` at most.
         direct_calls: Calls of one kind, at least, before a recording serves later ones: their maps
             may differ in the last digits.
+        direct_lean_from: Bytes of one example of the inputs from which their model's calls are
+            intercepted by memory-efficient versions.
         single_points: Points of a call, of whose model nothing is known, up to which launches have
             one point each, so that no proof is needed that rows do not meet.
         small_bytes: Bytes of weights and of one example of the inputs.
@@ -114,6 +116,7 @@ class EngineConfig:
     direct_points: int = 16
     direct_points_of_small: int = 256
     direct_calls: int = 4
+    direct_lean_from: int = 1 * MiB
     single_points: int = 8
     small_bytes: int = 4 * MiB
     compared_at_three_from: int = 128

@@ -7,14 +7,14 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
-from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace
+from saliency_fast.engine.arena import LEAST_TRACED, WORTH, Arena, LaunchMemory, Trace
 from saliency_fast.engine.independence import Independence, Row, scores_agree
 from saliency_fast.engine.memory import Cost, Ledger
 from saliency_fast.model.function import PointFunction, compatible, packed
@@ -116,10 +116,11 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
             if due:
                 with _slot(), arena.launch():
                     proofs = [request.prove(number) for number in due]
-        if request.metered is not None:
-            result = _metered(request, count, arena.device, request.metered)
-        elif request.traced:
-            result = _traced(request, count, arena.device)
+        if request.metered is not None or request.traced:
+            # What scores have taken goes back; the launches that follow are larger.
+            arena.close()
+            result = _examined(request, count, arena.device)
+            arena.renew(0 if result.trace is None else result.trace.needed)
         else:
             with _slot(), arena.launch(memory.of(count) if memory else None):
                 result = request.evaluate(request.function, *request.write(slice(0, count)))
@@ -133,28 +134,27 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
         return error
 
 
-def _metered(
-    request: EvaluationRequest, count: int, device: torch.device, ledger: Ledger
-) -> EvaluationResult:
-    """A launch and its cost."""
-    states, meter = random_states(device), ledger.meter
-    hooks: AbstractContextManager[object] = ledger if ledger.accepted else nullcontext()
-    points, example = request.write(slice(0, count))
-    with _slot(), uncompiled(), meter, hooks:
-        # Inside, since a point counts.
-        points = tuple(one.clone() for one in points)
-        result = request.evaluate(request.function, points, example)
-    moved = not all(map(torch.equal, states, random_states(device)))
-    return replace(result, cost=meter.cost(ledger.kept, moved=moved).of_one(count))
-
-
-def _traced(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:
-    """A launch in an arena of its own, with a trace of what it takes."""
-    arena = Arena(device, LEAST_TRACED, request.traced)
+def _examined(request: EvaluationRequest, count: int, device: torch.device) -> EvaluationResult:
+    """A launch in an arena of its own, with a trace of what it takes, and its cost."""
+    arena, ledger = Arena(device, LEAST_TRACED, max(WORTH, request.traced)), request.metered
+    counted: list[AbstractContextManager[object]] = []
+    if ledger is not None:
+        counted = [uncompiled(), ledger.meter, *([ledger] if ledger.accepted else [])]
+    states = [] if ledger is None else random_states(device)
     try:
-        with _slot(), arena.launch():
-            result = request.evaluate(request.function, *request.write(slice(0, count)))
-        return replace(result, trace=arena.trace())
+        with _slot(), arena.launch(), ExitStack() as stack:
+            points, example = request.write(slice(0, count))
+            for one in counted:
+                stack.enter_context(one)
+            # Inside, since a point counts.
+            points = points if ledger is None else tuple(one.clone() for one in points)
+            result = request.evaluate(request.function, points, example)
+        result = replace(result, trace=arena.trace())
+        if ledger is None:
+            return result
+        moved = not all(map(torch.equal, states, random_states(device)))
+        cost = ledger.meter.cost(ledger.kept, moved=moved).of_one(count)
+        return replace(result, cost=cost)
     finally:
         # What its tensors take goes with them.
         arena.close()

@@ -60,9 +60,14 @@ class LayerLocation:
     @property
     def cache(self) -> CalibrationCache:
         """Calibrations at the inputs."""
-        if () not in self.caches:
-            self.caches.setdefault((), CalibrationCache())
-        return self.caches[()]
+        # Another thread may forget all at any time.
+        found = self.caches.get(())
+        return self.caches.setdefault((), CalibrationCache()) if found is None else found
+
+    def forget(self) -> None:
+        """Lets go of all that was found out about the model, for all of its engines."""
+        for known in (self.caches, self._downstream):
+            known.clear()
 
     def moved(
         self, call: Call, recipe: Recipe, baseline: Any

@@ -13,13 +13,12 @@ from typing import Any
 
 from saliency_fast.engine.accumulate import Outcome, average
 from saliency_fast.engine.adaptive import AdaptiveEvaluation
-from saliency_fast.engine.arena import Arena
+from saliency_fast.engine.arena import Arena, least_bytes
 from saliency_fast.engine.evaluation import REDUCED, Evaluation, GradientEvaluation, SumEvaluation
 from saliency_fast.engine.job import Job, Progress, Steps
 from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, execute, wait_for
-from saliency_fast.engine.recipe import (
-    WeightedSum,
-)
+from saliency_fast.engine.memory import MALLOC_KEEPS, note_call
+from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.engine.rounds import RoundsEvaluation
 
 ARENA_LAUNCHES = 3
@@ -92,9 +91,12 @@ class _Report:
 def run_alone(job: Job) -> Iterator[Progress]:
     """Runs a call in launches of its own, and notes what a point takes."""
     device, seconds, last = job.call.device, 0.0, None
-    # Its first launch touches fresh pages, which costs more than the second one spares.
-    several = job.plan.launches * len(job.baselines) >= ARENA_LAUNCHES
-    arena = Arena(device, about=job.plan.launch_bytes if several else 0)
+    measured, about = job.calibration.measured, job.plan.launch_bytes
+    # Its first launch touches fresh pages, which costs more than the second one spares; malloc
+    # would keep more of a large one than it needs, and much of that after the call.
+    pays = job.plan.launches * len(job.baselines) >= ARENA_LAUNCHES or about >= MALLOC_KEEPS
+    about = about if measured else least_bytes(job.call.inputs)
+    arena = Arena(device, about=about if pays or not measured else 0)
     progress = drive(evaluate(job), arena)
     try:
         while True:
@@ -111,6 +113,7 @@ def run_alone(job: Job) -> Iterator[Progress]:
         progress.close()
         arena.close()
     if last is not None:
+        note_call()
         last.job.calibration.seconds[last.job.key] = seconds / max(1, last.done)
 
 

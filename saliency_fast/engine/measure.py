@@ -207,10 +207,8 @@ class Measurement:
             points = function.as_model_inputs(points)
             return *function.forward(differentiable_points(points)[0], example), []
 
-        measured = self._metered(Ledger(MemoryMeter()), call)
-        # Gradients of the largest tensor come to what is kept for them.
-        cost = measured.cost
-        return replace(measured, cost=replace(cost, peak=cost.peak + cost.largest))
+        # Gradients take about what the plan adds to a point, the largest tensor at least.
+        return self._metered(Ledger(MemoryMeter()), call)
 
     def twice(self, function: PointFunction) -> Measured:
         """Second derivatives in one direction."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,6 +81,10 @@ class Plan:
         notes: What else is to be known.
         strategies: (strategy, why not) of those that come before the one that was taken.
         halvings: How often the points per launch were halved, out of memory.
+        library_bytes: What PyTorch and its libraries take when a process first uses them, where
+            this call is its first.
+        resident: Bytes that stay in use after the call, by name; `Engine.close` gives back all but
+            the libraries'.
         seconds_per_point: Of the last such call or, before one, measured; None where none has run.
 
     Example:
@@ -115,6 +119,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     strategies: tuple[tuple[str, str], ...] = ()
     halvings: int = 0
+    library_bytes: int = field(default=0, compare=False)
+    resident: Mapping[str, int] = field(default_factory=dict, compare=False)
     seconds_per_point: float | None = field(default=None, compare=False)
 
     @property
@@ -124,7 +130,7 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         """Predicted peak over what was in use before the call."""
-        return self.fixed_bytes + max(self.launch_bytes, self.finish_bytes)
+        return self.library_bytes + self.fixed_bytes + max(self.launch_bytes, self.finish_bytes)
 
     @property
     def bytes_per_point(self) -> int:
@@ -145,6 +151,11 @@ class Plan:
             f"memory     {bytes_text(self.peak_bytes)} of {bytes_text(self.budget)}: "
             f"{bytes_text(self.launch_bytes)} a launch, {bytes_text(self.fixed_bytes)} fixed",
         ]
+        if self.library_bytes:
+            lines[-1] += f", {bytes_text(self.library_bytes)} of libraries"
+        if self.resident:
+            kept = ", ".join(f"{name} {bytes_text(size)}" for name, size in self.resident.items())
+            lines.append(f"resident   {kept}")
         if self.seconds is not None and self.seconds_per_point is not None:
             lines.append(f"time       {self.seconds:.3g} s: {self.seconds_per_point:.3g} s a point")
         lines += [f"refused    {name}: {reason}" for name, reason in self.strategies]

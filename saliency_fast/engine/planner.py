@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from saliency_fast._torch_compat import storage_id
 from saliency_fast._types import Inputs
-from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, served
+from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, lent, served
 from saliency_fast.engine.bind import Call, Model, Part, Region, is_finite, read_region
 from saliency_fast.engine.calibrate import (
     NOTHING,
@@ -29,6 +30,7 @@ from saliency_fast.engine.calibrate import (
 )
 from saliency_fast.engine.captured import captured_steps, described
 from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.cudagraph import RECORDERS, cache_of
 from saliency_fast.engine.evaluation import Evaluation
 from saliency_fast.engine.independence import (
     SINGLE,
@@ -41,7 +43,16 @@ from saliency_fast.engine.job import Job, PrecisionCostsError
 from saliency_fast.engine.launch import wait_for
 from saliency_fast.engine.loop import evaluation_of
 from saliency_fast.engine.measure import FIRST_ROWS, Measurement
-from saliency_fast.engine.memory import Cost, Ledger, MemoryMeter, bytes_text, read_budget
+from saliency_fast.engine.memory import (
+    LIBRARIES,
+    MALLOC_KEEPS,
+    Cost,
+    Ledger,
+    MemoryMeter,
+    bytes_text,
+    library_bytes,
+    read_budget,
+)
 from saliency_fast.engine.plan import Limits, Plan, baselines_of, kept_bytes, make_plan
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
 from saliency_fast.engine.strategies import STRATEGIES, Strategy
@@ -209,8 +220,9 @@ class Planner:
             self.cache.rows.clear()
         if precision.exact:
             budget = read_budget(self.limits.memory_budget, self.call.device)
-            calibration = calibrated(point, lean=self.lean, budget=budget)
-            calibration = calibration if self.alone else sharing(calibration, point)
+            with lent(self.call.device, self.call.inputs):
+                calibration = calibrated(point, lean=self.lean, budget=budget)
+                calibration = calibration if self.alone else sharing(calibration, point)
         else:
             calibration = in_precision(self.calibration(FLOAT32), precision, point)
         return self._keep(key, precision, calibration)
@@ -245,11 +257,8 @@ class Planner:
 
     def _first_eager(self) -> Calibration | None:
         """Eager points, before any was run; None where that may take too much."""
-        config, rules, each = (
-            self.config,
-            self.recipe.rules,
-            sum(x[0].nbytes for x in self.call.inputs),
-        )
+        config, recipe, rules = self.config, self.recipe, self.recipe.rules
+        each = sum(x[0].nbytes for x in self.call.inputs)
         # Rules with references take each example through the model together with another row.
         paired = _pairs(rules)
         limited = self.limits.memory_budget is not None
@@ -259,8 +268,17 @@ class Planner:
         small = each + sum(one.nbytes for one in weights) <= config.small_bytes
         most = config.direct_points_of_small if small else config.direct_points
         reason = "so few points do not repay a recording" if self.lean else "lean=False"
-        refusals = tuple((one.name, reason) for one in STRATEGIES if one.lean)
-        return Calibration(Strategy(rules=rules), NOTHING, NOTHING, None, refusals, most=most)
+        # Its versions have each their gradient from PyTorch's definition; where one is not served,
+        # or the call is about more than its inputs' gradients, autograd takes over.
+        single = set(self.call.dtypes) == {torch.float32} and rules is None and not recipe.second
+        inside = self.call.layers or isinstance(self.model, Downstream)
+        lean = self.lean and recipe.gradients and single and not inside
+        strategy = Strategy(rules=rules, intercepted=lean and each >= config.direct_lean_from)
+        refused = [
+            one for one in STRATEGIES if one.lean and (one.recorded or not strategy.intercepted)
+        ]
+        refusals = tuple((one.name, reason) for one in refused)
+        return Calibration(strategy, NOTHING, NOTHING, None, refusals, most=most)
 
     def _reads(self, calibration: Calibration) -> tuple[object, ...] | None:
         """What the model's Python reads of each example's further arguments, and of all; None where
@@ -573,6 +591,13 @@ class Planner:
             return replace(self, deferred=False).job(attempt.precision, attempt.reason, others)
         if isinstance(error, PrecisionCostsError):
             return self.job(PRECISIONS[others[0]], str(error), others[1:], job.limit)
+        short = is_out_of_memory(error) or isinstance(error, BudgetError)
+        met = isinstance(error, RowsMeetError)
+        if strategy.intercepted and not job.calibration.recorded and not (short or met):
+            # Nothing was tried before the call: where the model is wrong, it says so again.
+            eager = job.calibration.given_up(f"given up in a launch: {error}")
+            self._keep(attempt.key, attempt.precision, eager)
+            return self.job(attempt.precision, attempt.reason, others, job.limit)
         lean = strategy.program is not None or strategy.intercepted
         if isinstance(error, NotLeanError) and lean:
             why = f"given up in a launch: {error}"
@@ -584,7 +609,6 @@ class Planner:
             return replace(
                 job, calibration=calibration, plan=plan, strategy=strategy, launches=None
             )
-        short = is_out_of_memory(error) or isinstance(error, BudgetError)
         if short and not job.calibration.recorded and job.plan.points_per_launch == 1:
             self.used.clear()
             return replace(self, direct=False).job(attempt.precision)
@@ -594,7 +618,6 @@ class Planner:
         if is_out_of_memory(error):
             return _halved(job, error)
         # Not all that models do runs under vmap; what is wrong otherwise shows again.
-        met = isinstance(error, RowsMeetError)
         if not (met or strategy.row_by_row):
             raise error
         rows.meet(str(error) if met else rows.reason, vmapped=strategy.row_by_row)
@@ -794,10 +817,36 @@ def shown(job: Job, graphs: bool, layout: str) -> Plan:
         job = replace(job, calibration=job.verified())
     elif job.with_cost is not None:
         about = (job.model, job.call, job.baselines[0], job.recipe.measured, job.config)
-        job = job.with_cost(Measurement(*about).forward(job.strategy).cost, keep=False)
+        with lent(job.call.device, job.call.inputs):
+            cost = Measurement(*about).forward(job.strategy).cost
+        job = job.with_cost(cost, keep=False)
     if job.traced and job.with_traces is not None and (launches := launches_of(job)) is not None:
         job = job.with_traces(launches.known)
-    return replace(timed(job).plan, graphs=described(job, wanted=graphs), layout=layout)
+    return replace(
+        timed(job).plan,
+        graphs=described(job, wanted=graphs),
+        layout=layout,
+        library_bytes=library_bytes(job.call.device),
+        resident=_resident(job),
+    )
+
+
+def _resident(job: Job) -> dict[str, int]:
+    """Bytes that stay in use after a call, by name."""
+    device, programs = job.call.device, (job.strategy.program, job.calibration.whole)
+    model = job.model.model if isinstance(job.model, Downstream) else job.model
+    state = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else []
+    own, theirs = dict[int, int](), {storage_id(one) for one in state}
+    for one in (one for program in programs if program for one in program.constants):
+        if storage_id(one) not in theirs:
+            own[storage_id(one)] = one.untyped_storage().nbytes()
+    found = {"recorded program": sum(own.values())}
+    if device.type == "cpu":
+        freed = min(job.plan.launch_bytes + job.plan.fixed_bytes, MALLOC_KEEPS)
+        found |= {"freed memory that malloc keeps": freed, "libraries": LIBRARIES}
+    elif device.type in RECORDERS:
+        found["captured launches"] = cache_of(device).nbytes
+    return {name: size for name, size in found.items() if size}
 
 
 def _traced_sizes(job: Job) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from saliency_fast._torch_compat import (
@@ -103,11 +103,16 @@ class Calls(FunctionMode):
 def lean_call(func: Function, args: Args, kwargs: Kwargs) -> Any:
     """`func` by its lean version, or by autograd's own where there is none for these arguments."""
     lean = LEAN.get(func)
-    if lean is not None and not autocast_is_on():
+    if lean is not None and not autocast_is_on() and all(map(_is_plain, args)):
         result = lean(*args, **kwargs)
         if result is not NotImplemented:
             return result
     return func(*args, **kwargs)
+
+
+def _is_plain(value: Any) -> bool:
+    """False for tensors of a class that may give PyTorch's calls another meaning."""
+    return not isinstance(value, Tensor) or type(value) in (Tensor, nn.Parameter)
 
 
 def autocast_is_on() -> bool:
