@@ -75,7 +75,7 @@ def images(count: int = 4) -> Tensor:
 def test_integrated_gradients_at_a_layer(layer: str) -> None:
     model, x = convolutional().double(), images()
     start = torch.full_like(x, 0.1)
-    method = sf.IntegratedGradients(9)
+    method = sf.IntegratedGradients(9, "midpoint")
     found = sf.explain(model, x, target=2, at=layer, baseline=start, method=method)
     # A layer's output may be overwritten behind it, which Captum's leaf cannot be.
     over = convolutional(inplace=True).double()
@@ -201,7 +201,8 @@ def test_token_ids_are_explained_at_their_embeddings() -> None:
     model, ids = Words().double(), torch.randint(0, 30, (2, 7))
     mask = torch.ones(2, 7).double()
     mask[1, 5:] = 0
-    explain = {"target": 1, "at": "embeddings", "forward_args": (mask,)}
+    method = sf.IntegratedGradients(rule="midpoint")
+    explain = {"target": 1, "at": "embeddings", "forward_args": (mask,), "method": method}
     pad = torch.full((1, 7), 3)
     found = sf.explain(model, ids, baseline=pad, **explain)
     expected = LayerIntegratedGradients(model, model.table).attribute(
@@ -215,7 +216,7 @@ def test_token_ids_are_explained_at_their_embeddings() -> None:
     torch.testing.assert_close(zero.values.sum((1, 2)), gain.detach(), rtol=1e-3, atol=1e-3)
     drawn = sf.ExpectedGradients(samples=8)
     with pytest.raises(InputError, match="a set is shared"):
-        sf.explain(model, ids, method=drawn, baseline=torch.randint(0, 30, (5, 7)), **explain)
+        sf.explain(model, ids, baseline=torch.randint(0, 30, (5, 7)), **explain | {"method": drawn})
 
 
 def test_further_methods_and_ways_of_asking() -> None:

@@ -181,8 +181,9 @@ class Evaluation:
     def _scores_two(self) -> bool:
         """Whether eager launches score the input of the only example beside its baseline."""
         calibration = self.job.calibration
-        few = self.call.batch == 1 and not calibration.recorded
-        return few and calibration.suspect is None
+        few = self.call.batch == 1 and not calibration.recorded and calibration.suspect is None
+        rows = self.independence
+        return few and (rows is None or not (rows.suspect or rows.apart))
 
     def _recorded_scores(
         self, ends: Program, table: Inputs, example: Tensor

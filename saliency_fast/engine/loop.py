@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from saliency_fast.engine.memory import MALLOC_KEEPS, note_call
 from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.engine.rounds import RoundsEvaluation
 
+MOST_BEGUN = 40
+"""How often a call begins again: halvings of launches, and each strategy once."""
 ARENA_LAUNCHES = 3
 """Launches of a call from which an arena pays."""
 
@@ -29,7 +32,7 @@ def evaluate(job: Job) -> Steps:
     """The steps of a call: one evaluation for each baseline, whose outcomes are averaged. They
     begin again with another plan where one turns out not to hold.
     """
-    while True:
+    for begun in itertools.count():
         finished, evaluation = list[Outcome](), None
         try:
             for number, baselines in enumerate(job.baselines):
@@ -49,6 +52,8 @@ def evaluate(job: Job) -> Steps:
         except Exception as error:
             # Out of memory, rows that meet, a strategy or a precision that does not hold.
             job = job if evaluation is None else evaluation.job
+            if begun == MOST_BEGUN:
+                raise
             job = job.replan(job, error)
 
 

@@ -55,7 +55,7 @@ def test_weights_that_change():
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind[0].__name__)
 def test_precisions(kind: Any, name: str):
     net, x = on_gpu(kind, torch.float32)
-    for method in (sf.IntegratedGradients(12), sf.SmoothGrad(8), sf.VarGrad(8)):
+    for method in (sf.IntegratedGradients(12, "midpoint"), sf.SmoothGrad(8), sf.VarGrad(8)):
         expected = sf.explain(copy.deepcopy(net).double(), x[:3].double(), target=1, method=method)
         found = sf.explain(net, x[:3], target=1, method=method, precision=name)
         gap = float((found.values - expected.values).norm() / expected.values.norm())

@@ -33,7 +33,7 @@ FLOAT64, FLOAT32, REPORTED = 1e-12, 1e-5, 1e-9
 METHODS = {
     "midpoint": sf.IntegratedGradients(6),
     "trapezoid": sf.IntegratedGradients(5, "trapezoid"),
-    "tolerance": sf.IntegratedGradients(5, tolerance=1e-2, max_steps=40),
+    "tolerance": sf.IntegratedGradients(5, "trapezoid", tolerance=1e-2, max_steps=40),
     "smoothgrad": sf.SmoothGrad(6, sigma=0.3, seed=4),
 }
 some = pytest.mark.parametrize(

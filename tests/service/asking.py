@@ -52,6 +52,8 @@ METHODS = (
     sf.IntegratedGradients(11),
     sf.IntegratedGradients(5, rule="gauss_legendre"),
     sf.IntegratedGradients(4, tolerance=0.05, max_steps=200),
+    sf.IntegratedGradients(11, "midpoint"),
+    sf.IntegratedGradients(4, "trapezoid", tolerance=0.05, max_steps=200),
     sf.SmoothGrad(6, seed=1),
     sf.SmoothGrad(6, seed=2, sigma=0.3),
     sf.VarGrad(7, seed=3),
