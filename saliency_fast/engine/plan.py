@@ -265,16 +265,13 @@ def make_plan(
     config: EngineConfig,
     launches: LaunchMemory | None = None,
 ) -> Plan:
-    """Chooses the points per launch; raises BudgetError where one point does not fit.
-
-    launches: what they take, where they were traced.
+    """Chooses the points per launch; raises BudgetError where one point does not fit. launches: what
+    they take, where they were traced.
     """
     budget = read_budget(limits.memory_budget, call.device)
     cost, strategy = calibration.cost, calibration.strategy
-    needed, each = (
-        _Bytes.of(call, recipe, baselines, calibration, config),
-        _point(calibration, config),
-    )
+    needed = _Bytes.of(call, recipe, baselines, calibration, config)
+    each = _point(calibration, config)
     exact = 0 if calibration.exact is None else point_bytes(calibration.exact, config)
     # The maps of the points that are taken in two precisions.
     measured = math.prod(measured_points(recipe, call.batch, config)) if exact else 0
@@ -285,20 +282,13 @@ def make_plan(
         return each * rows if traced is None else traced
 
     # Where weights are larger than what the caches hold, each launch waits for all of them.
-    scores = min(max(config.cpu_scores, needed.scores_weights), config.cpu_tensor)
-    largest = config.cpu_tensor if recipe.gradients else scores
+    largest = max(config.cpu_scores, needed.scores_weights)
+    largest = config.cpu_tensor if recipe.gradients else min(largest, config.cpu_tensor)
     pays = max(1, largest // max(cost.largest, 1)) if call.device.type == "cpu" else None
-    room = (budget, fixed, needed.finish)
-    bounds = config
-    if not calibration.recorded:
-        # Autograd keeps more of a point: larger launches would take memory for little time. Two
-        # points are worth it: of one row, PyTorch convolves small volumes ten times as slowly.
-        bounds = replace(
-            config, cpu_launch=max(config.cpu_eager, min(bytes_of(2), config.cpu_launch))
-        )
+    room = budget, fixed, needed.finish
+    bounds = config if calibration.recorded else _eager_bounds(config, bytes_of(2))
     most = points_per_launch(limits.points_per_launch, bytes_of, pays, room, bounds)
-    points = recipe.count * call.batch
-    size = min(most, points)
+    size = min(most, points := recipe.count * call.batch)
     launch, fits = bytes_of(size), fixed + max(exact, needed.finish) <= budget
     few = min(measured, size, max(1, launch // exact)) if exact and fits else 0
     return Plan(
@@ -325,6 +315,14 @@ def make_plan(
         notes=_notes(recipe, size, limits, calibration),
         strategies=calibration.refusals,
     )
+
+
+def _eager_bounds(config: EngineConfig, two: int) -> EngineConfig:
+    """Autograd keeps more of a point: larger launches would take memory for little time. Two
+    points, of so many bytes, are worth it: of one row, PyTorch convolves small volumes ten times as
+    slowly.
+    """
+    return replace(config, cpu_launch=max(config.cpu_eager, min(two, config.cpu_launch)))
 
 
 def _point(calibration: Calibration, config: EngineConfig) -> int:
