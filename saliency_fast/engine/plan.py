@@ -265,8 +265,8 @@ def make_plan(
     config: EngineConfig,
     launches: LaunchMemory | None = None,
 ) -> Plan:
-    """Chooses the points per launch; raises BudgetError where one point does not fit. launches: what
-    they take, where they were traced.
+    """Chooses the points per launch; raises BudgetError where one point does not fit. launches:
+    what they take, where they were traced.
     """
     budget = read_budget(limits.memory_budget, call.device)
     cost, strategy = calibration.cost, calibration.strategy
