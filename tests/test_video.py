@@ -41,6 +41,8 @@ def test_targets_baselines_and_arguments_follow_their_examples() -> None:
         return inner(x) * scale[:, None]
 
     scale, start = torch.tensor([1.0, -2.0]).double(), randn(2, 2, 13, 7, 6, seed=3)
+    # Of several targets, nodes are those of all.
+    fixed = sf.IntegratedGradients(rule="midpoint")
     both = sf.explain_video(
         *(model, CLIP, 5),
         target=[1, 3],
@@ -52,6 +54,7 @@ def test_targets_baselines_and_arguments_follow_their_examples() -> None:
         *(model, CLIP, 5),
         target=[[0, 1], [2, 3]],
         baseline=start,
+        method=fixed,
         forward_args=(scale,),
         coherence=1.5,
     )
@@ -59,7 +62,8 @@ def test_targets_baselines_and_arguments_follow_their_examples() -> None:
     assert many.scores.shape == (2, 5, 2)
     for i, k in enumerate((1, 3)):
         one = slice(i, i + 1)
-        alone = sf.explain_video(inner, CLIP[one], 5, target=k, baseline=start[one], coherence=1.5)
+        about = {"target": k, "baseline": start[one], "method": fixed, "coherence": 1.5}
+        alone = sf.explain_video(inner, CLIP[one], 5, **about)
         plain = sf.explain_video(inner, CLIP[one], 5, target=k, baseline=start[one])
         assert relative_l2(both.values[i], plain.values[0] * scale[i]) < FLOAT64
         assert relative_l2(many.values[i, 1], alone.values[0] * scale[i]) < FLOAT64

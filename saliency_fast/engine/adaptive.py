@@ -53,7 +53,8 @@ def weights(alpha: Array) -> Array:
     share = (gap[1:] / (gap[1:] + gap[:-1]))[:, None]
     slope = np.concatenate((rise[:1], share * rise[:-1] + (1 - share) * rise[1:], rise[-1:]))
     before, after = alpha[0], 1 - alpha[-1]
-    total = (gap**2 / 12) @ (slope[:-1] - slope[1:])
+    # Not a product of matrices: NumPy would open a library of its own for it.
+    total = ((gap**2 / 12)[:, None] * (slope[:-1] - slope[1:])).sum(0)
     total += after**2 / 2 * slope[-1] - before**2 / 2 * slope[0]
     total[:-1] += gap / 2
     total[1:] += gap / 2

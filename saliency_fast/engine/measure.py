@@ -286,9 +286,9 @@ class Measurement:
                 pairs = zip(self.call.inputs, self.baselines, strict=True)
                 points = tuple(torch.cat([x, one]) for x, one in pairs)
             points = function.as_model_inputs(points)
-            scores, _ = function.forward(
-                differentiable_points(points)[0] if rows == 1 else points, example
-            )
+            if rows == 1 and self.recipe.gradients:
+                points = differentiable_points(points)[0]
+            scores, _ = function.forward(points, example)
             drawn = not all(map(torch.equal, states, random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
         if meter.drew and drawn:

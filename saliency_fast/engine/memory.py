@@ -70,14 +70,16 @@ def _free_host_bytes(half_second: int) -> int:
 LIBRARIES = 24 * 1024**2
 """Bytes of code and buffers, about, that PyTorch and its libraries take when a process first uses
 them on the CPU: 16 to 31 MiB, whether we or others call them."""
+RECORDING = 16 * 1024**2
+"""Bytes of code, about, that recording a model and comparing it with autograd load beside."""
 MALLOC_KEEPS = 32 * 1024**2
 """Bytes of freed memory, about, that malloc keeps: larger launches take theirs from an arena."""
 _FIRST = [True]
 
 
-def library_bytes(device: torch.device) -> int:
+def library_bytes(device: torch.device, *, recorded: bool) -> int:
     """What the first call of this process takes beside its tensors."""
-    return LIBRARIES if device.type == "cpu" and _FIRST[0] else 0
+    return LIBRARIES + RECORDING * recorded if device.type == "cpu" and _FIRST[0] else 0
 
 
 def note_call() -> None:

@@ -46,6 +46,7 @@ from saliency_fast.engine.measure import FIRST_ROWS, Measurement
 from saliency_fast.engine.memory import (
     LIBRARIES,
     MALLOC_KEEPS,
+    RECORDING,
     Cost,
     Ledger,
     MemoryMeter,
@@ -826,7 +827,7 @@ def shown(job: Job, graphs: bool, layout: str) -> Plan:
         timed(job).plan,
         graphs=described(job, wanted=graphs),
         layout=layout,
-        library_bytes=library_bytes(job.call.device),
+        library_bytes=library_bytes(job.call.device, recorded=job.strategy.program is not None),
         resident=_resident(job),
     )
 
@@ -843,7 +844,8 @@ def _resident(job: Job) -> dict[str, int]:
     found = {"recorded program": sum(own.values())}
     if device.type == "cpu":
         freed = min(job.plan.launch_bytes + job.plan.fixed_bytes, MALLOC_KEEPS)
-        found |= {"freed memory that malloc keeps": freed, "libraries": LIBRARIES}
+        libraries = LIBRARIES + RECORDING * (job.strategy.program is not None)
+        found |= {"freed memory that malloc keeps": freed, "libraries": libraries}
     elif device.type in RECORDERS:
         found["captured launches"] = cache_of(device).nbytes
     return {name: size for name, size in found.items() if size}

@@ -161,7 +161,7 @@ def test_requests_that_share_launches_hold_no_copies() -> None:
     asked = {"inputs": x, "target": 1}
     with sf.Engine(model, latency=0.05) as engine:
         found = engine.explain_many([asked, asked])
-    several = [one.strategy for one in engine._location.cache.values()]
+        several = [one.strategy for one in engine._location.cache.values()]
     assert any(not one.copies and one.invariant_bytes == 0 for one in several)
     for one in found:
         torch.testing.assert_close(one.values, expected.values, rtol=1e-4, atol=1e-6)
