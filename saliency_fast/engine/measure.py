@@ -287,7 +287,7 @@ class Measurement:
                 points = tuple(torch.cat([x, one]) for x, one in pairs)
             points = function.as_model_inputs(points)
             if rows == 1 and self.recipe.gradients:
-                points = differentiable_points(points)[0]
+                points = tuple(differentiable_points(points)[0])
             scores, _ = function.forward(points, example)
             drawn = not all(map(torch.equal, states, random_states(self.call.device)))
         # Attention counts as drawing where it drops nothing out; other threads may draw, too.
