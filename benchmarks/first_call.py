@@ -67,7 +67,7 @@ def _integrated(network: str, side: int | None = None, points: int = 50) -> Work
 
 
 _SIZES = {"resnet50": 224, "vit_b16": 224, "unet3d": 48, "small-cnn": None, "small-mlp": None}
-_LAYERS = {"resnet50": "stages", "small-cnn": "11", "unet3d": "bottom"}
+_LAYERS = {"resnet50": "stages", "small-cnn": "10", "unet3d": "bottom"}
 LARGEST = (
     _integrated("resnet50", 448, 8), _integrated("unet3d", 64, 4), _integrated("vit_b16", 224, 8)
 )  # fmt: skip
