@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -173,8 +174,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, for tests")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="networks that match")
     options = parser.parse_args()
-    names, sizes = [*NETWORKS], (4, (8, 16, 24, 32, 50, 64, 128), 1536)
+    names = [name for name in NETWORKS if re.search(options.only, name)]
+    sizes: Any = (4, (8, 16, 24, 32, 50, 64, 128), 1536)
     if options.quick:
         names, sizes = ["table", "digits"], (2, (8, 16), 64)
     rows = [*measure_paths(names, *sizes), *measure_noise(*sizes[:2], 4 * sizes[2])]

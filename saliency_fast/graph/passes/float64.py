@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from saliency_fast._torch_compat import storage_id
 from saliency_fast.graph.opinfo import Wrapped
 from saliency_fast.graph.passes.affine_prefix import Prefix
-from saliency_fast.graph.program import Env, Program, Step, mapped, tensors_among
+from saliency_fast.graph.program import Program, Step, mapped
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
-LARGE = 4 * 1024**2
-"""Bytes of a call's weights that are not copied for the whole program."""
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
@@ -38,44 +35,6 @@ def wide(value: Any) -> Any:
     return InFloat64().value(value)
 
 
-def _is_narrow(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dtype in _NARROW
-
-
-class _WideStep(Step):
-    """A call whose large weights are float64 while it runs: what autograd keeps of them for the
-    backward pass is a view of the weights as they are.
-    """
-
-    def run(self, env: Env, rows: int) -> None:
-        origins = dict[int, Tensor]()
-
-        def widened(leaf: Any) -> Any:
-            if not _is_narrow(leaf):
-                kind = isinstance(leaf, torch.dtype) and leaf in _NARROW
-                return torch.float64 if kind else leaf
-            wider = leaf.detach().double()
-            origins[storage_id(wider)] = leaf
-            return wider
-
-        def pack(kept: Tensor) -> Any:
-            origin = origins.get(storage_id(kept))
-            view = kept.shape, kept.stride(), kept.storage_offset()
-            return kept if origin is None else (origin, view)
-
-        def unpack(kept: Any) -> Tensor:
-            if isinstance(kept, Tensor):
-                return kept
-            origin, view = kept
-            return torch.as_strided(origin.detach().double(), *view)
-
-        step = Step(**{one.name: getattr(self, one.name) for one in fields(self)})
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            step.with_arguments(widened).run(env, rows)
-        # Their memory may be another tensor's from here on.
-        origins.clear()
-
-
 class InFloat64:
     """Programs with float64 in the place of smaller floating types, their weights copied once."""
 
@@ -95,16 +54,12 @@ class InFloat64:
         func = step.func.func if isinstance(step.func, _Native) else step.func
         func = Tensor.double if func in _CASTS else func
         func = _Native(func) if isinstance(step.func, _Native) else func
-        step = replace(step, func=func)
-        weights = tensors_among(step.args, dict(step.kwargs))
-        if sum(leaf.nbytes for leaf in weights if _is_narrow(leaf)) >= LARGE:
-            return _WideStep(**{one.name: getattr(step, one.name) for one in fields(step)})
-        return step.with_arguments(self._leaf)
+        return replace(step.with_arguments(self._leaf), func=func)
 
     def _leaf(self, leaf: Any) -> Any:
         if isinstance(leaf, torch.dtype):
             return torch.float64 if leaf in _NARROW else leaf
-        if not _is_narrow(leaf):
+        if not isinstance(leaf, Tensor) or leaf.dtype not in _NARROW:
             return leaf
         if leaf not in self._known:
             self._known[leaf] = leaf.detach().double()
