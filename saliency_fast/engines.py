@@ -33,8 +33,9 @@ from saliency_fast.engine.layers import LayerLocation
 from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.memory import give_back
 from saliency_fast.engine.plan import Limits, Plan
-from saliency_fast.engine.planner import prepare, shown
+from saliency_fast.engine.planner import prepare
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum, with_fixed_nodes
+from saliency_fast.engine.trials import shown
 from saliency_fast.engine.zeros import still_unused, unused, warn_of_zeros
 from saliency_fast.errors import (
     InputError,

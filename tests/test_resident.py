@@ -71,7 +71,7 @@ def test_what_stays_is_listed_and_little(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_closed_engine_gives_it_back(name: str) -> None:
     found = measured(name)
-    # Recordings, and rounds of nodes, load more code than an eager call of few points.
+    # Recordings load more code, and launches of several sizes leave a library more buffers.
     more = 24 if name in ("recorded", "service", "wide") else 8
     assert found["closed"] < LIBRARIES + more * MiB
     assert found["again"] < 4 * MiB

@@ -127,9 +127,9 @@ class _Nodes:
         """The numbers of an example's nodes among the first `stop`."""
         return np.flatnonzero(self.example[:stop] == example)
 
-    def rows(self, active: Tensor, start: int, stop: int) -> Rows:
-        """Nodes `start` to `stop`, on the device of `active`, with what the map gives them."""
-        own, device = slice(start, stop), active.device
+    def rows(self, start: int, stop: int, device: torch.device) -> Rows:
+        """Nodes `start` to `stop` with what the map gives them."""
+        own = slice(start, stop)
         parts = (self.example, self.alpha, self.weight)
         example, alpha, weight = (torch.from_numpy(one[own]).to(device) for one in parts)
         return Rows(example, alpha, weight, torch.ones_like(example))
@@ -174,6 +174,9 @@ class AdaptiveEvaluation(SumEvaluation):
                     maps = round_over or self.seen < self._keeps
                     yield report(self, of if last else done, of, maps=maps)
 
+    def rows(self, start: int, stop: int) -> Rows:
+        return self.nodes.rows(start, stop, self.call.device)
+
     def add(
         self, rows: Rows, result: EvaluationResult, scale: Tensor | float | None = None
     ) -> None:
@@ -199,8 +202,7 @@ class AdaptiveEvaluation(SumEvaluation):
 
     def _open(self, group: Tensor) -> None:
         """Begins a group of examples with the nodes of the level."""
-        self.level = self.nodes = _Nodes()  # type: ignore[assignment]
-        self.active, self.kept, self.seen = group, [], 0
+        self.nodes, self.active, self.kept, self.seen = _Nodes(), group, [], 0
         first = self.recipe.levels[0].node.numpy()
         self.nodes.append(group.tolist(), np.tile(first, (len(group), 1)))
         self._keep()
@@ -267,7 +269,7 @@ class AdaptiveEvaluation(SumEvaluation):
             nodes.weight[own], nodes.halves[own] = rule(nodes.alpha[own])
         self.totals.clear(torch.from_numpy(examples).to(self.call.device))
         gradients = [tuple(store[:kept] for store in stores) for stores in self.kept]
-        self._add(nodes.rows(self.everyone, 0, kept), 0, gradients, 1.0)
+        self._add(self.rows(0, kept), 0, gradients, 1.0)
         self.stale = False
 
     def _add(self, rows: Rows, start: int, gradients: list[Inputs], scale: Tensor | float) -> None:

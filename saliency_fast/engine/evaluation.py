@@ -347,6 +347,10 @@ class SumEvaluation(Evaluation):
         """A level begins, for the examples `active`."""
         self.level, self.active = level, active
 
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows `start` to `stop` of what is visited now."""
+        return self.level.rows(self.active, start, stop)
+
     def _bound(self) -> Source:
         """The points' source: behind the prefix for lines."""
         ends = self.call.inputs, self.baselines
@@ -358,7 +362,7 @@ class SumEvaluation(Evaluation):
         """Adds a launch of rows `start` to `stop` of the level; returns how many it had, 0 where it
         must be tried again.
         """
-        rows = self.level.rows(self.active, start, stop)
+        rows = self.rows(start, stop)
         if self.exact is not None and self.precision_error is None:
             yield from self.measure_precision(self.exact)
         write, alone = _writer(self.source, rows), self._alone(start, stop)

@@ -77,9 +77,14 @@ MALLOC_KEEPS = 32 * 1024**2
 _FIRST = [True]
 
 
-def library_bytes(device: torch.device, *, recorded: bool) -> int:
-    """What the first call of this process takes beside its tensors."""
-    return LIBRARIES + RECORDING * recorded if device.type == "cpu" and _FIRST[0] else 0
+def library_bytes(*, recorded: bool) -> int:
+    """What libraries take on the CPU beside tensors, once they were used."""
+    return LIBRARIES + RECORDING * recorded
+
+
+def first_of_process() -> bool:
+    """Whether the next call is the first one of this process."""
+    return _FIRST[0]
 
 
 def note_call() -> None:
