@@ -48,7 +48,7 @@ SHARE_OF_CHECKS = 0.35
 SECONDS_OF_COMPILING = 90.0
 """Kept back for the compiled models, which come last."""
 CHECKS = {
-    "cuda": ("tests/kernels/test_on_gpu.py", "tests/graphs/test_on_gpu.py"),
+    "cuda": ("tests/kernels/test_kernels_on_gpu.py", "tests/graphs/test_graphs_on_gpu.py"),
     "cpu": ("tests/ops/test_native.py",),
 }
 _RESULT = re.compile(r"^(?P<test>\S*::.*?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")

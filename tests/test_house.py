@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -161,6 +162,14 @@ def test_functions_stay_short() -> None:
         if lines > LONGEST
     }
     assert not long, f"split these functions: {sorted(long)}"
+
+
+def test_files_of_tests_have_names_of_their_own() -> None:
+    # Two of one name stop pytest where both are collected: they are one module for it.
+    names = Counter(path.name for path in ROOT.glob("tests/**/test_*.py"))
+    names.update(path.name for path in ROOT.glob("benchmarks/**/test_*.py"))
+    assert len(names) > 100
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:

@@ -80,7 +80,7 @@ def test_against_a_loop(kind: type[nn.Module], by: Any, patch: int) -> None:
         assert got == float(needed) or (math.isnan(got) and not any(changed))
 
 
-def test_random_regions_are_the_same_oneregion_sources() -> None:
+def test_random_regions_are_the_same() -> None:
     metric, x = Counterfactual(draws=50, shares=(0.5,)), randn(1, 2, 6, 5)
     table = metric.region_sources(x, 30)
     assert torch.equal(table[0], torch.arange(30))
@@ -142,7 +142,7 @@ def test_neither_batch_nor_launches_matter() -> None:
 
 def test_digits_beat_random_maps_and_regions() -> None:
     model, samples = digits_cnn(), held_out()
-    x, target = samples.images[:12], samples.labels[:12]
+    x, target = samples.images[:40], samples.labels[:40]
     maps = sf.explain(model, x, method="integrated_gradients", target=target)
     noise = random_map(model, x, target)
     for metric in (Counterfactual(patch=8), Counterfactual(patch=8, by="blur")):
