@@ -115,7 +115,8 @@ class _Walk:
         if type(value) not in self.kinds:
             self.kinds.add(type(value))
             self.member(type(value), "forward", depth)
-        own = vars(value)
+        # A copy, here and below: other threads may set attributes, or register hooks, meanwhile.
+        own = vars(value).copy()
         # Modules have dozens of settings and empty tables each: most of the walk's time.
         names, kinds = tuple(own), tuple(map(type, own.values()))
         settings, tables, others = _sorted_by_kind(names, kinds)
@@ -132,7 +133,7 @@ class _Walk:
             self.mapping(value, depth + 1)
         elif isinstance(value, (list, tuple, set, frozenset)):
             self.found.append(len(value))
-            self.all(value, depth + 1)
+            self.all(tuple(value), depth + 1)
         elif isinstance(value, FunctionType):
             self.function(value, None, depth)
         elif isinstance(value, MethodType):
@@ -154,7 +155,7 @@ class _Walk:
         self.member(type(value), "__call__", depth)
         for kind in type(value).__mro__:
             if _package(kind) not in _OTHERS:
-                shared = {n: one for n, one in vars(kind).items() if type(one) in _FREQUENT}
+                shared = {n: one for n, one in tuple(vars(kind).items()) if type(one) in _FREQUENT}
                 self.mapping(shared, depth)
         self.mapping(held, depth)
 
@@ -196,7 +197,7 @@ class _Walk:
 
     def mapping(self, value: Mapping[Any, object], depth: int) -> None:
         self.found.append(len(value))
-        for name, part in value.items():
+        for name, part in tuple(value.items()):
             kind = type(part)
             self.found.append(name if type(name) in _FREQUENT else id(name))
             if kind in _FREQUENT:
