@@ -22,6 +22,7 @@ from saliency_fast.graph.opinfo import OpInfo, Wrapped, info, name_of
 from saliency_fast.graph.outputs import Unread
 
 Env = dict[int, Any]
+Filler = Callable[[Env, int, bool], Any] | None
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -87,11 +88,10 @@ class Value:
 
     def fits(self, shape: Sequence[int], rows: int) -> bool:
         """Whether `shape` is the value's for a launch of `rows`, as far as that is known."""
-        sizes = zip(self.shape, self.growth, shape, strict=True)
-        return not self.growth or (
-            len(shape) == len(self.shape)
-            and all(size + more * (rows - 1) == found for size, more, found in sizes)
-        )
+        if not self.growth:
+            return True
+        sizes = zip(self.shape, self.growth, strict=True)
+        return [size + more * (rows - 1) for size, more in sizes] == [*shape]
 
     @property
     def nbytes(self) -> int:
@@ -131,6 +131,14 @@ class Step:
         """The numbers of the values that the call takes."""
         return frozenset(one.number for one in refs_in((self.args, self.kwargs)))
 
+    @cached_property
+    def _fillers(self) -> tuple[list[tuple[Any, Filler]], dict[str, tuple[Any, Filler]]]:
+        """Its arguments, each with what fills it; most are the same in every launch."""
+        return (
+            [(one, _filler(one)) for one in self.args],
+            {name: (one, _filler(one)) for name, one in self.kwargs.items()},
+        )
+
     @property
     def made(self) -> tuple[int, ...]:
         """The numbers of the values that exist only after the call."""
@@ -156,14 +164,15 @@ class Step:
 
     def run(self, env: Env, rows: int) -> None:
         """Runs the call on the values in `env` and adds its results."""
-        args = filled(self.args, env, rows, self.passing)
-        kwargs = filled(self.kwargs, env, rows, self.passing)
-        if self.passing:
+        passing, (positional, named) = self.passing, self._fillers
+        args = tuple([fill(env, rows, passing) if fill else one for one, fill in positional])
+        kwargs = {k: fill(env, rows, passing) if fill else one for k, (one, fill) in named.items()}
+        if passing:
             result = lean_call(self.func, args, kwargs)
         else:
             with torch.no_grad():
                 result = self.func(*args, **kwargs)
-        made = tuple(tensors_in(result))
+        made = (result,) if isinstance(result, Tensor) else tuple(tensors_in(result))
         if len(made) != len(self.outputs):
             raise NotLeanError(f"the model's calls depend on numbers or rows ({self.name})")
         for before, after in self.changed:
@@ -488,6 +497,21 @@ def filled(template: Any, env: Env, rows: int, frozen: bool) -> Any:
         return leaf.base + leaf.slope * rows if isinstance(leaf, PerRow) else leaf
 
     return mapped(value, template)
+
+
+def _filler(template: Any) -> Filler:
+    """What `filled` does to a template, found once; None where it changes nothing."""
+    if isinstance(template, Ref):
+        number = template.number
+        return lambda env, rows, frozen: env[number]
+    if isinstance(template, Tensor):
+        tensor = template
+        return lambda env, rows, frozen: (
+            tensor.detach() if frozen and tensor.requires_grad else tensor
+        )
+    if not any(isinstance(leaf, (Ref, Tensor, PerRow)) for leaf in leaves_in(template)):
+        return None
+    return lambda env, rows, frozen: filled(template, env, rows, frozen)
 
 
 def tensors_among(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

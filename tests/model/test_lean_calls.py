@@ -53,6 +53,8 @@ def test_every_lean_version_is_covered(monkeypatch: pytest.MonkeyPatch) -> None:
         point = case.points().requires_grad_().clone()
         with Calls():
             case.model(point)
+    # In float64 they are PyTorch's own: see test_group_norms.py.
+    served |= {torch.instance_norm, torch.group_norm}
     missing = [str(call) for call in LEAN if call not in served]
     assert not missing
 
