@@ -167,13 +167,15 @@ def _channels_last(
         return found.expand(-1, -1, channels // groups).reshape(rows, 1, channels)
 
     def run(x: Tensor) -> tuple[Tensor, Sequence[Tensor | None]]:
-        flat_x = flat(x)
-        mean = means(flat_x)
-        y = flat_x - mean
+        # No view, which models may not write to, but what views write to.
+        result = torch.empty_like(x)
+        y, mean = flat(result), means(flat(x))
+        torch.sub(flat(x), mean, out=y)
         scale = torch.rsqrt(means(y.square()) + eps)
-        y = y.mul_(scale if weight is None else scale * weight)
-        y = y if bias is None else y.add_(bias)
-        return y.view(rows, *x.shape[2:], channels).movedim(-1, 1), (x, mean, scale, weight)
+        y.mul_(scale if weight is None else scale * weight)
+        if bias is not None:
+            y.add_(bias)
+        return result, (x, mean, scale, weight)
 
     def back(grad: Tensor, x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
         flat_grad, centred = flat(grad), flat(x) - mean
