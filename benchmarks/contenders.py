@@ -103,7 +103,7 @@ class Ours:
         self.target, self.one_launch = workload.target, one_launch
         # What later calls are, from the first on; traces begin with smaller launches.
         config = EngineConfig(
-            direct_points=0, direct_points_of_small=0, traced_from=2**62 if one_launch else 2**24
+            direct_points=0, traced_from=2**62 if one_launch else 2**24
         )
         self.limits = {"precision": precision, "hashes": False, "config": config} | limits
         self.model = preparation.apply(model)

@@ -9,7 +9,7 @@ import pytest
 
 from saliency_fast.engine import config
 
-RECORDED = {"direct_points": 0, "direct_points_of_small": 0}
+RECORDED = {"direct_points": 0}
 """Also calls of few points are recorded, which does not repay."""
 ALWAYS_LEAN = {"lean_from": 0, "exact_dtypes": frozenset(), **RECORDED}
 """Memory-efficient also where points are so small that it does not pay, and in float64, whose

@@ -22,7 +22,7 @@ from tests.traces import Notes
 
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 TIERED = {
-    "direct_points_of_small": 8,
+    "direct_points": 8,
     "lean_from": 0,
     "direct_calls": 2,
 }
@@ -113,7 +113,7 @@ def test_a_recording_waits_until_it_repays() -> None:
 @pytest.mark.parametrize(("launch", "rows"), [(2**30, 2), (1, 1)])
 def test_eager_launches_have_two_points_where_memory_allows(launch: int, rows: int) -> None:
     config = EngineConfig(cpu_eager=1, cpu_launch=launch)
-    engine = sf.Engine(model(), sf.IntegratedGradients(steps=20), config=config)
+    engine = sf.Engine(model(), sf.IntegratedGradients(steps=12), config=config)
     found = engine(X[:1], 1)
     assert found.provenance.strategy == "off"
     assert found.provenance.points_per_launch == rows

@@ -72,6 +72,7 @@ class Calibration:
         maxima: Whether the model takes any, once that is known.
         most: Points of one call that this serves, without a recording, and of several of its kind;
             there is no such limit where a recording was tried.
+        small: Whether a program's own calls take longer than what it spares of a single point.
         alone_first: Whether the first launch of every call has one point.
         ends: The program as it was recorded, where it scores the input and the baseline together.
         verification: What the launches of this call are compared with, where nothing was before.
@@ -95,6 +96,7 @@ class Calibration:
     captures: Captures = field(default_factory=Captures, repr=False)
     maxima: list[bool] = field(default_factory=list, repr=False)
     most: float = math.inf
+    small: bool = False
     alone_first: bool = False
     ends: Program | None = field(default=None, repr=False)
     verification: Verification | None = field(default=None, repr=False)
@@ -146,7 +148,8 @@ class Calibration:
     def given_up(self, reason: str) -> Calibration:
         """The same few points by autograd, whose cost the next launch tells."""
         refusals = (*self.refusals, (str(self.strategy), reason))
-        return Calibration(Strategy(), NOTHING, NOTHING, None, refusals, most=self.most)
+        about = (Strategy(), NOTHING, NOTHING, None, refusals)
+        return Calibration(*about, most=self.most, small=self.small)
 
     def row_by_row(self) -> Calibration:
         """The same point, each alone by vmap, since rows would meet."""

@@ -39,14 +39,14 @@ class EngineConfig:
             numbers, by strategies whose gradient has agreed.
         direct_points: Points of calls of one kind up to which they run eagerly, without anything
             measured or recorded before them.
-        direct_points_of_small: The same of models and inputs of `small_bytes` at most.
         direct_calls: Calls of one kind, at least, before a recording serves later ones: their maps
             may differ in the last digits.
         direct_lean_from: Bytes of one example of the inputs from which their model's calls are
             intercepted by memory-efficient versions.
         single_points: Points of a call, of whose model nothing is known, up to which launches have
             one point each, so that no proof is needed that rows do not meet.
-        small_bytes: Bytes of weights and of one example of the inputs.
+        small_bytes: Bytes of weights and of one example of the inputs up to which single gradients
+            run eagerly however many there are.
         compared_at_three_from: Points of a call from which strategies are compared at three of
             them, and at two below.
         corner: Side of the images and volumes on which strategies are verified that larger ones
@@ -114,7 +114,6 @@ class EngineConfig:
         default_factory=lambda: _by_dtype(1e-6, 5e-2, 0.2, 0.5)
     )
     direct_points: int = 16
-    direct_points_of_small: int = 256
     direct_calls: int = 4
     direct_lean_from: int = 1 * MiB
     single_points: int = 8

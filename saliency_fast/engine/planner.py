@@ -257,7 +257,6 @@ class Planner:
             return None
         weights = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         small = each + sum(one.nbytes for one in weights) <= config.small_bytes
-        most = config.direct_points_of_small if small else config.direct_points
         reason = "so few points do not repay a recording" if self.lean else "lean=False"
         # Its versions have each their gradient from PyTorch's definition; where one is not served,
         # or the call is about more than its inputs' gradients, autograd takes over.
@@ -269,7 +268,8 @@ class Planner:
             one for one in STRATEGIES if one.lean and (one.recorded or not strategy.intercepted)
         ]
         refusals = tuple((one.name, reason) for one in refused)
-        return Calibration(strategy, NOTHING, NOTHING, None, refusals, most=most)
+        about = (strategy, NOTHING, NOTHING, None, refusals)
+        return Calibration(*about, most=config.direct_points, small=small)
 
     def _reads(self, calibration: Calibration) -> tuple[object, ...] | None:
         """What the model's Python reads of each example's further arguments, and of all; None where
@@ -495,7 +495,7 @@ class Planner:
             # The launch that follows the first one tells how large the others are.
             plan = replace(plan, points_per_launch=max(plan.points_per_launch, 2))
         # As much memory as autograd takes for the call itself.
-        small = self.recipe.at_input and calibration.most >= self.config.direct_points_of_small
+        small = self.recipe.at_input and calibration.small
         alone = calibration.alone_first or not (calibration.recorded or small)
         first = (1,) * (alone and plan.points_per_launch > 1)
         prepared = Prepared(attempt, strategy, plan, None, calibration, rows, first)
@@ -757,7 +757,7 @@ def eager_serves(calibration: Calibration, points: int, earlier: int, config: En
     # Another order of launches would draw other random numbers in later calls.
     if points > calibration.most:
         return False
-    if points == 1 and calibration.most >= config.direct_points_of_small > 0:
+    if points == 1 and calibration.small:
         # A program's own calls take longer than what it spares of a single small point.
         return True
     most = max(calibration.most, config.direct_calls * points)
