@@ -64,8 +64,8 @@ class EngineConfig:
         foreseen_bytes: Bytes that it may take where that was foreseen.
         traced_from: Bytes of a launch from which its trace pays, which costs up to five points.
         cpu_tensor, cpu_launch: Bytes of the largest tensor, and of all tensors of a launch, from
-            which launches on CPUs no longer get cheaper per point.
-        cpu_eager: The same of all tensors of a launch that runs eagerly.
+            which launches on CPUs get cheaper per point by a tenth at most, in twice the memory.
+        cpu_pair: Bytes that two points of a launch that runs eagerly may take.
         cpu_scores: The same of the largest tensor for scores alone: each is read once, right after
             it was written, so that launches stay in the caches.
         gpu_launch: Bytes of a launch on GPUs, far above what keeps the device busy.
@@ -130,8 +130,8 @@ class EngineConfig:
     traced_from: int = 16 * MiB
     cpu_tensor: int = 40 * MiB
     cpu_scores: int = 8 * MiB
-    cpu_launch: int = 160 * MiB
-    cpu_eager: int = 64 * MiB
+    cpu_launch: int = 64 * MiB
+    cpu_pair: int = 160 * MiB
     gpu_launch: int = 8 * GiB
     kept_bytes: int = 256 * MiB
     kept_most: int = 1 * GiB

@@ -318,11 +318,10 @@ def make_plan(
 
 
 def _eager_bounds(config: EngineConfig, two: int) -> EngineConfig:
-    """Autograd keeps more of a point: larger launches would take memory for little time. Two
-    points, of so many bytes, are worth it: of one row, PyTorch convolves small volumes ten times as
-    slowly.
+    """Two points, of so many bytes, are worth more memory: of one row, PyTorch convolves small
+    volumes ten times as slowly.
     """
-    return replace(config, cpu_launch=max(config.cpu_eager, min(two, config.cpu_launch)))
+    return replace(config, cpu_launch=max(config.cpu_launch, min(two, config.cpu_pair)))
 
 
 def _point(calibration: Calibration, config: EngineConfig) -> int:
