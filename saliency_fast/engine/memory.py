@@ -56,7 +56,16 @@ def free_bytes(device: torch.device) -> int:
         return _free_host_bytes(int(2 * time.monotonic()))
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + cached)
+    return int(free + cached) - _private_bytes(device, int(2 * time.monotonic()))
+
+
+@lru_cache(maxsize=8)
+def _private_bytes(device: torch.device, half_second: int) -> int:
+    """Free memory in the private pools of CUDA graphs, which serves nobody else."""
+    segments = torch.cuda.memory_snapshot()
+    private = (one for one in segments if tuple(one["segment_pool_id"]) != (0, 0))
+    own = (one for one in private if one["device"] == device.index)
+    return sum(one["total_size"] - one["allocated_size"] for one in own)
 
 
 @lru_cache(maxsize=1)
