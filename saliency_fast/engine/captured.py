@@ -29,7 +29,7 @@ from saliency_fast.engine.cudagraph import (
 from saliency_fast.engine.evaluation import SumEvaluation
 from saliency_fast.engine.independence import TieReport
 from saliency_fast.engine.job import Job, Progress
-from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult
+from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, wait_for
 from saliency_fast.engine.loop import drive
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.points import seeds
@@ -324,6 +324,7 @@ class CapturedEvaluation(SumEvaluation):
     def _replay(self, replay: Callable[[], None], *, last: bool) -> None:
         self._scale.fill_(self.function.scale)
         replay()
+        self.launched += 1
         if last and self.strategy.precision.scaled and bool(self._overflowed):
             raise OverflowedError
 
@@ -361,8 +362,11 @@ class CapturedEvaluation(SumEvaluation):
         return Outcome(**{name: _cloned(value) for name, value in parts.items()})
 
     def release(self) -> None:
-        """The call is over: the next one may be another thread's. Its model is not kept alive."""
+        """The call is over: the next one may be another thread's. Its model is not kept alive, and
+        what is given up must not be at work.
+        """
         self._recorder.done()
+        wait_for(self.call.device)
         del self.job
 
 
@@ -382,7 +386,9 @@ class CapturedAdaptiveEvaluation(CapturedEvaluation, AdaptiveEvaluation):
     def launch(self, start: int, stop: int) -> Generator[EvaluationRequest, Any, int]:
         rows, size = self.rows(start, stop), stop - start
         self._hold(rows)
-        if size not in self._captures and len(self._captures) < self.config.graph_sizes:
+        # Sizes of first launches are theirs alone.
+        few = len(self._captures) < self.config.graph_sizes and not self.job.first[self.launched :]
+        if few and size not in self._captures:
             self._capture({size})
         if size not in self._captures or (self.exact and self.precision_error is None):
             return (yield from AdaptiveEvaluation.launch(self, start, stop))
