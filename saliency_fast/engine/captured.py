@@ -24,6 +24,7 @@ from saliency_fast.engine.cudagraph import (
     WARM_UPS,
     CannotCaptureError,
     DryRun,
+    NoStreamError,
     cache_of,
 )
 from saliency_fast.engine.evaluation import SumEvaluation
@@ -35,9 +36,9 @@ from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.points import seeds
 from saliency_fast.engine.precision import PrecisionError, finite
 from saliency_fast.engine.recipe import Level, Recipe, Rows, WeightedSum
-from saliency_fast.errors import BusyError, ModelCallError, SaliencyError
+from saliency_fast.errors import ModelCallError, SaliencyError
 from saliency_fast.graph.passes.half import users_tf32
-from saliency_fast.model.failures import warn_of_kernel
+from saliency_fast.model.failures import is_out_of_memory, warn_of_kernel
 from saliency_fast.model.layout import Layouts
 
 
@@ -131,8 +132,10 @@ def captured_steps(
         yield from evaluation.steps(report)
     except NotCapturedError as why:
         cause = why.__cause__
-        if isinstance(cause, BusyError):
-            cache.give_up_one()
+        short = isinstance(cause, NoStreamError) or (cause and is_out_of_memory(cause))
+        if short and cache.give_up_one():
+            # There is room for the next call's.
+            return False
         lasting = ModelCallError, CannotCaptureError
         if isinstance(cause, lasting) or not isinstance(cause, SaliencyError):
             owner[key] = str(why)
@@ -349,15 +352,16 @@ class CapturedEvaluation(SumEvaluation):
         return rows, result
 
     def _found(self) -> None:
-        self._outcome = super().outcome()
+        self._outcome = self.exactly()
 
     def outcome(self) -> Outcome:
         """The outcome so far, in memory of its own."""
-        if self._finish is None or self.precision_error is not None:
+        if self._finish is None:
             outcome = super().outcome()
         else:
             self._finish()
             outcome = replace(self._outcome, converged=self.converged, ties=self.ties)
+            outcome = self.with_precision(outcome)
         parts = {column.name: getattr(outcome, column.name) for column in fields(Outcome)}
         return Outcome(**{name: _cloned(value) for name, value in parts.items()})
 

@@ -84,6 +84,10 @@ class Sharing:
 DEVICES = Sharing()
 
 
+class NoStreamError(BusyError):
+    """All streams of a device belong to captured launches."""
+
+
 class CannotCaptureError(SaliencyError):
     """A body asks for what no capture allows."""
 
@@ -189,7 +193,7 @@ class CudaRecorder:
             if (self._device, stream.cuda_stream) not in taken:
                 return stream
         if not self._streams:
-            raise BusyError("all streams of the device belong to captured launches")
+            raise NoStreamError("all streams of the device belong to captured launches")
         return self._streams[0]
 
     def done(self) -> None:
@@ -291,10 +295,12 @@ class GraphCache:
             self._kept.pop(id(one), None)
             return one
 
-    def give_up_one(self) -> None:
-        """Gives up what was used longest ago."""
+    def give_up_one(self) -> bool:
+        """Gives up what was used longest ago, if there is anything."""
         with self._lock:
-            self._trim(self._held() - 1)
+            held = self._held()
+            self._trim(held - 1)
+            return held > 0
 
     @property
     def nbytes(self) -> int:

@@ -107,12 +107,16 @@ class Job:
             few = not self.calibration.measured
             return find_ties(*about, self.calibration.maxima, few=few)
 
-    def check_precision(self, outcome: Outcome, *, fresh: bool) -> None:
-        """Notes what the precision costs; raises where that is more than it may."""
-        assert outcome.precision_error is not None
-        if fresh:
-            self.calibration.errors.note(outcome.precision_error, outcome.underflow, self.limit)
-        worst, name = float(outcome.precision_error.max()), self.strategy.precision.name
+    def check_precision(self, error: PrecisionError, outcome: Callable[[], Outcome] | None) -> None:
+        """Notes what the precision costs; raises where that is more than it may. outcome: of a call
+        that has measured it itself.
+        """
+        name, worst = self.strategy.precision.name, error.other or 0.0
+        if outcome is not None:
+            found = outcome()
+            assert found.precision_error is not None
+            self.calibration.errors.note(found.precision_error, found.underflow, self.limit)
+            worst = float(found.precision_error.max())
         # Not `>`: what is not known may be anything.
         if self.limit < math.inf and not worst <= self.limit:
             raise PrecisionCostsError(

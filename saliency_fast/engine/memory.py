@@ -62,7 +62,7 @@ def free_bytes(device: torch.device) -> int:
 @lru_cache(maxsize=8)
 def _private_bytes(device: torch.device, half_second: int) -> int:
     """Free memory in the private pools of CUDA graphs, which serves nobody else."""
-    segments = torch.cuda.memory_snapshot()
+    segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
     private = (one for one in segments if tuple(one["segment_pool_id"]) != (0, 0))
     own = (one for one in private if one["device"] == device.index)
     return sum(one["total_size"] - one["allocated_size"] for one in own)
