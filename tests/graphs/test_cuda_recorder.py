@@ -12,11 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-import saliency_fast
+import saliency_fast as sf
 from saliency_fast.engine import cudagraph
-from saliency_fast.engine.cudagraph import CannotCaptureError, CudaRecorder, DryRun, Sharing
+from saliency_fast.engine.cudagraph import (
+    CannotCaptureError,
+    CudaRecorder,
+    DryRun,
+    Sharing,
+    launching,
+)
 from saliency_fast.errors import BusyError
 from tests.graphs.fake_cuda import POOL, CUDAError, FakeCuda
+from tests.models import Image
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -123,6 +130,51 @@ class TestReplays:
 
 
 class TestSharing:
+    def test_no_thread_asks_for_anything_while_another_captures(self, cuda: FakeCuda):
+        def body() -> None:
+            for _ in range(4):
+                cuda.ask("f")
+                time.sleep(0.001)
+
+        def capture() -> None:
+            assert CudaRecorder(FIRST).record(body).graph.body == ["f"] * 4
+
+        def launch() -> None:
+            with launching(FIRST):
+                body()
+
+        with ThreadPoolExecutor(6) as pool:
+            made = [pool.submit(capture if n % 4 == 0 else launch) for n in range(60)]
+            assert [one.exception() for one in made] == [None] * 60
+
+    def test_all_runs_of_a_model_share(self, monkeypatch):
+        monkeypatch.setitem(cudagraph.RECORDERS, "cpu", cudagraph.CudaRecorder)
+        shared: list[bool] = []
+
+        class Net(Image):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                shared.append(threading.get_ident() in cudagraph.DEVICES._sharing)
+                return super().forward(x)
+
+        several = (sf.IntegratedGradients(20), sf.Occlusion((1, 3, 3)), sf.GradCAM("0"), "gradient")
+        for method in several:
+            engine = sf.Engine(Net().eval().float(), method, graphs=False)
+            for target in (1, "predicted"):
+                engine(torch.randn(3, 3, 9, 9), target)
+            engine.plan(torch.randn(3, 3, 9, 9), 1)
+        assert all(shared)
+        assert len(shared) > 20
+
+    def test_a_call_waits_for_a_capture(self, monkeypatch):
+        monkeypatch.setitem(cudagraph.RECORDERS, "cpu", cudagraph.CudaRecorder)
+        engine = sf.Engine(torch.nn.Linear(9, 3), sf.IntegratedGradients(20), graphs=False)
+        with ThreadPoolExecutor(1) as pool:
+            with cudagraph.DEVICES.alone():
+                running = pool.submit(engine, torch.randn(2, 9), 1)
+                time.sleep(0.2)
+                assert not running.done()
+            assert running.result(20).values.shape == (2, 9)
+
     def test_launches_share_and_captures_are_alone(self):
         gate, inside, most, wrong = Sharing(), [0], [0], list[str]()
         lock = threading.Lock()
@@ -212,7 +264,7 @@ class TestDryRun:
 
 def test_no_call_waits_for_a_whole_device():
     """The device's idleness is asked for nowhere: that breaks captures of other threads."""
-    root = Path(saliency_fast.__file__).parent
+    root = Path(sf.__file__).parent
     texts = {path: path.read_text() for path in root.rglob("*.py") if "kernels" not in path.parts}
     for word in ("cuda.synchronize(", "torch.cuda.graph(", "cudnn.flags(", "cudnn.benchmark"):
         assert not [str(path) for path, text in texts.items() if word in text], word
