@@ -20,6 +20,7 @@ from saliency_fast.engine.loop import evaluation_of
 from saliency_fast.engine.measure import Measurement
 from saliency_fast.engine.memory import MALLOC_KEEPS, first_of_process, library_bytes
 from saliency_fast.engine.plan import Plan
+from saliency_fast.model.failures import warn_of_kernel
 from saliency_fast.model.layers import Downstream
 from saliency_fast.model.preserve import restored_random_state
 
@@ -127,7 +128,7 @@ def _seconds_per_point(job: Job) -> float | None:
     evaluation, arena = _trial(job), Arena(device, about=job.plan.launch_bytes)
     try:
         drew = restored_random_state(lambda: job.calibration.cost.drew, device)
-        with suppress(Exception), drew, launching(device):
+        with drew, launching(device):
             for _ in range(2):
                 started, begun = time.perf_counter(), mark(device, enable_timing=True)
                 evaluation.trial(rows, arena)
@@ -139,6 +140,9 @@ def _seconds_per_point(job: Job) -> float | None:
                     seconds = time.perf_counter() - started
                 if seconds > config.long_seconds:
                     break
+    except Exception as error:
+        # Whatever goes wrong goes wrong in a launch again, unless another precision is taken.
+        warn_of_kernel(error)
     finally:
         arena.close()
     return None if seconds is None else seconds / rows

@@ -23,6 +23,7 @@ from saliency_fast.graph.autograd import activations
 from saliency_fast.model.failures import is_out_of_memory, warn_of_kernel
 from saliency_fast.model.preserve import restored_random_state
 from saliency_fast.together import Arguments
+from tests.configured import configure
 from tests.graphs.fake_cuda import FakeCuda, Stream
 from tests.models import Image, Tabular
 from tests.service.asking import same, seeded
@@ -113,13 +114,18 @@ def test_no_launch_of_a_round_is_read(method: Any):
     assert each < 0.5
 
 
+CAMS = sf.GradCAM("0"), sf.ScoreCAM("0"), sf.GuidedGradCAM("0")
+
+
 def test_the_first_round_sets_the_classes_whatever_the_scores():
     """They are counted, and not looked for among scores that may be NaN for good."""
     net, x = seeded(Image, 3, 9, 9, dtype=torch.float32)
-    for limit in (None, 1):
-        engine = sf.Engine(net, sf.GradCAM("0"), points_per_launch=limit)
+    for limit, method in ((limit, one) for limit in (None, 1) for one in CAMS):
+        engine = sf.Engine(net, method, points_per_launch=limit)
         found = engine(x[:3], "predicted")
         assert torch.equal(found.classes, net(x[:3]).argmax(1))
+        # Later rounds are about these.
+        same(found, engine(x[:3], found.classes), 1e-5)
 
 
 class TestResults:
@@ -236,8 +242,12 @@ class TestKernelsThatFail:
         warn_of_kernel(RuntimeError("this layer has no version of ours"))
         warn_of_kernel(torch.AcceleratorError("CUDA error: out of memory"))
 
-    @pytest.mark.parametrize("points", [4, 400])
-    def test_a_strategy_is_not_given_up_silently(self, monkeypatch, points: int):
+    @pytest.mark.parametrize(("points", "direct"), [(4, 0), (400, 0), (4, 16)])
+    def test_a_strategy_is_not_given_up_silently(self, monkeypatch, points: int, direct: int):
+        # Few points are intercepted by versions of which nothing was tried before.
+        own = {"direct_points": direct, "direct_points_of_small": direct, "direct_lean_from": 0}
+        configure(monkeypatch, **own)
+
         def broken(*_: Any, **__: Any) -> Any:
             raise BackendError("relu_mask_ failed on cuda:0 with CUDA error 209")
 
