@@ -23,8 +23,9 @@ WARM_UPS = 1
 """Times that a body runs before its dry run and its capture."""
 PATIENCE = 1.0
 """Seconds that a capture waits for launches of other threads, which may wait for this one."""
-STREAMS = 64
-"""Streams that are asked for until one is free: PyTorch hands out 32 of a device in turn."""
+STREAMS = 32
+"""Streams of a device, which PyTorch hands out in turn. Where half of them are taken, graphs of one
+recorder share one, so that there is one for each of many recorders."""
 SHARE = 8
 """The part of a device's memory, one in so many, that captured launches may hold between calls."""
 MOST_BYTES = 16 * 1024**3
@@ -186,15 +187,15 @@ class CudaRecorder:
         return graph
 
     def _stream(self) -> torch.cuda.Stream:
-        """A stream on which no graph was captured that lives; where there is none, one of ours."""
-        taken = {(one.device, one.stream.cuda_stream) for one in list(_REPLAYS)}
-        for _ in range(STREAMS):
+        """A stream on which no graph was captured that lives, or one of ours where few are left."""
+        taken = {one.stream.cuda_stream for one in list(_REPLAYS) if one.device == self._device}
+        if self._streams and len(taken) > STREAMS // 2:
+            return self._streams[0]
+        for _ in range(2 * STREAMS):
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            if (self._device, stream.cuda_stream) not in taken:
+            if stream.cuda_stream not in taken:
                 return stream
-        if not self._streams:
-            raise NoStreamError("all streams of the device belong to captured launches")
-        return self._streams[0]
+        raise NoStreamError("all streams of the device belong to captured launches")
 
     def done(self) -> None:
         self._done = torch.cuda.current_stream(self._device).record_event()

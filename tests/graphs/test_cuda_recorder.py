@@ -22,7 +22,7 @@ from saliency_fast.engine.cudagraph import (
     launching,
 )
 from saliency_fast.errors import BusyError
-from tests.graphs.fake_cuda import POOL, CUDAError, FakeCuda
+from tests.graphs.recording_cuda import POOL, CUDAError, FakeCuda
 from tests.models import Image
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -52,7 +52,7 @@ class TestStreams:
         replays = [one.record(lambda: cuda.ask("f")) for one in recorders]
         with pytest.raises(BusyError, match="streams of the device"):
             CudaRecorder(FIRST).record(lambda: cuda.ask("f"))
-        # Graphs of one recorder are replayed one after another.
+        # Graphs of one recorder are replayed one after another, and share one where few are left.
         again = recorders[0].record(lambda: cuda.ask("f"))
         assert again.stream == replays[0].stream
         given_up = replays.pop(5).stream

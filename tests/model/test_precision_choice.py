@@ -162,6 +162,15 @@ class TestDefault:
         sf.explain(net, x, target=1)
         assert set(seen) == {()}
 
+    def test_where_these_are_coarse_so_is_what_counts_as_rounding(self):
+        gpu, cpu = torch.device("cuda"), torch.device("cpu")
+        assert half.rounding_of(FLOAT32, gpu) == "float32"
+        with half.tf32_as_set():
+            # PyTorch's default for convolutions.
+            assert half.rounding_of(FLOAT32, gpu) == "tf32"
+            assert half.rounding_of(FLOAT32, cpu) == "float32"
+            assert half.rounding_of(PRECISIONS["bfloat16"], gpu) == "bfloat16"
+
 
 def test_cpus_take_float32():
     net, x = seeded(*IMAGE)

@@ -94,7 +94,7 @@ def run(setting: str, wanted: str) -> str:
 
 
 # Every process loads PyTorch anew, for three seconds.
-QUICK = ("torch.set_float32_matmul_precision('medium')", SETTINGS[-4], SETTINGS[-3])
+QUICK = ("torch.set_float32_matmul_precision('medium')", SETTINGS[-3])
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,12 @@ def users_tf32() -> tuple[str, ...]:
     return tuple(fp32_precision("cuda", one) for one in _KINDS if getattr(_OWN, "kept", False))
 
 
+def rounding_of(precision: Precision, device: torch.device) -> str:
+    """The name of the precision to which products of launches are rounded here, at most."""
+    kept = device.type == "cuda" and precision.exact and "tf32" in users_tf32()
+    return "tf32" if kept else precision.name
+
+
 def _switched(wanted: bool) -> ExitStack:
     """Allows or forbids TF32 on GPUs; what is returned undoes that, whether the user has set
     `allow_tf32`, `set_float32_matmul_precision` or `fp32_precision`.

@@ -24,7 +24,7 @@ from saliency_fast.model.failures import is_out_of_memory, warn_of_kernel
 from saliency_fast.model.preserve import restored_random_state
 from saliency_fast.together import Arguments
 from tests.configured import configure
-from tests.graphs.fake_cuda import FakeCuda, Stream
+from tests.graphs.recording_cuda import FakeCuda, Stream
 from tests.models import Image, Tabular
 from tests.service.asking import same, seeded
 
