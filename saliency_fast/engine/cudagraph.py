@@ -120,7 +120,7 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[1]
+        name = func.name().partition("::")[2].partition(".")[0]
         tensors = [one for one in tree_iter((args, kwargs, result)) if isinstance(one, Tensor)]
         kinds = {one.device.type for one in tensors}
         if self._kind not in kinds:
