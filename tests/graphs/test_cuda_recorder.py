@@ -22,8 +22,10 @@ from saliency_fast.engine.cudagraph import (
     launching,
 )
 from saliency_fast.errors import BusyError
-from tests.graphs.recording_cuda import POOL, CUDAError, FakeCuda
-from tests.models import Image
+from tests.graphs.recording_cuda import POOL, CUDAError, CUDAGraph, FakeCuda
+from tests.graphs.tape import Tape, _Log
+from tests.models import Image, Tabular
+from tests.service.asking import same, seeded
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -127,6 +129,88 @@ class TestReplays:
         with cuda.stream(mine):
             recorder.wait()
         assert cuda.did("wait") == [("wait", mine, cuda.current_stream(FIRST))]
+
+
+class Taped(CUDAGraph):
+    """A graph that replays what a body asked of the CPU while it was captured."""
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        super().capture_begin(pool, capture_error_mode)
+        self.tape = _Log()
+        self.tape.__enter__()
+
+    def capture_end(self) -> None:
+        self.tape.__exit__(None, None, None)
+        self.tape.undo()
+        super().capture_end()
+
+    def replay(self) -> None:
+        super().replay()
+        Tape(FIRST)._replay(self.tape.calls)
+
+
+class TestCalls:
+    """Whole calls by the recorder for GPUs, the CPU doing their arithmetic."""
+
+    @pytest.fixture
+    def gpu(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Taped(cuda))
+        monkeypatch.setattr(cudagraph, "_CACHES", {})
+        monkeypatch.setitem(cudagraph.RECORDERS, "cpu", lambda _: CudaRecorder(FIRST))
+        return cuda
+
+    @pytest.mark.parametrize(
+        "method", [sf.IntegratedGradients(6), sf.SmoothGrad(5, seed=(3, 4)), sf.VarGrad(4)]
+    )
+    def test_are_those_without_captures(self, gpu: FakeCuda, method: Any):
+        net, x = seeded(Image, 3, 9, 9)
+        engine, plain = (sf.Engine(net, method, graphs=one) for one in (True, False))
+        for k in range(3):
+            gpu.log.clear()
+            same(engine(x[k : k + 2], k), plain(x[k : k + 2], k))
+            assert bool(gpu.did("begin")) == (k == 0)
+            assert gpu.did("replay")
+        # The stream of the call waits for the last call's end before anything is written.
+        order = [one[0] for one in gpu.log]
+        assert order[0] == "wait"
+        assert order[-1] == "record"
+        assert not gpu.capturing
+
+    def test_from_threads_with_streams_of_their_own(self, gpu: FakeCuda):
+        nets = [seeded(Image, 3, 9, 9), seeded(Tabular, 7)]
+        method = sf.IntegratedGradients(6)
+        expected = [sf.Engine(net, method, graphs=False)(x[:2], 1) for net, x in nets]
+
+        def work(number: int) -> None:
+            net, x = nets[number % 2]
+            with gpu.stream(gpu.Stream(FIRST)):
+                for _ in range(4):
+                    same(sf.Engine(net, method)(x[:2], 1), expected[number % 2])
+
+        with ThreadPoolExecutor(4) as pool:
+            for one in [pool.submit(work, number) for number in range(8)]:
+                one.result(60)
+        # Each replay waits for the one before it, on whichever stream that was.
+        last, waits = None, set[Any]()
+        for what, *about in gpu.log:
+            if what == "wait":
+                waits.add(tuple(about))
+            elif what == "replay":
+                assert last is None or (about[1], last) in waits
+                last, waits = about[1], set()
+
+    def test_one_that_is_given_up_hurts_no_other(self, gpu: FakeCuda):
+        net, x = seeded(Tabular, 7)
+        engine = sf.Engine(net, sf.IntegratedGradients(4))
+        plain = sf.Engine(net, sf.IntegratedGradients(4), graphs=False)
+        engine(x[:1], 1)
+        engine(x[:2], 1)
+        streams = {one.stream for one in cudagraph._REPLAYS}
+        assert cudagraph.cache_of(x.device).give_up_one()
+        assert {one.stream for one in cudagraph._REPLAYS} < streams
+        gpu.log.clear()
+        same(engine(x[2:4], 2), plain(x[2:4], 2))
+        assert not gpu.did("begin")
 
 
 class TestSharing:

@@ -201,6 +201,8 @@ def test_what_is_put_back_is_over(monkeypatch):
     monkeypatch.setattr(captured.CapturedEvaluation, "steps", _overflows)
     engine(x[:2], 1)
     assert one._recorder.finished == 4
+    # Not before a target that is none.
+    assert one._recorder.waited == 3
 
 
 def _overflows(run: Any, report: Any) -> Any:
