@@ -66,14 +66,15 @@ class Sharing:
         own = threading.get_ident()
         with self._changed:
             self._waiting += 1
-            free = self._changed.wait_for(
-                lambda: self._alone is None and self._sharing.keys() <= {own}, PATIENCE
-            )
-            self._waiting -= 1
-            self._alone = own if free else self._alone
-            self._changed.notify_all()
-        if not free:
-            raise BusyError("launches of other threads go on: nothing was captured")
+            try:
+                if not self._changed.wait_for(
+                    lambda: self._alone is None and self._sharing.keys() <= {own}, PATIENCE
+                ):
+                    raise BusyError("launches of other threads go on: nothing was captured")
+                self._alone = own
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
         try:
             yield
         finally:
