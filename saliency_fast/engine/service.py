@@ -390,17 +390,19 @@ class Service(Generic[Result]):
         try:
             over = step()
             result = request.result() if over else None
+            end = mark(request.device, blocking=True) if over else None
         except BaseException as error:
             self._settle(request, error=error)
         else:
             if over:
-                self._settle(request, result)
+                self._settle(request, result, end=end)
 
     def _settle(
         self,
         request: Request[Result],
         result: Result | None = None,
         error: BaseException | None = None,
+        end: torch.cuda.Event | None = None,
     ) -> None:
         """Takes a request out, with its result or what went wrong, unless it was cancelled."""
         request.close()
@@ -416,7 +418,7 @@ class Service(Generic[Result]):
         else:
             self._count(finished=1)
             give = partial(request.future.set_result, cast(Result, result))
-            self._over.append((give, request, mark(request.device, blocking=True)))
+            self._over.append((give, request, end))
 
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:
