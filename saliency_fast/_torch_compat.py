@@ -330,13 +330,24 @@ CheckpointHook: Any = checkpoint._checkpoint_hook
 """The saved-tensor hooks of checkpoints with use_reentrant=False. Required."""
 
 
+# What each kind of operator may round float32 to, by (backend, operator): "none" inherits. The
+# public names have no switch of recurrent layers' own.
+fp32_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter
+set_fp32_precision: Callable[[str, str, str], object] = torch._C._set_fp32_precision_setter
+
+
+def end_allocation_to_pool(device: torch.device, pool: Any) -> None:
+    """Ends what a failed capture leaves behind: its thread's memory comes from the graph's pool."""
+    torch._C._cuda_endAllocateToPool(device.index, pool)
+
+
 class ErrorText(Enum):
     """Texts of PyTorch's errors, where it has no exception of its own for a failure. Where a
     release words an error otherwise, its message is shown without our cure.
     """
 
     ALLOCATION = ("alloc",)
-    OUT_OF_MEMORY = ("can't allocate memory", "ALLOC_FAILED")
+    OUT_OF_MEMORY = ("can't allocate memory", "ALLOC_FAILED", "CUDA error: out of memory")
     OVERWRITTEN = ("needed for gradient computation has been modified by an inplace",)
     IN_PLACE = ("inplace operation", "modified inplace", "in-place operation", "modified in-place")
     NO_DERIVATIVE = (

@@ -30,7 +30,7 @@ def explain(
     baseline: Baseline = None,
     forward_args: Any = (),
     forward_kwargs: Mapping[str, Any] | None = None,
-    precision: str = "float32",
+    precision: str | None = None,
     tolerance: float | None = None,
     at: At | None = None,
     layer_input: bool = False,
@@ -73,7 +73,7 @@ def explain(
         forward_kwargs: Further keyword arguments of the model, likewise.
         precision: Arithmetic of the model's convolutions and matrix products: "float32" (float64
             inputs stay float64), "bfloat16", on GPUs also "tf32" and "float16", or "auto". Its cost
-            is measured and part of `Attribution.error`.
+            is measured and part of `Attribution.error`. None is "auto" on GPUs, else "float32".
         tolerance: Largest relative L2 error that "auto" may cost; 0.02 by default, or half of the
             method's own tolerance.
         at: Layers to explain instead of the inputs: names or modules, "embeddings", or "auto" for

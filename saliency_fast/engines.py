@@ -28,7 +28,7 @@ from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.features import Features, read_features
 from saliency_fast.engine.job import Job, Progress
-from saliency_fast.engine.launch import wait_for
+from saliency_fast.engine.launch import lend, mark
 from saliency_fast.engine.layers import LayerLocation
 from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.memory import give_back
@@ -71,7 +71,8 @@ class Engine:
         precision: Of the model's convolutions and matrix products: "float32" (float64 inputs stay
             float64), "bfloat16" and, on GPUs, "tf32" or "float16"; what it costs a map is measured
             on some of its points and part of `Attribution.error`. "auto" is the fastest that costs
-            no more than `tolerance`.
+            no more than `tolerance`. None is "auto" on GPUs, but for few points and methods without
+            a sum of gradients, and "float32" elsewhere.
         tolerance: Relative L2 that precision "auto" may cost: .02, or half of the method's own
             tolerance, unless given.
         at: Layers to explain instead of the inputs, by name or themselves; "embeddings" are the
@@ -124,7 +125,7 @@ class Engine:
         model: Callable[..., Any],
         method: Method | str = "integrated_gradients",
         *,
-        precision: str = "float32",
+        precision: str | None = None,
         tolerance: float | None = None,
         at: At | None = None,
         layer_input: bool = False,
@@ -168,7 +169,8 @@ class Engine:
 
             self.method = with_fixed_nodes(self.method)
             self._recipe = self.method.recipe()
-            check_differentiable(self.method, self._recipe, at=at, precision=precision)
+            self.precision = precision or FLOAT32.name
+            check_differentiable(self.method, self._recipe, at=at, precision=self.precision)
             if rows == "together":
                 raise InputError("create_graph=True is for rows='alone': got rows='together'")
             # Neither leaves a graph behind.
@@ -183,7 +185,7 @@ class Engine:
         usual = location.at is None and not (location.of_input or self.progress or self.compile)
         usual = usual and not self.create_graph and self.rows == "alone" and self.layout is None
         sums = isinstance(self._recipe, WeightedSum) and self._recipe.at_input
-        if not (usual and sums and self.precision == FLOAT32.name) or limits.memory_budget:
+        if not (usual and sums and self.precision in (None, FLOAT32.name)) or limits.memory_budget:
             return ()
         return self.method, limits.points_per_launch, self.lean, self.graphs, self.config
 
@@ -439,11 +441,15 @@ class Engine:
         """A call for the service."""
         from saliency_fast.engine.service import Request
 
-        started, ready, at = time.perf_counter(), _ready(call.device), list[str]()
+        started, at = time.perf_counter(), list[str]()
+        # The service has a stream of its own.
+        given_at = mark(call.device)
+        caller = None if given_at is None else torch.cuda.current_stream(call.device)
         training = isinstance(self.model, nn.Module) and getattr(self.model, "training", False)
 
         def prepare_job() -> Job:
-            ready()
+            if given_at is not None:
+                torch.cuda.current_stream(call.device).wait_event(given_at)
             job, names = self._prepare(call, given, method, recipe, alone=False)
             at.extend(names or ())
             return job
@@ -456,7 +462,7 @@ class Engine:
             facts = usage | self._hashes(call)
             about = (job, outcome, given.baseline, training, facts, at or None)
             result = self._attribution(*about)
-            wait_for(call.device)
+            lend(vars(result), caller)
             return result
 
         def failed(error: BaseException) -> BaseException:
@@ -728,7 +734,7 @@ class Engine:
 
 def _check_options(
     model: object,
-    precision: str,
+    precision: str | None,
     waiting: int,
     latency: float,
     tolerance: float | None,
@@ -738,7 +744,7 @@ def _check_options(
     """Raises InputError or InputTypeError for options of an engine that are not allowed."""
     if not callable(model):
         raise InputTypeError(f"model must be callable: got {type(model).__name__}")
-    if precision not in (*PRECISIONS, AUTO):
+    if precision not in (None, *PRECISIONS, AUTO):
         names = ", ".join((*PRECISIONS, AUTO))
         raise InputError(f"precision must be one of {names}: got {precision!r}")
     if isinstance(waiting, bool) or not isinstance(waiting, int) or waiting < 1:
@@ -766,15 +772,6 @@ def _given(argument: object) -> bool:
 
 RequestLike = Tensor | Inputs | Mapping[str, Any]
 """A request of `explain_many`."""
-
-
-def _ready(device: torch.device) -> Callable[[], None]:
-    """Waits, on another thread's stream, for what this thread has asked of a GPU so far."""
-    if device.type != "cuda":
-        return lambda: None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return lambda: torch.cuda.current_stream(device).wait_event(event)
 
 
 _CALIBRATED: WeakKeyDictionary[nn.Module, dict[tuple[object, ...], CalibrationCache]]

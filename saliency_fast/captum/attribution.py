@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from saliency_fast._types import Inputs
 from saliency_fast.api import Engine
+from saliency_fast.attribution import Attribution as EngineResult
 from saliency_fast.captum import forms
 from saliency_fast.captum.forward import (
     Neuron,
@@ -47,6 +48,7 @@ from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.recipe import Method, WeightedSum
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
 from saliency_fast.graph.gradients import gradients
+from saliency_fast.graph.passes.half import FLOAT32, tf32_as_set
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import as_well, diagnosed
 from saliency_fast.model.layers import Downstream
@@ -153,7 +155,13 @@ class _Engine(Engine):
     ) -> None:
         self._calibrations, self._bar = calibrations, bar
         config = _proving(configs.DEFAULT)
-        super().__init__(model, method, hashes=False, config=config, **of)
+        of |= {"precision": FLOAT32.name, "hashes": False, "config": config}
+        super().__init__(model, method, **of)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> EngineResult:
+        # Captum leaves PyTorch's switches alone, by which convolutions use TF32.
+        with tf32_as_set():
+            return super().__call__(*args, **kwargs)
 
     def _caches(self) -> Calibrations:
         return {(): self._calibrations}

@@ -102,9 +102,8 @@ _EXPLAIN: Mapping[str, Settings] = {
         default="none",
     ),
     "--precision": _option(
-        "of the model's products (default: float32); what another one costs is measured; "
-        "auto is the fastest whose maps are off by --tolerance at most",
-        default="float32",
+        "of the model's products (default: auto on GPUs, else float32); what another one costs is "
+        "measured; auto is the fastest whose maps are off by --tolerance at most",
         choices=(*PRECISIONS, AUTO),
     ),
     "--tolerance": _option("relative L2, for --precision auto", "T", type=float),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saliency_fast._types import Inputs
 from saliency_fast.engine.baselines import MISSING
+from saliency_fast.engine.cudagraph import launching
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.graph.fingerprint import fingerprint
 from saliency_fast.graph.passes.half import HALVES
@@ -358,9 +359,11 @@ def layouts_of(model: Model, call: Call, given: LayoutLike) -> Layouts:
         args, kwargs = function.rows(torch.zeros(count, dtype=torch.int64, device=device))
         return rows, lambda inputs: function.executor(inputs, args, kwargs)
 
-    def kept() -> AbstractContextManager[bool]:
+    @contextmanager
+    def kept() -> Iterator[None]:
         draws = threading.current_thread().name != SERVICE
-        return preserve_model_state(model, device, draws=draws)
+        with launching(device), preserve_model_state(model, device, draws=draws):
+            yield
 
     def find() -> Sequence[str | None]:
         with kept():

@@ -35,7 +35,7 @@ from saliency_fast.model.executors import (
     EagerExecutor,
     RecordingExecutor,
 )
-from saliency_fast.model.failures import is_out_of_memory
+from saliency_fast.model.failures import is_out_of_memory, warn_of_kernel
 from saliency_fast.model.layers import Downstream
 
 OTHER_NUMBERS = "the model reads other numbers of its further arguments than when it was recorded"
@@ -278,8 +278,10 @@ def _for_scores(point: Measurement, *, lean: bool, budget: int) -> Calibration:
         calibration = replace(calibration, suspect=suspected(point))
     else:
         asked = replace(point, recipe=replace(point.recipe, gradients=True))
-        with suppress(ModelError, BudgetError, InputError, RuntimeError):
+        try:
             calibration = calibrated(asked, lean=lean, budget=budget)
+        except (InputError, RuntimeError) as error:
+            warn_of_kernel(error)
     model, call = point.model, point.call
     eager = point.scores(Strategy().score_function(model, call))
     if calibration.strategy.program is None:
@@ -294,6 +296,7 @@ def _for_scores(point: Measurement, *, lean: bool, budget: int) -> Calibration:
     except BudgetError:
         raise
     except Exception as error:
+        warn_of_kernel(error)
         return replace(by_autograd, reason=_line(error))
     if gap > point.config.scores_agreement[call.dtypes[0]]:
         reason = f"{calibration.strategy}: scores are off by {gap:.1g}"
@@ -313,6 +316,7 @@ def in_precision(calibration: Calibration, precision: Precision, point: Measurem
         except BudgetError:
             raise
         except Exception as error:
+            warn_of_kernel(error)
             reasons.append(f"{strategy}: {_line(error)}")
             continue
         recorded = strategy.program is not None
@@ -429,6 +433,7 @@ class _Comparison:
             return None, f"{strategy}: {difference}"
         except Exception as error:
             # Whatever a lean version does not serve: the model itself has just run.
+            warn_of_kernel(error)
             return None, _line(error)
         return measured, ""
 
@@ -559,6 +564,7 @@ def _recorded(point: Measurement, recording: RecordingExecutor) -> _Recorded:
         program, scores = _program(point, recording)
         suspect, pruned = suspicion(program), program.pruned()
     except Exception as refusal:
+        warn_of_kernel(refusal)
         facts = replace(facts, refusal=_line(refusal))
         return _Recorded(facts, _suspicion(recording, refusal))
     if not point.programs:

@@ -15,18 +15,30 @@ import torch
 from torch import Tensor
 
 from saliency_fast.engine.accumulate import Outcome
+from saliency_fast.engine.adaptive import AdaptiveEvaluation
 from saliency_fast.engine.arena import Arena
 from saliency_fast.engine.bind import Call
-from saliency_fast.engine.cudagraph import CAPTURING, RECORDERS, cache_of
+from saliency_fast.engine.cudagraph import (
+    DEVICES,
+    RECORDERS,
+    WARM_UPS,
+    CannotCaptureError,
+    DryRun,
+    NoStreamError,
+    cache_of,
+)
 from saliency_fast.engine.evaluation import SumEvaluation
 from saliency_fast.engine.independence import TieReport
 from saliency_fast.engine.job import Job, Progress
-from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult
+from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, wait_for
 from saliency_fast.engine.loop import drive
+from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.points import seeds
 from saliency_fast.engine.precision import PrecisionError, finite
 from saliency_fast.engine.recipe import Level, Recipe, Rows, WeightedSum
 from saliency_fast.errors import ModelCallError, SaliencyError
+from saliency_fast.graph.passes.half import users_tf32
+from saliency_fast.model.failures import is_out_of_memory, warn_of_kernel
 from saliency_fast.model.layout import Layouts
 
 
@@ -43,8 +55,6 @@ def refusal(job: Job) -> str | None:
     strategy, targets, suspect = job.strategy, job.call.targets, job.independence.suspect
     if not isinstance(job.recipe, WeightedSum):
         return "the method looks at answers before it goes on"
-    if job.recipe.refinement is not None:
-        return "the nodes follow from earlier gradients; a fixed rule such as 'midpoint' has none"
     if strategy.program is None:
         return "the model was not recorded"
     if strategy.tiled is not None or strategy.offloaded:
@@ -53,11 +63,24 @@ def refusal(job: Job) -> str | None:
         return "the target is a function, whose tensors nobody watches"
     if targets.position is not None or targets.padding.real is not None:
         return "the target counts positions of texts"
-    if job.plan.launch_bytes > job.config.graph_launch:
-        return "launches are so large that the host's work does not count"
     if suspect is not None:
         return f"every launch is to be proved: {suspect.reason}"
     return None
+
+
+def _too_large(job: Job) -> str | None:
+    """Why launches are not worth a capture; None where they are."""
+    each, plan, config = job.calibration.seconds.get(job.key, 0.0), job.plan, job.config
+    if plan.launch_bytes > config.graph_launch or _nbytes(plan) > cache_of(job.call.device).limit:
+        return "launches are so large that the host's work does not count"
+    if each * plan.points_per_launch > config.graph_seconds:
+        return "launches take so long that the host's work does not count"
+    return None
+
+
+def _nbytes(plan: Plan) -> int:
+    """What captured launches hold."""
+    return plan.fixed_bytes + plan.finish_bytes + plan.launch_bytes
 
 
 def described(job: Job, *, wanted: bool) -> str:
@@ -67,7 +90,7 @@ def described(job: Job, *, wanted: bool) -> str:
     reason = refusal(job) if wanted else "not wanted"
     if reason is None:
         earlier = job.calibration.captures.get(_key(job, 0))
-        reason = earlier if isinstance(earlier, str) else None
+        reason = earlier if isinstance(earlier, str) else None if earlier else _too_large(job)
     text = f"one for launches of {job.plan.points_per_launch}"
     return text if reason is None else f"off: {reason}"
 
@@ -89,24 +112,39 @@ def captured_steps(
     owner, cache, key = job.calibration.captures, cache_of(device), _key(job, number)
     if isinstance(owner.get(key), str):
         return False
+    if len(owner.calls) > job.config.most_known:
+        owner.calls.clear()
+    owner.calls[key] += 1
     evaluation: CapturedEvaluation | None = cache.take(owner, key)
     if evaluation is None:
+        calls = owner.calls[key]
+        if calls < job.config.graph_calls or _too_large(job):
+            return False
+        if not cache.admits(_nbytes(job.plan), calls):
+            return False
         about = replace(job, strategy=replace(job.strategy), launches=None)
-        evaluation = CapturedEvaluation(about, number)
+        assert isinstance(job.recipe, WeightedSum)
+        kind = CapturedEvaluation if job.recipe.refinement is None else CapturedAdaptiveEvaluation
+        evaluation = kind(about, number)
     yield from SumEvaluation(job, job.call, job.baselines[number]).prove()
     try:
         evaluation.load(job, number, error, ties)
         yield from evaluation.steps(report)
     except NotCapturedError as why:
         cause = why.__cause__
-        if isinstance(cause, ModelCallError) or not isinstance(cause, SaliencyError):
+        short = isinstance(cause, NoStreamError) or (cause and is_out_of_memory(cause))
+        if short and cache.give_up_one():
+            # There is room for the next call's.
+            return False
+        lasting = ModelCallError, CannotCaptureError
+        if isinstance(cause, lasting) or not isinstance(cause, SaliencyError):
             owner[key] = str(why)
         return False
-    except OverflowedError:
+    except (OverflowedError, SaliencyError) as stopped:
+        evaluation.release()
         cache.put(owner, key, evaluation)
-        return False
-    except SaliencyError:
-        cache.put(owner, key, evaluation)
+        if isinstance(stopped, OverflowedError):
+            return False
         raise
     if number < len(job.baselines) - 1:
         finished.append(evaluation.outcome())
@@ -120,10 +158,10 @@ def _key(job: Job, number: int) -> Any:
     strategy, call, recipe = job.strategy, job.call, job.recipe
     if strategy.program is None or not isinstance(recipe, WeightedSum):
         return None
-    targets, family, baselines = call.targets, recipe.family, job.baselines[number]
-    if hasattr(family, "seed"):
-        family = replace(family, seed=0)  # type: ignore[type-var]
+    targets, family = call.targets, _seedless(recipe).family
+    baselines = job.baselines[number]
     shape = (recipe.reduction, recipe.factor, recipe.baseline, recipe.at_input)
+    adaptive, kept = recipe.refinement is not None, users_tf32()
     method = (family, shape, len(recipe.levels) > 1, recipe.count if recipe.at_input else 0)
     # Whether all of a set are scored depends on how many points there are.
     scored = recipe.baseline == "set" and len(baselines[0]) <= recipe.count
@@ -136,7 +174,7 @@ def _key(job: Job, number: int) -> Any:
     stem = (strategy.prefix.stem, strategy.prefix.rest) if strategy.prefix else ()
     constants = [one for program in (strategy.program, *stem) for one in program.constants]
     where = tuple(one.data_ptr() for one in constants)
-    return str(strategy), sizes, about, further, method, scored, where
+    return str(strategy), sizes, about, further, method, adaptive, kept, scored, where
 
 
 class CapturedEvaluation(SumEvaluation):
@@ -149,7 +187,7 @@ class CapturedEvaluation(SumEvaluation):
         super().__init__(job, _copied(job.call), starts)
         # What is proved is the call's own, and proved before.
         self.independence = None
-        self.nbytes = self.plan.fixed_bytes + self.plan.finish_bytes + self.plan.launch_bytes
+        self.nbytes = _nbytes(self.plan)
         device = job.call.device
         self._recorder = RECORDERS[device.type](device)
         self._begin: Callable[[], None] | None = None
@@ -194,7 +232,7 @@ class CapturedEvaluation(SumEvaluation):
         for own, given in pairs:
             own.copy_(given)
         assert isinstance(job.recipe, WeightedSum)
-        self.recipe, self.plan, self.ties = job.recipe, job.plan, ties
+        self.recipe, self.plan, self.ties = _seedless(job.recipe), job.plan, ties
         self.precision_error, self.converged = error, None
         self.size = job.plan.points_per_launch
         self.function = replace(self.function, scale=1.0)
@@ -228,7 +266,15 @@ class CapturedEvaluation(SumEvaluation):
         if self._table is not None and same:
             # The next call of a method with one level, for all examples: the table is the same.
             return
-        rows = level.rows(active, 0, level.count * active.numel())
+        count = level.count * active.numel()
+        self._hold(level.rows(active, 0, count))
+        sizes = {min(self.size, count), count % self.size or self.size}
+        few = len(self._captures) < self.config.graph_sizes
+        if few and not sizes <= self._captures.keys():
+            self._capture(sizes)
+
+    def _hold(self, rows: Rows) -> None:
+        """Writes rows where captured launches read theirs, from the first one on."""
         count = rows.example.numel()
         if self._table is None or self._table.example.numel() < count:
             # What was captured reads the old one. The first point stands everywhere.
@@ -237,11 +283,7 @@ class CapturedEvaluation(SumEvaluation):
             self._table, self._captures = Rows(*(one.new_zeros(size) for one in columns)), {}
         for column in fields(Rows):
             getattr(self._table, column.name)[:count].copy_(getattr(rows, column.name))
-        sizes = {min(self.size, count), count % self.size or self.size}
-        few = len(self._captures) < self.config.graph_sizes
-        if few and not sizes <= self._captures.keys():
-            self._capture(sizes)
-            self._offset.zero_()
+        self._offset.zero_()
 
     def _capture(self, sizes: set[int]) -> None:
         """Captures launches of these sizes; what that adds up is undone by beginning again."""
@@ -254,14 +296,21 @@ class CapturedEvaluation(SumEvaluation):
             self._captures[size] = self._captured(partial(self._launch, size))
         for one, before in zip(changing, kept, strict=True):
             one.copy_(before)
-        if self._finish is None:
+        self._offset.zero_()
+        if self._finish is None and self.recipe.refinement is None:
             self._finish = self._captured(self._found)
 
     def _captured(self, body: Callable[[], None]) -> Callable[[], None]:
         try:
-            with CAPTURING:
-                return self._recorder.record(body)
+            with DEVICES.shared():
+                # What is checked once for all calls is checked here, and kernels are chosen.
+                for _ in range(WARM_UPS):
+                    body()
+                with DryRun(self.call.device):
+                    body()
+            return self._recorder.record(body)
         except Exception as error:
+            warn_of_kernel(error)
             raise NotCapturedError(str(error).split("\n")[0] or type(error).__name__) from error
 
     def launch(self, start: int, stop: int) -> Generator[EvaluationRequest, Any, int]:
@@ -272,15 +321,24 @@ class CapturedEvaluation(SumEvaluation):
             count = yield from super().launch(start, stop)
             self._offset += count
             return count
+        self._replay(replay, last=stop == self.level.count * self.active.numel())
+        return stop - start
+
+    def _replay(self, replay: Callable[[], None], *, last: bool) -> None:
         self._scale.fill_(self.function.scale)
         replay()
-        last = stop == self.level.count * self.active.numel()
+        self.launched += 1
         if last and self.strategy.precision.scaled and bool(self._overflowed):
             raise OverflowedError
-        return stop - start
 
     def _launch(self, size: int) -> None:
         """The next rows: points, forward, vector-Jacobian product, accumulate."""
+        rows, result = self._evaluated(size)
+        self.add(rows, result, self._scale)
+        self._offset += size
+
+    def _evaluated(self, size: int) -> tuple[Rows, EvaluationResult]:
+        """The next rows of the table, with what the model gives at their points."""
         assert self._table is not None
         at = self._offset + torch.arange(size, device=self._offset.device)
         # Warm-ups go on where the last one ended, and must not leave the table.
@@ -291,26 +349,59 @@ class CapturedEvaluation(SumEvaluation):
         result = EvaluationResult(*self._inside.gradients(points, rows.example))
         if self.strategy.precision.scaled:
             self._overflowed |= ~finite(result.gradients)
-        self.add(rows, result, self._scale)
-        self._offset += size
+        return rows, result
 
     def _found(self) -> None:
-        self._outcome = super().outcome()
+        self._outcome = self.exactly()
 
     def outcome(self) -> Outcome:
         """The outcome so far, in memory of its own."""
-        if self._finish is None or self.precision_error is not None:
+        if self._finish is None:
             outcome = super().outcome()
         else:
             self._finish()
             outcome = replace(self._outcome, converged=self.converged, ties=self.ties)
+            outcome = self.with_precision(outcome)
         parts = {column.name: getattr(outcome, column.name) for column in fields(Outcome)}
         return Outcome(**{name: _cloned(value) for name, value in parts.items()})
 
     def release(self) -> None:
-        """The call is over: the next one may be another thread's. Its model is not kept alive."""
+        """The call is over: the next one may be another thread's. Its model is not kept alive, and
+        what is given up must not be at work.
+        """
         self._recorder.done()
+        wait_for(self.call.device)
         del self.job
+
+
+class CapturedAdaptiveEvaluation(CapturedEvaluation, AdaptiveEvaluation):
+    """The same where nodes follow from earlier gradients: the host chooses them after each round,
+    and captured launches end at the gradients.
+    """
+
+    def __init__(self, job: Job, number: int) -> None:
+        super().__init__(job, number)
+        self._results: dict[int, EvaluationResult] = {}
+
+    def begin(self) -> Generator[EvaluationRequest, Any, None]:
+        self.stale = False
+        yield from super().begin()
+
+    def launch(self, start: int, stop: int) -> Generator[EvaluationRequest, Any, int]:
+        rows, size = self.rows(start, stop), stop - start
+        self._hold(rows)
+        # Sizes of first launches are theirs alone.
+        few = len(self._captures) < self.config.graph_sizes and not self.job.first[self.launched :]
+        if few and size not in self._captures:
+            self._capture({size})
+        if size not in self._captures or (self.exact and self.precision_error is None):
+            return (yield from AdaptiveEvaluation.launch(self, start, stop))
+        self._replay(self._captures[size], last=stop == len(self.nodes.alpha))
+        self.add(rows, self._results[size])
+        return size
+
+    def _launch(self, size: int) -> None:
+        _, self._results[size] = self._evaluated(size)
 
 
 def _copied(call: Call) -> Call:
@@ -333,6 +424,13 @@ def _cloned(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
     return tuple(map(_cloned, value)) if isinstance(value, tuple) else value
+
+
+def _seedless(recipe: WeightedSum) -> WeightedSum:
+    """The recipe without its seeds, which are written before its launches and not in them."""
+    if not hasattr(recipe.family, "seed"):
+        return recipe
+    return replace(recipe, family=replace(recipe.family, seed=0))  # type: ignore[type-var]
 
 
 def _seed_of(recipe: Recipe, call: Call) -> Tensor | None:

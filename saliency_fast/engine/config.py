@@ -76,7 +76,8 @@ class EngineConfig:
 
     Time:
         timed_rows: Rows of a launch that is timed; with more, a point rarely takes less than four
-            fifths as long.
+            fifths as long on CPUs.
+        timed_rows_on_gpus: The same on GPUs, which fewer rows keep waiting for the host.
         long_seconds: Seconds from which a launch is not run again to be timed warm.
 
     Precision:
@@ -84,6 +85,8 @@ class EngineConfig:
         faster: Of a float32 point's time, what a precision may take to count as faster.
         precision_nodes: Points of an example that are taken in float32 too.
         precision_every: Points of a call for each example whose precision error is measured.
+        precision_rarely: Points of all calls after which it is measured again where launches are
+            captured and it stays the same.
         precision_alone: Points of a call from which it measures, and does not rely on others.
 
     Ties:
@@ -98,7 +101,9 @@ class EngineConfig:
         arguments_tried: Arguments of the batch's length of which all combinations are tried.
 
     CUDA graphs:
-        graph_launch: Bytes of a launch from which the host's work no longer counts.
+        graph_calls: Calls of a kind from which on its launches are captured.
+        graph_launch, graph_seconds: Bytes and seconds of a launch from which the host's work no
+            longer counts.
         graph_rows: Rows of a table of points, at least.
         graph_sizes: Sizes of launches that are captured of one kind; others run eagerly.
     """
@@ -137,18 +142,22 @@ class EngineConfig:
     kept_most: int = 1 * GiB
     scarce: int = 32
     timed_rows: int = 4
+    timed_rows_on_gpus: int = 128
     long_seconds: float = 2.0
     precision_tolerance: float = 0.02
     faster: float = 0.9
     precision_nodes: int = 3
     precision_every: int = 128
+    precision_rarely: int = 1024
     precision_alone: int = 16
     ties_points_per_example: int = 128
     ties_least_points: int = 32
     most_read: int = 8
     most_known: int = 256
     arguments_tried: int = 4
-    graph_launch: int = 2 * GiB
+    graph_calls: int = 2
+    graph_launch: int = 8 * GiB
+    graph_seconds: float = 0.1
     graph_rows: int = 4096
     graph_sizes: int = 4
 

@@ -111,8 +111,9 @@ def _twice() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(uncompiled())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        # Not `cudnn.flags`, which raises where the user has set `fp32_precision`, and sets it.
+        stack.callback(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
+        torch.backends.cudnn.enabled = False
         yield
 
 

@@ -477,26 +477,32 @@ class SumEvaluation(Evaluation):
         return active[~self.converged[active]]
 
     def outcome(self) -> Outcome:
-        estimate, shape, cost = self.totals.estimate(), self.scores.shape, None
-        error = estimate.error.view(shape)
-        if self.precision_error is not None:
-            # A variance is no mean of what its points give, and tells nothing of their size.
-            whole = norm_of(estimate.values).view(shape)
-            cost = self.precision_error.of(whole * (self.recipe.reduction != "variance"))
+        return self.with_precision(self.exactly())
+
+    def exactly(self) -> Outcome:
+        """The outcome without what the precision costs."""
+        estimate, shape = self.totals.estimate(), self.scores.shape
         return Outcome(
             tuple(one.view(*shape, *one.shape[1:]) for one in estimate.values),
             self.scores.clone(),
             self.baseline_scores,
             estimate.sums.view(shape),
-            # Of the rule, and of the precision: errors add up at most.
-            error if cost is None else error + cost,
+            estimate.error.view(shape),
             self.points.clone(),
             self.converged,
             self.classes,
-            cost,
-            0.0 if self.precision_error is None else self.precision_error.underflow,
             ties=self.ties,
         )
+
+    def with_precision(self, outcome: Outcome) -> Outcome:
+        """The outcome with what the precision costs: its error and the rule's add up at most."""
+        if self.precision_error is None:
+            return outcome
+        # A variance is no mean of what its points give, and tells nothing of their size.
+        whole = norm_of(tuple(one.flatten(0, 1) for one in outcome.values)).view(self.scores.shape)
+        cost = self.precision_error.of(whole * (self.recipe.reduction != "variance"))
+        underflow, error = self.precision_error.underflow, outcome.error + cost
+        return replace(outcome, error=error, precision_error=cost, underflow=underflow)
 
 
 def _writer(source: Source, rows: Rows) -> Callable[[slice], tuple[Inputs, Tensor]]:

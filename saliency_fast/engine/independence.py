@@ -22,6 +22,7 @@ from saliency_fast.engine.bind import Call
 from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import ModelError
+from saliency_fast.graph.passes.half import rounding_of
 from saliency_fast.graph.rows import Suspicion
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import is_out_of_memory
@@ -223,7 +224,8 @@ class Independence:
             alone = single_row.gradients(tuple(one[own].clone() for one in points), example[own])[2]
             for several, single in zip(tree_leaves(gradients), tree_leaves(alone), strict=True):
                 a, b = several[own].detach().double(), single.detach().double()
-                limit = TOLERANCE.get(single.dtype, 0.0) + ROUGH.get(function.precision.name, 0.0)
+                rough = rounding_of(function.precision, single.device)
+                limit = TOLERANCE.get(single.dtype, 0.0) + ROUGH.get(rough, 0.0)
                 if not bool((a - b).norm() <= limit * b.norm()) and bool(b.isfinite().all()):
                     raise RowsMeetError("torch.func.vmap gives another gradient where values tie")
         self._tied_alike = True
@@ -321,7 +323,7 @@ def scores_agree(one: Tensor, other: Tensor, scale: float, function: PointFuncti
     """Whether two rows of scores are equal up to rounding; scale: of the outputs behind them."""
     dtypes = function.dtypes or ()
     limit = max([TOLERANCE.get(kind, 0.0) for kind in (other.dtype, *dtypes)])
-    limit = max(limit, ROUGH.get(function.precision.name, 0.0))
+    limit = max(limit, ROUGH.get(rounding_of(function.precision, other.device), 0.0))
     a, b = one.double(), other.double()
     room = limit * torch.clamp(torch.maximum(a.abs(), b.abs()), min=scale)
     same = (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= room)

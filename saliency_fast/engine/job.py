@@ -13,6 +13,7 @@ from saliency_fast.engine.arena import LaunchMemory, Trace
 from saliency_fast.engine.bind import Call, Model, Part
 from saliency_fast.engine.calibrate import Calibration
 from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.cudagraph import RECORDERS
 from saliency_fast.engine.independence import Independence, TieReport, find_ties
 from saliency_fast.engine.launch import EvaluationRequest
 from saliency_fast.engine.memory import Ledger
@@ -91,7 +92,8 @@ class Job:
         if self.strategy.precision.exact:
             return None
         maps, device = self.call.targets.count, self.call.device
-        known = self.calibration.errors.cached(self.plan.points, maps, device, self.config)
+        about, rarely = (self.plan.points, maps, device, self.config), device.type in RECORDERS
+        known = self.calibration.errors.cached(*about, rarely=rarely)
         return everywhere(math.nan, maps, device) if self.plan.looked_at == 0 else known
 
     def ties(self, number: int) -> TieReport | None:
@@ -105,12 +107,16 @@ class Job:
             few = not self.calibration.measured
             return find_ties(*about, self.calibration.maxima, few=few)
 
-    def check_precision(self, outcome: Outcome, *, fresh: bool) -> None:
-        """Notes what the precision costs; raises where that is more than it may."""
-        assert outcome.precision_error is not None
-        if fresh:
-            self.calibration.errors.note(outcome.precision_error, outcome.underflow)
-        worst, name = float(outcome.precision_error.max()), self.strategy.precision.name
+    def check_precision(self, error: PrecisionError, outcome: Callable[[], Outcome] | None) -> None:
+        """Notes what the precision costs; raises where that is more than it may. outcome: of a call
+        that has measured it itself.
+        """
+        name, worst = self.strategy.precision.name, error.other or 0.0
+        if outcome is not None:
+            found = outcome()
+            assert found.precision_error is not None
+            self.calibration.errors.note(found.precision_error, found.underflow, self.limit)
+            worst = float(found.precision_error.max())
         # Not `>`: what is not known may be anything.
         if self.limit < math.inf and not worst <= self.limit:
             raise PrecisionCostsError(

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from saliency_fast._torch_compat import tree_iter
 from saliency_fast._types import Inputs
 from saliency_fast.engine.arena import LEAST_TRACED, WORTH, Arena, LaunchMemory, Trace
+from saliency_fast.engine.cudagraph import launching
 from saliency_fast.engine.independence import Independence, Row, scores_agree
 from saliency_fast.engine.memory import Cost, Ledger
 from saliency_fast.model.function import PointFunction, compatible, packed
@@ -114,7 +116,7 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
         if rows is not None:
             due = rows.due(count, apart=request.function.single_row is not None)
             if due:
-                with _slot(), arena.launch():
+                with _slot(arena.device), arena.launch():
                     proofs = [request.prove(number) for number in due]
         if request.metered is not None or request.traced:
             # What scores have taken goes back; the launches that follow are larger.
@@ -122,7 +124,7 @@ def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationR
             result = _examined(request, count, arena.device)
             arena.renew(0 if result.trace is None else result.trace.needed)
         else:
-            with _slot(), arena.launch(memory.of(count) if memory else None):
+            with _slot(arena.device), arena.launch(memory.of(count) if memory else None):
                 result = request.evaluate(request.function, *request.write(slice(0, count)))
         for compare in proofs:
             compare(result.scores)
@@ -142,7 +144,7 @@ def _examined(request: EvaluationRequest, count: int, device: torch.device) -> E
         counted = [uncompiled(), ledger.meter, *([ledger] if ledger.accepted else [])]
     states = [] if ledger is None else random_states(device)
     try:
-        with _slot(), arena.launch(), ExitStack() as stack:
+        with _slot(arena.device), arena.launch(), ExitStack() as stack:
             points, example = request.write(slice(0, count))
             for one in counted:
                 stack.enter_context(one)
@@ -168,9 +170,9 @@ def execute_together(
     counts = [min(count, request.count) for request, count in requests]
     first = asked[0]
     expected = first.launches.of(sum(counts)) if first.launches else None
-    with _slot(), arena.launch():
+    with _slot(arena.device), arena.launch():
         proofs = [(number, asked[number].prove(row)) for number, row in _to_prove(asked, counts)]
-    with _slot(), arena.launch(expected):
+    with _slot(arena.device), arena.launch(expected):
         parts = [one.write(slice(0, count)) for one, count in zip(asked, counts, strict=True)]
         points, items = zip(*parts, strict=True)
         functions = [request.function for request in asked]
@@ -212,17 +214,39 @@ def _to_prove(
 
 
 @contextmanager
-def _slot() -> Iterator[None]:
-    """Waits until not too many launches run."""
-    held = _SLOTS.acquire(timeout=PATIENCE)
-    try:
-        yield
-    finally:
-        if held:
-            _SLOTS.release()
+def _slot(device: torch.device) -> Iterator[None]:
+    """Waits until not too many launches run, and none is captured."""
+    with launching(device):
+        held = _SLOTS.acquire(timeout=PATIENCE)
+        try:
+            yield
+        finally:
+            if held:
+                _SLOTS.release()
+
+
+def mark(device: torch.device, **options: bool) -> torch.cuda.Event | None:
+    """The end of what this thread's stream has been asked for, which GPUs do later; None for CPUs.
+
+    options: of the event.
+    """
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(**options)  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def wait_for(device: torch.device) -> None:
-    """Until what was asked of a device is done: GPUs answer before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Until what this thread's stream has been asked for is done. Not until the device is idle:
+    other threads may ask for more, and none may wait for that while one of them captures.
+    """
+    if (event := mark(device)) is not None:
+        event.synchronize()
+
+
+def lend(values: object, stream: torch.cuda.Stream | None) -> None:
+    """Keeps the memory of tensors that are used on another stream until that is done with them."""
+    for one in tree_iter(values):
+        if stream is not None and isinstance(one, Tensor) and one.is_cuda:
+            one.record_stream(stream)

@@ -82,7 +82,8 @@ class _Report:
     def __call__(self, evaluation: Evaluation, done: int, of: int, maps: bool = True) -> Progress:
         if evaluation.precision_error is not None and not self.checked:
             self.checked = True
-            evaluation.job.check_precision(evaluation.outcome(), fresh=self.fresh)
+            measured = evaluation.outcome if self.fresh else None
+            evaluation.job.check_precision(evaluation.precision_error, measured)
         before, several = len(self.finished), len(evaluation.job.baselines)
         # Captured launches are another call's when this one is over.
         over = evaluation.outcome() if evaluation.reused and done == of else None

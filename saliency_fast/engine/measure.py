@@ -15,6 +15,7 @@ from saliency_fast._torch_compat import ErrorText
 from saliency_fast._types import Inputs
 from saliency_fast.engine.bind import Call, Model
 from saliency_fast.engine.config import EngineConfig
+from saliency_fast.engine.cudagraph import launching
 from saliency_fast.engine.memory import Cost, Ledger, MemoryMeter
 from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.engine.strategies import Strategy
@@ -297,7 +298,7 @@ class Measurement:
         return recording.program, scores.detach()
 
     def _device(self) -> AbstractContextManager[object]:
-        return MetaTensors(self.call.device) if self.on_meta else nullcontext()
+        return MetaTensors(self.call.device) if self.on_meta else launching(self.call.device)
 
     def _points(self, rows: int) -> tuple[Inputs, Tensor]:
         example = torch.full((rows,), self.example, device=self.call.device)

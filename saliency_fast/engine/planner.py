@@ -53,6 +53,7 @@ from saliency_fast.graph.fingerprint import unchanging
 from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.graph.passes.half import (
     AUTO,
+    BY_DEFAULT,
     FLOAT32,
     OF_DEVICE,
     PRECISIONS,
@@ -60,7 +61,7 @@ from saliency_fast.graph.passes.half import (
     read_precision,
 )
 from saliency_fast.graph.program import tensors_among
-from saliency_fast.model.failures import is_out_of_memory
+from saliency_fast.model.failures import is_out_of_memory, warn_of_kernel
 from saliency_fast.model.layers import Downstream
 from saliency_fast.rules.intercept import Rules
 
@@ -230,6 +231,8 @@ class Planner:
     def _eager(self, key: tuple[object, ...], precision: Precision) -> Calibration | None:
         """For few points: that they run eagerly; the first launch tells what a point costs."""
         earlier = self.cache.get(key)
+        if not precision.exact:
+            return None
         if earlier is not None and (earlier.recorded or not self._serves(earlier)):
             return None
         eager = self._first_eager() if earlier is None else earlier
@@ -311,20 +314,22 @@ class Planner:
                 rows.meet(how)
         return rows
 
-    def _kind(self, precision: Precision) -> tuple[object, ...] | None:
+    def _kind(
+        self, precision: Precision, others: tuple[str, ...] = ()
+    ) -> tuple[object, ...] | None:
         """Equal for calls that one `Prepared` serves; None where none does."""
         if self.part is not None or self.call.halves:
             return None
         sizes = (self.call.batch, self.recipe.count, *(len(one[0]) for one in self.baselines))
-        about = (self.method, self.limits, self.graphs, precision.name)
+        about = (self.method, self.limits, self.graphs, precision.name, others)
         return *self._key, *sizes, *about, self._rows_key
 
-    def earlier(self, precision: Precision) -> Job | None:
+    def earlier(self, precision: Precision, others: tuple[str, ...] = ()) -> Job | None:
         """The job of an earlier call of the same kind with this call's tensors; None where there
         was none, or what it rests on may have changed.
         """
         try:
-            prepared: Prepared | None = self.cache.prepared.get(self._kind(precision))
+            prepared: Prepared | None = self.cache.prepared.get(self._kind(precision, others))
         except TypeError:
             # A method with a parameter that has no hash.
             return None
@@ -529,7 +534,7 @@ class Planner:
                 prepared = replace(prepared, plan=plan, launches=launches)
             job = self._job(prepared)
         settled = calibration.measured and calibration.verification is None
-        if settled and not attempt.others and not self._tight(plan):
+        if settled and not self._tight(plan):
             self._remember(prepared)
         return job
 
@@ -552,15 +557,24 @@ class Planner:
         while len(known) >= self.config.most_known:
             known.pop(next(iter(known)))
         with suppress(TypeError):
-            if (kind := self._kind(prepared.attempt.precision)) is not None:
+            attempt = prepared.attempt
+            if (kind := self._kind(attempt.precision, attempt.others)) is not None:
                 known[kind] = prepared
 
     def fastest(self, limit: float) -> Job:
         """A job in the fastest precision whose maps are off by `limit` at most."""
         exact = self.calibration(FLOAT32)
+        if not exact.recorded:
+            # So few points repay neither a recording nor the choice.
+            return self.earlier(FLOAT32) or self.job(FLOAT32)
         if not exact.order:
             exact.order.extend(self._order())
-        return self.job(PRECISIONS[exact.order[0]], None, exact.order[1:], limit)
+        precision, others = PRECISIONS[exact.order[0]], tuple(exact.order[1:])
+        reason = f"{precision.name} by 'auto': the fastest here that may cost {limit:.2g}"
+        earlier = self.earlier(precision, others)
+        if earlier is not None:
+            return replace(earlier, limit=limit if others else math.inf)
+        return self.job(precision, reason, others, limit)
 
     def _order(self) -> list[str]:
         """Precisions that are faster than float32 here, the fastest first, and float32."""
@@ -586,6 +600,7 @@ class Planner:
         met = isinstance(error, RowsMeetError)
         if strategy.intercepted and not job.calibration.recorded and not (short or met):
             # Nothing was tried before the call: where the model is wrong, it says so again.
+            warn_of_kernel(error)
             eager = job.calibration.given_up(f"given up in a launch: {error}")
             self._keep(attempt.key, attempt.precision, eager)
             return self.job(attempt.precision, attempt.reason, others, job.limit)
@@ -680,15 +695,15 @@ def prepare(
     config: EngineConfig,
     *,
     lean: bool,
-    precision: str = FLOAT32.name,
+    precision: str | None = FLOAT32.name,
     tolerance: float | None = None,
     alone: bool = True,
     graphs: bool = True,
 ) -> Job:
     """Measures what is not known yet, and plans; raises BudgetError where one point does not fit.
 
-    tolerance: what precision "auto" may cost a map; half of the method's own unless given. alone:
-    its launches are its own. graphs: they may be captured.
+    precision: None is what `BY_DEFAULT` says. tolerance: what precision "auto" may cost a map; half
+    of the method's own unless given. alone: its launches are its own. graphs: they may be captured.
     """
     method, recipe = _with_rule(method, recipe, call, region, limits, config)
     recipe = recipe.of(call.inputs, call.features, call.layouts)
@@ -697,8 +712,10 @@ def prepare(
         # What our versions of a call make of NaN need not be what the model makes of it.
         lean = call.finite and all(is_finite(one) for several in baselines for one in several)
     about = (model, method, recipe, call, baselines, part, limits, cache, config)
+    direct = precision in (None, FLOAT32.name)
+    precision = precision or BY_DEFAULT.get(call.device.type, FLOAT32.name)
     plain = precision == FLOAT32.name
-    planner = Planner(*about, lean, alone, graphs, direct=plain, deferred=plain)
+    planner = Planner(*about, lean, alone, graphs, direct=direct, deferred=plain)
     if call.halves:
         _need_alike(model, call.dtypes)
     other = next((one for one in call.dtypes if one != torch.float32), None)

@@ -17,6 +17,8 @@ from saliency_fast.engine.recipe import Level, Recipe, Rows, Source
 ROOM = 2.0**10
 """What the largest gradient at the input is scaled to, in float16: a 64th of what overflows, since
 gradients inside of the model may be larger."""
+ALIKE = 2.0
+"""The ratio of two errors that are alike, and of what is allowed to one that is well below it."""
 LEAST_SCALE, MOST_SCALE = 2.0**-24, 2.0**15
 """The cotangent itself must fit float16."""
 
@@ -54,24 +56,40 @@ class PrecisionError:
 
 @dataclass
 class PrecisionErrors:
-    """A cache of what a precision cost in the calls so far."""
+    """A cache of what a precision cost in the calls so far. steady: whether the last two errors
+    were alike, and half of what is allowed at most.
+    """
 
     last: float | None = None
     underflow: float = 0.0
     since: int = 0
+    steady: bool = False
 
     def cached(
-        self, points: int, maps: int, device: torch.device, config: EngineConfig
+        self,
+        points: int,
+        maps: int,
+        device: torch.device,
+        config: EngineConfig,
+        *,
+        rarely: bool = False,
     ) -> PrecisionError | None:
-        """The error of a call of so many points; None where it is to be measured again."""
+        """The error of a call of so many points; None where it is to be measured again. rarely: as
+        launches are captured, beside which measurements take longer than all points.
+        """
         self.since += points
-        many = points >= config.precision_alone or self.since >= config.precision_every
+        rarely = rarely and self.steady
+        many = points >= config.precision_alone and not rarely
+        many |= self.since >= (config.precision_rarely if rarely else config.precision_every)
         if self.last is None or many:
             return None
         return everywhere(self.last, maps, device, self.underflow)
 
-    def note(self, error: Tensor, underflow: float) -> None:
-        self.last, self.underflow, self.since = float(error.max()), underflow, 0
+    def note(self, error: Tensor, underflow: float, limit: float = math.inf) -> None:
+        before, self.last = self.last, float(error.max())
+        low, high = sorted((math.inf if before is None else before, self.last))
+        self.steady = high <= ALIKE * low and ALIKE * high <= limit
+        self.underflow, self.since = underflow, 0
 
 
 def everywhere(

@@ -40,6 +40,8 @@ class RoundsEvaluation(Evaluation):
 
     def __init__(self, job: Job, call: Call, baselines: Inputs, *about: Any) -> None:
         super().__init__(job, call, baselines, *about)
+        # Counted by the host, which would wait for a GPU's numbers after each launch.
+        self.visited = 0
 
     def steps(self, report: Report) -> Steps:
         """Evaluates one round after another, and reports every map on the way and the last."""
@@ -66,7 +68,7 @@ class RoundsEvaluation(Evaluation):
 
     def _reported(self, report: Report, *, maps: bool) -> Progress:
         of = self.recipe.count * self.call.batch
-        return report(self, min(int(self.points.sum()), of - 1), of, maps)
+        return report(self, min(self.visited, of - 1), of, maps)
 
     def _round(self, step: Round, report: Report) -> Generator[Any, Any, RoundResult]:
         """The results of a round, launch by launch."""
@@ -120,11 +122,12 @@ class RoundsEvaluation(Evaluation):
         return max(1, min(self.size, room // (each + held)))
 
     def _note(self, example: Tensor, result: EvaluationResult) -> None:
-        if self.recipe.at_input and not bool(self.scores.isfinite().all()):
+        if self.recipe.at_input and self.visited < self.call.batch:
             # The first round of such a recipe is at the inputs, and chooses the classes.
             self.note_scores(example, result.scores, result.classes)
-            if self.classes is not None and bool(self.scores.isfinite().all()):
+            if self.classes is not None and self.visited + len(example) >= self.call.batch:
                 self.set_classes(self.classes)
+        self.visited += len(example)
         self.points.index_add_(0, example, torch.ones_like(example))
 
     def _function(self, step: Round) -> PointFunction:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +27,7 @@ from saliency_fast.engine.launch import (
     EvaluationResult,
     execute,
     execute_together,
+    mark,
 )
 from saliency_fast.engine.loop import evaluate, resume
 from saliency_fast.engine.memory import read_budget
@@ -38,6 +39,8 @@ REFUSALS = 3
 """Times in a row that points of a kind fail together, and not alone, until they run apart."""
 IDLE = 5.0
 """Seconds without a call after which the thread ends; the next call starts another."""
+RESULTS = "saliency_fast_results"
+"""The name of the thread that waits for GPUs, so that launches go on."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,16 @@ class Request(Generic[Result]):
             self._steps.close()
 
 
+def _give_after(give: Callable[[], None], request: Request[Any], end: torch.cuda.Event) -> None:
+    """Gives a result out once a GPU has made it. The request, with its inputs, lives until then."""
+    try:
+        end.synchronize()
+    except BaseException as error:
+        request.future.set_exception(error)
+    else:
+        give()
+
+
 class Service(Generic[Result]):
     """Runs requests in launches that they share.
 
@@ -184,7 +197,9 @@ class Service(Generic[Result]):
         self._counts = Statistics()
         self._arena: Arena | None = None
         self._turn = False
-        self._over: list[Callable[[], None]] = []
+        # What gives a result out, and the end of what a GPU still has to do for it.
+        self._over: list[tuple[Callable[[], None], Request[Result], torch.cuda.Event | None]] = []
+        self._results_of_gpus = ThreadPoolExecutor(1, RESULTS)
         # How often in a row points of a kind could not share a launch.
         self._refused: dict[tuple[object, ...], int] = {}
 
@@ -219,6 +234,8 @@ class Service(Generic[Result]):
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        # A result's callback may close its engine.
+        self._results_of_gpus.shutdown(not threading.current_thread().name.startswith(RESULTS))
 
     @property
     def statistics(self) -> Statistics:
@@ -283,8 +300,11 @@ class Service(Generic[Result]):
     def _hand_out(self) -> None:
         """Gives the results of requests that are over to those who wait for them."""
         over, self._over = self._over, []
-        for give in over:
-            give()
+        for give, request, end in over:
+            if end is None:
+                give()
+            else:
+                self._results_of_gpus.submit(_give_after, give, request, end)
 
     def _admit(self, device: torch.device) -> None:
         """Prepares what waits, as much as memory allows; one at least."""
@@ -370,17 +390,19 @@ class Service(Generic[Result]):
         try:
             over = step()
             result = request.result() if over else None
+            end = mark(request.device, blocking=True) if over else None
         except BaseException as error:
             self._settle(request, error=error)
         else:
             if over:
-                self._settle(request, result)
+                self._settle(request, result, end=end)
 
     def _settle(
         self,
         request: Request[Result],
         result: Result | None = None,
         error: BaseException | None = None,
+        end: torch.cuda.Event | None = None,
     ) -> None:
         """Takes a request out, with its result or what went wrong, unless it was cancelled."""
         request.close()
@@ -391,10 +413,12 @@ class Service(Generic[Result]):
             self._count(cancelled=1)
         elif error is not None:
             self._count(failed=1)
-            self._over.append(partial(request.future.set_exception, request.failed(error)))
+            give = partial(request.future.set_exception, request.failed(error))
+            self._over.append((give, request, None))
         else:
             self._count(finished=1)
-            self._over.append(partial(request.future.set_result, cast(Result, result)))
+            give = partial(request.future.set_result, cast(Result, result))
+            self._over.append((give, request, end))
 
     def _fail_all(self, error: BaseException) -> None:
         with self._changed:

@@ -12,14 +12,15 @@ from saliency_fast._torch_compat import storage_id
 from saliency_fast.engine.arena import LEAST_TRACED, Arena, LaunchMemory, Trace, lent, served
 from saliency_fast.engine.calibrate import UnverifiedError
 from saliency_fast.engine.captured import described
-from saliency_fast.engine.cudagraph import RECORDERS, cache_of
+from saliency_fast.engine.cudagraph import RECORDERS, cache_of, launching
 from saliency_fast.engine.evaluation import Evaluation
 from saliency_fast.engine.job import Job
-from saliency_fast.engine.launch import wait_for
+from saliency_fast.engine.launch import mark
 from saliency_fast.engine.loop import evaluation_of
 from saliency_fast.engine.measure import Measurement
 from saliency_fast.engine.memory import MALLOC_KEEPS, first_of_process, library_bytes
 from saliency_fast.engine.plan import Plan
+from saliency_fast.model.failures import warn_of_kernel
 from saliency_fast.model.layers import Downstream
 from saliency_fast.model.preserve import restored_random_state
 
@@ -107,6 +108,7 @@ def launches_of(job: Job) -> LaunchMemory | None:
             with (
                 suppress(Exception),
                 restored_random_state(lambda: job.calibration.cost.drew, device),
+                launching(device),
             ):
                 evaluation.trial(rows, arena)
                 trace = arena.trace()
@@ -120,17 +122,27 @@ def launches_of(job: Job) -> LaunchMemory | None:
 def _seconds_per_point(job: Job) -> float | None:
     """What a point takes in a launch of the plan's size, about."""
     device, config = job.call.device, job.config
-    rows, seconds = min(job.plan.points_per_launch, config.timed_rows), None
+    # GPUs take as long for a few rows as for one, which is the host's time in all precisions.
+    rows = config.timed_rows if device.type == "cpu" else config.timed_rows_on_gpus
+    rows, seconds = min(job.plan.points_per_launch, rows), None
     evaluation, arena = _trial(job), Arena(device, about=job.plan.launch_bytes)
     try:
-        with suppress(Exception), restored_random_state(lambda: job.calibration.cost.drew, device):
+        drew = restored_random_state(lambda: job.calibration.cost.drew, device)
+        with drew, launching(device):
             for _ in range(2):
-                started = time.perf_counter()
+                started, begun = time.perf_counter(), mark(device, enable_timing=True)
                 evaluation.trial(rows, arena)
-                wait_for(device)
-                seconds = time.perf_counter() - started
+                ended = mark(device, enable_timing=True)
+                if begun is not None and ended is not None:
+                    ended.synchronize()
+                    seconds = begun.elapsed_time(ended) / 1e3
+                else:
+                    seconds = time.perf_counter() - started
                 if seconds > config.long_seconds:
                     break
+    except Exception as error:
+        # Whatever goes wrong goes wrong in a launch again, unless another precision is taken.
+        warn_of_kernel(error)
     finally:
         arena.close()
     return None if seconds is None else seconds / rows

@@ -67,6 +67,8 @@ def _averaged(context: RoundContext, method: Rise) -> Rounds:
         [one.standard(x).contiguous() for one, x in zip(axes, several, strict=True)]
         for several in (context.inputs, context.baselines)
     )
+    # Asked once: a GPU's launches would wait for the answer.
+    finite = [all(map(is_finite, pair)) for pair in zip(inputs, baselines, strict=True)]
     draw = [partial(masks, method, number, size) for number, size in enumerate(sizes)]
     # Even and odd samples apart: half their difference is the error of their mean.
     sums = [context.scores.new_zeros(2, batch * targets, prod(size)) for size in sizes]
@@ -80,10 +82,10 @@ def _averaged(context: RoundContext, method: Rise) -> Rounds:
 
     def write(example: Tensor, sample: Tensor) -> Inputs:
         several, _, row = drawn(example, sample)
-        parts = zip(axes, inputs, baselines, several, strict=True)
+        parts = zip(axes, inputs, baselines, several, finite, strict=True)
         return tuple(
-            one.back(_masked(x, fill, mask, example, row)).contiguous()
-            for one, x, fill, mask in parts
+            one.back(_masked(x, fill, mask, example, row, finite=whole)).contiguous()
+            for one, x, fill, mask, whole in parts
         )
 
     def each(rows: slice, result: RoundResult) -> None:
@@ -106,9 +108,11 @@ def _averaged(context: RoundContext, method: Rise) -> Rounds:
     return _maps(context, sums, method.samples, method.keep)
 
 
-def _masked(x: Tensor, fill: Tensor, mask: Tensor, example: Tensor, row: Tensor) -> Tensor:
+def _masked(
+    x: Tensor, fill: Tensor, mask: Tensor, example: Tensor, row: Tensor, *, finite: bool
+) -> Tensor:
     points: Tensor = mask_points(x, fill, mask, example, row)
-    if is_finite(x) and is_finite(fill):
+    if finite:
         return points
     # Zero times NaN is NaN: whole shares are copied. A part of a missing value is missing, too.
     share = repeated(mask[row], x)

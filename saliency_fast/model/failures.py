@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from saliency_fast._torch_compat import ErrorText
 from saliency_fast._types import Args, Function, Kwargs
-from saliency_fast.errors import ModelCallError, SaliencyError
+from saliency_fast.errors import BackendError, ModelCallError, SaliencyError, warn
 from saliency_fast.graph.outputs import tensors_of
 from saliency_fast.model.preserve import rewind
 
@@ -45,6 +46,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and ErrorText.OUT_OF_MEMORY.of(error)
+
+
+def warn_of_kernel(error: BaseException) -> None:
+    """Warns where a kernel failed, in a call that goes on without it: only slower, so that nobody
+    would see it.
+    """
+    causes: list[BaseException] = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    for one in causes:
+        if isinstance(one, BackendError) or (_on_device(one) and not is_out_of_memory(one)):
+            line = f"{type(one).__name__}: {one}".partition("\n")[0]
+            warn(f"a kernel failed, and calls go on without it, slower ({line})")
+            return
+
+
+def _on_device(error: BaseException) -> bool:
+    """Whether an error comes from a device, or from Triton, which raises common ones, too."""
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = {frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames}
+    return isinstance(error, torch.AcceleratorError) or "triton" in modules
 
 
 def overwrites_saved(error: BaseException) -> bool:

@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from saliency_fast.engine.cudagraph import WARM_UPS
-
 _ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal")
 
 
@@ -31,8 +29,6 @@ class Tape:
         self.waited = self.finished = 0
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
-        for _ in range(WARM_UPS):
-            body()
         log = _Log()
         try:
             with log:

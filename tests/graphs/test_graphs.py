@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.engine import captured, evaluation
+from saliency_fast.engine import captured, config, evaluation
 from saliency_fast.engine import cudagraph as graphs
 from saliency_fast.engine.planner import Planner
 from saliency_fast.engine.precision import everywhere
@@ -56,12 +57,12 @@ def recorded(engine: sf.Engine) -> None:
     assert all(isinstance(one, captured.CapturedEvaluation) for one in found), found
 
 
-FIXED = [one for one in METHODS if with_fixed_nodes(one) is one]
-"""Methods whose points do not follow from gradients."""
+ADAPTIVE = [one for one in METHODS if with_fixed_nodes(one) is not one]
+"""Methods whose points follow from earlier gradients."""
 
 
 @pytest.mark.parametrize("limit", [None, 5])
-@pytest.mark.parametrize("method", FIXED, ids=lambda one: f"{one.name}-{one.recipe().count}")
+@pytest.mark.parametrize("method", METHODS, ids=lambda one: f"{one.name}-{one.recipe().count}")
 @pytest.mark.parametrize("kind", [(Tabular, 7), (Image, 3, 9, 9), (Tokens, 6, 8)])
 def test_same_answers(kind: Any, method: Any, limit: int | None):
     net, x = seeded(*kind)
@@ -106,6 +107,135 @@ def test_another_call_of_its_kind_records_nothing():
     assert counts == [counts[0]] * 3 + [counts[3]] * 3
     assert counts[0] == 3
     assert Tape.replayed > 18
+
+
+@pytest.mark.parametrize(
+    "method", [*ADAPTIVE, sf.IntegratedGradients(tolerance=0.02)], ids=lambda one: repr(one)
+)
+@pytest.mark.parametrize("limit", [None, 7])
+def test_rounds_of_adaptive_nodes_are_replayed(method: Any, limit: int | None):
+    net, x = seeded(Image, 3, 9, 9)
+    engine = sf.Engine(net, method, points_per_launch=limit)
+    plain = sf.Engine(net, method, points_per_launch=limit, graphs=False)
+    for k in range(3):
+        before = Tape.replayed
+        found, expected = engine(x[k : k + 2], k), plain(x[k : k + 2], k)
+        same(found, expected)
+        assert torch.equal(found.points, expected.points)
+        assert Tape.replayed > before
+    made = Tape.made
+    # The first launches of a kind, which tell what others take, have sizes of their own.
+    parts = [list(one.stream(x[:2], 1)) for one in (engine, plain)]
+    for found, expected in zip(*parts, strict=True) if limit else [(parts[0][-1], parts[1][-1])]:
+        same(found, expected)
+    # A tolerance leaves fewer examples in later rounds, whose launches have other sizes.
+    assert Tape.made == made or method.tolerance is not None
+    assert Tape.made <= 1 + config.DEFAULT.graph_sizes
+    recorded(engine)
+
+
+class TestWorthACapture:
+    def test_a_kind_that_comes_again(self, monkeypatch):
+        configure(monkeypatch, graph_calls=2)
+        net, x = seeded(Tabular, 7)
+        engine = sf.Engine(net, sf.IntegratedGradients(4))
+        plain = sf.Engine(net, sf.IntegratedGradients(4), graphs=False)
+        counts = []
+        for k in range(4):
+            same(engine(x[k : k + 2], k), plain(x[k : k + 2], k))
+            counts.append(Tape.made)
+        assert counts[0] == 0 < counts[1] == counts[3]
+
+    def test_launches_that_take_long(self, monkeypatch):
+        configure(monkeypatch, graph_calls=2, graph_seconds=1e-9)
+        net, x = seeded(Tabular, 7)
+        engine = sf.Engine(net, sf.IntegratedGradients(4))
+        for _ in range(3):
+            engine(x[:2], 1)
+        assert Tape.made == 0
+        assert "take so long" in engine.plan(x[:2], 1).graphs
+
+    def test_kinds_that_take_turns_do_not_drive_one_another_out(self):
+        net, x = seeded(Tabular, 7)
+        engine = sf.Engine(net, sf.IntegratedGradients(4))
+        cache = graphs.cache_of(torch.device("cpu"))
+        engine(x[:3], 1)
+        cache.limit = 2 * cache.nbytes
+        for _ in range(3):
+            for batch in (3, 4, 5, 6):
+                engine(x[:batch], 1)
+        made = Tape.made
+        for batch in (3, 4, 5, 6):
+            engine(x[:batch], 1)
+        assert Tape.made == made
+        # Until one of them alone is asked for.
+        for _ in range(6):
+            engine(x[:6], 1)
+        assert Tape.made > made
+
+
+def test_seeds_of_each_example_are_made_before():
+    """Numbers of the host are copied in no launch."""
+    net, x = seeded(Image, 3, 9, 9)
+    for kind in (sf.SmoothGrad, sf.VarGrad):
+        engine = sf.Engine(net, kind(4, seed=(3, 4)))
+        for seed in ((3, 4), (8, 1)):
+            method = kind(4, seed=seed)
+            engine = sf.Engine(net, method)
+            same(engine(x[:2], 1), sf.Engine(net, method, graphs=False)(x[:2], 1))
+            recorded(engine)
+    with pytest.raises(InputError, match="seed has the wrong length"):
+        sf.Engine(net, sf.SmoothGrad(4, seed=(1, 2, 3)))(x[:2], 1)
+
+
+def test_what_is_put_back_is_over(monkeypatch):
+    """The next call's stream waits, however the last one ended."""
+    net, x = seeded(Tabular, 7)
+    engine = sf.Engine(net, sf.IntegratedGradients(4, "midpoint"))
+    engine(x[:2], 1)
+    (one,) = [one for probe in engine._location.cache.values() for one in probe.captures.values()]
+    for target, finished in ((2, 2), (9, 3)):
+        with suppress(InputError):
+            engine(x[:2], target)
+        assert one._recorder.finished == finished
+    monkeypatch.setattr(captured.CapturedEvaluation, "steps", _overflows)
+    engine(x[:2], 1)
+    assert one._recorder.finished == 4
+    # Not before a target that is none.
+    assert one._recorder.waited == 3
+
+
+def _overflows(run: Any, report: Any) -> Any:
+    raise captured.OverflowedError
+    yield
+
+
+def test_what_a_dry_run_finds_is_never_captured(monkeypatch):
+    net, x = seeded(Tabular, 7)
+    evaluated = captured.CapturedEvaluation._evaluated
+
+    def reading(self: Any, size: int) -> Any:
+        rows, result = evaluated(self, size)
+        float(result.scores.sum())
+        return rows, result
+
+    monkeypatch.setattr(captured.CapturedEvaluation, "_evaluated", reading)
+    tried = []
+    monkeypatch.setattr(Tape, "record", _noting(Tape.record, tried))
+    engine = sf.Engine(net, sf.IntegratedGradients(4))
+    for _ in range(3):
+        same(engine(x[:2], 1), sf.Engine(net, sf.IntegratedGradients(4), graphs=False)(x[:2], 1))
+    # What comes before the first point.
+    assert len(tried) == 1
+    assert engine.plan(x[:2], 1).graphs == "off: the host waits for _local_scalar_dense"
+
+
+def _noting(record: Any, tried: list[Any]) -> Any:
+    def noting(self: Any, body: Any) -> Any:
+        tried.append(body)
+        return record(self, body)
+
+    return noting
 
 
 def test_every_kind_of_target():
@@ -351,12 +481,20 @@ class TestCache:
         engine(x[:1], 1)
         assert Tape.made == count
         cache.limit = held
+        # A new kind must have had more calls than what goes for it.
         engine(x[:4], 1)
+        assert Tape.made == count
+        engine(x[:4], 1)
+        assert Tape.made > count
         assert cache.nbytes <= held
         count = Tape.made
         # One example was asked for after two were.
         engine(x[:1], 1)
         assert Tape.made == count
+        replayed = Tape.replayed
+        # Two were given up, and come back with one call more than those that are kept.
+        engine(x[:2], 1)
+        assert Tape.replayed == replayed
         engine(x[:2], 1)
         assert Tape.made > count
 

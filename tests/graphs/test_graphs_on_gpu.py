@@ -11,6 +11,7 @@ import torch
 
 import saliency_fast as sf
 from saliency_fast.engine import captured
+from saliency_fast.engine import cudagraph as graphs
 from tests.models import Image, Tabular, Tokens, Video
 from tests.service.asking import METHODS, alone, asked, same, seeded
 
@@ -67,10 +68,65 @@ def test_float32_is_float32():
     """TF32 is off in it, whatever the process allows."""
     net, x = on_gpu(KINDS[1], torch.float32)
     before = torch.backends.cudnn.allow_tf32
-    found = sf.explain(net, x[:3], target=1)
+    found = sf.explain(net, x[:3], target=1, precision="float32")
     expected = sf.explain(copy.deepcopy(net).double(), x[:3].double(), target=1)
     assert float((found.values - expected.values).norm() / expected.values.norm()) < 1e-4
     assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_the_default_costs_two_hundredths_at_most():
+    net, x = on_gpu(KINDS[1], torch.float32)
+    engine = sf.Engine(net, sf.IntegratedGradients(50))
+    for start in range(3):
+        found = engine(x[start : start + 2], 1)
+        exact = sf.explain(copy.deepcopy(net).double(), x[start : start + 2].double(), target=1)
+        error = (found.values - exact.values).flatten(1).norm(dim=1)
+        assert float((error / exact.values.flatten(1).norm(dim=1)).max()) < 0.02
+    assert any("'auto'" in note for note in engine.plan(x[:2], 1).notes)
+
+
+def test_what_is_given_up_hurts_no_other():
+    nets = [on_gpu(kind) for kind in KINDS[:2]]
+    engines = [sf.Engine(net, sf.IntegratedGradients(6)) for net, _ in nets]
+    plain = [sf.Engine(net, sf.IntegratedGradients(6), graphs=False) for net, _ in nets]
+    for _ in range(2):
+        for one, (_, x) in zip(engines, nets, strict=True):
+            one(x[:2], 1)
+    graphs.cache_of(nets[0][1].device).give_up_one()
+    # What the dead graphs held is written over.
+    junk = [torch.full((1 << 20,), float("nan"), device="cuda") for _ in range(64)]
+    for one, other, (_, x) in zip(engines, plain, nets, strict=True):
+        same(one(x[2:4], 2), other(x[2:4], 2), 1e-8)
+    del junk
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here")
+def test_the_second_gpu():
+    net, x = seeded(*KINDS[1])
+    net, x = net.to("cuda:1"), x.to("cuda:1")
+    engine = sf.Engine(net, sf.IntegratedGradients(6))
+    for start in range(3):
+        one = x[start : start + 2]
+        same(engine(one, 1), sf.Engine(net, sf.IntegratedGradients(6), graphs=False)(one, 1), 1e-8)
+
+
+def test_kinds_of_two_threads_on_their_streams():
+    net, x = on_gpu(KINDS[1])
+    methods = [sf.IntegratedGradients(6), sf.SmoothGrad(6, seed=(1, 2))]
+    expected = [sf.Engine(net, one, graphs=False)(x[:2], 1) for one in methods]
+    torch.cuda.current_stream().synchronize()
+
+    def work(number: int) -> list[sf.Attribution]:
+        engine = sf.Engine(net, methods[number])
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [engine(x[:2], 1) for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        for several, one in zip(pool.map(work, range(2)), expected, strict=True):
+            for found in several:
+                same(found, one, 1e-8)
 
 
 @pytest.mark.parametrize("kind", KINDS[:2], ids=lambda kind: kind[0].__name__)

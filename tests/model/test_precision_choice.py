@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
+from saliency_fast._torch_compat import fp32_precision
+from saliency_fast.captum import IntegratedGradients
 from saliency_fast.engine import planner
 from saliency_fast.errors import InputError, ModelError
+from saliency_fast.graph.passes import half
 from saliency_fast.graph.passes.half import FLOAT32, PRECISIONS, arithmetic
+from tests.configured import configure
 from tests.models import Image, Tabular
 
 IMAGE = (Image, (3, 9, 9))
@@ -82,6 +86,95 @@ class TestAuto:
         parts = list(engine.stream(x, 1))
         assert {part.provenance.precision for part in parts} == {"float32"}
         assert torch.equal(parts[-1].values, sf.explain(net, x, target=1).values)
+
+
+class TestDefault:
+    """On GPUs, for which the CPU stands in: the fastest that is exact enough."""
+
+    @pytest.fixture(autouse=True)
+    def _of_gpus(self, monkeypatch):
+        monkeypatch.setitem(half.BY_DEFAULT, "cpu", half.BY_DEFAULT["cuda"])
+        monkeypatch.setattr(planner.Planner, "_order", lambda _: ["bfloat16", "float32"])
+
+    def test_plans_and_records_name_it(self):
+        net, x = seeded(*IMAGE)
+        engine = sf.Engine(net, tolerance=0.5)
+        assert engine(x, 1).provenance.precision == "bfloat16"
+        plan = engine.plan(x, 1)
+        assert plan.precision == "bfloat16"
+        assert "precision: bfloat16 by 'auto': the fastest here that may cost 0.5" in plan.notes
+
+    def test_two_hundredths_are_allowed(self, monkeypatch):
+        net, x = seeded(*IMAGE)
+        limits = []
+        fastest = planner.Planner.fastest
+        monkeypatch.setattr(
+            planner.Planner,
+            "fastest",
+            lambda self, most: limits.append(most) or fastest(self, most),
+        )
+        sf.explain(net, x, target=1)
+        assert limits == [0.02]
+
+    def test_later_calls_are_prepared(self, monkeypatch):
+        net, x = seeded(*IMAGE)
+        engine, job, made = sf.Engine(net, tolerance=0.5), planner.Planner.job, []
+        for _ in range(2):
+            engine(x, 1)
+        monkeypatch.setattr(
+            planner.Planner, "job", lambda self, *about: made.append(1) or job(self, *about)
+        )
+        found = engine(x, 1)
+        assert (found.provenance.precision, made) == ("bfloat16", [])
+        # What it may cost is asked in each call.
+        assert sf.Engine(net, tolerance=1e-6)(x, 1).provenance.precision == "float32"
+
+    def test_who_asks_for_float32_has_it(self):
+        net, x = seeded(*IMAGE)
+        found = sf.explain(net, x, target=1, precision="float32")
+        assert (found.provenance.precision, found.precision_error) == ("float32", None)
+
+    @pytest.mark.parametrize(
+        "method", ["gradient", sf.IntegratedGradients(4), sf.Occlusion((1, 3, 3)), "deconvolution"]
+    )
+    def test_few_points_and_other_methods_stay_in_float32(self, monkeypatch, method: Any):
+        configure(monkeypatch, direct_points_of_small=256)
+        net, x = seeded(*IMAGE)
+        assert sf.explain(net, x[:1], target=1, method=method).provenance.precision == "float32"
+
+    def test_maps_on_autograds_graph_too(self):
+        net, x = seeded(*IMAGE)
+        found = sf.explain(net, x[:1], target=1, create_graph=True)
+        assert found.provenance.precision == "float32"
+
+    def test_the_facade_keeps_pytorchs_settings(self):
+        seen = []
+
+        class Net(Tabular):
+            def forward(self, x: Tensor) -> Tensor:
+                seen.append(half.users_tf32())
+                return super().forward(x)
+
+        net, x = Net().eval(), torch.randn(2, 7)
+        IntegratedGradients(net).attribute(x, target=1)
+        assert set(seen) == {tuple(fp32_precision("cuda", one) for one in half._KINDS)}
+        seen.clear()
+        sf.explain(net, x, target=1)
+        assert set(seen) == {()}
+
+    def test_where_these_are_coarse_so_is_what_counts_as_rounding(self):
+        gpu, cpu = torch.device("cuda"), torch.device("cpu")
+        assert half.rounding_of(FLOAT32, gpu) == "float32"
+        with half.tf32_as_set():
+            # PyTorch's default for convolutions.
+            assert half.rounding_of(FLOAT32, gpu) == "tf32"
+            assert half.rounding_of(FLOAT32, cpu) == "float32"
+            assert half.rounding_of(PRECISIONS["bfloat16"], gpu) == "bfloat16"
+
+
+def test_cpus_take_float32():
+    net, x = seeded(*IMAGE)
+    assert sf.explain(net, x, target=1).provenance.precision == "float32"
 
 
 class TestBadInput:

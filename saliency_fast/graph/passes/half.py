@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from saliency_fast._torch_compat import fp32_precision, set_fp32_precision
 from saliency_fast.errors import InputError
 from saliency_fast.graph.intercept import lean_call
 from saliency_fast.graph.opinfo import Wrapped
@@ -61,6 +62,9 @@ PRECISIONS = {
 }
 OF_DEVICE = {"cpu": ("bfloat16", "float32"), "cuda": ("float16", "bfloat16", "tf32", "float32")}
 """The precisions of a device, as a rule the fastest first."""
+
+BY_DEFAULT = {"cuda": AUTO}
+"""What a device takes where no precision was asked for; others take float32."""
 
 
 def read_precision(name: str, device: torch.device) -> Precision:
@@ -158,26 +162,28 @@ def _cast(step: Step, half: torch.dtype, leaf: Callable[[Any], Any]) -> Step:
 
 
 _TURN = threading.Condition()
-_HELD: list[bool] = []
-"""For each launch that is running: whether it wants TF32."""
-_BEFORE: list[tuple[bool, bool, bool]] = []
-"""PyTorch's switches as they were before the first of these launches."""
+_HELD: list[bool | None] = []
+"""For each launch that is running: whether it wants TF32; None leaves that to the user."""
+_UNDO: list[ExitStack] = []
+"""What puts PyTorch's switches back as they were before the first of these launches."""
+_OWN = threading.local()
+_KINDS = ("matmul", "conv", "rnn")
+"""Operators that may use TF32 on GPUs."""
 
 
 @contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Inside, PyTorch may use TF32 on a GPU where the precision says so; its switches hold for all
-    threads, so launches that want them otherwise wait. Launches repeat their shapes, so that cuDNN
-    chooses convolutions by time, under `torch.backends.cudnn.deterministic` deterministic ones.
+    """Inside, PyTorch uses TF32 on a GPU where the precision says so; its switches hold for all
+    threads, so launches that want them otherwise wait. Afterwards they are as they were.
     """
     if device.type != "cuda":
         yield
         return
-    wanted = precision.tf32
+    wanted = None if users_tf32() else precision.tf32
     with _TURN:
         _TURN.wait_for(lambda: not _HELD or _HELD[0] == wanted)
-        if not _HELD:
-            _BEFORE.append(_switch(wanted, wanted, True))
+        if not _HELD and wanted is not None:
+            _UNDO.append(_switched(wanted))
         _HELD.append(wanted)
     try:
         yield
@@ -185,13 +191,73 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
         with _TURN:
             _HELD.pop()
             if not _HELD:
-                _switch(*_BEFORE.pop())
+                for undo in _UNDO:
+                    undo.close()
+                _UNDO.clear()
                 _TURN.notify_all()
 
 
-def _switch(for_products: bool, for_cudnn: bool, benchmark: bool) -> tuple[bool, bool, bool]:
-    """Sets TF32 for matrix products and cuDNN, and cuDNN's choice by time; returns what was set."""
+@contextmanager
+def tf32_as_set() -> Iterator[None]:
+    """Inside, launches of this thread use TF32 where the user has allowed PyTorch to."""
+    before, _OWN.kept = getattr(_OWN, "kept", False), True
+    try:
+        yield
+    finally:
+        _OWN.kept = before
+
+
+def users_tf32() -> tuple[str, ...]:
+    """What the user has set of each kind of operator, inside of `tf32_as_set`; else nothing."""
+    return tuple(fp32_precision("cuda", one) for one in _KINDS if getattr(_OWN, "kept", False))
+
+
+def rounding_of(precision: Precision, device: torch.device) -> str:
+    """The name of the precision to which products of launches are rounded here, at most."""
+    kept = device.type == "cuda" and precision.exact and "tf32" in users_tf32()
+    return "tf32" if kept else precision.name
+
+
+def _switched(wanted: bool) -> ExitStack:
+    """Allows or forbids TF32 on GPUs; what is returned undoes that, whether the user has set
+    `allow_tf32`, `set_float32_matmul_precision` or `fp32_precision`.
+    """
+    undo, word = ExitStack(), "tf32" if wanted else "ieee"
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = for_products, for_cudnn, benchmark
-    return before
+    if fp32_precision("generic", "all") == fp32_precision("cuda", "all") == "none":
+        # The older switches while they agree with the newer ones: else their getters would raise.
+        with suppress(RuntimeError):
+            level, before = torch.get_float32_matmul_precision(), matmul.allow_tf32
+            on_cpu, own = (fp32_precision(one, "matmul") for one in ("mkldnn", "cuda"))
+            if before != wanted and level != "medium" and on_cpu == "none":
+                undo.callback(set_fp32_precision, "cuda", "matmul", own)
+                undo.callback(setattr, matmul, "allow_tf32", before)
+                matmul.allow_tf32 = wanted
+        with suppress(RuntimeError):
+            if (before := cudnn.allow_tf32) != wanted:
+                for kind in _KINDS[1:]:
+                    undo.callback(set_fp32_precision, "cuda", kind, fp32_precision("cuda", kind))
+                undo.callback(setattr, cudnn, "allow_tf32", before)
+                cudnn.allow_tf32 = wanted
+    if all((fp32_precision("cuda", one) == "tf32") == wanted for one in _KINDS):
+        return undo
+    # For all kinds, which changes those with nothing of their own; the others one by one.
+    undo.callback(set_fp32_precision, "cuda", "all", _own_of_cuda())
+    set_fp32_precision("cuda", "all", word)
+    for kind in _KINDS:
+        if (own := fp32_precision("cuda", kind)) != word:
+            undo.callback(set_fp32_precision, "cuda", kind, own)
+            set_fp32_precision("cuda", kind, word)
+    return undo
+
+
+def _own_of_cuda() -> str:
+    """What is set for GPUs themselves, and not for all devices."""
+    everywhere, own = (fp32_precision(one, "all") for one in ("generic", "cuda"))
+    if own == "none" or own != everywhere:
+        return own
+    set_fp32_precision("generic", "all", "none")
+    try:
+        return fp32_precision("cuda", "all")
+    finally:
+        set_fp32_precision("generic", "all", everywhere)
