@@ -307,7 +307,8 @@ def tune_all(kernels: str) -> dict[str, Any]:
     from saliency_fast.kernels.configurations import target_of
 
     from benchmarks.specialisations import specialisations
-    from benchmarks.tuning import VERSUS, CudaTimer, tune, versus, winner
+    from benchmarks.timing import CudaTimer
+    from benchmarks.tuning import VERSUS, tune, versus, winner
 
     device, timer = "cuda", CudaTimer()
     target = target_of(torch.device(device, torch.cuda.current_device()))

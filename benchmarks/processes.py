@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -26,13 +27,15 @@ from saliency_fast.engine.plan import Plan
 @dataclass(frozen=True)
 class Sample:
     """One call: its seconds, its first examples where requested, and its peak: over the idle level,
-    and over the level right before the call, which what was planned and prepared has raised.
+    and over the level right before the call, which what was planned and prepared has raised. On a
+    GPU also what the allocator has reserved then, private pools of graphs included.
     """
 
     seconds: float
     peak_bytes: int | None = None
     rise_bytes: int | None = None
     values: Tensor | None = None
+    reserved_bytes: int | None = None
 
 
 class Worker:
@@ -94,7 +97,8 @@ class Worker:
         rise = None if peak is None else max(0, peak - before)
         # The engine may hand out views of larger tensors, and pickling takes them whole.
         kept = values[:keep].detach().cpu().contiguous().clone() if keep else None
-        return Sample(seconds, peak, rise, kept)
+        reserved = torch.cuda.memory_reserved() if self.device == "cuda" and memory else None
+        return Sample(seconds, peak, rise, kept, reserved)
 
     def close(self) -> None:
         del self.contender, self.x
@@ -118,10 +122,12 @@ class Worker:
             self.started = torch.cuda.memory_allocated()
         try:
             return call()
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             reason = "out of memory" if out_of_memory(error) else first_line(error)
-        # Outside the handler, so that the traceback's frames no longer hold the tensors.
-        _tidy(self.device)
+        # Outside the handler, so that the traceback's frames no longer hold the tensors. A device
+        # that answers nothing any more does not take its memory back either.
+        with suppress(RuntimeError):
+            _tidy(self.device)
         raise ContenderError(reason)
 
 
