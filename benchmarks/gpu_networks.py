@@ -178,7 +178,8 @@ def races(options: dict[str, Any]) -> Iterator[Unit]:
     device, quick = options["device"], options["quick"]
     names = ON_GPU if device == "cuda" else ON_CPU
     setting = QUICK_IG if quick else IG
-    todo = [(case, batch) for case in _cases(quick) for batch in case.batches]
+    batches = {case: case.batches[-1:] if quick else case.batches for case in _cases(quick)}
+    todo = [(case, batch) for case in batches for batch in batches[case]]
     for number, (case, batch) in enumerate(todo):
         about = (case, batch, setting, names, device, len(todo) - number - 1)
         yield Unit(_name(case, batch, setting), partial(_race, *about), PATIENCE)
@@ -192,7 +193,7 @@ def compiled(options: dict[str, Any]) -> Iterator[Unit]:
     """Ours and Captum in compiled models: the first batch of each."""
     device, quick = options["device"], options["quick"]
     names = (OURS, CAPTUM, TUNED) if quick else (OURS, CAPTUM, TUNED, *COMPILED)
-    setting, cases = QUICK_IG if quick else IG, _cases(quick)[:2]
+    setting, cases = QUICK_IG if quick else IG, _cases(quick)[: 1 if quick else 2]
     for number, case in enumerate(cases):
         about = (case, case.batches[0], setting, names, device, len(cases) - number - 1)
         name = f"{_name(case, case.batches[0], setting)}, compiled"
@@ -202,7 +203,7 @@ def compiled(options: dict[str, Any]) -> Iterator[Unit]:
 def profiles(options: dict[str, Any]) -> Iterator[Unit]:
     """One call of ours by kernel, replayed and eager."""
     device, quick = options["device"], options["quick"]
-    for case in _cases(quick):
+    for case in _cases(quick)[: 1 if quick else None]:
         for graphs in (True, False):
             kind = "replayed" if graphs else "eager"
             run = partial(_profile, case, device, QUICK_IG if quick else IG, graphs)
