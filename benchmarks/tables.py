@@ -10,8 +10,8 @@ under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the s
 of every kernel), "kernels-summary" (one line per kernel), "kernels-gpu" (what was timed) or the
 same with "-summary" (only what is checked in or to be); "precision-cpu", "precision-gpu",
 "requests-cpu", "requests-gpu" (both also with "-summary"), "evaluation-cpu", "metaevaluation-cpu",
-"intervals", "methods-cpu", "methods-gpu", "smoothgrad", "first-call-cpu" or "real-models-cpu" (both
-also with "-summary").
+"gpu-model" (counted, not measured), "intervals", "methods-cpu", "methods-gpu", "smoothgrad",
+"first-call-cpu" or "real-models-cpu" (both also with "-summary").
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 OWN_TABLES = (
     "evaluation",
     "first-call",
+    "gpu-model",
     "intervals",
     "metaevaluation",
     "methods",
@@ -132,17 +133,16 @@ def ops(document: dict[str, Any]) -> str:
 
 def lean(document: dict[str, Any]) -> str:
     """What `benchmarks.lean` measured: launches, saved bytes, the prefix."""
-    parts: dict[str, list[Row]] = {"launch": [], "saved": [], "prefix": []}
-    for row in document["rows"]:
-        parts[row["part"]].append(row)
+    names = ("launch", "saved", "prefix")
+    parts = {one: [row for row in document["rows"] if row["part"] == one] for one in names}
     off, captum = "saliency_fast, one launch, lean off", CAPTUM
     foreseen = "planned, over peak, of the call, planned over it"
     launch = [
         [
             model_text(row), row["setting"], row["contender"],
             number_text(row["points_per_launch"]), row["reason"] or time_text(row["seconds"]),
-            _spread(row), _ratio(row, captum, "time"),
-            _ratio(row, off, "time"), bytes_text(row["peak_bytes"]), _ratio(row, captum, "memory"),
+            _spread(row), _ratio(row, captum, "time"), _ratio(row, off, "time"),
+            bytes_text(row["peak_bytes"]), _ratio(row, captum, "memory"),
             _ratio(row, off, "memory"), *_foreseen(row), error_text(row["error"]),
         ]
         for row in parts["launch"]
