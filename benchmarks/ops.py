@@ -228,7 +228,7 @@ SIZES = (pictures, volumes, frames, activations, pooled, convolved, perturbed, m
 
 def largest_call(op: Op) -> Call:
     """The op's sample that moves most bytes."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         samples = list(op.samples())
     largest = max(samples, key=lambda sample: op.moved(*sample.args))

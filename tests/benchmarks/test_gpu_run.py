@@ -16,14 +16,15 @@ import pytest
 import torch
 
 import saliency_fast as sf
-from benchmarks import contenders, gpu, gpu_networks, gpu_smoke, ops, tables
+from benchmarks import contenders, gpu, gpu_ceilings, gpu_networks, gpu_smoke, ops, tables, timing
 from benchmarks.cases import QUICK_CASES
 from benchmarks.contenders import plan_failure
 from benchmarks.ops import Call
-from benchmarks.stages import TIME, Forked, Found, Report, Stage, run_stage
+from benchmarks.stages import TIME, Forked, Found, Report, Stage, Unit, run_stage
 from saliency_fast.engine import cudagraph
 from saliency_fast.errors import ModelError
 from saliency_fast.ops import OPS
+from tests.benchmarks import cuda_stand_in
 from tests.graphs.tape import Tape
 
 ROOT = Path(__file__).parents[2]
@@ -224,7 +225,7 @@ def test_the_whole_run_on_the_cpu(tmp_path: Path) -> None:
     found = {name: one["rows"] for name, one in documents.items()}
     assert {row.get("op") for row in found["smoke"]} >= set(OPS)
     raced = [row for row in found["end-to-end"] if row["reason"] is None]
-    assert len(raced) == len(QUICK_CASES) * len(contenders.ON_CPU) + 3
+    assert len(raced) == 2 * len(contenders.ON_CPU) + 3
     ours = [row for row in raced if row["contender"].startswith("saliency_fast")]
     assert all({"strategy", "graphs", "points_per_launch", "plan"} <= row.keys() for row in ours)
     assert all(row["error"] < 0.2 for row in raced)
@@ -404,6 +405,151 @@ def test_ops_that_are_not_proven_are_not_measured() -> None:
     about = {"device": "H200", "threads": 1, "torch": "2", "command": "make bench-gpu"}
     text = tables.ops({"setting": about, "rows": rows})
     assert "`finish` (signal SIGSEGV)" in text
+
+
+# What only a GPU runs, by stand-ins.
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    cuda_stand_in.install(monkeypatch)
+    with cuda_stand_in.OnCpu():
+        yield
+    gpu_networks._FIELD.clear()
+
+
+def shown(units: Iterator[Unit], *wanted: str) -> dict[str, list[dict[str, Any]]]:
+    """The rows of units whose names begin so."""
+    report = Report(lambda message: None, {}, time.perf_counter() + 600.0)
+    return {one.name: list(one.run(report)) for one in units if one.name.startswith(wanted or "")}
+
+
+ON_CUDA = {"device": "cuda", "quick": True, "command": ""}
+
+
+def test_the_first_minute_with_a_stand_in(cuda: None) -> None:
+    names = (
+        "toolchain",
+        "op finish",
+        "op magnitude",
+        "capture against eager: small-mlp",
+        "results",
+    )
+    found = shown(gpu_smoke.units(ON_CUDA), *names)
+    rows = [row for rows in found.values() for row in rows]
+    assert not any(row["failed"] for row in rows), rows
+    assert {row["version"] for row in found["op finish"]} == {"dispatched", "triton"}
+    assert found["toolchain"][0]["capability"] == [9, 0]
+    assert [row["graphs"][:8] for row in found["capture against eager: small-mlp"]] == [
+        "one for ", "one for ",
+    ]  # fmt: skip
+
+
+def test_ceilings_and_ops_with_a_stand_in(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = shown(gpu_ceilings.units(ON_CUDA))
+    rows = [row for rows in found.values() for row in rows]
+    kinds = {(row.get("precision"), row.get("layout"), row.get("benchmark")) for row in rows}
+    assert len(kinds - {(None, None, None)}) == 4 + 4 * 2 * 2
+    assert all(row["seconds"] > 0 for row in rows)
+    monkeypatch.setattr(ops, "SIZES", (ops.maps,))
+    monkeypatch.setattr(ops, "cache_bytes", lambda: 2 * 10**6)
+    ops._timer.cache_clear()
+    made = [one for one in ops.units(ON_CUDA | {"quick": False}) if "7x7" in one.name]
+    assert len(made) == 2
+    (row,) = made[0].run(NO_REPORT)
+    assert row["size"].startswith("24 x 2048x7x7")
+    assert row["fast_ms"] > 0
+    ops._timer.cache_clear()
+
+
+def test_events_are_around_many_launches(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept, called = list[int](), list[str]()
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    timer = timing.CudaTimer(rounds=2, launches=8)
+    # A millisecond between two events of the stand-in.
+    assert timer({"a": lambda: called.append("a")}) == {"a": 1e-3 / 8}
+    assert len(called) == 1 + 2 * 8
+    # The host queues eight launches meanwhile.
+    assert len(slept) == 2
+    assert min(slept) >= 8 * timing.QUEUED_EACH
+
+
+def test_races_with_a_stand_in(cuda: None) -> None:
+    found = shown(gpu_networks.races(ON_CUDA), "mlp")
+    assert len(found) == 1
+    for rows in found.values():
+        assert [row["contender"] for row in rows] == list(contenders.ON_GPU)
+        assert [row["reason"] or row.get("failure") for row in rows] == [None] * len(rows)
+        by = {row["contender"]: row for row in rows}
+        assert all(by[name]["times_equal"] for name in contenders.EQUALS if name in by)
+        assert by[contenders.FLOAT16]["precision"] == "float16"
+        assert by[contenders.AUTO]["precision"] in gpu_ceilings.PRECISIONS
+        for row in rows[:4]:
+            assert row["graphs"].startswith("one for launches")
+            assert (row["peak_bytes"], row["reserved_bytes"]) == (2000, 5000)
+        assert all(row["error"] < 0.1 for row in rows)
+
+
+def test_the_hand_tuned_loop_replays_a_graph(cuda: None) -> None:
+    workload, setting = QUICK_CASES[0].found(), gpu_networks.QUICK_IG
+    tuned = contenders.HandTuned(workload, workload.build())
+    first, second = workload.inputs(4).split(2)
+    launch = tuned._launch(first, 3).captured()
+    assert isinstance(launch.run.__self__, cuda_stand_in.Graph)  # type: ignore[attr-defined]
+    tuned.launches[setting, 2] = launch
+    replayed = tuned(second, setting)
+    tuned.launches.clear()
+    tuned.warm(second, setting)
+    torch.testing.assert_close(replayed, tuned(second, setting), rtol=1e-2, atol=1e-3)
+
+
+def test_a_lost_device_ends_the_process_at_its_contender(
+    cuda: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    sent: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(gpu_networks, "ON_GPU", (contenders.CAPTUM, contenders.FLOAT32))
+    monkeypatch.setattr(contenders.Captum, "attribute", broken)
+    monkeypatch.setattr(gpu_networks, "device_answers", lambda: False)
+
+    def ended(self: Report, reason: str) -> None:
+        raise SystemExit(reason)
+
+    monkeypatch.setattr(Report, "lost", ended)
+    report = Report(sent.append, {}, time.perf_counter() + 60.0)
+    unit = next(gpu_networks.races(ON_CUDA))
+    with pytest.raises(SystemExit, match="an illegal memory access"):
+        list(unit.run(report))
+    assert sent[-1][:2] == ("begin", f"{unit.name}: captum")
+
+
+def test_profiles_with_a_stand_in(cuda: None) -> None:
+    for rows in shown(gpu_networks.profiles(ON_CUDA)).values():
+        assert rows[0]["kernel"] is None
+        assert rows[0]["seconds"] > 0
+
+
+@pytest.mark.parametrize("code", [0, 9])
+def test_what_a_sanitizer_says(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f"#!/bin/sh\necho $@\necho '========= ERROR SUMMARY: {code} errors'\nexit {code}"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setattr(gpu_smoke, "CUDA_LIBRARY", tool)
+    monkeypatch.setattr(gpu_smoke, "_SANITIZERS", {})
+    report = Report(lambda message: None, {}, time.perf_counter() + 20.0)
+    (row,) = gpu_smoke.sanitized("memcheck", report)
+    assert row["errors"] == [str(code)]
+    assert row["failed"] == bool(code)
+    assert not code or "--tool memcheck" in row["reason"]
+
+
+def test_what_a_sanitizer_looks_at(cuda: None) -> None:
+    gpu_smoke.run_cuda_ops()
 
 
 # What is asked of a machine before anything runs.

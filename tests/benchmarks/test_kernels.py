@@ -272,7 +272,8 @@ def test_the_summary_has_bandwidths_once_they_are_measured(tmp_path: Path) -> No
         "rows": [
             {"op": name, "gigabytes_per_second": 3210.4, "share_of_copy": 0.97}
             for name in ("noise_points", "line_points")
-        ],
+        ]
+        + [{"unit": "finish: 256^3", "reason": "signal SIGSEGV"}],
     }
     (tmp_path / "ops-gpu.json").write_text(json.dumps(measured))
     after = tables.table("kernels-summary", tmp_path).splitlines()
