@@ -11,7 +11,6 @@ import gc
 import importlib.util
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +30,7 @@ from benchmarks.contenders import (
     OURS,
     TUNED,
     plan_failure,
+    switches,
 )
 from benchmarks.fresh import ContenderError, first_line
 from benchmarks.models import Workload
@@ -38,12 +38,12 @@ from benchmarks.processes import Worker
 from benchmarks.race import Clock, Entry, race, rows
 from benchmarks.reference import gradient, integrated_gradients, relative_error
 from benchmarks.stages import TIME, AbsentError, Report, Row, Unit, device_answers
-from benchmarks.timing import timer_of
+from benchmarks.timing import WallTimer
 
 IG, QUICK_IG = SETTINGS[1], QUICK_SETTINGS[1]
 PATIENCE, COMPILING = 30.0, 120.0
 """Seconds of a contender's turn, planning and searching included; compilation takes a minute."""
-SECONDS, QUICK_SECONDS = 1.0, 0.1
+SECONDS, QUICK_SECONDS = 3.0, 0.1
 """Of a race's timed rounds."""
 SHOWN = 15
 """Kernels of a replay, the longest first."""
@@ -267,53 +267,57 @@ def _other(name: str, device: str, quick: bool, _: Report) -> Iterator[Row]:
         raise AbsentError("timm is not installed")
     import timm
 
-    side, rows_ = (64, 2) if quick else (224, 32)
+    side, batch = (64, 2) if quick else (224, 32)
     torch.manual_seed(0)
     model: nn.Module = timm.create_model(name, pretrained=False).eval().requires_grad_(False)
     # Layer scales are nearly 0 before training, and all blocks would be silent.
     for one in (one for one in model.parameters() if 0 < float(one.abs().max()) < 1e-4):
         one.fill_(0.1)
     workload = Workload(name, lambda: model, (3, side, side), 3)
-    model, x = model.to(device), workload.inputs(rows_).to(device)
-    exact = gradient(copy.deepcopy(model).double(), x[:1].double(), 3)
-    kinds = {"float32": torch.float32, "float16": torch.float16}
-    if device == "cpu":
-        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    timer = timer_of(device, 1 if quick else 5)
-    for precision, dtype in kinds.items():
-        plain_model, engine = copy.deepcopy(model).to(dtype), _gradient_engine(model, precision)
-        own = replace(Setting("gradient"), points=1)
+    model, x = model.to(device), workload.inputs(batch).to(device)
+    exact = gradient(copy.deepcopy(model).double(), x[:1].double(), 3).cpu()
+    for dtype in (torch.float32, torch.bfloat16 if device == "cpu" else torch.float16):
+        about = {"workload": name, "shape": list(workload.shape), "batch": batch,
+                 "precision": str(dtype).removeprefix("torch.")}  # fmt: skip
         try:
-            values = engine(x, 3).values
-            plan = engine.plan(x, 3)
+            yield about | _against_autograd(model, x, exact, dtype, device, 1 if quick else 9)
         except Exception as error:
-            yield {"workload": name, "precision": precision, "reason": first_line(error),
-                   "failed": True}  # fmt: skip
-            continue
-        times = timer({
-            "ours": lambda: engine(x, 3),  # noqa: B023
-            "plain": lambda: gradient(plain_model, x.to(dtype), 3),  # noqa: B023
-        })  # fmt: skip
-        failure = plan_failure(plan) if device == "cuda" else ""
-        yield {
-            "workload": name,
-            "shape": list(workload.shape),
-            "batch": rows_,
-            "setting": own.label,
-            "precision": precision,
-            "error": relative_error(values.cpu(), exact.cpu()),
-            "seconds": times["ours"],
-            "plain_seconds": times["plain"],
-            "times_plain": times["plain"] / times["ours"],
-            "gradients_per_second": rows_ / times["ours"],
-            "strategy": plan.lean,
-            "graphs": plan.graphs,
-            "plan": str(plan),
-            "reason": None,
-            "failure": failure or None,
-            "failed": bool(failure),
-        }
+            yield about | {"reason": first_line(error), "failed": True}
 
 
-def _gradient_engine(model: nn.Module, precision: str) -> sf.Engine:
-    return sf.Engine(model, sf.Gradient(), precision=precision, hashes=False, config=LATER)
+def _against_autograd(
+    model: nn.Module, x: Tensor, exact: Tensor, dtype: torch.dtype, device: str, rounds: int
+) -> Row:
+    """Gradients of ours in a precision, and of the model in that type by autograd."""
+    precision, plain_model = str(dtype).removeprefix("torch."), copy.deepcopy(model).to(dtype)
+    engine = sf.Engine(model, sf.Gradient(), precision=precision, hashes=False, config=LATER)
+
+    def ours() -> Tensor:
+        values: Any = engine(x, 3).values
+        _synchronize(device)
+        return values
+
+    def plain() -> None:
+        with switches(tf32=False):
+            gradient(plain_model, x.to(dtype), 3)
+            _synchronize(device)
+
+    for _ in range(3 if device == "cuda" else 1):
+        # Kernels are loaded, and ours are recorded at a later call than the first.
+        values = ours()
+        plain()
+    plan, times = engine.plan(x, 3), WallTimer(rounds)({"ours": ours, "plain": plain})
+    failure = plan_failure(plan) if device == "cuda" else ""
+    return {
+        "error": relative_error(values.cpu(), exact),
+        "seconds": times["ours"],
+        "plain_seconds": times["plain"],
+        "times_plain": times["plain"] / times["ours"],
+        "gradients_per_second": len(x) / times["ours"],
+        "strategy": plan.lean,
+        "graphs": plan.graphs,
+        "plan": str(plan),
+        "reason": None,
+        "failure": failure or None,
+        "failed": bool(failure),
+    }

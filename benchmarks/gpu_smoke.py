@@ -42,7 +42,7 @@ CALLS = 4
 """Of one kind: whatever call a kind is recorded at, some are replayed."""
 TF32_ERROR = 1e-4
 """Relative L2 beyond which a float32 map was not computed in float32."""
-SANITIZER_SECONDS = 40.0
+TOOLS, SANITIZER_SECONDS = ("memcheck", "racecheck"), 40.0
 FP32_SETTINGS = (
     'torch.backends.fp32_precision = "tf32"',
     'torch.backends.cuda.matmul.fp32_precision = "tf32"',
@@ -59,6 +59,11 @@ def units(options: dict[str, Any]) -> Iterator[Unit]:
         module, _, name = recorder.partition(":")
         cudagraph.RECORDERS[device] = getattr(import_module(module), name)
     yield Unit("toolchain", partial(toolchain, device))
+    for statement in FP32_SETTINGS:
+        run = partial(_verdict, partial(keeps_setting, statement), device)
+        yield Unit(statement, run, patience=20.0, alone=True)
+    # What this child starts ends with it, so that no other child may follow.
+    yield Unit("start of the sanitizers", partial(start_sanitizers, device))
     for name, op in OPS.items():
         if op.triton or device == "cpu":
             yield Unit(f"op {name}", partial(check_op, op, device), patience=20.0)
@@ -66,10 +71,7 @@ def units(options: dict[str, Any]) -> Iterator[Unit]:
         yield Unit(f"capture against eager: {name}", partial(capture, name, device))
     for name, check in CHECKS.items():
         yield Unit(name, partial(_verdict, check, device), patience=20.0)
-    for statement in FP32_SETTINGS:
-        run = partial(_verdict, partial(keeps_setting, statement), device)
-        yield Unit(statement, run, patience=20.0, alone=True)
-    for tool in ("memcheck", "racecheck"):
+    for tool in TOOLS:
         yield Unit(f"compute-sanitizer {tool}", partial(sanitized, tool), SANITIZER_SECONDS)
 
 
@@ -81,9 +83,6 @@ def toolchain(device: str, _: Report) -> Iterator[Row]:
     if device == "cuda":
         row["capability"] = list(torch.cuda.get_device_capability())
         row["driver"] = _driver()
-        # They take longest, and no check that runs beside them is timed.
-        for tool in ("memcheck", "racecheck"):
-            _start_sanitizer(tool)
     if device == "cuda" and not (found["gcc"] or found["cc"] or os.environ.get("CC")):
         row |= {"reason": "no C compiler is here, which Triton needs", "failed": True}
     yield row
@@ -313,6 +312,11 @@ def keeps_setting(statement: str, device: str) -> str:
         return f"precision='float32' is off by {gap:.1e} from float64"
     after = settings()
     return "" if after == before else f"settings were {before}, and are {after} behind a call"
+
+
+def start_sanitizers(device: str, _: Report) -> Iterator[Row]:
+    """They take longest, and no check that runs beside them is timed."""
+    yield {"started": [one for one in TOOLS if device == "cuda" and _start_sanitizer(one)]}
 
 
 def _start_sanitizer(tool: str) -> bool:

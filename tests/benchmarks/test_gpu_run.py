@@ -490,6 +490,26 @@ def test_races_with_a_stand_in(cuda: None) -> None:
         assert all(row["error"] < 0.1 for row in rows)
 
 
+def test_times_on_a_gpu_are_not_those_of_first_calls(cuda: None) -> None:
+    case, calls = QUICK_CASES[0], list[int]()
+    for name, expected in ((contenders.FLOAT32, 4), (contenders.LOOP, 2)):
+        worker = gpu_networks.Field(case, (name,), "cuda").workers[name]
+        worker.load(1)
+        made = type(worker.contender).__call__
+        calls.clear()
+
+        def call(*given: Any, made: Any = made) -> Any:
+            calls.append(1)
+            return made(*given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(worker.contender), "__call__", call)
+            worker.run(gpu_networks.QUICK_IG, memory=True)
+            assert len(calls) == expected
+            worker.run(gpu_networks.QUICK_IG)
+            assert len(calls) == expected + 1
+
+
 def test_the_hand_tuned_loop_replays_a_graph(cuda: None) -> None:
     workload, setting = QUICK_CASES[0].found(), gpu_networks.QUICK_IG
     tuned = contenders.HandTuned(workload, workload.build())
