@@ -264,8 +264,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run")
     parser.add_argument("--only", default="", help="stages, with commas between")
     options = parser.parse_args()
-    stages = [one for one in STAGES if not options.only or one.name in options.only.split(",")]
-    if not stages:
+    wanted = set(filter(None, options.only.split(","))) or {one.name for one in STAGES}
+    stages = [one for one in STAGES if one.name in wanted]
+    if len(stages) < len(wanted):
         parser.error(f"--only takes {', '.join(one.name for one in STAGES)}: got {options.only!r}")
     if options.device == "cuda":
         if why := not_installed():
@@ -274,8 +275,10 @@ def main() -> None:
             parser.error(f"there is no GPU here: expected one of {', '.join(DEVICES)}")
     elif options.out is None:
         parser.error("--device cpu needs --out DIR: its rows are no results")
-    given = [one for one in sys.argv[1:] if "--out" not in one and one != str(options.out)]
-    command = " ".join(["python -m benchmarks.gpu", *given])
+    parts = [f"--device {options.device}"] * (options.device == "cpu") + ["--quick"] * options.quick
+    parts += [f"--only {options.only!r}"] * bool(options.only)
+    parts += [f"--seconds {options.seconds:g}"] * (options.seconds != SECONDS)
+    command = " ".join(["python -m benchmarks.gpu", *parts])
     about = {"device": options.device, "quick": options.quick, "command": command,
              "about": "benchmarks.end_to_end:machine"}  # fmt: skip
     run = Run(options.out or RESULTS, about, seconds=options.seconds)

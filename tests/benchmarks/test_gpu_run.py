@@ -591,6 +591,21 @@ def test_a_checkout_that_is_not_installed_says_so_at_once(tmp_path: Path) -> Non
     assert "there is no GPU here" in done.stderr or "torch" in done.stderr
 
 
+def test_stages_are_named(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(gpu.Run, "run", lambda self, stages: ran.extend(one.name for one in stages))
+    common = ["gpu", "--device", "cpu", "--out", str(tmp_path), "--only"]
+    for only, expected in (("", len(gpu.STAGES)), ("ops,smoke", 2)):
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", [*common, only])
+        gpu.main()
+        assert len(ran) == expected
+    monkeypatch.setattr(sys, "argv", [*common, "smoke,tabels"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--only takes smoke, ceilings, tables" in capsys.readouterr().err
+
+
 def test_what_children_are_forked_from_has_touched_no_gpu() -> None:
     code = f"""
 import importlib, torch
