@@ -33,11 +33,16 @@ ABOUT = {"device": "cpu", "quick": True, "command": "python -m benchmarks.gpu"}
 NO_REPORT = Report(lambda message: None, {}, float("inf"))
 
 
+def forked(arguments: tuple[Any, ...]) -> Forked:
+    """A child of the process that serves other tests as well, whose children need more."""
+    return Forked(arguments, ("benchmarks.processes",))
+
+
 def done(units: tuple[str, ...], seconds: float = 60.0, **more: Any) -> Found:
     """What a stage of these units has shown, in real processes."""
     stage = Stage("failing", seconds, f"{FAILING}:units", "failing")
     options = ABOUT | {"units": units, "about": f"{FAILING}:about"} | more
-    *_, found = run_stage(stage, options, time.perf_counter() + seconds, start=Forked)
+    *_, found = run_stage(stage, options, time.perf_counter() + seconds, start=forked)
     return found
 
 
@@ -98,7 +103,7 @@ def test_a_stage_that_does_not_begin_says_why(tmp_path: Path) -> None:
     ):
         stage = Stage("failing", 60.0, work, "failing")
         options = ABOUT | {"marks": str(tmp_path)}
-        *_, found = run_stage(stage, options, time.perf_counter() + 60.0, start=Forked)
+        *_, found = run_stage(stage, options, time.perf_counter() + 60.0, start=forked)
         assert found.all_rows == [{"unit": None, "reason": reason, "failed": True}]
     assert len(list(tmp_path.iterdir())) == 1
 
