@@ -188,7 +188,8 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.processes"])
+    # Captum where it is installed: others are ignored.
+    context.set_forkserver_preload(["benchmarks.processes", "captum.attr"])
     return context
 
 

@@ -35,7 +35,7 @@ NO_REPORT = Report(lambda message: None, {}, float("inf"))
 
 def forked(arguments: tuple[Any, ...]) -> Forked:
     """A child of the process that serves other tests as well, whose children need more."""
-    return Forked(arguments, ("benchmarks.processes",))
+    return Forked(arguments, ("benchmarks.processes", "captum.attr"))
 
 
 def done(units: tuple[str, ...], seconds: float = 60.0, **more: Any) -> Found:
@@ -278,6 +278,12 @@ def test_a_replay_that_does_nothing_is_found(
 ) -> None:
     monkeypatch.setattr(taped, "_replay", lambda self, calls: None)
     assert captures() != [None, None]
+
+
+def test_a_map_that_is_off_is_found(taped: type[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_smoke, "_gap", lambda found, expected: 2 * gpu_smoke.EQUAL)
+    assert captures() == ["off by 2.0e-09, expected at most 1e-09"] * 2
+    assert gpu_smoke.tuple_seeds("cpu").startswith("off by")
 
 
 def test_a_capture_that_fails_is_found(taped: type[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
