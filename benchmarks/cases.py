@@ -104,8 +104,6 @@ GPU_CASES = (
     Case("resnet50", (8, 1, 64)),
     Case("vit_b16", (8, 1, 64)),
     Case("unet3d", (8, 1, 64)),
-    Case("digits", (8, 1, 64), samples=1024),
-    Case("mlp", (8, 1, 64), samples=1024),
 )
 QUICK_CASES = (
     Case("mlp", (1, 3), samples=16, most_examples=2),

@@ -1,7 +1,8 @@
 """The callables that the benchmarks compare: `make(name, workload, model)(x, setting)`.
 
 Each explains a batch x [B, *] and returns values like x. All are used by
-`python -m benchmarks.` `end_to_end`, `lean`, `plots` or `gpu`.
+`python -m benchmarks.` `end_to_end`, `lean`, `plots` or `gpu`. Captum is imported where it is used:
+the others are measured without it, too.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import copy
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
 from torch import Tensor, nn
 
 import saliency_fast as sf
@@ -30,8 +31,38 @@ from saliency_fast.graph.passes.half import PRECISIONS
 SEARCH_SECONDS = 5.0
 """Spent at most, before anything is timed, on looking for the best points per launch."""
 OURS, CAPTUM, TUNED, LOOP = "saliency_fast", "captum", "captum tuned", "hand-written loop"
+HAND_TUNED = "hand-tuned, float16"
 ONE_LAUNCH, LEAN_OFF = f"{OURS}, one launch", f"{OURS}, one launch, lean off"
 NO_PREFIX = f"{OURS}, no prefix"
+
+
+LATER = EngineConfig(direct_points=0)
+"""Makes of a first call what later ones are."""
+TOO_LARGE = "launches are so large"
+"""How a plan begins to say that graphs would gain nothing."""
+
+
+def plan_failure(plan: Plan) -> str:
+    """Why a plan on a GPU is not what is to be measured: strategies or graphs are off; or ""."""
+    if not plan.lean.startswith("recorded"):
+        whys = [f"{name}: {why}" for name, why in plan.strategies] + list(plan.notes)
+        return f"memory-efficient strategies are off ({plan.lean}): {'; '.join(whys)}"
+    if plan.graphs.startswith("off") and TOO_LARGE not in plan.graphs:
+        return f"graphs are {plan.graphs}"
+    return ""
+
+
+@contextmanager
+def switches(*, tf32: bool | None = None, benchmark: bool = False) -> Iterator[None]:
+    """TF32 for products and cuDNN (None: PyTorch's own defaults), and cuDNN's choice by time."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
+    matmul.allow_tf32, cudnn.allow_tf32 = (False, True) if tf32 is None else (tf32, tf32)
+    cudnn.benchmark = benchmark
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 
 
 @dataclass(frozen=True)
@@ -101,10 +132,8 @@ class Ours:
         **limits: Any,
     ) -> None:
         self.target, self.one_launch = workload.target, one_launch
-        # What later calls are, from the first on; traces begin with smaller launches.
-        config = EngineConfig(
-            direct_points=0, traced_from=2**62 if one_launch else 2**24
-        )
+        # Traces begin with smaller launches.
+        config = replace(LATER, traced_from=2**62) if one_launch else LATER
         self.limits = {"precision": precision, "hashes": False, "config": config} | limits
         self.model = preparation.apply(model)
         self._engines: dict[Setting, sf.Engine] = {}
@@ -138,28 +167,39 @@ def _method(setting: Setting) -> Any:
 
 
 class Captum:
-    """Captum as its documentation shows it: all points of a call in one batch."""
+    """Captum as its documentation shows it: all points of a call in one batch.
 
-    def __init__(self, workload: Workload, model: nn.Module) -> None:
+    tf32: on GPUs; None is PyTorch's default, which allows it to convolutions.
+    """
+
+    def __init__(self, workload: Workload, model: nn.Module, tf32: bool | None = None) -> None:
+        from captum import attr
+
+        self.library, self.tf32 = attr, tf32
         self.forward, self.target = _scalar(workload, model)
 
     def warm(self, x: Tensor, setting: Setting) -> None:
         self(x, GRADIENT)
 
     def __call__(self, x: Tensor, setting: Setting) -> Tensor:
-        return self.attribute(x, setting, None)
+        with switches(tf32=self.tf32):
+            return self.attribute(x, setting, None)
 
     def attribute(self, x: Tensor, setting: Setting, points: int | None) -> Tensor:
         """`points` of each example per launch, None for all."""
+        library = self.library
+        saliency = library.Saliency(self.forward)
         if setting.method == "gradient":
-            return Saliency(self.forward).attribute(x, target=self.target, abs=False)
+            found: Tensor = saliency.attribute(x, target=self.target, abs=False)
+            return found
         if setting.method == "integrated_gradients":
             rows = None if points is None else points * len(x)
-            return IntegratedGradients(self.forward).attribute(
+            found = library.IntegratedGradients(self.forward).attribute(
                 x, target=self.target, n_steps=setting.points, internal_batch_size=rows
             )
+            return found
         torch.manual_seed(setting.seed)
-        return NoiseTunnel(Saliency(self.forward)).attribute(
+        found = library.NoiseTunnel(saliency).attribute(
             x,
             nt_type="smoothgrad",
             nt_samples=setting.points,
@@ -168,6 +208,7 @@ class Captum:
             target=self.target,
             abs=False,
         )
+        return found
 
 
 def _scalar(workload: Workload, model: nn.Module) -> tuple[Callable[[Tensor], Tensor], int | None]:
@@ -284,6 +325,86 @@ class Loop:
         return total / setting.points
 
 
+class HandTuned:
+    """The loop of an expert on a GPU, of Integrated Gradients alone: weights in a half type,
+    channels last, cuDNN's choice by time, the fastest number of points per launch, and a CUDA graph
+    of a launch; the sum is float32.
+    """
+
+    def __init__(
+        self, workload: Workload, model: nn.Module, dtype: torch.dtype = torch.float16
+    ) -> None:
+        self.preparation = Preparation(frozen=True, channels_last=True)
+        self.model, self.dtype = self.preparation.apply(model).to(dtype), dtype
+        target = workload.target if isinstance(workload.target, tuple) else (workload.target,)
+        self.index = (slice(None), *target)
+        self.launches: dict[tuple[Setting, int], _Launch] = {}
+
+    def warm(self, x: Tensor, setting: Setting) -> None:
+        key = (setting, len(x))
+        if key not in self.launches:
+            points = search(lambda trial: self._launch(x, trial.points)(), setting)
+            launch = self._launch(x, points)
+            self.launches[key] = launch.captured() if x.is_cuda else launch
+
+    def __call__(self, x: Tensor, setting: Setting) -> Tensor:
+        if setting.method != "integrated_gradients":
+            raise ValueError(f"{HAND_TUNED} takes Integrated Gradients alone: got {setting.label}")
+        launch = self.launches[setting, len(x)]
+        nodes, weights = np.polynomial.legendre.leggauss(setting.points)
+        table = torch.tensor(np.stack([(nodes + 1) / 2, weights / 2]), device=x.device).float()
+        launch.x.copy_(x)
+        launch.total.zero_()
+        for nodes_weights in table.split(launch.points, 1):
+            launch.table.copy_(nodes_weights)
+            launch()
+        return launch.total * x
+
+    def _launch(self, x: Tensor, points: int) -> _Launch:
+        return _Launch(self, x, points)
+
+
+class _Launch:
+    """So many points of each example through the model, in memory of its own."""
+
+    def __init__(self, owner: HandTuned, x: Tensor, points: int) -> None:
+        self.owner, self.points = owner, points
+        self.x, self.total = x.clone(), torch.zeros_like(x)
+        self.table = torch.ones(2, points, device=x.device)
+        self.run: Callable[[], object] = self._eager
+
+    def __call__(self) -> None:
+        with switches(benchmark=True):
+            self.run()
+
+    def _eager(self) -> None:
+        node, weight = self.table
+        shape = (-1, *(1,) * self.x.dim())
+        rows = (node.view(shape) * self.x).flatten(0, 1).to(self.owner.dtype)
+        if self.owner.preparation.lays_out(self.owner.model):
+            rows = rows.contiguous(memory_format=torch.channels_last)
+        rows.requires_grad_()
+        scores = self.owner.model(rows)[self.owner.index].float().sum()
+        (grads,) = torch.autograd.grad(scores, rows)
+        grads = grads.float().reshape(self.points, *self.x.shape)
+        self.total += (weight.view(shape) * grads).sum(0)
+
+    def captured(self) -> _Launch:
+        """The same as a CUDA graph."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with switches(benchmark=True):
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    self._eager()
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph):
+                self._eager()
+        self.run = graph.replay
+        return self
+
+
 EXPERT = Preparation(frozen=True, channels_last=True)
 Maker = Callable[[Workload, nn.Module], Contender]
 
@@ -305,31 +426,44 @@ def budgeted(mebibytes: int) -> str:
     return f"{OURS}, {mebibytes} MiB"
 
 
+def _captum(*, tf32: bool) -> Maker:
+    return lambda workload, model: Captum(workload, model, tf32)
+
+
+FLOAT32, TF32, FLOAT16 = (f"{OURS}, {name}" for name in ("float32", "tf32", "float16"))
+AUTO = f"{OURS}, auto"
+HALF = f"{OURS}, bfloat16"
+"""Ours with products in bfloat16, of the model as it is handed over."""
+CAPTUM_FLOAT32, CAPTUM_TF32 = f"{CAPTUM}, float32", f"{CAPTUM}, tf32"
 MAKERS: dict[str, Maker] = {
     OURS: Ours,
     CAPTUM: Captum,
     TUNED: _tuned(),
     LOOP: Loop,
-    f"{OURS}, channels-last": lambda workload, model: Ours(workload, model, EXPERT),
-    f"{OURS}, no graphs": lambda workload, model: Ours(workload, model, graphs=False),
-    **{f"{OURS}, {precision}": _in(precision) for precision in list(PRECISIONS)[1:]},
+    **{f"{OURS}, {name}": _in(name) for name in (*PRECISIONS, "auto")},
+    CAPTUM_FLOAT32: _captum(tf32=False),
+    CAPTUM_TF32: _captum(tf32=True),
+    HAND_TUNED: HandTuned,
+    f"{HAND_TUNED} on a CPU": lambda workload, model: HandTuned(workload, model, torch.bfloat16),
     f"{OURS}, compiled": lambda workload, model: Ours(workload, model, compile=True),
-    f"{TUNED}, float16 autocast": _tuned(autocast=torch.float16),
-    f"{TUNED}, bfloat16 autocast": _tuned(autocast=torch.bfloat16),
     f"{TUNED}, compiled": _tuned(compiled=True),
     f"{TUNED}, bfloat16 autocast, compiled": _tuned(autocast=torch.bfloat16, compiled=True),
-}
-APART: dict[str, Maker] = {
     ONE_LAUNCH: lambda workload, model: Ours(workload, model, one_launch=True),
     LEAN_OFF: lambda workload, model: Ours(workload, model, one_launch=True, lean=False),
     NO_PREFIX: _no_prefix,
 }
-"""Ours with one thing changed, for `python -m benchmarks.lean`; see also `budgeted`."""
-HALF = f"{OURS}, bfloat16"
-"""Ours with products in bfloat16, of the model as it is handed over."""
+"""The contenders by name; see also `budgeted` and `CALLED`."""
 ON_CPU = (OURS, HALF, CAPTUM, TUNED, LOOP)
+ON_GPU = (FLOAT16, TF32, FLOAT32, AUTO, CAPTUM, CAPTUM_TF32, CAPTUM_FLOAT32, HAND_TUNED)
 COMPILED = tuple(name for name in MAKERS if name.endswith("compiled"))
-ON_GPU = tuple(name for name in MAKERS if name not in COMPILED)
+EQUALS = {
+    FLOAT16: HAND_TUNED,
+    HALF: HAND_TUNED,
+    TF32: CAPTUM_TF32,
+    FLOAT32: CAPTUM_FLOAT32,
+    f"{OURS}, compiled": f"{TUNED}, compiled",
+}
+"""Whom each of ours is held against at equal arithmetic, on a GPU."""
 
 
 CALLED = ("saliency_fast.captum", "captum.attr")
@@ -345,7 +479,6 @@ def make(name: str, workload: Workload, model: nn.Module) -> Contender:
         from benchmarks.calls import Called
 
         return Called(name, workload, model)
-    known = MAKERS | APART
-    if name not in known:
-        raise ValueError(f"contender must be one of {', '.join(known)}: got {name!r}")
-    return known[name](workload, model)
+    if name not in MAKERS:
+        raise ValueError(f"contender must be one of {', '.join(MAKERS)}: got {name!r}")
+    return MAKERS[name](workload, model)

@@ -1,221 +1,290 @@
 """Everything that a GPU has to show, in one command and at most eight minutes.
 
     python -m benchmarks.gpu --out DIR                          or: make bench-gpu
-    python -m benchmarks.gpu --out DIR --device cpu --quick     the same code without a GPU
+    python -m benchmarks.gpu --only smoke,ceilings              some stages alone
+    python -m benchmarks.gpu --device cpu --quick --out DIR     the same code without a GPU
 
-First every op is checked on the device against its reference; an op that fails gets no row. Then
-each op's bandwidth as a share of a measured copy, then whole models: all contenders in turn, in
-one process, with PyTorch's allocator counting memory. Rows that the time does not allow are there
-with the reason "time". One table is printed last; DIR gets ops-gpu and end-to-end-gpu, each as
-JSON and as Markdown.
+`STAGES` is the table of the run. Each stage is work for processes of its own, ends at its time, and
+has its rows on disk after every unit: a kernel that fails, a process that dies and one that hangs
+take nothing with them (`benchmarks.stages`). Ops that the first stage did not find right are not
+measured later. DIR gets a JSON file for each kind of row, and one page, gpu.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import importlib.machinery
+import importlib.util
+import json
 import os
-import re
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks import ops as op_benchmarks
 from benchmarks import tables
-from benchmarks.cases import GPU_CASES, QUICK_CASES, QUICK_SETTINGS, SETTINGS, Case
-from benchmarks.contenders import (
-    CAPTUM,
-    COMPILED,
-    ON_CPU,
-    ON_GPU,
-    OURS,
-    TUNED,
-    Setting,
-)
-from benchmarks.end_to_end import RESULTS, brief, machine, save
-from benchmarks.processes import Worker
-from benchmarks.race import Clock, Entry, race, rows
-from benchmarks.reference import attribution
-from saliency_fast.ops import OPS
+from benchmarks.stages import TIME, Child, Forked, Found, Row, Stage, run_stage
 
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).parent / "results"
 SECONDS = 480.0
-SHARE_OF_CHECKS = 0.35
-SECONDS_OF_COMPILING = 90.0
-"""Kept back for the compiled models, which come last."""
-CHECKS = {
-    "cuda": ("tests/kernels/test_kernels_on_gpu.py", "tests/graphs/test_graphs_on_gpu.py"),
-    "cpu": ("tests/ops/test_native.py",),
-}
-_RESULT = re.compile(r"^(?P<test>\S*::.*?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)\b")
+STAGES = (
+    Stage("smoke", 60, "benchmarks.gpu_smoke:units", "smoke"),
+    Stage("ceilings", 120, "benchmarks.gpu_ceilings:units", "ceilings"),
+    Stage("tables", 330, "benchmarks.gpu_networks:races", "end-to-end"),
+    Stage("profile", 365, "benchmarks.gpu_networks:profiles", "profile"),
+    Stage("ops", 405, "benchmarks.ops:units", "ops"),
+    Stage("networks of timm", 435, "benchmarks.gpu_networks:others", "timm"),
+    Stage("compiled", SECONDS, "benchmarks.gpu_networks:compiled", "end-to-end"),
+)
+"""In order; a stage that ends early leaves its time to those behind it."""
+PRELOAD = (*dict.fromkeys(stage.work.partition(":")[0] for stage in STAGES), "captum.attr")
+INSTALL = "pip install --no-deps --no-build-isolation --editable ."
+DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""One of which the driver of a GPU makes; PyTorch would take seconds to answer."""
+ABOUT = {"device": "unknown", "threads": "?", "torch": "?", "captum": "?", "date": "?"}
+"""Of a machine that no stage could describe."""
 
 
-def check_ops(device: str, seconds: float) -> dict[str, str]:
-    """For every op "passed", or why its rows are refused; for "all", why the run itself failed."""
-    command = [sys.executable, "-m", "pytest", *CHECKS[device], "-v", "-o", "addopts=", "--tb=line"]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    failure = ""
-    try:
-        done = subprocess.run(
-            [*command, "-p", "no:cacheprovider"],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds,
-        )  # fmt: skip
-        output = done.stdout
-        if done.returncode not in (0, 1):
-            failure = f"pytest ended with {done.returncode}: {(done.stderr or output)[-300:]}"
-    except subprocess.TimeoutExpired as late:
-        output = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        failure = "time"
-    verdicts = read_checks(output)
-    return verdicts | ({"all": failure} if failure else {})
+def not_installed() -> str:
+    """Why the kernels cannot be imported, or nothing; found without importing PyTorch."""
+    package = importlib.util.find_spec("saliency_fast")
+    if package is None:
+        return "saliency_fast is not installed"
+    places = package.submodule_search_locations
+    for finder in sys.meta_path:
+        find = getattr(finder, "find_spec", None)
+        if find is not None and find("saliency_fast.kernels", places) is not None:
+            return ""
+    return "saliency_fast.kernels is not installed: a checkout alone lacks it"
 
 
-def read_checks(output: str) -> dict[str, str]:
-    """The verdict on each op from what pytest printed, a test per line."""
-    outcomes: dict[str, list[str]] = {name: [] for name, op in OPS.items() if op.triton}
-    others = []
-    for match in filter(None, map(_RESULT.match, output.splitlines())):
-        mentioned = [name for name in outcomes if re.search(rf"\b{name}\b", match["test"])]
-        for name in mentioned:
-            outcomes[name].append(match["outcome"])
-        if not mentioned and match["outcome"] in ("FAILED", "ERROR"):
-            others.append(match["test"].split("::")[-1])
-    verdicts = {}
-    for name, seen in outcomes.items():
-        bad = sum(outcome in ("FAILED", "ERROR") for outcome in seen)
-        if bad:
-            verdicts[name] = f"{bad} of its {len(seen)} checks failed"
-        else:
-            verdicts[name] = "passed" if "PASSED" in seen else "not checked"
-    return verdicts | dict.fromkeys(others, "failed")
+class Run:
+    """A run's rows, by file.
 
+    start: makes the children of a stage; now: the clock. Tests have stand-ins for both.
+    """
 
-def measure_ops(device: str, verdicts: dict[str, str]) -> dict[str, Any]:
-    """Per-op rows; those of ops that are not proven right hold the reason instead."""
-    checked = [(name, verdicts[name]) for name in OPS if name in verdicts]
-    refused = [{"op": name, "reason": seen} for name, seen in checked if seen != "passed"]
-    try:
-        measured = op_benchmarks.measure(device)
-    except Exception as error:
-        reason = f"the measurement failed: {type(error).__name__}: {error}".splitlines()[0]
-        refused, measured = [{"op": name, "reason": reason} for name in OPS], []
-    proven = [row for row in measured if verdicts[row["op"]] == "passed"]
-    about = op_benchmarks.setting(device) | {"command": machine(device)["command"]}
-    return {"setting": about, "rows": proven + refused, "checks": verdicts}
+    def __init__(
+        self,
+        out: Path,
+        options: Row,
+        *,
+        seconds: float = SECONDS,
+        start: Callable[[tuple[Any, ...]], Child] = lambda one: Forked(one, PRELOAD),
+        now: Callable[[], float] = time.perf_counter,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ) -> None:
+        self.out, self.options, self.seconds = out, options, seconds
+        self.start, self.now, self.say = start, now, say
+        self.begun = now()
+        self.rows: dict[str, dict[str, list[Row]]] = {}
+        self.about: Row = ABOUT | {"command": options["command"]}
 
+    @property
+    def failures(self) -> list[str]:
+        """What went wrong, a line each."""
+        found = []
+        for stages in self.rows.values():
+            for stage, rows in stages.items():
+                for row in (one for one in rows if one.get("failed")):
+                    named = row.get("contender") or row.get("version") or row.get("method") or ""
+                    reason = row.get("reason") or row.get("failure")
+                    unit = ", ".join(filter(None, (row.get("unit"), named)))
+                    found.append(f"{stage}: {unit or 'as a whole'}: {reason}")
+        return found
 
-class Field:
-    """The contenders on one model, side by side in this process."""
+    def run(self, stages: Sequence[Stage]) -> None:
+        for stage in stages:
+            until = self.begun + stage.until * self.seconds / SECONDS
+            for found in run_stage(stage, self.options, until, start=self.start, now=self.now):
+                self._keep(stage, found)
+            self._said(stage)
+            if stage.name == "smoke":
+                self.options = self.options | {"verdicts": verdicts(self.rows[stage.file])}
+        text = page(self)
+        (self.out / f"{self._label('gpu')}.md").write_text(text)
+        self.say(text)
 
-    def __init__(self, case: Case, names: tuple[str, ...], device: str, cache: Path) -> None:
-        self.case, self.device, self.cache = case, device, cache
-        # One model serves all: whoever changes his copies it first.
-        model = case.found().build().to(device)
-        self.workers = {
-            name: Worker(case.workload, case.side, name, device, model=model) for name in names
-        }
-        self.pace: dict[str, float] = {}
+    def _keep(self, stage: Stage, found: Found) -> None:
+        """Writes what a stage has shown."""
+        self.about = self.about | found.about
+        self.rows.setdefault(stage.file, {})[stage.name] = found.all_rows
+        document = self.document(stage.file)
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / f"{self._label(stage.file)}.json"
+        path.write_text(json.dumps(document, indent=1) + "\n")
 
-    def run(
-        self, batch: int, setting: Setting, clock: Clock, seconds: float
-    ) -> tuple[list[dict[str, Any]], dict[str, Entry]]:
-        work = batch * setting.points
-        reference = None
-        if clock.left > 0:
-            reference = attribution(
-                self.case.found(), setting, examples=self.case.examples(batch),
-                samples=self.case.samples, device=self.device, cache=self.cache,
-            )  # fmt: skip
-            for worker in self.workers.values():
-                worker.load(batch)
-        # Seconds per gradient only fall as batches grow, so this guess is on the safe side.
-        expected = {name: pace * work for name, pace in self.pace.items()}
-        entries = race(
-            self.workers, setting, reference, clock, seconds=seconds, rounds=20, expected=expected
+    def document(self, file: str) -> Row:
+        found = [row for rows in self.rows.get(file, {}).values() for row in rows]
+        about = self.about | {"seconds_taken": round(self.now() - self.begun)}
+        return {"setting": about | {"quick": self.options["quick"]}, "rows": found}
+
+    def _label(self, file: str) -> str:
+        if self.options["device"] == "cuda":
+            return file if file == "gpu" else f"{file}-gpu"
+        return f"{file}-trial"
+
+    def _said(self, stage: Stage) -> None:
+        rows = self.rows[stage.file][stage.name]
+        bad = sum(bool(row.get("failed")) for row in rows)
+        late = sum(row.get("reason") == TIME for row in rows)
+        spent = self.now() - self.begun
+        self.say(
+            f"{spent:4.0f} s  {stage.name}: {len(rows)} rows, {bad} failed, {late} not in time"
         )
-        for name, entry in entries.items():
-            if entry.median:
-                self.pace[name] = min(self.pace.get(name, 1e9), entry.median / work)
-        return rows(self.case, batch, setting, entries), entries
 
 
-def measure_models(
-    device: str, clock: Clock, cache: Path, *, quick: bool
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Rows race by race, each with a line to print; every model gets its share of the time."""
-    cases = QUICK_CASES if quick else GPU_CASES
-    names = ON_CPU if device == "cpu" else ON_GPU
-    kept_back = 0.0 if device == "cpu" else SECONDS_OF_COMPILING
-    gradient, *averages = QUICK_SETTINGS if quick else SETTINGS
-    for number, case in enumerate(cases):
-        share = Clock((clock.left - kept_back) / (len(cases) - number))
-        field = Field(case, names, device, cache)
-        for setting in (*averages, gradient):
-            for batch in case.batches:
-                found, entries = field.run(batch, setting, share, 0.3 if quick else 2.0)
-                yield _said(clock, case, batch, setting, entries), found
-        del field
-        _release(device)
-    for case in cases if device == "cuda" else ():
-        # Compiling takes most of a minute for each shape, so one race a model must do.
-        field = Field(case, (OURS, CAPTUM, TUNED, *COMPILED), device, cache)
-        left = clock if clock.left > SECONDS_OF_COMPILING / 3 else Clock(0.0)
-        found, entries = field.run(case.batches[0], averages[0], left, 2.0)
-        compiled = [row for row in found if row["contender"] in COMPILED]
-        yield _said(clock, case, case.batches[0], averages[0], entries), compiled
-        del field
-        _release(device)
+def verdicts(stages: dict[str, list[Row]]) -> dict[str, str]:
+    """For every op that was checked "passed", or why it is not to be measured."""
+    found: dict[str, str] = {}
+    for row in (one for rows in stages.values() for one in rows):
+        op = row.get("op") or (row["unit"] or "").partition("op ")[2]
+        if op and found.get(op, "passed") == "passed":
+            found[op] = row.get("reason") or "passed"
+    return found
 
 
-def _said(clock: Clock, case: Case, batch: int, setting: Setting, entries: Any) -> str:
-    return f"{clock.spent:4.0f} s  {case.label} batch {batch} {setting.label}: {brief(entries)}"
+def page(run: Run) -> str:
+    """Everything in one page; what failed comes first."""
+    failed = run.failures
+    lines = ["# A run on a GPU", "", tables.caption(run.about), ""]
+    lines += [f"{len(failed)} failures:" if failed else "No failures.", ""]
+    lines += [f"- {line}" for line in failed] + [""] * bool(failed)
+    for file, show in TABLES.items():
+        if file in run.rows:
+            lines += [f"## {file}", "", *show(run.document(file)["rows"]), ""]
+    return "\n".join(lines)
 
 
-def _release(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.compiler.reset()
-        torch.cuda.empty_cache()
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "-" if value in (None, "") else str(value).replace("|", "/").replace("\n", " ")
+
+
+def _columns(*names: str) -> Callable[[list[Row]], list[str]]:
+    """A table of these columns; rows with none of them say their unit and reason."""
+
+    def show(rows: list[Row]) -> list[str]:
+        columns = [*names, "reason"]
+        header = ", ".join(f"{name.replace('_', ' ')}:" for name in ("unit", *columns))
+        lines = [[_text(row.get(name)) for name in ("unit", *columns)] for row in rows]
+        return tables.aligned(header, lines)
+
+    return show
+
+
+def races(rows: list[Row]) -> list[str]:
+    """A line per contender of every race."""
+    header = (
+        "model, batch, contender:, time, gradients/s, against Captum, at equal arithmetic, "
+        "peak memory, reserved, error, precision:, a launch, strategy:, graphs:"
+    )
+    lines = []
+    for row in rows:
+        if "contender" not in row:
+            lines.append([_text(row["unit"]), "-", f"{row['reason']}", *["-"] * 11])
+            continue
+        lines.append([
+            tables.model_text(row), str(row["batch"]), row["contender"],
+            row["reason"] or tables.time_text(row["seconds"]),
+            tables.number_text(row["gradients_per_second"]),
+            tables.times_text(row["times_captum"]), tables.times_text(row.get("times_equal")),
+            tables.bytes_text(row["peak_bytes"]), tables.bytes_text(row.get("reserved_bytes")),
+            tables.error_text(row["error"]),
+            *(_text(row.get(name))
+              for name in ("precision", "points_per_launch", "strategy", "graphs")),
+        ])  # fmt: skip
+    return tables.aligned(header, lines)
+
+
+def table(document: dict[str, Any]) -> str:
+    """Every row of the races."""
+    lines = [tables.caption(document["setting"]), "", *races(document["rows"]), "", NOTES]
+    return "\n".join(lines) + "\n"
+
+
+def summary(document: dict[str, Any]) -> str:
+    """A line per race: each of ours, with its speed against whoever computes alike."""
+    header = (
+        "model, batch, method:, ours in float16, against hand-tuned, in TF32, against Captum in "
+        "TF32, in float32, against Captum in float32, by default:, against Captum as it is, error"
+    )
+    races: dict[tuple[str, int, str], dict[str, Row]] = {}
+    for row in (one for one in document["rows"] if "contender" in one):
+        key = tables.model_text(row), row["batch"], row["setting"]
+        races.setdefault(key, {})[row["contender"]] = row
+    lines = []
+    for (model, batch, setting), by in races.items():
+        cells = [model, str(batch), setting]
+        for name in ("float16", "tf32", "float32"):
+            ours = by.get(f"{tables.OURS}, {name}", {})
+            cells += [ours.get("reason") or tables.time_text(ours.get("seconds")),
+                      tables.times_text(ours.get("times_equal"))]  # fmt: skip
+        auto = by.get(f"{tables.OURS}, auto", {})
+        cells += [_text(auto.get("precision")), tables.times_text(auto.get("times_captum")),
+                  tables.error_text(auto.get("error"))]  # fmt: skip
+        lines.append(cells)
+    about = tables.caption(document["setting"])
+    return "\n".join([about, "", *tables.aligned(header, lines), "", NOTES]) + "\n"
+
+
+NOTES = (
+    "Medians of interleaved calls, end to end. Against others: their time over ours, so above 1 is "
+    "faster. Captum as it is computes convolutions in TF32, which PyTorch allows by default. "
+    "Hand-tuned is a loop in PyTorch with weights in float16, channels last, cuDNN's choice by "
+    "time, a CUDA graph and the fastest number of points per launch. Peak memory is over the level "
+    "right after the model was built, and reserved is all that the allocator then holds, private "
+    "pools of graphs included. Error is relative L2 against the same points in float64."
+)
+TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
+    "smoke": _columns("version", "method", "gap", "first_call_seconds", "strategy", "graphs"),
+    "ceilings": _columns(
+        "pass", "layout", "precision", "benchmark", "seconds", "teraflops", "gigabytes_per_second"
+    ),
+    "end-to-end": races,
+    "profile": _columns("kernel", "calls", "busy_seconds", "seconds", "share", "graphs"),
+    "ops": _columns(
+        "megabytes", "fast_ms", "copy_ms", "share_of_copy", "gigabytes_per_second", "error"
+    ),
+    "timm": _columns(
+        "precision", "gradients_per_second", "times_plain", "error", "strategy", "graphs"
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="a directory")
+    parser.add_argument("--out", type=Path, help="a directory; benchmarks/results on a GPU")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny models and no per-op rows")
+    parser.add_argument("--quick", action="store_true", help="tiny models and sizes")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole run")
+    parser.add_argument("--only", default="", help="stages, with commas between")
     options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch sees no GPU here (torch.cuda.is_available() is False)")
-    clock, label = Clock(options.seconds), "gpu" if options.device == "cuda" else "cpu"
-
-    verdicts = check_ops(options.device, SHARE_OF_CHECKS * options.seconds)
-    for name, verdict in verdicts.items():
-        print(f"{clock.spent:4.0f} s  check of {name}: {verdict}", flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if not options.quick:
-        document = measure_ops(options.device, verdicts)
-        text = tables.ops(document)
-        save(document, text, options.out, f"ops-{label}")
-        print(text, flush=True)
-
-    found: list[dict[str, Any]] = []
-    about = machine(options.device) | {"checks": verdicts, "quick": options.quick}
-    for line, new in measure_models(
-        options.device, clock, options.out / ".cache", quick=options.quick
-    ):
-        print(line, flush=True)
-        found += new
-        # After every race, so that a run that is cut short leaves what it had.
-        document = {"setting": about | {"seconds_taken": round(clock.spent)}, "rows": found}
-        save(document, tables.full(document), options.out, f"end-to-end-{label}")
-    print(tables.full(document))
-    if any(verdict != "passed" for verdict in verdicts.values()):
-        sys.exit("not every op passed its checks on this device: see above")
+    wanted = set(filter(None, options.only.split(","))) or {one.name for one in STAGES}
+    stages = [one for one in STAGES if one.name in wanted]
+    if len(stages) < len(wanted):
+        parser.error(f"--only takes {', '.join(one.name for one in STAGES)}: got {options.only!r}")
+    if options.device == "cuda":
+        if why := not_installed():
+            parser.error(f"{why}; run `{INSTALL}`")
+        if not any(map(os.path.exists, DEVICES)):
+            parser.error(f"there is no GPU here: expected one of {', '.join(DEVICES)}")
+    elif options.out is None:
+        parser.error("--device cpu needs --out DIR: its rows are no results")
+    parts = [f"--device {options.device}"] * (options.device == "cpu") + ["--quick"] * options.quick
+    parts += [f"--only {options.only!r}"] * bool(options.only)
+    parts += [f"--seconds {options.seconds:g}"] * (options.seconds != SECONDS)
+    command = " ".join(["python -m benchmarks.gpu", *parts])
+    about = {"device": options.device, "quick": options.quick, "command": command,
+             "about": "benchmarks.end_to_end:machine"}  # fmt: skip
+    run = Run(options.out or RESULTS, about, seconds=options.seconds)
+    run.run(stages)
+    if run.failures:
+        sys.exit("\n".join(["these failed:", *run.failures]))
 
 
 if __name__ == "__main__":

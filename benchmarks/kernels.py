@@ -248,9 +248,9 @@ def _speeds(measured: dict[str, Any] | None, both: set[str]) -> dict[tuple[str, 
     names = {"cuda": "CUDA C++", "triton": "Triton"}
     words = measured["setting"]["backends"]["cuda"].removesuffix(" kernels").split(" and ")
     found: dict[tuple[str, str], str] = {}
-    for row in measured["rows"]:
+    for row in (one for one in measured["rows"] if not one.get("reason")):
         language = names.get(words[0] if row["op"] in both else words[-1])
-        if language is not None and not row.get("reason"):
+        if language is not None:
             speed = f"{row['gigabytes_per_second']:.0f} GB/s, {row['share_of_copy']:.0%} of a copy"
             found.setdefault((row["op"], language), speed)
     return found
@@ -307,7 +307,8 @@ def tune_all(kernels: str) -> dict[str, Any]:
     from saliency_fast.kernels.configurations import target_of
 
     from benchmarks.specialisations import specialisations
-    from benchmarks.tuning import VERSUS, CudaTimer, tune, versus, winner
+    from benchmarks.timing import CudaTimer
+    from benchmarks.tuning import VERSUS, tune, versus, winner
 
     device, timer = "cuda", CudaTimer()
     target = target_of(torch.device(device, torch.cuda.current_device()))

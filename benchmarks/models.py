@@ -220,6 +220,59 @@ class UNet3d(nn.Module):
         return out
 
 
+class ConvNeXtBlock(nn.Module):
+    """A depthwise 7x7 convolution, then a GELU network of 4 * width, over channels innermost."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width, H, W] to [B, width, H, W]."""
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        out: Tensor = x + (self.mlp(y) * self.scale).permute(0, 3, 1, 2)
+        return out
+
+
+class ConvNeXt(nn.Module):
+    """Convolutions in the shape of a transformer (Liu 2022)."""
+
+    def __init__(
+        self,
+        depths: tuple[int, ...] = (3, 3, 9, 3),
+        widths: tuple[int, ...] = (96, 192, 384, 768),
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        before, stages = 3, list[nn.Module]()
+        for level, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+            size = 2 if level else 4
+            norm = _ChannelNorm(before) if level else nn.Identity()
+            down = (norm, nn.Conv2d(before, width, size, stride=size))
+            stages += [*down, *([] if level else [_ChannelNorm(width)])]
+            stages += [ConvNeXtBlock(width) for _ in range(depth)]
+            before = width
+        self.stages = nn.Sequential(*stages)
+        self.norm, self.head = nn.LayerNorm(before, eps=1e-6), nn.Linear(before, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] to logits [B, num_classes]."""
+        out: Tensor = self.head(self.norm(self.stages(x).mean((2, 3))))
+        return out
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of [B, C, H, W]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class MLP(nn.Sequential):
     """Three hidden ReLU layers: [B, features] to logits [B, classes]."""
 
@@ -262,6 +315,11 @@ def vit_b16(
 ) -> VisionTransformer:
     """ViT-B/16: [B, 3, image, image] to [B, num_classes], 86.6 M parameters by default."""
     return _built(lambda: VisionTransformer(num_classes, image, depth=depth), seed)
+
+
+def convnext_t(num_classes: int = 1000, *, seed: int = 0) -> ConvNeXt:
+    """ConvNeXt-T: [B, 3, H, W] to [B, num_classes], 28.6 M parameters at 1000 classes."""
+    return _built(lambda: ConvNeXt(num_classes=num_classes), seed)
 
 
 def unet3d(

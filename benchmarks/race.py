@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from benchmarks.cases import Case
-from benchmarks.contenders import CAPTUM, Setting
+from benchmarks.contenders import CAPTUM, EQUALS, Setting
 from benchmarks.processes import ContenderError, Sample
 from benchmarks.reference import relative_error
 
@@ -50,6 +50,7 @@ class Entry:
     seconds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     rise_bytes: int | None = None
+    reserved_bytes: int | None = None
     error: float | None = None
     reason: str = ""
 
@@ -67,19 +68,23 @@ def race(
     seconds: float,
     rounds: int,
     expected: Mapping[str, float] = MappingProxyType({}),
+    watch: Callable[[str, str], None] = lambda name, reason: None,
 ) -> dict[str, Entry]:
     """Runs everyone once for memory and error, then in timed rounds for `seconds`.
 
     The first round counts as timed only where it alone took so long. expected: seconds of a call,
     where they can be guessed; who would not be done before the clock runs out gets the reason
-    "time".
+    "time". watch: is told who runs next, with no reason, and who failed.
     """
     entries = {name: Entry() for name in runners}
     for name, runner in runners.items():
         if clock.left <= expected.get(name, 0.0):
             entries[name].reason = "time"
-        else:
-            _first(runner, setting, reference, entries[name])
+            continue
+        watch(name, "")
+        _first(runner, setting, reference, entries[name])
+        if entries[name].reason:
+            watch(name, entries[name].reason)
     firsts = {name: entry.seconds[0] for name, entry in entries.items() if not entry.reason}
     if sum(firsts.values()) > seconds:
         return entries
@@ -90,7 +95,12 @@ def race(
     for number in range(rounds):
         # Whoever comes first in a round comes last in the next.
         for name in names[number % len(names) :] + names[: number % len(names)] if names else ():
-            _again(runners[name], setting, clock, entries[name])
+            if clock.left <= 0 or entries[name].reason:
+                continue
+            watch(name, "")
+            _again(runners[name], setting, entries[name])
+            if entries[name].reason:
+                watch(name, entries[name].reason)
         if time.perf_counter() - begun > seconds or not names:
             break
     for name, first in firsts.items():
@@ -109,13 +119,12 @@ def _first(runner: Runner, setting: Setting, reference: Tensor | None, entry: En
         return
     entry.seconds = [sample.seconds]
     entry.peak_bytes, entry.rise_bytes = sample.peak_bytes, sample.rise_bytes
+    entry.reserved_bytes = sample.reserved_bytes
     if reference is not None and sample.values is not None:
         entry.error = relative_error(sample.values, reference)
 
 
-def _again(runner: Runner, setting: Setting, clock: Clock, entry: Entry) -> None:
-    if clock.left <= 0 or entry.reason:
-        return
+def _again(runner: Runner, setting: Setting, entry: Entry) -> None:
     try:
         entry.seconds.append(runner.run(setting).seconds)
     except ContenderError as failed:
@@ -125,11 +134,14 @@ def _again(runner: Runner, setting: Setting, clock: Clock, entry: Entry) -> None
 def rows(
     case: Case, batch: int, setting: Setting, entries: Mapping[str, Entry]
 ) -> list[dict[str, Any]]:
-    """The race as JSON: a row per contender, with its ratio to Captum as documented."""
+    """The race as JSON: a row per contender, with its ratio to Captum as documented, and to whoever
+    computes in the same arithmetic.
+    """
     captum = entries[CAPTUM].median if CAPTUM in entries else None
     found = []
     for name, entry in entries.items():
         median = entry.median
+        equal = entries[EQUALS[name]].median if EQUALS.get(name) in entries else None
         row: dict[str, Any] = {
             "workload": case.workload,
             "shape": list(case.found().shape),
@@ -144,7 +156,9 @@ def rows(
             "slowest": max(entry.seconds) if median else None,
             "gradients_per_second": batch * setting.points / median if median else None,
             "times_captum": captum / median if captum and median else None,
+            "times_equal": equal / median if equal and median else None,
             "peak_bytes": entry.peak_bytes,
+            "reserved_bytes": entry.reserved_bytes,
             "error": entry.error,
             "reference_items": case.examples(batch),
         }

@@ -10,8 +10,8 @@ under benchmarks/results/: "end-to-end-cpu", "end-to-end-gpu" (every row), the s
 of every kernel), "kernels-summary" (one line per kernel), "kernels-gpu" (what was timed) or the
 same with "-summary" (only what is checked in or to be); "precision-cpu", "precision-gpu",
 "requests-cpu", "requests-gpu" (both also with "-summary"), "evaluation-cpu", "metaevaluation-cpu",
-"intervals", "methods-cpu", "methods-gpu", "smoothgrad", "first-call-cpu" or "real-models-cpu" (both
-also with "-summary").
+"gpu-model" (counted, not measured), "intervals", "methods-cpu", "methods-gpu", "smoothgrad",
+"first-call-cpu" or "real-models-cpu" (both also with "-summary").
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ GPU_OPS = ("ops-gpu.json", "ops-cuda.json")
 OWN_TABLES = (
     "evaluation",
     "first-call",
+    "gpu-model",
     "intervals",
     "metaevaluation",
     "methods",
@@ -68,7 +69,7 @@ def full(document: dict[str, Any]) -> str:
             row["contender"],
             row["reason"] or time_text(row["seconds"]),
             _spread(row),
-            _number(row["gradients_per_second"]),
+            number_text(row["gradients_per_second"]),
             times_text(row["times_captum"]),
             bytes_text(row["peak_bytes"]),
             error_text(row["error"]),
@@ -124,22 +125,24 @@ def ops(document: dict[str, Any]) -> str:
 
     kept = [row for row in document["rows"] if not row.get("reason")]
     refused = [row for row in document["rows"] if row.get("reason")]
-    lines = [f"Not measured: `{row['op']}` ({row['reason']})." for row in refused]
+    lines = [
+        f"Not measured: `{row.get('op') or row['unit']}` ({row['reason']})." for row in refused
+    ]
     return table(kept, document["setting"]) + "".join(f"\n{line}\n" for line in lines)
 
 
 def lean(document: dict[str, Any]) -> str:
     """What `benchmarks.lean` measured: launches, saved bytes, the prefix."""
-    parts: dict[str, list[Row]] = {"launch": [], "saved": [], "prefix": []}
-    for row in document["rows"]:
-        parts[row["part"]].append(row)
+    names = ("launch", "saved", "prefix")
+    parts = {one: [row for row in document["rows"] if row["part"] == one] for one in names}
     off, captum = "saliency_fast, one launch, lean off", CAPTUM
     foreseen = "planned, over peak, of the call, planned over it"
     launch = [
         [
-            model_text(row), row["setting"], row["contender"], _number(row["points_per_launch"]),
-            row["reason"] or time_text(row["seconds"]), _spread(row), _ratio(row, captum, "time"),
-            _ratio(row, off, "time"), bytes_text(row["peak_bytes"]), _ratio(row, captum, "memory"),
+            model_text(row), row["setting"], row["contender"],
+            number_text(row["points_per_launch"]), row["reason"] or time_text(row["seconds"]),
+            _spread(row), _ratio(row, captum, "time"), _ratio(row, off, "time"),
+            bytes_text(row["peak_bytes"]), _ratio(row, captum, "memory"),
             _ratio(row, off, "memory"), *_foreseen(row), error_text(row["error"]),
         ]
         for row in parts["launch"]
@@ -270,7 +273,7 @@ def _spread(row: Row) -> str:
     return f"{(row['slowest'] - row['fastest']) / row['seconds']:.0%}"
 
 
-def _number(value: float | None) -> str:
+def number_text(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -313,6 +316,10 @@ def table(name: str, results: Path = RESULTS) -> str:
         return ops(document)
     if stem.startswith("lean-"):
         return lean(document)
+    if stem == "end-to-end-gpu":
+        from benchmarks import gpu
+
+        return gpu.summary(document) if name.endswith("-summary") else gpu.table(document)
     if (short := stem.removesuffix("-cpu").removesuffix("-gpu")) in OWN_TABLES:
         module = import_module(f"benchmarks.{short.replace('-', '_')}")
         found: str = (module.summary if name.endswith("-summary") else module.table)(document)

@@ -12,25 +12,16 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from benchmarks.cases import QUICK_CASES, QUICK_SETTINGS, Case
 from benchmarks.contenders import ON_CPU, Setting
+from benchmarks.ops import largest_call
 from benchmarks.processes import Worker
-from saliency_fast.ops import OPS, Op
+from saliency_fast.ops import OPS
 
 # Captum says at every call that it had to make its input require gradients.
 pytestmark = pytest.mark.filterwarnings("ignore:Input Tensor .* did not already require")
-
-
-@cache
-def largest_call(op: Op) -> tuple[Any, ...]:
-    """The arguments of the op's sample that moves most bytes."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        samples = list(op.samples())
-    return max(samples, key=lambda sample: op.moved(*sample.args)).args
 
 
 @cache
@@ -42,7 +33,7 @@ def worker(case: Case, contender: str) -> Worker:
 @pytest.mark.parametrize("name", OPS)
 def test_op(benchmark: Any, name: str, version: str) -> None:
     op = OPS[name]
-    args = largest_call(op)
+    args = largest_call(op).args
     benchmark.group = f"op: {name}"
     # Ops that accumulate change their own copies, over and over.
     own = tuple(value.clone() if isinstance(value, Tensor) else value for value in args)

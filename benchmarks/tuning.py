@@ -9,7 +9,6 @@ checked in by hand (kernels/configurations.py).
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +20,7 @@ from saliency_fast.kernels.configurations import TABLE, Choice, Configuration
 from torch import Tensor
 
 from benchmarks.ops import SIZES, Call, outcome, relative_error
+from benchmarks.timing import Run, Timer
 from saliency_fast.ops import OPS
 from saliency_fast.ops.dispatch import CUDA_LIBRARY
 
@@ -62,13 +62,6 @@ VERSUS = {
     "pack_mask": (1,),
 }
 """The ops in both languages, and the bytes of the elements on which they are compared."""
-ROUNDS = 15
-QUEUED = 2_000_000
-"""Cycles that the GPU sleeps before each call, a millisecond: no launch is on the clock."""
-
-Run = Callable[[], object]
-Timer = Callable[[dict[str, Run]], dict[str, float]]
-"""Median seconds of each function, all of them called in turn."""
 
 
 @dataclass(frozen=True)
@@ -263,30 +256,3 @@ def winner(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if chosen["seconds"] is not None and best["seconds"] > (1 - WORTH) * chosen["seconds"]:
         return chosen
     return best
-
-
-class CudaTimer:
-    """Medians by CUDA events: before each call the cache is written over, and the GPU sleeps
-    while the host queues the call.
-    """
-
-    def __init__(self, rounds: int = ROUNDS, device: str = "cuda") -> None:
-        self.rounds = rounds
-        cached = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-        self.others = torch.empty(4 * cached, dtype=torch.uint8, device=device)
-
-    def __call__(self, functions: dict[str, Run]) -> dict[str, float]:
-        for run in functions.values():
-            run()
-        times: dict[str, list[float]] = {name: [] for name in functions}
-        for _ in range(self.rounds):
-            for name, run in functions.items():
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                self.others.zero_()
-                torch.cuda._sleep(QUEUED)
-                start.record()
-                run()
-                end.record()
-                end.synchronize()
-                times[name].append(start.elapsed_time(end) / 1e3)
-        return {name: statistics.median(own) for name, own in times.items()}

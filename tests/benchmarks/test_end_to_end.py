@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import end_to_end, gpu, plots, reference, tables
+from benchmarks import end_to_end, plots, reference, tables
 from benchmarks.cases import QUICK_CASES, Case, sized
 from benchmarks.contenders import CAPTUM, LOOP, ON_CPU, OURS, TUNED, Setting, search
 from benchmarks.processes import Child, ContenderError
 from benchmarks.race import Clock, Entry, race, rows
-from saliency_fast.ops import OPS
 
 
 @pytest.fixture(scope="module")
@@ -135,24 +134,6 @@ def test_the_reference_closes_completeness() -> None:
 def test_search_picks_a_divisor() -> None:
     found = search(lambda trial: torch.randn(10, 10), Setting("smoothgrad", 12))
     assert 12 % found == 0
-
-
-def test_checks_are_read_op_by_op() -> None:
-    # Ops that GPUs have no version of are not checked there.
-    one, two, *rest = [name for name, op in OPS.items() if op.triton is not None]
-    output = "\n".join(
-        [
-            f"tests/x.py::test_dispatched[{one}-(3,_7)_torch.float32] PASSED   [ 10%]",
-            f"tests/x.py::test_dispatched[{two}-odd_sizes] FAILED              [ 20%]",
-            f"tests/x.py::test_each_backend[{two}-odd_sizes-triton] PASSED     [ 30%]",
-            "tests/x.py::test_large[triton] FAILED                             [ 40%]",
-        ]
-    )
-    verdicts = gpu.read_checks(output)
-    assert verdicts[one] == "passed"
-    assert verdicts[two] == "1 of its 2 checks failed"
-    assert verdicts["test_large[triton]"] == "failed"
-    assert {verdicts[name] for name in rest} == {"not checked"}
 
 
 def test_plots_draw_what_was_measured(tmp_path: Path) -> None:

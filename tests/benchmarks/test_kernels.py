@@ -13,13 +13,13 @@ import pytest
 import torch
 from saliency_fast.kernels import configurations
 
-from benchmarks import kernels, tables, tuning
+from benchmarks import kernels, tables, timing, tuning
 from benchmarks.ops import Call
 from benchmarks.tuning import Entry, race, winner
 from saliency_fast.ops import OPS
 
 
-def timer_of(seconds: dict[str, float]) -> tuple[tuning.Timer, list[str]]:
+def timer_of(seconds: dict[str, float]) -> tuple[timing.Timer, list[str]]:
     """A timer that calls each function once and tells these seconds; and whom it was given."""
     given: list[str] = []
 
@@ -186,7 +186,7 @@ def test_the_timer_takes_turns_and_medians(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", sleep)
-    timer = tuning.CudaTimer(rounds=3, device="cpu")
+    timer = timing.CudaTimer(rounds=3, device="cpu")
     assert timer.others.numel() == 4000
     found = timer({name: partial(called, name) for name in ("a", "b")})
     assert found == {"a": pytest.approx(2.0), "b": pytest.approx(7.0)}
@@ -215,7 +215,7 @@ def test_the_command_times_every_kernel_and_writes(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(configurations, "target_of", lambda device: "sm_90")
     monkeypatch.setattr(
-        tuning, "CudaTimer", lambda: timer_of({"old": 2.0, "new": 1.0, "copy": 1.0})[0]
+        timing, "CudaTimer", lambda: timer_of({"old": 2.0, "new": 1.0, "copy": 1.0})[0]
     )
     monkeypatch.setattr(tuning, "tune", tune)
     monkeypatch.setattr(tuning, "versus", versus)
@@ -272,7 +272,8 @@ def test_the_summary_has_bandwidths_once_they_are_measured(tmp_path: Path) -> No
         "rows": [
             {"op": name, "gigabytes_per_second": 3210.4, "share_of_copy": 0.97}
             for name in ("noise_points", "line_points")
-        ],
+        ]
+        + [{"unit": "finish: 256^3", "reason": "signal SIGSEGV"}],
     }
     (tmp_path / "ops-gpu.json").write_text(json.dumps(measured))
     after = tables.table("kernels-summary", tmp_path).splitlines()

@@ -26,6 +26,7 @@ CASES: dict[str, Case] = {
         (2, 3, 16, 8, 12),
     ),
     "mlp": (models.mlp, (2, 64), (2, 10)),
+    "convnext_t": (models.convnext_t, (2, 3, 32, 32), (2, 1000)),
 }
 
 
@@ -53,6 +54,7 @@ def input_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         (models.VisionTransformer, 86_567_656),
         (models.UNet3d, 339_620),
         (models.MLP, 150_794),
+        (models.ConvNeXt, 28_589_128),
     ],
 )
 def test_parameter_count(make: Callable[[], nn.Module], count: int) -> None:

@@ -245,7 +245,7 @@ class TestKernelsThatFail:
     @pytest.mark.parametrize(("points", "direct"), [(4, 0), (400, 0), (4, 16)])
     def test_a_strategy_is_not_given_up_silently(self, monkeypatch, points: int, direct: int):
         # Few points are intercepted by versions of which nothing was tried before.
-        own = {"direct_points": direct, "direct_points_of_small": direct, "direct_lean_from": 0}
+        own = {"direct_points": direct, "direct_lean_from": 0}
         configure(monkeypatch, **own)
 
         def broken(*_: Any, **__: Any) -> Any:

@@ -138,7 +138,7 @@ class TestDefault:
         "method", ["gradient", sf.IntegratedGradients(4), sf.Occlusion((1, 3, 3)), "deconvolution"]
     )
     def test_few_points_and_other_methods_stay_in_float32(self, monkeypatch, method: Any):
-        configure(monkeypatch, direct_points_of_small=256)
+        configure(monkeypatch, direct_points=256)
         net, x = seeded(*IMAGE)
         assert sf.explain(net, x[:1], target=1, method=method).provenance.precision == "float32"
 
