@@ -19,7 +19,6 @@ from torch import Tensor
 from saliency_fast._torch_compat import (
     TorchDispatchMode,
     WithoutFunctionModes,
-    tree_iter,
 )
 from saliency_fast.errors import InputError, InputTypeError
 
@@ -214,10 +213,16 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return key, self._sizes.get(key, 0)
 
     def _watch(self, values: object, *, new: bool) -> None:
-        for value in tree_iter(values):
+        # Not by PyTorch's own walk over nested values, which takes longer than most small calls.
+        if isinstance(values, Tensor):
             # Sparse tensors have no memory of their own; their parts are seen when they are made.
-            if isinstance(value, Tensor) and value.layout == torch.strided:
-                self._watch_storage(value.untyped_storage(), new)
+            if values.layout == torch.strided:
+                self._watch_storage(values.untyped_storage(), new)
+        elif isinstance(values, (tuple, list)):
+            for value in values:
+                self._watch(value, new=new)
+        elif isinstance(values, dict):
+            self._watch(tuple(values.values()), new=new)
 
     def _watch_storage(self, storage: torch.UntypedStorage, new: bool) -> None:
         key = id(storage)

@@ -465,25 +465,29 @@ def mapped(change: Callable[[Any], Any], template: Any) -> Any:
     return change(template)
 
 
-def leaves_in(template: Any) -> Iterator[Any]:
+def leaves_in(template: Any) -> list[Any]:
     """The leaves of a template of arguments or of a result, in order."""
-    if isinstance(template, (tuple, list)):
-        for one in template:
-            yield from leaves_in(one)
+    if isinstance(template, slice):
+        template = (template.start, template.stop, template.step)
     elif isinstance(template, Mapping):
-        yield from leaves_in(tuple(template.values()))
-    elif isinstance(template, slice):
-        yield from leaves_in((template.start, template.stop, template.step))
-    else:
-        yield template
+        template = tuple(template.values())
+    if not isinstance(template, (tuple, list)):
+        return [template]
+    found = []
+    for one in template:
+        if isinstance(one, (tuple, list, Mapping, slice)):
+            found += leaves_in(one)
+        else:
+            found.append(one)
+    return found
 
 
-def refs_in(template: Any) -> Iterator[Ref]:
-    return (one for one in leaves_in(template) if isinstance(one, Ref))
+def refs_in(template: Any) -> list[Ref]:
+    return [one for one in leaves_in(template) if isinstance(one, Ref)]
 
 
-def tensors_in(result: Any) -> Iterator[Tensor]:
-    return (one for one in leaves_in(result) if isinstance(one, Tensor))
+def tensors_in(result: Any) -> list[Tensor]:
+    return [one for one in leaves_in(result) if isinstance(one, Tensor)]
 
 
 def filled(template: Any, env: Env, rows: int, frozen: bool) -> Any:
