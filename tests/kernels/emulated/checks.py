@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from saliency_fast.ops import Sample, cuda
+from saliency_fast.ops import Sample, dispatch
 from tests.kernels.emulated.further_cases import Case, further
 from tests.ops.checking import TOLERANCES, assert_close, every_sample, mutated, poisoned
 
@@ -55,7 +55,7 @@ def check(case: Case, want: list[Tensor]) -> None:
 def use(library: Path, seed: int) -> None:
     """Makes the launchers of this process those of `library`, which take tensors of the CPU."""
     ctypes.CDLL(str(library)).emulator_seed(ctypes.c_uint64(seed))
-    cuda.CUDA_LIBRARY = library
+    dispatch.CUDA_LIBRARY = library
     torch.cuda.device = lambda _: contextlib.nullcontext()
     torch.cuda.current_stream = lambda *_: SimpleNamespace(cuda_stream=0)
 

@@ -67,6 +67,11 @@ T& shared(unsigned number) {
 #define threadIdx (::emulator::thread_index)
 #define blockDim (::emulator::block_size)
 
+struct cudaFuncAttributes {};
+template <typename... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(P...)) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return emulator::last_error(); }
 inline void __syncthreads() { emulator::barrier(); }
 inline void __threadfence() { emulator::fence(); }
