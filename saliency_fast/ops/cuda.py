@@ -17,6 +17,8 @@ _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _DOUBLE = ctypes.c_double
 _FLOATS = {torch.float32: "f32", torch.float64: "f64"}
 _ALL_FLOATS = {**_FLOATS, torch.bfloat16: "bf16", torch.float16: "f16"}
+_CAPTURE = range(900, 910)
+"""CUDA errors of captures, whichever kernel meets them first."""
 _LAUNCHERS: dict[str, tuple[dict[torch.dtype, str], list[Any]]] = {
     "noise_points": (_FLOATS, [_POINTER] * 6 + [_INT64, _INT64, _INT, _INT64, _POINTER]),
     "magnitude_percentile": (_FLOATS, [_POINTER] * 3 + [_INT64] * 3 + [_POINTER]),
@@ -58,6 +60,8 @@ def _launch(name: str, tensor: Tensor, *arguments: object) -> None:
         stream = torch.cuda.current_stream().cuda_stream
         values = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         code = getattr(library(), f"saliency_fast_{name}_{suffix}")(*values, stream)
+    if code in _CAPTURE:
+        raise RuntimeError(f"{name} on {device}: CUDA error {code}, a capture of a graph fails")
     if code != 0:
         raise BackendError(f"{name} failed on {device} with CUDA error {code}")
 

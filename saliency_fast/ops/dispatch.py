@@ -151,7 +151,8 @@ def backends() -> dict[str, str]:
 
     Returns:
         `cpu` and `cuda` (what runs there, or why the reference does), `triton` and `cuda ops`
-        (installed or built), and `forced` (the value of SALIENCY_FAST_BACKEND, or "nothing").
+        (installed or built, and the GPUs on which these do not run), and `forced` (the value of
+        SALIENCY_FAST_BACKEND, or "nothing").
 
     Raises:
         BackendError: Where SALIENCY_FAST_BACKEND names no backend, or one that is not built.

@@ -84,16 +84,17 @@ class Op:
 
         Raises:
             BackendError: Where a kernel does not compile, load or run. Arguments that it refuses
-                (ValueError, TypeError) and memory that runs out are other errors.
+                (ValueError, TypeError) are other errors, and so are RuntimeErrors that say nothing
+                of the kernel: memory that runs out, and captures of graphs that fail.
         """
         device = args[0].device
         backend = dispatch.on_device(device.index, has_cuda=self.cuda)
         try:
             return _launcher(self.name, backend)(*args, **kwargs)
-        except (ValueError, TypeError, BackendError):
+        except (ValueError, TypeError, BackendError, torch.AcceleratorError):
             raise
         except Exception as error:
-            if "out of memory" in str(error):
+            if "out of memory" in str(error) or "captur" in str(error):
                 raise
             text = f"{self.name} ({backend}) failed on {device}: {error}"
             raise BackendError(text) from error

@@ -118,6 +118,8 @@ class CompilationError(Exception):
         (ValueError("slope must be finite"), ValueError),
         (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
         (RuntimeError("Triton Error [CUDA]: out of memory"), RuntimeError),
+        (RuntimeError("Triton Error [CUDA]: previous error during capture"), RuntimeError),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), torch.AcceleratorError),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -155,3 +157,14 @@ def test_tensors_of_two_devices_are_refused_before_a_launch(op: Op, monkeypatch)
             args[other] = args[other].to("meta")
             with pytest.raises(InputError, match=r"tensors on one device: got cpu and meta"):
                 op.launcher("cuda")(*args)
+
+
+@pytest.mark.parametrize(("code", "raised"), [(700, BackendError), (901, RuntimeError)])
+def test_captures_that_fail_are_not_taken_for_kernels_that_fail(monkeypatch, code, raised):
+    library = SimpleNamespace(saliency_fast_pack_mask_u8=lambda *_: code)
+    monkeypatch.setattr(cuda, "library", lambda: library)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    with pytest.raises(raised, match=f"CUDA error {code}") as caught:
+        cuda.pack_mask(torch.ones(9, dtype=torch.bool))
+    assert type(caught.value) is raised
