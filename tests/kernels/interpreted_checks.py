@@ -25,12 +25,15 @@ from tests.kernels.mutants import mutant
 
 @pytest.fixture(autouse=True)
 def numpy_scalars(monkeypatch):
-    """Triton 3.6 makes a loop bound by int() of a one-element array, which NumPy 2.4 refuses."""
+    """Triton makes a loop bound by int() of a one-element array, which NumPy 2.4 refuses. From 3.6
+    on it restores what it sets.
+    """
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast.ops import Sample, dispatch
-from tests.kernels.emulated.further_cases import Case, further
+from tests.kernels.emulated.further_cases import Case, further, racing
 from tests.ops.checking import TOLERANCES, assert_close, every_sample, mutated, poisoned
 
 MOST_FAILURES = 3
@@ -99,12 +99,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of random orders; 0: none")
     parser.add_argument("--samples-every", type=int, default=1, help="every Nth sample alone")
     parser.add_argument("--further-every", type=int, default=0, help="0: no further cases")
+    parser.add_argument("--racing", action="store_true", help="and those that race most easily")
     parser.add_argument("--ops", default="", help="these alone, with commas between them")
     options = parser.parse_args()
     torch.set_num_threads(1)
     cases = samples()[:: options.samples_every]
     if options.further_every:
         cases += islice(further(), 0, None, options.further_every)
+    cases += racing() if options.racing else []
     ops = options.ops.split(",") if options.ops else [case.op.name for case in cases]
     pairs = [(case, results(case, "reference")) for case in cases if case.op.name in ops]
     for library in options.libraries:

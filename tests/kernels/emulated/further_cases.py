@@ -111,6 +111,13 @@ def _percentiles() -> Iterator[Case]:
             yield Case(OPS["magnitude_percentile"], (values, percentile), numel % 2)
 
 
+def racing() -> list[Case]:
+    """Percentiles by two blocks of a row, which add to all of its counters, again and again."""
+    order = torch.arange(30_000) * 7919 % 30_000
+    values = torch.logspace(-37, 37, 30_000)[order].view(2, -1)
+    return 6 * [Case(OPS["magnitude_percentile"], (values, 50.0))]
+
+
 def further() -> Iterator[Case]:
     """All of them, drawn from one fixed seed."""
     with torch.random.fork_rng():

@@ -45,7 +45,7 @@ constexpr size_t kGap = 64;                 // between variables, which AddressS
 constexpr unsigned char kPattern = 0xA5;    // neither zero nor a bool
 constexpr unsigned kWarp = 32;
 constexpr size_t kResident = 3;  // blocks at a time, with a seed
-constexpr unsigned kTurn = 64;   // threads that run before another block has its turn, about
+constexpr unsigned kTurn = 8;    // how often threads wait, about, before another block has its turn
 
 enum class State { ready, barrier, active, match, done };
 
@@ -82,6 +82,7 @@ cudaError_t error = cudaSuccess;
 const std::function<void()>* body;
 Block* block;
 unsigned current;
+unsigned turn;  // threads that run before another block has its turn, about
 
 // Fibers call nothing of libc and allocate nothing here: ThreadSanitizer would see that.
 std::deque<Fiber*> idle;
@@ -132,7 +133,7 @@ void switch_to(Fiber& from, Fiber& to) {
 
 void become(unsigned thread) { current = thread, thread_index = {thread, 0, 0}; }
 Thread& self() { return block->threads[current]; }
-bool turn_ends() { return shuffled && random_numbers() % kTurn == 0; }
+bool turn_ends() { return shuffled && random_numbers() % turn == 0; }
 
 // What a fiber does, again and again: begins threads until one of them waits.
 void work() {
@@ -268,6 +269,9 @@ std::unique_ptr<Block> begin(unsigned index, unsigned count) {
 // Runs threads of a block for a turn; false where it has ended.
 bool advance(Block& which) {
   block = &which, block_index = {which.index, 0, 0};
+  // Every other turn goes to the block's end, while another one stands still anywhere.
+  const unsigned length = kTurn * which.threads.size();
+  turn = random_numbers() % 2 == 0 ? 1 + random_numbers() % length : UINT32_MAX;
   do {
     if (block->ready.empty() && !release_threads()) return false;
     const unsigned next = block->ready.back();
@@ -359,8 +363,8 @@ void run(const Grid& grid, const std::function<void()>& thread) {
       resident.push_back(begin(waiting.back(), block_size.x));
       waiting.pop_back();
     }
-    const size_t turn = shuffled ? random_numbers() % resident.size() : 0;
-    if (!advance(*resident[turn])) resident.erase(resident.begin() + turn);
+    const size_t next = shuffled ? random_numbers() % resident.size() : 0;
+    if (!advance(*resident[next])) resident.erase(resident.begin() + next);
   }
   if (error != cudaSuccess) {
     // Threads are given up where they wait.

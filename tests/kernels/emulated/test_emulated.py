@@ -53,13 +53,10 @@ def assert_right(found: dict) -> None:
     assert not found["failures"], "\n\n".join(found["failures"])
 
 
-def assert_found(found: list[dict], faults: list[build.Fault]) -> None:
-    missed = [
-        fault
-        for fault, one in zip(faults, found, strict=True)
-        if not one["failures"] and one["ended"] == 0
-    ]
-    assert not missed, f"{len(missed)} of {len(faults)} faults are not found: {missed}"
+def missed(found: list[dict], faults: list[build.Fault]) -> list[build.Fault]:
+    """The planted faults that were not found."""
+    pairs = zip(faults, found, strict=True)
+    return [fault for fault, one in pairs if not one["failures"] and one["ended"] == 0]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +72,7 @@ def test_every_sample_and_some_further_cases_of(name: str, by_default: list[dict
 
 
 def test_some_planted_faults_are_found(by_default: list[dict]):
-    assert_found(by_default[1:], BY_DEFAULT)
+    assert not missed(by_default[1:], BY_DEFAULT)
 
 
 def test_launches_of_no_elements_and_of_too_many(directory: Path):
@@ -122,11 +119,15 @@ def test_every_sample_under_thread_sanitizer(seed: int, directory: Path):
 @pytest.mark.parametrize("source", OPS_OF)
 @pytest.mark.parametrize("sanitizer", FAULTS)
 def test_every_planted_fault_is_found(sanitizer: str, source: str, directory: Path):
-    """By cases that the kernels as they are pass."""
+    """By cases that the kernels as they are pass; some races only show in some orders."""
     faults = [fault for fault in FAULTS[sanitizer] if fault.source == source]
-    libraries = [build.build(directory, sanitizer, fault) for fault in (None, *faults)]
-    cases = "--samples-every=5" if sanitizer == "races" else "--further-every=41"
-    options = ("--seed=1", cases, f"--ops={OPS_OF[source]}")
-    right, *wrong = checked(libraries, sanitizer, *options)
-    assert_right(right)
-    assert_found(wrong, faults)
+    cases = ("--samples-every=6", "--racing") if sanitizer == "races" else ("--further-every=41",)
+    for seed in range(1, 9):
+        libraries = [build.build(directory, sanitizer, fault) for fault in (None, *faults)]
+        options = (f"--seed={seed}", f"--ops={OPS_OF[source]}", *cases)
+        right, *wrong = checked(libraries, sanitizer, *options)
+        assert_right(right)
+        faults = missed(wrong, faults)
+        if not faults or sanitizer != "races":
+            break
+    assert not faults, f"{len(faults)} faults are not found"
