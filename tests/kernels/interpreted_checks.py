@@ -5,7 +5,6 @@ is imported. Alone: TRITON_INTERPRET=1 python -m pytest tests/kernels/interprete
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest

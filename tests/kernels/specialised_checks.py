@@ -110,8 +110,8 @@ def main() -> None:
             errors.append(f"{op.name}({sample.note})\n{traceback.format_exc()[-4000:]}")
         if len(errors) == MOST_ERRORS:
             break
-    found = {"errors": errors, "spilling": stand_in.spilling}
-    print(json.dumps({**found, "compilations": stand_in.compilations, "launches": stand_in.launches}))  # fmt: skip
+    counts = {"compilations": stand_in.compilations, "launches": stand_in.launches}
+    print(json.dumps({"errors": errors, "spilling": stand_in.spilling, **counts}))
 
 
 if __name__ == "__main__":
