@@ -26,7 +26,7 @@ SPILLING = {
     "sm_100": {"_accumulate"},
 }
 """Kernels that keep bytes outside of registers in rare specialisations (Triton 3.7): `_moments` 8
-for one element, `_resize` 8 for volumes in float64, `_accumulate` 24 or 40 for float16 of odd sizes.
+for one element, `_resize` 8 for float64 volumes, `_accumulate` 24 or 40 for float16 of odd sizes.
 """
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
