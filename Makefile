@@ -24,7 +24,7 @@ grep -vE '^(torch|triton)==' constraints.txt > $(1)/constraints.txt
 touch -r constraints.txt $(1)/constraints.txt
 endef
 
-.PHONY: help demo test test-all lint types imports unit test-versions bench bench-gpu real-models kernels larger accuracy format clean
+.PHONY: help demo test test-all lint types imports unit test-versions bench bench-gpu real-models kernels kernels-checked larger accuracy format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,10 @@ real-models: ## measure sixty networks written by others
 kernels: $(VENV)/test-installed ## compile the GPU kernels for every target and tabulate registers
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.tables
+
+# Needs g++ and its sanitizers, and neither nvcc nor a GPU.
+kernels-checked: $(VENV)/test-installed ## run the CUDA C++ kernels on the CPU under sanitizers
+	$(BIN)/python -m pytest tests/kernels/emulated -m ""
 
 larger: $(VENV)/test-installed ## explain inputs larger than memory: three minutes and 14 GiB
 	$(BIN)/python -m benchmarks.larger

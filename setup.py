@@ -1,7 +1,8 @@
 """Builds the C++ and CUDA ops where a compiler is at hand; the pure-Python install always works.
 
 Reads flags, never hardware: SALIENCY_FAST_BUILD_EXT=0 builds nothing, =1 fails where it cannot
-build; FORCE_CUDA=1 also builds csrc/cuda with nvcc for TORCH_CUDA_ARCH_LIST.
+build; FORCE_CUDA=1 also builds csrc/cuda with nvcc, with or without the C++ ops, for the compute
+capabilities of TORCH_CUDA_ARCH_LIST, such as "8.0;9.0+PTX".
 """
 
 import os
@@ -12,10 +13,16 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.dist import Distribution
 
 ROOT = Path(__file__).parent
 WANTED = os.environ.get("SALIENCY_FAST_BUILD_EXT", "auto")
+WANTS_CUDA = os.environ.get("FORCE_CUDA") == "1"
 CUDA_LIBRARY = "saliency_fast/libsaliency_fast_cuda.so"
+CUDA_ARCHES = ("7.5", "8.0", "9.0", "10.0", "12.0")
+"""Compute capabilities of the library by default, of those that nvcc knows: code for one runs on
+GPUs of the same major number. Of the last there is PTX, too, which drivers compile for later ones.
+"""
 
 
 def cpp_extension():
@@ -37,27 +44,51 @@ def cpp_extension():
     return None
 
 
+def cuda_flags() -> list[str]:
+    """Options of nvcc for TORCH_CUDA_ARCH_LIST, as PyTorch reads it, or CUDA_ARCHES."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";").strip(";")
+    if not wanted:
+        listed = subprocess.check_output(["nvcc", "--list-gpu-arch"], text=True).split()
+        known = [one for one in CUDA_ARCHES if f"compute_{one.replace('.', '')}" in listed]
+        wanted = ";".join(known) + "+PTX"
+    flags = []
+    for arch in filter(None, wanted.split(";")):
+        number, _, ptx = arch.replace(".", "").partition("+")
+        if not number[:1].isdigit() or ptx not in ("", "PTX"):
+            sys.exit(f"TORCH_CUDA_ARCH_LIST takes numbers such as 8.0 or 9.0+PTX: got {arch!r}")
+        codes = (f"sm_{number}", f"compute_{number}") if ptx else (f"sm_{number}",)
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+    return flags
+
+
 def build_cuda(target: Path) -> None:
     """Compiles csrc/cuda into one plain shared library of extern "C" launchers."""
+    if shutil.which("nvcc") is None:
+        sys.exit("FORCE_CUDA=1, but nvcc is not on PATH; install the CUDA toolkit")
     target.parent.mkdir(parents=True, exist_ok=True)
-    flags = []
-    for arch in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a").replace(" ", ";").split(";"):
-        number = arch.replace(".", "").removesuffix("+PTX")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
     sources = sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
     options = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc'}"]
-    subprocess.check_call(["nvcc", *options, *flags, *sources, "-o", str(target)])
+    subprocess.check_call(["nvcc", *options, *cuda_flags(), *sources, "-o", str(target)])
 
 
 def build_command(base: type) -> type:
     class Build(base):
         def run(self) -> None:
             super().run()
-            if os.environ.get("FORCE_CUDA") == "1":
+            if WANTS_CUDA:
                 root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
                 build_cuda(root / CUDA_LIBRARY)
 
     return Build
+
+
+class WithCuda(Distribution):
+    """A distribution whose library of CUDA ops is built like an extension: `build_ext` runs for it,
+    and a wheel that holds it has the platform's tag.
+    """
+
+    def has_ext_modules(self) -> bool:
+        return WANTS_CUDA or bool(self.ext_modules)
 
 
 def openmp(*names: str) -> list[str]:
@@ -66,6 +97,10 @@ def openmp(*names: str) -> list[str]:
 
     return list(names) if torch.backends.openmp.is_available() and sys.platform == "linux" else []
 
+
+# What an earlier build left would go into a wheel that is built without it.
+for left in ROOT.glob(f"build/lib*/{CUDA_LIBRARY}"):
+    left.unlink()
 
 extensions, command = [], build_ext
 torch_build = cpp_extension()
@@ -99,5 +134,6 @@ setup(
     ],
     package_dir={"saliency_fast": "saliency_fast", "saliency_fast.kernels": "kernels"},
     ext_modules=extensions,
+    distclass=WithCuda,
     cmdclass={"build_ext": build_command(command)},
 )

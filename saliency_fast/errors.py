@@ -68,7 +68,7 @@ class BudgetError(SaliencyError, RuntimeError):
 
 
 class BackendError(SaliencyError, RuntimeError):
-    """A fast version of an op was requested but is not built, or does not load."""
+    """A fast version of an op was requested but is not built, does not load, or fails on a GPU."""
 
 
 class BusyError(SaliencyError, RuntimeError):

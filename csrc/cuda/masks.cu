@@ -291,6 +291,15 @@ SALIENCY_FAST_LAUNCHERS(__nv_bfloat16, bf16)
 SALIENCY_FAST_LAUNCHERS(__half, f16)
 #undef SALIENCY_FAST_LAUNCHERS
 
+// cudaSuccess where the current device has code of this library that its driver can run. All files
+// are compiled for the same devices.
+extern "C" int saliency_fast_device_status() {
+  cudaFuncAttributes attributes;
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, pack);
+  cudaGetLastError();
+  return code;
+}
+
 extern "C" int saliency_fast_pack_mask_u8(const void* flags, void* mask, int64_t numel,
                                           void* stream) {
   if (numel == 0) return cudaSuccess;

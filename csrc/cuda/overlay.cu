@@ -60,7 +60,7 @@ __device__ void narrow(Row& row, Count left, int width) {
     if (below <= left && left < below + found[i]) {
       row.prefix = row.prefix << width | (threadIdx.x * kBinsPerThread + i);
       row.left = left - below;
-      row.ticket = 0;
+      atomicExch(&row.ticket, Count{0});  // atomic, like the other blocks' additions to it
     }
     below += found[i];
   }

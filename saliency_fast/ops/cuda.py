@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saliency_fast.errors import BackendError, InputTypeError
-from saliency_fast.ops import masks
-from saliency_fast.ops.dispatch import CUDA_LIBRARY, VARIABLE, not_built
+from saliency_fast.errors import BackendError, InputError, InputTypeError
+from saliency_fast.ops import dispatch, masks
 from saliency_fast.ops.overlay import rank
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _DOUBLE = ctypes.c_double
 _FLOATS = {torch.float32: "f32", torch.float64: "f64"}
 _ALL_FLOATS = {**_FLOATS, torch.bfloat16: "bf16", torch.float16: "f16"}
+_CAPTURE = range(900, 910)
+"""CUDA errors of captures, whichever kernel meets them first."""
 _LAUNCHERS: dict[str, tuple[dict[torch.dtype, str], list[Any]]] = {
     "noise_points": (_FLOATS, [_POINTER] * 6 + [_INT64, _INT64, _INT, _INT64, _POINTER]),
     "magnitude_percentile": (_FLOATS, [_POINTER] * 3 + [_INT64] * 3 + [_POINTER]),
@@ -30,23 +31,14 @@ _LAUNCHERS: dict[str, tuple[dict[torch.dtype, str], list[Any]]] = {
 
 @cache
 def library() -> ctypes.CDLL:
-    """The shared library with its launchers declared; what is missing or broken raises."""
-    if not CUDA_LIBRARY.exists():
-        raise not_built("the CUDA ops", "cuda")
-    try:
-        found = ctypes.CDLL(str(CUDA_LIBRARY))
-        for name, (suffixes, arguments) in _LAUNCHERS.items():
-            for suffix in suffixes.values():
-                launcher = getattr(found, f"saliency_fast_{name}_{suffix}")
-                launcher.argtypes, launcher.restype = arguments, _INT
-        found.saliency_fast_percentile_state.argtypes = []
-        found.saliency_fast_percentile_state.restype = _INT64
-    except (OSError, AttributeError) as error:
-        raise BackendError(
-            f"{CUDA_LIBRARY.name} is built but does not load: {error}; build it again "
-            "(FORCE_CUDA=1 pip install --no-build-isolation -e .) or set "
-            f"{VARIABLE}=triton"
-        ) from error
+    """The shared library with its launchers declared."""
+    found = dispatch.cuda_library()
+    for name, (suffixes, arguments) in _LAUNCHERS.items():
+        for suffix in suffixes.values():
+            launcher = getattr(found, f"saliency_fast_{name}_{suffix}")
+            launcher.argtypes, launcher.restype = arguments, _INT
+    found.saliency_fast_percentile_state.argtypes = []
+    found.saliency_fast_percentile_state.restype = _INT64
     return found
 
 
@@ -57,12 +49,21 @@ def _launch(name: str, tensor: Tensor, *arguments: object) -> None:
     if suffix is None:
         valid = " or ".join(str(dtype).removeprefix("torch.") for dtype in suffixes)
         raise InputTypeError(f"{name} takes {valid} on a GPU: got {tensor.dtype}; pass x.float()")
-    with torch.cuda.device(tensor.device):
+    device = tensor.device
+    for one in arguments:
+        # A pointer to another device's memory is an illegal access, after which nothing runs.
+        if isinstance(one, Tensor) and one.device != device:
+            raise InputError(
+                f"{name} takes tensors on one device: got {device} and {one.device}; move them"
+            )
+    with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
         values = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         code = getattr(library(), f"saliency_fast_{name}_{suffix}")(*values, stream)
+    if code in _CAPTURE:
+        raise RuntimeError(f"{name} on {device}: CUDA error {code}, a capture of a graph fails")
     if code != 0:
-        raise BackendError(f"{name} failed on {tensor.device} with CUDA error {code}")
+        raise BackendError(f"{name} failed on {device} with CUDA error {code}")
 
 
 def noise_points(x: Tensor, *arguments: Any) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saliency_fast._torch_compat import OpOverload, OpOverloadPacket, schema_of
+from saliency_fast.errors import BackendError
 from saliency_fast.ops import dispatch
 
 _LIBRARY = torch.library.Library("saliency_fast", "DEF")  # type: ignore[no-untyped-call]
@@ -78,6 +79,26 @@ class Op:
         tensors = [one for one in (*args, *changed, *results) if isinstance(one, Tensor)]
         return sum(one.numel() * one.element_size() for one in tensors)
 
+    def on_gpu(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the version for the GPU of the first argument, which is imported at its first call.
+
+        Raises:
+            BackendError: Where a kernel does not compile, load or run. Arguments that it refuses
+                (ValueError, TypeError) are other errors, and so are RuntimeErrors that say nothing
+                of the kernel: memory that runs out, and captures of graphs that fail.
+        """
+        device = args[0].device
+        backend = dispatch.on_device(device.index, has_cuda=self.cuda)
+        try:
+            return _launcher(self.name, backend)(*args, **kwargs)
+        except (ValueError, TypeError, BackendError, torch.AcceleratorError):
+            raise
+        except Exception as error:
+            if "out of memory" in str(error) or "captur" in str(error):
+                raise
+            text = f"{self.name} ({backend}) failed on {device}: {error}"
+            raise BackendError(text) from error
+
     def launcher(self, backend: str) -> Callable[..., Any]:
         """The function behind `backend` ("reference", "triton" or "cuda"), imported now."""
         if backend == "reference":
@@ -90,6 +111,11 @@ class Op:
         return found
 
 
+@cache
+def _launcher(name: str, backend: str) -> Callable[..., Any]:
+    return OPS[name].launcher(backend)
+
+
 def define(schema: str, **fields: Any) -> Op:
     """Registers an op of these fields with PyTorch's dispatcher and returns it."""
     op = Op(schema, **fields)
@@ -97,11 +123,8 @@ def define(schema: str, **fields: Any) -> Op:
     _LIBRARY.define(op.schema)  # type: ignore[no-untyped-call]
     _implement(op.name, op.reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"saliency_fast::{op.name}", op.fake, lib=_LIBRARY)
-    backend = dispatch.for_gpu(has_cuda=op.cuda)
-    if backend != "reference" and (op.triton or op.cuda):
-        # The fast version is imported when it is first called.
-        launcher = cache(partial(op.launcher, backend))
-        _implement(op.name, lambda *args, **kwargs: launcher()(*args, **kwargs), "CUDA")
+    if dispatch.for_gpu(has_cuda=op.cuda) != "reference" and (op.triton or op.cuda):
+        _implement(op.name, op.on_gpu, "CUDA")
     OPS[op.name] = op
     return op
 

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import triton
 import triton.language as tl
 from checking import assert_close_to_reference, every_sample, poisoned, results
 from saliency_fast.kernels.configurations import TABLE, Configuration
@@ -17,16 +18,21 @@ from triton.runtime import interpreter
 from benchmarks import tuning
 from benchmarks.ops import Call
 from saliency_fast.ops import OPS, Op, Sample
+from tests.kernels.guarded import Guard, guarded
+from tests.kernels.mutants import mutant
 
 
 @pytest.fixture(autouse=True)
 def numpy_scalars(monkeypatch):
-    """Triton 3.6 makes a loop bound by int() of a one-element array, which NumPy 2.4 refuses."""
+    """Triton makes a loop bound by int() of a one-element array, which NumPy 2.4 refuses. From 3.6
+    on it restores what it sets.
+    """
     patch = interpreter._patch_lang_tensor
 
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def patched(tensor, *scope):
+        patch(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr
+        set_attribute(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
@@ -57,6 +63,14 @@ def boolean_conditions(monkeypatch):
         return broadcast(self, kind, value)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", patched)
+
+
+@pytest.fixture(autouse=True)
+def checked_addresses():
+    """Every launch of every test: see guarded.py."""
+    with guarded() as guard:
+        yield guard
+    assert not guard.found, "\n".join(guard.found)
 
 
 def small_enough(op: Op, sample: Sample) -> bool:
@@ -178,3 +192,75 @@ def test_tuning_judges_every_candidate_by_the_reference(monkeypatch):
     assert set(right) == {True, False}
     assert timed == [row["label"] for row, ok in zip(rows, right, strict=True) if ok] + ["copy"]
     assert tuning.winner(rows) is rows[right.index(True)]
+
+
+OUTSIDE, TWICE = "outside of the tensor", "stored twice"
+LOADED, ATOMIC = "loads what another one stores", "changes by an atomic"
+FAULTS = [
+    ("line_points", "points", "inside = at < numel", "inside = at <= numel", OUTSIDE),
+    ("line_points", "points", "(example % baselines) * numel", "example * numel", OUTSIDE),
+    ("line_points", "points", "out + row * numel + at, point", "out + at, point", TWICE),
+    ("noise_points", "points", "(at >= 0) & (at < numel)", "at < numel", OUTSIDE),
+    ("accumulate", "accumulate", "slot + row, mask=row < rows", "slot + row, mask=rows > 0",
+     OUTSIDE),
+    ("accumulate", "accumulate", "total + mine * wide + at, kept", "total + at, kept", LOADED),
+    ("accumulate_moments", "accumulate", "tl.load(before + mine)", "tl.load(count + mine)", LOADED),
+    ("finish", "finish", "program // slots, tl.sum", "0, tl.sum", TWICE),
+    ("magnitude_percentile", "overlay", "mask=inside, other=0) &", "mask=at >= 0, other=0) &",
+     OUTSIDE),
+    ("magnitude_percentile", "overlay", "tl.atomic_add(place, found.to(tl.int64), mask=found > 0,"
+     ' sem="relaxed")', "tl.store(place, tl.load(place) + found)", LOADED),
+    ("magnitude_percentile", "overlay", "    place =", "    tl.load(counts + digit)\n    place =",
+     ATOMIC),
+    ("relu_mask", "masks", "value.to(y.dtype.element_ty), mask=inside)",
+     "value.to(y.dtype.element_ty))", OUTSIDE),
+    ("window_points", "windows", "inside = at < numel", "inside = at <= numel", OUTSIDE),
+    ("maxpool_index", "pools", "values + at, best", "values + at + 1, best", OUTSIDE),
+]  # fmt: skip
+"""(op, file, what stands there, what it becomes, what is found)."""
+
+
+@pytest.mark.parametrize(("name", "file", "old", "new", "what"), FAULTS, ids=range(len(FAULTS)))
+def test_planted_faults_are_found(name, file, old, new, what, checked_addresses: Guard, tmp_path):
+    launcher = getattr(mutant(file, old, new, tmp_path), name)
+    op, guard = OPS[name], checked_addresses
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        samples = [one for one in op.samples() if op.moved(*one.args) < 500_000]
+    for sample in samples:
+        results(op, sample, launcher)
+        if guard.found:
+            break
+    found, guard.found = guard.found, []
+    assert any(what in line for line in found), found
+
+
+@triton.jit
+def _misused(x, out, n, KIND: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, BLOCK)
+    if KIND == "read of a neighbour":
+        at += tl.program_id(0) * BLOCK
+        near = tl.load(out + at + 1, mask=at + 1 < n)
+        tl.store(out + at, near, mask=at < n)
+    elif KIND == "equal values":
+        tl.store(out + at, tl.load(x + at, mask=at < n), mask=at < n)
+    elif KIND == "another argument":
+        tl.store(x + at + n, tl.load(x + at, mask=at < n), mask=at < n)
+    elif KIND == "duplicates":
+        tl.store(out + at // 2, tl.load(x + at, mask=at < n), mask=at < n)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("read of a neighbour", LOADED),
+        ("equal values", ""),
+        ("another argument", OUTSIDE),
+        ("duplicates", TWICE),
+    ],
+)
+def test_misuse_of_memory_is_found(kind: str, what: str, checked_addresses: Guard):
+    memory = torch.arange(128.0)
+    _misused[2,](memory[:60], memory[60:120], 60, KIND=kind, BLOCK=32)
+    found, checked_addresses.found = checked_addresses.found, []
+    assert {what in line for line in found} == ({True} if what else set()), found
