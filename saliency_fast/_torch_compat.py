@@ -283,6 +283,19 @@ def is_rectifier_step(node: Any) -> bool:
 BATCH_NORM_STEPS = ("NativeBatchNorm", "BatchNormWithUpdate")
 """How the names of the steps of batch normalisation's CPU kernel begin, in all releases. Under
 another name its gradients stay PyTorch's, wrong ones of some memory formats included."""
+
+
+def saved_input(node: Any) -> Tensor | None:
+    """The input that a step of autograd keeps, None where a hook has packed it. Without what tells
+    (in 2.9): None, and gradients of one image are copied before a normalisation's.
+    """
+    saved = getattr(node, "_raw_saved_input", None)
+    if saved is None or getattr(saved, "unpack_hook", True) is not None:
+        return None
+    found = getattr(saved, "data", None)
+    return found if isinstance(found, Tensor) else None
+
+
 run_backward: Any = torch.autograd.Variable._execution_engine.run_backward
 """The backward pass behind `torch.autograd.grad`: (outputs, cotangents, retain_graph, create_graph,
 inputs, allow_unreachable, accumulate_grad). Required."""

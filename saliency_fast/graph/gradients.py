@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge
 
-from saliency_fast._torch_compat import BATCH_NORM_STEPS, run_backward
+from saliency_fast._torch_compat import BATCH_NORM_STEPS, run_backward, saved_input
 from saliency_fast._types import Args, Function
 
 Forward = Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
@@ -58,7 +58,12 @@ def gradients_of_sums(
 @contextmanager
 def _right_norms(results: Iterable[Source]) -> Iterator[None]:
     norms = [node for node in steps_behind(results) if node.name().startswith(BATCH_NORM_STEPS)]
-    handles = [node.register_prehook(_apart) for node in norms]
+    handles = []
+    for node in norms:
+        x = saved_input(node)
+        if x is None or (x.device.type == "cpu" and x.dim() >= 4 and len(x) == 1):
+            strides = None if x is None else x.stride()[1:]
+            handles.append(node.register_prehook(partial(_apart, strides)))
     try:
         yield
     finally:
@@ -66,10 +71,16 @@ def _right_norms(results: Iterable[Source]) -> Iterator[None]:
             handle.remove()
 
 
-def _apart(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-    """The same gradients, of one image or volume with a gap between its elements in memory."""
+def _apart(
+    strides: tuple[int, ...] | None, grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...] | None:
+    """The same gradients, of one image or volume with a gap between its elements in memory, unless
+    it lies as the input does, with these strides behind the first.
+    """
     first = grads[0]
     if first is None or first.device.type != "cpu" or first.dim() < 4 or len(first) != 1:
+        return None
+    if first.stride()[1:] == strides:
         return None
     return first.new_empty((*first.shape, 2))[..., 0].copy_(first), *grads[1:]
 
