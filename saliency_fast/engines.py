@@ -347,7 +347,7 @@ class Engine:
             >>> import torch, saliency_fast as sf
             >>> engine = sf.Engine(torch.nn.Linear(4, 3), points_per_launch=25)
             >>> [int(one.points) for one in engine.stream(torch.ones(1, 4), target=1)]
-            [1, 20, 32, 50]
+            [20, 32, 50]
         """
         self._need_call("stream")
         about = (forward_args, forward_kwargs, region, features, layout)

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 COLLECT = """
 import sys, torch, pytest
 torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: 0
 options = ["--collect-only", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
 sys.exit(pytest.main([*options, "tests", "benchmarks"]))
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import time
 import weakref
@@ -184,7 +185,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = self.peak = self.largest = 0
         self.drew = False
         self._seen: dict[int, weakref.ref[Any]] = {}
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}
+        self._numbers = itertools.count()
 
     def __torch_dispatch__(
         self,
@@ -206,11 +208,10 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Cost(self.peak, self.largest, kept, *drawn)
 
     def size_of(self, tensor: Tensor) -> tuple[int, int]:
-        """A key of the tensor's memory, and its bytes where they are new inside the `with`."""
+        """A number of the tensor's memory, and its bytes where they are new inside the `with`."""
         if tensor.layout != torch.strided:
-            return id(tensor), 0
-        key = id(tensor.untyped_storage())
-        return key, self._sizes.get(key, 0)
+            return -1, 0
+        return self._sizes.get(id(tensor.untyped_storage()), (-1, 0))
 
     def _watch(self, values: object, *, new: bool) -> None:
         # Not by PyTorch's own walk over nested values, which takes longer than most small calls.
@@ -236,7 +237,8 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._sizes.pop(key, None)
 
         self._seen[key] = weakref.ref(storage, gone)
-        self._sizes[key] = size
+        # By number: another one may have its id once it is gone.
+        self._sizes[key] = next(self._numbers), size
         self.live += size
         self.peak = max(self.peak, self.live)
         self.largest = max(self.largest, size)
