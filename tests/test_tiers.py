@@ -112,7 +112,7 @@ def test_a_recording_waits_until_it_repays() -> None:
 
 @pytest.mark.parametrize(("launch", "rows"), [(2**30, 2), (1, 1)])
 def test_eager_launches_have_two_points_where_memory_allows(launch: int, rows: int) -> None:
-    config = EngineConfig(cpu_launch=1, cpu_pair=launch)
+    config = EngineConfig(cpu_launch=1, cpu_most=launch)
     engine = sf.Engine(model(), sf.IntegratedGradients(steps=12), config=config)
     found = engine(X[:1], 1)
     assert found.provenance.strategy == "off"

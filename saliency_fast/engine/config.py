@@ -65,7 +65,8 @@ class EngineConfig:
         traced_from: Bytes of a launch from which its trace pays, which costs up to five points.
         cpu_tensor, cpu_launch: Bytes of the largest tensor, and of all tensors of a launch, from
             which launches on CPUs get cheaper per point by a tenth at most, in twice the memory.
-        cpu_pair: Bytes that two points of a launch that runs eagerly may take.
+        cpu_rows, cpu_most: Points that launches have where so many bytes hold them; two where they
+            run eagerly, since of one row PyTorch convolves small volumes ten times as slowly.
         cpu_scores: The same of the largest tensor for scores alone: each is read once, right after
             it was written, so that launches stay in the caches.
         gpu_launch: Bytes of a launch on GPUs, far above what keeps the device busy.
@@ -136,7 +137,8 @@ class EngineConfig:
     cpu_tensor: int = 40 * MiB
     cpu_scores: int = 8 * MiB
     cpu_launch: int = 64 * MiB
-    cpu_pair: int = 160 * MiB
+    cpu_rows: int = 8
+    cpu_most: int = 160 * MiB
     gpu_launch: int = 8 * GiB
     kept_bytes: int = 256 * MiB
     kept_most: int = 1 * GiB

@@ -286,7 +286,11 @@ def make_plan(
     largest = config.cpu_tensor if recipe.gradients else min(largest, config.cpu_tensor)
     pays = max(1, largest // max(cost.largest, 1)) if call.device.type == "cpu" else None
     room = budget, fixed, needed.finish
-    bounds = config if calibration.recorded else _eager_bounds(config, bytes_of(2))
+    # Autograd keeps more of a point: eight would take much memory for little time.
+    rows = config.cpu_rows if calibration.recorded else 2
+    bounds = replace(
+        config, cpu_launch=max(config.cpu_launch, min(bytes_of(rows), config.cpu_most))
+    )
     most = points_per_launch(limits.points_per_launch, bytes_of, pays, room, bounds)
     size = min(most, points := recipe.count * call.batch)
     launch, fits = bytes_of(size), fixed + max(exact, needed.finish) <= budget
@@ -315,13 +319,6 @@ def make_plan(
         notes=_notes(recipe, size, limits, calibration),
         strategies=calibration.refusals,
     )
-
-
-def _eager_bounds(config: EngineConfig, two: int) -> EngineConfig:
-    """Two points, of so many bytes, are worth more memory: of one row, PyTorch convolves small
-    volumes ten times as slowly.
-    """
-    return replace(config, cpu_launch=max(config.cpu_launch, min(two, config.cpu_pair)))
 
 
 def _point(calibration: Calibration, config: EngineConfig) -> int:
