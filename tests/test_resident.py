@@ -71,8 +71,9 @@ def test_what_stays_is_listed_and_little(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_closed_engine_gives_it_back(name: str) -> None:
     found = measured(name)
-    # Recordings load more code, and launches of several sizes leave a library more buffers.
-    more = 24 if name in ("recorded", "service", "wide") else 8
+    # Recordings load more code, and launches of several sizes leave a library more buffers; which
+    # pages of code stay in memory depends on what else the machine does.
+    more = 24 if name in ("recorded", "service", "wide") else 12
     assert found["closed"] < LIBRARIES + more * MiB
     assert found["again"] < 4 * MiB
     assert found["collected"] < found["closed"] - found["weights"] + 4 * MiB
