@@ -260,6 +260,7 @@ def test_a_plan_tells_what_launches_take(
     method: Any, lean: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the byte, for launches of sizes that were never tried, and the maps stay as they are."""
+    configure(monkeypatch, traced_from=1)
     model, x = Volume().eval(), randn(1, 1, 40, 40, 40).float()
     extents = []
     close = Arena.close

@@ -133,7 +133,7 @@ class EngineConfig:
     usual_ratio: int = 512
     unforeseen_bytes: int = 1536 * MiB
     foreseen_bytes: int = 256 * MiB
-    traced_from: int = 16 * MiB
+    traced_from: int = 64 * MiB
     cpu_tensor: int = 40 * MiB
     cpu_scores: int = 8 * MiB
     cpu_launch: int = 64 * MiB
