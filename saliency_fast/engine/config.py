@@ -133,11 +133,11 @@ class EngineConfig:
     usual_ratio: int = 512
     unforeseen_bytes: int = 1536 * MiB
     foreseen_bytes: int = 256 * MiB
-    traced_from: int = 64 * MiB
+    traced_from: int = 160 * MiB
     cpu_tensor: int = 40 * MiB
     cpu_scores: int = 8 * MiB
     cpu_launch: int = 64 * MiB
-    cpu_rows: int = 8
+    cpu_rows: int = 16
     cpu_most: int = 160 * MiB
     gpu_launch: int = 8 * GiB
     kept_bytes: int = 256 * MiB

@@ -286,7 +286,7 @@ def make_plan(
     largest = config.cpu_tensor if recipe.gradients else min(largest, config.cpu_tensor)
     pays = max(1, largest // max(cost.largest, 1)) if call.device.type == "cpu" else None
     room = budget, fixed, needed.finish
-    # Autograd keeps more of a point: eight would take much memory for little time.
+    # Autograd keeps more of a point: more would take much memory for little time.
     rows = config.cpu_rows if calibration.recorded else 2
     bounds = replace(
         config, cpu_launch=max(config.cpu_launch, min(bytes_of(rows), config.cpu_most))
