@@ -286,11 +286,7 @@ def make_plan(
     largest = config.cpu_tensor if recipe.gradients else min(largest, config.cpu_tensor)
     pays = max(1, largest // max(cost.largest, 1)) if call.device.type == "cpu" else None
     room = budget, fixed, needed.finish
-    # Autograd keeps more of a point: more would take much memory for little time.
-    rows = config.cpu_rows if calibration.recorded else 2
-    bounds = replace(
-        config, cpu_launch=max(config.cpu_launch, min(bytes_of(rows), config.cpu_most))
-    )
+    bounds = _bounds(config, bytes_of, recorded=calibration.recorded)
     most = points_per_launch(limits.points_per_launch, bytes_of, pays, room, bounds)
     size = min(most, points := recipe.count * call.batch)
     launch, fits = bytes_of(size), fixed + max(exact, needed.finish) <= budget
@@ -319,6 +315,16 @@ def make_plan(
         notes=_notes(recipe, size, limits, calibration),
         strategies=calibration.refusals,
     )
+
+
+def _bounds(
+    config: EngineConfig, bytes_of: Callable[[int], int], *, recorded: bool
+) -> EngineConfig:
+    """With more bytes where so few would hold few points. Autograd keeps more of a point: more than
+    two would take much memory for little time.
+    """
+    several = bytes_of(config.cpu_rows if recorded else 2)
+    return replace(config, cpu_launch=max(config.cpu_launch, min(several, config.cpu_most)))
 
 
 def _point(calibration: Calibration, config: EngineConfig) -> int:
