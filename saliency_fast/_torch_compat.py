@@ -35,7 +35,18 @@ from torch.utils._pytree import (
 
 __all__ = ["OpOverload", "OpOverloadPacket", "TreeSpec", "is_traceable_wrapper_subclass"]
 __all__ += ["tree_any", "tree_flatten", "tree_leaves", "tree_map", "tree_structure"]
-__all__ += ["TorchDispatchMode", "tree_iter", "tree_unflatten"]
+__all__ += ["tree_iter", "tree_unflatten"]
+
+
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A mode whose dispatch is not wrapped in the compiler, which costs its whole import."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
 
 def _find(path: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from saliency_fast._torch_compat import TorchDispatchMode, end_allocation_to_pool, tree_iter
+from saliency_fast._torch_compat import DispatchMode, end_allocation_to_pool, tree_iter
 from saliency_fast.errors import BusyError, SaliencyError
 
 WARM_UPS = 1
@@ -94,7 +94,7 @@ class CannotCaptureError(SaliencyError):
     """A body asks for what no capture allows."""
 
 
-class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class DryRun(DispatchMode):  # type: ignore[no-untyped-call]
     """Inside, what no capture on a device allows raises CannotCaptureError: numbers that the host
     waits for, and copies between the host and the device.
     """
@@ -105,12 +105,8 @@ class DryRun(TorchDispatchMode):  # type: ignore[no-untyped-call]
     )
     """Operators that the host waits for; those that take indices do for masks among these."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
     def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._kind = device.type
 
     def __torch_dispatch__(

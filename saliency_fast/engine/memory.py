@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saliency_fast._torch_compat import (
-    TorchDispatchMode,
+    DispatchMode,
     WithoutFunctionModes,
 )
 from saliency_fast.errors import InputError, InputTypeError
@@ -168,20 +168,15 @@ class Cost:
         return replace(self, peak=-(-self.peak // points), largest=-(-self.largest // points))
 
 
-class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MemoryMeter(DispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that live at the same time inside its `with`, and the largest.
 
     Works on any device and for one thread alone, unlike the allocators' own counters; what an
     operator takes for itself while it runs is not seen. drew: whether one asked for random numbers.
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # The default wraps the dispatch below in the compiler, which costs its whole import.
-        return False
-
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.live = self.peak = self.largest = 0
         self.drew = False
         self._seen: dict[int, weakref.ref[Any]] = {}
