@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from operator import is_, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -495,7 +496,7 @@ class WeightsHash:
         plain = self._found is None and set(map(id, self._tensors)) == set(map(id, state.values()))
         self._plain = plain and all(own_state(one, "") is None for one in below([model]))
         self._counts = _counts(self._tensors) if plain else []
-        self._samples = [_sample(one) for one in state.values()] if plain else []
+        self._samples = _samples(state) if plain else []
         self._model = weakref.ref(model)
         # Not of this object, which is to go where nobody asks for the hash any more.
         goes = weakref.finalize(model, _before_it_goes, weakref.ref(self), state)
@@ -543,11 +544,10 @@ def weights_hash(model: Callable[..., Any]) -> WeightsHash | None:
     """The hash of a module's weights as they are, at once where PyTorch does not count changes."""
     if not isinstance(model, nn.Module):
         return None
-    held = list[object]()
-    for module in below([model]):
-        if not isinstance(module, torch.jit.ScriptModule):
-            parameters, buffers, inside = itemgetter(*TABLES)(vars(module))
-            held += (*parameters, *parameters.values(), *buffers, *buffers.values(), *inside)
+    plain = [vars(one) for one in below([model]) if not isinstance(one, torch.jit.ScriptModule)]
+    tables = [*chain.from_iterable(map(itemgetter(*TABLES), plain))]
+    tensors = [one.values() for one in (*tables[::3], *tables[1::3])]
+    held = [*chain.from_iterable(tables), *chain.from_iterable(tensors)]
     with _LOCK:
         known = _WEIGHTS.get(model)
         if known is None or not known.holds(held):
@@ -580,7 +580,15 @@ def _places(state: dict[str, Tensor]) -> tuple[object, ...]:
     places = [_memory(one) for one in state.values()]
     if None in places:
         return (*places,)
-    return (tuple(state), *places, _sampled([_sample(one) for one in state.values()]))
+    return (tuple(state), *places, _sampled(_samples(state)))
+
+
+def _samples(state: dict[str, Tensor]) -> list[list[Tensor]]:
+    """Views of some of the numbers of each tensor, by their dtype and device."""
+    kinds: dict[object, list[Tensor]] = {}
+    for one in state.values():
+        kinds.setdefault((one.dtype, one.device), []).append(_sample(one))
+    return [*kinds.values()]
 
 
 def _sample(tensor: Tensor) -> Tensor:
@@ -591,11 +599,8 @@ def _sample(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((-(-extent // step),), (step,))
 
 
-def _sampled(samples: Sequence[Tensor]) -> bytes:
-    kinds: dict[object, list[Tensor]] = {}
-    for one in samples:
-        kinds.setdefault((one.dtype, one.device), []).append(one)
-    return b"".join(_bytes(torch.cat(several)) for several in kinds.values())
+def _sampled(samples: list[list[Tensor]]) -> bytes:
+    return b"".join([_bytes(torch.cat(several)) for several in samples])
 
 
 def input_hashes(inputs: Sequence[Tensor]) -> Callable[[], list[str]]:

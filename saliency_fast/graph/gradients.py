@@ -35,9 +35,13 @@ def gradients(
     format goes through a kernel that reads all strides.
     """
     many = (outputs,) if isinstance(outputs, (Tensor, GradientEdge)) else tuple(outputs)
-    with _right_norms(many):
+    handles = _hooked_norms(many)
+    try:
         found: tuple[Any, ...] = torch.autograd.grad(outputs, inputs, cotangents, **options)  # type: ignore[arg-type]
         return found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def gradients_of_sums(
@@ -46,29 +50,31 @@ def gradients_of_sums(
     """For each column of scores the gradients of its sum, None where it does not depend on a
     source; all columns are of one graph.
     """
-    found, last = [], len(columns) - 1
-    with _right_norms(columns):
+    found, last, handles = [], len(columns) - 1, _hooked_norms(columns)
+    try:
         for number, one in enumerate(columns):
             # Not by `torch.autograd.grad`, which takes as long as the pass of a small network.
             about = ((one,), (torch.ones_like(one),), number < last, False, tuple(sources))
             found.append(run_backward(*about, allow_unreachable=True, accumulate_grad=False))
-    return found
-
-
-@contextmanager
-def _right_norms(results: Iterable[Source]) -> Iterator[None]:
-    norms = [node for node in steps_behind(results) if node.name().startswith(BATCH_NORM_STEPS)]
-    handles = []
-    for node in norms:
-        x = saved_input(node)
-        if x is None or (x.device.type == "cpu" and x.dim() >= 4 and len(x) == 1):
-            strides = None if x is None else x.stride()[1:]
-            handles.append(node.register_prehook(partial(_apart, strides)))
-    try:
-        yield
     finally:
         for handle in handles:
             handle.remove()
+    return found
+
+
+def _hooked_norms(results: Iterable[Source]) -> list[Any]:
+    """Makes the gradients into batch and instance normalisations right; returns the hooks' handles.
+    No tensor is held, whose memory the pass could not take again.
+    """
+    handles = []
+    for node in steps_behind(results):
+        if node.name().startswith(BATCH_NORM_STEPS):
+            x = saved_input(node)
+            if x is None or (x.device.type == "cpu" and x.dim() >= 4 and len(x) == 1):
+                strides = None if x is None else x.stride()[1:]
+                handles.append(node.register_prehook(partial(_apart, strides)))
+            del x
+    return handles
 
 
 def _apart(
@@ -85,16 +91,18 @@ def _apart(
     return first.new_empty((*first.shape, 2))[..., 0].copy_(first), *grads[1:]
 
 
-def steps_behind(results: Iterable[Source]) -> Iterator[Any]:
+def steps_behind(results: Iterable[Source]) -> list[Any]:
     """Autograd's steps from the results back to what they were made of."""
-    pending: list[Any] = [one.grad_fn if isinstance(one, Tensor) else one.node for one in results]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending += [one for one, _ in node.next_functions]
-            yield node
+    found: list[Any] = [one.grad_fn if isinstance(one, Tensor) else one.node for one in results]
+    found = list(dict.fromkeys(node for node in found if node is not None))
+    seen = set(found)
+    for node in found:
+        # The list grows while it is walked.
+        for one, _ in node.next_functions:
+            if one is not None and one not in seen:
+                seen.add(one)
+                found.append(one)
+    return found
 
 
 def nodes_made_of(starts: Iterable[Any], result: Tensor) -> set[Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial, wraps
 from itertools import chain, islice
@@ -95,6 +95,10 @@ _LOCAL = _Local()
 _MODES: SharedSwitch[bool] = SharedSwitch()
 _SNAPSHOTS: dict[nn.Module, _Snapshot] = {}
 """Of the modules that calls hold now, which share them."""
+_GLANCED: list[_Hold] = []
+"""Calls whose models have no snapshots yet, since nobody else holds one."""
+_OUTLINES: WeakKeyDictionary[nn.Module, _Outline] = WeakKeyDictionary()
+"""Of models that the last call has left as they were, by their first modules."""
 _LOCK = threading.RLock()
 """Of snapshots, which threads share."""
 _STANCE: SharedSwitch[Any] = SharedSwitch()
@@ -116,12 +120,13 @@ def preserve_model_state(
     which are the process's: not where other threads go on working.
     """
     # Contexts of PyTorch's take longer than to ask whether they would change anything.
-    nothing = nullcontext()
+    nothing, glanced = nullcontext(), _Hold.glanced(model, rewinds=draws)
     with (
+        glanced or nothing,
         restored_random_state(lambda: True, device) if draws else nothing,
         compat.outside_transforms(),
-        _evaluating(model) as was_training,
-        preserved(model, rewinds=draws),
+        nullcontext(False) if glanced else _evaluating(model) as was_training,
+        nothing if glanced else preserved(model, rewinds=draws),
         torch.inference_mode(False) if torch.is_inference_mode_enabled() else nothing,
         torch.enable_grad(),
         torch.autocast(device.type, enabled=False)
@@ -273,29 +278,36 @@ class _Snapshot:
     whether it has tensors of inference mode.
     """
 
-    def __init__(self, module: nn.Module, room: int) -> None:
-        own = vars(module)
+    def __init__(self, module: nn.Module, sizes: list[int], entries: list[Any]) -> None:
+        """sizes, entries: of the module's attributes and tables, as `_entries` has them."""
         self.module, self.inference, self.changed, self.users = module, False, False, 0
         self.thread: int | None = threading.get_ident()
-        self.sizes, self.entries = _entries(own)
-        self.transient, self.containers = set(own[compat.TRANSIENT]), list[_Container]()
-        parameters, buffers = own[compat.PARAMETERS], own[compat.BUFFERS]
-        # A layer without a bias has a parameter that is None.
-        self.tensors = [pair for pair in parameters.items() if pair[1] is not None]
-        self.tensors += [pair for pair in buffers.items() if pair[1] is not None]
+        self.sizes, self.entries, self.containers = sizes, entries, list[_Container]()
+        self.transient, self.copies = set[str](), dict[int, Tensor]()
+        # Parameters and buffers. A layer without a bias has a parameter that is None.
+        start, half = sizes[0], len(entries) // 2
+        pairs = zip(*(entries[at + start : at + sum(sizes[:3])] for at in (0, half)), strict=True)
+        self.tensors = [(name, one) for name, one in pairs if one is not None]
+        self.versions, self.overwritten = list[int](), None if self.tensors else set[str]()
+
+    @classmethod
+    def of(cls, module: nn.Module, room: int) -> _Snapshot:
+        """Of a module as it is now."""
+        own = vars(module)
+        one = cls(module, *_entries(own))
+        one.transient = set(own[compat.TRANSIENT])
         for name in own if len(own) > len(_BASE) else ():
-            if name in _BASE or (kind := type(value := own[name])) in _PLAIN:
-                continue
-            # Such as the sizes of a convolution's kernel.
-            if kind is not tuple or not _PLAIN.issuperset(map(type, value)):
-                self._gather(name, value, set())
-        if any(tensor.is_inference() for _, tensor in self.tensors):
+            if name not in _BASE and not _is_plain(own[name]):
+                one._gather(name, own[name], set())
+        if any(tensor.is_inference() for _, tensor in one.tensors):
             # They count no writes, and take none outside of their mode.
-            self.inference = True
-            self.tensors = [(name, one) for name, one in self.tensors if not one.is_inference()]
-        self.versions = [compat.version_of(tensor) for _, tensor in self.tensors]
-        self.overwritten = _OVERWRITTEN.get(module) if self.tensors else set()
-        self.copies = self._copied(parameters, room) if self.tensors else {}
+            one.inference = True
+            one.tensors = [pair for pair in one.tensors if not pair[1].is_inference()]
+        one.versions = [compat.version_of(tensor) for _, tensor in one.tensors]
+        if one.tensors:
+            one.overwritten = _OVERWRITTEN.get(module)
+            one.copies = one._copied(own[compat.PARAMETERS], room)
+        return one
 
     def _gather(self, name: str, value: Any, seen: set[int]) -> None:
         """Adds the containers and tensors in an attribute."""
@@ -353,11 +365,14 @@ class _Snapshot:
             lost += [name for n, name in pairs if not self._rewritten(n, graphs)]
         if self.changed:
             _CHANGING.add(self.module)
+            _OUTLINES.clear()
         if self.overwritten is None or written:
             self.overwritten = (self.overwritten or set()).union(
                 self.tensors[n][0] for n in written
             )
             _OVERWRITTEN[self.module] = self.overwritten
+            if written:
+                _OUTLINES.clear()
         return lost
 
     def _restore_entries(self, own: dict[str, Any]) -> None:
@@ -412,6 +427,13 @@ class _Snapshot:
                     table[key] = made[id(one)]
 
 
+def _is_plain(value: object) -> bool:
+    """A number, text or such, or several, as the sizes of a convolution's kernel are."""
+    if type(value) is tuple:
+        return _PLAIN.issuperset(map(type, value))
+    return type(value) in _PLAIN
+
+
 class _Container:
     """A container of a module's, and its entries as they were; None where there are too many."""
 
@@ -457,14 +479,182 @@ def _same(before: dict[Any, Any], now: dict[Any, Any]) -> bool:
     return same and list(before) == list(now)
 
 
+class _Outline:
+    """What the modules of a model hold, by name, where no call has to copy or to restore any of it.
+
+    names: of their attributes, tables' entries and unsaved buffers. tensors, settings, others:
+    where parameters and buffers, numbers and text, and other attributes of the modules' own are
+    among the values. plain: the settings; kinds: types of the others, which may hold the model.
+    sizes, transient: by module, as snapshots have them.
+    """
+
+    def __init__(self, snapshots: Sequence[_Snapshot]) -> None:
+        names, values, own = list[str](), list[Any](), list[int]()
+        self.tensors = list[int]()
+        for one in snapshots:
+            start, half, size = len(names), len(one.entries) // 2, one.sizes[0]
+            own += [start + n for n, name in enumerate(one.entries[:size]) if name not in _BASE]
+            self.tensors += range(start + size, start + sum(one.sizes[:3]))
+            names += one.entries[:half]
+            values += one.entries[half:]
+        self.names = [*names, *chain.from_iterable(one.transient for one in snapshots)]
+        self.settings = [n for n in own if _is_plain(values[n])]
+        self.plain = [values[n] for n in self.settings]
+        self.others = [n for n in own if not _is_plain(values[n])]
+        self.kinds = [type(values[n]) for n in self.others]
+        self.sizes = [one.sizes for one in snapshots]
+        self.transient = [one.transient for one in snapshots]
+
+    @classmethod
+    def of(cls, snapshots: Sequence[_Snapshot]) -> _Outline | None:
+        """Of a model that a call has left; None where the next one may have to copy or restore."""
+        for one in snapshots:
+            tables = one.entries[len(one.entries) // 2 + one.sizes[0] :]
+            held = sum(value is not None for value in tables[: sum(one.sizes[1:3])])
+            if one.inference or one.containers or one.changed or one.overwritten:
+                return None
+            if one.overwritten is None or len(one.tensors) != held or one.module in _CHANGING:
+                return None
+        return cls(snapshots)
+
+    def fits(self, names: list[str], values: list[Any]) -> bool:
+        """Whether modules hold what it says, but for the numbers in their tensors."""
+        if names != self.names or [type(values[n]) for n in self.others] != self.kinds:
+            return False
+        return all(map(is_, [values[n] for n in self.settings], self.plain))
+
+
+class _Glance:
+    """A model as it was, without snapshots of its modules, which are made where they are needed."""
+
+    def __init__(self, modules: list[nn.Module], outline: _Outline) -> None:
+        self.modules, self.outline = modules, outline
+        names, self.values = _listed(modules)
+        self.versions = self._versions(self.values) if outline.fits(names, self.values) else None
+
+    def _versions(self, values: list[Any]) -> list[int | None] | None:
+        """How often each tensor was written to; None where that is not counted."""
+        tensors = [values[n] for n in self.outline.tensors]
+        try:
+            return [None if one is None else compat.version_of(one) for one in tensors]
+        except (AttributeError, RuntimeError):
+            return None
+
+    def unchanged(self) -> bool:
+        names, values = _listed(self.modules)
+        same = len(values) == len(self.values) and all(map(is_, values, self.values))
+        return same and names == self.outline.names and self._versions(values) == self.versions
+
+    def snapshots(self) -> list[_Snapshot]:
+        """Of the modules, as they were."""
+        outline, found, start = self.outline, list[_Snapshot](), 0
+        assert self.versions is not None
+        versions = iter([one for one in self.versions if one is not None])
+        for n, module in enumerate(self.modules):
+            end = start + sum(outline.sizes[n])
+            entries = [*outline.names[start:end], *self.values[start:end]]
+            one = _Snapshot(module, outline.sizes[n], entries)
+            one.transient, one.versions = (
+                outline.transient[n],
+                [*islice(versions, len(one.tensors))],
+            )
+            one.overwritten, start = set(), end
+            found.append(one)
+        return found
+
+
+def _listed(modules: Iterable[nn.Module]) -> tuple[list[str], list[Any]]:
+    """The names of all that modules hold, and the values."""
+    parts, unsaved = list[dict[str, Any]](), list[set[str]]()
+    for one in modules:
+        own = vars(one)
+        parts += (own, *_tables_of(own))
+        unsaved.append(own[compat.TRANSIENT])
+    values = chain.from_iterable([one.values() for one in parts])
+    return [*chain.from_iterable(parts), *chain.from_iterable(unsaved)], [*values]
+
+
+_tables_of = itemgetter(*compat.TABLES)
+
+
 class _Hold:
     """What a call holds. runs: of the model so far; changing: modules that change when it runs;
     graphs: whether graphs of its runs live on; rewinds: whether its runs begin with the held state.
     """
 
-    def __init__(self, snapshots: list[_Snapshot], rewinds: bool) -> None:
-        self.snapshots, self.rewinds, self.runs, self.graphs = snapshots, rewinds, 0, False
-        self.changing = [one for one in snapshots if one.module in _CHANGING] if _CHANGING else []
+    def __init__(self, held: list[_Snapshot] | _Glance, rewinds: bool) -> None:
+        self.glance = held if isinstance(held, _Glance) else None
+        self.snapshots = [] if isinstance(held, _Glance) else held
+        self.rewinds, self.runs, self.graphs = rewinds, 0, False
+        self.thread = threading.get_ident()
+        known = self.snapshots if _CHANGING else ()
+        self.changing = [one for one in known if one.module in _CHANGING]
+
+    @classmethod
+    def glanced(cls, model: object, *, rewinds: bool) -> _Hold | None:
+        """A call's hold of a model that looks as the last call has left it, in evaluation mode,
+        where nobody else holds any.
+        """
+        with _LOCK:
+            if _SNAPSHOTS or _GLANCED or _MODES or not isinstance(model, nn.Module):
+                return None
+            outline = _OUTLINES.get(model)
+            if outline is None:
+                return None
+            glance = _Glance(modules_of(model), outline)
+            if glance.versions is None:
+                # The next call makes another.
+                del _OUTLINES[model]
+            if glance.versions is None or any(one.training for one in glance.modules):
+                return None
+            hold = cls(glance, rewinds)
+            _GLANCED.append(hold)
+            return hold
+
+    def __enter__(self) -> _Hold:
+        _LOCAL.holds.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _LOCAL.holds.remove(self)
+        with _LOCK:
+            if self.glance is not None and self.glance.unchanged():
+                _GLANCED.remove(self)
+                return
+            self.expand()
+            lost = self._leave()
+        if lost:
+            paths = [path for one in self.snapshots for path in one.module.named_modules()]
+            names = {id(one): path for path, one in reversed(paths)}
+            shown = [f"{names[id(one)]}.{name}".lstrip(".") for one, name in lost]
+            more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
+            warn(
+                f"the model changed {', '.join(shown[:_NAMED])}{more} while it was explained, and "
+                "that could not be put back: look whether its forward() writes to it"
+            )
+
+    def expand(self) -> None:
+        """Snapshots in the place of a glance."""
+        if self.glance is not None:
+            self.snapshots, self.glance = self.glance.snapshots(), None
+            _GLANCED.remove(self)
+            for one in self.snapshots:
+                one.users, one.thread = 1, self.thread
+                _SNAPSHOTS[one.module] = one
+
+    def _leave(self) -> list[tuple[nn.Module, str]]:
+        """Restores the modules that no other call holds; returns what could not be restored."""
+        lost, left = list[tuple[nn.Module, str]](), list[_Snapshot]()
+        for one in self.snapshots:
+            one.users -= 1
+            if not one.users:
+                del _SNAPSHOTS[one.module]
+                lost += [(one.module, name) for name in one.restore(graphs=self.graphs)]
+                left.append(one)
+        whole = bool(left) and len(left) == len(self.snapshots)
+        if whole and left[0].module not in _OUTLINES and (outline := _Outline.of(left)):
+            _OUTLINES[left[0].module] = outline
+        return lost
 
 
 def rewind(*, counts: bool = True) -> None:
@@ -476,11 +666,14 @@ def rewind(*, counts: bool = True) -> None:
         return
     hold = _LOCAL.holds[-1]
     hold.runs += counts
-    snapshots = hold.snapshots if counts and hold.runs == 2 else hold.changing
-    if not snapshots:
+    second = counts and hold.runs == 2
+    if not second and not hold.changing:
         return
     with _LOCK:
-        for one in snapshots:
+        if hold.glance is not None and hold.glance.unchanged():
+            return
+        hold.expand()
+        for one in hold.snapshots if second else hold.changing:
             if one.thread is not None and not one.inference:
                 one.restore(graphs=hold.graphs)
                 if one.changed and one not in hold.changing:
@@ -502,11 +695,13 @@ def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
     held, room, made = list[_Snapshot](), COPIED, dict[int, Tensor]()
     inside = torch.is_inference_mode_enabled()
     with _LOCK, torch.inference_mode(False) if inside else nullcontext(), torch.no_grad():
+        for other in [*_GLANCED]:
+            other.expand()
         thread = threading.get_ident()
         for module in modules_of(model):
             one = _SNAPSHOTS.get(module)
             if one is None:
-                one = _SNAPSHOTS[module] = _Snapshot(module, room)
+                one = _SNAPSHOTS[module] = _Snapshot.of(module, room)
                 if one.inference:
                     one.replace_inference(made)
                 if one.copies:
@@ -515,28 +710,8 @@ def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
                 one.thread = None
             one.users += 1
             held.append(one)
-    lost: list[tuple[nn.Module, str]] = []
-    hold = _Hold(held, rewinds)
-    _LOCAL.holds.append(hold)
-    try:
+    with _Hold(held, rewinds):
         yield
-    finally:
-        _LOCAL.holds.remove(hold)
-        with _LOCK:
-            for one in held:
-                one.users -= 1
-                if not one.users:
-                    del _SNAPSHOTS[one.module]
-                    lost += [(one.module, name) for name in one.restore(graphs=hold.graphs)]
-        if lost:
-            paths = [path for one in held for path in one.module.named_modules()]
-            names = {id(one): path for path, one in reversed(paths)}
-            shown = [f"{names[id(one)]}.{name}".lstrip(".") for one, name in lost]
-            more = f" and {len(shown) - _NAMED} more" if len(shown) > _NAMED else ""
-            warn(
-                f"the model changed {', '.join(shown[:_NAMED])}{more} while it was explained, and "
-                "that could not be put back: look whether its forward() writes to it"
-            )
 
 
 def modules_of(model: object) -> list[nn.Module]:
