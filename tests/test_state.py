@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -232,6 +233,128 @@ def test_many_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: sf.explain(model, X(), target=n % 3), range(40)))
     assert picture(model) == before
+
+
+class Quiet(nn.Module):
+    """A network that holds numbers, tensors and an object, and changes itself once it is told to:
+    such a model is looked at as a whole, without copies.
+    """
+
+    def __init__(self, change: Callable[[Any, Tensor], object]) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.register_buffer("average", torch.zeros(6))
+        self.register_buffer("places", torch.zeros(6), persistent=False)
+        self.last, self.calls, self.config = None, 0, object()
+        # No setting of the model's own, which would show.
+        self.told, self.change = SimpleNamespace(now=False), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.told.now:
+            self.change(self, x)
+        return self.body(x)
+
+
+QUIET: dict[str, Callable[[Any, Tensor], object]] = {
+    "last input": CHANGES["last input"],
+    "features": CHANGES["features"],
+    "counter": CHANGES["counter"],
+    "new attribute": CHANGES["new attribute"],
+    "moving average": CHANGES["moving average"],
+    "lazy table": CHANGES["lazy table"],
+    "new submodule": CHANGES["new submodule"],
+    "replaced parameter": CHANGES["replaced parameter"],
+    "list for an object": lambda m, x: setattr(m, "config", [x]),
+    "saved buffer": lambda m, x: m._non_persistent_buffers_set.discard("places"),
+    "deleted": lambda m, x: vars(m).pop("last", None),
+    "equal number": lambda m, x: setattr(m, "calls", False),
+}
+
+
+def _quiet(change: Callable[[Any, Tensor], object]) -> Quiet:
+    """A model of which an earlier call has found nothing to copy or to restore."""
+    model = Quiet(change).eval()
+    sf.explain(model, X(1), target=1, method="gradient")
+    assert model in preserve._OUTLINES
+    return model
+
+
+@pytest.mark.parametrize("change", QUIET)
+@pytest.mark.parametrize("error", [None, ValueError])
+@pytest.mark.parametrize("method", ["gradient", "integrated_gradients"])
+def test_a_model_that_changes_itself_only_later(
+    change: str, error: type[Exception] | None, method: str
+) -> None:
+    def changes(m: Any, x: Tensor) -> None:
+        QUIET[change](m, x)
+        if error is not None:
+            raise error
+
+    model = _quiet(changes)
+    expected = sf.explain(model, X(1), target=1, method=method).values
+    for _ in range(2):
+        model.told.now = True
+        before = picture(model)
+        engine = sf.Engine(model, method, lean=False)
+        if error is None:
+            assert torch.allclose(engine(X(1), 1).values, expected, 1e-5, 1e-6)
+        else:
+            with pytest.raises(sf.errors.ModelError):
+                engine(X(1), 1)
+        assert picture(model) == before
+        model.told.now = False
+        before = picture(model)
+        assert torch.allclose(engine(X(1), 1).values, expected, 1e-5, 1e-6)
+        assert picture(model) == before
+
+
+def test_a_write_that_no_earlier_call_made_is_named() -> None:
+    model = _quiet(lambda m, x: m.average.add_(1.0))
+    model.told.now = True
+    with pytest.warns(UserWarning, match="changed average"):
+        sf.explain(model, X(1), target=1, method="gradient")
+    before = picture(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sf.explain(model, X(1), target=1, method="gradient")
+    assert picture(model) == before
+
+
+def test_a_model_in_training_mode_again() -> None:
+    model = _quiet(lambda m, x: None)
+    model.train()
+    assert sf.explain(model, X(1), target=1, method="gradient").provenance.trained_mode
+    assert model.training
+    assert model.body[0].training
+
+
+@pytest.mark.parametrize("first", ["the whole", "a part"])
+def test_the_second_of_two_threads_leaves_a_model_as_the_first_found_it(first: str) -> None:
+    inside, entered, tasks = threading.Event(), threading.Event(), list[Any]()
+
+    def moves(m: Any, x: Tensor) -> None:
+        m.average = m.average + 1
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert entered.wait(30)
+        else:
+            # The other call ends while this one runs.
+            entered.set()
+            tasks[0].result(30)
+
+    part = _quiet(moves)
+    whole = nn.Sequential(part).eval()
+    sf.explain(whole, X(1), target=1, method="gradient")
+    assert {part, whole} <= set(preserve._OUTLINES)
+    part.told.now = True
+    before, (slow, fast) = picture(part), (whole, part) if first == "the whole" else (part, whole)
+    with ThreadPoolExecutor(1) as pool:
+        tasks.append(pool.submit(sf.explain, slow, X(1), target=1, method="gradient"))
+        assert inside.wait(30)
+        sf.explain(fast, X(1), target=1, method="gradient")
+    assert picture(part) == before
 
 
 def test_what_cannot_be_put_back_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
