@@ -19,8 +19,8 @@ from saliency_fast.cli.tables import show_paths
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import CONTROLS
 from saliency_fast.evaluate.metric import ENTRIES, Suite
-from saliency_fast.evaluate.reports.files import save
 from saliency_fast.evaluate.reports.report import report
+from saliency_fast.evaluate.reports.result import save
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients")
 FAILED = 1

@@ -41,8 +41,8 @@ from saliency_fast.evaluate.detection import (
 )
 from saliency_fast.evaluate.metrics.agreement import Agreement, agreement
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, bootstrap
-from saliency_fast.evaluate.reports.files import Report
 from saliency_fast.evaluate.reports.report import report
+from saliency_fast.evaluate.reports.result import Report
 
 __all__ = [
     "CONTROLS",

@@ -30,8 +30,7 @@ from saliency_fast.evaluate.inputs import (
 from saliency_fast.evaluate.metric import Metric, Suite, make_metric, plain_name
 from saliency_fast.evaluate.metrics.agreement import agreement
 from saliency_fast.evaluate.outcome import RESAMPLES, Outcome, bootstrap, caveats_of
-from saliency_fast.evaluate.reports.data import FEW, MAPS, Missing
-from saliency_fast.evaluate.reports.files import Report
+from saliency_fast.evaluate.reports.result import FEW, MAPS, Missing, Report
 from saliency_fast.evaluate.scores import RunOptions
 from saliency_fast.methods import read_method
 from saliency_fast.model.layout import LayoutLike
