@@ -18,12 +18,11 @@ from saliency_fast.engine.points import Line, Noise
 from saliency_fast.engine.recipe import RoundContext, RoundResult, WeightedSum
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError, ModelError
-from saliency_fast.evaluate.inputs import EvaluationInput, Model, is_method, position_sums
+from saliency_fast.evaluate.inputs import EvaluationInput, Model, position_sums
 from saliency_fast.evaluate.maps import is_constant, overlap, rank_correlation
 from saliency_fast.evaluate.metric import ROBUSTNESS, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome, caveats_of
 from saliency_fast.evaluate.scores import RunOptions, Scorer
-from saliency_fast.methods import read_method
 from saliency_fast.methods.gradient import Gradient
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import PREDICTED, Reader, Target, read_targets, tensor_of
@@ -351,7 +350,7 @@ class Manipulation(Metric):
     def _evaluate(self, data: EvaluationInput) -> Outcome:
         found, still = self.manipulate(data), is_constant(data.inputs)
         lost, constant = int((~found.kept).sum()), int(still.sum())
-        through = "gradient" if _own_recipe(data) is None else "itself"
+        through = "itself" if steerable(data.recipe) else "gradient"
         caveats = caveats_of(
             (True, FAILED),
             (lost, f"{lost} decisions were not kept: no value there"),
@@ -394,7 +393,8 @@ class _Search:
     def steered(self) -> Manipulated:
         """Descends the correlation; where a decision is lost, a step leads back to it."""
         how, origin = self.how, self.data.inputs
-        recipe, size = _own_recipe(self.data), STEP_SHARE * self.radius / how.steps
+        recipe = self.data.recipe if steerable(self.data.recipe) else None
+        size = STEP_SHARE * self.radius / how.steps
         x = self._within(origin + 0.5 * self.radius * uniform(origin, how.seed))
         for step in range(how.steps):
             maps, kept = self._visit(x)
@@ -463,12 +463,6 @@ def _over(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(-1, *(1,) * (like.dim() - 1))
 
 
-def _own_recipe(data: EvaluationInput) -> WeightedSum | None:
-    """The recipe of the maps, where an attack can differentiate it."""
-    recipe = read_method(data.method).recipe() if is_method(data.method) else None
-    return recipe if recipe is not None and steerable(recipe) else None
-
-
 def correlation_slope(maps: Tensor, others: Tensor) -> Tensor:
     """The gradient of Pearson's correlation with respect to maps [B, *], scaled to unit length."""
     a, b = (one.flatten(1).double() for one in (maps, others))
@@ -480,7 +474,7 @@ def correlation_slope(maps: Tensor, others: Tensor) -> Tensor:
     return result
 
 
-def steerable(recipe: recipes.Recipe) -> TypeGuard[WeightedSum]:
+def steerable(recipe: recipes.Recipe | None) -> TypeGuard[WeightedSum]:
     """Whether maps are sums of gradients at points with a known derivative by the input."""
     return (
         isinstance(recipe, WeightedSum)

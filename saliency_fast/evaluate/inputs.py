@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import NAMED, Baseline, read_baselines
 from saliency_fast.engine.bind import bind, is_finite, layouts_of, read_inputs
-from saliency_fast.engine.recipe import Method
+from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.maps import spatial_shape
 from saliency_fast.evaluate.scores import RunOptions, Scorer, Scores, one_target
@@ -140,6 +140,11 @@ class EvaluationInput:
         engine, x = self.running.engine(model, method), self.running.cast(inputs)
         baseline = None if method.recipe().baseline == "none" else self.model_baseline
         return engine(x, self.classes, baseline, **self.running.arguments())
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe of the method; None for functions."""
+        return read_method(self.method).recipe() if is_method(self.method) else None
 
     @property
     def model_baseline(self) -> Baseline:

@@ -27,18 +27,10 @@ from saliency_fast.evaluate.inputs import (
 )
 from saliency_fast.evaluate.maps import correlation
 from saliency_fast.evaluate.metrics.inpaint import inpaint
-from saliency_fast.evaluate.scores import NO_CLASS, RunOptions, ScoreQuery, probabilities
-from saliency_fast.methods import read_method
+from saliency_fast.evaluate.scores import NO_CLASS, Reading, RunOptions
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
-from saliency_fast.model.targets import (
-    Reader,
-    Target,
-    Targets,
-    read_targets,
-    tensor_of,
-    with_padding,
-)
+from saliency_fast.model.targets import Target, read_targets
 from saliency_fast.record import restore_target
 from saliency_fast.render.html import macros, number_text
 from saliency_fast.summary.regions import (
@@ -366,29 +358,16 @@ def _evidence(positive: float, negative: float) -> Facts:
 
 
 @dataclass(frozen=True)
-class _Reader(Reader):
-    """A target (`model.targets.Reader`) that reads [R, 6]: the score, and where there are several
-    classes the probability of the target's class and the two largest with their probabilities;
-    `NO_CLASS` otherwise.
+class _TopTwo(Reading):
+    """A reading of the two likeliest classes and their probabilities behind the score and the
+    target's probability.
     """
 
-    classes: Tensor | None
-    targets: Targets
     count: int = 6
 
-    def read(self, raw: Any, example: Tensor) -> Tensor:
-        self.targets.check(raw, example)
-        score = self.targets.read(raw, example)[0][:, :1]
-        score = score if score.dtype in (torch.float32, torch.float64) else score.float()
-        rest = score.new_full((len(example), 5), NO_CLASS)
-        if self.classes is not None:
-            output = tensor_of(raw).detach()
-            if output.shape[1] > 1:
-                shares = probabilities(output, output.to(score.dtype))
-                best = shares.topk(2, dim=1)
-                own = shares.gather(1, self.classes[example][:, None])
-                rest = torch.cat([own, best.indices.to(own.dtype), best.values], 1)
-        return torch.cat([score, rest], 1)
+    def decided(self, decision: Tensor, shares: Tensor) -> Tensor:
+        best = shares.detach().topk(2, dim=1)
+        return torch.cat([best.indices.to(shares.dtype), best.values], 1)
 
 
 def deletion_queries(
@@ -431,18 +410,8 @@ def _predictions(
     subject: EvaluationInput, points: Tensor, example: Tensor, names: Mapping[int, str]
 ) -> tuple[list[Facts], list[Facts]]:
     """The predictions of the inputs, and of the rows `example` of points [B, *]."""
-    targets = read_targets(subject.classes, subject.batch).to(subject.inputs.device)
-    running = subject.running
-    arguments = running.arguments().values()
-    inputs = running.back(subject.inputs)
-    targets = with_padding(targets, subject.model, (inputs,), *arguments)  # type: ignore[arg-type]
-    classes = None
-    if targets.classes is not None and targets.position is None:
-        classes = targets.classes[:, 0]
-    queries = ScoreQuery(lambda example, place: running.back(points[example]), example, example)
-    engine = running.engine(subject.model, queries)  # type: ignore[arg-type]
-    engine(inputs, _Reader(classes, targets), **running.arguments())
-    first, second = ([_prediction(row, names) for row in one.tolist()] for one in queries.found)
+    columns = subject.scorer.columns(lambda i, _: points[i], example, example, _TopTwo)
+    first, second = ([_prediction(row, names) for row in one.tolist()] for one in columns)
     return first, second
 
 
@@ -495,10 +464,7 @@ def _equal_to_baseline(subject: EvaluationInput) -> Tensor | None:
     """The share of positions where an input equals its baseline, of which a path between them says
     nothing; None for methods without such a path.
     """
-    method, x = subject.method, subject.inputs
-    if not (isinstance(method, str) or hasattr(method, "recipe")):
-        return None
-    recipe = read_method(method).recipe()  # type: ignore[arg-type]
+    recipe, x = subject.recipe, subject.inputs
     if not isinstance(recipe, WeightedSum) or recipe.factor != "difference":
         return None
     same = torch.ones_like(x, dtype=torch.bool)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from saliency_fast.errors import InputError, InputTypeError, warn
 from saliency_fast.tokens.words import (
@@ -146,14 +147,11 @@ def _padded(
     tokenizer: Any, encoding: Any, pairs: list[tuple[str, ...]], device: torch.device
 ) -> Encoded:
     lengths = [len(ids) for ids in encoding["input_ids"]]
-    left = getattr(tokenizer, "padding_side", "right") == "left"
+    side = getattr(tokenizer, "padding_side", "right")
 
     def filled(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-        padded = torch.full((len(rows), max(lengths)), value, device=device)
-        for number, row in enumerate(rows):
-            start = max(lengths) - len(row) if left else 0
-            padded[number, start : start + len(row)] = torch.tensor(row, device=device)
-        return padded
+        tensors = [torch.tensor(row, device=device) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
     rows = [_row(tokenizer, encoding, number, pair) for number, pair in enumerate(pairs)]
     words = [words_of(tokenizer, encoding, number, row) for number, row in enumerate(rows)]
