@@ -463,9 +463,7 @@ def load(path: str | Path) -> Attribution:
 
 
 def attribution(job: Job, outcome: Outcome, baseline: Baseline, **facts: Any) -> Attribution:
-    """The attribution of a job. outcome: with an axis K everywhere; baseline: as the user gave it;
-    facts: further fields of the provenance.
-    """
+    """The attribution of a job's outcome, which has an axis K. facts: of the provenance."""
     call, part = job.call, job.part
     target, kept = record.describe_target(call.targets)
     baseline_spec, baseline_kept = record.describe_baseline(baseline)

@@ -617,10 +617,7 @@ class Engine:
         alone: bool,
         seen: frozenset[int],
     ) -> tuple[Job, list[str] | None]:
-        """The job of a call; where an input turns out to be unused, of that with zeros for it.
-
-        seen: inputs of which that was found in this call.
-        """
+        """The job of a call, with zeros for inputs that are unused. seen: those that are known."""
         location, about = self._location, (given, method, recipe, alone)
         cache, model = location.cache, self._called
         if cache.unused:

@@ -166,9 +166,7 @@ def _averaged(
 
 
 def _smoothed(values: Tensor, clip: Tensor, width: float, axis: int, time_axis: int) -> Tensor:
-    """Diffusion along time (Perona & Malik, 1990) until `width` frames where nothing changes. Both
-    neighbours use the same conductivity, so that sums over time stay.
-    """
+    """Diffusion along time (Perona & Malik, 1990), by which sums over time stay."""
     found, time = values.movedim(time_axis, -1), clip.movedim(axis, -1).to(values.dtype)
     steps = torch.diff(time, dim=-1).square()
     if steps.dim() > 3:

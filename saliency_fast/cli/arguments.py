@@ -62,9 +62,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Form:
-    """Reads pictures to [1, C, H, W] in [0, 1]. size: (height, width); None keeps what they have.
-    Pictures of 16 bits keep their depth; transparency is dropped.
-    """
+    """Reads pictures to [1, C, H, W] in [0, 1]. size: (height, width), None for their own."""
 
     size: tuple[int, int] | None = None
     channels: int | None = None
@@ -95,9 +93,7 @@ def read_form(size: str | None, channels: int | None) -> Form | None:
 
 
 def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
-    """A picture in mode "RGB" or "L" for processors that take 8 bits: 16 bits are rounded to 8,
-    which Pillow itself would clip.
-    """
+    """A picture in mode "RGB" or "L"; 16 bits are rounded to 8, which Pillow would clip."""
     if (levels := _levels(picture)) is not None:
         picture = Image.fromarray(levels.round().astype(np.uint8))
     return picture.convert(mode)
@@ -118,10 +114,7 @@ def read_inputs(
     batched: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> list[Read]:
-    """Reads everything that `sources` name, and makes the names unique. Arrays are cast to `dtype`
-    and neither scaled nor resized. An array is one example, unless `batched` says that its first
-    axis is a batch axis; a picture always is one.
-    """
+    """Reads all `sources` under unique names; arrays are one example each, unless `batched`."""
     unique: dict[str, Read] = {}
     for source in sources:
         for one in _read(source, prepare, dtype, batched, max_pixels):

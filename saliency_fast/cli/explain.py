@@ -162,10 +162,7 @@ class _Result:
 
 @dataclass
 class Reporter:
-    """Explains inputs one by one, writes files into `out`, and collects entries for the page. Each
-    input is a call of its own, with time, memory and a record of its own; the evaluation points of
-    a call still share launches.
-    """
+    """Explains inputs, each by a call, writes files into `out`, and collects the page's entries."""
 
     loaded: arguments.Loaded
     engines: Sequence[Engine]

@@ -489,9 +489,8 @@ def steerable(recipe: recipes.Recipe | None) -> TypeGuard[WeightedSum]:
 class Steering:
     """A method whose map is the gradient by the input of sum(map * direction), for another map.
 
-    of: the recipe of that map, which must be `steerable`. direction: [B, C | 1, *]. points: how
-    many of the recipe's points are used, others in each `turn`. softplus: the steepness of the
-    softplus functions that replace ReLU (Dombrowski, 2019).
+    of: the recipe of that map. points: how many of its points are used, others in each `turn`.
+    softplus: the steepness of the softplus functions that replace ReLU (Dombrowski, 2019).
     """
 
     of: WeightedSum

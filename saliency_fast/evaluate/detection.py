@@ -241,9 +241,7 @@ def _distance(standard: Tensor, precision: Tensor) -> Tensor:
 
 
 def shrunk_correlations(standard: Tensor) -> tuple[Tensor, float]:
-    """The correlations of standardised rows [n, S], shrunk towards zero by the optimal share
-    (Schäfer & Strimmer, 2005), and that share.
-    """
+    """Correlations shrunk by the optimal share (Schäfer & Strimmer, 2005), and that share."""
     rows, count = standard.shape
     products = standard[:, :, None] * standard[:, None, :]
     mean = products.mean(0)

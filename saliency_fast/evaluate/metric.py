@@ -164,8 +164,7 @@ check_fields = checks.fields
 class Entry:
     """A metric of the suite.
 
-    group: one of `GROUPS`. asks: what the metric measures and how its value is read. quick: fields
-    of a quick run. fields: fields that differ from the defaults of the class.
+    asks: what it measures. quick: fields of a quick run. fields: those that differ from defaults.
     """
 
     kind: type[Metric]
@@ -192,10 +191,7 @@ def in_suite(
     quick: Mapping[str, Any] | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Callable[[_M], _M]:
-    """Registers a metric class for reports and the command line; see `Entry`.
-
-    name, asks: where they are not the metric's own name and the summary of its docstring.
-    """
+    """Registers a metric class for reports and the command line; see `Entry`."""
 
     def register(kind: _M) -> _M:
         key = name or plain_name(kind.name)

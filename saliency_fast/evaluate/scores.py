@@ -35,11 +35,7 @@ class _MetricEngine(Engine):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a model is run: further arguments and the options of `Engine`.
-
-    dtype: of half inputs, which are read as float32. axes: the model's layout; evaluation inputs
-    have channels first.
-    """
+    """How a model is run: further arguments, the options of `Engine`, half `dtype` and layout."""
 
     forward_args: Any = ()
     forward_kwargs: Mapping[str, Any] | None = None
@@ -100,12 +96,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Scores:
-    """The model's scores of R points.
-
-    scores: the target's output, float64 [R]. Of models that return classes, probabilities: the
-    target's, float64 [R], by softmax unless the outputs are probabilities already; decisions: the
-    predicted classes, int64 [R].
-    """
+    """The scores of R points, float64 [R]; of classes also probabilities and decisions."""
 
     scores: Tensor
     probabilities: Tensor | None
@@ -134,10 +125,7 @@ def _need_classes(what: str, value: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading(model_targets.Reader):
-    """A target of three outputs: score, probability and decision.
-
-    classes: int64 [B], or None for the predicted class. targets: a target that is no class.
-    """
+    """A target of a score, a probability and a decision. classes: int64 [B], None if predicted."""
 
     classes: Tensor | None
     targets: Targets | None = None
@@ -181,10 +169,7 @@ class Reading(model_targets.Reader):
 
 
 def probabilities(output: Tensor, wide: Tensor) -> Tensor:
-    """Softmax of outputs [R, C]; rows that are probabilities already stay as they are.
-
-    wide: the outputs in the result's dtype. Half types round probabilities, and their sum.
-    """
+    """Softmax of outputs [R, C], `wide` in the result's dtype; probabilities stay as they are."""
     slack = max(SUMS, torch.finfo(output.dtype).eps) if output.is_floating_point() else SUMS
     already = (wide >= 0).all(1) & ((wide.sum(1) - 1.0).abs() < slack)
     return torch.where(already[:, None], wide, wide.softmax(1))
@@ -192,11 +177,7 @@ def probabilities(output: Tensor, wide: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ScoreQuery:
-    """A method that only reads scores, at points written as `Round.write` says.
-
-    example: the example index of each point. node: which of its points. found: after a run, the
-    scores at the inputs and at the points.
-    """
+    """A method that only reads scores, of the inputs and of points: `found` after a run."""
 
     write: Write
     example: Tensor
@@ -225,10 +206,7 @@ class ScoreQuery:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A model with the target of each of its inputs [B, *].
-
-    lean: False where points may hold NaN, which the model itself reads.
-    """
+    """A model with the target of each input [B, *]. lean: False where points may hold NaN."""
 
     model: Callable[..., Any]
     inputs: Tensor
@@ -258,10 +236,7 @@ class Scorer:
         return first, points
 
     def grid(self, write: Write, count: int) -> tuple[Scores, Scores]:
-        """Scores at the inputs [B], and at `count` points of each example [B, count].
-
-        A launch holds the same point of all examples, so that `write` shares its preparation.
-        """
+        """Scores at the inputs [B], and at `count` points of each example [B, count]."""
         batch, device = len(self.inputs), self.inputs.device
         example = torch.arange(batch, device=device).repeat(count)
         number = torch.arange(count, device=device).repeat_interleave(batch)

@@ -22,11 +22,7 @@ Frames = NDArray[np.uint8]
 def write_frames(
     frames: Tensor, path: str | Path, frames_per_second: float = FRAMES_PER_SECOND
 ) -> Path:
-    """Writes uint8 frames [H, W, 3] or [T, H, W, 3] in the format of the path's extension.
-
-    .png holds one frame; .gif, .apng and .mp4 hold any number. Raises InputError for another
-    extension, and for .mp4 without the extra `video`.
-    """
+    """Writes uint8 frames [H, W, 3] or [T, H, W, 3] in the format of the path's extension."""
     path = Path(path)
     if path.suffix.lower() == ".mp4":
         _write_mp4(_checked(frames), path, frames_per_second)

@@ -46,8 +46,7 @@ def frames(
 ) -> Tensor:
     """Draws maps [B, *spatial] or [B, K, *spatial] over x [B, C, *spatial] as uint8 [..., 3].
 
-    spatial: two axes for images, three for video and volumes, whose frames share one scale. scale:
-    the magnitude drawn at full strength, one per map; the magnitude at `percentile` by default.
+    scale: the magnitude at full strength, one per map; the magnitude at `percentile` by default.
     """
     if not 0.0 <= percentile <= 100.0:
         raise InputError(f"percentile must lie in [0, 100]: got {percentile}")
@@ -77,11 +76,7 @@ def frames(
 
 
 def picture(x: Tensor) -> Tensor:
-    """An input [B, C, *spatial] as uint8 [B, *spatial, 3], each example scaled to its own range.
-
-    Of three or four channels the first three are red, green and blue. Of one or two the first is
-    the grey level; of more it is the mean.
-    """
+    """An input [B, C, *spatial] as uint8 [B, *spatial, 3], each example scaled to its own range."""
     if x.shape[1] in (3, 4):
         channels = x[:, :3]
     else:

@@ -18,10 +18,7 @@ _MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Figure:
-    """An encoded picture: `data` of the `media` type, `width` in pixels.
-
-    box: (left, top, width, height) of a dashed frame, as shares of the picture.
-    """
+    """An encoded picture. box: (left, top, width, height) of a frame, as shares of the picture."""
 
     data: bytes
     media: str

@@ -22,12 +22,7 @@ class BoxEvidence:
 
 @dataclass(frozen=True)
 class MapMeasurements:
-    """The measured properties of one map.
-
-    delta: None for a method without completeness. gain: score - baseline score, which makes the
-    delta relative. error: relative L2, 0 for exact methods, NaN where unknown. batch: the number of
-    examples that `seconds` and `peak_bytes` cover together.
-    """
+    """Measured properties of a map. gain: score - baseline score. batch: examples of the call."""
 
     score: float
     gain: float | None
@@ -75,9 +70,7 @@ class MapView:
 
 @dataclass(frozen=True)
 class Entry:
-    """One input. ranking: classes and probabilities, the prediction first; empty where the model
-    does not classify.
-    """
+    """One input. ranking: classes and probabilities, empty where the model does not classify."""
 
     name: str
     source: str

@@ -39,10 +39,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """A method: a layer's activations and the score's gradients there, as `extras` [B, C, *s].
-
-    Its values are their product, summed over channels. grid, special: as in `GradCAM`.
-    """
+    """A method: a layer's activations and gradients as `extras` [B, C, *s], and their product."""
 
     layer: str = "auto"
     grid: tuple[int, ...] | None = None
@@ -261,9 +258,7 @@ def _prototypes(maps: Tensor, shares: Tensor) -> tuple[Prototype, ...]:
 
 
 def directions(vectors: Array, weights: Array, count: int, method: str, seed: int) -> Array:
-    """Unit directions [K, C] of vectors [N, C] with weights [N]: additive parts (NMF; Lee and
-    Seung, 1999), or the centres of clusters of their directions (k-means).
-    """
+    """Unit directions [K, C]: additive parts (Lee and Seung, 1999) or centres of clusters."""
     kept = weights > 0
     if int(kept.sum()) < count:
         raise InputError(
@@ -289,9 +284,7 @@ def directions(vectors: Array, weights: Array, count: int, method: str, seed: in
 
 
 def amounts(vectors: Array, units: Array, method: str) -> Array:
-    """The amount of each direction [K, C] in each vector [N, C], [N, K] and not negative: by
-    non-negative least squares, or of clusters the projection on the nearest centre.
-    """
+    """The amounts [N, K] of directions: non-negative least squares, or of the nearest centre."""
     if method == NMF:
         factorization = _learn("decomposition").non_negative_factorization
         of = {"H": units, "n_components": len(units), "update_H": False}

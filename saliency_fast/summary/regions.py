@@ -269,9 +269,7 @@ def _check_how(how: object) -> None:
 
 
 def _grouped(inputs: Tensor, maps: Tensor, how: str | Tensor, most: int) -> Tensor:
-    """Labels int64 [B, *spatial] of maps [B, *spatial] for inputs [B, C, *spatial]: 0 is the rest;
-    the others count from 1, the largest net evidence first. Given labels stay as they are.
-    """
+    """Labels int64 [B, *spatial]: 0 is the rest, the others by falling net evidence from 1."""
     if isinstance(how, Tensor):
         return _given(how, maps)
     values = maps.double().cpu().numpy()
@@ -316,10 +314,7 @@ def _ranked(labels: Labels, values: Values, most: int, least: float) -> Labels:
 
 
 def components(values: Values) -> Labels:
-    """The connected components of one sign where a smoothed map [*spatial] is large; 0 elsewhere.
-
-    The threshold is Otsu's (1979), lowered until `HELD` of the smoothed magnitude lies above it.
-    """
+    """Connected components of one sign where a smoothed map [*spatial] is large; 0 elsewhere."""
     from scipy import ndimage
 
     sigma = [SMOOTHING * size for size in values.shape]
@@ -343,10 +338,7 @@ def _otsu(order: Values) -> int:
 
 
 def connected(mask: NDArray[np.bool_]) -> Labels:
-    """Labels of the connected components of a mask [*spatial], 0 where it is False: diagonal
-    neighbours are connected, and gaps up to twice the share `GAP` are bridged. A label is 1 + the
-    largest flat index of its component and the bridges around it.
-    """
+    """Labels of a mask's connected components, diagonals and small gaps included, 0 elsewhere."""
     from scipy import ndimage
 
     box = np.ones([2 * round(GAP * size) + 1 for size in mask.shape], dtype=bool)
@@ -361,8 +353,7 @@ def connected(mask: NDArray[np.bool_]) -> Labels:
 def merged(segments: Labels, values: Values, most: int) -> Labels:
     """Segments [*spatial] of a map merged until `most` and the rest are left; the rest is 0.
 
-    Neighbours merge that cost least by Ward's criterion (1963), the growth of the squared distances
-    to the mean. The rest is the part whose mean is nearest to zero.
+    Neighbours merge that cost least by Ward's criterion (1963). The rest is nearest to zero.
     """
     if not values.any():
         return np.zeros_like(segments)
@@ -414,9 +405,7 @@ _ENDS = (START, END)
 def location(
     start: Sequence[int], stop: Sequence[int], centre: Sequence[float], size: Sequence[int]
 ) -> str:
-    """Words for the half-open box from `start` to `stop` around `centre` in a space of `size`, such
-    as "upper left", "middle", "left edge", "late part", "front, lower part", or "most".
-    """
+    """Words for a half-open box in a space of `size`: "upper left", "late part", or "most"."""
     sides = [_side(*one) for one in zip(start, stop, centre, size, strict=True)]
     if len(sides) == 1:
         return _SIGNAL.get(sides[0], sides[0])

@@ -359,9 +359,7 @@ def _evidence(positive: float, negative: float) -> Facts:
 
 @dataclass(frozen=True)
 class _TopTwo(Reading):
-    """A reading of the two likeliest classes and their probabilities behind the score and the
-    target's probability.
-    """
+    """A reading of the two likeliest classes and their probabilities instead of the decision."""
 
     count: int = 6
 
@@ -373,9 +371,7 @@ class _TopTwo(Reading):
 def deletion_queries(
     subject: EvaluationInput, labels: Tensor, queried: list[int], names: Mapping[int, str]
 ) -> tuple[list[Facts], list[dict[str, Facts]]]:
-    """The predictions of the inputs, and per example and replacement those without the region
-    `queried[b]` of labels [B, *spatial]; none where that is 0.
-    """
+    """The predictions of the inputs, and by example and replacement those without a region."""
     inputs = subject.inputs
     example = torch.tensor([b for b, one in enumerate(queried) if one], device=inputs.device).long()
     number = torch.tensor(queried, device=inputs.device).view(-1, *(1,) * (labels.dim() - 1))
@@ -396,10 +392,7 @@ def deletion_queries(
 
 
 def replacements(inputs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Two replacements of the masked positions, bool [B, *spatial], of inputs [B, C, *spatial]:
-    "blurred" (5 % of each axis) and "inpainted" (Rong, 2022). Features are "set to the mean" of the
-    example and "set to zero".
-    """
+    """Two replacements of masked positions; of features the example's mean and zero."""
     if inputs.dim() == 2:
         mean = replacement_of("mean", inputs).expand_as(inputs)
         return {"set to the mean": mean, "set to zero": torch.zeros_like(inputs)}
@@ -461,9 +454,7 @@ def _finite(value: Tensor) -> float | None:
 
 
 def _equal_to_baseline(subject: EvaluationInput) -> Tensor | None:
-    """The share of positions where an input equals its baseline, of which a path between them says
-    nothing; None for methods without such a path.
-    """
+    """The share of positions where an input equals a path's baseline; None without a path."""
     recipe, x = subject.recipe, subject.inputs
     if not isinstance(recipe, WeightedSum) or recipe.factor != "difference":
         return None

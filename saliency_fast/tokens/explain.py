@@ -125,9 +125,7 @@ def _hidden_states(raw: Any) -> Tensor:
 class AttentionColumns:
     """A method: all three kinds of attention from one forward and one backward pass.
 
-    real: bool [B, T]; padding is left out of means. query: the token whose attention is read:
-    "first", "last", "mean", an index, or "auto": the last one of causal models, else the first.
-    layer: the one whose weights are read.
+    query: the token whose attention is read. layer: the one whose weights are read.
     """
 
     real: Tensor

@@ -24,11 +24,10 @@ def inpaint(x: Tensor, missing: Tensor) -> Tensor:
 
     Each missing position is the weighted mean of its neighbours, missing or not: the linear system
     of noisy linear imputation (Rong, 2022), without its noise. A weight halves for each axis along
-    which the neighbour differs: 1/6 for direct and 1/12 for diagonal neighbours of a pixel;
-    neighbours outside of the image do not count. Where everything is missing, it is the channel's
-    mean. Solved in float64 by conjugate gradients with a multigrid cycle as preconditioner: SciPy's
-    sparse solver is 2.6 times slower for large holes of 224 x 224 pixels, and runs out of memory
-    for volumes.
+    which the neighbour differs: 1/6 for direct and 1/12 for diagonal neighbours of a pixel. Where
+    everything is missing, it is the channel's mean. Solved in float64 by conjugate gradients with a
+    multigrid cycle as preconditioner: SciPy's sparse solver and plain conjugate gradients are
+    several times slower for large holes.
     """
     if not x.is_floating_point() or missing.dtype != torch.bool:
         raise InputTypeError(
@@ -74,9 +73,7 @@ def _filled(x: Tensor, missing: Tensor) -> Tensor:
 
 
 def _solved(levels: list[_Level], right: Tensor) -> Tensor:
-    """The solution of each system of `right` [N, C, *], by conjugate gradients; solved systems do
-    not change any more, so that none depends on the rest of the batch.
-    """
+    """The solutions for `right` [N, C, *], none of which depends on the rest of the batch."""
     solution, residual = torch.zeros_like(right), right
     least = TOLERANCE * _dot(right, right).sqrt()
     direction = preconditioned = _cycle(levels, residual.float()).double()
@@ -161,9 +158,7 @@ def _damped(own: Tensor, others: Tensor) -> Tensor:
 
 
 def _coarser(level: _Level, rows: int, size: torch.Size) -> Tensor:
-    """The stencil [N, 3 ** D, *] of the grid half as fine, by Galerkin's product: the finer grid's
-    response to every third coarse position in turn, since those responses do not overlap.
-    """
+    """The stencil [N, 3 ** D, *] of the grid half as fine, by Galerkin's product."""
     coarse, device = tuple((one + 1) // 2 for one in size), level.smooth.device
     dims = len(size)
     grid = torch.meshgrid(*(torch.arange(one, device=device) for one in coarse), indexing="ij")

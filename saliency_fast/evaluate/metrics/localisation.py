@@ -11,7 +11,7 @@ from torch import Tensor
 from saliency_fast.engine.baselines import gaussian
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.inputs import EvaluationInput
-from saliency_fast.evaluate.maps import check_share, check_tolerance, is_constant
+from saliency_fast.evaluate.maps import check_tolerance, is_constant
 from saliency_fast.evaluate.metric import LOCALISATION, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome, caveats_of
 from saliency_fast.methods.parts import checks
@@ -120,7 +120,7 @@ class _TopK(Metric):
 
     def __post_init__(self) -> None:
         if self.k is not None:
-            check_fields(self, k=check_share if isinstance(self.k, float) else 1)
+            check_fields(self, k=checks.positive_fraction if isinstance(self.k, float) else 1)
 
     def _compared(self, data: EvaluationInput) -> tuple[Tensor, Tensor, Tensor]:
         """The intersection over union, and the object's share of the top and of all positions."""

@@ -501,12 +501,7 @@ def _tables(report: Report, width: int) -> Iterator[Table | Text]:
 
 
 class Cell(NamedTuple):
-    """A cell of a table of means.
-
-    text: in normal size; below: in small print. tag: a word before the text. kind: the colour of
-    the tag, "", "soft", "good" or "bad". best: whether the cell is bold and has a star. why: the
-    reason for an empty cell.
-    """
+    """A cell of a table: a tag of a `kind` ("good", "bad", "soft"), text, and small print below."""
 
     text: str
     below: str = ""
@@ -598,9 +593,7 @@ def _band(report: Report, name: str, curve: Curve) -> Band | None:
 
 
 def page(report: Report, command: str = "") -> str:
-    """The page as one HTML document without scripts or external resources. command: what makes it
-    again.
-    """
+    """The page as one HTML document. command: what makes it again."""
     plotted = have_plots()
     has_curves = any(one.curve for found in report.outcomes.values() for one in found.values())
     pictured = report.inputs.dim() in (4, 5) and bool(report.maps)
@@ -750,9 +743,7 @@ def _matrices(report: Report) -> list[tuple[str, list[str], list[list[float]]]]:
 
 
 def slice_of(report: Report, row: int) -> int | None:
-    """Of a volume, the slice along its first axis (of a clip: the frame) with the most magnitude,
-    to which each method contributes equally; None for pictures.
-    """
+    """The slice of a volume (the frame of a clip) in which the maps are strongest."""
     if report.inputs.dim() != 5:
         return None
     names = [name for name in report.methods if name in report.maps] or list(report.maps)
