@@ -111,7 +111,7 @@ def fgsm(
     """
     checks.positive("epsilon", epsilon)
     about = {"attack": "fgsm", "epsilon": epsilon}
-    return _attack(model, x, target, about, 1, epsilon, None, targeted, bounds, running)
+    return _attack(model, x, target, about, targeted, bounds, running)
 
 
 def pgd(
@@ -131,16 +131,11 @@ def pgd(
     (Madry, 2018).
 
     Args:
-        model: Returns [B, classes].
-        x: Inputs [B, *].
-        target: As in `fgsm`; so are `targeted`, `bounds`, `running` and the errors.
+        model, x, target, targeted, bounds, running: As in `fgsm`; so are the errors.
         epsilon: The radius of the ball, in units of x.
         steps: The number of steps.
         step_size: In units of x; 2.5 epsilon / steps by default, so that the ball can be crossed.
         seed: Of the uniform start, which differs between examples.
-        targeted: Whether to approach the target.
-        bounds: The smallest and largest valid input.
-        running: How the model is run.
 
     Example:
         >>> x = torch.zeros(2, 4)
@@ -154,7 +149,7 @@ def pgd(
         checks.positive("step_size", step_size)
     size = STEP_SHARE * epsilon / steps if step_size is None else step_size
     about = {"attack": "pgd", "epsilon": epsilon, "steps": steps, "step_size": size, "seed": seed}
-    return _attack(model, x, target, about, steps, size, seed, targeted, bounds, running)
+    return _attack(model, x, target, about, targeted, bounds, running)
 
 
 def _attack(
@@ -162,30 +157,25 @@ def _attack(
     x: Tensor,
     target: Target,
     about: Mapping[str, Any],
-    steps: int,
-    size: float,
-    seed: int | None,
     targeted: bool,
     bounds: Bounds,
     running: RunOptions | None,
 ) -> Attacked:
     """Steps along the sign of the loss gradient, from x or, with a seed, from near it."""
     checks.boolean("targeted", targeted)
-    if not callable(model):
-        raise InputTypeError(f"model must be callable: got {type(model).__name__}")
     if not isinstance(x, Tensor):
         raise InputTypeError(f"x must be one tensor: got {type(x).__name__}")
     (x,), (dtype,) = read_inputs(x)
     running, epsilon = (running or RunOptions()).taking(dtype), about["epsilon"]
+    size, seed = about.get("step_size", epsilon), about.get("seed")
+    step = -size if targeted else size
     limits = _read_bounds(bounds, x)
     before = decisions(model, x, running, target)
     classes, engine = classes_of(target, before), running.engine(model, "gradient")
     moved = x if seed is None else project(x + epsilon * uniform(x, seed), x, epsilon, limits)
-    for _ in range(steps):
+    for _ in range(about.get("steps", 1)):
         sign = loss_gradient(engine, moved, classes, running).sign()
-        moved = project(
-            moved - size * sign if targeted else moved + size * sign, x, epsilon, limits
-        )
+        moved = project(moved + step * sign, x, epsilon, limits)
     after = decisions(model, moved, running)
     stated = [one.item() if one.numel() == 1 else list(one.shape) for one in limits]
     parameters = {**about, "targeted": targeted, "bounds": stated}

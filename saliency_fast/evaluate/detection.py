@@ -443,8 +443,7 @@ def adversarial_score(
             their predicted classes.
         baseline: The method's baseline.
         seed: Which half of the references is fitted.
-        running: How the model is run.
-        layout: The inputs' axes, one letter each.
+        running, layout: How the model is run, and the inputs' axes, one letter each.
 
     Raises:
         InputError: If references do not fit the inputs or are too few.
@@ -490,7 +489,6 @@ def adversarial_score(
 
 
 def _check_references(references: object, inputs: Tensor) -> None:
-    """Raises where references are not like the inputs, or are the inputs."""
     expected = f"expected {['N', *inputs.shape[1:]]} on {inputs.device}"
     if not isinstance(references, Tensor):
         raise InputError(f"references must be a tensor: got {type(references)}, {expected}")
@@ -557,16 +555,9 @@ def attack_roc(
         inputs: [B, *].
         labels: The true classes, int64 [B].
         references: Clean inputs that are none of these.
-        method: Makes the maps.
-        epsilon: As in `fgsm` and `pgd`; so are `steps`, `step_size` and `bounds`.
+        epsilon, steps, step_size, bounds: As in `fgsm` and `pgd`.
         attacks: Of "fgsm" and "pgd".
-        steps: Of "pgd".
-        step_size: Of "pgd".
-        bounds: Of valid inputs.
-        baseline: The method's baseline; `seed`, `running` and `layout` as in `adversarial_score`.
-        seed: Of the references and the attack.
-        running: How the model is run.
-        layout: The inputs' axes.
+        method, baseline, seed, running, layout: As in `adversarial_score`.
 
     Raises:
         InputError: If the model is right about none of the inputs.

@@ -152,10 +152,6 @@ class EvaluationInput:
         baseline: Baseline = _map_tensors(self.baseline, self.running.back)
         return baseline
 
-    def of(self, inputs: Tensor, values: Tensor) -> EvaluationInput:
-        """The same with other inputs and maps, for the same classes."""
-        return replace(self, inputs=inputs, values=values, target=self.classes, _scores=[])
-
     def beside(
         self, values: Tensor, method: Explainer | None, baseline: Baseline = None
     ) -> EvaluationInput:

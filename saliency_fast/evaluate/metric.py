@@ -102,12 +102,8 @@ class Metric:
             method: How the maps were made, for metrics that explain again; by default the
                 attribution's. A method, its name, or a function (model, inputs, target) -> maps.
             baseline: The method's baseline; by default the attribution's.
-            forward_args: As in `explain`; so are all that follow.
-            forward_kwargs: Keyword arguments of the model.
-            memory_budget: Memory of a launch.
-            points_per_launch: Points that are scored at once.
-            progress: Whether a bar is shown.
-            layout: The inputs' axes, one letter each.
+            forward_args, forward_kwargs, layout: As in `explain`.
+            memory_budget, points_per_launch, progress: As in `explain`, for each launch of scores.
 
         Raises:
             InputError: If the metric needs what is not given, or something does not fit.
@@ -230,11 +226,7 @@ def make_metric(name: str, fields: Mapping[str, Any]) -> Metric:
         PointingGame(tolerance=2.0, smooth=0.0)
     """
     name = plain_name(name)
-    if name not in ENTRIES:
-        near = get_close_matches(str(name), ENTRIES, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-        raise InputError(f"metric must be one of {', '.join(ENTRIES)}: got {name!r}{hint}")
-    entry = ENTRIES[name]
+    entry = _entry(name)
     valid = fields_of(entry.kind)
     for one in fields:
         if one not in valid:
@@ -242,6 +234,14 @@ def make_metric(name: str, fields: Mapping[str, Any]) -> Metric:
                 f"{name} has no field {one!r}: expected one of {', '.join(valid) or 'none'}"
             )
     return entry.kind(**{**entry.fields, **fields})
+
+
+def _entry(name: str) -> Entry:
+    if name not in ENTRIES:
+        near = get_close_matches(str(name), ENTRIES, n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise InputError(f"metric must be one of {', '.join(ENTRIES)}: got {name!r}{hint}")
+    return ENTRIES[name]
 
 
 def fields_of(kind: type[Metric]) -> dict[str, Any]:
@@ -319,10 +319,8 @@ class Suite:
         return {name: self._metric(name, classes) for name in self._plain_names()}
 
     def _metric(self, name: str, classes: bool) -> Metric:
-        if name not in ENTRIES:
-            # Raises with the valid names.
-            return make_metric(name, {})
-        valid = fields_of(ENTRIES[name].kind)
+        entry = _entry(name)
+        valid = fields_of(entry.kind)
         shared: dict[str, Any] = {"seed": self.seed or None}
         # Not of completeness, whose None is the maps' own baseline, nor the steps of an attack.
         if valid.get("substrate") is not None:
@@ -330,5 +328,5 @@ class Suite:
         if not classes and valid.get("output") in CLASS_OUTPUTS:
             shared["output"] = "logit"
         shared = {one: value for one, value in shared.items() if value is not None and one in valid}
-        quick = ENTRIES[name].quick if self.quick else {}
+        quick = entry.quick if self.quick else {}
         return make_metric(name, {**quick, **shared, **self.fields.get(name, {})})

@@ -22,6 +22,7 @@ from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.evaluate.inputs import (
     EvaluationInput,
     Explainer,
+    position_sums,
     read_evaluation_input,
     replacement_of,
 )
@@ -478,6 +479,5 @@ def _stability(subject: EvaluationInput, count: int) -> Tensor | None:
         # All examples get the same noise, so that the batch does not matter.
         noise = torch.randn(x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
         near = x + NOISE * span * noise.to(x.device, x.dtype)
-        other = subject.of(near, subject.explain(near))
-        total += correlation(subject.places, other.places).cpu()
+        total += correlation(subject.places, position_sums(subject.explain(near))).cpu()
     return total / count

@@ -33,7 +33,7 @@ from saliency_fast.evaluate.maps import (
     value_range,
 )
 from saliency_fast.evaluate.metric import FAITHFULNESS, Metric, check_fields, in_suite
-from saliency_fast.evaluate.metrics.inpaint import inpaint, need_axes
+from saliency_fast.evaluate.metrics.inpaint import inpaint
 from saliency_fast.evaluate.outcome import Curve, Outcome, caveats_of
 from saliency_fast.evaluate.scores import OUTPUTS, Write
 from saliency_fast.methods.parts import checks
@@ -193,7 +193,6 @@ class Road(Metric):
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:
         x = data.inputs
-        need_axes(x)
         classes = _classes(data) if self.output == ACCURACY else None
         rank, _ = ranking(data.values, x, "place", self.order)
         positions = rank.shape[1]
@@ -275,7 +274,7 @@ class Counterfactual(Metric):
         ends = torch.tensor([counts[0]] * (1 + self.draws) + counts[1:], device=x.device)
         source = self.region_sources(x, rank.shape[1])
         imputed = isinstance(self.by, str) and self.by == INPAINT
-        fill = need_axes(x) if imputed else data.fill(self.by, self.seed)
+        fill = None if imputed else data.fill(self.by, self.seed)
 
         def write(example: Tensor, number: Tensor) -> Tensor:
             removed = (rank[example] < ends[number, None]).gather(1, source[number])
@@ -528,7 +527,7 @@ class _Correlation(Metric):
             raise InputError(f"patch goes with per='place': got per={self.per!r}")
 
     def _elements(self, data: EvaluationInput) -> tuple[Tensor, Tensor]:
-        """The values of the positions, float64 [B, P], and each element's position, int64 [1, *]."""
+        """The values of positions, float64 [B, P], and each element's position, int64 [1, *]."""
         if self.patch > 1:
             sums, block = block_sums(data.places, self.patch)
             return sums, block[None]

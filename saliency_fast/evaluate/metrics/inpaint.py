@@ -33,7 +33,11 @@ def inpaint(x: Tensor, missing: Tensor) -> Tensor:
         raise InputTypeError(
             f"x must be floating and missing bool: got {x.dtype} and {missing.dtype}"
         )
-    need_axes(x)
+    if x.dim() < 3:
+        raise InputError(
+            "inpainting needs axes behind the channels, whose positions have neighbours: got "
+            f"{list(x.shape)}; use a replacement such as 'mean', or layout='BT' for time series"
+        )
     if missing.shape[1:] != x.shape[2:] or len(missing) not in (1, len(x)) or len(x) == 0:
         raise InputError(
             f"missing must be {[len(x), *x.shape[2:]]}: got {list(missing.shape)} for x "
@@ -45,15 +49,6 @@ def inpaint(x: Tensor, missing: Tensor) -> Tensor:
         own = slice(start, start + rows)
         parts.append(_filled(x[own], missing if len(missing) == 1 else missing[own]))
     return torch.cat(parts)
-
-
-def need_axes(x: Tensor) -> None:
-    """Raises where positions have no neighbours."""
-    if x.dim() < 3:
-        raise InputError(
-            "inpainting needs axes behind the channels, whose positions have neighbours: got "
-            f"{list(x.shape)}; use a replacement such as 'mean', or layout='BT' for time series"
-        )
 
 
 def _filled(x: Tensor, missing: Tensor) -> Tensor:

@@ -88,14 +88,10 @@ def report(
         controls: Names of `CONTROLS`, or functions; () for none.
         confidence: The level of the bootstrap intervals.
         seed: The seed of the bootstrap, and of the metrics of a default suite.
-        forward_args: As in a metric's call; so are all that follow, except `title` and `labels`.
-        forward_kwargs: Keyword arguments of the model.
-        memory_budget: Memory of a launch.
-        points_per_launch: Points that are scored at once.
-        progress: Whether a bar is shown.
+        forward_args, forward_kwargs, memory_budget, points_per_launch, progress, layout: As in a
+            metric's call.
         title: The page's title.
         labels: The classes' names.
-        layout: The inputs' axes, one letter each.
 
     Raises:
         InputError: If an argument is invalid, or if nothing could be measured.
@@ -118,7 +114,12 @@ def report(
         layout=layout,
     )
     chosen = _read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)
-    results = _measured(rows, base, chosen, progress)
+    results = _Results()
+    with tqdm(total=len(rows) * (len(chosen) + 1), disable=not progress, leave=False) as bar:
+        for row in rows:
+            results.measure(row, base, chosen, bar)
+    if results.errors and not any(results.outcomes.values()):
+        raise results.errors[0]
     if labels is not None and not isinstance(labels, Mapping):
         labels = dict(enumerate(labels))
     return Report(
@@ -139,19 +140,6 @@ def report(
         confidence=confidence,
         seed=seed,
     )
-
-
-def _measured(
-    rows: Sequence[_Row], base: EvaluationInput, metrics: Mapping[str, Metric], progress: bool
-) -> _Results:
-    """The outcomes of all rows; raises the first error where nothing could be measured."""
-    results = _Results()
-    with tqdm(total=len(rows) * (len(metrics) + 1), disable=not progress, leave=False) as bar:
-        for row in rows:
-            results.measure(row, base, metrics, bar)
-    if results.errors and not any(results.outcomes.values()):
-        raise results.errors[0]
-    return results
 
 
 def _caveats(base: EvaluationInput) -> tuple[str, ...]:
@@ -265,7 +253,6 @@ def _about(found: Attribution) -> tuple[list[str], dict[str, Any]]:
 
 
 def _check_target(found: Attribution, base: EvaluationInput) -> None:
-    """Raises where an attribution explains other classes than the report's target."""
     classes = base.classes
     if found.classes is None or found.many or not isinstance(classes, (int, list, Tensor)):
         return
@@ -279,7 +266,7 @@ def _check_target(found: Attribution, base: EvaluationInput) -> None:
 
 def _read_rows(methods: Any, controls: Any) -> list[_Row]:
     """Methods and then controls, with names that differ; raises for what is neither."""
-    rows = [_row(name, one, False) for name, one in _named(methods, "methods")]
+    rows = [_row(*one) for one in _named(methods, "methods")]
     if not rows:
         raise InputError(f"methods must hold one at least: got {methods!r}; expected {EXPECTED}")
     for name, one in _named(controls, "controls"):
@@ -329,7 +316,7 @@ def _name_of(one: Any) -> str:
     return name if isinstance(name, str) else str(getattr(one, "__name__", type(one).__name__))
 
 
-def _row(name: str, one: Any, control: bool) -> _Row:
+def _row(name: str, one: Any, control: bool = False) -> _Row:
     if is_method(one):
         one = read_method(one)
     elif not isinstance(one, (Attribution, Tensor)) and not callable(one):
