@@ -27,12 +27,11 @@ from saliency_fast.methods.paths import IntegratedGradients
 from saliency_fast.methods.sampling import SmoothGrad
 from saliency_fast.model.preserve import preserve_model_state
 from saliency_fast.model.targets import tensor_of
-from saliency_fast.render.files import encode, write_frames
-from saliency_fast.render.frames import STYLES, grey, picture
-from saliency_fast.render.html import Figure
+from saliency_fast.render.frames import STYLES, encode, grey, picture, write_frames
 from saliency_fast.render.pages import (
     BoxEvidence,
     Entry,
+    Figure,
     MapMeasurements,
     MapView,
     Page,

@@ -20,9 +20,9 @@ from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import Target
-from saliency_fast.render.files import write_frames
 from saliency_fast.render.frames import frames as overlay
-from saliency_fast.render.html import percent_text
+from saliency_fast.render.frames import write_frames
+from saliency_fast.render.pages import percent_text
 
 WIDTH = 192
 """Pictures are enlarged by whole numbers to about this width, so that the text fits."""

@@ -33,7 +33,7 @@ from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import Target, read_targets
 from saliency_fast.record import restore_target
-from saliency_fast.render.html import macros, number_text
+from saliency_fast.render.pages import macros, number_text
 from saliency_fast.summary.regions import (
     COMPONENTS,
     KINDS,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.errors import InputError
-from saliency_fast.render.html import render
+from saliency_fast.render.pages import render
 from saliency_fast.tokens.words import Word
 
 TITLES = {

@@ -27,9 +27,8 @@ from saliency_fast.evaluate.metric import (
 )
 from saliency_fast.evaluate.metrics.agreement import COMPARISONS, Agreement
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, mean_ends, plain, plain_fields
-from saliency_fast.render.files import encode
-from saliency_fast.render.frames import frames, grey, picture
-from saliency_fast.render.html import Figure, legends, render
+from saliency_fast.render.frames import encode, frames, grey, picture
+from saliency_fast.render.pages import Figure, legends, render
 from saliency_fast.render.plots import CURE, Band, Plot, have_plots, plot_png
 
 if TYPE_CHECKING:
