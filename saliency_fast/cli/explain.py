@@ -22,6 +22,7 @@ from saliency_fast.cli import arguments
 from saliency_fast.cli.parser import MAX_PIXELS
 from saliency_fast.cli.tables import show_entries, show_paths
 from saliency_fast.errors import InputError, ModelCallError, ModelError, SaliencyError
+from saliency_fast.evaluate.scores import probabilities
 from saliency_fast.methods import METHODS
 from saliency_fast.methods.paths import IntegratedGradients
 from saliency_fast.methods.sampling import SmoothGrad
@@ -405,9 +406,7 @@ def _ranking(loaded: arguments.Loaded, x: Tensor) -> list[tuple[tuple[str, float
     if output.dim() != 2 or output.shape[1] < 2:
         return []
     output = output.double()
-    sums = output.sum(1)
-    is_share = bool((output >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
-    best = (output if is_share else output.softmax(1)).topk(min(_RANKED, output.shape[1]), dim=1)
+    best = probabilities(output, output).topk(min(_RANKED, output.shape[1]), dim=1)
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [
         tuple((class_name(n, loaded.labels), share) for n, share in zip(*row, strict=True))

@@ -125,11 +125,8 @@ def progress(
         )
     checks.integer("frames", frames, 1)
     if isinstance(stream, Engine):
-        about: dict[str, Any] = {
-            "forward_args": forward_args,
-            "forward_kwargs": forward_kwargs,
-            "features": features,
-        }
+        about: dict[str, Any] = {"forward_args": forward_args, "forward_kwargs": forward_kwargs}
+        about["features"] = features
         plan = stream.plan(inputs, target, baseline, **about)
         points = max(1, min(plan.points_per_launch, -(-plan.points // frames)))
         stream = _with_launches(stream, points).stream(inputs, target, baseline, **about)
@@ -139,7 +136,8 @@ def progress(
         axes = one.axes()
     if axes is None:
         raise InputError("stream holds no map: expected one Attribution or more")
-    moments = _thinned(moments, frames)
+    count, several = min(frames, len(moments)), len(moments)
+    moments = [moments[((number + 1) * several) // count - 1] for number in range(count)]
     inputs, last = axes.standard(inputs), moments[-1]
     scale = ops.magnitude_percentile(last.values.reshape(1, -1), PERCENTILE)
     pictures = [overlay(inputs, m.values, style, PERCENTILE, OPACITY, scale)[0] for m in moments]
@@ -166,11 +164,7 @@ def animate(
 
     Args:
         stream, inputs, target, **fields: As in `progress`.
-        path: The .gif, .apng or .mp4 file to write.
-        frames_per_second: The speed.
-
-    Returns:
-        The path.
+        path, frames_per_second: As in `Progress.save`, whose path this returns.
 
     Example:
         >>> import tempfile
@@ -212,12 +206,6 @@ def _moment(result: Attribution, inputs: Tensor, style: str) -> Moment:
             f"{[1, *inputs.shape[2:]]}; maps of layers have no picture"
         )
     return Moment(values.clone(), float(result.error[0]), int(result.points[0]))
-
-
-def _thinned(moments: list[Moment], count: int) -> list[Moment]:
-    """At most `count` of the moments at equal distances, with the last one."""
-    count = min(count, len(moments))
-    return [moments[((number + 1) * len(moments)) // count - 1] for number in range(count)]
 
 
 def _framed(picture: Tensor, zoom: int, moment: Moment, total: int) -> Tensor:

@@ -360,7 +360,9 @@ def merged(segments: Labels, values: Values, most: int) -> Labels:
     names = np.unique(segments, return_inverse=True)[1].reshape(segments.shape)
     count = np.bincount(names.ravel()).astype(np.float64)
     total = np.bincount(names.ravel(), weights=values.ravel())
-    edges, owner = _neighbours(names), np.arange(len(total))
+    moved = [np.moveaxis(names, axis, 0) for axis in range(names.ndim)]
+    touching = [np.stack([one[:-1], one[1:]], -1).reshape(-1, 2) for one in moved]
+    edges, owner = _distinct(np.concatenate(touching)), np.arange(len(total))
     for _ in range(len(total) - most - 1):
         if not len(edges):
             break
@@ -377,12 +379,6 @@ def merged(segments: Labels, values: Values, most: int) -> Labels:
     if len(left) > most:
         numbers[owner == left[np.argmin(np.abs(total[left] / count[left]))]] = 0
     return numbers[names]
-
-
-def _neighbours(names: Labels) -> Labels:
-    """Pairs [E, 2] of segments that touch along an axis."""
-    moved = [np.moveaxis(names, axis, 0) for axis in range(names.ndim)]
-    return _distinct(np.concatenate([np.stack([m[:-1], m[1:]], -1).reshape(-1, 2) for m in moved]))
 
 
 def _distinct(edges: Labels) -> Labels:

@@ -170,16 +170,7 @@ def summarise(
     )
     grouped = regions_of(subject, how, most, names)
     facts = facts_of(subject, grouped, labels, object_name, stability, result)
-    return [_summary(one) for one in facts]
-
-
-def _summary(facts: Facts) -> Summary:
-    text = _EvidenceText(facts)
-    sentences, caveats = text.written(SENTENCES), text.written(CAVEATS)
-    caveats += [("model", f"{_sentence(note)}.") for note in facts["notes"]]
-    facts["caveats"] = [kind for kind, _ in caveats]
-    said, doubts = (tuple(text for _, text in several) for several in (sentences, caveats))
-    return Summary(said, doubts, facts, tuple(text.cited))
+    return [_EvidenceText(one).summary() for one in facts]
 
 
 @dataclass
@@ -189,11 +180,18 @@ class _EvidenceText:
     facts: Facts
     cited: list[Cited] = field(default_factory=list)
 
-    def written(self, names: tuple[str, ...]) -> list[tuple[str, str]]:
-        """(name, text) of the template's macros that have something to say."""
+    def summary(self) -> Summary:
+        sentences, caveats = self.written(SENTENCES), self.written(CAVEATS)
+        notes = [f"{_sentence(note)}." for note in self.facts["notes"]]
+        self.facts["caveats"] = [*caveats, *("model" for _ in notes)]
+        said, doubts = (*sentences.values(),), (*caveats.values(), *notes)
+        return Summary(said, doubts, self.facts, tuple(self.cited))
+
+    def written(self, names: tuple[str, ...]) -> dict[str, str]:
+        """The texts of the template's macros that have something to say."""
         template = macros("summary.txt.jinja", f=self.facts, **self._words())
-        texts = [(name, _sentence(getattr(template, name)())) for name in names]
-        return [(name, text) for name, text in texts if text]
+        texts = {name: _sentence(getattr(template, name)()) for name in names}
+        return {name: text for name, text in texts.items() if text}
 
     def _words(self) -> dict[str, Any]:
         facts, regions, removal = self.facts, self.facts["regions"], self.facts["removal"] or {}
@@ -314,6 +312,8 @@ def facts_of(
         number = None
         if classes is not None and prediction["decision"] is not None:
             number = int(classes[b, 0])
+        positive, negative = float(grouped.positive[b]), float(grouped.negative[b])
+        total = positive + negative or 1.0
         removal = {
             name: one | {"change": one["score"] - prediction["score"]}
             for name, one in removals[b].items()
@@ -325,7 +325,12 @@ def facts_of(
                 "class": number,
                 "name": "the output" if number is None else _class_name(number, names),
                 **prediction,
-                "evidence": _evidence(float(grouped.positive[b]), float(grouped.negative[b])),
+                "evidence": {
+                    "positive": positive,
+                    "negative": negative,
+                    "positive_share": positive / total,
+                    "negative_share": negative / total,
+                },
                 "regions": [_plain_region(one) for one in grouped[b]],
                 "rest": _plain_region(grouped.rest[b]),
                 "top": tops[b],
@@ -349,13 +354,6 @@ def _class_name(number: int, names: Mapping[int, str]) -> str:
 
 def _plain_region(region: Region) -> Facts:
     return asdict(region) | {"box": list(region.box), "centre": list(region.centre)}
-
-
-def _evidence(positive: float, negative: float) -> Facts:
-    total = positive + negative
-    shares = {"positive_share": positive, "negative_share": negative}
-    shares = {name: one / total if total else 0.0 for name, one in shares.items()}
-    return {"positive": positive, "negative": negative} | shares
 
 
 @dataclass(frozen=True)
