@@ -81,7 +81,7 @@ class _Ranked(Metric):
 
     def __post_init__(self) -> None:
         check_fields(self, substrate=check_replacement, output=OUTPUTS, per=PER, order=ORDERS)
-        check_fields(self, steps=1, step_size=checks.optional(1))
+        check_fields(self, steps=_steps, step_size=checks.optional(_steps))
 
     def counts(self, positions: int) -> Tensor:
         """How many of the positions are removed after each step, int64 from 0 to all."""
@@ -108,6 +108,11 @@ class _Ranked(Metric):
         curve = Curve(share, points.of(self.output)[row], name, OUTPUT_NAMES[self.output])
         parameters = {"steps": len(counts) - 1, "step_size": int(counts.diff().max())}
         return self._outcome(curve.area(), curve=curve, parameters=parameters)
+
+
+def _steps(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a whole number, 1 or more: got {value!r}")
 
 
 def _distinct(
