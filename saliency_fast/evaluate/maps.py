@@ -119,11 +119,17 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     return correlation(ranks(a), ranks(b))
 
 
+def _check_axes(maps: Tensor) -> None:
+    if not 1 <= maps.dim() - 1 <= 3:
+        raise InputError(f"SSIM is of maps with one to three axes: got {list(maps.shape)}")
+
+
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of maps [B, *spatial] (Wang, 2004); NaN where one is constant.
 
     The data range is that of both maps, each divided by its largest magnitude: units mean nothing.
     """
+    _check_axes(a)
     flat = is_constant(a) | is_constant(b)
     a, b = _to_peak(a.double()), _to_peak(b.double())
     both = torch.stack([a, b]).movedim(1, 0).flatten(1)
@@ -138,6 +144,7 @@ def rank_ssim(a: Tensor, b: Tensor) -> Tensor:
     A few high peaks make `ssim` high for maps of unrelated images; ranks have none. Windows in
     which neither map varies are left out.
     """
+    _check_axes(a)
     flat = is_constant(a) | is_constant(b)
     count = max(1, a[0].numel())
     one = torch.ones((), dtype=torch.float64, device=a.device)
@@ -182,8 +189,6 @@ def largest(values: Tensor, share: float) -> Tensor:
 
 def _pooled(kind: str, maps: Tensor) -> Tensor:
     """Means ("avg") or maxima ("max") over the windows that lie inside of maps [B, *spatial]."""
-    if not 1 <= maps.dim() - 1 <= 3:
-        raise InputError(f"SSIM is of maps with one to three axes: got {list(maps.shape)}")
     pool = getattr(functional, f"{kind}_pool{maps.dim() - 1}d")
     window = tuple(min(WINDOW, size) for size in maps.shape[1:])
     pooled: Tensor = pool(maps[:, None], window, 1)[:, 0]
