@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from saliency_fast import ops, record, render
@@ -26,7 +24,6 @@ from saliency_fast.errors import InputError, warn
 from saliency_fast.graph.receptive_field import Box
 from saliency_fast.model.layout import Axes, Layouts
 from saliency_fast.record import WeightsHash
-from saliency_fast.version import __version__
 
 _USUAL_LAYOUTS = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
 """Layouts that are assumed, by the number of axes, for records that state none."""
@@ -518,11 +515,7 @@ def _provenance(
         dtype=plan.dtype,
         device=plan.device,
         backend=plan.backend,
-        versions={
-            "saliency_fast": __version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
+        versions=record.versions(),
         points_per_launch=plan.points_per_launch,
         halvings=plan.halvings,
         strategy=way,

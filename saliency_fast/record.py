@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 import re
 import sys
 import threading
@@ -34,6 +35,7 @@ from saliency_fast.graph.passes.half import PRECISIONS
 from saliency_fast.model.layout import LETTERS, Axes
 from saliency_fast.model.preserve import below
 from saliency_fast.model.targets import NextToken, Targets
+from saliency_fast.version import __version__
 
 SCHEMA = 1
 KEY = "saliency_fast"
@@ -51,6 +53,12 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     partial.write_bytes(save(stored, metadata={KEY: text, "sha256": digest(text, stored)}))
     partial.replace(path)
     return path
+
+
+def versions() -> dict[str, str]:
+    """The versions that records name."""
+    python, own = platform.python_version(), __version__
+    return {"saliency_fast": own, "torch": str(torch.__version__), "python": python}
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -148,7 +156,6 @@ def _sha256(value: Any) -> bool:
 
 
 def _span(value: Any) -> bool:
-    """[start, stop] of an axis."""
     return _list_of(_COUNT, 2)(value) and len(value) == 2 and bool(value[0] < value[1])
 
 
@@ -158,7 +165,6 @@ def _layout(value: Any) -> bool:
 
 
 def _index(value: Any) -> bool:
-    """One element of a target's index: a number, an ellipsis, or a slice."""
     if isinstance(value, dict):
         ends = value.get("slice")
         return len(value) == 1 and _list_of(_optional(_INT), 3)(ends) and len(value["slice"]) == 3

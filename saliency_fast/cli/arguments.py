@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -316,10 +317,11 @@ def _package(name: str, extra: str, spec: str) -> ModuleType:
         ) from error
 
 
-def _fetched(spec: str, extra: str, load: Callable[[], Any]) -> Any:
-    """Runs `load`, which looks a model up; whatever a hub raises becomes one line."""
+@contextmanager
+def _fetching(spec: str, extra: str) -> Iterator[None]:
+    """Whatever a hub raises inside becomes one line."""
     try:
-        return load()
+        yield
     except Exception as error:
         raise InputError(
             f"--model {spec!r} cannot be loaded: {reason(error)}; check the name or path, that its "
@@ -334,12 +336,9 @@ def _eight_bit(transform: Callable[[Image.Image], Tensor], mode: str = "RGB") ->
 
 def _hugging_face(spec: str, name: str, pretrained: bool) -> Loaded:
     transformers = _package("transformers", "hf", spec)
-
-    def load() -> tuple[Any, Any]:
-        kind = transformers.AutoModelForImageClassification
-        return kind.from_pretrained(name), transformers.AutoImageProcessor.from_pretrained(name)
-
-    model, processor = _fetched(spec, "hf", load)
+    with _fetching(spec, "hf"):
+        model = transformers.AutoModelForImageClassification.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
 
     def transform(picture: Image.Image) -> Tensor:
         pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
@@ -353,19 +352,17 @@ def _hugging_face(spec: str, name: str, pretrained: bool) -> Loaded:
 
 def _torchvision(spec: str, name: str, pretrained: bool) -> Loaded:
     models = _package("torchvision.models", "torchvision", spec)
-
-    def load() -> tuple[Any, Any]:
+    with _fetching(spec, "torchvision"):
         chosen = models.get_model_weights(name).DEFAULT
-        return models.get_model(name, weights=chosen if pretrained else None), chosen
-
-    model, chosen = _fetched(spec, "torchvision", load)
+        model = models.get_model(name, weights=chosen if pretrained else None)
     labels = dict(enumerate(chosen.meta.get("categories", ()))) if pretrained else {}
     return Loaded(spec, model, _eight_bit(chosen.transforms()), labels)
 
 
 def _timm(spec: str, name: str, pretrained: bool) -> Loaded:
     timm, data = _package("timm", "timm", spec), _package("timm.data", "timm", spec)
-    model = _fetched(spec, "timm", lambda: timm.create_model(name, pretrained=pretrained))
+    with _fetching(spec, "timm"):
+        model = timm.create_model(name, pretrained=pretrained)
     settings = data.resolve_model_data_config(model)
     transform = data.create_transform(**settings, is_training=False)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"

@@ -20,14 +20,14 @@ from saliency_fast.attribution import Attribution, Provenance
 from saliency_fast.cli import arguments
 from saliency_fast.cli.parser import MAX_PIXELS
 from saliency_fast.cli.tables import show_entries, show_paths
-from saliency_fast.errors import InputError, ModelCallError, ModelError, SaliencyError
+from saliency_fast.errors import InputError, ModelCallError, SaliencyError
 from saliency_fast.evaluate.scores import probabilities
 from saliency_fast.methods import METHODS
 from saliency_fast.methods.paths import IntegratedGradients
 from saliency_fast.methods.sampling import SmoothGrad
 from saliency_fast.model.preserve import preserve_model_state
 from saliency_fast.model.targets import tensor_of
-from saliency_fast.render.frames import STYLES, encode, grey, picture, write_frames
+from saliency_fast.render.frames import STYLES, encode, grey, make_folder, picture, write_frames
 from saliency_fast.render.pages import (
     BoxEvidence,
     Entry,
@@ -90,7 +90,7 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.max_pixels == MAX_PIXELS:
         del notes["max_pixels"]
     reporter = Reporter(
-        *(loaded, engines, target, baseline, out_folder(args.out)),
+        *(loaded, engines, target, baseline, make_folder(args.out, "--out")),
         styles=(args.style,) if args.style else STYLES,
         extension=f".{args.overlay_format}" if args.overlay_format else None,
         features=features,
@@ -116,7 +116,7 @@ def demo(args: argparse.Namespace, argv: Sequence[str]) -> int:
     loaded = arguments.load_model("digits")
     methods = (IntegratedGradients(tolerance=0.02), SmoothGrad(samples=256, noise_level=0.05))
     engines = [Engine(loaded.model, method, progress=args.progress) for method in methods]
-    out = out_folder(args.out)
+    out = make_folder(args.out, "--out")
     reporter = Reporter(loaded, engines, "predicted", None, out, notes={"model": "digits"})
     for number in range(args.examples):
         # Through a file, so that the records can be verified from what is written.
@@ -323,18 +323,13 @@ class Reporter:
 
 @contextmanager
 def failures_named(read: arguments.Read) -> Iterator[None]:
-    """Names the input in errors raised inside; those of the model itself become a ModelError."""
+    """Names the input in errors raised inside."""
     try:
         yield
     except ModelCallError as error:
         raise ModelCallError(f"{read.source}: {error}; {_CHECK}") from error
     except SaliencyError as error:
         raise type(error)(f"{read.source}: {error}") from error
-    except Exception as error:
-        raise ModelError(
-            f"{read.source}: the model failed on an input {list(read.x.shape)} "
-            f"({arguments.reason(error)}); {_CHECK}"
-        ) from error
 
 
 def target_rows(target: Any, x: Tensor) -> Any:
@@ -353,15 +348,6 @@ def inside(found: Attribution, row: int, box: Box) -> BoxEvidence:
     within, whole = positive[..., top:bottom, left:right], float(positive.sum())
     share = float(within.sum()) / whole if whole else 0.0
     return BoxEvidence(share, within.numel() / positive.numel())
-
-
-def out_folder(path: str) -> Path:
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {path} cannot be made: {error.strerror}") from error
-    return folder
 
 
 def _map(found: Attribution, reduction: str) -> Tensor:

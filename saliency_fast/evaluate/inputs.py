@@ -161,8 +161,7 @@ class EvaluationInput:
 
     @property
     def _model(self) -> Model:
-        if self.model is None:
-            raise InputError("model is missing: this metric reads its scores; pass the model")
+        assert self.model is not None, "Metric.evaluate() looks for what a metric needs"
         return self.model
 
     @property

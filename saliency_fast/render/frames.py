@@ -108,6 +108,16 @@ FRAMES_PER_SECOND = 8.0
 Frames = NDArray[np.uint8]
 
 
+def make_folder(path: str | Path, what: str = "folder") -> Path:
+    """A folder that is made where it does not exist; what: the name of the path in errors."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{what} {path} cannot be made: {error.strerror}") from error
+    return folder
+
+
 def write_frames(
     frames: Tensor, path: str | Path, frames_per_second: float = FRAMES_PER_SECOND
 ) -> Path:

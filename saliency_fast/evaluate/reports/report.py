@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,8 +34,7 @@ from saliency_fast.evaluate.scores import RunOptions
 from saliency_fast.methods import read_method
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import PREDICTED, Target, read_targets
-from saliency_fast.record import describe_target, tensor_sha256, weights_sha256
-from saliency_fast.version import __version__
+from saliency_fast.record import describe_target, tensor_sha256, versions, weights_sha256
 
 Given = Explainer | Attribution | Tensor
 """What makes the maps of a row, or the maps themselves."""
@@ -185,11 +183,7 @@ def _provenance(
         "points_per_launch": base.running.points_per_launch,
         "resamples": RESAMPLES,
         "methods": methods,
-        "versions": {
-            "saliency_fast": __version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
@@ -288,8 +282,6 @@ def _read_rows(methods: Any, controls: Any) -> list[_Row]:
 
 def _named(given: Any, what: str) -> list[tuple[str, Any]]:
     """Rows with their names; where a method is there twice, with the fields that differ."""
-    if given is None:
-        return []
     if isinstance(given, Mapping):
         return [(str(name), one) for name, one in given.items()]
     if isinstance(given, (str, Tensor, Attribution)) or not isinstance(given, Iterable):

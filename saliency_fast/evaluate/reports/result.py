@@ -27,7 +27,7 @@ from saliency_fast.evaluate.metric import (
 )
 from saliency_fast.evaluate.metrics.agreement import COMPARISONS, Agreement
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, mean_ends, plain, plain_fields
-from saliency_fast.render.frames import encode, frames, grey, picture
+from saliency_fast.render.frames import encode, frames, grey, make_folder, picture
 from saliency_fast.render.pages import Figure, legends, render
 from saliency_fast.render.plots import CURE, Band, Plot, have_plots, plot_png
 
@@ -237,9 +237,8 @@ class Report:
         drawn = {metric: plot_png(plot) for metric, plot in plots if plot is not None}
         written = []
         for metric, data in drawn.items():
-            _make_folder(Path(folder))
             name = "".join(one if one.isalnum() or one in "._-" else "_" for one in metric)
-            written.append(Path(folder) / f"{name}.png")
+            written.append(make_folder(folder) / f"{name}.png")
             written[-1].write_bytes(data)
         return written
 
@@ -270,18 +269,11 @@ class Report:
 
 def save(report: Report, folder: Path, command: str = "") -> list[Path]:
     """`Report.save`, with the command that makes the page again."""
-    _make_folder(folder)
+    make_folder(folder)
     html, numbers = folder / "index.html", folder / "report.json"
     html.write_text(page(report, command), encoding="utf-8")
     numbers.write_text(report.json(), encoding="utf-8")
     return [html, numbers, *(report.curves(folder / "curves") if have_plots() else [])]
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"folder {folder} cannot be made: {error.strerror}") from error
 
 
 # --- Sentences and numbers --------------------------------------------------------------------
