@@ -82,8 +82,7 @@ class Provenance:
         weights_sha256: Hash of parameters and buffers, computed when it is first read or saved;
             None where hashing was turned off and for plain functions. Where weights have changed
             since the call, `notes` says so.
-        trained_mode: Whether the model was passed in training mode. It is explained in evaluation
-            mode.
+        trained_mode: Whether the model was passed in training mode, in which it is not explained.
         seconds, peak_bytes: Wall time, and peak memory over what was in use before the call.
         peak_measured: Whether `peak_bytes` was measured; else it is the plan's estimate.
         points_per_launch: Evaluation points per launch.
@@ -140,8 +139,7 @@ class Provenance:
 class Attribution:
     """Maps of a batch of inputs, their errors and their provenance.
 
-    B is the number of examples. Where a call names K targets per example, an axis K follows the
-    batch axis.
+    B is the number of examples. K targets per example add an axis K behind the batch axis.
 
     Attributes:
         values: The maps, [B, *] like the inputs or [B, K, *]; a tuple where the inputs are one.
@@ -150,15 +148,13 @@ class Attribution:
         baseline_scores: The same at the baseline; None for methods without one.
         delta: Completeness residual, like `scores`: sum of the values less (scores -
             baseline_scores). None for methods without completeness.
-        error: Estimated relative L2 error of the maps, like `scores`; 0 for exact methods, NaN
-            where it is unknown.
+        error: Estimated relative L2 error, like `scores`; 0 for exact methods, NaN if unknown.
         classes: The explained classes, int64 like `scores`; None where targets are no classes.
         points: Number of evaluation points of each example, int64 [B].
         converged: Whether each example met the method's tolerance, bool [B]; None without one.
         provenance: What the maps rest on.
         kept: Tensors that a replay needs, such as baselines and masks.
-        precision_error: The part of `error` that the precision causes, measured on some points;
-            None for float32.
+        precision_error: The part of `error` due to the precision, measured; None for float32.
         extras: Further results of the method by name, [B, *] or [B, K, *].
         layouts: Layouts of the inputs as the call found them; None for records.
         tie_share: Share of the gradient at one point, float64 [B], that passes maxima which
@@ -215,8 +211,7 @@ class Attribution:
 
     @property
     def layout(self) -> tuple[str | None, ...]:
-        """One letter per axis of each input (see `explain`), None where neither call nor model
-        determines it.
+        """One letter per axis of each input (see `explain`), None where it is unknown.
 
         Example:
             >>> import torch, saliency_fast as sf
@@ -258,8 +253,7 @@ class Attribution:
 
         Args:
             reduction: "sum" (signed), "absmax" or "l2".
-            channel_axis: The axis of the channels, counted with the batch as 0; the one of the
-                layout by default.
+            channel_axis: The axis of the channels, where the batch is 0; the layout's if None.
 
         Returns:
             [B, *spatial] or [B, K, *spatial], a tuple for several inputs. Values [B, F] have no
@@ -428,8 +422,7 @@ def load(path: str | Path) -> Attribution:
         The attribution, with its tensors on the CPU.
 
     Raises:
-        RecordError: The file is truncated, altered, of another schema, or holds fields or tensors
-            that no attribution has.
+        RecordError: The file is truncated, altered, of another schema, or holds something else.
 
     Example:
         >>> import tempfile, torch, saliency_fast as sf

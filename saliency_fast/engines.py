@@ -73,18 +73,15 @@ class Engine:
             on some of its points and part of `Attribution.error`. "auto" is the fastest that costs
             no more than `tolerance`. None is "auto" on GPUs, but for few points and methods without
             a sum of gradients, and "float32" elsewhere.
-        tolerance: Relative L2 that precision "auto" may cost: .02, or half of the method's own
-            tolerance, unless given.
+        tolerance: Relative L2 that precision "auto" may cost; .02, or half of the method's own.
         at: Layers to explain instead of the inputs, by name or themselves; "embeddings" are the
             tables that make vectors of ids, "auto" the last spatial layer. Values are like what
             they give or, with `layer_input`, take; baselines are still the inputs' (of integers:
             token ids, or the layer's).
         layer_input: Whether `at` means what the layers take.
-        memory_budget: Bytes, or text such as "8GiB", over what is in use; 80 % of what is free
-            unless given.
+        memory_budget: Bytes, or text such as "8GiB", over what is in use; 80 % of what is free.
         points_per_launch: An upper bound, for those who know better than the plan.
-        lean: Whether points keep only what their gradients need from forward to backward, with the
-            same maps to rounding.
+        lean: Whether points keep only what their gradients need; maps are the same to rounding.
         progress: Whether to show a bar.
         hashes: Whether results carry SHA-256 of inputs and weights, which reads both once.
         graphs: Whether launches are captured and replayed on GPUs.

@@ -65,8 +65,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a record.
 
     Raises:
-        RecordError: The file is truncated, altered, of another schema, or holds fields or tensors
-            that no attribution has.
+        RecordError: The file is truncated, altered, of another schema, or holds something else.
     """
     try:
         with safe_open(str(path), framework="pt") as file:

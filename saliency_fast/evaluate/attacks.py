@@ -68,9 +68,7 @@ class Attacked:
 
     @property
     def fooled(self) -> Tensor:
-        """Where the attack succeeded, bool [B]: the decision left the class, or, where targeted,
-        reached it.
-        """
+        """Where the decision left the class or, where targeted, reached it, bool [B]."""
         was, now = self.before == self.classes, self.after == self.classes
         return now & ~was if self.targeted else was & ~now
 
@@ -94,8 +92,7 @@ def fgsm(
     Args:
         model: Returns [B, classes].
         x: Inputs [B, *].
-        target: The true classes, "predicted" for the model's own decisions, or with `targeted` the
-            classes to reach.
+        target: The true classes, "predicted" for the decisions, or with `targeted` those to reach.
         epsilon: The step's size, in units of x.
         targeted: Whether to approach the target instead of leaving it.
         bounds: The smallest and largest valid input; by default those of the batch.
@@ -127,8 +124,7 @@ def pgd(
     bounds: Bounds = None,
     running: RunOptions | None = None,
 ) -> Attacked:
-    """Projected gradient steps from a random point within `epsilon` of x, in the maximum norm
-    (Madry, 2018).
+    """Projected gradient steps from a random point within `epsilon` of x (Madry, 2018).
 
     Args:
         model, x, target, targeted, bounds, running: As in `fgsm`; so are the errors.

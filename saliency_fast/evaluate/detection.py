@@ -359,8 +359,7 @@ class AdversarialScore:
     Args:
         scores: See `CoherenceReference.score`, float64 [B].
         p_values: The probability of a score as high for an input like the references, float64 [B].
-        deviations: Of each statistic from the references' mean, in standard deviations, float64
-            [B, S].
+        deviations: Of each statistic from the references' mean, in their deviations, [B, S].
         names: Of the S statistics.
         reference: Can be passed to `adversarial_score` for more inputs.
         parameters: All that the scores depend on.
@@ -439,8 +438,7 @@ def adversarial_score(
         references: Clean inputs [N, *], 20 at least, that are none of the inputs, or a reference
             fitted to maps of the same method.
         method: Makes the maps.
-        target: Of the maps; where there is one class per input, the references are explained for
-            their predicted classes.
+        target: Of the maps; with one class per input references have their predicted classes.
         baseline: The method's baseline.
         seed: Which half of the references is fitted.
         running, layout: How the model is run, and the inputs' axes, one letter each.
@@ -547,8 +545,7 @@ def attack_roc(
     layout: LayoutLike = None,
 ) -> AttackRoc:
     """Measures whether `adversarial_score` tells attacked inputs from clean ones: the inputs that
-    the model is right about, and their attacked versions that fool it. Maps are for the predicted
-    class.
+    the model is right about, and their attacked versions that fool it, for predicted classes.
 
     Args:
         model: Returns [B, classes].

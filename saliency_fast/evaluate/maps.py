@@ -141,8 +141,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 def rank_ssim(a: Tensor, b: Tensor) -> Tensor:
     """SSIM of the ranks of maps [B, *spatial], float64 [B]; NaN where one is constant.
 
-    A few high peaks make `ssim` high for maps of unrelated images; ranks have none. Windows in
-    which neither map varies are left out.
+    A few high peaks make `ssim` high for unrelated maps. Windows without variation are left out.
     """
     _check_axes(a)
     flat = is_constant(a) | is_constant(b)

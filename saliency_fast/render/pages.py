@@ -52,7 +52,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"percent": percent_text, "data_uri": data_uri}
+    environment.filters |= {"percent": percent_text, "number": number_text, "data_uri": data_uri}
+    environment.filters |= {"delta": delta_text, "error": error_text, "memory": memory_text}
     return environment
 
 
@@ -130,24 +131,6 @@ class MapView:
     record: str
     words: str = ""
 
-    @property
-    def facts(self) -> list[tuple[str, str]]:
-        """(name, value) pairs under the map."""
-        numbers = self.numbers
-        shared = f", for {numbers.batch} examples together" if numbers.batch > 1 else ""
-        facts = [
-            ("score explained", number_text(numbers.score)),
-            ("completeness delta", delta_text(numbers)),
-            ("estimated error", error_text(numbers)),
-            ("points", f"{numbers.points} gradients"),
-            ("wall time", f"{numbers.seconds:.3g} s{shared}"),
-            ("peak memory", memory_text(numbers) + shared),
-        ]
-        if numbers.inside:
-            share, area = percent_text(numbers.inside.share), percent_text(numbers.inside.area)
-            facts.append(("evidence in the box", f"{share}; the box covers {area} of the picture"))
-        return [*facts, ("settings", self.parameters or "none"), ("record", self.record)]
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -161,12 +144,6 @@ class Entry:
     ranking: tuple[tuple[str, float], ...]
     truth: str | None
     maps: tuple[MapView, ...]
-
-    @property
-    def facts(self) -> list[tuple[str, str]]:
-        """(name, value) pairs under the input."""
-        facts = [("shape", self.shape), ("read from", self.source)]
-        return [*facts, ("SHA-256", self.sha256)] if self.sha256 else facts
 
 
 @dataclass(frozen=True)

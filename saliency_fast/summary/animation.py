@@ -95,8 +95,7 @@ def progress(
     volumes the frame that holds most of the map is shown.
 
     Args:
-        stream: An engine, whose launches are made small enough for so many frames, or the output of
-            `Engine.stream`.
+        stream: An engine, whose launches are made small enough, or the output of `Engine.stream`.
         inputs: One image, video or volume [1, C, *spatial].
         style: "signed" or "heat", as in `Attribution.overlay`.
         frames: The largest number of frames.

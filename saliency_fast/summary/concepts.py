@@ -89,8 +89,7 @@ class Prototype:
 class Concepts:
     """K directions in a layer's channels and their shares of the evidence of B examples.
 
-    The evidence of a position is its activations times the score's gradients there. All tensors are
-    on the CPU and float64.
+    Evidence is activations times the score's gradients. All tensors are float64 on the CPU.
 
     Attributes:
         directions: [K, C], of length 1, the concept with the largest share first.
@@ -162,8 +161,7 @@ def concepts(
         inputs: The inputs [B, C, *spatial].
         at: A layer or its name; "auto" is the last spatial one.
         count: The number K of concepts.
-        method: "nmf" for activations that are not negative, "kmeans" for clusters of directions, or
-            "auto".
+        method: "nmf" where no activation is negative, "kmeans" for clusters, or "auto".
         seed: The same seed gives the same concepts.
         grid, special: A transformer's grid and number of special tokens, as in `GradCAM`.
         target, forward_args, forward_kwargs: As in `explain`.

@@ -1,7 +1,6 @@
 """Regions: a map in a handful of parts, each with its signed share of the evidence and location.
 
-Parts are connected components of the map, merged superpixels or given labels; a location is where
-a part lies, in words.
+Parts are connected components, merged superpixels or given labels; locations are in words.
 """
 
 from __future__ import annotations
@@ -81,13 +80,11 @@ class Region:
 class Regions:
     """The regions of B examples; a sequence of tuples of `Region`.
 
-    Shares of an example's regions and rest add up to (P - N) / (P + N), amounts to 1, unless the
-    map is zero.
+    Shares of regions and rest add up to (P - N) / (P + N), amounts to 1, if the map is not zero.
 
     Attributes:
         labels: int64 [B, *spatial], 0 for the rest.
-        by_example: The regions of each example, the largest |share| first and numbered so from 1;
-            given labels keep their numbers.
+        by_example: The regions of each example, the largest |share| first, numbered from 1.
         rest: The rest of each example.
         positive: P, float64 [B].
         negative: N, float64 [B].

@@ -26,8 +26,7 @@ def inpaint(x: Tensor, missing: Tensor) -> Tensor:
     of noisy linear imputation (Rong, 2022), without its noise. A weight halves for each axis along
     which the neighbour differs: 1/6 for direct and 1/12 for diagonal neighbours of a pixel. Where
     everything is missing, it is the channel's mean. Solved in float64 by conjugate gradients with a
-    multigrid cycle as preconditioner: SciPy's sparse solver and plain conjugate gradients are
-    several times slower for large holes.
+    multigrid cycle as preconditioner: other solvers are several times slower for large holes.
     """
     if not x.is_floating_point() or missing.dtype != torch.bool:
         raise InputTypeError(

@@ -78,8 +78,7 @@ def report(
         inputs: [B, C, *spatial] or [B, F] in the model's layout.
         methods: Methods, their names, attributions, functions (model, inputs, target) -> maps, or
             a mapping from names to these or to tensors of maps.
-        metrics: Metrics, their names, a mapping from names, or a `Suite`; None for all that the
-            other arguments allow.
+        metrics: Metrics, their names, a mapping from names, or a `Suite`; None for all possible.
         target: One class per example as in `explain`; None for models that return one number.
         baseline: The baseline of the methods that take one.
         boxes: [B, 2 D], or masks bool [B, *spatial]: where the object is.

@@ -136,9 +136,7 @@ class Report:
         return self.intervals.get((method, metric))
 
     def best(self, metric: str) -> str | None:
-        """The method (no control) with the best mean; None where several share it, or where
-        neither direction is better.
-        """
+        """The method (no control) with the best mean; None where several share it."""
         self._check_names(None, metric)
         better = self.metrics[metric].better
         means = {
@@ -154,9 +152,7 @@ class Report:
         return first[0] if len(first) == 1 else None
 
     def gap(self, method: str, other: str, metric: str) -> Interval | None:
-        """The mean of the paired differences from another method on the same examples; None where
-        either was not measured.
-        """
+        """The mean paired difference from another method; None where either was not measured."""
         self._check_names(method, metric)
         self._check_names(other, metric)
         one, two = self.outcomes[method].get(metric), self.outcomes[other].get(metric)
