@@ -553,7 +553,6 @@ _FACTS = {
     "target": "target",
     "baseline": "baseline",
 }
-_NO_CURVES = f"This page has no curves: matplotlib is not installed. To have them, {CURE}."
 
 
 def plot_of(report: Report, metric: str) -> Plot | None:
@@ -585,72 +584,46 @@ def page(report: Report, command: str = "") -> str:
     has_curves = any(one.curve for found in report.outcomes.values() for one in found.values())
     pictured = report.inputs.dim() in (4, 5) and bool(report.maps)
     samples = range(min(SHOWN, len(report.inputs))) if pictured else ()
-    controls = len(report.controls)
-    beside = f", beside {plural(controls, 'control')} that ignore the model" if controls else ""
-    lead = (
-        f"{plural(len(report.methods), 'method')} evaluated by "
-        f"{plural(len(report.metrics), 'metric')} on {plural(len(report.inputs), 'example')} shown "
-        f"to the model {report.provenance['model'].rpartition('.')[2]}{beside}."
+    return render(
+        "evaluation.html.jinja",
+        page={"title": report.title, "facts": _facts(report), "command": command},
+        report=report,
+        verdicts=verdicts(report),
+        means=_means(report),
+        gaps=_gaps(report),
+        samples=[_example(report, row) for row in samples],
+        metrics=[_section(report, metric, plotted) for metric in report.metrics],
+        matrices=_matrices(report),
+        unmeasured=unmeasured(report),
+        cure=CURE if has_curves and not plotted else "",
+        styles=legends("signed"),
+        spelled=spelled,
+        plural=plural,
     )
-    shown = {
-        "title": report.title,
-        "lead": lead,
-        "verdicts": verdicts(report),
-        "tables": [_means(report), *([_gaps(report)] if len(report.methods) > 1 else [])],
-        "samples": [_example(report, row) for row in samples],
-        "metrics": [_section(report, metric, plotted) for metric in report.metrics],
-        "matrices": _matrices(report),
-        "unmeasured": unmeasured(report),
-        "caveats": report.caveats,
-        "notes": [_NO_CURVES] if has_curves and not plotted else [],
-        "facts": _facts(report),
-        "command": command,
-    }
-    return render("evaluation.html.jinja", page=shown, styles=legends("signed"))
 
 
 Rows = list[tuple[str, str, list[Cell]]]
 """Rows of a table: a metric, its better direction, and the cells."""
 
 
-def _means(report: Report) -> dict[str, Any]:
-    groups: dict[str, Rows] = {}
+def _means(report: Report) -> dict[str, Rows]:
+    """The rows of the table of means by the question of their group."""
+    groups: dict[str, Rows] = {group: [] for group in GROUPS}
     for metric, one in report.metrics.items():
         cells = [_cell(report, name, metric) for name in report.names]
-        rows = groups.setdefault(entry_of(one, metric).group, [])
-        rows.append((spelled(metric), one.better, cells))
-    return {
-        "title": "Means",
-        "caption": f"Means over examples; below them their {100.0 * report.confidence:g} % "
-        "bootstrap intervals. Arrows point to better; a star marks the best method. Controls do "
-        "not compete: a good map beats them.",
-        "heads": [("methods", _spelled(report.methods)), ("controls", _spelled(report.controls))],
-        "groups": [
-            (f"{group.capitalize()}: {question}", groups[group])
-            for group, question in GROUPS.items()
-            if group in groups
-        ],
-    }
+        groups[entry_of(one, metric).group].append((metric, one.better, cells))
+    titles = {group: f"{group.capitalize()}: {question}" for group, question in GROUPS.items()}
+    return {titles[group]: rows for group, rows in groups.items() if rows}
 
 
-def _gaps(report: Report) -> dict[str, Any]:
-    """The table of differences from the first method."""
-    first, gaps = spelled(report.methods[0]), report.comparisons()
-    rows: Rows = [
-        (spelled(metric), one.better, [_gap(by.get(metric), one.better) for by in gaps.values()])
+def _gaps(report: Report) -> Rows:
+    """The rows of the table of differences from the first method."""
+    gaps = report.comparisons().values()
+    return [
+        (metric, one.better, [_gap(by.get(metric), one.better) for by in gaps])
         for metric, one in report.metrics.items()
-        if any(metric in by for by in gaps.values())
+        if any(metric in by for by in gaps)
     ]
-    count = sum(map(len, gaps.values()))
-    return {
-        "title": f"Against {first}",
-        "caption": f"How much larger the mean is than that of {first} on the same examples, with "
-        f"the {100.0 * report.confidence:g} % bootstrap interval of the paired differences. Of "
-        f"these {count} comparisons about {(1.0 - report.confidence) * count:.2g} would exclude "
-        "zero by chance alone.",
-        "heads": [("methods", _spelled(gaps))],
-        "groups": [("", rows)],
-    }
 
 
 def _gap(gap: Interval | None, better: str) -> Cell:
