@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -95,45 +97,21 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """One grid of the multigrid cycle: float32, for fields [N, C, *size].
-
-    Of the finest grid: inside [N, 1, *size], 1 at unknowns, and degree [1, 1, *size], the sum of
-    all weights. Of coarser ones: stencil [N, 3 ** D, *size], the weight of each neighbour. smooth:
-    the damped inverse of the diagonal, zero where there is no unknown.
+    """One grid of the multigrid cycle, float32: the product of the system's matrix with fields
+    [N, C, *size], the damped inverse of its diagonal, and 1 at unknowns, 0 elsewhere.
     """
 
-    inside: Tensor | None
-    degree: Tensor | None
-    stencil: Tensor | None
+    apply: Callable[[Tensor], Tensor]
     smooth: Tensor
-
-    def apply(self, u: Tensor) -> Tensor:
-        """The product of the system's matrix and u, which is zero outside of the unknowns."""
-        if self.inside is not None and self.degree is not None:
-            return (self.degree * u - _binomial(u)) * self.inside
-        assert self.stencil is not None
-        total, dims = torch.zeros_like(u), u.dim() - 2
-        # Windows of three positions along every axis, zero outside.
-        windows = functional.pad(u, (1, 1) * dims)
-        for axis in range(2, u.dim()):
-            windows = windows.unfold(axis, 3, 1)
-        for number, step in enumerate(itertools.product(range(3), repeat=dims)):
-            near = windows
-            for at in step:
-                near = near.select(u.dim(), at)
-            total.addcmul_(self.stencil[:, number : number + 1].expand_as(u), near)
-        return total
-
-    def within(self, u: Tensor) -> Tensor:
-        return u if self.inside is None else u * self.inside
+    inside: Tensor | float = 1.0
 
 
 def _levels(hole: Tensor) -> list[_Level]:
     """Grids from that of `hole` [N, 1, *] to a single position, each half as fine as the last."""
     inside, centre = hole.float(), float(2 ** (hole.dim() - 2))
     degree = _binomial(torch.ones_like(inside[:1]))
-    own = (degree - centre) * inside
-    levels = [_Level(inside, degree, None, _damped(own, (_binomial(inside) - centre) * inside))]
+    smooth = _damped((degree - centre) * inside, (_binomial(inside) - centre) * inside)
+    levels = [_Level(lambda u: (degree * u - _binomial(u)) * inside, smooth, inside)]
     size = hole.shape[2:]
     while max(size) > 1:
         stencil = _coarser(levels[-1], len(hole), size)
@@ -141,8 +119,22 @@ def _levels(hole: Tensor) -> list[_Level]:
         middle = stencil.shape[1] // 2
         own = stencil[:, middle : middle + 1]
         others = stencil.abs().sum(1, keepdim=True) - own.abs()
-        levels.append(_Level(None, None, stencil, _damped(own, others)))
+        levels.append(_Level(partial(_stencilled, stencil), _damped(own, others)))
     return levels
+
+
+def _stencilled(stencil: Tensor, u: Tensor) -> Tensor:
+    """Sums of the 3 ** D neighbours, weighted by the stencil [N, 3 ** D, *size], zero outside."""
+    total, dims = torch.zeros_like(u), u.dim() - 2
+    windows = functional.pad(u, (1, 1) * dims)
+    for axis in range(2, u.dim()):
+        windows = windows.unfold(axis, 3, 1)
+    for number, step in enumerate(itertools.product(range(3), repeat=dims)):
+        near = windows
+        for at in step:
+            near = near.select(u.dim(), at)
+        total.addcmul_(stencil[:, number : number + 1].expand_as(u), near)
+    return total
 
 
 def _damped(own: Tensor, others: Tensor) -> Tensor:
@@ -164,7 +156,7 @@ def _coarser(level: _Level, rows: int, size: torch.Size) -> Tensor:
             hit &= at % 3 == own
             number = 3 * number + (own - at + 1) % 3
         unit = _longer(hit.float()[None, None], size).expand(rows, 1, *size)
-        response = _shorter(level.apply(level.within(unit)))
+        response = _shorter(level.apply(unit * level.inside))
         stencil.scatter_(1, number.expand(rows, 1, *coarse), response)
     return stencil
 
@@ -176,7 +168,7 @@ def _cycle(levels: list[_Level], right: Tensor) -> Tensor:
     if len(levels) == 1:
         return u
     below = _cycle(levels[1:], _shorter(right - level.apply(u)))
-    u = u + level.within(_longer(below, size))
+    u = u + _longer(below, size) * level.inside
     return u + level.smooth * (right - level.apply(u))
 
 
