@@ -115,10 +115,7 @@ def report(
     with tqdm(total=len(rows) * (len(chosen) + 1), disable=not progress, leave=False) as bar:
         for row in rows:
             results.measure(row, base, chosen, bar)
-    if results.errors and not any(results.outcomes.values()):
-        raise results.errors[0]
-    if labels is not None and not isinstance(labels, Mapping):
-        labels = dict(enumerate(labels))
+    results.check()
     return Report(
         title=title,
         outcomes=results.outcomes,
@@ -132,7 +129,7 @@ def report(
         maps=results.maps,
         classes=base.classes if isinstance(base.classes, Tensor) else None,
         boxes=base.masks,
-        labels=dict(labels or {}),
+        labels=labels if isinstance(labels, Mapping) else dict(enumerate(labels or ())),
         agreement=agreement(results.maps, base.inputs) if len(results.maps) > 1 else None,
         confidence=confidence,
         seed=seed,
@@ -370,6 +367,11 @@ class _Results:
     caveats: list[str] = field(default_factory=list)
     unmeasured: list[Missing] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises the first error where nothing could be measured."""
+        if self.errors and not any(self.outcomes.values()):
+            raise self.errors[0]
 
     def measure(
         self, row: _Row, base: EvaluationInput, metrics: Mapping[str, Metric], bar: Any
