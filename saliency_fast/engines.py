@@ -559,19 +559,8 @@ class Engine:
         inputs = given.inputs
         count = len(inputs) if isinstance(inputs, (tuple, list)) else 1
         if count not in self._wholes:
-            self._wholes[count] = Engine(
-                WholeInputModel(self._called, count),
-                self.method,
-                precision=self.precision,
-                tolerance=self.tolerance,
-                memory_budget=self.limits.memory_budget,
-                points_per_launch=self.limits.points_per_launch,
-                lean=self.lean,
-                progress=self.progress,
-                hashes=False,
-                graphs=False,
-                config=self.config,
-            )
+            model = WholeInputModel(self._called, count)
+            self._wholes[count] = engine_like(self, model, graphs=False, layout=None)
         first = inputs[0] if isinstance(inputs, (tuple, list)) and inputs else inputs
         device = first.device if isinstance(first, Tensor) else torch.device("cpu")
         with preserve_model_state(self.model, device):
@@ -724,6 +713,16 @@ class Engine:
             for progress in run_alone(job):
                 bar.update(progress.done - bar.n)
                 yield progress
+
+
+def engine_like(engine: Engine, model: Callable[..., Any], **changes: Any) -> Engine:
+    """An engine of a model with the method and the options of another engine, without hashes."""
+    names = ("precision", "tolerance", "lean", "progress", "graphs", "layout", "config")
+    options = {name: getattr(engine, name) for name in names} | {
+        "memory_budget": engine.limits.memory_budget,
+        "points_per_launch": engine.limits.points_per_launch,
+    }
+    return Engine(model, engine.method, hashes=False, **options | changes)
 
 
 def _check_options(

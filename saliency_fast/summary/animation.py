@@ -16,7 +16,7 @@ from saliency_fast import ops
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.features import Features
-from saliency_fast.engines import Engine
+from saliency_fast.engines import Engine, engine_like
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import Target
@@ -128,7 +128,8 @@ def progress(
         about["features"] = features
         plan = stream.plan(inputs, target, baseline, **about)
         points = max(1, min(plan.points_per_launch, -(-plan.points // frames)))
-        stream = _with_launches(stream, points).stream(inputs, target, baseline, **about)
+        few = engine_like(stream, stream.model, points_per_launch=points, progress=False)
+        stream = few.stream(inputs, target, baseline, **about)
     moments, axes = list[Moment](), None
     for one in stream:
         moments.append(_moment(one, inputs, style))
@@ -175,18 +176,6 @@ def animate(
     if not 0.0 < frames_per_second < math.inf:
         raise InputError(f"frames_per_second must be positive: got {frames_per_second!r}")
     return progress(stream, inputs, target, **fields).save(path, frames_per_second)
-
-
-def _with_launches(engine: Engine, points: int) -> Engine:
-    """A compatible engine whose launches take at most so many points."""
-    names = ("precision", "tolerance", "lean", "graphs", "layout")
-    return Engine(
-        *(engine.model, engine.method),
-        memory_budget=engine.limits.memory_budget,
-        points_per_launch=points,
-        hashes=False,
-        **{name: getattr(engine, name) for name in names},
-    )
 
 
 def _moment(result: Attribution, inputs: Tensor, style: str) -> Moment:
