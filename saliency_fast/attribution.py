@@ -20,7 +20,7 @@ from saliency_fast.engine.job import Job
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.plan import DRAWS, Plan
 from saliency_fast.engine.recipe import Method
-from saliency_fast.errors import InputError, warn
+from saliency_fast.errors import InputError, warn, warn_deprecated
 from saliency_fast.graph.receptive_field import Box
 from saliency_fast.model.layout import Axes, Layouts
 from saliency_fast.record import WeightsHash
@@ -124,10 +124,7 @@ class Provenance:
     @property
     def way(self) -> str:
         """Deprecated alias of `strategy`."""
-        warn(
-            "Provenance.way is deprecated and removed in 0.3: use Provenance.strategy",
-            DeprecationWarning,
-        )
+        warn_deprecated("Provenance.way", "Provenance.strategy")
         return self.strategy
 
     def __getstate__(self) -> dict[str, Any]:

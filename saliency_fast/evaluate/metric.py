@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.errors import InputError, warn
+from saliency_fast.errors import InputError, warn_deprecated
 from saliency_fast.evaluate.inputs import (
     EvaluationInput,
     Explainer,
@@ -139,9 +139,7 @@ class Metric:
 
     def judge(self, data: EvaluationInput) -> Outcome:
         """Deprecated alias of `evaluate`."""
-        warn(
-            "Metric.judge is deprecated and removed in 0.3: use Metric.evaluate", DeprecationWarning
-        )
+        warn_deprecated("Metric.judge", "Metric.evaluate")
         return self.evaluate(data)
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:

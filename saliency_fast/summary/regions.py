@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.features import SEGMENTATIONS, segment
-from saliency_fast.errors import InputError, InputTypeError, warn
+from saliency_fast.errors import InputError, InputTypeError, warn_deprecated
 from saliency_fast.evaluate.inputs import EvaluationInput, read_evaluation_input
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
@@ -99,10 +99,7 @@ class Regions:
     @property
     def found(self) -> tuple[tuple[Region, ...], ...]:
         """Deprecated alias of `by_example`."""
-        warn(
-            "Regions.found is deprecated and removed in 0.3: use Regions.by_example",
-            DeprecationWarning,
-        )
+        warn_deprecated("Regions.found", "Regions.by_example")
         return self.by_example
 
     def __len__(self) -> int:

@@ -444,6 +444,7 @@ def _drawn(layer: Layer) -> tuple[dict[str, Tensor], list[tuple[str, Tensor | No
     drawn: dict[str, Tensor] = {}
     buffers = list(own_buffers(layer.module).items())
     if callable(getattr(layer.module, "reset_parameters", None)):
+        # Its own reset may change submodules and tied parameters, too.
         copy: Any = deepcopy(layer.module)
         before = {name: own_parameters(copy)[name] for name in layer.parameters}
         versions = {name: version_of(one) for name, one in before.items()}
