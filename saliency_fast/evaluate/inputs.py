@@ -161,7 +161,8 @@ class EvaluationInput:
 
     @property
     def _model(self) -> Model:
-        assert self.model is not None, "Metric.evaluate() looks for what a metric needs"
+        if self.model is None:
+            raise InputError("model is missing: this metric reads its scores; pass the model")
         return self.model
 
     @property

@@ -281,7 +281,7 @@ def _named(given: Any, what: str) -> list[tuple[str, Any]]:
     if isinstance(given, Mapping):
         return [(str(name), one) for name, one in given.items()]
     if isinstance(given, (str, Tensor, Attribution)) or not isinstance(given, Iterable):
-        given = [given]
+        given = [] if given is None else [given]
     rows: list[tuple[str, Any]] = []
     for one in given:
         if isinstance(one, Tensor):
