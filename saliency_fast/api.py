@@ -74,13 +74,11 @@ def explain(
         precision: Arithmetic of the model's convolutions and matrix products: "float32" (float64
             inputs stay float64), "bfloat16", on GPUs also "tf32" and "float16", or "auto". Its cost
             is measured and part of `Attribution.error`. None is "auto" on GPUs, else "float32".
-        tolerance: Largest relative L2 error that "auto" may cost; 0.02 by default, or half of the
-            method's own tolerance.
+        tolerance: Largest relative L2 error of "auto"; 0.02, or half of the method's own tolerance.
         at: Layers to explain instead of the inputs: names or modules, "embeddings", or "auto" for
             the last spatial one.
         layer_input: Whether maps are about what these layers take, instead of what they return.
-        memory_budget: Bytes, or text such as "8GiB", over what is in use; 80 % of the free memory
-            by default.
+        memory_budget: Bytes, or text such as "8GiB", over what is in use; 80 % of what is free.
         points_per_launch: Upper bound on the evaluation points of a launch; planned by default.
         lean: Whether memory-efficient backward passes may be used. Maps agree to rounding.
         region: The part of an input [B, C, *spatial] to explain: a bool mask [*spatial] or one

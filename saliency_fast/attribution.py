@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from saliency_fast import ops, record, render
@@ -22,11 +20,10 @@ from saliency_fast.engine.job import Job
 from saliency_fast.engine.memory import resident_bytes
 from saliency_fast.engine.plan import DRAWS, Plan
 from saliency_fast.engine.recipe import Method
-from saliency_fast.errors import InputError, warn
+from saliency_fast.errors import InputError, warn, warn_deprecated
 from saliency_fast.graph.receptive_field import Box
 from saliency_fast.model.layout import Axes, Layouts
 from saliency_fast.record import WeightsHash
-from saliency_fast.version import __version__
 
 _USUAL_LAYOUTS = {3: "BCT", 4: "BCHW", 5: "BCDHW"}
 """Layouts that are assumed, by the number of axes, for records that state none."""
@@ -85,8 +82,7 @@ class Provenance:
         weights_sha256: Hash of parameters and buffers, computed when it is first read or saved;
             None where hashing was turned off and for plain functions. Where weights have changed
             since the call, `notes` says so.
-        trained_mode: Whether the model was passed in training mode. It is explained in evaluation
-            mode.
+        trained_mode: Whether the model was passed in training mode, in which it is not explained.
         seconds, peak_bytes: Wall time, and peak memory over what was in use before the call.
         peak_measured: Whether `peak_bytes` was measured; else it is the plan's estimate.
         points_per_launch: Evaluation points per launch.
@@ -128,10 +124,7 @@ class Provenance:
     @property
     def way(self) -> str:
         """Deprecated alias of `strategy`."""
-        warn(
-            "Provenance.way is deprecated and removed in 0.3: use Provenance.strategy",
-            DeprecationWarning,
-        )
+        warn_deprecated("Provenance.way", "Provenance.strategy")
         return self.strategy
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,8 +136,7 @@ class Provenance:
 class Attribution:
     """Maps of a batch of inputs, their errors and their provenance.
 
-    B is the number of examples. Where a call names K targets per example, an axis K follows the
-    batch axis.
+    B is the number of examples. K targets per example add an axis K behind the batch axis.
 
     Attributes:
         values: The maps, [B, *] like the inputs or [B, K, *]; a tuple where the inputs are one.
@@ -153,15 +145,13 @@ class Attribution:
         baseline_scores: The same at the baseline; None for methods without one.
         delta: Completeness residual, like `scores`: sum of the values less (scores -
             baseline_scores). None for methods without completeness.
-        error: Estimated relative L2 error of the maps, like `scores`; 0 for exact methods, NaN
-            where it is unknown.
+        error: Estimated relative L2 error, like `scores`; 0 for exact methods, NaN if unknown.
         classes: The explained classes, int64 like `scores`; None where targets are no classes.
         points: Number of evaluation points of each example, int64 [B].
         converged: Whether each example met the method's tolerance, bool [B]; None without one.
         provenance: What the maps rest on.
         kept: Tensors that a replay needs, such as baselines and masks.
-        precision_error: The part of `error` that the precision causes, measured on some points;
-            None for float32.
+        precision_error: The part of `error` due to the precision, measured; None for float32.
         extras: Further results of the method by name, [B, *] or [B, K, *].
         layouts: Layouts of the inputs as the call found them; None for records.
         tie_share: Share of the gradient at one point, float64 [B], that passes maxima which
@@ -218,8 +208,7 @@ class Attribution:
 
     @property
     def layout(self) -> tuple[str | None, ...]:
-        """One letter per axis of each input (see `explain`), None where neither call nor model
-        determines it.
+        """One letter per axis of each input (see `explain`), None where it is unknown.
 
         Example:
             >>> import torch, saliency_fast as sf
@@ -261,8 +250,7 @@ class Attribution:
 
         Args:
             reduction: "sum" (signed), "absmax" or "l2".
-            channel_axis: The axis of the channels, counted with the batch as 0; the one of the
-                layout by default.
+            channel_axis: The axis of the channels, where the batch is 0; the layout's if None.
 
         Returns:
             [B, *spatial] or [B, K, *spatial], a tuple for several inputs. Values [B, F] have no
@@ -431,8 +419,7 @@ def load(path: str | Path) -> Attribution:
         The attribution, with its tensors on the CPU.
 
     Raises:
-        RecordError: The file is truncated, altered, of another schema, or holds fields or tensors
-            that no attribution has.
+        RecordError: The file is truncated, altered, of another schema, or holds something else.
 
     Example:
         >>> import tempfile, torch, saliency_fast as sf
@@ -463,9 +450,7 @@ def load(path: str | Path) -> Attribution:
 
 
 def attribution(job: Job, outcome: Outcome, baseline: Baseline, **facts: Any) -> Attribution:
-    """The attribution of a job. outcome: with an axis K everywhere; baseline: as the user gave it;
-    facts: further fields of the provenance.
-    """
+    """The attribution of a job's outcome, which has an axis K. facts: of the provenance."""
     call, part = job.call, job.part
     target, kept = record.describe_target(call.targets)
     baseline_spec, baseline_kept = record.describe_baseline(baseline)
@@ -520,11 +505,7 @@ def _provenance(
         dtype=plan.dtype,
         device=plan.device,
         backend=plan.backend,
-        versions={
-            "saliency_fast": __version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
+        versions=record.versions(),
         points_per_launch=plan.points_per_launch,
         halvings=plan.halvings,
         strategy=way,

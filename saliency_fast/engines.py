@@ -73,18 +73,15 @@ class Engine:
             on some of its points and part of `Attribution.error`. "auto" is the fastest that costs
             no more than `tolerance`. None is "auto" on GPUs, but for few points and methods without
             a sum of gradients, and "float32" elsewhere.
-        tolerance: Relative L2 that precision "auto" may cost: .02, or half of the method's own
-            tolerance, unless given.
+        tolerance: Relative L2 that precision "auto" may cost; .02, or half of the method's own.
         at: Layers to explain instead of the inputs, by name or themselves; "embeddings" are the
             tables that make vectors of ids, "auto" the last spatial layer. Values are like what
             they give or, with `layer_input`, take; baselines are still the inputs' (of integers:
             token ids, or the layer's).
         layer_input: Whether `at` means what the layers take.
-        memory_budget: Bytes, or text such as "8GiB", over what is in use; 80 % of what is free
-            unless given.
+        memory_budget: Bytes, or text such as "8GiB", over what is in use; 80 % of what is free.
         points_per_launch: An upper bound, for those who know better than the plan.
-        lean: Whether points keep only what their gradients need from forward to backward, with the
-            same maps to rounding.
+        lean: Whether points keep only what their gradients need; maps are the same to rounding.
         progress: Whether to show a bar.
         hashes: Whether results carry SHA-256 of inputs and weights, which reads both once.
         graphs: Whether launches are captured and replayed on GPUs.
@@ -562,19 +559,8 @@ class Engine:
         inputs = given.inputs
         count = len(inputs) if isinstance(inputs, (tuple, list)) else 1
         if count not in self._wholes:
-            self._wholes[count] = Engine(
-                WholeInputModel(self._called, count),
-                self.method,
-                precision=self.precision,
-                tolerance=self.tolerance,
-                memory_budget=self.limits.memory_budget,
-                points_per_launch=self.limits.points_per_launch,
-                lean=self.lean,
-                progress=self.progress,
-                hashes=False,
-                graphs=False,
-                config=self.config,
-            )
+            model = WholeInputModel(self._called, count)
+            self._wholes[count] = engine_like(self, model, graphs=False, layout=None)
         first = inputs[0] if isinstance(inputs, (tuple, list)) and inputs else inputs
         device = first.device if isinstance(first, Tensor) else torch.device("cpu")
         with preserve_model_state(self.model, device):
@@ -617,10 +603,7 @@ class Engine:
         alone: bool,
         seen: frozenset[int],
     ) -> tuple[Job, list[str] | None]:
-        """The job of a call; where an input turns out to be unused, of that with zeros for it.
-
-        seen: inputs of which that was found in this call.
-        """
+        """The job of a call, with zeros for inputs that are unused. seen: those that are known."""
         location, about = self._location, (given, method, recipe, alone)
         cache, model = location.cache, self._called
         if cache.unused:
@@ -730,6 +713,16 @@ class Engine:
             for progress in run_alone(job):
                 bar.update(progress.done - bar.n)
                 yield progress
+
+
+def engine_like(engine: Engine, model: Callable[..., Any], **changes: Any) -> Engine:
+    """An engine of a model with the method and the options of another engine, without hashes."""
+    names = ("precision", "tolerance", "lean", "progress", "graphs", "layout", "config")
+    options = {name: getattr(engine, name) for name in names} | {
+        "memory_budget": engine.limits.memory_budget,
+        "points_per_launch": engine.limits.points_per_launch,
+    }
+    return Engine(model, engine.method, hashes=False, **options | changes)
 
 
 def _check_options(

@@ -98,3 +98,8 @@ def warn(text: str, category: type[Warning] = UserWarning) -> None:
             outermost = level
         frame, level = frame.f_back, level + 1
     warnings.warn(f"{own}: {text}", category, stacklevel=outermost + 1)
+
+
+def warn_deprecated(old: str, new: str) -> None:
+    """Warns of a name that goes."""
+    warn(f"{old} is deprecated and removed in 0.3: use {new}", DeprecationWarning)

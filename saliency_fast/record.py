@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 import re
 import sys
 import threading
@@ -35,6 +36,7 @@ from saliency_fast.graph.passes.half import PRECISIONS
 from saliency_fast.model.layout import LETTERS, Axes
 from saliency_fast.model.preserve import below
 from saliency_fast.model.targets import NextToken, Targets
+from saliency_fast.version import __version__
 
 SCHEMA = 1
 KEY = "saliency_fast"
@@ -54,12 +56,17 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     return path
 
 
+def versions() -> dict[str, str]:
+    """The versions that records name."""
+    python, own = platform.python_version(), __version__
+    return {"saliency_fast": own, "torch": str(torch.__version__), "python": python}
+
+
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a record.
 
     Raises:
-        RecordError: The file is truncated, altered, of another schema, or holds fields or tensors
-            that no attribution has.
+        RecordError: The file is truncated, altered, of another schema, or holds something else.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -149,7 +156,6 @@ def _sha256(value: Any) -> bool:
 
 
 def _span(value: Any) -> bool:
-    """[start, stop] of an axis."""
     return _list_of(_COUNT, 2)(value) and len(value) == 2 and bool(value[0] < value[1])
 
 
@@ -159,7 +165,6 @@ def _layout(value: Any) -> bool:
 
 
 def _index(value: Any) -> bool:
-    """One element of a target's index: a number, an ellipsis, or a slice."""
     if isinstance(value, dict):
         ends = value.get("slice")
         return len(value) == 1 and _list_of(_optional(_INT), 3)(ends) and len(value["slice"]) == 3
@@ -484,9 +489,7 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 class WeightsHash:
-    """The SHA-256 of all tensors that a module holds, by name, computed when it is asked for, or
-    when the module goes: it keeps the module from going no longer.
-    """
+    """The SHA-256 of a module's tensors, computed when asked for, or when the module goes."""
 
     def __init__(self, model: nn.Module, held: list[object]) -> None:
         state = _weights(model)
@@ -510,9 +513,7 @@ class WeightsHash:
         return same and _sampled(self._samples) == self.key[-1]
 
     def __call__(self) -> tuple[str | None, str]:
-        """The hash, None for tensors whose contents cannot be read, and a text where they have
-        changed since it was wanted.
-        """
+        """The hash, None where contents cannot be read, and a text where they have changed."""
         model = self._model()
         if self._found is None and model is not None:
             self.resolve(_weights(model))
@@ -533,9 +534,7 @@ def _before_it_goes(one: weakref.ref[WeightsHash], state: dict[str, Tensor]) -> 
 
 
 def weights_sha256(model: Callable[..., Any]) -> str | None:
-    """SHA-256 of all tensors that a module holds, by name; None for plain functions and for tensors
-    whose contents cannot be read. Cached until one of the tensors is replaced or written to.
-    """
+    """SHA-256 of a module's tensors by name; None for functions and unreadable tensors."""
     found = weights_hash(model)
     return None if found is None else found()[0]
 
@@ -574,9 +573,7 @@ memory that NumPy shares, and by batch normalisation."""
 
 
 def _places(state: dict[str, Tensor]) -> tuple[object, ...]:
-    """Where tensors lie in memory, in which version, by name, and some of their numbers; None for
-    those of which that does not tell whether they have changed.
-    """
+    """The memory, versions and some numbers of tensors; None where these do not determine them."""
     places = [_memory(one) for one in state.values()]
     if None in places:
         return (*places,)
@@ -621,9 +618,7 @@ def _hash_of(state: dict[str, Tensor]) -> str | None:
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
-    """Parameters, buffers, and the other tensors of a module's state: packed weights of quantised
-    layers, extra state, and constants of frozen TorchScript.
-    """
+    """Parameters, buffers, packed weights, extra state, and constants of frozen TorchScript."""
     found: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if isinstance(model, torch.jit.ScriptModule):
         graph: Any = model.inlined_graph
@@ -640,9 +635,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...] | None:
-    """The memory of a tensor, its view of it and PyTorch's count of in-place writes; None where
-    this does not determine the contents: wrappers, and inference tensors, which count no writes.
-    """
+    """A tensor's memory, view and version; None where these do not determine its contents."""
     if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout != torch.strided:
         return None
     if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.is_inference():

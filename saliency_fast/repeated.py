@@ -33,14 +33,7 @@ from saliency_fast.model.ties import may_tie
 
 @dataclass(frozen=True)
 class Repeat:
-    """What is the same in all calls of a kind; it holds neither the model nor a call's tensors.
-
-    Args:
-        job, recipe: The job of an earlier call, without them, and its recipe.
-        key: Of the job.
-        layouts: Of the input.
-        origin: Makes the provenance.
-    """
+    """What is the same in all calls of a kind; it holds neither the model nor a call's tensors."""
 
     job: Job
     recipe: WeightedSum
@@ -93,9 +86,7 @@ class Repeat:
         cache: CalibrationCache,
         hashes: Callable[[Call], dict[str, Any]],
     ) -> Attribution | None:
-        """The result of a call; None where planning it as usual tells what is wrong, or finds
-        another way. hashes: those of a call.
-        """
+        """The result of a call; None where planning it as usual tells what is wrong."""
         started, job, batch = time.perf_counter(), self.job, len(x)
         classes = _classes_of(target, batch)
         maxima = job.calibration.maxima

@@ -34,8 +34,7 @@ class Replay:
     It is true where it agrees, and prints as lines of text.
 
     Attributes:
-        agrees: Whether inputs and weights are the recorded ones and the maps differ by rounding
-            alone.
+        agrees: Whether inputs and weights are the recorded ones and the maps equal to rounding.
         error: Relative L2 distance of the maps.
         tolerance: The largest distance that counts as rounding.
         input_matches: Whether the inputs have the recorded SHA-256; None where none is recorded.

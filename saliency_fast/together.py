@@ -31,9 +31,7 @@ _OF_WHOLE = ("delta", "error", "tie_share", "precision_error", "points", "conver
 
 @dataclass(frozen=True)
 class WholeInputModel:
-    """A model whose examples are whole inputs: points [R, N, *] give outputs [R, N, *], by one call
-    of `model` for each of R. count: of its inputs; further arguments follow.
-    """
+    """A model of whole inputs: points [R, N, *] give [R, N, *], by a call for each of R."""
 
     model: Callable[..., Any]
     count: int
@@ -112,9 +110,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class WholeInputCall:
-    """A call with rows together. rows: the call as it was given; arguments: those of a call of
-    `WholeInputModel`, whose inputs are [1, N, *].
-    """
+    """A call with rows together, as it was given and as `WholeInputModel` takes it."""
 
     rows: Call
     arguments: dict[str, Any]
@@ -177,10 +173,7 @@ def layout_together(layout: LayoutLike) -> LayoutLike:
 def as_rows(
     found: Attribution, call: WholeInputCall, model: Callable[..., Any], baseline: Any, kind: str
 ) -> Attribution:
-    """The attribution of a whole input as one of its rows: values like the inputs, each row's own
-    scores, and the delta, error, ... of the whole input for every row. kind:
-    what the method compares with, as its recipe says.
-    """
+    """The attribution of a whole input by its rows, of which each has its own score."""
     count, inputs = call.rows.batch, call.arguments["inputs"]
 
     def every(value: Tensor) -> Tensor:

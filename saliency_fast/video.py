@@ -24,15 +24,13 @@ class Clip:
     """A map over a whole clip, as `explain_video` returns it.
 
     Attributes:
-        values: Each frame's mean over the windows that hold it, like the clip [B, *]; [B, K, *] for
-            K targets.
+        values: Each frame's mean over its windows, like the clip [B, *]; [B, K, *] for K targets.
         starts: The first frame of each of W windows.
         windows: The attributions of the windows, [B * W, *], the windows of one example together.
         scores: The scores of the windows, [B, W] or [B, W, K].
         coherence: The width of the smoothing over time in frames, 0 for none.
         change: The relative L2 distance by which the smoothing moved the values, [B].
-        flicker: The mean change from frame to frame over the mean magnitude, before and after the
-            smoothing, [B, 2].
+        flicker: The mean change between frames over the mean magnitude, raw and smoothed, [B, 2].
 
     Example:
         >>> frames = torch.rand(1, 3, 6, 4, 4)
@@ -166,9 +164,7 @@ def _averaged(
 
 
 def _smoothed(values: Tensor, clip: Tensor, width: float, axis: int, time_axis: int) -> Tensor:
-    """Diffusion along time (Perona & Malik, 1990) until `width` frames where nothing changes. Both
-    neighbours use the same conductivity, so that sums over time stay.
-    """
+    """Diffusion along time (Perona & Malik, 1990), by which sums over time stay."""
     found, time = values.movedim(time_axis, -1), clip.movedim(axis, -1).to(values.dtype)
     steps = torch.diff(time, dim=-1).square()
     if steps.dim() > 3:

@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
@@ -62,9 +63,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Form:
-    """Reads pictures to [1, C, H, W] in [0, 1]. size: (height, width); None keeps what they have.
-    Pictures of 16 bits keep their depth; transparency is dropped.
-    """
+    """Reads pictures to [1, C, H, W] in [0, 1]. size: (height, width), None for their own."""
 
     size: tuple[int, int] | None = None
     channels: int | None = None
@@ -95,9 +94,7 @@ def read_form(size: str | None, channels: int | None) -> Form | None:
 
 
 def eight_bits(picture: Image.Image, mode: str) -> Image.Image:
-    """A picture in mode "RGB" or "L" for processors that take 8 bits: 16 bits are rounded to 8,
-    which Pillow itself would clip.
-    """
+    """A picture in mode "RGB" or "L"; 16 bits are rounded to 8, which Pillow would clip."""
     if (levels := _levels(picture)) is not None:
         picture = Image.fromarray(levels.round().astype(np.uint8))
     return picture.convert(mode)
@@ -118,10 +115,7 @@ def read_inputs(
     batched: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> list[Read]:
-    """Reads everything that `sources` name, and makes the names unique. Arrays are cast to `dtype`
-    and neither scaled nor resized. An array is one example, unless `batched` says that its first
-    axis is a batch axis; a picture always is one.
-    """
+    """Reads all `sources` under unique names; arrays are one example each, unless `batched`."""
     unique: dict[str, Read] = {}
     for source in sources:
         for one in _read(source, prepare, dtype, batched, max_pixels):
@@ -323,10 +317,11 @@ def _package(name: str, extra: str, spec: str) -> ModuleType:
         ) from error
 
 
-def _fetched(spec: str, extra: str, load: Callable[[], Any]) -> Any:
-    """Runs `load`, which looks a model up; whatever a hub raises becomes one line."""
+@contextmanager
+def _fetching(spec: str, extra: str) -> Iterator[None]:
+    """Whatever a hub raises inside becomes one line."""
     try:
-        return load()
+        yield
     except Exception as error:
         raise InputError(
             f"--model {spec!r} cannot be loaded: {reason(error)}; check the name or path, that its "
@@ -341,12 +336,9 @@ def _eight_bit(transform: Callable[[Image.Image], Tensor], mode: str = "RGB") ->
 
 def _hugging_face(spec: str, name: str, pretrained: bool) -> Loaded:
     transformers = _package("transformers", "hf", spec)
-
-    def load() -> tuple[Any, Any]:
-        kind = transformers.AutoModelForImageClassification
-        return kind.from_pretrained(name), transformers.AutoImageProcessor.from_pretrained(name)
-
-    model, processor = _fetched(spec, "hf", load)
+    with _fetching(spec, "hf"):
+        model = transformers.AutoModelForImageClassification.from_pretrained(name)
+        processor = transformers.AutoImageProcessor.from_pretrained(name)
 
     def transform(picture: Image.Image) -> Tensor:
         pixels: Tensor = processor(images=picture, return_tensors="pt")["pixel_values"][0]
@@ -360,19 +352,17 @@ def _hugging_face(spec: str, name: str, pretrained: bool) -> Loaded:
 
 def _torchvision(spec: str, name: str, pretrained: bool) -> Loaded:
     models = _package("torchvision.models", "torchvision", spec)
-
-    def load() -> tuple[Any, Any]:
+    with _fetching(spec, "torchvision"):
         chosen = models.get_model_weights(name).DEFAULT
-        return models.get_model(name, weights=chosen if pretrained else None), chosen
-
-    model, chosen = _fetched(spec, "torchvision", load)
+        model = models.get_model(name, weights=chosen if pretrained else None)
     labels = dict(enumerate(chosen.meta.get("categories", ()))) if pretrained else {}
     return Loaded(spec, model, _eight_bit(chosen.transforms()), labels)
 
 
 def _timm(spec: str, name: str, pretrained: bool) -> Loaded:
     timm, data = _package("timm", "timm", spec), _package("timm.data", "timm", spec)
-    model = _fetched(spec, "timm", lambda: timm.create_model(name, pretrained=pretrained))
+    with _fetching(spec, "timm"):
+        model = timm.create_model(name, pretrained=pretrained)
     settings = data.resolve_model_data_config(model)
     transform = data.create_transform(**settings, is_training=False)
     mode = "L" if settings["input_size"][0] == 1 else "RGB"

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from saliency_fast import zoo
 from saliency_fast.cli import arguments
-from saliency_fast.cli.explain import failures_named, out_folder
+from saliency_fast.cli.explain import failures_named
 from saliency_fast.cli.tables import show_paths
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import CONTROLS
 from saliency_fast.evaluate.metric import ENTRIES, Suite
-from saliency_fast.evaluate.reports.files import save
 from saliency_fast.evaluate.reports.report import report
+from saliency_fast.evaluate.reports.result import save
+from saliency_fast.render.frames import make_folder
 
 METHODS = ("gradient", "smoothgrad", "integrated_gradients")
 FAILED = 1
@@ -54,7 +55,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str]) -> int:
     loaded = arguments.load_model(args.model, args.weights, form, args.device)
     baseline = arguments.read_baseline(args.baseline, args.device)
     given = _files(args, loaded) if args.input else _scenes(args)
-    out = out_folder(args.out)
+    out = make_folder(args.out, "--out")
     x = given.x.to(args.device)
     with failures_named(arguments.Read("inputs", given.source, x)):
         found = report(

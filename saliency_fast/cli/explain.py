@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,18 +20,18 @@ from saliency_fast.attribution import Attribution, Provenance
 from saliency_fast.cli import arguments
 from saliency_fast.cli.parser import MAX_PIXELS
 from saliency_fast.cli.tables import show_entries, show_paths
-from saliency_fast.errors import InputError, ModelCallError, ModelError, SaliencyError
+from saliency_fast.errors import InputError, ModelCallError, SaliencyError
+from saliency_fast.evaluate.scores import probabilities
 from saliency_fast.methods import METHODS
 from saliency_fast.methods.paths import IntegratedGradients
 from saliency_fast.methods.sampling import SmoothGrad
 from saliency_fast.model.preserve import preserve_model_state
 from saliency_fast.model.targets import tensor_of
-from saliency_fast.render.files import encode, write_frames
-from saliency_fast.render.frames import STYLES, grey, picture
-from saliency_fast.render.html import Figure
+from saliency_fast.render.frames import STYLES, encode, grey, make_folder, picture, write_frames
 from saliency_fast.render.pages import (
     BoxEvidence,
     Entry,
+    Figure,
     MapMeasurements,
     MapView,
     Page,
@@ -43,8 +42,6 @@ from saliency_fast.summary.sentences import summarise
 
 Box = tuple[int, ...]
 """(top, left, bottom, right), half-open."""
-Index = tuple[int, ...]
-"""Of one map: (example,), or (example, target) where examples have several."""
 _RANKED = 4
 """Classes that the page lists for an input."""
 _CAPTIONS = {"signed": "Signed: red for, blue against", "heat": "Heat: magnitude"}
@@ -93,7 +90,7 @@ def explain(args: argparse.Namespace, argv: Sequence[str]) -> int:
     if args.max_pixels == MAX_PIXELS:
         del notes["max_pixels"]
     reporter = Reporter(
-        *(loaded, engines, target, baseline, out_folder(args.out)),
+        *(loaded, engines, target, baseline, make_folder(args.out, "--out")),
         styles=(args.style,) if args.style else STYLES,
         extension=f".{args.overlay_format}" if args.overlay_format else None,
         features=features,
@@ -119,7 +116,7 @@ def demo(args: argparse.Namespace, argv: Sequence[str]) -> int:
     loaded = arguments.load_model("digits")
     methods = (IntegratedGradients(tolerance=0.02), SmoothGrad(samples=256, noise_level=0.05))
     engines = [Engine(loaded.model, method, progress=args.progress) for method in methods]
-    out = out_folder(args.out)
+    out = make_folder(args.out, "--out")
     reporter = Reporter(loaded, engines, "predicted", None, out, notes={"model": "digits"})
     for number in range(args.examples):
         # Through a file, so that the records can be verified from what is written.
@@ -152,20 +149,20 @@ class Truth:
 
 @dataclass(frozen=True)
 class _Result:
-    """An attribution of all examples, its record's file, its pictures by style and sentences."""
+    """An attribution with one map per example, its record's file, its pictures by style and its
+    sentences. target: its number, where the call named several.
+    """
 
     found: Attribution
     record: str
+    target: int | None
     drawn: Mapping[str, Tensor]
-    sentences: Mapping[Index, str]
+    sentences: Sequence[str]
 
 
 @dataclass
 class Reporter:
-    """Explains inputs one by one, writes files into `out`, and collects entries for the page. Each
-    input is a call of its own, with time, memory and a record of its own; the evaluation points of
-    a call still share launches.
-    """
+    """Explains inputs, each by a call, writes files into `out`, and collects the page's entries."""
 
     loaded: arguments.Loaded
     engines: Sequence[Engine]
@@ -186,7 +183,7 @@ class Reporter:
     def add(self, read: arguments.Read, truth: Truth | None = None) -> None:
         """Explains one input [B, *] by every engine; each example becomes an entry."""
         x = read.x.to(self.device)
-        results = [self._explain(engine, read, x) for engine in self.engines]
+        results = [one for engine in self.engines for one in self._explain(engine, read, x)]
         rankings = _ranking(self.loaded, x)
         first = results[0].found
         hashes, axes = first.provenance.input_sha256, first.axes()
@@ -205,12 +202,7 @@ class Reporter:
                     figure=shown,
                     ranking=rankings[row] if rankings else (),
                     truth=truth.label if truth else None,
-                    maps=tuple(
-                        self._view(one, index, name, truth)
-                        for one in results
-                        for index in _indices(one.found)
-                        if index[0] == row
-                    ),
+                    maps=tuple(self._view(one, row, name, truth) for one in results),
                 )
             )
 
@@ -221,7 +213,7 @@ class Reporter:
         path.write_text(page, encoding="utf-8")
         self.written.append(path)
 
-    def _explain(self, engine: Engine, read: arguments.Read, x: Tensor) -> _Result:
+    def _explain(self, engine: Engine, read: arguments.Read, x: Tensor) -> list[_Result]:
         features = self.features if engine.method.recipe().features else None
         target = target_rows(self.target, x)
         with failures_named(read):
@@ -232,44 +224,50 @@ class Reporter:
         self.facts = _facts(past)
         record = f"{read.name}.{past.method}.safetensors"
         self.written.append(found.save(self.out / record))
-        over = _lies_over(found, x) and x.dim() in (4, 5) and found.axes() is not None
-        with failures_named(read):
-            sentences = self._sentences(found, x) if self.summary else {}
-            if self.animation and over:
-                self._animate(engine, found, read.name, x, target, features)
-        drawn: dict[str, Any] = {}
-        if over and (axes := found.axes()) is not None:
-            shown = axes.back(grey(axes.standard(x)))
-            drawn = {style: found.overlay(shown, style) for style in self.styles}
-        return _Result(found, record, drawn, sentences)
+        if not found.many:
+            return [self._result(engine, read, x, found, record)]
+        targets = range(found.scores.shape[1])
+        parts = [_of_target(found, k) for k in targets]
+        return [self._result(engine, read, x, parts[k], record, k) for k in targets]
 
-    def _sentences(self, found: Attribution, x: Tensor) -> dict[Index, str]:
-        if not _lies_over(found, x):
-            raise InputError("--summary is about maps of the input: leave it out, or --at")
-        model, labels = self.loaded.model, self.loaded.labels
-        parts = (
-            {(k,): _of_target(found, k) for k in range(found.scores.shape[1])}
-            if found.many
-            else {(): found}
-        )
-        return {
-            (row, *k): str(one)
-            for k, part in parts.items()
-            for row, one in enumerate(summarise(model, x, part, labels=labels))
-        }
+    def _result(
+        self,
+        engine: Engine,
+        read: arguments.Read,
+        x: Tensor,
+        found: Attribution,
+        record: str,
+        target: int | None = None,
+    ) -> _Result:
+        """The pictures and the sentences of one target."""
+        fits, axes = _lies_over(found, x), found.axes()
+        sentences: list[str] = []
+        drawn: dict[str, Any] = {}
+        with failures_named(read):
+            if self.summary and not fits:
+                raise InputError("--summary is about maps of the input: leave it out, or --at")
+            if self.summary:
+                model, labels = self.loaded.model, self.loaded.labels
+                sentences = [str(one) for one in summarise(model, x, found, labels=labels)]
+            if fits and x.dim() in (4, 5) and axes is not None:
+                if self.animation:
+                    self._animate(engine, found, read.name, x, target)
+                shown = axes.back(grey(axes.standard(x)))
+                drawn = {style: found.overlay(shown, style) for style in self.styles}
+        return _Result(found, record, target, drawn, sentences)
 
     def _animate(
-        self, engine: Engine, found: Attribution, name: str, x: Tensor, target: Any, features: Any
+        self, engine: Engine, found: Attribution, name: str, x: Tensor, target: int | None
     ) -> None:
         """Writes a GIF of each map during its computation, where it takes several launches."""
-        for index in _indices(found):
-            row = index[0]
+        features = self.features if engine.method.recipe().features else None
+        for row in range(len(x)):
             stem = name if len(x) == 1 else f"{name}.{row}"
-            stem += f".{found.provenance.method}" + "".join(f".map{k}" for k in index[1:])
+            stem += f".{found.provenance.method}" + ("" if target is None else f".map{target}")
             moving = progress(
                 engine,
                 x[row : row + 1],
-                target if found.classes is None else int(found.classes[index]),
+                self.target if found.classes is None else int(found.classes[row]),
                 style=self.styles[0],
                 baseline=_of_example(self.baseline, row, x),
                 features=_of_example(features, row, x),
@@ -277,15 +275,15 @@ class Reporter:
             if len(moving.frames) > 1:
                 self.written.append(moving.save(self.out / f"{stem}.progress.gif"))
 
-    def _view(self, result: _Result, index: Index, name: str, truth: Truth | None) -> MapView:
+    def _view(self, result: _Result, row: int, name: str, truth: Truth | None) -> MapView:
         """Writes the sentences and the pictures of one map, and returns its view for the page."""
         found, past = result.found, result.found.provenance
         stem = f"{name}.{past.method}"
-        if found.many:
+        if result.target is not None:
             classes = found.classes
-            stem += f".map{index[1]}" if classes is None else f".class{int(classes[index])}"
-        label = _explained(found, index, self.loaded.labels)
-        sentences = result.sentences.get(index, "")
+            stem += f".map{result.target}" if classes is None else f".class{int(classes[row])}"
+        label = _explained(found, row, self.loaded.labels)
+        sentences = result.sentences[row] if result.sentences else ""
         if sentences:
             path = self.out / f"{stem}.txt"
             path.write_text(sentences + "\n", encoding="utf-8")
@@ -298,24 +296,24 @@ class Reporter:
             method=METHODS[past.method].__name__,
             parameters=", ".join(fields),
             explains=f"explains {label}",
-            figures=self._figures(result, index, stem, label, truth),
-            numbers=_numbers(found, index, truth),
+            figures=self._figures(result, row, stem, label, truth),
+            numbers=_numbers(found, row, truth),
             record=result.record,
             words=sentences,
         )
 
     def _figures(
-        self, result: _Result, index: Index, stem: str, label: str, truth: Truth | None
+        self, result: _Result, row: int, stem: str, label: str, truth: Truth | None
     ) -> tuple[Figure, ...]:
         """Writes the pictures of one map; of a clip the page also shows the strongest frame."""
         figures = []
         for style, drawn in result.drawn.items():
-            frames, caption = drawn[index], _CAPTIONS[style]
+            frames, caption = drawn[row], _CAPTIONS[style]
             extension = self.extension or (".png" if frames.dim() == 3 else ".gif")
             self.written.append(write_frames(frames, self.out / f"{stem}.{style}{extension}"))
             alt = f"{style} map for {label}, {stem}"
             if frames.dim() == 4:
-                sums = _map(result.found, "l2")[index].double().sum((1, 2))
+                sums = _map(result.found, "l2")[row].double().sum((1, 2))
                 best = int(sums.argmax())
                 strongest = f"{caption} · frame {best + 1} of {len(frames)}, the strongest"
                 figures.append(_figure(frames[best], alt, strongest, truth))
@@ -325,18 +323,13 @@ class Reporter:
 
 @contextmanager
 def failures_named(read: arguments.Read) -> Iterator[None]:
-    """Names the input in errors raised inside; those of the model itself become a ModelError."""
+    """Names the input in errors raised inside."""
     try:
         yield
     except ModelCallError as error:
         raise ModelCallError(f"{read.source}: {error}; {_CHECK}") from error
     except SaliencyError as error:
         raise type(error)(f"{read.source}: {error}") from error
-    except Exception as error:
-        raise ModelError(
-            f"{read.source}: the model failed on an input {list(read.x.shape)} "
-            f"({arguments.reason(error)}); {_CHECK}"
-        ) from error
 
 
 def target_rows(target: Any, x: Tensor) -> Any:
@@ -348,26 +341,13 @@ def class_name(number: int, labels: Mapping[int, str]) -> str:
     return labels.get(number, f"class {number}")
 
 
-def inside(found: Attribution, index: Index, box: Box) -> BoxEvidence:
+def inside(found: Attribution, row: int, box: Box) -> BoxEvidence:
     """The share of the positive evidence that falls into a box, and the box's share of the map."""
-    positive = _map(found, "sum")[index].double().clamp_min(0.0)
+    positive = _map(found, "sum")[row].double().clamp_min(0.0)
     top, left, bottom, right = box
     within, whole = positive[..., top:bottom, left:right], float(positive.sum())
     share = float(within.sum()) / whole if whole else 0.0
     return BoxEvidence(share, within.numel() / positive.numel())
-
-
-def out_folder(path: str) -> Path:
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {path} cannot be made: {error.strerror}") from error
-    return folder
-
-
-def _indices(found: Attribution) -> list[Index]:
-    return list(itertools.product(*map(range, found.scores.shape)))
 
 
 def _map(found: Attribution, reduction: str) -> Tensor:
@@ -379,10 +359,10 @@ def _map(found: Attribution, reduction: str) -> Tensor:
 def _lies_over(found: Attribution, x: Tensor) -> bool:
     """Whether maps have the spatial size of the inputs, which those of layers need not have."""
     values, axes = found.values, found.axes()
-    if not isinstance(values, Tensor) or values.dim() != x.dim() + found.many:
+    if not isinstance(values, Tensor) or values.dim() != x.dim():
         return False
     places = range(1, x.dim()) if axes is None else axes.places
-    return all(values.shape[axis + found.many] == x.shape[axis] for axis in places)
+    return all(values.shape[axis] == x.shape[axis] for axis in places)
 
 
 def _of_target(found: Attribution, k: int) -> Attribution:
@@ -409,9 +389,7 @@ def _ranking(loaded: arguments.Loaded, x: Tensor) -> list[tuple[tuple[str, float
     if output.dim() != 2 or output.shape[1] < 2:
         return []
     output = output.double()
-    sums = output.sum(1)
-    is_share = bool((output >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
-    best = (output if is_share else output.softmax(1)).topk(min(_RANKED, output.shape[1]), dim=1)
+    best = probabilities(output, output).topk(min(_RANKED, output.shape[1]), dim=1)
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [
         tuple((class_name(n, loaded.labels), share) for n, share in zip(*row, strict=True))
@@ -419,28 +397,28 @@ def _ranking(loaded: arguments.Loaded, x: Tensor) -> list[tuple[tuple[str, float
     ]
 
 
-def _explained(found: Attribution, index: Index, labels: Mapping[int, str]) -> str:
+def _explained(found: Attribution, row: int, labels: Mapping[int, str]) -> str:
     if found.classes is not None:
-        return class_name(int(found.classes[index]), labels)
+        return class_name(int(found.classes[row]), labels)
     output = found.provenance.target.get("index")
     return "the model's output" if output is None else f"the output at {json.dumps(output)}"
 
 
-def _numbers(found: Attribution, index: Index, truth: Truth | None) -> MapMeasurements:
-    past, score, row = found.provenance, float(found.scores[index]), index[0]
+def _numbers(found: Attribution, row: int, truth: Truth | None) -> MapMeasurements:
+    past, score = found.provenance, float(found.scores[row])
     start, delta, converged = found.baseline_scores, found.delta, found.converged
     return MapMeasurements(
         score=score,
-        gain=None if start is None else score - float(start[index]),
-        delta=None if delta is None else float(delta[index]),
-        error=float(found.error[index]),
+        gain=None if start is None else score - float(start[row]),
+        delta=None if delta is None else float(delta[row]),
+        error=float(found.error[row]),
         converged=None if converged is None else bool(converged[row]),
         points=int(found.points[row]),
         seconds=past.seconds,
         peak_bytes=past.peak_bytes,
         peak_measured=past.peak_measured,
         batch=len(found.scores),
-        inside=None if truth is None else inside(found, index, truth.box),
+        inside=None if truth is None else inside(found, row, truth.box),
     )
 
 

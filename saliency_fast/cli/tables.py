@@ -14,8 +14,13 @@ from rich.text import Text
 
 from saliency_fast import ops
 from saliency_fast.methods import METHODS
-from saliency_fast.render.html import number_text, percent_text
-from saliency_fast.render.pages import Entry, MapMeasurements, memory_text
+from saliency_fast.render.pages import (
+    Entry,
+    MapMeasurements,
+    memory_text,
+    number_text,
+    percent_text,
+)
 
 _PIPED, _PROSE = 160, 100
 """Columns of a table where the output is a file or a pipe: of numbers, and of sentences."""

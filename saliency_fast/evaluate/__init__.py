@@ -1,6 +1,6 @@
 """Is the map any good? Metrics of maps, attacks, and reports of many metrics and methods."""
 
-from saliency_fast.errors import warn
+from saliency_fast.errors import warn_deprecated
 from saliency_fast.evaluate.controls import CONTROLS, centre_map, edge_detector, random_map
 from saliency_fast.evaluate.inputs import EvaluationInput
 from saliency_fast.evaluate.metric import METRICS, Metric, Suite, make_metric
@@ -41,8 +41,8 @@ from saliency_fast.evaluate.detection import (
 )
 from saliency_fast.evaluate.metrics.agreement import Agreement, agreement
 from saliency_fast.evaluate.outcome import Curve, Interval, Outcome, bootstrap
-from saliency_fast.evaluate.reports.files import Report
 from saliency_fast.evaluate.reports.report import report
+from saliency_fast.evaluate.reports.result import Report
 
 __all__ = [
     "CONTROLS",
@@ -99,8 +99,5 @@ __all__ = [
 def __getattr__(name: str) -> type[EvaluationInput]:
     if name != "Subject":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn(
-        "evaluate.Subject is deprecated and removed in 0.3: use evaluate.EvaluationInput",
-        DeprecationWarning,
-    )
+    warn_deprecated("evaluate.Subject", "evaluate.EvaluationInput")
     return EvaluationInput

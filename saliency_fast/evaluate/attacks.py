@@ -18,12 +18,11 @@ from saliency_fast.engine.points import Line, Noise
 from saliency_fast.engine.recipe import RoundContext, RoundResult, WeightedSum
 from saliency_fast.engines import Engine
 from saliency_fast.errors import InputError, InputTypeError, ModelError
-from saliency_fast.evaluate.inputs import EvaluationInput, Model, is_method, position_sums
+from saliency_fast.evaluate.inputs import EvaluationInput, Model, position_sums
 from saliency_fast.evaluate.maps import is_constant, overlap, rank_correlation
 from saliency_fast.evaluate.metric import ROBUSTNESS, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome, caveats_of
 from saliency_fast.evaluate.scores import RunOptions, Scorer
-from saliency_fast.methods import read_method
 from saliency_fast.methods.gradient import Gradient
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import PREDICTED, Reader, Target, read_targets, tensor_of
@@ -69,9 +68,7 @@ class Attacked:
 
     @property
     def fooled(self) -> Tensor:
-        """Where the attack succeeded, bool [B]: the decision left the class, or, where targeted,
-        reached it.
-        """
+        """Where the decision left the class or, where targeted, reached it, bool [B]."""
         was, now = self.before == self.classes, self.after == self.classes
         return now & ~was if self.targeted else was & ~now
 
@@ -95,8 +92,7 @@ def fgsm(
     Args:
         model: Returns [B, classes].
         x: Inputs [B, *].
-        target: The true classes, "predicted" for the model's own decisions, or with `targeted` the
-            classes to reach.
+        target: The true classes, "predicted" for the decisions, or with `targeted` those to reach.
         epsilon: The step's size, in units of x.
         targeted: Whether to approach the target instead of leaving it.
         bounds: The smallest and largest valid input; by default those of the batch.
@@ -112,7 +108,7 @@ def fgsm(
     """
     checks.positive("epsilon", epsilon)
     about = {"attack": "fgsm", "epsilon": epsilon}
-    return _attack(model, x, target, about, 1, epsilon, None, targeted, bounds, running)
+    return _attack(model, x, target, about, targeted, bounds, running)
 
 
 def pgd(
@@ -128,20 +124,14 @@ def pgd(
     bounds: Bounds = None,
     running: RunOptions | None = None,
 ) -> Attacked:
-    """Projected gradient steps from a random point within `epsilon` of x, in the maximum norm
-    (Madry, 2018).
+    """Projected gradient steps from a random point within `epsilon` of x (Madry, 2018).
 
     Args:
-        model: Returns [B, classes].
-        x: Inputs [B, *].
-        target: As in `fgsm`; so are `targeted`, `bounds`, `running` and the errors.
+        model, x, target, targeted, bounds, running: As in `fgsm`; so are the errors.
         epsilon: The radius of the ball, in units of x.
         steps: The number of steps.
         step_size: In units of x; 2.5 epsilon / steps by default, so that the ball can be crossed.
         seed: Of the uniform start, which differs between examples.
-        targeted: Whether to approach the target.
-        bounds: The smallest and largest valid input.
-        running: How the model is run.
 
     Example:
         >>> x = torch.zeros(2, 4)
@@ -155,7 +145,7 @@ def pgd(
         checks.positive("step_size", step_size)
     size = STEP_SHARE * epsilon / steps if step_size is None else step_size
     about = {"attack": "pgd", "epsilon": epsilon, "steps": steps, "step_size": size, "seed": seed}
-    return _attack(model, x, target, about, steps, size, seed, targeted, bounds, running)
+    return _attack(model, x, target, about, targeted, bounds, running)
 
 
 def _attack(
@@ -163,30 +153,25 @@ def _attack(
     x: Tensor,
     target: Target,
     about: Mapping[str, Any],
-    steps: int,
-    size: float,
-    seed: int | None,
     targeted: bool,
     bounds: Bounds,
     running: RunOptions | None,
 ) -> Attacked:
     """Steps along the sign of the loss gradient, from x or, with a seed, from near it."""
     checks.boolean("targeted", targeted)
-    if not callable(model):
-        raise InputTypeError(f"model must be callable: got {type(model).__name__}")
     if not isinstance(x, Tensor):
         raise InputTypeError(f"x must be one tensor: got {type(x).__name__}")
     (x,), (dtype,) = read_inputs(x)
     running, epsilon = (running or RunOptions()).taking(dtype), about["epsilon"]
+    size, seed = about.get("step_size", epsilon), about.get("seed")
+    step = -size if targeted else size
     limits = _read_bounds(bounds, x)
     before = decisions(model, x, running, target)
     classes, engine = classes_of(target, before), running.engine(model, "gradient")
     moved = x if seed is None else project(x + epsilon * uniform(x, seed), x, epsilon, limits)
-    for _ in range(steps):
+    for _ in range(about.get("steps", 1)):
         sign = loss_gradient(engine, moved, classes, running).sign()
-        moved = project(
-            moved - size * sign if targeted else moved + size * sign, x, epsilon, limits
-        )
+        moved = project(moved + step * sign, x, epsilon, limits)
     after = decisions(model, moved, running)
     stated = [one.item() if one.numel() == 1 else list(one.shape) for one in limits]
     parameters = {**about, "targeted": targeted, "bounds": stated}
@@ -351,7 +336,7 @@ class Manipulation(Metric):
     def _evaluate(self, data: EvaluationInput) -> Outcome:
         found, still = self.manipulate(data), is_constant(data.inputs)
         lost, constant = int((~found.kept).sum()), int(still.sum())
-        through = "gradient" if _own_recipe(data) is None else "itself"
+        through = "itself" if steerable(data.recipe) else "gradient"
         caveats = caveats_of(
             (True, FAILED),
             (lost, f"{lost} decisions were not kept: no value there"),
@@ -394,7 +379,8 @@ class _Search:
     def steered(self) -> Manipulated:
         """Descends the correlation; where a decision is lost, a step leads back to it."""
         how, origin = self.how, self.data.inputs
-        recipe, size = _own_recipe(self.data), STEP_SHARE * self.radius / how.steps
+        recipe = self.data.recipe if steerable(self.data.recipe) else None
+        size = STEP_SHARE * self.radius / how.steps
         x = self._within(origin + 0.5 * self.radius * uniform(origin, how.seed))
         for step in range(how.steps):
             maps, kept = self._visit(x)
@@ -463,12 +449,6 @@ def _over(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(-1, *(1,) * (like.dim() - 1))
 
 
-def _own_recipe(data: EvaluationInput) -> WeightedSum | None:
-    """The recipe of the maps, where an attack can differentiate it."""
-    recipe = read_method(data.method).recipe() if is_method(data.method) else None
-    return recipe if recipe is not None and steerable(recipe) else None
-
-
 def correlation_slope(maps: Tensor, others: Tensor) -> Tensor:
     """The gradient of Pearson's correlation with respect to maps [B, *], scaled to unit length."""
     a, b = (one.flatten(1).double() for one in (maps, others))
@@ -480,7 +460,7 @@ def correlation_slope(maps: Tensor, others: Tensor) -> Tensor:
     return result
 
 
-def steerable(recipe: recipes.Recipe) -> TypeGuard[WeightedSum]:
+def steerable(recipe: recipes.Recipe | None) -> TypeGuard[WeightedSum]:
     """Whether maps are sums of gradients at points with a known derivative by the input."""
     return (
         isinstance(recipe, WeightedSum)
@@ -495,9 +475,8 @@ def steerable(recipe: recipes.Recipe) -> TypeGuard[WeightedSum]:
 class Steering:
     """A method whose map is the gradient by the input of sum(map * direction), for another map.
 
-    of: the recipe of that map, which must be `steerable`. direction: [B, C | 1, *]. points: how
-    many of the recipe's points are used, others in each `turn`. softplus: the steepness of the
-    softplus functions that replace ReLU (Dombrowski, 2019).
+    of: the recipe of that map. points: how many of its points are used, others in each `turn`.
+    softplus: the steepness of the softplus functions that replace ReLU (Dombrowski, 2019).
     """
 
     of: WeightedSum

@@ -241,9 +241,7 @@ def _distance(standard: Tensor, precision: Tensor) -> Tensor:
 
 
 def shrunk_correlations(standard: Tensor) -> tuple[Tensor, float]:
-    """The correlations of standardised rows [n, S], shrunk towards zero by the optimal share
-    (Schäfer & Strimmer, 2005), and that share.
-    """
+    """Correlations shrunk by the optimal share (Schäfer & Strimmer, 2005), and that share."""
     rows, count = standard.shape
     products = standard[:, :, None] * standard[:, None, :]
     mean = products.mean(0)
@@ -361,8 +359,7 @@ class AdversarialScore:
     Args:
         scores: See `CoherenceReference.score`, float64 [B].
         p_values: The probability of a score as high for an input like the references, float64 [B].
-        deviations: Of each statistic from the references' mean, in standard deviations, float64
-            [B, S].
+        deviations: Of each statistic from the references' mean, in their deviations, [B, S].
         names: Of the S statistics.
         reference: Can be passed to `adversarial_score` for more inputs.
         parameters: All that the scores depend on.
@@ -441,12 +438,10 @@ def adversarial_score(
         references: Clean inputs [N, *], 20 at least, that are none of the inputs, or a reference
             fitted to maps of the same method.
         method: Makes the maps.
-        target: Of the maps; where there is one class per input, the references are explained for
-            their predicted classes.
+        target: Of the maps; with one class per input references have their predicted classes.
         baseline: The method's baseline.
         seed: Which half of the references is fitted.
-        running: How the model is run.
-        layout: The inputs' axes, one letter each.
+        running, layout: How the model is run, and the inputs' axes, one letter each.
 
     Raises:
         InputError: If references do not fit the inputs or are too few.
@@ -492,7 +487,6 @@ def adversarial_score(
 
 
 def _check_references(references: object, inputs: Tensor) -> None:
-    """Raises where references are not like the inputs, or are the inputs."""
     expected = f"expected {['N', *inputs.shape[1:]]} on {inputs.device}"
     if not isinstance(references, Tensor):
         raise InputError(f"references must be a tensor: got {type(references)}, {expected}")
@@ -551,24 +545,16 @@ def attack_roc(
     layout: LayoutLike = None,
 ) -> AttackRoc:
     """Measures whether `adversarial_score` tells attacked inputs from clean ones: the inputs that
-    the model is right about, and their attacked versions that fool it. Maps are for the predicted
-    class.
+    the model is right about, and their attacked versions that fool it, for predicted classes.
 
     Args:
         model: Returns [B, classes].
         inputs: [B, *].
         labels: The true classes, int64 [B].
         references: Clean inputs that are none of these.
-        method: Makes the maps.
-        epsilon: As in `fgsm` and `pgd`; so are `steps`, `step_size` and `bounds`.
+        epsilon, steps, step_size, bounds: As in `fgsm` and `pgd`.
         attacks: Of "fgsm" and "pgd".
-        steps: Of "pgd".
-        step_size: Of "pgd".
-        bounds: Of valid inputs.
-        baseline: The method's baseline; `seed`, `running` and `layout` as in `adversarial_score`.
-        seed: Of the references and the attack.
-        running: How the model is run.
-        layout: The inputs' axes.
+        method, baseline, seed, running, layout: As in `adversarial_score`.
 
     Raises:
         InputError: If the model is right about none of the inputs.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import NAMED, Baseline, read_baselines
 from saliency_fast.engine.bind import bind, is_finite, layouts_of, read_inputs
-from saliency_fast.engine.recipe import Method
+from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.evaluate.maps import spatial_shape
 from saliency_fast.evaluate.scores import RunOptions, Scorer, Scores, one_target
@@ -142,14 +142,15 @@ class EvaluationInput:
         return engine(x, self.classes, baseline, **self.running.arguments())
 
     @property
+    def recipe(self) -> Recipe | None:
+        """The recipe of the method; None for functions."""
+        return read_method(self.method).recipe() if is_method(self.method) else None
+
+    @property
     def model_baseline(self) -> Baseline:
         """The baseline in the model's layout."""
         baseline: Baseline = _map_tensors(self.baseline, self.running.back)
         return baseline
-
-    def of(self, inputs: Tensor, values: Tensor) -> EvaluationInput:
-        """The same with other inputs and maps, for the same classes."""
-        return replace(self, inputs=inputs, values=values, target=self.classes, _scores=[])
 
     def beside(
         self, values: Tensor, method: Explainer | None, baseline: Baseline = None
@@ -185,10 +186,7 @@ def read_evaluation_input(
     running: RunOptions | None = None,
     layout: LayoutLike = None,
 ) -> EvaluationInput:
-    """Validates an evaluation input; the arguments are those of `Metric.__call__`.
-
-    maps: an attribution gives target, method and baseline where they are None.
-    """
+    """Validates an evaluation input; the arguments are those of `Metric.__call__`."""
     if not isinstance(inputs, Tensor):
         raise InputTypeError(
             f"inputs must be one tensor: got {type(inputs).__name__}; pass what has no map as "
@@ -270,10 +268,7 @@ def _channels_first(value: Any, x: Tensor, running: RunOptions) -> Any:
 
 
 def read_maps(maps: Any, inputs: Tensor, axes: Axes | None = None) -> Tensor:
-    """Maps as [B, C | 1, *spatial] of inputs [B, C, *spatial]; raises where they do not fit.
-
-    axes: the layout of the maps, where it is not that of the inputs.
-    """
+    """Maps of inputs [B, C, *spatial] as [B, C | 1, *spatial], from the layout `axes`."""
     if not isinstance(maps, Tensor) or not maps.is_floating_point():
         got = maps.dtype if isinstance(maps, Tensor) else type(maps).__name__
         raise InputTypeError(
@@ -305,9 +300,7 @@ def read_maps(maps: Any, inputs: Tensor, axes: Axes | None = None) -> Tensor:
 
 
 def _masks_of(boxes: Any, inputs: Tensor) -> Tensor:
-    """Masks bool [B, *spatial] from masks, or from integer boxes [B, 2 D]: the D starts and then
-    the D stops (half-open).
-    """
+    """Masks bool [B, *spatial] from masks, or from half-open boxes [B, 2 D]: starts, then stops."""
     batch, spatial = len(inputs), spatial_shape(inputs)
     whole = [batch, *spatial]
     try:
@@ -366,12 +359,7 @@ def check_replacement(name: str, value: object, also: tuple[str, ...] = ()) -> N
 def replacement_of(
     replacement: Replacement, inputs: Tensor, seed: int = 0, *, missing: bool = False
 ) -> Tensor:
-    """The values, [B | 1, *], that replace removed positions of inputs [B, *].
-
-    replacement: "zero", "mean" (of each channel), "blur" (Gaussian, 5 % of each axis), "uniform"
-    (noise within each example's range, by the seed), a number, or a tensor that broadcasts to the
-    inputs. missing: whether the values may hold NaN.
-    """
+    """The values, [B | 1, *], that replace removed positions; `missing` ones may be NaN."""
     given = 0.0 if isinstance(replacement, str) and replacement == ZERO else replacement
     try:
         (fill,) = read_baselines(given, (inputs,), seed, missing=missing)

@@ -25,11 +25,9 @@ def spatial_shape(x: Tensor) -> torch.Size:
 
 
 def ranking(values: Tensor, inputs: Tensor, per: str, order: str) -> tuple[Tensor, Tensor]:
-    """The rank of each position and the positions by rank, int32 and int64 [B, P]; ties go in the
-    order of their index.
+    """The rank of each position and the positions by rank, int32 and int64 [B, P]; ties in order.
 
-    values [B, C | 1, *] of inputs [B, C, *]. per: "place" ranks positions by the sum of their
-    channels, "element" elements.
+    per: "place" ranks positions by the sum of their channels, "element" elements.
     """
     if per == "element":
         scores = values.expand(inputs.shape).flatten(1)
@@ -59,9 +57,7 @@ def blocks(spatial: torch.Size, size: int, device: torch.device) -> Tensor:
 
 
 def block_sums(maps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The sums of maps [B, *spatial] over blocks, float64 [B, blocks], and the block of each
-    position, int64 [P].
-    """
+    """The sums of maps over blocks, float64 [B, blocks], and each position's block, int64 [P]."""
     block = blocks(maps.shape[1:], size, maps.device)
     sums = maps.new_zeros((len(maps), int(block.max()) + 1), dtype=torch.float64)
     return sums.index_add_(1, block, maps.flatten(1).double()), block
@@ -85,7 +81,7 @@ def check_shares(name: str, shares: object) -> None:
     if not isinstance(shares, tuple) or not shares:
         raise InputTypeError(f"{name} must be a tuple such as (0.1, 0.5): got {shares!r}")
     for one in shares:
-        check_share(name, one)
+        checks.positive_fraction(name, one)
     if any(one >= other for one, other in itertools.pairwise(shares)):
         raise InputError(f"{name} must rise: got {shares}")
 
@@ -96,12 +92,6 @@ def check_tolerance(name: str, value: object, unit: str = "") -> None:
         raise InputTypeError(f"{name} must be a number{unit and f' of {unit}'}: got {value!r}")
     if not 0.0 <= value < math.inf:
         raise InputError(f"{name} must be 0 or more{unit and f' {unit}'}, finite: got {value}")
-
-
-def check_share(name: str, share: object) -> None:
-    """Raises unless the value is a share above 0 and at most 1."""
-    checks.positive(name, share)
-    checks.fraction(name, share)
 
 
 def correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -135,11 +125,9 @@ def _check_axes(maps: Tensor) -> None:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of maps [B, *spatial], float64 [B] (Wang, 2004); NaN where one is
-    constant.
+    """Structural similarity of maps [B, *spatial] (Wang, 2004); NaN where one is constant.
 
-    The window has 7 positions per axis (fewer on short axes); the data range is that of both maps.
-    Each map is divided by its largest magnitude first, since the unit of a map means nothing.
+    The data range is that of both maps, each divided by its largest magnitude: units mean nothing.
     """
     _check_axes(a)
     flat = is_constant(a) | is_constant(b)
@@ -153,8 +141,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 def rank_ssim(a: Tensor, b: Tensor) -> Tensor:
     """SSIM of the ranks of maps [B, *spatial], float64 [B]; NaN where one is constant.
 
-    A few high peaks flatten the rest of a map, so that `ssim` is high for maps of unrelated images.
-    Ranks have no peaks. Windows in which neither map varies are left out.
+    A few high peaks make `ssim` high for unrelated maps. Windows without variation are left out.
     """
     _check_axes(a)
     flat = is_constant(a) | is_constant(b)
@@ -185,9 +172,7 @@ def _structure(a: Tensor, b: Tensor, span: Tensor) -> Tensor:
 
 
 def overlap(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """Intersection over union of the largest `share` of the elements of rows [B, *], float64 [B];
-    ties at the cut count in the order of their index.
-    """
+    """Intersection over union of the largest `share` of the elements of rows, float64 [B]."""
     first, second = largest(a, share), largest(b, share)
     both, either = (first & second).flatten(1).sum(1), (first | second).flatten(1).sum(1)
     return both.double() / either.double()

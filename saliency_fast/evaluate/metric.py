@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
-from saliency_fast.errors import InputError, warn
+from saliency_fast.errors import InputError, warn_deprecated
 from saliency_fast.evaluate.inputs import (
     EvaluationInput,
     Explainer,
@@ -102,12 +102,8 @@ class Metric:
             method: How the maps were made, for metrics that explain again; by default the
                 attribution's. A method, its name, or a function (model, inputs, target) -> maps.
             baseline: The method's baseline; by default the attribution's.
-            forward_args: As in `explain`; so are all that follow.
-            forward_kwargs: Keyword arguments of the model.
-            memory_budget: Memory of a launch.
-            points_per_launch: Points that are scored at once.
-            progress: Whether a bar is shown.
-            layout: The inputs' axes, one letter each.
+            forward_args, forward_kwargs, layout: As in `explain`.
+            memory_budget, points_per_launch, progress: As in `explain`, for each launch of scores.
 
         Raises:
             InputError: If the metric needs what is not given, or something does not fit.
@@ -143,9 +139,7 @@ class Metric:
 
     def judge(self, data: EvaluationInput) -> Outcome:
         """Deprecated alias of `evaluate`."""
-        warn(
-            "Metric.judge is deprecated and removed in 0.3: use Metric.evaluate", DeprecationWarning
-        )
+        warn_deprecated("Metric.judge", "Metric.evaluate")
         return self.evaluate(data)
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:
@@ -164,8 +158,7 @@ check_fields = checks.fields
 class Entry:
     """A metric of the suite.
 
-    group: one of `GROUPS`. asks: what the metric measures and how its value is read. quick: fields
-    of a quick run. fields: fields that differ from the defaults of the class.
+    asks: what it measures. quick: fields of a quick run. fields: those that differ from defaults.
     """
 
     kind: type[Metric]
@@ -192,10 +185,7 @@ def in_suite(
     quick: Mapping[str, Any] | None = None,
     fields: Mapping[str, Any] | None = None,
 ) -> Callable[[_M], _M]:
-    """Registers a metric class for reports and the command line; see `Entry`.
-
-    name, asks: where they are not the metric's own name and the summary of its docstring.
-    """
+    """Registers a metric class for reports and the command line; see `Entry`."""
 
     def register(kind: _M) -> _M:
         key = name or plain_name(kind.name)
@@ -234,11 +224,7 @@ def make_metric(name: str, fields: Mapping[str, Any]) -> Metric:
         PointingGame(tolerance=2.0, smooth=0.0)
     """
     name = plain_name(name)
-    if name not in ENTRIES:
-        near = get_close_matches(str(name), ENTRIES, n=3, cutoff=0.5)
-        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
-        raise InputError(f"metric must be one of {', '.join(ENTRIES)}: got {name!r}{hint}")
-    entry = ENTRIES[name]
+    entry = _entry(name)
     valid = fields_of(entry.kind)
     for one in fields:
         if one not in valid:
@@ -246,6 +232,14 @@ def make_metric(name: str, fields: Mapping[str, Any]) -> Metric:
                 f"{name} has no field {one!r}: expected one of {', '.join(valid) or 'none'}"
             )
     return entry.kind(**{**entry.fields, **fields})
+
+
+def _entry(name: str) -> Entry:
+    if name not in ENTRIES:
+        near = get_close_matches(str(name), ENTRIES, n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(map(repr, near))}?" if near else ""
+        raise InputError(f"metric must be one of {', '.join(ENTRIES)}: got {name!r}{hint}")
+    return ENTRIES[name]
 
 
 def fields_of(kind: type[Metric]) -> dict[str, Any]:
@@ -323,10 +317,8 @@ class Suite:
         return {name: self._metric(name, classes) for name in self._plain_names()}
 
     def _metric(self, name: str, classes: bool) -> Metric:
-        if name not in ENTRIES:
-            # Raises with the valid names.
-            return make_metric(name, {})
-        valid = fields_of(ENTRIES[name].kind)
+        entry = _entry(name)
+        valid = fields_of(entry.kind)
         shared: dict[str, Any] = {"seed": self.seed or None}
         # Not of completeness, whose None is the maps' own baseline, nor the steps of an attack.
         if valid.get("substrate") is not None:
@@ -334,5 +326,5 @@ class Suite:
         if not classes and valid.get("output") in CLASS_OUTPUTS:
             shared["output"] = "logit"
         shared = {one: value for one, value in shared.items() if value is not None and one in valid}
-        quick = ENTRIES[name].quick if self.quick else {}
+        quick = entry.quick if self.quick else {}
         return make_metric(name, {**quick, **shared, **self.fields.get(name, {})})

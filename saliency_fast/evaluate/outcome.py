@@ -155,9 +155,7 @@ def percentile_ends(statistics: Tensor, confidence: float) -> Tensor:
 
 
 def resampled(sizes: tuple[int, ...], seed: int) -> Iterator[tuple[Tensor, ...]]:
-    """How often each member of each group is drawn: one float64 [rows, size] per group at a time,
-    `RESAMPLES` rows in all.
-    """
+    """How often members of groups are drawn, float64 [rows, size] each, `RESAMPLES` rows in all."""
     generator = torch.Generator().manual_seed(seed)
     most = max(1, _HELD // max(sizes))
     one = torch.ones(1, 1, dtype=torch.float64, device="cpu")
@@ -182,10 +180,7 @@ def check_confidence(confidence: float) -> None:
 
 
 def plain(value: Any, most: float = math.inf) -> Any:
-    """Numbers, text, lists and mappings with text for keys; what is not finite becomes None.
-
-    most: elements up to which tensors are written out.
-    """
+    """A value as JSON holds it: infinity is None, tensors of over `most` elements are described."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

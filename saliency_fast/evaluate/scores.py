@@ -35,11 +35,7 @@ class _MetricEngine(Engine):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a model is run: further arguments and the options of `Engine`.
-
-    dtype: of half inputs, which are read as float32. axes: the model's layout; evaluation inputs
-    have channels first.
-    """
+    """How a model is run: further arguments, the options of `Engine`, half `dtype` and layout."""
 
     forward_args: Any = ()
     forward_kwargs: Mapping[str, Any] | None = None
@@ -100,12 +96,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Scores:
-    """The model's scores of R points.
-
-    scores: the target's output, float64 [R]. Of models that return classes, probabilities: the
-    target's, float64 [R], by softmax unless the outputs are probabilities already; decisions: the
-    predicted classes, int64 [R].
-    """
+    """The scores of R points, float64 [R]; of classes also probabilities and decisions."""
 
     scores: Tensor
     probabilities: Tensor | None
@@ -134,10 +125,7 @@ def _need_classes(what: str, value: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Reading(model_targets.Reader):
-    """A target of three outputs: score, probability and decision.
-
-    classes: int64 [B], or None for the predicted class. targets: a target that is no class.
-    """
+    """A target of a score, a probability and a decision. classes: int64 [B], None if predicted."""
 
     classes: Tensor | None
     targets: Targets | None = None
@@ -147,7 +135,7 @@ class Reading(model_targets.Reader):
         """Scores [R, 3]; `NO_CLASS` for what the output does not hold."""
         if self.targets is not None:
             self.targets.check(raw, example)
-            return _score_only(self.targets.read(raw, example)[0][:, :1])
+            return self._score_only(self.targets.read(raw, example)[0][:, :1])
         output = model_targets.tensor_of(raw)
         if output.dim() != 2 or len(output) != len(example):
             raise InputError(
@@ -166,33 +154,30 @@ class Reading(model_targets.Reader):
         wide = output if output.dtype in (torch.float32, torch.float64) else output.float()
         score = wide.gather(1, classes)
         if output.shape[1] == 1:
-            return _score_only(score)
-        share = probabilities(output, wide).gather(1, classes)
-        return torch.cat([score, share, decision.to(wide.dtype)], 1)
+            return self._score_only(score)
+        shares = probabilities(output, wide)
+        return torch.cat([score, shares.gather(1, classes), self.decided(decision, shares)], 1)
+
+    def decided(self, decision: Tensor, shares: Tensor) -> Tensor:
+        """The further columns, of the decision [R, 1] and the probabilities [R, C]."""
+        return decision.to(shares.dtype)
+
+    def _score_only(self, score: Tensor) -> Tensor:
+        """Scores [R, 1] of outputs that are no classes, as [R, count]."""
+        rest = score.detach().new_full((len(score), self.count - 1), NO_CLASS)
+        return torch.cat([score, rest], 1)
 
 
 def probabilities(output: Tensor, wide: Tensor) -> Tensor:
-    """Softmax of outputs [R, C]; rows that are probabilities already stay as they are.
-
-    wide: the outputs in the result's dtype. Half types round probabilities, and their sum.
-    """
+    """Softmax of outputs [R, C], `wide` in the result's dtype; probabilities stay as they are."""
     slack = max(SUMS, torch.finfo(output.dtype).eps) if output.is_floating_point() else SUMS
     already = (wide >= 0).all(1) & ((wide.sum(1) - 1.0).abs() < slack)
     return torch.where(already[:, None], wide, wide.softmax(1))
 
 
-def _score_only(score: Tensor) -> Tensor:
-    """Scores [R, 1] of outputs that are no classes, as [R, 3]."""
-    return torch.cat([score, score.detach().new_full((len(score), 2), NO_CLASS)], 1)
-
-
 @dataclass(frozen=True, eq=False)
 class ScoreQuery:
-    """A method that only reads scores, at points written as `Round.write` says.
-
-    example: the example index of each point. node: which of its points. found: after a run, the
-    scores at the inputs and at the points.
-    """
+    """A method that only reads scores, of the inputs and of points: `found` after a run."""
 
     write: Write
     example: Tensor
@@ -221,10 +206,7 @@ class ScoreQuery:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A model with the target of each of its inputs [B, *].
-
-    lean: False where points may hold NaN, which the model itself reads.
-    """
+    """A model with the target of each input [B, *]. lean: False where points may hold NaN."""
 
     model: Callable[..., Any]
     inputs: Tensor
@@ -234,10 +216,7 @@ class Scorer:
 
     def at(self, write: Write, example: Tensor, number: Tensor) -> tuple[Scores, Scores]:
         """Scores at the inputs [B], and at the R points that `write(example, number)` makes."""
-        query = ScoreQuery(lambda i, n: self.running.back(write(i, n)), example, number)
-        engine = self.running.engine(self.model, query, lean=self.lean)
-        engine(self.running.cast(self.inputs), self._reading(), **self.running.arguments())
-        first, points = query.found
+        first, points = self.columns(write, example, number)
         wrong = sorted(set(example[~points.isfinite().all(1)].tolist()))
         if wrong:
             raise ModelError(
@@ -246,11 +225,18 @@ class Scorer:
             )
         return _split(first), _split(points)
 
-    def grid(self, write: Write, count: int) -> tuple[Scores, Scores]:
-        """Scores at the inputs [B], and at `count` points of each example [B, count].
+    def columns(
+        self, write: Write, example: Tensor, number: Tensor, kind: type[Reading] = Reading
+    ) -> tuple[Tensor, Tensor]:
+        """What a kind of reading reads at the inputs and at the points, float64."""
+        query = ScoreQuery(lambda i, n: self.running.back(write(i, n)), example, number)
+        engine = self.running.engine(self.model, query, lean=self.lean)
+        engine(self.running.cast(self.inputs), self._reading(kind), **self.running.arguments())
+        first, points = query.found
+        return first, points
 
-        A launch holds the same point of all examples, so that `write` shares its preparation.
-        """
+    def grid(self, write: Write, count: int) -> tuple[Scores, Scores]:
+        """Scores at the inputs [B], and at `count` points of each example [B, count]."""
         batch, device = len(self.inputs), self.inputs.device
         example = torch.arange(batch, device=device).repeat(count)
         number = torch.arange(count, device=device).repeat_interleave(batch)
@@ -265,15 +251,15 @@ class Scorer:
         example = torch.arange(len(self.inputs), device=self.inputs.device)
         return self.at(lambda i, _: self.inputs[i], example, example)
 
-    def _reading(self) -> Reading:
+    def _reading(self, kind: type[Reading]) -> Reading:
         if isinstance(self.target, str) and self.target == PREDICTED:
-            return Reading(None)
+            return kind(None)
         targets = one_target(self.target, len(self.inputs)).to(self.inputs.device)
         about = (self.model, (self.running.back(self.inputs),), *self.running.arguments().values())
         targets = model_targets.with_padding(targets, *about)
         if targets.classes is None or targets.position is not None:
-            return Reading(None, targets)
-        return Reading(targets.classes[:, 0])
+            return kind(None, targets)
+        return kind(targets.classes[:, 0])
 
 
 def one_target(target: Target, batch: int) -> Targets:

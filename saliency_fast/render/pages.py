@@ -1,12 +1,94 @@
-"""Pages: what the page of explanations and the page of an evaluation show, and both as HTML."""
+"""Pages: the templates' environment, what pages share, and the page of explanations."""
 
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from saliency_fast.engine.memory import bytes_text
-from saliency_fast.render.html import Figure, legends, number_text, percent_text, render
+from saliency_fast.render.frames import STYLES, colors
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from jinja2.environment import TemplateModule
+
+_MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An encoded picture. box: (left, top, width, height) of a frame, as shares of the picture."""
+
+    data: bytes
+    media: str
+    width: int
+    alt: str
+    caption: str
+    box: tuple[float, float, float, float] | None = None
+
+
+def render(template: str, **context: Any) -> str:
+    """Renders one of `templates/`; in HTML every value of the context is escaped."""
+    return _environment().get_template(template).render(context)
+
+
+def macros(template: str, **context: Any) -> TemplateModule:
+    """The macros of one of `templates/` as functions."""
+    return _environment().get_template(template).make_module(context)
+
+
+@cache
+def _environment() -> Environment:
+    # Importing jinja2 takes as long as a small explanation, and most processes write no page.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("saliency_fast.render"),
+        autoescape=lambda name: not (name or "").endswith(".txt.jinja"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"percent": percent_text, "number": number_text, "data_uri": data_uri}
+    environment.filters |= {"delta": delta_text, "error": error_text, "memory": memory_text}
+    return environment
+
+
+def data_uri(data: bytes, media: str = "image/png") -> str:
+    return f"data:{media};base64,{b64encode(data).decode('ascii')}"
+
+
+def number_text(value: float) -> str:
+    """Three significant digits with a typographic minus sign."""
+    return f"{value:.3g}".replace("-", _MINUS)
+
+
+def percent_text(share: float) -> str:
+    """A share in per cent, with two decimals below 1 % and one above."""
+    percent = 100.0 * share
+    if percent < 0.01:
+        return "under 0.01 %" if percent else "0 %"
+    return f"{percent:.2f} %" if percent < 1 else f"{percent:.1f} %"
+
+
+def legends(*styles: str) -> dict[str, str]:
+    """The colour ramps of these overlay styles for the template, or of all of them."""
+    return {style: _stops(style) for style in styles or STYLES}
+
+
+def _stops(style: str) -> str:
+    """A CSS gradient with the transparency of overlays: weak values let the picture show."""
+    stops, table = [], colors(style).tolist()
+    for number in range(0, 256, 15):
+        red, green, blue = table[number]
+        position = number / 255.0
+        alpha = abs(2.0 * position - 1.0) if style == "signed" else position
+        stops.append(f"rgba({red},{green},{blue},{alpha:.2f}) {100.0 * position:.1f}%")
+    return ",".join(stops)
+
 
 Pairs = tuple[tuple[str, str], ...]
 """(name, value) pairs."""
@@ -22,12 +104,7 @@ class BoxEvidence:
 
 @dataclass(frozen=True)
 class MapMeasurements:
-    """The measured properties of one map.
-
-    delta: None for a method without completeness. gain: score - baseline score, which makes the
-    delta relative. error: relative L2, 0 for exact methods, NaN where unknown. batch: the number of
-    examples that `seconds` and `peak_bytes` cover together.
-    """
+    """Measured properties of a map. gain: score - baseline score. batch: examples of the call."""
 
     score: float
     gain: float | None
@@ -54,30 +131,10 @@ class MapView:
     record: str
     words: str = ""
 
-    @property
-    def facts(self) -> list[tuple[str, str]]:
-        """(name, value) pairs under the map."""
-        numbers = self.numbers
-        shared = f", for {numbers.batch} examples together" if numbers.batch > 1 else ""
-        facts = [
-            ("score explained", number_text(numbers.score)),
-            ("completeness delta", delta_text(numbers)),
-            ("estimated error", error_text(numbers)),
-            ("points", f"{numbers.points} gradients"),
-            ("wall time", f"{numbers.seconds:.3g} s{shared}"),
-            ("peak memory", memory_text(numbers) + shared),
-        ]
-        if numbers.inside:
-            share, area = percent_text(numbers.inside.share), percent_text(numbers.inside.area)
-            facts.append(("evidence in the box", f"{share}; the box covers {area} of the picture"))
-        return [*facts, ("settings", self.parameters or "none"), ("record", self.record)]
-
 
 @dataclass(frozen=True)
 class Entry:
-    """One input. ranking: classes and probabilities, the prediction first; empty where the model
-    does not classify.
-    """
+    """One input. ranking: classes and probabilities, empty where the model does not classify."""
 
     name: str
     source: str
@@ -87,12 +144,6 @@ class Entry:
     ranking: tuple[tuple[str, float], ...]
     truth: str | None
     maps: tuple[MapView, ...]
-
-    @property
-    def facts(self) -> list[tuple[str, str]]:
-        """(name, value) pairs under the input."""
-        facts = [("shape", self.shape), ("read from", self.source)]
-        return [*facts, ("SHA-256", self.sha256)] if self.sha256 else facts
 
 
 @dataclass(frozen=True)
@@ -137,103 +188,3 @@ def error_text(numbers: MapMeasurements) -> str:
 def memory_text(numbers: MapMeasurements) -> str:
     how = "measured" if numbers.peak_measured else "planned"
     return f"{bytes_text(numbers.peak_bytes)} ({how})"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table of means.
-
-    text: in normal size; below: in small print. tag: a word before the text. kind: the colour of
-    the tag, "", "soft", "good" or "bad". best: whether the cell is bold and has a star. why: the
-    reason for an empty cell.
-    """
-
-    text: str
-    below: str = ""
-    tag: str = ""
-    kind: str = ""
-    best: bool = False
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """A row of a table. better: the better direction, "higher", "lower" or ""."""
-
-    name: str
-    better: str
-    cells: tuple[Cell, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """heads: (title of a group of columns, their names). groups: (title, rows)."""
-
-    title: str
-    caption: str
-    heads: tuple[tuple[str, tuple[str, ...]], ...]
-    groups: tuple[tuple[str, tuple[TableRow, ...]], ...]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Values of pairs, as rows; NaN where there is none. Larger values get darker cells."""
-
-    title: str
-    names: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
-class ThemedPlot:
-    """A plot as PNG for light and for dark pages."""
-
-    light: bytes
-    dark: bytes
-    alt: str
-
-
-@dataclass(frozen=True)
-class MetricSection:
-    """A metric: the question it answers, its curves and its protocol. parameters: (name, value,
-    meaning).
-    """
-
-    name: str
-    better: str
-    group: str
-    asks: str
-    paper: str
-    parameters: tuple[tuple[str, str, str], ...]
-    caveats: tuple[str, ...]
-    seconds: str
-    plot: ThemedPlot | None = None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The whole page.
-
-    verdicts: (good, bad or plain; sentence). samples: (an example's name; the input and every map
-    over it). notes: parts that this page lacks. unmeasured: (metric and method, reason). facts: of
-    the footer. command: reproduces the page.
-    """
-
-    title: str
-    lead: str
-    verdicts: Pairs
-    tables: tuple[Table, ...]
-    samples: tuple[tuple[str, tuple[Figure, ...]], ...]
-    metrics: tuple[MetricSection, ...]
-    matrices: tuple[Matrix, ...]
-    unmeasured: Pairs
-    caveats: tuple[str, ...]
-    notes: tuple[str, ...]
-    facts: Pairs
-    command: str
-
-
-def evaluation_html(page: Evaluation) -> str:
-    """The page as one HTML document without scripts or external resources."""
-    has_boxes = any(figure.box for _, figures in page.samples for figure in figures)
-    return render("evaluation.html.jinja", page=page, styles=legends("signed"), has_boxes=has_boxes)

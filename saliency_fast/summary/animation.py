@@ -16,13 +16,13 @@ from saliency_fast import ops
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.baselines import Baseline
 from saliency_fast.engine.features import Features
-from saliency_fast.engines import Engine
+from saliency_fast.engines import Engine, engine_like
 from saliency_fast.errors import InputError, InputTypeError
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.targets import Target
-from saliency_fast.render.files import write_frames
 from saliency_fast.render.frames import frames as overlay
-from saliency_fast.render.html import percent_text
+from saliency_fast.render.frames import write_frames
+from saliency_fast.render.pages import percent_text
 
 WIDTH = 192
 """Pictures are enlarged by whole numbers to about this width, so that the text fits."""
@@ -95,8 +95,7 @@ def progress(
     volumes the frame that holds most of the map is shown.
 
     Args:
-        stream: An engine, whose launches are made small enough for so many frames, or the output of
-            `Engine.stream`.
+        stream: An engine, whose launches are made small enough, or the output of `Engine.stream`.
         inputs: One image, video or volume [1, C, *spatial].
         style: "signed" or "heat", as in `Attribution.overlay`.
         frames: The largest number of frames.
@@ -125,21 +124,20 @@ def progress(
         )
     checks.integer("frames", frames, 1)
     if isinstance(stream, Engine):
-        about: dict[str, Any] = {
-            "forward_args": forward_args,
-            "forward_kwargs": forward_kwargs,
-            "features": features,
-        }
+        about: dict[str, Any] = {"forward_args": forward_args, "forward_kwargs": forward_kwargs}
+        about["features"] = features
         plan = stream.plan(inputs, target, baseline, **about)
         points = max(1, min(plan.points_per_launch, -(-plan.points // frames)))
-        stream = _with_launches(stream, points).stream(inputs, target, baseline, **about)
+        few = engine_like(stream, stream.model, points_per_launch=points, progress=False)
+        stream = few.stream(inputs, target, baseline, **about)
     moments, axes = list[Moment](), None
     for one in stream:
         moments.append(_moment(one, inputs, style))
         axes = one.axes()
     if axes is None:
         raise InputError("stream holds no map: expected one Attribution or more")
-    moments = _thinned(moments, frames)
+    count, several = min(frames, len(moments)), len(moments)
+    moments = [moments[((number + 1) * several) // count - 1] for number in range(count)]
     inputs, last = axes.standard(inputs), moments[-1]
     scale = ops.magnitude_percentile(last.values.reshape(1, -1), PERCENTILE)
     pictures = [overlay(inputs, m.values, style, PERCENTILE, OPACITY, scale)[0] for m in moments]
@@ -166,11 +164,7 @@ def animate(
 
     Args:
         stream, inputs, target, **fields: As in `progress`.
-        path: The .gif, .apng or .mp4 file to write.
-        frames_per_second: The speed.
-
-    Returns:
-        The path.
+        path, frames_per_second: As in `Progress.save`, whose path this returns.
 
     Example:
         >>> import tempfile
@@ -182,18 +176,6 @@ def animate(
     if not 0.0 < frames_per_second < math.inf:
         raise InputError(f"frames_per_second must be positive: got {frames_per_second!r}")
     return progress(stream, inputs, target, **fields).save(path, frames_per_second)
-
-
-def _with_launches(engine: Engine, points: int) -> Engine:
-    """A compatible engine whose launches take at most so many points."""
-    names = ("precision", "tolerance", "lean", "graphs", "layout")
-    return Engine(
-        *(engine.model, engine.method),
-        memory_budget=engine.limits.memory_budget,
-        points_per_launch=points,
-        hashes=False,
-        **{name: getattr(engine, name) for name in names},
-    )
 
 
 def _moment(result: Attribution, inputs: Tensor, style: str) -> Moment:
@@ -212,12 +194,6 @@ def _moment(result: Attribution, inputs: Tensor, style: str) -> Moment:
             f"{[1, *inputs.shape[2:]]}; maps of layers have no picture"
         )
     return Moment(values.clone(), float(result.error[0]), int(result.points[0]))
-
-
-def _thinned(moments: list[Moment], count: int) -> list[Moment]:
-    """At most `count` of the moments at equal distances, with the last one."""
-    count = min(count, len(moments))
-    return [moments[((number + 1) * len(moments)) // count - 1] for number in range(count)]
 
 
 def _framed(picture: Tensor, zoom: int, moment: Moment, total: int) -> Tensor:

@@ -39,10 +39,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LayerEvidence:
-    """A method: a layer's activations and the score's gradients there, as `extras` [B, C, *s].
-
-    Its values are their product, summed over channels. grid, special: as in `GradCAM`.
-    """
+    """A method: a layer's activations and gradients as `extras` [B, C, *s], and their product."""
 
     layer: str = "auto"
     grid: tuple[int, ...] | None = None
@@ -92,8 +89,7 @@ class Prototype:
 class Concepts:
     """K directions in a layer's channels and their shares of the evidence of B examples.
 
-    The evidence of a position is its activations times the score's gradients there. All tensors are
-    on the CPU and float64.
+    Evidence is activations times the score's gradients. All tensors are float64 on the CPU.
 
     Attributes:
         directions: [K, C], of length 1, the concept with the largest share first.
@@ -165,8 +161,7 @@ def concepts(
         inputs: The inputs [B, C, *spatial].
         at: A layer or its name; "auto" is the last spatial one.
         count: The number K of concepts.
-        method: "nmf" for activations that are not negative, "kmeans" for clusters of directions, or
-            "auto".
+        method: "nmf" where no activation is negative, "kmeans" for clusters, or "auto".
         seed: The same seed gives the same concepts.
         grid, special: A transformer's grid and number of special tokens, as in `GradCAM`.
         target, forward_args, forward_kwargs: As in `explain`.
@@ -261,9 +256,7 @@ def _prototypes(maps: Tensor, shares: Tensor) -> tuple[Prototype, ...]:
 
 
 def directions(vectors: Array, weights: Array, count: int, method: str, seed: int) -> Array:
-    """Unit directions [K, C] of vectors [N, C] with weights [N]: additive parts (NMF; Lee and
-    Seung, 1999), or the centres of clusters of their directions (k-means).
-    """
+    """Unit directions [K, C]: additive parts (Lee and Seung, 1999) or centres of clusters."""
     kept = weights > 0
     if int(kept.sum()) < count:
         raise InputError(
@@ -289,9 +282,7 @@ def directions(vectors: Array, weights: Array, count: int, method: str, seed: in
 
 
 def amounts(vectors: Array, units: Array, method: str) -> Array:
-    """The amount of each direction [K, C] in each vector [N, C], [N, K] and not negative: by
-    non-negative least squares, or of clusters the projection on the nearest centre.
-    """
+    """The amounts [N, K] of directions: non-negative least squares, or of the nearest centre."""
     if method == NMF:
         factorization = _learn("decomposition").non_negative_factorization
         of = {"H": units, "n_components": len(units), "update_H": False}

@@ -1,7 +1,6 @@
 """Regions: a map in a handful of parts, each with its signed share of the evidence and location.
 
-Parts are connected components of the map, merged superpixels or given labels; a location is where
-a part lies, in words.
+Parts are connected components, merged superpixels or given labels; locations are in words.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.engine.features import SEGMENTATIONS, segment
-from saliency_fast.errors import InputError, InputTypeError, warn
+from saliency_fast.errors import InputError, InputTypeError, warn_deprecated
 from saliency_fast.evaluate.inputs import EvaluationInput, read_evaluation_input
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
@@ -81,13 +80,11 @@ class Region:
 class Regions:
     """The regions of B examples; a sequence of tuples of `Region`.
 
-    Shares of an example's regions and rest add up to (P - N) / (P + N), amounts to 1, unless the
-    map is zero.
+    Shares of regions and rest add up to (P - N) / (P + N), amounts to 1, if the map is not zero.
 
     Attributes:
         labels: int64 [B, *spatial], 0 for the rest.
-        by_example: The regions of each example, the largest |share| first and numbered so from 1;
-            given labels keep their numbers.
+        by_example: The regions of each example, the largest |share| first, numbered from 1.
         rest: The rest of each example.
         positive: P, float64 [B].
         negative: N, float64 [B].
@@ -102,10 +99,7 @@ class Regions:
     @property
     def found(self) -> tuple[tuple[Region, ...], ...]:
         """Deprecated alias of `by_example`."""
-        warn(
-            "Regions.found is deprecated and removed in 0.3: use Regions.by_example",
-            DeprecationWarning,
-        )
+        warn_deprecated("Regions.found", "Regions.by_example")
         return self.by_example
 
     def __len__(self) -> int:
@@ -269,9 +263,7 @@ def _check_how(how: object) -> None:
 
 
 def _grouped(inputs: Tensor, maps: Tensor, how: str | Tensor, most: int) -> Tensor:
-    """Labels int64 [B, *spatial] of maps [B, *spatial] for inputs [B, C, *spatial]: 0 is the rest;
-    the others count from 1, the largest net evidence first. Given labels stay as they are.
-    """
+    """Labels int64 [B, *spatial]: 0 is the rest, the others by falling net evidence from 1."""
     if isinstance(how, Tensor):
         return _given(how, maps)
     values = maps.double().cpu().numpy()
@@ -316,10 +308,7 @@ def _ranked(labels: Labels, values: Values, most: int, least: float) -> Labels:
 
 
 def components(values: Values) -> Labels:
-    """The connected components of one sign where a smoothed map [*spatial] is large; 0 elsewhere.
-
-    The threshold is Otsu's (1979), lowered until `HELD` of the smoothed magnitude lies above it.
-    """
+    """Connected components of one sign where a smoothed map [*spatial] is large; 0 elsewhere."""
     from scipy import ndimage
 
     sigma = [SMOOTHING * size for size in values.shape]
@@ -343,10 +332,7 @@ def _otsu(order: Values) -> int:
 
 
 def connected(mask: NDArray[np.bool_]) -> Labels:
-    """Labels of the connected components of a mask [*spatial], 0 where it is False: diagonal
-    neighbours are connected, and gaps up to twice the share `GAP` are bridged. A label is 1 + the
-    largest flat index of its component and the bridges around it.
-    """
+    """Labels of a mask's connected components, diagonals and small gaps included, 0 elsewhere."""
     from scipy import ndimage
 
     box = np.ones([2 * round(GAP * size) + 1 for size in mask.shape], dtype=bool)
@@ -361,15 +347,16 @@ def connected(mask: NDArray[np.bool_]) -> Labels:
 def merged(segments: Labels, values: Values, most: int) -> Labels:
     """Segments [*spatial] of a map merged until `most` and the rest are left; the rest is 0.
 
-    Neighbours merge that cost least by Ward's criterion (1963), the growth of the squared distances
-    to the mean. The rest is the part whose mean is nearest to zero.
+    Neighbours merge that cost least by Ward's criterion (1963). The rest is nearest to zero.
     """
     if not values.any():
         return np.zeros_like(segments)
     names = np.unique(segments, return_inverse=True)[1].reshape(segments.shape)
     count = np.bincount(names.ravel()).astype(np.float64)
     total = np.bincount(names.ravel(), weights=values.ravel())
-    edges, owner = _neighbours(names), np.arange(len(total))
+    moved = [np.moveaxis(names, axis, 0) for axis in range(names.ndim)]
+    touching = [np.stack([one[:-1], one[1:]], -1).reshape(-1, 2) for one in moved]
+    edges, owner = _distinct(np.concatenate(touching)), np.arange(len(total))
     for _ in range(len(total) - most - 1):
         if not len(edges):
             break
@@ -386,12 +373,6 @@ def merged(segments: Labels, values: Values, most: int) -> Labels:
     if len(left) > most:
         numbers[owner == left[np.argmin(np.abs(total[left] / count[left]))]] = 0
     return numbers[names]
-
-
-def _neighbours(names: Labels) -> Labels:
-    """Pairs [E, 2] of segments that touch along an axis."""
-    moved = [np.moveaxis(names, axis, 0) for axis in range(names.ndim)]
-    return _distinct(np.concatenate([np.stack([m[:-1], m[1:]], -1).reshape(-1, 2) for m in moved]))
 
 
 def _distinct(edges: Labels) -> Labels:
@@ -414,9 +395,7 @@ _ENDS = (START, END)
 def location(
     start: Sequence[int], stop: Sequence[int], centre: Sequence[float], size: Sequence[int]
 ) -> str:
-    """Words for the half-open box from `start` to `stop` around `centre` in a space of `size`, such
-    as "upper left", "middle", "left edge", "late part", "front, lower part", or "most".
-    """
+    """Words for a half-open box in a space of `size`: "upper left", "late part", or "most"."""
     sides = [_side(*one) for one in zip(start, stop, centre, size, strict=True)]
     if len(sides) == 1:
         return _SIGNAL.get(sides[0], sides[0])

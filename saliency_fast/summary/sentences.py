@@ -22,25 +22,18 @@ from saliency_fast.engine.recipe import WeightedSum
 from saliency_fast.evaluate.inputs import (
     EvaluationInput,
     Explainer,
+    position_sums,
     read_evaluation_input,
     replacement_of,
 )
 from saliency_fast.evaluate.maps import correlation
 from saliency_fast.evaluate.metrics.inpaint import inpaint
-from saliency_fast.evaluate.scores import NO_CLASS, RunOptions, ScoreQuery, probabilities
-from saliency_fast.methods import read_method
+from saliency_fast.evaluate.scores import NO_CLASS, Reading, RunOptions
 from saliency_fast.methods.parts import checks
 from saliency_fast.model.layout import LayoutLike
-from saliency_fast.model.targets import (
-    Reader,
-    Target,
-    Targets,
-    read_targets,
-    tensor_of,
-    with_padding,
-)
+from saliency_fast.model.targets import Target, read_targets
 from saliency_fast.record import restore_target
-from saliency_fast.render.html import macros, number_text
+from saliency_fast.render.pages import macros, number_text
 from saliency_fast.summary.regions import (
     COMPONENTS,
     KINDS,
@@ -177,16 +170,7 @@ def summarise(
     )
     grouped = regions_of(subject, how, most, names)
     facts = facts_of(subject, grouped, labels, object_name, stability, result)
-    return [_summary(one) for one in facts]
-
-
-def _summary(facts: Facts) -> Summary:
-    text = _EvidenceText(facts)
-    sentences, caveats = text.written(SENTENCES), text.written(CAVEATS)
-    caveats += [("model", f"{_sentence(note)}.") for note in facts["notes"]]
-    facts["caveats"] = [kind for kind, _ in caveats]
-    said, doubts = (tuple(text for _, text in several) for several in (sentences, caveats))
-    return Summary(said, doubts, facts, tuple(text.cited))
+    return [_EvidenceText(one).summary() for one in facts]
 
 
 @dataclass
@@ -196,11 +180,18 @@ class _EvidenceText:
     facts: Facts
     cited: list[Cited] = field(default_factory=list)
 
-    def written(self, names: tuple[str, ...]) -> list[tuple[str, str]]:
-        """(name, text) of the template's macros that have something to say."""
+    def summary(self) -> Summary:
+        sentences, caveats = self.written(SENTENCES), self.written(CAVEATS)
+        notes = [f"{_sentence(note)}." for note in self.facts["notes"]]
+        self.facts["caveats"] = [*caveats, *("model" for _ in notes)]
+        said, doubts = (*sentences.values(),), (*caveats.values(), *notes)
+        return Summary(said, doubts, self.facts, tuple(self.cited))
+
+    def written(self, names: tuple[str, ...]) -> dict[str, str]:
+        """The texts of the template's macros that have something to say."""
         template = macros("summary.txt.jinja", f=self.facts, **self._words())
-        texts = [(name, _sentence(getattr(template, name)())) for name in names]
-        return [(name, text) for name, text in texts if text]
+        texts = {name: _sentence(getattr(template, name)()) for name in names}
+        return {name: text for name, text in texts.items() if text}
 
     def _words(self) -> dict[str, Any]:
         facts, regions, removal = self.facts, self.facts["regions"], self.facts["removal"] or {}
@@ -321,6 +312,8 @@ def facts_of(
         number = None
         if classes is not None and prediction["decision"] is not None:
             number = int(classes[b, 0])
+        positive, negative = float(grouped.positive[b]), float(grouped.negative[b])
+        total = positive + negative or 1.0
         removal = {
             name: one | {"change": one["score"] - prediction["score"]}
             for name, one in removals[b].items()
@@ -332,7 +325,12 @@ def facts_of(
                 "class": number,
                 "name": "the output" if number is None else _class_name(number, names),
                 **prediction,
-                "evidence": _evidence(float(grouped.positive[b]), float(grouped.negative[b])),
+                "evidence": {
+                    "positive": positive,
+                    "negative": negative,
+                    "positive_share": positive / total,
+                    "negative_share": negative / total,
+                },
                 "regions": [_plain_region(one) for one in grouped[b]],
                 "rest": _plain_region(grouped.rest[b]),
                 "top": tops[b],
@@ -358,45 +356,21 @@ def _plain_region(region: Region) -> Facts:
     return asdict(region) | {"box": list(region.box), "centre": list(region.centre)}
 
 
-def _evidence(positive: float, negative: float) -> Facts:
-    total = positive + negative
-    shares = {"positive_share": positive, "negative_share": negative}
-    shares = {name: one / total if total else 0.0 for name, one in shares.items()}
-    return {"positive": positive, "negative": negative} | shares
-
-
 @dataclass(frozen=True)
-class _Reader(Reader):
-    """A target (`model.targets.Reader`) that reads [R, 6]: the score, and where there are several
-    classes the probability of the target's class and the two largest with their probabilities;
-    `NO_CLASS` otherwise.
-    """
+class _TopTwo(Reading):
+    """A reading of the two likeliest classes and their probabilities instead of the decision."""
 
-    classes: Tensor | None
-    targets: Targets
     count: int = 6
 
-    def read(self, raw: Any, example: Tensor) -> Tensor:
-        self.targets.check(raw, example)
-        score = self.targets.read(raw, example)[0][:, :1]
-        score = score if score.dtype in (torch.float32, torch.float64) else score.float()
-        rest = score.new_full((len(example), 5), NO_CLASS)
-        if self.classes is not None:
-            output = tensor_of(raw).detach()
-            if output.shape[1] > 1:
-                shares = probabilities(output, output.to(score.dtype))
-                best = shares.topk(2, dim=1)
-                own = shares.gather(1, self.classes[example][:, None])
-                rest = torch.cat([own, best.indices.to(own.dtype), best.values], 1)
-        return torch.cat([score, rest], 1)
+    def decided(self, decision: Tensor, shares: Tensor) -> Tensor:
+        best = shares.detach().topk(2, dim=1)
+        return torch.cat([best.indices.to(shares.dtype), best.values], 1)
 
 
 def deletion_queries(
     subject: EvaluationInput, labels: Tensor, queried: list[int], names: Mapping[int, str]
 ) -> tuple[list[Facts], list[dict[str, Facts]]]:
-    """The predictions of the inputs, and per example and replacement those without the region
-    `queried[b]` of labels [B, *spatial]; none where that is 0.
-    """
+    """The predictions of the inputs, and by example and replacement those without a region."""
     inputs = subject.inputs
     example = torch.tensor([b for b, one in enumerate(queried) if one], device=inputs.device).long()
     number = torch.tensor(queried, device=inputs.device).view(-1, *(1,) * (labels.dim() - 1))
@@ -417,10 +391,7 @@ def deletion_queries(
 
 
 def replacements(inputs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Two replacements of the masked positions, bool [B, *spatial], of inputs [B, C, *spatial]:
-    "blurred" (5 % of each axis) and "inpainted" (Rong, 2022). Features are "set to the mean" of the
-    example and "set to zero".
-    """
+    """Two replacements of masked positions; of features the example's mean and zero."""
     if inputs.dim() == 2:
         mean = replacement_of("mean", inputs).expand_as(inputs)
         return {"set to the mean": mean, "set to zero": torch.zeros_like(inputs)}
@@ -431,18 +402,8 @@ def _predictions(
     subject: EvaluationInput, points: Tensor, example: Tensor, names: Mapping[int, str]
 ) -> tuple[list[Facts], list[Facts]]:
     """The predictions of the inputs, and of the rows `example` of points [B, *]."""
-    targets = read_targets(subject.classes, subject.batch).to(subject.inputs.device)
-    running = subject.running
-    arguments = running.arguments().values()
-    inputs = running.back(subject.inputs)
-    targets = with_padding(targets, subject.model, (inputs,), *arguments)  # type: ignore[arg-type]
-    classes = None
-    if targets.classes is not None and targets.position is None:
-        classes = targets.classes[:, 0]
-    queries = ScoreQuery(lambda example, place: running.back(points[example]), example, example)
-    engine = running.engine(subject.model, queries)  # type: ignore[arg-type]
-    engine(inputs, _Reader(classes, targets), **running.arguments())
-    first, second = ([_prediction(row, names) for row in one.tolist()] for one in queries.found)
+    columns = subject.scorer.columns(lambda i, _: points[i], example, example, _TopTwo)
+    first, second = ([_prediction(row, names) for row in one.tolist()] for one in columns)
     return first, second
 
 
@@ -492,13 +453,8 @@ def _finite(value: Tensor) -> float | None:
 
 
 def _equal_to_baseline(subject: EvaluationInput) -> Tensor | None:
-    """The share of positions where an input equals its baseline, of which a path between them says
-    nothing; None for methods without such a path.
-    """
-    method, x = subject.method, subject.inputs
-    if not (isinstance(method, str) or hasattr(method, "recipe")):
-        return None
-    recipe = read_method(method).recipe()  # type: ignore[arg-type]
+    """The share of positions where an input equals a path's baseline; None without a path."""
+    recipe, x = subject.recipe, subject.inputs
     if not isinstance(recipe, WeightedSum) or recipe.factor != "difference":
         return None
     same = torch.ones_like(x, dtype=torch.bool)
@@ -521,6 +477,5 @@ def _stability(subject: EvaluationInput, count: int) -> Tensor | None:
         # All examples get the same noise, so that the batch does not matter.
         noise = torch.randn(x.shape[1:], generator=generator, dtype=torch.float64, device="cpu")
         near = x + NOISE * span * noise.to(x.device, x.dtype)
-        other = subject.of(near, subject.explain(near))
-        total += correlation(subject.places, other.places).cpu()
+        total += correlation(subject.places, position_sums(subject.explain(near))).cpu()
     return total / count

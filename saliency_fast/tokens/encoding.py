@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from saliency_fast.errors import InputError, InputTypeError, warn
 from saliency_fast.tokens.words import (
@@ -31,9 +32,7 @@ BASELINE_TOKENS = ("pad", "mask", "unk")
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts as padded token ids [B, T]. arguments: the model's others, by name. real, special:
-    bool [B, T]; padding is not real. words: of each text, with the indices of their tokens.
-    """
+    """Texts as padded ids [B, T], the model's arguments, tokens, words, and two masks [B, T]."""
 
     ids: Tensor
     arguments: dict[str, Tensor]
@@ -124,9 +123,7 @@ def _accepted(model: object, encoded: Encoded) -> dict[str, Tensor]:
 
 
 def _position_ids(model: object, encoded: Encoded) -> dict[str, Tensor]:
-    """Positions that skip padding on the left, where the model accepts any: most models count
-    positions from the start of the row.
-    """
+    """Positions that skip padding on the left, where the model accepts any."""
     tables = _position_tables(model)
     # Tables that keep a row for padding belong to models that skip it themselves.
     if bool(encoded.real[:, 0].all()) or any(one.padding_idx is not None for one in tables):
@@ -146,14 +143,11 @@ def _padded(
     tokenizer: Any, encoding: Any, pairs: list[tuple[str, ...]], device: torch.device
 ) -> Encoded:
     lengths = [len(ids) for ids in encoding["input_ids"]]
-    left = getattr(tokenizer, "padding_side", "right") == "left"
+    side = getattr(tokenizer, "padding_side", "right")
 
     def filled(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-        padded = torch.full((len(rows), max(lengths)), value, device=device)
-        for number, row in enumerate(rows):
-            start = max(lengths) - len(row) if left else 0
-            padded[number, start : start + len(row)] = torch.tensor(row, device=device)
-        return padded
+        tensors = [torch.tensor(row, device=device) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
     rows = [_row(tokenizer, encoding, number, pair) for number, pair in enumerate(pairs)]
     words = [words_of(tokenizer, encoding, number, row) for number, row in enumerate(rows)]
@@ -211,9 +205,7 @@ def baseline_id(tokenizer: Any, baseline: str | int) -> int:
 
 
 def id_of(tokenizer: Any, token: str) -> int:
-    """The id of a token by its text as the tokenizer writes it inside of texts, or by its name in
-    the vocabulary; raises InputError where the text is several tokens.
-    """
+    """The id of a token by its text or its name in the vocabulary."""
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     named = ids[0] if len(ids) == 1 else tokenizer.get_vocab().get(token)
     if named is not None:

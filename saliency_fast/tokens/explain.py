@@ -8,22 +8,182 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from saliency_fast.api import Engine
 from saliency_fast.attribution import Attribution
+from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Method, WeightedSum
-from saliency_fast.errors import InputError, InputTypeError, NoAttentionError, warn
+from saliency_fast.errors import InputError, InputTypeError, ModelError, NoAttentionError, warn
+from saliency_fast.methods import attention as methods
 from saliency_fast.methods import read_method
+from saliency_fast.methods.parts import checks
+from saliency_fast.model.attention import AttentionTaps
 from saliency_fast.model.layers import Lookup, lookups, names_of
 from saliency_fast.model.preserve import preserve_model_state
 from saliency_fast.model.targets import PREDICTED, NextToken, Target
 from saliency_fast.record import restore_target
-from saliency_fast.tokens.attention import AttentionColumns
 from saliency_fast.tokens.encoding import Encoded, Text, baseline_id, encode, id_of
 from saliency_fast.tokens.result import TokenAttribution
-from saliency_fast.tokens.similarity import Similarity, SimilarityModel
 
 ZERO = "zero"
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """A target of `explain_tokens`: the cosine of a text's embedding and another text's embedding.
+
+    The embedding of the other text is a constant.
+
+    Args:
+        to: One text, or one for each text that is explained.
+        pooling: How the last hidden states [B, T, E] become embeddings [B, E]: "mean" over the
+            tokens without padding, the "first" token, or a function of the model's output and a
+            bool mask [B, T] that is False at padding.
+
+    Raises:
+        InputError: If `pooling` is neither a name nor a function.
+
+    Example:
+        >>> Similarity("A kitten takes a nap.", pooling="first")
+        Similarity(to='A kitten takes a nap.', pooling='first')
+    """
+
+    to: str | Sequence[str]
+    pooling: str | Callable[[Any, Tensor], Tensor] = "mean"
+
+    def __post_init__(self) -> None:
+        if not callable(self.pooling) and self.pooling not in POOLINGS:
+            raise InputError(
+                f"pooling must be {', '.join(map(repr, POOLINGS))} or a function: got "
+                f"{self.pooling!r}"
+            )
+
+    def texts(self, count: int) -> list[str]:
+        several = [self.to] if isinstance(self.to, str) else list(self.to)
+        if len(several) not in (1, count):
+            raise InputError(f"to must be one text, or one for each of {count}: got {len(several)}")
+        return several * count if len(several) == 1 else several
+
+    def pool(self, raw: Any, mask: Tensor) -> Tensor:
+        """The embeddings [B, E] of a model's output."""
+        if callable(self.pooling):
+            return self.pooling(raw, mask)
+        return POOLINGS[self.pooling](_hidden_states(raw), mask)
+
+
+class SimilarityModel(nn.Module):
+    """A model whose output is the cosine of its texts' embeddings and constant embeddings."""
+
+    def __init__(self, model: nn.Module, similarity: Similarity) -> None:
+        super().__init__()
+        self.model, self.similarity = model, similarity
+        # A new module is in training mode, and the model's own mode must stay.
+        self.training = model.training
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        result: nn.Module | None = getattr(self.model, "get_input_embeddings", lambda: None)()
+        return result
+
+    def forward(self, input_ids: Tensor, pooled: Tensor, other: Tensor, **further: Any) -> Tensor:
+        embedding = self.similarity.pool(self.model(input_ids, **further), pooled)
+        return functional.cosine_similarity(embedding, other, 1)
+
+    def embedded(self, texts: Encoded) -> Tensor:
+        """The embeddings [B, E] of encoded texts, without gradients."""
+        with preserve_model_state(self.model, texts.ids.device), torch.no_grad():
+            return self.similarity.pool(self.model(texts.ids, **texts.arguments), texts.real)
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    weights = mask.to(hidden.dtype)[..., None]
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def _first(hidden: Tensor, mask: Tensor) -> Tensor:
+    # Padding may be on the left.
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.int().argmax(1)]
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _mean, "first": _first}
+
+
+def _hidden_states(raw: Any) -> Tensor:
+    result = raw if isinstance(raw, Tensor) else getattr(raw, "last_hidden_state", None)
+    if result is None and isinstance(raw, (tuple, list)):
+        result = raw[0]
+    if not isinstance(result, Tensor) or result.dim() != 3:
+        got = list(result.shape) if isinstance(result, Tensor) else type(raw).__name__
+        raise ModelError(
+            f"similarity needs a model of last hidden states [B, T, E]: got {got}; pass "
+            "pooling=function, from what the model returns and a mask [B, T] to [B, E]"
+        )
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionColumns:
+    """A method: all three kinds of attention from one forward and one backward pass.
+
+    query: the token whose attention is read. layer: the one whose weights are read.
+    """
+
+    real: Tensor
+    query: str | int
+    layer: int
+    name = "attention"
+
+    def __post_init__(self) -> None:
+        names = ("auto", "first", "last", "mean")
+        checks.fields(self, query=names if isinstance(self.query, str) else checks.integer)
+
+    def recipe(self) -> engine.Recipe:
+        return engine.RoundsRecipe(self._rounds, 1, at_input=True)
+
+    def _rounds(self, context: engine.RoundContext) -> engine.Rounds:
+        (x,) = context.inputs
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def each(rows: slice, result: engine.RoundResult) -> None:
+            layers, real = methods.wide(result.taps), self.real[rows]
+            if layers[0].shape[2] != real.shape[1]:
+                raise NoAttentionError(
+                    f"attention is over {layers[0].shape[2]} tokens, and the tokenizer gives "
+                    f"{real.shape[1]}; pass attention=False"
+                )
+            start = self._start(real, layers)
+            weights = methods.last_row(start, layers, self.layer)
+            rolled = methods.rollout(start, layers, 0.5, "mean", 0.0)
+            # The identity, which every token has of itself, is no evidence.
+            weighted = (
+                methods.weighted_by_gradient(start, layers, methods.wide(result.grads[0])) - start
+            )
+            parts.append((weights, rolled, weighted))
+
+        example = torch.arange(len(x), device=x.device)
+        yield engine.Round(
+            lambda example, _: (x[example],), example, example, taps=AttentionTaps(), each=each
+        )
+        weights, rolled, weighted = (torch.cat(one)[:, None] for one in zip(*parts, strict=True))
+        return engine.Maps((weighted,), extras={"attention": weights, "rollout": rolled})
+
+    def _start(self, real: Tensor, layers: methods.Layers) -> Tensor:
+        """The weight of each token as a query [R, T]."""
+        start = real.to(layers[0].dtype)
+        if self.query == "mean":
+            return start / start.sum(1, keepdim=True)
+        query = self.query
+        if query == "auto":
+            query = "last" if methods.is_causal(layers[0], real) else "first"
+        index = {"first": 0, "last": -1}[query] if isinstance(query, str) else query
+        count = real.sum(1)
+        wanted = torch.full_like(count, index) + (count if index < 0 else 0)
+        if bool(((wanted < 0) | (wanted >= count)).any()):
+            raise InputError(
+                f"query out of range: got {index}, and a text has {int(count.min())} tokens"
+            )
+        # The index counts real tokens, on whichever side padding is.
+        return start * (real.cumsum(1) == wanted[:, None] + 1)
 
 
 def explain_tokens(

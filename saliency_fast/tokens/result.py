@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saliency_fast.attribution import Attribution
 from saliency_fast.errors import InputError
-from saliency_fast.render.html import render
+from saliency_fast.render.pages import render
 from saliency_fast.tokens.words import Word
 
 TITLES = {
@@ -40,8 +40,7 @@ class TokenAttribution:
         pieces: The words of each text with the indices of their tokens.
         real: Which tokens are no padding, bool [B, T].
         special: Which tokens the tokenizer has added, bool [B, T].
-        values: The attributions. They add up to the gain of the score over the baseline where the
-            method is complete.
+        values: The attributions, which add up to the gain of the score for complete methods.
         attention: The attention weights of one layer; None where `reason` says why.
         rollout: The attention of all layers multiplied (Abnar and Zuidema, 2020), or None.
         gradient_attention: The attention of all layers weighted by its gradient, without the

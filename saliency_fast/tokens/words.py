@@ -26,9 +26,7 @@ Span = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Word:
-    """A word and the indices of its tokens. shares: the share of each token's value that the word
-    gets; 1 unless the token has characters of several words.
-    """
+    """A word, its tokens' indices, and its share of each token's value (1 if empty)."""
 
     text: str
     indices: tuple[int, ...]
@@ -42,9 +40,7 @@ class Word:
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """A text's tokens without padding. spans: the position of each token in `texts`, where the
-    tokenizer gives it. readable: see `readable_tokens`.
-    """
+    """A text's tokens without padding, and the span of each in `texts`, where it is known."""
 
     texts: tuple[str, ...]
     tokens: tuple[str, ...]
@@ -82,9 +78,7 @@ def _bytes_of(token: str, byte_level: bool) -> bytes | None:
 def spell(
     tokens: Sequence[str], special: Sequence[bool], *, byte_level: bool
 ) -> tuple[str, list[tuple[int, int] | None]]:
-    """The text that the tokens' bytes spell, and the half-open range of characters in it of which
-    each token has bytes; None for tokens that are their own text.
-    """
+    """The text of the tokens' bytes, and the range of each token that spells bytes in it."""
     characters: list[bytes] = []
     spans: list[tuple[int, int] | None] = []
     # Continuation bytes begin a character only where there is none to continue.
@@ -109,9 +103,7 @@ def spell(
 def readable_tokens(
     tokens: Sequence[str], special: Sequence[bool], *, byte_level: bool
 ) -> tuple[str, ...]:
-    """Tokens as readable text. A space before a token is marked as SentencePiece marks it; a token
-    that is part of a character is that character with the number of the part.
-    """
+    """Tokens as readable text; a part of a character is that character with a number."""
     characters, spans = spell(tokens, special, byte_level=byte_level)
     holders: dict[int, list[int]] = {}
     for number, span in enumerate(spans):
@@ -132,9 +124,7 @@ def readable_tokens(
 
 
 def is_word_boundary(text: str, index: int) -> bool:
-    """Whether the characters around an index alone let a word begin there: ideographs, emoji and
-    other symbols are words without spaces between them.
-    """
+    """Whether the characters around an index alone let a word begin there, as ideographs do."""
     if not 0 < index < len(text):
         return True
     before, after = text[index - 1], text[index]
@@ -161,8 +151,7 @@ def words_of(tokenizer: Any, encoding: Any, number: int, row: TokenizedText) -> 
     """The words of text `number`, in order; each special token is a word of its own.
 
     Pieces of SentencePiece and of slow tokenizers are grouped by their marks, those of other fast
-    tokenizers by `word_ids()`, which separates punctuation. Tokens that are parts of one character
-    stay together, and ideographs and emoji are words of their own.
+    tokenizers by `word_ids()`. Parts of one character stay together; ideographs are words.
     """
     groups: list[list[int]] = []
     starts = _starts_in_text(row, _starts_of_pieces(tokenizer, encoding, number, row.tokens))
@@ -222,10 +211,7 @@ def _skip_spaces(text: str, start: int, stop: int) -> int:
 
 
 def _split(row: TokenizedText, indices: list[int]) -> list[Word]:
-    """A group of tokens as one word, or as several where a token holds several ideographs.
-
-    A token's value is shared equally among the words that it has characters of.
-    """
+    """A group of tokens as one word, or as several, which share a token's value equally."""
     spans = [row.spans[index] for index in indices]
     first, last = spans[0], spans[-1]
     if first is None or last is None or row.special[indices[0]]:

@@ -71,10 +71,10 @@ def test_the_share_inside_is_that_of_the_map(made):
     top, left, bottom, right = zoo.held_out().boxes[0].tolist()
     positive = found.values[0, 0].clamp_min(0).double()
     share = positive[top:bottom, left:right].sum() / positive.sum()
-    told = inside(found, (0,), (top, left, bottom, right))
+    told = inside(found, 0, (top, left, bottom, right))
     assert told.share == pytest.approx(float(share))
     assert told.area == pytest.approx((bottom - top) * (right - left) / 64**2)
-    assert inside(found, (0,), (0, 0, 64, 64)).share == pytest.approx(1.0)
+    assert inside(found, 0, (0, 0, 64, 64)).share == pytest.approx(1.0)
 
 
 def test_a_map_without_positive_evidence_has_none_inside(made):
@@ -82,7 +82,7 @@ def test_a_map_without_positive_evidence_has_none_inside(made):
 
     found = sf.load(made / "digit-00.smoothgrad.safetensors")
     empty = replace(found, values=-torch.ones_like(found.values))
-    assert inside(empty, (0,), (0, 0, 9, 9)).share == 0.0
+    assert inside(empty, 0, (0, 0, 9, 9)).share == 0.0
 
 
 @pytest.mark.parametrize("count", [0, 100_000])

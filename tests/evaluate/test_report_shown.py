@@ -21,9 +21,8 @@ from saliency_fast.evaluate.metric import field_meanings as meanings
 from saliency_fast.evaluate.metric import fields_of
 from saliency_fast.evaluate.metrics.agreement import COMPARISONS
 from saliency_fast.evaluate.outcome import Interval, bootstrap
-from saliency_fast.evaluate.reports.files import plot_of
 from saliency_fast.evaluate.reports.report import report
-from saliency_fast.evaluate.reports.text import interval_text, verdict_of, verdicts
+from saliency_fast.evaluate.reports.result import interval_text, plot_of, verdict_of, verdicts
 from saliency_fast.render import plots
 from tests.pages import Reader
 

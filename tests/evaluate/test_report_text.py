@@ -12,10 +12,8 @@ from reporting import Known, network, pictures
 from torch import nn
 
 from saliency_fast.evaluate import PointingGame, SanityCheck
-from saliency_fast.evaluate.reports.data import FEW
-from saliency_fast.evaluate.reports.files import slice_of
 from saliency_fast.evaluate.reports.report import report
-from saliency_fast.evaluate.reports.text import spelled, verdicts
+from saliency_fast.evaluate.reports.result import FEW, slice_of, spelled, verdicts
 from tests.pages import Reader
 
 BATCH = FEW + 4

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.render.files import encode, write_frames
+from saliency_fast.render.frames import encode, write_frames
 
 
 def ramp(*shape: int) -> torch.Tensor:

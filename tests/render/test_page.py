@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saliency_fast.render.files import encode
-from saliency_fast.render.html import Figure, percent_text
+from saliency_fast.render.frames import encode
 from saliency_fast.render.pages import (
     BoxEvidence,
     Entry,
+    Figure,
     MapMeasurements,
     MapView,
     Page,
@@ -21,6 +21,7 @@ from saliency_fast.render.pages import (
     error_text,
     memory_text,
     page_html,
+    percent_text,
 )
 from tests.pages import Reader
 

@@ -26,8 +26,7 @@ EVIDENCE = ("signed", "absolute")
 class Agreement:
     """The pairwise similarities of M maps of each of B examples.
 
-    The attributes `rank_correlation`, `ssim`, `overlap` and `sign_agreement` hold the means over
-    examples, float64 [M, M].
+    The attributes `rank_correlation`, `ssim`, `overlap` and `sign_agreement` are means, [M, M].
 
     Args:
         names: The maps' names.
@@ -94,8 +93,7 @@ def agreement(
     """The pairwise similarities of maps by several methods (Krishna, 2022).
 
     Args:
-        maps: By name, attributions or tensors like `inputs`, with or without channels, which are
-            summed.
+        maps: By name, attributions or tensors like `inputs`; channels, if any, are summed.
         inputs: [B, C, *spatial] or [B, F]. Without them attributions give the axes, and tensors are
             [B, F], [B, H, W], [B, C, H, W] or [B, C, D, H, W].
         share: How much of a map is its top.

@@ -16,14 +16,12 @@ from saliency_fast.evaluate.inputs import (
     Replacement,
     check_replacement,
     describe,
-    is_method,
     replacement_of,
 )
 from saliency_fast.evaluate.maps import check_tolerance
 from saliency_fast.evaluate.metric import AXIOMS, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome, caveats_of
 from saliency_fast.evaluate.scores import OUTPUTS
-from saliency_fast.methods import read_method
 
 
 @in_suite(AXIOMS, "Sundararajan et al., 2017")
@@ -95,7 +93,7 @@ class Completeness(Metric):
         x, given = data.inputs, data.baseline
         if self.substrate is not None:
             return [data.fill(self.substrate, self.seed)], describe(self.substrate)
-        recipe = read_method(data.method).recipe() if is_method(data.method) else None
+        recipe = data.recipe
         if isinstance(recipe, WeightedSum) and isinstance(recipe.family, Starting):
             return [recipe.family.start((x,))[0]], "the path's start"
         stated = "zero" if given is None else describe(given)

@@ -25,7 +25,6 @@ from saliency_fast.evaluate.maps import (
     PER,
     block_sums,
     blocks,
-    check_share,
     check_shares,
     correlation,
     random_ranks,
@@ -34,7 +33,7 @@ from saliency_fast.evaluate.maps import (
     value_range,
 )
 from saliency_fast.evaluate.metric import FAITHFULNESS, Metric, check_fields, in_suite
-from saliency_fast.evaluate.metrics.inpaint import inpaint, need_axes
+from saliency_fast.evaluate.metrics.inpaint import inpaint
 from saliency_fast.evaluate.outcome import Curve, Outcome, caveats_of
 from saliency_fast.evaluate.scores import OUTPUTS, Write
 from saliency_fast.methods.parts import checks
@@ -81,11 +80,8 @@ class _Ranked(Metric):
     inserts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_fields(
-            self, substrate=check_replacement, output=OUTPUTS, per=PER, order=ORDERS, steps=_steps
-        )
-        if self.step_size is not None:
-            _steps("step_size", self.step_size)
+        check_fields(self, substrate=check_replacement, output=OUTPUTS, per=PER, order=ORDERS)
+        check_fields(self, steps=_steps, step_size=checks.optional(_steps))
 
     def counts(self, positions: int) -> Tensor:
         """How many of the positions are removed after each step, int64 from 0 to all."""
@@ -122,9 +118,7 @@ def _steps(name: str, value: object) -> None:
 def _distinct(
     begin: Tensor, end: Tensor, sequence: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Which steps change an example's point, bool [B, n], and each step's row among their points,
-    int64 [B, n]: equal points, such as black replaced by black, are scored once.
-    """
+    """Which steps change an example's point, and each step's row among the points, [B, n] each."""
     batch, positions = sequence.shape
     differs = (begin != end).view(batch, -1, positions).any(1).gather(1, sequence)
     changed = torch.zeros(batch, positions + 1, dtype=torch.int64, device=sequence.device)
@@ -204,7 +198,6 @@ class Road(Metric):
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:
         x = data.inputs
-        need_axes(x)
         classes = _classes(data) if self.output == ACCURACY else None
         rank, _ = ranking(data.values, x, "place", self.order)
         positions = rank.shape[1]
@@ -273,7 +266,9 @@ class Counterfactual(Metric):
     needs = ("model",)
 
     def __post_init__(self) -> None:
-        check_fields(self, share=check_share, patch=1, draws=0, shares=check_shares, seed=0)
+        check_fields(
+            self, share=checks.positive_fraction, patch=1, draws=0, shares=check_shares, seed=0
+        )
         check_replacement("by", self.by, (INPAINT,))
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:
@@ -283,11 +278,8 @@ class Counterfactual(Metric):
         counts = [max(1, round(one * several)) for one in (self.share, *self.shares)]
         ends = torch.tensor([counts[0]] * (1 + self.draws) + counts[1:], device=x.device)
         source = self.region_sources(x, rank.shape[1])
-        fill = None
-        if isinstance(self.by, str) and self.by == INPAINT:
-            need_axes(x)
-        else:
-            fill = data.fill(self.by, self.seed)
+        imputed = isinstance(self.by, str) and self.by == INPAINT
+        fill = None if imputed else data.fill(self.by, self.seed)
 
         def write(example: Tensor, number: Tensor) -> Tensor:
             removed = (rank[example] < ends[number, None]).gather(1, source[number])
@@ -410,12 +402,12 @@ class Infidelity(Metric):
         for size in self._sizes:
             checks.integer("patch", size, 1)
         flag = checks.boolean
-        check_fields(self, cumulative=flag, contributions=flag, scaled=flag)
+        check_fields(self, cumulative=flag, contributions=flag, scaled=flag, output=OUTPUTS, seed=0)
         if self.cumulative and self.perturbation != "patches":
             raise InputError(
                 f"cumulative is of perturbation='patches': got {self.perturbation!r}; leave it out"
             )
-        check_fields(self, substrate=check_replacement, output=OUTPUTS, seed=0)
+        check_replacement("substrate", self.substrate)
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:
         x = data.inputs
@@ -535,14 +527,12 @@ class _Correlation(Metric):
 
     def __post_init__(self) -> None:
         check_fields(self, samples=2, substrate=check_replacement, per=PER, patch=1)
+        check_fields(self, output=OUTPUTS, seed=0)
         if self.patch > 1 and self.per != "place":
             raise InputError(f"patch goes with per='place': got per={self.per!r}")
-        check_fields(self, output=OUTPUTS, seed=0)
 
     def _elements(self, data: EvaluationInput) -> tuple[Tensor, Tensor]:
-        """The map's values of which subsets are made, float64 [B, P], and the one to which each
-        element of an input belongs, int64 [1, *].
-        """
+        """The values of positions, float64 [B, P], and each element's position, int64 [1, *]."""
         if self.patch > 1:
             sums, block = block_sums(data.places, self.patch)
             return sums, block[None]
@@ -672,7 +662,7 @@ class FaithfulnessCorrelation(_Correlation):
     name = "faithfulness correlation"
 
     def __post_init__(self) -> None:
-        check_fields(self, size=check_share if isinstance(self.size, float) else 1)
+        check_fields(self, size=checks.positive_fraction if isinstance(self.size, float) else 1)
         super().__post_init__()
 
     def _evaluate(self, data: EvaluationInput) -> Outcome:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,17 +26,19 @@ def inpaint(x: Tensor, missing: Tensor) -> Tensor:
 
     Each missing position is the weighted mean of its neighbours, missing or not: the linear system
     of noisy linear imputation (Rong, 2022), without its noise. A weight halves for each axis along
-    which the neighbour differs: 1/6 for direct and 1/12 for diagonal neighbours of a pixel;
-    neighbours outside of the image do not count. Where everything is missing, it is the channel's
-    mean. Solved in float64 by conjugate gradients with a multigrid cycle as preconditioner: SciPy's
-    sparse solver is 2.6 times slower for large holes of 224 x 224 pixels, and runs out of memory
-    for volumes.
+    which the neighbour differs: 1/6 for direct and 1/12 for diagonal neighbours of a pixel. Where
+    everything is missing, it is the channel's mean. Solved in float64 by conjugate gradients with a
+    multigrid cycle as preconditioner: other solvers are several times slower for large holes.
     """
     if not x.is_floating_point() or missing.dtype != torch.bool:
         raise InputTypeError(
             f"x must be floating and missing bool: got {x.dtype} and {missing.dtype}"
         )
-    need_axes(x)
+    if x.dim() < 3:
+        raise InputError(
+            "inpainting needs axes behind the channels, whose positions have neighbours: got "
+            f"{list(x.shape)}; use a replacement such as 'mean', or layout='BT' for time series"
+        )
     if missing.shape[1:] != x.shape[2:] or len(missing) not in (1, len(x)) or len(x) == 0:
         raise InputError(
             f"missing must be {[len(x), *x.shape[2:]]}: got {list(missing.shape)} for x "
@@ -46,15 +50,6 @@ def inpaint(x: Tensor, missing: Tensor) -> Tensor:
         own = slice(start, start + rows)
         parts.append(_filled(x[own], missing if len(missing) == 1 else missing[own]))
     return torch.cat(parts)
-
-
-def need_axes(x: Tensor) -> None:
-    """Raises where positions have no neighbours."""
-    if x.dim() < 3:
-        raise InputError(
-            "inpainting needs axes behind the channels, whose positions have neighbours: got "
-            f"{list(x.shape)}; use a replacement such as 'mean', or layout='BT' for time series"
-        )
 
 
 def _filled(x: Tensor, missing: Tensor) -> Tensor:
@@ -74,9 +69,7 @@ def _filled(x: Tensor, missing: Tensor) -> Tensor:
 
 
 def _solved(levels: list[_Level], right: Tensor) -> Tensor:
-    """The solution of each system of `right` [N, C, *], by conjugate gradients; solved systems do
-    not change any more, so that none depends on the rest of the batch.
-    """
+    """The solutions for `right` [N, C, *], none of which depends on the rest of the batch."""
     solution, residual = torch.zeros_like(right), right
     least = TOLERANCE * _dot(right, right).sqrt()
     direction = preconditioned = _cycle(levels, residual.float()).double()
@@ -104,45 +97,21 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """One grid of the multigrid cycle: float32, for fields [N, C, *size].
-
-    Of the finest grid: inside [N, 1, *size], 1 at unknowns, and degree [1, 1, *size], the sum of
-    all weights. Of coarser ones: stencil [N, 3 ** D, *size], the weight of each neighbour. smooth:
-    the damped inverse of the diagonal, zero where there is no unknown.
+    """One grid of the multigrid cycle, float32: the product of the system's matrix with fields
+    [N, C, *size], the damped inverse of its diagonal, and 1 at unknowns, 0 elsewhere.
     """
 
-    inside: Tensor | None
-    degree: Tensor | None
-    stencil: Tensor | None
+    apply: Callable[[Tensor], Tensor]
     smooth: Tensor
-
-    def apply(self, u: Tensor) -> Tensor:
-        """The product of the system's matrix and u, which is zero outside of the unknowns."""
-        if self.inside is not None and self.degree is not None:
-            return (self.degree * u - _binomial(u)) * self.inside
-        assert self.stencil is not None
-        total, dims = torch.zeros_like(u), u.dim() - 2
-        # Windows of three positions along every axis, zero outside.
-        windows = functional.pad(u, (1, 1) * dims)
-        for axis in range(2, u.dim()):
-            windows = windows.unfold(axis, 3, 1)
-        for number, step in enumerate(itertools.product(range(3), repeat=dims)):
-            near = windows
-            for at in step:
-                near = near.select(u.dim(), at)
-            total.addcmul_(self.stencil[:, number : number + 1].expand_as(u), near)
-        return total
-
-    def within(self, u: Tensor) -> Tensor:
-        return u if self.inside is None else u * self.inside
+    inside: Tensor | float = 1.0
 
 
 def _levels(hole: Tensor) -> list[_Level]:
     """Grids from that of `hole` [N, 1, *] to a single position, each half as fine as the last."""
     inside, centre = hole.float(), float(2 ** (hole.dim() - 2))
     degree = _binomial(torch.ones_like(inside[:1]))
-    own = (degree - centre) * inside
-    levels = [_Level(inside, degree, None, _damped(own, (_binomial(inside) - centre) * inside))]
+    smooth = _damped((degree - centre) * inside, (_binomial(inside) - centre) * inside)
+    levels = [_Level(lambda u: (degree * u - _binomial(u)) * inside, smooth, inside)]
     size = hole.shape[2:]
     while max(size) > 1:
         stencil = _coarser(levels[-1], len(hole), size)
@@ -150,8 +119,22 @@ def _levels(hole: Tensor) -> list[_Level]:
         middle = stencil.shape[1] // 2
         own = stencil[:, middle : middle + 1]
         others = stencil.abs().sum(1, keepdim=True) - own.abs()
-        levels.append(_Level(None, None, stencil, _damped(own, others)))
+        levels.append(_Level(partial(_stencilled, stencil), _damped(own, others)))
     return levels
+
+
+def _stencilled(stencil: Tensor, u: Tensor) -> Tensor:
+    """Sums of the 3 ** D neighbours, weighted by the stencil [N, 3 ** D, *size], zero outside."""
+    total, dims = torch.zeros_like(u), u.dim() - 2
+    windows = functional.pad(u, (1, 1) * dims)
+    for axis in range(2, u.dim()):
+        windows = windows.unfold(axis, 3, 1)
+    for number, step in enumerate(itertools.product(range(3), repeat=dims)):
+        near = windows
+        for at in step:
+            near = near.select(u.dim(), at)
+        total.addcmul_(stencil[:, number : number + 1].expand_as(u), near)
+    return total
 
 
 def _damped(own: Tensor, others: Tensor) -> Tensor:
@@ -161,9 +144,7 @@ def _damped(own: Tensor, others: Tensor) -> Tensor:
 
 
 def _coarser(level: _Level, rows: int, size: torch.Size) -> Tensor:
-    """The stencil [N, 3 ** D, *] of the grid half as fine, by Galerkin's product: the finer grid's
-    response to every third coarse position in turn, since those responses do not overlap.
-    """
+    """The stencil [N, 3 ** D, *] of the grid half as fine, by Galerkin's product."""
     coarse, device = tuple((one + 1) // 2 for one in size), level.smooth.device
     dims = len(size)
     grid = torch.meshgrid(*(torch.arange(one, device=device) for one in coarse), indexing="ij")
@@ -175,7 +156,7 @@ def _coarser(level: _Level, rows: int, size: torch.Size) -> Tensor:
             hit &= at % 3 == own
             number = 3 * number + (own - at + 1) % 3
         unit = _longer(hit.float()[None, None], size).expand(rows, 1, *size)
-        response = _shorter(level.apply(level.within(unit)))
+        response = _shorter(level.apply(unit * level.inside))
         stencil.scatter_(1, number.expand(rows, 1, *coarse), response)
     return stencil
 
@@ -187,7 +168,7 @@ def _cycle(levels: list[_Level], right: Tensor) -> Tensor:
     if len(levels) == 1:
         return u
     below = _cycle(levels[1:], _shorter(right - level.apply(u)))
-    u = u + level.within(_longer(below, size))
+    u = u + _longer(below, size) * level.inside
     return u + level.smooth * (right - level.apply(u))
 
 

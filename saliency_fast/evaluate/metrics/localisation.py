@@ -11,7 +11,7 @@ from torch import Tensor
 from saliency_fast.engine.baselines import gaussian
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.inputs import EvaluationInput
-from saliency_fast.evaluate.maps import check_share, check_tolerance, is_constant
+from saliency_fast.evaluate.maps import check_tolerance, is_constant
 from saliency_fast.evaluate.metric import LOCALISATION, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome, caveats_of
 from saliency_fast.methods.parts import checks
@@ -58,7 +58,7 @@ class PointingGame(Metric):
         values, near = maps.flatten(1), near_masks(_masks(data), self.tolerance).flatten(1)
         largest = values == values.amax(1, keepdim=True)
         hit = (largest & near).any(1)
-        details = {"chance": _share(near), "maxima": largest.sum(1).double()}
+        details = {"chance": near.double().mean(1), "maxima": largest.sum(1).double()}
         flat = is_constant(data.places) & (data.places[0].numel() > 1)
         caveats = caveats_of(_about(flat, "constant, which hits from everywhere"))
         return self._outcome(hit.double(), details=details, caveats=caveats)
@@ -101,7 +101,7 @@ class EnergyInBox(Metric):
             _about(none, f"without {self.evidence} evidence and count as unknown"),
             _about(outside, "outside of 0 to 1, since evidence of both signs cancels out"),
         )
-        values, details = values.masked_fill(none, math.nan), {"chance": _share(inside)}
+        values, details = values.masked_fill(none, math.nan), {"chance": inside.double().mean(1)}
         return self._outcome(values, details=details, caveats=caveats)
 
 
@@ -120,7 +120,7 @@ class _TopK(Metric):
 
     def __post_init__(self) -> None:
         if self.k is not None:
-            check_fields(self, k=check_share if isinstance(self.k, float) else 1)
+            check_fields(self, k=checks.positive_fraction if isinstance(self.k, float) else 1)
 
     def _compared(self, data: EvaluationInput) -> tuple[Tensor, Tensor, Tensor]:
         """The intersection over union, and the object's share of the top and of all positions."""
@@ -135,7 +135,7 @@ class _TopK(Metric):
         order = values.argsort(dim=1, descending=True, stable=True)
         top = torch.arange(positions, device=values.device) < count[:, None]
         both = (inside.gather(1, order) & top).sum(1).double()
-        return both / (size + count - both), both / count, _share(inside)
+        return both / (size + count - both), both / count, inside.double().mean(1)
 
 
 @in_suite(LOCALISATION, "Theiner et al., 2022")
@@ -188,10 +188,6 @@ def near_masks(masks: Tensor, distance: float) -> Tensor:
 def _masks(data: EvaluationInput) -> Tensor:
     assert data.masks is not None, "evaluate() looks for masks"
     return data.masks
-
-
-def _share(masks: Tensor) -> Tensor:
-    return masks.double().mean(1)
 
 
 def _about(rows: Tensor, what: str) -> tuple[int, str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from saliency_fast.errors import InputError
 from saliency_fast.evaluate.controls import shifted
 from saliency_fast.evaluate.inputs import EvaluationInput, position_sums
-from saliency_fast.evaluate.maps import check_share, overlap, rank_correlation, ssim, value_range
+from saliency_fast.evaluate.maps import overlap, rank_correlation, ssim, value_range
 from saliency_fast.evaluate.metric import ROBUSTNESS, Metric, check_fields, in_suite
 from saliency_fast.evaluate.outcome import Outcome, caveats_of
 from saliency_fast.methods.parts import checks
@@ -25,10 +25,7 @@ Copy = tuple[Tensor, int, int]
 
 
 def noisy(inputs: Tensor, spread: Tensor, sample: int, noise: str, seed: int) -> Tensor:
-    """Noisy copies of inputs [B, *], which depend on the seed and the sample, not on the batch.
-
-    noise: "uniform" from -spread to spread, float64 [B], or "gaussian" with that deviation.
-    """
+    """Copies with "uniform" noise up to `spread` [B], or "gaussian" of that standard deviation."""
     example = torch.arange(len(inputs), device=inputs.device)
     samples, seeds = torch.full_like(example, sample), torch.full_like(example, seed)
     if noise == "gaussian":
@@ -166,7 +163,7 @@ class Stability(Metric):
         check_fields(self, noise_level=checks.positive, noise=NOISES, samples=0)
         for one in self._by:
             checks.integer("shifts", one, 1)
-        check_fields(self, top_share=check_share, seed=0)
+        check_fields(self, top_share=checks.positive_fraction, seed=0)
         if not self.samples and not self._by:
             raise InputError("samples=0 and shifts=() leave nothing to compare: give one of them")
 

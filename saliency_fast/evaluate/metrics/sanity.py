@@ -248,9 +248,7 @@ class SanityCheck(Metric):
 
 
 def _similarities(a: Tensor, b: Tensor, structured: bool) -> dict[str, Tensor]:
-    """The similarities of maps [B, *spatial], up to their sign, float64 [B] by name; of constant
-    maps whether both are. structured: whether positions have neighbours, unlike in a table.
-    """
+    """The similarities of maps [B, *spatial], up to their sign, float64 [B] by name."""
     similar = {
         "rank_correlation": rank_correlation(a, b).abs(),
         "rank_correlation_of_magnitudes": rank_correlation(a.abs(), b.abs()),
@@ -330,12 +328,9 @@ class Layer:
 class Randomised:
     """A copy of a model that is re-initialised layer by layer; the model itself never changes.
 
-    A layer is a module that owns parameters; a shared parameter belongs to the module that runs
-    last. `reset_parameters` of a module re-initialises as its authors meant it. Other parameters,
-    such as position embeddings, are drawn from normals of their own mean and standard deviation:
+    A layer is a module that owns parameters, ordered from the output to the input. Parameters that
+    `reset_parameters` does not write are drawn from normals of their own mean and deviation:
     activations keep their scale, and unlike with a permutation, scalars change too.
-
-    model: the copy. layers: from the output to the input, in the order in which they run.
     """
 
     def __init__(self, model: Any, run: Callable[[nn.Module], object] | None = None) -> None:
@@ -445,12 +440,11 @@ def _order(model: nn.Module, run: Callable[[nn.Module], object] | None) -> dict[
 
 
 def _drawn(layer: Layer) -> tuple[dict[str, Tensor], list[tuple[str, Tensor | None]]]:
-    """New values of a layer's parameters, and its buffers. The module's own reset may change
-    submodules and tied parameters, too, and is called on a copy.
-    """
+    """New values of a layer's parameters, and its buffers."""
     drawn: dict[str, Tensor] = {}
     buffers = list(own_buffers(layer.module).items())
     if callable(getattr(layer.module, "reset_parameters", None)):
+        # Its own reset may change submodules and tied parameters, too.
         copy: Any = deepcopy(layer.module)
         before = {name: own_parameters(copy)[name] for name in layer.parameters}
         versions = {name: version_of(one) for name, one in before.items()}

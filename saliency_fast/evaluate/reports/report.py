@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,14 +29,12 @@ from saliency_fast.evaluate.inputs import (
 from saliency_fast.evaluate.metric import Metric, Suite, make_metric, plain_name
 from saliency_fast.evaluate.metrics.agreement import agreement
 from saliency_fast.evaluate.outcome import RESAMPLES, Outcome, bootstrap, caveats_of
-from saliency_fast.evaluate.reports.data import FEW, MAPS, Missing
-from saliency_fast.evaluate.reports.files import Report
+from saliency_fast.evaluate.reports.result import FEW, MAPS, Missing, Report
 from saliency_fast.evaluate.scores import RunOptions
 from saliency_fast.methods import read_method
 from saliency_fast.model.layout import LayoutLike
 from saliency_fast.model.targets import PREDICTED, Target, read_targets
-from saliency_fast.record import describe_target, tensor_sha256, weights_sha256
-from saliency_fast.version import __version__
+from saliency_fast.record import describe_target, tensor_sha256, versions, weights_sha256
 
 Given = Explainer | Attribution | Tensor
 """What makes the maps of a row, or the maps themselves."""
@@ -81,22 +78,17 @@ def report(
         inputs: [B, C, *spatial] or [B, F] in the model's layout.
         methods: Methods, their names, attributions, functions (model, inputs, target) -> maps, or
             a mapping from names to these or to tensors of maps.
-        metrics: Metrics, their names, a mapping from names, or a `Suite`; None for all that the
-            other arguments allow.
+        metrics: Metrics, their names, a mapping from names, or a `Suite`; None for all possible.
         target: One class per example as in `explain`; None for models that return one number.
         baseline: The baseline of the methods that take one.
         boxes: [B, 2 D], or masks bool [B, *spatial]: where the object is.
         controls: Names of `CONTROLS`, or functions; () for none.
         confidence: The level of the bootstrap intervals.
         seed: The seed of the bootstrap, and of the metrics of a default suite.
-        forward_args: As in a metric's call; so are all that follow, except `title` and `labels`.
-        forward_kwargs: Keyword arguments of the model.
-        memory_budget: Memory of a launch.
-        points_per_launch: Points that are scored at once.
-        progress: Whether a bar is shown.
+        forward_args, forward_kwargs, memory_budget, points_per_launch, progress, layout: As in a
+            metric's call.
         title: The page's title.
         labels: The classes' names.
-        layout: The inputs' axes, one letter each.
 
     Raises:
         InputError: If an argument is invalid, or if nothing could be measured.
@@ -119,9 +111,11 @@ def report(
         layout=layout,
     )
     chosen = _read_metrics(metrics, seed, boxes is not None, base.first.probabilities is not None)
-    results = _measured(rows, base, chosen, progress)
-    if labels is not None and not isinstance(labels, Mapping):
-        labels = dict(enumerate(labels))
+    results = _Results()
+    with tqdm(total=len(rows) * (len(chosen) + 1), disable=not progress, leave=False) as bar:
+        for row in rows:
+            results.measure(row, base, chosen, bar)
+    results.check()
     return Report(
         title=title,
         outcomes=results.outcomes,
@@ -135,24 +129,11 @@ def report(
         maps=results.maps,
         classes=base.classes if isinstance(base.classes, Tensor) else None,
         boxes=base.masks,
-        labels=dict(labels or {}),
+        labels=labels if isinstance(labels, Mapping) else dict(enumerate(labels or ())),
         agreement=agreement(results.maps, base.inputs) if len(results.maps) > 1 else None,
         confidence=confidence,
         seed=seed,
     )
-
-
-def _measured(
-    rows: Sequence[_Row], base: EvaluationInput, metrics: Mapping[str, Metric], progress: bool
-) -> _Results:
-    """The outcomes of all rows; raises the first error where nothing could be measured."""
-    results = _Results()
-    with tqdm(total=len(rows) * (len(metrics) + 1), disable=not progress, leave=False) as bar:
-        for row in rows:
-            results.measure(row, base, metrics, bar)
-    if results.errors and not any(results.outcomes.values()):
-        raise results.errors[0]
-    return results
 
 
 def _caveats(base: EvaluationInput) -> tuple[str, ...]:
@@ -198,11 +179,7 @@ def _provenance(
         "points_per_launch": base.running.points_per_launch,
         "resamples": RESAMPLES,
         "methods": methods,
-        "versions": {
-            "saliency_fast": __version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
@@ -266,7 +243,6 @@ def _about(found: Attribution) -> tuple[list[str], dict[str, Any]]:
 
 
 def _check_target(found: Attribution, base: EvaluationInput) -> None:
-    """Raises where an attribution explains other classes than the report's target."""
     classes = base.classes
     if found.classes is None or found.many or not isinstance(classes, (int, list, Tensor)):
         return
@@ -280,7 +256,7 @@ def _check_target(found: Attribution, base: EvaluationInput) -> None:
 
 def _read_rows(methods: Any, controls: Any) -> list[_Row]:
     """Methods and then controls, with names that differ; raises for what is neither."""
-    rows = [_row(name, one, False) for name, one in _named(methods, "methods")]
+    rows = [_row(*one) for one in _named(methods, "methods")]
     if not rows:
         raise InputError(f"methods must hold one at least: got {methods!r}; expected {EXPECTED}")
     for name, one in _named(controls, "controls"):
@@ -302,12 +278,10 @@ def _read_rows(methods: Any, controls: Any) -> list[_Row]:
 
 def _named(given: Any, what: str) -> list[tuple[str, Any]]:
     """Rows with their names; where a method is there twice, with the fields that differ."""
-    if given is None:
-        return []
     if isinstance(given, Mapping):
         return [(str(name), one) for name, one in given.items()]
     if isinstance(given, (str, Tensor, Attribution)) or not isinstance(given, Iterable):
-        given = [given]
+        given = [] if given is None else [given]
     rows: list[tuple[str, Any]] = []
     for one in given:
         if isinstance(one, Tensor):
@@ -330,7 +304,7 @@ def _name_of(one: Any) -> str:
     return name if isinstance(name, str) else str(getattr(one, "__name__", type(one).__name__))
 
 
-def _row(name: str, one: Any, control: bool) -> _Row:
+def _row(name: str, one: Any, control: bool = False) -> _Row:
     if is_method(one):
         one = read_method(one)
     elif not isinstance(one, (Attribution, Tensor)) and not callable(one):
@@ -393,6 +367,11 @@ class _Results:
     caveats: list[str] = field(default_factory=list)
     unmeasured: list[Missing] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raises the first error where nothing could be measured."""
+        if self.errors and not any(self.outcomes.values()):
+            raise self.errors[0]
 
     def measure(
         self, row: _Row, base: EvaluationInput, metrics: Mapping[str, Metric], bar: Any
