@@ -7,6 +7,7 @@ release of PyTorch lacks them. Error texts are matched where PyTorch has no exce
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from enum import Enum
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
-from torch.utils import checkpoint
+from torch.utils import _python_dispatch, checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import (
     TreeSpec,
@@ -38,8 +39,20 @@ __all__ += ["tree_any", "tree_flatten", "tree_leaves", "tree_map", "tree_structu
 __all__ += ["tree_iter", "tree_unflatten"]
 
 
+_FLAGS = [
+    name
+    for name, one in vars(_python_dispatch).items()
+    if name.startswith("_is_in_") and type(one) is bool
+]
+"""Whether a dispatch mode is on, which PyTorch keeps for all threads as each found it: those that
+overlap leave it on, and nothing is compiled any more. A release without them needs no mending."""
+
+
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode whose dispatch is not wrapped in the compiler, which costs its whole import."""
+
+    _lock, _entered = threading.Lock(), 0
+    _before: list[bool]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -47,6 +60,22 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Any:
+        with DispatchMode._lock:
+            if not DispatchMode._entered:
+                DispatchMode._before = [getattr(_python_dispatch, name) for name in _FLAGS]
+            DispatchMode._entered += 1
+            return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> Any:
+        with DispatchMode._lock:
+            left = super().__exit__(*error)  # type: ignore[no-untyped-call]
+            DispatchMode._entered -= 1
+            if not DispatchMode._entered:
+                for name, before in zip(_FLAGS, DispatchMode._before, strict=True):
+                    setattr(_python_dispatch, name, before)
+            return left
 
 
 def _find(path: str) -> Any:

@@ -83,6 +83,8 @@ def default_device(device: str) -> Iterator[None]:
         yield
     finally:
         torch.set_default_device(None)
+        # Of which PyTorch 2.9 makes a default device that get_default_device() fails on.
+        vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ give the same numbers.
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from saliency_fast import _torch_compat as compat
+from saliency_fast.engine.memory import MemoryMeter
 
 
 def test_every_interface_is_there() -> None:
@@ -137,6 +140,35 @@ def test_modes_are_seen() -> None:
     with torch.autograd.graph.saved_tensors_hooks(abs, abs):
         assert compat.saved_tensors_hooks() == (abs, abs)
     assert compat.saved_tensors_hooks() == (None, None)
+
+
+def test_dispatch_modes_of_threads_that_overlap_leave_compilation_as_it_was() -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    def longer() -> None:
+        with MemoryMeter():
+            entered.set()
+            assert left.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        with MemoryMeter():
+            task = pool.submit(longer)
+            assert entered.wait(30)
+        left.set()
+        task.result()
+    graphs = []
+
+    def noted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(nn.Linear(2, 1), backend=noted)(torch.ones(1, 2))
+    assert graphs
+    with MemoryMeter() as meter, MemoryMeter():
+        assert meter is not None
+        assert torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+    assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
 
 
 def test_functions_without_their_check_for_modes() -> None:

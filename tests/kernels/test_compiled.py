@@ -46,6 +46,8 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
 def test_no_register_spills(special: Specialisation, target: str):
     for odd in (False, True) if target in ODD_TARGETS else (False,):
         used = compiled.spills(special.compiled(target, odd=odd))
+        # Lanes of vector registers take scalars of AMD's, and memory only where these spill.
+        used.pop("sgpr_spill_count", None)
         assert not any(used.values()), f"{special.name} for {target}, odd={odd}: {used}"
 
 
