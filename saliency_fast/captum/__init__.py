@@ -19,7 +19,7 @@ _MODULES = {
     "noise": "GradientShap NoiseTunnel",
     "perturbation": "FeatureAblation FeaturePermutation Occlusion ShapleyValueSampling "
     "ShapleyValues",
-    **dict.fromkeys(("forms", "forward", "layers", "shared_calls", "visualization"), ""),
+    **dict.fromkeys(("forms", "layers", "shared_calls", "visualization"), ""),
 }
 """The public names in each module, which is imported when the first of them is used."""
 _LOCATIONS = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -21,7 +21,6 @@ from saliency_fast.captum.attribution import (
     NeuronAttribution,
     explained,
 )
-from saliency_fast.captum.forward import Neuron
 from saliency_fast.captum.layers import Layers
 from saliency_fast.errors import ContractError
 
@@ -61,7 +60,7 @@ class DeepLift(GradientAttribution):
         Captum averages its multipliers over the batch.
         """
         model = self.forward_func
-        model = model.model if isinstance(model, Neuron) else model
+        model = model.model if isinstance(model, forms.Neuron) else model
         modules = model.modules() if isinstance(model, torch.nn.Module) else ()
         call = self._call(args, one_example=any(type(one) is torch.nn.Softmax for one in modules))
         return replace(call, baselines=forms.filled(call.inputs, call.baselines or ()))
@@ -97,9 +96,7 @@ def _custom_maps(
 
 
 def over_baselines(parameters: str, single: Callable[..., Any], name: str) -> Any:
-    """`attribute` of a class that averages over every row of sets of baselines; single: that of the
-    class with one baseline for each example, which an error message names.
-    """
+    """`attribute` that averages over sets of baselines; single: that of one baseline for each."""
 
     def attribute(self: Any, args: Any) -> Any:
         parts = forms.as_tuple(args.inputs)
@@ -243,7 +240,7 @@ class NeuronDeepLift(NeuronAttribution, GradientAttribution):
         """Attributions of the inputs' shape."""
         assert isinstance(self.layer, torch.nn.Module)
         at = self.layer, args.attribute_to_neuron_input, args.neuron_selector
-        method = DeepLift(Neuron(self.forward_func, *at), self.multiplies_by_inputs)
+        method = DeepLift(forms.Neuron(self.forward_func, *at), self.multiplies_by_inputs)
         of = args.inputs, args.baselines, None, args.additional_forward_args
         return method.attribute(*of, custom_attribution_func=args.custom_attribution_func)
 

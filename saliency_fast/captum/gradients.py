@@ -1,6 +1,4 @@
-"""Classes that take gradients: one at the input, under other rules for rectifiers or at a layer, or
-many on a straight line from baselines to inputs, with Captum's steps and weights.
-"""
+"""Classes that take gradients: at the input or a layer, by other rules, or along a line."""
 
 from __future__ import annotations
 
@@ -30,6 +28,7 @@ from saliency_fast.captum.shared_calls import calls_of, samples_at_once
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
 from saliency_fast.errors import ContractError
+from saliency_fast.methods.parts import quadrature
 from saliency_fast.methods.parts.quadrature import Array, Rule, level
 
 
@@ -261,18 +260,13 @@ def _trapezoid(n: int) -> tuple[Array, Array]:
     return nodes, weights
 
 
-def _legendre(n: int) -> tuple[Array, Array]:
-    nodes, weights = np.polynomial.legendre.leggauss(n)
-    return 0.5 * (1.0 + nodes), 0.5 * weights
-
-
 RULES = {
     "riemann_left": _riemann(lambda n: 0.0, lambda n: 1.0 - 1.0 / n),
     "riemann_right": _riemann(lambda n: 1.0 / n, lambda n: 1.0),
     "riemann_middle": _riemann(lambda n: 1.0 / (2 * n), lambda n: 1.0 - 1.0 / (2 * n)),
     # Its weights sum to (n - 1) / n, as Captum's do.
     "riemann_trapezoid": Rule(_trapezoid, least=2),
-    "gausslegendre": Rule(_legendre),
+    "gausslegendre": quadrature.RULES["gauss_legendre"],
 }
 
 

@@ -15,13 +15,6 @@ from torch import Tensor, nn
 from saliency_fast._types import Inputs
 from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import AttributeCall, InternalAttribution, explained
-from saliency_fast.captum.forward import (
-    compute_gradients,
-    missing_layer,
-    need_one_number,
-    read_output,
-    run_forward,
-)
 from saliency_fast.errors import ModelError, RepeatedLayerError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.methods.gradient import Gradient
@@ -52,7 +45,7 @@ class _Downstream(Downstream):
         pairs = zip(carried, self.kinds, strict=True)
         inputs = (one.detach().to(kind, copy=True) for one, kind in pairs)
         raw = super().__call__(*values[:count], *inputs, *values[stop:], **kwargs)
-        result = read_output(raw)
+        result = forms.read_output(raw)
         # The engine needs scores that depend on all points: those without gradients count zero.
         for one in values[0 if self.materialize else count : stop]:
             zero = (one * 0).reshape(len(one), -1).sum(1)
@@ -80,9 +73,7 @@ class Layers:
 
     @torch.no_grad()
     def read(self, inputs: Inputs, further: Any, *, to_end: bool = False) -> list[Inputs]:
-        """The tensors of each layer in one run of the whole batch; `to_end` reads the last run of a
-        layer that runs several times.
-        """
+        """The tensors of each layer in one run; `to_end`: of the last run of each layer."""
         result: dict[int, Inputs] = {}
 
         def seen(number: int, value: Any) -> None:
@@ -95,7 +86,7 @@ class Layers:
             self.forward(*forms.copies(inputs), *forms.as_args(further))
         for number, layer in enumerate(self.layers):
             if number not in result:
-                raise missing_layer(layer)
+                raise forms.missing_layer(layer)
         return [result[number] for number in range(len(self.layers))]
 
     def floats(self, values: list[Inputs]) -> list[Inputs]:
@@ -124,21 +115,19 @@ class Layers:
         self, call: AttributeCall, values: list[Inputs], grad_kwargs: dict[str, Any] | None
     ) -> AttributeCall:
         """The call with the layers' values for inputs, and the model's inputs as arguments."""
-        gradient_func = partial(compute_gradients, **grad_kwargs) if grad_kwargs else None
+        gradient_func = partial(forms.compute_gradients, **grad_kwargs) if grad_kwargs else None
         return replace(
             call,
             forward=Downstream(self.forward, self.layers, self.of_input, tuple(map(len, values))),
             inputs=tuple(chain(*values)),
             further=(*(x.detach() for x in call.inputs), *forms.as_args(call.further)),
-            gradient_func=gradient_func or compute_gradients,
+            gradient_func=gradient_func or forms.compute_gradients,
         )
 
     def path(
         self, call: AttributeCall, grad_kwargs: dict[str, Any] | None = None
     ) -> tuple[AttributeCall, list[int]]:
-        """The call between what layers have for baselines and for inputs, and how many tensors each
-        layer has.
-        """
+        """The call from layers' tensors for baselines to those for inputs, and their numbers."""
         starts = forms.filled(call.inputs, call.baselines or ())
         ends = self.floats(self.read(call.inputs, call.further))
         begins = self.floats(self.read(starts, call.further))
@@ -148,9 +137,7 @@ class Layers:
     def with_inputs(
         self, at: AttributeCall, call: AttributeCall, *, materialize: bool
     ) -> AttributeCall:
-        """The call `at` of `path` for DeepLIFT, which runs the model at inputs and at baselines:
-        what does not come through the layers differs between the two as well.
-        """
+        """The call `at` for DeepLIFT: what does not come through the layers differs as well."""
         assert isinstance(at.forward, Downstream)
         assert at.baselines is not None
         kind, kinds = at.inputs[0].dtype, tuple(x.dtype for x in call.inputs)
@@ -219,8 +206,8 @@ class Layers:
         try:
             with on[0], on[1], preserved(self.forward), hooks:
                 rows = tuple(x.detach().clone() for x in call.inputs)
-                scores = run_forward(self.forward, rows, call.target, call.further)
-                need_one_number(scores)
+                scores = forms.run_forward(self.forward, rows, call.target, call.further)
+                forms.need_one_number(scores)
                 values = self.floats([result.get(n, ()) for n in range(len(self.layers))])
                 grads = gradients(scores.sum(), [*chain(*values)], **grad_kwargs)
         finally:

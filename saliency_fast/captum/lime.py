@@ -30,9 +30,8 @@ from saliency_fast.captum.shared_calls import SharedCalls, rewind_draws, togethe
 from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
-from saliency_fast.methods import surrogates
-from saliency_fast.methods.parts.coalitions import Game
-from saliency_fast.methods.surrogates import fit
+from saliency_fast.methods import coalitions
+from saliency_fast.methods.coalitions import Game, fit
 from saliency_fast.model.preserve import preserved
 
 MANY_FEATURES = 10_000
@@ -196,9 +195,7 @@ class LimeBase(PerturbationAttribution):
 
 
 def _sample_calls(call: AttributeCall, apart: bool) -> Callable[[list[Inputs]], Tensor]:
-    """A function from samples to their numbers [M], which raises RowsMeetError where samples change
-    each other's; samples share calls of the user's function unless they are kept `apart`.
-    """
+    """From samples to their numbers [M], by shared calls or `apart`; raises RowsMeetError."""
 
     def of(points: list[Inputs]) -> Tensor:
         count, rows = len(points), tuple(torch.cat(one) for one in zip(*points, strict=True))
@@ -336,7 +333,7 @@ class Lime(LimeBase):
             return torch.cat(tosses).bool()
 
         def weigh(game: Game, present: Tensor) -> Tensor:
-            return torch.exp(-surrogates.distances(game, present, "cosine").square() / 2.0)
+            return torch.exp(-coalitions.distances(game, present, "cosine").square() / 2.0)
 
         draw = partial(_drawn, table, numbers, draws)
         return _Fitted(draw, weigh, "lasso", LASSO_PENALTY, samples)
@@ -418,8 +415,8 @@ def _drawn(table: Callable[[Tensor], Tensor], numbers: Tensor, draws: Draws, gam
 class _Fitted:
     """A linear model on coalitions of Captum's draws, as a method of the engine."""
 
-    draw: surrogates.Draw
-    weigh: surrogates.Weigh
+    draw: coalitions.Draw
+    weigh: coalitions.Weigh
     how: str
     alpha: float
     samples: int
@@ -427,7 +424,7 @@ class _Fitted:
 
     def recipe(self) -> Recipe:
         def rounds(context: engine.RoundContext) -> engine.Rounds:
-            return surrogates.surrogate_rounds(context, self.draw, self.weigh, self.how, self.alpha)
+            return coalitions.surrogate_rounds(context, self.draw, self.weigh, self.how, self.alpha)
 
         of = rounds, self.samples
         return engine.RoundsRecipe(*of, baseline="fill", gradients=False, features=True)
@@ -467,9 +464,7 @@ class KernelShap(Lime):
 
 
 def _kernel_coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
-    """All features, none, and coalitions of the Shapley kernel from PyTorch's global generator,
-    int64 [1, F] each.
-    """
+    """All features, none, then random coalitions of the Shapley kernel: int64 [1, F] each."""
     count = kwargs["num_interp_features"]
     device = None if original is None else forms.as_tuple(original)[0].device
     yield torch.ones(1, count, dtype=torch.int64, device=device)

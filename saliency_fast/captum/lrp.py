@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from saliency_fast._torch_compat import PARAMETERS, WithoutFunctionModes, own_parameters
 from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import GradientAttribution, explained
-from saliency_fast.captum.forward import run_forward
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import InputTypeError
@@ -194,9 +193,7 @@ class LRP(GradientAttribution):
         "verbose=False"
     )
     def attribute(self, args: Any) -> Any:
-        """Relevance of the inputs' shape, or (relevance, delta); raises TypeError where a layer has
-        no rule.
-        """
+        """Relevance of the inputs' shape, or (relevance, delta); TypeError without a rule."""
         call, model = self._call(args), self.model
         leaves = [one for one in model.modules() if one is not model and not any(one.children())]
         rules = [(layer, _rule_of(layer)) for layer in leaves]
@@ -206,7 +203,9 @@ class LRP(GradientAttribution):
         method = _ModuleRules(tuple((ref(layer), copy(rule)) for layer, rule in rules))
         shares = forms.like_types(explained(method, call), call.inputs)
         with torch.no_grad(), preserved(self.forward_func):
-            output = run_forward(call.forward, forms.copies(call.inputs), call.target, call.further)
+            output = forms.run_forward(
+                call.forward, forms.copies(call.inputs), call.target, call.further
+            )
         maps = tuple(one * output.reshape(-1, *(1,) * (one.dim() - 1)) for one in shares)
         result = forms.like_inputs(args.inputs, maps)
         if not args.return_convergence_delta:

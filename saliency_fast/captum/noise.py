@@ -20,7 +20,6 @@ from saliency_fast.captum.attribution import (
     explained,
     rows_depend,
 )
-from saliency_fast.captum.forward import compute_gradients
 from saliency_fast.captum.gradients import Saliency
 from saliency_fast.captum.shared_calls import (
     calls_of,
@@ -108,7 +107,7 @@ class NoiseTunnel(Attribution):
     ) -> str | None:
         """The reduction of gradients by which the engine gets the same, where there is one."""
         method = self.attribution_method
-        if type(method) is not Saliency or method.gradient_func is not compute_gradients:
+        if type(method) is not Saliency or method.gradient_func is not forms.compute_gradients:
             return None
         if set(kwargs) - {"target", "abs", "additional_forward_args"} or len(set(stdevs)) > 1:
             return None
@@ -118,9 +117,8 @@ class NoiseTunnel(Attribution):
         return "square" if nt_type == "smoothgrad_sq" else "absolute" if absolute else "sum"
 
     def _summed(self, args: Any, noise: _Noise, most: int) -> _Sums:
-        """The sums over all samples, at most so many at once; raises RowsMeetError where samples of
-        a call depend on each other in the model. What others' methods call together is left to
-        them.
+        """The sums over all samples, `most` at once; raises RowsMeetError where samples of a call
+        depend on each other in the model.
         """
         method, result, samples = self.attribution_method, _Sums(), args.nt_samples
         proves = min(samples, most) > 1 and isinstance(method, Attribution)
@@ -209,9 +207,7 @@ class _NoisyGradients:
 
 @dataclass
 class _Sums:
-    """Sums of maps and of their squares over samples, example by example, and all deltas; in
-    float64, since a variance is the small difference of two means.
-    """
+    """Float64 sums of maps and of their squares over samples, example by example, and deltas."""
 
     dtypes: list[torch.dtype] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)

@@ -1,7 +1,6 @@
 """Pictures of attributions, under Captum's names and arguments, with what Captum draws.
 
-Captum 0.9 draws time series only with matplotlib before 3.9, on pyplot's current figure, and writes
-words into HTML unescaped.
+Captum 0.9 draws no time series with matplotlib 3.9 or later, and writes words unescaped.
 """
 
 from __future__ import annotations
@@ -379,9 +378,7 @@ def _array(value: Any) -> Array:
 
 
 def _picture(value: Any, name: str) -> Array:
-    """An array [H, W] or [H, W, C] as it is; a tensor of these axes, [C, H, W] or [1, C, H, W] as
-    such an array. Raises InputError for other axes, or where sizes do not tell which they are.
-    """
+    """A picture as an array [H, W] or [H, W, C]; InputError where its axes cannot be told."""
     result = _array(value)
     shape, is_tensor = list(result.shape), isinstance(value, torch.Tensor)
     if is_tensor and result.ndim == 4 and len(result) == 1:

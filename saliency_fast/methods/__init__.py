@@ -18,17 +18,14 @@ from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 
 if TYPE_CHECKING:
-    from saliency_fast.methods.ablation import *
     from saliency_fast.methods.attention import *
     from saliency_fast.methods.cam import *
+    from saliency_fast.methods.coalitions import *
     from saliency_fast.methods.gradient import *
     from saliency_fast.methods.hessian import *
-    from saliency_fast.methods.occlusion import *
     from saliency_fast.methods.paths import *
-    from saliency_fast.methods.rise import *
+    from saliency_fast.methods.perturbation import *
     from saliency_fast.methods.sampling import *
-    from saliency_fast.methods.shapley import *
-    from saliency_fast.methods.surrogates import *
     from saliency_fast.methods.temporal import *
 
 _LOCATIONS = {
@@ -47,14 +44,14 @@ _LOCATIONS = {
     "hessian_vector_product": ("hessian", "HessianVectorProduct"),
     "integrated_hessians": ("hessian", "IntegratedHessians"),
     "temporal_rescaling": ("temporal", "TemporalRescaling"),
-    "occlusion": ("occlusion", "Occlusion"),
-    "feature_ablation": ("ablation", "FeatureAblation"),
-    "feature_permutation": ("ablation", "FeaturePermutation"),
-    "rise": ("rise", "Rise"),
-    "lime": ("surrogates", "Lime"),
-    "kernel_shap": ("surrogates", "KernelShap"),
-    "shapley_sampling": ("shapley", "ShapleySampling"),
-    "shapley_values": ("shapley", "ShapleyValues"),
+    "occlusion": ("perturbation", "Occlusion"),
+    "feature_ablation": ("perturbation", "FeatureAblation"),
+    "feature_permutation": ("perturbation", "FeaturePermutation"),
+    "rise": ("perturbation", "Rise"),
+    "lime": ("coalitions", "Lime"),
+    "kernel_shap": ("coalitions", "KernelShap"),
+    "shapley_sampling": ("coalitions", "ShapleySampling"),
+    "shapley_values": ("coalitions", "ShapleyValues"),
     "guided_backprop": ("gradient", "GuidedBackprop"),
     "deconvolution": ("gradient", "Deconvolution"),
     "deeplift": ("gradient", "DeepLift"),

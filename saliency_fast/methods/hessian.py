@@ -11,8 +11,8 @@ from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Maps, Round, RoundContext, RoundResult, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError, ModelError, warn
+from saliency_fast.methods.coalitions import features_of
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.coalitions import features_of
 from saliency_fast.methods.parts.maps import (
     accumulators,
     at_inputs,
@@ -155,9 +155,7 @@ class IntegratedHessians:
 
 
 def _need_explained(context: RoundContext, sums: Tensor) -> None:
-    """Raises where interactions are zero and first-order terms do not explain the gain, as they do
-    for linear models.
-    """
+    """Raises where interactions are zero and first-order terms do not explain the gain."""
     assert context.baseline_scores is not None
     gain = context.scores - context.baseline_scores
     gap = float((sums - gain).abs().max() / gain.abs().max().clamp_min(1e-30))

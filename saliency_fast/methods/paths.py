@@ -305,9 +305,7 @@ class _BatchFirst(LayerTaps):
     _checked: list[bool] = field(default_factory=list, compare=False)
 
     def prepare(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
-        """Raises InputError where one row alone has another first axis. A launch of as many rows as
-        there are steps may hide it.
-        """
+        """Raises InputError where one row alone, unlike a whole launch, has another first axis."""
         if self._checked:
             return
         with torch.no_grad(), restored_random_state(lambda: True, rows[0].device):

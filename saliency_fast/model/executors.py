@@ -203,9 +203,7 @@ class VmapExecutor:
 
 @dataclass(frozen=True)
 class WithoutVmapTensors:
-    """A model for `torch.func.vmap` whose modules keep no tensor of vmap's, which nothing can read
-    afterwards: what the model kept before the call comes back in its place.
-    """
+    """A model for `torch.func.vmap` that keeps none of its tensors, but what it kept before."""
 
     model: Callable[..., Any]
 

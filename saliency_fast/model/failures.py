@@ -49,9 +49,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def warn_of_kernel(error: BaseException) -> None:
-    """Warns where a kernel failed, in a call that goes on without it: only slower, so that nobody
-    would see it.
-    """
+    """Warns where a kernel failed in a call that goes on without it, slower."""
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__) is not None and cause not in causes:
         causes.append(cause)
@@ -67,11 +65,6 @@ def _on_device(error: BaseException) -> bool:
     frames = traceback.walk_tb(error.__traceback__)
     modules = {frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames}
     return isinstance(error, torch.AcceleratorError) or "triton" in modules
-
-
-def overwrites_saved(error: BaseException) -> bool:
-    """Whether a backward pass failed because the model had overwritten a saved tensor."""
-    return ErrorText.OVERWRITTEN.of(error)
 
 
 @dataclass

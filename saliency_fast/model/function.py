@@ -1,6 +1,4 @@
-"""The model as a function from points to scores and gradients: those at the inputs or at layers
-inside of the model, or second derivatives.
-"""
+"""The model as a function from points to scores and their first or second derivatives."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from saliency_fast.graph.passes.half import FLOAT32, Precision, arithmetic
 from saliency_fast.graph.program import in_layout, tensors_among
 from saliency_fast.model.attention import probabilities
 from saliency_fast.model.executors import Executor
-from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
+from saliency_fast.model.failures import BACKWARD, FORWARD, Failing
 from saliency_fast.model.layers import Taps
 from saliency_fast.model.targets import Targets, read_of, tolerance
 
@@ -204,7 +202,7 @@ class PointFunction:
         try:
             return call()
         except ModelCallError as error:
-            if self.overwrites or not overwrites_saved(error):
+            if self.overwrites or not ErrorText.OVERWRITTEN.of(error):
                 raise
         self.overwrites = True
         return call()

@@ -353,9 +353,7 @@ def _of_groups(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> A
 def _standardised(
     mode: Relevance, apply: Function, given: Kwargs, groups: Tensor, channels: int | None
 ) -> Tensor:
-    """Normalisation of the last axis of `groups` by the epsilon rule (Achtibat, 2024), affine with
-    its deviation taken as a constant; channels: the axis of its weights.
-    """
+    """The epsilon rule (Achtibat, 2024) on the last axis of `groups`, its deviation constant."""
     x, shape = given["input"], groups.shape
     weight, bias = given.get("weight"), given.get("bias")
     with torch.no_grad():
@@ -427,9 +425,7 @@ def _two(args: Args, kwargs: Kwargs, swapped: bool) -> tuple[Any, Any]:
 def _add(
     mode: Relevance, func: Any, args: Args, kwargs: Kwargs, sign: int = 1, swapped: bool = False
 ) -> Any:
-    """Relevance of a + factor * b is in proportion to the summands (Bach, 2015); constants are
-    biases, but for changes of the input's units.
-    """
+    """Relevance in proportion to the summands (Bach, 2015), but for changes of units."""
     a, b = _two(args, kwargs, swapped)
     factor = sign * kwargs.get("alpha", 1)
     varying = a if varies(a) else b
