@@ -71,28 +71,23 @@ class DeepLift(GradientAttribution):
         starts = tuple(one.detach() for one in baselines)
         parts = tuple(x.detach() for x in call.inputs[: len(starts)])
         multipliers = forms.like_types(explained(method, call)[: len(starts)], parts)
-        if args.custom_attribution_func is not None:
-            return _custom_maps(args.custom_attribution_func, multipliers, parts, starts)
-        if not self.multiplies_by_inputs:
-            return multipliers
-        both = zip(multipliers, parts, starts, strict=True)
-        return tuple((x - start) * one for one, x, start in both)
-
-
-def _custom_maps(
-    function: Callable[..., Inputs], multipliers: Inputs, inputs: Inputs, baselines: Inputs
-) -> Inputs:
-    if not callable(function):
-        raise ContractError(
-            f"`custom_attribution_func` must be a callable function but {type(function)} provided"
-        )
-    count = len(signature(function).parameters)
-    if not 1 <= count <= 3:
-        raise ContractError(
-            "`custom_attribution_func` must take at least one and at most 3 arguments: got "
-            f"{count}; they are the multipliers, inputs and baselines"
-        )
-    return function(*(multipliers, inputs, baselines)[:count])
+        if (custom := args.custom_attribution_func) is None:
+            if not self.multiplies_by_inputs:
+                return multipliers
+            both = zip(multipliers, parts, starts, strict=True)
+            return tuple((x - start) * one for one, x, start in both)
+        if not callable(custom):
+            raise ContractError(
+                f"`custom_attribution_func` must be a callable function but {type(custom)} provided"
+            )
+        count = len(signature(custom).parameters)
+        if not 1 <= count <= 3:
+            raise ContractError(
+                "`custom_attribution_func` must take at least one and at most 3 arguments: got "
+                f"{count}; they are the multipliers, inputs and baselines"
+            )
+        maps: Inputs = custom(*(multipliers, parts, starts)[:count])
+        return maps
 
 
 def over_baselines(parameters: str, single: Callable[..., Any], name: str) -> Any:

@@ -288,20 +288,15 @@ def _draw_series(
         else:
             own.plot(x, values, **({"label": label} if combined else {}), **line)
         if method == "overlay_individual" or (combined and number == 0):
-            _draw_bands(own, x, colours.to_rgba(scaled), opacity)
+            half = (x[1] - x[0]) / 2.0
+            for middle, colour in zip(x, colours.to_rgba(scaled), strict=True):
+                own.axvspan(middle - half, middle + half, facecolor=colour, alpha=opacity)
         if label is not None and not combined:
             own.set_ylabel(label)
     if combined:
         axes[0].legend(loc="best")
     for one in axes:
         one.set_xlim(x[0], x[-1])
-
-
-def _draw_bands(axes: Axes, x: Array, colours: Array, opacity: float) -> None:
-    """One coloured band for each step."""
-    half = (x[1] - x[0]) / 2.0
-    for middle, colour in zip(x, colours, strict=True):
-        axes.axvspan(middle - half, middle + half, facecolor=colour, alpha=opacity)
 
 
 def _draw_coloured(

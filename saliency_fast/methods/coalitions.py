@@ -456,11 +456,6 @@ def _per_table(
     return values.view(batch, targets, -1), variance.view(batch, targets, -1)
 
 
-def _of_features(game: Game, present: Tensor) -> Tensor:
-    """Cosine distance of the present features from all, float64 [1 | B, M]."""
-    return 1.0 - (present.double().sum(2) / game.count).sqrt()
-
-
 def _cosine(game: Game, present: Tensor) -> Tensor:
     """Cosine distance of points from their examples, float64 [B, M]."""
     z = present.double()
@@ -469,11 +464,6 @@ def _cosine(game: Game, present: Tensor) -> Tensor:
     point = kept + _sums(game, 1 - z, lambda x, fill: fill * fill)
     whole = _sums(game, torch.ones_like(z), lambda x, fill: x * x)
     return 1.0 - both / (point.sqrt() * whole.sqrt()).clamp_min(1e-8)
-
-
-def _euclidean(game: Game, present: Tensor) -> Tensor:
-    """Distance of points from their examples, float64 [B, M]."""
-    return _sums(game, 1.0 - present.double(), lambda x, fill: (x - fill).square()).sqrt()
 
 
 def _sums(game: Game, share: Tensor, each: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -486,7 +476,14 @@ def _sums(game: Game, share: Tensor, each: Callable[[Tensor, Tensor], Tensor]) -
     return (share @ total[:, :, None])[..., 0]
 
 
-DISTANCES = {"features": _of_features, "cosine": _cosine, "euclidean": _euclidean}
+DISTANCES: dict[str, Callable[[Game, Tensor], Tensor]] = {
+    # Of the present features from all.
+    "features": lambda game, present: 1.0 - (present.double().sum(2) / game.count).sqrt(),
+    "cosine": _cosine,
+    "euclidean": lambda game, present: _sums(
+        game, 1.0 - present.double(), lambda x, fill: (x - fill).square()
+    ).sqrt(),
+}
 
 
 def distances(game: Game, present: Tensor, kind: str) -> Tensor:

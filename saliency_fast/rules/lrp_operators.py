@@ -109,10 +109,7 @@ class Composite(Rules):
                 )
 
     def mode(self, model: Function | None = None) -> RulesMode:
-        return Relevance(self, self._by_weight(model))
-
-    def _by_weight(self, model: Function | None) -> dict[int, PropagationRule]:
-        """The rules of layers by name, by the identity of the layers' weights."""
+        # Rules of layers by name, by the identity of the layers' weights.
         rules: dict[int, PropagationRule] = {}
         modules: dict[str, nn.Module] = {}
         if self.layers and isinstance(model, nn.Module):
@@ -131,7 +128,7 @@ class Composite(Rules):
                     "weights"
                 )
             rules |= dict.fromkeys(map(id, weights), rule)
-        return rules
+        return Relevance(self, rules)
 
 
 class Relevance(RulesMode):
