@@ -9,11 +9,10 @@ from typing import Any
 _MODULES = {
     "attribution": "Attribution GradientAttribution LayerAttribution NeuronAttribution "
     "PerturbationAttribution",
-    "deep_lift": "DeepLift DeepLiftShap LayerDeepLift LayerDeepLiftShap NeuronDeepLift "
-    "NeuronDeepLiftShap",
-    "gradients": "Deconvolution GuidedBackprop GuidedGradCam InputXGradient IntegratedGradients "
-    "LayerActivation LayerConductance LayerGradCam LayerGradientXActivation "
-    "LayerIntegratedGradients Saliency",
+    "gradients": "Deconvolution DeepLift DeepLiftShap GuidedBackprop GuidedGradCam InputXGradient "
+    "IntegratedGradients LayerActivation LayerConductance LayerDeepLift LayerDeepLiftShap "
+    "LayerGradCam LayerGradientXActivation LayerIntegratedGradients NeuronDeepLift "
+    "NeuronDeepLiftShap Saliency",
     "lime": "KernelShap Lime LimeBase get_exp_kernel_similarity_function",
     "lrp": "LRP Alpha1_Beta0_Rule EpsilonRule GammaRule IdentityRule PropagationRule",
     "noise": "GradientShap NoiseTunnel",
