@@ -516,10 +516,7 @@ def missing_layer(layer: nn.Module) -> ContractError:
 
 @dataclass(frozen=True)
 class Neuron:
-    """One neuron of a layer as a model of its own, with one number per row; of a layer that runs
-    several times the last run counts. selector: see `ARGUMENTS["neuron_selector"]`; a function gets
-    a tuple where the layer has several tensors.
-    """
+    """One neuron of a layer as a model with one number per row; of several runs the last counts."""
 
     model: Callable[..., Any]
     layer: nn.Module

@@ -56,9 +56,7 @@ class _Downstream(Downstream):
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers, modules that the user's function runs, at which a class attributes. of_input:
-    whether their inputs count instead of their outputs. listed: whether results go in a list.
-    """
+    """Layers at which a class attributes, at their outputs or inputs. listed: results in a list."""
 
     forward: Callable[..., Any]
     layers: tuple[nn.Module, ...]
@@ -181,11 +179,9 @@ class Layers:
         self, call: AttributeCall, grad_kwargs: dict[str, Any], *, room: int | None = None
     ) -> tuple[list[Inputs], list[Inputs]]:
         """As in Captum, with the whole batch and autograd's graph at once: gradients at a layer's
-        input go through all that uses the tensor, such as a skip connection around the layer, and
-        of a layer that runs several times the last run counts.
+        input go through all that uses the tensor, and of several runs of a layer the last counts.
 
-        room: bytes of layer tensors that the run may keep. Then the graph begins at the layer, and
-        the run stops where there are more bytes, or a second run of the layer.
+        room: bytes of the layer's tensors, with which the graph begins; else the run stops.
         """
         result: dict[int, Inputs] = {}
         turned: list[Tensor] = []

@@ -241,9 +241,7 @@ def _rule_of(layer: nn.Module) -> Any:
 
 @dataclass(frozen=True, repr=False)
 class _ModuleRules:
-    """Gradients under the rules of a model's layers, for a score of one: a method of the engine and
-    its backward rules in one. It has weak references, since the engine keeps it longer than a call.
-    """
+    """Gradients under the rules of a model's layers, held weakly: the engine keeps it for long."""
 
     layers: tuple[tuple[Any, Any], ...]
     name: ClassVar[str] = "LRP"

@@ -30,9 +30,7 @@ Members = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Game:
-    """The cooperative game whose players are a call's features. segments: each element's feature,
-    int64 [B | 1, *].
-    """
+    """The game whose players are features. segments: each element's feature, int64 [B | 1, *]."""
 
     context: RoundContext
     segments: Inputs

@@ -318,9 +318,7 @@ class _BatchFirst(LayerTaps):
 
 
 class _StraightPath:
-    """Points at `alphas` on straight lines, example after example, and pairs of neighbours. A
-    launch may end anywhere: its last point is kept for the first pair of the next launch.
-    """
+    """Points at `alphas` on straight lines, and pairs of neighbours, also across launches."""
 
     def __init__(self, context: RoundContext, alphas: Sequence[float]) -> None:
         x = context.inputs[0]

@@ -236,9 +236,7 @@ def occlusion_rounds(context: RoundContext, method: Occlusion) -> Rounds:
 def _round(
     context: RoundContext, grids: tuple[Grid, ...], chosen: list[Tensor], effects: list[Tensor]
 ) -> Round:
-    """Points without the chosen windows [B, n] of each input, whose effects go to `effects`
-    [B, K, n]. Windows are numbered on from input to input.
-    """
+    """Points without the chosen windows [B, n] of each input; effects go to `effects` [B, K, n]."""
     firsts = [0, *itertools.accumulate(own.shape[1] for own in chosen)][:-1]
     pairs = [own.T.nonzero().unbind(1) for own in chosen]
     window = torch.cat([own + first for (own, _), first in zip(pairs, firsts, strict=True)])
@@ -266,9 +264,7 @@ def _round(
 
 
 def _largest(effect: Tensor, chosen: Tensor, share: float) -> Tensor:
-    """The share of the chosen windows bool [B, n] with the largest effect [B, K, n] for any target.
-    Effects are relative to the largest one of their target.
-    """
+    """The share of the chosen windows bool [B, n] with the largest relative effects [B, K, n]."""
     size = effect.abs()
     tiny = torch.finfo(size.dtype).tiny
     weight = (size / size.amax(2, keepdim=True).clamp_min(tiny)).amax(1)
@@ -329,9 +325,7 @@ class Grid:
         return _outer([(stop - start).double() for start, stop in self.bounds]).flatten()
 
     def mean(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """For each element of `shape` the mean of the values of the windows that cover it. values:
-        float64 [*, *grid]. Boxes are separable: summed axis by axis.
-        """
+        """The mean of values, float64 [*, *grid], of windows over each element, axis by axis."""
         lead = values.dim() - len(shape)
         for axis, covers in enumerate(self._covers(shape), lead):
             values = (values.movedim(axis, -1) @ covers).movedim(-1, axis)
@@ -569,9 +563,8 @@ def _maps(context: RoundContext, sums: list[Tensor], samples: int, keep: float) 
 def masks(
     method: Rise, number: int, sizes: tuple[int, ...], seed: Tensor, sample: Tensor
 ) -> Tensor:
-    """Masks for input `number`, float64 [M, positions], from the draws of (seed, sample, input). A
-    grid of zeros and ones is enlarged linearly to one cell more than the input, and a random window
-    of the input's sizes is cut out.
+    """Masks of input `number`, float64 [M, positions]: a grid of zeros and ones is enlarged
+    linearly to one cell more than the input, and a random window of its size is cut out.
     """
     rank, cells = len(sizes), method.grid ** len(sizes)
     # Inputs have draws of their own, far apart.

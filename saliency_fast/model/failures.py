@@ -69,9 +69,7 @@ def _on_device(error: BaseException) -> bool:
 
 @dataclass
 class Failing:
-    """Turns exceptions of the model inside of the `with`, called with `rows` rows made of `batch`
-    examples, into `ModelCallError`, but for errors of this library and of allocators.
-    """
+    """Turns exceptions inside, but for ours and of allocators, into `ModelCallError`."""
 
     stage: str
     rows: int

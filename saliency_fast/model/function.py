@@ -423,10 +423,7 @@ def _check_seen(
 
 @dataclass
 class Pack:
-    """The targets of a launch whose rows belong to several functions: each reads its own rows.
-
-    errors: exceptions by the number of their function, whose rows have scores 0.
-    """
+    """The targets of a launch of several functions. errors: by number, with scores of 0."""
 
     functions: Sequence[PointFunction]
     items: Sequence[Tensor]

@@ -69,10 +69,7 @@ def kind_of(layer: Layer) -> str:
 
 
 def find_layers(model: object, at: At) -> tuple[Layer, ...]:
-    """The layers that `at` names, in its order; raises InputError with near names.
-
-    "name:2" is the third call of a layer that runs several times.
-    """
+    """The layers that `at` names, such as "name:2", the third call of one; or an InputError."""
     parts = list(at) if isinstance(at, (tuple, list)) else [at]
     if not parts:
         raise InputError("at is empty: expected a layer, its name, or several of these")
@@ -469,10 +466,7 @@ def embeddings(model: object, run: Callable[[], Any], inputs: Inputs) -> tuple[L
 
 
 class _FollowIds(FunctionMode):
-    """Follows numbers of tensors through the calls of a model, by identity.
-
-    given, looked_up: of each table at work, the tensor that it was passed, and the ids.
-    """
+    """Follows ids through calls. given, looked_up: tensors and ids of each table at work."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
