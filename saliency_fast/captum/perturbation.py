@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,9 +44,9 @@ from saliency_fast.model.preserve import preserved, random_states, restored_rand
 
 Values = tuple[Inputs, Tensor | None]
 """Maps per input [N, *], for the N numbers of the function, and by feature [N, F] where known."""
-Batches = Generator[Inputs, Tensor, Values]
-"""A method at work: yields perturbed batches [count, B, *] for one call, and is sent the function's
-numbers [count, N] for each, float64."""
+Answer = Callable[[Inputs], Tensor]
+"""From perturbed batches [count, B, *] of one call to the function's numbers [count, N] of each,
+float64."""
 
 
 class Draws:
@@ -111,7 +111,7 @@ class PerturbationPlan:
         with preserved(call.forward), progress_of(self.method, call) as bar:
             # No call depends on the results of others, for which any number stands.
             first = numbers(forms.copies(tuple(x[None] for x in call.inputs)))
-            _driven(_batches(self.method, call, first), numbers)
+            _by_batches(self.method, call, first, numbers)
         self._leave_draws()
 
         @torch.no_grad()
@@ -120,7 +120,7 @@ class PerturbationPlan:
             first = numbers_of_output(raws[0], call.target)
             pairs = zip(made[1:], raws[1:], strict=True)
             answers = (shared.numbers(first.shape, raw) for shared, raw in pairs)
-            values, _ = _driven(_batches(self.method, call, first), lambda _: next(answers))
+            values, _ = _by_batches(self.method, call, first, lambda _: next(answers))
             return self.finish(restored(values, first), first)
 
         return collect_all([one.raw for one in made]).then(answered)
@@ -263,8 +263,8 @@ def _features(call: AttributeCall, recipe: Recipe) -> Inputs:
     return numbered(tuple(one.expand(x.shape)[None] for one, x in pairs), stacked)
 
 
-def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
-    """The rounds of a method, with the batch as one example of the N targets in `first`."""
+def _by_batches(method: Method, call: AttributeCall, first: Tensor, answer: Answer) -> Values:
+    """The maps of a method, with the batch as one example of the N targets in `first`."""
     recipe = method.recipe()
     stacked = tuple(x[None] for x in call.inputs)
     starts = tuple(map(torch.zeros_like, stacked))
@@ -273,7 +273,7 @@ def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
         starts = tuple(cast(one, x.dtype, "baselines").expand(x.shape)[None] for one, x in pairs)
     baseline_scores = None
     if recipe.baseline == "one":
-        baseline_scores = yield forms.copies(starts)
+        baseline_scores = answer(forms.copies(starts))
     scores = first.reshape(1, -1).double()
     about = engine.RoundContext(
         *(stacked, starts, scores, baseline_scores, call.at_once, _features(call, recipe)),
@@ -283,7 +283,7 @@ def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
     rounds, result = recipe.rounds(about), None
     while True:
         try:
-            step = next(rounds) if result is None else rounds.send(result)
+            step = rounds.send(result)  # type: ignore[arg-type]
         except StopIteration as over:
             return _values(over.value, call, first)
         result = None
@@ -291,7 +291,7 @@ def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
             parts = [scores.new_zeros((0, scores.shape[1]))]
             for start in range(0, step.example.numel(), call.at_once):
                 rows = slice(start, min(start + call.at_once, step.example.numel()))
-                numbers = yield step.write(step.example[rows], step.node[rows])
+                numbers = answer(step.write(step.example[rows], step.node[rows]))
                 if step.each is None:
                     parts.append(numbers)
                 else:
@@ -309,18 +309,6 @@ def _values(maps: engine.Maps, call: AttributeCall, first: Tensor) -> Values:
     values = tuple(one[0, number, row] for one in maps.values)
     extra = maps.extras.get("features")
     return values, None if extra is None else extra[0]
-
-
-def _driven(batches: Batches, answer: Callable[[Inputs], Tensor]) -> Values:
-    """The values of a method whose perturbed batches are answered one after another."""
-    sent: Any = None
-    while True:
-        try:
-            points = batches.send(sent)
-        except StopIteration as over:
-            result: Values = over.value
-            return result
-        sent = answer(points)
 
 
 class _SharedCall:
@@ -368,7 +356,7 @@ def _call_by_call(
                 return shared.numbers(points)
             return torch.cat([of(one) for one in zip(*(x[:, None] for x in points), strict=True)])
 
-        return _driven(_batches(method, call, first), answer)
+        return _by_batches(method, call, first, answer)
 
     def rewind() -> None:
         restart()
