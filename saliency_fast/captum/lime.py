@@ -152,46 +152,33 @@ class LimeBase(PerturbationAttribution):
         return self.interpretable_model.representation()
 
     def _samples(self, numbers: Callable[[list[Inputs]], Tensor], args: Any) -> Inputs:
-        device, most = forms.as_tuple(args.inputs)[0].device, args.perturbations_per_eval
-        samples, weights, outputs, waiting = [], [], [], list[Inputs]()
-        draw = self._draw(args.inputs, args.kwargs)
-        total, words = -(-args.n_samples // most), f"{self.get_name()} attribution"
-        bar = tqdm(total=total, desc=words, disable=not args.show_progress)
+        count, most = args.n_samples, args.perturbations_per_eval
+        samples, weights, outputs = list[Tensor](), list[Tensor](), list[Tensor]()
+        device = forms.as_tuple(args.inputs)[0].device
+        drawn = itertools.islice(self._drawn(args.inputs, args.kwargs), count)
+        words = f"{self.get_name()} attribution"
+        bar = tqdm(total=-(-count // most), desc=words, disable=not args.show_progress)
         with preserved(self.forward_func), bar:
-            for _ in range(args.n_samples):
-                try:
-                    simple, point = draw()
-                except StopIteration:
-                    words = "Generator completed prior to given n_samples iterations!"
-                    warnings.warn(words, stacklevel=2)
-                    break
-                similar = self.similarity_func(args.inputs, point, simple, **args.kwargs)
-                samples.append(simple)
-                weights.append(torch.as_tensor(similar, device=device).reshape(-1))
-                waiting.append(forms.as_tuple(point))
-                if len(waiting) == most:
-                    outputs.append(numbers(waiting).to(device))
-                    bar.update()
-                    waiting.clear()
-            if waiting:
-                outputs.append(numbers(waiting).to(device))
+            while chunk := list(itertools.islice(drawn, most)):
+                samples += [simple for simple, _, _ in chunk]
+                weights += [torch.as_tensor(one, device=device).reshape(-1) for _, one, _ in chunk]
+                outputs.append(numbers([point for _, _, point in chunk]).to(device))
                 bar.update()
+        if len(samples) < count:
+            warnings.warn("Generator completed prior to given n_samples iterations!", stacklevel=2)
         return tuple(torch.cat(one).float() for one in (samples, outputs, weights))
 
-    def _draw(self, inputs: Any, kwargs: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
-        """A function that draws a sample: in the interpretable space, and as an input."""
-        is_generator = inspect.isgeneratorfunction(self.perturb_func)
-        several = self.perturb_func(inputs, **kwargs) if is_generator else None
-        make: Any = self.to_interp_rep_transform
-        if self.perturb_interpretable_space:
-            make = self.from_interp_rep_transform
-
-        def draw() -> tuple[Any, Any]:
-            sample = self.perturb_func(inputs, **kwargs) if several is None else next(several)
+    def _drawn(self, inputs: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, Any, Inputs]]:
+        """Samples in the interpretable space, each with its similarity and as inputs."""
+        perturb, is_simple = self.perturb_func, self.perturb_interpretable_space
+        make: Any = self.from_interp_rep_transform if is_simple else self.to_interp_rep_transform
+        again = (perturb(inputs, **kwargs) for _ in itertools.repeat(None))
+        is_generator = inspect.isgeneratorfunction(perturb)
+        for sample in perturb(inputs, **kwargs) if is_generator else again:
             made = make(sample, inputs, **kwargs)
-            return (sample, made) if self.perturb_interpretable_space else (made, sample)
-
-        return draw
+            simple, point = (sample, made) if is_simple else (made, sample)
+            similar = self.similarity_func(inputs, point, simple, **kwargs)
+            yield simple, similar, forms.as_tuple(point)
 
 
 def _sample_calls(call: AttributeCall, apart: bool) -> Callable[[list[Inputs]], Tensor]:
