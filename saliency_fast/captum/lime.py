@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -170,15 +169,19 @@ class LimeBase(PerturbationAttribution):
 
     def _drawn(self, inputs: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, Any, Inputs]]:
         """Samples in the interpretable space, each with its similarity and as inputs."""
-        perturb, is_simple = self.perturb_func, self.perturb_interpretable_space
+        is_simple = self.perturb_interpretable_space
         make: Any = self.from_interp_rep_transform if is_simple else self.to_interp_rep_transform
-        again = (perturb(inputs, **kwargs) for _ in itertools.repeat(None))
-        is_generator = inspect.isgeneratorfunction(perturb)
-        for sample in perturb(inputs, **kwargs) if is_generator else again:
+        for sample in self._perturbed(inputs, **kwargs):
             made = make(sample, inputs, **kwargs)
             simple, point = (sample, made) if is_simple else (made, sample)
             similar = self.similarity_func(inputs, point, simple, **kwargs)
             yield simple, similar, forms.as_tuple(point)
+
+    def _perturbed(self, inputs: Any, **kwargs: Any) -> Iterator[Any]:
+        """The samples of `perturb_func`."""
+        if inspect.isgeneratorfunction(self.perturb_func):
+            return self.perturb_func(inputs, **kwargs)
+        return (self.perturb_func(inputs, **kwargs) for _ in itertools.repeat(None))
 
 
 def _sample_calls(call: AttributeCall, apart: bool) -> Callable[[list[Inputs]], Tensor]:
@@ -303,7 +306,7 @@ class Lime(LimeBase):
             return None
         numbers = forms.numbers_of(call.features or (), call.inputs)
         draws = Draws()
-        method = self._method(samples, numbers, count, draws)
+        method = _Fitted(self, samples, count, numbers, draws)
         with preserved(call.forward), progress_of(method, call) as bar:
             result = by_rows(method, call, first_of(call), bar, draws.restart)
         if result is None:
@@ -314,16 +317,9 @@ class Lime(LimeBase):
         slopes[:, numbers] = result[1]
         return slopes.float()
 
-    def _method(self, samples: int, numbers: Tensor, count: int, draws: Draws) -> _Fitted:
-        def table(x: Tensor) -> Tensor:
-            tosses = [_coin_tosses(x, num_interp_features=count) for _ in range(samples)]
-            return torch.cat(tosses).bool()
-
-        def weigh(game: Game, present: Tensor) -> Tensor:
-            return torch.exp(-coalitions.distances(game, present, "cosine").square() / 2.0)
-
-        draw = partial(_drawn, table, numbers, draws)
-        return _Fitted(draw, weigh, "lasso", LASSO_PENALTY, samples)
+    def _weigh(self, game: Game, present: Tensor) -> Tensor:
+        """The weights of coalitions [B, M, F], as `similarity_func` has them."""
+        return torch.exp(-coalitions.distances(game, present, "cosine").square() / 2.0)
 
     def _one_by_one(self, call: AttributeCall, count: int, samples: int, is_tuple: bool) -> Tensor:
         """Slopes [N, F] as Captum finds them, a model for each row that has a number."""
@@ -386,35 +382,38 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     return masks, count
 
 
-def _drawn(table: Callable[[Tensor], Tensor], numbers: Tensor, draws: Draws, game: Game) -> Tensor:
-    """A table of coalitions for each example, bool [B, M, F], as Captum draws one after another."""
-    tables = []
-    with draws.continued():
-        for x in game.context.inputs[0]:
-            tables.append(table(x))
-            # What each example's fit draws: a data loader's seed, a linear layer's first weights.
-            torch.empty((), dtype=torch.int64).random_()
-            nn.Linear(tables[-1].shape[1], 1)
-    return torch.stack(tables).to(game.device)[..., numbers]
-
-
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """A linear model on coalitions of Captum's draws, as a method of the engine."""
+    """The linear model of a Lime on coalitions of Captum's draws, as a method of the engine."""
 
-    draw: coalitions.Draw
-    weigh: coalitions.Weigh
-    how: str
-    alpha: float
+    lime: Lime
     samples: int
+    count: int
+    numbers: Tensor
+    draws: Draws
     name = "lime"
 
     def recipe(self) -> Recipe:
+        model = self.lime.interpretable_model
+        fitted = self._draw, self.lime._weigh, model.how, model.alpha
+
         def rounds(context: engine.RoundContext) -> engine.Rounds:
-            return coalitions.surrogate_rounds(context, self.draw, self.weigh, self.how, self.alpha)
+            return coalitions.surrogate_rounds(context, *fitted)
 
         of = rounds, self.samples
         return engine.RoundsRecipe(*of, baseline="fill", gradients=False, features=True)
+
+    def _draw(self, game: Game) -> Tensor:
+        """Coalitions of each example, bool [B, M, F], as Captum draws one after another."""
+        tables, host = [], torch.empty(0, device="cpu")
+        with self.draws.continued():
+            for _ in game.context.inputs[0]:
+                drawn = self.lime._perturbed(host, num_interp_features=self.count)
+                tables.append(torch.cat(list(itertools.islice(drawn, self.samples))).bool())
+                # What an example's fit draws: a data loader's seed, a linear layer's weights.
+                torch.empty((), dtype=torch.int64).random_()
+                nn.Linear(self.count, 1)
+        return torch.stack(tables).to(game.device)[..., self.numbers]
 
 
 class KernelShap(Lime):
@@ -436,24 +435,16 @@ class KernelShap(Lime):
     def _weight(self, _: Any, __: Any, sample: Tensor, **kwargs: Any) -> float:
         return self.inf_weight if int(sample.sum()) in (0, sample.numel()) else 1.0
 
-    def _method(self, samples: int, numbers: Tensor, count: int, draws: Draws) -> _Fitted:
-        def table(_: Tensor) -> Tensor:
-            drawn = _kernel_coalitions(None, num_interp_features=count)
-            return torch.cat(list(itertools.islice(drawn, samples))).bool()
-
-        def weigh(game: Game, present: Tensor) -> Tensor:
-            # The first two are all features and none.
-            weight = present.new_ones(present.shape[:2], dtype=torch.float64)
-            weight[:, :2] = self.inf_weight
-            return weight
-
-        return _Fitted(partial(_drawn, table, numbers, draws), weigh, "linear", 0.0, samples)
+    def _weigh(self, game: Game, present: Tensor) -> Tensor:
+        # The first two are all features and none.
+        weight = present.new_ones(present.shape[:2], dtype=torch.float64)
+        weight[:, :2] = self.inf_weight
+        return weight
 
 
 def _kernel_coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
     """All features, none, then random coalitions of the Shapley kernel: int64 [1, F] each."""
-    count = kwargs["num_interp_features"]
-    device = None if original is None else forms.as_tuple(original)[0].device
+    count, device = kwargs["num_interp_features"], forms.as_tuple(original)[0].device
     yield torch.ones(1, count, dtype=torch.int64, device=device)
     yield torch.zeros(1, count, dtype=torch.int64, device=device)
     size = torch.arange(count, dtype=torch.float)
