@@ -133,23 +133,17 @@ class NoiseTunnel(Attribution):
                 copies = (x.view(-1, count, *x.shape[1:]).transpose(0, 1) for x in rows)
                 if proves and shared.depend(tuple(copies)):
                     raise RowsMeetError
-                own = _expanded(args, noise.inputs, count)
-                result.add(*self._of(forms.like_inputs(args.inputs, rows), own), count)
+                own, delta = _expanded(args, noise.inputs, count), None
+                for one in rows if self.is_gradient_method else ():
+                    one.requires_grad_()
+                maps = method.attribute(forms.like_inputs(args.inputs, rows), **own)
+                if self.is_delta_supported and own.get("return_convergence_delta"):
+                    maps, delta = maps
+                result.add(maps, delta, count)
                 # The engine looks at points between the samples and their baselines.
                 if proves and rows_depend(method.forward_func):
                     raise RowsMeetError
         return result
-
-    def _of(self, rows: Any, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-        method = self.attribution_method
-        if self.is_gradient_method:
-            for one in forms.as_tuple(rows):
-                one.requires_grad_()
-        result = method.attribute(rows, **kwargs)
-        if self.is_delta_supported and kwargs.get("return_convergence_delta"):
-            maps, delta = result
-            return maps, delta
-        return result, None
 
 
 def _read_stdevs(stdevs: Any, inputs: Inputs) -> tuple[float, ...]:
@@ -210,8 +204,7 @@ class _Sums:
     """Float64 sums of maps and of their squares over samples, example by example, and deltas."""
 
     dtypes: list[torch.dtype] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    squares: list[Tensor] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
     deltas: list[Tensor] = field(default_factory=list)
     is_tuple: bool = False
 
@@ -220,21 +213,17 @@ class _Sums:
         parts = [one.detach() for one in forms.as_tuple(maps)]
         self.dtypes = [one.dtype for one in parts]
         grouped = [one.double().reshape(-1, samples, *one.shape[1:]) for one in parts]
-        sums = [one.sum(1) for one in grouped]
-        squares = [one.square().sum(1) for one in grouped]
-        if not self.values:
-            self.values, self.squares = sums, squares
-        else:
-            for total, more in zip(self.values + self.squares, sums + squares, strict=True):
-                total += more
+        sums = [of.sum(1) for one in grouped for of in (one, one.square())]
+        pairs = zip(self.sums or map(torch.zeros_like, sums), sums, strict=True)
+        self.sums = [total.add_(more) for total, more in pairs]
         if delta is not None:
             self.deltas.append(delta.detach().view(-1, samples))
 
     def maps(self, nt_type: str, samples: int) -> Inputs:
-        means, squares = [[one / samples for one in some] for some in (self.values, self.squares)]
-        result = means if nt_type == "smoothgrad" else squares
+        means = [one / samples for one in self.sums]
+        result = means[0::2] if nt_type == "smoothgrad" else means[1::2]
         if nt_type == "vargrad":
-            result = [b - a * a for a, b in zip(means, squares, strict=True)]
+            result = [b - a * a for a, b in zip(means[0::2], means[1::2], strict=True)]
         return tuple(one.to(dtype) for one, dtype in zip(result, self.dtypes, strict=True))
 
     def delta(self, chunk: int) -> Tensor:
