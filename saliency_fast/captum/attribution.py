@@ -278,13 +278,8 @@ def _by_rows(
         deep = (x[..., None] if is_flat and isinstance(x, Tensor) else x for x, is_flat in pairs)
         return None if several is None else tuple(deep)
 
-    engine = _Engine(
-        partial(_rowwise, call.forward, flat),
-        method,
-        calibrations,
-        bar,
-        points_per_launch=None if most is None else max(1, most),
-    )
+    rowwise, most = partial(_rowwise, call.forward, flat), None if most is None else max(1, most)
+    engine = _Engine(rowwise, method, calibrations, bar, points_per_launch=most)
     more = {"forward_args": forms.as_args(call.further), "features": wide(call.features)}
     result = engine(wide(inputs), target, wide(call.baselines), **more)
     return _like(result.values, inputs), result.extras.get("features")

@@ -162,8 +162,8 @@ class LayerGradientXActivation(LayerGradientAttribution):
     )
     def attribute(self, args: Any) -> Any:
         """Attributions of the shapes of the layer's tensors."""
-        layers = Layers.of(self, args.attribute_to_layer_input)
-        pairs = zip(*layers.gradients(self._call(args), args.grad_kwargs), strict=True)
+        layers = Layers.of(self, args.attribute_to_layer_input, args.grad_kwargs)
+        pairs = zip(*layers.gradients(self._call(args)), strict=True)
         return layers.formatted([tuple(map(self._product, *pair)) for pair in pairs])
 
     def _product(self, value: Tensor, gradient: Tensor) -> Tensor:
@@ -186,8 +186,8 @@ class LayerGradCam(LayerGradientAttribution):
     )
     def attribute(self, args: Any) -> Any:
         """Attributions [B, 1, *spatial], or [B, C, *spatial] without attr_dim_summation."""
-        layers = Layers.of(self, args.attribute_to_layer_input)
-        (values,), (gradients,) = layers.gradients(self._call(args), args.grad_kwargs)
+        layers = Layers.of(self, args.attribute_to_layer_input, args.grad_kwargs)
+        (values,), (gradients,) = layers.gradients(self._call(args))
         maps = []
         for value, gradient in zip(values, gradients, strict=True):
             spatial = tuple(range(2, gradient.dim()))
@@ -356,9 +356,9 @@ class _LayerPath(LayerGradientAttribution):
     def attribute(self, args: Any) -> Any:
         """Attributions of the layer's shapes, or (attributions, delta)."""
         steps = Steps(args.method, args.n_steps, self.multiplies_by_inputs)
-        layers = Layers.of(self, args.attribute_to_layer_input)
+        layers = Layers.of(self, args.attribute_to_layer_input, args.grad_kwargs)
         call = self._call(args, inputs=self._read(args.inputs))
-        maps = self._maps(layers, call, steps, args.grad_kwargs)
+        maps = self._maps(layers, call, steps)
         return self._result(args, call, tuple(chain(*maps)), layers.formatted(maps))
 
 
@@ -386,10 +386,8 @@ class LayerIntegratedGradients(_LayerPath):
     def multiplies_by_inputs(self) -> bool:
         return self.ig.multiplies_by_inputs
 
-    def _maps(
-        self, layers: Layers, call: AttributeCall, steps: Steps, grad_kwargs: Any
-    ) -> list[Inputs]:
-        at, counts = layers.path(call, grad_kwargs)
+    def _maps(self, layers: Layers, call: AttributeCall, steps: Steps) -> list[Inputs]:
+        at, counts = layers.path(call)
         return layers.grouped(steps.maps(at), counts)
 
 
@@ -405,9 +403,7 @@ class LayerConductance(_LayerPath):
     _multiply_by_inputs = True
     _read = staticmethod(lambda inputs: forms.floating(forms.as_tuple(inputs)))
 
-    def _maps(
-        self, layers: Layers, call: AttributeCall, steps: Steps, grad_kwargs: Any
-    ) -> list[Inputs]:
+    def _maps(self, layers: Layers, call: AttributeCall, steps: Steps) -> list[Inputs]:
         nodes = RULES[steps.rule].points(steps.steps + 1)[0].tolist()
         at_once = samples_at_once(call.inputs, len(nodes))
         if call.points_per_launch is not None:
@@ -424,7 +420,7 @@ class LayerConductance(_LayerPath):
             rows = tuple(x.flatten(0, 1) for x in points(chunk))
             further = forms.arguments_of(call.further, forms.tiled, count)
             one = AttributeCall(call.forward, rows, forms.tiled(call.target, count), further)
-            values, gradients = layers.gradients(one, grad_kwargs)
+            values, gradients = layers.gradients(one)
             return values[0], gradients[0]
 
         # Chunks share a point: each change is between two points of one chunk.
@@ -612,9 +608,8 @@ class LayerDeepLift(LayerAttribution, DeepLift):
         call = self._deep_lift_call(args)
         layers = Layers.of(self, args.attribute_to_layer_input)
         at, counts = layers.path(call)
-        materialize = bool((args.grad_kwargs or {}).get("materialize_grads"))
-        extended = layers.with_inputs(at, call, materialize=materialize)
-        maps = self._maps(extended, at.baselines, args)
+        zeros = bool((args.grad_kwargs or {}).get("materialize_grads"))
+        maps = self._maps(layers.with_inputs(at, call, zeros), at.baselines, args)
         return self._result(args, call, maps, layers.formatted(layers.grouped(maps, counts)))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saliency_fast._types import Inputs
+from saliency_fast._types import Inputs, Kwargs
 from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import AttributeCall, InternalAttribution, explained
 from saliency_fast.errors import ModelError, RepeatedLayerError
@@ -62,12 +62,13 @@ class Layers:
     layers: tuple[nn.Module, ...]
     of_input: bool
     listed: bool
+    grad_kwargs: Kwargs
 
     @classmethod
-    def of(cls, method: InternalAttribution, of_input: bool) -> Layers:
-        if isinstance(method.layer, nn.Module):
-            return cls(method.forward_func, (method.layer,), of_input, listed=False)
-        return cls(method.forward_func, tuple(method.layer), of_input, listed=True)
+    def of(cls, method: InternalAttribution, of_input: bool, grad_kwargs: Any = None) -> Layers:
+        single = isinstance(layer := method.layer, nn.Module)
+        layers = (layer,) if isinstance(layer, nn.Module) else tuple(layer)
+        return cls(method.forward_func, layers, of_input, not single, grad_kwargs or {})
 
     @torch.no_grad()
     def read(self, inputs: Inputs, further: Any, *, to_end: bool = False) -> list[Inputs]:
@@ -109,32 +110,25 @@ class Layers:
         rest = iter(flat)
         return [tuple(islice(rest, count)) for count in counts]
 
-    def at(
-        self, call: AttributeCall, values: list[Inputs], grad_kwargs: dict[str, Any] | None
-    ) -> AttributeCall:
+    def at(self, call: AttributeCall, values: list[Inputs]) -> AttributeCall:
         """The call with the layers' values for inputs, and the model's inputs as arguments."""
-        gradient_func = partial(forms.compute_gradients, **grad_kwargs) if grad_kwargs else None
+        usual, own = forms.compute_gradients, self.grad_kwargs
         return replace(
             call,
             forward=Downstream(self.forward, self.layers, self.of_input, tuple(map(len, values))),
             inputs=tuple(chain(*values)),
             further=(*(x.detach() for x in call.inputs), *forms.as_args(call.further)),
-            gradient_func=gradient_func or forms.compute_gradients,
+            gradient_func=partial(usual, **own) if own else usual,
         )
 
-    def path(
-        self, call: AttributeCall, grad_kwargs: dict[str, Any] | None = None
-    ) -> tuple[AttributeCall, list[int]]:
+    def path(self, call: AttributeCall) -> tuple[AttributeCall, list[int]]:
         """The call from layers' tensors for baselines to those for inputs, and their numbers."""
         starts = forms.filled(call.inputs, call.baselines or ())
         ends = self.floats(self.read(call.inputs, call.further))
         begins = self.floats(self.read(starts, call.further))
-        result = replace(self.at(call, ends, grad_kwargs), baselines=tuple(chain(*begins)))
-        return result, list(map(len, ends))
+        return replace(self.at(call, ends), baselines=tuple(chain(*begins))), list(map(len, ends))
 
-    def with_inputs(
-        self, at: AttributeCall, call: AttributeCall, *, materialize: bool
-    ) -> AttributeCall:
+    def with_inputs(self, at: AttributeCall, call: AttributeCall, zeros: bool) -> AttributeCall:
         """The call `at` for DeepLIFT: what does not come through the layers differs as well."""
         assert isinstance(at.forward, Downstream)
         assert at.baselines is not None
@@ -148,43 +142,40 @@ class Layers:
         starts = forms.filled(call.inputs, call.baselines or ())
         return replace(
             at,
-            forward=_Downstream(*about, kinds, materialize),
+            forward=_Downstream(*about, kinds, zeros),
             inputs=(*at.inputs, *map(carried, call.inputs)),
             baselines=(*at.baselines, *map(carried, starts)),
             further=forms.as_args(call.further),
         )
 
-    def gradients(
-        self, call: AttributeCall, grad_kwargs: dict[str, Any] | None
-    ) -> tuple[list[Inputs], list[Inputs]]:
+    def gradients(self, call: AttributeCall) -> tuple[list[Inputs], list[Inputs]]:
         """The tensors of each layer, and the gradients of the scores at them."""
         if self.of_input:
-            return self._in_one_run(call, grad_kwargs or {})
+            return self._in_one_run(call)
         size = sum(x.nbytes for x in call.inputs)
-        if len(self.layers) == 1 and not grad_kwargs and size <= SMALL_GRAPH:
+        if len(self.layers) == 1 and not self.grad_kwargs and size <= SMALL_GRAPH:
             # What is wrong shows in the engine's calls, too.
             with suppress(Exception, _StopRunError):
-                return self._in_one_run(call, {}, room=SMALL_GRAPH - size)
+                return self._in_one_run(call, room=SMALL_GRAPH - size)
         values, result = self.floats(self.read(call.inputs, call.further)), list[Inputs]()
         try:
             # One by one: where one layer follows another, gradients of the first go through both.
             for layer, own in zip(self.layers, values, strict=True):
-                alone = replace(self, layers=(layer,)).at(call, [own], grad_kwargs)
+                alone = replace(self, layers=(layer,)).at(call, [own])
                 result.append(forms.like_types(explained(Gradient(), alone), own))
             return values, result
         except RepeatedLayerError:
-            return self._in_one_run(call, grad_kwargs or {})
+            return self._in_one_run(call)
 
     def _in_one_run(
-        self, call: AttributeCall, grad_kwargs: dict[str, Any], *, room: int | None = None
+        self, call: AttributeCall, room: int | None = None
     ) -> tuple[list[Inputs], list[Inputs]]:
         """As in Captum, with the whole batch and autograd's graph at once: gradients at a layer's
         input go through all that uses the tensor, and of several runs of a layer the last counts.
 
         room: bytes of the layer's tensors, with which the graph begins; else the run stops.
         """
-        result: dict[int, Inputs] = {}
-        turned: list[Tensor] = []
+        result, turned = dict[int, Inputs](), list[Tensor]()
 
         def seen(number: int, value: Any) -> Any:
             own = tuple(floats_at(value))
@@ -205,7 +196,7 @@ class Layers:
                 scores = forms.run_forward(self.forward, rows, call.target, call.further)
                 forms.need_one_number(scores)
                 values = self.floats([result.get(n, ()) for n in range(len(self.layers))])
-                grads = gradients(scores.sum(), [*chain(*values)], **grad_kwargs)
+                grads = gradients(scores.sum(), [*chain(*values)], **self.grad_kwargs)
         finally:
             # A layer may return a buffer of the model's.
             for one in turned:
