@@ -229,18 +229,14 @@ def _patch_checkpoints() -> None:
 
 
 def _unpatch_checkpoints(_: None) -> None:
-    del (
-        compat.ReentrantCheckpoint.apply,
-        compat.CheckpointHook.__enter__,
-        compat.CheckpointHook.__exit__,
-    )
+    hook = compat.CheckpointHook
+    del compat.ReentrantCheckpoint.apply, hook.__enter__, hook.__exit__
 
 
 def _apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
     if _LOCAL.once is None:
-        return super(compat.ReentrantCheckpoint, compat.ReentrantCheckpoint).apply(
-            function, preserve, *args
-        )
+        kind = compat.ReentrantCheckpoint
+        return super(kind, kind).apply(function, preserve, *args)
     if _LOCAL.once:
         return function(*args)
     return torch_checkpoint.checkpoint(
