@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -274,7 +274,7 @@ class TappedFunction(PointFunction):
     @classmethod
     def of(cls, function: PointFunction, taps: Taps, *, backward: bool = True) -> TappedFunction:
         """`function` with taps."""
-        return cls(**_fields(function), taps=taps, backward=backward)
+        return cls(**vars(function), taps=taps, backward=backward)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         taps, given, tapped = self.taps, list(self.as_model_inputs(points)), list[Tensor]()
@@ -319,7 +319,7 @@ class Directional(PointFunction):
     @classmethod
     def of(cls, function: PointFunction, project: Project) -> Directional:
         """`function`, whose executor must leave all calls to autograd."""
-        return cls(**_fields(function), project=project)
+        return cls(**vars(function), project=project)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(points)
@@ -379,10 +379,6 @@ class _TwiceDifferentiable(Calls):
         weights, value = probabilities(*args, **kwargs)
         drop = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
         return functional.dropout(weights, drop) @ value
-
-
-def _fields(function: PointFunction) -> dict[str, Any]:
-    return {one.name: getattr(function, one.name) for one in fields(function)}
 
 
 Like = tuple[torch.Size, torch.dtype, torch.device]
