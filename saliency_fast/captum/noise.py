@@ -52,14 +52,11 @@ class NoiseTunnel(Attribution):
 
     def __init__(self, attribution_method: Any) -> None:
         self.attribution_method = attribution_method
-        self.is_delta_supported = attribution_method.has_convergence_delta()
+        self.is_delta_supported = self._has_delta = bool(attribution_method.has_convergence_delta())
         self._multiply_by_inputs = bool(attribution_method.multiplies_by_inputs)
         # Of whatever library the method is.
         self.is_gradient_method = hasattr(attribution_method, "gradient_func")
         super().__init__(attribution_method.forward_func)
-
-    def has_convergence_delta(self) -> bool:
-        return bool(self.is_delta_supported)
 
     @forms.with_parameters(
         "inputs, nt_type='smoothgrad', nt_samples=5, nt_samples_batch_size=None, stdevs=1.0, "

@@ -23,7 +23,6 @@ from saliency_fast.methods.parts.maps import (
 )
 from saliency_fast.methods.parts.quadrature import gauss_logarithm
 from saliency_fast.model.function import Project
-from saliency_fast.rules.intercept import Rules
 from saliency_fast.rules.rectifiers import Softplus
 
 MOST_REGIONS = 256
@@ -57,7 +56,7 @@ class HessianVectorProduct:
         checks.fields(self, softplus=checks.optional(checks.positive))
 
     def recipe(self) -> RoundsRecipe:
-        rules = _smooth(self.softplus)
+        rules = None if self.softplus is None else Softplus(float(self.softplus))
         return RoundsRecipe(self._rounds, 1, baseline="fill", rules=rules, second=True)
 
     def _rounds(self, context: RoundContext) -> Rounds:
@@ -108,7 +107,7 @@ class IntegratedHessians:
         checks.fields(self, softplus=checks.optional(checks.positive))
 
     def recipe(self) -> RoundsRecipe:
-        rules = _smooth(self.softplus)
+        rules = None if self.softplus is None else Softplus(float(self.softplus))
         return RoundsRecipe(
             self._rounds, self.steps, rules=rules, baseline="one", second=True, features=True
         )
@@ -176,7 +175,3 @@ def _region_sums(context: RoundContext, features: Inputs, count: int) -> Project
         return sums
 
     return project
-
-
-def _smooth(softplus: float | None) -> Rules | None:
-    return None if softplus is None else Softplus(float(softplus))
