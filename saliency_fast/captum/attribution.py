@@ -39,7 +39,7 @@ from saliency_fast.engine.job import Job, Progress
 from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.recipe import Method, WeightedSum
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
-from saliency_fast.graph.gradients import gradients
+from saliency_fast.graph.gradients import differentiable, gradients
 from saliency_fast.graph.passes.half import FLOAT32, tf32_as_set
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import as_well, diagnosed
@@ -340,26 +340,22 @@ def _summed_scores(call: AttributeCall, *points: Tensor) -> Tensor:
         scores = forms.run_forward(call.forward, rows, target, further)
         forms.need_one_number(scores)
     else:
-        scores = _UsersGradients.apply(call, target, further, *rows)  # type: ignore[no-untyped-call]
+        scores = differentiable(
+            rows[0],
+            lambda *rows: (rows[0].new_zeros(()), _users_gradients(call, rows, target, further)),
+            lambda grad, *kept: tuple(one * grad for one in kept),
+            *rows[1:],
+        )
     if scores.dim() and len(scores) % count == 0:
         return scores.reshape(count, -1).sum(1)
     return (scores.sum() / count).expand(count)
 
 
-class _UsersGradients(torch.autograd.Function):
-    """A score whose gradients a function of the user's returns."""
-
-    @staticmethod
-    def forward(ctx: Any, call: AttributeCall, target: Any, further: Any, *rows: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaves = tuple(x.detach().requires_grad_() for x in rows)
-            result = call.gradient_func(call.forward, leaves, target, further or None)
-        ctx.save_for_backward(*(one.detach() for one in result))
-        return rows[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *cotangent: Tensor) -> Any:
-        return None, None, None, *(one * cotangent[0] for one in ctx.saved_tensors)
+@torch.enable_grad()
+def _users_gradients(call: AttributeCall, rows: Inputs, target: Any, further: Any) -> Inputs:
+    leaves = tuple(x.detach().requires_grad_() for x in rows)
+    result = call.gradient_func(call.forward, leaves, target, further or None)
+    return tuple(one.detach() for one in result)
 
 
 def _like(values: Tensor | Inputs, inputs: Inputs) -> Inputs:
