@@ -194,10 +194,8 @@ def explained(method: Method, call: AttributeCall) -> Inputs:
 def _as_captums(error: ModelCallError, call: AttributeCall) -> ModelCallError:
     """The error of the user's function, also an instance of the class that Captum lets through."""
     result = diagnosed(error, call.forward, call.inputs, forms.as_args(call.further), {})
-    cause = result.__cause__
-    if not isinstance(cause, Exception):
-        return result
-    return as_well(type(cause))(str(result)).with_traceback(result.__traceback__)
+    kind = as_well(type(result.__cause__))  # type: ignore[arg-type]
+    return kind(str(result)).with_traceback(result.__traceback__)
 
 
 def _in_one_run(method: Method, call: AttributeCall) -> Inputs | None:
@@ -205,8 +203,7 @@ def _in_one_run(method: Method, call: AttributeCall) -> Inputs | None:
     where anything is wrong, which the engine then reports.
     """
     recipe, inputs = method.recipe(), call.inputs
-    if not isinstance(recipe, WeightedSum):
-        return None
+    assert isinstance(recipe, WeightedSum)
     rules = recipe.rules
     single = recipe.at_input and recipe.baseline == "none"
     single = single and call.is_usual and not (rules and rules.relevance)

@@ -39,7 +39,7 @@ Result = TypeVar("Result")
 
 
 class SharedCalls:
-    """Calls of a function for copies [count, B, *], which returns numbers [count, N]."""
+    """Calls of `of`, from copies [count, B, *] to numbers [count, N]; independent: unproved."""
 
     # The engine's proof reads these of the function that it calls.
     precision = FLOAT32

@@ -263,8 +263,6 @@ class ZBox:
         _check_number("epsilon", self.epsilon)
         for name in ("low", "high"):
             value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, value := tuple(value))
             for one in value if isinstance(value, tuple) else (value,):
                 _check_number(name, one, -math.inf)
         low, high = np.atleast_1d(self.low), np.atleast_1d(self.high)
