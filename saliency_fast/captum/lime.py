@@ -180,8 +180,10 @@ class LimeBase(PerturbationAttribution):
     def _perturbed(self, inputs: Any, **kwargs: Any) -> Iterator[Any]:
         """The samples of `perturb_func`."""
         if inspect.isgeneratorfunction(self.perturb_func):
-            return self.perturb_func(inputs, **kwargs)
-        return (self.perturb_func(inputs, **kwargs) for _ in itertools.repeat(None))
+            yield from self.perturb_func(inputs, **kwargs)
+            return
+        while True:
+            yield self.perturb_func(inputs, **kwargs)
 
 
 def _sample_calls(call: AttributeCall, apart: bool) -> Callable[[list[Inputs]], Tensor]:

@@ -256,9 +256,9 @@ def permutation_rounds(
         own = ranks(start, stop)
         result = yield _walk(game, own)
         # The gain of each feature in each order, [B, K, P, F].
-        scores = game.table_scores(result.scores).unflatten(2, (own.shape[1], game.count - 1))
-        ranks_of_all = own[:, None].expand(*scores.shape[:2], -1, -1)
-        gains = _with_ends(game, scores).diff(dim=3).gather(3, ranks_of_all)
+        of_all = own[:, None].expand(*total.shape[:2], -1, -1)
+        scores = game.table_scores(result.scores).reshape(*of_all.shape[:3], game.count - 1)
+        gains = _with_ends(game, scores).diff(dim=3).gather(3, of_all)
         total += gains.sum(2)
         for one in torch.split(gains, together, dim=2):
             # Welford's mean and sum of squared deviations (1962), draw by draw.
