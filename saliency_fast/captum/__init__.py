@@ -1,102 +1,36 @@
-"""The classes of Captum 0.9 on this library's engine: only the import changes."""
+"""The classes of Captum 0.9 on this library's engine: only the import changes.
+
+Editors and type checkers read the signatures in `__init__.pyi`.
+"""
 
 from importlib import import_module
 from typing import Any
 
-from saliency_fast.captum import visualization
-from saliency_fast.captum.attribution import (
-    Attribution,
-    GradientAttribution,
-    LayerAttribution,
-    NeuronAttribution,
-    PerturbationAttribution,
-)
-from saliency_fast.captum.deep_lift import (
-    DeepLift,
-    DeepLiftShap,
-    LayerDeepLift,
-    LayerDeepLiftShap,
-    NeuronDeepLift,
-    NeuronDeepLiftShap,
-)
-from saliency_fast.captum.gradients import (
-    Deconvolution,
-    GuidedBackprop,
-    GuidedGradCam,
-    InputXGradient,
-    IntegratedGradients,
-    LayerActivation,
-    LayerConductance,
-    LayerGradCam,
-    LayerGradientXActivation,
-    LayerIntegratedGradients,
-    Saliency,
-)
-from saliency_fast.captum.lime import KernelShap, Lime, LimeBase, get_exp_kernel_similarity_function
-from saliency_fast.captum.lrp import (
-    LRP,
-    Alpha1_Beta0_Rule,
-    EpsilonRule,
-    GammaRule,
-    IdentityRule,
-    PropagationRule,
-)
-from saliency_fast.captum.noise import GradientShap, NoiseTunnel
-from saliency_fast.captum.perturbation import (
-    FeatureAblation,
-    FeaturePermutation,
-    Occlusion,
-    ShapleyValues,
-    ShapleyValueSampling,
-)
-from saliency_fast.captum.shared_calls import kept_apart
-
-__all__ = [
-    "LRP",
-    "Alpha1_Beta0_Rule",
-    "Attribution",
-    "Deconvolution",
-    "DeepLift",
-    "DeepLiftShap",
-    "EpsilonRule",
-    "FeatureAblation",
-    "FeaturePermutation",
-    "GammaRule",
-    "GradientAttribution",
-    "GradientShap",
-    "GuidedBackprop",
-    "GuidedGradCam",
-    "IdentityRule",
-    "InputXGradient",
-    "IntegratedGradients",
-    "KernelShap",
-    "LayerActivation",
-    "LayerAttribution",
-    "LayerConductance",
-    "LayerDeepLift",
-    "LayerDeepLiftShap",
-    "LayerGradCam",
-    "LayerGradientXActivation",
-    "LayerIntegratedGradients",
-    "Lime",
-    "LimeBase",
-    "NeuronAttribution",
-    "NeuronDeepLift",
-    "NeuronDeepLiftShap",
-    "NoiseTunnel",
-    "Occlusion",
+_MODULES = {
+    "attribution": "Attribution GradientAttribution LayerAttribution NeuronAttribution "
     "PerturbationAttribution",
-    "PropagationRule",
-    "Saliency",
-    "ShapleyValueSampling",
+    "gradients": "Deconvolution DeepLift DeepLiftShap GuidedBackprop GuidedGradCam InputXGradient "
+    "IntegratedGradients LayerActivation LayerConductance LayerDeepLift LayerDeepLiftShap "
+    "LayerGradCam LayerGradientXActivation LayerIntegratedGradients NeuronDeepLift "
+    "NeuronDeepLiftShap Saliency",
+    "lime": "KernelShap Lime LimeBase get_exp_kernel_similarity_function",
+    "lrp": "LRP Alpha1_Beta0_Rule EpsilonRule GammaRule IdentityRule PropagationRule",
+    "noise": "GradientShap NoiseTunnel",
+    "perturbation": "FeatureAblation FeaturePermutation Occlusion ShapleyValueSampling "
     "ShapleyValues",
-    "get_exp_kernel_similarity_function",
-    "visualization",
-]
+    **dict.fromkeys(("forms", "layers", "shared_calls", "visualization"), ""),
+}
+"""The public names in each module, which is imported when the first of them is used."""
+_LOCATIONS = {name: module for module, names in _MODULES.items() for name in names.split()}
+__all__ = sorted([*_LOCATIONS, "visualization"])
 
 
 def __getattr__(name: str) -> Any:
-    """Names that only Captum has: its own, where it is installed; see `kept_apart`."""
+    """A class of this package; of names that only Captum has its own, where it is installed."""
+    if name in _LOCATIONS:
+        return getattr(import_module(f"{__name__}.{_LOCATIONS[name]}"), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     missing = AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name.startswith("_"):
         raise missing
@@ -108,4 +42,5 @@ def __getattr__(name: str) -> Any:
         ) from None
     if name not in theirs.__all__:
         raise missing
+    kept_apart = import_module(f"{__name__}.shared_calls").kept_apart
     return kept_apart(getattr(theirs, name))

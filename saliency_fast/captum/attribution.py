@@ -1,13 +1,13 @@
-"""What all classes share: base classes with Captum's names, and the adapter to the engine.
+"""Base classes with Captum's names, and the adapter to the engine that all classes share.
 
 Every class turns its arguments into an `AttributeCall` and a method of the engine, and `explained`
-returns the maps. A call at layers or of a neuron is the same with another function: the part of the
-model downstream of the layers (`layers.py`), or the model up to the neuron (`forward.Neuron`).
+returns the maps. A call at layers or of a neuron has another function: the part of the model
+downstream of the layers, or the model up to the neuron.
 
-Captum runs all rows at once and leaves the model in its mode. The engine gets a function around the
-user's, so that no mode is switched, and launches rows in numbers of its own. Where rows are not
-independent (batch norm in training mode, one number for a batch, inputs of several lengths, a
-gradient function of the user's) the whole batch is one example, whose points hold all rows.
+No mode of the model is switched, as in Captum: the engine gets a function around the user's. Where
+rows are not independent (batch norm in training mode, one number for a batch, inputs of several
+lengths, a gradient function of the user's) the whole batch is one example, whose points hold all
+rows.
 """
 
 from __future__ import annotations
@@ -31,14 +31,6 @@ from saliency_fast._types import Inputs
 from saliency_fast.api import Engine
 from saliency_fast.attribution import Attribution as EngineResult
 from saliency_fast.captum import forms
-from saliency_fast.captum.forward import (
-    Neuron,
-    compute_gradients,
-    need_one_number,
-    read_output,
-    run_forward,
-    selected,
-)
 from saliency_fast.engine import config as configs
 from saliency_fast.engine.calibrate import CalibrationCache
 from saliency_fast.engine.config import EngineConfig
@@ -47,7 +39,7 @@ from saliency_fast.engine.job import Job, Progress
 from saliency_fast.engine.loop import run_alone
 from saliency_fast.engine.recipe import Method, WeightedSum
 from saliency_fast.errors import BudgetError, ContractError, ModelCallError, ModelError
-from saliency_fast.graph.gradients import gradients
+from saliency_fast.graph.gradients import differentiable, gradients
 from saliency_fast.graph.passes.half import FLOAT32, tf32_as_set
 from saliency_fast.model.executors import EagerExecutor
 from saliency_fast.model.failures import as_well, diagnosed
@@ -72,10 +64,9 @@ ByRows = tuple[Inputs, Tensor | None]
 class AttributeCall:
     """What a call of `attribute` asks of the engine, with arguments in one form.
 
-    gradient_func: another than `compute_gradients` is the user's. points_per_launch: the most
-    points that run at once. one_example: whether the batch is one in any case. features: masks that
-    broadcast to their inputs, [1 | B, *]. at_once: perturbed batches per call of the function.
-    progress: the class whose progress bar is shown; "" for none.
+    gradient_func: another than `compute_gradients` is the user's. one_example: whether the batch is
+    one in any case. features: masks that broadcast to their inputs, [1 | B, *]. at_once: perturbed
+    batches per call of the function. progress: the class whose bar is shown; "" for none.
     """
 
     forward: Callable[..., Any]
@@ -83,7 +74,7 @@ class AttributeCall:
     target: Any = None
     further: Any = None
     baselines: forms.Baselines | None = None
-    gradient_func: Callable[..., Inputs] = compute_gradients
+    gradient_func: Callable[..., Inputs] = forms.compute_gradients
     points_per_launch: int | None = None
     one_example: bool = False
     features: Inputs | None = None
@@ -97,6 +88,11 @@ class AttributeCall:
     def owner(self) -> nn.Module | None:
         """The module whose function is explained, where one is found."""
         return owner_of(self.forward)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether gradients are the model's own."""
+        return self.gradient_func is forms.compute_gradients
 
     @property
     def may_be_by_rows(self) -> bool:
@@ -139,9 +135,7 @@ def _proving(config: EngineConfig) -> EngineConfig:
 
 
 class _Engine(Engine):
-    """An engine with calibrations of its own, and a progress bar that counts calls, the first of
-    which is over.
-    """
+    """An engine with calibrations of its own; its progress bar counts calls after the first."""
 
     zeros_of_unused = False
 
@@ -184,7 +178,7 @@ def explained(method: Method, call: AttributeCall) -> Inputs:
         of_rows = calibrations_of(call.forward)
         of_batch = calibrations_of(call.forward, "batch", *shapes)
         try:
-            if call.may_be_by_rows and not call.one_example and _is_usual(call):
+            if call.may_be_by_rows and not call.one_example and call.is_usual:
                 maps = explained_by_rows(method, call, of_rows)
                 result = None if maps is None else maps[0]
             if result is None:
@@ -197,30 +191,22 @@ def explained(method: Method, call: AttributeCall) -> Inputs:
     return result
 
 
-def _is_usual(call: AttributeCall) -> bool:
-    return call.gradient_func is compute_gradients
-
-
 def _as_captums(error: ModelCallError, call: AttributeCall) -> ModelCallError:
     """The error of the user's function, also an instance of the class that Captum lets through."""
     result = diagnosed(error, call.forward, call.inputs, forms.as_args(call.further), {})
-    cause = result.__cause__
-    if not isinstance(cause, Exception):
-        return result
-    return as_well(type(cause))(str(result)).with_traceback(result.__traceback__)
+    kind = as_well(type(result.__cause__))  # type: ignore[arg-type]
+    return kind(str(result)).with_traceback(result.__traceback__)
 
 
 def _in_one_run(method: Method, call: AttributeCall) -> Inputs | None:
-    """Gradients at the inputs in one run of the whole batch, for small modules at small inputs, for
-    which planning costs more than it saves. None elsewhere, or where anything is wrong, which the
-    engine then reports.
+    """Gradients in one run of the batch, where that takes less than planning; None elsewhere, or
+    where anything is wrong, which the engine then reports.
     """
     recipe, inputs = method.recipe(), call.inputs
-    if not isinstance(recipe, WeightedSum):
-        return None
+    assert isinstance(recipe, WeightedSum)
     rules = recipe.rules
     single = recipe.at_input and recipe.baseline == "none"
-    single = single and _is_usual(call) and not (rules and rules.relevance)
+    single = single and call.is_usual and not (rules and rules.relevance)
     if not (single and call.owner is not None and is_small(call.owner, inputs)):
         return None
     executor = EagerExecutor(call.forward) if rules is None else RulesExecutor(call.forward, rules)
@@ -229,8 +215,8 @@ def _in_one_run(method: Method, call: AttributeCall) -> Inputs | None:
         points = [x.detach().clone().requires_grad_() for x in inputs]
         # Copies: the model may work in place, and rules take leaves for weights.
         raw = executor([one.clone() for one in points], forms.as_args(call.further), {})
-        scores = selected(read_output(raw), call.target)
-        need_one_number(scores)
+        scores = forms.selected(forms.read_output(raw), call.target)
+        forms.need_one_number(scores)
         total = scores.sum()
         grads = gradients(total, points)
         if recipe.factor == "input":
@@ -259,9 +245,7 @@ def explained_by_rows(
     restart: Callable[[], object] = lambda: None,
 ) -> ByRows | None:
     """The maps with rows as examples, and the values by feature; None where rows depend on each
-    other, or where another form of the call may be free of what is wrong: the engine has no form
-    for some of Captum's targets, and a model may not take a single row. What is wrong otherwise
-    shows in the last form, too. `restart` is called before each further form.
+    other or no form of the target works. `restart` is called before each further form.
     """
     with suppress(_RowsDependError):
         for target in engine_targets(call.target, len(call.inputs[0])):
@@ -291,13 +275,8 @@ def _by_rows(
         deep = (x[..., None] if is_flat and isinstance(x, Tensor) else x for x, is_flat in pairs)
         return None if several is None else tuple(deep)
 
-    engine = _Engine(
-        partial(_rowwise, call.forward, flat),
-        method,
-        calibrations,
-        bar,
-        points_per_launch=None if most is None else max(1, most),
-    )
+    rowwise, most = partial(_rowwise, call.forward, flat), None if most is None else max(1, most)
+    engine = _Engine(rowwise, method, calibrations, bar, points_per_launch=most)
     more = {"forward_args": forms.as_args(call.further), "features": wide(call.features)}
     result = engine(wide(inputs), target, wide(call.baselines), **more)
     return _like(result.values, inputs), result.extras.get("features")
@@ -306,16 +285,14 @@ def _by_rows(
 def _rowwise(forward: Callable[..., Any], flat: tuple[bool, ...], *args: Any) -> Tensor:
     count = len(flat)
     points = (x[:, 0] if one else x for x, one in zip(args[:count], flat, strict=True))
-    result = read_output(forward(*points, *args[count:]))
+    result = forms.read_output(forward(*points, *args[count:]))
     if result.shape[:1] != args[0].shape[:1]:
         raise _RowsDependError
     return result
 
 
 def engine_targets(target: Any, batch: int) -> Iterator[Any]:
-    """A target in the engine's forms: as numbers, then as a function, which serves all of Captum's
-    targets, but no recorded launches.
-    """
+    """A target in the engine's forms; as a function last, of which no launch is recorded."""
     if isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1):
         if len(target) == batch:
             yield target
@@ -331,8 +308,8 @@ def engine_targets(target: Any, batch: int) -> Iterator[Any]:
 
 
 def _scores(target: Any, output: Tensor) -> Tensor:
-    scores = selected(output, target)
-    need_one_number(scores)
+    scores = forms.selected(output, target)
+    forms.need_one_number(scores)
     return scores.reshape(-1)
 
 
@@ -351,37 +328,31 @@ def _as_one_example(method: Method, call: AttributeCall, calibrations: Calibrati
 
 
 def _summed_scores(call: AttributeCall, *points: Tensor) -> Tensor:
-    """The scores of points [R, B, *], each the sum over its rows; of a score that all points have
-    in common, equal parts.
-    """
+    """Scores of points [R, B, *], summed over rows; of a score common to all, equal parts."""
     count = len(points[0])
     rows = tuple(x.flatten(0, 1) for x in points)
     target = forms.tiled(call.target, count)
     further = forms.arguments_of(call.further, forms.tiled, count)
-    if _is_usual(call):
-        scores = run_forward(call.forward, rows, target, further)
-        need_one_number(scores)
+    if call.is_usual:
+        scores = forms.run_forward(call.forward, rows, target, further)
+        forms.need_one_number(scores)
     else:
-        scores = _UsersGradients.apply(call, target, further, *rows)  # type: ignore[no-untyped-call]
+        scores = differentiable(
+            rows[0],
+            lambda *rows: (rows[0].new_zeros(()), _users_gradients(call, rows, target, further)),
+            lambda grad, *kept: tuple(one * grad for one in kept),
+            *rows[1:],
+        )
     if scores.dim() and len(scores) % count == 0:
         return scores.reshape(count, -1).sum(1)
     return (scores.sum() / count).expand(count)
 
 
-class _UsersGradients(torch.autograd.Function):
-    """A score whose gradients a function of the user's returns."""
-
-    @staticmethod
-    def forward(ctx: Any, call: AttributeCall, target: Any, further: Any, *rows: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaves = tuple(x.detach().requires_grad_() for x in rows)
-            result = call.gradient_func(call.forward, leaves, target, further or None)
-        ctx.save_for_backward(*(one.detach() for one in result))
-        return rows[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *cotangent: Tensor) -> Any:
-        return None, None, None, *(one * cotangent[0] for one in ctx.saved_tensors)
+@torch.enable_grad()
+def _users_gradients(call: AttributeCall, rows: Inputs, target: Any, further: Any) -> Inputs:
+    leaves = tuple(x.detach().requires_grad_() for x in rows)
+    result = call.gradient_func(call.forward, leaves, target, further or None)
+    return tuple(one.detach() for one in result)
 
 
 def _like(values: Tensor | Inputs, inputs: Inputs) -> Inputs:
@@ -393,14 +364,14 @@ _CALIBRATIONS: WeakKeyDictionary[Any, Calibrations] = WeakKeyDictionary()
 
 
 def _owner(forward: Callable[..., Any]) -> tuple[Any, tuple[object, ...]]:
-    """The module or object that a function is, belongs to or reads, else the function itself; and a
-    key for the function and for where in it a call is: at layers, at a neuron, or all of it.
+    """What a function is, belongs to or reads (else the function), and a key for it and for where
+    in it a call is: at layers, at a neuron, or all of it.
     """
     at: tuple[object, ...] = ()
     if isinstance(forward, Downstream):
         at = (type(forward), forward.of_input, *map(id, forward.layers), *forward.counts)
         forward = forward.model
-    elif isinstance(forward, Neuron):
+    elif isinstance(forward, forms.Neuron):
         at = (forward.of_input, id(forward.layer), forward.selector)
         forward = forward.model
     while isinstance(forward, partial):
@@ -415,9 +386,7 @@ def _owner(forward: Callable[..., Any]) -> tuple[Any, tuple[object, ...]]:
 
 
 def calibrations_of(forward: Callable[..., Any], *about: object) -> CalibrationCache:
-    """The engine's calibrations of a function, a neuron of it or the part downstream of layers, as
-    long as the function lives. about: "batch" and shapes, for points that hold the batch.
-    """
+    """The calibrations of a function, as long as it lives. about: "batch" and its shapes."""
     owner, key = _owner(forward)
     made = CalibrationCache()
     if not about:
@@ -483,13 +452,11 @@ class Attribution:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """The class; where Captum is loaded, a child of it and of Captum's class of that name, so
-        that Captum's own classes, which check by `isinstance`, accept these methods.
-        """
+        """The class; where Captum is loaded, a child of Captum's too, for its `isinstance`."""
         return _beside_captums(type(self))
 
     def __reduce__(self) -> Any:
-        return _remade, (type(self),), self.__dict__
+        return object.__new__, (type(self),), self.__dict__
 
     def attribute_future(self, *args: Any, **kwargs: Any) -> Any:
         """Raises NotImplementedError; some perturbation classes return attributions as futures."""
@@ -510,32 +477,19 @@ class Attribution:
         return re.sub(r"(?<!^)([^a-z])", r" \1", cls.__name__)
 
 
-PACKAGE = "saliency_fast.captum."
 _BESIDE: dict[type, type] = {}
 
 
 def _beside_captums(kind: type) -> type:
-    bases = sys.modules.get("captum.attr._utils.attribution")
-    if bases is None:
+    captums = sys.modules.get("captum.attr")
+    # While it is imported, its names are not there yet.
+    if captums is None or not hasattr(captums, "__all__"):
         return kind
     if kind not in _BESIDE:
-        names = [one.__name__ for one in kind.__mro__ if one.__module__.startswith(PACKAGE)]
-        theirs = next(filter(None, (_named(bases.Attribution, name) for name in names)), None)
-        both = (kind,) if theirs is None else (kind, theirs)
-        _BESIDE[kind] = type(kind.__name__, both, {"__module__": kind.__module__})
+        own = (one.__name__ for one in kind.__mro__ if one.__module__.startswith(__package__))
+        theirs = [getattr(captums, name) for name in own if name in captums.__all__]
+        _BESIDE[kind] = type(kind.__name__, (kind, *theirs[:1]), {"__module__": kind.__module__})
     return _BESIDE[kind]
-
-
-def _named(kind: type, name: str) -> type | None:
-    """Captum's class of that name among a class and its children."""
-    if kind.__name__ == name and kind.__module__.startswith("captum."):
-        return kind
-    children: list[type] = kind.__subclasses__()
-    return next(filter(None, (_named(child, name) for child in children)), None)
-
-
-def _remade(kind: Any) -> Any:
-    return kind.__new__(kind)
 
 
 class GradientAttribution(Attribution):
@@ -547,13 +501,10 @@ class GradientAttribution(Attribution):
 
     def __init__(self, forward_func: Callable[..., Any]) -> None:
         super().__init__(forward_func)
-        self.gradient_func: Callable[..., tuple[Tensor, ...]] = compute_gradients
+        self.gradient_func: Callable[..., tuple[Tensor, ...]] = forms.compute_gradients
 
     def _call(self, args: Any, **fields: Any) -> AttributeCall:
-        """The call of `attribute` with the arguments `args`, their baselines checked.
-
-        Fields are the call's, instead of those that the arguments would give.
-        """
+        """The call of `attribute` with these arguments; `fields` win over the arguments'."""
         further = vars(args)
         parts = fields.pop("inputs", None) or forms.as_tuple(args.inputs)
         if "baselines" in further:
@@ -592,8 +543,8 @@ class GradientAttribution(Attribution):
         forms.check_target(target, len(ends[0]))
         further = forms.as_args(args.additional_forward_args)
         with torch.no_grad(), preserved(self.forward_func):
-            start = run_forward(self.forward_func, forms.copies(starts), target, further)
-            end = run_forward(self.forward_func, forms.copies(ends), target, further)
+            start = forms.run_forward(self.forward_func, forms.copies(starts), target, further)
+            end = forms.run_forward(self.forward_func, forms.copies(ends), target, further)
             total = torch.stack([_row_sums(one) for one in maps]).sum(0)
             return total - (_row_sums(end) - _row_sums(start))
 

@@ -1,13 +1,12 @@
-"""Classes that take gradients: one at the input, under other rules for rectifiers or at a layer, or
-many on a straight line from baselines to inputs, with Captum's steps and weights.
-"""
+"""Classes that take gradients: at the input or a layer, by other rules, or along a line."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from inspect import signature
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -21,8 +20,10 @@ from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import (
     AttributeCall,
     GradientAttribution,
+    InternalAttribution,
     LayerAttribution,
     LayerGradientAttribution,
+    NeuronAttribution,
     explained,
 )
 from saliency_fast.captum.layers import Layers
@@ -30,6 +31,7 @@ from saliency_fast.captum.shared_calls import calls_of, samples_at_once
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Method, Recipe, WeightedSum
 from saliency_fast.errors import ContractError
+from saliency_fast.methods.parts import quadrature
 from saliency_fast.methods.parts.quadrature import Array, Rule, level
 
 
@@ -160,8 +162,8 @@ class LayerGradientXActivation(LayerGradientAttribution):
     )
     def attribute(self, args: Any) -> Any:
         """Attributions of the shapes of the layer's tensors."""
-        layers = Layers.of(self, args.attribute_to_layer_input)
-        pairs = zip(*layers.gradients(self._call(args), args.grad_kwargs), strict=True)
+        layers = Layers.of(self, args.attribute_to_layer_input, args.grad_kwargs)
+        pairs = zip(*layers.gradients(self._call(args)), strict=True)
         return layers.formatted([tuple(map(self._product, *pair)) for pair in pairs])
 
     def _product(self, value: Tensor, gradient: Tensor) -> Tensor:
@@ -184,8 +186,8 @@ class LayerGradCam(LayerGradientAttribution):
     )
     def attribute(self, args: Any) -> Any:
         """Attributions [B, 1, *spatial], or [B, C, *spatial] without attr_dim_summation."""
-        layers = Layers.of(self, args.attribute_to_layer_input)
-        (values,), (gradients,) = layers.gradients(self._call(args), args.grad_kwargs)
+        layers = Layers.of(self, args.attribute_to_layer_input, args.grad_kwargs)
+        (values,), (gradients,) = layers.gradients(self._call(args))
         maps = []
         for value, gradient in zip(values, gradients, strict=True):
             spatial = tuple(range(2, gradient.dim()))
@@ -261,18 +263,13 @@ def _trapezoid(n: int) -> tuple[Array, Array]:
     return nodes, weights
 
 
-def _legendre(n: int) -> tuple[Array, Array]:
-    nodes, weights = np.polynomial.legendre.leggauss(n)
-    return 0.5 * (1.0 + nodes), 0.5 * weights
-
-
 RULES = {
     "riemann_left": _riemann(lambda n: 0.0, lambda n: 1.0 - 1.0 / n),
     "riemann_right": _riemann(lambda n: 1.0 / n, lambda n: 1.0),
     "riemann_middle": _riemann(lambda n: 1.0 / (2 * n), lambda n: 1.0 - 1.0 / (2 * n)),
     # Its weights sum to (n - 1) / n, as Captum's do.
     "riemann_trapezoid": Rule(_trapezoid, least=2),
-    "gausslegendre": Rule(_legendre),
+    "gausslegendre": quadrature.RULES["gauss_legendre"],
 }
 
 
@@ -359,9 +356,9 @@ class _LayerPath(LayerGradientAttribution):
     def attribute(self, args: Any) -> Any:
         """Attributions of the layer's shapes, or (attributions, delta)."""
         steps = Steps(args.method, args.n_steps, self.multiplies_by_inputs)
-        layers = Layers.of(self, args.attribute_to_layer_input)
+        layers = Layers.of(self, args.attribute_to_layer_input, args.grad_kwargs)
         call = self._call(args, inputs=self._read(args.inputs))
-        maps = self._maps(layers, call, steps, args.grad_kwargs)
+        maps = self._maps(layers, call, steps)
         return self._result(args, call, tuple(chain(*maps)), layers.formatted(maps))
 
 
@@ -389,10 +386,8 @@ class LayerIntegratedGradients(_LayerPath):
     def multiplies_by_inputs(self) -> bool:
         return self.ig.multiplies_by_inputs
 
-    def _maps(
-        self, layers: Layers, call: AttributeCall, steps: Steps, grad_kwargs: Any
-    ) -> list[Inputs]:
-        at, counts = layers.path(call, grad_kwargs)
+    def _maps(self, layers: Layers, call: AttributeCall, steps: Steps) -> list[Inputs]:
+        at, counts = layers.path(call)
         return layers.grouped(steps.maps(at), counts)
 
 
@@ -408,9 +403,7 @@ class LayerConductance(_LayerPath):
     _multiply_by_inputs = True
     _read = staticmethod(lambda inputs: forms.floating(forms.as_tuple(inputs)))
 
-    def _maps(
-        self, layers: Layers, call: AttributeCall, steps: Steps, grad_kwargs: Any
-    ) -> list[Inputs]:
+    def _maps(self, layers: Layers, call: AttributeCall, steps: Steps) -> list[Inputs]:
         nodes = RULES[steps.rule].points(steps.steps + 1)[0].tolist()
         at_once = samples_at_once(call.inputs, len(nodes))
         if call.points_per_launch is not None:
@@ -427,7 +420,7 @@ class LayerConductance(_LayerPath):
             rows = tuple(x.flatten(0, 1) for x in points(chunk))
             further = forms.arguments_of(call.further, forms.tiled, count)
             one = AttributeCall(call.forward, rows, forms.tiled(call.target, count), further)
-            values, gradients = layers.gradients(one, grad_kwargs)
+            values, gradients = layers.gradients(one)
             return values[0], gradients[0]
 
         # Chunks share a point: each change is between two points of one chunk.
@@ -448,3 +441,237 @@ class LayerConductance(_LayerPath):
             ]
             total = [a + b for a, b in zip(total, result, strict=True)] if total else result
         return [tuple(total)]
+
+
+# DeepLIFT: of inputs, layers and neurons, with one baseline or a set.
+
+
+class DeepLift(GradientAttribution):
+    """(x - x') times DeepLIFT's multipliers by the rescale rule (Shrikumar, 2017).
+
+    Args:
+        model: see `Attribution`, as for `multiply_by_inputs`.
+        eps: nonlinearities whose input differs less from the baseline's have their gradient.
+
+    Example:
+        >>> DeepLift(torch.nn.ReLU()).attribute(torch.tensor([[4.0, 2.0]]), -1.0, target=0)
+        tensor([[4., 0.]])
+    """
+
+    _has_delta = True
+
+    def __init__(
+        self, model: Callable[..., Any], multiply_by_inputs: bool = True, eps: float = 1e-10
+    ) -> None:
+        super().__init__(model)
+        self.model, self.eps = model, eps
+        self._multiply_by_inputs = multiply_by_inputs
+
+    @forms.with_parameters(
+        "inputs, baselines=None, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False, custom_attribution_func=None"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape, or (attributions, delta)."""
+        call = self._deep_lift_call(args)
+        return self._result(args, call, self._maps(call, call.baselines, args))
+
+    def _deep_lift_call(self, args: Any) -> AttributeCall:
+        """A call with tensors for baselines. Softmax as a module makes the batch one example:
+        Captum averages its multipliers over the batch.
+        """
+        model = self.forward_func
+        model = model.model if isinstance(model, forms.Neuron) else model
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        call = self._call(args, one_example=any(type(one) is nn.Softmax for one in modules))
+        return replace(call, baselines=forms.filled(call.inputs, call.baselines or ()))
+
+    def _maps(self, call: AttributeCall, baselines: Any, args: Any) -> Inputs:
+        """Maps by the multipliers of a call, of as many of its inputs as there are baselines."""
+        method = methods.DeepLift(self.eps, multiply=False, captum=True)
+        starts = tuple(one.detach() for one in baselines)
+        parts = tuple(x.detach() for x in call.inputs[: len(starts)])
+        multipliers = forms.like_types(explained(method, call)[: len(starts)], parts)
+        if (custom := args.custom_attribution_func) is None:
+            if not self.multiplies_by_inputs:
+                return multipliers
+            both = zip(multipliers, parts, starts, strict=True)
+            return tuple((x - start) * one for one, x, start in both)
+        if not callable(custom):
+            raise ContractError(
+                f"`custom_attribution_func` must be a callable function but {type(custom)} provided"
+            )
+        count = len(signature(custom).parameters)
+        if not 1 <= count <= 3:
+            raise ContractError(
+                "`custom_attribution_func` must take at least one and at most 3 arguments: got "
+                f"{count}; they are the multipliers, inputs and baselines"
+            )
+        maps: Inputs = custom(*(multipliers, parts, starts)[:count])
+        return maps
+
+
+def over_baselines(parameters: str, single: Callable[..., Any], name: str) -> Any:
+    """`attribute` that averages over sets of baselines; single: that of one baseline for each."""
+
+    def attribute(self: Any, args: Any) -> Any:
+        parts = forms.as_tuple(args.inputs)
+        of = parts if name == "LayerDeepLift" else args.inputs
+        rows = _sets(forms.drawn_from(args.baselines, of), parts, name)
+        count = len(rows[0])
+        # Every example with every row of the set, example-major.
+        pairs = tuple(x.detach().repeat_interleave(count, 0) for x in parts)
+        args.inputs = forms.like_inputs(args.inputs, pairs)
+        args.baselines = tuple(one.repeat(len(parts[0]), *(1,) * (one.dim() - 1)) for one in rows)
+        further = args.additional_forward_args
+        args.additional_forward_args = forms.arguments_of(further, forms.interleaved, count) or None
+        if hasattr(args, "target"):
+            args.target = forms.interleaved(forms.as_target(args.target), count)
+        has_delta = getattr(args, "return_convergence_delta", False)
+        found = single(self, **vars(args))
+        maps, delta = found if has_delta else (found, None)
+        several = maps if isinstance(maps, tuple) else (maps,)
+        means = tuple(one.view(-1, count, *one.shape[1:]).mean(1) for one in several)
+        result = means if isinstance(maps, tuple) else means[0]
+        return (result, delta) if has_delta else result
+
+    attribute.__doc__ = "The means of the attributions by every row of the baselines."
+    attribute.__qualname__ = single.__qualname__
+    return forms.with_parameters(parameters)(attribute)
+
+
+def _sets(baselines: Any, inputs: Inputs, single: str) -> Inputs:
+    """A set of baselines [M, *] for each input; single: the class for one baseline."""
+    rows = forms.as_baselines(baselines, inputs)
+    first = rows[0]
+    if not isinstance(first, Tensor) or len(first) < 2:
+        raise ContractError(
+            "Baselines distribution has to be provided in form of a torch.Tensor with more "
+            f"than one example but found: {first}. If baselines are provided in shape of "
+            f"scalars or with a single baseline example, `{single}` approach can be used "
+            "instead."
+        )
+    for one in rows:
+        if not isinstance(one, Tensor):
+            raise ContractError(
+                "Baselines distribution has to be provided in form of a torch.Tensor: got "
+                f"{one}; pass a tensor [M, ...] for each input"
+            )
+    return rows  # type: ignore[return-value]
+
+
+class DeepLiftShap(DeepLift):
+    """The mean of DeepLift's attributions over a set of baselines (Lundberg, 2017).
+
+    Example:
+        >>> x, baselines = torch.ones(1, 2), torch.zeros(3, 2)
+        >>> DeepLiftShap(torch.nn.ReLU()).attribute(x, baselines, target=0)
+        tensor([[1., 0.]])
+    """
+
+    def __init__(self, model: Callable[..., Any], multiply_by_inputs: bool = True) -> None:
+        super().__init__(model, multiply_by_inputs)
+
+    attribute = over_baselines(
+        "inputs, baselines, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False, custom_attribution_func=None",
+        *(DeepLift.attribute, "DeepLift"),
+    )
+
+
+class LayerDeepLift(LayerAttribution, DeepLift):
+    """(a - a') times DeepLIFT's multipliers at a layer (Shrikumar, 2017).
+
+    Of `grad_kwargs` only `materialize_grads` counts: zeros for a layer that the output does not
+    use.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
+        >>> LayerDeepLift(model, model[0]).attribute(torch.ones(1, 2), target=0).shape
+        torch.Size([1, 2])
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], layer: nn.Module, multiply_by_inputs: bool = True
+    ) -> None:
+        InternalAttribution.__init__(self, model, layer)
+        # Last: the other calls it with its defaults, on the way to the common base.
+        DeepLift.__init__(self, model, multiply_by_inputs)
+
+    @forms.with_parameters(
+        "inputs, baselines=None, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False, attribute_to_layer_input=False, "
+        "custom_attribution_func=None, grad_kwargs=None"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the layer's shapes, or (attributions, delta)."""
+        call = self._deep_lift_call(args)
+        layers = Layers.of(self, args.attribute_to_layer_input)
+        at, counts = layers.path(call)
+        zeros = bool((args.grad_kwargs or {}).get("materialize_grads"))
+        maps = self._maps(layers.with_inputs(at, call, zeros), at.baselines, args)
+        return self._result(args, call, maps, layers.formatted(layers.grouped(maps, counts)))
+
+
+class LayerDeepLiftShap(LayerDeepLift, DeepLiftShap):
+    """The mean of LayerDeepLift's attributions over a set of baselines (Lundberg, 2017).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
+        >>> x, baselines = torch.ones(1, 2), torch.zeros(3, 2)
+        >>> LayerDeepLiftShap(model, model[0]).attribute(x, baselines, target=0).shape
+        torch.Size([1, 2])
+    """
+
+    attribute = over_baselines(
+        "inputs, baselines, target=None, additional_forward_args=None, "
+        "return_convergence_delta=False, attribute_to_layer_input=False, "
+        "custom_attribution_func=None",
+        *(LayerDeepLift.attribute, "LayerDeepLift"),
+    )
+
+
+class NeuronDeepLift(NeuronAttribution, GradientAttribution):
+    """(x - x') times DeepLIFT's multipliers of a neuron (Shrikumar, 2017).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
+        >>> NeuronDeepLift(model, model[0]).attribute(torch.ones(1, 2), 1)
+        tensor([[0., 1.]])
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], layer: nn.Module, multiply_by_inputs: bool = True
+    ) -> None:
+        GradientAttribution.__init__(self, model)
+        InternalAttribution.__init__(self, model, layer)
+        self._multiply_by_inputs = multiply_by_inputs
+
+    @forms.with_parameters(
+        "inputs, neuron_selector, baselines=None, additional_forward_args=None, "
+        "attribute_to_neuron_input=False, custom_attribution_func=None"
+    )
+    def attribute(self, args: Any) -> Any:
+        """Attributions of the inputs' shape."""
+        assert isinstance(self.layer, nn.Module)
+        at = self.layer, args.attribute_to_neuron_input, args.neuron_selector
+        method = DeepLift(forms.Neuron(self.forward_func, *at), self.multiplies_by_inputs)
+        of = args.inputs, args.baselines, None, args.additional_forward_args
+        return method.attribute(*of, custom_attribution_func=args.custom_attribution_func)
+
+
+class NeuronDeepLiftShap(NeuronDeepLift):
+    """The mean of NeuronDeepLift's attributions over a set of baselines (Lundberg, 2017).
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Sigmoid())
+        >>> x, baselines = torch.ones(1, 2), torch.zeros(3, 2)
+        >>> NeuronDeepLiftShap(model, model[0]).attribute(x, 1, baselines)
+        tensor([[0., 1.]])
+    """
+
+    attribute = over_baselines(
+        "inputs, neuron_selector, baselines, additional_forward_args=None, "
+        "attribute_to_neuron_input=False, custom_attribution_func=None",
+        *(NeuronDeepLift.attribute, "DeepLift"),
+    )

@@ -12,16 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saliency_fast._types import Inputs
+from saliency_fast._types import Inputs, Kwargs
 from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import AttributeCall, InternalAttribution, explained
-from saliency_fast.captum.forward import (
-    compute_gradients,
-    missing_layer,
-    need_one_number,
-    read_output,
-    run_forward,
-)
 from saliency_fast.errors import ModelError, RepeatedLayerError
 from saliency_fast.graph.gradients import gradients
 from saliency_fast.methods.gradient import Gradient
@@ -52,7 +45,7 @@ class _Downstream(Downstream):
         pairs = zip(carried, self.kinds, strict=True)
         inputs = (one.detach().to(kind, copy=True) for one, kind in pairs)
         raw = super().__call__(*values[:count], *inputs, *values[stop:], **kwargs)
-        result = read_output(raw)
+        result = forms.read_output(raw)
         # The engine needs scores that depend on all points: those without gradients count zero.
         for one in values[0 if self.materialize else count : stop]:
             zero = (one * 0).reshape(len(one), -1).sum(1)
@@ -63,26 +56,23 @@ class _Downstream(Downstream):
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers, modules that the user's function runs, at which a class attributes. of_input:
-    whether their inputs count instead of their outputs. listed: whether results go in a list.
-    """
+    """Layers at which a class attributes, at their outputs or inputs. listed: results in a list."""
 
     forward: Callable[..., Any]
     layers: tuple[nn.Module, ...]
     of_input: bool
     listed: bool
+    grad_kwargs: Kwargs
 
     @classmethod
-    def of(cls, method: InternalAttribution, of_input: bool) -> Layers:
-        if isinstance(method.layer, nn.Module):
-            return cls(method.forward_func, (method.layer,), of_input, listed=False)
-        return cls(method.forward_func, tuple(method.layer), of_input, listed=True)
+    def of(cls, method: InternalAttribution, of_input: bool, grad_kwargs: Any = None) -> Layers:
+        single = isinstance(layer := method.layer, nn.Module)
+        layers = (layer,) if isinstance(layer, nn.Module) else tuple(layer)
+        return cls(method.forward_func, layers, of_input, not single, grad_kwargs or {})
 
     @torch.no_grad()
     def read(self, inputs: Inputs, further: Any, *, to_end: bool = False) -> list[Inputs]:
-        """The tensors of each layer in one run of the whole batch; `to_end` reads the last run of a
-        layer that runs several times.
-        """
+        """The tensors of each layer in one run; `to_end`: of the last run of each layer."""
         result: dict[int, Inputs] = {}
 
         def seen(number: int, value: Any) -> None:
@@ -95,7 +85,7 @@ class Layers:
             self.forward(*forms.copies(inputs), *forms.as_args(further))
         for number, layer in enumerate(self.layers):
             if number not in result:
-                raise missing_layer(layer)
+                raise forms.missing_layer(layer)
         return [result[number] for number in range(len(self.layers))]
 
     def floats(self, values: list[Inputs]) -> list[Inputs]:
@@ -120,37 +110,26 @@ class Layers:
         rest = iter(flat)
         return [tuple(islice(rest, count)) for count in counts]
 
-    def at(
-        self, call: AttributeCall, values: list[Inputs], grad_kwargs: dict[str, Any] | None
-    ) -> AttributeCall:
+    def at(self, call: AttributeCall, values: list[Inputs]) -> AttributeCall:
         """The call with the layers' values for inputs, and the model's inputs as arguments."""
-        gradient_func = partial(compute_gradients, **grad_kwargs) if grad_kwargs else None
+        usual, own = forms.compute_gradients, self.grad_kwargs
         return replace(
             call,
             forward=Downstream(self.forward, self.layers, self.of_input, tuple(map(len, values))),
             inputs=tuple(chain(*values)),
             further=(*(x.detach() for x in call.inputs), *forms.as_args(call.further)),
-            gradient_func=gradient_func or compute_gradients,
+            gradient_func=partial(usual, **own) if own else usual,
         )
 
-    def path(
-        self, call: AttributeCall, grad_kwargs: dict[str, Any] | None = None
-    ) -> tuple[AttributeCall, list[int]]:
-        """The call between what layers have for baselines and for inputs, and how many tensors each
-        layer has.
-        """
+    def path(self, call: AttributeCall) -> tuple[AttributeCall, list[int]]:
+        """The call from layers' tensors for baselines to those for inputs, and their numbers."""
         starts = forms.filled(call.inputs, call.baselines or ())
         ends = self.floats(self.read(call.inputs, call.further))
         begins = self.floats(self.read(starts, call.further))
-        result = replace(self.at(call, ends, grad_kwargs), baselines=tuple(chain(*begins)))
-        return result, list(map(len, ends))
+        return replace(self.at(call, ends), baselines=tuple(chain(*begins))), list(map(len, ends))
 
-    def with_inputs(
-        self, at: AttributeCall, call: AttributeCall, *, materialize: bool
-    ) -> AttributeCall:
-        """The call `at` of `path` for DeepLIFT, which runs the model at inputs and at baselines:
-        what does not come through the layers differs between the two as well.
-        """
+    def with_inputs(self, at: AttributeCall, call: AttributeCall, zeros: bool) -> AttributeCall:
+        """The call `at` for DeepLIFT: what does not come through the layers differs as well."""
         assert isinstance(at.forward, Downstream)
         assert at.baselines is not None
         kind, kinds = at.inputs[0].dtype, tuple(x.dtype for x in call.inputs)
@@ -163,45 +142,40 @@ class Layers:
         starts = forms.filled(call.inputs, call.baselines or ())
         return replace(
             at,
-            forward=_Downstream(*about, kinds, materialize),
+            forward=_Downstream(*about, kinds, zeros),
             inputs=(*at.inputs, *map(carried, call.inputs)),
             baselines=(*at.baselines, *map(carried, starts)),
             further=forms.as_args(call.further),
         )
 
-    def gradients(
-        self, call: AttributeCall, grad_kwargs: dict[str, Any] | None
-    ) -> tuple[list[Inputs], list[Inputs]]:
+    def gradients(self, call: AttributeCall) -> tuple[list[Inputs], list[Inputs]]:
         """The tensors of each layer, and the gradients of the scores at them."""
         if self.of_input:
-            return self._in_one_run(call, grad_kwargs or {})
+            return self._in_one_run(call)
         size = sum(x.nbytes for x in call.inputs)
-        if len(self.layers) == 1 and not grad_kwargs and size <= SMALL_GRAPH:
+        if len(self.layers) == 1 and not self.grad_kwargs and size <= SMALL_GRAPH:
             # What is wrong shows in the engine's calls, too.
             with suppress(Exception, _StopRunError):
-                return self._in_one_run(call, {}, room=SMALL_GRAPH - size)
+                return self._in_one_run(call, room=SMALL_GRAPH - size)
         values, result = self.floats(self.read(call.inputs, call.further)), list[Inputs]()
         try:
             # One by one: where one layer follows another, gradients of the first go through both.
             for layer, own in zip(self.layers, values, strict=True):
-                alone = replace(self, layers=(layer,)).at(call, [own], grad_kwargs)
+                alone = replace(self, layers=(layer,)).at(call, [own])
                 result.append(forms.like_types(explained(Gradient(), alone), own))
             return values, result
         except RepeatedLayerError:
-            return self._in_one_run(call, grad_kwargs or {})
+            return self._in_one_run(call)
 
     def _in_one_run(
-        self, call: AttributeCall, grad_kwargs: dict[str, Any], *, room: int | None = None
+        self, call: AttributeCall, room: int | None = None
     ) -> tuple[list[Inputs], list[Inputs]]:
         """As in Captum, with the whole batch and autograd's graph at once: gradients at a layer's
-        input go through all that uses the tensor, such as a skip connection around the layer, and
-        of a layer that runs several times the last run counts.
+        input go through all that uses the tensor, and of several runs of a layer the last counts.
 
-        room: bytes of layer tensors that the run may keep. Then the graph begins at the layer, and
-        the run stops where there are more bytes, or a second run of the layer.
+        room: bytes of the layer's tensors, with which the graph begins; else the run stops.
         """
-        result: dict[int, Inputs] = {}
-        turned: list[Tensor] = []
+        result, turned = dict[int, Inputs](), list[Tensor]()
 
         def seen(number: int, value: Any) -> Any:
             own = tuple(floats_at(value))
@@ -219,10 +193,10 @@ class Layers:
         try:
             with on[0], on[1], preserved(self.forward), hooks:
                 rows = tuple(x.detach().clone() for x in call.inputs)
-                scores = run_forward(self.forward, rows, call.target, call.further)
-                need_one_number(scores)
+                scores = forms.run_forward(self.forward, rows, call.target, call.further)
+                forms.need_one_number(scores)
                 values = self.floats([result.get(n, ()) for n in range(len(self.layers))])
-                grads = gradients(scores.sum(), [*chain(*values)], **grad_kwargs)
+                grads = gradients(scores.sum(), [*chain(*values)], **self.grad_kwargs)
         finally:
             # A layer may return a buffer of the model's.
             for one in turned:

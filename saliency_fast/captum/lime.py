@@ -8,7 +8,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +29,8 @@ from saliency_fast.captum.shared_calls import SharedCalls, rewind_draws, togethe
 from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.recipe import Recipe
 from saliency_fast.errors import ContractError
-from saliency_fast.methods import surrogates
-from saliency_fast.methods.parts.coalitions import Game
-from saliency_fast.methods.surrogates import fit
+from saliency_fast.methods import coalitions
+from saliency_fast.methods.coalitions import Game, fit
 from saliency_fast.model.preserve import preserved
 
 MANY_FEATURES = 10_000
@@ -153,52 +151,43 @@ class LimeBase(PerturbationAttribution):
         return self.interpretable_model.representation()
 
     def _samples(self, numbers: Callable[[list[Inputs]], Tensor], args: Any) -> Inputs:
-        device, most = forms.as_tuple(args.inputs)[0].device, args.perturbations_per_eval
-        samples, weights, outputs, waiting = [], [], [], list[Inputs]()
-        draw = self._draw(args.inputs, args.kwargs)
-        total, words = -(-args.n_samples // most), f"{self.get_name()} attribution"
-        bar = tqdm(total=total, desc=words, disable=not args.show_progress)
+        count, most = args.n_samples, args.perturbations_per_eval
+        samples, weights, outputs = list[Tensor](), list[Tensor](), list[Tensor]()
+        device = forms.as_tuple(args.inputs)[0].device
+        drawn = itertools.islice(self._drawn(args.inputs, args.kwargs), count)
+        words = f"{self.get_name()} attribution"
+        bar = tqdm(total=-(-count // most), desc=words, disable=not args.show_progress)
         with preserved(self.forward_func), bar:
-            for _ in range(args.n_samples):
-                try:
-                    simple, point = draw()
-                except StopIteration:
-                    words = "Generator completed prior to given n_samples iterations!"
-                    warnings.warn(words, stacklevel=2)
-                    break
-                similar = self.similarity_func(args.inputs, point, simple, **args.kwargs)
-                samples.append(simple)
-                weights.append(torch.as_tensor(similar, device=device).reshape(-1))
-                waiting.append(forms.as_tuple(point))
-                if len(waiting) == most:
-                    outputs.append(numbers(waiting).to(device))
-                    bar.update()
-                    waiting.clear()
-            if waiting:
-                outputs.append(numbers(waiting).to(device))
+            while chunk := list(itertools.islice(drawn, most)):
+                samples += [simple for simple, _, _ in chunk]
+                weights += [torch.as_tensor(one, device=device).reshape(-1) for _, one, _ in chunk]
+                outputs.append(numbers([point for _, _, point in chunk]).to(device))
                 bar.update()
+        if len(samples) < count:
+            warnings.warn("Generator completed prior to given n_samples iterations!", stacklevel=2)
         return tuple(torch.cat(one).float() for one in (samples, outputs, weights))
 
-    def _draw(self, inputs: Any, kwargs: dict[str, Any]) -> Callable[[], tuple[Any, Any]]:
-        """A function that draws a sample: in the interpretable space, and as an input."""
-        is_generator = inspect.isgeneratorfunction(self.perturb_func)
-        several = self.perturb_func(inputs, **kwargs) if is_generator else None
-        make: Any = self.to_interp_rep_transform
-        if self.perturb_interpretable_space:
-            make = self.from_interp_rep_transform
-
-        def draw() -> tuple[Any, Any]:
-            sample = self.perturb_func(inputs, **kwargs) if several is None else next(several)
+    def _drawn(self, inputs: Any, kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, Any, Inputs]]:
+        """Samples in the interpretable space, each with its similarity and as inputs."""
+        is_simple = self.perturb_interpretable_space
+        make: Any = self.from_interp_rep_transform if is_simple else self.to_interp_rep_transform
+        for sample in self._perturbed(inputs, **kwargs):
             made = make(sample, inputs, **kwargs)
-            return (sample, made) if self.perturb_interpretable_space else (made, sample)
+            simple, point = (sample, made) if is_simple else (made, sample)
+            similar = self.similarity_func(inputs, point, simple, **kwargs)
+            yield simple, similar, forms.as_tuple(point)
 
-        return draw
+    def _perturbed(self, inputs: Any, **kwargs: Any) -> Iterator[Any]:
+        """The samples of `perturb_func`."""
+        if inspect.isgeneratorfunction(self.perturb_func):
+            yield from self.perturb_func(inputs, **kwargs)
+            return
+        while True:
+            yield self.perturb_func(inputs, **kwargs)
 
 
 def _sample_calls(call: AttributeCall, apart: bool) -> Callable[[list[Inputs]], Tensor]:
-    """A function from samples to their numbers [M], which raises RowsMeetError where samples change
-    each other's; samples share calls of the user's function unless they are kept `apart`.
-    """
+    """From samples to their numbers [M], by shared calls or `apart`; raises RowsMeetError."""
 
     def of(points: list[Inputs]) -> Tensor:
         count, rows = len(points), tuple(torch.cat(one) for one in zip(*points, strict=True))
@@ -319,7 +308,7 @@ class Lime(LimeBase):
             return None
         numbers = forms.numbers_of(call.features or (), call.inputs)
         draws = Draws()
-        method = self._method(samples, numbers, count, draws)
+        method = _Fitted(self, samples, count, numbers, draws)
         with preserved(call.forward), progress_of(method, call) as bar:
             result = by_rows(method, call, first_of(call), bar, draws.restart)
         if result is None:
@@ -330,16 +319,9 @@ class Lime(LimeBase):
         slopes[:, numbers] = result[1]
         return slopes.float()
 
-    def _method(self, samples: int, numbers: Tensor, count: int, draws: Draws) -> _Fitted:
-        def table(x: Tensor) -> Tensor:
-            tosses = [_coin_tosses(x, num_interp_features=count) for _ in range(samples)]
-            return torch.cat(tosses).bool()
-
-        def weigh(game: Game, present: Tensor) -> Tensor:
-            return torch.exp(-surrogates.distances(game, present, "cosine").square() / 2.0)
-
-        draw = partial(_drawn, table, numbers, draws)
-        return _Fitted(draw, weigh, "lasso", LASSO_PENALTY, samples)
+    def _weigh(self, game: Game, present: Tensor) -> Tensor:
+        """The weights of coalitions [B, M, F], as `similarity_func` has them."""
+        return torch.exp(-coalitions.distances(game, present, "cosine").square() / 2.0)
 
     def _one_by_one(self, call: AttributeCall, count: int, samples: int, is_tuple: bool) -> Tensor:
         """Slopes [N, F] as Captum finds them, a model for each row that has a number."""
@@ -402,35 +384,38 @@ def _features(feature_mask: Any, inputs: Inputs) -> tuple[Inputs, int]:
     return masks, count
 
 
-def _drawn(table: Callable[[Tensor], Tensor], numbers: Tensor, draws: Draws, game: Game) -> Tensor:
-    """A table of coalitions for each example, bool [B, M, F], as Captum draws one after another."""
-    tables = []
-    with draws.continued():
-        for x in game.context.inputs[0]:
-            tables.append(table(x))
-            # What each example's fit draws: a data loader's seed, a linear layer's first weights.
-            torch.empty((), dtype=torch.int64).random_()
-            nn.Linear(tables[-1].shape[1], 1)
-    return torch.stack(tables).to(game.device)[..., numbers]
-
-
 @dataclass(frozen=True, eq=False)
 class _Fitted:
-    """A linear model on coalitions of Captum's draws, as a method of the engine."""
+    """The linear model of a Lime on coalitions of Captum's draws, as a method of the engine."""
 
-    draw: surrogates.Draw
-    weigh: surrogates.Weigh
-    how: str
-    alpha: float
+    lime: Lime
     samples: int
+    count: int
+    numbers: Tensor
+    draws: Draws
     name = "lime"
 
     def recipe(self) -> Recipe:
+        model = self.lime.interpretable_model
+        fitted = self._draw, self.lime._weigh, model.how, model.alpha
+
         def rounds(context: engine.RoundContext) -> engine.Rounds:
-            return surrogates.surrogate_rounds(context, self.draw, self.weigh, self.how, self.alpha)
+            return coalitions.surrogate_rounds(context, *fitted)
 
         of = rounds, self.samples
         return engine.RoundsRecipe(*of, baseline="fill", gradients=False, features=True)
+
+    def _draw(self, game: Game) -> Tensor:
+        """Coalitions of each example, bool [B, M, F], as Captum draws one after another."""
+        tables, host = [], torch.empty(0, device="cpu")
+        with self.draws.continued():
+            for _ in game.context.inputs[0]:
+                drawn = self.lime._perturbed(host, num_interp_features=self.count)
+                tables.append(torch.cat(list(itertools.islice(drawn, self.samples))).bool())
+                # What an example's fit draws: a data loader's seed, a linear layer's weights.
+                torch.empty((), dtype=torch.int64).random_()
+                nn.Linear(self.count, 1)
+        return torch.stack(tables).to(game.device)[..., self.numbers]
 
 
 class KernelShap(Lime):
@@ -452,26 +437,16 @@ class KernelShap(Lime):
     def _weight(self, _: Any, __: Any, sample: Tensor, **kwargs: Any) -> float:
         return self.inf_weight if int(sample.sum()) in (0, sample.numel()) else 1.0
 
-    def _method(self, samples: int, numbers: Tensor, count: int, draws: Draws) -> _Fitted:
-        def table(_: Tensor) -> Tensor:
-            drawn = _kernel_coalitions(None, num_interp_features=count)
-            return torch.cat(list(itertools.islice(drawn, samples))).bool()
-
-        def weigh(game: Game, present: Tensor) -> Tensor:
-            # The first two are all features and none.
-            weight = present.new_ones(present.shape[:2], dtype=torch.float64)
-            weight[:, :2] = self.inf_weight
-            return weight
-
-        return _Fitted(partial(_drawn, table, numbers, draws), weigh, "linear", 0.0, samples)
+    def _weigh(self, game: Game, present: Tensor) -> Tensor:
+        # The first two are all features and none.
+        weight = present.new_ones(present.shape[:2], dtype=torch.float64)
+        weight[:, :2] = self.inf_weight
+        return weight
 
 
 def _kernel_coalitions(original: Any, **kwargs: Any) -> Iterator[Tensor]:
-    """All features, none, and coalitions of the Shapley kernel from PyTorch's global generator,
-    int64 [1, F] each.
-    """
-    count = kwargs["num_interp_features"]
-    device = None if original is None else forms.as_tuple(original)[0].device
+    """All features, none, then random coalitions of the Shapley kernel: int64 [1, F] each."""
+    count, device = kwargs["num_interp_features"], forms.as_tuple(original)[0].device
     yield torch.ones(1, count, dtype=torch.int64, device=device)
     yield torch.zeros(1, count, dtype=torch.int64, device=device)
     size = torch.arange(count, dtype=torch.float)

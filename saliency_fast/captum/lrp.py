@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from saliency_fast._torch_compat import PARAMETERS, WithoutFunctionModes, own_parameters
+from saliency_fast._types import Args, Function, Kwargs
 from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import GradientAttribution, explained
-from saliency_fast.captum.forward import run_forward
 from saliency_fast.engine.points import Line
 from saliency_fast.engine.recipe import Recipe, WeightedSum
 from saliency_fast.errors import InputTypeError
+from saliency_fast.graph.gradients import differentiable
 from saliency_fast.methods.gradient import at_input
 from saliency_fast.model.layers import hooked
 from saliency_fast.model.preserve import preserved
-from saliency_fast.rules.intercept import RulesMode
+from saliency_fast.rules.intercept import Rules, RulesMode
 from saliency_fast.rules.lrp import ratio
 
 DEFAULT_EPSILON = (
@@ -194,9 +195,7 @@ class LRP(GradientAttribution):
         "verbose=False"
     )
     def attribute(self, args: Any) -> Any:
-        """Relevance of the inputs' shape, or (relevance, delta); raises TypeError where a layer has
-        no rule.
-        """
+        """Relevance of the inputs' shape, or (relevance, delta); TypeError without a rule."""
         call, model = self._call(args), self.model
         leaves = [one for one in model.modules() if one is not model and not any(one.children())]
         rules = [(layer, _rule_of(layer)) for layer in leaves]
@@ -206,7 +205,9 @@ class LRP(GradientAttribution):
         method = _ModuleRules(tuple((ref(layer), copy(rule)) for layer, rule in rules))
         shares = forms.like_types(explained(method, call), call.inputs)
         with torch.no_grad(), preserved(self.forward_func):
-            output = run_forward(call.forward, forms.copies(call.inputs), call.target, call.further)
+            output = forms.run_forward(
+                call.forward, forms.copies(call.inputs), call.target, call.further
+            )
         maps = tuple(one * output.reshape(-1, *(1,) * (one.dim() - 1)) for one in shares)
         result = forms.like_inputs(args.inputs, maps)
         if not args.return_convergence_delta:
@@ -241,16 +242,11 @@ def _rule_of(layer: nn.Module) -> Any:
 
 
 @dataclass(frozen=True, repr=False)
-class _ModuleRules:
-    """Gradients under the rules of a model's layers, for a score of one: a method of the engine and
-    its backward rules in one. It has weak references, since the engine keeps it longer than a call.
-    """
+class _ModuleRules(Rules):
+    """Gradients under the rules of a model's layers, held weakly: the engine keeps it for long."""
 
     layers: tuple[tuple[Any, Any], ...]
     name: ClassVar[str] = "LRP"
-    references: ClassVar[bool] = False
-    relevance: ClassVar[bool] = False
-    warning: ClassVar[str] = ""
 
     def recipe(self) -> Recipe:
         return WeightedSum(Line(), at_input(), at_input=True, rules=self)
@@ -264,7 +260,7 @@ class _ModuleRules:
             parts.append((id(layer()), type(rule), fields))
         return repr(parts)
 
-    def mode(self, model: Callable[..., Any] | None = None) -> RulesMode:
+    def mode(self, model: Function | None = None) -> RulesMode:
         alive = [(layer(), rule) for layer, rule in self.layers]
         return _Hooks([(layer, rule) for layer, rule in alive if layer is not None])
 
@@ -279,13 +275,7 @@ class _Hooks(RulesMode):
         self.marked: set[int] = set()
         self.alive: list[Tensor] = []
 
-    def run(
-        self,
-        model: Callable[..., Any],
-        points: Sequence[Tensor],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
+    def run(self, model: Function, points: Sequence[Tensor], args: Args, kwargs: Kwargs) -> Any:
         layers = [layer for layer, _ in self.rules]
         with hooked(layers, self._before, of_input=True), hooked(layers, self._after):
             return super().run(model, points, args, kwargs)
@@ -302,7 +292,7 @@ class _Hooks(RulesMode):
         # The mode that intercepts the model's calls intercepts none of these.
         with WithoutFunctionModes(), torch.enable_grad():
             if rule is None:
-                return _Passed.apply(inputs[0], output.detach())  # type: ignore[no-untyped-call]
+                return _passed(inputs[0], output.detach())
             return self._propagated(layer, copy(rule), inputs, output)
 
     def _propagated(
@@ -321,7 +311,7 @@ class _Hooks(RulesMode):
                 self.alive.append(one)
                 hook = rule._create_backward_hook_input(one.detach().clone())
                 one.register_hook(hook)  # type: ignore[no-untyped-call]
-        return _Passed.apply(shared, output.detach())  # type: ignore[no-untyped-call]
+        return _passed(shared, output.detach())
 
 
 def _with_rule_weights(
@@ -342,13 +332,6 @@ def _with_rule_weights(
     return result
 
 
-class _Passed(torch.autograd.Function):
+def _passed(x: Tensor, y: Tensor) -> Any:
     """Returns y, and hands its gradient on to x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, relevance: Tensor) -> Any:
-        return relevance, None
+    return differentiable(x, lambda _: (y.clone(), ()), lambda relevance: relevance)

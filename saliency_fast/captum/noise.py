@@ -20,7 +20,6 @@ from saliency_fast.captum.attribution import (
     explained,
     rows_depend,
 )
-from saliency_fast.captum.forward import compute_gradients
 from saliency_fast.captum.gradients import Saliency
 from saliency_fast.captum.shared_calls import (
     calls_of,
@@ -53,14 +52,11 @@ class NoiseTunnel(Attribution):
 
     def __init__(self, attribution_method: Any) -> None:
         self.attribution_method = attribution_method
-        self.is_delta_supported = attribution_method.has_convergence_delta()
+        self.is_delta_supported = self._has_delta = bool(attribution_method.has_convergence_delta())
         self._multiply_by_inputs = bool(attribution_method.multiplies_by_inputs)
         # Of whatever library the method is.
         self.is_gradient_method = hasattr(attribution_method, "gradient_func")
         super().__init__(attribution_method.forward_func)
-
-    def has_convergence_delta(self) -> bool:
-        return bool(self.is_delta_supported)
 
     @forms.with_parameters(
         "inputs, nt_type='smoothgrad', nt_samples=5, nt_samples_batch_size=None, stdevs=1.0, "
@@ -108,7 +104,7 @@ class NoiseTunnel(Attribution):
     ) -> str | None:
         """The reduction of gradients by which the engine gets the same, where there is one."""
         method = self.attribution_method
-        if type(method) is not Saliency or method.gradient_func is not compute_gradients:
+        if type(method) is not Saliency or method.gradient_func is not forms.compute_gradients:
             return None
         if set(kwargs) - {"target", "abs", "additional_forward_args"} or len(set(stdevs)) > 1:
             return None
@@ -118,9 +114,8 @@ class NoiseTunnel(Attribution):
         return "square" if nt_type == "smoothgrad_sq" else "absolute" if absolute else "sum"
 
     def _summed(self, args: Any, noise: _Noise, most: int) -> _Sums:
-        """The sums over all samples, at most so many at once; raises RowsMeetError where samples of
-        a call depend on each other in the model. What others' methods call together is left to
-        them.
+        """The sums over all samples, `most` at once; raises RowsMeetError where samples of a call
+        depend on each other in the model.
         """
         method, result, samples = self.attribution_method, _Sums(), args.nt_samples
         proves = min(samples, most) > 1 and isinstance(method, Attribution)
@@ -135,23 +130,17 @@ class NoiseTunnel(Attribution):
                 copies = (x.view(-1, count, *x.shape[1:]).transpose(0, 1) for x in rows)
                 if proves and shared.depend(tuple(copies)):
                     raise RowsMeetError
-                own = _expanded(args, noise.inputs, count)
-                result.add(*self._of(forms.like_inputs(args.inputs, rows), own), count)
+                own, delta = _expanded(args, noise.inputs, count), None
+                for one in rows if self.is_gradient_method else ():
+                    one.requires_grad_()
+                maps = method.attribute(forms.like_inputs(args.inputs, rows), **own)
+                if self.is_delta_supported and own.get("return_convergence_delta"):
+                    maps, delta = maps
+                result.add(maps, delta, count)
                 # The engine looks at points between the samples and their baselines.
                 if proves and rows_depend(method.forward_func):
                     raise RowsMeetError
         return result
-
-    def _of(self, rows: Any, kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
-        method = self.attribution_method
-        if self.is_gradient_method:
-            for one in forms.as_tuple(rows):
-                one.requires_grad_()
-        result = method.attribute(rows, **kwargs)
-        if self.is_delta_supported and kwargs.get("return_convergence_delta"):
-            maps, delta = result
-            return maps, delta
-        return result, None
 
 
 def _read_stdevs(stdevs: Any, inputs: Inputs) -> tuple[float, ...]:
@@ -209,13 +198,10 @@ class _NoisyGradients:
 
 @dataclass
 class _Sums:
-    """Sums of maps and of their squares over samples, example by example, and all deltas; in
-    float64, since a variance is the small difference of two means.
-    """
+    """Float64 sums of maps and of their squares over samples, example by example, and deltas."""
 
     dtypes: list[torch.dtype] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    squares: list[Tensor] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
     deltas: list[Tensor] = field(default_factory=list)
     is_tuple: bool = False
 
@@ -224,21 +210,17 @@ class _Sums:
         parts = [one.detach() for one in forms.as_tuple(maps)]
         self.dtypes = [one.dtype for one in parts]
         grouped = [one.double().reshape(-1, samples, *one.shape[1:]) for one in parts]
-        sums = [one.sum(1) for one in grouped]
-        squares = [one.square().sum(1) for one in grouped]
-        if not self.values:
-            self.values, self.squares = sums, squares
-        else:
-            for total, more in zip(self.values + self.squares, sums + squares, strict=True):
-                total += more
+        sums = [of.sum(1) for one in grouped for of in (one, one.square())]
+        pairs = zip(self.sums or map(torch.zeros_like, sums), sums, strict=True)
+        self.sums = [total.add_(more) for total, more in pairs]
         if delta is not None:
             self.deltas.append(delta.detach().view(-1, samples))
 
     def maps(self, nt_type: str, samples: int) -> Inputs:
-        means, squares = [[one / samples for one in some] for some in (self.values, self.squares)]
-        result = means if nt_type == "smoothgrad" else squares
+        means = [one / samples for one in self.sums]
+        result = means[0::2] if nt_type == "smoothgrad" else means[1::2]
         if nt_type == "vargrad":
-            result = [b - a * a for a, b in zip(means, squares, strict=True)]
+            result = [b - a * a for a, b in zip(means[0::2], means[1::2], strict=True)]
         return tuple(one.to(dtype) for one, dtype in zip(result, self.dtypes, strict=True))
 
     def delta(self, chunk: int) -> Tensor:

@@ -1,17 +1,15 @@
-"""Classes that perturb the inputs feature by feature: ablation, occlusion, permutation and Shapley
-values.
+"""Classes that perturb features: ablation, occlusion, permutation and Shapley values.
 
-Where the function is a module's and returns one independent number per row, rows are examples of
-the engine. Elsewhere (a number for the batch, several per row, rows that depend on each other, a
-function without a module) each call of the function has the whole batch once, or
-`perturbations_per_eval` times, each time perturbed differently, and there are no other calls.
+Rows are examples of the engine where the function is a module's and returns one independent number
+per row. Elsewhere each call of the function has the whole batch once, or `perturbations_per_eval`
+times, each time perturbed differently, and there are no other calls.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,31 +30,27 @@ from saliency_fast.captum.attribution import (
     explained_by_rows,
     rows_depend,
 )
-from saliency_fast.captum.forward import read_output, selected
 from saliency_fast.captum.shared_calls import SharedCalls, copies_are_apart, together_or_apart
 from saliency_fast.engine import recipe as engine
 from saliency_fast.engine.features import numbered
 from saliency_fast.engine.independence import TOLERANCE
 from saliency_fast.engine.recipe import Method, Recipe
 from saliency_fast.errors import ContractError, ModelError
-from saliency_fast.methods import ablation, occlusion, shapley
-from saliency_fast.methods.occlusion import read_windows
-from saliency_fast.methods.parts.coalitions import Game, feature_count
+from saliency_fast.methods import coalitions, perturbation
+from saliency_fast.methods.coalitions import Game, feature_count
 from saliency_fast.model.casts import cast
 from saliency_fast.model.layout import Layouts
 from saliency_fast.model.preserve import preserved, random_states, restored_random_state
 
 Values = tuple[Inputs, Tensor | None]
 """Maps per input [N, *], for the N numbers of the function, and by feature [N, F] where known."""
-Batches = Generator[Inputs, Tensor, Values]
-"""A method at work: yields perturbed batches [count, B, *] for one call, and is sent the function's
-numbers [count, N] for each, float64."""
+Answer = Callable[[Inputs], Tensor]
+"""From perturbed batches [count, B, *] of one call to the function's numbers [count, N] of each,
+float64."""
 
 
 class Draws:
-    """Draws from PyTorch's global generator, which the engine puts back after a call: the state in
-    which the method leaves it, and draws by number, which repeat.
-    """
+    """Draws by number, which repeat: the engine restores PyTorch's generator after a call."""
 
     def __init__(self) -> None:
         self.start = self.state = torch.get_rng_state()
@@ -76,9 +70,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class PerturbationPlan:
-    """A method of the engine with its call and its random draws; `finish` makes the result of the
-    maps and of the numbers that the function returns at the inputs.
-    """
+    """A method with its call and draws; `finish` makes the result of the maps and first numbers."""
 
     method: Method
     call: AttributeCall
@@ -101,9 +93,7 @@ class PerturbationPlan:
 
     @torch.no_grad()
     def promised(self) -> Future[Any]:
-        """A future of the result, for a function that returns futures: all its calls are made
-        before any of its futures is waited for.
-        """
+        """A future of the result: all calls are made before any is waited for."""
         call, restored = _without_empty(self.call)
         made: list[_SharedCall] = []
 
@@ -121,7 +111,7 @@ class PerturbationPlan:
         with preserved(call.forward), progress_of(self.method, call) as bar:
             # No call depends on the results of others, for which any number stands.
             first = numbers(forms.copies(tuple(x[None] for x in call.inputs)))
-            _driven(_batches(self.method, call, first), numbers)
+            _by_batches(self.method, call, first, numbers)
         self._leave_draws()
 
         @torch.no_grad()
@@ -130,7 +120,7 @@ class PerturbationPlan:
             first = numbers_of_output(raws[0], call.target)
             pairs = zip(made[1:], raws[1:], strict=True)
             answers = (shared.numbers(first.shape, raw) for shared, raw in pairs)
-            values, _ = _driven(_batches(self.method, call, first), lambda _: next(answers))
+            values, _ = _by_batches(self.method, call, first, lambda _: next(answers))
             return self.finish(restored(values, first), first)
 
         return collect_all([one.raw for one in made]).then(answered)
@@ -141,9 +131,7 @@ class PerturbationPlan:
 
 
 def both_forms(parameters: str, plan: Callable[[Any, Any], PerturbationPlan]) -> tuple[Any, Any]:
-    """`attribute` and `attribute_future` of a class, which have these parameters and the
-    documentation of the method that plans a call.
-    """
+    """`attribute` and `attribute_future` with these parameters, documented as `plan` is."""
 
     def attribute(self: Any, args: Any) -> Any:
         return plan(self, args).attributed()
@@ -172,9 +160,7 @@ def progress_of(method: Method, call: AttributeCall) -> Any:
 
 
 def _without_empty(call: AttributeCall) -> tuple[AttributeCall, Callable[[Inputs, Tensor], Inputs]]:
-    """A call without the inputs that have no elements, which the function still gets, and what adds
-    zeros for them to the maps.
-    """
+    """A call without inputs that have no elements, and what adds their zeros to the maps."""
     full = [number for number, x in enumerate(call.inputs) if x.numel()]
     if len(full) in (0, len(call.inputs)):
         return call, lambda maps, first: maps
@@ -212,7 +198,7 @@ def first_of(call: AttributeCall) -> Tensor:
 
 def numbers_of_output(raw: Any, target: Any) -> Tensor:
     """The numbers that a function returns; raises ModelError where one is NaN or infinite."""
-    result = selected(read_output(raw), target)
+    result = forms.selected(forms.read_output(raw), target)
     finite = result.isfinite()
     if not bool(finite.all()):
         raise ModelError(
@@ -226,9 +212,9 @@ def numbers_of_output(raw: Any, target: Any) -> Tensor:
 def by_rows(
     method: Method, call: AttributeCall, first: Tensor, bar: Any, restart: Callable[[], object]
 ) -> Values | None:
-    """The maps by the engine, where the function is a module's and the numbers `first` that it
-    returns for the inputs are seen to depend each on its own row; None elsewhere. `restart` is
-    called where the method starts over.
+    """The maps by the engine, where the function is a module's and its numbers `first` at the
+    inputs each depend on their own row; None elsewhere. `restart` is called where the method starts
+    over.
     """
     calibrations = calibrations_of(call.forward)
     if not _has_independent_rows(call, first):
@@ -241,9 +227,7 @@ def by_rows(
 
 
 def _has_independent_rows(call: AttributeCall, first: Tensor) -> bool:
-    """Whether rows have alone the numbers that they have among the others, as is assumed of a
-    function that draws.
-    """
+    """Whether rows alone have the numbers that they have among others; assumed where they draw."""
     if call.owner is None or not call.may_be_by_rows:
         return False
     batch, device = len(call.inputs[0]), call.inputs[0].device
@@ -270,9 +254,7 @@ def _has_independent_rows(call: AttributeCall, first: Tensor) -> bool:
 
 
 def _features(call: AttributeCall, recipe: Recipe) -> Inputs:
-    """Numbers of the features from 0, int64 [1, B, *]: without masks, one for each element of a
-    row.
-    """
+    """Numbers of the features from 0, int64 [1, B, *]; without masks each element is one."""
     if not recipe.features:
         return ()
     masks = numbered(None, call.inputs) if call.features is None else call.features
@@ -281,10 +263,8 @@ def _features(call: AttributeCall, recipe: Recipe) -> Inputs:
     return numbered(tuple(one.expand(x.shape)[None] for one, x in pairs), stacked)
 
 
-def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
-    """The rounds of a method, with the batch as one example of N targets; `first` holds the N
-    numbers at the inputs.
-    """
+def _by_batches(method: Method, call: AttributeCall, first: Tensor, answer: Answer) -> Values:
+    """The maps of a method, with the batch as one example of the N targets in `first`."""
     recipe = method.recipe()
     stacked = tuple(x[None] for x in call.inputs)
     starts = tuple(map(torch.zeros_like, stacked))
@@ -293,7 +273,7 @@ def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
         starts = tuple(cast(one, x.dtype, "baselines").expand(x.shape)[None] for one, x in pairs)
     baseline_scores = None
     if recipe.baseline == "one":
-        baseline_scores = yield forms.copies(starts)
+        baseline_scores = answer(forms.copies(starts))
     scores = first.reshape(1, -1).double()
     about = engine.RoundContext(
         *(stacked, starts, scores, baseline_scores, call.at_once, _features(call, recipe)),
@@ -303,7 +283,7 @@ def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
     rounds, result = recipe.rounds(about), None
     while True:
         try:
-            step = next(rounds) if result is None else rounds.send(result)
+            step = rounds.send(result)  # type: ignore[arg-type]
         except StopIteration as over:
             return _values(over.value, call, first)
         result = None
@@ -311,7 +291,7 @@ def _batches(method: Method, call: AttributeCall, first: Tensor) -> Batches:
             parts = [scores.new_zeros((0, scores.shape[1]))]
             for start in range(0, step.example.numel(), call.at_once):
                 rows = slice(start, min(start + call.at_once, step.example.numel()))
-                numbers = yield step.write(step.example[rows], step.node[rows])
+                numbers = answer(step.write(step.example[rows], step.node[rows]))
                 if step.each is None:
                     parts.append(numbers)
                 else:
@@ -331,22 +311,8 @@ def _values(maps: engine.Maps, call: AttributeCall, first: Tensor) -> Values:
     return values, None if extra is None else extra[0]
 
 
-def _driven(batches: Batches, answer: Callable[[Inputs], Tensor]) -> Values:
-    """The values of a method whose perturbed batches are answered one after another."""
-    sent: Any = None
-    while True:
-        try:
-            points = batches.send(sent)
-        except StopIteration as over:
-            result: Values = over.value
-            return result
-        sent = answer(points)
-
-
 class _SharedCall:
-    """A call of the function for perturbed batches [count, B, *], and what it returned. Targets and
-    arguments of B rows go with each batch.
-    """
+    """A call of the function for perturbed batches [count, B, *], and what it returned."""
 
     def __init__(self, call: AttributeCall, points: Inputs) -> None:
         self.call, self.count = call, len(points[0])
@@ -357,9 +323,7 @@ class _SharedCall:
         self.raw = call.forward(*rows, *further)
 
     def numbers(self, single: torch.Size, raw: Any = None) -> Tensor:
-        """The numbers [count, N], where the inputs alone give an output of the shape `single`; raw:
-        what became of a future.
-        """
+        """The numbers [count, N] of `raw`, the result of a future, or of the call."""
         target, batch = self.call.target, len(self.call.inputs[0])
         one = isinstance(target, Tensor) and target.numel() == 1
         if self.count > 1 and not one:
@@ -392,7 +356,7 @@ def _call_by_call(
                 return shared.numbers(points)
             return torch.cat([of(one) for one in zip(*(x[:, None] for x in points), strict=True)])
 
-        return _driven(_batches(method, call, first), answer)
+        return _by_batches(method, call, first, answer)
 
     def rewind() -> None:
         restart()
@@ -425,7 +389,7 @@ class FeatureAblation(PerturbationAttribution):
         returns futures.
         """
         finish = partial(_of_dtype, args.inputs)
-        return PerturbationPlan(ablation.FeatureAblation(), self._call(args), finish)
+        return PerturbationPlan(perturbation.FeatureAblation(), self._call(args), finish)
 
     attribute, attribute_future = both_forms(
         "inputs, baselines=None, target=None, additional_forward_args=None, feature_mask=None, "
@@ -463,22 +427,15 @@ class Occlusion(FeatureAblation):
             values = []
             for one, width, step, x in zip(maps, window, stride, parts, strict=True):
                 # Captum's sums become float32 before they are divided by the number of windows.
-                count = _windows_at(width, step, x).to(x.device)
+                shape = tuple(x.shape[1:])
+                grid = perturbation.Grid.of(shape or (1,), width or (1,), step or (1,))
+                count = grid.covering(shape or (1,)).view(shape).to(x.device)
                 values.append((one.double() * count).to(first.dtype).float() / count.float())
             return forms.like_inputs(args.inputs, tuple(values))
 
         return PerturbationPlan(_Occluded(window, stride), call, finish).attributed()
 
     attribute_future = Attribution.attribute_future
-
-
-def _windows_at(window: tuple[int, ...], stride: tuple[int, ...], x: Tensor) -> Tensor:
-    """How many windows cover each element after the batch axis, float64; 1 where there is none
-    after it.
-    """
-    shape = torch.Size((1, *x.shape[1:])) if window else torch.Size((1, 1))
-    (grid,) = read_windows((window or (1,),), (stride or (1,),), Layouts([tuple(shape)]))
-    return grid.covering(tuple(shape[1:])).view(x.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -491,14 +448,14 @@ class _Occluded:
 
     def recipe(self) -> Recipe:
         def rounds(context: engine.RoundContext) -> engine.Rounds:
-            return occlusion.occlusion_rounds(context, self._method(context.inputs))
+            return perturbation.occlusion_rounds(context, self._method(context.inputs))
 
         def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
             return self._method(inputs).points(inputs, features, layouts)
 
         return engine.RoundsRecipe(rounds, points, baseline="fill", gradients=False)
 
-    def _method(self, inputs: Inputs) -> occlusion.Occlusion:
+    def _method(self, inputs: Inputs) -> perturbation.Occlusion:
         window, stride = [], []
         for x, width, step in zip(inputs, self.window, self.stride, strict=True):
             # A column that stands for [B] has a window of one; a batch in one example is hidden as
@@ -506,7 +463,7 @@ class _Occluded:
             before = tuple(x.shape[1 : x.dim() - len(width)])
             window.append((*before, *width))
             stride.append((*before, *step))
-        return occlusion.Occlusion(tuple(window), tuple(stride))
+        return perturbation.Occlusion(tuple(window), tuple(stride))
 
 
 def _permute_feature(x: Tensor, feature_mask: Tensor) -> Tensor:
@@ -580,9 +537,8 @@ class FeaturePermutation(FeatureAblation):
 
 @dataclass(frozen=True, eq=False)
 class _Permuted:
-    """Features permuted by a function of the batch, as a method of the engine. together: features
-    whose permutations are drawn one input after another, as Captum does. few: features of tensors
-    with too few rows, which are left out.
+    """Features permuted by a function of the batch. together: features whose permutations are drawn
+    one input after another, as in Captum. few: features of too few rows, which are left out.
     """
 
     permute: Callable[[Tensor, Tensor], Tensor]
@@ -620,9 +576,7 @@ class _Permuted:
         return game.maps(values, None, sums=False)
 
     def _permuted(self, game: Game, features: list[int]) -> Callable[[int], Inputs]:
-        """A function that returns the inputs with a feature permuted: groups of features draw in
-        Captum's order, and the same where a group draws again.
-        """
+        """A function that permutes one feature; groups draw in Captum's order, once."""
         groups, states, kept = list[list[int]](), list[Tensor](), dict[int, Inputs]()
         for feature in features:
             if not groups or feature >= groups[-1][0] + self.together:
@@ -731,7 +685,7 @@ class ShapleyValues(ShapleyValueSampling):
                 "Sampling instead.",
                 stacklevel=6,
             )
-        return shapley.ShapleyValues()
+        return coalitions.ShapleyValues()
 
 
 @dataclass(frozen=True)
@@ -761,4 +715,4 @@ class _RandomOrders:
             ranks: Tensor = position.argsort(dim=1).argsort(dim=1)[None].to(game.device)
             return ranks
 
-        return shapley.permutation_rounds(game, self.orders, order_ranks, 1)
+        return coalitions.permutation_rounds(game, self.orders, order_ranks, 1)

@@ -1,11 +1,9 @@
-"""Calls of the user's function that several copies of the batch share, and the proof that copies do
-not change each other's results; also for classes that only Captum has.
+"""Calls of the user's function that copies of the batch share, and the proof that copies are apart.
 
-A copy is the batch at one step of a path, with one sample of noise or with one perturbation. The
-proof is the engine's (`engine/independence.py`): a copy alone must have the numbers that it has in
-the shared call, and among extreme copies. Examples of one batch may depend on each other, as they
-do in Captum. Captum's own classes call the model as they do there; where copies of the batch are
-seen to depend on each other, each has a call of its own.
+A copy is the batch at one step of a path, with one sample of noise or with one perturbation. A copy
+alone must have the numbers that it has in the shared call, and among extreme copies (the proof of
+`engine/independence.py`); else each copy has a call of its own, also of classes that only Captum
+has. Examples of one batch may depend on each other, as they do in Captum.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ from saliency_fast._torch_compat import tree_map
 from saliency_fast._types import Inputs
 from saliency_fast.captum import forms
 from saliency_fast.captum.attribution import rows_depend
-from saliency_fast.captum.forward import read_output
 from saliency_fast.engine.independence import Row, RowsMeetError, provoked, scores_agree
 from saliency_fast.errors import ContractError
 from saliency_fast.graph.passes.half import FLOAT32
@@ -42,9 +39,7 @@ Result = TypeVar("Result")
 
 
 class SharedCalls:
-    """Calls of a function `of` for several copies of the batch: from copies [count, B, *], a tensor
-    for each input, to numbers [count, N]. `independent` says that no proof is needed.
-    """
+    """Calls of `of`, from copies [count, B, *] to numbers [count, N]; independent: unproved."""
 
     # The engine's proof reads these of the function that it calls.
     precision = FLOAT32
@@ -67,9 +62,8 @@ class SharedCalls:
         return results
 
     def _prove(self, points: Inputs, results: Tensor) -> None:
-        """Compares some of the copies with the same copies alone. A function may branch on the
-        number of rows, so that each size has a proof of its own; in later calls of that size one
-        copy is compared, since no recording shows what the function does.
+        """Compares some copies with the same copies alone: more of each new size, since a function
+        may branch on it, and one in later calls.
         """
         count, numbers = len(results), results.detach().double().nan_to_num()
         # Numbers far from the others: those of a saturated function prove nothing.
@@ -119,9 +113,8 @@ def samples_at_once(inputs: Inputs, samples: int) -> int:
 def together_or_apart(
     run: Callable[[bool], Result], rewind: Callable[[], object], *, apart: bool
 ) -> Result:
-    """The result of `run(False)`, whose copies share calls; of `run(True)`, whose copies have calls
-    of their own, where `apart` says so or copies are seen to depend on each other. `rewind` puts
-    draws back before the second run: all that shared a call before may be wrong.
+    """`run(False)`, whose copies share calls; or, after `rewind`, `run(True)`, whose copies are
+    apart, where `apart` says so or copies are seen to depend on each other.
     """
     if not apart:
         with suppress(RowsMeetError):
@@ -141,7 +134,9 @@ def calls_of(forward: Callable[..., Any], further: Any, *layers: Any) -> SharedC
             seen.extend(one.clone() for one in tensors_at(value) if one.is_floating_point())
 
         with torch.no_grad(), preserved(forward), hooked(layers, keep):
-            output = read_output(forward(*rows, *forms.arguments_of(further, forms.tiled, count)))
+            output = forms.read_output(
+                forward(*rows, *forms.arguments_of(further, forms.tiled, count))
+            )
         if not output.dim() or len(output) % count:
             raise ContractError("outputs do not grow with the batch; pass one batch a call")
         # Tensors without a row for each row of the inputs are in no known order.
@@ -152,9 +147,7 @@ def calls_of(forward: Callable[..., Any], further: Any, *layers: Any) -> SharedC
 
 
 def copies_are_apart(forward: Callable[..., Any]) -> bool:
-    """Whether a function calls the model for each copy: Captum's DataLoaderAttribution does, and
-    each of its calls is a pass through the data.
-    """
+    """Whether a function calls the model for each copy, as Captum's DataLoaderAttribution does."""
     while isinstance(forward, partial):
         forward = forward.func
     kinds = type(getattr(forward, "__self__", None)).__mro__
@@ -163,9 +156,7 @@ def copies_are_apart(forward: Callable[..., Any]) -> bool:
 
 
 def rewind_draws(device: torch.device) -> Callable[[], None]:
-    """A function that puts the global generators of PyTorch, NumPy and Python back to where they
-    are now.
-    """
+    """Returns a function that restores the generators of PyTorch, NumPy and Python."""
     states = random_states(device)
     numpy_state, python_state = np.random.get_state(), random.getstate()
 
@@ -184,9 +175,7 @@ SAMPLED = ("LayerGradientShap", "NeuronGradientShap")
 
 @functools.cache
 def kept_apart(theirs: Any) -> Any:
-    """A subclass of one of Captum's classes whose calls several copies of a batch share; any other
-    name of Captum's as it is.
-    """
+    """A child of a Captum class with copies apart where they must be; other names as they are."""
     if getattr(theirs, "__name__", "") not in (*STEPS, *PERTURBED, *SAMPLED):
         return theirs
     signature = inspect.signature(theirs.attribute)

@@ -1,7 +1,6 @@
 """Pictures of attributions, under Captum's names and arguments, with what Captum draws.
 
-Captum 0.9 draws time series only with matplotlib before 3.9, on pyplot's current figure, and writes
-words into HTML unescaped.
+Captum 0.9 draws no time series with matplotlib 3.9 or later, and writes words unescaped.
 """
 
 from __future__ import annotations
@@ -90,8 +89,7 @@ def visualize_image_attr(
         (8, 8)
     """
     attr = _picture(attr, "attr")
-    _check_name(ImageVisualizationMethod, method, "Method")
-    _check_name(VisualizeSign, sign, "Sign")
+    _check_names(ImageVisualizationMethod, method, sign)
     if original_image is None and method != "heat_map":
         raise ContractError(
             "Original Image must be provided for any visualization other than heatmap: got None "
@@ -243,8 +241,7 @@ def visualize_timeseries_attr(
             "verify input format",
             stacklevel=2,
         )
-    _check_name(TimeseriesVisualizationMethod, method, "Method")
-    _check_name(VisualizeSign, sign, "Sign")
+    _check_names(TimeseriesVisualizationMethod, method, sign)
     x = np.arange(length) if x_values is None else x_values
     if len(x) != length:
         raise ContractError(
@@ -276,47 +273,35 @@ def _draw_series(
     axes: list[Any], method: str, x: Array, rows: Any, colours: Any, opacity: float, line: Any
 ) -> None:
     """Draws rows of (data, label, attributions) over x, all on the only axes or each on its own."""
+    from matplotlib import colormaps
+    from matplotlib.collections import LineCollection
+
     combined = method == "overlay_combined"
     if combined:
-        from matplotlib import colormaps
-
         dark: Any = colormaps["Dark2"]
         axes[0].set_prop_cycle(color=dark.colors)
     for number, (values, label, scaled) in enumerate(zip(*rows, strict=True)):
         own = axes[0 if combined else number]
         if method == "colored_graph":
-            _draw_coloured(own, x, values, scaled, colours, line)
+            # Each segment of the line in the colour of the step it starts from.
+            points = np.stack([x, values], axis=1)
+            segments = list(np.stack([points[:-1], points[1:]], axis=1))
+            lines = LineCollection(segments, cmap=colours.cmap, norm=colours.norm, **line)
+            lines.set_array(scaled)
+            own.add_collection(lines)
+            own.set_ylim(1.2 * values.min(), 1.2 * values.max())
         else:
             own.plot(x, values, **({"label": label} if combined else {}), **line)
         if method == "overlay_individual" or (combined and number == 0):
-            _draw_bands(own, x, colours.to_rgba(scaled), opacity)
+            half = (x[1] - x[0]) / 2.0
+            for middle, colour in zip(x, colours.to_rgba(scaled), strict=True):
+                own.axvspan(middle - half, middle + half, facecolor=colour, alpha=opacity)
         if label is not None and not combined:
             own.set_ylabel(label)
     if combined:
         axes[0].legend(loc="best")
     for one in axes:
         one.set_xlim(x[0], x[-1])
-
-
-def _draw_bands(axes: Axes, x: Array, colours: Array, opacity: float) -> None:
-    """One coloured band for each step."""
-    half = (x[1] - x[0]) / 2.0
-    for middle, colour in zip(x, colours, strict=True):
-        axes.axvspan(middle - half, middle + half, facecolor=colour, alpha=opacity)
-
-
-def _draw_coloured(
-    axes: Axes, x: Array, values: Array, scaled: Array, colours: Any, line: Any
-) -> None:
-    """The line itself, each segment in the colour of the step it starts from."""
-    from matplotlib.collections import LineCollection
-
-    points = np.stack([x, values], axis=1)
-    segments = list(np.stack([points[:-1], points[1:]], axis=1))
-    lines = LineCollection(segments, cmap=colours.cmap, norm=colours.norm, **line)
-    lines.set_array(scaled)
-    axes.add_collection(lines)
-    axes.set_ylim(1.2 * values.min(), 1.2 * values.max())
 
 
 def draw_mask_border(
@@ -379,9 +364,7 @@ def _array(value: Any) -> Array:
 
 
 def _picture(value: Any, name: str) -> Array:
-    """An array [H, W] or [H, W, C] as it is; a tensor of these axes, [C, H, W] or [1, C, H, W] as
-    such an array. Raises InputError for other axes, or where sizes do not tell which they are.
-    """
+    """A picture as an array [H, W] or [H, W, C]; InputError where its axes cannot be told."""
     result = _array(value)
     shape, is_tensor = list(result.shape), isinstance(value, torch.Tensor)
     if is_tensor and result.ndim == 4 and len(result) == 1:
@@ -440,12 +423,13 @@ def _mappable(sign: str, cmap: str | Colormap | None) -> Any:
     return ScalarMappable(Normalize(low, 1), own if cmap is None else cmap)
 
 
-def _check_name(kind: type[Enum], name: str, argument: str) -> None:
-    if name not in kind.__members__:
-        raise ChoiceError(
-            f"Visualize {argument} type is not valid: got {name!r}, expected one of "
-            f"{', '.join(kind.__members__)}"
-        )
+def _check_names(methods: type[Enum], method: str, sign: str) -> None:
+    for what, kind, name in (("Method", methods, method), ("Sign", VisualizeSign, sign)):
+        if name not in kind.__members__:
+            raise ChoiceError(
+                f"Visualize {what} type is not valid: got {name!r}, expected one of "
+                f"{', '.join(kind.__members__)}"
+            )
 
 
 def _new_figure(use_pyplot: bool, size: tuple[int, int], **panels: Any) -> tuple[Figure, Any]:

@@ -18,60 +18,41 @@ from saliency_fast.engine.recipe import Method
 from saliency_fast.errors import InputError, InputTypeError
 
 if TYPE_CHECKING:
-    from saliency_fast.methods.ablation import *
     from saliency_fast.methods.attention import *
     from saliency_fast.methods.cam import *
+    from saliency_fast.methods.coalitions import *
     from saliency_fast.methods.gradient import *
     from saliency_fast.methods.hessian import *
-    from saliency_fast.methods.occlusion import *
     from saliency_fast.methods.paths import *
-    from saliency_fast.methods.rise import *
+    from saliency_fast.methods.perturbation import *
     from saliency_fast.methods.sampling import *
-    from saliency_fast.methods.shapley import *
-    from saliency_fast.methods.surrogates import *
     from saliency_fast.methods.temporal import *
 
-_LOCATIONS = {
-    "gradient": ("gradient", "Gradient"),
-    "input_x_gradient": ("gradient", "InputXGradient"),
-    "integrated_gradients": ("paths", "IntegratedGradients"),
-    "smoothgrad": ("sampling", "SmoothGrad"),
-    "smoothgrad_squared": ("sampling", "SmoothGradSquared"),
-    "vargrad": ("sampling", "VarGrad"),
-    "expected_gradients": ("sampling", "ExpectedGradients"),
-    "gradient_shap": ("sampling", "GradientShap"),
-    "blur_ig": ("paths", "BlurIG"),
-    "guided_ig": ("paths", "GuidedIG"),
-    "idgi": ("paths", "IDGI"),
-    "conductance": ("paths", "Conductance"),
-    "hessian_vector_product": ("hessian", "HessianVectorProduct"),
-    "integrated_hessians": ("hessian", "IntegratedHessians"),
-    "temporal_rescaling": ("temporal", "TemporalRescaling"),
-    "occlusion": ("occlusion", "Occlusion"),
-    "feature_ablation": ("ablation", "FeatureAblation"),
-    "feature_permutation": ("ablation", "FeaturePermutation"),
-    "rise": ("rise", "Rise"),
-    "lime": ("surrogates", "Lime"),
-    "kernel_shap": ("surrogates", "KernelShap"),
-    "shapley_sampling": ("shapley", "ShapleySampling"),
-    "shapley_values": ("shapley", "ShapleyValues"),
-    "guided_backprop": ("gradient", "GuidedBackprop"),
-    "deconvolution": ("gradient", "Deconvolution"),
-    "deeplift": ("gradient", "DeepLift"),
-    "lrp": ("gradient", "LRP"),
-    "attention_weights": ("attention", "AttentionWeights"),
-    "attention_rollout": ("attention", "AttentionRollout"),
-    "gradient_attention": ("attention", "GradientAttention"),
-    "grad_cam": ("cam", "GradCAM"),
-    "grad_cam_plus_plus": ("cam", "GradCAMPlusPlus"),
-    "xgrad_cam": ("cam", "XGradCAM"),
-    "layer_cam": ("cam", "LayerCAM"),
-    "hires_cam": ("cam", "HiResCAM"),
-    "eigen_cam": ("cam", "EigenCAM"),
-    "score_cam": ("cam", "ScoreCAM"),
-    "guided_grad_cam": ("cam", "GuidedGradCAM"),
+_MODULES = {
+    "gradient": "gradient=Gradient input_x_gradient=InputXGradient guided_backprop=GuidedBackprop "
+    "deconvolution=Deconvolution deeplift=DeepLift lrp=LRP",
+    "paths": "integrated_gradients=IntegratedGradients blur_ig=BlurIG guided_ig=GuidedIG "
+    "idgi=IDGI conductance=Conductance",
+    "sampling": "smoothgrad=SmoothGrad smoothgrad_squared=SmoothGradSquared vargrad=VarGrad "
+    "expected_gradients=ExpectedGradients gradient_shap=GradientShap",
+    "hessian": "hessian_vector_product=HessianVectorProduct integrated_hessians=IntegratedHessians",
+    "temporal": "temporal_rescaling=TemporalRescaling",
+    "perturbation": "occlusion=Occlusion feature_ablation=FeatureAblation "
+    "feature_permutation=FeaturePermutation rise=Rise",
+    "coalitions": "lime=Lime kernel_shap=KernelShap shapley_sampling=ShapleySampling "
+    "shapley_values=ShapleyValues",
+    "attention": "attention_weights=AttentionWeights attention_rollout=AttentionRollout "
+    "gradient_attention=GradientAttention",
+    "cam": "grad_cam=GradCAM grad_cam_plus_plus=GradCAMPlusPlus xgrad_cam=XGradCAM "
+    "layer_cam=LayerCAM hires_cam=HiResCAM eigen_cam=EigenCAM score_cam=ScoreCAM "
+    "guided_grad_cam=GuidedGradCAM",
 }
-"""The module and the class of each method by name: a module is imported when it is first used."""
+"""The methods of each module by name, and their classes: it is imported when one is first used."""
+_LOCATIONS = {
+    name: (module, kind)
+    for module, pairs in _MODULES.items()
+    for name, kind in (pair.split("=") for pair in pairs.split())
+}
 
 
 class _Methods(Mapping[str, "type[Any]"]):

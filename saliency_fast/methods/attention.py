@@ -72,9 +72,7 @@ def wide(layers: Sequence[Tensor]) -> list[Tensor]:
 
 
 def is_causal(heads: Tensor, real: Tensor | None = None) -> bool:
-    """Whether tokens attend only to themselves and earlier ones. Padding, where `real` bool [R, T]
-    is False, may attend to anything.
-    """
+    """Whether tokens, other than padding by `real` [R, T], attend to none after themselves."""
     if real is not None:
         heads = heads.masked_fill(~(real[:, None, :, None] & real[:, None, None, :]), 0.0)
     return heads.shape[2] > 1 and not bool(heads.triu(1).any())

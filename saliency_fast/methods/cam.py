@@ -312,9 +312,7 @@ class Canvas:
     """For each layer, whether any of its gradients was not zero."""
 
     def round(self, weights: Weights, *, gradients: bool) -> Round:
-        """A round at the inputs that draws the maps of all layers. Without gradients, `weights`
-        gets activations in their place.
-        """
+        """A round at the inputs that draws all maps; without gradients from activations alone."""
 
         def each(rows: slice, result: RoundResult) -> None:
             for number, output in enumerate(self.of_layers(result)):
@@ -398,22 +396,17 @@ class Canvas:
 
     def values(self) -> Inputs:
         """The maps at the size of each input, averaged over layers."""
-        return tuple(self._of_input(number) for number in range(len(self.context.inputs)))
-
-    def _of_input(self, number: int) -> Tensor:
-        layouts = [several[number] for several in self.layouts]
-        resized = [
-            resize(one.flatten(0, 1), layout.size)
-            for one, layout in zip(self.maps, layouts, strict=True)
-        ]
-        if len(resized) > 1:
-            resized = [torch.stack([_to_peak(one) for one in resized]).mean(0)]
-        return resized[0].view(*self.context.scores.shape, *layouts[0].shape)
+        values = []
+        for layouts in zip(*self.layouts, strict=True):
+            pairs = zip(self.maps, layouts, strict=True)
+            resized = [resize(one.flatten(0, 1), layout.size) for one, layout in pairs]
+            if len(resized) > 1:
+                resized = [torch.stack([_to_peak(one) for one in resized]).mean(0)]
+            values.append(resized[0].view(*self.context.scores.shape, *layouts[0].shape))
+        return tuple(values)
 
     def need_gradients(self) -> None:
-        """Warns of layers that the scores do not depend on, and of maps without evidence for the
-        target.
-        """
+        """Warns of layers that scores do not depend on, and of maps without evidence."""
         for number, nonzero in self.nonzero.items():
             name = kind_of(self.context.layers[number])
             if not nonzero:

@@ -11,8 +11,8 @@ from saliency_fast import ops
 from saliency_fast._types import Inputs
 from saliency_fast.engine.recipe import Maps, Round, RoundContext, RoundResult, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError, ModelError, warn
+from saliency_fast.methods.coalitions import features_of
 from saliency_fast.methods.parts import checks
-from saliency_fast.methods.parts.coalitions import features_of
 from saliency_fast.methods.parts.maps import (
     accumulators,
     at_inputs,
@@ -23,7 +23,6 @@ from saliency_fast.methods.parts.maps import (
 )
 from saliency_fast.methods.parts.quadrature import gauss_logarithm
 from saliency_fast.model.function import Project
-from saliency_fast.rules.intercept import Rules
 from saliency_fast.rules.rectifiers import Softplus
 
 MOST_REGIONS = 256
@@ -57,7 +56,7 @@ class HessianVectorProduct:
         checks.fields(self, softplus=checks.optional(checks.positive))
 
     def recipe(self) -> RoundsRecipe:
-        rules = _smooth(self.softplus)
+        rules = None if self.softplus is None else Softplus(float(self.softplus))
         return RoundsRecipe(self._rounds, 1, baseline="fill", rules=rules, second=True)
 
     def _rounds(self, context: RoundContext) -> Rounds:
@@ -108,7 +107,7 @@ class IntegratedHessians:
         checks.fields(self, softplus=checks.optional(checks.positive))
 
     def recipe(self) -> RoundsRecipe:
-        rules = _smooth(self.softplus)
+        rules = None if self.softplus is None else Softplus(float(self.softplus))
         return RoundsRecipe(
             self._rounds, self.steps, rules=rules, baseline="one", second=True, features=True
         )
@@ -155,9 +154,7 @@ class IntegratedHessians:
 
 
 def _need_explained(context: RoundContext, sums: Tensor) -> None:
-    """Raises where interactions are zero and first-order terms do not explain the gain, as they do
-    for linear models.
-    """
+    """Raises where interactions are zero and first-order terms do not explain the gain."""
     assert context.baseline_scores is not None
     gain = context.scores - context.baseline_scores
     gap = float((sums - gain).abs().max() / gain.abs().max().clamp_min(1e-30))
@@ -178,7 +175,3 @@ def _region_sums(context: RoundContext, features: Inputs, count: int) -> Project
         return sums
 
     return project
-
-
-def _smooth(softplus: float | None) -> Rules | None:
-    return None if softplus is None else Softplus(float(softplus))

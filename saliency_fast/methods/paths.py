@@ -305,9 +305,7 @@ class _BatchFirst(LayerTaps):
     _checked: list[bool] = field(default_factory=list, compare=False)
 
     def prepare(self, run: Callable[[Inputs], Any], rows: Inputs) -> None:
-        """Raises InputError where one row alone has another first axis. A launch of as many rows as
-        there are steps may hide it.
-        """
+        """Raises InputError where one row alone, unlike a whole launch, has another first axis."""
         if self._checked:
             return
         with torch.no_grad(), restored_random_state(lambda: True, rows[0].device):
@@ -320,9 +318,7 @@ class _BatchFirst(LayerTaps):
 
 
 class _StraightPath:
-    """Points at `alphas` on straight lines, example after example, and pairs of neighbours. A
-    launch may end anywhere: its last point is kept for the first pair of the next launch.
-    """
+    """Points at `alphas` on straight lines, and pairs of neighbours, also across launches."""
 
     def __init__(self, context: RoundContext, alphas: Sequence[float]) -> None:
         x = context.inputs[0]

@@ -291,9 +291,7 @@ def _smooth_rounds(context: RoundContext, noise: Noise, samples: int) -> Rounds:
 def _variance_rounds(
     context: RoundContext, noise: Noise, samples: int, confidence: float
 ) -> Rounds:
-    """Variances of gradients, with intervals by the jackknife over groups (Miller, 1974) of their
-    logarithms, the scale on which a variance is closest to normal.
-    """
+    """Variances of gradients, with intervals by the jackknife (Miller, 1974) of logarithms."""
     values, errors, lows, highs = [], [], [], []
     for means, squares, size in (yield from _groups(context, noise, samples, moments=True)):
         count = len(size)

@@ -105,9 +105,7 @@ class TemporalRescaling:
 
 
 class _Series:
-    """Maps of copies of a series in which a step, or one feature of it, is masked. x, baseline: [B,
-    T, F], whatever the axis of time in the call.
-    """
+    """Maps of a series [B, T, F] in which a step, or one feature of it, is masked."""
 
     def __init__(self, context: RoundContext, base: WeightedSum, axis: int) -> None:
         self.context, self.base, self.axis = context, base, axis

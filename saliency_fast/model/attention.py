@@ -363,10 +363,7 @@ def _blotted(x: Tensor, axes: Sequence[int]) -> Tensor:
 def _is_among(
     x: Tensor, before: Tensor, after: Sequence[tuple[int | None, Tensor]], special: int
 ) -> bool:
-    """Whether a layer's queries and keys are the tokens of x [1, *].
-
-    before: its logits [1, heads, T, T] or [heads, T, T]; after: those of each variation.
-    """
+    """Whether a layer's queries and keys are the tokens of x [1, *], by logits [*, heads, T, T]."""
     tokens = before.shape[-1]
     if before.shape[-2] != tokens:
         return False
@@ -390,9 +387,8 @@ def _changed(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _each_its_own(changes: Sequence[tuple[int, Tensor]], is_open: Tensor, offset: int) -> bool:
-    """Whether every changed token changed its own queries and its own keys, and not all of them;
-    also those of neighbours, where convolutions mix these before the attention. is_open: bool
-    [T, T], which logits are not masked: masked ones never change.
+    """Whether every changed token changed its own queries and keys (and those of neighbours, where
+    convolutions mix them), and not all. is_open: bool [T, T], which logits are not masked.
     """
     queries = keys = False
     for token, changed in changes:

@@ -9,9 +9,8 @@ from saliency_fast.errors import InputError, InputTypeError
 
 
 def cast(value: Tensor, dtype: torch.dtype, what: str, cure: str = "") -> Tensor:
-    """`value` in `dtype`, with the same numbers: floating point numbers may be rounded to narrower
-    ones, and finite ones must stay finite. Raises InputError where a number would
-    change otherwise, with the name `what`, and InputTypeError for complex numbers.
+    """`value` in `dtype` with the same numbers, floating point ones rounded. Raises InputError
+    where another number would change, and InputTypeError for complex numbers.
     """
     if value.dtype == dtype:
         return value

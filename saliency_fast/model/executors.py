@@ -166,10 +166,7 @@ class RecordingExecutor:
 
 @dataclass(frozen=True)
 class VmapExecutor:
-    """The model as it is for each row alone, all at once by `torch.func.vmap`: rows cannot mix.
-
-    owned: the further arguments, by number or name, that come with a row for each point.
-    """
+    """The model for each row alone, by vmap. owned: further arguments with a row for each point."""
 
     model: Callable[..., Any]
     owned: frozenset[int | str]
@@ -203,9 +200,7 @@ class VmapExecutor:
 
 @dataclass(frozen=True)
 class WithoutVmapTensors:
-    """A model for `torch.func.vmap` whose modules keep no tensor of vmap's, which nothing can read
-    afterwards: what the model kept before the call comes back in its place.
-    """
+    """A model for `torch.func.vmap` that keeps none of its tensors, but what it kept before."""
 
     model: Callable[..., Any]
 
@@ -249,9 +244,7 @@ def _holds_vmapped(value: Any) -> bool:
 
 
 class Differentiable(Calls):
-    """Inside its `with`, recurrent layers run as in training without dropout: the same numbers, and
-    cuDNN saves the tensors of the backward pass. No flag of the model or of cuDNN changes.
-    """
+    """Runs recurrent layers as in training without dropout: cuDNN keeps what gradients need."""
 
     def call(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         if func in LAYERS and torch.is_grad_enabled():

@@ -49,9 +49,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def warn_of_kernel(error: BaseException) -> None:
-    """Warns where a kernel failed, in a call that goes on without it: only slower, so that nobody
-    would see it.
-    """
+    """Warns where a kernel failed in a call that goes on without it, slower."""
     causes: list[BaseException] = [error]
     while (cause := causes[-1].__cause__) is not None and cause not in causes:
         causes.append(cause)
@@ -69,16 +67,9 @@ def _on_device(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) or "triton" in modules
 
 
-def overwrites_saved(error: BaseException) -> bool:
-    """Whether a backward pass failed because the model had overwritten a saved tensor."""
-    return ErrorText.OVERWRITTEN.of(error)
-
-
 @dataclass
 class Failing:
-    """Turns exceptions of the model inside of the `with`, called with `rows` rows made of `batch`
-    examples, into `ModelCallError`, but for errors of this library and of allocators.
-    """
+    """Turns exceptions inside, but for ours and of allocators, into `ModelCallError`."""
 
     stage: str
     rows: int

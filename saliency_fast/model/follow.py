@@ -1,6 +1,4 @@
-"""Follows the elements of inputs, each with its coordinates, through the calls of a model, to infer
-layouts (the kind of the first layer shows which axis holds channels) and where layers' outputs lie.
-"""
+"""Follows the elements of inputs through a model, to infer layouts and where layers lie in them."""
 
 from __future__ import annotations
 
@@ -123,9 +121,7 @@ def order_of(tensor: Coordinates, space: Sequence[int], places: Sequence[int]) -
 
 @dataclass(frozen=True)
 class Inside:
-    """Where the elements of layers' outputs, or inputs, lie in the model's inputs: of the first
-    tensor of each layer, for each input, and of all tensors [R, T, C] by T.
-    """
+    """Where layers' first tensors lie in each input, and all tensors [R, T, C], by T."""
 
     layers: tuple[tuple[Coordinates | None, ...], ...] = ()
     tokens: Mapping[int, Sequence[Coordinates]] = field(default_factory=dict)
@@ -147,9 +143,7 @@ _CACHED: WeakKeyDictionary[Any, dict[Any, tuple[str | None, ...]]] = WeakKeyDict
 
 
 def infer_layouts(model: Function, inputs: Sequence[Tensor], run: Run) -> tuple[str | None, ...]:
-    """The letters of each input [1, *] of a model, None where no layer shows them; cached. `run`
-    takes them through the model, which is stopped where all layouts are found.
-    """
+    """The letters of each input [1, *], None where no layer shows them; `run` may be stopped."""
     key = tuple((tuple(x.shape[1:]), x.dtype) for x in inputs)
     cached = _CACHED.setdefault(model, {}) if isinstance(model, nn.Module) else {}
     mode, failed = _TrackCoordinates(inputs), True
@@ -433,9 +427,7 @@ def _by_convolution(
 
 
 def _by_attention(own: Coordinates, tokens: int, shape: tuple[int, ...]) -> int | bool:
-    """By attention over tokens: the axis that is mixed into their vectors. An input [B, a, b] whose
-    model brings its axes into another order first may attend to its channels, which shows nothing.
-    """
+    """By attention over tokens: the axis that is mixed into their vectors, if it comes last."""
     over = own.along(tokens)
     axes = (own.mixed | own.along(-1)) - over - {0}
     if len(axes) != 1 or not over - {0}:

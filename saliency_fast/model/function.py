@@ -1,12 +1,10 @@
-"""The model as a function from points to scores and gradients: those at the inputs or at layers
-inside of the model, or second derivatives.
-"""
+"""The model as a function from points to scores and their first or second derivatives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -26,7 +24,7 @@ from saliency_fast.graph.passes.half import FLOAT32, Precision, arithmetic
 from saliency_fast.graph.program import in_layout, tensors_among
 from saliency_fast.model.attention import probabilities
 from saliency_fast.model.executors import Executor
-from saliency_fast.model.failures import BACKWARD, FORWARD, Failing, overwrites_saved
+from saliency_fast.model.failures import BACKWARD, FORWARD, Failing
 from saliency_fast.model.layers import Taps
 from saliency_fast.model.targets import Targets, read_of, tolerance
 
@@ -204,7 +202,7 @@ class PointFunction:
         try:
             return call()
         except ModelCallError as error:
-            if self.overwrites or not overwrites_saved(error):
+            if self.overwrites or not ErrorText.OVERWRITTEN.of(error):
                 raise
         self.overwrites = True
         return call()
@@ -276,7 +274,7 @@ class TappedFunction(PointFunction):
     @classmethod
     def of(cls, function: PointFunction, taps: Taps, *, backward: bool = True) -> TappedFunction:
         """`function` with taps."""
-        return cls(**_fields(function), taps=taps, backward=backward)
+        return cls(**vars(function), taps=taps, backward=backward)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         taps, given, tapped = self.taps, list(self.as_model_inputs(points)), list[Tensor]()
@@ -321,7 +319,7 @@ class Directional(PointFunction):
     @classmethod
     def of(cls, function: PointFunction, project: Project) -> Directional:
         """`function`, whose executor must leave all calls to autograd."""
-        return cls(**_fields(function), project=project)
+        return cls(**vars(function), project=project)
 
     def _gradients(self, points: Inputs, example: Tensor) -> ScoresAndGradients:
         points = self.as_model_inputs(points)
@@ -383,10 +381,6 @@ class _TwiceDifferentiable(Calls):
         return functional.dropout(weights, drop) @ value
 
 
-def _fields(function: PointFunction) -> dict[str, Any]:
-    return {one.name: getattr(function, one.name) for one in fields(function)}
-
-
 Like = tuple[torch.Size, torch.dtype, torch.device]
 
 
@@ -425,10 +419,7 @@ def _check_seen(
 
 @dataclass
 class Pack:
-    """The targets of a launch whose rows belong to several functions: each reads its own rows.
-
-    errors: exceptions by the number of their function, whose rows have scores 0.
-    """
+    """The targets of a launch of several functions. errors: by number, with scores of 0."""
 
     functions: Sequence[PointFunction]
     items: Sequence[Tensor]

@@ -69,10 +69,7 @@ def kind_of(layer: Layer) -> str:
 
 
 def find_layers(model: object, at: At) -> tuple[Layer, ...]:
-    """The layers that `at` names, in its order; raises InputError with near names.
-
-    "name:2" is the third call of a layer that runs several times.
-    """
+    """The layers that `at` names, such as "name:2", the third call of one; or an InputError."""
     parts = list(at) if isinstance(at, (tuple, list)) else [at]
     if not parts:
         raise InputError("at is empty: expected a layer, its name, or several of these")
@@ -135,9 +132,8 @@ def _find(model: nn.Module, at: object) -> Layer:
 
 
 def channel_axis(layer: nn.Module, shape: tuple[int, ...], default: int = 1) -> int:
-    """1 or -1: the axis of a layer's output [R, ...] that holds its channels, by the layer's last
-    part that has an attribute with its number of features. Convolutions and batch norms have them
-    on axis 1 where both axes fit.
+    """1 or -1: the axis of channels in a layer's output [R, ...], by the number of features of its
+    last part that has one; 1 of convolutions and batch norms where both fit.
     """
 
     def number(part: nn.Module, names: str) -> int | None:
@@ -424,9 +420,8 @@ class Lookup:
 
 
 def lookups(model: object, run: Callable[[], Any], inputs: Sequence[Tensor]) -> list[Lookup]:
-    """The calls of embedding tables in `run` whose ids are numbers of `inputs`, however these were
-    cut, moved, added to or cast; not tables of positions or of types, whose ids follow from shapes
-    or comparisons. Raises InputError where there is none.
+    """The calls of embedding tables whose ids are numbers of `inputs`, however moved or cast; not
+    of tables of positions or types. Raises InputError where there is none.
     """
     module = module_of(model)
     kinds = (nn.Embedding, nn.EmbeddingBag)
@@ -471,10 +466,7 @@ def embeddings(model: object, run: Callable[[], Any], inputs: Inputs) -> tuple[L
 
 
 class _FollowIds(FunctionMode):
-    """Follows numbers of tensors through the calls of a model, by identity.
-
-    given, looked_up: of each table at work, the tensor that it was passed, and the ids.
-    """
+    """Follows ids through calls. given, looked_up: tensors and ids of each table at work."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -547,10 +539,7 @@ def last_spatial(model: object, run: Run, examples: int) -> tuple[nn.Module, boo
 
 
 def last_spatial_by_gradient(model: object, run: Run) -> nn.Module | None:
-    """The same module, where one run with a gradient proves that it lies between the inputs and the
-    score of the only example: autograd's graph leads there, and a gradient arrives. None where it
-    does not, which proves nothing.
-    """
+    """The same module, where one run with a gradient proves it; None proves nothing."""
     trace, leaves = _ModuleTrace(module_of(model)), list[Tensor]()
     edges = dict[nn.Module, GradientEdge]()
 
@@ -607,9 +596,7 @@ def noisy(x: Tensor) -> Tensor:
 def _reached(
     module: nn.Module, run: Run, examples: int, shown: Tensor | None, scores: Tensor
 ) -> bool | None:
-    """Whether every number of the output `shown` depends on a module; None where a score does not:
-    `scores` of the first example, and those of others, differ where the module's output is changed.
-    """
+    """Whether all of `shown` depends on a module; None where a score does not."""
 
     def change(_: int, output: Any) -> Any:
         return with_floats(output, [noisy(one) for one in floats_at(output)])

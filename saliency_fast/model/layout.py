@@ -1,6 +1,4 @@
-"""Layouts: which axis of an input holds channels and which are spatial, by letters such as "BTCHW",
-and how a layer's output is read as maps over these axes.
-"""
+"""Layouts of inputs by letters such as "BTCHW", and layers' outputs as maps over their axes."""
 
 from __future__ import annotations
 
@@ -332,9 +330,7 @@ def read_layout(
     model: object = None,
     at: int = 0,
 ) -> Layout:
-    """The layout of the output of layer `at`, of `shape` [R, ...]; grid, special: of tokens
-    [R, T, C], where neither the coordinates of the tokens nor the model's patches show them.
-    """
+    """The layout of an output of `shape` [R, ...]; grid, special: of tokens [R, T, C]."""
     name, size = type(layer).__name__, space.size
     no_space = InputError(
         f"layer {name} has no spatial output: got {list(shape)}, expected [B, C, *spatial] or "

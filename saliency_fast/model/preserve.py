@@ -1,9 +1,8 @@
 """Leaves a model as it was: modes, attributes, buffers, random numbers and checkpoints.
 
-A model may keep its last input, count its calls or update a moving average. Attributes, buffers,
-parameters and submodules are restored, attributes by identity, containers by their entries, tensors
-by PyTorch's count of in-place writes. They are restored before each run, too: a point's score
-depends on the model as the caller passed it, not on earlier runs.
+Attributes are restored by identity, containers by their entries, tensors by PyTorch's count of
+in-place writes; before each run, too, since a point's score depends on the model as the caller
+passed it, not on earlier runs.
 """
 
 from __future__ import annotations
@@ -235,18 +234,14 @@ def _patch_checkpoints() -> None:
 
 
 def _unpatch_checkpoints(_: None) -> None:
-    del (
-        compat.ReentrantCheckpoint.apply,
-        compat.CheckpointHook.__enter__,
-        compat.CheckpointHook.__exit__,
-    )
+    hook = compat.CheckpointHook
+    del compat.ReentrantCheckpoint.apply, hook.__enter__, hook.__exit__
 
 
 def _apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
     if _LOCAL.once is None:
-        return super(compat.ReentrantCheckpoint, compat.ReentrantCheckpoint).apply(
-            function, preserve, *args
-        )
+        kind = compat.ReentrantCheckpoint
+        return super(kind, kind).apply(function, preserve, *args)
     if _LOCAL.once:
         return function(*args)
     return torch_checkpoint.checkpoint(
@@ -413,9 +408,7 @@ class _Snapshot:
         return False
 
     def replace_inference(self, made: dict[int, Tensor]) -> None:
-        """Replaces parameters and buffers of inference mode, which have no gradients, by copies;
-        `made`: those of tensors that modules share.
-        """
+        """Replaces tensors of inference mode, which have no gradients, by copies, `made` so far."""
         for name in compat.TABLES[:2]:
             table = vars(self.module)[name]
             for key, one in table.items():
@@ -658,9 +651,8 @@ class _Hold:
 
 
 def rewind(*, counts: bool = True) -> None:
-    """Restores the state that earlier runs of the innermost call changed, before its model runs,
-    unless several threads hold it. The second run shows which modules change. counts: whether the
-    run leaves its changes for the next one to restore.
+    """Restores the state that earlier runs of the innermost call changed, unless threads share it.
+    counts: whether the run leaves its changes for the next one to restore.
     """
     if not _LOCAL.holds or not _LOCAL.holds[-1].rewinds:
         return
@@ -688,9 +680,8 @@ def keep_graphs() -> None:
 
 @contextmanager
 def preserved(model: object, *, rewinds: bool = True) -> Iterator[None]:
-    """Restores the state that the model's modules change inside (of a function those that it closes
-    over, reads by name or is bound to), when the last call that holds them leaves. Warns of what
-    cannot be restored, by name.
+    """Restores what the model's modules (of a function those it reads or holds) change inside, when
+    the last call that holds them leaves. Warns, by name, of what stays changed.
     """
     held, room, made = list[_Snapshot](), COPIED, dict[int, Tensor]()
     inside = torch.is_inference_mode_enabled()

@@ -1,6 +1,4 @@
-"""Targets: which scalar of the model's output is explained, per example. Positions in sequences are
-counted among each text's own tokens, whatever the padding of the batch.
-"""
+"""Targets: which number of an example's output is explained. Positions do not count padding."""
 
 from __future__ import annotations
 
@@ -445,9 +443,7 @@ def read_targets(target: Target, batch: int, *, signed: bool = False) -> Targets
 
 
 def _example_of(function: Callable[..., Any]) -> str:
-    """How a function of the output takes the examples' indices: `NAME` where it has a parameter of
-    that name, `POSITION` where exactly two positional parameters have no default, else "".
-    """
+    """How a function takes examples: by the name `NAME`, as the second of two arguments, or ""."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):

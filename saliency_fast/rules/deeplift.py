@@ -52,10 +52,7 @@ def _multipliers(change: Tensor, change_out: Tensor, slope: Tensor, epsilon: flo
 
 
 class Paired(RulesMode):
-    """Compares points with references, each a half of the first axis.
-
-    With `rules.captum`, a call directly after one that has a rule keeps its gradient.
-    """
+    """Compares points with references, each a half of the first axis."""
 
     paired = True
 

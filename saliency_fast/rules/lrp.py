@@ -82,12 +82,15 @@ def _check_number(name: str, value: object, least: float = 0.0) -> None:
 _BIASES = ("rule", "keep", "zero")
 
 
-def _check_fields(rule: Any) -> None:
-    for name, value in vars(rule).items():
-        if name not in ("bias", "signed"):
-            _check_number(name, value)
-        elif name == "bias" and value not in _BIASES:
-            raise InputError(f"bias must be one of {', '.join(_BIASES)}: got {value!r}")
+class _Checked:
+    """A rule whose fields are numbers, but for `bias` and `signed`."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name not in ("bias", "signed"):
+                _check_number(name, value)
+            elif name == "bias" and value not in _BIASES:
+                raise InputError(f"bias must be one of {', '.join(_BIASES)}: got {value!r}")
 
 
 def _positive(part: Tensor | None) -> Tensor | None:
@@ -133,7 +136,7 @@ def _of_one_sign(
 
 
 @dataclass(frozen=True)
-class Epsilon:
+class Epsilon(_Checked):
     """R_i = x_i sum_j w_ij R_j / (z_j + sign(z_j) epsilon) (Bach, 2015); 0: the plain z rule.
 
     The bias and epsilon absorb a part of the relevance.
@@ -141,16 +144,13 @@ class Epsilon:
 
     epsilon: float = 1e-6
 
-    def __post_init__(self) -> None:
-        _check_fields(self)
-
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         z, vjp = layer.vjp(x, layer.weight, layer.bias)
         return x * vjp(ratio(relevance, z, self.epsilon))
 
 
 @dataclass(frozen=True)
-class Gamma:
+class Gamma(_Checked):
     """Contributions of the output's own sign count 1 + gamma times (Andeol, 2021).
 
     R_i = sum_j (c_ij + gamma max(0, c_ij)) R_j / sum_i (...) of c_ij = w_ij x_i where z_j >= 0, and
@@ -163,9 +163,6 @@ class Gamma:
     epsilon: float = 1e-6
     bias: str = "rule"
     signed: bool = True
-
-    def __post_init__(self) -> None:
-        _check_fields(self)
 
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         if not self.signed:
@@ -193,7 +190,7 @@ class Gamma:
 
 
 @dataclass(frozen=True)
-class ZPlus:
+class ZPlus(_Checked):
     """Relevance in proportion to positive contributions: alpha 1, beta 0 (Bach, 2015).
 
     bias: "rule" (its positive part counts), "keep" (all of it) or "zero". signed: where inputs are
@@ -204,9 +201,6 @@ class ZPlus:
     bias: str = "rule"
     signed: bool = True
 
-    def __post_init__(self) -> None:
-        _check_fields(self)
-
     def __call__(self, layer: Affine, x: Tensor, relevance: Tensor) -> Tensor:
         bias = _biased(self.bias, layer.bias, _positive)
         if self.signed:
@@ -216,7 +210,7 @@ class ZPlus:
 
 
 @dataclass(frozen=True)
-class AlphaBeta:
+class AlphaBeta(_Checked):
     """alpha times the positive less beta times the negative contributions' part (Bach, 2015).
 
     alpha - beta = 1, so that relevance is kept where there are contributions of both signs.
@@ -227,7 +221,7 @@ class AlphaBeta:
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        super().__post_init__()
         if not math.isclose(self.alpha - self.beta, 1.0):
             raise InputError(
                 f"alpha - beta must be 1, or relevance is not conserved: got alpha {self.alpha}, "
@@ -269,8 +263,6 @@ class ZBox:
         _check_number("epsilon", self.epsilon)
         for name in ("low", "high"):
             value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, value := tuple(value))
             for one in value if isinstance(value, tuple) else (value,):
                 _check_number(name, one, -math.inf)
         low, high = np.atleast_1d(self.low), np.atleast_1d(self.high)

@@ -109,10 +109,7 @@ class Composite(Rules):
                 )
 
     def mode(self, model: Function | None = None) -> RulesMode:
-        return Relevance(self, self._by_weight(model))
-
-    def _by_weight(self, model: Function | None) -> dict[int, PropagationRule]:
-        """The rules of layers by name, by the identity of the layers' weights."""
+        # Rules of layers by name, by the identity of the layers' weights.
         rules: dict[int, PropagationRule] = {}
         modules: dict[str, nn.Module] = {}
         if self.layers and isinstance(model, nn.Module):
@@ -131,7 +128,7 @@ class Composite(Rules):
                     "weights"
                 )
             rules |= dict.fromkeys(map(id, weights), rule)
-        return rules
+        return Relevance(self, rules)
 
 
 class Relevance(RulesMode):
@@ -353,9 +350,7 @@ def _of_groups(mode: Relevance, func: Function, args: Args, kwargs: Kwargs) -> A
 def _standardised(
     mode: Relevance, apply: Function, given: Kwargs, groups: Tensor, channels: int | None
 ) -> Tensor:
-    """Normalisation of the last axis of `groups` by the epsilon rule (Achtibat, 2024), affine with
-    its deviation taken as a constant; channels: the axis of its weights.
-    """
+    """The epsilon rule (Achtibat, 2024) on the last axis of `groups`, its deviation constant."""
     x, shape = given["input"], groups.shape
     weight, bias = given.get("weight"), given.get("bias")
     with torch.no_grad():
@@ -427,9 +422,7 @@ def _two(args: Args, kwargs: Kwargs, swapped: bool) -> tuple[Any, Any]:
 def _add(
     mode: Relevance, func: Any, args: Args, kwargs: Kwargs, sign: int = 1, swapped: bool = False
 ) -> Any:
-    """Relevance of a + factor * b is in proportion to the summands (Bach, 2015); constants are
-    biases, but for changes of the input's units.
-    """
+    """Relevance in proportion to the summands (Bach, 2015), but for changes of units."""
     a, b = _two(args, kwargs, swapped)
     factor = sign * kwargs.get("alpha", 1)
     varying = a if varies(a) else b

@@ -1,6 +1,4 @@
-"""Rules of the rectifier max(0, x) under each of its names, such as clamp(min=0): guided
-backpropagation, deconvolution, softplus. Leaky and bounded rectifiers keep their gradient.
-"""
+"""Rules of the rectifier max(0, x) under its names; leaky and bounded ones keep their gradient."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ class Deconv(Rules):
 
 @dataclass(frozen=True)
 class Softplus(Rules):
-    """ReLU becomes softplus log(1 + exp(beta x)) / beta, forward and backward (Janizek, 2021), for
-    second derivatives, which ReLU does not have.
-    """
+    """ReLU becomes softplus log(1 + exp(beta x)) / beta, which is smooth (Janizek, 2021)."""
 
     beta: float = 10.0
     name: ClassVar[str] = "softplus"

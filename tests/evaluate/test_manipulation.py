@@ -21,8 +21,8 @@ from saliency_fast.evaluate.inputs import read_evaluation_input
 from saliency_fast.evaluate.maps import correlation, overlap, rank_correlation
 from saliency_fast.methods.cam import GradCAM
 from saliency_fast.methods.gradient import Gradient, InputXGradient
-from saliency_fast.methods.occlusion import Occlusion
 from saliency_fast.methods.paths import IntegratedGradients
+from saliency_fast.methods.perturbation import Occlusion
 from saliency_fast.methods.sampling import SmoothGrad
 from tests.evaluate import naive_adversarial as naive
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.engine.features import numbered, read_features
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.methods.ablation import permutations
+from saliency_fast.methods.perturbation import permutations
 from tests.models import SHAPES, Image, Multimodal, Tabular, make, randn
 from tests.naive import relative_l2
 from tests.perturbation import naive_perturbation as naive

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import saliency_fast as sf
-from saliency_fast.methods.occlusion import Grid
+from saliency_fast.methods.perturbation import Grid
 from tests.models import SHAPES, Audio, Image, Multimodal, Tabular, Video, make, randn
 from tests.naive import relative_l2
 from tests.perturbation import naive_perturbation as naive

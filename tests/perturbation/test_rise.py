@@ -10,7 +10,7 @@ from torch import nn
 
 import saliency_fast as sf
 from saliency_fast.errors import InputError, InputTypeError
-from saliency_fast.methods.rise import masks
+from saliency_fast.methods.perturbation import masks
 from tests.models import SHAPES, Audio, Image, Multimodal, Tabular, Video, make, randn
 from tests.naive import relative_l2
 from tests.perturbation import naive_perturbation as naive

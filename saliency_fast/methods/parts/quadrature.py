@@ -59,11 +59,10 @@ NESTED = tuple(name for name, rule in RULES.items() if rule.refined)
 
 
 def level(rule: Rule, steps: int) -> Level:
-    """One level of `steps` nodes, in two replicates that are rules of their own. Neighbours are in
-    different replicates; half the replicates' difference is 1 to 3.6 times the error of the whole
-    rule on the built-in CNN, and larger on smooth networks, where half the nodes err more. Pairs of
-    neighbours are visited in bit-reversed order, so that the first nodes of any number are spread
-    over the path and over both replicates.
+    """One level of `steps` nodes, in two replicates: neighbours are in different ones, and half the
+    replicates' difference is at least the error of the whole rule on the built-in CNN (1 to 3.6
+    times). Pairs of neighbours come in bit-reversed order, so that the first nodes are spread over
+    the path.
     """
     alpha, weight = rule.points(steps)
     count = (steps + 1) // 2
@@ -89,10 +88,8 @@ def nested_levels(rule: Rule, steps: int, most: int) -> Iterator[Level]:
 
 @lru_cache
 def gauss_logarithm(n: int) -> tuple[Array, Array]:
-    """Nodes and weights of Gauss's rule for integrals over [0, 1] with the weight -ln t. -ln t is
-    the density of a product of two uniform numbers, so that products of Gauss-Legendre nodes have
-    its moments. Their three-term recurrence (Stieltjes, 1884) gives the rule (Golub & Welsch,
-    1969).
+    """Nodes and weights of Gauss's rule on [0, 1] for the weight -ln t, the density of a product of
+    uniform numbers, by its three-term recurrence (Stieltjes, 1884; Golub & Welsch, 1969).
     """
     alpha, share = _gauss_legendre(n + 1)
     t, weight = np.outer(alpha, alpha).ravel(), np.outer(share, share).ravel()

@@ -1,4 +1,4 @@
-"""Occlusion: the change of the score where a sliding window hides the input."""
+"""Methods that change the input and compare scores: ablation, permutation, occlusion and RISE."""
 
 from __future__ import annotations
 
@@ -13,13 +13,145 @@ import torch
 from torch import Tensor
 
 from saliency_fast._types import Inputs
+from saliency_fast.engine.bind import is_finite
+from saliency_fast.engine.points import Seed
 from saliency_fast.engine.recipe import Maps, Round, RoundContext, RoundResult, Rounds, RoundsRecipe
 from saliency_fast.errors import InputError, InputTypeError
+from saliency_fast.methods.coalitions import PARTIAL_MAPS, Game, feature_count, own_seeds
 from saliency_fast.methods.parts import checks
+from saliency_fast.methods.parts.maps import every_row
 from saliency_fast.model.layout import Layouts
-from saliency_fast.ops import window_points
+from saliency_fast.ops import mask_points, philox, random_bits, segment_points, window_points
+from saliency_fast.ops.segments import repeated
 
 Window = int | tuple[int, ...] | tuple[int | tuple[int, ...] | None, ...] | None
+
+
+@dataclass(frozen=True)
+class FeatureAblation:
+    """Score less the score with one feature at its baseline, for each feature (Zeiler, 2014).
+
+    `features=` of the call says what a feature is; without it every element is one. Every element
+    gets its feature's value.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[1.0, 2.0, 3.0]]), sf.FeatureAblation()
+        >>> sf.explain(lambda x: x[:, 0] * x[:, 1], x, method=method).values
+        tensor([[2., 2., 0.]])
+    """
+
+    name = "feature_ablation"
+
+    def recipe(self) -> RoundsRecipe:
+        return RoundsRecipe(
+            _ablated, feature_count, baseline="fill", gradients=False, features=True
+        )
+
+
+def _ablated(context: RoundContext) -> Rounds:
+    game = Game.of(context)
+    values = context.scores.new_zeros((*context.scores.shape, game.count))
+    # Examples may have segments of their own: values of features that one lacks are zero.
+    feature, example = (game.elements() > 0).expand(len(values), -1).T.nonzero().unbind(1)
+
+    def members(example: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
+        return _all_but(feature, game.count), torch.arange(len(feature), device=feature.device)
+
+    def each(rows: slice, result: RoundResult) -> None:
+        own = example[rows]
+        values[own, :, feature[rows]] = context.scores[own] - result.scores
+
+    yield Round(game.writer(members), example, feature, each=each)
+    return game.maps(values, None, sums=False)
+
+
+def _all_but(feature: Tensor, count: int) -> Tensor:
+    """Coalitions bool [R, F] of all features but one."""
+    return torch.arange(count, device=feature.device) != feature[:, None]
+
+
+@dataclass(frozen=True)
+class FeaturePermutation:
+    """Score less the score with one feature permuted within the batch (Breiman, 2001).
+
+    `features=` of the call says what a feature is. A map depends on the other examples of the
+    batch, of which there must be two or more.
+
+    Args:
+        repeats: Permutations of each feature, whose differences are averaged.
+        seed: One int.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.tensor([[1.0, 2.0], [3.0, 2.0]]), sf.FeaturePermutation()
+        >>> sf.explain(lambda x: x.sum(1), x, method=method).values
+        tensor([[-2.,  0.],
+                [ 2.,  0.]])
+    """
+
+    repeats: int = 1
+    seed: int = 0
+    name = "feature_permutation"
+
+    def __post_init__(self) -> None:
+        checks.fields(self, repeats=1, seed=checks.seed)
+        if not isinstance(self.seed, int):
+            raise InputTypeError(
+                f"seed must be one int, since examples are permuted together: got {self.seed!r}"
+            )
+
+    def recipe(self) -> RoundsRecipe:
+        rounds = partial(_permuted, repeats=self.repeats, seed=self.seed)
+
+        def points(inputs: Inputs, features: Inputs, layouts: Layouts) -> int:
+            return self.repeats * feature_count(inputs, features)
+
+        return RoundsRecipe(rounds, points, gradients=False, features=True)
+
+
+def _permuted(context: RoundContext, repeats: int, seed: int) -> Rounds:
+    game, batch = Game.of(context), len(context.inputs[0])
+    if batch < 2:
+        raise InputError(
+            "feature_permutation permutes features within the batch: got 1 example, expected 2 or "
+            "more; use feature_ablation for one"
+        )
+
+    def write(example: Tensor, draw: Tensor) -> Inputs:
+        row = torch.arange(len(draw), device=draw.device)
+        present = _all_but(draw % game.count, game.count)
+        other = permutations(draw, batch, seed)[row, example]
+        points = []
+        for x, segment in zip(context.inputs, game.segments, strict=True):
+            own = segment if len(segment) == 1 else segment[example]
+            columns = own.view(len(own), -1), present, row, row
+            points.append(segment_points(x[example], x[other], *columns))
+        return tuple(points)
+
+    losses = context.scores.new_zeros((repeats * game.count, *context.scores.shape))
+
+    def each(rows: slice, result: RoundResult) -> None:
+        own = example[rows]
+        losses[draw[rows], own] = context.scores[own] - result.scores
+
+    example, draw = every_row(context, repeats * game.count)
+    yield Round(write, example, draw, each=each)
+    drawn = losses.view(repeats, game.count, *context.scores.shape).permute(2, 3, 1, 0)
+    # The variance of a single permutation is unknown: 0 / 0.
+    spread = (drawn - drawn.mean(3, keepdim=True)).square().sum(3)
+    return game.maps(drawn.mean(3), spread / (repeats * (repeats - 1.0)), sums=False)
+
+
+def permutations(number: Tensor, batch: int, seed: int) -> Tensor:
+    """The permutations of these numbers of a batch, never the identity: int64 [R, B]."""
+    words = random_bits(torch.full_like(number, seed), number, batch, 0, philox.ORDER)
+    order = words.argsort(dim=1, stable=True)
+    still = (order == torch.arange(batch, device=order.device)).all(1, keepdim=True)
+    return torch.where(still, order.roll(1, 1), order)
+
+
+# Windows that slide over the input.
 
 
 @dataclass(frozen=True)
@@ -104,9 +236,7 @@ def occlusion_rounds(context: RoundContext, method: Occlusion) -> Rounds:
 def _round(
     context: RoundContext, grids: tuple[Grid, ...], chosen: list[Tensor], effects: list[Tensor]
 ) -> Round:
-    """Points without the chosen windows [B, n] of each input, whose effects go to `effects`
-    [B, K, n]. Windows are numbered on from input to input.
-    """
+    """Points without the chosen windows [B, n] of each input; effects go to `effects` [B, K, n]."""
     firsts = [0, *itertools.accumulate(own.shape[1] for own in chosen)][:-1]
     pairs = [own.T.nonzero().unbind(1) for own in chosen]
     window = torch.cat([own + first for (own, _), first in zip(pairs, firsts, strict=True)])
@@ -134,9 +264,7 @@ def _round(
 
 
 def _largest(effect: Tensor, chosen: Tensor, share: float) -> Tensor:
-    """The share of the chosen windows bool [B, n] with the largest effect [B, K, n] for any target.
-    Effects are relative to the largest one of their target.
-    """
+    """The share of the chosen windows bool [B, n] with the largest relative effects [B, K, n]."""
     size = effect.abs()
     tiny = torch.finfo(size.dtype).tiny
     weight = (size / size.amax(2, keepdim=True).clamp_min(tiny)).amax(1)
@@ -144,9 +272,6 @@ def _largest(effect: Tensor, chosen: Tensor, share: float) -> Tensor:
     count = (share * chosen.sum(1, keepdim=True)).ceil()
     rank = torch.arange(chosen.shape[1], device=order.device)
     return torch.zeros_like(chosen).scatter(1, order, rank < count)
-
-
-# --- Windows ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -200,9 +325,7 @@ class Grid:
         return _outer([(stop - start).double() for start, stop in self.bounds]).flatten()
 
     def mean(self, values: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """For each element of `shape` the mean of the values of the windows that cover it. values:
-        float64 [*, *grid]. Boxes are separable: summed axis by axis.
-        """
+        """The mean of values, float64 [*, *grid], of windows over each element, axis by axis."""
         lead = values.dim() - len(shape)
         for axis, covers in enumerate(self._covers(shape), lead):
             values = (values.movedim(axis, -1) @ covers).movedim(-1, axis)
@@ -313,3 +436,168 @@ def _check_sizes(name: str, given: Any) -> None:
         )
     elif given is not None and given < 1:
         raise InputError(f"{name} must be at least 1: got {given}")
+
+
+# Random masks.
+
+
+@dataclass(frozen=True)
+class Rise:
+    """Mean of random masks, weighted by the score of the input under each (Petsiuk, 2018).
+
+    Masked elements take the call's baseline. Values are mean scores where an element is kept, not
+    differences of scores.
+
+    Args:
+        samples: Masks.
+        grid: Cells of a mask per spatial axis, before it is made smooth and shifted.
+        keep: Probability of a cell to be kept.
+        seed: An int, or one for each example.
+
+    Example:
+        >>> import torch, saliency_fast as sf
+        >>> x, method = torch.ones(1, 1, 8, 8), sf.Rise(samples=50, grid=4)
+        >>> sf.explain(lambda x: x.sum((1, 2, 3)), x, method=method, layout="BCHW").values.shape
+        torch.Size([1, 1, 8, 8])
+    """
+
+    samples: int = 4000
+    grid: int = 8
+    keep: float = 0.5
+    seed: Seed = 0
+    name = "rise"
+
+    def __post_init__(self) -> None:
+        checks.fields(self, samples=1, grid=1, keep=checks.positive_fraction, seed=checks.seed)
+
+    def recipe(self) -> RoundsRecipe:
+        rounds = partial(_averaged, method=self)
+        return RoundsRecipe(rounds, self.samples, baseline="fill", gradients=False)
+
+
+def _averaged(context: RoundContext, method: Rise) -> Rounds:
+    batch, targets = context.scores.shape
+    seed = own_seeds(method.seed, context)
+    axes = context.layouts.needed("rise")
+    sizes = [one.size(x.shape) for one, x in zip(axes, context.inputs, strict=True)]
+    for x, size in zip(context.inputs, sizes, strict=True):
+        _check(x, size, method.grid)
+    # In the standard form, where channels share a mask; inputs in this form are not copied.
+    inputs, baselines = (
+        [one.standard(x).contiguous() for one, x in zip(axes, several, strict=True)]
+        for several in (context.inputs, context.baselines)
+    )
+    # Asked once: a GPU's launches would wait for the answer.
+    finite = [all(map(is_finite, pair)) for pair in zip(inputs, baselines, strict=True)]
+    draw = [partial(masks, method, number, size) for number, size in enumerate(sizes)]
+    # Even and odd samples apart: half their difference is the error of their mean.
+    sums = [context.scores.new_zeros(2, batch * targets, math.prod(size)) for size in sizes]
+
+    def drawn(example: Tensor, sample: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The masks of a launch, each once, their samples, and the mask of each row."""
+        key = sample if len(seed) == 1 else sample * batch + example
+        keys, row = torch.unique(key, return_inverse=True)
+        sample, owner = (keys, 0 * keys) if len(seed) == 1 else (keys // batch, keys % batch)
+        return [one(seed[owner], sample) for one in draw], sample, row
+
+    def write(example: Tensor, sample: Tensor) -> Inputs:
+        several, _, row = drawn(example, sample)
+        parts = zip(axes, inputs, baselines, several, finite, strict=True)
+        return tuple(
+            one.back(_masked(x, fill, mask, example, row, finite=whole)).contiguous()
+            for one, x, fill, mask, whole in parts
+        )
+
+    def each(rows: slice, result: RoundResult) -> None:
+        several, drawn_sample, row = drawn(example[rows], sample[rows])
+        weight = result.scores.new_zeros(batch, targets, len(drawn_sample))
+        weight[example[rows], :, row] = result.scores
+        for parity in (0, 1):
+            part = drawn_sample % 2 == parity
+            for total, one in zip(sums, several, strict=True):
+                total[parity] += weight[..., part].flatten(0, 1) @ one[part]
+
+    step = -(-method.samples // PARTIAL_MAPS)
+    for start in range(0, method.samples, step):
+        stop = min(start + step, method.samples)
+        example, sample = every_row(context, stop - start)
+        sample += start
+        yield Round(write, example, sample, each=each)
+        if stop < method.samples:
+            yield _maps(context, sums, stop, method.keep)
+    return _maps(context, sums, method.samples, method.keep)
+
+
+def _masked(
+    x: Tensor, fill: Tensor, mask: Tensor, example: Tensor, row: Tensor, *, finite: bool
+) -> Tensor:
+    points: Tensor = mask_points(x, fill, mask, example, row)
+    if finite:
+        return points
+    # Zero times NaN is NaN: whole shares are copied. A part of a missing value is missing, too.
+    share = repeated(mask[row], x)
+    points = torch.where(share == 0.0, fill[example % len(fill)], points)
+    return torch.where(share == 1.0, x[example], points)
+
+
+def _maps(context: RoundContext, sums: list[Tensor], samples: int, keep: float) -> Maps:
+    counts = (-(-samples // 2), samples // 2)
+    gap = torch.zeros(sums[0].shape[1], dtype=torch.float64, device=sums[0].device)
+    norm, values = gap.clone(), []
+    axes = context.layouts.needed("rise")
+    for one, x, (even, odd) in zip(axes, context.inputs, sums, strict=True):
+        mean = (even + odd) / (keep * samples)
+        # The error of a single sample is unknown: 0 / 0.
+        half = (even / counts[0] - odd / counts[1]) / (2.0 * keep)
+        size = one.size(x.shape)
+        channels = x[0].numel() // math.prod(size)
+        gap += channels * half.square().sum(1)
+        norm += channels * mean.square().sum(1)
+        shape = size if not one.spatial else (1, *size)
+        of_input = one.back(mean.to(x.dtype).view(*context.scores.shape, *shape), 2)
+        values.append(of_input.expand(-1, -1, *x.shape[1:]).contiguous())
+    error = (gap / norm.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    return Maps(tuple(values), error.view(context.scores.shape))
+
+
+def masks(
+    method: Rise, number: int, sizes: tuple[int, ...], seed: Tensor, sample: Tensor
+) -> Tensor:
+    """Masks of input `number`, float64 [M, positions]: a grid of zeros and ones is enlarged
+    linearly to one cell more than the input, and a random window of its size is cut out.
+    """
+    rank, cells = len(sizes), method.grid ** len(sizes)
+    # Inputs have draws of their own, far apart.
+    words = random_bits(seed, sample, cells + rank, number << 32, philox.MASK)
+    share = (words >> 8).double() * 2.0**-24
+    mask = (share[:, :cells] < method.keep).double().view(-1, *(method.grid,) * rank)
+    for axis, size in enumerate(sizes):
+        cell = -(-size // method.grid)
+        shift = (words[:, cells + axis] * cell) >> 32
+        position = shift[:, None].double() + torch.arange(size, device=words.device) + 0.5
+        position = position * method.grid / ((method.grid + 1) * cell) - 0.5
+        position = position.clamp(0.0, method.grid - 1.0)
+        low = position.floor()
+        index = low.long()
+        lanes = mask.movedim(axis + 1, -1)
+        shape = (len(words), *(1,) * (rank - 1), size)
+        wide = (*lanes.shape[:-1], size)
+        below = lanes.gather(-1, index.view(shape).expand(wide))
+        above = lanes.gather(-1, (index + 1).clamp_max(method.grid - 1).view(shape).expand(wide))
+        mask = torch.lerp(below, above, (position - low).view(shape)).movedim(-1, axis + 1)
+    flat: Tensor = mask.flatten(1)
+    return flat
+
+
+def _check(x: Tensor, size: tuple[int, ...], grid: int) -> None:
+    if not x.is_floating_point():
+        raise InputTypeError(
+            f"rise fades elements, so that inputs must be floating point: got {x.dtype}; use "
+            "feature_ablation or occlusion"
+        )
+    smallest = min(size)
+    if grid > smallest:
+        raise InputError(
+            f"grid is finer than the input: got {grid} cells per axis, the input is "
+            f"{list(x.shape)}; expected at most {smallest}"
+        )
