@@ -204,7 +204,7 @@ def races(rows: list[Row]) -> list[str]:
 
 def switches(rows: list[Row]) -> list[str]:
     """A line per network and switch, and which of them to take."""
-    names = ("switch", "seconds", "times_off", "gap", "take", "strategy", "graphs")
+    names = ("call", "switch", "seconds", "times_off", "gap", "take", "strategy", "graphs")
     return [*_columns(*names)(rows), "", *verdict(rows)]
 
 

@@ -8,6 +8,7 @@ against each other, and a row says whether to take it.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -21,7 +22,9 @@ from benchmarks.contenders import LATER, plan_failure
 from benchmarks.fresh import first_line
 from benchmarks.reference import relative_error
 from benchmarks.stages import Report, Row, Unit, device_answers
-from benchmarks.timing import WallTimer
+from benchmarks.timing import WallTimer, timer_of
+from saliency_fast import ops
+from saliency_fast.graph.autograd import convolutions
 
 SWITCHES: dict[str, Row] = {
     "convolution + ReLU": {"fused_relu": True},
@@ -40,11 +43,52 @@ SECONDS = 6.0
 PATIENCE = 30.0
 
 
+CONVOLUTIONS = ((64, 64, 56, 3, 1), (64, 256, 56, 1, 1), (512, 512, 14, 3, 2), (512, 2048, 7, 1, 1))
+"""Channels, results, side, kernel and stride of some of ResNet-50's."""
+EXAMPLES = 64
+
+
 def units(options: dict[str, Any]) -> Iterator[Unit]:
-    """Integrated Gradients of each network, in float16 on a GPU."""
+    """Single calls, then Integrated Gradients of each network, in float16 on a GPU."""
     device, quick = options["device"], options["quick"]
+    for shape in CONVOLUTIONS[-1:] if quick else CONVOLUTIONS:
+        yield Unit(f"calls {'x'.join(map(str, shape))}", partial(_calls, shape, device), PATIENCE)
     for case in QUICK_CASES if quick else GPU_CASES:
         yield Unit(f"{case.label} switches", partial(_switched, case, device, quick), PATIENCE)
+
+
+def _calls(shape: tuple[int, ...], device: str, _: Report) -> Iterator[Row]:
+    """A convolution, what is added, the ReLU and its mask: by one call and the packing of its
+    result, and apart. Memory that is handed out holds NaN: ATen gives cuDNN its unwritten result
+    times 0 where nothing is added.
+    """
+    channels, out, side, kernel, stride = shape
+    examples = EXAMPLES if device == "cuda" else 1
+    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    like: dict[str, Any] = {"dtype": dtype, "device": device}
+    x = torch.randn(examples, channels, side, side, **like)
+    weight = torch.randn(out, channels, kernel, kernel, **like) / (channels * kernel**2) ** 0.5
+    x, weight = (one.contiguous(memory_format=torch.channels_last) for one in (x, weight))
+    geometry = ([stride] * 2, [kernel // 2] * 2, [1] * 2)
+    whole = (x, weight, torch.randn(out, **like), *geometry, False, [0, 0], 1)
+    like_result = convolutions.convolved(*whole)
+    for name, added in zip(SWITCHES, (None, torch.randn_like(like_result)), strict=False):
+
+        def one_call(added: Any = added) -> Any:
+            y = convolutions._with_relu(*whole[:3], added, *geometry, 1)
+            return y, ops.pack_mask(y)
+
+        def apart(added: Any = added) -> Any:
+            y = convolutions.convolved(*whole)
+            return y, ops.relu_mask_(y, None, None, added, 0.0, math.inf)
+
+        expected = apart()[0]
+        for _number in range(3):
+            torch.full_like(expected, math.nan)
+        found = one_call()[0]
+        times = timer_of(device, ROUNDS)({"off": apart, "on": one_call})
+        row = judged(times["off"], times["on"], expected.float(), found.float())
+        yield row | {"call": name, "failed": row["reason"] is not None}
 
 
 def _switched(case: Case, device: str, quick: bool, report: Report) -> Iterator[Row]:

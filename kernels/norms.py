@@ -1,5 +1,4 @@
-"""Norms: layer normalisation of a sum and its input gradient, a row in the registers of a program.
-"""
+"""Norms: layer normalisation of a sum and its input gradient; a program owns a row."""
 
 import torch
 import triton

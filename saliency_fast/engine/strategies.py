@@ -393,9 +393,7 @@ class Kind:
         if not self.prefix:
             return Strategy(program, unfolded=unfolded)
         line, last = facts.recipe.family.straight, self.channels_last
-        prefix = prefix_of(
-            facts.program, channels_last=last, line=line, one_call=facts.one_call
-        )
+        prefix = prefix_of(facts.program, channels_last=last, line=line, one_call=facts.one_call)
         return None if prefix is None else Strategy(program, prefix=prefix, unfolded=unfolded)
 
 

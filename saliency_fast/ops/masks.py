@@ -330,5 +330,5 @@ pack_mask = define(
     triton="masks",
     cuda=True,
 )
-"""pack_mask(flags [*]) -> mask, in memory order, of flags that are True, or of numbers that are not 0
-(NaN is none); what is neither contiguous nor channels_last is made contiguous."""
+"""pack_mask(flags [*]) -> mask, in memory order, of flags that are True or of numbers other than 0,
+NaN included; what is neither contiguous nor channels_last is made contiguous."""

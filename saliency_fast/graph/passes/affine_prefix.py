@@ -16,7 +16,7 @@ from saliency_fast._torch_compat import tree_structure
 from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelError
 from saliency_fast.graph.gradients import differentiable
-from saliency_fast.graph.passes.fusion import OneCall, fused
+from saliency_fast.graph.passes.fusion import SEPARATE, OneCall, fused
 from saliency_fast.graph.program import Program, Ref, Step, refs_in
 
 FLOPS_PER_BYTE = 8
@@ -100,7 +100,7 @@ class Prefix:
 
 
 def prefix_of(
-    program: Program, *, channels_last: bool, line: bool, one_call: OneCall = OneCall()
+    program: Program, *, channels_last: bool, line: bool, one_call: OneCall = SEPARATE
 ) -> Prefix | None:
     """The prefix that pays of a program that was not fused yet; line: points lie on lines."""
     rest = behind_prefix(program, line)

@@ -325,7 +325,10 @@ class OneCall:
     layer_norm: bool = False
 
 
-def fused(program: Program, one_call: OneCall = OneCall()) -> Program:
+SEPARATE = OneCall()
+
+
+def fused(program: Program, one_call: OneCall = SEPARATE) -> Program:
     """The same program with fewer passes over memory and fewer tensors in it."""
     relu = one_call.relu or one_call.residual_relu
     found = with_rectifiers(folded(program, all_norms=relu))

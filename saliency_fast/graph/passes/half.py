@@ -156,11 +156,11 @@ def _narrowed(program: Program, step: Step, half: torch.dtype) -> Step:
     """A fused layer normalisation that rounds its result, where only products take that."""
     if step.func is not add_layer_norm:
         return step
-    users = [program.steps[one] for one in program.uses[step.outputs[1]] if one < len(program.steps)]
-    whole = len(users) == len(program.uses[step.outputs[1]])
-    if not whole or any(one.info.half != "product" or one.changed for one in users):
-        return step
-    return replace(step, args=(*step.args[:-1], half))
+    users = program.uses.get(step.outputs[1], ())
+    taken = [program.steps[one] for one in users if one < len(program.steps)]
+    alone = all(one.info.half == "product" and not one.changed for one in taken)
+    rounds = alone and 0 < len(taken) == len(users)
+    return replace(step, args=(*step.args[:-1], half)) if rounds else step
 
 
 def _cast(step: Step, half: torch.dtype, leaf: Callable[[Any], Any]) -> Step:
