@@ -1,6 +1,7 @@
 """What one input gradient moves and computes on a GPU, counted, and what peaks allow of it.
 
-    python -m benchmarks.gpu_model                          writes gpu-model.json and .md; no GPU
+    python -m benchmarks.gpu_model                          writes gpu-model.json and .md, and
+                                                            gpu-model-switches.md; no GPU
     python -m benchmarks.gpu_model --measured FILE          compares with end-to-end-gpu.json
 
 Each network is recorded and goes through the passes that a launch on a GPU takes: the affine prefix
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +32,9 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import models, tables
 from benchmarks.cases import sized
 from benchmarks.models import Workload
+from saliency_fast.graph.autograd import convolutions
 from saliency_fast.graph.passes.affine_prefix import prefix_of
-from saliency_fast.graph.passes.fusion import fused
+from saliency_fast.graph.passes.fusion import SEPARATE, OneCall, fused
 from saliency_fast.graph.passes.half import PRECISIONS, in_half_type
 from saliency_fast.graph.passes.invariant import with_invariants
 from saliency_fast.graph.program import Program, Step
@@ -189,16 +192,21 @@ def recorded(model: nn.Module, x: Tensor) -> Program:
     return unified(*programs).pruned()
 
 
-def launched(program: Program, precision: str, *, prefix: bool = True) -> Program:
+def launched(
+    program: Program, precision: str, *, prefix: bool = True, one_call: OneCall = SEPARATE
+) -> Program:
     """The program as launches on a GPU run it; prefix: of points on lines, behind their affine
-    prefix where that pays.
+    prefix where that pays; one_call: the switches that are on.
     """
     last = any("convolution" in step.info.kind for step in program.steps if step.varying)
-    found = prefix_of(program, channels_last=last, line=True) if prefix else None
+    found = None
+    if prefix:
+        found = prefix_of(program, channels_last=last, line=True, one_call=one_call)
     if found is not None:
         whole = found.rest
     else:
-        whole = fused(program).with_channels_last() if last else fused(program)
+        whole = fused(program, one_call)
+        whole = whole.with_channels_last() if last else whole
     half = PRECISIONS[precision].half
     # What is made of weights alone is made once a call.
     made = with_invariants(whole, {}) if half is None else in_half_type(whole, half)
@@ -234,7 +242,19 @@ def _run(program: Program, target: Any, rows: int) -> list[Operator]:
         sizes = [a + b * (rows - 1) for a, b in zip(value.shape, value.growth, strict=True)]
         leaves.append(torch.empty(sizes, dtype=value.dtype, device=_META).requires_grad_())
     index = (slice(None), *(target if isinstance(target, tuple) else (target,)))
-    with counter:
+    plain = convolutions._with_relu
+
+    def one_call(*given: Any) -> Tensor:
+        """One call, as of cuDNN, for those that stand for it elsewhere."""
+        before = len(counter.found)
+        y = plain(*given)
+        first = counter.found[before]
+        del counter.found[before:]
+        moved = sum(touched_bytes(one) for one in (*given[:4], y) if one is not None)
+        counter.found.append(replace(first, name="convolution_relu", bytes=moved))
+        return y
+
+    with counter, mock.patch.object(convolutions, "_with_relu", one_call):
         # Cloned, as the points are written: read where they come from is a launch's.
         points = [one.clone() for one in leaves]
         scores = program(points, ())[index]
@@ -244,11 +264,9 @@ def _run(program: Program, target: Any, rows: int) -> list[Operator]:
     return counter.found
 
 
-def counted(
-    program: Program, target: Any, precision: str, *, prefix: bool = True
-) -> list[Operator]:
-    """Every kernel of a launch, with what it takes for one point."""
-    whole, kind = launched(program, precision, prefix=prefix), KINDS[precision]
+def counted(program: Program, target: Any, precision: str, **options: Any) -> list[Operator]:
+    """Every kernel of a launch, with what it takes for one point; options: of `launched`."""
+    whole, kind = launched(program, precision, **options), KINDS[precision]
     # Single rows fit several memory formats, and copies are spared.
     two, three = (_run(whole, target, rows) for rows in (2, 3))
     return [
@@ -263,6 +281,13 @@ def counted(
     ]
 
 
+SWITCHES = {
+    "convolution + ReLU": OneCall(relu=True),
+    "convolution + residual + ReLU": OneCall(residual_relu=True),
+    "residual + LayerNorm": OneCall(layer_norm=True),
+    "all of them": OneCall(relu=True, residual_relu=True, layer_norm=True),
+}
+SWITCHED, SWITCHED_PRECISIONS = ("ResNet-50", "ViT-B/16"), ("float16", "tf32")
 NETWORKS: dict[str, Callable[[], Workload]] = {
     "ResNet-50": partial(sized, "resnet50"),
     "ViT-B/16": partial(sized, "vit_b16"),
@@ -299,17 +324,24 @@ def row(name: str, workload: Workload, precision: str, operators: Sequence[Opera
 
 
 def measure() -> dict[str, Any]:
-    """The document: every network in every precision."""
-    rows = []
+    """The document: every network in every precision, and some by the switches that are on."""
+    rows, switches = [], []
     for name, make in NETWORKS.items():
         workload = make()
         program = recorded(workload.build(), workload.inputs(1))
         for precision in KINDS:
             operators = counted(program, workload.target, precision)
             rows.append(row(name, workload, precision, operators))
+            if name in SWITCHED and precision in SWITCHED_PRECISIONS:
+                switches.append(rows[-1] | {"switch": "off"})
+                for switch, one_call in SWITCHES.items():
+                    operators = counted(program, workload.target, precision, one_call=one_call)
+                    found = row(name, workload, precision, operators)
+                    if found["bytes"] != rows[-1]["bytes"]:
+                        switches.append(found | {"switch": switch})
     about = {"command": COMMAND, "rows": ROWS, "devices": [asdict(one) for one in DEVICES],
              "reached": {"operations": REACHED_OPERATIONS, "bytes": REACHED_BYTES}}  # fmt: skip
-    return {"setting": about, "rows": rows}
+    return {"setting": about, "rows": rows, "switches": switches}
 
 
 def table(document: dict[str, Any]) -> str:
@@ -345,6 +377,26 @@ def table(document: dict[str, Any]) -> str:
     )
     command = f"`{document['setting']['command']}`."
     return "\n".join([command, "", *tables.aligned(header, lines), "", notes]) + "\n"
+
+
+def switched(document: dict[str, Any]) -> str:
+    """A line per network, precision and switch: what it moves, and its gain over all being off."""
+    names = [device["name"] for device in document["setting"]["devices"]]
+    header = ", ".join(
+        ["model", "precision:", "switch:", "MB", "kernels",
+         *(f"{name} predicted, over off" for name in names)]
+    )  # fmt: skip
+    off, lines = {}, []
+    for one in document["switches"]:
+        key = one["network"], one["precision"]
+        off.setdefault(key, one["devices"])
+        cells = [*key, one["switch"], f"{one['bytes'] / 1e6:.0f}", str(one["kernels"])]
+        for name in names:
+            rate = one["devices"][name]["predicted"]
+            cells += [f"{rate:,.0f}", f"{rate / off[key][name]['predicted']:.3f}"]
+        lines.append(cells)
+    head = f"`{document['setting']['command']}`: switches of the engine, as `gpu-model.md` counts."
+    return "\n".join([head, "", *tables.aligned(header, lines)]) + "\n"
 
 
 def compared(document: dict[str, Any], measured: dict[str, Any]) -> str:
@@ -389,7 +441,9 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
         path.with_suffix(".md").write_text(table(document))
+        path.with_name("gpu-model-switches.md").write_text(switched(document))
     print(table(document))
+    print(switched(document))
     if options.measured is not None:
         print(compared(document, json.loads(options.measured.read_text())))
 

@@ -29,6 +29,7 @@ OPS_OF_CUDA = {
     "rectify": "relu_mask",
     "gradient": "relu_mask_backward",
     "pack": "pack_mask",
+    "pack_numbers": "pack_mask",
 }
 """The op of each kernel in csrc/cuda."""
 _DTYPES = {

@@ -144,6 +144,23 @@ def activations(device: str, times: int = 1) -> list[Call]:
         Call(ops.relu_mask_backward, f"{size}, scale", (residual, mask, scale, *standard, False)),
         Call(ops.relu_mask_backward, f"{size}, both", (residual, mask, scale, *guided, False)),
         Call(ops.pack_mask, size, (x > 0,)),
+        Call(ops.pack_mask, f"{size}, numbers", (x,)),
+    ]
+
+
+def tokens(device: str, times: int = 1) -> list[Call]:
+    """Rows of a vision transformer's first size, 197 x 768, with a branch in a half type."""
+    x, branch = (torch.randn(32 * times, 197, 768, device=device) for _ in range(2))
+    weight, bias = torch.randn(2, 768, device=device)
+    size, dtype = f"{32 * times} x 197x768", torch.float16
+    given = (weight, bias, 1e-6)
+    total, _, mean, scale = ops.add_layer_norm(x, branch, *given, torch.float32)
+    kept = (total, mean, scale, weight)
+    return [
+        Call(ops.add_layer_norm, size, (x, branch, *given, torch.float32)),
+        Call(ops.add_layer_norm, f"{size}, float16", (x, branch.to(dtype), *given, dtype)),
+        Call(ops.add_layer_norm_backward, size, (branch, x, *kept, torch.float32)),
+        Call(ops.add_layer_norm_backward, f"{size}, float16", (branch.to(dtype), x, *kept, dtype)),
     ]
 
 
@@ -223,7 +240,7 @@ def maps(device: str, times: int = 1) -> list[Call]:
     return calls
 
 
-SIZES = (pictures, volumes, frames, activations, pooled, convolved, perturbed, maps)
+SIZES = (pictures, volumes, frames, activations, tokens, pooled, convolved, perturbed, maps)
 
 
 def largest_call(op: Op) -> Call:

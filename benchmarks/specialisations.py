@@ -18,6 +18,7 @@ from saliency_fast.kernels import (
     cam,
     finish,
     masks,
+    norms,
     overlay,
     philox,
     points,
@@ -32,7 +33,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 MODULES = (
-    accumulate, cam, finish, masks, overlay, philox, points, pools, ranks, segments, windows,
+    accumulate, cam, finish, masks, norms, overlay, philox, points, pools, ranks, segments, windows,
 )  # fmt: skip
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {
@@ -168,7 +169,8 @@ def specialisations() -> Iterator[Specialisation]:
     for dtype in ("float32", "float64", "bfloat16", "float16"):
         yield from _masks(dtype)
         yield from _pools(dtype)
-    yield Specialisation(masks._pack, "bool", "*T *T i32", {"WIDE": False}, _groups)
+        yield from _norms(dtype)
+    yield Specialisation(masks._pack, "bool", "*T *u8 i32", {"WIDE": False}, _groups)
 
 
 def _points(dtype: str) -> Iterator[Specialisation]:
@@ -252,6 +254,7 @@ def _finish_and_overlay(dtype: str) -> Iterator[Specialisation]:
 
 def _masks(dtype: str) -> Iterator[Specialisation]:
     offsets = " i32" * 6
+    yield Specialisation(masks._pack, dtype, "*T *u8 i32", {"WIDE": False}, _groups)
     for affine, rule, wide in (
         ("one", "standard", False),
         ("row", "guided", False),
@@ -270,6 +273,20 @@ def _masks(dtype: str) -> Iterator[Specialisation]:
             masks._backward, dtype, "*T *u8 *T *T *T" + size + offsets,
             {**same, "RULE": rule, "BOTH": True}, _groups, fused=False,
         )  # fmt: skip
+
+
+def _norms(dtype: str) -> Iterator[Specialisation]:
+    """Of rows of 768 numbers, as in transformers: sums of float32 and a half type, too."""
+    half = {"float32": "fp16", "bfloat16": "bf16"}.get(dtype, DTYPES[dtype][0])
+    wide, same = "fp64" if dtype == "float64" else "fp32", {"WEIGHTED": True, "BLOCK": 1024}
+    yield Specialisation(
+        norms._forward, dtype, f"*T *{half} *{wide} *{wide} *T *{half} *{wide} *{wide} i32",
+        {**same, "BIASED": True, "EPS": 1e-6}, _nothing,
+    )  # fmt: skip
+    yield Specialisation(
+        norms._backward, dtype, f"*{half} *T *T *{wide} *{wide} *{wide} *T *{half} i32",
+        {**same, "PASSED": True, "BOTH": True}, _nothing,
+    )  # fmt: skip
 
 
 def _pools(dtype: str) -> Iterator[Specialisation]:

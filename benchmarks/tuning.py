@@ -34,6 +34,8 @@ OP_OF = {
     "masks.forward": "relu_mask",
     "masks.backward": "relu_mask_backward",
     "masks.pack": "pack_mask",
+    "norms.forward": "add_layer_norm",
+    "norms.backward": "add_layer_norm_backward",
     "overlay.count": "magnitude_percentile",
     "overlay.narrow": "magnitude_percentile",
     "overlay.overlay": "overlay",
@@ -59,7 +61,7 @@ VERSUS = {
     "relu_mask": (2, 4, 8),
     "relu_mask_": (2, 4, 8),
     "relu_mask_backward": (2, 4, 8),
-    "pack_mask": (1,),
+    "pack_mask": (1, 2, 4, 8),
 }
 """The ops in both languages, and the bytes of the elements on which they are compared."""
 
@@ -78,6 +80,8 @@ def call_for(op: str, width: int, device: str) -> Call:
     """The op's first call of the benchmark, its numbers in the type of `width` bytes."""
     calls = (call for make in SIZES for call in make(device) if call.op.name == op)
     call = next(calls)
+    if width > 1 and getattr(call.args[0], "dtype", None) == torch.bool:
+        call = next(calls)  # The same op of numbers.
     dtype = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.float64}.get(width)
     # Totals keep their precision when gradients are short.
     short = {"grads"} if width == 2 and op.startswith("accumulate") else None

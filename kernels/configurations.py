@@ -99,7 +99,15 @@ TABLE = {
         same(1024), {"gfx9": {2: Configuration(2048)}},
     ),
     "masks.pack": Choice(
-        "four accesses of eight flags a thread: a byte of the mask each", {1: Configuration(4096)}
+        "four accesses of eight flags a thread: a byte of the mask each; eight numbers",
+        same(1024) | {1: Configuration(4096)}, {"gfx9": {2: Configuration(2048)}},
+    ),
+    "norms.forward": Choice(
+        "one program a row, as rows of transformers have some hundreds of numbers: sums need no"
+        " second pass", same(1024), free=("warps",),
+    ),
+    "norms.backward": Choice(
+        "one program a row, as forward", same(1024), free=("warps",),
     ),
     "overlay.count": Choice(
         "a program adds its histogram once for four tiles: fewer atomics",

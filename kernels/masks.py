@@ -138,8 +138,8 @@ def _backward(grad, mask, scale, scaled, plain, numel, inner, inner_magic, inner
 
 @triton.jit
 def _pack(flags, mask, numel, WIDE: tl.constexpr, GROUPS: tl.constexpr):
-    # Reads a byte per element, writes a bit.
-    # Layout: flags [numel], each 0 or 1; mask [ceil(numel / 8)].
+    # Reads each element once, writes a bit.
+    # Layout: flags [numel], bytes or numbers; mask [ceil(numel / 8)].
     group, at = elements(GROUPS, WIDE)
     found = tl.load(flags + at, mask=at < numel, other=0)
     tl.store(mask + group, packed(found != 0, group, numel), mask=group * 8 < numel)
@@ -185,14 +185,15 @@ def relu_mask_backward(grad, mask, scale, slope, rule, both, channels_last):
 
 
 def pack_mask(flags):
-    """The op `pack_mask`: the mask of bool flags."""
+    """The op `pack_mask`: the mask of bool flags, or of numbers that are not 0."""
     flags = flags.contiguous() if _layout(flags) is None else flags
     mask, numel = _empty_mask(flags), flags.numel()
     if numel > 0:
         chosen = configuration("masks.pack", flags)
         with on(flags):
             _pack[triton.cdiv(numel, chosen.elements),](
-                flags.view(torch.uint8), mask, numel, WIDE=numel > NARROW,
+                flags.view(torch.uint8) if flags.dtype == torch.bool else flags, mask, numel,
+                WIDE=numel > NARROW,
                 GROUPS=chosen.elements // 8, num_warps=chosen.warps,
             )  # fmt: skip
     return mask

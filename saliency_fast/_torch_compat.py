@@ -282,8 +282,36 @@ HAS_ONEDNN = _onednn_built and None not in (ONEDNN_CONVOLUTION, ONEDNN_TRANSPOSE
 """Whether oneDNN's convolutions can be called by name; without them, PyTorch chooses."""
 HAS_ONEDNN_ORDERS = _onednn_built and None not in (ONEDNN_FUSED, ONEDNN_REORDER)
 """Whether oneDNN takes weights in its own order; without it, no weights are prepared for it."""
+_cudnn_relu = _find("ops.aten.cudnn_convolution_relu")
+_cudnn_add_relu = _find("ops.aten.cudnn_convolution_add_relu")
 _safe_softmax = _find("_safe_softmax")
 _cpu_attention = _find("ops.aten._scaled_dot_product_flash_attention_for_cpu")
+
+
+def cudnn_fuses(x: Tensor) -> bool:
+    """Whether cuDNN's convolutions that end in a ReLU, which know neither float64 nor PyTorch's
+    switches for deterministic algorithms, serve `x`.
+    """
+    cudnn = torch.backends.cudnn
+    built = None not in (_cudnn_relu, _cudnn_add_relu) and torch.version.cuda is not None
+    strict = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    types = torch.float32, torch.float16, torch.bfloat16
+    return built and x.is_cuda and cudnn.enabled and not strict and x.dtype in types
+
+
+def cudnn_convolution_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, *geometry: Any
+) -> Tensor:
+    """ReLU of a convolution, plus `added` like its result, by cuDNN; without gradients.
+
+    geometry: stride, padding and dilation, a number per axis, and groups.
+    """
+    found: Tensor = (
+        _cudnn_relu(x, weight, bias, *geometry)
+        if added is None
+        else _cudnn_add_relu(x, weight, added, 1.0, bias, *geometry)
+    )
+    return found
 
 
 def softmax_of_masked(logits: Tensor) -> Tensor:

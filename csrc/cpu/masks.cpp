@@ -320,9 +320,12 @@ std::tuple<at::Tensor, at::Tensor> relu_mask_backward(const at::Tensor& grad,
   return {scaled, plain};
 }
 
-at::Tensor pack_mask(const at::Tensor& flags) {
-  TORCH_CHECK(flags.scalar_type() == at::kBool, "pack_mask: flags must be bool: got ",
-              flags.scalar_type());
+at::Tensor pack_mask(const at::Tensor& given) {
+  const at::ScalarType type = given.scalar_type();
+  TORCH_CHECK(type == at::kBool || at::isFloatingType(type),
+              "pack_mask: flags must be bool or floating point: got ", type);
+  // Numbers are packed on GPUs; here they take a pass of their own.
+  const at::Tensor flags = type == at::kBool ? given : given.ne(0);
   const at::Tensor dense = layout_of(flags) ? flags : flags.contiguous();
   const int64_t elements = dense.numel();
   at::Tensor mask = at::empty({mask_bytes(elements)}, flags.options().dtype(at::kByte));

@@ -208,6 +208,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Reads numbers once, writes a bit of each: whether it is not 0. Layout: numbers [numel].
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    pack_numbers(const T* __restrict__ numbers, uint8_t* __restrict__ mask, int64_t numel,
+                 bool aligned) {
+  const int64_t group = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t at = kGroup * group;
+  if (at >= numel) return;
+  const int count = static_cast<int>(min(int64_t{kGroup}, numel - at));
+  Wide<T> z[kGroup];
+  load(numbers + at, aligned && count == kGroup, count, z);
+  unsigned bits = 0;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) bits |= (i < count && z[i] != 0 ? 1u : 0u) << i;
+  mask[group] = static_cast<uint8_t>(bits);
+}
+
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Blocks of a grid for so many elements; 0 where they are too many.
@@ -285,11 +302,26 @@ int launch_backward(const void* grad, const void* mask, const void* scale, void*
     return launch_backward<T>(grad, mask, scale, scaled, plain, numel, inner, channels, slope,    \
                               positive, stream);                                                  \
   }
+#define SALIENCY_FAST_PACK(T, suffix)                                                             \
+  extern "C" int saliency_fast_pack_mask_##suffix(const void* numbers, void* mask, int64_t numel, \
+                                                  void* stream) {                                 \
+    if (numel == 0) return cudaSuccess;                                                           \
+    const uint32_t grid = blocks(numel);                                                          \
+    if (grid == 0) return cudaErrorInvalidConfiguration;                                          \
+    pack_numbers<T><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(                    \
+        static_cast<const T*>(numbers), static_cast<uint8_t*>(mask), numel, aligned(numbers));    \
+    return cudaGetLastError();                                                                    \
+  }
 SALIENCY_FAST_LAUNCHERS(float, f32)
+SALIENCY_FAST_PACK(float, f32)
 SALIENCY_FAST_LAUNCHERS(double, f64)
+SALIENCY_FAST_PACK(double, f64)
 SALIENCY_FAST_LAUNCHERS(__nv_bfloat16, bf16)
+SALIENCY_FAST_PACK(__nv_bfloat16, bf16)
 SALIENCY_FAST_LAUNCHERS(__half, f16)
+SALIENCY_FAST_PACK(__half, f16)
 #undef SALIENCY_FAST_LAUNCHERS
+#undef SALIENCY_FAST_PACK
 
 // cudaSuccess where the current device has code of this library that its driver can run. All files
 // are compiled for the same devices.

@@ -26,7 +26,7 @@ from saliency_fast.graph.intercept import NotLeanError
 from saliency_fast.graph.opinfo import LEAN as CONVOLUTIONS
 from saliency_fast.graph.passes.affine_prefix import Prefix, prefix_of
 from saliency_fast.graph.passes.float64 import InFloat64
-from saliency_fast.graph.passes.fusion import fused, with_rectifiers
+from saliency_fast.graph.passes.fusion import OneCall, fused, with_rectifiers
 from saliency_fast.graph.passes.half import FLOAT32, Precision, half_type_bytes, in_half_type
 from saliency_fast.graph.passes.invariant import invariant_bytes, with_invariants
 from saliency_fast.graph.passes.scores_only import prepared_bytes, scoring
@@ -322,6 +322,11 @@ class Facts:
     refusal: str = "the model was not recorded"
 
     @property
+    def one_call(self) -> OneCall:
+        config = self.config
+        return OneCall(config.fused_relu, config.fused_residual_relu, config.fused_layer_norm)
+
+    @property
     def bitwise(self) -> bool:
         """Whether a strategy must repeat the model's own arithmetic."""
         return not self.config.exact_dtypes.isdisjoint(self.call.dtypes)
@@ -330,7 +335,7 @@ class Facts:
     def fused(self) -> tuple[Program, Program]:
         """The program with its layers fused, and with rectifiers alone."""
         assert self.program is not None
-        return fused(self.program), with_rectifiers(self.program)
+        return fused(self.program, self.one_call), with_rectifiers(self.program)
 
     @cached_property
     def channels_last(self) -> Program:
@@ -387,8 +392,8 @@ class Kind:
             program = facts.channels_last
         if not self.prefix:
             return Strategy(program, unfolded=unfolded)
-        line = facts.recipe.family.straight
-        prefix = prefix_of(facts.program, channels_last=self.channels_last, line=line)
+        line, last = facts.recipe.family.straight, self.channels_last
+        prefix = prefix_of(facts.program, channels_last=last, line=line, one_call=facts.one_call)
         return None if prefix is None else Strategy(program, prefix=prefix, unfolded=unfolded)
 
 

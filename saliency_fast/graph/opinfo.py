@@ -170,7 +170,7 @@ operators(
 operators("matmul mm bmm einsum", linear="any")
 operators(
     f"""{_CONVOLUTIONS} {_TRANSPOSED} linear scaled_dot_product_attention partial_convolution
-    matmul rmatmul mm bmm addmm baddbmm""",
+    matmul rmatmul mm bmm addmm baddbmm convolution_relu""",
     half="product",
 )
 operators("mean sum", linear="first", axis=(1, None))
@@ -245,3 +245,5 @@ operators(
 operators("folded_convolution", kind="folded convolution", fresh=True)
 operators("partial_convolution", fresh=True)
 operators("rectified", kind="rectified", keeps="bits")
+operators("convolution_relu", keeps="bits")
+operators("add_layer_norm", keeps="operands")

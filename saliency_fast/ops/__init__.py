@@ -6,6 +6,7 @@ from saliency_fast.ops.cam import cam
 from saliency_fast.ops.dispatch import backends
 from saliency_fast.ops.finish import REDUCTIONS, finish
 from saliency_fast.ops.masks import pack_mask, relu_mask, relu_mask_, relu_mask_backward
+from saliency_fast.ops.norms import add_layer_norm, add_layer_norm_backward
 from saliency_fast.ops.overlay import magnitude_percentile, overlay
 from saliency_fast.ops.philox import random_bits
 from saliency_fast.ops.points import line_points, noise_points, random_line_points
@@ -26,6 +27,8 @@ __all__ = [
     "accumulate",
     "accumulate_moments",
     "accumulate_random_lines",
+    "add_layer_norm",
+    "add_layer_norm_backward",
     "backends",
     "cam",
     "finish",

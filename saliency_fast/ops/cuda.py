@@ -24,7 +24,7 @@ _LAUNCHERS: dict[str, tuple[dict[torch.dtype, str], list[Any]]] = {
     "magnitude_percentile": (_FLOATS, [_POINTER] * 3 + [_INT64] * 3 + [_POINTER]),
     "relu_mask": (_ALL_FLOATS, [_POINTER] * 6 + [_INT64] * 3 + [_DOUBLE, _DOUBLE, _POINTER]),
     "relu_mask_backward": (_ALL_FLOATS, [_POINTER] * 5 + [_INT64] * 3 + [_DOUBLE, _INT, _POINTER]),
-    "pack_mask": ({torch.bool: "u8"}, [_POINTER, _POINTER, _INT64, _POINTER]),
+    "pack_mask": ({torch.bool: "u8", **_ALL_FLOATS}, [_POINTER, _POINTER, _INT64, _POINTER]),
 }
 """The suffixes of each launcher's names by dtype, and the types of its arguments."""
 

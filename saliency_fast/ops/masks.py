@@ -167,9 +167,9 @@ def _backward(grad: Tensor, mask: Tensor, scale: OptTensor, *options: Any) -> tu
 
 
 def _pack_mask(flags: Tensor) -> Tensor:
-    if flags.dtype != torch.bool:
-        raise ValueError(f"flags must be bool: got {flags.dtype}")
-    return _packed(dense(flags))
+    if flags.dtype not in (torch.bool, *DTYPES):
+        raise ValueError(f"flags must be bool or floating point: got {flags.dtype}")
+    return _packed(dense(flags) != 0)
 
 
 def empty_mask(x: Tensor, *_: object) -> Tensor:
@@ -274,6 +274,10 @@ def _pack_samples() -> Iterator[Sample]:
         yield Sample((flags,))
     for full in (True, False):
         yield Sample((torch.full((3, 11), full),))
+    for number, (shape, layout) in enumerate(_LAYOUTS):
+        yield Sample((_values(shape, layout, DTYPES[number % 4]).relu(),))
+    for dtype in DTYPES:
+        yield Sample((_special(dtype),))
 
 
 _FORWARD = "Tensor? scale, Tensor? shift, Tensor? residual, float slope, float upper"
@@ -326,5 +330,5 @@ pack_mask = define(
     triton="masks",
     cuda=True,
 )
-"""pack_mask(flags bool [*]) -> mask of the flags in memory order; flags that are neither contiguous
-nor channels_last are made contiguous."""
+"""pack_mask(flags [*]) -> mask, in memory order, of flags that are True or of numbers other than 0,
+NaN included; what is neither contiguous nor channels_last is made contiguous."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks import gpu_model, tables
 from benchmarks.gpu_model import DEVICES, Device, Operator
 from benchmarks.models import Attention, Workload
+from saliency_fast.graph.passes.fusion import OneCall
 
 
 def counts(model: nn.Module, x: Tensor, precision: str, **options: Any) -> list[Operator]:
@@ -112,6 +113,60 @@ def test_an_expanded_tensor_is_read_once() -> None:
     assert gpu_model.touched_bytes(x[:0]) == 0
 
 
+def test_switches_by_hand() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(8, 8, 1)
+            self.second, self.head = nn.Conv2d(8, 8, 1), nn.Linear(512, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            out: Tensor = self.head((self.second(x) + x * 2).relu().flatten(1))
+            return out
+
+    x, bits = torch.randn(1, 8, 8, 8), 512 / 8
+    rows = {}
+    for on in (False, True):
+        one_call = OneCall(relu=on, residual_relu=on)
+        found = counts(Block(), x, "float16", prefix=False, one_call=one_call)
+        rows[on] = [one for one in found if one.name != "_to_copy"]
+        names = ("convolution", "convolution_relu", "relu_mask", "relu_mask_", "pack_mask")
+        by = {name: [one.bytes for one in rows[on] if one.name == name] for name in names}
+        if on:
+            # Input, output, and what is added; the transposes as before.
+            assert by["convolution_relu"] == [2 * 1024, 3 * 1024]
+            assert by["pack_mask"] == [1024 + bits] * 2
+            assert by["convolution"] == [2 * 1024] * 2
+            assert not by["relu_mask"] + by["relu_mask_"]
+        else:
+            assert by["convolution"] == [2 * 1024] * 4
+    # Each ReLU was read and written once more.
+    moved = [sum(one.bytes for one in rows[on]) for on in (False, True)]
+    assert moved[0] - moved[1] == 2 * 1024
+    assert len(rows[False]) == len(rows[True])
+
+
+def test_layer_norms_of_sums_by_hand() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.second = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            y = y + self.first(y)
+            out: Tensor = self.second(self.norm(y)) + y.mean()
+            return out
+
+    one_call = OneCall(layer_norm=True)
+    found = counts(Block(), torch.randn(1, 5, 8), "float16", prefix=False, one_call=one_call)
+    by = {one.name: one.bytes for one in found if one.name.startswith("add_layer_norm")}
+    # float32 and float16 in, both out, and two numbers a token; both gradients of each.
+    assert by["add_layer_norm"] == 40 * (4 + 2 + 4 + 2) + 5 * 8
+    assert by["add_layer_norm_backward"] == 40 * (2 + 4 + 4 + 4 + 2) + 5 * 8
+
+
 def test_the_slower_of_operations_and_bytes_counts() -> None:
     device = Device("a GPU", half=100.0, tf32=50.0, float32=10.0, bandwidth=20.0)
     operator = Operator("mm", operations=200.0, bytes=10.0, launch_bytes=40.0, kind="half")
@@ -124,6 +179,7 @@ def test_the_slower_of_operations_and_bytes_counts() -> None:
 def test_rows_tables_and_what_was_measured(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     workload = Workload("tiny", dense, (4,), 1)
     monkeypatch.setattr(gpu_model, "NETWORKS", {"Tiny": lambda: workload})
+    monkeypatch.setattr(gpu_model, "SWITCHED", ("Tiny",))
     monkeypatch.setattr(sys, "argv", ["gpu_model", "--out", str(tmp_path)])
     gpu_model.main()
     document = json.loads((tmp_path / "gpu-model.json").read_text())
@@ -137,6 +193,9 @@ def test_rows_tables_and_what_was_measured(tmp_path: Path, monkeypatch: Any, cap
     text = tables.table("gpu-model", tmp_path)
     assert text == (tmp_path / "gpu-model.md").read_text()
     assert {line.count("|") for line in text.splitlines() if line.startswith("|")} == {14}
+    assert (tmp_path / "gpu-model-switches.md").read_text() == gpu_model.switched(document)
+    # Dense layers have nothing that a switch changes.
+    assert [one["switch"] for one in document["switches"]] == ["off"] * 2
     predicted = document["rows"][0]["devices"]["H200"]["predicted"]
     row = {"workload": "tiny", "contender": "saliency_fast, float16", "reason": None}
     rows = [row | {"gradients_per_second": share * predicted} for share in (0.1, 0.5)]

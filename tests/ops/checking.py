@@ -53,6 +53,9 @@ TOLERANCES: dict[str, tuple[Tolerance, ...]] = {
     "relu_mask_": (EXACT, EXACT),
     "relu_mask_backward": (EXACT, EXACT),
     "pack_mask": (EXACT,),
+    # The sum rounds once; deviations from a mean cancel.
+    "add_layer_norm": (EXACT, Tolerance(8, 32), FEW_ROUNDINGS, Tolerance(8, 32)),
+    "add_layer_norm_backward": (Tolerance(8, 32), Tolerance(8, 32)),
     # Near the error of a direct convolution, in sums of up to a thousand products.
     "winograd": (Tolerance(16, 64),),
     "winograd_weights": (FEW_ROUNDINGS,),

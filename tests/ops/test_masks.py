@@ -180,7 +180,7 @@ _NONE = (None, None, None)
             (_X, _MASK, None, 0.0, "guided", False, True),
             "channels_last needs 4 or 5 dimensions",
         ),
-        ("pack_mask", (_X,), "flags must be bool"),
+        ("pack_mask", (_X.long(),), "flags must be bool or floating point"),
     ],
 )
 def test_errors_say_what_was_wrong(name: str, args, says: str) -> None:

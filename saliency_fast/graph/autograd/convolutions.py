@@ -136,6 +136,46 @@ def _by_backward(grad: Tensor, weight: Tensor, size: torch.Size, groups: int) ->
     return weight.dim() == 5 and channels == 1 and large
 
 
+def convolution_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, *geometry: Any
+) -> Any:
+    """ReLU of a convolution, plus `added` like its result: one call where the library has one, and
+    for the backward pass one bit per element, read from the result.
+
+    geometry: stride, padding and dilation, a number per axis, and groups.
+    """
+    size, layout = x.shape[2:], dense_format(x)
+    channels_last = False
+
+    def run(x: Tensor, *added: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        nonlocal channels_last
+        y = _with_relu(x, weight, bias, added[0] if added else None, *geometry)
+        channels_last = not y.is_contiguous()
+        return y, (ops.pack_mask(y), weight)
+
+    def back(grad: Tensor, mask: Tensor, weight: Tensor) -> Any:
+        passed, _ = ops.relu_mask_backward(grad, mask, None, 0.0, "standard", False, channels_last)
+        about = (*geometry[:3], False, geometry[3])
+        found = _transpose(passed.contiguous(memory_format=layout), weight, size, *about)
+        return found if added is None else (found, passed)
+
+    if not torch.is_grad_enabled():
+        return _with_relu(x, weight, bias, added, *geometry)
+    return differentiable(x, run, back, *(() if added is None else (added,)))
+
+
+def _with_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor | None, *geometry: Any
+) -> Tensor:
+    """The call of the library, and on other devices the three calls that it stands for."""
+    if compat.cudnn_fuses(x):
+        return compat.cudnn_convolution_relu(x, weight, bias, added, *geometry)
+    stride, padding, dilation, groups = geometry
+    y = convolved(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+    found: Tensor = (y if added is None else y.add_(added)).relu_()
+    return found
+
+
 def winograd_pays(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> bool:
     """Whether a convolution of float32 images on the CPU is faster by `ops.winograd`.
 

@@ -1,5 +1,5 @@
 """Normalisations: with frozen statistics a scale that keeps nothing; RMS its input alone; of groups
-and instances in the memory format that they get.
+and instances in the memory format that they get; of layers together with the sum before them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from saliency_fast import _torch_compat as compat
+from saliency_fast import ops
 from saliency_fast.graph.autograd.convolutions import dense_format, on_cpu
 from saliency_fast.graph.gradients import differentiable
 from saliency_fast.graph.opinfo import lean
@@ -181,6 +183,43 @@ def _channels_last(
         return found.view(rows, *x.shape[2:], channels).movedim(-1, 1)
 
     return differentiable(x, run, back)
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    """ops.add_layer_norm: a sum and its layer normalisation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, added: Tensor, *about: Any) -> tuple[Tensor, Tensor]:
+        total, y, *kept = ops.add_layer_norm(x, added, *about)
+        ctx.save_for_backward(total, *kept, about[0])
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = x.dtype, added.dtype
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, passed: Tensor | None, grad: Tensor | None) -> Any:
+        total, *kept = ctx.saved_tensors
+        narrow = next((one for one in ctx.dtypes if one != total.dtype), total.dtype)
+        if grad is not None:
+            first, second = ops.add_layer_norm_backward(grad, passed, total, *kept, narrow)
+        else:
+            first = second = passed
+        found = [first if one == total.dtype else second for one in ctx.dtypes]
+        return *found, None, None, None, None
+
+
+def add_layer_norm(
+    x: Tensor,
+    added: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+) -> Any:
+    """(sum, its layer normalisation over the last axis), the latter in `dtype` where given."""
+    dtype = dtype or torch.promote_types(x.dtype, added.dtype)
+    return _AddLayerNorm.apply(x, added, weight, bias, eps, dtype)  # type: ignore[no-untyped-call]
 
 
 def _moving(*parameters: Tensor | None) -> bool:

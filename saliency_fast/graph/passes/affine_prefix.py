@@ -16,7 +16,7 @@ from saliency_fast._torch_compat import tree_structure
 from saliency_fast._types import Inputs
 from saliency_fast.errors import ModelError
 from saliency_fast.graph.gradients import differentiable
-from saliency_fast.graph.passes.fusion import fused
+from saliency_fast.graph.passes.fusion import SEPARATE, OneCall, fused
 from saliency_fast.graph.program import Program, Ref, Step, refs_in
 
 FLOPS_PER_BYTE = 8
@@ -99,13 +99,16 @@ class Prefix:
         return tuple(one.movedim(-1, 1).data if self._is_last(one.dim()) else one for one in values)
 
 
-def prefix_of(program: Program, *, channels_last: bool, line: bool) -> Prefix | None:
+def prefix_of(
+    program: Program, *, channels_last: bool, line: bool, one_call: OneCall = SEPARATE
+) -> Prefix | None:
     """The prefix that pays of a program that was not fused yet; line: points lie on lines."""
     rest = behind_prefix(program, line)
     if rest is None:
         return None
     cut = tuple(Ref(number) for number in rest.inputs)
-    stem, rest = program.part(program.inputs, cut, tree_structure(rest.inputs)), fused(rest)
+    stem = program.part(program.inputs, cut, tree_structure(rest.inputs))
+    rest = fused(rest, one_call)
     if channels_last:
         stem, rest = stem.with_channels_last(), rest.with_channels_last()
     return Prefix(stem, rest)

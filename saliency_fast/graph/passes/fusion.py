@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from saliency_fast.graph.autograd.activations import RECTIFIERS, SLOPE, ramp
-from saliency_fast.graph.autograd.norms import affine_of
+from saliency_fast.graph.autograd.convolutions import convolution_relu, each_axis, even_edges
+from saliency_fast.graph.autograd.norms import add_layer_norm, affine_of
 from saliency_fast.graph.intercept import lean_call
+from saliency_fast.graph.opinfo import info
 from saliency_fast.graph.program import Program, Ref, Step, refs_in
+from saliency_fast.ops.norms import LARGEST
 
 Norm = tuple[Tensor | None, Tensor | None, Tensor, Tensor, float]
 """(weight, bias, mean, variance, eps) of a batch normalisation with frozen statistics."""
@@ -109,6 +112,17 @@ class Layer:
     norm: Norm | None = None
     norm_index: int | None = None
     relu_index: int | None = None
+
+    @property
+    def geometry(self) -> tuple[list[int], list[int], list[int], int] | None:
+        """Stride, padding and dilation per axis, and groups; None for edges that differ."""
+        if info(self.call).kind != "convolution":
+            return None
+        axes, defaults = self.weight.dim() - 2, (1, 0, 1, 1)
+        stride, padding, dilation, groups = (*self.options, *defaults[len(self.options) :])
+        holes = each_axis(dilation, axes)
+        edges = even_edges(padding, self.weight, holes)
+        return None if edges is None else (each_axis(stride, axes), edges, holes, int(groups))
 
     def weights(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias, with the normalisation folded into them."""
@@ -218,16 +232,17 @@ def norm_of(program: Program, step: Step) -> Norm | None:
 # What surrounds a convolution: batch normalisation behind it, concatenation before it.
 
 
-def folded(program: Program) -> Program:
+def folded(program: Program, *, all_norms: bool = False) -> Program:
     """The same program with fewer tensors of the size of its activations."""
-    return _without_norms(_without_cats(program))
+    return _without_norms(_without_cats(program), all_norms)
 
 
-def _without_norms(program: Program) -> Program:
+def _without_norms(program: Program, all_norms: bool) -> Program:
     """Batch normalisations in the weights of the convolutions before them."""
     steps: list[Step | None] = list(program.steps)
     for layer in layers(program):
-        small = SMALLER * layer.weight.nbytes <= program.values[layer.output].nbytes
+        written = program.values[layer.output].nbytes
+        small = all_norms or SMALLER * layer.weight.nbytes <= written
         behind = layer.norm_index
         if behind is None or not small or program.steps[behind].info.kind != "normalisation":
             continue
@@ -295,9 +310,30 @@ class _Match:
     swallowed: tuple[int, ...] = ()
 
 
-def fused(program: Program) -> Program:
+@dataclass(frozen=True)
+class OneCall:
+    """What is one call of a library's or one kernel, where that has been measured to pay.
+
+    Attributes:
+        relu: A convolution and the ReLU behind it.
+        residual_relu: A convolution, a residual addition and the ReLU behind it.
+        layer_norm: A residual addition and the layer normalisation behind it.
+    """
+
+    relu: bool = False
+    residual_relu: bool = False
+    layer_norm: bool = False
+
+
+SEPARATE = OneCall()
+
+
+def fused(program: Program, one_call: OneCall = SEPARATE) -> Program:
     """The same program with fewer passes over memory and fewer tensors in it."""
-    return with_rectifiers(folded(program))
+    relu = one_call.relu or one_call.residual_relu
+    found = with_rectifiers(folded(program, all_norms=relu))
+    found = _with_convolution_relus(found, one_call) if relu else found
+    return _with_layer_norms(found) if one_call.layer_norm else found
 
 
 def with_rectifiers(program: Program) -> Program:
@@ -324,6 +360,79 @@ def with_rectifiers(program: Program) -> Program:
     return replace(program, steps=tuple(step for step in steps if step is not None))
 
 
+def _with_convolution_relus(program: Program, one_call: OneCall) -> Program:
+    """The same program with ReLUs, and additions before them, in the convolution before these."""
+    steps: list[Step | None] = list(program.steps)
+    for index, step in enumerate(program.steps):
+        if step.info.kind != "rectified":
+            continue
+        base, norm, added, slope, upper, _ = step.args
+        wanted = one_call.relu if added is None else one_call.residual_relu
+        if not wanted or norm is not None or slope != 0 or upper < math.inf:
+            continue
+        for own, other in ((base, added), (added, base)):
+            layer = None if own is None else _convolution_before(program, own, other, index)
+            if layer is None:
+                continue
+            steps[layer.index] = None
+            options = (other, *(layer.geometry or ()))
+            call, args = convolution_relu, (layer.x, layer.weight, layer.bias, *options)
+            if layer.norm is not None:
+                call = folded_convolution
+                args = (*args[:3], convolution_relu, options, layer.norm)
+            steps[index] = replace(step, func=call, args=args, donated=())
+            break
+    return replace(program, steps=tuple(step for step in steps if step is not None))
+
+
+def _convolution_before(program: Program, own: Ref, other: Ref | None, index: int) -> Layer | None:
+    """The convolution of which the rectifier at `index` takes the result `own`, if one call serves
+    both and the addition of `other`: of images or volumes, in one group as PyTorch tests cuDNN's.
+    """
+    at = only_maker(program, own.number, index)
+    layer = None if at is None else convolution(at, program.steps[at])
+    if at is None or layer is None or layer.geometry is None or layer.geometry[3] != 1:
+        return None
+    x, axes = program.values[layer.x.number], layer.weight.dim() - 2
+    # cuDNN 8 was wrong where the input is what is added (pytorch#62926).
+    alias = other is not None and program.values[other.number].memory == x.memory
+    batched = axes in (2, 3) and len(x.shape) == axes + 2
+    waits = _may_wait(program, _Match(own.number, swallowed=(at,)), index)
+    return layer if batched and waits and not alias else None
+
+
+def _with_layer_norms(program: Program) -> Program:
+    """The same program with layer normalisations in the residual additions before them."""
+    steps: list[Step | None] = list(program.steps)
+    for index, step in enumerate(program.steps):
+        if step.func is not torch.layer_norm or not step.passing or len(step.args) < 5:
+            continue
+        x, shape, weight, bias, eps = step.args[:5]
+        at = program.made_at.get(x.number) if isinstance(x, Ref) else None
+        add = None if at is None else steps[at]
+        if at is None or add is None or not _adds_two(program, add) or add.made != (x.number,):
+            continue
+        written = {n for one in program.steps[at + 1 : index] for n in one.overwritten}
+        memory = program.values[x.number].memory
+        small = len(shape) == 1 and shape[0] <= LARGEST and not any(refs_in((weight, bias)))
+        if not small or memory in {program.values[number].memory for number in written}:
+            continue
+        args = (*add.args, weight, bias, eps, None)
+        steps[at] = replace(add, func=add_layer_norm, args=args, outputs=(x.number, *step.outputs))
+        steps[index] = None
+    return replace(program, steps=tuple(step for step in steps if step is not None))
+
+
+def _adds_two(program: Program, step: Step) -> bool:
+    """Whether a step adds two values of the points, of one shape and type."""
+    two = not step.kwargs and len(step.args) == 2
+    if step.info.kind != "addition" or not two or len([*refs_in(step.args)]) != 2:
+        return False
+    a, b = (program.values[one.number] for one in step.args)
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return same and a.varying and b.varying and a.rowwise and b.rowwise
+
+
 def _match(program: Program, index: int) -> _Match:
     """Follows the rectifier's operand up through an addition and a normalisation."""
     own = program.steps[index].args[0].number
@@ -333,15 +442,9 @@ def _match(program: Program, index: int) -> _Match:
     step = program.steps[add]
     if (norm := norm_of(program, step)) is not None:
         return _Match(step.args[0].number, norm, None, (add,))
-    two = not step.kwargs and len(step.args) == 2
-    if step.info.kind != "addition" or not two or len([*refs_in(step.args)]) != 2:
+    if not _adds_two(program, step):
         return _Match(own)
     left, right = (one.number for one in step.args)
-    a, b = program.values[left], program.values[right]
-    # Of one shape, and both of the points.
-    same = a.shape == b.shape and a.dtype == b.dtype
-    if not (same and a.varying and b.varying and a.rowwise and b.rowwise):
-        return _Match(own)
     for normed, residual in ((left, right), (right, left)):
         at = only_maker(program, normed, add)
         norm = None if at is None else norm_of(program, program.steps[at])

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from saliency_fast._torch_compat import fp32_precision, set_fp32_precision
 from saliency_fast.errors import InputError
+from saliency_fast.graph.autograd.norms import add_layer_norm
 from saliency_fast.graph.intercept import lean_call
 from saliency_fast.graph.opinfo import Wrapped
 from saliency_fast.graph.passes.fusion import (
@@ -135,6 +136,7 @@ def in_half_type(program: Program, half: torch.dtype) -> Prepared:
         steps[layer.index] = replace(steps[layer.index], func=layer.call, args=args)
         if behind is not None:
             steps[behind] = without_norm(steps[behind])
+    steps = [_narrowed(program, one, half) for one in steps]
     cast_steps = (_cast(one, half, leaf) if one.varying else one for one in steps)
     return Prepared(replace(program, steps=tuple(cast_steps)), tuple(made))
 
@@ -148,6 +150,17 @@ def half_type_bytes(program: Program) -> int:
     weights = [one for step in products for one in (*step.args, *step.kwargs.values())]
     found = [one for one in weights if isinstance(one, Tensor) and one.dtype == torch.float32]
     return sum({id(one): one.nbytes // 2 for one in found}.values())
+
+
+def _narrowed(program: Program, step: Step, half: torch.dtype) -> Step:
+    """A fused layer normalisation that rounds its result, where only products take that."""
+    if step.func is not add_layer_norm:
+        return step
+    users = program.uses.get(step.outputs[1], ())
+    taken = [program.steps[one] for one in users if one < len(program.steps)]
+    alone = all(one.info.half == "product" and not one.changed for one in taken)
+    rounds = alone and 0 < len(taken) == len(users)
+    return replace(step, args=(*step.args[:-1], half)) if rounds else step
 
 
 def _cast(step: Step, half: torch.dtype, leaf: Callable[[Any], Any]) -> Step:

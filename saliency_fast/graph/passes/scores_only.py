@@ -13,7 +13,7 @@ import torch
 
 from saliency_fast import _torch_compat as compat
 from saliency_fast import ops
-from saliency_fast.graph.autograd.convolutions import each_axis, even_edges, winograd_pays
+from saliency_fast.graph.autograd.convolutions import winograd_pays
 from saliency_fast.graph.passes.fusion import Layer, layers, without_norm
 from saliency_fast.graph.program import Program, Step
 
@@ -110,11 +110,5 @@ def _geometry(program: Program, layer: Layer) -> _Prepared | None:
     exact = {one.dtype for one in values} | {one.dtype for one in own} == {torch.float32}
     if step.changed or axes not in (2, 3) or not (plain and on_cpu and exact):
         return None
-    defaults: tuple[Any, ...] = (1, 0, 1, 1)
-    stride, padding, dilation, groups = layer.options + defaults[len(layer.options) :]
-    holes = each_axis(dilation, axes)
-    edges = even_edges(padding, layer.weight, holes)
-    if edges is None:
-        return None
-    shape = program.values[layer.x.number].shape
-    return _Prepared(layer, each_axis(stride, axes), edges, holes, int(groups), shape)
+    geometry = layer.geometry
+    return geometry and _Prepared(layer, *geometry, program.values[layer.x.number].shape)

@@ -83,6 +83,8 @@ def _channels_last() -> Iterator[Case]:
 def _flags() -> Iterator[Case]:
     for size, by in product((*range(1, 70), 4095, 4096, 4097), (0, 1, 8, 15)):
         yield Case(OPS["pack_mask"], (torch.rand(size) < 0.5,), by)
+        numbers = torch.randn(size).relu().to(masks.DTYPES[size % 4])
+        yield Case(OPS["pack_mask"], (numbers,), by)
 
 
 def _noise() -> Iterator[Case]:
