@@ -31,10 +31,11 @@ SECONDS = 480.0
 STAGES = (
     Stage("smoke", 60, "benchmarks.gpu_smoke:units", "smoke"),
     Stage("ceilings", 120, "benchmarks.gpu_ceilings:units", "ceilings"),
-    Stage("tables", 330, "benchmarks.gpu_networks:races", "end-to-end"),
-    Stage("profile", 365, "benchmarks.gpu_networks:profiles", "profile"),
-    Stage("ops", 405, "benchmarks.ops:units", "ops"),
-    Stage("networks of timm", 435, "benchmarks.gpu_networks:others", "timm"),
+    Stage("tables", 310, "benchmarks.gpu_networks:races", "end-to-end"),
+    Stage("switches", 350, "benchmarks.gpu_switches:units", "switches"),
+    Stage("profile", 375, "benchmarks.gpu_networks:profiles", "profile"),
+    Stage("ops", 410, "benchmarks.ops:units", "ops"),
+    Stage("networks of timm", 438, "benchmarks.gpu_networks:others", "timm"),
     Stage("compiled", SECONDS, "benchmarks.gpu_networks:compiled", "end-to-end"),
 )
 """In order; a stage that ends early leaves its time to those behind it."""
@@ -201,6 +202,26 @@ def races(rows: list[Row]) -> list[str]:
     return tables.aligned(header, lines)
 
 
+def switches(rows: list[Row]) -> list[str]:
+    """A line per network and switch, and which of them to take."""
+    names = ("switch", "seconds", "times_off", "gap", "take", "strategy", "graphs")
+    return [*_columns(*names)(rows), "", *verdict(rows)]
+
+
+def verdict(rows: list[Row]) -> list[str]:
+    """Which switches to take: those that pay on some network, and fail and cost on none."""
+    lines = []
+    for name in dict.fromkeys(row["switch"] for row in rows if row.get("switch", "off") != "off"):
+        own = [row for row in rows if row.get("switch") == name]
+        pays, against = (
+            [row["workload"] for row in own if any(row.get(key) for key in keys)]
+            for keys in (("take",), ("failed", "slower"))
+        )
+        text = f"take it, for {', '.join(pays)}" if pays and not against else "leave it off"
+        lines.append(f"- {name}: {text}" + f"; against it: {', '.join(against)}" * bool(against))
+    return lines
+
+
 def table(document: dict[str, Any]) -> str:
     """Every row of the races."""
     lines = [tables.caption(document["setting"]), "", *races(document["rows"]), "", NOTES]
@@ -246,6 +267,7 @@ TABLES: dict[str, Callable[[list[Row]], list[str]]] = {
         "pass", "layout", "precision", "benchmark", "seconds", "teraflops", "gigabytes_per_second"
     ),
     "end-to-end": races,
+    "switches": switches,
     "profile": _columns("kernel", "calls", "busy_seconds", "seconds", "share", "graphs"),
     "ops": _columns(
         "megabytes", "fast_ms", "copy_ms", "share_of_copy", "gigabytes_per_second", "error"

@@ -107,6 +107,11 @@ class EngineConfig:
             longer counts.
         graph_rows: Rows of a table of points, at least.
         graph_sizes: Sizes of launches that are captured of one kind; others run eagerly.
+
+    Switches, which the stage "switches" of `make bench-gpu` decides; off until it has:
+        fused_relu: Convolutions with the ReLU behind them in one call of cuDNN's.
+        fused_residual_relu: The same with a residual addition before the ReLU.
+        fused_layer_norm: Residual additions with the layer normalisation behind them in one pass.
     """
 
     lean_from: int = 256 * 1024
@@ -162,6 +167,9 @@ class EngineConfig:
     graph_seconds: float = 0.1
     graph_rows: int = 4096
     graph_sizes: int = 4
+    fused_relu: bool = False
+    fused_residual_relu: bool = False
+    fused_layer_norm: bool = False
 
 
 DEFAULT = EngineConfig()
