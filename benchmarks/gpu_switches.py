@@ -30,6 +30,7 @@ SWITCHES: dict[str, Row] = {
     "convolution + ReLU": {"fused_relu": True},
     "convolution + residual + ReLU": {"fused_residual_relu": True},
     "residual + LayerNorm": {"fused_layer_norm": True},
+    "two halves of a launch": {"graph_halves": True},
 }
 """For each switch the fields of `EngineConfig` that turn it on."""
 ALL = "all of them"

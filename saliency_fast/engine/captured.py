@@ -27,10 +27,10 @@ from saliency_fast.engine.cudagraph import (
     NoStreamError,
     cache_of,
 )
-from saliency_fast.engine.evaluation import SumEvaluation
+from saliency_fast.engine.evaluation import SumEvaluation, parts_of
 from saliency_fast.engine.independence import TieReport
 from saliency_fast.engine.job import Job, Progress
-from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, wait_for
+from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, joined, wait_for
 from saliency_fast.engine.loop import drive
 from saliency_fast.engine.plan import Plan
 from saliency_fast.engine.points import seeds
@@ -91,7 +91,9 @@ def described(job: Job, *, wanted: bool) -> str:
     if reason is None:
         earlier = job.calibration.captures.get(_key(job, 0))
         reason = earlier if isinstance(earlier, str) else None if earlier else _too_large(job)
-    text = f"one for launches of {job.plan.points_per_launch}"
+    points = job.plan.points_per_launch
+    halves = ", in two halves" if len(parts_of(points, job.config)) > 1 else ""
+    text = f"one for launches of {points}{halves}"
     return text if reason is None else f"off: {reason}"
 
 
@@ -345,11 +347,19 @@ class CapturedEvaluation(SumEvaluation):
         at = at % self._table.example.numel()
         rows = Rows(*(getattr(self._table, column.name)[at] for column in fields(Rows)))
         self._inside = replace(self._inside, targets=self.function.targets)
-        points = self.source.write(rows)
-        result = EvaluationResult(*self._inside.gradients(points, rows.example))
+        start, parts = 0, list[Callable[[], EvaluationResult]]()
+        for count in parts_of(size, self.config):
+            parts.append(partial(self._at, rows.part(start, start + count)))
+            start += count
+        result = joined(self._recorder.beside(parts))
         if self.strategy.precision.scaled:
             self._overflowed |= ~finite(result.gradients)
         return rows, result
+
+    def _at(self, rows: Rows) -> EvaluationResult:
+        """What the model gives at the points of rows."""
+        points = self.source.write(rows)
+        return EvaluationResult(*self._inside.gradients(points, rows.example))
 
     def _found(self) -> None:
         self._outcome = self.exactly()

@@ -112,6 +112,8 @@ class EngineConfig:
         fused_relu: Convolutions with the ReLU behind them in one call of cuDNN's.
         fused_residual_relu: The same with a residual addition before the ReLU.
         fused_layer_norm: Residual additions with the layer normalisation behind them in one pass.
+        graph_halves: Whether the two halves of a captured launch run beside one another, so that
+            what waits for memory in one runs while the other computes.
     """
 
     lean_from: int = 256 * 1024
@@ -170,6 +172,7 @@ class EngineConfig:
     fused_relu: bool = False
     fused_residual_relu: bool = False
     fused_layer_norm: bool = False
+    graph_halves: bool = False
 
 
 DEFAULT = EngineConfig()

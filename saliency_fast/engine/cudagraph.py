@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from saliency_fast._torch_compat import DispatchMode, end_allocation_to_pool, tree_iter
 from saliency_fast.errors import BusyError, SaliencyError
 
+Found = TypeVar("Found")
 WARM_UPS = 1
 """Times that a body runs before its dry run and its capture."""
 PATIENCE = 1.0
@@ -140,6 +141,9 @@ class Recorder(Protocol):
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
         """A function that does on the device what `body` asks for, which has run before."""
 
+    def beside(self, parts: Sequence[Callable[[], Found]]) -> list[Found]:
+        """What parts of a body give that use nothing of one another's: recorded side by side."""
+
     def done(self) -> None:
         """What was asked of the device so far must be over before another thread's work."""
 
@@ -157,6 +161,7 @@ class CudaRecorder:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._streams: list[torch.cuda.Stream] = []
+        self._side: torch.cuda.Stream | None = None
         self._done: Any = None
 
     def record(self, body: Callable[[], None]) -> Callable[[], None]:
@@ -164,7 +169,26 @@ class CudaRecorder:
         with DEVICES.alone(), torch.cuda.device(self._device), torch.cuda.stream(stream):
             graph = self._captured(body)
         self._streams.append(stream)
-        return _Replay(self._device, graph, stream)
+        return _Replay(self._device, graph, stream, self._side)
+
+    def beside(self, parts: Sequence[Callable[[], Found]]) -> list[Found]:
+        """In a capture, parts behind the first go to a stream of their own: it waits for what comes
+        before them, and what comes behind waits for it. Until then all that parts share is alive,
+        and each stream has workspaces and free memory of its own.
+        """
+        if len(parts) == 1 or not torch.cuda.is_current_stream_capturing():
+            return [part() for part in parts]
+        current = torch.cuda.current_stream(self._device)
+        side = self._side = self._side or self._stream(current)
+        side.wait_event(current.record_event())
+        try:
+            with torch.cuda.stream(side):
+                others = [part() for part in parts[1:]]
+            return [parts[0](), *others]
+        finally:
+            # Also where a part fails: no capture ends before. One that broke says so at its end.
+            with suppress(RuntimeError):
+                current.wait_event(side.record_event())
 
     def _captured(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
         """Not by `torch.cuda.graph`, which waits for the whole device and, after a failure, leaves
@@ -176,6 +200,7 @@ class CudaRecorder:
             body()
             graph.capture_end()
         except BaseException:
+            self._side = None
             with suppress(Exception):
                 graph.capture_end()
             with suppress(Exception):
@@ -183,10 +208,13 @@ class CudaRecorder:
             raise
         return graph
 
-    def _stream(self) -> torch.cuda.Stream:
-        """A stream on which no graph was captured that lives, or one of ours where few are left."""
-        taken = {one.stream.cuda_stream for one in list(_REPLAYS) if one.device == self._device}
-        if self._streams and len(taken) > STREAMS // 2:
+    def _stream(self, current: torch.cuda.Stream | None = None) -> torch.cuda.Stream:
+        """A stream on which no graph was captured that lives, or one of ours where few are left;
+        beside `current`, another one in any case.
+        """
+        living = [one.streams for one in list(_REPLAYS) if one.device == self._device]
+        taken = {one.cuda_stream for streams in (*living, (current,)) for one in streams if one}
+        if self._streams and len(taken) > STREAMS // 2 and current is None:
             return self._streams[0]
         for _ in range(2 * STREAMS):
             stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
@@ -206,9 +234,12 @@ class _Replay:
     """Replays a graph on the current stream, behind the last replay on its device."""
 
     def __init__(
-        self, device: torch.device, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream
+        self,
+        device: torch.device,
+        graph: torch.cuda.CUDAGraph,
+        *streams: torch.cuda.Stream | None,
     ) -> None:
-        self.device, self.graph, self.stream = device, graph, stream
+        self.device, self.graph, self.streams = device, graph, streams
         _REPLAYS.add(self)
 
     def __call__(self) -> None:

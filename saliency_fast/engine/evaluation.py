@@ -17,6 +17,7 @@ from saliency_fast.engine.accumulate import Accumulators, Outcome, norm_of
 from saliency_fast.engine.arena import Arena, Trace
 from saliency_fast.engine.bind import Call
 from saliency_fast.engine.calibrate import NOTHING, Verification
+from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.independence import (
     Independence,
     RowsMeetError,
@@ -24,7 +25,7 @@ from saliency_fast.engine.independence import (
     scores_agree,
 )
 from saliency_fast.engine.job import Job, Report, Steps
-from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult
+from saliency_fast.engine.launch import EvaluationRequest, EvaluationResult, joined
 from saliency_fast.engine.measure import Measured
 from saliency_fast.engine.precision import (
     LEAST_SCALE,
@@ -450,14 +451,16 @@ class SumEvaluation(Evaluation):
 
     def prove(self) -> Generator[EvaluationRequest, Any, None]:
         """Launches whose rows are proved apart, for evaluations whose own launches are captured."""
-        size, known = min(self.size, self.recipe.count * self.call.batch), self.independence
-        if known is None or size < 2:
+        most, known = min(self.size, self.recipe.count * self.call.batch), self.independence
+        if known is None or most < 2:
             return
-        example = torch.arange(size, device=self.call.device) % self.call.batch
-        rows = self.recipe.levels[0].to(self.call.device).rows(example, 0, size)
+        example = torch.arange(most, device=self.call.device) % self.call.batch
+        rows = self.recipe.levels[0].to(self.call.device).rows(example, 0, most)
         source = self._bound()
-        while not known.knows(size):
-            yield replace(_requested(self.function, source, rows), independence=known)
+        for size in parts_of(most, self.config):
+            request = _requested(self.function, source, rows.first(size))
+            while not known.knows(size):
+                yield replace(request, independence=known)
 
     def trial(self, rows: int, arena: Arena) -> None:
         example = torch.zeros(rows, dtype=torch.int64, device=self.call.device)
@@ -505,6 +508,14 @@ class SumEvaluation(Evaluation):
         return replace(outcome, error=error, precision_error=cost, underflow=underflow)
 
 
+def parts_of(size: int, config: EngineConfig) -> tuple[int, ...]:
+    """The rows that go through the model at a time in a captured launch. None has a single row,
+    which a model may take otherwise.
+    """
+    split = config.graph_halves and size >= 4
+    return (size // 2, size - size // 2) if split else (size,)
+
+
 def _writer(source: Source, rows: Rows) -> Callable[[slice], tuple[Inputs, Tensor]]:
     """What writes the points of a table of rows."""
 
@@ -524,11 +535,9 @@ def _all_of(
     function: PointFunction, source: Source, rows: Rows, most: int
 ) -> Generator[EvaluationRequest, Any, list[Inputs]]:
     """The gradients of all rows, in launches of `most`."""
-    parts, start, count = list[list[Inputs]](), 0, rows.example.numel()
+    parts, start, count = list[EvaluationResult](), 0, rows.example.numel()
     while start < count:
         result = yield _requested(function, source, rows.part(start, min(start + most, count)))
-        parts.append(result.gradients)
+        parts.append(result)
         start += len(result.scores)
-    if len(parts) == 1:
-        return parts[0]
-    return [tuple(map(torch.cat, zip(*one, strict=True))) for one in zip(*parts, strict=True)]
+    return joined(parts).gradients

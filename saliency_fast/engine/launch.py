@@ -106,6 +106,19 @@ class EvaluationResult:
     trace: Trace | None = None
 
 
+def joined(parts: Sequence[EvaluationResult]) -> EvaluationResult:
+    """The result of all rows of several launches, without what they cost."""
+    if len(parts) == 1:
+        return parts[0]
+    classes = [one.classes for one in parts if one.classes is not None]
+    several = zip(*(one.gradients for one in parts), strict=True)
+    return EvaluationResult(
+        torch.cat([one.scores for one in parts]),
+        torch.cat(classes) if classes else None,
+        [tuple(map(torch.cat, zip(*one, strict=True))) for one in several],
+    )
+
+
 def execute(request: EvaluationRequest, count: int, arena: Arena) -> EvaluationResult | Exception:
     """One launch: the result of so many points of a request, or why there is none."""
     count = min(count, request.count)

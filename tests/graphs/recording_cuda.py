@@ -1,5 +1,5 @@
-"""A stand-in for `torch.cuda` on machines without a GPU: streams, events and graphs that only note
-what they are asked for, with CUDA's laws of captures.
+"""A stand-in for `torch.cuda` on machines without a GPU: streams, events and graphs that note what
+they are asked for, with CUDA's laws of captures and of the order of streams.
 """
 
 from __future__ import annotations
@@ -10,6 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from saliency_fast.engine import cudagraph
+from tests.graphs.tape import Tape, _Log
 
 POOL = 32
 """Streams of a device: more that are asked for are the same ones again."""
@@ -27,14 +34,15 @@ class FakeCuda:
         self.capturing: dict[int, Any] = {}
         self.made: dict[int, int] = {}
         self.ended: list[Any] = []
-        self.reads_fail = False
+        self.clocks: dict[str, dict[str, int]] = {}
+        self.races: list[str] = []
         self._here = threading.local()
         self._defaults: dict[int, Stream] = {}
 
     def install(self, patch: pytest.MonkeyPatch) -> FakeCuda:
         names = (
             "Stream Event CUDAGraph stream device current_stream graph_pool_handle synchronize "
-            "empty_cache get_device_properties"
+            "empty_cache get_device_properties is_current_stream_capturing"
         )
         for name in names.split():
             patch.setattr(torch.cuda, name, getattr(self, name))
@@ -42,6 +50,14 @@ class FakeCuda:
             "saliency_fast.engine.cudagraph.end_allocation_to_pool",
             lambda device, pool: self.ended.append(pool),
         )
+        return self
+
+    def capture_calls(self, patch: pytest.MonkeyPatch, kind: type[WatchedGraph]) -> FakeCuda:
+        """From now on launches of calls on the CPU are captured here."""
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: kind(self))
+        patch.setattr(cudagraph, "_CACHES", {})
+        device = torch.device("cuda", 0)
+        patch.setitem(cudagraph.RECORDERS, "cpu", lambda _: cudagraph.CudaRecorder(device))
         return self
 
     def note(self, what: str, *about: Any) -> None:
@@ -105,6 +121,10 @@ class FakeCuda:
     def get_device_properties(self, device: Any) -> Any:
         raise CUDAError("no device")
 
+    def is_current_stream_capturing(self) -> bool:
+        graph = self.capturing.get(threading.get_ident())
+        return graph is not None and self.current_stream().behind(graph.begun)
+
     def ask(self, what: str) -> None:
         """A kernel on the current stream of the current device."""
         stream = self.current_stream()
@@ -113,9 +133,10 @@ class FakeCuda:
             raise CUDAError("a launch while another thread captures")
         graph = self.capturing.get(threading.get_ident())
         if graph is not None:
-            if stream != graph.stream:
-                raise CUDAError("the kernel is not on the capturing stream: it is lost")
+            if not stream.behind(graph.begun):
+                raise CUDAError("the kernel is not on a capturing stream: it is lost")
             graph.body.append(what)
+        stream.tick()
         self.note("kernel", what, stream)
 
 
@@ -133,8 +154,23 @@ class Stream:
     def __repr__(self) -> str:
         return f"{self.index}:{self.cuda_stream}"
 
+    @property
+    def clock(self) -> dict[str, int]:
+        """Kernels of each stream that come before what this one is asked for next."""
+        return self.cuda.clocks.setdefault(repr(self), {})
+
+    def tick(self) -> tuple[str, int]:
+        self.clock[repr(self)] = self.clock.get(repr(self), 0) + 1
+        return repr(self), self.clock[repr(self)]
+
+    def behind(self, at: tuple[str, int]) -> bool:
+        """Whether what was asked of a stream is over before anything that follows here."""
+        return self.clock.get(at[0], 0) >= at[1]
+
     def wait_event(self, event: Event) -> None:
         self.cuda.note("wait", self, event.stream)
+        for stream, number in event.clock.items():
+            self.clock[stream] = max(number, self.clock.get(stream, 0))
 
     def record_event(self) -> Event:
         event = Event(self.cuda, {})
@@ -147,7 +183,7 @@ class Event:
         self.cuda, self.options, self.stream = cuda, options, None
 
     def record(self, stream: Stream) -> None:
-        self.stream = stream
+        self.stream, self.clock = stream, stream.clock.copy()
         self.cuda.note("record", stream)
 
     def synchronize(self) -> None:
@@ -166,6 +202,7 @@ class CUDAGraph:
         if self.stream.cuda_stream == 0:
             raise CUDAError("the default stream cannot capture")
         self.cuda.capturing[threading.get_ident()] = self
+        self.begun = self.stream.tick()
         self.cuda.note("begin", self.stream)
 
     def capture_end(self) -> None:
@@ -174,6 +211,118 @@ class CUDAGraph:
         self.cuda.note("end", self.stream)
         if self.broken:
             raise CUDAError("operation failed due to a previous error during capture")
+        for stream, clock in self.cuda.clocks.items():
+            inside = clock.get(self.begun[0], 0) >= self.begun[1]
+            if inside and not self.stream.behind((stream, clock.get(stream, 0))):
+                raise CUDAError("capturing stream has unjoined work")
 
     def replay(self) -> None:
         self.cuda.note("replay", self.stream, self.cuda.current_stream(self.stream.device))
+
+
+class Watched(TorchDispatchMode):
+    """Takes every operator of a capture as a kernel of the current stream, and notes as `races`
+    where two that use the same memory are in no order, though one of them writes it, and where
+    a stream may take memory again that another one is not done with.
+    """
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self.cuda = cuda
+        self.graph = cuda.capturing[threading.get_ident()]
+        self.memory: dict[int, Any] = {}
+        self.free: list[tuple[Stream, dict[str, int]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.freed()
+        made = func(*args, **(kwargs or {}))
+        returned = [one.alias_info for one in func._schema.returns]
+        if returned and all(one is not None and not one.is_write for one in returned):
+            return made
+        self.cuda.ask(str(func))
+        stream = self.cuda.current_stream()
+        at = repr(stream), stream.clock[repr(stream)]
+        for value, about in zip(args, func._schema.arguments, strict=False):
+            writes = about.alias_info is not None and about.alias_info.is_write
+            for tensor in _tensors(value):
+                self._used(tensor, stream, at, str(func), writes=writes)
+        for tensor in _tensors(kwargs):
+            self._used(tensor, stream, at, str(func), writes=False)
+        for tensor in _tensors(made):
+            if _key(tensor) not in self.memory and any(
+                one == stream and not all(map(stream.behind, users.items()))
+                for one, users in self.free
+            ):
+                self.cuda.races.append(f"{func} takes memory that others are not done with")
+            known = self.memory.setdefault(_key(tensor), [stream, at, {}, _weak(tensor)])
+            known[2].setdefault(at[0], at[1])
+        return made
+
+    def _used(
+        self, tensor: Tensor, stream: Stream, at: tuple[str, int], name: str, *, writes: bool
+    ) -> None:
+        outside = [None, self.graph.begun, {}, _weak(tensor)]
+        known = self.memory.setdefault(_key(tensor), outside)
+        if not stream.behind(known[1]):
+            self.cuda.races.append(f"{name} before what it uses is written")
+        if writes and not all(map(stream.behind, known[2].items())):
+            self.cuda.races.append(f"{name} writes before others are done")
+        if writes:
+            known[1] = at
+        known[2][at[0]] = at[1]
+
+    def freed(self) -> None:
+        """Looks for memory that is free since the last time."""
+        for key, (stream, _, users, weak) in list(self.memory.items()):
+            if weak.expired():
+                del self.memory[key]
+                # What was made outside is not taken again inside.
+                self.free += [] if stream is None else [(stream, users)]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [one for one in tree_iter(value) if isinstance(one, Tensor)]
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _weak(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+class WatchedGraph(CUDAGraph):
+    """Watches its capture, and does nothing when it is replayed: memory is freed as on a GPU."""
+
+    def modes(self) -> list[TorchDispatchMode]:
+        return [Watched(self.cuda)]
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        super().capture_begin(pool, capture_error_mode)
+        self.entered = self.modes()
+        for one in self.entered:
+            one.__enter__()
+
+    def capture_end(self) -> None:
+        while self.entered:
+            self.entered.pop().__exit__(None, None, None)
+        super().capture_end()
+
+
+class Taped(WatchedGraph):
+    """A graph that replays what a body asked of the CPU while it was captured."""
+
+    def modes(self) -> list[TorchDispatchMode]:
+        self.log = _Log()
+        return [*super().modes(), self.log]
+
+    def capture_end(self) -> None:
+        try:
+            super().capture_end()
+        finally:
+            self.log.undo()
+
+    def replay(self) -> None:
+        super().replay()
+        Tape(torch.device("cpu"))._replay(self.log.calls)

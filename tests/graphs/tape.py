@@ -51,6 +51,9 @@ class Tape:
                             if isinstance(a, Tensor) and a.data_ptr() != b.data_ptr():
                                 a.detach().copy_(b)
 
+    def beside(self, parts: Any) -> list[Any]:
+        return [part() for part in parts]
+
     def done(self) -> None:
         self.finished += 1
 

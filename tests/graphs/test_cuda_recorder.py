@@ -22,8 +22,7 @@ from saliency_fast.engine.cudagraph import (
     launching,
 )
 from saliency_fast.errors import BusyError
-from tests.graphs.recording_cuda import POOL, CUDAError, CUDAGraph, FakeCuda
-from tests.graphs.tape import Tape, _Log
+from tests.graphs.recording_cuda import POOL, CUDAError, FakeCuda, Taped
 from tests.models import Image, Tabular
 from tests.service.asking import same, seeded
 
@@ -42,7 +41,7 @@ class TestStreams:
     def test_are_of_the_recorders_device_and_each_graphs_own(self, cuda: FakeCuda, device: Any):
         recorders = [CudaRecorder(device) for _ in range(3)]
         replays = [one.record(lambda: cuda.ask("f")) for one in recorders for _ in range(4)]
-        streams = [one.graph.stream for one in replays]
+        streams = [one.streams[0] for one in replays]
         assert len({one.cuda_stream for one in streams}) == 12
         assert {one.index for one in streams} == {device.index}
         assert all(one.graph.body == ["f"] for one in replays)
@@ -56,9 +55,9 @@ class TestStreams:
             CudaRecorder(FIRST).record(lambda: cuda.ask("f"))
         # Graphs of one recorder are replayed one after another, and share one where few are left.
         again = recorders[0].record(lambda: cuda.ask("f"))
-        assert again.stream == replays[0].stream
-        given_up = replays.pop(5).stream
-        assert CudaRecorder(FIRST).record(lambda: cuda.ask("f")).stream == given_up
+        assert again.streams == replays[0].streams
+        given_up = replays.pop(5).streams
+        assert CudaRecorder(FIRST).record(lambda: cuda.ask("f")).streams == given_up
 
     def test_the_current_one_comes_back(self, cuda: FakeCuda):
         own = cuda.Stream(SECOND)
@@ -112,9 +111,9 @@ class TestReplays:
             two()
         first, default = cuda.did("replay"), cuda.current_stream(FIRST)
         assert [(a, b) for _, a, b in first] == [
-            (one.stream, default),
-            (other.stream, cuda.current_stream(SECOND)),
-            (two.stream, mine),
+            (one.streams[0], default),
+            (other.streams[0], cuda.current_stream(SECOND)),
+            (two.streams[0], mine),
         ]
         # The one on another stream waits for the end of the last on its device, and of no other.
         assert cuda.did("wait") == [("wait", mine, default)]
@@ -131,33 +130,12 @@ class TestReplays:
         assert cuda.did("wait") == [("wait", mine, cuda.current_stream(FIRST))]
 
 
-class Taped(CUDAGraph):
-    """A graph that replays what a body asked of the CPU while it was captured."""
-
-    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
-        super().capture_begin(pool, capture_error_mode)
-        self.tape = _Log()
-        self.tape.__enter__()
-
-    def capture_end(self) -> None:
-        self.tape.__exit__(None, None, None)
-        self.tape.undo()
-        super().capture_end()
-
-    def replay(self) -> None:
-        super().replay()
-        Tape(FIRST)._replay(self.tape.calls)
-
-
 class TestCalls:
     """Whole calls by the recorder for GPUs, the CPU doing their arithmetic."""
 
     @pytest.fixture
     def gpu(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Taped(cuda))
-        monkeypatch.setattr(cudagraph, "_CACHES", {})
-        monkeypatch.setitem(cudagraph.RECORDERS, "cpu", lambda _: CudaRecorder(FIRST))
-        return cuda
+        return cuda.capture_calls(monkeypatch, Taped)
 
     @pytest.mark.parametrize(
         "method", [sf.IntegratedGradients(6), sf.SmoothGrad(5, seed=(3, 4)), sf.VarGrad(4)]
@@ -205,9 +183,9 @@ class TestCalls:
         plain = sf.Engine(net, sf.IntegratedGradients(4), graphs=False)
         engine(x[:1], 1)
         engine(x[:2], 1)
-        streams = {one.stream for one in cudagraph._REPLAYS}
+        streams = {one.streams for one in cudagraph._REPLAYS}
         assert cudagraph.cache_of(x.device).give_up_one()
-        assert {one.stream for one in cudagraph._REPLAYS} < streams
+        assert {one.streams for one in cudagraph._REPLAYS} < streams
         gpu.log.clear()
         same(engine(x[2:4], 2), plain(x[2:4], 2))
         assert not gpu.did("begin")
