@@ -119,7 +119,8 @@ class Layer:
         if info(self.call).kind != "convolution":
             return None
         axes, defaults = self.weight.dim() - 2, (1, 0, 1, 1)
-        stride, padding, dilation, groups = (*self.options, *defaults[len(self.options) :])
+        given: tuple[Any, ...] = self.options + defaults[len(self.options) :]
+        stride, padding, dilation, groups = given
         holes = each_axis(dilation, axes)
         edges = even_edges(padding, self.weight, holes)
         return None if edges is None else (each_axis(stride, axes), edges, holes, int(groups))
@@ -376,10 +377,11 @@ def _with_convolution_relus(program: Program, one_call: OneCall) -> Program:
                 continue
             steps[layer.index] = None
             options = (other, *(layer.geometry or ()))
-            call, args = convolution_relu, (layer.x, layer.weight, layer.bias, *options)
+            own_args = (layer.x, layer.weight, layer.bias)
+            call: Callable[..., Any] = convolution_relu
+            args: tuple[Any, ...] = (*own_args, *options)
             if layer.norm is not None:
-                call = folded_convolution
-                args = (*args[:3], convolution_relu, options, layer.norm)
+                call, args = folded_convolution, (*own_args, convolution_relu, options, layer.norm)
             steps[index] = replace(step, func=call, args=args, donated=())
             break
     return replace(program, steps=tuple(step for step in steps if step is not None))
