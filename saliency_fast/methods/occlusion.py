@@ -111,6 +111,7 @@ def _round(
     pairs = [own.T.nonzero().unbind(1) for own in chosen]
     window = torch.cat([own + first for (own, _), first in zip(pairs, firsts, strict=True)])
     example = torch.cat([own for _, own in pairs])
+    ends = list(itertools.accumulate(len(own) for own, _ in pairs))
 
     def write(example: Tensor, window: Tensor) -> Inputs:
         points = []
@@ -125,10 +126,11 @@ def _round(
 
     def each(rows: slice, result: RoundResult) -> None:
         lost = context.scores[example[rows]] - result.scores
-        for effect, first in zip(effects, firsts, strict=True):
-            index = window[rows] - first
-            own = (index >= 0) & (index < effect.shape[2])
-            effect[example[rows][own], :, index[own]] = lost[own]
+        for effect, first, end, (own, _) in zip(effects, firsts, ends, pairs, strict=True):
+            # By the order of rows: a mask would have to be counted, for which a GPU is waited for.
+            part = slice(max(rows.start, end - len(own)), max(rows.start, min(rows.stop, end)))
+            mine = lost[max(0, part.start - rows.start) : max(0, part.stop - rows.start)]
+            effect[example[part], :, window[part] - first] = mine
 
     return Round(write, example, window, each=each)
 
