@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
-ARCHES = ("80", "90a")
+ARCHES = ("80", "90")
 FLAGS = ("-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Werror", "all-warnings")
 ELEMENTS_OF_A_THREAD = {"masks": 8, "overlay": 16, "points": 4}
 """Of the CUDA C++ kernels, by file; of `overlay` where blocks are fewer than its limit."""
@@ -70,7 +70,7 @@ LIMITS = {
 
 def resident_warps(counters: Counters, warps: int, target: str) -> int:
     """Warps of programs of `warps` that a multiprocessor of `target` can hold at once."""
-    limits = LIMITS[target.removesuffix("a")]
+    limits = LIMITS[target]
     if target.startswith("gfx"):
         # Four SIMDs of 512 vector registers a lane and 800 scalar ones.
         by_vectors = 512 // _up(counters.registers, 8)

@@ -129,7 +129,7 @@ def check_op(op: Op, device: str, report: Report) -> Iterator[Row]:
 
 
 def _engine(model: Any, method: Any, **options: Any) -> sf.Engine:
-    return sf.Engine(model, method, hashes=False, config=LATER, **options)
+    return sf.Engine(model, method, hashes=False, **{"config": LATER, **options})
 
 
 def _network(name: str, device: str, dtype: torch.dtype) -> tuple[Any, Tensor, Any]:
@@ -242,6 +242,15 @@ def tuple_seeds(device: str) -> str:
     return _judged(engine, x, target, _calls_apart(engine, eager, x, target))
 
 
+def two_halves(device: str) -> str:
+    """Launches of which two halves run beside one another."""
+    _needs_graphs(device)
+    model, x, target = _network("small-cnn", device, torch.float64)
+    method, config = sf.SmoothGrad(9), replace(LATER, graph_halves=True)
+    engine, eager = _engine(model, method, config=config), _engine(model, method, graphs=False)
+    return _judged(engine, x, target, _calls_apart(engine, eager, x, target))
+
+
 def used_elsewhere(device: str) -> str:
     """Results of the service are read on another stream, and dropped while it is busy."""
     if device != "cuda":
@@ -269,6 +278,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "two kinds in two threads": two_threads,
     "evict one, replay the other": evict_and_replay,
     "a seed for each example": tuple_seeds,
+    "two halves of a launch": two_halves,
     "results on another stream": used_elsewhere,
 }
 

@@ -105,7 +105,7 @@ def cuda_rows() -> list[Row]:
                      "dtype": dtype, "bytes_per_element": bytes_per_element(op, width),
                      "target": target, "elements": elements, "warps": warps, "ahead": 1,
                      "tiles": 1, **vars(counters), "resident_warps": held,
-                     "most_warps": compiled.LIMITS[target.removesuffix("a")].warps}
+                     "most_warps": compiled.LIMITS[target].warps}
                 )  # fmt: skip
     return rows
 
@@ -208,7 +208,7 @@ def full(document: dict[str, Any]) -> str:
 def caption(about: dict[str, str]) -> str:
     return (
         f"Compiled, not timed: Triton {about['triton']} for sm_80, sm_90, sm_100 and gfx942, nvcc "
-        f"{about['nvcc']} for sm_80 and sm_90a; `{about['command']}`."
+        f"{about['nvcc']} for sm_80 and sm_90; `{about['command']}`."
     )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks.ops import SIZES, Call, outcome, relative_error
 from benchmarks.timing import Run, Timer
 from saliency_fast.ops import OPS
-from saliency_fast.ops.dispatch import CUDA_LIBRARY
+from saliency_fast.ops.dispatch import CUDA_LIBRARY, cuda_refusal
 
 OP_OF = {
     "accumulate.accumulate": "accumulate",
@@ -246,6 +246,8 @@ def versus(op: str, width: int, device: str, timer: Timer) -> list[dict[str, Any
     """Triton against CUDA C++, each forced, on one call."""
     call = call_for(op, width, device)
     missing = "" if CUDA_LIBRARY.exists() else "not built here (FORCE_CUDA=1)"
+    if not missing and device == "cuda":
+        missing = cuda_refusal(torch.cuda.current_device())
     entries = [Entry("Triton", OPS[op].launcher("triton")),
                Entry("CUDA C++", OPS[op].launcher("cuda"), refused=missing)]  # fmt: skip
     return [{"part": "versus", "width": width} | row for row in race(call, entries, timer)]

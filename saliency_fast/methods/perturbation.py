@@ -241,6 +241,7 @@ def _round(
     pairs = [own.T.nonzero().unbind(1) for own in chosen]
     window = torch.cat([own + first for (own, _), first in zip(pairs, firsts, strict=True)])
     example = torch.cat([own for _, own in pairs])
+    ends = list(itertools.accumulate(len(own) for own, _ in pairs))
 
     def write(example: Tensor, window: Tensor) -> Inputs:
         points = []
@@ -255,10 +256,11 @@ def _round(
 
     def each(rows: slice, result: RoundResult) -> None:
         lost = context.scores[example[rows]] - result.scores
-        for effect, first in zip(effects, firsts, strict=True):
-            index = window[rows] - first
-            own = (index >= 0) & (index < effect.shape[2])
-            effect[example[rows][own], :, index[own]] = lost[own]
+        for effect, first, end, (own, _) in zip(effects, firsts, ends, pairs, strict=True):
+            # By the order of rows: a mask would have to be counted, for which a GPU is waited for.
+            part = slice(max(rows.start, end - len(own)), max(rows.start, min(rows.stop, end)))
+            mine = lost[max(0, part.start - rows.start) : max(0, part.stop - rows.start)]
+            effect[example[part], :, window[part] - first] = mine
 
     return Round(write, example, window, each=each)
 
@@ -494,11 +496,14 @@ def _averaged(context: RoundContext, method: Rise) -> Rounds:
     sums = [context.scores.new_zeros(2, batch * targets, math.prod(size)) for size in sizes]
 
     def drawn(example: Tensor, sample: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The masks of a launch, each once, their samples, and the mask of each row."""
-        key = sample if len(seed) == 1 else sample * batch + example
-        keys, row = torch.unique(key, return_inverse=True)
-        sample, owner = (keys, 0 * keys) if len(seed) == 1 else (keys // batch, keys % batch)
-        return [one(seed[owner], sample) for one in draw], sample, row
+        """The masks of a launch, each once, their samples, and the mask of each row. By the order
+        of rows: to look which there are, a GPU's launches would wait. The last mask may be unused.
+        """
+        row, keys, owner = torch.arange(len(sample), device=sample.device), sample, example
+        if len(seed) == 1:
+            keys = sample[:1] + row[: (len(sample) - 2) // batch + 2]
+            row, owner = sample - sample[:1], 0 * keys
+        return [one(seed[owner], keys) for one in draw], keys, row
 
     def write(example: Tensor, sample: Tensor) -> Inputs:
         several, _, row = drawn(example, sample)
@@ -512,8 +517,12 @@ def _averaged(context: RoundContext, method: Rise) -> Rounds:
         several, drawn_sample, row = drawn(example[rows], sample[rows])
         weight = result.scores.new_zeros(batch, targets, len(drawn_sample))
         weight[example[rows], :, row] = result.scores
-        for parity in (0, 1):
-            part = drawn_sample % 2 == parity
+        # Counted by the host, as above; masks of even samples come first.
+        first, each_of = start + rows.start // batch, batch if len(seed) > 1 else 1
+        ahead = rows.start % batch if len(seed) > 1 else 0
+        numbers = (first + (ahead + n) // each_of for n in range(len(drawn_sample)))
+        order, even = torch.argsort(drawn_sample % 2, stable=True), sum(n % 2 == 0 for n in numbers)
+        for parity, part in enumerate((order[:even], order[even:])):
             for total, one in zip(sums, several, strict=True):
                 total[parity] += weight[..., part].flatten(0, 1) @ one[part]
 

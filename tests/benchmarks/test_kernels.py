@@ -137,6 +137,11 @@ def test_both_languages_are_timed_where_both_are_there(monkeypatch: pytest.Monke
     rows = tuning.versus("noise_points", 4, "cpu", timer)
     assert [row["fastest"] for row in rows] == [False, True]
     assert given == ["Triton", "CUDA C++", "copy"]
+    # A library that has no code for the device is not raced.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tuning, "cuda_refusal", lambda index: "it has no code for this device")
+    rows = tuning.versus("noise_points", 4, "cuda", timer)
+    assert "no code for this device" in rows[1]["refused"]
     monkeypatch.setattr(tuning, "CUDA_LIBRARY", Path(__file__) / "missing.so")
     rows = tuning.versus("noise_points", 4, "cpu", timer)
     assert [row["fastest"] for row in rows] == [True, False]

@@ -89,7 +89,9 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        self.count += name in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero")
+        self.count += name in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "_unique2")
+        chosen = args[1] if name == "index" else ()
+        self.count += any(one is not None and one.dtype == torch.bool for one in chosen)
         return func(*args, **(kwargs or {}))
 
 
@@ -104,7 +106,12 @@ def reads(engine: sf.Engine, x: Tensor) -> float:
 
 @pytest.mark.parametrize(
     "method",
-    [sf.Occlusion((1, 3, 3), (1, 3, 3)), sf.FeatureAblation(), sf.Rise(100)],
+    [
+        sf.Occlusion((1, 3, 3), (1, 3, 3)),
+        sf.FeatureAblation(),
+        sf.Rise(100),
+        sf.Rise(100, seed=(1, 2, 3, 4)),
+    ],
     ids=lambda one: one.name,
 )
 def test_no_launch_of_a_round_is_read(method: Any):

@@ -9,6 +9,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 import saliency_fast as sf
 from saliency_fast.engine import captured, evaluation
 from saliency_fast.engine import cudagraph as graphs
+from saliency_fast.engine.config import EngineConfig
 from saliency_fast.engine.planner import Planner
 from saliency_fast.engine.precision import everywhere
 from saliency_fast.engine.recipe import with_fixed_nodes
@@ -157,6 +159,19 @@ class TestWorthACapture:
             engine(x[:2], 1)
         assert Tape.made == 0
         assert "take so long" in engine.plan(x[:2], 1).graphs
+
+    @pytest.mark.parametrize(("gib", "worth"), [(2.7, True), (7.9, True), (8.1, False)])
+    def test_up_to_eight_gib(self, gib: float, worth: bool):
+        """Fifty points of a ViT-B in bfloat16 take 2.7 GiB, and the host longer than a GPU."""
+        nbytes = int(gib * 1024**3)
+        plan = SimpleNamespace(
+            launch_bytes=nbytes, fixed_bytes=0, finish_bytes=0, points_per_launch=50
+        )
+        about = {"calibration": SimpleNamespace(seconds={}), "key": (), "config": EngineConfig()}
+        call = SimpleNamespace(device=torch.device("cpu"))
+        graphs.cache_of(call.device).limit = 16 * 1024**3
+        job: Any = SimpleNamespace(plan=plan, call=call, **about)
+        assert (captured._too_large(job) is None) == worth
 
     def test_kinds_that_take_turns_do_not_drive_one_another_out(self):
         net, x = seeded(Tabular, 7)
