@@ -119,6 +119,15 @@ def test_eager_launches_have_two_points_where_memory_allows(launch: int, rows: i
     assert found.provenance.points_per_launch == rows
 
 
+@pytest.mark.parametrize(("pair", "rows"), [(2**30, 2), (1, 1)])
+def test_recorded_launches_have_two_points_where_memory_allows(pair: int, rows: int) -> None:
+    config = EngineConfig(direct_points=0, cpu_launch=1, cpu_rows=1, cpu_pair=pair, lean_from=0)
+    engine = sf.Engine(model(), sf.IntegratedGradients(steps=12), config=config)
+    found = engine(X[:1], 1)
+    assert "recorded" in found.provenance.strategy
+    assert found.provenance.points_per_launch == rows
+
+
 @pytest.mark.parametrize("steps", [1, 4, 20])
 def test_a_model_that_draws_has_one_map_whatever_the_number_of_calls(steps: int) -> None:
     network = model(first=lambda x: x + 0.1 * torch.randn_like(x))

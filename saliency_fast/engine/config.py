@@ -67,6 +67,7 @@ class EngineConfig:
             which launches on CPUs get cheaper per point by a tenth at most, in twice the memory.
         cpu_rows, cpu_most: Points that launches have where so many bytes hold them; two where they
             run eagerly, since of one row PyTorch convolves small volumes ten times as slowly.
+        cpu_pair: Bytes up to which launches have two points: of one, products leave threads idle.
         cpu_scores: The same of the largest tensor for scores alone: each is read once, right after
             it was written, so that launches stay in the caches.
         gpu_launch: Bytes of a launch on GPUs, far above what keeps the device busy.
@@ -146,6 +147,7 @@ class EngineConfig:
     cpu_launch: int = 64 * MiB
     cpu_rows: int = 16
     cpu_most: int = 160 * MiB
+    cpu_pair: int = 256 * MiB
     gpu_launch: int = 8 * GiB
     kept_bytes: int = 256 * MiB
     kept_most: int = 1 * GiB

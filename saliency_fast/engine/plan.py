@@ -323,8 +323,9 @@ def _bounds(
     """With more bytes where so few would hold few points. Autograd keeps more of a point: more than
     two would take much memory for little time.
     """
-    several = bytes_of(config.cpu_rows if recorded else 2)
-    return replace(config, cpu_launch=max(config.cpu_launch, min(several, config.cpu_most)))
+    pair, several = bytes_of(2), min(bytes_of(config.cpu_rows), config.cpu_most) if recorded else 0
+    two = pair if pair <= (config.cpu_pair if recorded else config.cpu_most) else 0
+    return replace(config, cpu_launch=max(config.cpu_launch, several, two))
 
 
 def _point(calibration: Calibration, config: EngineConfig) -> int:
