@@ -142,7 +142,12 @@ def test_modes_are_seen() -> None:
     assert compat.saved_tensors_hooks() == (None, None)
 
 
-def test_dispatch_modes_of_threads_that_overlap_leave_compilation_as_it_was() -> None:
+def test_dispatch_modes_of_threads_that_overlap_leave_compilation_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Other modes, of tests before this one, may have left it on.
+    for name in compat._FLAGS:
+        monkeypatch.setattr(torch.utils._python_dispatch, name, False)
     entered, left = threading.Event(), threading.Event()
 
     def longer() -> None:

@@ -197,7 +197,7 @@ class _Walk:
 
     def mapping(self, value: Mapping[Any, object], depth: int) -> None:
         self.found.append(len(value))
-        for name, part in tuple(value.items()):
+        for name, part in _items(value):
             kind = type(part)
             self.found.append(name if type(name) in _FREQUENT else id(name))
             if kind in _FREQUENT:
@@ -210,6 +210,13 @@ class _Walk:
     def all(self, values: Iterable[object], depth: int) -> None:
         for value in values:
             self.visit(value, depth)
+
+
+def _items(value: Mapping[Any, object]) -> tuple[tuple[Any, object], ...]:
+    """A copy, also of an ordered dictionary that another thread changes meanwhile."""
+    with suppress(RuntimeError):
+        return tuple(value.items())
+    return tuple(dict.items(value)) if isinstance(value, dict) else tuple(value.items())
 
 
 @functools.lru_cache(maxsize=4096)

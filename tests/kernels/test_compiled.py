@@ -53,7 +53,8 @@ def test_no_register_spills(special: Specialisation, target: str):
 
 @pytest.mark.parametrize(
     "special",
-    [s for s in ALL if s.kernel.__module__.endswith(STREAMING) and s.dtype != "bool"],
+    # Packed masks are bytes.
+    [s for s in ALL if s.kernel.__module__.endswith(STREAMING) and "pack" not in s.name],
     ids=lambda special: special.name,
 )
 def test_data_moves_in_16_byte_accesses(special: Specialisation):
