@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(
     reason="the C++ CPU ops are not built or SALIENCY_FAST_BACKEND forces another backend",
 )
 SAMPLES = every_sample()
+ON_GPUS = ("add_layer_norm", "add_layer_norm_backward")
+"""Ops of passes that only GPUs take, which CPUs compute by the reference."""
 ACCUMULATORS = ("accumulate", "accumulate_moments", "accumulate_random_lines")
 
 
@@ -75,6 +77,7 @@ def _large() -> dict[str, Sample]:
         "magnitude_percentile": (x, 98.0),
         "overlay": (image, x.flatten(1), torch.tensor([1.0, 2.0, 3.0]), colors, True, 0.7),
     }
+    calls |= _large_norms(generator)
     calls |= _large_masks(generator) | _large_pools(generator) | _large_parts(x, item, generator)
     return {name: Sample(args) for name, args in calls.items()}
 
@@ -90,6 +93,18 @@ def _large_masks(generator: torch.Generator) -> dict[str, tuple[Any, ...]]:
         "relu_mask_": (last, scale, shift, last.flip(0), 0.0, 1.5),
         "relu_mask_backward": (x, mask, scale, 0.0, "guided", True, False),
         "pack_mask": (flags,),
+    }
+
+
+def _large_norms(generator: torch.Generator) -> dict[str, tuple[Any, ...]]:
+    x, added, grad = torch.randn(3, 4, 197, 768, generator=generator)
+    weight, bias = torch.randn(2, 768, generator=generator)
+    about = (weight, bias, 1e-6, torch.float16)
+    total, y, mean, scale = ops.add_layer_norm.reference(x, added.half(), *about)
+    kept = (total, mean, scale, weight, torch.float16)
+    return {
+        "add_layer_norm": (x, added.half(), *about),
+        "add_layer_norm_backward": (grad.to(y.dtype), x, *kept),
     }
 
 
@@ -134,8 +149,6 @@ def _large_parts(
 
 
 LARGE = _large()
-NATIVE = [name for name in OPS if not name.startswith("add_layer_norm")]
-"""Ops that CPUs have a strategy for; layer norms of sums in one pass are for GPUs alone."""
 
 
 def finite(sample: Sample) -> bool:
@@ -145,9 +158,10 @@ def finite(sample: Sample) -> bool:
 
 
 def test_every_op_has_a_native_version_and_a_large_sample() -> None:
-    for name in NATIVE:
+    for name in OPS:
         assert name in LARGE
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"saliency_fast::{name}", "CPU")
+        native = torch._C._dispatch_has_kernel_for_dispatch_key(f"saliency_fast::{name}", "CPU")
+        assert native != (name in ON_GPUS)
 
 
 @pytest.mark.usefixtures("_poison")
@@ -157,7 +171,7 @@ def test_sample_equals_reference(op: Op, sample: Sample) -> None:
 
 
 @pytest.mark.usefixtures("_poison")
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", OPS)
 def test_large_sample_equals_reference(name: str) -> None:
     assert_close_to_reference(OPS[name], LARGE[name], results(OPS[name], LARGE[name], OPS[name]))
 
@@ -175,7 +189,7 @@ def test_poison_fills_what_at_empty_gives() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", OPS)
 def test_bits_do_not_depend_on_threads(name: str, threads) -> None:
     found = []
     for count in (1, 2, 3):

@@ -83,6 +83,10 @@ def _channels_last() -> Iterator[Case]:
 def _flags() -> Iterator[Case]:
     for size, by in product((*range(1, 70), 4095, 4096, 4097), (0, 1, 8, 15)):
         yield Case(OPS["pack_mask"], (torch.rand(size) < 0.5,), by)
+
+
+def _numbers() -> Iterator[Case]:
+    for size, by in product((*range(1, 70), 4095, 4096, 4097), (0, 1, 8, 15)):
         numbers = torch.randn(size).relu().to(masks.DTYPES[size % 4])
         yield Case(OPS["pack_mask"], (numbers,), by)
 
@@ -124,5 +128,5 @@ def further() -> Iterator[Case]:
     """All of them, drawn from one fixed seed."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        for cases in (_masks, _channels_last, _flags, _noise, _percentiles):
+        for cases in (_masks, _channels_last, _flags, _noise, _percentiles, _numbers):
             yield from cases()
