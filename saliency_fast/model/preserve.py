@@ -39,6 +39,7 @@ _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device
 _CONTAINERS = (OrderedDict, dict, list, set, deque)
 _BASE = frozenset(vars(nn.Module()))
 """Attributes of every module: modes, tables and hooks, which are restored elsewhere."""
+_tables_of = itemgetter(*compat.TABLES)
 Held = TypeVar("Held")
 Called = TypeVar("Called", bound=Callable[..., Any])
 
@@ -459,7 +460,7 @@ class _Container:
 
 def _entries(own: dict[str, Any]) -> tuple[list[int], list[Any]]:
     """The sizes of a module's attributes and tables, and all of their names and values."""
-    parts = own, *itemgetter(*compat.TABLES)(own)
+    parts = own, *_tables_of(own)
     values = chain.from_iterable([one.values() for one in parts])
     return [len(one) for one in parts], [*chain.from_iterable(parts), *values]
 
@@ -547,11 +548,8 @@ class _Glance:
             end = start + sum(outline.sizes[n])
             entries = [*outline.names[start:end], *self.values[start:end]]
             one = _Snapshot(module, outline.sizes[n], entries)
-            one.transient, one.versions = (
-                outline.transient[n],
-                [*islice(versions, len(one.tensors))],
-            )
-            one.overwritten, start = set(), end
+            one.versions = [*islice(versions, len(one.tensors))]
+            one.transient, one.overwritten, start = outline.transient[n], set(), end
             found.append(one)
         return found
 
@@ -565,9 +563,6 @@ def _listed(modules: Iterable[nn.Module]) -> tuple[list[str], list[Any]]:
         unsaved.append(own[compat.TRANSIENT])
     values = chain.from_iterable([one.values() for one in parts])
     return [*chain.from_iterable(parts), *chain.from_iterable(unsaved)], [*values]
-
-
-_tables_of = itemgetter(*compat.TABLES)
 
 
 class _Hold:
